@@ -1,0 +1,48 @@
+# make serve   set up what is missing, then serve the bundled model on 127.0.0.1:8000 (MODEL= and PORT= choose others)
+# make test    set up what is missing, then lint, type-check and test
+
+PYTHON ?= python3
+MODEL ?= bundled
+PORT ?= 8000
+STEPS ?= 10000000
+SEED ?= 0
+BIN := .venv/bin
+
+.PHONY: serve test test-slow simulate setup format constraints clean
+
+serve: setup
+	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
+
+test: setup
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+simulate: setup
+	$(BIN)/python -m moebius.schedule.simulate --steps $(STEPS) --seed $(SEED) --processes $$(nproc)
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "$(PYTHON) is not Python 3.11 to 3.13; name one: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+format: setup
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+constraints: setup
+	{ echo "# The versions that the tests run with. Regenerate: make constraints"; \
+	  $(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//'; } > constraints.txt
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .coverage

@@ -1,0 +1,223 @@
+"""Frozen configuration records. Checked when constructed, never changed afterwards.
+
+`ModelConfig` is an architecture as data: every supported `model_type` translates its config.json into one.
+`EngineConfig` is what an operator chooses; its fields carry vLLM's names where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from moebius.errors import ConfigError
+
+Score = Literal["softmax", "sigmoid", "logits"]
+Weight = Literal["raw", "renorm", "softmax", "sigmoid"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+QKNorm = Literal["none", "head", "full"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """How a token chooses its experts; one function over this record serves every architecture.
+
+    score            what is compared in the top-k: softmax or sigmoid of the logits, or the logits themselves
+    weight           what an expert's output is multiplied by: the `raw` score, scores divided by their sum over the
+                     chosen (`renorm`), or `softmax` / `sigmoid` of the chosen logits
+    selection_bias   a learned vector is added to the scores for the choice only (DeepSeek-V3)
+    num_groups, groups_kept, group_score   node-limited routing: keep the best groups, by the `max` or by the sum of
+                     the top two (`top2`) of their scores; `group_fill` is what masked scores become
+    renorm_eps       added to the divisor of `renorm`
+    scale            multiplies the final weights
+    logit_bias       the router's linear layer has a bias
+    logit_softcap    c * tanh(logits / c), where given
+    weight_on_input  the weight multiplies the expert's input, not its output (Llama 4)
+    """
+
+    num_experts: int
+    top_k: int
+    score: Score = "softmax"
+    weight: Weight = "raw"
+    selection_bias: bool = False
+    num_groups: int = 1
+    groups_kept: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    group_fill: float = 0.0
+    renorm_eps: float = 0.0
+    scale: float = 1.0
+    logit_bias: bool = False
+    logit_softcap: float | None = None
+    weight_on_input: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.num_experts >= 1, f"num_experts is {self.num_experts}; it must be at least 1")
+        _require(
+            1 <= self.top_k <= self.num_experts,
+            f"top_k (num_experts_per_tok) is {self.top_k}; it must lie between 1 and num_experts = {self.num_experts}",
+        )
+        _require(
+            self.num_experts % self.num_groups == 0 and 1 <= self.groups_kept <= self.num_groups,
+            f"{self.groups_kept} of {self.num_groups} expert groups do not divide {self.num_experts} experts",
+        )
+        _require(
+            self.top_k <= self.num_experts // self.num_groups * self.groups_kept,
+            f"top_k = {self.top_k} experts cannot come from {self.groups_kept} of {self.num_groups} groups",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding: base `theta` and a length-independent scaling (arXiv 2104.09864; yarn 2309.00071)."""
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    partial: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.theta > 0 and math.isfinite(self.theta), f"rope_theta is {self.theta}; it must be positive")
+        _require(self.factor >= 1.0, f"the rope scaling factor is {self.factor}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForwardConfig:
+    """One layer's feed-forward part: `router` None means dense, which is the case of one expert.
+
+    width is an expert's hidden size F; shared_width the always-on expert's (0: none), gated by sigmoid(w·x) when
+    shared_gate is set (Qwen2-MoE).
+    """
+
+    width: int
+    router: RouterConfig | None = None
+    activation: Activation = "silu"
+    bias: bool = False
+    shared_width: int = 0
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.width >= 1, f"the feed-forward width is {self.width}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer as data.
+
+    Sizes: hidden_size D, num_heads H, num_kv_heads G, head_dim N, vocab_size V (width of the logits).
+    windows[i] is layer i's sliding window in tokens (a token sees itself and window - 1 before it), None for full.
+    feed_forward[i] is layer i's feed-forward part.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    feed_forward: tuple[FeedForwardConfig, ...]
+    windows: tuple[int | None, ...]
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qk_norm: QKNorm = "none"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    clip_qkv: float | None = None
+    attention_scale: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_attention_heads = {self.num_heads} is no multiple of num_key_value_heads = {self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+        _require(
+            len(self.feed_forward) == self.num_layers == len(self.windows),
+            "feed_forward and windows need one entry a layer",
+        )
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an operator chooses. None means: derived from the model and from the memory that is there.
+
+    dtype                    of weights and KV cache: "auto" takes the checkpoint's (float16 becomes float32 on a CPU)
+    device                   "auto" takes cuda when torch has it
+    max_model_len            longest sequence, prompt and output together
+    max_num_seqs             most sequences in one step
+    max_num_batched_tokens   token budget of one step
+    block_size               tokens in one block of the KV cache
+    kv_cache_memory_bytes    what the KV cache reserves
+    enable_prefix_caching    share blocks between requests with a common prefix
+    enable_chunked_prefill   compute long prompts in pieces beside running decodes
+    max_queue_requests, max_queue_tokens   bounds of the waiting queue
+    step_deadline            seconds after which a step without progress is a failure
+    trace                    file that every scheduling decision is written to, as JSON lines
+    """
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    max_queue_requests: int = 1024
+    max_queue_tokens: int = 4_194_304
+    step_deadline: float = 120.0
+    threads: int | None = None
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in ("auto", "bfloat16", "float32"), f"dtype is {self.dtype!r}; use auto, bfloat16 or float32")
+        _require(self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; use auto, cpu or cuda")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                _require(value >= 1, f"{f.name} is {value}; it must be at least 1")
+        _require(self.block_size <= 1024, f"block_size is {self.block_size}; it must be at most 1024")
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = {self.max_num_seqs}; "
+            "each running sequence needs at least one token a step",
+        )
+        _require(
+            self.step_deadline > 0 and math.isfinite(self.step_deadline),
+            f"step_deadline is {self.step_deadline}; it must be a positive number of seconds",
+        )

@@ -1,0 +1,212 @@
+"""The memory plan: what weights, KV cache and workspace take, computed before anything is allocated.
+
+It is made from the configuration and the safetensors headers alone (`moebius plan MODEL` prints it without loading the
+model); the engine reserves what it says at start and nothing that grows later.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moebius.config import EngineConfig, ModelConfig
+from moebius.errors import ConfigError, MemoryPlanError
+
+# Rows of logits that prompt log-probabilities are computed from at a time.
+PROMPT_LOGIT_ROWS = 64
+_FLOAT32 = 4
+_INT64 = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """Bytes of weights read in place from the files (`mapped`) and of those converted into memory (`copied`)."""
+
+    mapped: int
+    copied: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Sizes in bytes, lengths in tokens.
+
+    available is what the machine and the cgroup left when the plan was made. The default of max_model_len is lowered
+    when one such sequence would not fit; `lowered_from` then says from what.
+    """
+
+    weights: WeightBytes
+    block_size: int
+    bytes_per_token: int
+    num_blocks: int
+    workspace: int
+    available: int
+    max_model_len: int
+    max_num_seqs: int
+    dtype: str
+    device: str
+    lowered_from: int | None = None
+
+    @property
+    def kv_cache(self) -> int:
+        return self.num_blocks * self.block_size * self.bytes_per_token
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def anonymous(self) -> int:
+        """Memory that no file backs: what must really be there."""
+        return self.weights.copied + self.kv_cache + self.workspace
+
+    def sequences(self, length: int) -> int:
+        """How many sequences of `length` tokens the cache holds at once (they may still take turns beyond that)."""
+        return self.num_blocks // -(-length // self.block_size)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, how much, remark) for a table."""
+        context = f"lowered from {self.lowered_from:,}: one sequence must fit" if self.lowered_from else "tokens"
+        lengths = sorted({min(n, self.max_model_len) for n in (256, 1024, 4096, self.max_model_len)})
+        fits = [(f"sequences of {n:,}", f"{self.sequences(n):,}", "at once in the cache") for n in lengths]
+        return [
+            ("weights", human_bytes(self.weights.mapped + self.weights.copied), self._weights_remark()),
+            ("KV cache", human_bytes(self.kv_cache), f"{self.num_blocks:,} blocks of {self.block_size} tokens, {self.bytes_per_token:,} B a token"),
+            ("workspace", human_bytes(self.workspace), "activations and logits of the largest step"),
+            ("of available", human_bytes(self.available), f"{self.device}, {self.dtype}"),
+            ("context", f"{self.max_model_len:,}", context),
+            *fits,
+            ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
+        ]
+
+    def _weights_remark(self) -> str:
+        return f"{self.weights.parameters:,} parameters; {human_bytes(self.weights.mapped)} mapped, {human_bytes(self.weights.copied)} copied"
+
+
+def human_bytes(count: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the smaller of what the machine and what the cgroup leave."""
+    machine = _meminfo_available()
+    group = _cgroup_available(Path("/sys/fs/cgroup"))
+    return machine if group is None else min(machine, group)
+
+
+def _meminfo_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _cgroup_available(root: Path) -> int | None:
+    """cgroup v2: limit minus use, where clean page cache does not count as use. None: no limit."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return max(int(limit) - used + int(stat.get("inactive_file", 0)), 0)
+    except (OSError, ValueError):
+        return None
+
+
+def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> int:
+    """Bound on what one step allocates: the activations of its widest moment, and its logits.
+
+    T tokens pass each layer: hidden states, residual and norm; q, k, v and attention's output, in float32 inside the
+    kernels; or (token, expert) rows of the feed-forward. Then L rows of logits, with a float64 copy of one row.
+    """
+    tokens = engine.max_num_batched_tokens
+    hidden = 4 * model.hidden_size * _FLOAT32
+    attention = 2 * (2 * model.q_size + 2 * model.kv_size) * _FLOAT32
+    widest = max(
+        (layer.router.top_k if layer.router else 1) * (3 * layer.width + 2 * model.hidden_size) + 3 * layer.shared_width
+        for layer in model.feed_forward
+    )
+    scores = model.num_heads * engine.max_num_batched_tokens * (engine.max_model_len or 0) * _FLOAT32
+    rows = max(engine.max_num_seqs, PROMPT_LOGIT_ROWS)
+    logits = 2 * rows * model.vocab_size * _FLOAT32 + 4 * model.vocab_size * _INT64
+    return tokens * (hidden + max(attention, widest * max(itemsize, _FLOAT32))) + min(scores, 2**28) + logits
+
+
+def plan_memory(
+    model: ModelConfig,
+    engine: EngineConfig,
+    weights: WeightBytes,
+    *,
+    dtype: str,
+    device: str,
+    bytes_per_token: int,
+    available: int,
+) -> MemoryPlan:
+    """Divide `available` bytes. Raises MemoryPlanError or ConfigError with the numbers where the wish cannot be met.
+
+    The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and half of what is
+    left after weights and workspace.
+    """
+    wanted = engine.max_model_len
+    if wanted is not None and wanted > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len = {wanted} is beyond the model's {model.max_position_embeddings} positions; "
+            f"use at most {model.max_position_embeddings}"
+        )
+    length = wanted or model.max_position_embeddings
+    itemsize = 2 if dtype == "bfloat16" else 4
+    workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
+    left = available - weights.copied - workspace
+    if left <= 0:
+        raise MemoryPlanError(
+            f"weights ({human_bytes(weights.copied)} to copy) and workspace ({human_bytes(workspace)}) need more than the "
+            f"{human_bytes(available)} available; lower --max-num-batched-tokens, use --dtype of the checkpoint, or free memory"
+        )
+    block_bytes = engine.block_size * bytes_per_token
+    budget = engine.kv_cache_memory_bytes
+    if budget is None:
+        useful = engine.max_num_seqs * -(-length // engine.block_size) * block_bytes
+        budget = min(useful, left // 2)
+    elif budget > left:
+        raise MemoryPlanError(
+            f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that weights and "
+            f"workspace leave of {human_bytes(available)}; lower it"
+        )
+    num_blocks = budget // block_bytes
+    plan = MemoryPlan(
+        weights=weights,
+        block_size=engine.block_size,
+        bytes_per_token=bytes_per_token,
+        num_blocks=num_blocks,
+        workspace=workspace,
+        available=available,
+        max_model_len=length,
+        max_num_seqs=engine.max_num_seqs,
+        dtype=dtype,
+        device=device,
+    )
+    return _with_room_for_one(plan, wanted)
+
+
+def _with_room_for_one(plan: MemoryPlan, wanted: int | None) -> MemoryPlan:
+    if plan.kv_tokens >= plan.max_model_len:
+        return plan
+    needed = -(-plan.max_model_len // plan.block_size) * plan.block_size * plan.bytes_per_token
+    if wanted is not None or plan.num_blocks < 1:
+        raise MemoryPlanError(
+            f"one sequence of {plan.max_model_len:,} tokens needs {human_bytes(needed)} of KV cache, but it has "
+            f"{human_bytes(plan.kv_cache)} ({plan.kv_tokens:,} tokens); lower --max-model-len or raise "
+            f"--kv-cache-memory-bytes to {needed}"
+        )
+    return replace(plan, max_model_len=plan.kv_tokens, lowered_from=plan.max_model_len)

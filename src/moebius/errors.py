@@ -1,0 +1,82 @@
+"""Every error that Moebius raises on purpose.
+
+    MoebiusError                     the root; its text is one line a user can act on
+    ├── UsageError  (ValueError)     the operator asked for something impossible: exit code 2
+    │   ├── ConfigError              an option, a recipe or a model's config.json
+    │   ├── WeightsError             a safetensors file: missing, truncated, misshapen or left-over tensor
+    │   ├── TokenizerError           tokenizer.json or chat template missing or broken
+    │   └── MemoryPlanError          the model, its cache or its workspace does not fit
+    ├── RequestError  (ValueError)   one request is wrong: HTTP 400, names the field in `param`
+    │   └── ContextLengthError       prompt (plus max_tokens) beyond what the model or the cache can hold
+    ├── OverloadError                refused for now: HTTP 503, `retry_after` seconds
+    ├── DeadlineError                a request's or a wait's time ran out: HTTP 503
+    ├── NumericalError               NaN or infinite logits: ends that one request, HTTP 500
+    └── EngineError                  the engine failed or is gone: HTTP 500
+
+`assert` is for what can only be our own fault; these classes are for everything else.
+"""
+
+from __future__ import annotations
+
+
+class MoebiusError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class UsageError(MoebiusError, ValueError):
+    """The operator's input is wrong. Commands print it as one line and exit with 2."""
+
+
+class ConfigError(UsageError):
+    """An option, a recipe or a model configuration is wrong or unsupported."""
+
+
+class WeightsError(UsageError):
+    """A checkpoint's tensors are not what the configuration needs."""
+
+
+class TokenizerError(UsageError):
+    """The tokenizer or the chat template is missing or broken."""
+
+
+class MemoryPlanError(UsageError):
+    """The plan does not fit into memory."""
+
+
+class RequestError(MoebiusError, ValueError):
+    """One request is wrong.
+
+    `param` names the field as the client wrote it; `code` is OpenAI's machine-readable code, where it has one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or prompt plus max_tokens, can never fit."""
+
+    def __init__(self, message: str, *, param: str | None = "prompt") -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class OverloadError(MoebiusError):
+    """The queue is full or the server is draining; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(MoebiusError):
+    """A deadline passed before the work was done."""
+
+
+class NumericalError(MoebiusError):
+    """The model produced NaN or infinite logits for one request."""
+
+
+class EngineError(MoebiusError):
+    """The engine failed or has stopped."""

@@ -1,0 +1,283 @@
+"""Every operation in plain PyTorch: the specification of the other backends, the fallback, and what training uses.
+
+Everything but the KV cache is differentiable. Nothing loops over tokens; paged attention loops over the sequences of
+a step that bring more than one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.config import Activation, RouterConfig
+from moebius.ops import ExpertWeights
+from moebius.ops.routing import route
+from moebius.ops.steps import StepInputs
+
+# Decode rows whose gathered keys fill the same number of these tiles share one call.
+TILE = 64
+# Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
+LOGITS_ROWS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCache:
+    """One layer's keys and values: each (blocks, block_size, G, N)."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.k.shape[1]
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The feed-forward's nonlinearity."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products run in: autocast's dtype where it is on, else the input's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class ReferenceOps:
+    """Plain PyTorch on any device. Held to a tolerance, not to bits: torch picks its kernels by shape."""
+
+    name = "reference"
+    one_answer = False
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return F.linear(x_TI, weight_OI, bias_O)
+
+    def logits(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        with torch.autocast(x_TI.device.type, enabled=False):
+            x = x_TI.float()
+            bias = None if bias_O is None else bias_O.float()
+            if weight_OI.dtype == torch.float32 or torch.is_grad_enabled() or weight_OI.shape[0] <= LOGITS_ROWS:
+                return F.linear(x, weight_OI.float(), bias)
+            parts = [F.linear(x, rows.float()) for rows in weight_OI.split(LOGITS_ROWS)]
+            out = torch.cat(parts, dim=-1)
+            return out if bias is None else out + bias
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x = x_TD.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return x.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
+
+    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        half = cos_TR.shape[-1]
+        cos, sin = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
+        a, b, rest = x_THN[..., :half], x_THN[..., half : 2 * half], x_THN[..., 2 * half :]
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THN.dtype)
+        return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+
+    def route(
+        self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return route(logits_TE, config, selection_bias_E)
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor | None,
+        expert_ids_TK: Tensor | None,
+        weights: ExpertWeights,
+        activation: Activation,
+    ) -> Tensor:
+        if weights_TK is None or expert_ids_TK is None:
+            return _one_expert(x_TD, weights, 0, activation)
+        tokens, k = expert_ids_TK.shape
+        flat_ids = expert_ids_TK.reshape(-1)
+        order = torch.argsort(flat_ids, stable=True)
+        rows_PD = x_TD.index_select(0, order.div(k, rounding_mode="floor") if k > 1 else order)
+        if torch.is_grad_enabled() and not weights.down_bias_D:
+            ends = torch.searchsorted(flat_ids[order], torch.arange(len(weights.gate_FD), device=x_TD.device), right=True)
+            out_PD = _experts_stacked(rows_PD, ends.to(torch.int32), weights, activation)
+        else:
+            counts = torch.bincount(flat_ids, minlength=len(weights.gate_FD)).tolist()
+            out_PD = _experts_in_turn(rows_PD, counts, weights, activation)
+        position = torch.empty_like(order)
+        position[order] = torch.arange(order.numel(), device=order.device)
+        out_TKD = out_PD.index_select(0, position).view(tokens, k, -1)
+        return combine(out_TKD, weights_TK).to(x_TD.dtype)
+
+    def kv_cache_bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+    def make_kv_cache(
+        self, buffer: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> ReferenceCache:
+        k, v = buffer.view(dtype).view(2, -1, block_size, num_kv_heads, head_dim)
+        return ReferenceCache(k, v)
+
+    def write_kv(self, cache: ReferenceCache, k_TGN: Tensor, v_TGN: Tensor, slot_mapping_T: Tensor) -> None:
+        for store, new in ((cache.k, k_TGN), (cache.v, v_TGN)):
+            store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
+
+    def paged_attention(
+        self, q_THN: Tensor, cache: ReferenceCache, step: StepInputs, scale: float, window: int | None = None
+    ) -> Tensor:
+        out_THN = torch.empty_like(q_THN)
+        decodes: dict[int, list[int]] = {}
+        starts = step.query_start_host
+        for b, seq_len in enumerate(step.seq_lens_host):
+            rows = starts[b + 1] - starts[b]
+            if rows == 1:
+                decodes.setdefault(-(-seq_len // TILE), []).append(b)
+            elif rows > 1:
+                chunk = slice(starts[b], starts[b + 1])
+                out_THN[chunk] = _attend_chunk(q_THN[chunk], cache, step.block_table[b], seq_len, scale, window)
+        for tiles, members in decodes.items():
+            batch = torch.tensor(members, device=q_THN.device)
+            rows_B = torch.tensor([starts[b] for b in members], device=q_THN.device)
+            out_THN[rows_B] = _attend_decodes(q_THN[rows_B], cache, step, batch, tiles * TILE, scale, window)
+        return out_THN
+
+    def causal_attention(
+        self,
+        q_THN: Tensor,
+        k_TGN: Tensor,
+        v_TGN: Tensor,
+        row_length: int,
+        scale: float,
+        window: int | None = None,
+        document_ids_T: Tensor | None = None,
+    ) -> Tensor:
+        def rows(x: Tensor) -> Tensor:
+            return x.view(-1, row_length, *x.shape[1:]).transpose(1, 2)
+
+        mask = None
+        if window is not None and window < row_length or document_ids_T is not None:
+            at = torch.arange(row_length, device=q_THN.device)
+            mask = visible(at, at, window)
+            if document_ids_T is not None:
+                ids = document_ids_T.view(-1, row_length)
+                mask = (ids.unsqueeze(1) == ids.unsqueeze(2)).logical_and(mask).unsqueeze(1)
+        out = F.scaled_dot_product_attention(
+            rows(q_THN),
+            rows(k_TGN),
+            rows(v_TGN),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q_THN.shape[1] != k_TGN.shape[1],
+        )
+        return out.transpose(1, 2).reshape(q_THN.shape)
+
+
+def visible(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:
+    """Which of the keys' positions (..., S) a query's position (..., Q) may see: (..., Q, S) bool."""
+    distance = query_at.unsqueeze(-1) - key_at.unsqueeze(-2)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def combine(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """The weighted sum over k, in routing order, in float32: (T, D) float32."""
+    total = out_TKD[:, 0].float() * weights_TK[:, :1]
+    for k in range(1, out_TKD.shape[1]):
+        total = torch.addcmul(total, out_TKD[:, k].float(), weights_TK[:, k : k + 1])
+    return total
+
+
+def _bias(biases: Sequence[Tensor], e: int) -> Tensor | None:
+    return biases[e] if biases else None
+
+
+def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, activation: Activation) -> Tensor:
+    gate = activate(F.linear(x_TD, w.gate_FD[e], _bias(w.gate_bias_F, e)), activation)
+    up = F.linear(x_TD, w.up_FD[e], _bias(w.up_bias_F, e))
+    return F.linear(gate * up, w.down_DF[e], _bias(w.down_bias_D, e))
+
+
+def _experts_in_turn(rows_PD: Tensor, counts: Sequence[int], w: ExpertWeights, activation: Activation) -> Tensor:
+    """Rows sorted by expert through their experts, one product an expert that has rows; no weight is copied."""
+    parts = [
+        _one_expert(rows, w, e, activation) for e, rows in enumerate(rows_PD.split(counts)) if rows.shape[0]
+    ]
+    return torch.cat(parts) if parts else rows_PD.new_zeros(rows_PD.shape)
+
+
+def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, activation: Activation) -> Tensor:
+    """The same in three grouped products, for training: few launches and no wait for the device to count rows."""
+    dtype = _compute_dtype(rows_PD)
+    rows = rows_PD.to(dtype)
+
+    def product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return F.grouped_mm(x, torch.stack(tuple(weights)).to(dtype).transpose(1, 2), offs=ends_E)
+
+    gated = activate(product(rows, w.gate_FD), activation) * product(rows, w.up_FD)
+    return product(gated, w.down_DF)
+
+
+def _attend_chunk(
+    q_QHN: Tensor, cache: ReferenceCache, blocks: Tensor, seq_len: int, scale: float, window: int | None
+) -> Tensor:
+    """Attention of one sequence's last Q rows over its cached tokens, from the first block that any row can see."""
+    queries, size = q_QHN.shape[0], cache.block_size
+    first = 0 if window is None else max(0, seq_len - queries - window + 1) // size
+    used = blocks[first : -(-seq_len // size)]
+    base = first * size
+
+    def gather(store: Tensor) -> Tensor:
+        return store[used].flatten(0, 1)[: seq_len - base].transpose(0, 1)
+
+    causal = queries == seq_len and window is None
+    mask = None
+    if not causal:
+        at = torch.arange(base, seq_len, device=q_QHN.device)
+        mask = visible(at[-queries:], at, window)
+    out_HQN = F.scaled_dot_product_attention(
+        q_QHN.transpose(0, 1).unsqueeze(0),
+        gather(cache.k).unsqueeze(0).to(q_QHN.dtype),
+        gather(cache.v).unsqueeze(0).to(q_QHN.dtype),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q_QHN.shape[1] != cache.k.shape[2],
+    )
+    return out_HQN.squeeze(0).transpose(0, 1)
+
+
+def _attend_decodes(
+    q_BHN: Tensor,
+    cache: ReferenceCache,
+    step: StepInputs,
+    batch: Tensor,
+    padded: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """One row each of several sequences whose lengths fill the same number of tiles: (B, H, N).
+
+    The H query heads that share a key head become rows of one product. Keys beyond a sequence's end are masked; they
+    come from block 0 or from the sequence's own last block, so they are finite and weigh exactly nothing.
+    """
+    size, kv_heads = cache.block_size, cache.k.shape[2]
+    count, heads, head_dim = q_BHN.shape
+    used = step.block_table[batch][:, : -(-padded // size)]
+    at = torch.arange(used.shape[1] * size, device=q_BHN.device)
+    mask = visible((step.seq_lens[batch] - 1).unsqueeze(1), at, window)
+
+    def gather(store: Tensor) -> Tensor:
+        return store[used].flatten(1, 2).transpose(1, 2).to(q_BHN.dtype)
+
+    out = F.scaled_dot_product_attention(
+        q_BHN.view(count, kv_heads, heads // kv_heads, head_dim),
+        gather(cache.k),
+        gather(cache.v),
+        attn_mask=mask.unsqueeze(1),
+        scale=scale,
+    )
+    return out.reshape(count, heads, head_dim)

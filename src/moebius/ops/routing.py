@@ -1,0 +1,64 @@
+"""How tokens choose experts: one function over RouterConfig serves every published softmax, sigmoid and top-k router."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebius.config import RouterConfig
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """Indices (T, k) of the k highest scores, highest first, ties to the lowest index.
+
+    torch.topk leaves the order of ties open; a stable sort fixes it.
+    """
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
+    """Node-limited routing (DeepSeek-V2 and V3, arXiv 2412.19437 section 2.1.2): fill all but the best groups."""
+    tokens, size = choice_TE.shape[0], config.num_experts // config.num_groups
+    grouped = choice_TE.view(tokens, config.num_groups, size)
+    if config.group_score == "top2":
+        group_scores = grouped.topk(min(2, size), dim=-1).values.sum(-1)
+    else:
+        group_scores = grouped.amax(-1)
+    keep = torch.zeros_like(group_scores, dtype=torch.bool)
+    keep.scatter_(1, top_k(group_scores, config.groups_kept), True)
+    return grouped.masked_fill(~keep.unsqueeze(-1), config.group_fill).view_as(choice_TE)
+
+
+def route(
+    logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The experts of each token: (weights_TK float32, expert_ids_TK int64), best first.
+
+    Differentiable in the logits. The selection bias moves the choice only, never a weight (arXiv 2408.15664).
+    """
+    logits = logits_TE.float()
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+    if config.score == "softmax":
+        scores = torch.softmax(logits, dim=-1)
+    elif config.score == "sigmoid":
+        scores = torch.sigmoid(logits)
+    else:
+        scores = logits
+
+    choice = scores.detach()
+    if config.selection_bias:
+        assert selection_bias_E is not None
+        choice = choice + selection_bias_E.float()
+    if config.num_groups > 1:
+        choice = _keep_best_groups(choice, config)
+    expert_ids = top_k(choice, config.top_k)
+
+    if config.weight in ("raw", "renorm"):
+        weights = scores.gather(1, expert_ids)
+        if config.weight == "renorm":
+            weights = weights / (weights.sum(-1, keepdim=True) + config.renorm_eps)
+    else:
+        chosen = logits.gather(1, expert_ids)
+        weights = torch.softmax(chosen, dim=-1) if config.weight == "softmax" else torch.sigmoid(chosen)
+    return weights * config.scale, expert_ids

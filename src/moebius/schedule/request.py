@@ -1,0 +1,312 @@
+"""One request: what is asked (SamplingParams), what is computed (Request), and the one validated constructor.
+
+A Request is one sequence; n = 3 is three of them. It is built from `prompt_ids` and `output_ids` (not empty after a
+preemption or on a replay): positions, penalties, min and max tokens are pure functions of these two lists.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from types import MappingProxyType
+from typing import Any
+
+from moebius.errors import ContextLengthError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The one table of limits that a request is held to, whichever front door it came by."""
+
+    n: int = 16
+    prompts: int = 64
+    stop: int = 16
+    stop_bytes: int = 256
+    stop_token_ids: int = 256
+    logit_bias: int = 1024
+    logprobs: int = 20
+    messages: int = 4096
+    tools: int = 256
+    body_bytes: int = 8 * 2**20
+    header_bytes: int = 16 * 2**10
+    json_depth: int = 64
+    priority: int = 2**31 - 1
+    salt_bytes: int = 256
+
+
+LIMITS = Limits()
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended. The first two are OpenAI's; the others reach clients as errors."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+def _check(condition: bool, param: str, message: str) -> None:
+    if not condition:
+        raise RequestError(message, param=param)
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = ok and (low < value if open_low else low <= value) and value <= high  # type: ignore[operator]
+    bracket = "(" if open_low else "["
+    _check(ok, name, f"{name} is {value!r}; it must be a number in {bracket}{low:g}, {high:g}]")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    _check(ok, name, f"{name} is {value!r}; it must be an integer from {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Names are the field's; every value is checked here and nowhere else.
+
+    Order of the samplers: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Log-probabilities
+    are the model's own log-softmax, before any of these.
+
+    n                  sequences drawn for one prompt
+    max_tokens         None: up to the context
+    min_tokens         no end or stop token before this many
+    temperature        0 is greedy (ties to the lowest id)
+    top_k              0 or -1: all
+    presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt and output (CTRL)
+    logit_bias         token id -> added to its logit, -100 to 100
+    seed               None: drawn when the request is made
+    stop               strings, matched in the text by the front door; stop_token_ids by the engine
+    ignore_eos         do not end at the model's end tokens
+    logprobs           None: none; k: the chosen token's and the k most likely ones' at each position
+    prompt_logprobs    the same for the prompt's tokens
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", tuple(s for s in stop if s != ""))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias or {})))
+        self._check_numbers()
+        self._check_collections()
+
+    def _check_numbers(self) -> None:
+        _check_integer("n", self.n, 1, LIMITS.n)
+        if self.max_tokens is not None:
+            _check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"min_tokens is {self.min_tokens}; it must not exceed max_tokens = {self.max_tokens}",
+        )
+        _check_number("temperature", self.temperature, 0, 100)
+        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        _check_integer("top_k", self.top_k, -1, 2**31 - 1)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 0, LIMITS.logprobs)
+
+    def _check_collections(self) -> None:
+        _check(len(self.stop) <= LIMITS.stop, "stop", f"stop has {len(self.stop)} entries; at most {LIMITS.stop}")
+        for s in self.stop:
+            _check(isinstance(s, str), "stop", f"stop holds {s!r}; it must be a string or a list of strings")
+            size = len(s.encode("utf-8", "surrogatepass"))
+            _check(
+                size <= LIMITS.stop_bytes,
+                "stop",
+                f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}",
+            )
+        _check(
+            len(self.stop_token_ids) <= LIMITS.stop_token_ids,
+            "stop_token_ids",
+            f"stop_token_ids has {len(self.stop_token_ids)} entries; at most {LIMITS.stop_token_ids}",
+        )
+        for t in self.stop_token_ids:
+            _check_integer("stop_token_ids", t, 0, 2**31 - 1)
+        _check(
+            len(self.logit_bias) <= LIMITS.logit_bias,
+            "logit_bias",
+            f"logit_bias has {len(self.logit_bias)} entries; at most {LIMITS.logit_bias}",
+        )
+        for token, bias in self.logit_bias.items():
+            _check_integer("logit_bias", token, 0, 2**31 - 1)
+            _check_number("logit_bias", bias, -100, 100)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def with_(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The 64-bit seed of choice `index` of a request with `seed`: choices differ, and repeat from run to run."""
+    data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(4, "little")
+    return int.from_bytes(blake2b(data, digest_size=8, person=b"moebius-choice").digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class ServingLimits:
+    """What the loaded model and its cache can serve; the engine publishes it, requests are checked against it."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence on its way through the scheduler. Make it with `Request.create`.
+
+    prompt_ids          token ids of the prompt
+    output_ids          token ids drawn so far
+    stop_ids            token ids that end it (end-of-sequence and stop_token_ids)
+    max_tokens          resolved: most tokens to draw
+    arrival, deadline   seconds on the engine's monotonic clock
+    salt                separates the prefix caches of tenants
+    num_computed_tokens how many leading tokens have their keys and values in the cache (or in this step's plan)
+    num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
+    block_ids           its blocks, in order of position; a tuple, so that a plan can hold it without a copy
+    block_hashes        prefix hashes of its leading full blocks, computed once
+    num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
+    num_awaited_blocks  while it waits: how many leading blocks were in the cache when last looked at
+    publishes           False once a block it reads was withdrawn: what it computes from then on is suspect
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    max_tokens: int
+    arrival: float
+    priority: int = 0
+    deadline: float | None = None
+    salt: bytes = b""
+    output_ids: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None
+    num_preemptions: int = 0
+    block_ids: tuple[int, ...] = ()
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published_blocks: int = 0
+    num_awaited_blocks: int = 0
+    publishes: bool = True
+
+    @classmethod
+    def create(
+        cls,
+        id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        limits: ServingLimits,
+        *,
+        arrival: float,
+        eos_ids: frozenset[int] = frozenset(),
+        seed: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        salt: bytes = b"",
+        output_ids: Sequence[int] = (),
+    ) -> Request:
+        """The only way in. Raises RequestError naming the field; nothing is kept of a refused request."""
+        prompt = tuple(prompt_ids)
+        _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
+        for token in (*prompt, *output_ids):
+            _check(
+                isinstance(token, int) and not isinstance(token, bool) and 0 <= token < limits.vocab_size,
+                "prompt",
+                f"token id {token!r} is not an integer from 0 to {limits.vocab_size - 1}",
+            )
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token in ids:
+                _check(
+                    token < limits.vocab_size,
+                    name,
+                    f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}",
+                )
+        _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
+        _check(len(salt) <= LIMITS.salt_bytes, "cache_salt", f"cache_salt has over {LIMITS.salt_bytes} bytes")
+        room = limits.max_model_len - len(prompt)
+        wanted = params.max_tokens
+        if room < (1 if wanted is None else wanted):
+            asked = "" if not wanted else f" and max_tokens = {wanted}, {len(prompt) + wanted} in all,"
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens{asked or ' and'} but the model's context is "
+                f"{limits.max_model_len}; shorten the prompt or ask for fewer tokens"
+            )
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        fixed_seed = seed if seed is not None else (params.seed or 0)
+        return cls(
+            id=id,
+            prompt_ids=prompt,
+            params=params,
+            seed=fixed_seed % 2**64,
+            stop_ids=stop_ids,
+            max_tokens=room if wanted is None else wanted,
+            arrival=arrival,
+            priority=priority,
+            deadline=deadline,
+            salt=salt,
+            output_ids=list(output_ids),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """Lower is served first; the last in it is preempted first."""
+        return (self.priority, self.arrival, self.id)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids at positions start to stop - 1 of prompt and output together."""
+        split = len(self.prompt_ids)
+        head = list(self.prompt_ids[start : min(stop, split)]) if start < split else []
+        return head + self.output_ids[max(start - split, 0) : max(stop - split, 0)]

@@ -1,0 +1,8 @@
+"""Text in and out: tokenizer, chat template, incremental decoding, stop strings. No tensors."""
+
+from moebius.text.chat import ChatTemplate
+from moebius.text.defaults import GenerationDefaults
+from moebius.text.stream import IncrementalDecoder, StopMatcher
+from moebius.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "GenerationDefaults", "IncrementalDecoder", "StopMatcher", "Tokenizer"]

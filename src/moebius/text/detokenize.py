@@ -1,0 +1,164 @@
+"""From token ids to bytes: every token has bytes of its own, and a text is their concatenation, read as UTF-8.
+
+This is what makes a stream equal to the whole, always, at a constant cost a token. The byte values come from the
+decoder that tokenizer.json names: byte-level BPE (GPT-2, Qwen, Llama 3), or sentencepiece's metaspace with byte
+fallback (Llama 2, Mistral, Gemma). Bytes that are no UTF-8 become U+FFFD by the rule of the Unicode standard, section
+3.9 (one for each maximal ill-formed part), where Hugging Face's ByteFallback gives up the whole run of byte tokens;
+on well-formed text both agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from moebius.errors import TokenizerError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: a byte that is visible in Latin-1 is itself, the others follow from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = (b for b in range(256) if b not in visible)
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+    if all(c in _ALPHABET for c in token):
+        return bytes(_ALPHABET[c] for c in token)
+    return token.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """A decoder as two functions: a token's bytes, and the bytes of a token that begins a text.
+
+    strip    how many leading spaces a text loses
+    joiner   what stands between two tokens
+    """
+
+    inner: Callable[[str], bytes]
+    first: Callable[[str], bytes]
+    strip: int = 0
+    joiner: bytes = b""
+
+
+def _pattern_string(spec: Mapping[str, Any]) -> str:
+    pattern = spec["pattern"]
+    if not isinstance(pattern, Mapping) or not isinstance(pattern.get("String"), str):
+        raise TokenizerError("tokenizer.json: the decoder replaces a regular expression; only strings are supported")
+    return str(pattern["String"])
+
+
+def _fallback_chain(specs: list[Mapping[str, Any]]) -> _Steps:
+    """Replace, ByteFallback, Fuse and Strip, in the order that sentencepiece conversions use them."""
+    replacements: list[tuple[str, str]] = []
+    byte_fallback = fused = False
+    strip = 0
+    for spec in specs:
+        kind = spec["type"]
+        if kind == "Replace" and not byte_fallback and not fused:
+            replacements.append((_pattern_string(spec), str(spec["content"])))
+        elif kind == "ByteFallback" and not fused:
+            byte_fallback = True
+        elif kind == "Fuse":
+            fused = True
+        elif kind == "Strip" and fused and spec["content"] == " " and spec["stop"] == 0:
+            strip += int(spec["start"])
+        else:
+            raise _unsupported(kind)
+
+    def token_bytes(token: str) -> bytes:
+        for old, new in replacements:
+            token = token.replace(old, new)
+        match = _BYTE_TOKEN.match(token) if byte_fallback else None
+        return bytes([int(match[1], 16)]) if match else token.encode()
+
+    return _Steps(token_bytes, token_bytes, strip)
+
+
+def _metaspace(spec: Mapping[str, Any]) -> _Steps:
+    mark = str(spec.get("replacement", "▁"))
+    prepends = spec.get("prepend_scheme", "always") != "never"
+
+    def inner(token: str) -> bytes:
+        return token.replace(mark, " ").encode()
+
+    def first(token: str) -> bytes:
+        return token.replace(mark, "" if prepends else " ").encode()
+
+    return _Steps(inner, first)
+
+
+def _unsupported(kind: object) -> TokenizerError:
+    return TokenizerError(
+        f"tokenizer.json: decoder {kind!r} is not supported here; supported are ByteLevel, Metaspace, and a Sequence "
+        "of Replace, ByteFallback, Fuse, Strip"
+    )
+
+
+def _steps(spec: Mapping[str, Any] | None) -> _Steps:
+    if spec is None:
+        return _Steps(str.encode, str.encode, joiner=b" ")
+    if spec["type"] == "Sequence":
+        decoders = list(spec["decoders"])
+        return _steps(decoders[0]) if len(decoders) == 1 else _fallback_chain(decoders)
+    if spec["type"] == "ByteLevel":
+        return _Steps(_byte_level, _byte_level)
+    if spec["type"] == "Metaspace":
+        return _metaspace(spec)
+    return _fallback_chain([spec])
+
+
+class Detokenizer:
+    """The bytes of each token id. Ids that the tokenizer does not know (a padded vocabulary) have none."""
+
+    def __init__(self, backend: Backend, decoder: Mapping[str, Any] | None, special_ids: frozenset[int]) -> None:
+        self._backend = backend
+        self._steps = _steps(decoder)
+        self._special_ids = special_ids
+        self._cache: dict[int, bytes] = {}
+
+    @property
+    def strip(self) -> int:
+        """How many leading spaces a text loses."""
+        return self._steps.strip
+
+    def own(self, token_id: int) -> bytes:
+        """The token's bytes inside a text, special tokens included."""
+        known = self._cache.get(token_id)
+        if known is None:
+            token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+            known = self._cache[token_id] = b"" if token is None else self._steps.inner(token)
+        return known
+
+    def piece(self, token_id: int, *, first: bool, skip_special: bool) -> bytes | None:
+        """What the token adds to a text, at its beginning (`first`) or inside; None where it takes no part in it."""
+        if skip_special and token_id in self._special_ids:
+            return None
+        if not first:
+            return self._steps.joiner + self.own(token_id) if self._knows(token_id) else None
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        return None if token is None else self._steps.first(token)
+
+    def _knows(self, token_id: int) -> bool:
+        return bool(self.own(token_id)) or (token_id >= 0 and self._backend.id_to_token(token_id) is not None)
+
+    def join(self, token_ids: Iterable[int], *, skip_special: bool) -> bytes:
+        """All bytes of a text; its leading spaces are stripped as the decoder says."""
+        parts: list[bytes] = []
+        for token_id in token_ids:
+            part = self.piece(token_id, first=not parts, skip_special=skip_special)
+            if part is not None:
+                parts.append(part)
+        text = b"".join(parts)
+        spaces = len(text) - len(text.lstrip(b" "))
+        return text[min(spaces, self.strip) :]
