@@ -1,0 +1,1 @@
+"""Building blocks of a decoder. Each takes its backend (`Ops`) when it is built."""

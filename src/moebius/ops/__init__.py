@@ -91,12 +91,13 @@ class Ops(Protocol):
     def write_kv(self, cache: Any, k_TGN: Tensor, v_TGN: Tensor, slot_mapping_T: Tensor) -> None:
         """Store each token's key and value in its slot (block id * block_size + offset)."""
 
-    def paged_attention(
-        self, q_THN: Tensor, cache: Any, step: StepInputs, scale: float, window: int | None = None
-    ) -> Tensor:
+    def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
+        """What paged_attention needs to know of a step, worked out once for all layers with the same window."""
+
+    def paged_attention(self, q_THN: Tensor, cache: Any, plan: Any, scale: float) -> Tensor:
         """Causal attention of each row over its own sequence's cached keys and values: (T, H, N).
 
-        Rows of the step are its sequences' last tokens, in order, already written to the cache. A row at position p
+        The step's rows are its sequences' last tokens, in order, already written to the cache. A row at position p
         sees positions max(0, p - window + 1) to p.
         """
 

@@ -18,7 +18,7 @@ from moebius.ops import ExpertWeights
 from moebius.ops.routing import route
 from moebius.ops.steps import StepInputs
 
-# Decode rows whose gathered keys fill the same number of these tiles share one call.
+# Sequences that bring one row share a call where their visible tokens fill the same number of tiles of this size.
 TILE = 64
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
 LOGITS_ROWS = 16_384
@@ -34,6 +34,22 @@ class ReferenceCache:
     @property
     def block_size(self) -> int:
         return self.k.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionGroup:
+    """Rows of a step that one call can serve.
+
+    rows       the step's rows: a slice, or indices
+    slots      (B, S) cache slots of the tokens that may be seen
+    mask       which of them each row sees, (Q, S) or (B, 1, 1, S); None is causal
+    one_row    each of the B sequences brings one row; otherwise B is 1
+    """
+
+    rows: slice | Tensor
+    slots: Tensor
+    mask: Tensor | None
+    one_row: bool
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -125,23 +141,26 @@ class ReferenceOps:
         for store, new in ((cache.k, k_TGN), (cache.v, v_TGN)):
             store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
 
+    def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> list[AttentionGroup]:
+        starts, lengths = step.query_start_host, step.seq_lens_host
+        decodes: dict[int, list[int]] = {}
+        groups = []
+        for b, seq_len in enumerate(lengths):
+            rows = starts[b + 1] - starts[b]
+            first = 0 if window is None else max(0, seq_len - rows - window + 1)
+            if rows == 1:
+                decodes.setdefault(-(-(seq_len - first) // TILE), []).append(b)
+            elif rows > 1:
+                groups.append(_plan_chunk(step, b, first, block_size, window))
+        groups += [_plan_decodes(step, members, n * TILE, block_size, window) for n, members in decodes.items()]
+        return groups
+
     def paged_attention(
-        self, q_THN: Tensor, cache: ReferenceCache, step: StepInputs, scale: float, window: int | None = None
+        self, q_THN: Tensor, cache: ReferenceCache, plan: list[AttentionGroup], scale: float
     ) -> Tensor:
         out_THN = torch.empty_like(q_THN)
-        decodes: dict[int, list[int]] = {}
-        starts = step.query_start_host
-        for b, seq_len in enumerate(step.seq_lens_host):
-            rows = starts[b + 1] - starts[b]
-            if rows == 1:
-                decodes.setdefault(-(-seq_len // TILE), []).append(b)
-            elif rows > 1:
-                chunk = slice(starts[b], starts[b + 1])
-                out_THN[chunk] = _attend_chunk(q_THN[chunk], cache, step.block_table[b], seq_len, scale, window)
-        for tiles, members in decodes.items():
-            batch = torch.tensor(members, device=q_THN.device)
-            rows_B = torch.tensor([starts[b] for b in members], device=q_THN.device)
-            out_THN[rows_B] = _attend_decodes(q_THN[rows_B], cache, step, batch, tiles * TILE, scale, window)
+        for group in plan:
+            out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale)
         return out_THN
 
     def causal_attention(
@@ -221,63 +240,60 @@ def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, activati
     return product(gated, w.down_DF)
 
 
-def _attend_chunk(
-    q_QHN: Tensor, cache: ReferenceCache, blocks: Tensor, seq_len: int, scale: float, window: int | None
-) -> Tensor:
-    """Attention of one sequence's last Q rows over its cached tokens, from the first block that any row can see."""
-    queries, size = q_QHN.shape[0], cache.block_size
-    first = 0 if window is None else max(0, seq_len - queries - window + 1) // size
-    used = blocks[first : -(-seq_len // size)]
-    base = first * size
-
-    def gather(store: Tensor) -> Tensor:
-        return store[used].flatten(0, 1)[: seq_len - base].transpose(0, 1)
-
-    causal = queries == seq_len and window is None
-    mask = None
-    if not causal:
-        at = torch.arange(base, seq_len, device=q_QHN.device)
-        mask = visible(at[-queries:], at, window)
-    out_HQN = F.scaled_dot_product_attention(
-        q_QHN.transpose(0, 1).unsqueeze(0),
-        gather(cache.k).unsqueeze(0).to(q_QHN.dtype),
-        gather(cache.v).unsqueeze(0).to(q_QHN.dtype),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q_QHN.shape[1] != cache.k.shape[2],
-    )
-    return out_HQN.squeeze(0).transpose(0, 1)
+def _plan_chunk(
+    step: StepInputs, b: int, first: int, block_size: int, window: int | None
+) -> AttentionGroup:
+    """Sequence b's rows, several consecutive positions, over its tokens from position `first`."""
+    start, stop, seq_len = step.query_start_host[b], step.query_start_host[b + 1], step.seq_lens_host[b]
+    at_S = torch.arange(first, seq_len, device=step.block_table.device)
+    slots_S = _slots(step.block_table[b], at_S, block_size)
+    whole = stop - start == seq_len and window is None
+    mask = None if whole else visible(at_S[start - stop :], at_S, window)
+    return AttentionGroup(slice(start, stop), slots_S.unsqueeze(0), mask, one_row=False)
 
 
-def _attend_decodes(
-    q_BHN: Tensor,
-    cache: ReferenceCache,
-    step: StepInputs,
-    batch: Tensor,
-    padded: int,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """One row each of several sequences whose lengths fill the same number of tiles: (B, H, N).
+def _plan_decodes(
+    step: StepInputs, members: list[int], padded: int, block_size: int, window: int | None
+) -> AttentionGroup:
+    """One row each of several sequences, over as many tokens; positions beyond a sequence's end repeat its last."""
+    device = step.block_table.device
+    batch = torch.tensor(members, device=device)
+    rows = torch.tensor([step.query_start_host[b] for b in members], device=device)
+    last_B = torch.tensor([step.seq_lens_host[b] - 1 for b in members], device=device)
+    first_B = torch.zeros_like(last_B) if window is None else (last_B - window + 1).clamp(min=0)
+    at_BS = first_B.unsqueeze(1) + torch.arange(padded, device=device)
+    slots_BS = _slots(step.block_table[batch], at_BS.minimum(last_B.unsqueeze(1)), block_size)
+    mask_B1S = visible(last_B.unsqueeze(1), at_BS, window)
+    return AttentionGroup(rows, slots_BS, mask_B1S.unsqueeze(1), one_row=True)
 
-    The H query heads that share a key head become rows of one product. Keys beyond a sequence's end are masked; they
-    come from block 0 or from the sequence's own last block, so they are finite and weigh exactly nothing.
+
+def _slots(block_table: Tensor, at: Tensor, block_size: int) -> Tensor:
+    """The slots of positions (..., S) in block tables (..., blocks)."""
+    return block_table.long().gather(-1, at // block_size) * block_size + at % block_size
+
+
+def _attend(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup, scale: float) -> Tensor:
+    """Attention of a group's rows over the keys and values in its slots.
+
+    Where each sequence brings one row, the query heads that share a key head become the rows of one product.
     """
-    size, kv_heads = cache.block_size, cache.k.shape[2]
-    count, heads, head_dim = q_BHN.shape
-    used = step.block_table[batch][:, : -(-padded // size)]
-    at = torch.arange(used.shape[1] * size, device=q_BHN.device)
-    mask = visible((step.seq_lens[batch] - 1).unsqueeze(1), at, window)
+    count, heads, head_dim = q_QHN.shape
+    kv_heads = cache.k.shape[2]
+    if group.one_row:
+        q = q_QHN.view(count, kv_heads, heads // kv_heads, head_dim)
+    else:
+        q = q_QHN.transpose(0, 1).unsqueeze(0)
 
     def gather(store: Tensor) -> Tensor:
-        return store[used].flatten(1, 2).transpose(1, 2).to(q_BHN.dtype)
+        return store.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype)
 
     out = F.scaled_dot_product_attention(
-        q_BHN.view(count, kv_heads, heads // kv_heads, head_dim),
+        q,
         gather(cache.k),
         gather(cache.v),
-        attn_mask=mask.unsqueeze(1),
+        attn_mask=group.mask,
+        is_causal=group.mask is None,
         scale=scale,
+        enable_gqa=q.shape[1] != kv_heads,
     )
-    return out.reshape(count, heads, head_dim)
+    return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import NamedTuple
 
 from moebius.errors import ConfigError
@@ -62,6 +63,8 @@ class BlockPool:
         self._entries: list[_Entry | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
         self._claims: dict[bytes, Request] = {}
+        self.cached: Mapping[bytes, int] = MappingProxyType(self._cached)
+        """Prefix hash -> block, owned or not, of all that can be found; read-only."""
 
     @property
     def num_free(self) -> int:
@@ -71,11 +74,6 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
-
-    @property
-    def num_cached(self) -> int:
-        """Blocks, owned or not, that can be found by their hash."""
-        return len(self._cached)
 
     @property
     def usage(self) -> float:
@@ -249,7 +247,7 @@ class BlockPool:
         done = len(hashes)
         if done < count:
             size = self.block_size
-            parent = hashes[-1] if hashes else self._digest(self._namespace, request.salt)
+            parent = hashes[-1] if hashes else self._digest(b"", self._namespace, request.salt)
             tokens = request.tokens(done * size, count * size)
             for i in range(0, len(tokens), size):
                 parent = self._digest(parent, self._pack(*tokens[i : i + size]))

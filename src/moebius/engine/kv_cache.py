@@ -1,0 +1,74 @@
+"""The tensors behind the blocks: one anonymous mapping for all layers, in huge pages, touched in the background."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import threading
+import warnings
+from typing import Any
+
+import torch
+
+from moebius.config import ModelConfig
+from moebius.ops import Ops
+
+_HUGE_PAGE = 2 * 2**20
+_TOUCH_BYTES = 64 * 2**20
+_MADV_POPULATE_WRITE = 23
+
+
+class KVCache:
+    """Every layer's cache of `num_blocks` blocks. `layers[i]` is opaque: only the operations' backend reads it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        ops: Ops,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        per_block = ops.kv_cache_bytes_per_block(block_size, model.num_kv_heads, model.head_dim, dtype)
+        per_layer = num_blocks * per_block
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.nbytes = per_layer * model.num_layers
+        buffer = _reserve(self.nbytes, device)
+        self.layers: list[Any] = [
+            ops.make_kv_cache(
+                buffer[i * per_layer : (i + 1) * per_layer], block_size, model.num_kv_heads, model.head_dim, dtype
+            )
+            for i in range(model.num_layers)
+        ]
+
+
+def bytes_per_token(model: ModelConfig, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
+    """What one token takes in the cache, over all layers."""
+    per_block = ops.kv_cache_bytes_per_block(block_size, model.num_kv_heads, model.head_dim, dtype)
+    return -(-per_block // block_size) * model.num_layers
+
+
+def _reserve(nbytes: int, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu" or sys.platform != "linux":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    region = mmap.mmap(-1, -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        buffer = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)
+    # A step that meets an untouched page waits for the kernel to clear it; this thread is there before.
+    threading.Thread(target=_touch, args=(region, buffer.data_ptr()), name="kv-cache-touch", daemon=True).start()
+    return buffer
+
+
+def _touch(region: mmap.mmap, address: int) -> None:
+    """Fault every page in without changing what it holds (Linux 5.14; older kernels fault on first use)."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for start in range(0, len(region), _TOUCH_BYTES):
+        if madvise(address + start, min(_TOUCH_BYTES, len(region) - start), _MADV_POPULATE_WRITE) != 0:
+            return

@@ -1,0 +1,44 @@
+"""Runs the model on a step's inputs. Real, warm-up and empty steps take the same way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebius.engine.kv_cache import KVCache
+from moebius.models.decoder import Decoder
+from moebius.nn.attention import PagedAttend
+from moebius.ops.steps import StepInputs
+
+
+class Runner:
+    """A decoder and its KV cache. Stateless between steps but for what the steps write to the cache."""
+
+    def __init__(self, model: Decoder, cache: KVCache, device: torch.device) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = device
+
+    @torch.inference_mode()
+    def execute(self, inputs: StepInputs) -> Tensor:
+        """Compute the step, write its keys and values, and return the wanted rows' hidden states (L, D).
+
+        `logits` turns rows of it into logits, a few at a time: the prompt log-probabilities of one long prompt would
+        otherwise take gigabytes.
+        """
+        hidden_TD, _ = self.model(
+            inputs.input_ids, inputs.positions, PagedAttend(self.cache.layers, inputs, self.model.ops, self.model.config)
+        )
+        return hidden_TD[inputs.logit_rows]
+
+    @torch.inference_mode()
+    def logits(self, hidden_LD: Tensor) -> Tensor:
+        """(L, D) -> (L, V) float32."""
+        return self.model.logits(hidden_LD)
+
+    def warm_up(self) -> None:
+        """Run an empty step and one of a single token, so that the first request meets nothing for the first time."""
+        block_size = self.cache.block_size
+        self.execute(StepInputs.build([], [], [], [], block_size, self.device))
+        one = StepInputs.build([[0]], [0], [[0]], [0], block_size, self.device)
+        self.logits(self.execute(one))

@@ -1,0 +1,189 @@
+"""Every scheduling decision as JSON lines, and the replay that makes the decisions again and compares.
+
+Token ids are renamed to numbers in order of first sight. The scheduler only ever asks whether two ids are equal, so
+its decisions are the same under any one-to-one renaming, and a trace does not spell out prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from moebius.errors import ConfigError
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.request import FinishReason, Request, SamplingParams
+from moebius.schedule.scheduler import Scheduler, SchedulerConfig, StepPlan
+
+VERSION = 1
+
+
+class TraceWriter:
+    """Writes the calls that a scheduler gets, and the plans it answers with; one line each, flushed a step."""
+
+    def __init__(self, path: str | Path, config: SchedulerConfig, pool: BlockPool) -> None:
+        try:
+            self._file: IO[str] = open(path, "w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from error
+        self._names: dict[int, int] = {}
+        self._write(
+            event="start",
+            version=VERSION,
+            scheduler=asdict(config),
+            pool={
+                "num_blocks": pool.num_blocks,
+                "block_size": pool.block_size,
+                "enable_prefix_caching": pool.enable_prefix_caching,
+            },
+        )
+
+    def add(self, request: Request) -> None:
+        params = request.params
+        self._write(
+            event="add",
+            id=request.id,
+            prompt=self._rename(request.prompt_ids),
+            output=self._rename(request.output_ids),
+            stop=self._rename(sorted(request.stop_ids)),
+            max_tokens=request.max_tokens,
+            min_tokens=params.min_tokens,
+            prompt_logprobs=params.prompt_logprobs is not None,
+            arrival=request.arrival,
+            priority=request.priority,
+            deadline=request.deadline,
+            salt=self._salt_name(request.salt),
+        )
+
+    def plan(self, now: float, plan: StepPlan) -> None:
+        self._write(event="plan", now=now, **plan_record(plan))
+
+    def update(self, tokens: Mapping[str, Sequence[int]]) -> None:
+        self._write(event="update", tokens={id: self._rename(ids) for id, ids in tokens.items()})
+        self._file.flush()
+
+    def rollback(self) -> None:
+        self._write(event="rollback")
+
+    def abort(self, request_id: str, reason: FinishReason) -> None:
+        self._write(event="abort", id=request_id, reason=reason.value)
+
+    def fail(self, request_id: str) -> None:
+        self._write(event="fail", id=request_id)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **record: Any) -> None:
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+    def _rename(self, ids: Iterable[int]) -> list[int]:
+        return [self._names.setdefault(token, len(self._names)) for token in ids]
+
+    def _salt_name(self, salt: bytes) -> int:
+        # Negative keys keep salts apart from token ids in the one table of names.
+        return self._names.setdefault(-1 - int.from_bytes(b"\x01" + salt, "big"), len(self._names)) if salt else -1
+
+
+def plan_record(plan: StepPlan) -> dict[str, Any]:
+    """A plan as JSON types: what two runs of the same decisions have in common to the last block id."""
+    return {
+        "step": plan.step,
+        "chunks": [[c.request_id, c.start, c.num_tokens, c.samples, list(c.block_ids)] for c in plan.chunks],
+        "preempted": list(plan.preempted),
+        "expired": list(plan.expired),
+        "waiting": dict(plan.waiting),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """steps compared; `difference` describes the first plan that came out otherwise, None when all were the same."""
+
+    steps: int
+    requests: int
+    difference: str | None = None
+
+    @property
+    def same(self) -> bool:
+        return self.difference is None
+
+
+def replay(path: str | Path) -> ReplayReport:
+    """Make the decisions of a trace again, with the scheduler of this version.
+
+    A last line cut short by a crash ends the replay; anything else that is not a trace is a ConfigError.
+    """
+    lines = _records(Path(path))
+    scheduler = _scheduler(next(lines, None), path)
+    steps = requests = 0
+    plan: StepPlan | None = None
+    for record in lines:
+        match record["event"]:
+            case "add":
+                scheduler.add(_request(record))
+                requests += 1
+            case "plan":
+                plan = scheduler.plan(record["now"])
+                steps += 1
+                mine = plan_record(plan)
+                for key, value in mine.items():
+                    if record[key] != value:
+                        return ReplayReport(
+                            steps, requests, f"step {plan.step}: {key} was {record[key]}, now it is {value}"
+                        )
+            case "update" if plan is not None:
+                scheduler.update(plan, record["tokens"])
+            case "rollback" if plan is not None:
+                scheduler.rollback(plan)
+            case "abort":
+                scheduler.abort(record["id"], FinishReason(record["reason"]))
+            case "fail":
+                scheduler.fail(record["id"])
+            case other:
+                raise ConfigError(f"{path}: a line with the event {other!r} where none of the kind can stand")
+    return ReplayReport(steps, requests)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a trace: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise ConfigError(f"{path}, line {number}: not JSON ({error}); is this a file that --trace wrote?") from error
+        if not isinstance(record, dict) or "event" not in record:
+            raise ConfigError(f"{path}, line {number}: no trace event; is this a file that --trace wrote?")
+        yield record
+
+
+def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
+    if start is None or start["event"] != "start" or start.get("version") != VERSION:
+        raise ConfigError(f"{path} does not begin with the start line of a trace of version {VERSION}")
+    return Scheduler(SchedulerConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32)))
+
+
+def _request(record: dict[str, Any]) -> Request:
+    params = SamplingParams(
+        max_tokens=None, min_tokens=record["min_tokens"], prompt_logprobs=0 if record["prompt_logprobs"] else None
+    )
+    return Request(
+        id=record["id"],
+        prompt_ids=tuple(record["prompt"]),
+        params=params,
+        seed=0,
+        stop_ids=frozenset(record["stop"]),
+        max_tokens=record["max_tokens"],
+        arrival=record["arrival"],
+        priority=record["priority"],
+        deadline=record["deadline"],
+        salt=b"" if record["salt"] < 0 else str(record["salt"]).encode(),
+        output_ids=list(record["output"]),
+    )

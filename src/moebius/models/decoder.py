@@ -1,0 +1,112 @@
+"""One decoder for training and for serving. What differs between architectures is data, in ModelConfig.
+
+Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attention).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moebius.config import ModelConfig
+from moebius.moe.dispatch import Dispatcher, LocalDispatcher
+from moebius.moe.layer import FeedForward
+from moebius.moe.router import Routing
+from moebius.nn.attention import Attend, Attention
+from moebius.nn.linear import Linear, RMSNorm
+from moebius.nn.rope import Rotary
+from moebius.ops import Ops
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, dispatch: Dispatcher, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.residual_multiplier = config.residual_multiplier
+        self.input_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, ops, layer, dtype)
+        self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = FeedForward(config.feed_forward[layer], config.hidden_size, ops, dispatch, dtype)
+
+    def _add(self, x_TD: Tensor, update_TD: Tensor) -> Tensor:
+        if self.residual_multiplier != 1.0:
+            update_TD = update_TD * self.residual_multiplier
+        return x_TD + update_TD
+
+    def forward(
+        self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend
+    ) -> tuple[Tensor, Routing | None]:
+        x_TD = self._add(x_TD, self.self_attn(self.input_layernorm(x_TD), cos_TR, sin_TR, attend))
+        out_TD, routing = self.mlp(self.post_attention_layernorm(x_TD))
+        return self._add(x_TD, out_TD), routing
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm and vocabulary projection (absent when tied to the embedding).
+
+    Built on `device` with uninitialised parameters of `dtype`: call init_weights, or load with
+    moebius.models.weights.load_decoder.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        dispatch: Dispatcher | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        dispatch = dispatch or LocalDispatcher()
+        with torch.device(device):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, _weight=torch.empty(
+                config.vocab_size, config.hidden_size, dtype=dtype
+            ))
+            self.layers = nn.ModuleList(
+                Layer(config, ops, dispatch, layer, dtype) for layer in range(config.num_layers)
+            )
+            self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
+            self.lm_head: Linear | None = None
+            if not config.tie_word_embeddings:
+                self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
+        self.rotary = Rotary(config.rope, config.head_dim)
+
+    def forward(
+        self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend
+    ) -> tuple[Tensor, list[Routing | None]]:
+        """Final hidden states (T, D), after the last norm, and each layer's routing (None for a dense layer)."""
+        x_TD = self.embed_tokens(input_ids_T)
+        if self.config.embedding_multiplier != 1.0:
+            x_TD = x_TD * self.config.embedding_multiplier
+        cos_TR, sin_TR = self.rotary(positions_T)
+        routings = []
+        for layer in self.layers:
+            x_TD, routing = layer(x_TD, cos_TR, sin_TR, attend)
+            routings.append(routing)
+        return self.norm(x_TD), routings
+
+    def logits(self, hidden_LD: Tensor) -> Tensor:
+        """Logits (L, V), float32, of hidden states that forward returned."""
+        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits_LV = self.ops.logits(hidden_LD, weight_VD)
+        return logits_LV if self.config.logits_divisor == 1.0 else logits_LV / self.config.logits_divisor
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
+        """Fresh weights: normal, cut off at 3 standard deviations (OLMoE, arXiv 2409.02060); norms one, biases zero.
+
+        Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers), as in GPT-2.
+        """
+        narrow = std / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                width = narrow if "o_proj" in name or "down_proj" in name else std
+                nn.init.trunc_normal_(parameter, 0.0, width, -3 * width, 3 * width, generator=generator)

@@ -1,0 +1,23 @@
+"""Who computes which token. Nothing else knows about ranks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from moebius.moe.experts import Experts
+from moebius.moe.router import Routing
+
+
+class Dispatcher(Protocol):
+    """Brings every (token, expert) pair to the rank that holds the expert, and the weighted sum back: (T, D)."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        return experts(x_TD, routing.weights_TK, routing.expert_ids_TK)

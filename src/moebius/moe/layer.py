@@ -1,0 +1,49 @@
+"""The feed-forward part of a layer: router, dispatch, experts, and the expert that is always on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moebius.config import FeedForwardConfig
+from moebius.errors import ConfigError
+from moebius.moe.dispatch import Dispatcher
+from moebius.moe.experts import Experts
+from moebius.moe.router import Router, Routing
+from moebius.nn.linear import Linear
+from moebius.ops import Ops
+
+
+class FeedForward(nn.Module):
+    """Dense (no router, one expert) or a mixture of experts, by its configuration."""
+
+    def __init__(
+        self, config: FeedForwardConfig, hidden_size: int, ops: Ops, dispatch: Dispatcher, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.dispatch = dispatch
+        router = config.router
+        if router is not None and router.weight_on_input:
+            raise ConfigError("a router whose weight multiplies the expert's input is not supported")
+        self.router = None if router is None else Router(ops, router, hidden_size, dtype)
+        count = 1 if router is None else router.num_experts
+        self.experts = Experts(ops, config, count, hidden_size, config.width, dtype)
+        self.shared: Experts | None = None
+        self.shared_gate: Linear | None = None
+        if config.shared_width:
+            self.shared = Experts(ops, config, 1, hidden_size, config.shared_width, dtype)
+            if config.shared_gate:
+                self.shared_gate = Linear(ops, hidden_size, 1, dtype=dtype)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing | None]:
+        """The layer's output (T, D), and where its tokens went, None for a dense one."""
+        if self.router is None:
+            return self.experts(x_TD), None
+        routing = self.router(x_TD)
+        out_TD = self.dispatch(x_TD, routing, self.experts)
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = torch.sigmoid(self.shared_gate(x_TD)) * shared_TD
+            out_TD = out_TD + shared_TD
+        return out_TD, routing

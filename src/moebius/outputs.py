@@ -1,0 +1,249 @@
+"""From an engine's tokens to what a front door hands out: text, token ids and log-probabilities that belong together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moebius.engine.client import StepOutput, TokenLogprob
+from moebius.errors import EngineError
+from moebius.schedule.request import FinishReason, SamplingParams
+from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
+
+EndReason = Literal["stop", "length"]
+_END_REASONS: dict[FinishReason, EndReason] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One choice.
+
+    text            without the stop string or stop token that ended it, and without special tokens
+    token_ids       all drawn tokens, the end token or the one that completed a stop string included
+    logprobs        one for each of token_ids; None where none were asked for
+    finish_reason   None while it is unfinished
+    stop_reason     the stop string or the id of stop_token_ids that ended it; None for an end-of-sequence token
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: EndReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt and its choices.
+
+    prompt               the prompt's text, None where it came as token ids
+    prompt_logprobs      one for each prompt token, None for the first; None where none were asked for
+    num_cached_tokens    prompt tokens that came from the prefix cache
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step adds to a choice: text, and the tokens whose text is thereby out (or never will be).
+
+    logprobs        one for each of token_ids, empty where none were asked for
+    text_offsets    where each token's text begins in the choice's whole text, in characters
+    finish_reason   set on the last delta of a choice, and on no other
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    text_offsets: tuple[int, ...] = ()
+    finish_reason: EndReason | None = None
+    stop_reason: str | int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.token_ids or self.finish_reason)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A token that waits for its text: the text begins at character `start` and is out once `end` characters are.
+
+    num_bytes counts the token's bytes and all before it; `end` is None until these are whole characters.
+    """
+
+    token_id: int
+    logprob: TokenLogprob | None
+    start: int
+    num_bytes: int
+    end: int | None = None
+
+
+class SequenceAssembler:
+    """Turns one request's StepOutputs into Deltas: decodes, looks for stop strings, keeps text and tokens together.
+
+    A token is released with the last of its text, or after it. When a stop string completes at a token, text ends
+    before the string, and token ids, log-probabilities and usage end with that token, whatever the engine has drawn
+    meanwhile. No stop string is looked for before the min_tokens-th token. The text of the token that made the engine
+    stop is left out.
+
+    With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without it stands alone.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, skip_special_tokens)
+        self._matcher = StopMatcher(params.stop)
+        self._params = params
+        self._held: deque[_Held] = deque()
+        self._drawn = self._decoded = self._bytes = 0
+        self._texts: list[str] = []
+        self._released = 0
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.text_offsets: list[int] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.num_cached_tokens = 0
+        self.finish_reason: EndReason | None = None
+        self.stop_reason: str | int | None = None
+        self.wants_abort = False
+
+    @property
+    def text(self) -> str:
+        """All text released so far."""
+        return "".join(self._texts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens drawn so far, for usage; after a stop string none beyond the one that completed it."""
+        return self._drawn
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def push(self, step: StepOutput) -> Delta:
+        """Take one step's output. Anything after the end is dropped.
+
+        Raises the step's error (EngineError where it has none) if the engine ended the request with anything but
+        STOP or LENGTH before this assembler did.
+        """
+        if self.finished:
+            return Delta()
+        self.num_cached_tokens = max(self.num_cached_tokens, step.num_cached_tokens)
+        self.prompt_logprobs.extend(step.prompt_logprobs)
+        texts: list[str] = []
+        ends = step.finish_reason is FinishReason.STOP
+        for i, token_id in enumerate(step.token_ids):
+            logprob = step.logprobs[i] if step.logprobs else None
+            ender = ends and i == len(step.token_ids) - 1
+            texts.append(self._take(token_id, logprob, ender))
+            if self.finished:
+                self.wants_abort = step.finish_reason is None
+                return self._delta("".join(texts))
+        if step.finish_reason is not None:
+            if step.finish_reason not in _END_REASONS:
+                raise step.error or EngineError(f"the request ended early: {step.finish_reason.value}")
+            texts.append(self._finish(_END_REASONS[step.finish_reason]))
+        return self._delta("".join(texts))
+
+    def _take(self, token_id: int, logprob: TokenLogprob | None, ender: bool) -> str:
+        """One more token; the text that it releases."""
+        self._drawn += 1
+        held = _Held(token_id, logprob, self._decoded, self._bytes)
+        self._held.append(held)
+        if ender:
+            if token_id in self._params.stop_token_ids:
+                self.stop_reason = token_id
+            return ""
+        pending = self._decoder.num_pending
+        text = self._decoder.push(token_id)
+        held.num_bytes += len(text.encode()) - pending + self._decoder.num_pending
+        self._decoded += len(text)
+        self._bytes = held.num_bytes
+        self._settle()
+        return self._match(text)
+
+    def _settle(self) -> None:
+        """Set the end of the held tokens whose bytes have become characters."""
+        settled = self._bytes - self._decoder.num_pending
+        for held in reversed(self._held):
+            if held.end is not None:
+                break
+            if held.num_bytes <= settled:
+                held.end = self._decoded
+
+    def _match(self, text: str) -> str:
+        if self._drawn < self._params.min_tokens:
+            return text
+        released, stop = self._matcher.push(text)
+        if stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        return released
+
+    def _finish(self, reason: EndReason) -> str:
+        """The engine is done: release all that was held back."""
+        text = self._decoder.flush()
+        self._decoded += len(text)
+        released = self._match(text)
+        if self.finish_reason is None:
+            released += self._matcher.flush()
+            self.finish_reason = reason
+        return released
+
+    def _delta(self, text: str) -> Delta:
+        """Record the text and release the tokens that go with it."""
+        self._texts.append(text)
+        self._released += len(text)
+        out: list[_Held] = []
+        while self._held and (self.finished or (self._held[0].end is not None and self._held[0].end <= self._released)):
+            out.append(self._held.popleft())
+        delta = Delta(
+            text,
+            tuple(held.token_id for held in out),
+            tuple(held.logprob for held in out if held.logprob is not None),
+            tuple(min(held.start, self._released) for held in out),
+            self.finish_reason,
+            self.stop_reason,
+        )
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.text_offsets.extend(delta.text_offsets)
+        return delta
+
+    def completion(self, index: int = 0) -> CompletionOutput:
+        """The choice as released so far."""
+        return CompletionOutput(
+            index,
+            self.text,
+            tuple(self.token_ids),
+            None if self._params.logprobs is None else tuple(self.logprobs),
+            self.finish_reason,
+            self.stop_reason,
+        )

@@ -1,0 +1,323 @@
+"""Watches a scheduler from outside and proves it right or wrong, step by step: invariants I1 to I12 of TRUST.md.
+
+Counts alone do not see wrong content, so this keeps an oracle: it remembers what was truly written to each block, and
+computes every expected prefix hash and every expected token a second time, from the request alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain
+from typing import NoReturn
+
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.plan import StepPlan
+from moebius.schedule.request import FinishReason, Request, RequestStatus
+from moebius.schedule.scheduler import Scheduler
+
+
+class Violation(AssertionError):
+    """A broken invariant: which, in which run and step, and how to see it again."""
+
+    def __init__(self, invariant: str, message: str, *, seed: int, step: int) -> None:
+        super().__init__(
+            f"{invariant} violated in step {step} of the episode with seed {seed}: {message} "
+            f"(again: python -m moebius.schedule.simulate --seed {seed} --steps {step})"
+        )
+        self.invariant = invariant
+        self.seed = seed
+        self.step = step
+
+
+def advance(value: int, token: int) -> int:
+    """What the fake model's cache holds at a position, from what it holds at the one before and its token."""
+    return hash((value, token))
+
+
+def draw(secret: int, value: int, vocab_size: int) -> int:
+    """The fake model's next token after a position whose cache holds `value`, for a request with this secret."""
+    return hash((secret, value)) % vocab_size
+
+
+@dataclass(slots=True)
+class Track:
+    """What is known of one unfinished request without asking the scheduler.
+
+    values    values[p] is what the cache must hold at position p: a function of the salt and of tokens 0 to p
+    hashes    the prefix hashes of its full blocks
+    expected  all tokens that it will ever draw, and with what reason it then ends
+    start     where its next chunk has to begin; None while it does not run
+    blocks    length of its table after the last plan
+    """
+
+    request: Request
+    secret: int
+    values: list[int]
+    expected: list[int]
+    reason: FinishReason
+    hashes: list[bytes] = field(default_factory=list)
+    start: int | None = None
+    outputs: int = 0
+    blocks: int = 0
+
+
+class Checker:
+    """One scheduler's observer. Tell it what happens; it raises Violation as soon as something is wrong."""
+
+    def __init__(self, scheduler: Scheduler, key: bytes, vocab_size: int, seed: int) -> None:
+        self.scheduler = scheduler
+        self.pool: BlockPool = scheduler.pool
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.step = 0
+        self.tracks: dict[str, Track] = {}
+        self.ends: dict[str, FinishReason] = {}
+        self._key = key
+        self._contents: list[list[int]] = [[] for _ in range(self.pool.num_blocks)]
+        self._writers: list[frozenset[str]] = [frozenset()] * self.pool.num_blocks
+        self._failed: set[str] = set()
+        self._truth: dict[bytes, list[int]] = {}
+
+    def broken(self, invariant: str, message: str) -> NoReturn:
+        raise Violation(invariant, message, seed=self.seed, step=self.step)
+
+    def admitted(self, request: Request, secret: int) -> None:
+        """`add` took the request."""
+        if request.id in self.tracks or request.id in self.ends:
+            self.broken("I10", f"{request.id} was admitted twice")
+        expected, reason = self.solo(request, secret)
+        track = Track(request, secret, [], expected, reason, outputs=len(request.output_ids))
+        self.tracks[request.id] = track
+        self._learn(track)
+
+    def solo(self, request: Request, secret: int) -> tuple[list[int], FinishReason]:
+        """The whole output when the request runs alone, by the plainest loop: the answer to compare with."""
+        value = int.from_bytes(request.salt, "little")
+        for token in (*request.prompt_ids, *request.output_ids):
+            value = advance(value, token)
+        output = list(request.output_ids)
+        room = self.scheduler.config.max_model_len - len(request.prompt_ids)
+        while len(output) < min(request.max_tokens, room):
+            output.append(draw(secret, value, self.vocab_size))
+            value = advance(value, output[-1])
+            if len(output) > request.params.min_tokens and output[-1] in request.stop_ids:
+                return output, FinishReason.STOP
+        return output, FinishReason.LENGTH
+
+    def planned(self, plan: StepPlan, now: float) -> None:
+        """`plan(now)` returned this: budget, order, reasons (I7), progress (I8), victims (I9), deadlines."""
+        for request_id in plan.expired:
+            track = self.tracks.get(request_id)
+            if track is None or track.request.deadline is None or track.request.deadline > now:
+                self.broken("I10", f"{request_id} expired without cause")
+            self.ended(track.request, FinishReason.DEADLINE)
+        for track in self.tracks.values():
+            if track.request.deadline is not None and track.request.deadline <= now:
+                self.broken("I8", f"{track.request.id} is unfinished after its deadline")
+        self._check_victims(plan)
+        started = self._check_chunks(plan)
+        self._check_reasons(plan, started)
+        for track in self.tracks.values():
+            track.blocks = len(track.request.block_ids)
+
+    def _check_chunks(self, plan: StepPlan) -> list[Request]:
+        """Each chunk goes on where the last one ended, within the bounds of a step; returns the requests that started."""
+        config = self.scheduler.config
+        if plan.num_tokens > config.max_num_batched_tokens:
+            self.broken("budget", f"{plan.num_tokens} tokens of {config.max_num_batched_tokens}")
+        running = sum(t.request.status is RequestStatus.RUNNING for t in self.tracks.values())
+        if running > config.max_num_seqs or len({c.request_id for c in plan.chunks}) != len(plan.chunks):
+            self.broken("budget", f"{running} sequences of {config.max_num_seqs}")
+        started = []
+        for chunk in plan.chunks:
+            track = self.tracks.get(chunk.request_id)
+            if track is None or track.request.status is not RequestStatus.RUNNING:
+                self.broken("I10", f"{chunk.request_id} is computed, but does not run")
+            request = track.request
+            if track.start is None:
+                started.append(request)
+                self._check_hit(request, chunk.start)
+            elif chunk.start != track.start:
+                self.broken("I10", f"{request.id} goes on at {chunk.start} instead of {track.start}")
+            wanted = request.num_tokens - chunk.start
+            if not 1 <= chunk.num_tokens <= wanted or request.num_computed_tokens != chunk.end:
+                self.broken("I10", f"{request.id} computes {chunk.num_tokens} of {wanted} tokens")
+            if not config.enable_chunked_prefill and chunk.num_tokens < wanted <= config.max_num_batched_tokens:
+                self.broken("budget", f"{request.id} was split without chunked prefill")
+            if chunk.samples != (chunk.num_tokens == wanted and len(request.output_ids) < request.max_tokens):
+                self.broken("I10", f"{request.id} samples at the wrong time")
+            if chunk.block_ids != request.block_ids or len(chunk.block_ids) != -(-chunk.end // self.pool.block_size):
+                self.broken("I6", f"{request.id} has {len(chunk.block_ids)} blocks for {chunk.end} tokens")
+            track.start = chunk.end
+        return started
+
+    def _check_hit(self, request: Request, start: int) -> None:
+        size = self.pool.block_size
+        if start % size or start > (request.num_tokens - 1) // size * size:
+            self.broken("I5", f"the hit of {request.id} covers {start} of {request.num_tokens} tokens")
+        if start and (request.params.prompt_logprobs is not None or not self.pool.enable_prefix_caching):
+            self.broken("I10", f"{request.id} read the cache, but may not")
+
+    def _check_victims(self, plan: StepPlan) -> None:
+        """The victims are the last in the order, never the first, and none is preempted without need (I9)."""
+        if not plan.preempted:
+            return
+        tracks = [self.tracks.get(request_id) for request_id in plan.preempted]
+        victims = [track for track in tracks if track and track.request.status is RequestStatus.PREEMPTED]
+        if len(victims) != len(tracks):
+            self.broken("I9", "a victim is not preempted")
+        served = [self.tracks[c.request_id].request.order for c in plan.chunks if c.request_id in self.tracks]
+        if not served or min(track.request.order for track in victims) < max(served):
+            self.broken("I9", "a victim comes before one that is served")
+        if self.pool.num_free >= victims[-1].blocks:
+            self.broken("I9", f"{victims[-1].request.id} was preempted without need")
+        for track in victims:
+            track.start = None
+
+    def _check_reasons(self, plan: StepPlan, started: Iterable[Request]) -> None:
+        """Every unfinished request has a chunk or a true reason (I7); the first gets on, none is overtaken (I8)."""
+        computed = {chunk.request_id for chunk in plan.chunks}
+        if self.tracks.keys() != self.scheduler.requests.keys():
+            self.broken("I10", f"{self.tracks.keys() ^ self.scheduler.requests.keys()} are lost, or not gone")
+        if computed & plan.waiting.keys() or computed | plan.waiting.keys() != self.tracks.keys():
+            self.broken("I7", "some requests have neither chunk nor reason, or both")
+        if self.tracks and not computed:
+            self.broken("I8", f"nothing is computed for {len(self.tracks)} requests: {dict(plan.waiting)}")
+        running = [t.request for t in self.tracks.values() if t.request.status is RequestStatus.RUNNING]
+        if running and min(running, key=lambda r: r.order).id not in computed:
+            self.broken("I8", "the first running request gets nothing")
+        blocked = []
+        for request_id, reason in plan.waiting.items():
+            track = self.tracks[request_id]
+            if reason == "prefix_in_flight":
+                self._check_in_flight(track, plan)
+            elif track.request.status is not RequestStatus.RUNNING:
+                blocked.append(track.request.order)
+            if reason == "no_seats" and len(running) < self.scheduler.config.max_num_seqs:
+                self.broken("I7", f"{request_id} waits for a seat that is there")
+        if blocked and any(request.order > min(blocked) for request in started):
+            self.broken("I8", "a waiting request was overtaken")
+
+    def _check_in_flight(self, waiting: Track, plan: StepPlan) -> None:
+        """Some chunk of this plan moves towards a block that the waiting request can use."""
+        size = self.pool.block_size
+        usable = waiting.hashes[: (waiting.request.num_tokens - 1) // size]
+        for chunk in plan.chunks:
+            coming = self.tracks[chunk.request_id].hashes[chunk.start // size :]
+            if not set(coming).isdisjoint(usable[chunk.start // size :]):
+                return
+        self.broken("I7", f"{waiting.request.id} waits for a prefix that nobody computes")
+
+    def computed(self, plan: StepPlan) -> dict[str, int]:
+        """The step ran: read every table, then write every chunk. Returns what the last position of each chunk holds."""
+        size, contents = self.pool.block_size, self._contents
+        holders = Counter(chain.from_iterable(t.request.block_ids for t in self.tracks.values()))
+        cached = set(self.pool.cached.values())
+        for chunk in plan.chunks:
+            values = self.tracks[chunk.request_id].values
+            for i in range(-(-chunk.start // size)):
+                if contents[chunk.block_ids[i]] != values[i * size : min((i + 1) * size, chunk.start)]:
+                    self.broken("I4", f"block {chunk.block_ids[i]} holds something else than {chunk.request_id} reads")
+        for chunk in plan.chunks:
+            values = self.tracks[chunk.request_id].values
+            first = chunk.start // size
+            lineage = frozenset((chunk.request_id,))
+            if first:
+                lineage |= self._writers[chunk.block_ids[first - 1]]
+            for i, block in enumerate(chunk.block_ids[first:], first):
+                if holders[block] != 1 or block in cached:
+                    self.broken("I5", f"{chunk.request_id} writes to block {block}, which is shared")
+                contents[block] = values[i * size : min((i + 1) * size, chunk.end)]
+                self._writers[block] = lineage
+        return {chunk.request_id: contents[chunk.block_ids[-1]][-1] for chunk in plan.chunks}
+
+    def rolled_back(self, plan: StepPlan) -> None:
+        """The step failed, after `rollback`: whatever it was to write is garbage now."""
+        size = self.pool.block_size
+        for chunk in plan.chunks:
+            values = self.tracks[chunk.request_id].values if chunk.request_id in self.tracks else []
+            for i, block in enumerate(chunk.block_ids[chunk.start // size :], chunk.start // size):
+                self._contents[block] = values[i * size : chunk.start]
+            if chunk.request_id in self.tracks:
+                self.tracks[chunk.request_id].start = chunk.start
+
+    def updated(self, plan: StepPlan, drawn: Mapping[str, Sequence[int]], finished: Sequence[Request]) -> None:
+        """`update(plan, drawn)` returned `finished`: tokens come without gap or repeat, and end where they should."""
+        ended = {request.id: request for request in finished}
+        for chunk in plan.chunks:
+            track = self.tracks.get(chunk.request_id)
+            if track is None:
+                continue
+            request = track.request
+            got = min(track.outputs + len(drawn.get(request.id, ())), len(track.expected))
+            if request.output_ids != track.expected[:got]:
+                self.broken("I10", f"{request.id} has tokens {request.output_ids}, not {track.expected[:got]}")
+            if chunk.samples and not drawn.get(request.id):
+                track.start = chunk.end - 1
+            computed_all = chunk.end >= len(request.prompt_ids) and got == len(track.expected)
+            if computed_all != (request.id in ended):
+                self.broken("I10", f"{request.id} {'goes on after' if computed_all else 'ends before'} its last token")
+            track.outputs = got
+            self._learn(track)
+        for request in finished:
+            if request.id not in self.tracks:
+                self.broken("I10", f"{request.id} ends a second time")
+            self.ended(request, self.tracks[request.id].reason)
+
+    def ended(self, request: Request, reason: FinishReason) -> None:
+        """The request got its terminal event, and it has to be this one."""
+        if request.id in self.ends:
+            self.broken("I10", f"{request.id} ends with {reason} after {self.ends[request.id]}")
+        if request.finish_reason is not reason or not request.finished:
+            self.broken("I10", f"{request.id} ends with {request.finish_reason} instead of {reason}")
+        if request.block_ids or request.id in self.scheduler.requests:
+            self.broken("I12", f"{request.id} is over but still has {len(request.block_ids)} blocks, or is in the books")
+        if reason is FinishReason.ERROR:
+            self._failed.add(request.id)
+        self.ends[request.id] = reason
+        del self.tracks[request.id]
+
+    def books(self) -> None:
+        """I1 to I6 by recount, I4 by content, and no cached block derives from a request whose numbers went wrong."""
+        try:
+            self.scheduler.check()
+        except AssertionError as error:
+            invariant, _, message = str(error).partition(": ")
+            self.broken(invariant, message)
+        for digest, block in self.pool.cached.items():
+            if self._truth.get(digest) != self._contents[block]:
+                self.broken("I4", f"block {block} does not hold what its hash says")
+            if self._failed and not self._writers[block].isdisjoint(self._failed):
+                self.broken("I4", f"block {block} is cached, but derives from a request that failed")
+
+    def quiet(self) -> None:
+        """All requests are over: everything equals the start (I12), each had its one event (I10)."""
+        self.books()
+        if self.tracks:
+            self.broken("I10", f"{sorted(self.tracks)} never ended")
+        if not self.scheduler.drained or self.pool.num_free != self.pool.num_blocks:
+            self.broken("I12", f"{self.pool.num_used} blocks are held by nobody")
+
+    def _learn(self, track: Track) -> None:
+        """Take in the request's new tokens: what the cache has to hold for them, and under which hashes."""
+        request, values, size = track.request, track.values, self.pool.block_size
+        value = values[-1] if values else int.from_bytes(request.salt, "little")
+        for token in request.tokens(len(values), request.num_tokens):
+            value = advance(value, token)
+            values.append(value)
+        for i in range(len(track.hashes), len(values) // size):
+            tokens = struct.pack(f"<{size}I", *request.tokens(i * size, (i + 1) * size))
+            parent = track.hashes[-1] if i else self._digest(b"", b"", request.salt)
+            track.hashes.append(self._digest(parent, tokens))
+            self._truth[track.hashes[-1]] = values[i * size : (i + 1) * size]
+
+    def _digest(self, *parts: bytes) -> bytes:
+        digest = blake2b(key=self._key, digest_size=16)
+        for part in parts:
+            digest.update(struct.pack("<Q", len(part)))
+            digest.update(part)
+        return digest.digest()

@@ -1,0 +1,361 @@
+"""What to compute next. Plain data in, plain data out: no tensors, no clock, no I/O.
+
+A step is `plan(now)`, then the engine computes the plan's chunks, then `update(plan, tokens)`; or `rollback(plan)`
+where the step failed. `add`, `abort` and `fail` may come at any time between two of these calls.
+
+There is no prefill phase and no decode phase: each request has a counter, `num_computed_tokens`, that catches up with
+`num_tokens`, by at most what is left of the step's token budget. Requests are served in the order (priority, arrival),
+the running ones first. Why nobody starves:
+
+- A running request that needs a block takes it from the last running one in the order; the last itself waits with
+  what it holds. So the first is never a victim, and always gets both tokens and blocks.
+- A waiting request starts only when all its tokens fit beside what is promised to the running ones, and none behind
+  it starts before it does. The one exception is a request whose next block is being computed by a running one
+  (`prefix_in_flight`): it waits only in steps in which that one moves towards this very block, so at most as many
+  steps as its prompt has tokens. Nothing has to wake it: each plan looks anew.
+- What could not run in an empty pool was refused by `add`, by the function that allocates.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from moebius.errors import ContextLengthError, RequestError
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.plan import Chunk, SchedulerConfig, StepPlan, WaitReason
+from moebius.schedule.request import FinishReason, Request, RequestStatus
+from moebius.schedule.waiting import WaitingQueue
+
+__all__ = ["Chunk", "Scheduler", "SchedulerConfig", "StepPlan", "WaitReason"]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    budget: int
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    preempted: list[str] = field(default_factory=list)
+    waiting: dict[str, WaitReason] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Decides which tokens of which requests each step computes, and in which blocks.
+
+    prefix_queries and prefix_hits count tokens looked up and found in the prefix cache; preemptions counts requests.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.preemptions = 0
+        self._step = 0
+        self._pending: int | None = None
+        self._requests: dict[str, Request] = {}
+        self._running: list[Request] = []
+        self._waiting = WaitingQueue(config.max_queue_requests, config.max_queue_tokens)
+        self._deadlines: list[tuple[float, str]] = []
+        self.requests: Mapping[str, Request] = MappingProxyType(self._requests)
+        """All unfinished requests by id; read-only."""
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def drained(self) -> bool:
+        """Nothing is left to do and every block is back."""
+        return not self._requests and not self._running and not len(self._waiting) and not self.pool.num_used
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        RequestError (ContextLengthError) if it could never run, OverloadError if the queue is full; nothing is kept of
+        a refused request.
+        """
+        assert request.status is RequestStatus.WAITING and not request.block_ids, "a request is added once"
+        if request.id in self._requests:
+            raise RequestError(f"request id {request.id!r} is in use; ids must be unique", param="request_id")
+        self._check_can_run(request)
+        self._waiting.check_room(request)
+        request.block_hashes.clear()  # another pool's key may have made them
+        self._requests[request.id] = request
+        self._waiting.push(request)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+
+    def plan(self, now: float) -> StepPlan:
+        """Decide the next step; `now` is in seconds on the clock of the requests' deadlines.
+
+        `num_computed_tokens` advances here. A plan with chunks must be updated or rolled back before the next.
+        """
+        assert self._pending is None, "the last step was neither updated nor rolled back"
+        self._waiting.observe(now)
+        expired = self._expire(now)
+        draft = _Draft(self.config.max_num_batched_tokens)
+        self._serve_running(draft)
+        self._serve_waiting(draft)
+        chunks = tuple(draft.chunks.values())
+        self._step += 1
+        self._pending = self._step if chunks else None
+        return StepPlan(self._step, chunks, tuple(draft.preempted), expired, MappingProxyType(draft.waiting))
+
+    def update(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> list[Request]:
+        """Take a computed step's tokens: append, publish full blocks, stop. Returns the requests that finished.
+
+        `tokens` has 0, 1 or several for each chunk that samples; with none, its last position is computed once more.
+        Requests that ended since the plan are skipped, tokens beyond a stop are dropped.
+        """
+        self._close(plan)
+        finished = []
+        for chunk in plan.chunks:
+            request = self._requests.get(chunk.request_id)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                continue
+            drawn = tokens.get(chunk.request_id, ())
+            assert chunk.samples or not drawn, f"tokens for {chunk.request_id}, whose chunk does not sample"
+            if chunk.samples and not drawn:
+                self._rewind(request, chunk.end - 1)
+            self.pool.publish(request, request.num_computed_tokens)
+            reason = self._append(request, drawn)
+            if reason is not None:
+                finished.append(self._finish(request, reason))
+        return finished
+
+    def rollback(self, plan: StepPlan) -> None:
+        """Forget a step that failed: its tokens are to be computed again, nothing of it is published."""
+        self._close(plan)
+        for chunk in plan.chunks:
+            request = self._requests.get(chunk.request_id)
+            if request is not None and request.status is RequestStatus.RUNNING:
+                self._rewind(request, chunk.start)
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
+        """End a request in whatever state it is, between plan and update too. None if there is no such request."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._finish(request, reason)
+
+    def fail(self, request_id: str) -> Request | None:
+        """End a request whose numbers went wrong, and withdraw from the cache all that may derive from them.
+
+        Best called before `update`, so that nothing of the failed step is published at all.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self.pool.withdraw(request, self._running)
+        return self._finish(request, FinishReason.ERROR)
+
+    def check(self) -> None:
+        """Recompute the books from the requests; AssertionError names the broken invariant (TRUST.md)."""
+        self.pool.check(self._requests.values())
+        running = [r for r in self._requests.values() if r.status is RequestStatus.RUNNING]
+        waiting = [r for r in self._requests.values() if r.status is not RequestStatus.RUNNING]
+        for name, listed, true in (("running", self._running, running), ("waiting", list(self._waiting), waiting)):
+            true.sort(key=lambda request: request.order)
+            assert listed == true, f"I7: the {name} requests are not those listed, or out of order"
+        assert not any(request.finished for request in waiting), "I10: a finished request is still in the books"
+        assert not any(request.block_ids for request in waiting), "I12: a waiting request holds blocks"
+        assert self._waiting.num_tokens == sum(r.num_tokens for r in waiting), "I12: the queue lost count of its tokens"
+
+    def _check_can_run(self, request: Request) -> None:
+        config, prompt = self.config, len(request.prompt_ids)
+        if request.num_tokens + (len(request.output_ids) < request.max_tokens) > config.max_model_len:
+            raise ContextLengthError(
+                f"the request has {request.num_tokens} tokens and max_tokens is {request.max_tokens}, but the context "
+                f"is {config.max_model_len}; shorten the prompt or ask for fewer tokens"
+            )
+        if not config.enable_chunked_prefill and prompt > config.max_num_batched_tokens:
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens, but without chunked prefill at most max_num_batched_tokens = "
+                f"{config.max_num_batched_tokens} can be computed; shorten the prompt or enable chunked prefill"
+            )
+        longest = self._longest(request)
+        if not self.pool.fits(longest):
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens and max_tokens is {request.max_tokens}: up to "
+                f"{self.pool.blocks_for(longest)} blocks of {self.pool.block_size} tokens, but the KV cache has "
+                f"{self.pool.num_blocks}; shorten the prompt or ask for fewer tokens"
+            )
+
+    def _longest(self, request: Request) -> int:
+        """Most tokens of the request that will ever be in the cache: the last one drawn is not computed."""
+        prompt = len(request.prompt_ids)
+        return max(request.num_tokens, min(prompt + request.max_tokens, self.config.max_model_len) - 1)
+
+    def _expire(self, now: float) -> tuple[str, ...]:
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self._requests.get(request_id)
+            if request is not None and request.deadline is not None and request.deadline <= now:
+                self._finish(request, FinishReason.DEADLINE)
+                expired.append(request_id)
+        if len(self._deadlines) > 2 * len(self._requests) + 64:  # most of them ended before their deadline
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+            heapq.heapify(self._deadlines)
+        return tuple(expired)
+
+    def _serve_running(self, draft: _Draft) -> None:
+        running = self._running
+        position = 0
+        while position < len(running):  # preemption shortens the list, from its end
+            request = running[position]
+            position += 1
+            num_tokens = self._grant(request.num_tokens - request.num_computed_tokens, draft.budget)
+            if not num_tokens:
+                draft.waiting[request.id] = "no_budget"
+            elif not self._make_room(request, request.num_computed_tokens + num_tokens, draft):
+                draft.waiting[request.id] = "no_blocks"
+            else:
+                self._compute(request, num_tokens, draft)
+
+    def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+        """Extend the request's table, at the cost of the last running ones; the last itself has to wait."""
+        while not self.pool.extend(request, num_tokens):
+            victim = self._running[-1]
+            if victim is request:
+                return False
+            self._preempt(victim)
+            draft.preempted.append(victim.id)
+        return True
+
+    def _preempt(self, victim: Request) -> None:
+        self._running.remove(victim)
+        self.pool.free(victim)
+        victim.status = RequestStatus.PREEMPTED
+        victim.num_computed_tokens = 0
+        victim.num_preemptions += 1
+        self.preemptions += 1
+        self._waiting.push(victim)
+
+    def _serve_waiting(self, draft: _Draft) -> None:
+        if not len(self._waiting):
+            return
+        queue = list(self._waiting)
+        promised = sum(map(self._promised, self._running))
+        for position, request in enumerate(queue):
+            reason = self._admit(request, promised, draft)
+            if reason == "prefix_in_flight":
+                draft.waiting[request.id] = reason
+            elif reason is not None:
+                draft.waiting.update((behind.id, reason) for behind in queue[position:])
+                return
+            else:
+                promised += self._promised(request)
+
+    def _promised(self, request: Request) -> int:
+        """Blocks that a running request will soon need: for all its tokens so far, and one to go on with."""
+        pool = self.pool
+        soon = min(pool.blocks_for(request.num_tokens) + 1, pool.blocks_for(self._longest(request)))
+        return soon - len(request.block_ids)
+
+    def _admit(self, request: Request, promised: int, draft: _Draft) -> WaitReason | None:
+        """Start a waiting request and plan its first chunk, or say why not."""
+        if draft.preempted:
+            return "no_blocks"
+        if len(self._running) >= self.config.max_num_seqs:
+            return "no_seats"
+        if not draft.budget:
+            return "no_budget"
+        computing = self.pool.claimant(request)
+        if computing is not None and computing.id in draft.chunks:
+            return "prefix_in_flight"
+        if self.pool.num_free <= promised:  # at least one new block is needed, whatever the cache holds
+            return "no_blocks"
+        hit = self.pool.match(request)
+        hit_tokens = len(hit) * self.pool.block_size
+        num_tokens = self._grant(request.num_tokens - hit_tokens, draft.budget)
+        if not num_tokens:
+            return "no_budget"
+        if not self.pool.open(request, hit, reserved=promised):
+            return "no_blocks"
+        self._start(request, hit_tokens)
+        grown = self.pool.extend(request, hit_tokens + num_tokens)
+        assert grown, "a request was admitted without room"
+        self._compute(request, num_tokens, draft)
+        return None
+
+    def _start(self, request: Request, hit_tokens: int) -> None:
+        self._waiting.remove(request)
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = hit_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = hit_tokens
+        if self.pool.enable_prefix_caching and request.params.prompt_logprobs is None:
+            self.prefix_queries += request.num_tokens
+            self.prefix_hits += hit_tokens
+        position = len(self._running)
+        while position and self._running[position - 1].order > request.order:
+            position -= 1
+        self._running.insert(position, request)
+
+    def _grant(self, remaining: int, budget: int) -> int:
+        """Tokens to compute of those remaining.
+
+        Without chunked prefill all or none; only what exceeds a whole step's budget, a preempted request with a long
+        output, is split.
+        """
+        if not self.config.enable_chunked_prefill and budget < remaining <= self.config.max_num_batched_tokens:
+            return 0
+        return min(remaining, budget)
+
+    def _compute(self, request: Request, num_tokens: int, draft: _Draft) -> None:
+        start = request.num_computed_tokens
+        request.num_computed_tokens = start + num_tokens
+        draft.budget -= num_tokens
+        assert request.num_cached_tokens is not None
+        draft.chunks[request.id] = Chunk(
+            request_id=request.id,
+            start=start,
+            num_tokens=num_tokens,
+            samples=start + num_tokens == request.num_tokens and len(request.output_ids) < request.max_tokens,
+            block_ids=request.block_ids,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    def _close(self, plan: StepPlan) -> None:
+        assert self._pending in (None, plan.step), f"step {self._pending} is under way, not {plan.step}"
+        assert self._pending is not None or not plan.chunks, f"step {plan.step} is over"
+        self._pending = None
+
+    def _rewind(self, request: Request, num_tokens: int) -> None:
+        request.num_computed_tokens = num_tokens
+        self.pool.trim(request, num_tokens)
+
+    def _append(self, request: Request, drawn: Iterable[int]) -> FinishReason | None:
+        """Append tokens up to a stop; whether, and why, the request is finished."""
+        output = request.output_ids
+        for token in drawn:
+            output.append(token)
+            if token in request.stop_ids and len(output) > request.params.min_tokens:
+                return FinishReason.STOP
+            if len(output) >= request.max_tokens or request.num_tokens >= self.config.max_model_len:
+                return FinishReason.LENGTH
+        nothing_wanted = len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens
+        return FinishReason.LENGTH if nothing_wanted else None
+
+    def _finish(self, request: Request, reason: FinishReason) -> Request:
+        assert not request.finished, f"request {request.id} ends twice"
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        self.pool.free(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self._requests[request.id]
+        return request

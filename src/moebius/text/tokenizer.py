@@ -1,0 +1,255 @@
+"""Tokenizer: a model directory's tokenizer.json and what stands beside it, as one object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from moebius.errors import RequestError, TokenizerError
+from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
+from moebius.text.defaults import read_json
+from moebius.text.detokenize import Detokenizer
+from moebius.text.guard import SpecialGuard, strings_in
+from moebius.text.stream import IncrementalDecoder
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to ids, ids to text, messages to ids. Safe to share between threads.
+
+    vocab_size       the largest id + 1 (a model's logits may be wider)
+    bos_id, eos_id   None where the tokenizer names none
+    special_ids      what `decode` skips
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, Any] | None = None,
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        templates: Mapping[str, ChatTemplate] | None = None,
+    ) -> None:
+        """special_tokens: names as in special_tokens_map.json to text; add_bos, add_eos: None does as the backend."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._special_tokens = dict(special_tokens or {})
+        self._templates = dict(templates or {})
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
+        self._guard = SpecialGuard(backend)
+        self._prefix, self._suffix = self._frame(add_bos, add_eos)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Tokenizer:
+        """Read a model directory. Raises TokenizerError (or ConfigError, for broken JSON) saying what is wrong."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{directory} has no tokenizer.json; make one with transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise TokenizerError(f"{path} cannot be read: {error}") from error
+        config = read_json(directory / "tokenizer_config.json")
+        specials = _special_tokens({**read_json(directory / "special_tokens_map.json"), **config})
+        _add_tokens(backend, config, specials)
+        flags = {name: value for name, value in config.items() if isinstance(value, bool)}
+        return cls(
+            backend,
+            specials,
+            add_bos=flags.get("add_bos_token"),
+            add_eos=flags.get("add_eos_token"),
+            templates=load_templates(directory, config),
+        )
+
+    def _id_of(self, name: str) -> int | None:
+        text = self._special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _frame(self, add_bos: bool | None, add_eos: bool | None) -> tuple[list[int], list[int]]:
+        """The ids that go before and behind a text: the post-processor's, unless a flag says otherwise."""
+        probes = ("a", *islice(self._backend.get_vocab(), 100))
+        probe = next((text for text in probes if self._backend.encode(text, add_special_tokens=False).ids), "")
+        plain = self._backend.encode(probe, add_special_tokens=False).ids
+        framed = self._backend.encode(probe, add_special_tokens=True).ids
+        start = next(i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
+        prefix, suffix = framed[:start], framed[start + len(plain) :]
+        if add_bos is not None:
+            prefix = [self.bos_id] if add_bos and self.bos_id is not None else []
+        if add_eos is not None:
+            suffix = [self.eos_id] if add_eos and self.eos_id is not None else []
+        return prefix, suffix
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokenizer's own end token; a model's are in GenerationDefaults."""
+        return frozenset(() if self.eos_id is None else (self.eos_id,))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self.special_ids
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text as the tokenizer encodes by default: special-token text becomes special tokens.
+
+        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate).
+        """
+        _check_unicode(text, "prompt")
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text in which special-token text is plain text; nothing is added."""
+        _check_unicode(text, "prompt")
+        return self._guard.encode_plain(text) if self._guard.concerns(text) else self.encode(text, False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a chat. `variables` are further ones for the template (enable_thinking, ...)."""
+        template, chat = self._chat(messages, tools, variables)
+        return self._render(template, chat, add_generation_prompt)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of a chat. Special tokens are the template's alone: their text in messages, tools and variables is plain.
+
+        Nothing is added to what the template writes, so never a second BOS. Raises RequestError naming the message,
+        or "messages" where the template is missing or refuses.
+        """
+        template, chat = self._chat(messages, tools, variables)
+        if not self._guard.concerns(chat):
+            return self.encode(self._render(template, chat, add_generation_prompt), add_special_tokens=False)
+        marked, marker = self._guard.mark(chat, template.source)
+        return self._guard.encode_marked(self._render(template, marked, add_generation_prompt), marker)
+
+    def _chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> tuple[ChatTemplate, dict[str, Any]]:
+        """The template to use, and everything in the chat that is not the operator's."""
+        template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
+        if template is None:
+            has = f"; it has templates {sorted(self._templates)} but no default" if self._templates else ""
+            raise RequestError(f"this model has no chat template{has}; use /v1/completions", param="messages")
+        chat = {
+            **(variables or {}),
+            "messages": normalise_messages(messages, knows_developer=template.knows_developer),
+            "tools": list(tools) if tools else None,
+        }
+        _check_unicode_all(chat)
+        return template, chat
+
+    def _render(self, template: ChatTemplate, chat: Mapping[str, Any], add_generation_prompt: bool) -> str:
+        known = {"documents": None, **self._special_tokens}
+        return template.render({**chat, **known, "add_generation_prompt": add_generation_prompt})
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become U+FFFD."""
+        return self.detokenizer.join(ids, skip_special=skip_special_tokens).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's own bytes inside a text, special tokens included; b"" for an id without a token."""
+        return self.detokenizer.own(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """The token's own text; bytes that are no whole character show as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def text_offsets(self, ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
+        """Where in `decode(ids)` each token's text begins, in characters."""
+        decoder = IncrementalDecoder(self, skip_special_tokens=skip_special_tokens)
+        offsets, length = [], 0
+        for token_id in ids:
+            offsets.append(length)
+            length += len(decoder.push(token_id))
+        return offsets
+
+
+def _check_unicode(text: str, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{param}: the text holds a lone surrogate at position {error.start}; it must be valid Unicode", param=param
+        ) from error
+
+
+def _check_unicode_all(chat: object) -> None:
+    for text in strings_in(chat):
+        _check_unicode(text, "messages")
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The named special tokens as text; entries may be strings or AddedToken records."""
+
+    def text(entry: object) -> str | None:
+        found = entry.get("content") if isinstance(entry, Mapping) else entry
+        return found if isinstance(found, str) else None
+
+    named = {name: text(config.get(name)) for name in _NAMED}
+    specials: dict[str, Any] = {name: found for name, found in named.items() if found is not None}
+    more = config.get("additional_special_tokens")
+    if isinstance(more, list):
+        specials["additional_special_tokens"] = [found for entry in more if (found := text(entry)) is not None]
+    return specials
+
+
+def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[str, Any]) -> None:
+    """Tokens that only tokenizer_config.json knows, and the mark `special` for those that have a special name.
+
+    A name without a token is left alone: an id beyond the model's embeddings helps nobody.
+    """
+    records = config.get("added_tokens_decoder")
+    known = backend.get_added_tokens_decoder()
+    for key, record in sorted(records.items(), key=lambda kv: int(kv[0])) if isinstance(records, Mapping) else ():
+        token_id = int(key)
+        if token_id in known:
+            continue
+        flags = {
+            k: bool(record[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in record
+        }
+        token = AddedToken(record["content"], **flags)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(token.content) != token_id:
+            raise TokenizerError(
+                f"tokenizer_config.json gives {token.content!r} the id {token_id}, "
+                f"tokenizer.json {backend.token_to_id(token.content)}"
+            )
+    special_texts = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    named = [text for name in _NAMED if (text := specials.get(name)) is not None]
+    for text in [*named, *specials.get("additional_special_tokens", [])]:
+        if text not in special_texts and backend.token_to_id(text) is not None:
+            backend.add_special_tokens([text])
