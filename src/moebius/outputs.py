@@ -1,4 +1,4 @@
-"""From an engine's tokens to what a front door hands out: text, token ids and log-probabilities that belong together."""
+"""From an engine's tokens to what a front door hands out: text, and the token ids and log-probabilities behind it."""
 
 from __future__ import annotations
 
@@ -87,15 +87,14 @@ class Delta:
 
 @dataclass(slots=True)
 class _Held:
-    """A token that waits for its text: the text begins at character `start` and is out once `end` characters are.
+    """A token that waits for its text, which begins at character `start` and is out once `end` characters are.
 
-    num_bytes counts the token's bytes and all before it; `end` is None until these are whole characters.
+    `end` is None while the token's last bytes are part of an unfinished character.
     """
 
     token_id: int
     logprob: TokenLogprob | None
     start: int
-    num_bytes: int
     end: int | None = None
 
 
@@ -122,7 +121,7 @@ class SequenceAssembler:
         self._matcher = StopMatcher(params.stop)
         self._params = params
         self._held: deque[_Held] = deque()
-        self._drawn = self._decoded = self._bytes = 0
+        self._drawn = self._decoded = 0
         self._texts: list[str] = []
         self._released = 0
         self.token_ids: list[int] = []
@@ -176,27 +175,25 @@ class SequenceAssembler:
     def _take(self, token_id: int, logprob: TokenLogprob | None, ender: bool) -> str:
         """One more token; the text that it releases."""
         self._drawn += 1
-        held = _Held(token_id, logprob, self._decoded, self._bytes)
+        held = _Held(token_id, logprob, self._decoded)
         self._held.append(held)
         if ender:
             if token_id in self._params.stop_token_ids:
                 self.stop_reason = token_id
             return ""
-        pending = self._decoder.num_pending
         text = self._decoder.push(token_id)
-        held.num_bytes += len(text.encode()) - pending + self._decoder.num_pending
         self._decoded += len(text)
-        self._bytes = held.num_bytes
-        self._settle()
+        self._settle(text, held)
         return self._match(text)
 
-    def _settle(self) -> None:
-        """Set the end of the held tokens whose bytes have become characters."""
-        settled = self._bytes - self._decoder.num_pending
+    def _settle(self, text: str, newest: _Held) -> None:
+        """Set the end of each token whose bytes have become characters: any text settles all bytes held before it."""
         for held in reversed(self._held):
-            if held.end is not None:
+            if held is newest:
+                held.end = None if self._decoder.num_pending else self._decoded
+            elif held.end is not None or not text:
                 break
-            if held.num_bytes <= settled:
+            else:
                 held.end = self._decoded
 
     def _match(self, text: str) -> str:

@@ -12,7 +12,7 @@ from moebius.ops.steps import StepInputs
 
 
 class Runner:
-    """A decoder and its KV cache. Stateless between steps but for what the steps write to the cache."""
+    """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache."""
 
     def __init__(self, model: Decoder, cache: KVCache, device: torch.device) -> None:
         self.model = model
@@ -23,12 +23,11 @@ class Runner:
     def execute(self, inputs: StepInputs) -> Tensor:
         """Compute the step, write its keys and values, and return the wanted rows' hidden states (L, D).
 
-        `logits` turns rows of it into logits, a few at a time: the prompt log-probabilities of one long prompt would
-        otherwise take gigabytes.
+        `logits` turns rows of it into logits, a few at a time: those of one long prompt would take gigabytes.
         """
-        hidden_TD, _ = self.model(
-            inputs.input_ids, inputs.positions, PagedAttend(self.cache.layers, inputs, self.model.ops, self.model.config)
-        )
+        model = self.model
+        attend = PagedAttend(model.ops, model.config, self.cache.layers, inputs, self.cache.block_size)
+        hidden_TD, _ = model(inputs.input_ids, inputs.positions, attend)
         return hidden_TD[inputs.logit_rows]
 
     @torch.inference_mode()

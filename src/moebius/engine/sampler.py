@@ -6,6 +6,7 @@ Log-probabilities are the model's own log-softmax, before any of these. Legend: 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius.engine.client import TokenLogprob
+from moebius.errors import EngineError, MoebiusError, NumericalError
 from moebius.schedule.request import Request, SamplingParams
+
+log = logging.getLogger(__name__)
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -27,9 +31,9 @@ _NUCLEUS_CANDIDATES = 256
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A row's token, and its log-probabilities if asked for; token_id is None where the logits were not finite."""
+    """A row's token, and its log-probabilities if they were asked for."""
 
-    token_id: int | None
+    token_id: int
     logprob: TokenLogprob | None = None
 
 
@@ -40,27 +44,39 @@ def uniform(seed: int, position: int) -> float:
     return ((bits >> 11) + 0.5) * 2.0**-53
 
 
-def sample(logits_LV: Tensor, requests: Sequence[Request]) -> list[Sampled]:
+def sample(logits_LV: Tensor, requests: Sequence[Request]) -> list[Sampled | MoebiusError]:
     """One token a row; row i belongs to requests[i].
 
-    logits_LV: (L, V) float32, not changed. A row with a NaN or an infinity gets token_id None.
+    logits_LV: (L, V) float32, not changed. A row that cannot be drawn from gets its error in place of a token:
+    NumericalError for a NaN or an infinity.
     """
-    if not requests:
-        return []
     finite_L = torch.isfinite(logits_LV).all(dim=-1).tolist()
     greedy_L = logits_LV.argmax(dim=-1).tolist()
-    tokens: list[int | None] = []
-    for row, request in enumerate(requests):
-        if not finite_L[row]:
-            tokens.append(None)
-        elif request.params.greedy and not _shapes_logits(request):
-            tokens.append(greedy_L[row])
-        else:
-            tokens.append(_draw(_shaped(_host(logits_LV[row]), request), request))
     return [
-        Sampled(token, None if token is None or request.params.logprobs is None else _logprob(logits_LV[row], token, request.params.logprobs))
-        for row, (token, request) in enumerate(zip(tokens, requests, strict=True))
+        _outcome(logits_LV[row], request, greedy_L[row]) if finite_L[row] else not_finite()
+        for row, request in enumerate(requests)
     ]
+
+
+def not_finite() -> NumericalError:
+    return NumericalError("the model produced NaN or infinite logits for this request")
+
+
+def _outcome(logits_V: Tensor, request: Request, greedy: int) -> Sampled | MoebiusError:
+    params = request.params
+    try:
+        if params.greedy and not _shapes_logits(request):
+            token = greedy
+        else:
+            token = _draw(_shaped(_host(logits_V), request), request)
+        return Sampled(token, None if params.logprobs is None else _logprob(logits_V, token, params.logprobs))
+    except MoebiusError as error:
+        return error
+    except Exception as error:
+        log.exception("sampling failed for request %s", request.id)
+        failure = EngineError("the engine failed to draw a token for this request")
+        failure.__cause__ = error
+        return failure
 
 
 def token_logprobs(logits_LV: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob] | None:
@@ -126,13 +142,14 @@ def _shaped(logits_V: NDArray[np.float32], request: Request) -> Float64:
     return row
 
 
-def _draw(row: Float64, request: Request) -> int | None:
+def _draw(row: Float64, request: Request) -> int:
     params = request.params
     if not np.isfinite(row.max()):
-        return None
+        raise NumericalError("min_tokens and logit_bias leave no token that could be drawn")
     if params.greedy:
         return int(row.argmax())
-    scaled = (row - row.max()) / params.temperature
+    with np.errstate(over="ignore"):
+        scaled = (row - row.max()) / params.temperature
     kept, weights = _truncated(np.exp(scaled), params)
     cumulative = np.cumsum(weights)
     u = uniform(request.seed, request.num_tokens)

@@ -117,8 +117,9 @@ class ReferenceOps:
         flat_ids = expert_ids_TK.reshape(-1)
         order = torch.argsort(flat_ids, stable=True)
         rows_PD = x_TD.index_select(0, order.div(k, rounding_mode="floor") if k > 1 else order)
-        if torch.is_grad_enabled() and not weights.down_bias_D:
-            ends = torch.searchsorted(flat_ids[order], torch.arange(len(weights.gate_FD), device=x_TD.device), right=True)
+        if torch.is_grad_enabled() and _can_stack(weights, _compute_dtype(x_TD)):
+            every_E = torch.arange(len(weights.gate_FD), device=x_TD.device)
+            ends = torch.searchsorted(flat_ids[order], every_E, right=True)
             out_PD = _experts_stacked(rows_PD, ends.to(torch.int32), weights, activation)
         else:
             counts = torch.bincount(flat_ids, minlength=len(weights.gate_FD)).tolist()
@@ -226,6 +227,11 @@ def _experts_in_turn(rows_PD: Tensor, counts: Sequence[int], w: ExpertWeights, a
         _one_expert(rows, w, e, activation) for e, rows in enumerate(rows_PD.split(counts)) if rows.shape[0]
     ]
     return torch.cat(parts) if parts else rows_PD.new_zeros(rows_PD.shape)
+
+
+def _can_stack(w: ExpertWeights, dtype: torch.dtype) -> bool:
+    """torch.grouped_mm wants rows of a multiple of 16 bytes, and adds no bias."""
+    return not w.down_bias_D and all(size * dtype.itemsize % 16 == 0 for size in w.gate_FD[0].shape)
 
 
 def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, activation: Activation) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -29,8 +29,16 @@ class Violation(AssertionError):
             f"(again: python -m moebius.schedule.simulate --seed {seed} --steps {step})"
         )
         self.invariant = invariant
+        self.message = message
         self.seed = seed
         self.step = step
+
+    def __reduce__(self) -> tuple[Callable[..., Violation], tuple[str, str, int, int]]:
+        return _violation, (self.invariant, self.message, self.seed, self.step)
+
+
+def _violation(invariant: str, message: str, seed: int, step: int) -> Violation:
+    return Violation(invariant, message, seed=seed, step=step)
 
 
 def advance(value: int, token: int) -> int:
@@ -125,7 +133,7 @@ class Checker:
             track.blocks = len(track.request.block_ids)
 
     def _check_chunks(self, plan: StepPlan) -> list[Request]:
-        """Each chunk goes on where the last one ended, within the bounds of a step; returns the requests that started."""
+        """Each chunk goes on where the last one ended, within a step's bounds; returns the requests that started."""
         config = self.scheduler.config
         if plan.num_tokens > config.max_num_batched_tokens:
             self.broken("budget", f"{plan.num_tokens} tokens of {config.max_num_batched_tokens}")
@@ -173,7 +181,9 @@ class Checker:
         served = [self.tracks[c.request_id].request.order for c in plan.chunks if c.request_id in self.tracks]
         if not served or min(track.request.order for track in victims) < max(served):
             self.broken("I9", "a victim comes before one that is served")
-        if self.pool.num_free >= victims[-1].blocks:
+        stalled = [self.tracks[i].request for i, reason in plan.waiting.items() if reason == "no_blocks"]
+        still_short = any(request.status is RequestStatus.RUNNING for request in stalled)
+        if self.pool.num_free >= victims[-1].blocks and not still_short:
             self.broken("I9", f"{victims[-1].request.id} was preempted without need")
         for track in victims:
             track.start = None
@@ -213,14 +223,15 @@ class Checker:
         self.broken("I7", f"{waiting.request.id} waits for a prefix that nobody computes")
 
     def computed(self, plan: StepPlan) -> dict[str, int]:
-        """The step ran: read every table, then write every chunk. Returns what the last position of each chunk holds."""
+        """The step ran: read all tables, then write all chunks. Returns what the last position of each chunk holds."""
         size, contents = self.pool.block_size, self._contents
         holders = Counter(chain.from_iterable(t.request.block_ids for t in self.tracks.values()))
         cached = set(self.pool.cached.values())
         for chunk in plan.chunks:
             values = self.tracks[chunk.request_id].values
             for i in range(-(-chunk.start // size)):
-                if contents[chunk.block_ids[i]] != values[i * size : min((i + 1) * size, chunk.start)]:
+                wanted = values[i * size : min((i + 1) * size, chunk.start)]
+                if contents[chunk.block_ids[i]][: len(wanted)] != wanted:
                     self.broken("I4", f"block {chunk.block_ids[i]} holds something else than {chunk.request_id} reads")
         for chunk in plan.chunks:
             values = self.tracks[chunk.request_id].values
@@ -258,9 +269,9 @@ class Checker:
                 self.broken("I10", f"{request.id} has tokens {request.output_ids}, not {track.expected[:got]}")
             if chunk.samples and not drawn.get(request.id):
                 track.start = chunk.end - 1
-            computed_all = chunk.end >= len(request.prompt_ids) and got == len(track.expected)
-            if computed_all != (request.id in ended):
-                self.broken("I10", f"{request.id} {'goes on after' if computed_all else 'ends before'} its last token")
+            over = got == len(track.expected) and chunk.end == len(request.prompt_ids) + track.outputs
+            if over != (request.id in ended):
+                self.broken("I10", f"{request.id} {'goes on after' if over else 'ends before'} its last token")
             track.outputs = got
             self._learn(track)
         for request in finished:
@@ -275,7 +286,7 @@ class Checker:
         if request.finish_reason is not reason or not request.finished:
             self.broken("I10", f"{request.id} ends with {request.finish_reason} instead of {reason}")
         if request.block_ids or request.id in self.scheduler.requests:
-            self.broken("I12", f"{request.id} is over but still has {len(request.block_ids)} blocks, or is in the books")
+            self.broken("I12", f"{request.id} is over, but has {len(request.block_ids)} blocks or is in the books")
         if reason is FinishReason.ERROR:
             self._failed.add(request.id)
         self.ends[request.id] = reason

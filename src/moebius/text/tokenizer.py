@@ -34,11 +34,11 @@ class Tokenizer:
         backend: Backend,
         special_tokens: Mapping[str, Any] | None = None,
         *,
-        add_bos: bool | None = None,
-        add_eos: bool | None = None,
+        add_bos: bool = False,
+        add_eos: bool = False,
         templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """special_tokens: names as in special_tokens_map.json to text; add_bos, add_eos: None does as the backend."""
+        """special_tokens: names as in special_tokens_map.json to text; add_bos, add_eos: even if the backend does not."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -71,12 +71,11 @@ class Tokenizer:
         config = read_json(directory / "tokenizer_config.json")
         specials = _special_tokens({**read_json(directory / "special_tokens_map.json"), **config})
         _add_tokens(backend, config, specials)
-        flags = {name: value for name, value in config.items() if isinstance(value, bool)}
         return cls(
             backend,
             specials,
-            add_bos=flags.get("add_bos_token"),
-            add_eos=flags.get("add_eos_token"),
+            add_bos=config.get("add_bos_token") is True,
+            add_eos=config.get("add_eos_token") is True,
             templates=load_templates(directory, config),
         )
 
@@ -84,18 +83,21 @@ class Tokenizer:
         text = self._special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
 
-    def _frame(self, add_bos: bool | None, add_eos: bool | None) -> tuple[list[int], list[int]]:
-        """The ids that go before and behind a text: the post-processor's, unless a flag says otherwise."""
+    def _frame(self, add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
+        """The ids that go before and behind a text: the post-processor's, else the flags'.
+
+        As in transformers 5, a flag that is false takes nothing from what tokenizer.json adds.
+        """
         probes = ("a", *islice(self._backend.get_vocab(), 100))
         probe = next((text for text in probes if self._backend.encode(text, add_special_tokens=False).ids), "")
         plain = self._backend.encode(probe, add_special_tokens=False).ids
         framed = self._backend.encode(probe, add_special_tokens=True).ids
         start = next(i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
         prefix, suffix = framed[:start], framed[start + len(plain) :]
-        if add_bos is not None:
-            prefix = [self.bos_id] if add_bos and self.bos_id is not None else []
-        if add_eos is not None:
-            suffix = [self.eos_id] if add_eos and self.eos_id is not None else []
+        if add_bos and not prefix and self.bos_id is not None:
+            prefix = [self.bos_id]
+        if add_eos and not suffix and self.eos_id is not None:
+            suffix = [self.eos_id]
         return prefix, suffix
 
     @property

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,21 +35,13 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """All documents of one kind: their tokens, and how many bytes of text these stand for."""
-
-    tokens: np.ndarray
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class PreparedData:
-    """A tokenizer and the streams made with it; `facts` is what the model card says about them."""
+    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about them."""
 
     tokenizer: Tokenizer
-    train: dict[str, Stream]
-    heldout: dict[str, Stream]
-    facts: dict[str, object]
+    train: dict[str, np.ndarray]
+    heldout: dict[str, np.ndarray]
+    facts: dict[str, Any]
 
 
 def prepare(recipe: Recipe, folder: Path, root: Path | None = None) -> PreparedData:
@@ -74,7 +66,7 @@ def prepare(recipe: Recipe, folder: Path, root: Path | None = None) -> PreparedD
     )
 
 
-def _write(recipe: Recipe, corpus: Corpus, folder: Path) -> dict[str, object]:
+def _write(recipe: Recipe, corpus: Corpus, folder: Path) -> dict[str, Any]:
     tokenizer = train_tokenizer((d.text for d in corpus.train), recipe.tokenizer.vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     chats = conversations(corpus.train, recipe.corpus.chat_examples, recipe.corpus.seed)
@@ -92,10 +84,9 @@ def _write(recipe: Recipe, corpus: Corpus, folder: Path) -> dict[str, object]:
     return {"corpus_sha256": corpus.sha256, "python_version": corpus.python_version, "sizes": sizes}
 
 
-def _open(folder: Path, split: str, facts: dict) -> dict[str, Stream]:
+def _open(folder: Path, split: str, facts: dict[str, Any]) -> dict[str, np.ndarray]:
     return {
-        kind: Stream(np.memmap(folder / f"{split}.{kind}.bin", dtype=np.uint16, mode="r"), size["bytes"])
-        for kind, size in facts["sizes"][split].items()
+        kind: np.memmap(folder / f"{split}.{kind}.bin", dtype=np.uint16, mode="r") for kind in facts["sizes"][split]
     }
 
 
@@ -134,7 +125,7 @@ class Batches:
         unknown = [kind for kind in mixture if kind not in data.train]
         if unknown:
             raise ConfigError(f"mixture.{unknown[0]} names no training stream; there are {', '.join(data.train)}")
-        self._streams = [(data.train[kind].tokens, copies) for kind, copies in sorted(mixture.items()) if copies]
+        self._streams = [(data.train[kind], copies) for kind, copies in sorted(mixture.items()) if copies]
         self._rows, self._length, self._seed = rows, length, seed
         self._end = data.tokenizer.token_to_id(END_OF_TEXT)
         self._im_start = data.tokenizer.token_to_id(IM_START)
@@ -168,10 +159,10 @@ class Batches:
         return generator.permutation(np.concatenate(order))
 
 
-def evaluation_batches(stream: Stream, tokenizer: Tokenizer, rows: int, length: int) -> Iterable[Batch]:
+def evaluation_batches(stream: np.ndarray, tokenizer: Tokenizer, rows: int, length: int) -> Iterable[Batch]:
     """Every token of a stream once, in order, as a target; a short last row is a batch of its own."""
     end, im_start = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_START)
-    tokens = torch.from_numpy(stream.tokens.astype(np.int64))
+    tokens = torch.from_numpy(stream.astype(np.int64))
     full = (len(tokens) - 1) // length
     pieces = [(r * length, min(rows, full - r), length) for r in range(0, full, rows)]
     if (rest := len(tokens) - 1 - full * length) > 0:
@@ -182,6 +173,9 @@ def evaluation_batches(stream: Stream, tokenizer: Tokenizer, rows: int, length: 
         yield Batch(input_RL, target_RL, document_numbers(input_RL, end, im_start))
 
 
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Total cross-entropy in nats over the bytes of the text it was taken over."""
-    return nats / num_bytes / math.log(2)
+def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
+    """How many bytes of text each token id stands for (V,); special tokens for none."""
+    special = set(tokenizer.get_added_tokens_decoder())
+    ids = range(tokenizer.get_vocab_size())
+    # A byte-level vocabulary spells every byte as one character.
+    return torch.tensor([0 if i in special else len(tokenizer.id_to_token(i)) for i in ids])

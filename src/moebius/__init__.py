@@ -1,0 +1,29 @@
+"""Moebius: trains, inspects and serves Mixture-of-Experts language models.
+
+The public names are below; what imports torch is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moebius.schedule.request import SamplingParams
+
+if TYPE_CHECKING:
+    from moebius.llm import LLM
+    from moebius.outputs import CompletionOutput, RequestOutput
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from moebius.llm import LLM
+
+        return LLM
+    if name in ("CompletionOutput", "RequestOutput"):
+        from moebius import outputs
+
+        return getattr(outputs, name)
+    raise AttributeError(f"module 'moebius' has no attribute {name!r}")

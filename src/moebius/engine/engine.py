@@ -1,0 +1,209 @@
+"""The loop: plan, execute, sample, update. One thread owns an engine; EngineClient is how others reach it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moebius.engine.batch import Batch, PromptRows, build_batch
+from moebius.engine.client import EngineInfo, EngineStats, StepOutput, TokenLogprob
+from moebius.engine.memory import PROMPT_LOGIT_ROWS
+from moebius.engine.runner import Runner
+from moebius.engine.sampler import Sampled, not_finite, sample, token_logprobs
+from moebius.engine.trace import TraceWriter
+from moebius.errors import DeadlineError, EngineError, MoebiusError
+from moebius.schedule.request import FinishReason, Request
+from moebius.schedule.scheduler import Scheduler, StepPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Results:
+    """What a step computed, by request: tokens drawn, prompt tokens scored, and who failed."""
+
+    sampled: dict[str, Sampled] = field(default_factory=dict)
+    prompts: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    failed: dict[str, MoebiusError] = field(default_factory=dict)
+
+
+class Engine:
+    """Requests in, StepOutputs out. `clock` is monotonic, in seconds."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        *,
+        trace: TraceWriter | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.info = info
+        self.clock = clock
+        self._trace = trace
+        self._counts: Counter[str] = Counter()
+        self._scored: dict[str, int] = {}
+        self._last_step = clock()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request; RequestError or OverloadError if it cannot be served (ever, or now)."""
+        self.scheduler.add(request)
+        if self._trace:
+            self._trace.add(request)
+
+    def abort(self, request_id: str, error: MoebiusError | None = None) -> StepOutput | None:
+        """End a request between two steps; None if it is not here (any more)."""
+        request = self.scheduler.abort(request_id)
+        if request is None:
+            return None
+        if self._trace:
+            self._trace.abort(request_id, FinishReason.ABORT)
+        return self._ended(request_id, FinishReason.ABORT, error or EngineError("the request was aborted"))
+
+    def step(self) -> list[StepOutput]:
+        """Compute one step. A failure ends the requests it belongs to and no others."""
+        now = self.clock()
+        plan = self.scheduler.plan(now)
+        if self._trace:
+            self._trace.plan(now, plan)
+        late = DeadlineError("the request's deadline passed before it was finished")
+        outputs = [self._ended(id, FinishReason.DEADLINE, late) for id in plan.expired]
+        if plan.chunks:
+            try:
+                batch = build_batch(plan, self.scheduler.requests, self.info.block_size, self.runner.device)
+                results = self._sample(batch, self.runner.execute(batch.inputs))
+            except Exception as error:
+                outputs += self._failed_step(plan, error)
+            else:
+                outputs += self._update(plan, results)
+        self._last_step = self.clock()
+        self._counts["steps"] += 1
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """A snapshot; cheap, and safe to call while another thread steps."""
+        scheduler, pool, counts = self.scheduler, self.scheduler.pool, self._counts
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            used_blocks=pool.num_used,
+            total_blocks=pool.num_blocks,
+            steps=counts["steps"],
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=counts["prompt_tokens"],
+            prompt_tokens_cached=counts["prompt_tokens_cached"],
+            generation_tokens=counts["generation_tokens"],
+            last_step=self._last_step,
+            now=self.clock(),
+            ready=True,
+        )
+
+    def close(self) -> None:
+        if self._trace:
+            self._trace.close()
+
+    def _sample(self, batch: Batch, hidden_LD: Tensor) -> _Results:
+        results = _Results()
+        count = len(batch.sampled)
+        drawn = sample(self.runner.logits(hidden_LD[:count]), batch.sampled) if count else []
+        for request, outcome in zip(batch.sampled, drawn, strict=True):
+            if isinstance(outcome, Sampled):
+                results.sampled[request.id] = outcome
+            else:
+                results.failed[request.id] = outcome
+        for rows in batch.prompts:
+            if rows.request.id not in results.failed:
+                self._score(rows, hidden_LD, results)
+        return results
+
+    def _score(self, rows: PromptRows, hidden_LD: Tensor, results: _Results) -> None:
+        """Log-probabilities of prompt tokens, without those that were sent before a preemption."""
+        request = rows.request
+        sent = self._scored.get(request.id, 0)
+        scored: list[TokenLogprob] = []
+        for offset in range(0, len(rows.token_ids), PROMPT_LOGIT_ROWS):
+            tokens = rows.token_ids[offset : offset + PROMPT_LOGIT_ROWS]
+            first = rows.first + offset
+            logits = self.runner.logits(hidden_LD[first : first + len(tokens)])
+            part = token_logprobs(logits, tokens, request.params.prompt_logprobs or 0)
+            if part is None:
+                results.failed[request.id] = not_finite()
+                return
+            scored += part
+        results.prompts[request.id] = scored[max(sent + 1 - rows.start, 0) :]
+        self._scored[request.id] = max(sent, rows.start + len(rows.token_ids) - 1)
+
+    def _update(self, plan: StepPlan, results: _Results) -> list[StepOutput]:
+        outputs = []
+        requests = {chunk.request_id: self.scheduler.requests[chunk.request_id] for chunk in plan.chunks}
+        for request_id, error in results.failed.items():
+            self.scheduler.fail(request_id)
+            if self._trace:
+                self._trace.fail(request_id)
+            outputs.append(self._ended(request_id, FinishReason.ERROR, error))
+        tokens = {id: (s.token_id,) for id, s in results.sampled.items() if id not in results.failed}
+        self.scheduler.update(plan, tokens)
+        if self._trace:
+            self._trace.update(tokens)
+        for request_id, request in requests.items():
+            if request_id not in results.failed:
+                outputs.extend(self._output(request, results))
+        return outputs
+
+    def _output(self, request: Request, results: _Results) -> list[StepOutput]:
+        sampled = results.sampled.get(request.id)
+        prompts = tuple(results.prompts.get(request.id, ()))
+        if sampled is None and not prompts and not request.finished:
+            return []
+        if len(request.output_ids) == 1 or (sampled is None and request.finished):
+            self._counts["prompt_tokens"] += len(request.prompt_ids)
+            self._counts["prompt_tokens_cached"] += request.num_cached_tokens or 0
+        self._counts["generation_tokens"] += sampled is not None
+        if request.finished:
+            self._scored.pop(request.id, None)
+        return [
+            StepOutput(
+                request.id,
+                token_ids=(sampled.token_id,) if sampled else (),
+                logprobs=(sampled.logprob,) if sampled and sampled.logprob else (),
+                prompt_logprobs=prompts,
+                finish_reason=request.finish_reason,
+                num_cached_tokens=request.num_cached_tokens or 0,
+            )
+        ]
+
+    def _failed_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
+        """The model itself failed: nothing of the step is kept, its requests end, the engine goes on."""
+        error_id = secrets.token_hex(6)
+        log.exception("step %d failed (error id %s), %d requests end", plan.step, error_id, len(plan.chunks))
+        self.scheduler.rollback(plan)
+        if self._trace:
+            self._trace.rollback()
+        outputs = []
+        for chunk in plan.chunks:
+            self.scheduler.fail(chunk.request_id)
+            if self._trace:
+                self._trace.fail(chunk.request_id)
+            failure = EngineError(f"the engine failed on this request (error id {error_id})")
+            failure.__cause__ = error
+            outputs.append(self._ended(chunk.request_id, FinishReason.ERROR, failure))
+        return outputs
+
+    def _ended(self, request_id: str, reason: FinishReason, error: MoebiusError) -> StepOutput:
+        self._scored.pop(request_id, None)
+        return StepOutput(request_id, finish_reason=reason, error=error)

@@ -1,0 +1,133 @@
+"""From a model directory to a running engine: check, plan, load, reserve, warm up."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moebius.config import EngineConfig
+from moebius.engine.client import EngineInfo
+from moebius.engine.engine import Engine
+from moebius.engine.kv_cache import KVCache, bytes_per_token
+from moebius.engine.memory import MemoryPlan, WeightBytes, available_memory, plan_memory
+from moebius.engine.runner import Runner
+from moebius.engine.trace import TraceWriter
+from moebius.errors import ConfigError
+from moebius.models.checkpoint import Checkpoint, open_checkpoint, plan_weights
+from moebius.models.weights import fingerprint, load_decoder
+from moebius.ops import Ops, select_ops
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.request import ServingLimits
+from moebius.schedule.scheduler import Scheduler, SchedulerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked checkpoint with everything decided that loading needs. Nothing is allocated yet."""
+
+    checkpoint: Checkpoint
+    ops: Ops
+    device: torch.device
+    dtype: torch.dtype
+    plan: MemoryPlan
+
+
+def prepare(directory: Path, config: EngineConfig) -> Prepared:
+    """Read configuration and safetensors headers, check them, and plan the memory. Raises UsageError."""
+    checkpoint = open_checkpoint(directory)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, checkpoint.dtype)
+    ops = select_ops(device, dtype)
+    weights = plan_weights(checkpoint, dtype)
+    # Weights are mapped from files only into the machine's own memory.
+    mapped = sum(tensor.nbytes for tensor in weights if tensor.mapped) if device.type == "cpu" else 0
+    total = sum(tensor.nbytes for tensor in weights)
+    plan = plan_memory(
+        checkpoint.config,
+        config,
+        WeightBytes(mapped, total - mapped, total // dtype.itemsize),
+        dtype=_name(dtype),
+        device=device.type,
+        bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
+        available=torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_memory(),
+    )
+    return Prepared(checkpoint, ops, device, dtype, plan)
+
+
+def load_engine(directory: Path, config: EngineConfig, *, eos_ids: frozenset[int] = frozenset()) -> Engine:
+    """Load the model and reserve what the plan says. Raises UsageError before anything is allocated."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    prepared = prepare(directory, config)
+    plan, model_config = prepared.plan, prepared.checkpoint.config
+    scheduler = _scheduler(config, plan)
+    trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
+    model = load_decoder(directory, prepared.dtype, prepared.device, prepared.ops)
+    cache = KVCache(
+        model_config,
+        prepared.ops,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        dtype=prepared.dtype,
+        device=prepared.device,
+    )
+    runner = Runner(model, cache, prepared.device)
+    runner.warm_up()
+    info = EngineInfo(
+        limits=ServingLimits(model_config.vocab_size, plan.max_model_len),
+        eos_ids=eos_ids,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        fingerprint=_fingerprint(directory, prepared),
+    )
+    return Engine(runner, scheduler, info, trace=trace)
+
+
+def _scheduler(config: EngineConfig, plan: MemoryPlan) -> Scheduler:
+    # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
+    pool = BlockPool(
+        plan.num_blocks,
+        plan.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        key=secrets.token_bytes(32),
+    )
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            max_queue_requests=config.max_queue_requests,
+            max_queue_tokens=config.max_queue_tokens,
+        ),
+        pool,
+    )
+
+
+def _device(wish: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if wish == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
+
+
+def _dtype(wish: str, stored: str) -> torch.dtype:
+    if wish == "auto":
+        wish = "float32" if stored == "float16" else stored
+    return torch.bfloat16 if wish == "bfloat16" else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fingerprint(directory: Path, prepared: Prepared) -> str:
+    """Names weights, configuration and kernels; `-approx` where batch mates may change a bit (promise P1 is off)."""
+    name = f"fp_{fingerprint(directory)[:16]}_{prepared.ops.name}_{_name(prepared.dtype)}"
+    return name if prepared.ops.one_answer else f"{name}-approx"

@@ -1,0 +1,325 @@
+"""The real scheduler and pool under a virtual clock, with a fake model and random, hostile work, checked at each step.
+
+`python -m moebius.schedule.simulate --steps 1000000 --seed 1` runs episodes with seeds 1, 2, 3, ...: each a new random
+configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off) and workload (shared prefixes, tenants,
+priorities, deadlines, aborts in every state, failed steps, numerical failures, several tokens a step), ending when all
+is drained. A violation names the invariant, the episode's seed and the step, and comes again from that seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from random import Random
+from timeit import default_timer  # the command's stop watch; the simulation's own clock is virtual
+
+from moebius.errors import OverloadError, RequestError
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.checker import Checker, Violation, advance, draw
+from moebius.schedule.plan import SchedulerConfig, StepPlan
+from moebius.schedule.request import FinishReason, Request, SamplingParams, ServingLimits
+from moebius.schedule.scheduler import Scheduler
+
+EPISODE_STEPS = 600
+DRAIN_STEPS = 5_000
+SEEDS_A_PROCESS = 1_000_000
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of what a simulation went through."""
+
+    steps: int = 0
+    episodes: int = 0
+    requests: int = 0
+    refused: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    expired: int = 0
+    rollbacks: int = 0
+    preemptions: int = 0
+    prefix_waits: int = 0
+    prefix_hits: int = 0
+    computed_tokens: int = 0
+
+    def add(self, other: Stats) -> None:
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Mood:
+    """How often things happen in one episode; probabilities a step."""
+
+    arrival: float
+    burst: int
+    abort: float
+    rollback: float
+    failure: float
+    several: float
+    nothing_drawn: float
+    deadline: float
+    score: float
+    prompt_logprobs: float
+    priorities: int
+    tenants: int
+    vocab: int
+
+    @classmethod
+    def random(cls, rng: Random) -> Mood:
+        return cls(
+            arrival=rng.choice((0.1, 0.3, 0.6)),
+            burst=rng.choice((1, 1, 4, 10)),
+            abort=rng.choice((0.0, 0.02, 0.1)),
+            rollback=rng.choice((0.0, 0.02, 0.1)),
+            failure=rng.choice((0.0, 0.0, 0.03)),
+            several=rng.choice((0.0, 0.3)),
+            nothing_drawn=rng.choice((0.0, 0.0, 0.05)),
+            deadline=rng.choice((0.0, 0.1, 0.4)),
+            score=rng.choice((0.0, 0.1)),
+            prompt_logprobs=rng.choice((0.0, 0.15)),
+            priorities=rng.choice((1, 1, 3)),
+            tenants=rng.choice((1, 2)),
+            vocab=rng.choice((2, 3, 50)),
+        )
+
+
+class Episode:
+    """One random configuration and workload, from one seed."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        scheduler_class: type[Scheduler] = Scheduler,
+        pool_class: type[BlockPool] = BlockPool,
+    ) -> None:
+        self.rng = rng = Random(seed)
+        self.mood = Mood.random(rng)
+        self.stats = Stats(episodes=1)
+        self.now = 0.0
+        size = rng.choice((1, 2, 3, 4, 8, 16))
+        num_blocks = rng.randint(3, 12) if size >= 8 else rng.randint(4, 24)
+        seqs = rng.randint(1, 8)
+        self.config = SchedulerConfig(
+            max_num_seqs=seqs,
+            max_num_batched_tokens=rng.randint(max(seqs, 4), 64),
+            max_model_len=rng.randint(6, min(64, size * num_blocks + 4)),
+            enable_chunked_prefill=rng.random() < 0.75,
+            max_queue_requests=rng.choice((3, 20)),
+            max_queue_tokens=rng.choice((60, 1000)),
+        )
+        key = rng.randbytes(32)
+        pool = pool_class(num_blocks, size, enable_prefix_caching=rng.random() < 0.9, key=key)
+        self.scheduler = scheduler_class(self.config, pool)
+        self.checker = Checker(self.scheduler, key, self.mood.vocab, seed)
+        self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4)
+        longest = self.config.max_model_len
+        self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest + 4)] for _ in range(3)]
+        self.done: list[str] = []
+
+    def run(self, steps: int) -> Stats:
+        """At most `steps` steps with new work, then as many as it takes to drain; all of them are counted."""
+        checker = self.checker
+        try:
+            while checker.step < steps:
+                self._arrivals()
+                self._turn()
+            self.mood = Mood(0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, self.mood.vocab)
+            while self.scheduler.has_work:
+                self._turn()
+                if checker.step > steps + DRAIN_STEPS:
+                    checker.broken("I8", f"{len(checker.tracks)} requests do not end")
+            checker.quiet()
+        except Violation:
+            raise
+        except Exception as error:  # the scheduler's own assertions, and whatever a bug makes it stumble on
+            checker.broken("crash", f"{type(error).__name__}: {error}")
+        self.stats.steps = checker.step
+        self.stats.preemptions = self.scheduler.preemptions
+        self.stats.prefix_hits = self.scheduler.prefix_hits
+        return self.stats
+
+    def _turn(self) -> None:
+        """One step: plan, disturb, compute, disturb, update or roll back; everything is checked in between."""
+        rng, checker, scheduler = self.rng, self.checker, self.scheduler
+        checker.step += 1
+        self.now += rng.random() * 0.1
+        self._maybe_abort()
+        plan = scheduler.plan(self.now)
+        checker.planned(plan, self.now)
+        checker.books()
+        self.stats.expired += len(plan.expired)
+        self.stats.prefix_waits += sum(reason == "prefix_in_flight" for reason in plan.waiting.values())
+        if plan.chunks and rng.random() < self.mood.rollback:
+            self._maybe_abort()
+            scheduler.rollback(plan)
+            checker.rolled_back(plan)
+            self.stats.rollbacks += 1
+        else:
+            self._compute(plan)
+        checker.books()
+
+    def _compute(self, plan: StepPlan) -> None:
+        values = self.checker.computed(plan)
+        self._maybe_abort()
+        if plan.chunks and self.rng.random() < self.mood.failure:
+            self._fail(self.rng.choice(plan.chunks).request_id)
+        drawn = {chunk.request_id: self._draw(chunk.request_id, values) for chunk in plan.chunks if chunk.samples}
+        finished = self.scheduler.update(plan, drawn)
+        self.checker.updated(plan, drawn, finished)
+        self.done += [request.id for request in finished]
+        self.stats.finished += len(finished)
+        self.stats.computed_tokens += plan.num_tokens
+
+    def _draw(self, request_id: str, values: dict[str, int]) -> list[int]:
+        """One token, now and then several or none; from what the cache holds and from the request's secret."""
+        track = self.checker.tracks.get(request_id)
+        if track is None or self.rng.random() < self.mood.nothing_drawn:
+            return []
+        value, tokens = values[request_id], []
+        for _ in range(self.rng.randint(2, 5) if self.rng.random() < self.mood.several else 1):
+            tokens.append(draw(track.secret, value, self.mood.vocab))
+            value = advance(value, tokens[-1])
+        return tokens
+
+    def _arrivals(self) -> None:
+        if self.rng.random() < self.mood.arrival / self.mood.burst:
+            for _ in range(self.rng.randint(1, self.mood.burst)):
+                self._arrive()
+
+    def _arrive(self) -> None:
+        request, secret = self._make_request()
+        hopeless, full = self._hopeless(request), self._full(request)
+        try:
+            self.scheduler.add(request)
+        except RequestError as error:
+            if not hopeless:
+                self.checker.broken("I8", f"a request that fits was refused: {error}")
+        except OverloadError as error:
+            if not full or hopeless or not 0 < error.retry_after <= 60:
+                self.checker.broken("I8", f"refused without cause: {error}")
+        else:
+            if hopeless or full:
+                self.checker.broken("I8", f"{request.id} was let in, but {'cannot run' if hopeless else 'is too much'}")
+            self.checker.admitted(request, secret)
+            self.stats.requests += 1
+            return
+        self.stats.refused += 1
+
+    def _make_request(self) -> tuple[Request, int]:
+        rng, mood = self.rng, self.mood
+        longest = self.config.max_model_len
+        shared = rng.randint(0, longest)
+        prompt = rng.choice(self.texts)[:shared]
+        prompt += [rng.randrange(mood.vocab) for _ in range(rng.randint(0 if prompt else 1, 6))]
+        prompt = prompt[: longest + 3]
+        room = longest + 4 - len(prompt)
+        max_tokens = 0 if rng.random() < mood.score else rng.randint(1, min(room, rng.choice((4, 30))))
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.2 else 0,
+            prompt_logprobs=1 if rng.random() < mood.prompt_logprobs else None,
+        )
+        request = Request.create(
+            f"r{self.stats.requests + self.stats.refused}",
+            prompt,
+            params,
+            self.limits,
+            arrival=round(self.now, 1),
+            eos_ids=frozenset((0,)) if rng.random() < 0.3 else frozenset(),
+            priority=rng.randrange(mood.priorities),
+            deadline=self.now + rng.random() * 2 if rng.random() < mood.deadline else None,
+            salt=bytes([rng.randrange(mood.tenants)]),
+        )
+        secret = rng.getrandbits(32)
+        if rng.random() < 0.05:  # a replay: some of its tokens were drawn by an engine that is gone
+            output, _ = self.checker.solo(request, secret)
+            request.output_ids[:] = output[: rng.randint(0, max(0, len(output) - 1))]
+        return request, secret
+
+    def _hopeless(self, request: Request) -> bool:
+        """Whether the request, alone in an empty pool, could not be served to its end."""
+        config, pool, prompt = self.config, self.scheduler.pool, len(request.prompt_ids)
+        if prompt > config.max_model_len or (prompt == config.max_model_len and request.max_tokens > 0):
+            return True
+        if not config.enable_chunked_prefill and prompt > config.max_num_batched_tokens:
+            return True
+        last_computed = max(prompt, min(prompt + request.max_tokens, config.max_model_len) - 1)
+        return last_computed > pool.num_blocks * pool.block_size
+
+    def _full(self, request: Request) -> bool:
+        queue = [t.request.num_tokens for t in self.checker.tracks.values() if t.start is None]
+        config = self.config
+        too_many = len(queue) >= config.max_queue_requests
+        return bool(queue) and (too_many or sum(queue) + request.num_tokens > config.max_queue_tokens)
+
+    def _maybe_abort(self) -> None:
+        """End some request by force: waiting, running, preempted or, to no effect, over."""
+        if self.rng.random() >= self.mood.abort:
+            return
+        over = not self.checker.tracks or self.rng.random() < 0.1
+        request_id = self.rng.choice((*self.done[-5:], "nobody")) if over else self.rng.choice([*self.checker.tracks])
+        request = self.scheduler.abort(request_id)
+        if (request is None) != (request_id not in self.checker.tracks):
+            self.checker.broken("I10", f"abort of {request_id} returned {request}")
+        if request is not None:
+            self.checker.ended(request, FinishReason.ABORT)
+            self.done.append(request_id)
+            self.stats.aborted += 1
+
+    def _fail(self, request_id: str) -> None:
+        request = self.scheduler.fail(request_id)
+        if (request is None) != (request_id not in self.checker.tracks):
+            self.checker.broken("I10", f"failure of {request_id} returned {request}")
+        if request is not None:
+            self.checker.ended(request, FinishReason.ERROR)
+            self.done.append(request_id)
+            self.stats.failed += 1
+
+
+def simulate(
+    steps: int,
+    seed: int,
+    *,
+    scheduler_class: type[Scheduler] = Scheduler,
+    pool_class: type[BlockPool] = BlockPool,
+) -> Stats:
+    """At least `steps` checked steps, in episodes with seeds from `seed` on. Raises Violation."""
+    total = Stats()
+    while total.steps < steps:
+        episode = Episode(seed + total.episodes, scheduler_class=scheduler_class, pool_class=pool_class)
+        total.add(episode.run(min(EPISODE_STEPS, steps - total.steps)))
+    return total
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moebius.schedule.simulate", description=__doc__)
+    parser.add_argument("--steps", type=int, default=100_000, help="steps in all, over all processes")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the first episode")
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args(argv)
+    began = default_timer()
+    seeds = [args.seed + i * SEEDS_A_PROCESS for i in range(args.processes)]
+    total = Stats()
+    print(f"seeds {seeds}, {args.steps} steps", flush=True)
+    with ProcessPoolExecutor(args.processes) as executor:
+        jobs = [executor.submit(simulate, -(-args.steps // args.processes), seed) for seed in seeds]
+        try:
+            for job in jobs:
+                total.add(job.result())
+        except Violation as violation:
+            print(violation)
+            return 1
+    rate = total.steps / (default_timer() - began)
+    print("  ".join(f"{f.name} {getattr(total, f.name):,}" for f in fields(total)))
+    print(f"no violation; {rate:,.0f} steps/s, {rate / args.processes:,.0f} a process")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The reference operations, with what training on a CPU gains from: the same formulas, fewer and larger passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.ops.reference import ReferenceOps, visible
+
+# Queries of a row that are attended at a time: keys after them are never touched, which halves a causal row's work.
+QUERY_BLOCK = 128
+# Rows whose logits exist at a time.
+LOSS_ROWS = 512
+
+
+class TrainingOps(ReferenceOps):
+    """Reference operations whose attention and norm are a few times faster forwards and backwards on a CPU."""
+
+    name = "training"
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
+
+    def causal_attention(
+        self,
+        q_THN: Tensor,
+        k_TGN: Tensor,
+        v_TGN: Tensor,
+        row_length: int,
+        scale: float,
+        window: int | None = None,
+        document_ids_T: Tensor | None = None,
+    ) -> Tensor:
+        heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
+        rows = q_THN.shape[0] // row_length
+        # Query heads that share a key head stand side by side, as more queries of the same keys: (R, G, L, H/G, N).
+        q = q_THN.view(rows, row_length, groups, heads // groups, size).transpose(1, 2) * scale
+        k = k_TGN.view(rows, row_length, groups, size).permute(0, 2, 3, 1)
+        v = v_TGN.view(rows, row_length, groups, size).transpose(1, 2)
+        bias = _bias(row_length, window, document_ids_T, q_THN)
+        blocks = []
+        for start in range(0, row_length, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, row_length)
+            queries = q[:, :, start:stop].flatten(2, 3)
+            scores = (queries @ k[..., :stop]).unflatten(2, (stop - start, heads // groups))
+            scores = scores + bias[:, :, start:stop, None, :stop]
+            out = torch.softmax(scores, dim=-1).flatten(2, 3) @ v[:, :, :stop]
+            blocks.append(out.unflatten(2, (stop - start, heads // groups)))
+        return torch.cat(blocks, dim=2).transpose(1, 2).reshape(q_THN.shape)
+
+
+def _bias(row_length: int, window: int | None, document_ids_T: Tensor | None, like: Tensor) -> Tensor:
+    """What is added to the scores: 0 where a key may be seen, the dtype's lowest number elsewhere (R or 1, 1, L, L)."""
+    at = torch.arange(row_length, device=like.device)
+    seen = visible(at, at, window).unsqueeze(0)
+    if document_ids_T is not None:
+        ids_RL = document_ids_T.view(-1, row_length)
+        seen = seen & (ids_RL.unsqueeze(1) == ids_RL.unsqueeze(2))
+    bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+    return bias.masked_fill_(~seen, torch.finfo(like.dtype).min).unsqueeze(1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a linear layer's logits, whose (T, V) matrix never exists as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+        grad_x_TD = torch.empty_like(x_TD)
+        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_TD.device)
+        total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+        for start in range(0, len(x_TD), LOSS_ROWS):
+            x_LD, target_L = x_TD[start : start + LOSS_ROWS], target_T[start : start + LOSS_ROWS].unsqueeze(1)
+            logits_LV = (x_LD @ weight_VD.T).float()
+            log_sum_L = torch.logsumexp(logits_LV, dim=-1, keepdim=True)
+            total += (log_sum_L - logits_LV.gather(1, target_L)).sum()
+            error_LV = logits_LV.sub_(log_sum_L).exp_().scatter_add_(1, target_L, -torch.ones_like(log_sum_L))
+            error = error_LV.to(x_TD.dtype)
+            grad_x_TD[start : start + LOSS_ROWS] = error @ weight_VD
+            grad_weight_VD += error.T @ x_LD
+        ctx.save_for_backward(grad_x_TD, grad_weight_VD)
+        return total / len(x_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_x_TD, grad_weight_VD = ctx.saved_tensors
+        scale = grads[0] / len(grad_x_TD)
+        return grad_x_TD * scale.to(grad_x_TD.dtype), (grad_weight_VD * scale).to(grad_x_TD.dtype), None
+
+
+def cross_entropy(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+    """Mean over T of -log softmax(x W^T)[target], in nats: products in x's dtype, everything else in float32.
+
+    The gradient is worked out in the forward pass, LOSS_ROWS rows at a time, so that memory does not grow with T·V.
+    """
+    loss: Tensor = _CrossEntropy.apply(x_TD, weight_VD, target_T)
+    return loss
