@@ -114,6 +114,19 @@ class LLM:
         finish, `request_id` is the prompt's number."""
         return self._run(self._job(index, prompt, params) for index, (prompt, params) in enumerate(jobs))
 
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+        """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
+        job = _Job(0, None, self.tokenizer.encode_chat(messages), params or self.default_params(), chat=True)
+        self._prepare(job)
+        request, choice = job.pending[0], job.choices[0]
+        self.engine.add(request)
+        try:
+            while not choice.finished:
+                for step in self.engine.step():
+                    yield choice.push(step).text
+        finally:
+            self.engine.abort(request.id)
+
     def close(self) -> None:
         self.engine.close()
 

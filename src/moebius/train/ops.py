@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebius.config import ModelConfig
 from moebius.ops.reference import ReferenceOps, visible
 
 # Queries of a row that are attended at a time: keys after them are never touched, which halves a causal row's work.
@@ -17,50 +18,44 @@ LOSS_ROWS = 512
 
 
 class TrainingOps(ReferenceOps):
-    """Reference operations whose attention and norm are a few times faster forwards and backwards on a CPU."""
+    """Reference operations with a norm in one pass."""
 
     name = "training"
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
 
-    def causal_attention(
-        self,
-        q_THN: Tensor,
-        k_TGN: Tensor,
-        v_TGN: Tensor,
-        row_length: int,
-        scale: float,
-        window: int | None = None,
-        document_ids_T: Tensor | None = None,
-    ) -> Tensor:
+
+class DocumentAttend:
+    """Causal attention within the documents of rows: the `attend` of training, forwards and backwards.
+
+    The same function as moebius.nn.attention.CausalAttend, a few times faster on a CPU: the mask is made once for all
+    layers, and queries go in blocks that touch no key behind them.
+    """
+
+    def __init__(self, config: ModelConfig, document_RL: Tensor, dtype: torch.dtype) -> None:
+        assert not any(config.windows), "training has no sliding windows"
+        at = torch.arange(document_RL.shape[1], device=document_RL.device)
+        seen_RLL = (document_RL.unsqueeze(1) == document_RL.unsqueeze(2)) & visible(at, at, None)
+        bias_RLL = torch.zeros(seen_RLL.shape, dtype=dtype, device=document_RL.device)
+        self._bias_RLL = bias_RLL.masked_fill_(~seen_RLL, torch.finfo(dtype).min)
+        self._scale = config.scale
+
+    def __call__(self, layer: int, q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor:
+        rows, length, _ = self._bias_RLL.shape
         heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
-        rows = q_THN.shape[0] // row_length
         # Query heads that share a key head stand side by side, as more queries of the same keys: (R, G, L, H/G, N).
-        q = q_THN.view(rows, row_length, groups, heads // groups, size).transpose(1, 2) * scale
-        k = k_TGN.view(rows, row_length, groups, size).permute(0, 2, 3, 1)
-        v = v_TGN.view(rows, row_length, groups, size).transpose(1, 2)
-        bias = _bias(row_length, window, document_ids_T, q_THN)
+        q = q_THN.view(rows, length, groups, heads // groups, size).transpose(1, 2) * self._scale
+        k = k_TGN.view(rows, length, groups, size).permute(0, 2, 3, 1)
+        v = v_TGN.view(rows, length, groups, size).transpose(1, 2)
         blocks = []
-        for start in range(0, row_length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, row_length)
-            queries = q[:, :, start:stop].flatten(2, 3)
-            scores = (queries @ k[..., :stop]).unflatten(2, (stop - start, heads // groups))
-            scores = scores + bias[:, :, start:stop, None, :stop]
+        for start in range(0, length, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, length)
+            scores = (q[:, :, start:stop].flatten(2, 3) @ k[..., :stop]).unflatten(2, (stop - start, heads // groups))
+            scores = scores + self._bias_RLL[:, None, start:stop, None, :stop]
             out = torch.softmax(scores, dim=-1).flatten(2, 3) @ v[:, :, :stop]
             blocks.append(out.unflatten(2, (stop - start, heads // groups)))
         return torch.cat(blocks, dim=2).transpose(1, 2).reshape(q_THN.shape)
-
-
-def _bias(row_length: int, window: int | None, document_ids_T: Tensor | None, like: Tensor) -> Tensor:
-    """What is added to the scores: 0 where a key may be seen, the dtype's lowest number elsewhere (R or 1, 1, L, L)."""
-    at = torch.arange(row_length, device=like.device)
-    seen = visible(at, at, window).unsqueeze(0)
-    if document_ids_T is not None:
-        ids_RL = document_ids_T.view(-1, row_length)
-        seen = seen & (ids_RL.unsqueeze(1) == ids_RL.unsqueeze(2))
-    bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
-    return bias.masked_fill_(~seen, torch.finfo(like.dtype).min).unsqueeze(1)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -1,0 +1,68 @@
+"""moebius plan MODEL: what a model takes, without loading it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from moebius.cli import options as o
+
+
+def plan(
+    model: o.Model = "bundled",
+    dtype: o.Dtype = o.DEFAULTS.dtype,
+    device: o.Device = o.DEFAULTS.device,
+    max_model_len: o.MaxModelLen = None,
+    max_num_seqs: o.MaxNumSeqs = o.DEFAULTS.max_num_seqs,
+    max_num_batched_tokens: o.MaxNumBatchedTokens = o.DEFAULTS.max_num_batched_tokens,
+    block_size: o.BlockSize = o.DEFAULTS.block_size,
+    kv_cache_memory_bytes: o.KVCacheMemoryBytes = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too: mapped or copied, and its bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print what weights, KV cache and workspace take, and how many sequences fit; loads nothing."""
+    config = o.engine_config(
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+    )
+    from rich.console import Console
+    from rich.table import Table
+
+    from moebius.engine.load import prepare
+    from moebius.models.checkpoint import plan_weights
+    from moebius.models.hub import resolve_model
+
+    prepared = prepare(resolve_model(model), config)
+    weights = plan_weights(prepared.checkpoint, prepared.dtype) if tensors else []
+    if as_json:
+        record = asdict(prepared.plan) | {"kv_cache": prepared.plan.kv_cache, "kv_tokens": prepared.plan.kv_tokens}
+        if tensors:
+            record["tensors"] = [{"name": t.name, "bytes": t.nbytes, "mapped": t.mapped} for t in weights]
+        typer.echo(json.dumps(record, indent=2))
+        return
+    console = Console()
+    if tensors:
+        table = Table("tensor", "bytes", "", box=None, pad_edge=False)
+        for tensor in weights:
+            table.add_row(tensor.name, f"{tensor.nbytes:,}", "mapped" if tensor.mapped else "copied")
+        console.print(table)
+    print_plan(console, model, prepared.plan.rows())
+
+
+def print_plan(console: object, model: str, rows: list[tuple[str, str, str]]) -> None:
+    """One table: what, how much, remark."""
+    from rich.table import Table
+
+    table = Table("", model, "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)  # type: ignore[attr-defined]
