@@ -17,8 +17,8 @@ from moebius.engine.memory import MemoryPlan, WeightBytes, available_memory, pla
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import ConfigError
-from moebius.models.checkpoint import Checkpoint, open_checkpoint, plan_weights
-from moebius.models.weights import fingerprint, load_decoder
+from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import ServingLimits
@@ -44,10 +44,9 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     device = _device(config.device)
     dtype = _dtype(config.dtype, checkpoint.dtype)
     ops = select_ops(device, dtype)
-    weights = plan_weights(checkpoint, dtype)
-    # Weights are mapped from files only into the machine's own memory.
-    mapped = sum(tensor.nbytes for tensor in weights if tensor.mapped) if device.type == "cpu" else 0
-    total = sum(tensor.nbytes for tensor in weights)
+    rows = checkpoint.weight_rows(_name(dtype), device.type)
+    mapped = sum(row.nbytes for row in rows if row.mapped)
+    total = sum(row.nbytes for row in rows)
     plan = plan_memory(
         checkpoint.config,
         config,
@@ -68,7 +67,7 @@ def load_engine(directory: Path, config: EngineConfig, *, eos_ids: frozenset[int
     plan, model_config = prepared.plan, prepared.checkpoint.config
     scheduler = _scheduler(config, plan)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
-    model = load_decoder(directory, prepared.dtype, prepared.device, prepared.ops)
+    model = load_decoder(prepared.checkpoint, prepared.dtype, prepared.device, prepared.ops)
     cache = KVCache(
         model_config,
         prepared.ops,

@@ -21,7 +21,7 @@ MODEL_TYPES: Mapping[str, ModuleType] = {module.__name__.rpartition(".")[2]: mod
 
 def _family(config_json: Mapping[str, Any]) -> ModuleType:
     model_type = config_json.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ConfigError(
             f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
         )
@@ -39,4 +39,5 @@ def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
 
 def checkpoint_layouts(model_type: str) -> tuple[Layout, ...]:
     """The ways in which checkpoints of this type name their feed-forward tensors, the published one first."""
-    return MODEL_TYPES[model_type].LAYOUTS
+    layouts: tuple[Layout, ...] = MODEL_TYPES[model_type].LAYOUTS
+    return layouts

@@ -36,9 +36,7 @@ class Layer(nn.Module):
             update_TD = update_TD * self.residual_multiplier
         return x_TD + update_TD
 
-    def forward(
-        self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> tuple[Tensor, Routing | None]:
         x_TD = self._add(x_TD, self.self_attn(self.input_layernorm(x_TD), cos_TR, sin_TR, attend))
         out_TD, routing = self.mlp(self.post_attention_layernorm(x_TD))
         return self._add(x_TD, out_TD), routing
@@ -63,9 +61,12 @@ class Decoder(nn.Module):
         self.config, self.ops = config, ops
         dispatch = dispatch or LocalDispatcher()
         with torch.device(device):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, _weight=torch.empty(
-                config.vocab_size, config.hidden_size, dtype=dtype
-            ))
+            self.embed_tokens = nn.Embedding(
+                config.vocab_size,
+                config.hidden_size,
+                dtype=dtype,
+                _weight=torch.empty(config.vocab_size, config.hidden_size, dtype=dtype),
+            )
             self.layers = nn.ModuleList(
                 Layer(config, ops, dispatch, layer, dtype) for layer in range(config.num_layers)
             )
@@ -75,9 +76,7 @@ class Decoder(nn.Module):
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
         self.rotary = Rotary(config.rope, config.head_dim)
 
-    def forward(
-        self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend
-    ) -> tuple[Tensor, list[Routing | None]]:
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), after the last norm, and each layer's routing (None for a dense layer)."""
         x_TD = self.embed_tokens(input_ids_T)
         if self.config.embedding_multiplier != 1.0:

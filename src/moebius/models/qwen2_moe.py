@@ -26,11 +26,9 @@ def config(reader: ConfigReader) -> ModelConfig:
     )
     dense = FeedForwardConfig(reader.integer("intermediate_size"), activation=activation)
     # transformers alternates windows below max_window_layers here, unlike in the dense models.
-    lower = reader.integer("max_window_layers", 28)
+    lower = reader.integer("max_window_layers", 28, low=0)
     slides = reader.flag("use_sliding_window", False)
-    types = [
-        "sliding_attention" if slides and i % 2 == 0 and i < lower else "full_attention" for i in range(layers)
-    ]
+    types = ["sliding_attention" if slides and i % 2 == 0 and i < lower else "full_attention" for i in range(layers)]
     return ModelConfig(
         **fields,
         feed_forward=tuple(moe if sparse else dense for sparse in sparse_layers(reader, layers)),

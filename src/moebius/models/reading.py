@@ -13,16 +13,64 @@ from moebius.config import Activation, RopeConfig
 from moebius.errors import ConfigError
 
 _HARMLESS = frozenset(
-    """
-    model_type architectures auto_map torch_dtype dtype use_cache initializer_range pretraining_tp attention_dropout
-    router_aux_loss_coef output_router_logits router_jitter_noise max_length min_length temperature top_k top_p
-    do_sample num_beams repetition_penalty length_penalty no_repeat_ngram_size task_specific_params id2label label2id
-    problem_type return_dict output_attentions output_hidden_states torchscript chunk_size_feed_forward
-    is_encoder_decoder bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
-    bos_token eos_token pad_token tokenizer_class finetuning_task num_return_sequences early_stopping diversity_penalty
-    num_beam_groups typical_p exponential_decay_length_penalty transformers_version attn_implementation
-    rope_interleaved residual_dropout embd_pdrop resid_pdrop attn_pdrop
-    """.split()
+    [
+        "model_type",
+        "architectures",
+        "auto_map",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "initializer_range",
+        "pretraining_tp",
+        "attention_dropout",
+        "router_aux_loss_coef",
+        "output_router_logits",
+        "router_jitter_noise",
+        "max_length",
+        "min_length",
+        "temperature",
+        "top_k",
+        "top_p",
+        "do_sample",
+        "num_beams",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "task_specific_params",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "torchscript",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "unk_token_id",
+        "decoder_start_token_id",
+        "bos_token",
+        "eos_token",
+        "pad_token",
+        "tokenizer_class",
+        "finetuning_task",
+        "num_return_sequences",
+        "early_stopping",
+        "diversity_penalty",
+        "num_beam_groups",
+        "typical_p",
+        "exponential_decay_length_penalty",
+        "transformers_version",
+        "attn_implementation",
+        "rope_interleaved",
+        "residual_dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+    ]
 )
 # A value that switches nothing on: a key we do not know that carries it changes nothing.
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
@@ -35,10 +83,22 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 _ROPE_KEYS = frozenset(
-    """
-    rope_type type rope_theta factor original_max_position_embeddings low_freq_factor high_freq_factor beta_fast
-    beta_slow attention_factor mscale mscale_all_dim truncate partial_rotary_factor
-    """.split()
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "partial_rotary_factor",
+    ]
 )
 
 
@@ -67,17 +127,18 @@ class ConfigReader:
             raise ConfigError(f"config.json: {key} is {value!r}; it must be {wanted}")
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._checked(key, default, (int,), "a positive integer")
-        if value < 1:
-            raise ConfigError(f"config.json: {key} is {value}; it must be a positive integer")
+    def integer(self, key: str, default: int | None = None, low: int = 1) -> int:
+        wanted = f"an integer of at least {low}"
+        value: int = self._checked(key, default, (int,), wanted)
+        if value < low:
+            raise ConfigError(f"config.json: {key} is {value}; it must be {wanted}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         return float(self._checked(key, default, (int, float), "a number"))
 
     def flag(self, key: str, default: bool) -> bool:
-        return self._checked(key, default, (bool,), "true or false")
+        return bool(self._checked(key, default, (bool,), "true or false"))
 
     def indices(self, key: str) -> tuple[int, ...]:
         value = self._checked(key, [], (list,), "a list of layer numbers")
@@ -135,7 +196,9 @@ class ConfigReader:
                 "the batch, so a request's answer would depend on its neighbours; linear, llama3 and yarn are supported"
             )
         if kind not in ("default", "linear", "llama3", "yarn"):
-            raise ConfigError(f"config.json: rope type {kind!r} is unknown; default, linear, llama3, yarn are supported")
+            raise ConfigError(
+                f"config.json: rope type {kind!r} is unknown; default, linear, llama3, yarn are supported"
+            )
         for key, value in rope.items():
             if key not in _ROPE_KEYS and value not in _OFF:
                 raise ConfigError(f"config.json: {name}.{key} = {value!r} is not supported")
@@ -145,9 +208,7 @@ class ConfigReader:
 
     def _original(self, rope: Mapping[str, Any], max_position: int) -> int:
         return int(
-            self.get("original_max_position_embeddings")
-            or rope.get("original_max_position_embeddings")
-            or max_position
+            self.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_position
         )
 
 
@@ -174,7 +235,9 @@ def _rope_config(
     if kind == "llama3":
         low, high = needed("low_freq_factor"), needed("high_freq_factor")
         if not low < high:
-            raise ConfigError(f"config.json: {name}.low_freq_factor = {low} must be less than high_freq_factor = {high}")
+            raise ConfigError(
+                f"config.json: {name}.low_freq_factor = {low} must be less than high_freq_factor = {high}"
+            )
         return RopeConfig(theta, "llama3", needed("factor"), original, low, high)
     if kind == "yarn":
         return RopeConfig(
@@ -207,7 +270,7 @@ def sliding_windows(reader: ConfigReader, num_layers: int, default_types: Sequen
 
 def upper_layers_slide(reader: ConfigReader, num_layers: int) -> list[str]:
     """layer_types of the dense Qwen models where it is absent: layers from max_window_layers on have a window."""
-    full = reader.integer("max_window_layers", 28)
+    full = reader.integer("max_window_layers", 28, low=0)
     used = reader.flag("use_sliding_window", False) and not reader.is_null("sliding_window")
     return ["sliding_attention" if used and i >= full else "full_attention" for i in range(num_layers)]
 

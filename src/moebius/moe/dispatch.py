@@ -20,4 +20,5 @@ class LocalDispatcher:
     """All experts are here."""
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        return experts(x_TD, routing.weights_TK, routing.expert_ids_TK)
+        out_TD: Tensor = experts(x_TD, routing.weights_TK, routing.expert_ids_TK)
+        return out_TD

@@ -35,7 +35,5 @@ class Experts(nn.Module):
         lists = (self.gate_proj, self.up_proj, self.down_proj, self.gate_bias, self.up_bias, self.down_bias)
         return ExpertWeights(*(tuple(each._parameters.values()) for each in lists))  # type: ignore[arg-type]
 
-    def forward(
-        self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None) -> Tensor:
         return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self.weights(), self.activation)

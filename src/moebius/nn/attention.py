@@ -31,9 +31,7 @@ class PagedAttend:
     caches are one per layer, as Ops.make_kv_cache made them, with blocks of block_size tokens.
     """
 
-    def __init__(
-        self, ops: Ops, config: ModelConfig, caches: Sequence[Any], step: StepInputs, block_size: int
-    ) -> None:
+    def __init__(self, ops: Ops, config: ModelConfig, caches: Sequence[Any], step: StepInputs, block_size: int) -> None:
         self._ops, self._config, self._caches, self._step = ops, config, caches, step
         self._plans = {window: ops.plan_attention(step, block_size, window) for window in set(config.windows)}
 
@@ -50,9 +48,7 @@ class CausalAttend:
     With document_ids_T a token sees only tokens of its row with its own id (documents packed into rows).
     """
 
-    def __init__(
-        self, ops: Ops, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None
-    ) -> None:
+    def __init__(self, ops: Ops, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None) -> None:
         self._ops, self._config = ops, config
         self._row_length, self._document_ids_T = row_length, document_ids_T
 

@@ -58,7 +58,7 @@ class Ops(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, inside in float32 (arXiv 1910.07467)."""
 
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """Rotate the first 2R of a head's N values, pairing i with i + R (arXiv 2104.09864); cos and sin are float32."""
+        """Rotate the first 2R of a head's N values, pairing i with i + R (arXiv 2104.09864); cos, sin float32."""
 
     def route(
         self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None

@@ -82,7 +82,7 @@ class ReferenceOps:
             bias = None if bias_O is None else bias_O.float()
             if weight_OI.dtype == torch.float32 or torch.is_grad_enabled() or weight_OI.shape[0] <= LOGITS_ROWS:
                 return F.linear(x, weight_OI.float(), bias)
-            parts = [F.linear(x, rows.float()) for rows in weight_OI.split(LOGITS_ROWS)]
+            parts = [F.linear(x, rows.float()) for rows in torch.split(weight_OI, LOGITS_ROWS)]
             out = torch.cat(parts, dim=-1)
             return out if bias is None else out + bias
 
@@ -126,7 +126,7 @@ class ReferenceOps:
             out_PD = _experts_in_turn(rows_PD, counts, weights, activation)
         position = torch.empty_like(order)
         position[order] = torch.arange(order.numel(), device=order.device)
-        out_TKD = out_PD.index_select(0, position).view(tokens, k, -1)
+        out_TKD = out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
         return combine(out_TKD, weights_TK).to(x_TD.dtype)
 
     def kv_cache_bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -156,9 +156,7 @@ class ReferenceOps:
         groups += [_plan_decodes(step, members, n * TILE, block_size, window) for n, members in decodes.items()]
         return groups
 
-    def paged_attention(
-        self, q_THN: Tensor, cache: ReferenceCache, plan: list[AttentionGroup], scale: float
-    ) -> Tensor:
+    def paged_attention(self, q_THN: Tensor, cache: ReferenceCache, plan: list[AttentionGroup], scale: float) -> Tensor:
         out_THN = torch.empty_like(q_THN)
         for group in plan:
             out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale)
@@ -178,7 +176,7 @@ class ReferenceOps:
             return x.view(-1, row_length, *x.shape[1:]).transpose(1, 2)
 
         mask = None
-        if window is not None and window < row_length or document_ids_T is not None:
+        if (window is not None and window < row_length) or document_ids_T is not None:
             at = torch.arange(row_length, device=q_THN.device)
             mask = visible(at, at, window)
             if document_ids_T is not None:
@@ -221,11 +219,9 @@ def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, activation: Activation) 
     return F.linear(gate * up, w.down_DF[e], _bias(w.down_bias_D, e))
 
 
-def _experts_in_turn(rows_PD: Tensor, counts: Sequence[int], w: ExpertWeights, activation: Activation) -> Tensor:
+def _experts_in_turn(rows_PD: Tensor, counts: list[int], w: ExpertWeights, activation: Activation) -> Tensor:
     """Rows sorted by expert through their experts, one product an expert that has rows; no weight is copied."""
-    parts = [
-        _one_expert(rows, w, e, activation) for e, rows in enumerate(rows_PD.split(counts)) if rows.shape[0]
-    ]
+    parts = [_one_expert(rows, w, e, activation) for e, rows in enumerate(torch.split(rows_PD, counts)) if rows.shape[0]]
     return torch.cat(parts) if parts else rows_PD.new_zeros(rows_PD.shape)
 
 
@@ -246,9 +242,7 @@ def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, activati
     return product(gated, w.down_DF)
 
 
-def _plan_chunk(
-    step: StepInputs, b: int, first: int, block_size: int, window: int | None
-) -> AttentionGroup:
+def _plan_chunk(step: StepInputs, b: int, first: int, block_size: int, window: int | None) -> AttentionGroup:
     """Sequence b's rows, several consecutive positions, over its tokens from position `first`."""
     start, stop, seq_len = step.query_start_host[b], step.query_start_host[b + 1], step.seq_lens_host[b]
     at_S = torch.arange(first, seq_len, device=step.block_table.device)

@@ -1,4 +1,4 @@
-"""How tokens choose experts: one function over RouterConfig serves every published softmax, sigmoid and top-k router."""
+"""How tokens choose experts: one function over RouterConfig serves the published softmax and sigmoid top-k routers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from moebius.config import RouterConfig
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
-    """Indices (T, k) of the k highest scores, highest first, ties to the lowest index.
+    """Indices (T, k) of the k highest float32 scores, highest first, ties to the lowest index.
 
-    torch.topk leaves the order of ties open; a stable sort fixes it.
+    torch.topk leaves the order of ties open, and a stable sort is several times slower. So the scores' bits, made to
+    order like integers, are joined with the index counted backwards: no two keys are equal.
     """
-    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k]
+    count = scores_TE.shape[-1]
+    # Adding 0 makes -0.0 equal to 0.0.
+    bits = (scores_TE + 0.0).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFF_FFFF)).long()
+    keys = (ordered << 32) + torch.arange(count - 1, -1, -1, device=scores_TE.device)
+    return torch.topk(keys, k, dim=-1).indices
 
 
 def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -29,9 +35,7 @@ def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
     return grouped.masked_fill(~keep.unsqueeze(-1), config.group_fill).view_as(choice_TE)
 
 
-def route(
-    logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def route(logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The experts of each token: (weights_TK float32, expert_ids_TK int64), best first.
 
     Differentiable in the logits. The selection bias moves the choice only, never a weight (arXiv 2408.15664).

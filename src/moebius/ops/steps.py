@@ -47,7 +47,9 @@ class StepInputs:
         device: torch.device | str = "cpu",
     ) -> StepInputs:
         """From each sequence's new tokens, the position of the first of them, and its blocks."""
-        query_start, seq_lens, positions, slots = [0], [], [], []
+        query_start, seq_lens = [0], []
+        positions: list[int] = []
+        slots: list[int] = []
         for ids, start, blocks in zip(token_ids, starts, block_ids, strict=True):
             stop = start + len(ids)
             query_start.append(query_start[-1] + len(ids))

@@ -72,7 +72,7 @@ class Mood:
     @classmethod
     def random(cls, rng: Random) -> Mood:
         return cls(
-            arrival=rng.choice((0.1, 0.3, 0.6)),
+            arrival=rng.choice((0.2, 0.6, 1.5)),
             burst=rng.choice((1, 1, 4, 10)),
             abort=rng.choice((0.0, 0.02, 0.1)),
             rollback=rng.choice((0.0, 0.02, 0.1)),
@@ -103,7 +103,7 @@ class Episode:
         self.stats = Stats(episodes=1)
         self.now = 0.0
         size = rng.choice((1, 2, 3, 4, 8, 16))
-        num_blocks = rng.randint(3, 12) if size >= 8 else rng.randint(4, 24)
+        num_blocks = rng.randint(3, 12) if size >= 8 else rng.randint(6, 40)
         seqs = rng.randint(1, 8)
         self.config = SchedulerConfig(
             max_num_seqs=seqs,
@@ -214,12 +214,12 @@ class Episode:
     def _make_request(self) -> tuple[Request, int]:
         rng, mood = self.rng, self.mood
         longest = self.config.max_model_len
-        shared = rng.randint(0, longest)
+        shared = rng.randint(0, rng.choice((8, 24, longest)))
         prompt = rng.choice(self.texts)[:shared]
         prompt += [rng.randrange(mood.vocab) for _ in range(rng.randint(0 if prompt else 1, 6))]
         prompt = prompt[: longest + 3]
         room = longest + 4 - len(prompt)
-        max_tokens = 0 if rng.random() < mood.score else rng.randint(1, min(room, rng.choice((4, 30))))
+        max_tokens = 0 if rng.random() < mood.score else rng.randint(1, min(room, rng.choice((4, 30, 60))))
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.2 else 0,

@@ -1,0 +1,1 @@
+"""The HTTP front door: OpenAI's API over an EngineClient."""

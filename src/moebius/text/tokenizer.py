@@ -38,7 +38,7 @@ class Tokenizer:
         add_eos: bool = False,
         templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """special_tokens: names as in special_tokens_map.json to text; add_bos, add_eos: even if the backend does not."""
+        """special_tokens: name to text, as in special_tokens_map.json; add_bos, add_eos: where the backend does not."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend

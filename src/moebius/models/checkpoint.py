@@ -1,0 +1,263 @@
+"""What a checkpoint directory holds, checked from headers alone: no tensor is read, nothing is allocated, no torch.
+
+A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes without a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from moebius.config import ModelConfig
+from moebius.errors import ConfigError, WeightsError
+from moebius.models import checkpoint_layouts, model_config
+from moebius.models.layout import Source, sources
+
+# Bytes an element, of every dtype that the format knows and whose size is whole bytes.
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+}
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_MAX_HEADER = 100 * 2**20
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file; start and stop are byte offsets from the file's beginning."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWeight:
+    """One parameter as it will be held: mapped from the file as it lies there, or copied (and converted)."""
+
+    name: str
+    mapped: bool
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose configuration and tensors fit together; made by open_checkpoint."""
+
+    directory: Path
+    config_json: Mapping[str, Any]
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]
+    sources: tuple[Source, ...]
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that most bytes of the file have: bfloat16, float16 or float32."""
+        sizes: Counter[str] = Counter()
+        for source in self.sources:
+            tensor = self.tensors[source.name]
+            sizes[_DTYPES[tensor.dtype]] += math.prod(source.shape) * _ITEM_BYTES[tensor.dtype]
+        return max(sizes, key=lambda name: sizes[name])
+
+    def plan_weights(self, dtype: str, device: str = "cpu") -> list[PlannedWeight]:
+        """How each parameter will be held as `dtype` (bfloat16 or float32) on `device`, without loading any."""
+        item = 2 if dtype == "bfloat16" else 4
+        rows = []
+        for source in self.sources:
+            stored = self.tensors[source.name]
+            mapped = device == "cpu" and _DTYPES[stored.dtype] == dtype and stored.start % item == 0
+            rows.append(PlannedWeight(source.parameter, mapped, math.prod(source.shape) * item))
+        return rows
+
+
+def _file(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def read_json(path: Path, error: type[ConfigError] | type[WeightsError]) -> dict[str, Any]:
+    """A JSON object from a file. Raises `error` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
+        raise error(f"{path} cannot be read as JSON: {cause}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds {type(value).__name__}; it must be a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = Counter(key for key, _ in pairs)
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises WeightsError naming file and tensor."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise WeightsError(
+                    f"{_file(path)}: a header of {length} bytes in a file of {size}; it is truncated or no safetensors file"
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except OSError as cause:
+        raise WeightsError(f"{_file(path)} cannot be read: {cause.strerror or cause}") from None
+    except (ValueError, RecursionError) as cause:
+        if isinstance(cause, WeightsError):
+            raise
+        raise WeightsError(f"{_file(path)}: the header is no valid JSON: {cause}") from None
+    if not isinstance(header, dict):
+        raise WeightsError(f"{_file(path)}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_extent(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
+    def integers(value: Any) -> bool:
+        return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+    where = f"{_file(path)}: tensor {name!r}"
+    if not isinstance(entry, dict) or not integers(entry.get("shape")) or not integers(entry.get("data_offsets")):
+        raise WeightsError(f"{where}: the header's entry has no valid shape and data_offsets")
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry.get("dtype")
+    if len(offsets) != 2:
+        raise WeightsError(f"{where}: data_offsets is {offsets}; it must be a start and a stop")
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise WeightsError(f"{where}: dtype {dtype!r} is unknown")
+    needed = math.prod(shape) * _ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != needed:
+        raise WeightsError(
+            f"{where}: {offsets[1] - offsets[0]} bytes stored, but shape {shape} of {dtype} needs {needed}"
+        )
+    return StoredTensor(path, name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _check_extent(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
+    """The tensors fill the file from the header to its end, without gap or overlap."""
+    at, last = base, "the header"
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if tensor.start != at:
+            kind = "a gap" if tensor.start > at else "an overlap"
+            raise WeightsError(f"{_file(path)}: {kind} between {last} and tensor {tensor.name!r}")
+        if tensor.stop > size:
+            raise WeightsError(
+                f"{_file(path)}: tensor {tensor.name!r} ends at byte {tensor.stop}, the file at {size}; it is truncated"
+            )
+        at, last = tensor.stop, f"tensor {tensor.name!r}"
+    if at != size:
+        raise WeightsError(f"{_file(path)}: {size - at} bytes follow {last}; the file does not match its header")
+
+
+def read_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a single or sharded checkpoint. Raises WeightsError naming file and tensor."""
+    if (directory / _SINGLE).exists():
+        return read_header(directory / _SINGLE)
+    if not (directory / _INDEX).exists():
+        other = sorted(path.name for path in directory.glob("*.bin"))
+        hint = f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors" if other else ""
+        raise WeightsError(f"{directory} holds neither {_SINGLE} nor {_INDEX}{hint}")
+    weight_map = read_json(directory / _INDEX, WeightsError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise WeightsError(f"{_file(directory / _INDEX)}: weight_map must map tensor names to files")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise WeightsError(f"{_file(directory / _INDEX)}: {shard!r} is no file name within the directory")
+        if not (directory / shard).exists():
+            raise WeightsError(f"{_file(directory / shard)} is missing, but {_INDEX} names it")
+        found = read_header(directory / shard)
+        for name in found:
+            if weight_map.get(name) != shard:
+                raise WeightsError(
+                    f"{_file(directory / shard)}: tensor {name!r} is left over; {_INDEX} does not place it there"
+                )
+        tensors.update(found)
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise WeightsError(f"{_file(directory / shard)}: tensor {name!r} is missing, but {_INDEX} places it there")
+    return tensors
+
+
+def _harmless(name: str, config: ModelConfig) -> bool:
+    """Buffers that old checkpoints carry, and the copy of a tied embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[Source, ...]:
+    """The sources of all parameters, in the layout that the checkpoint has. Raises WeightsError naming file and tensor."""
+    candidates = [tuple(sources(config, layout)) for layout in checkpoint_layouts(config.model_type)]
+    wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
+    missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        shards = sorted({_file(tensor.file) for tensor in tensors.values()}) or [directory.name]
+        raise WeightsError(f"{', '.join(shards[:3])}: tensor {missing[0]!r} is missing{more}")
+    for source in wanted:
+        stored = tensors[source.name]
+        where = f"{_file(stored.file)}: tensor {source.name!r}"
+        if stored.shape != source.stored_shape:
+            raise WeightsError(f"{where} has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}")
+        if stored.dtype not in _DTYPES:
+            raise WeightsError(f"{where} has dtype {stored.dtype}; supported are {', '.join(_DTYPES)}")
+    used = {source.name for source in wanted}
+    for name, stored in tensors.items():
+        if name not in used and not _harmless(name, config):
+            raise WeightsError(
+                f"{_file(stored.file)}: tensor {name!r} is left over; {config.model_type} has no such tensor"
+            )
+    return wanted
+
+
+def open_checkpoint(directory: Path | str) -> Checkpoint:
+    """Read and check a model directory. Raises ConfigError or WeightsError; allocates nothing."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory; a model is a directory with config.json and safetensors files")
+    config_json = read_json(directory / "config.json", ConfigError)
+    config = model_config(config_json)
+    tensors = read_tensors(directory)
+    return Checkpoint(directory, config_json, config, tensors, _match(directory, config, tensors))
+
+
+def fingerprint(directory: Path | str) -> str:
+    """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each tensor."""
+    directory = Path(directory)
+    digest = blake2b(digest_size=8, person=b"moebius-weights")
+    digest.update(json.dumps(read_json(directory / "config.json", ConfigError), sort_keys=True).encode())
+    tensors = sorted(read_tensors(directory).values(), key=lambda t: (t.file.name, t.start))
+    for path in sorted({tensor.file for tensor in tensors}):
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+            for part in (path.name.encode(), size.to_bytes(8, "little"), header):
+                digest.update(len(part).to_bytes(8, "little") + part)
+            for tensor in tensors:
+                if tensor.file == path:
+                    file.seek(tensor.start)
+                    digest.update(file.read(min(_SAMPLE, tensor.stop - tensor.start)))
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""Weights in and out: safetensors files to a Decoder, mapped without a copy where the dtype allows, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moebius.errors import WeightsError
+from moebius.models import checkpoint_layouts, model_config
+from moebius.models.checkpoint import Checkpoint, StoredTensor, fingerprint, open_checkpoint
+from moebius.models.decoder import Decoder
+from moebius.models.layout import Source, sources
+from moebius.ops import Ops, select_ops
+
+__all__ = ["fingerprint", "load_decoder", "open_checkpoint", "save_checkpoint"]
+
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class _Files:
+    """Read-only maps of a checkpoint's files. A map lives as long as a tensor over it."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def view(self, source: Source, stored: StoredTensor) -> Tensor:
+        """The source's values where they lie in the file, in the file's dtype."""
+        if stored.file not in self._maps:
+            with stored.file.open("rb") as file:
+                self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[stored.file].madvise(mmap.MADV_WILLNEED)
+        dtype = _TORCH_DTYPES[stored.dtype]
+        count = math.prod(source.shape)
+        row = math.prod(source.stored_shape[2:])
+        skipped = 0 if source.entry is None else (source.entry * source.stored_shape[1] + source.start) * row
+        start = stored.start + skipped * dtype.itemsize
+        region = self._maps[stored.file]
+        if len(region) < stored.stop:
+            raise WeightsError(f"{stored.file} shrank while it was loaded")
+        with warnings.catch_warnings():
+            # torch warns that the buffer cannot be written; nothing here writes to weights.
+            warnings.simplefilter("ignore")
+            if start % dtype.itemsize:
+                raw = bytearray(region[start : start + count * dtype.itemsize])
+                return torch.frombuffer(raw, dtype=dtype, count=count).view(source.shape)
+            return torch.frombuffer(region, dtype=dtype, count=count, offset=start).view(source.shape)
+
+
+def _place(decoder: Decoder, name: str, parameter: nn.Parameter) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    decoder.get_submodule(module_name).register_parameter(leaf, parameter)
+
+
+def load_decoder(
+    checkpoint: Checkpoint | Path | str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    ops: Ops | None = None,
+    *,
+    mapped: bool = True,
+) -> Decoder:
+    """A decoder with a checkpoint's weights as `dtype` on `device`.
+
+    On a CPU, tensors that are stored as `dtype` are used where they lie in the mapped file: loading copies nothing and
+    processes share the pages. Such weights cannot be written and take no gradient; mapped=False copies all of them for
+    training. Raises ConfigError or WeightsError before anything is allocated.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    device = torch.device(device)
+    decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
+    files = _Files()
+    for source in checkpoint.sources:
+        value = files.view(source, checkpoint.tensors[source.name])
+        value = value.to(device=device, dtype=dtype, copy=not mapped)
+        _place(decoder, source.parameter, nn.Parameter(value, requires_grad=not mapped))
+    return decoder
+
+
+def _stored_tensors(state: Mapping[str, Tensor], wanted: Iterator[Source], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The checkpoint's tensors, stacked where its layout stacks."""
+    tensors: dict[str, Tensor] = {}
+    for source in wanted:
+        value = state[source.parameter].detach().to(device="cpu", dtype=dtype).contiguous()
+        if source.entry is None:
+            tensors[source.name] = value
+            continue
+        stacked = tensors.setdefault(source.name, torch.empty(source.stored_shape, dtype=dtype))
+        stacked[source.entry, source.start : source.start + source.shape[0]] = value
+    return tensors
+
+
+def save_checkpoint(
+    model: Decoder | Mapping[str, Tensor],
+    config_json: Mapping[str, Any],
+    directory: Path | str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write model.safetensors and config.json in the published layout of config_json's model_type.
+
+    model is a decoder or its state dict; dtype None keeps the embedding's, and is written into config.json. Each file
+    is complete or not there: it is written beside its name, flushed to the disk, then renamed.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if isinstance(model, Decoder) else model
+    dtype = dtype or state["embed_tokens.weight"].dtype
+    config = model_config(config_json)
+    wanted = sources(config, checkpoint_layouts(config.model_type)[0])
+    partial = directory / f".model.safetensors.{os.getpid()}"
+    save_file(_stored_tensors(state, wanted, dtype), partial, metadata={"format": "pt"})
+    _publish(partial, directory / "model.safetensors")
+    described = {**config_json, "torch_dtype": str(dtype).removeprefix("torch.")}
+    partial = directory / f".config.json.{os.getpid()}"
+    partial.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _publish(partial, directory / "config.json")
+
+
+def _publish(partial: Path, final: Path) -> None:
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(partial, final)

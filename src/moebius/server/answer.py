@@ -1,0 +1,135 @@
+"""How a Call becomes an HTTP response: one JSON body or server-sent events, and what happens when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from moebius.server.faults import fault_of
+from moebius.server.stream import Batch, Call, ClientGone
+
+log = logging.getLogger(__name__)
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_KEEP_ALIVE = b": keep-alive\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+class Formatter(Protocol):
+    """One endpoint's format for one call."""
+
+    def chunks(self, batch: Batch) -> Sequence[msgspec.Struct]:
+        """What a stream sends for a batch."""
+
+    def closing(self) -> Sequence[msgspec.Struct]:
+        """What a stream sends when all choices are finished, before [DONE]."""
+
+    def whole(self) -> msgspec.Struct:
+        """The response that is not streamed, once all choices are finished."""
+
+
+def event(data: bytes) -> bytes:
+    """One server-sent event. JSON holds no line break, so one line suffices."""
+    return b"data: " + data + b"\n\n"
+
+
+def _events(chunks: Sequence[msgspec.Struct]) -> bytes:
+    return b"".join(event(msgspec.json.encode(chunk)) for chunk in chunks)
+
+
+class Answer(Response):
+    """Submits a call when it is awaited, and answers it.
+
+    A stream's headers wait for its first output, so that a request that fails before that gets a plain HTTP error;
+    but for `keep_alive` seconds at most, after which the client hears comments and an error comes as an event.
+    """
+
+    def __init__(self, call: Call, formatter: Formatter, *, stream: bool) -> None:
+        self.call = call
+        self.formatter = formatter
+        self.stream = stream
+        self.background = None
+        self.status_code = 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = self.call
+        call.on_cut = scope.get("moebius.abort", lambda: None)
+        outcome = "ok"
+        started = asyncio.get_running_loop().time()
+        try:
+            async with call, _watched(call, receive):
+                await (self._stream(send) if self.stream else self._collect(scope, receive, send))
+        except ClientGone:
+            outcome = "client gone"
+        except BaseException as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            seconds = asyncio.get_running_loop().time() - started
+            log.info(
+                "%s: %s, %d choices, %d prompt tokens (%d cached), %d completion tokens, %.3f s",
+                *(call.id, outcome, len(call.choices), call.prompt_tokens, call.cached_tokens),
+                *(call.completion_tokens, seconds),
+            )
+
+    async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while not self.call.finished:
+            await self.call.next()
+        body = msgspec.json.encode(self.formatter.whole())
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        batch = await self.call.next()
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        try:
+            while True:
+                data = _events(self.formatter.chunks(batch))
+                if self.call.finished:
+                    break
+                if data or not batch:
+                    await self._send(send, data or _KEEP_ALIVE)
+                batch = await self.call.next()
+            data += _events(self.formatter.closing()) + _DONE
+        except (ClientGone, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            fault = fault_of(error)
+            self.call.failed(fault.reason)
+            data = event(fault.body())
+        await self._send(send, data, more=False)
+
+    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        self.call.sending = True
+        try:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+        finally:
+            self.call.sending = False
+
+
+@contextlib.asynccontextmanager
+async def _watched(call: Call, receive: Receive) -> AsyncIterator[None]:
+    """End the call as soon as its client disconnects."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        call.end(ClientGone())
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,107 @@
+"""What stands before every route, as pure ASGI: API keys, limits on headers and bodies, and the last catch."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moebius.schedule.request import LIMITS
+from moebius.server.faults import HTTPFault, fault_of
+from moebius.server.metrics import ServerMetrics
+
+_OPEN_PATH = b"/health/live"
+
+
+class Guard:
+    """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's shape.
+
+    It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is open).
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], metrics: ServerMetrics) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in api_keys]
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            _check_size(scope)
+            scope["moebius.tenant"] = self._tenant(scope)
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            fault = fault_of(error)
+            self._metrics.rejected(fault.reason)
+            if started:
+                raise RuntimeError("a response broke off") from None
+            await fault.response()(scope, receive, send)
+
+    def _tenant(self, scope: Scope) -> bytes:
+        if not self._digests or scope["raw_path"] == _OPEN_PATH:
+            return b""
+        shown = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, key = shown[0].partition(b" ") if len(shown) == 1 else (b"", b"", b"")
+        digest = _digest(key.strip())
+        # Every key is compared, whichever matches, so that the time taken says nothing.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            message = "this server needs an API key that it knows, as `Authorization: Bearer KEY`"
+            raise HTTPFault(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        return digest
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.blake2b(key, digest_size=32, person=b"moebius-api-key").digest()
+
+
+def too_large() -> HTTPFault:
+    """The body is over the limit; the connection is closed rather than read to its end."""
+    message = f"the body is larger than {LIMITS.body_bytes} bytes"
+    return HTTPFault(413, message, "request_too_large", {"Connection": "close"})
+
+
+def _check_size(scope: Scope) -> None:
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > LIMITS.header_bytes:
+        message = f"request line and headers are larger than {LIMITS.header_bytes} bytes"
+        raise HTTPFault(431, message, "headers_too_large", {"Connection": "close"})
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value[:20]) > LIMITS.body_bytes:
+            raise too_large()
+
+
+async def read_body(scope: Scope, receive: Receive, timeout: float) -> bytes:
+    """The request's whole body. HTTPFault where it is no JSON by its type, too large, slow or broken off."""
+    kinds = [value.split(b";")[0].strip().lower() for name, value in scope["headers"] if name == b"content-type"]
+    if kinds != [b"application/json"]:
+        raise HTTPFault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
+    parts: list[bytes] = []
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(timeout):
+            while more:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise HTTPFault(400, "the client left before its body was complete", "incomplete_body")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                more = message.get("more_body", False)
+                if size > LIMITS.body_bytes:
+                    raise too_large()
+    except TimeoutError:
+        message_text = f"the body was not complete after {timeout:g} seconds"
+        raise HTTPFault(408, message_text, "body_timeout", {"Connection": "close"}) from None
+    return b"".join(parts)

@@ -1,0 +1,77 @@
+"""Bits per byte on held-out documents, and how evenly the experts are used. Shape legend: R rows, L tokens in a row."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moebius.models.decoder import Decoder
+from moebius.moe.router import Routing
+from moebius.train.data import bytes_per_token, evaluation_batches
+from moebius.train.ops import DocumentAttend
+
+_LOGIT_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Score:
+    """Total cross-entropy in nats over tokens that stand for `num_bytes` bytes of text."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / self.num_bytes / math.log(2)
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.nats + other.nats, self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes
+        )
+
+
+@torch.no_grad()
+def score(
+    decoder: Decoder, stream: np.ndarray, tokenizer: Tokenizer, length: int, *, rows: int = 8, max_rows: int | None = None
+) -> Score:
+    """Score a stream's documents in rows of `length` tokens: a token sees what its row holds of its document.
+
+    With `max_rows`, only that many rows are scored, spread evenly over the stream.
+    """
+    bytes_V = bytes_per_token(tokenizer)
+    full = (len(stream) - 1) // length
+    if max_rows is not None and full > max_rows:
+        starts = np.linspace(0, full - 1, max_rows).astype(int) * length
+        stream = np.concatenate([stream[s : s + length] for s in starts])
+    total = Score(0.0, 0, 0)
+    for batch in evaluation_batches(stream, tokenizer, rows, length):
+        attend = DocumentAttend(decoder.config, batch.document_RL, decoder.embed_tokens.weight.dtype)
+        count, width = batch.input_RL.shape
+        hidden_TD, _ = decoder(batch.input_RL.view(-1), torch.arange(width).repeat(count), attend)
+        target_T = batch.target_RL.reshape(-1)
+        nats = 0.0
+        for hidden_LD, target_L in zip(hidden_TD.split(_LOGIT_ROWS), target_T.split(_LOGIT_ROWS), strict=True):
+            nats += float(F.cross_entropy(decoder.logits(hidden_LD), target_L, reduction="sum"))
+        total += Score(nats, target_T.numel(), int(bytes_V[target_T].sum()))
+    return total
+
+
+def expert_counts(routings: Sequence[Routing | None], num_experts: int) -> Tensor:
+    """How many (token, choice) pairs each expert of each layer got (layers, E)."""
+    ids = [routing.expert_ids_TK.reshape(-1) for routing in itertools.compress(routings, map(bool, routings)) if routing]
+    return torch.stack([torch.bincount(layer, minlength=num_experts) for layer in ids])
+
+
+def max_violation(counts_E: Tensor) -> float:
+    """MaxVio (arXiv 2408.15664, eq 4): by how much the busiest expert exceeds the mean load, relative to it."""
+    mean = counts_E.double().mean()
+    return float((counts_E.max() - mean) / mean)

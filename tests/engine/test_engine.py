@@ -1,0 +1,206 @@
+"""The engine end to end on a tiny model, against transformers and against itself alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moebius.config import EngineConfig
+from moebius.engine.client import StepOutput
+from moebius.engine.engine import Engine
+from moebius.engine.load import load_engine
+from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
+from moebius.schedule.request import FinishReason, Request, SamplingParams
+
+
+def engine(directory: Path, **options: Any) -> Engine:
+    defaults: dict[str, Any] = {"kv_cache_memory_bytes": 2**20, "max_model_len": 512, "max_num_seqs": 32}
+    return load_engine(directory, EngineConfig(**{**defaults, **options}), eos_ids=frozenset({0, 2}))
+
+
+def make(one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any) -> Request:
+    defaults: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+    info = one.info
+    return Request.create(
+        id, prompt, SamplingParams(**{**defaults, **params}), info.limits, arrival=one.clock(), eos_ids=info.eos_ids, deadline=deadline
+    )
+
+
+def run(one: Engine, requests: list[Request], limit: int = 5000) -> dict[str, list[StepOutput]]:
+    outputs: dict[str, list[StepOutput]] = {request.id: [] for request in requests}
+    for request in requests:
+        one.add(request)
+    while one.has_work:
+        limit -= 1
+        assert limit > 0, "the engine makes no progress"
+        for step in one.step():
+            outputs[step.request_id].append(step)
+        one.scheduler.check()
+    assert one.scheduler.drained
+    for steps in outputs.values():
+        assert [s.finish_reason is not None for s in steps] == [False] * (len(steps) - 1) + [True]
+    return outputs
+
+
+def tokens(steps: list[StepOutput]) -> list[int]:
+    return [token for step in steps for token in step.token_ids]
+
+
+def prompts(count: int, seed: int = 0, low: int = 1, high: int = 60) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (count,), generator=generator).tolist()
+    return [torch.randint(0, 320, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def greedy(reference: Any, prompt: list[int], count: int) -> list[int]:
+    with torch.no_grad():
+        out = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_64_mixed_requests_equal_transformers_and_themselves_alone(tiny_model: Path, reference: Any) -> None:
+    one = engine(tiny_model, max_num_batched_tokens=48, block_size=5)
+    many = prompts(64)
+    together = run(one, [make(one, str(i), p) for i, p in enumerate(many)])
+    assert one.scheduler.pool.num_used == 0
+    for i, prompt in enumerate(many):
+        fresh = engine(tiny_model) if i < 4 else None
+        if fresh:
+            assert tokens(run(fresh, [make(fresh, "alone", prompt)])["alone"]) == tokens(together[str(i)])
+        if i < 12:
+            assert tokens(together[str(i)]) == greedy(reference, prompt, 8)
+        assert together[str(i)][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_preempted_requests_get_the_tokens_they_get_alone(tiny_model: Path) -> None:
+    roomy = engine(tiny_model)
+    many = prompts(8, seed=1, low=30, high=40)
+    expected = run(roomy, [make(roomy, str(i), p, max_tokens=40) for i, p in enumerate(many)])
+    per_token = 2 * 2 * 2 * 8 * 4
+    tight = engine(tiny_model, kv_cache_memory_bytes=per_token * 160, block_size=4, max_model_len=100)
+    got = run(tight, [make(tight, str(i), p, max_tokens=40) for i, p in enumerate(many)])
+    assert tight.stats().preemptions > 0
+    assert {id: tokens(s) for id, s in got.items()} == {id: tokens(s) for id, s in expected.items()}
+
+
+def test_a_common_prefix_is_computed_once(tiny_model: Path) -> None:
+    one = engine(tiny_model, max_model_len=1200, kv_cache_memory_bytes=2**23, max_num_batched_tokens=256)
+    prefix = prompts(1, seed=3, low=1024, high=1025)[0]
+    many = [[*prefix, *own] for own in prompts(32, seed=4, low=8, high=9)]
+    outputs = run(one, [make(one, str(i), p) for i, p in enumerate(many)])
+    cached = sorted(steps[-1].num_cached_tokens for steps in outputs.values())
+    assert cached == [0] + [1024] * 31
+    stats = one.stats()
+    assert stats.prefix_hits == 31 * 1024
+    assert (stats.prompt_tokens, stats.prompt_tokens_cached) == (32 * 1032, 31 * 1024)
+    assert stats.generation_tokens == 32 * 8
+    again = run(one, [make(one, "warm", many[5])])["warm"]
+    assert tokens(again) == tokens(outputs["5"]) and again[-1].num_cached_tokens == 1024
+
+
+def test_prompt_logprobs_equal_transformers_in_chunks_and_after_preemption(tiny_model: Path, reference: Any) -> None:
+    prompt = prompts(1, seed=5, low=150, high=151)[0]
+    with torch.no_grad():
+        expected = torch.log_softmax(reference(torch.tensor([prompt])).logits[0].double(), -1)
+    for options in ({"max_num_batched_tokens": 512}, {"max_num_batched_tokens": 37}):
+        one = engine(tiny_model, **options)
+        requests = [make(one, "score", prompt, max_tokens=0, prompt_logprobs=2), make(one, "twice", prompt, max_tokens=0, prompt_logprobs=0)]
+        for steps in run(one, requests).values():
+            scored = [s for step in steps for s in step.prompt_logprobs]
+            assert [s.token_id for s in scored] == prompt[1:]
+            want = [float(expected[i, token]) for i, token in enumerate(prompt[1:])]
+            assert [s.logprob for s in scored] == pytest.approx(want, abs=1e-4)
+            assert tokens(steps) == [] and steps[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_prompt_logprobs_are_sent_once_despite_preemption(tiny_model: Path) -> None:
+    per_token = 2 * 2 * 2 * 8 * 4
+    one = engine(tiny_model, kv_cache_memory_bytes=per_token * 100, block_size=4, max_model_len=100, max_num_batched_tokens=33)
+    many = prompts(3, seed=9, low=40, high=41)
+    outputs = run(one, [make(one, str(i), p, max_tokens=50, prompt_logprobs=0) for i, p in enumerate(many)])
+    assert one.stats().preemptions > 0
+    for i, prompt in enumerate(many):
+        assert [s.token_id for step in outputs[str(i)] for s in step.prompt_logprobs] == prompt[1:]
+
+
+def test_end_stop_and_minimum(tiny_model: Path) -> None:
+    one = engine(tiny_model)
+    prompt = prompts(1, seed=7, low=20, high=21)[0]
+    free = tokens(run(one, [make(one, "free", prompt, max_tokens=12)])["free"])
+    stop = free[5]
+    first = free.index(stop)
+    steps = run(one, [make(one, "stop", prompt, max_tokens=12, stop_token_ids=(stop,))])["stop"]
+    assert tokens(steps) == free[: first + 1] and steps[-1].finish_reason is FinishReason.STOP
+    late = run(one, [make(one, "late", prompt, max_tokens=12, stop_token_ids=(stop,), min_tokens=10)])["late"]
+    assert len(tokens(late)) >= 10 and stop not in tokens(late)[:10]
+
+
+def test_aborts_deadlines_and_refusals(tiny_model: Path) -> None:
+    one = engine(tiny_model)
+    one.add(make(one, "gone", [1, 2, 3], max_tokens=100))
+    one.step()
+    ended = one.abort("gone")
+    assert ended is not None and ended.finish_reason is FinishReason.ABORT and one.abort("gone") is None
+    late = run(one, [make(one, "late", [1, 2], deadline=one.clock() - 1)])["late"]
+    assert late[-1].finish_reason is FinishReason.DEADLINE and isinstance(late[-1].error, DeadlineError)
+    with pytest.raises(ContextLengthError, match="511 tokens and max_tokens = 8, 519 in all, but the model's context is 512"):
+        make(one, "long", [1] * 511)
+    assert one.scheduler.drained
+
+
+def test_bad_logits_end_one_request_and_leave_the_others(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine(tiny_model)
+    many = prompts(4, seed=8, low=20, high=21)
+    expected = run(one, [make(one, str(i), p) for i, p in enumerate(many)])
+    other = engine(tiny_model)
+    honest = other.runner.logits
+    calls = 0
+
+    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = honest(hidden).clone()
+        if calls == 3:
+            logits[1] = math.nan
+        return logits
+
+    monkeypatch.setattr(other.runner, "logits", poisoned)
+    got = run(other, [make(other, str(i), p) for i, p in enumerate(many)])
+    assert isinstance(got["1"][-1].error, NumericalError)
+    assert all(tokens(got[i]) == tokens(expected[i]) for i in ("0", "2", "3"))
+    assert run(other, [make(other, "again", many[1])])["again"][-1].num_cached_tokens == 0
+
+
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine(tiny_model)
+    honest = one.runner.execute
+
+    def broken(inputs: Any) -> torch.Tensor:
+        raise RuntimeError("out of luck")
+
+    one.add(make(one, "first", [1, 2, 3]))
+    monkeypatch.setattr(one.runner, "execute", broken)
+    failed = one.step()
+    assert [type(s.error) for s in failed] == [EngineError] and "out of luck" not in str(failed[0].error)
+    monkeypatch.setattr(one.runner, "execute", honest)
+    assert one.scheduler.drained
+    assert len(tokens(run(one, [make(one, "second", [1, 2, 3])])["second"])) == 8
+
+
+def test_bfloat16_cache_and_weights_run(tiny_model: Path) -> None:
+    one = engine(tiny_model, dtype="bfloat16")
+    assert len(tokens(run(one, [make(one, "a", [5, 6, 7])])["a"])) == 8
+    assert one.info.fingerprint.endswith("-approx")

@@ -1,0 +1,80 @@
+"""A trace replays to the same decisions, notices other ones, and spells out no prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from engine.test_engine import engine, make, prompts, run
+
+from moebius.engine.trace import replay
+from moebius.errors import ConfigError
+
+
+@pytest.fixture
+def trace(tiny_model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "trace.jsonl"
+    one = engine(tiny_model, trace=str(path), block_size=4, kv_cache_memory_bytes=256 * 120, max_model_len=100)
+    shared = prompts(1, low=24, high=25)[0]
+    many = [[*shared, *own] for own in prompts(12, seed=1, low=5, high=30)]
+    run(one, [make(one, f"r{i}", p, max_tokens=20, stop_token_ids=(7,), temperature=1.0) for i, p in enumerate(many)])
+    one.add(make(one, "aborted", [1, 2, 3], max_tokens=50))
+    one.step()
+    one.abort("aborted")
+    run(one, [make(one, "late", [9, 9], deadline=one.clock() - 1.0)])
+    one.close()
+    assert one.stats().preemptions > 0 and one.stats().prefix_hits > 0
+    return path
+
+
+def test_the_same_decisions(trace: Path) -> None:
+    report = replay(trace)
+    assert report.same and report.requests == 14 and report.steps > 20
+
+
+def test_a_changed_decision_is_found(trace: Path) -> None:
+    lines = trace.read_text().splitlines()
+    number = next(i for i, line in enumerate(lines) if '"plan"' in line and json.loads(line)["chunks"])
+    record = json.loads(lines[number])
+    record["chunks"][0][2] -= 1
+    lines[number] = json.dumps(record)
+    trace.write_text("\n".join(lines))
+    report = replay(trace)
+    assert not report.same and report.difference is not None and "chunks" in report.difference
+
+
+def test_tokens_are_renamed_in_order_of_first_sight(trace: Path) -> None:
+    adds = [json.loads(line) for line in trace.read_text().splitlines() if '"add"' in line]
+    assert adds[0]["prompt"][0] == 0
+    assert adds[0]["prompt"][:24] == adds[1]["prompt"][:24]
+    assert max(adds[0]["prompt"]) < len(adds[0]["prompt"])
+
+
+def test_a_line_cut_short_by_a_crash_ends_the_replay(trace: Path) -> None:
+    text = trace.read_text()
+    trace.write_text(text[: len(text) * 2 // 3])
+    assert replay(trace).same
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "does not begin with the start line"),
+        ('{"event":"plan"}\n', "does not begin with the start line"),
+        ("no json\n{}\n", "line 1: not JSON"),
+        ("[1]\n", "no trace event"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "other"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        replay(path)
+
+
+def test_a_missing_file_and_an_unwritable_one(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read as a trace"):
+        replay(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        engine(tiny_model, trace=str(tmp_path / "no" / "such" / "folder"))

@@ -1,0 +1,176 @@
+"""Every model type against transformers: logits of prefill, chunked prefill and each decode step, and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moebius.models import checkpoint_layouts, model_config
+from moebius.models.decoder import Decoder
+from moebius.models.layout import sources
+from moebius.models.weights import load_decoder
+from moebius.nn.attention import CausalAttend
+from moebius.ops import select_ops
+from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("plain", "llama", {}),
+    ("no-gqa-tied", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("gqa8-biases", "llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 48,
+                              "attention_bias": True, "mlp_bias": True, "vocab_size": 131}),
+    ("llama3-rope", "llama", {"rope_parameters": LLAMA3}),
+    ("linear-rope", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}}),
+    ("head-size", "llama", {"head_dim": 14, **ONE_LAYER}),
+    ("gelu", "llama", {"hidden_act": "gelu_pytorch_tanh", **ONE_LAYER}),
+    ("window", "mistral", {"sliding_window": 4}),
+    ("no-window", "mistral", {"sliding_window": None, "head_dim": 22}),
+    ("plain", "qwen2", {}),
+    ("upper-window", "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+                               "tie_word_embeddings": True}),
+    ("plain", "qwen3", {}),
+    ("yarn", "qwen3", {"rope_parameters": YARN, "attention_bias": True}),
+    ("layer-types", "qwen3", {"use_sliding_window": True, "sliding_window": 3,
+                              "layer_types": ["sliding_attention", "full_attention"]}),
+    ("plain", "mixtral", {}),
+    ("k1-window", "mixtral", {"num_experts_per_tok": 1, "sliding_window": 6, "tie_word_embeddings": True}),
+    ("k-all", "mixtral", {"num_experts_per_tok": 5, "hidden_act": "relu", **ONE_LAYER}),
+    ("plain", "qwen2_moe", {}),
+    ("sparse-step", "qwen2_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 4, "mlp_only_layers": [3],
+                                  "norm_topk_prob": True}),
+    ("windows", "qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2,
+                              "num_hidden_layers": 3, "qkv_bias": False}),
+    ("plain", "qwen3_moe", {}),
+    ("raw-weights", "qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 1, "attention_bias": True}),
+    ("dense-first", "qwen3_moe", {"mlp_only_layers": [0], "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("window-yarn", "qwen3_moe", {"use_sliding_window": True, "sliding_window": 4,
+                                  "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False,
+                                                      "beta_fast": 8, "beta_slow": 2}}),
+    ("aligned", "qwen3_moe", {"hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 8}),
+    ("plain", "olmoe", {}),
+    ("clip", "olmoe", {"clip_qkv": 0.5, "attention_bias": True}),
+    ("renorm", "olmoe", {"norm_topk_prob": True, "num_key_value_heads": 4, **ONE_LAYER}),
+    ("plain", "granitemoe", {}),
+    ("k-all-tied", "granitemoe", {"num_experts_per_tok": 5, "tie_word_embeddings": True, "attention_bias": True}),
+]  # fmt: skip
+PROMPTS = ([5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1], [9, 9, 33, 50, 64, 3, 28])
+
+
+def _serve(server: Server) -> list[list[int]]:
+    """Two prompts, the first in chunks beside the second's decodes, then both decode: token ids of each."""
+    first, second = (list(prompt) for prompt in PROMPTS)
+    server.step([(0, first[:4]), (1, second[:1])])
+    server.step([(1, second[1:]), (0, first[4:5])])
+    second.append(server.greedy(1))
+    server.step([(0, first[5:]), (1, second[-1:])])
+    for _ in range(5):
+        first.append(server.greedy(0))
+        second.append(server.greedy(1))
+        server.step([(0, first[-1:]), (1, second[-1:])])
+    return [first, second]
+
+
+@pytest.mark.parametrize(("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES])
+def test_served_logits_equal_transformers(
+    tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = save_tiny(tmp_path, model_type, **overrides)
+    decoder = load_decoder(tmp_path, torch.float32)
+    for block_size in (3, 16) if name == "plain" or "window" in name else (5,):
+        server = Server(decoder, block_size, num_blocks=60 // block_size + 2)
+        for sequence, ids in enumerate(_serve(server)):
+            with torch.inference_mode():
+                theirs = model(torch.tensor([ids])).logits[0]
+            ours = server.all_logits(sequence)
+            assert ours.shape == theirs.shape and ours.dtype == torch.float32
+            assert_close(ours, theirs)
+            prompt = len(PROMPTS[sequence])
+            assert ids[prompt:] == theirs[prompt - 1 : -1].argmax(-1).tolist()
+
+
+def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
+    """transformers' own cached generation, not only its full forward."""
+    model = save_tiny(tmp_path, "qwen3_moe")
+    server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=16)
+    ours = _serve(server)[0]
+    theirs = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=5, do_sample=False)
+    assert ours == theirs[0].tolist()
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), [
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 8}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    ("granitemoe", {}),
+    ("llama", {"mlp_bias": True}),
+])  # fmt: skip
+def test_training_logits_and_gradients_equal_transformers(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = save_tiny(tmp_path, model_type, **overrides).train()
+    decoder = load_decoder(tmp_path, torch.float32, mapped=False)
+    ids = torch.randint(0, 67, (3, 11), generator=torch.Generator().manual_seed(1))
+    targets = torch.randint(0, 67, (33,), generator=torch.Generator().manual_seed(2))
+
+    theirs = model(ids).logits.flatten(0, 1)
+    torch.nn.functional.cross_entropy(theirs, targets).backward()
+    attend = CausalAttend(decoder.ops, decoder.config, row_length=11)
+    hidden, _ = decoder(ids.flatten(), torch.arange(11).repeat(3), attend)
+    ours = decoder.logits(hidden)
+    torch.nn.functional.cross_entropy(ours, targets).backward()
+
+    assert_close(ours, theirs)
+    layouts = checkpoint_layouts(model_type)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    layout = next(lay for lay in layouts if all(s.name in grads for s in sources(decoder.config, lay)))
+    parameters = dict(decoder.named_parameters())
+    for source in sources(decoder.config, layout):
+        theirs_grad = grads[source.name]
+        if source.entry is not None:
+            theirs_grad = theirs_grad[source.entry, source.start : source.start + source.shape[0]]
+        grad = parameters[source.parameter].grad
+        scale = grads[source.name].abs().max()
+        assert (grad - theirs_grad).abs().max() <= 1e-4 * scale, source.parameter
+
+
+def test_documents_in_a_row_do_not_see_each_other() -> None:
+    config = model_config(tiny_model("qwen3_moe").config.to_dict())
+    decoder = Decoder(config, select_ops("cpu", torch.float32))
+    decoder.init_weights(torch.Generator().manual_seed(0), std=0.2)
+    ids = torch.arange(12)
+    documents = torch.tensor([0] * 5 + [1] * 7)
+    positions = torch.cat((torch.arange(5), torch.arange(7)))
+    packed, _ = decoder(ids, positions, CausalAttend(decoder.ops, config, 12, documents))
+    for part in (slice(0, 5), slice(5, 12)):
+        length = part.stop - part.start
+        alone, _ = decoder(ids[part], positions[part], CausalAttend(decoder.ops, config, length))
+        assert_close(packed[part], alone, 1e-5)
+
+
+def test_bfloat16_serves_close_to_its_float32_self(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    logits = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        server = Server(load_decoder(tmp_path, dtype), block_size=4, num_blocks=16)
+        server.step([(0, PROMPTS[0])])
+        logits[dtype] = server.all_logits(0)
+    # Loaded anew: converting a module would round its rotary frequencies too.
+    with torch.inference_mode():
+        theirs = load_theirs(tmp_path)(torch.tensor([PROMPTS[0]])).logits[0]
+    assert_close(logits[torch.float32], theirs)
+    assert_close(logits[torch.bfloat16], theirs, 0.2)
+    assert not torch.equal(logits[torch.bfloat16].bfloat16().float(), logits[torch.bfloat16]), "logits were rounded"

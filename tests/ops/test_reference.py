@@ -1,0 +1,128 @@
+"""The specification's operations against loops over single tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moebius.ops import select_ops
+from moebius.ops.reference import LOGITS_ROWS, TILE
+from moebius.ops.routing import top_k
+from moebius.ops.steps import StepInputs
+
+OPS = select_ops("cpu", torch.float32)
+
+
+def naive_attention(q_HN: Tensor, k_SGN: Tensor, v_SGN: Tensor, scale: float) -> Tensor:
+    """One query over the keys it may see."""
+    heads, share = q_HN.shape[0], q_HN.shape[0] // k_SGN.shape[1]
+    rows = []
+    for h in range(heads):
+        p = torch.softmax(k_SGN[:, h // share] @ q_HN[h] * scale, 0)
+        rows.append(p @ v_SGN[:, h // share])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, TILE, TILE + 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 6), (8, 1, 10), (6, 2, 16)])
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_paged_attention(window: int | None, heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
+    """Chunks, whole prompts and decodes of lengths on both sides of a tile, in one step over a cache full of NaN."""
+    torch.manual_seed(0)
+    lengths = [1, 7, TILE, TILE + 1, 2 * TILE + 5, 33, TILE - 1]
+    new = [1, 7, 1, 1, 1, 4, TILE - 1]
+    per_sequence = [-(-n // block_size) for n in lengths]
+    order = torch.randperm(sum(per_sequence) + 3).tolist()
+    tables = [[order.pop() for _ in range(n)] for n in per_sequence]
+    dtype = torch.float32
+    size = OPS.kv_cache_bytes_per_block(block_size, kv_heads, head_dim, dtype) * (sum(per_sequence) + 3)
+    cache = OPS.make_kv_cache(torch.full((size,), 255, dtype=torch.uint8), block_size, kv_heads, head_dim, dtype)
+    keys = [torch.randn(n, kv_heads, head_dim) for n in lengths]
+    values = [torch.randn(n, kv_heads, head_dim) for n in lengths]
+    for table, k, v in zip(tables, keys, values, strict=True):
+        whole = StepInputs.build([[0] * len(k)], [0], [table], [], block_size)
+        OPS.write_kv(cache, k, v, whole.slot_mapping)
+
+    starts = [n - m for n, m in zip(lengths, new, strict=True)]
+    step = StepInputs.build([[0] * m for m in new], starts, tables, [], block_size)
+    q = torch.randn(sum(new), heads, head_dim)
+    out = OPS.paged_attention(q, cache, OPS.plan_attention(step, block_size, window), 0.3)
+    row = 0
+    for b, length in enumerate(lengths):
+        for position in range(length - new[b], length):
+            seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
+            expected = naive_attention(q[row], keys[b][seen], values[b][seen], 0.3)
+            torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-5)
+            row += 1
+
+
+def test_empty_step() -> None:
+    step = StepInputs.build([], [], [], [], 4)
+    assert step.block_table.shape == (0, 0) and step.query_start.tolist() == [0]
+    cache = OPS.make_kv_cache(torch.zeros(4 * 64, dtype=torch.uint8), 4, 1, 2, torch.float32)
+    OPS.write_kv(cache, torch.zeros(0, 1, 2), torch.zeros(0, 1, 2), step.slot_mapping)
+    out = OPS.paged_attention(torch.zeros(0, 2, 2), cache, OPS.plan_attention(step, 4), 1.0)
+    assert out.shape == (0, 2, 2)
+
+
+def test_step_inputs_hand_worked() -> None:
+    step = StepInputs.build([[7, 8, 9], [5]], [2, 8], [[4, 1], [0, 6, 3]], [2, 3], 3)
+    assert step.input_ids.tolist() == [7, 8, 9, 5]
+    assert step.positions.tolist() == [2, 3, 4, 8]
+    assert step.slot_mapping.tolist() == [14, 3, 4, 11]
+    assert step.query_start.tolist() == [0, 3, 4] == list(step.query_start_host)
+    assert step.seq_lens.tolist() == [5, 9] == list(step.seq_lens_host)
+    assert step.block_table.tolist() == [[4, 1, 0], [0, 6, 3]]
+    assert step.logit_rows.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("packed", [False, True])
+def test_causal_attention(window: int | None, packed: bool) -> None:
+    torch.manual_seed(0)
+    rows, length = 3, 9
+    q, k, v = torch.randn(27, 4, 6), torch.randn(27, 2, 6), torch.randn(27, 2, 6)
+    documents = torch.randint(0, 2, (rows, length)).sort(-1).values.flatten() if packed else None
+    out = OPS.causal_attention(q, k, v, length, 0.4, window, documents)
+    for t in range(27):
+        first = t // length * length
+        seen = [
+            s
+            for s in range(first, t + 1)
+            if (window is None or t - s < window) and (documents is None or documents[s] == documents[t])
+        ]
+        torch.testing.assert_close(out[t], naive_attention(q[t], k[seen], v[seen], 0.4), rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_hand_worked() -> None:
+    """Of (3, 4) the mean square is 12.5."""
+    out = OPS.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 0.0)
+    torch.testing.assert_close(out, torch.tensor([[3 / math.sqrt(12.5), 8 / math.sqrt(12.5)]]))
+    tiny = OPS.rms_norm(torch.full((1, 64), 1e-3).bfloat16(), torch.ones(64).bfloat16(), 1e-6)
+    assert tiny.dtype == torch.bfloat16 and tiny[0, 0].item() == pytest.approx(1 / math.sqrt(2), rel=1e-2)
+
+
+@pytest.mark.parametrize("rows", [5, LOGITS_ROWS + 7])
+def test_logits_are_float32_and_never_rounded(rows: int) -> None:
+    x, weight, bias = torch.randn(3, 8).bfloat16(), torch.randn(rows, 8).bfloat16(), torch.randn(rows).bfloat16()
+    exact = x.double() @ weight.double().T
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out = OPS.logits(x, weight)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(OPS.logits(x, weight), out)
+            torch.testing.assert_close(
+                OPS.logits(x, weight, bias).double(), exact + bias.double(), rtol=1e-5, atol=1e-5
+            )
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_top_k_orders_and_breaks_ties_low() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 5, (200, 12), generator=generator).float()
+    for row, ids in zip(scores.tolist(), top_k(scores, 4).tolist(), strict=True):
+        assert ids == sorted(range(12), key=lambda i: (-row[i], i))[:4]

@@ -1,0 +1,149 @@
+"""transformers as the oracle: tiny random models in every shape we claim to read, and how ours is run beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moebius.models.decoder import Decoder
+from moebius.nn.attention import PagedAttend, StepInputs
+from moebius.ops import select_ops
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+TINY: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 20},
+    "mistral": {"intermediate_size": 20},
+    "qwen2": {"intermediate_size": 20},
+    "qwen3": {"intermediate_size": 20, "head_dim": 10},
+    "mixtral": {"intermediate_size": 20, "num_local_experts": 5},
+    "qwen2_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "shared_expert_intermediate_size": 18,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 10,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"intermediate_size": 14, "num_experts": 5, "num_experts_per_tok": 3},
+    "granitemoe": {
+        "intermediate_size": 14,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+    },
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
+    """A random float32 model of transformers, its norms and biases random too, in its plainest implementation."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**TINY, **FAMILY[model_type], **overrides})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save_tiny(directory: Path, model_type: str, seed: int = 0, **overrides: Any) -> Any:
+    """tiny_model, saved; returns it."""
+    model = tiny_model(model_type, seed, **overrides)
+    model.save_pretrained(directory)
+    return model
+
+
+def load_theirs(directory: Path) -> Any:
+    """transformers' own reading of a directory, in float32, which must find every tensor in its place."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model.eval()
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    """Within `tolerance` of the oracle, relative to the scale of its values."""
+    error = (ours - theirs).abs().max().item() / theirs.abs().max().item()
+    assert error <= tolerance, f"differs by {error:.2e} of the scale"
+
+
+class Server:
+    """Runs a decoder through its paged cache, as an engine would, and keeps every row's logits.
+
+    The cache starts full of NaN: whatever is read before it is written shows.
+    """
+
+    def __init__(self, decoder: Decoder, block_size: int, num_blocks: int, seed: int = 0) -> None:
+        config, dtype = decoder.config, decoder.embed_tokens.weight.dtype
+        self.decoder, self.block_size = decoder, block_size
+        self.ops = select_ops("cpu", dtype)
+        size = self.ops.kv_cache_bytes_per_block(block_size, config.num_kv_heads, config.head_dim, dtype) * num_blocks
+        self.caches = [
+            self.ops.make_kv_cache(
+                torch.full((size,), 255, dtype=torch.uint8), block_size, config.num_kv_heads, config.head_dim, dtype
+            )
+            for _ in range(config.num_layers)
+        ]
+        self.free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+        self.blocks: dict[int, list[int]] = {}
+        self.done: dict[int, int] = {}
+        self.logits: dict[int, list[Tensor]] = {}
+
+    @torch.inference_mode()
+    def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Compute each sequence's next tokens: (sequence, token ids) pairs, in one step."""
+        starts = [self.done.get(sequence, 0) for sequence, _ in work]
+        tables = []
+        for (sequence, ids), start in zip(work, starts, strict=True):
+            table = self.blocks.setdefault(sequence, [])
+            while len(table) * self.block_size < start + len(ids):
+                table.append(self.free.pop())
+            tables.append(table)
+            self.done[sequence] = start + len(ids)
+        rows = sum(len(ids) for _, ids in work)
+        inputs = StepInputs.build([ids for _, ids in work], starts, tables, range(rows), self.block_size)
+        attend = PagedAttend(self.ops, self.decoder.config, self.caches, inputs, self.block_size)
+        hidden, _ = self.decoder(inputs.input_ids, inputs.positions, attend)
+        logits = self.decoder.logits(hidden[inputs.logit_rows])
+        for (sequence, _), part in zip(work, logits.split([len(ids) for _, ids in work]), strict=True):
+            self.logits.setdefault(sequence, []).append(part)
+
+    def greedy(self, sequence: int) -> int:
+        return int(self.logits[sequence][-1][-1].argmax())
+
+    def all_logits(self, sequence: int) -> Tensor:
+        return torch.cat(self.logits[sequence])

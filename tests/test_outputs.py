@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moebius.engine.client import StepOutput, TokenLogprob
+from moebius.errors import DeadlineError, EngineError
+from moebius.outputs import CompletionOutput, Delta, RequestOutput, SequenceAssembler
+from moebius.schedule.request import FinishReason, SamplingParams
+from moebius.text import Tokenizer
+from text.tiny_tokenizers import FAMILIES, SPECIALS
+
+SETTINGS = settings(derandomize=True, deadline=None, max_examples=200, database=None)
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    return {name: Tokenizer(make(), {"bos_token": "<s>", "eos_token": "</s>"}) for name, make in FAMILIES.items()}
+
+
+@pytest.fixture
+def tokenizer(tokenizers) -> Tokenizer:
+    return tokenizers["byte_level"]
+
+
+def logprob(token_id: int, place: int) -> TokenLogprob:
+    return TokenLogprob(token_id, -float(place), 1)
+
+
+def step(ids, finish=None, first=0, **more) -> StepOutput:
+    logprobs = tuple(logprob(token, first + i) for i, token in enumerate(ids))
+    return StepOutput("r", tuple(ids), logprobs, finish_reason=finish, **more)
+
+
+def steps_of(ids: list[int], cuts: list[int], finish: FinishReason | None) -> list[StepOutput]:
+    edges = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
+    spans = list(pairwise(edges)) or [(0, 0)]
+    return [step(ids[a:b], finish if b == len(ids) else None, a) for a, b in spans]
+
+
+def pieces(tokenizer: Tokenizer, *texts: str) -> list[int]:
+    """One token a character or word, so that the tests know where tokens begin and end."""
+    ids = [tokenizer.encode_ordinary(text) for text in texts]
+    return [token for group in ids for token in group]
+
+
+def naive(tokenizer, ids, stops, skip, ended_by_engine):
+    """Decode every prefix and look for the stop strings: (text, how many tokens, stop string)."""
+    body = ids[:-1] if ended_by_engine else ids
+    for count in range(1, len(body) + 1):
+        text = tokenizer.decode(body[:count], skip)
+        settled = text if count == len(body) else text.rstrip("�")
+        for end in range(1, len(settled) + 1):
+            found = [stop for stop in stops if settled[:end].endswith(stop)]
+            if found:
+                stop = max(found, key=len)
+                return settled[: end - len(stop)], count, stop
+    return tokenizer.decode(body, skip), len(ids), None
+
+
+@given(st.data())
+@SETTINGS
+def test_deltas_equal_the_naive_answer(tokenizers, data):
+    name = data.draw(st.sampled_from(sorted(tokenizers)))
+    tokenizer = tokenizers[name]
+    text = data.draw(st.text(alphabet="ab c☃🙂é", min_size=1, max_size=25))
+    skip = data.draw(st.booleans())
+    stops = data.draw(st.lists(st.text(alphabet="ab c☃🙂", min_size=1, max_size=4), max_size=3))
+    by_eos = data.draw(st.booleans())
+    ids = pieces(tokenizer, *text) + [EOS] * by_eos
+    cuts = data.draw(st.lists(st.integers(0, 60), max_size=10))
+    params = SamplingParams(stop=tuple(stops), logprobs=0)
+    finish = FinishReason.STOP if by_eos else FinishReason.LENGTH
+
+    assembler = SequenceAssembler(tokenizer, params, skip_special_tokens=skip)
+    deltas = [assembler.push(one) for one in steps_of(ids, cuts, finish)]
+
+    expected_text, count, stop = naive(tokenizer, ids, stops, skip, by_eos)
+    assert "".join(delta.text for delta in deltas) == expected_text == assembler.text
+    assert [i for delta in deltas for i in delta.token_ids] == ids[:count] == assembler.token_ids
+    released = [one for delta in deltas for one in delta.logprobs]
+    assert released == [logprob(token, i) for i, token in enumerate(ids[:count])] == assembler.logprobs
+    assert assembler.num_tokens == count
+    assert assembler.stop_reason == stop
+    assert assembler.finish_reason == ("stop" if stop or by_eos else "length")
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [assembler.finish_reason]
+
+
+@given(st.data())
+@SETTINGS
+def test_a_token_is_released_with_or_after_its_text(tokenizers, data):
+    tokenizer = tokenizers[data.draw(st.sampled_from(sorted(tokenizers)))]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=30))
+    stops = data.draw(st.lists(st.text(alphabet="abc �", min_size=1, max_size=3), max_size=2))
+    assembler = SequenceAssembler(tokenizer, SamplingParams(stop=tuple(stops), logprobs=0))
+    for i, token in enumerate(ids):
+        assembler.push(step([token], FinishReason.LENGTH if i == len(ids) - 1 else None, i))
+        if assembler.finished:
+            break
+        whole = tokenizer.decode(assembler.token_ids)
+        settled = whole.rstrip("�")
+        assert assembler.text.startswith(settled)
+    offsets = assembler.text_offsets
+    assert len(offsets) == len(assembler.token_ids) == len(assembler.logprobs)
+    assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(assembler.text)
+    if assembler.finish_reason == "length":
+        assert offsets == tokenizer.text_offsets(ids)
+
+
+def test_a_stop_string_cuts_all_at_the_token_that_completes_it(tokenizer):
+    ids = pieces(tokenizer, *"xyEND after")
+    assembler = SequenceAssembler(tokenizer, SamplingParams(stop=("END",), logprobs=0))
+    first = assembler.push(step(ids[:3]))
+    assert first == Delta("xy", tuple(ids[:2]), (logprob(ids[0], 0), logprob(ids[1], 1)), (0, 1))
+    second = assembler.push(step(ids[3:8], first=3))  # the engine was faster than the match
+    assert (second.text, second.token_ids, second.finish_reason, second.stop_reason) == (
+        "",
+        tuple(ids[2:5]),
+        "stop",
+        "END",
+    )
+    assert second.text_offsets == (2, 2, 2)
+    assert assembler.wants_abort and assembler.finished and assembler.num_tokens == 5
+    late = assembler.push(step(ids[8:], FinishReason.ABORT, error=EngineError("aborted")))
+    assert not late and late == Delta()
+    expected = CompletionOutput(
+        0, "xy", tuple(ids[:5]), tuple(logprob(t, i) for i, t in enumerate(ids[:5])), "stop", "END"
+    )
+    assert assembler.completion() == expected
+
+
+def test_a_stop_string_in_the_engines_last_step_wants_no_abort(tokenizer):
+    ids = pieces(tokenizer, *"xEND")
+    assembler = SequenceAssembler(tokenizer, SamplingParams(stop=("END",)))
+    delta = assembler.push(StepOutput("r", tuple(ids), finish_reason=FinishReason.LENGTH))
+    assert (delta.text, delta.finish_reason, delta.logprobs) == ("x", "stop", ())
+    assert not assembler.wants_abort and assembler.completion(2).logprobs is None
+    assert assembler.completion(2).index == 2
+
+
+def test_end_tokens_count_but_have_no_text(tokenizer):
+    ids = pieces(tokenizer, *"hi")
+    assembler = SequenceAssembler(tokenizer, SamplingParams(), skip_special_tokens=False)
+    delta = assembler.push(step([*ids, EOS], FinishReason.STOP))
+    assert (delta.text, delta.token_ids, delta.stop_reason) == ("hi", (*ids, EOS), None)
+    assert delta.finish_reason == "stop" and assembler.num_tokens == 3
+    stop_id = pieces(tokenizer, "!")[0]
+    assembler = SequenceAssembler(tokenizer, SamplingParams(stop_token_ids=(stop_id,)))
+    delta = assembler.push(step([*ids, stop_id], FinishReason.STOP))
+    assert (delta.text, delta.token_ids, delta.stop_reason) == ("hi", (*ids, stop_id), stop_id)
+
+
+def test_special_tokens_inside_a_text_are_skipped_but_counted(tokenizer):
+    ids = [*pieces(tokenizer, "a"), tokenizer.encode(SPECIALS[3])[0], *pieces(tokenizer, "b")]
+    for skip, text in [(True, "ab"), (False, "a<|im_start|>b")]:
+        assembler = SequenceAssembler(tokenizer, SamplingParams(), skip_special_tokens=skip)
+        assembler.push(step(ids, FinishReason.LENGTH))
+        assert (assembler.text, assembler.num_tokens) == (text, 3)
+
+
+def test_no_stop_string_before_min_tokens(tokenizer):
+    ids = pieces(tokenizer, *"..a.")
+    for minimum, count in [(0, 1), (1, 1), (2, 2), (3, 4), (4, 4)]:
+        assembler = SequenceAssembler(tokenizer, SamplingParams(stop=(".",), min_tokens=minimum))
+        for token in ids:
+            assembler.push(step([token]))
+        assert assembler.num_tokens == count, minimum
+
+
+def test_an_unfinished_character_is_flushed_at_the_end(tokenizer):
+    fox = tokenizer.encode("🦊")
+    assembler = SequenceAssembler(tokenizer, SamplingParams(logprobs=0))
+    assert not assembler.push(step(fox[:1]))
+    assert assembler.token_ids == [] and assembler.num_tokens == 1
+    delta = assembler.push(step(fox[1:2], FinishReason.LENGTH, 1))
+    assert (delta.text, delta.token_ids, delta.text_offsets) == ("�", tuple(fox[:2]), (0, 0))
+
+
+def test_a_stop_of_replacement_characters_ends_at_the_flush(tokenizer):
+    fox = tokenizer.encode("🦊")
+    assembler = SequenceAssembler(tokenizer, SamplingParams(stop=("�",)))
+    delta = assembler.push(step(fox[:2], FinishReason.LENGTH))
+    assert (delta.text, delta.finish_reason, delta.stop_reason) == ("", "stop", "�")
+
+
+def test_continuing_a_prompt_keeps_the_space(tokenizers):
+    tokenizer = tokenizers["mistral"]
+    prompt, ids = tokenizer.encode("the quick"), tokenizer.encode("dog", add_special_tokens=False)
+    for prompt_ids, text in [(prompt, " dog"), ((), "dog")]:
+        assembler = SequenceAssembler(tokenizer, SamplingParams(), prompt_ids=prompt_ids)
+        assembler.push(step(ids, FinishReason.LENGTH))
+        assert assembler.text == text
+
+
+def test_errors_of_the_engine_are_raised(tokenizer):
+    for finish in (FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.ERROR):
+        assembler = SequenceAssembler(tokenizer, SamplingParams())
+        with pytest.raises(DeadlineError, match="too late"):
+            assembler.push(step([5], finish, error=DeadlineError("too late")))
+        with pytest.raises(EngineError, match=finish.value):
+            SequenceAssembler(tokenizer, SamplingParams()).push(step([], finish))
+
+
+def test_prompt_logprobs_and_cached_tokens_are_kept(tokenizer):
+    assembler = SequenceAssembler(tokenizer, SamplingParams(prompt_logprobs=0))
+    first, second = logprob(7, 1), logprob(8, 2)
+    assert not assembler.push(step([], prompt_logprobs=(first,), num_cached_tokens=3))
+    assembler.push(step([9], FinishReason.LENGTH, prompt_logprobs=(second,)))
+    assert assembler.prompt_logprobs == [first, second] and assembler.num_cached_tokens == 3
+    assert math.isclose(sum(one.logprob for one in assembler.prompt_logprobs), -3)
+
+
+def test_usage_of_a_request():
+    outputs = (CompletionOutput(0, "a", (1, 2)), CompletionOutput(1, "b", (3,)))
+    output = RequestOutput("r", "p", (4, 5, 6), outputs)
+    assert (output.prompt_tokens, output.completion_tokens, output.total_tokens) == (3, 3, 6)
