@@ -65,11 +65,21 @@ class LLM:
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
             raise TypeError(f"LLM has no option {', '.join(unknown)}; it has {', '.join(EngineConfig.__dataclass_fields__)}")
-        self.config = EngineConfig(**options)
+        self._load(model, EngineConfig(**options))
+
+    @classmethod
+    def from_config(cls, model: str, config: EngineConfig) -> LLM:
+        """The same from an EngineConfig that is there already."""
+        llm = cls.__new__(cls)
+        llm._load(model, config)
+        return llm
+
+    def _load(self, model: str, config: EngineConfig) -> None:
+        self.config = config
         directory = resolve_model(model)
         self.tokenizer = Tokenizer.load(directory)
         self.defaults = GenerationDefaults.load(directory, self.tokenizer)
-        self.engine = load_engine(directory, self.config, eos_ids=self.defaults.eos_ids)
+        self.engine = load_engine(directory, config, eos_ids=self.defaults.eos_ids)
         self._ids = count()
 
     def default_params(self, **changes: Any) -> SamplingParams:

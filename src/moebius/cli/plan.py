@@ -40,18 +40,18 @@ def plan(
     from moebius.models.hub import resolve_model
 
     prepared = prepare(resolve_model(model), config)
-    weights = prepared.checkpoint.weight_rows(prepared.plan.dtype, prepared.plan.device) if tensors else []
+    weights = prepared.checkpoint.plan_weights(prepared.plan.dtype, prepared.plan.device) if tensors else []
     if as_json:
         record = asdict(prepared.plan) | {"kv_cache": prepared.plan.kv_cache, "kv_tokens": prepared.plan.kv_tokens}
         if tensors:
-            record["tensors"] = [{"name": row.stored.name, "bytes": row.nbytes, "mapped": row.mapped} for row in weights]
+            record["tensors"] = [{"name": row.name, "bytes": row.nbytes, "mapped": row.mapped} for row in weights]
         typer.echo(json.dumps(record, indent=2))
         return
     console = Console()
     if tensors:
         table = Table("tensor", "bytes", "", box=None, pad_edge=False)
         for row in weights:
-            table.add_row(row.stored.name, f"{row.nbytes:,}", "mapped" if row.mapped else "copied")
+            table.add_row(row.name, f"{row.nbytes:,}", "mapped" if row.mapped else "copied")
         console.print(table)
     print_plan(console, model, prepared.plan.rows())
 

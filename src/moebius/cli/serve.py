@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+from dataclasses import replace
+from typing import Annotated, Any
 
 import typer
 
 from moebius.cli import options as o
+from moebius.cli.plan import print_plan
+from moebius.config import EngineConfig
 from moebius.errors import ConfigError
 
 
@@ -62,19 +66,54 @@ def serve(
         threads=threads,
         trace=trace,
     )
-    from moebius.server.launch import Launch, launch
+    settings = {
+        "served_model_names": tuple(served_model_name or (model,)),
+        "api_keys": tuple(api_key or ()),
+        "vllm_metric_names": vllm_metric_names,
+        "drain_timeout": drain_timeout,
+    }
+    _run(model, config, host, port, settings, defaults=generation_config == "auto", log_level=log_level)
 
-    launch(
-        Launch(
-            model=model,
-            engine=config,
-            host=host,
-            port=port,
-            api_keys=tuple(api_key or ()),
-            served_model_names=tuple(served_model_name or (model,)),
-            model_defaults=generation_config == "auto",
-            vllm_metric_names=vllm_metric_names,
-            drain_timeout=drain_timeout,
-            log_level=log_level,
-        )
-    )
+
+def _run(
+    model: str, config: EngineConfig, host: str, port: int, settings: dict[str, Any], *, defaults: bool, log_level: str
+) -> None:
+    """Everything that can be refused is refused before the weights are read; the port opens when tokens can flow."""
+    logging.basicConfig(level=_level(log_level), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from moebius.server.run import reserve_socket, run_server
+    from moebius.server.settings import ServerSettings
+
+    server = ServerSettings(**settings)
+    sock = reserve_socket(host, port, api_keys=server.api_keys)
+
+    from rich.console import Console
+
+    from moebius.engine.in_process import InProcessClient
+    from moebius.engine.load import load_engine, prepare
+    from moebius.models.hub import resolve_model
+    from moebius.server.app import create_app
+    from moebius.text import GenerationDefaults, Tokenizer
+
+    directory = resolve_model(model)
+    tokenizer = Tokenizer.load(directory)
+    generation = GenerationDefaults.load(directory, tokenizer)
+    prepared = prepare(directory, config)
+    console = Console(stderr=True)
+    print_plan(console, model, prepared.plan.rows())
+    engine = load_engine(directory, config, eos_ids=generation.eos_ids, prepared=prepared)
+    if not defaults:
+        generation = replace(generation, sampling={})
+    shown = ", ".join(f"{name} {value}" for name, value in generation.sampling.items()) or "OpenAI's"
+    console.print(f"one answer: {'on' if prepared.ops.one_answer else 'off'} ({prepared.ops.name} kernels)")
+    console.print(f"sampling defaults: {shown}")
+    client = InProcessClient(engine, step_deadline=config.step_deadline)
+    app = create_app(client, tokenizer, generation, server)
+    console.print(f"serving on http://{host}:{sock.getsockname()[1]}/v1 as {server.served_model_names[0]}", highlight=False)
+    run_server(app, sock)
+
+
+def _level(name: str) -> int:
+    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+    if name not in levels:
+        raise ConfigError(f"--log-level is {name!r}; use one of {', '.join(levels)}")
+    return levels[name]

@@ -44,7 +44,7 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     device = _device(config.device)
     dtype = _dtype(config.dtype, checkpoint.dtype)
     ops = select_ops(device, dtype)
-    rows = checkpoint.weight_rows(_name(dtype), device.type)
+    rows = checkpoint.plan_weights(_name(dtype), device.type)
     mapped = sum(row.nbytes for row in rows if row.mapped)
     total = sum(row.nbytes for row in rows)
     plan = plan_memory(
@@ -59,11 +59,17 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     return Prepared(checkpoint, ops, device, dtype, plan)
 
 
-def load_engine(directory: Path, config: EngineConfig, *, eos_ids: frozenset[int] = frozenset()) -> Engine:
+def load_engine(
+    directory: Path,
+    config: EngineConfig,
+    *,
+    eos_ids: frozenset[int] = frozenset(),
+    prepared: Prepared | None = None,
+) -> Engine:
     """Load the model and reserve what the plan says. Raises UsageError before anything is allocated."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    prepared = prepare(directory, config)
+    prepared = prepared or prepare(directory, config)
     plan, model_config = prepared.plan, prepared.checkpoint.config
     scheduler = _scheduler(config, plan)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None

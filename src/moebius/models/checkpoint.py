@@ -118,7 +118,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise WeightsError(
-                    f"{_file(path)}: a header of {length} bytes in a file of {size}; it is truncated or no safetensors file"
+                    f"{_file(path)}: a header of {length} bytes in a file of {size}; it is truncated or not safetensors"
                 )
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as cause:
@@ -207,7 +207,7 @@ def _harmless(name: str, config: ModelConfig) -> bool:
 
 
 def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[Source, ...]:
-    """The sources of all parameters, in the layout that the checkpoint has. Raises WeightsError naming file and tensor."""
+    """The sources of all parameters, in the layout that the checkpoint has."""
     candidates = [tuple(sources(config, layout)) for layout in checkpoint_layouts(config.model_type)]
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))

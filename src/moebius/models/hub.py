@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, the model that comes with Moebius, or a download from the Hugging Face hub."""
+"""Where a model's files are: in a directory, in this package, or downloaded from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def _download(repo_id: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ConfigError(
-            f"there is no directory {repo_id} here, it is not in the hub's local cache and cannot be downloaded: {reason}"
+            f"there is no directory {repo_id} here, the hub's cache has it not, and it cannot be downloaded: {reason}"
         ) from None

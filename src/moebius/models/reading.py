@@ -280,7 +280,7 @@ def decoder_fields(reader: ConfigReader, *, theta: float, eps: float) -> dict[st
     heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
     if reader.get("head_dim") is None and hidden % heads:
         raise ConfigError(
-            f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}, and head_dim is not given"
+            f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim"
         )
     max_position = reader.integer("max_position_embeddings")
     quantization = reader.get("quantization_config")

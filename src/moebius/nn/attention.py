@@ -88,11 +88,14 @@ class Attention(nn.Module):
             x_TI = norm(x_TI)
         if self.config.clip_qkv is not None:
             x_TI = x_TI.clamp(-self.config.clip_qkv, self.config.clip_qkv)
-        heads = x_TI.unflatten(-1, (-1, self.config.head_dim))
-        return norm(heads) if norm is not None and self.config.qk_norm == "head" else heads
+        heads = x_TI.view(x_TI.shape[0], x_TI.shape[1] // self.config.head_dim, self.config.head_dim)
+        if norm is not None and self.config.qk_norm == "head":
+            heads = norm(heads)
+        return heads
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:
         q_THN = self.ops.rotary(self._heads(self.q_proj(x_TD), self.q_norm), cos_TR, sin_TR)
         k_TGN = self.ops.rotary(self._heads(self.k_proj(x_TD), self.k_norm), cos_TR, sin_TR)
         v_TGN = self._heads(self.v_proj(x_TD), None)
-        return self.o_proj(attend(self.layer, q_THN, k_TGN, v_TGN).flatten(1))
+        out_TD: Tensor = self.o_proj(attend(self.layer, q_THN, k_TGN, v_TGN).flatten(1))
+        return out_TD

@@ -117,7 +117,7 @@ class ReferenceOps:
         flat_ids = expert_ids_TK.reshape(-1)
         order = torch.argsort(flat_ids, stable=True)
         rows_PD = x_TD.index_select(0, order.div(k, rounding_mode="floor") if k > 1 else order)
-        if torch.is_grad_enabled() and _can_stack(weights, _compute_dtype(x_TD)):
+        if torch.is_grad_enabled() and _can_stack(weights, x_TD):
             every_E = torch.arange(len(weights.gate_FD), device=x_TD.device)
             ends = torch.searchsorted(flat_ids[order], every_E, right=True)
             out_PD = _experts_stacked(rows_PD, ends.to(torch.int32), weights, activation)
@@ -221,13 +221,16 @@ def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, activation: Activation) 
 
 def _experts_in_turn(rows_PD: Tensor, counts: list[int], w: ExpertWeights, activation: Activation) -> Tensor:
     """Rows sorted by expert through their experts, one product an expert that has rows; no weight is copied."""
-    parts = [_one_expert(rows, w, e, activation) for e, rows in enumerate(torch.split(rows_PD, counts)) if rows.shape[0]]
+    parts = [_one_expert(rows, w, e, activation) for e, rows in enumerate(torch.split(rows_PD, counts)) if len(rows)]
     return torch.cat(parts) if parts else rows_PD.new_zeros(rows_PD.shape)
 
 
-def _can_stack(w: ExpertWeights, dtype: torch.dtype) -> bool:
-    """torch.grouped_mm wants rows of a multiple of 16 bytes, and adds no bias."""
-    return not w.down_bias_D and all(size * dtype.itemsize % 16 == 0 for size in w.gate_FD[0].shape)
+def _can_stack(w: ExpertWeights, x_TD: Tensor) -> bool:
+    """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no bias."""
+    dtype = _compute_dtype(x_TD)
+    if w.down_bias_D or (x_TD.is_cuda and dtype != torch.bfloat16):
+        return False
+    return all(size * dtype.itemsize % 16 == 0 for size in w.gate_FD[0].shape)
 
 
 def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, activation: Activation) -> Tensor:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from random import Random
 from timeit import default_timer  # the command's stop watch; the simulation's own clock is virtual
 
@@ -53,7 +53,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Mood:
-    """How often things happen in one episode; probabilities a step."""
+    """How often things happen in one episode, as probabilities, and how large they are."""
 
     arrival: float
     burst: int
@@ -68,6 +68,8 @@ class Mood:
     priorities: int
     tenants: int
     vocab: int
+    prompt: int
+    output: int
 
     @classmethod
     def random(cls, rng: Random) -> Mood:
@@ -85,6 +87,8 @@ class Mood:
             priorities=rng.choice((1, 1, 3)),
             tenants=rng.choice((1, 2)),
             vocab=rng.choice((2, 3, 50)),
+            prompt=rng.choice((3, 24, 64)),
+            output=rng.choice((4, 30, 60)),
         )
 
 
@@ -107,7 +111,7 @@ class Episode:
         seqs = rng.randint(1, 8)
         self.config = SchedulerConfig(
             max_num_seqs=seqs,
-            max_num_batched_tokens=rng.randint(max(seqs, 4), 64),
+            max_num_batched_tokens=rng.randint(max(seqs, 4), rng.choice((12, 64))),
             max_model_len=rng.randint(6, min(64, size * num_blocks + 4)),
             enable_chunked_prefill=rng.random() < 0.75,
             max_queue_requests=rng.choice((3, 20)),
@@ -129,7 +133,7 @@ class Episode:
             while checker.step < steps:
                 self._arrivals()
                 self._turn()
-            self.mood = Mood(0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, self.mood.vocab)
+            self.mood = replace(self.mood, abort=0, rollback=0, failure=0, nothing_drawn=0)
             while self.scheduler.has_work:
                 self._turn()
                 if checker.step > steps + DRAIN_STEPS:
@@ -214,12 +218,12 @@ class Episode:
     def _make_request(self) -> tuple[Request, int]:
         rng, mood = self.rng, self.mood
         longest = self.config.max_model_len
-        shared = rng.randint(0, rng.choice((8, 24, longest)))
+        shared = rng.randint(0, min(mood.prompt, longest))
         prompt = rng.choice(self.texts)[:shared]
         prompt += [rng.randrange(mood.vocab) for _ in range(rng.randint(0 if prompt else 1, 6))]
         prompt = prompt[: longest + 3]
         room = longest + 4 - len(prompt)
-        max_tokens = 0 if rng.random() < mood.score else rng.randint(1, min(room, rng.choice((4, 30, 60))))
+        max_tokens = 0 if rng.random() < mood.score else rng.randint(1, min(room, mood.output))
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.2 else 0,

@@ -1,0 +1,129 @@
+"""moebius generate: completions in the terminal, or a batch file answered offline."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebius.cli import options as o
+from moebius.config import EngineConfig
+from moebius.errors import ConfigError
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: one prompt, read from stdin.")] = None,
+    model: o.ModelOption = "bundled",
+    batch: Annotated[
+        Path | None, typer.Option(help="Answer a file in OpenAI's batch format (JSON lines) instead of prompts.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where a batch's results go; run again with the same files to resume.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens a prompt; default: up to the context.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many most likely tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Completions a prompt.")] = 1,
+    dtype: o.Dtype = o.DEFAULTS.dtype,
+    device: o.Device = o.DEFAULTS.device,
+    max_model_len: o.MaxModelLen = None,
+    max_num_seqs: o.MaxNumSeqs = o.DEFAULTS.max_num_seqs,
+    max_num_batched_tokens: o.MaxNumBatchedTokens = o.DEFAULTS.max_num_batched_tokens,
+    kv_cache_memory_bytes: o.KVCacheMemoryBytes = None,
+    threads: o.Threads = None,
+    trace: o.Trace = None,
+) -> None:
+    """Complete prompts and print them as they finish, or answer a batch file into another."""
+    config = o.engine_config(
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        threads=threads,
+        trace=trace,
+    )
+    if batch is not None:
+        if prompts or output is None:
+            raise ConfigError("--batch FILE answers a file: give it --output FILE and no prompts")
+        _batch(model, config, batch, output)
+        return
+    if output is not None:
+        raise ConfigError("--output goes with --batch; the text of prompts is printed to stdout")
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    _print(model, config, prompts, {"max_tokens": max_tokens, "seed": seed, "stop": tuple(stop or ()), "n": n, **sampling})
+
+
+def _print(model: str, config: EngineConfig, prompts: list[str] | None, sampling: dict[str, Any]) -> None:
+    """Completions to stdout as they finish, each behind its prompt where there are several."""
+    if not prompts:
+        if sys.stdin.isatty():
+            typer.echo("reading the prompt from stdin, Ctrl-D ends it", err=True)
+        prompts = [sys.stdin.read()]
+    from moebius.llm import LLM
+
+    llm = LLM.from_config(model, config)
+    params = llm.default_params(**sampling)
+    several = len(prompts) * params.n > 1
+    for output in llm.stream((prompt, params) for prompt in prompts):
+        for choice in output.outputs:
+            if several:
+                typer.echo(f"--- prompt {int(output.request_id) + 1}, completion {choice.index + 1} ({choice.finish_reason})")
+            typer.echo(f"{output.prompt}{choice.text}")
+
+
+def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
+    from moebius.server.batch import answered, read_batch
+
+    calls = read_batch(batch)
+    try:
+        done = answered(output)
+        out = output.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
+    left = [call for call in calls if call.custom_id not in done]
+    if done:
+        typer.echo(f"{len(done)} answered before, {len(left)} to go", err=True)
+    with out:
+        failures = asyncio.run(_answer(model, config, left, out)) if left else 0
+    typer.echo(f"{len(left) - failures} answered, {failures} refused or failed: {output}", err=True)
+
+
+async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from moebius.engine.in_process import InProcessClient
+    from moebius.engine.load import load_engine
+    from moebius.models.hub import resolve_model
+    from moebius.server.app import create_app
+    from moebius.server.batch import run_batch
+    from moebius.server.settings import ServerSettings
+    from moebius.text import GenerationDefaults, Tokenizer
+
+    directory = resolve_model(model)
+    tokenizer = Tokenizer.load(directory)
+    defaults = GenerationDefaults.load(directory, tokenizer)
+    client = InProcessClient(load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=config.step_deadline)
+    # A batch was written for some model's name; here there is but one model.
+    names = tuple(dict.fromkeys([model, *(str(call.body["model"]) for call in calls if call.body.get("model"))]))
+    settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)
+    app = create_app(client, tokenizer, defaults, settings)
+    async with app.router.lifespan_context(app):
+        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("calls", total=len(calls))
+            return await run_batch(
+                app,
+                calls,
+                out,
+                concurrency=2 * config.max_num_seqs,
+                on_result=lambda _: progress.advance(task),
+            )
