@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from moebius.errors import ConfigError, RequestError, TokenizerError
@@ -125,6 +126,18 @@ def test_special_pieces_of_the_vocabulary_never_come_from_plain_text(loaded, fam
     ours = loaded[family]
     ids = ours.encode_ordinary("<s></s><|im_end|>")
     assert not {i for i in ids if ours.is_special(i)} - {ours.encode("<unk>", False)[-1]}
+
+
+def test_words_without_a_decoder_are_joined_by_spaces_and_specials_are_no_words():
+    backend = Backend(models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>"])
+    ours = Tokenizer(backend, {"bos_token": "<s>"}, add_bos=True)
+    assert ours.encode("a <s> b") == [1, 2, 1, 3]
+    assert ours.encode_ordinary("a <s> b") == [2, 0, 3]
+    decoder = IncrementalDecoder(ours)
+    assert [decoder.push(i) for i in (1, 2, 1, 3)] == ["", "a", "", " b"]
+    assert ours.decode([1, 2, 1, 3]) == backend.decode([1, 2, 1, 3]) == "a b"
 
 
 def test_a_special_token_inside_the_merges_is_unlearnt(tmp_path):

@@ -1,0 +1,121 @@
+"""The shape of the code, held by its syntax trees: import arrows, forbidden calls, options, file sizes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "moebius"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# What each package of moebius may import, besides itself.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "schedule": {"errors", "config"},
+    "text": {"errors", "config", "schedule"},
+    "ops": {"errors", "config"},
+    "nn": {"errors", "config", "ops"},
+    "moe": {"errors", "config", "ops", "nn"},
+    "models": {"errors", "config", "ops", "nn", "moe"},
+    "engine": {"errors", "config", "schedule", "text", "ops", "nn", "moe", "models"},
+    "outputs": {"errors", "config", "schedule", "text", "engine"},
+    "llm": {"errors", "config", "schedule", "text", "engine", "outputs", "models"},
+    "server": {"errors", "config", "schedule", "text", "engine", "outputs"},
+    "train": {"errors", "config", "text", "ops", "nn", "moe", "models"},
+}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if package in ("cli", "__init__", "__main__"):
+        return
+    assert package in ARROWS, f"{package} has no place among the arrows"
+    own = {name.split(".")[1] for name in imported(ast.parse(path.read_text())) if name.startswith("moebius.")}
+    assert own <= ARROWS[package] | {package}, f"{path.name} imports {own - ARROWS[package] - {package}}"
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ARROWS):
+        ready = {name for name, needs in ARROWS.items() if name not in done and needs <= done}
+        assert ready, f"a cycle among {set(ARROWS) - done}"
+        done |= ready
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_pickle_no_eval_no_remote_code(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in imported(tree)} & FORBIDDEN_MODULES
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in FORBIDDEN_CALLS, f"line {node.lineno}: {node.func.id}"
+            name = ast.unparse(node.func)
+            assert name not in ("torch.load", "torch.save", "torch.hub.load"), f"line {node.lineno}: {name}"
+        if isinstance(node, ast.keyword):
+            assert node.arg != "trust_remote_code"
+
+
+def test_the_scheduler_knows_no_tensor_and_no_clock() -> None:
+    for path in (SOURCE / "schedule").glob("*.py"):
+        if path.name == "simulate.py":  # its command line measures steps per second
+            continue
+        roots = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+        assert not roots & {"torch", "numpy", "time", "asyncio", "socket", "datetime"}, path.name
+
+
+def test_files_and_functions_stay_readable() -> None:
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 450, f"{path} has grown beyond a file"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and path.parent.name != "cli":
+                assert node.end_lineno and node.end_lineno - node.lineno <= 70, f"{path}: {node.name}"
+
+
+def test_the_source_stays_within_its_promise() -> None:
+    assert sum(path.read_text().count("\n") for path in FILES) <= 12_000
+
+
+def test_options_are_counted() -> None:
+    from moebius.cli.main import app
+    from moebius.config import EngineConfig
+
+    counts = {}
+    for command in app.registered_commands:
+        assert command.callback is not None
+        parameters = inspect.signature(command.callback).parameters
+        counts[command.callback.__name__] = set(parameters)
+    serve_and_llm = counts.pop("serve") | set(EngineConfig.__dataclass_fields__)
+    assert len(serve_and_llm) < 60
+    assert all(len(options) < 40 for options in counts.values())
+
+
+def test_light_imports_stay_light() -> None:
+    """The package, its command line's help and the scheduler do not wait for torch."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
+        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.client, moebius.cli.main\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
