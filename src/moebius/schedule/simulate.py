@@ -109,10 +109,11 @@ class Episode:
         size = rng.choice((1, 2, 3, 4, 8, 16))
         num_blocks = rng.randint(3, 12) if size >= 8 else rng.randint(6, 40)
         seqs = rng.randint(1, 8)
+        longest = min(64, size * num_blocks + 4)
         self.config = SchedulerConfig(
             max_num_seqs=seqs,
             max_num_batched_tokens=rng.randint(max(seqs, 4), rng.choice((12, 64))),
-            max_model_len=rng.randint(6, min(64, size * num_blocks + 4)),
+            max_model_len=rng.choice((longest, rng.randint(6, longest))),
             enable_chunked_prefill=rng.random() < 0.75,
             max_queue_requests=rng.choice((3, 20)),
             max_queue_tokens=rng.choice((60, 1000)),
@@ -122,8 +123,7 @@ class Episode:
         self.scheduler = scheduler_class(self.config, pool)
         self.checker = Checker(self.scheduler, key, self.mood.vocab, seed)
         self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4)
-        longest = self.config.max_model_len
-        self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest + 4)] for _ in range(3)]
+        self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest)] for _ in range(3)]
         self.done: list[str] = []
 
     def run(self, steps: int) -> Stats:

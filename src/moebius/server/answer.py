@@ -90,15 +90,21 @@ class Answer(Response):
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        patience = self.call.keep_alive
+        heard = loop.time()
         batch = await self.call.next()
+        while batch and not any(delta for _, delta in batch) and loop.time() - heard < patience:
+            batch = await self.call.next()
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             while True:
                 data = _events(self.formatter.chunks(batch))
                 if self.call.finished:
                     break
-                if data or not batch:
+                if data or not batch or loop.time() - heard >= patience:
                     await self._send(send, data or _KEEP_ALIVE)
+                    heard = loop.time()
                 batch = await self.call.next()
             data += _events(self.formatter.closing()) + _DONE
         except (ClientGone, asyncio.CancelledError):

@@ -44,7 +44,9 @@ def read_batch(path: Path) -> list[BatchCall]:
             continue
         call = _call(line, f"{path}, line {number}")
         if call.custom_id in calls:
-            raise ConfigError(f"{path}, line {number}: custom_id {call.custom_id!r} was used before; each must be unique")
+            raise ConfigError(
+                f"{path}, line {number}: custom_id {call.custom_id!r} was used before; each must be unique"
+            )
         calls[call.custom_id] = call
     if not calls:
         raise ConfigError(f"{path} holds no calls; give one JSON object a line")

@@ -81,8 +81,9 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        was_in_headers = self._in_headers
         super().data_received(data)
-        if self._in_headers:
+        if was_in_headers and self._in_headers:
             self._header_bytes += len(data)
             if self._header_bytes > LIMITS.header_bytes and not self.transport.is_closing():
                 self._refuse(431, f"request line and headers are larger than {LIMITS.header_bytes} bytes")

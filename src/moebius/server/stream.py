@@ -90,6 +90,11 @@ class Call:
         return self._open == 0
 
     @property
+    def keep_alive(self) -> float:
+        """Seconds of silence that a client is spared."""
+        return self._door.settings.keep_alive
+
+    @property
     def prompt_tokens(self) -> int:
         return sum(len(ids) for ids in self.ask.prompts)
 
@@ -100,7 +105,7 @@ class Call:
     @property
     def cached_tokens(self) -> int:
         """Of the first choice of each prompt: the later ones find what the first has computed."""
-        return sum(s.assembler.num_cached_tokens for s in self.choices[:: self.ask.params.n])
+        return sum(choice.assembler.num_cached_tokens for choice in self.choices[:: self.ask.params.n])
 
     async def __aenter__(self) -> Call:
         self._door.admit(self)
@@ -204,7 +209,7 @@ class Call:
         return (self.choices[0].request.deadline or self._door.clock()) + _GRACE_SECONDS
 
     def _patience(self) -> float:
-        return max(0.0, min(self._door.settings.keep_alive, self._deadline - self._door.clock()))
+        return max(0.0, min(self.keep_alive, self._deadline - self._door.clock()))
 
     def _check_deadline(self) -> None:
         if self._door.clock() >= self._deadline:

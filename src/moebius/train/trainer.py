@@ -87,7 +87,7 @@ class Trainer:
         self._round()
         self.done += 1
         counts = expert_counts(routings, self.recipe.model.num_experts)
-        return StepReport(float(loss), float(balance), float(z), float(grad_norm), rate, counts)
+        return StepReport(loss.item(), balance.item(), z.item(), grad_norm.item(), rate, counts)
 
     def evaluate(self, max_rows: int | None = None) -> dict[str, float]:
         """Bits per byte of each kind of held-out text, and of `all`."""

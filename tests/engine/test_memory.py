@@ -1,0 +1,123 @@
+"""The memory plan's arithmetic, worked by hand, and what the engine really reserves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moebius.config import EngineConfig, FeedForwardConfig, ModelConfig, RopeConfig
+from moebius.engine.load import load_engine
+from moebius.engine.memory import MemoryPlan, WeightBytes, _cgroup_available, available_memory, human_bytes, plan_memory
+from moebius.errors import ConfigError, MemoryPlanError
+
+MODEL = ModelConfig(
+    model_type="llama",
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=1000,
+    max_position_embeddings=1024,
+    rope=RopeConfig(),
+    feed_forward=(FeedForwardConfig(128),) * 2,
+    windows=(None, None),
+)
+GIB = 2**30
+# 2 layers x (key and value) x 2 heads x 16 x 2 bytes
+PER_TOKEN = 256
+
+
+def plan(available: int = GIB, copied: int = 0, **options: Any) -> MemoryPlan:
+    return plan_memory(
+        MODEL,
+        EngineConfig(**options),
+        WeightBytes(1000, copied, 500),
+        dtype="bfloat16",
+        device="cpu",
+        bytes_per_token=PER_TOKEN,
+        available=available,
+    )
+
+
+def test_the_default_cache_is_what_the_sequences_can_use() -> None:
+    made = plan(max_num_seqs=10)
+    assert made.kv_tokens == 10 * 1024 and made.kv_cache == 10 * 1024 * PER_TOKEN
+    assert made.sequences(1024) == 10 and made.sequences(1) == 640 and made.sequences(17) == 320
+
+
+def test_the_default_cache_is_at_most_half_of_what_is_left() -> None:
+    copied = 100 * 2**20
+    made = plan(available=150 * 2**20, copied=copied, max_num_seqs=1024)
+    left = 150 * 2**20 - copied - made.workspace
+    assert left // 2 - 16 * PER_TOKEN < made.kv_cache <= left // 2
+    assert made.anonymous <= 150 * 2**20
+
+
+def test_a_given_cache_is_taken_in_whole_blocks() -> None:
+    made = plan(kv_cache_memory_bytes=16 * PER_TOKEN * 70 + 5)
+    assert made.num_blocks == 70 and made.kv_cache == 16 * PER_TOKEN * 70
+
+
+def test_the_default_context_is_lowered_to_what_fits_and_a_given_one_refused() -> None:
+    size = 16 * PER_TOKEN * 10
+    made = plan(kv_cache_memory_bytes=size)
+    assert (made.max_model_len, made.lowered_from) == (160, 1024)
+    with pytest.raises(MemoryPlanError, match=f"one sequence of 1,024 tokens needs 256.0 KiB .* to {1024 * PER_TOKEN}"):
+        plan(kv_cache_memory_bytes=size, max_model_len=1024)
+    with pytest.raises(MemoryPlanError, match="one sequence"):
+        plan(kv_cache_memory_bytes=1)
+
+
+def test_too_little_memory_and_too_long_a_context() -> None:
+    with pytest.raises(MemoryPlanError, match="need more than the 1.0 MiB available"):
+        plan(available=2**20)
+    with pytest.raises(MemoryPlanError, match="--kv-cache-memory-bytes 2147483648 .2.0 GiB. is more than"):
+        plan(kv_cache_memory_bytes=2 * GIB)
+    with pytest.raises(ConfigError, match="max_model_len = 2000 is beyond the model's 1024 positions"):
+        plan(max_model_len=2000)
+
+
+def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
+    engine = load_engine(tiny_model, EngineConfig(kv_cache_memory_bytes=100_000, max_model_len=64, block_size=8))
+    per_token = 2 * 2 * 2 * 8 * 4
+    assert engine.info.num_blocks == 100_000 // (8 * per_token) == engine.scheduler.pool.num_blocks
+    assert engine.runner.cache.nbytes == engine.info.num_blocks * 8 * per_token
+    assert engine.info.limits.max_model_len == 64
+
+
+def test_the_cgroup_counts_clean_page_cache_as_free(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    assert _cgroup_available(tmp_path) == 550
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _cgroup_available(tmp_path) is None
+    assert _cgroup_available(tmp_path / "none") is None
+    assert available_memory() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype is 'float16'; use auto, bfloat16 or float32"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"block_size": 0}, "block_size is 0; it must be at least 1"),
+        ({"block_size": 2048}, "at most 1024"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "each running sequence needs at least one token"),
+        ({"step_deadline": float("nan")}, "step_deadline"),
+        ({"max_queue_tokens": -1}, "max_queue_tokens is -1"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**options)
+
+
+def test_rows_name_every_part() -> None:
+    text = str(replace(plan(), lowered_from=4096).rows())
+    assert "lowered from 4,096" in text and "1000 B mapped, 0 B copied" in text
+    assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 TiB"]

@@ -1,0 +1,51 @@
+"""The checker, checked: the simulation finds every bug that is seeded into the scheduler or the pool."""
+
+from __future__ import annotations
+
+import pytest
+from schedule.seeded_bugs import BUGS
+
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.checker import Violation
+from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.simulate import simulate
+
+MAX_STEPS = 30_000
+SEED = 20_000
+
+
+def find(cls: type[Scheduler] | type[BlockPool]) -> Violation | None:
+    classes = {"pool_class" if issubclass(cls, BlockPool) else "scheduler_class": cls}
+    try:
+        simulate(MAX_STEPS, SEED, **classes)
+    except Violation as violation:
+        return violation
+    return None
+
+
+def test_there_are_enough_bugs():
+    assert len(BUGS) >= 40
+
+
+def test_simulation_finds_every_seeded_bug(capsys):
+    missed = []
+    for description, cls in BUGS.items():
+        violation = find(cls)
+        if violation is None:
+            missed.append(description)
+        with capsys.disabled():
+            print(f"\n  {description}: {violation or 'MISSED'}", end="")
+    with capsys.disabled():
+        print(f"\n  found {len(BUGS) - len(missed)} of {len(BUGS)} seeded bugs within {MAX_STEPS} steps each")
+    assert not missed
+
+
+@pytest.mark.parametrize("description", ["the salt is left out of the hash", "a failed step is not rolled back"])
+def test_violation_comes_again_from_its_seed(description):
+    cls = BUGS[description]
+    first = find(cls)
+    assert first is not None
+    classes = {"pool_class" if issubclass(cls, BlockPool) else "scheduler_class": cls}
+    with pytest.raises(Violation) as again:
+        simulate(first.step, first.seed, **classes)
+    assert str(again.value) == str(first)
