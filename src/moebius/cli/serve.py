@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Annotated, Any
+from socket import socket
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from moebius.cli import options as o
 from moebius.cli.plan import print_plan
 from moebius.config import EngineConfig
 from moebius.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moebius.server.settings import ServerSettings
 
 
 def serve(
@@ -80,18 +84,24 @@ def _run(
 ) -> None:
     """Everything that can be refused is refused before the weights are read; the port opens when tokens can flow."""
     logging.basicConfig(level=_level(log_level), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    from moebius.server.run import reserve_socket, run_server
+    from moebius.server.run import reserve_socket
     from moebius.server.settings import ServerSettings
 
     server = ServerSettings(**settings)
-    sock = reserve_socket(host, port, api_keys=server.api_keys)
+    with reserve_socket(host, port, api_keys=server.api_keys) as sock:
+        _serve_on(sock, model, config, server, host, defaults=defaults)
 
+
+def _serve_on(
+    sock: socket, model: str, config: EngineConfig, server: ServerSettings, host: str, *, defaults: bool
+) -> None:
     from rich.console import Console
 
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import load_engine, prepare
     from moebius.models.hub import resolve_model
     from moebius.server.app import create_app
+    from moebius.server.run import run_server
     from moebius.text import GenerationDefaults, Tokenizer
 
     directory = resolve_model(model)

@@ -1,0 +1,183 @@
+"""The commands as a person runs them: what they print, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from moebius.cli.main import main
+
+
+def moebius(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["moebius", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that ends with 2."""
+    assert moebius(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("moebius: ") and err.count("\n") == 1, (out, err)
+    return err
+
+
+def test_plan_prints_what_the_headers_say(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moebius(monkeypatch, "plan", str(model), "--json", "--tensors", "--kv-cache-memory-bytes", "1000000") == 0
+    plan = json.loads(capsys.readouterr().out)
+    weights = load_file(model / "model.safetensors")
+    assert plan["weights"]["mapped"] == sum(w.numel() * 4 for w in weights.values())
+    assert plan["bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    assert plan["num_blocks"] == 1_000_000 // (16 * plan["bytes_per_token"])
+    assert all(tensor["mapped"] for tensor in plan["tensors"])
+    assert moebius(monkeypatch, "plan", str(model), "--dtype", "bfloat16", "--tensors") == 0
+    assert "copied" in capsys.readouterr().out
+
+
+def test_generate_prints_completions(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", str(model), "--max-tokens", "5", "--seed", "3"]
+    assert moebius(monkeypatch, *arguments, "def f(") == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def f(") and len(first) > len("def f(\n")
+    assert moebius(monkeypatch, *arguments, "def f(", "-n", "2") == 0
+    both = capsys.readouterr().out
+    assert both.count("--- prompt 1, completion") == 2 and first.strip() in both
+
+
+def test_generate_reads_stdin(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
+    assert moebius(monkeypatch, "generate", "--model", str(model), "--max-tokens", "2") == 0
+    assert capsys.readouterr().out.startswith("from stdin")
+
+
+def calls(path: Path, count: int) -> list[dict[str, object]]:
+    lines: list[dict[str, object]] = []
+    for i in range(count):
+        body = {"model": "m", "max_tokens": 4, "temperature": 0, "prompt": f"x{i}"}
+        lines.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions", "body": body})
+    chat = {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+    lines.append({"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat})
+    lines.append({"custom_id": "bad", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "x", "top_p": 7}})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def test_a_batch_file_is_answered_and_resumed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    calls(source, 6)
+    arguments = ("generate", "--model", str(model), "--batch", str(source), "--output", str(target))
+    assert moebius(monkeypatch, *arguments) == 0
+    assert "7 answered, 1 refused or failed" in capsys.readouterr().err
+    results = {r["custom_id"]: r for r in map(json.loads, target.read_text().splitlines())}
+    assert len(results) == 8
+    assert results["c3"]["response"]["status_code"] == 200 and results["c3"]["error"] is None
+    assert results["chat"]["response"]["body"]["object"] == "chat.completion"
+    assert results["bad"]["response"]["status_code"] == 400 and results["bad"]["error"]["param"] == "top_p"
+    lines = target.read_text().splitlines()
+    kept = "\n".join(lines[:5]) + "\n" + lines[5][:30]
+    target.write_text(kept)
+    assert moebius(monkeypatch, *arguments) == 0
+    assert "5 answered before, 3 to go" in capsys.readouterr().err
+    again = {r["custom_id"]: r for r in map(json.loads, target.read_text().splitlines())}
+    assert target.read_text().startswith("\n".join(lines[:5])) and set(again) == set(results)
+    texts = [{id: r["response"]["body"]["choices"][0]["text"] for id, r in one.items() if id[1:].isdigit()} for one in (results, again)]
+    assert texts[0] == texts[1]
+    assert moebius(monkeypatch, *arguments) == 0
+    assert "0 to go" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "line 2: not JSON"),
+        ("[]", "line 2: not a JSON object"),
+        ('{"custom_id": "c0", "url": "/v1/completions", "body": {}}', "custom_id 'c0' was used before"),
+        ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "method and url must be POST and one of"),
+        ('{"custom_id": "", "url": "/v1/completions", "body": {}}', "custom_id must be a string"),
+        ('{"custom_id": "a", "url": "/v1/completions", "body": 3}', "body must be an object"),
+        ('{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}', "stream must be false"),
+    ],
+)
+def test_a_broken_batch_is_refused_whole(
+    tmp_path: Path, line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    first = '{"custom_id": "c0", "url": "/v1/completions", "body": {"prompt": "x"}}\n'
+    source.write_text(first + line + "\n")
+    out = str(tmp_path / "out.jsonl")
+    assert message in refused(monkeypatch, capsys, "generate", "--batch", str(source), "--output", out)
+    assert "give it --output" in refused(monkeypatch, capsys, "generate", "--batch", str(source))
+    assert not Path(out).exists()
+
+
+def test_replay_says_whether_it_is_the_same(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    assert moebius(monkeypatch, "generate", "--model", str(model), "--max-tokens", "5", "--trace", str(trace), "a", "b") == 0
+    capsys.readouterr()
+    assert moebius(monkeypatch, "replay", str(trace)) == 0
+    assert "the same: " in capsys.readouterr().out
+    trace.write_text(trace.read_text().replace('"chunks":[["0",0,1', '"chunks":[["0",0,2', 1))
+    assert moebius(monkeypatch, "replay", str(trace)) == 1
+    assert "different at step 1: chunks" in capsys.readouterr().out
+
+
+def test_bad_models_are_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def line(*more: str) -> str:
+        return refused(monkeypatch, capsys, "serve", str(model), "--port", "0", *more)
+
+    assert "no/such/model" in refused(monkeypatch, capsys, "serve", "./no/such/model", "--port", "0")
+    assert "--max-model-len" in line("--kv-cache-memory-bytes", "300000", "--max-model-len", "2048")
+    assert "block_size is 0" in line("--block-size", "0")
+    assert "use auto or none" in line("--generation-config", "some")
+    assert "give an --api-key" in line("--host", "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port}" in refused(monkeypatch, capsys, "serve", str(model), "--port", port)
+    (model / "tokenizer.json").rename(model / "kept.json")
+    assert "tokenizer.json" in line()
+    (model / "kept.json").rename(model / "tokenizer.json")
+    weights = load_file(model / "model.safetensors")
+    left_over = {**weights, "model.layers.7.extra.weight": weights["model.norm.weight"].clone()}
+    save_file(left_over, model / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.7.extra.weight" in line()
+    save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, model / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight" in line()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    assert "gpt2" in line()
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert moebius(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("serve", "generate", "chat", "plan", "replay", "train", "version"))
+
+
+def test_chat_keeps_the_conversation(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = iter(["hello", "", "/new", "again", "x" * 5000, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    arguments = ("chat", str(model), "--max-tokens", "4", "--temperature", "0", "--max-model-len", "512")
+    assert moebius(monkeypatch, *arguments) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) >= 2
+    assert "context is 512" in captured.err

@@ -1,0 +1,93 @@
+"""The real scheduler under random, hostile work; every step checks I1 to I12."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+import moebius
+from moebius.schedule.checker import Violation
+from moebius.schedule.simulate import Episode, Stats, main, simulate
+
+SEED = 1
+STEPS = 200_000
+PROCESSES = 2
+
+
+def test_200_000_steps_without_a_violation(capsys):
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as executor:
+        jobs = [executor.submit(simulate, STEPS // PROCESSES, SEED + i * 10**6) for i in range(PROCESSES)]
+        total = Stats()
+        for job in jobs:
+            total.add(job.result())
+    with capsys.disabled():
+        print(f"\n  from seed {SEED}: {total}")
+    assert total.steps >= STEPS
+    # Work of every kind must have been there, or the run proves nothing about it.
+    assert min(total.preemptions, total.prefix_waits, total.failed, total.expired, total.rollbacks) > 300
+    assert total.requests == total.finished + total.aborted + total.failed + total.expired
+    assert total.prefix_hits > 10_000 and total.refused > 1000
+
+
+def test_a_seed_replays():
+    assert Episode(7).run(300) == Episode(7).run(300)
+    assert Episode(7).run(300) != Episode(8).run(300)
+
+
+def test_a_request_that_does_not_end_is_a_violation():
+    episode = Episode(1)
+    episode._compute = lambda plan: episode.scheduler.rollback(plan) or episode.checker.rolled_back(plan)
+    with pytest.raises(Violation, match="do not end") as violation:
+        episode.run(100)
+    assert violation.value.invariant == "I8"
+
+
+def test_refusing_what_fits_is_a_violation():
+    episode = Episode(1)
+    episode.scheduler._waiting._max_requests = 1
+    with pytest.raises(Violation, match="refused without cause"):
+        episode.run(600)
+
+
+def test_a_violation_crosses_processes():
+    import pickle  # what the standard library's pool does with a worker's exception
+
+    violation = Violation("I4", "wrong", seed=3, step=5)
+    again = pickle.loads(pickle.dumps(violation))
+    assert str(again) == str(violation) and (again.seed, again.step) == (3, 5)
+
+
+def test_command_prints_its_figures():
+    environment = os.environ | {"PYTHONPATH": str(Path(moebius.__file__).parents[1])}
+    command = [sys.executable, "-m", "moebius.schedule.simulate", "--steps", "2000", "--seed", "4", "--processes", "2"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert "no violation" in run.stdout and "steps/s" in run.stdout and "preemptions" in run.stdout
+
+
+def test_command_reports_a_violation(monkeypatch, capsys):
+    class Inline:
+        """An executor in this process, so that the patched simulation is the one that runs."""
+
+        def __init__(self, processes):
+            pass
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+        def submit(self, run, *args):
+            self.result = lambda: run(*args)
+            return self
+
+    def broken(steps, seed):
+        raise Violation("I2", "a reference count is wrong", seed=seed, step=3)
+
+    monkeypatch.setattr("moebius.schedule.simulate.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("moebius.schedule.simulate.simulate", broken)
+    assert main(["--steps", "10", "--seed", "9"]) == 1
+    assert "I2 violated in step 3 of the episode with seed 9" in capsys.readouterr().out
