@@ -12,7 +12,10 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXT = ["def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n", "naïve café 😀 日本語 ok\n"]
+TEXT = [
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "naïve café 😀 日本語 ok\n",
+]
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 320) -> None:
@@ -30,12 +33,16 @@ def write_tokenizer(directory: Path, vocab_size: int = 320) -> None:
     tokenizer.train_from_iterator(TEXT * 4, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"})
+        json.dumps(
+            {"eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+        )
     )
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
 
 
-def write_model(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> torch.nn.Module:
+def write_model(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> torch.nn.Module:
     """A qwen3_moe of a few thousand parameters; returns the transformers model that was saved."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -205,7 +205,9 @@ class EngineConfig:
     trace: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.dtype in ("auto", "bfloat16", "float32"), f"dtype is {self.dtype!r}; use auto, bfloat16 or float32")
+        _require(
+            self.dtype in ("auto", "bfloat16", "float32"), f"dtype is {self.dtype!r}; use auto, bfloat16 or float32"
+        )
         _require(self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; use auto, cpu or cuda")
         for f in fields(self):
             value = getattr(self, f.name)

@@ -64,7 +64,9 @@ class LLM:
     def __init__(self, model: str = "bundled", **options: Any) -> None:
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
-            raise TypeError(f"LLM has no option {', '.join(unknown)}; it has {', '.join(EngineConfig.__dataclass_fields__)}")
+            raise TypeError(
+                f"LLM has no option {', '.join(unknown)}; it has {', '.join(EngineConfig.__dataclass_fields__)}"
+            )
         self._load(model, EngineConfig(**options))
 
     @classmethod
@@ -98,9 +100,10 @@ class LLM:
         params: one for all, or one each; None: the model's defaults. progress None shows a bar when it takes long.
         Raises RequestError before anything is computed.
         """
-        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         jobs = [
-            self._job(index, prompt, one) for index, (prompt, one) in enumerate(zip(many, self._each(params, many), strict=True))
+            self._job(index, prompt, one)
+            for index, (prompt, one) in enumerate(zip(many, self._each(params, many), strict=True))
         ]
         return self._all(jobs, progress)
 
@@ -146,11 +149,15 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _each(self, params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Any]) -> list[SamplingParams]:
+    def _each(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Any]
+    ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or self.default_params()] * len(prompts)
         if len(params) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts but {len(params)} params; give one for all, or one each", param="params")
+            raise RequestError(
+                f"{len(prompts)} prompts but {len(params)} params; give one for all, or one each", param="params"
+            )
         return list(params)
 
     def _job(self, index: int, prompt: Prompt, params: SamplingParams) -> _Job:
@@ -245,7 +252,14 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
 def _with_progress(outputs: Iterator[RequestOutput], total: int, wanted: bool | None) -> Iterator[RequestOutput]:
     """Show a bar for long runs on a terminal (wanted None), always (True) or never (False)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not (console.is_terminal and total > 1 if wanted is None else wanted):
@@ -267,5 +281,3 @@ def _with_progress(outputs: Iterator[RequestOutput], total: int, wanted: bool | 
             elapsed = bar.tasks[task].elapsed or 1e-9
             bar.update(task, advance=1, rate=f"{tokens / elapsed:,.0f} tokens/s")
             yield output
-
-

@@ -36,7 +36,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return err
 
 
-def test_plan_prints_what_the_headers_say(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_what_the_headers_say(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert moebius(monkeypatch, "plan", str(model), "--json", "--tensors", "--kv-cache-memory-bytes", "1000000") == 0
     plan = json.loads(capsys.readouterr().out)
     weights = load_file(model / "model.safetensors")
@@ -48,7 +50,9 @@ def test_plan_prints_what_the_headers_say(model: Path, monkeypatch: pytest.Monke
     assert "copied" in capsys.readouterr().out
 
 
-def test_generate_prints_completions(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_completions(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["generate", "--model", str(model), "--max-tokens", "5", "--seed", "3"]
     assert moebius(monkeypatch, *arguments, "def f(") == 0
     first = capsys.readouterr().out
@@ -73,7 +77,14 @@ def calls(path: Path, count: int) -> list[dict[str, object]]:
         lines.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions", "body": body})
     chat = {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
     lines.append({"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat})
-    lines.append({"custom_id": "bad", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "x", "top_p": 7}})
+    lines.append(
+        {
+            "custom_id": "bad",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "m", "prompt": "x", "top_p": 7},
+        }
+    )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
@@ -98,7 +109,10 @@ def test_a_batch_file_is_answered_and_resumed(
     assert "5 answered before, 3 to go" in capsys.readouterr().err
     again = {r["custom_id"]: r for r in map(json.loads, target.read_text().splitlines())}
     assert target.read_text().startswith("\n".join(lines[:5])) and set(again) == set(results)
-    texts = [{id: r["response"]["body"]["choices"][0]["text"] for id, r in one.items() if id[1:].isdigit()} for one in (results, again)]
+    texts = [
+        {id: r["response"]["body"]["choices"][0]["text"] for id, r in one.items() if id[1:].isdigit()}
+        for one in (results, again)
+    ]
     assert texts[0] == texts[1]
     assert moebius(monkeypatch, *arguments) == 0
     assert "0 to go" in capsys.readouterr().err
@@ -132,7 +146,10 @@ def test_replay_says_whether_it_is_the_same(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace.jsonl"
-    assert moebius(monkeypatch, "generate", "--model", str(model), "--max-tokens", "5", "--trace", str(trace), "a", "b") == 0
+    assert (
+        moebius(monkeypatch, "generate", "--model", str(model), "--max-tokens", "5", "--trace", str(trace), "a", "b")
+        == 0
+    )
     capsys.readouterr()
     assert moebius(monkeypatch, "replay", str(trace)) == 0
     assert "the same: " in capsys.readouterr().out
@@ -141,7 +158,9 @@ def test_replay_says_whether_it_is_the_same(
     assert "different at step 1: chunks" in capsys.readouterr().out
 
 
-def test_bad_models_are_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_models_are_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def line(*more: str) -> str:
         return refused(monkeypatch, capsys, "serve", str(model), "--port", "0", *more)
 
@@ -160,7 +179,11 @@ def test_bad_models_are_one_line(model: Path, monkeypatch: pytest.MonkeyPatch, c
     left_over = {**weights, "model.layers.7.extra.weight": weights["model.norm.weight"].clone()}
     save_file(left_over, model / "model.safetensors", metadata={"format": "pt"})
     assert "model.layers.7.extra.weight" in line()
-    save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k != "model.norm.weight"},
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert "model.norm.weight" in line()
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
@@ -173,7 +196,9 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert all(name in out for name in ("serve", "generate", "chat", "plan", "replay", "train", "version"))
 
 
-def test_chat_keeps_the_conversation(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_keeps_the_conversation(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = iter(["hello", "", "/new", "again", "x" * 5000, "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     arguments = ("chat", str(model), "--max-tokens", "4", "--temperature", "0", "--max-model-len", "512")

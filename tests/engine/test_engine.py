@@ -26,7 +26,13 @@ def make(one: Engine, id: str, prompt: list[int], *, deadline: float | None = No
     defaults: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
     info = one.info
     return Request.create(
-        id, prompt, SamplingParams(**{**defaults, **params}), info.limits, arrival=one.clock(), eos_ids=info.eos_ids, deadline=deadline
+        id,
+        prompt,
+        SamplingParams(**{**defaults, **params}),
+        info.limits,
+        arrival=one.clock(),
+        eos_ids=info.eos_ids,
+        deadline=deadline,
     )
 
 
@@ -117,7 +123,10 @@ def test_prompt_logprobs_equal_transformers_in_chunks_and_after_preemption(tiny_
         expected = torch.log_softmax(reference(torch.tensor([prompt])).logits[0].double(), -1)
     for options in ({"max_num_batched_tokens": 512}, {"max_num_batched_tokens": 37}):
         one = engine(tiny_model, **options)
-        requests = [make(one, "score", prompt, max_tokens=0, prompt_logprobs=2), make(one, "twice", prompt, max_tokens=0, prompt_logprobs=0)]
+        requests = [
+            make(one, "score", prompt, max_tokens=0, prompt_logprobs=2),
+            make(one, "twice", prompt, max_tokens=0, prompt_logprobs=0),
+        ]
         for steps in run(one, requests).values():
             scored = [s for step in steps for s in step.prompt_logprobs]
             assert [s.token_id for s in scored] == prompt[1:]
@@ -128,7 +137,9 @@ def test_prompt_logprobs_equal_transformers_in_chunks_and_after_preemption(tiny_
 
 def test_prompt_logprobs_are_sent_once_despite_preemption(tiny_model: Path) -> None:
     per_token = 2 * 2 * 2 * 8 * 4
-    one = engine(tiny_model, kv_cache_memory_bytes=per_token * 100, block_size=4, max_model_len=100, max_num_batched_tokens=33)
+    one = engine(
+        tiny_model, kv_cache_memory_bytes=per_token * 100, block_size=4, max_model_len=100, max_num_batched_tokens=33
+    )
     many = prompts(3, seed=9, low=40, high=41)
     outputs = run(one, [make(one, str(i), p, max_tokens=50, prompt_logprobs=0) for i, p in enumerate(many)])
     assert one.stats().preemptions > 0
@@ -156,7 +167,9 @@ def test_aborts_deadlines_and_refusals(tiny_model: Path) -> None:
     assert ended is not None and ended.finish_reason is FinishReason.ABORT and one.abort("gone") is None
     late = run(one, [make(one, "late", [1, 2], deadline=one.clock() - 1)])["late"]
     assert late[-1].finish_reason is FinishReason.DEADLINE and isinstance(late[-1].error, DeadlineError)
-    with pytest.raises(ContextLengthError, match="511 tokens and max_tokens = 8, 519 in all, but the model's context is 512"):
+    with pytest.raises(
+        ContextLengthError, match="511 tokens and max_tokens = 8, 519 in all, but the model's context is 512"
+    ):
         make(one, "long", [1] * 511)
     assert one.scheduler.drained
 
@@ -184,7 +197,9 @@ def test_bad_logits_end_one_request_and_leave_the_others(tiny_model: Path, monke
     assert run(other, [make(other, "again", many[1])])["again"][-1].num_cached_tokens == 0
 
 
-def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = engine(tiny_model)
     honest = one.runner.execute
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine.test_engine import engine, make, prompts, tokens
 
+from engine.test_engine import engine, make, prompts, tokens
 from moebius.engine.client import StepOutput
 from moebius.engine.in_process import InProcessClient
 from moebius.errors import EngineError, OverloadError
@@ -93,7 +93,9 @@ def test_close_ends_what_is_unfinished_and_refuses_the_rest(client: InProcessCli
         client.submit(make(client._engine, "after", [1]))
 
 
-def test_a_dead_engine_ends_every_request_and_is_not_ready(client: InProcessClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_engine_ends_every_request_and_is_not_ready(
+    client: InProcessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     collector = Collector()
 
     def die(now: float) -> None:

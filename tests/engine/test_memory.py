@@ -73,9 +73,9 @@ def test_the_default_context_is_lowered_to_what_fits_and_a_given_one_refused() -
 
 
 def test_too_little_memory_and_too_long_a_context() -> None:
-    with pytest.raises(MemoryPlanError, match="need more than the 1.0 MiB available"):
+    with pytest.raises(MemoryPlanError, match=r"need more than the 1\.0 MiB available"):
         plan(available=2**20)
-    with pytest.raises(MemoryPlanError, match="--kv-cache-memory-bytes 2147483648 .2.0 GiB. is more than"):
+    with pytest.raises(MemoryPlanError, match=r"--kv-cache-memory-bytes 2147483648 \(2\.0 GiB\) is more than"):
         plan(kv_cache_memory_bytes=2 * GIB)
     with pytest.raises(ConfigError, match="max_model_len = 2000 is beyond the model's 1024 positions"):
         plan(max_model_len=2000)

@@ -8,18 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy_free import chi_square_limit
 
 from moebius.engine.sampler import Sampled, sample, token_logprobs, uniform
 from moebius.errors import EngineError, NumericalError
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
+from scipy_free import chi_square_limit
 
 LIMITS = ServingLimits(vocab_size=50, max_model_len=1000)
 
 
 def request(prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 0, **params: Any) -> Request:
     return Request.create(
-        "r", prompt or [1], SamplingParams(**params), LIMITS, arrival=0.0, seed=seed, output_ids=output or [], eos_ids=frozenset({0})
+        "r",
+        prompt or [1],
+        SamplingParams(**params),
+        LIMITS,
+        arrival=0.0,
+        seed=seed,
+        output_ids=output or [],
+        eos_ids=frozenset({0}),
     )
 
 

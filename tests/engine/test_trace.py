@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from engine.test_engine import engine, make, prompts, run
 
+from engine.test_engine import engine, make, prompts, run
 from moebius.engine.trace import replay
 from moebius.errors import ConfigError
 

@@ -59,7 +59,9 @@ def generate(
         raise ConfigError("--output goes with --batch; the text of prompts is printed to stdout")
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {name: value for name, value in given.items() if value is not None}
-    _print(model, config, prompts, {"max_tokens": max_tokens, "seed": seed, "stop": tuple(stop or ()), "n": n, **sampling})
+    _print(
+        model, config, prompts, {"max_tokens": max_tokens, "seed": seed, "stop": tuple(stop or ()), "n": n, **sampling}
+    )
 
 
 def _print(model: str, config: EngineConfig, prompts: list[str] | None, sampling: dict[str, Any]) -> None:
@@ -70,14 +72,15 @@ def _print(model: str, config: EngineConfig, prompts: list[str] | None, sampling
         prompts = [sys.stdin.read()]
     from moebius.llm import LLM
 
-    llm = LLM.from_config(model, config)
-    params = llm.default_params(**sampling)
-    several = len(prompts) * params.n > 1
-    for output in llm.stream((prompt, params) for prompt in prompts):
-        for choice in output.outputs:
-            if several:
-                typer.echo(f"--- prompt {int(output.request_id) + 1}, completion {choice.index + 1} ({choice.finish_reason})")
-            typer.echo(f"{output.prompt}{choice.text}")
+    with LLM.from_config(model, config) as llm:
+        params = llm.default_params(**sampling)
+        several = len(prompts) * params.n > 1
+        for output in llm.stream((prompt, params) for prompt in prompts):
+            for choice in output.outputs:
+                if several:
+                    title = f"prompt {int(output.request_id) + 1}, completion {choice.index + 1}"
+                    typer.echo(f"--- {title} ({choice.finish_reason})")
+                typer.echo(f"{output.prompt}{choice.text}")
 
 
 def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
@@ -112,7 +115,9 @@ async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) 
     directory = resolve_model(model)
     tokenizer = Tokenizer.load(directory)
     defaults = GenerationDefaults.load(directory, tokenizer)
-    client = InProcessClient(load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=config.step_deadline)
+    client = InProcessClient(
+        load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=config.step_deadline
+    )
     # A batch was written for some model's name; here there is but one model.
     names = tuple(dict.fromkeys([model, *(str(call.body["model"]) for call in calls if call.body.get("model"))]))
     settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)

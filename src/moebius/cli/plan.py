@@ -20,7 +20,9 @@ def plan(
     max_num_batched_tokens: o.MaxNumBatchedTokens = o.DEFAULTS.max_num_batched_tokens,
     block_size: o.BlockSize = o.DEFAULTS.block_size,
     kv_cache_memory_bytes: o.KVCacheMemoryBytes = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too: mapped or copied, and its bytes.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor too: mapped or copied, and its bytes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print what weights, KV cache and workspace take, and how many sequences fit; loads nothing."""

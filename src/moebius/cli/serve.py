@@ -32,7 +32,9 @@ def serve(
         str, typer.Option(help="auto: sampling defaults from generation_config.json; none: OpenAI's.")
     ] = "auto",
     vllm_metric_names: Annotated[bool, typer.Option(help="Export vLLM's metric names beside our own.")] = True,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get to finish at SIGTERM.")] = 30.0,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests get to finish at SIGTERM.")
+    ] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     dtype: o.Dtype = o.DEFAULTS.dtype,
     device: o.Device = o.DEFAULTS.device,
@@ -118,7 +120,9 @@ def _serve_on(
     console.print(f"sampling defaults: {shown}")
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     app = create_app(client, tokenizer, generation, server)
-    console.print(f"serving on http://{host}:{sock.getsockname()[1]}/v1 as {server.served_model_names[0]}", highlight=False)
+    console.print(
+        f"serving on http://{host}:{sock.getsockname()[1]}/v1 as {server.served_model_names[0]}", highlight=False
+    )
     run_server(app, sock)
 
 

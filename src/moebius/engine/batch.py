@@ -54,7 +54,8 @@ def build_batch(
         if request.params.prompt_logprobs is not None and chunk.start < last_scored:
             scored.append((request, row, chunk.start, last_scored))
         row += chunk.num_tokens
-    prompts, prompt_rows = [], []
+    prompts: list[PromptRows] = []
+    prompt_rows: list[int] = []
     for request, first_row, start, stop in scored:
         first = len(sampled_rows) + len(prompt_rows)
         prompts.append(PromptRows(request, first, start + 1, request.prompt_ids[start + 1 : stop + 1]))

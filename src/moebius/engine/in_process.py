@@ -95,7 +95,11 @@ class InProcessClient:
         deadline = time.monotonic() + _IDLE_SECONDS
         while True:
             try:
-                item = self._inbox.get(block, max(deadline - time.monotonic(), 0.001)) if block else self._inbox.get_nowait()
+                item = (
+                    self._inbox.get(block, max(deadline - time.monotonic(), 0.001))
+                    if block
+                    else self._inbox.get_nowait()
+                )
             except queue.Empty:
                 return outputs
             block = False

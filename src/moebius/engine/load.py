@@ -118,7 +118,9 @@ def _scheduler(config: EngineConfig, plan: MemoryPlan) -> Scheduler:
 def _device(wish: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if wish == "cuda" and not has_cuda:
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
     return torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
 
 

@@ -72,7 +72,11 @@ class MemoryPlan:
         fits = [(f"sequences of {n:,}", f"{self.sequences(n):,}", "at once in the cache") for n in lengths]
         return [
             ("weights", human_bytes(self.weights.mapped + self.weights.copied), self._weights_remark()),
-            ("KV cache", human_bytes(self.kv_cache), f"{self.num_blocks:,} blocks of {self.block_size} tokens, {self.bytes_per_token:,} B a token"),
+            (
+                "KV cache",
+                human_bytes(self.kv_cache),
+                f"{self.num_blocks:,} blocks of {self.block_size} tokens, {self.bytes_per_token:,} B a token",
+            ),
             ("workspace", human_bytes(self.workspace), "activations and logits of the largest step"),
             ("of available", human_bytes(self.available), f"{self.device}, {self.dtype}"),
             ("context", f"{self.max_model_len:,}", context),
@@ -81,7 +85,9 @@ class MemoryPlan:
         ]
 
     def _weights_remark(self) -> str:
-        return f"{self.weights.parameters:,} parameters; {human_bytes(self.weights.mapped)} mapped, {human_bytes(self.weights.copied)} copied"
+        weights = self.weights
+        held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
+        return f"{weights.parameters:,} parameters; {held}"
 
 
 def human_bytes(count: int) -> str:
@@ -170,8 +176,9 @@ def plan_memory(
     left = available - weights.copied - workspace
     if left <= 0:
         raise MemoryPlanError(
-            f"weights ({human_bytes(weights.copied)} to copy) and workspace ({human_bytes(workspace)}) need more than the "
-            f"{human_bytes(available)} available; lower --max-num-batched-tokens, use --dtype of the checkpoint, or free memory"
+            f"weights ({human_bytes(weights.copied)} to copy) and workspace ({human_bytes(workspace)}) need more than "
+            f"the {human_bytes(available)} available; lower --max-num-batched-tokens, keep the checkpoint's --dtype, "
+            "or free memory"
         )
     block_bytes = engine.block_size * bytes_per_token
     budget = engine.kv_cache_memory_bytes
@@ -180,8 +187,8 @@ def plan_memory(
         budget = min(useful, left // 2)
     elif budget > left:
         raise MemoryPlanError(
-            f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that weights and "
-            f"workspace leave of {human_bytes(available)}; lower it"
+            f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that weights "
+            f"and workspace leave of {human_bytes(available)}; lower it"
         )
     num_blocks = budget // block_bytes
     plan = MemoryPlan(

@@ -27,7 +27,7 @@ class Runner:
         """
         model = self.model
         attend = PagedAttend(model.ops, model.config, self.cache.layers, inputs, self.cache.block_size)
-        hidden_TD, _ = model(inputs.input_ids, inputs.positions, attend)
+        hidden_TD: Tensor = model(inputs.input_ids, inputs.positions, attend)[0]
         return hidden_TD[inputs.logit_rows]
 
     @torch.inference_mode()

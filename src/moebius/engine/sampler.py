@@ -110,7 +110,8 @@ def _best(row: Float64, count: int) -> Int64:
         candidates = np.concatenate((above, np.flatnonzero(row == threshold)[: count - above.size]))
     else:
         candidates = np.arange(row.size)
-    return candidates[np.lexsort((candidates, -row[candidates]))]
+    order: Int64 = np.lexsort((candidates, -row[candidates]))
+    return np.asarray(candidates[order], np.int64)
 
 
 def _shapes_logits(request: Request) -> bool:

@@ -25,7 +25,7 @@ class TraceWriter:
 
     def __init__(self, path: str | Path, config: SchedulerConfig, pool: BlockPool) -> None:
         try:
-            self._file: IO[str] = open(path, "w", encoding="utf-8")
+            self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from error
         self._names: dict[int, int] = {}
@@ -158,7 +158,9 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 return
-            raise ConfigError(f"{path}, line {number}: not JSON ({error}); is this a file that --trace wrote?") from error
+            raise ConfigError(
+                f"{path}, line {number}: not JSON ({error}); is this a file that --trace wrote?"
+            ) from error
         if not isinstance(record, dict) or "event" not in record:
             raise ConfigError(f"{path}, line {number}: no trace event; is this a file that --trace wrote?")
         yield record

@@ -90,6 +90,12 @@ def _open(folder: Path, split: str, facts: dict[str, Any]) -> dict[str, np.ndarr
     }
 
 
+def heldout_streams(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """The corpus's held-out documents as streams, by kind, for a tokenizer that exists already."""
+    texts = {kind: [d.text for d in corpus.heldout if d.kind == kind] for kind in KINDS}
+    return {kind: pack(found, tokenizer) for kind, found in texts.items() if found}
+
+
 def pack(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """All texts as one uint16 array: <|endoftext|> before each and at the end."""
     end = tokenizer.token_to_id(END_OF_TEXT)

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from moebius.models.decoder import Decoder
 from moebius.models.weights import save_checkpoint
-from moebius.train.data import PreparedData
 from moebius.train.evaluate import Score, score
 from moebius.train.recipe import Recipe
 from moebius.train.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
@@ -66,7 +66,9 @@ def export(decoder: Decoder, recipe: Recipe, tokenizer: Tokenizer, folder: Path)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+def measure(
+    decoder: Decoder, recipe: Recipe, heldout: dict[str, np.ndarray], tokenizer: Tokenizer
+) -> dict[str, Any]:
     """Bits per byte of the whole held-out text, beside gzip's and xz's on the same bytes.
 
     Compressors see all documents of a kind as one file, the model sees each row alone: the comparison favours them.
@@ -74,9 +76,9 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     length = recipe.training.row_length
     scores: dict[str, Score] = {}
     texts: dict[str, bytes] = {}
-    for kind, stream in data.heldout.items():
-        scores[kind] = score(decoder, stream, data.tokenizer, length)
-        texts[kind] = data.tokenizer.decode(stream.tolist(), skip_special_tokens=True).encode()
+    for kind, stream in heldout.items():
+        scores[kind] = score(decoder, stream, tokenizer, length)
+        texts[kind] = tokenizer.decode(stream.tolist(), skip_special_tokens=True).encode()
     first, *rest = scores.values()
     scores["all"], texts["all"] = sum(rest, first), b"".join(texts.values())
     return {
