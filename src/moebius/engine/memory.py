@@ -187,8 +187,8 @@ def plan_memory(
         budget = min(useful, left // 2)
     elif budget > left:
         raise MemoryPlanError(
-            f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that weights "
-            f"and workspace leave of {human_bytes(available)}; lower it"
+            f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that "
+            f"weights and workspace leave of {human_bytes(available)}; lower it"
         )
     num_blocks = budget // block_bytes
     plan = MemoryPlan(

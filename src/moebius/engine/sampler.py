@@ -188,5 +188,5 @@ def _nucleus(weights: Float64, ids: Int64 | None, top_p: float) -> Int64:
         before = np.cumsum(weights[candidates]) - weights[candidates]
         inside = before < top_p * total
         if ids is not None or not inside.all() or candidates.size == weights.size:
-            return candidates[inside]
+            return np.asarray(candidates[inside], np.int64)
         count *= 8

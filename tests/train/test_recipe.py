@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moebius.errors import ConfigError
+from moebius.models import model_config
+from moebius.train.data import PreparedData
+from moebius.train.export import config_json
+from moebius.train.recipe import Recipe, read_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL = """
+name = "r"
+[model]
+hidden_size = 32
+num_layers = 1
+num_heads = 4
+num_kv_heads = 2
+head_dim = 8
+num_experts = 4
+experts_per_token = 2
+expert_width = 16
+max_position_embeddings = 64
+[training]
+steps = 200
+rows_per_step = 2
+row_length = 32
+learning_rate = 0.01
+"""
+
+
+def _read(text: str, folder: Path) -> Recipe:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return read_recipe(path)
+
+
+def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
+    recipe = _read(MINIMAL.replace("0.01", "1"), tmp_path)
+    assert recipe.training.learning_rate == 1.0
+    assert (recipe.training.load_balance, recipe.training.z_loss) == (0.01, 0.001)
+    assert recipe.tokenizer.vocab_size == 4096
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps = 200", "stepps = 200", r"unknown recipe key training\.stepps; known are steps"),
+        ("steps = 200\n", "", r"the recipe lacks training\.steps"),
+        ('name = "r"', 'name = "r"\nmagic = 1', r"unknown recipe key magic"),
+        ("steps = 200", "steps = 2.5", r"training\.steps is 2\.5; it must be of type int"),
+        ("steps = 200", "steps = true", r"training\.steps is True; it must be of type int"),
+        ("steps = 200", "steps = 0", r"training\.steps is 0; it must be at least 1"),
+        ("steps = 200", "steps = 50", r"warmup_steps is 100; it must be less than training\.steps = 50"),
+        ("learning_rate = 0.01", "learning_rate = inf", r"learning_rate is inf; it must be a positive"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\nbeta2 = 1.0", r"beta2 is 1\.0; it must be at least 0 and less"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\nz_loss = -1", r"z_loss is -1\.0; it must not be negative"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\nfinal_share = 2", r"final_share is 2\.0; it must lie"),
+        ("row_length = 32", "row_length = 65", r"row_length = 65 exceeds model\.max_position_embeddings = 64"),
+        ("expert_width = 16", "expert_width = 12", r"expert_width is 12; .* multiple of 8"),
+        ("experts_per_token = 2", "experts_per_token = 5", r"top_k .* is 5; .* num_experts = 4"),
+        ("num_heads = 4", "num_heads = 3", r"num_attention_heads = 3 is no multiple"),
+        ("[training]", "[mixture]\nlibrary = -1\n[training]", r"mixture\.library is -1"),
+        ("[training]", "[mixture]\nlibrary=0\ntests=0\ndocs=0\nchat=0\n[training]", "every kind of text is passed over"),
+        ("[training]", "[corpus]\nchat_examples = 0\n[training]", r"mixture\.chat is 1 but corpus\.chat_examples is 0"),
+        ("[training]", "[corpus]\nheldout_share = 0.9\n[training]", r"heldout_share is 0\.9; it must lie between"),
+        ("[training]", "[tokenizer]\nvocab_size = 100000\n[training]", r"vocab_size is 100000; it must lie between"),
+        ('name = "r"', 'name = "r"\ncorpus = 3', r"corpus is 3; it must be a table"),
+        ('name = "r"', "name = ", "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in MINIMAL
+    with pytest.raises(ConfigError, match=message):
+        _read(MINIMAL.replace(old, new), tmp_path)
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_the_exported_config_is_the_recipes_model(recipe: Recipe, data: PreparedData) -> None:
+    assert model_config(config_json(recipe, data.tokenizer)) == recipe.model_config()
+
+
+def test_the_bundled_recipe_keeps_its_promises() -> None:
+    recipe = read_recipe(ROOT / "recipes" / "bundled.toml")
+    assert recipe.model.num_experts >= 8
+    assert recipe.model.experts_per_token == 2
+    assert recipe.tokenizer.vocab_size == 4096
+    assert recipe.training.load_balance > 0
+    assert recipe.training.z_loss > 0
