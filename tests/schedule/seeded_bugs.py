@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from moebius.schedule.blocks import BlockPool, _Entry
 from moebius.schedule.request import FinishReason, RequestStatus

@@ -6,10 +6,10 @@ from hashlib import blake2b
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule.making import KEY, make_request
 
 from moebius.errors import ConfigError
 from moebius.schedule.blocks import BlockPool
+from schedule.making import KEY, make_request
 
 
 def pool_of(blocks: int = 8, size: int = 4, **options) -> BlockPool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from schedule.seeded_bugs import BUGS
 
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.checker import Violation
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.simulate import simulate
+from schedule.seeded_bugs import BUGS
 
-MAX_STEPS = 30_000
+MAX_STEPS = 200_000
 SEED = 20_000
 
 

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
+import struct
 from asyncio import TimerHandle
 from types import FrameType
 from typing import Any
@@ -90,7 +91,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["moebius.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self.scope["moebius.abort"] = self.cut  # type: ignore[typeddict-unknown-key]
         self._expect_headers()
 
     def on_headers_complete(self) -> None:
@@ -100,7 +101,7 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self.transport.abort)
+        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self.cut)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -108,6 +109,13 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is no valid HTTP request")
+
+    def cut(self) -> None:
+        """Hang up at once; what the client has not taken is dropped, in the kernel's buffer too."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and not self.transport.is_closing():
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def _expect_headers(self) -> None:
         self._cancel_header_timer()

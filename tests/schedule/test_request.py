@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from moebius.errors import ContextLengthError, RequestError
+from moebius.schedule.request import Request, RequestStatus, SamplingParams, choice_seed
+from schedule.making import LIMITS, make_request
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 0), ("n", 17), ("n", True), ("n", 1.0), ("max_tokens", -1), ("min_tokens", -1), ("min_tokens", 17),
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
+        ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("seed", 2**64), ("seed", 1.5),
+        ("logprobs", 21), ("prompt_logprobs", -1), ("stop", ["x"] * 17), ("stop", ["x" * 257]), ("stop", [3]),
+        ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 257), ("logit_bias", {1: 101}), ("logit_bias", {-1: 0}),
+        ("logit_bias", dict.fromkeys(range(1025), 0)),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_names_its_field(field, value):
+    with pytest.raises(RequestError, match=field.split("_token")[0]) as error:
+        SamplingParams(**{field: value})
+    assert error.value.param == field
+
+
+def test_values_at_their_limits_are_fine():
+    params = SamplingParams(
+        n=16, max_tokens=None, min_tokens=99, temperature=0, top_p=1, top_k=-1, min_p=1, presence_penalty=-2,
+        frequency_penalty=2, seed=-(2**63), stop="end", stop_token_ids=[0], logit_bias={5: -100}, logprobs=20,
+    )  # fmt: skip
+    assert params.greedy and params.stop == ("end",) and params.stop_token_ids == (0,)
+    assert SamplingParams(stop=["", "a"]).stop == ("a",) and not SamplingParams().greedy
+    with pytest.raises(TypeError):
+        params.logit_bias[6] = 1.0
+    assert params.with_(n=1).n == 1
+    with pytest.raises(RequestError):
+        params.with_(n=99)
+
+
+def test_choice_seeds_differ_and_repeat():
+    seeds = {choice_seed(7, i) for i in range(100)} | {choice_seed(8, i) for i in range(100)}
+    assert len(seeds) == 200 and all(0 <= seed < 2**64 for seed in seeds)
+    assert choice_seed(-1, 3) == choice_seed(2**64 - 1, 3)
+
+
+def make(prompt=(1, 2), params=None, **fields):
+    return Request.create("a", prompt, params or SamplingParams(), LIMITS, arrival=0.0, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1000]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["1"]}, "prompt"),
+        ({"output_ids": [1000]}, "prompt"),
+        ({"params": SamplingParams(logit_bias={1000: 1})}, "logit_bias"),
+        ({"params": SamplingParams(stop_token_ids=(1000,))}, "stop_token_ids"),
+        ({"priority": 2**31}, "priority"),
+        ({"salt": bytes(257)}, "cache_salt"),
+    ],
+)
+def test_a_wrong_request_names_its_field(fields, param):
+    with pytest.raises(RequestError) as error:
+        make(**fields)
+    assert error.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        (4096, None, "the prompt has 4096 tokens and but|the prompt has 4096 tokens"),
+        (4090, 7, "4090 tokens and max_tokens = 7, 4097 in all, but the model's context is 4096"),
+        (4097, 0, "4097 tokens"),
+    ],
+)
+def test_a_request_beyond_the_context_is_refused_with_the_numbers(prompt, max_tokens, message):
+    with pytest.raises(ContextLengthError, match=message) as error:
+        make([1] * prompt, SamplingParams(max_tokens=max_tokens))
+    assert error.value.code == "context_length_exceeded"
+
+
+def test_defaults_are_resolved_when_it_is_made():
+    request = make([1] * 96, SamplingParams(max_tokens=None, seed=-1, stop_token_ids=(3,)), eos_ids=frozenset({2}))
+    assert request.max_tokens == 4000 and request.seed == 2**64 - 1 and request.stop_ids == {2, 3}
+    assert make(seed=5).seed == 5 and make().seed == 0
+    assert make(params=SamplingParams(ignore_eos=True), eos_ids=frozenset({2})).stop_ids == frozenset()
+    assert make([1] * 4096, SamplingParams(max_tokens=0)).max_tokens == 0
+
+
+def test_tokens_spans_prompt_and_output():
+    request = make_request("a", [1, 2, 3], output_ids=[4, 5])
+    both = [1, 2, 3, 4, 5]
+    for start in range(6):
+        for stop in range(start, 6):
+            assert request.tokens(start, stop) == both[start:stop]
+    assert request.num_tokens == 5 and request.order == (0, 0.0, "a")
+    assert not request.finished and request.status is RequestStatus.WAITING

@@ -1,0 +1,154 @@
+"""Binding, signals and the end of the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from moebius.errors import ConfigError
+from moebius.server.run import reserve_socket
+from server.serving import http_request, wait_until
+
+SERVER = """
+import sys
+from server.serving import engine, settings, tokenizer
+from moebius.server.app import create_app
+from moebius.server.run import reserve_socket, run_server
+from moebius.text import GenerationDefaults
+
+sock = reserve_socket("127.0.0.1", 0)
+print(sock.getsockname()[1], flush=True)
+fake = engine(step_seconds=float(sys.argv[1]))
+run_server(create_app(fake, tokenizer(), GenerationDefaults(), settings(drain_timeout=float(sys.argv[2]))), sock)
+assert fake.closed
+print("ended", flush=True)
+"""
+
+
+@contextmanager
+def process(step_seconds: float, drain_timeout: float = 30) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'tests'}"}
+    command = [sys.executable, "-W", "error", "-c", SERVER, str(step_seconds), str(drain_timeout)]
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        wait_until(lambda: get(port, "/health/live") == 200, 20)
+        yield child, port
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def get(port: int, path: str) -> int:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}{path}").status_code
+    except httpx.HTTPError:
+        return 0
+
+
+def streaming(port: int, max_tokens: int) -> socket.socket:
+    """A stream that has begun."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+    body = {"prompt": "x", "stream": True, "max_tokens": max_tokens, "ignore_eos": True}
+    sock.sendall(http_request("/v1/completions", body))
+    assert b"200 OK" in sock.recv(100)
+    return sock
+
+
+def rest(sock: socket.socket) -> bytes:
+    with sock:
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_drains_with_the_port_open_and_ends_with_0(number: int) -> None:
+    with process(step_seconds=0.02) as (child, port):
+        sock = streaming(port, max_tokens=40)
+        child.send_signal(number)
+        wait_until(lambda: get(port, "/health/ready") == 503)
+        assert get(port, "/health/live") == 200
+        refused = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        assert b"data: [DONE]" in rest(sock)
+        out, err = child.communicate(timeout=20)
+        assert (child.returncode, out, err) == (0, "ended\n", "")
+
+
+def test_what_outlasts_the_drain_time_is_told_so() -> None:
+    with process(step_seconds=0.02, drain_timeout=0.3) as (child, port):
+        sock = streaming(port, max_tokens=400)
+        child.send_signal(signal.SIGTERM)
+        received = rest(sock)
+        assert b'"code":"draining"' in received and b"[DONE]" not in received
+        child.communicate(timeout=20)
+        assert child.returncode == 0
+
+
+def test_the_second_signal_ends_at_once() -> None:
+    with process(step_seconds=0.02) as (child, port):
+        sock = streaming(port, max_tokens=500)
+        child.send_signal(signal.SIGTERM)
+        wait_until(lambda: get(port, "/health/ready") == 503)
+        started = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=20)
+        assert time.monotonic() - started < 2
+        assert child.returncode == 128 + signal.SIGTERM
+        sock.close()
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot bind 127.0.0.1:{port}: .*in use; choose another --port"):
+            reserve_socket("127.0.0.1", port)
+
+
+def test_a_reserved_port_does_not_answer_yet() -> None:
+    with reserve_socket("localhost", 0) as sock, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(sock.getsockname()[:2], timeout=5).close()
+
+
+def test_a_port_taken_while_the_model_loaded() -> None:
+    """Two servers may reserve one port, but only one can listen on it."""
+    from moebius.server.app import create_app
+    from moebius.server.run import run_server
+    from moebius.text import GenerationDefaults
+    from server.serving import engine, settings, tokenizer
+
+    with reserve_socket("127.0.0.1", 0) as first, reserve_socket("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        with pytest.raises(ConfigError, match="cannot listen on 127.0.0.1"):
+            run_server(create_app(engine(), tokenizer(), GenerationDefaults(), settings()), second)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "10.0.0.1", "example.com"])
+def test_an_address_that_others_reach_needs_a_key(host: str) -> None:
+    with pytest.raises(ConfigError, match="api-key"):
+        reserve_socket(host, 0)
+
+
+def test_with_a_key_any_address_of_this_machine_will_do() -> None:
+    reserve_socket("0.0.0.0", 0, api_keys=("k",)).close()
+    with pytest.raises(ConfigError, match="cannot bind"):
+        reserve_socket("192.0.2.1", 0, api_keys=("k",))
+    with pytest.raises(ConfigError, match="cannot be resolved"):
+        reserve_socket("no-such-host.invalid", 0, api_keys=("k",))
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_ports_out_of_range(port: int) -> None:
+    with pytest.raises(ConfigError, match="between 0 and 65535"):
+        reserve_socket("127.0.0.1", port)

@@ -1,0 +1,155 @@
+"""The exported directory against transformers, and the whole command on a tiny recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moebius.errors import ConfigError
+from moebius.models.weights import load_decoder
+from moebius.nn.attention import CausalAttend
+from moebius.ops.reference import ReferenceOps
+from moebius.train.data import PreparedData, bytes_per_token
+from moebius.train.evaluate import score
+from moebius.train.export import export, parameter_counts
+from moebius.train.recipe import Recipe
+from moebius.train.run import main_from_recipe
+from moebius.train.trainer import Trainer
+
+TOML = """
+name = "tiny"
+[corpus]
+heldout_share = 0.2
+chat_examples = 30
+[mixture]
+docs = 0
+[tokenizer]
+vocab_size = 300
+[model]
+hidden_size = 16
+num_layers = 1
+num_heads = 2
+num_kv_heads = 1
+head_dim = 8
+num_experts = 4
+experts_per_token = 2
+expert_width = 8
+max_position_embeddings = 64
+[training]
+steps = 3
+rows_per_step = 2
+row_length = 32
+learning_rate = 0.01
+warmup_steps = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(recipe: Recipe, data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    trainer = Trainer(recipe, data)
+    for _ in range(4):
+        trainer.step()
+    folder = tmp_path_factory.mktemp("exported")
+    export(trainer.decoder, recipe, data.tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def oracle(exported: Path) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_transformers_and_the_decoder_agree_on_it(
+    exported: Path, oracle: torch.nn.Module, data: PreparedData
+) -> None:
+    ids = torch.tensor(data.tokenizer.encode("def f(x):\n    return x + 1\n").ids)
+    expected = oracle(ids.unsqueeze(0)).logits[0]
+    decoder = load_decoder(exported, torch.float32)
+    hidden, _ = decoder(ids, torch.arange(len(ids)), CausalAttend(ReferenceOps(), decoder.config, len(ids)))
+    torch.testing.assert_close(decoder.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+    assert oracle.config.norm_topk_prob
+    assert oracle.generation_config.eos_token_id == [0, 2]
+    stored = load_decoder(exported, torch.bfloat16)
+    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+    assert json.loads((exported / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@torch.no_grad()
+def test_bits_per_byte_against_transformers(
+    recipe: Recipe, exported: Path, oracle: torch.nn.Module, data: PreparedData
+) -> None:
+    """Each document alone, each row of it alone, through transformers."""
+    stream, length = np.asarray(data.heldout["library"][:150]).copy(), 48
+    stream[[20, 60, 61]] = 0
+    nats, num_bytes, sizes = 0.0, 0, bytes_per_token(data.tokenizer)
+    tokens = torch.from_numpy(stream.astype(np.int64))
+    for start in range(0, len(tokens) - 1, length):
+        row = tokens[start : start + length]
+        row = row[: len(tokens) - 1 - start]
+        cuts = [0, *[i for i in range(1, len(row)) if row[i] == 0], len(row)]
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            targets = tokens[start + a + 1 : start + b + 1]
+            logits = oracle(row[a:b].unsqueeze(0)).logits[0]
+            nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            num_bytes += int(sizes[targets].sum())
+    measured = score(load_decoder(exported, torch.float32), stream, data.tokenizer, length)
+    assert measured.num_tokens == len(stream) - 1
+    assert measured.num_bytes == num_bytes
+    assert measured.nats == pytest.approx(nats, rel=1e-4)
+    assert measured.bits_per_byte == pytest.approx(nats / num_bytes / math.log(2), rel=1e-4)
+
+
+def test_parameters_a_token_uses(recipe: Recipe, data: PreparedData) -> None:
+    decoder = Trainer(recipe, data).decoder
+    m = recipe.model
+    experts = m.num_layers * 3 * m.hidden_size * m.expert_width
+    attention = m.num_layers * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 8 + 2 * 32 + 4 * 32)
+    rest = 320 * 32 + 32 + attention
+    assert parameter_counts(decoder, 4, 2) == (rest + 4 * experts, rest + 2 * experts)
+
+
+def test_from_recipe_to_directory_and_back(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TOML)
+    out = tmp_path / "model"
+    figures = main_from_recipe(tmp_path / "tiny.toml", out, root=library)
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "training",
+    }
+    again = main_from_recipe(tmp_path / "tiny.toml", out, evaluate_only=True, root=library)
+    assert again == figures
+    card = (out / "README.md").read_text()
+    assert f"**{figures['all']['bits_per_byte']:.3f}**" in card
+    assert "PSF-2.0" in card
+    total = figures["all"]
+    parts = [f for kind, f in figures.items() if kind != "all"]
+    assert total["bytes"] == sum(f["bytes"] for f in parts)
+    weighted = sum(f["bits_per_byte"] * f["bytes"] for f in parts) / total["bytes"]
+    assert total["bits_per_byte"] == pytest.approx(weighted)
+    assert 0 < total["xz_bits_per_byte"] < total["gzip_bits_per_byte"] * 1.5 < 8
+    continued = main_from_recipe(tmp_path / "tiny.toml", out, root=library)
+    assert continued == figures
+
+
+def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
+    from moebius.cli.main import app
+
+    (tmp_path / "tiny.toml").write_text(TOML)
+    arguments = ["train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path), "--evaluate-only"]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert "holds no model to evaluate" in str(result.exception)
+    assert CliRunner().invoke(app, ["train", str(tmp_path / "tiny.toml")]).exit_code == 2

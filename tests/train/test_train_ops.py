@@ -1,0 +1,80 @@
+"""Training's faster operations against the reference backend and torch's own losses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.nn.attention import CausalAttend
+from moebius.ops.reference import ReferenceOps
+from moebius.train import ops
+from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
+from moebius.train.recipe import Recipe, TrainingRecipe
+from moebius.train.schedule import learning_rate
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def _gradients(out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return torch.autograd.grad((out * weights).sum(), inputs)
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 37])
+@pytest.mark.parametrize("documents", ["one", "many"])
+def test_attention_within_documents(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, length: int, documents: str
+) -> None:
+    monkeypatch.setattr(ops, "QUERY_BLOCK", 8)
+    config, rows = recipe.model_config(), 3
+    q, k, v = (_random(rows * length, heads, 8, seed=heads + i) for i, heads in enumerate((4, 2, 2)))
+    starts = torch.zeros(rows, length, dtype=torch.int64)
+    if documents == "many":
+        starts = (torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < 0.3).long()
+    numbers_RL = starts.cumsum(1)
+    out = DocumentAttend(config, numbers_RL, torch.float32)(0, q, k, v)
+    expected = CausalAttend(ReferenceOps(), config, length, numbers_RL.flatten())(0, q, k, v)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(_gradients(out, q, k, v), _gradients(expected, q, k, v), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_norm_and_rotation_are_the_references() -> None:
+    x_TD, weight_D = _random(9, 16), _random(16, seed=1)
+    mine, theirs = (each.rms_norm(x_TD, weight_D, 1e-6) for each in (TrainingOps(), ReferenceOps()))
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(_gradients(mine, x_TD, weight_D), _gradients(theirs, x_TD, weight_D))
+    x_THN, angles = _random(9, 2, 8).detach().bfloat16(), _random(9, 4, seed=2).detach()
+    rotated = [each.rotary(x_THN, angles.cos(), angles.sin()) for each in (TrainingOps(), ReferenceOps())]
+    assert torch.equal(*rotated)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12, 13])
+def test_cross_entropy_and_its_gradients(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(ops, "LOSS_ROWS", 5)
+    x_TD, weight_VD = _random(tokens, 6), _random(11, 6, seed=1)
+    target_T = torch.arange(tokens) * 7 % 11
+    loss = cross_entropy(x_TD, weight_VD, target_T)
+    expected = F.cross_entropy(x_TD @ weight_VD.T, target_T)
+    torch.testing.assert_close(loss, expected)
+    mine = torch.autograd.grad(3 * loss, (x_TD, weight_VD))
+    torch.testing.assert_close(mine, torch.autograd.grad(3 * expected, (x_TD, weight_VD)))
+
+
+def test_the_learning_rate_by_hand() -> None:
+    recipe = TrainingRecipe(
+        steps=21, rows_per_step=1, row_length=1, learning_rate=2.0, warmup_steps=10, final_share=0.1
+    )
+    assert learning_rate(recipe, 0) == pytest.approx(0.2)
+    assert learning_rate(recipe, 9) == pytest.approx(2.0)
+    assert learning_rate(recipe, 10) == pytest.approx(2.0)
+    assert learning_rate(recipe, 15) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert learning_rate(recipe, 20) == pytest.approx(0.2)
+    quarter = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.3))
+    assert learning_rate(recipe, 13) == pytest.approx(2.0 * quarter)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moebius.errors import ConfigError, NumericalError, WeightsError
+from moebius.models.decoder import Decoder
+from moebius.nn.attention import CausalAttend
+from moebius.ops.reference import ReferenceOps
+from moebius.train import trainer as trainer_module
+from moebius.train.checkpoint import load_state, save_state
+from moebius.train.data import PreparedData
+from moebius.train.evaluate import max_violation
+from moebius.train.recipe import Recipe
+from moebius.train.trainer import Trainer, run
+
+
+def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return trainer.state().tensors
+
+
+def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_twelve_steps_are_six_and_six_resumed(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
+    straight = Trainer(recipe, data)
+    losses = [straight.step().loss for _ in range(12)]
+    first = Trainer(recipe, data)
+    halves = [first.step().loss for _ in range(6)]
+    save_state(first.state(), tmp_path / "checkpoint.safetensors")
+    second = Trainer(recipe, data)
+    second.step()
+    second.restore(load_state(tmp_path / "checkpoint.safetensors"))
+    assert second.done == 6
+    halves += [second.step().loss for _ in range(6)]
+    assert halves == losses
+    assert _equal(_weights(second), _weights(straight))
+    assert not _equal(_weights(first), _weights(straight))
+
+
+def test_resumed_before_the_first_step(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
+    fresh = Trainer(recipe, data)
+    save_state(fresh.state(), tmp_path / "c.safetensors")
+    resumed = Trainer(recipe, data)
+    resumed.restore(load_state(tmp_path / "c.safetensors"))
+    assert [fresh.step().loss for _ in range(3)] == [resumed.step().loss for _ in range(3)]
+
+
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
+    recipe: Recipe, data: PreparedData, tmp_path: Path
+) -> None:
+    run(Trainer(recipe, data), tmp_path / "whole")
+
+    def interrupt(step: int, report: object) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Trainer(recipe, data), tmp_path / "parts", interrupt)
+    assert load_state(tmp_path / "parts" / "checkpoint.safetensors").step == 7
+    run(Trainer(recipe, data), tmp_path / "parts")
+    whole, parts = (load_state(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert _equal(whole.tensors, parts.tensors)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 6, 8, 12]
+    assert [line["step"] for line in lines if "heldout_bits_per_byte" in line] == [6, 12]
+    for line in lines:
+        assert [sum(layer) for layer in line["expert_load"]] == [pytest.approx(1, abs=1e-3)] * 2
+        assert 0 < line["loss"] < 10
+        assert all(0 <= violation <= 3 for violation in line["max_violation"])
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_it_learns_and_the_first_loss_is_that_of_guessing(recipe: Recipe, data: PreparedData) -> None:
+    longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, steps=40))
+    trainer = Trainer(longer, data)
+    losses = [trainer.step().loss for _ in range(40)]
+    assert losses[0] == pytest.approx(torch.tensor(320.0).log().item(), abs=0.1)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.0
+
+
+def test_one_step_is_adamw_on_the_naive_loss(recipe: Recipe, data: PreparedData) -> None:
+    """The update, from losses written out in float32 with the reference operations."""
+    training = dataclasses.replace(recipe.training, clip_norm=0.05)
+    recipe = dataclasses.replace(recipe, training=training)
+    trainer = Trainer(recipe, data)
+    naive = Decoder(recipe.model_config(), ReferenceOps())
+    naive.load_state_dict({name: p.float() for name, p in trainer.decoder.state_dict().items()})
+    batch = trainer._batches.batch(0)
+    attend = CausalAttend(ReferenceOps(), naive.config, 48, batch.document_RL.flatten())
+    hidden, routings = naive(batch.input_RL.flatten(), torch.arange(48).repeat(3), attend)
+    loss = torch.nn.functional.cross_entropy(naive.logits(hidden), batch.target_RL.flatten())
+    balance, z = 0.0, 0.0
+    for routing in routings:
+        share = torch.nn.functional.one_hot(routing.expert_ids_TK, 4).float().mean((0, 1))
+        balance += 4 * (share * routing.logits_TE.softmax(-1).mean(0)).sum() / 2
+        z += routing.logits_TE.logsumexp(-1).square().mean() / 2
+    (loss + 0.01 * balance + 0.001 * z).backward()
+    norm = torch.cat([p.grad.flatten() for p in naive.parameters()]).norm()
+    report = trainer.step()
+    assert report.loss == pytest.approx(loss.item(), rel=1e-2)
+    assert report.balance == pytest.approx(balance.item(), rel=1e-2)
+    assert report.z == pytest.approx(z.item(), rel=1e-2)
+    assert report.grad_norm == pytest.approx(norm.item(), rel=0.05)
+    assert report.rate == pytest.approx(0.01 / 3)
+    for name, parameter in naive.named_parameters():
+        grad = parameter.grad * 0.05 / norm
+        mean = trainer.state().tensors[f"mean.{name}"]
+        # beta1 = 0.9: the first moment is a tenth of the clipped gradient.
+        torch.testing.assert_close(mean * 10, grad, atol=0.05 * grad.abs().max().item(), rtol=0.2)
+
+
+def test_the_decoder_is_the_rounded_masters_and_gains_do_not_decay(recipe: Recipe, data: PreparedData) -> None:
+    trainer = Trainer(recipe, data)
+    trainer.step()
+    tensors = trainer.state().tensors
+    for name, parameter in trainer.decoder.named_parameters():
+        assert torch.equal(parameter, tensors[f"master.{name}"].bfloat16())
+    matrices, gains = trainer._optimizer.param_groups
+    assert (matrices["weight_decay"], gains["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in gains["params"]} == {1}
+    assert {p.ndim for p in matrices["params"]} == {2}
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
+    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = trainer_module.cross_entropy
+    calls = iter(range(100))
+
+    def poisoned(*args: torch.Tensor) -> torch.Tensor:
+        return honest(*args) * (float("nan") if next(calls) == 8 else 1.0)
+
+    monkeypatch.setattr(trainer_module, "cross_entropy", poisoned)
+    with pytest.raises(NumericalError, match="step 8: the loss is nan"):
+        run(Trainer(recipe, data), tmp_path)
+    state = load_state(tmp_path / "checkpoint.safetensors")
+    assert state.step == 8
+    assert all(torch.isfinite(tensor).all() for tensor in state.tensors.values())
+
+
+def test_checkpoints_of_others_are_refused(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
+    save_state(Trainer(recipe, data).state(), tmp_path / "c.safetensors")
+    other = Trainer(dataclasses.replace(recipe, seed=4), data)
+    with pytest.raises(ConfigError, match="belongs to another recipe or corpus"):
+        other.restore(load_state(tmp_path / "c.safetensors"))
+    whole = (tmp_path / "c.safetensors").read_bytes()
+    (tmp_path / "c.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="is no training checkpoint"):
+        load_state(tmp_path / "c.safetensors")
+    with pytest.raises(WeightsError, match="is no training checkpoint"):
+        load_state(tmp_path / "missing.safetensors")
+
+
+def test_health_by_hand(recipe: Recipe, data: PreparedData) -> None:
+    assert max_violation(torch.tensor([4, 4, 4, 4])) == 0.0
+    assert max_violation(torch.tensor([8, 4, 4, 0])) == 1.0
+    report = Trainer(recipe, data).step()
+    assert report.counts.shape == (2, 4)
+    assert report.counts.sum(1).tolist() == [3 * 48 * 2] * 2
