@@ -491,6 +491,12 @@ class _(Scheduler):
         return self.abort(request_id)
 
 
+@bug("a failure is not answered")
+class _(Scheduler):
+    def fail(self, request_id):
+        super().fail(request_id)
+
+
 @bug("the token budget is ignored")
 class _(Scheduler):
     def _grant(self, remaining, budget):

@@ -40,6 +40,12 @@ def test_a_seed_replays():
     assert Episode(7).run(300) != Episode(8).run(300)
 
 
+def test_episodes_follow_each_other_until_the_steps_are_done():
+    total = simulate(1500, 40)
+    assert total.episodes == 3 and total.steps >= 1500
+    assert simulate(600, 41).requests < total.requests
+
+
 def test_a_request_that_does_not_end_is_a_violation():
     episode = Episode(1)
     episode._compute = lambda plan: episode.scheduler.rollback(plan) or episode.checker.rolled_back(plan)

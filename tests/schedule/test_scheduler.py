@@ -112,7 +112,7 @@ def test_a_common_prompt_that_arrives_32_times_is_computed_once():
     assert all(computed[position] == 1 for position in range(1024))
     assert all(computed[position] == 32 for position in range(1024, 1034))
     assert scheduler.prefix_hits == 31 * 1024 and scheduler.prefix_queries == 32 * 1034
-    assert set(plans[0].waiting.values()) == {"prefix_in_flight"} and len(plans[0].waiting) == 31
+    assert set(plans[2].waiting.values()) == {"prefix_in_flight"} and len(plans[2].waiting) == 31
 
 
 @pytest.mark.parametrize("how", ["abort", "fail"])
@@ -144,7 +144,7 @@ def test_who_waits_for_a_prefix_is_passed_by():
     plan, _ = step(scheduler)
     assert [c.request_id for c in plan.chunks] == ["a", "c"] and dict(plan.waiting) == {"b": "prefix_in_flight"}
     plan, _ = step(scheduler)
-    assert [(c.request_id, c.start, c.num_cached_tokens) for c in plan.chunks][1] == ("b", 16, 16)
+    assert [(c.request_id, c.start, c.num_cached_tokens) for c in plan.chunks][2] == ("b", 16, 16)
 
 
 def test_prompt_logprobs_do_not_read_the_cache_but_fill_it():
@@ -180,7 +180,7 @@ def test_a_replay_goes_on_behind_its_output():
     assert request.output_ids == [7, 8, 5, 5, 5]
 
 
-# ------------------------------------------------------------------------------------------------- blocks and victims
+# -------------------------------------------------------------------------------------------------- blocks and victims
 
 
 def test_the_last_in_the_order_is_preempted_and_comes_back():
@@ -261,7 +261,7 @@ def test_a_hit_does_not_make_room_that_is_not_there():
 
 
 @pytest.mark.parametrize(
-    ("request_", "numbers"),
+    ("lengths", "numbers"),
     [
         (
             lambda: make_request("a", range(1, 18), max_tokens=0),
@@ -277,10 +277,10 @@ def test_a_hit_does_not_make_room_that_is_not_there():
         ),
     ],
 )
-def test_what_can_never_fit_is_refused_with_the_numbers(request_, numbers):
+def test_what_can_never_fit_is_refused_with_the_numbers(lengths, numbers):
     scheduler = make_scheduler(blocks=3, size=4, length=16)
     with pytest.raises(ContextLengthError, match=numbers):
-        scheduler.add(request_())
+        scheduler.add(make_request("a", [1] * lengths[0], max_tokens=lengths[1]))
     assert not scheduler.has_work and scheduler.num_waiting == 0
 
 
@@ -326,7 +326,7 @@ def test_retry_after_comes_from_the_drain_rate():
     assert refusal.value.retry_after == pytest.approx(5.0, rel=0.5)
 
 
-# ------------------------------------------------------------------------------------------------ without chunked prefill
+# --------------------------------------------------------------------------------------------- without chunked prefill
 
 
 def test_without_chunked_prefill_a_prompt_is_computed_whole():
@@ -349,7 +349,7 @@ def test_without_chunked_prefill_only_what_exceeds_a_step_is_split():
     assert len(replayed.output_ids) == 12
 
 
-# ---------------------------------------------------------------------------------------------------------------- update
+# -------------------------------------------------------------------------------------------------------------- update
 
 
 def update_with(request, tokens, **config):
@@ -428,7 +428,7 @@ def test_misuse_is_our_own_fault():
         scheduler.add(request)
 
 
-# ------------------------------------------------------------------------------------------------------- abort and failure
+# --------------------------------------------------------------------------------------------------- abort and failure
 
 
 def test_abort_in_every_state():
@@ -504,7 +504,7 @@ def test_a_numerical_failure_takes_its_blocks_from_the_cache():
     assert not scheduler.pool.cached  # the reader had read them: it published nothing after
 
 
-# ------------------------------------------------------------------------------------------------------------- deadlines
+# ----------------------------------------------------------------------------------------------------------- deadlines
 
 
 def test_deadlines_end_waiting_and_running_requests():
@@ -530,10 +530,10 @@ def test_old_deadlines_do_no_harm_and_are_forgotten():
     add(scheduler, make_request("a", [1], deadline=1.0))
     scheduler.abort("a")
     add(scheduler, make_request("a", [1], deadline=9.0))
-    assert scheduler.plan(2.0).expired == ()
+    assert step(scheduler, now=2.0)[0].expired == ()
     scheduler.abort("a")
     add(scheduler, make_request("a", [1], max_tokens=9))
-    assert scheduler.plan(10.0).expired == ()
+    assert step(scheduler, now=10.0)[0].expired == ()
 
 
 @pytest.mark.parametrize(

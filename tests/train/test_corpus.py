@@ -83,10 +83,11 @@ def test_a_near_copy_of_a_training_document_is_not_held_out(root: Path) -> None:
 
 
 def test_help_topics_are_plain_text(root: Path) -> None:
-    _write(root, {"pydoc_data/topics.py": "topics = {'if': '\\nThe if statement\\n', 'for': 'Loops ' * 20}\n"})
+    topics = {"if": "\nThe if statement\n", "for": "Loops " * 20}
+    _write(root, {"pydoc_data/topics.py": f"topics = {topics!r}\n"})
     corpus = read_corpus(0.3, root)
-    topics = {d.path: d.text for d in (*corpus.train, *corpus.heldout) if d.kind == "docs"}
-    assert topics == {
+    found = {d.path: d.text for d in (*corpus.train, *corpus.heldout) if d.kind == "docs"}
+    assert found == {
         "pydoc_data/topics/if": "The if statement\n",
         "pydoc_data/topics/for": ("Loops " * 20).strip() + "\n",
     }

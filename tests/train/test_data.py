@@ -85,8 +85,7 @@ def _streams(data: PreparedData, **lengths: int) -> PreparedData:
 
 def test_batches_are_a_function_of_the_step(data: PreparedData) -> None:
     streams = _streams(data, library=500, chat=200)
-    mixture = {"library": 2, "chat": 1, "tests": 0} | {}
-    mixture.pop("tests")
+    mixture = {"library": 2, "chat": 1, "tests": 0}
     forwards = Batches(streams, mixture, rows=3, length=16, seed=1)
     steps = 2 * forwards.steps_per_epoch + 1
     expected = [forwards.batch(i).input_RL for i in range(steps)]

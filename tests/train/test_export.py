@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -28,6 +29,7 @@ name = "tiny"
 heldout_share = 0.2
 chat_examples = 30
 [mixture]
+tests = 0
 docs = 0
 [tokenizer]
 vocab_size = 300
@@ -95,7 +97,7 @@ def test_bits_per_byte_against_transformers(
         row = tokens[start : start + length]
         row = row[: len(tokens) - 1 - start]
         cuts = [0, *[i for i in range(1, len(row)) if row[i] == 0], len(row)]
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in itertools.pairwise(cuts):
             targets = tokens[start + a + 1 : start + b + 1]
             logits = oracle(row[a:b].unsqueeze(0)).logits[0]
             nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))

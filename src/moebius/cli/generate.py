@@ -40,16 +40,7 @@ def generate(
     trace: o.Trace = None,
 ) -> None:
     """Complete prompts and print them as they finish, or answer a batch file into another."""
-    config = o.engine_config(
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        threads=threads,
-        trace=trace,
-    )
+    config = o.engine_config(locals())
     if batch is not None:
         if prompts or output is None:
             raise ConfigError("--batch FILE answers a file: give it --output FILE and no prompts")

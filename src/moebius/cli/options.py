@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +32,6 @@ Trace = Annotated[
 DEFAULTS = EngineConfig()
 
 
-def engine_config(**options: Any) -> EngineConfig:
-    """An EngineConfig from a command's options, which carry the same names."""
-    return EngineConfig(**options)
+def engine_config(given: Mapping[str, Any]) -> EngineConfig:
+    """An EngineConfig from a command's options (its `locals()`): they carry the same names, others are left out."""
+    return EngineConfig(**{name: given[name] for name in EngineConfig.__dataclass_fields__ if name in given})

@@ -26,15 +26,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print what weights, KV cache and workspace take, and how many sequences fit; loads nothing."""
-    config = o.engine_config(
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-    )
+    config = o.engine_config(locals())
     from rich.console import Console
     from rich.table import Table
 

@@ -56,22 +56,7 @@ def serve(
     """Serve a model over OpenAI's API."""
     if generation_config not in ("auto", "none"):
         raise ConfigError(f"--generation-config is {generation_config!r}; use auto or none")
-    config = o.engine_config(
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        enable_prefix_caching=enable_prefix_caching,
-        enable_chunked_prefill=enable_chunked_prefill,
-        max_queue_requests=max_queue_requests,
-        max_queue_tokens=max_queue_tokens,
-        step_deadline=step_deadline,
-        threads=threads,
-        trace=trace,
-    )
+    config = o.engine_config(locals())
     settings = {
         "served_model_names": tuple(served_model_name or (model,)),
         "api_keys": tuple(api_key or ()),

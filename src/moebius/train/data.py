@@ -22,7 +22,7 @@ from moebius.errors import ConfigError
 from moebius.train.chat import conversations
 from moebius.train.corpus import KINDS, Corpus, Document, read_corpus
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import END_OF_TEXT, IM_START, render_chat, train_tokenizer
+from moebius.train.tokenizer import END_OF_TEXT, IM_START, render_chat, special_id, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def heldout_streams(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, np.ndarra
 
 def pack(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """All texts as one uint16 array: <|endoftext|> before each and at the end."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = special_id(tokenizer, END_OF_TEXT)
     parts: list[int] = [end]
     for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
         parts.extend(encoding.ids)
@@ -128,13 +128,13 @@ class Batches:
     """
 
     def __init__(self, data: PreparedData, mixture: dict[str, int], rows: int, length: int, seed: int) -> None:
-        unknown = [kind for kind in mixture if kind not in data.train]
+        unknown = [kind for kind, copies in mixture.items() if copies and kind not in data.train]
         if unknown:
             raise ConfigError(f"mixture.{unknown[0]} names no training stream; there are {', '.join(data.train)}")
         self._streams = [(data.train[kind], copies) for kind, copies in sorted(mixture.items()) if copies]
         self._rows, self._length, self._seed = rows, length, seed
-        self._end = data.tokenizer.token_to_id(END_OF_TEXT)
-        self._im_start = data.tokenizer.token_to_id(IM_START)
+        self._end = special_id(data.tokenizer, END_OF_TEXT)
+        self._im_start = special_id(data.tokenizer, IM_START)
         per_stream = [copies * max(0, (len(t) - 1) // length - 1) for t, copies in self._streams]
         self.steps_per_epoch = sum(per_stream) // rows
         if self.steps_per_epoch == 0:
@@ -167,7 +167,7 @@ class Batches:
 
 def evaluation_batches(stream: np.ndarray, tokenizer: Tokenizer, rows: int, length: int) -> Iterable[Batch]:
     """Every token of a stream once, in order, as a target; a short last row is a batch of its own."""
-    end, im_start = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_START)
+    end, im_start = special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, IM_START)
     tokens = torch.from_numpy(stream.astype(np.int64))
     full = (len(tokens) - 1) // length
     pieces = [(r * length, min(rows, full - r), length) for r in range(0, full, rows)]
@@ -184,4 +184,4 @@ def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
     special = set(tokenizer.get_added_tokens_decoder())
     ids = range(tokenizer.get_vocab_size())
     # A byte-level vocabulary spells every byte as one character.
-    return torch.tensor([0 if i in special else len(tokenizer.id_to_token(i)) for i in ids])
+    return torch.tensor([0 if i in special else len(tokenizer.id_to_token(i) or "") for i in ids])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +40,13 @@ class Score:
 
 @torch.no_grad()
 def score(
-    decoder: Decoder, stream: np.ndarray, tokenizer: Tokenizer, length: int, *, rows: int = 8, max_rows: int | None = None
+    decoder: Decoder,
+    stream: np.ndarray,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    rows: int = 8,
+    max_rows: int | None = None,
 ) -> Score:
     """Score a stream's documents in rows of `length` tokens: a token sees what its row holds of its document.
 
@@ -67,7 +72,7 @@ def score(
 
 def expert_counts(routings: Sequence[Routing | None], num_experts: int) -> Tensor:
     """How many (token, choice) pairs each expert of each layer got (layers, E)."""
-    ids = [routing.expert_ids_TK.reshape(-1) for routing in itertools.compress(routings, map(bool, routings)) if routing]
+    ids = [routing.expert_ids_TK.reshape(-1) for routing in routings if routing is not None]
     return torch.stack([torch.bincount(layer, minlength=num_experts) for layer in ids])
 
 

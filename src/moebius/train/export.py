@@ -17,7 +17,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.weights import save_checkpoint
 from moebius.train.evaluate import Score, score
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
+from moebius.train.tokenizer import END_OF_TEXT, IM_END, save_tokenizer, special_id
 
 
 def config_json(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def config_json(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
         "router_aux_loss_coef": recipe.training.load_balance,
         "initializer_range": m.init_std,
         "use_sliding_window": False,
-        "eos_token_id": tokenizer.token_to_id(END_OF_TEXT),
-        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "eos_token_id": special_id(tokenizer, END_OF_TEXT),
+        "pad_token_id": special_id(tokenizer, END_OF_TEXT),
     }
 
 
@@ -60,8 +60,8 @@ def export(decoder: Decoder, recipe: Recipe, tokenizer: Tokenizer, folder: Path)
     save_checkpoint(decoder, config, folder, dtype=torch.bfloat16)
     save_tokenizer(tokenizer, folder, recipe.model.max_position_embeddings)
     generation = {
-        "eos_token_id": [tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_END)],
-        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "eos_token_id": [special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, IM_END)],
+        "pad_token_id": special_id(tokenizer, END_OF_TEXT),
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
@@ -108,12 +108,15 @@ def model_card(
     counts: tuple[int, int],
     seconds: float,
 ) -> str:
-    """README.md of the exported directory: data, licence, recipe, and the figures with the command that repeats them."""
+    """README.md of the exported directory: data, licence, recipe, figures, and the commands that repeat them."""
     t, m, sizes = recipe.training, recipe.model, facts["sizes"]["train"]
     seen = t.steps * t.rows_per_step * t.row_length
     corpus = _table(
         ("text", "documents", "bytes", "tokens", "passes an epoch"),
-        ((k, s["documents"], f"{s['bytes']:,}", f"{s['tokens']:,}", getattr(recipe.mixture, k)) for k, s in sizes.items()),
+        (
+            (kind, size["documents"], f"{size['bytes']:,}", f"{size['tokens']:,}", getattr(recipe.mixture, kind))
+            for kind, size in sizes.items()
+        ),
     )
     measured = _table(
         ("held-out text", "bytes", "bits per byte", "gzip -9", "xz -9"),
@@ -153,17 +156,17 @@ weights are distributed under the same licence. SHA-256 of the corpus: `{facts["
 
 {corpus}
 
-About {recipe.corpus.heldout_share:.1%} of the documents, chosen by a hash of their path, were held out whole, less those
-that share a fifth of their five-line windows with a training document.
+About {recipe.corpus.heldout_share:.1%} of the documents, chosen by a hash of their path, were held out whole, less
+those that share a fifth of their five-line windows with a training document.
 
 ## Training
 {seen:,} tokens in {t.steps:,} steps of {t.rows_per_step} × {t.row_length} tokens, {seconds / 60:.0f} minutes on 2 CPU
-cores; AdamW, peak learning rate {t.learning_rate:g}, bfloat16 compute on float32 master weights, router in float32; load-balance loss
-{t.load_balance:g}, router z-loss {t.z_loss:g}. To repeat it: `moebius train {recipe_path} --out DIR`.
+cores; AdamW, peak learning rate {t.learning_rate:g}, bfloat16 compute on float32 master weights, router in float32;
+load-balance loss {t.load_balance:g}, router z-loss {t.z_loss:g}. To repeat it: `moebius train {recipe_path} --out DIR`.
 
 ## Figures
-Cross-entropy in bfloat16 as exported, in rows of {t.row_length} tokens, over the bytes of the text; compressors see each
-kind as one file.
+Cross-entropy in bfloat16 as exported, in rows of {t.row_length} tokens, over the bytes of the text; compressors see
+each kind as one file.
 
 {measured}
 

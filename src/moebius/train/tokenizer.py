@@ -59,6 +59,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token. Raises: ConfigError, for a tokenizer of another kind."""
+    found: int | None = tokenizer.token_to_id(token)
+    if found is None:
+        raise ConfigError(f"the tokenizer lacks {token}; training needs one that its own recipe made")
+    return found
+
+
 def tokenizer_config(max_length: int) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
     return {

@@ -69,7 +69,7 @@ class Trainer:
         self._round()
 
     def step(self) -> StepReport:
-        """One update. Raises: NumericalError naming the step, before anything changes, for a loss that is not finite."""
+        """One update. Raises: NumericalError naming the step, before anything changes, for a loss that is no number."""
         training = self.recipe.training
         batch = self._batches.batch(self.done)
         attend = DocumentAttend(self.decoder.config, batch.document_RL, torch.bfloat16)
@@ -204,7 +204,8 @@ class _Metrics:
         counts = torch.stack([r.counts for r in reports]).sum(0)
         tokens = len(reports) * training.rows_per_step * training.row_length
         means = {
-            name: sum(getattr(r, name) for r in reports) / len(reports) for name in ("loss", "balance", "z", "grad_norm")
+            name: sum(getattr(r, name) for r in reports) / len(reports)
+            for name in ("loss", "balance", "z", "grad_norm")
         }
         return means | {
             "learning_rate": reports[-1].rate,
