@@ -11,7 +11,7 @@ from moebius.schedule.simulate import simulate
 from schedule.seeded_bugs import BUGS
 
 MAX_STEPS = 200_000
-SEED = 20_000
+SEED = 500_000
 
 
 def find(cls: type[Scheduler] | type[BlockPool]) -> Violation | None:

@@ -13,8 +13,8 @@ from moebius.train.data import PreparedData, prepare
 from moebius.train.recipe import CorpusRecipe, MixtureRecipe, ModelRecipe, Recipe, TokenizerRecipe, TrainingRecipe
 
 MODULES = (
-    "abc argparse bisect calendar cmd code codecs configparser contextlib copy csv dis enum fnmatch functools glob "
-    "heapq inspect io keyword locale numbers operator pprint queue random sched shutil socket string tempfile textwrap"
+    "abc bisect calendar cmd code contextlib copy csv dis fnmatch glob heapq io keyword numbers operator pprint queue "
+    "random reprlib sched shlex string textwrap timeit token"
 )
 
 

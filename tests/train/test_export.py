@@ -69,9 +69,7 @@ def oracle(exported: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def test_transformers_and_the_decoder_agree_on_it(
-    exported: Path, oracle: torch.nn.Module, data: PreparedData
-) -> None:
+def test_transformers_and_the_decoder_agree_on_it(exported: Path, oracle: torch.nn.Module, data: PreparedData) -> None:
     ids = torch.tensor(data.tokenizer.encode("def f(x):\n    return x + 1\n").ids)
     expected = oracle(ids.unsqueeze(0)).logits[0]
     decoder = load_decoder(exported, torch.float32)

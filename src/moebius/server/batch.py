@@ -73,7 +73,7 @@ def _call(line: str, where: str) -> BatchCall:
 
 
 def answered(path: Path) -> set[str]:
-    """The custom_ids that an earlier run answered for good; what it left half-written or failed is cut from the file."""
+    """The custom_ids that an earlier run answered for good; what it left half-written or failed is cut out."""
     if not path.exists():
         return set()
     kept: list[str] = []

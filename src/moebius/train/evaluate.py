@@ -33,9 +33,7 @@ class Score:
         return self.nats / self.num_bytes / math.log(2)
 
     def __add__(self, other: Score) -> Score:
-        return Score(
-            self.nats + other.nats, self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes
-        )
+        return Score(self.nats + other.nats, self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes)
 
 
 @torch.no_grad()
@@ -64,7 +62,9 @@ def score(
         hidden_TD, _ = decoder(batch.input_RL.view(-1), torch.arange(width).repeat(count), attend)
         target_T = batch.target_RL.reshape(-1)
         nats = 0.0
-        for hidden_LD, target_L in zip(hidden_TD.split(_LOGIT_ROWS), target_T.split(_LOGIT_ROWS), strict=True):
+        for hidden_LD, target_L in zip(
+            torch.split(hidden_TD, _LOGIT_ROWS), torch.split(target_T, _LOGIT_ROWS), strict=True
+        ):
             nats += float(F.cross_entropy(decoder.logits(hidden_LD), target_L, reduction="sum"))
         total += Score(nats, target_T.numel(), int(bytes_V[target_T].sum()))
     return total

@@ -66,9 +66,7 @@ def export(decoder: Decoder, recipe: Recipe, tokenizer: Tokenizer, folder: Path)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(
-    decoder: Decoder, recipe: Recipe, heldout: dict[str, np.ndarray], tokenizer: Tokenizer
-) -> dict[str, Any]:
+def measure(decoder: Decoder, recipe: Recipe, heldout: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, Any]:
     """Bits per byte of the whole held-out text, beside gzip's and xz's on the same bytes.
 
     Compressors see all documents of a kind as one file, the model sees each row alone: the comparison favours them.

@@ -55,10 +55,11 @@ class DocumentAttend:
         blocks = []
         for start in range(0, length, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, length)
-            scores = (q[:, :, start:stop].flatten(2, 3) @ k[..., :stop]).unflatten(2, (stop - start, heads // groups))
+            shape = (rows, groups, stop - start, heads // groups, -1)
+            scores = (q[:, :, start:stop].flatten(2, 3) @ k[..., :stop]).view(shape)
             scores = scores + self._bias_RLL[:, None, start:stop, None, :stop]
             out = torch.softmax(scores, dim=-1).flatten(2, 3) @ v[:, :, :stop]
-            blocks.append(out.unflatten(2, (stop - start, heads // groups)))
+            blocks.append(out.view(shape))
         return torch.cat(blocks, dim=2).transpose(1, 2).reshape(q_THN.shape)
 
 
@@ -94,5 +95,5 @@ def cross_entropy(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
 
     The gradient is worked out in the forward pass, LOSS_ROWS rows at a time, so that memory does not grow with T·V.
     """
-    loss: Tensor = _CrossEntropy.apply(x_TD, weight_VD, target_T)
+    loss: Tensor = _CrossEntropy.apply(x_TD, weight_VD, target_T)  # type: ignore[no-untyped-call]
     return loss

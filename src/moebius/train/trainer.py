@@ -76,10 +76,13 @@ class Trainer:
         hidden_TD, routings = self.decoder(batch.input_RL.view(-1), self._positions_T, attend)
         loss = cross_entropy(hidden_TD, self.decoder.embed_tokens.weight, batch.target_RL.view(-1))
         balance, z = load_balance_loss(routings), router_z_loss(routings)
-        (loss + training.load_balance * balance + training.z_loss * z).backward()
+        torch.autograd.backward(loss + training.load_balance * balance + training.z_loss * z)
         grad_norm = self._take_gradients()
         if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-            raise NumericalError(f"step {self.done}: the loss is {float(loss)}, the gradient's norm {float(grad_norm)}")
+            raise NumericalError(
+                f"step {self.done}: the loss is {loss.item()}, the gradient's norm {grad_norm.item()}; "
+                "training stopped, the last checkpoint is good"
+            )
         rate = learning_rate(training, self.done)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
