@@ -101,6 +101,8 @@ NAMED_CASES: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"cache_salt": "ü" * 129}, "cache_salt"),
     (COMPLETIONS, {"priority": 2**31}, "priority"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
+    (COMPLETIONS, {"best_of": True}, "best_of"),
+    (COMPLETIONS, {"echo": 1}, "echo"),
     (COMPLETIONS, {"suffix": "x"}, "suffix"),
     (COMPLETIONS, {"min_tokens": 3}, "min_tokens"),
     (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),

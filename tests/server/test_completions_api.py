@@ -100,8 +100,9 @@ def test_every_form_of_prompt(prompt: Any) -> None:
         assert [tuple(c["prompt_token_ids"]) for c in body["choices"]] == [ids for ids in expected for _ in "12"]
         assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
         assert body["usage"]["completion_tokens"] == 6 * len(items)
+        assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == len(items)
 
-    run(check)
+    run(check, engine(cached_tokens=1))
 
 
 def test_all_prompts_and_choices_are_submitted_together() -> None:

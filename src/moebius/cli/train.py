@@ -16,6 +16,12 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe's model into a directory in the Hugging Face layout, or continue where a run was interrupted."""
+    import torch
+
+    # Before the first parallel operation: threads inherit the setting when they start. Subnormals in Adam's moments
+    # of rare tokens would slow every step several times over.
+    torch.set_flush_denormal(True)
+
     from moebius.train.run import main_from_recipe
 
     main_from_recipe(recipe, out, evaluate_only=evaluate_only)

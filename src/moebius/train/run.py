@@ -32,9 +32,6 @@ def main_from_recipe(
     `root` is the standard library to read, this Python's by default.
     """
     recipe = read_recipe(recipe_path)
-    # Before the first parallel operation: threads inherit the setting when they start. Subnormals in Adam's moments
-    # of rare tokens would slow every step several times over.
-    torch.set_flush_denormal(True)
     figures = _evaluate(recipe, out, root) if evaluate_only else _train(recipe, recipe_path, out, root)
     _print_figures(figures)
     return figures
