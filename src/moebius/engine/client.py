@@ -6,8 +6,8 @@ log-probabilities (`StepOutput`). Text never crosses it. Nothing here imports to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from moebius.errors import MoebiusError
@@ -58,15 +58,13 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     fingerprint: str
-    plan_table: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of the engine's gauges and counters. Counters only grow; tokens and requests are counts.
 
-    last_step and now are on the engine's monotonic clock, in seconds; step_tokens is a count of tokens a step,
-    oldest first, drained by the reader (at most the last 4096 steps).
+    last_step and now are on the engine's monotonic clock, in seconds.
     """
 
     running: int = 0
@@ -83,7 +81,6 @@ class EngineStats:
     last_step: float = 0.0
     now: float = 0.0
     ready: bool = False
-    waiting_reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 class EngineClient(Protocol):
