@@ -109,26 +109,7 @@ def model_card(
     """README.md of the exported directory: data, licence, recipe, figures, and the commands that repeat them."""
     t, m, sizes = recipe.training, recipe.model, facts["sizes"]["train"]
     seen = t.steps * t.rows_per_step * t.row_length
-    corpus = _table(
-        ("text", "documents", "bytes", "tokens", "passes an epoch"),
-        (
-            (kind, size["documents"], f"{size['bytes']:,}", f"{size['tokens']:,}", getattr(recipe.mixture, kind))
-            for kind, size in sizes.items()
-        ),
-    )
-    measured = _table(
-        ("held-out text", "bytes", "bits per byte", "gzip -9", "xz -9"),
-        (
-            (
-                kind,
-                f"{f['bytes']:,}",
-                f"**{f['bits_per_byte']:.3f}**",
-                f"{f['gzip_bits_per_byte']:.3f}",
-                f"{f['xz_bits_per_byte']:.3f}",
-            )
-            for kind, f in figures.items()
-        ),
-    )
+    corpus, measured = _corpus_table(recipe, sizes), _figures_table(figures)
     return f"""---
 license: psf-2.0
 library_name: moebius
@@ -170,6 +151,32 @@ each kind as one file.
 
 To repeat them: `moebius train {recipe_path} --out DIR --evaluate-only`, where DIR holds this model.
 """
+
+
+def _corpus_table(recipe: Recipe, sizes: dict[str, Any]) -> str:
+    return _table(
+        ("text", "documents", "bytes", "tokens", "passes an epoch"),
+        (
+            (kind, size["documents"], f"{size['bytes']:,}", f"{size['tokens']:,}", getattr(recipe.mixture, kind))
+            for kind, size in sizes.items()
+        ),
+    )
+
+
+def _figures_table(figures: dict[str, Any]) -> str:
+    return _table(
+        ("held-out text", "bytes", "bits per byte", "gzip -9", "xz -9"),
+        (
+            (
+                kind,
+                f"{f['bytes']:,}",
+                f"**{f['bits_per_byte']:.3f}**",
+                f"{f['gzip_bits_per_byte']:.3f}",
+                f"{f['xz_bits_per_byte']:.3f}",
+            )
+            for kind, f in figures.items()
+        ),
+    )
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
