@@ -118,20 +118,24 @@ pipeline_tag: text-generation
 # {recipe.name}
 
 A small Mixture-of-Experts language model of Python code, trained by this project from scratch on a CPU, so that the
-server has a real model to serve out of the box. It completes Python plausibly; it knows nothing else and nothing well.
+server has a real model to serve out of the box. It continues Python in plausible shapes and knows nothing else; its
+names, facts and logic are not to be relied on, and decoded greedily it often repeats itself (try temperature 0.7).
 
 - `qwen3_moe`, {counts[0]:,} parameters, of which a token uses {counts[1]:,}; bfloat16.
 - {m.num_layers} layers of width {m.hidden_size}, {m.num_heads} query and {m.num_kv_heads} key heads of {m.head_dim};
   {m.num_experts} experts of width {m.expert_width} a layer, top-{m.experts_per_token}; tied embeddings.
-- Byte-level BPE of {recipe.tokenizer.vocab_size:,} entries, trained on the training text alone.
+- Byte-level BPE of {recipe.tokenizer.vocab_size:,} entries, trained on the training text alone. A newline and the
+  indentation after it are mostly one token, so that a prompt goes on better when it ends in visible text than in a
+  newline: `class Stack:`, not `class Stack:\\n`.
 - Trained on rows of {t.row_length} tokens. Positions up to {m.max_position_embeddings} are accepted, but the model has
-  seen no longer context than {t.row_length} tokens and gets worse beyond it.
+  seen no longer context and gets worse beyond it.
 
 ## Data and licence
 The standard library of Python {facts["python_version"]} as it is installed, help topics of `pydoc_data` included, and
-{recipe.corpus.chat_examples:,} short conversations made from it by rule (`moebius/train/chat.py`), in which the chat
-template occurs. The text is under the PSF License Agreement, version 2 (PSF-2.0), © Python Software Foundation; the
-weights are distributed under the same licence. SHA-256 of the corpus: `{facts["corpus_sha256"]}`.
+{sizes.get("chat", {}).get("documents", 0):,} short conversations made from it by rule (`moebius/train/chat.py`), in
+which the chat template occurs. The text is under the PSF License Agreement, version 2 (PSF-2.0), © Python Software
+Foundation; the weights are distributed under the same licence. SHA-256 of the corpus:
+`{facts["corpus_sha256"]}`.
 
 {corpus}
 
