@@ -58,4 +58,4 @@ def print_plan(console: object, model: str, rows: list[tuple[str, str, str]]) ->
     table.columns[1].justify = "right"
     for row in rows:
         table.add_row(*row)
-    console.print(table)  # type: ignore[attr-defined]
+    console.print(table, soft_wrap=True)  # type: ignore[attr-defined]
