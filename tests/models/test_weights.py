@@ -308,6 +308,7 @@ def test_saved_dtype_is_written_and_read_back(good: Path, tmp_path: Path) -> Non
     checkpoint = open_checkpoint(good)
     decoder = load_decoder(checkpoint, torch.float32)
     save_checkpoint(decoder.state_dict(), checkpoint.config_json, tmp_path, dtype=torch.bfloat16)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.is_file()} == {0o644}
     again = open_checkpoint(tmp_path)
     assert again.dtype == "bfloat16" and again.config == checkpoint.config
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"

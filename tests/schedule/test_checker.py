@@ -167,3 +167,11 @@ def test_quiet_means_that_all_has_ended_and_all_is_back():
     pool._free.pop()
     with story.contradicts("I12", "1 blocks are held by nobody"):
         story.checker.quiet()
+
+
+@pytest.mark.parametrize("start", [3, 8])
+def test_a_hit_inside_a_block_or_over_the_last_token_is_contradicted(start):
+    story = Story(block_size=4)
+    request = make_request("a", range(1, 9))
+    with story.contradicts("I5", f"covers {start} of 8"):
+        story.checker._check_hit(request, start)

@@ -97,3 +97,9 @@ def test_command_reports_a_violation(monkeypatch, capsys):
     monkeypatch.setattr("moebius.schedule.simulate.simulate", broken)
     assert main(["--steps", "10", "--seed", "9"]) == 1
     assert "I2 violated in step 3 of the episode with seed 9" in capsys.readouterr().out
+
+
+def test_the_command_prints_what_it_did(capsys):
+    assert main(["--steps", "300", "--seed", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "seeds [9], 300 steps" in out and "no violation" in out and "preemptions" in out

@@ -127,6 +127,7 @@ def save_checkpoint(
 
 
 def _publish(partial: Path, final: Path) -> None:
+    partial.chmod(0o644)  # safetensors writes for its owner alone, but a model is there to be read
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)
