@@ -171,7 +171,7 @@ def test_quiet_means_that_all_has_ended_and_all_is_back():
 
 @pytest.mark.parametrize("start", [3, 8])
 def test_a_hit_inside_a_block_or_over_the_last_token_is_contradicted(start):
-    story = Story(block_size=4)
+    story = Story(size=4)
     request = make_request("a", range(1, 9))
     with story.contradicts("I5", f"covers {start} of 8"):
         story.checker._check_hit(request, start)
