@@ -8,7 +8,7 @@ STEPS ?= 10000000
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: serve test test-slow simulate setup format constraints clean
+.PHONY: serve test simulate setup format constraints clean
 
 serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
@@ -19,9 +19,6 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100
 	$(BIN)/pytest --ignore=tests/schedule
-
-test-slow: setup
-	$(BIN)/pytest -m slow
 
 simulate: setup
 	$(BIN)/python -m moebius.schedule.simulate --steps $(STEPS) --seed $(SEED) --processes $$(nproc)
