@@ -119,14 +119,15 @@ def save_checkpoint(
     wanted = sources(config, checkpoint_layouts(config.model_type)[0])
     partial = directory / f".model.safetensors.{os.getpid()}"
     save_file(_stored_tensors(state, wanted, dtype), partial, metadata={"format": "pt"})
-    _publish(partial, directory / "model.safetensors")
+    publish(partial, directory / "model.safetensors")
     described = {**config_json, "torch_dtype": str(dtype).removeprefix("torch.")}
     partial = directory / f".config.json.{os.getpid()}"
     partial.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _publish(partial, directory / "config.json")
+    publish(partial, directory / "config.json")
 
 
-def _publish(partial: Path, final: Path) -> None:
+def publish(partial: Path, final: Path) -> None:
+    """Flush a finished file to the disk and give it its name: `final` holds the old content or all of the new."""
     partial.chmod(0o644)  # safetensors writes for its owner alone, but a model is there to be read
     descriptor = os.open(partial, os.O_RDONLY)
     try:

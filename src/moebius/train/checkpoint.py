@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moebius.errors import WeightsError
+from moebius.models.weights import publish
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,7 @@ def save_state(state: TrainingState, path: Path) -> None:
     partial = path.with_suffix(".partial")
     header = {"step": state.step, "fingerprint": state.fingerprint, "facts": state.facts}
     save_file(state.tensors, partial, metadata={"moebius": json.dumps(header)})
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(partial, path)
+    publish(partial, path)
 
 
 def load_state(path: Path) -> TrainingState:
