@@ -21,11 +21,11 @@ test: setup
 	$(BIN)/pytest --ignore=tests/schedule
 
 simulate: setup
-	$(BIN)/python -m moebius.schedule.simulate --steps $(STEPS) --seed $(SEED) --processes $$(nproc)
+	PYTHONPATH=tests $(BIN)/python -m schedule.simulate --steps $(STEPS) --seed $(SEED) --processes $$(nproc)
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "$(PYTHON) is not Python 3.11 to 3.13; name one: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebius.models.decoder import Decoder
 from moebius.nn.attention import PagedAttend, StepInputs
-from moebius.ops import select_ops
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -110,7 +109,7 @@ class Server:
     def __init__(self, decoder: Decoder, block_size: int, num_blocks: int, seed: int = 0) -> None:
         config, dtype = decoder.config, decoder.embed_tokens.weight.dtype
         self.decoder, self.block_size = decoder, block_size
-        self.ops = select_ops("cpu", dtype)
+        self.ops = decoder.ops
         size = self.ops.kv_cache_bytes_per_block(block_size, config.num_kv_heads, config.head_dim, dtype) * num_blocks
         self.caches = [
             self.ops.make_kv_cache(

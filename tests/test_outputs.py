@@ -11,7 +11,7 @@ from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import DeadlineError, EngineError
 from moebius.outputs import CompletionOutput, Delta, RequestOutput, SequenceAssembler
 from moebius.schedule.request import FinishReason, SamplingParams
-from moebius.text import Tokenizer
+from moebius.text import Tokenizer, text_offsets
 from text.tiny_tokenizers import FAMILIES, SPECIALS
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=200, database=None)
@@ -109,7 +109,7 @@ def test_a_token_is_released_with_or_after_its_text(tokenizers, data):
     assert len(offsets) == len(assembler.token_ids) == len(assembler.logprobs)
     assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(assembler.text)
     if assembler.finish_reason == "length":
-        assert offsets == tokenizer.text_offsets(ids)
+        assert offsets == text_offsets(tokenizer, ids)
 
 
 def test_a_stop_string_cuts_all_at_the_token_that_completes_it(tokenizer):

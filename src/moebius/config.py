@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, UsageError
 
 Score = Literal["softmax", "sigmoid", "logits"]
 Weight = Literal["raw", "renorm", "softmax", "sigmoid"]
@@ -18,7 +20,8 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QKNorm = Literal["none", "head", "full"]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -56,16 +59,16 @@ class RouterConfig:
     weight_on_input: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.num_experts >= 1, f"num_experts is {self.num_experts}; it must be at least 1")
-        _require(
+        require(self.num_experts >= 1, f"num_experts is {self.num_experts}; it must be at least 1")
+        require(
             1 <= self.top_k <= self.num_experts,
             f"top_k (num_experts_per_tok) is {self.top_k}; it must lie between 1 and num_experts = {self.num_experts}",
         )
-        _require(
+        require(
             self.num_experts % self.num_groups == 0 and 1 <= self.groups_kept <= self.num_groups,
             f"{self.groups_kept} of {self.num_groups} expert groups do not divide {self.num_experts} experts",
         )
-        _require(
+        require(
             self.top_k <= self.num_experts // self.num_groups * self.groups_kept,
             f"top_k = {self.top_k} experts cannot come from {self.groups_kept} of {self.num_groups} groups",
         )
@@ -90,8 +93,8 @@ class RopeConfig:
     partial: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.theta > 0 and math.isfinite(self.theta), f"rope_theta is {self.theta}; it must be positive")
-        _require(self.factor >= 1.0, f"the rope scaling factor is {self.factor}; it must be at least 1")
+        require(self.theta > 0 and math.isfinite(self.theta), f"rope_theta is {self.theta}; it must be positive")
+        require(self.factor >= 1.0, f"the rope scaling factor is {self.factor}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class FeedForwardConfig:
     shared_gate: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.width >= 1, f"the feed-forward width is {self.width}; it must be at least 1")
+        require(self.width >= 1, f"the feed-forward width is {self.width}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +149,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_attention_heads = {self.num_heads} is no multiple of num_key_value_heads = {self.num_kv_heads}",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embedding needs an even one")
-        _require(
+        require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+        require(
             len(self.feed_forward) == self.num_layers == len(self.windows),
             "feed_forward and windows need one entry a layer",
         )
@@ -173,53 +176,66 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What an operator chooses. None means: derived from the model and from the memory that is there.
+    """What an operator chooses; None means: derived from the model and from the memory that is there."""
 
-    dtype                    of weights and KV cache: "auto" takes the checkpoint's (float16 becomes float32 on a CPU)
-    device                   "auto" takes cuda when torch has it
-    max_model_len            longest sequence, prompt and output together
-    max_num_seqs             most sequences in one step
-    max_num_batched_tokens   token budget of one step
-    block_size               tokens in one block of the KV cache
-    kv_cache_memory_bytes    what the KV cache reserves
-    enable_prefix_caching    share blocks between requests with a common prefix
-    enable_chunked_prefill   compute long prompts in pieces beside running decodes
-    max_queue_requests, max_queue_tokens   bounds of the waiting queue
-    step_deadline            seconds after which a step without progress is a failure
-    trace                    file that every scheduling decision is written to, as JSON lines
-    """
-
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    block_size: int = 16
-    kv_cache_memory_bytes: int | None = None
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    max_queue_requests: int = 1024
-    max_queue_tokens: int = 4_194_304
-    step_deadline: float = 120.0
-    threads: int | None = None
-    trace: str | None = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        "Of weights and KV cache: auto (the checkpoint's; float16 becomes float32 on a CPU), bfloat16 or float32.",
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto (cuda when torch has it), cpu or cuda."] = "auto"
+    max_model_len: Annotated[int | None, "Longest sequence, prompt and output together, in tokens."] = None
+    max_num_seqs: Annotated[int, "Most sequences in one step."] = 64
+    max_num_batched_tokens: Annotated[int, "Token budget of one step."] = 2048
+    block_size: Annotated[int, "Tokens in one block of the KV cache."] = 16
+    kv_cache_memory_bytes: Annotated[int | None, "What the KV cache reserves; default: see `moebius plan`."] = None
+    enable_prefix_caching: Annotated[bool, "Share blocks between requests with a common prefix."] = True
+    enable_chunked_prefill: Annotated[bool, "Compute long prompts in pieces beside running decodes."] = True
+    max_queue_requests: Annotated[int, "Most requests that wait."] = 1024
+    max_queue_tokens: Annotated[int, "Most tokens that wait."] = 4_194_304
+    step_deadline: Annotated[float, "Seconds after which a step without progress is a failure."] = 120.0
+    threads: Annotated[int | None, "Compute threads; default: one a core."] = None
+    trace: Annotated[str | None, "File that every scheduling decision is written to, as JSON lines."] = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.dtype in ("auto", "bfloat16", "float32"), f"dtype is {self.dtype!r}; use auto, bfloat16 or float32"
         )
-        _require(self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; use auto, cpu or cuda")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                _require(value >= 1, f"{f.name} is {value}; it must be at least 1")
-        _require(self.block_size <= 1024, f"block_size is {self.block_size}; it must be at most 1024")
-        _require(
-            self.max_num_batched_tokens >= self.max_num_seqs,
-            f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = {self.max_num_seqs}; "
-            "each running sequence needs at least one token a step",
-        )
-        _require(
-            self.step_deadline > 0 and math.isfinite(self.step_deadline),
-            f"step_deadline is {self.step_deadline}; it must be a positive number of seconds",
-        )
+        require(self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; use auto, cpu or cuda")
+        check_bounds(self)
+        require(self.block_size <= 1024, f"block_size is {self.block_size}; it must be at most 1024")
+        require_seconds("step_deadline", self.step_deadline)
+
+
+def check_bounds(config: Any) -> None:
+    """Every integer field of a record is at least 1, and a step has room for a token of each sequence."""
+    require(
+        config.max_num_batched_tokens >= config.max_num_seqs,
+        f"max_num_batched_tokens = {config.max_num_batched_tokens} is less than max_num_seqs = {config.max_num_seqs}; "
+        "each running sequence needs at least one token a step",
+    )
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            require(value >= 1, f"{field.name} is {value}; it must be at least 1")
+
+
+def require_seconds(name: str, value: float) -> None:
+    """ConfigError where an option is no positive, finite time."""
+    require(0 < value < math.inf, f"{name} is {value}; it must be a positive number of seconds")
+
+
+def read_json(
+    path: Path, *, default: dict[str, Any] | None = None, error: type[UsageError] = ConfigError
+) -> dict[str, Any]:
+    """The JSON object in a file; `default`, where given, if there is no file. Raises `error` naming what is wrong."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is None:
+            raise error(f"{path} does not exist") from None
+        return default
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"{path} cannot be read as JSON: {cause}") from None
+    if not isinstance(found, dict):
+        raise error(f"{path} holds a {type(found).__name__}; it must be a JSON object")
+    return found

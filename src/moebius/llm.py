@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -13,8 +12,8 @@ from moebius.engine.client import StepOutput
 from moebius.engine.load import load_engine
 from moebius.errors import OverloadError, RequestError
 from moebius.models.hub import resolve_model
-from moebius.outputs import RequestOutput, SequenceAssembler
-from moebius.schedule.request import Request, SamplingParams, choice_seed
+from moebius.outputs import RequestOutput, SequenceAssembler, open_choices
+from moebius.schedule.request import Request, SamplingParams
 from moebius.text import GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -23,28 +22,26 @@ Message = Mapping[str, Any]
 
 @dataclass(slots=True)
 class _Job:
-    """One prompt on its way: its choices' assemblers, filled step by step."""
+    """One prompt on its way: its choices' requests and assemblers, which are filled step by step."""
 
     index: int
     prompt: str | None
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     params: SamplingParams
-    chat: bool
-    choices: list[SequenceAssembler] = field(default_factory=list)
-    pending: list[Request] = field(default_factory=list)
+    choices: list[tuple[Request, SequenceAssembler]]
 
     @property
     def finished(self) -> bool:
-        return bool(self.choices) and all(choice.finished for choice in self.choices)
+        return all(choice.finished for _, choice in self.choices)
 
     def output(self) -> RequestOutput:
-        first = self.choices[0]
+        first = self.choices[0][1]
         return RequestOutput(
             request_id=str(self.index),
             prompt=self.prompt,
             prompt_token_ids=tuple(self.prompt_ids),
             prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(first.prompt_logprobs),
-            outputs=tuple(choice.completion(i) for i, choice in enumerate(self.choices)),
+            outputs=tuple(choice.completion(i) for i, (_, choice) in enumerate(self.choices)),
             num_cached_tokens=first.num_cached_tokens,
             finished=True,
         )
@@ -101,11 +98,7 @@ class LLM:
         Raises RequestError before anything is computed.
         """
         many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        jobs = [
-            self._job(index, prompt, one)
-            for index, (prompt, one) in enumerate(zip(many, self._each(params, many), strict=True))
-        ]
-        return self._all(jobs, progress)
+        return self._all(map(self._job, count(), many, self._each(params, many)), len(many), progress)
 
     def chat(
         self,
@@ -116,11 +109,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: lists of {"role", "content"}. Needs a model with a chat template."""
         many: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
-        jobs = [
-            _Job(index, None, self.tokenizer.encode_chat(conversation), one, chat=True)
-            for index, (conversation, one) in enumerate(zip(many, self._each(params, many), strict=True))
-        ]
-        return self._all(jobs, progress)
+        return self._all(map(self._chat_job, count(), many, self._each(params, many)), len(many), progress)
 
     def stream(self, jobs: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
         """Complete prompts from an iterator, which is read only as fast as the queue empties; outputs come as they
@@ -129,9 +118,7 @@ class LLM:
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
-        job = _Job(0, None, self.tokenizer.encode_chat(messages), params or self.default_params(), chat=True)
-        self._prepare(job)
-        request, choice = job.pending[0], job.choices[0]
+        request, choice = self._chat_job(0, messages, params or self.default_params()).choices[0]
         self.engine.add(request)
         try:
             while not choice.finished:
@@ -161,45 +148,40 @@ class LLM:
         return list(params)
 
     def _job(self, index: int, prompt: Prompt, params: SamplingParams) -> _Job:
-        if isinstance(prompt, str):
-            return _Job(index, prompt, self.tokenizer.encode(prompt), params, chat=False)
-        return _Job(index, None, list(prompt), params, chat=False)
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return _Job(index, text, ids, params, self._choices(ids, params, continues=True))
 
-    def _all(self, jobs: list[_Job], progress: bool | None) -> list[RequestOutput]:
-        for job in jobs:
-            self._prepare(job)
-        outputs: list[RequestOutput | None] = [None] * len(jobs)
-        for output in _with_progress(self._run(jobs), len(jobs), progress):
-            outputs[int(output.request_id)] = output
-        return [output for output in outputs if output is not None]
+    def _chat_job(self, index: int, messages: Sequence[Message], params: SamplingParams) -> _Job:
+        ids = self.tokenizer.encode_chat(messages)
+        return _Job(index, None, ids, params, self._choices(ids, params, continues=False))
 
-    def _prepare(self, job: _Job) -> None:
-        """Make the job's requests: the validated constructor sees all of them before the first one runs."""
-        params = job.params
-        seed = params.seed if params.seed is not None else secrets.randbits(64)
-        info = self.engine.info
-        for choice in range(params.n):
-            job.pending.append(
-                Request.create(
-                    f"{next(self._ids)}",
-                    job.prompt_ids,
-                    params,
-                    info.limits,
-                    arrival=self.engine.clock(),
-                    eos_ids=info.eos_ids,
-                    seed=choice_seed(seed, choice),
-                )
-            )
-            continues = () if job.chat else job.prompt_ids
-            job.choices.append(SequenceAssembler(self.tokenizer, params, prompt_ids=continues))
+    def _choices(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, continues: bool
+    ) -> list[tuple[Request, SequenceAssembler]]:
+        ids, arrival = map(str, self._ids), self.engine.clock()
+        choices = open_choices(
+            self.tokenizer, self.engine.info, prompt_ids, params, ids, continues=continues, arrival=arrival
+        )
+        return list(choices)
+
+    def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
+        checked = list(jobs)  # all of them, before the first one runs
+        return sorted(_with_progress(self._run(checked), total, progress), key=lambda output: int(output.request_id))
 
     def _run(self, jobs: Iterable[_Job]) -> Iterator[RequestOutput]:
-        waiting = iter(jobs)
+        """Feed the engine as fast as its queue empties; outputs come as soon as all of a job's choices are done."""
+        waiting = ((job, request, choice) for job in jobs for request, choice in job.choices)
+        following: tuple[_Job, Request, SequenceAssembler] | None = None
         live: dict[str, tuple[_Job, SequenceAssembler]] = {}
-        current: _Job | None = None
         try:
             while True:
-                current = self._feed(waiting, current, live)
+                while self.engine.scheduler.num_waiting <= self.config.max_num_seqs:
+                    following = following or next(waiting, None)
+                    if following is None or not self._add(following[1]):
+                        break
+                    job, request, choice = following
+                    live[request.id], following = (job, choice), None
                 if not self.engine.has_work:
                     return
                 for step in self.engine.step():
@@ -208,28 +190,15 @@ class LLM:
             for request_id in list(live):
                 self.engine.abort(request_id)
 
-    def _feed(
-        self, waiting: Iterator[_Job], current: _Job | None, live: dict[str, tuple[_Job, SequenceAssembler]]
-    ) -> _Job | None:
-        """Hand requests to the engine until its queue is full; returns the job that is not all in yet."""
-        while self.engine.scheduler.num_waiting <= self.config.max_num_seqs:
-            if current is None or not current.pending:
-                current = next(waiting, None)
-                if current is None:
-                    return None
-                if not current.choices:
-                    self._prepare(current)
-            request = current.pending[0]
-            choice = current.choices[len(current.choices) - len(current.pending)]
-            try:
-                self.engine.add(request)
-            except OverloadError:
-                if not self.engine.has_work:
-                    raise
-                return current
-            current.pending.pop(0)
-            live[request.id] = (current, choice)
-        return current
+    def _add(self, request: Request) -> bool:
+        """Whether the engine takes the request now; where it has no work, nothing could change that."""
+        try:
+            self.engine.add(request)
+        except OverloadError:
+            if not self.engine.has_work:
+                raise
+            return False
+        return True
 
     def _take(self, step: StepOutput, live: dict[str, tuple[_Job, SequenceAssembler]]) -> Iterator[RequestOutput]:
         if step.request_id not in live:
@@ -241,7 +210,7 @@ class LLM:
         if choice.wants_abort and step.finish_reason is None:
             self.engine.abort(step.request_id)
             del live[step.request_id]
-        if choice.finished and job.finished and not job.pending:
+        if choice.finished and job.finished:
             yield job.output()
 
 
@@ -252,29 +221,15 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
 def _with_progress(outputs: Iterator[RequestOutput], total: int, wanted: bool | None) -> Iterator[RequestOutput]:
     """Show a bar for long runs on a terminal (wanted None), always (True) or never (False)."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not (console.is_terminal and total > 1 if wanted is None else wanted):
         yield from outputs
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
+    counts = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[rate]}"))
     tokens = 0
-    with Progress(*columns, console=console, transient=wanted is None) as bar:
+    with Progress(*Progress.get_default_columns(), *counts, console=console, transient=wanted is None) as bar:
         task = bar.add_task("requests", total=total, rate="")
         for output in outputs:
             tokens += output.completion_tokens

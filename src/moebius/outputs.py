@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from moebius.engine.client import StepOutput, TokenLogprob
+from moebius.engine.client import EngineInfo, StepOutput, TokenLogprob
 from moebius.errors import EngineError
-from moebius.schedule.request import FinishReason, SamplingParams
+from moebius.schedule.request import FinishReason, Request, SamplingParams, choice_seed
 from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
 
 EndReason = Literal["stop", "length"]
@@ -234,13 +235,44 @@ class SequenceAssembler:
         self.text_offsets.extend(delta.text_offsets)
         return delta
 
-    def completion(self, index: int = 0) -> CompletionOutput:
-        """The choice as released so far."""
-        return CompletionOutput(
-            index,
+    @property
+    def released(self) -> Delta:
+        """All that was released so far, as one delta."""
+        return Delta(
             self.text,
             tuple(self.token_ids),
-            None if self._params.logprobs is None else tuple(self.logprobs),
+            tuple(self.logprobs),
+            tuple(self.text_offsets),
             self.finish_reason,
             self.stop_reason,
         )
+
+    def completion(self, index: int = 0) -> CompletionOutput:
+        """The choice as released so far."""
+        d = self.released
+        logprobs = None if self._params.logprobs is None else d.logprobs
+        return CompletionOutput(index, d.text, d.token_ids, logprobs, d.finish_reason, d.stop_reason)
+
+
+def open_choices(
+    tokenizer: Tokenizer,
+    info: EngineInfo,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    ids: Iterator[str],
+    *,
+    continues: bool,
+    **request: Any,
+) -> Iterator[tuple[Request, SequenceAssembler]]:
+    """The `params.n` choices of one prompt: each one's request, checked, and what its StepOutputs go to.
+
+    `ids` names the requests, `request` holds further arguments of Request.create, which raises RequestError. A seed
+    that is given serves every prompt alike, so that an answer does not depend on the prompt's place in a call; where
+    none is given each prompt draws its own. `continues`: the text continues the prompt's.
+    """
+    seed = secrets.randbits(64) if params.seed is None else params.seed
+    for i in range(params.n):
+        made = Request.create(
+            next(ids), prompt_ids, params, info.limits, eos_ids=info.eos_ids, seed=choice_seed(seed, i), **request
+        )
+        yield made, SequenceAssembler(tokenizer, params, prompt_ids=made.prompt_ids if continues else ())

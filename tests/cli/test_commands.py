@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
+from moebius.ops import select_ops
 
 
 def moebius(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -43,8 +45,10 @@ def test_plan_prints_what_the_headers_say(
     plan = json.loads(capsys.readouterr().out)
     weights = load_file(model / "model.safetensors")
     assert plan["weights"]["mapped"] == sum(w.numel() * 4 for w in weights.values())
-    assert plan["bytes_per_token"] == 2 * 2 * 2 * 8 * 4
-    assert plan["num_blocks"] == 1_000_000 // (16 * plan["bytes_per_token"])
+    ops, layers = select_ops("cpu", torch.float32), 2
+    per_block = layers * ops.kv_cache_bytes_per_block(16, 2, 8, torch.float32)
+    assert plan["bytes_per_token"] == per_block // 16
+    assert plan["num_blocks"] == 1_000_000 // per_block
     assert all(tensor["mapped"] for tensor in plan["tensors"])
     assert moebius(monkeypatch, "plan", str(model), "--dtype", "bfloat16", "--tensors") == 0
     assert "copied" in capsys.readouterr().out

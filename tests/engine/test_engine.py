@@ -14,12 +14,20 @@ from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
+from moebius.ops import select_ops
 from moebius.schedule.request import FinishReason, Request, SamplingParams
+from schedule.books import check_books
 
 
 def engine(directory: Path, **options: Any) -> Engine:
     defaults: dict[str, Any] = {"kv_cache_memory_bytes": 2**20, "max_model_len": 512, "max_num_seqs": 32}
     return load_engine(directory, EngineConfig(**{**defaults, **options}), eos_ids=frozenset({0, 2}))
+
+
+def cache_bytes(tokens: int, block_size: int) -> int:
+    """What so many of tiny_model's tokens take in the cache, in float32, with the operations that serve here."""
+    ops = select_ops("cpu", torch.float32)
+    return tokens // block_size * 2 * ops.kv_cache_bytes_per_block(block_size, 2, 8, torch.float32)
 
 
 def make(one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any) -> Request:
@@ -45,7 +53,7 @@ def run(one: Engine, requests: list[Request], limit: int = 5000) -> dict[str, li
         assert limit > 0, "the engine makes no progress"
         for step in one.step():
             outputs[step.request_id].append(step)
-        one.scheduler.check()
+        check_books(one.scheduler)
     assert one.scheduler.drained
     for steps in outputs.values():
         assert [s.finish_reason is not None for s in steps] == [False] * (len(steps) - 1) + [True]
@@ -95,8 +103,7 @@ def test_preempted_requests_get_the_tokens_they_get_alone(tiny_model: Path) -> N
     roomy = engine(tiny_model)
     many = prompts(8, seed=1, low=30, high=40)
     expected = run(roomy, [make(roomy, str(i), p, max_tokens=40) for i, p in enumerate(many)])
-    per_token = 2 * 2 * 2 * 8 * 4
-    tight = engine(tiny_model, kv_cache_memory_bytes=per_token * 160, block_size=4, max_model_len=100)
+    tight = engine(tiny_model, kv_cache_memory_bytes=cache_bytes(160, 4), block_size=4, max_model_len=100)
     got = run(tight, [make(tight, str(i), p, max_tokens=40) for i, p in enumerate(many)])
     assert tight.stats().preemptions > 0
     assert {id: tokens(s) for id, s in got.items()} == {id: tokens(s) for id, s in expected.items()}
@@ -136,9 +143,12 @@ def test_prompt_logprobs_equal_transformers_in_chunks_and_after_preemption(tiny_
 
 
 def test_prompt_logprobs_are_sent_once_despite_preemption(tiny_model: Path) -> None:
-    per_token = 2 * 2 * 2 * 8 * 4
     one = engine(
-        tiny_model, kv_cache_memory_bytes=per_token * 100, block_size=4, max_model_len=100, max_num_batched_tokens=33
+        tiny_model,
+        kv_cache_memory_bytes=cache_bytes(100, 4),
+        block_size=4,
+        max_model_len=100,
+        max_num_batched_tokens=33,
     )
     many = prompts(3, seed=9, low=40, high=41)
     outputs = run(one, [make(one, str(i), p, max_tokens=50, prompt_logprobs=0) for i, p in enumerate(many)])
@@ -215,7 +225,13 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     assert len(tokens(run(one, [make(one, "second", [1, 2, 3])])["second"])) == 8
 
 
-def test_bfloat16_cache_and_weights_run(tiny_model: Path) -> None:
+@pytest.mark.parametrize("isa", ["", "portable", "reference"])
+def test_bfloat16_runs_and_the_fingerprint_names_the_kernels(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str
+) -> None:
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
     one = engine(tiny_model, dtype="bfloat16")
     assert len(tokens(run(one, [make(one, "a", [5, 6, 7])])["a"])) == 8
-    assert one.info.fingerprint.endswith("-approx")
+    ops = select_ops("cpu", torch.bfloat16)
+    assert (ops.name == "reference") == (isa == "reference")
+    assert one.info.fingerprint.endswith(f"_{ops.name}_bfloat16" if ops.one_answer else "_reference_bfloat16-approx")

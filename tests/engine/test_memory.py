@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from engine.test_engine import cache_bytes
 from moebius.config import EngineConfig, FeedForwardConfig, ModelConfig, RopeConfig
 from moebius.engine.load import load_engine
 from moebius.engine.memory import MemoryPlan, WeightBytes, _cgroup_available, available_memory, human_bytes, plan_memory
@@ -83,7 +84,7 @@ def test_too_little_memory_and_too_long_a_context() -> None:
 
 def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
     engine = load_engine(tiny_model, EngineConfig(kv_cache_memory_bytes=100_000, max_model_len=64, block_size=8))
-    per_token = 2 * 2 * 2 * 8 * 4
+    per_token = cache_bytes(8, 8) // 8
     assert engine.info.num_blocks == 100_000 // (8 * per_token) == engine.scheduler.pool.num_blocks
     assert engine.runner.cache.nbytes == engine.info.num_blocks * 8 * per_token
     assert engine.info.limits.max_model_len == 64

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.test_engine import engine, make, prompts, run
+from engine.test_engine import cache_bytes, engine, make, prompts, run
 from moebius.engine.trace import replay
 from moebius.errors import ConfigError
 
@@ -15,7 +15,8 @@ from moebius.errors import ConfigError
 @pytest.fixture
 def trace(tiny_model: Path, tmp_path: Path) -> Path:
     path = tmp_path / "trace.jsonl"
-    one = engine(tiny_model, trace=str(path), block_size=4, kv_cache_memory_bytes=256 * 120, max_model_len=100)
+    options = {"block_size": 4, "kv_cache_memory_bytes": cache_bytes(120, 4), "max_model_len": 100}
+    one = engine(tiny_model, trace=str(path), **options)
     shared = prompts(1, low=24, high=25)[0]
     many = [[*shared, *own] for own in prompts(12, seed=1, low=5, high=30)]
     run(one, [make(one, f"r{i}", p, max_tokens=20, stop_token_ids=(7,), temperature=1.0) for i, p in enumerate(many)])

@@ -13,7 +13,8 @@ from moebius.models.decoder import Decoder
 from moebius.models.layout import sources
 from moebius.models.weights import load_decoder
 from moebius.nn.attention import CausalAttend
-from moebius.ops import select_ops
+from moebius.ops import Ops, select_ops
+from moebius.ops.reference import ReferenceOps
 from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -83,12 +84,16 @@ def _serve(server: Server) -> list[list[int]]:
     return [first, second]
 
 
+OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
+
+
+@pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
 @pytest.mark.parametrize(("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES])
 def test_served_logits_equal_transformers(
-    tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any]
+    tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any], ops: Ops
 ) -> None:
     model = save_tiny(tmp_path, model_type, **overrides)
-    decoder = load_decoder(tmp_path, torch.float32)
+    decoder = load_decoder(tmp_path, torch.float32, ops=ops)
     for block_size in (3, 16) if name == "plain" or "window" in name else (5,):
         server = Server(decoder, block_size, num_blocks=60 // block_size + 2)
         for sequence, ids in enumerate(_serve(server)):
@@ -121,7 +126,7 @@ def test_training_logits_and_gradients_equal_transformers(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
 ) -> None:
     model = save_tiny(tmp_path, model_type, **overrides).train()
-    decoder = load_decoder(tmp_path, torch.float32, mapped=False)
+    decoder = load_decoder(tmp_path, torch.float32, ops=ReferenceOps(), mapped=False)
     ids = torch.randint(0, 67, (3, 11), generator=torch.Generator().manual_seed(1))
     targets = torch.randint(0, 67, (33,), generator=torch.Generator().manual_seed(2))
 
@@ -148,7 +153,7 @@ def test_training_logits_and_gradients_equal_transformers(
 
 def test_documents_in_a_row_do_not_see_each_other() -> None:
     config = model_config(tiny_model("qwen3_moe").config.to_dict())
-    decoder = Decoder(config, select_ops("cpu", torch.float32))
+    decoder = Decoder(config, ReferenceOps())
     decoder.init_weights(torch.Generator().manual_seed(0), std=0.2)
     ids = torch.arange(12)
     documents = torch.tensor([0] * 5 + [1] * 7)

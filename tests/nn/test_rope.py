@@ -11,7 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moebius.config import RopeConfig
 from moebius.nn.rope import Rotary, frequencies
-from moebius.ops import select_ops
+from moebius.ops import Ops, select_ops
+from moebius.ops.reference import ReferenceOps
 
 LONG = {"factor": 8.0, "original_max_position_embeddings": 256}
 CASES: list[tuple[RopeConfig, dict[str, Any]]] = [
@@ -46,12 +47,13 @@ def test_frequencies_equal_transformers(ours: RopeConfig, theirs: dict[str, Any]
     assert attention_factor == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("ops", [ReferenceOps(), select_ops("cpu", torch.float32)], ids=lambda ops: ops.name)
 @pytest.mark.parametrize("partial", [1.0, 0.5])
-def test_rotation_is_complex_multiplication(partial: float) -> None:
+def test_rotation_is_complex_multiplication(partial: float, ops: Ops) -> None:
     head_dim, theta = 8, 100.0
-    cos, sin = Rotary(RopeConfig(theta, partial=partial), head_dim)(torch.tensor([0, 1, 7, 1000]))
+    cos, sin = Rotary(RopeConfig(theta, partial=partial), head_dim, ops)(torch.tensor([0, 1, 7, 1000]))
     x = torch.randn(4, 3, head_dim)
-    out = select_ops("cpu", torch.float32).rotary(x, cos, sin)
+    out = ops.rotary(x, cos, sin)
     rotated = int(head_dim * partial)
     half = rotated // 2
     for t, position in enumerate((0, 1, 7, 1000)):

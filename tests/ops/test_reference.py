@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.ops import select_ops
-from moebius.ops.reference import LOGITS_ROWS, TILE
+from moebius.ops.reference import LOGITS_ROWS, TILE, ReferenceOps
 from moebius.ops.routing import top_k
 from moebius.ops.steps import StepInputs
+from ops.paged import Sequences, as_is, empty_cache
 
-OPS = select_ops("cpu", torch.float32)
+OPS = ReferenceOps()
 
 
 def naive_attention(q_HN: Tensor, k_SGN: Tensor, v_SGN: Tensor, scale: float) -> Tensor:
@@ -34,22 +34,10 @@ def test_paged_attention(window: int | None, heads: int, kv_heads: int, head_dim
     torch.manual_seed(0)
     lengths = [1, 7, TILE, TILE + 1, 2 * TILE + 5, 33, TILE - 1]
     new = [1, 7, 1, 1, 1, 4, TILE - 1]
-    per_sequence = [-(-n // block_size) for n in lengths]
-    order = torch.randperm(sum(per_sequence) + 3).tolist()
-    tables = [[order.pop() for _ in range(n)] for n in per_sequence]
-    dtype = torch.float32
-    size = OPS.kv_cache_bytes_per_block(block_size, kv_heads, head_dim, dtype) * (sum(per_sequence) + 3)
-    cache = OPS.make_kv_cache(torch.full((size,), 255, dtype=torch.uint8), block_size, kv_heads, head_dim, dtype)
     keys = [torch.randn(n, kv_heads, head_dim) for n in lengths]
     values = [torch.randn(n, kv_heads, head_dim) for n in lengths]
-    for table, k, v in zip(tables, keys, values, strict=True):
-        whole = StepInputs.build([[0] * len(k)], [0], [table], [], block_size)
-        OPS.write_kv(cache, k, v, whole.slot_mapping)
-
-    starts = [n - m for n, m in zip(lengths, new, strict=True)]
-    step = StepInputs.build([[0] * m for m in new], starts, tables, [], block_size)
     q = torch.randn(sum(new), heads, head_dim)
-    out = OPS.paged_attention(q, cache, OPS.plan_attention(step, block_size, window), 0.3)
+    out = Sequences(keys, values, new).attend(OPS, q, 0.3, block_size, window=window)
     row = 0
     for b, length in enumerate(lengths):
         for position in range(length - new[b], length):
@@ -62,8 +50,8 @@ def test_paged_attention(window: int | None, heads: int, kv_heads: int, head_dim
 def test_empty_step() -> None:
     step = StepInputs.build([], [], [], [], 4)
     assert step.block_table.shape == (0, 0) and step.query_start.tolist() == [0]
-    cache = OPS.make_kv_cache(torch.zeros(4 * 64, dtype=torch.uint8), 4, 1, 2, torch.float32)
-    OPS.write_kv(cache, torch.zeros(0, 1, 2), torch.zeros(0, 1, 2), step.slot_mapping)
+    cache = empty_cache(OPS, 4, 4, 1, 2, torch.float32)
+    as_is(OPS, cache, torch.zeros(0, 1, 2), torch.zeros(0, 1, 2), step.slot_mapping)
     out = OPS.paged_attention(torch.zeros(0, 2, 2), cache, OPS.plan_attention(step, 4), 1.0)
     assert out.shape == (0, 2, 2)
 
@@ -111,12 +99,11 @@ def test_logits_are_float32_and_never_rounded(rows: int) -> None:
     exact = x.double() @ weight.double().T
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            out = OPS.logits(x, weight)
+            plain, biased = OPS.prepare_linear((weight, None)), OPS.prepare_linear((weight, bias))
+            out = OPS.logits(x, plain)
             with torch.autocast("cpu", torch.bfloat16):
-                assert torch.equal(OPS.logits(x, weight), out)
-            torch.testing.assert_close(
-                OPS.logits(x, weight, bias).double(), exact + bias.double(), rtol=1e-5, atol=1e-5
-            )
+                assert torch.equal(OPS.logits(x, plain), out)
+            torch.testing.assert_close(OPS.logits(x, biased).double(), exact + bias.double(), rtol=1e-5, atol=1e-5)
         assert out.dtype == torch.float32
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 

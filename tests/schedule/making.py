@@ -8,6 +8,7 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.plan import StepPlan
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
 from moebius.schedule.scheduler import Scheduler, SchedulerConfig
+from schedule.books import check_books
 
 KEY = bytes(range(32))
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=4096)
@@ -45,9 +46,9 @@ def make_scheduler(
 def step(scheduler: Scheduler, now: float = 0.0, token: int = 5) -> tuple[StepPlan, list[Request]]:
     """One step in which every chunk that samples draws `token`; the books are checked after each half."""
     plan = scheduler.plan(now)
-    scheduler.check()
+    check_books(scheduler)
     finished = scheduler.update(plan, {chunk.request_id: [token] for chunk in plan.chunks if chunk.samples})
-    scheduler.check()
+    check_books(scheduler)
     return plan, finished
 
 

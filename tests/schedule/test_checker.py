@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from moebius.schedule.checker import Checker, Violation, advance, draw
 from moebius.schedule.plan import StepPlan
 from moebius.schedule.request import FinishReason, Request, RequestStatus
+from schedule.checker import Checker, Violation, advance, draw
 from schedule.making import KEY, make_request, make_scheduler
 
 VOCAB = 1000
@@ -153,7 +153,7 @@ def test_what_a_failed_step_was_to_write_is_garbage():
         story.checker._check_chunks(chunk_of(plan, start=11))
 
 
-def test_quiet_means_that_all_has_ended_and_all_is_back():
+def test_quiet_means_that_all_has_ended_and_all_is_back(monkeypatch):
     story = Story()
     story.add(make_request("a", [1, 2]))
     with story.contradicts("I10", r"\['a'\] never ended"):
@@ -163,7 +163,7 @@ def test_quiet_means_that_all_has_ended_and_all_is_back():
     story.checker.ended(request, FinishReason.ABORT)
     story.checker.quiet()
     pool = story.scheduler.pool
-    pool.check = lambda requests: None
+    monkeypatch.setattr("schedule.books.check_pool", lambda pool, requests: None)
     pool._free.pop()
     with story.contradicts("I12", "1 blocks are held by nobody"):
         story.checker.quiet()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import moebius
-from moebius.schedule.checker import Violation
-from moebius.schedule.simulate import Episode, Stats, main, simulate
+from schedule.checker import Violation
+from schedule.simulate import Episode, Stats, main, simulate
 
 SEED = 1
 STEPS = 200_000
@@ -70,8 +70,9 @@ def test_a_violation_crosses_processes():
 
 
 def test_command_prints_its_figures():
-    environment = os.environ | {"PYTHONPATH": str(Path(moebius.__file__).parents[1])}
-    command = [sys.executable, "-m", "moebius.schedule.simulate", "--steps", "2000", "--seed", "4", "--processes", "2"]
+    paths = (Path(moebius.__file__).parents[1], Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, "-m", "schedule.simulate", "--steps", "2000", "--seed", "4", "--processes", "2"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert "no violation" in run.stdout and "steps/s" in run.stdout and "preemptions" in run.stdout
 
@@ -93,8 +94,8 @@ def test_command_reports_a_violation(monkeypatch, capsys):
     def broken(steps, seed):
         raise Violation("I2", "a reference count is wrong", seed=seed, step=3)
 
-    monkeypatch.setattr("moebius.schedule.simulate.ProcessPoolExecutor", Inline)
-    monkeypatch.setattr("moebius.schedule.simulate.simulate", broken)
+    monkeypatch.setattr("schedule.simulate.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("schedule.simulate.simulate", broken)
     assert main(["--steps", "10", "--seed", "9"]) == 1
     assert "I2 violated in step 3 of the episode with seed 9" in capsys.readouterr().out
 

@@ -9,6 +9,7 @@ from moebius.errors import ConfigError, ContextLengthError, OverloadError, Reque
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import FinishReason, RequestStatus
 from moebius.schedule.scheduler import Scheduler, SchedulerConfig
+from schedule.books import check_books
 from schedule.making import KEY, drain, make_request, make_scheduler, step
 
 
@@ -347,7 +348,7 @@ def update_with(request, tokens, **config):
     scheduler = make_scheduler(**config)
     scheduler.add(request)
     finished = scheduler.update(scheduler.plan(0.0), {request.id: tokens})
-    scheduler.check()
+    check_books(scheduler)
     return finished
 
 
@@ -386,7 +387,7 @@ def test_a_step_that_drew_nothing_computes_its_last_position_again(prompt):
     scheduler = make_scheduler(size=4)
     (request,) = add(scheduler, make_request("a", range(1, prompt + 1)))
     scheduler.update(scheduler.plan(0.0), {})
-    scheduler.check()
+    check_books(scheduler)
     assert len(scheduler.pool.cached) == (prompt - 1) // 4  # the block to be written again is not published
     plan, _ = step(scheduler)
     assert [(c.start, c.num_tokens, c.samples) for c in plan.chunks] == [(prompt - 1, 1, True)]
@@ -463,7 +464,7 @@ def test_rollback_computes_the_step_again():
     used = scheduler.pool.num_used
     plan = scheduler.plan(0.0)
     scheduler.rollback(plan)
-    scheduler.check()
+    check_books(scheduler)
     assert request.num_computed_tokens == 8 and scheduler.pool.num_used == used
     assert len(scheduler.pool.cached) == 2
     again = scheduler.plan(0.0)
@@ -490,7 +491,7 @@ def test_a_numerical_failure_takes_its_blocks_from_the_cache():
     step(scheduler)
     assert scheduler.fail("bad") is bad and bad.finish_reason is FinishReason.ERROR and scheduler.fail("bad") is None
     assert not scheduler.pool.cached
-    scheduler.check()
+    check_books(scheduler)
     drain(scheduler)
     assert not scheduler.pool.cached  # the reader had read them: it published nothing after
 
@@ -542,7 +543,7 @@ def test_check_names_the_broken_invariant(harm, invariant):
     step(scheduler)
     harm(scheduler)
     with pytest.raises(AssertionError, match=invariant):
-        scheduler.check()
+        check_books(scheduler)
 
 
 def test_a_step_of_256_decodes_costs_little():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.checker import Violation
 from moebius.schedule.scheduler import Scheduler
-from moebius.schedule.simulate import simulate
+from schedule.checker import Violation
 from schedule.seeded_bugs import BUGS
+from schedule.simulate import simulate
 
 MAX_STEPS = 200_000
 SEED = 500_000

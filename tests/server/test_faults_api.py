@@ -105,7 +105,7 @@ def test_an_unforeseen_exception_is_a_500_with_an_id_and_logs_no_prompt(
     def broken(self: _Api, request: Any, raw: bytes) -> Any:
         raise KeyError(raw.decode())
 
-    monkeypatch.setattr(_Api, "_open_completion", broken)
+    monkeypatch.setattr(_Api, "completions", broken)
 
     async def check(server: Server) -> None:
         response = await server.post(COMPLETIONS, body())

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from moebius.errors import ConfigError, RequestError, TokenizerError
-from moebius.text import GenerationDefaults, IncrementalDecoder, Tokenizer
+from moebius.text import GenerationDefaults, IncrementalDecoder, Tokenizer, text_offsets
 from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, byte_level, llama, save
 
 TEXTS = [
@@ -255,7 +255,7 @@ def test_streamed_pieces_concatenate_to_the_whole(loaded, data, skip):
         pieces = [decoder.push(i) for i in ids]
         assert 0 <= decoder.num_pending <= 3
         assert "".join(pieces) + decoder.flush() == ours.decode(ids, skip)
-        offsets = ours.text_offsets(ids, skip)
+        offsets = text_offsets(ours, ids, skip)
         assert offsets == [sum(map(len, pieces[:i])) for i in range(len(ids))]
 
 

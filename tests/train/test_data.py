@@ -17,9 +17,9 @@ from moebius.train.data import (
     bytes_per_token,
     document_numbers,
     evaluation_batches,
-    heldout_streams,
     pack,
     prepare,
+    streams,
 )
 from moebius.train.recipe import Recipe
 
@@ -58,9 +58,9 @@ def test_prepared_files_are_used_again_and_remade_for_another_recipe(
 
 
 def test_held_out_streams_need_only_the_tokenizer(data: PreparedData, library: Path) -> None:
-    streams = heldout_streams(read_corpus(0.2, library), data.tokenizer)
-    assert streams.keys() == data.heldout.keys()
-    assert all(np.array_equal(streams[kind], data.heldout[kind]) for kind in streams)
+    found = streams(read_corpus(0.2, library).heldout, data.tokenizer)
+    assert found.keys() == data.heldout.keys()
+    assert all(np.array_equal(found[kind], data.heldout[kind]) for kind in found)
 
 
 def test_document_numbers_against_a_loop() -> None:

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
 from moebius.errors import ConfigError
-from moebius.models import model_config
-from moebius.train.data import PreparedData
-from moebius.train.export import config_json
 from moebius.train.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +59,7 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         ("row_length = 32", "row_length = 65", r"row_length = 65 exceeds model\.max_position_embeddings = 64"),
         ("expert_width = 16", "expert_width = 12", r"expert_width is 12; .* multiple of 8"),
         ("experts_per_token = 2", "experts_per_token = 5", r"top_k .* is 5; .* num_experts = 4"),
+        ("num_layers = 1", "num_layers = 0", r"model\.num_layers is 0; it must be at least 1"),
         ("num_heads = 4", "num_heads = 3", r"num_attention_heads = 3 is no multiple"),
         ("[training]", "[mixture]\nlibrary = -1\n[training]", r"mixture\.library is -1"),
         ("[training]", "[mixture]\nlibrary=0\ntests=0\ndocs=0\nchat=0\n[training]", "every kind of text is"),
@@ -82,8 +81,23 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
-def test_the_exported_config_is_the_recipes_model(recipe: Recipe, data: PreparedData) -> None:
-    assert model_config(config_json(recipe, data.tokenizer)) == recipe.model_config()
+def test_the_model_is_the_recipes(tmp_path: Path) -> None:
+    """qwen3_moe in full: every layer sparse, weights of the chosen experts renormalised, heads normalised, tied."""
+    assert _read(MINIMAL, tmp_path).model_config() == ModelConfig(
+        model_type="qwen3_moe",
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=4096,
+        max_position_embeddings=64,
+        rope=RopeConfig(theta=10_000.0),
+        feed_forward=(FeedForwardConfig(width=16, router=RouterConfig(num_experts=4, top_k=2, weight="renorm")),),
+        windows=(None,),
+        tie_word_embeddings=True,
+        qk_norm="head",
+    )
 
 
 def test_the_bundled_recipe_keeps_its_promises() -> None:

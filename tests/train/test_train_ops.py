@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.nn.attention import CausalAttend
+from moebius.nn.attention import CausalAttend, Rotation
 from moebius.ops.reference import ReferenceOps
 from moebius.train import ops
 from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
 from moebius.train.recipe import Recipe, TrainingRecipe
-from moebius.train.schedule import learning_rate
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -33,16 +32,17 @@ def test_attention_within_documents(
 ) -> None:
     monkeypatch.setattr(ops, "QUERY_BLOCK", 8)
     config, rows = recipe.model_config(), 3
-    q, k, v = (_random(rows * length, heads, 8, seed=heads + i) for i, heads in enumerate((4, 2, 2)))
+    qkv = _random(rows * length, (4 + 2 + 2) * 8)
     starts = torch.zeros(rows, length, dtype=torch.int64)
     if documents == "many":
         starts = (torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < 0.3).long()
     numbers_RL = starts.cumsum(1)
-    out = DocumentAttend(config, numbers_RL, torch.float32)(0, q, k, v)
-    expected = CausalAttend(ReferenceOps(), config, length, numbers_RL.flatten())(0, q, k, v)
+    angles = _random(rows * length, 4, seed=9).detach()
+    rotation = Rotation(ReferenceOps(), angles.cos(), angles.sin(), kv_heads=2, head_dim=8)
+    out = DocumentAttend(config, numbers_RL, torch.float32)(0, qkv, rotation)
+    expected = CausalAttend(ReferenceOps(), config, length, numbers_RL.flatten())(0, qkv, rotation)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    for mine, theirs in zip(_gradients(out, q, k, v), _gradients(expected, q, k, v), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_gradients(out, qkv), _gradients(expected, qkv), atol=1e-5, rtol=1e-5)
 
 
 def test_norm_and_rotation_are_the_references() -> None:
@@ -71,10 +71,10 @@ def test_the_learning_rate_by_hand() -> None:
     recipe = TrainingRecipe(
         steps=21, rows_per_step=1, row_length=1, learning_rate=2.0, warmup_steps=10, final_share=0.1
     )
-    assert learning_rate(recipe, 0) == pytest.approx(0.2)
-    assert learning_rate(recipe, 9) == pytest.approx(2.0)
-    assert learning_rate(recipe, 10) == pytest.approx(2.0)
-    assert learning_rate(recipe, 15) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
-    assert learning_rate(recipe, 20) == pytest.approx(0.2)
+    assert recipe.rate_at(0) == pytest.approx(0.2)
+    assert recipe.rate_at(9) == pytest.approx(2.0)
+    assert recipe.rate_at(10) == pytest.approx(2.0)
+    assert recipe.rate_at(15) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert recipe.rate_at(20) == pytest.approx(0.2)
     quarter = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.3))
-    assert learning_rate(recipe, 13) == pytest.approx(2.0 * quarter)
+    assert recipe.rate_at(13) == pytest.approx(2.0 * quarter)

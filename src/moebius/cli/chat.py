@@ -7,22 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from moebius.cli import options as o
+from moebius.config import EngineConfig
 
 
+@o.takes_engine_config("dtype", "max_model_len", "threads", max_num_seqs=1)
 def chat(
+    config: EngineConfig,
     model: o.Model = "bundled",
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answers.")] = None,
-    dtype: o.Dtype = o.DEFAULTS.dtype,
-    max_model_len: o.MaxModelLen = None,
-    threads: o.Threads = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; Ctrl-D or an empty /quit leaves; /new starts over."""
     from moebius.llm import LLM
 
-    llm = LLM(model, dtype=dtype, max_model_len=max_model_len, threads=threads, max_num_seqs=1)
+    llm = LLM.from_config(model, config)
     if not llm.tokenizer.has_chat_template:
         raise typer.BadParameter(f"{model} has no chat template; use `moebius generate` instead", param_hint="MODEL")
     changes: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}

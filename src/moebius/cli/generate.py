@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,9 @@ from moebius.config import EngineConfig
 from moebius.errors import ConfigError
 
 
+@o.takes_engine_config(*o.SIZES, "threads", "trace")
 def generate(
+    config: EngineConfig,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: one prompt, read from stdin.")] = None,
     model: o.ModelOption = "bundled",
     batch: Annotated[
@@ -30,17 +33,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     n: Annotated[int, typer.Option("-n", help="Completions a prompt.")] = 1,
-    dtype: o.Dtype = o.DEFAULTS.dtype,
-    device: o.Device = o.DEFAULTS.device,
-    max_model_len: o.MaxModelLen = None,
-    max_num_seqs: o.MaxNumSeqs = o.DEFAULTS.max_num_seqs,
-    max_num_batched_tokens: o.MaxNumBatchedTokens = o.DEFAULTS.max_num_batched_tokens,
-    kv_cache_memory_bytes: o.KVCacheMemoryBytes = None,
-    threads: o.Threads = None,
-    trace: o.Trace = None,
 ) -> None:
     """Complete prompts and print them as they finish, or answer a batch file into another."""
-    config = o.engine_config(locals())
     if batch is not None:
         if prompts or output is None:
             raise ConfigError("--batch FILE answers a file: give it --output FILE and no prompts")
@@ -96,30 +90,18 @@ async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) 
     from rich.progress import Progress
 
     from moebius.engine.in_process import InProcessClient
-    from moebius.engine.load import load_engine
-    from moebius.models.hub import resolve_model
+    from moebius.llm import LLM
     from moebius.server.app import create_app
     from moebius.server.batch import run_batch
     from moebius.server.settings import ServerSettings
-    from moebius.text import GenerationDefaults, Tokenizer
 
-    directory = resolve_model(model)
-    tokenizer = Tokenizer.load(directory)
-    defaults = GenerationDefaults.load(directory, tokenizer)
-    client = InProcessClient(
-        load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=config.step_deadline
-    )
+    llm = LLM.from_config(model, config)
+    client = InProcessClient(llm.engine, step_deadline=config.step_deadline)
     # A batch was written for some model's name; here there is but one model.
     names = tuple(dict.fromkeys([model, *(str(call.body["model"]) for call in calls if call.body.get("model"))]))
     settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)
-    app = create_app(client, tokenizer, defaults, settings)
+    app = create_app(client, llm.tokenizer, llm.defaults, settings)
     async with app.router.lifespan_context(app):
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task("calls", total=len(calls))
-            return await run_batch(
-                app,
-                calls,
-                out,
-                concurrency=2 * config.max_num_seqs,
-                on_result=lambda _: progress.advance(task),
-            )
+            advance = partial(progress.advance, progress.add_task("calls", total=len(calls)))
+            return await run_batch(app, calls, out, concurrency=2 * config.max_num_seqs, on_result=advance)

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from moebius.cli.bench import bench
 from moebius.cli.chat import chat
 from moebius.cli.generate import generate
 from moebius.cli.plan import plan
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (serve, generate, chat, plan, replay, train):
     app.command()(command)
+app.add_typer(bench)
 
 
 @app.command()

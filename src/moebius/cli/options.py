@@ -1,37 +1,52 @@
-"""Options that several commands share: one definition each, one way into an EngineConfig."""
+"""Options that several commands share; the engine's are the fields of EngineConfig."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from moebius.config import EngineConfig
 
-Model = Annotated[str, typer.Argument(help="A directory in the Hugging Face layout, a hub id, or 'bundled'.")]
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A directory in the Hugging Face layout, a hub id, or 'bundled'.")
-]
-Dtype = Annotated[str, typer.Option(help="Of weights and KV cache: auto, bfloat16 or float32.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, prompt and output together, in tokens.")]
-MaxNumSeqs = Annotated[int, typer.Option(help="Most sequences in one step.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Token budget of one step.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens in one block of the KV cache.")]
-KVCacheMemoryBytes = Annotated[
-    int | None, typer.Option(help="What the KV cache reserves; default: see `moebius plan`.")
-]
-PrefixCaching = Annotated[bool, typer.Option(help="Share blocks between requests with a common prefix.")]
-ChunkedPrefill = Annotated[bool, typer.Option(help="Compute long prompts in pieces beside running decodes.")]
-Threads = Annotated[int | None, typer.Option(help="Compute threads; default: one a core.")]
-Trace = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Write every scheduling decision to FILE (JSON lines).")
-]
+_MODEL_HELP = "A directory in the Hugging Face layout, a hub id, or 'bundled'."
+Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", help=_MODEL_HELP)]
 
-DEFAULTS = EngineConfig()
+ALL = tuple(EngineConfig.__dataclass_fields__)
+SIZES = ALL[: ALL.index("kv_cache_memory_bytes") + 1]
+"""What the memory plan depends on."""
 
 
-def engine_config(given: Mapping[str, Any]) -> EngineConfig:
-    """An EngineConfig from a command's options (its `locals()`): they carry the same names, others are left out."""
-    return EngineConfig(**{name: given[name] for name in EngineConfig.__dataclass_fields__ if name in given})
+def takes_engine_config(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command: these fields of EngineConfig become its options and arrive as one argument, `config`.
+
+    `defaults` are values that differ from EngineConfig's own, for options and for other fields.
+    """
+    base = EngineConfig(**defaults)
+    hints = get_type_hints(EngineConfig, include_extras=True)
+
+    def option(name: str) -> inspect.Parameter:
+        kind, text = get_args(hints[name])
+        # EngineConfig itself says in one line which words a field may have.
+        shown: Any = str if get_origin(kind) is Literal else kind
+        annotation = Annotated[shown, typer.Option(help=text)]
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=getattr(base, name), annotation=annotation
+        )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            config = replace(base, **{name: given.pop(name) for name in names})
+            command(config=config, **given)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name != "config"]
+        run.__signature__ = signature.replace(parameters=[*own, *map(option, names)])  # type: ignore[attr-defined]
+        return run
+
+    return decorate

@@ -9,24 +9,19 @@ from typing import Annotated
 import typer
 
 from moebius.cli import options as o
+from moebius.config import EngineConfig
 
 
+@o.takes_engine_config(*o.SIZES)
 def plan(
+    config: EngineConfig,
     model: o.Model = "bundled",
-    dtype: o.Dtype = o.DEFAULTS.dtype,
-    device: o.Device = o.DEFAULTS.device,
-    max_model_len: o.MaxModelLen = None,
-    max_num_seqs: o.MaxNumSeqs = o.DEFAULTS.max_num_seqs,
-    max_num_batched_tokens: o.MaxNumBatchedTokens = o.DEFAULTS.max_num_batched_tokens,
-    block_size: o.BlockSize = o.DEFAULTS.block_size,
-    kv_cache_memory_bytes: o.KVCacheMemoryBytes = None,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor too: mapped or copied, and its bytes.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print what weights, KV cache and workspace take, and how many sequences fit; loads nothing."""
-    config = o.engine_config(locals())
     from rich.console import Console
     from rich.table import Table
 

@@ -120,7 +120,7 @@ class Engine:
     def _sample(self, batch: Batch, hidden_LD: Tensor) -> _Results:
         results = _Results()
         count = len(batch.sampled)
-        drawn = sample(self.runner.logits(hidden_LD[:count]), batch.sampled) if count else []
+        drawn = sample(self.runner.logits(hidden_LD[:count]), batch.sampled, self.runner.ops) if count else []
         for request, outcome in zip(batch.sampled, drawn, strict=True):
             if isinstance(outcome, Sampled):
                 results.sampled[request.id] = outcome
@@ -140,7 +140,7 @@ class Engine:
             tokens = rows.token_ids[offset : offset + PROMPT_LOGIT_ROWS]
             first = rows.first + offset
             logits = self.runner.logits(hidden_LD[first : first + len(tokens)])
-            part = token_logprobs(logits, tokens, request.params.prompt_logprobs or 0)
+            part = token_logprobs(logits, tokens, request.params.prompt_logprobs or 0, self.runner.ops)
             if part is None:
                 results.failed[request.id] = not_finite()
                 return

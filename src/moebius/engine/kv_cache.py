@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
-import threading
 import warnings
 from typing import Any
 
@@ -13,10 +11,9 @@ import torch
 
 from moebius.config import ModelConfig
 from moebius.ops import Ops
+from moebius.pages import populate
 
 _HUGE_PAGE = 2 * 2**20
-_TOUCH_BYTES = 64 * 2**20
-_MADV_POPULATE_WRITE = 23
 
 
 class KVCache:
@@ -60,15 +57,5 @@ def _reserve(nbytes: int, device: torch.device) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)
-    # A step that meets an untouched page waits for the kernel to clear it; this thread is there before.
-    threading.Thread(target=_touch, args=(region, buffer.data_ptr()), name="kv-cache-touch", daemon=True).start()
+    populate(buffer.data_ptr(), len(region), write=True, keep=region)
     return buffer
-
-
-def _touch(region: mmap.mmap, address: int) -> None:
-    """Fault every page in without changing what it holds (Linux 5.14; older kernels fault on first use)."""
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for start in range(0, len(region), _TOUCH_BYTES):
-        if madvise(address + start, min(_TOUCH_BYTES, len(region) - start), _MADV_POPULATE_WRITE) != 0:
-            return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,13 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     """Read configuration and safetensors headers, check them, and plan the memory. Raises UsageError."""
     checkpoint = open_checkpoint(directory)
     device = _device(config.device)
+    cores = len(os.sched_getaffinity(0))
+    if config.threads is not None and config.threads > cores:
+        log.warning(
+            "--threads %d is more than the %d cores there are; they will wait for each other", config.threads, cores
+        )
     dtype = _dtype(config.dtype, checkpoint.dtype)
-    ops = select_ops(device, dtype)
+    ops = select_ops(device, dtype, config.threads)
     rows = checkpoint.plan_weights(_name(dtype), device.type)
     mapped = sum(row.nbytes for row in rows if row.mapped)
     total = sum(row.nbytes for row in rows)
@@ -67,9 +73,12 @@ def load_engine(
     prepared: Prepared | None = None,
 ) -> Engine:
     """Load the model and reserve what the plan says. Raises UsageError before anything is allocated."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     prepared = prepared or prepare(directory, config)
+    if prepared.ops.one_answer:
+        # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
+        torch.set_num_threads(1)
+    elif config.threads is not None:
+        torch.set_num_threads(config.threads)
     plan, model_config = prepared.plan, prepared.checkpoint.config
     scheduler = _scheduler(config, plan)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None

@@ -16,6 +16,7 @@ class Runner:
 
     def __init__(self, model: Decoder, cache: KVCache, device: torch.device) -> None:
         self.model = model
+        self.ops = model.ops
         self.cache = cache
         self.device = device
 

@@ -1,12 +1,14 @@
 """Logits to tokens. A draw depends on (logits, sampling parameters, seed, absolute position) and on nothing else.
 
 Order: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Ties go to the lowest id everywhere.
-Log-probabilities are the model's own log-softmax, before any of these. Legend: L rows, V vocabulary.
+Log-probabilities are the model's own log-softmax, before any of these. What touches the whole vocabulary is an
+operation of the backend; here are the few candidates it leaves. Legend: L rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,15 +20,19 @@ from torch import Tensor
 
 from moebius.engine.client import TokenLogprob
 from moebius.errors import EngineError, MoebiusError, NumericalError
+from moebius.ops import Ops
 from moebius.schedule.request import Request, SamplingParams
 
 log = logging.getLogger(__name__)
 
 Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
 
 # Enough candidates for most top-p draws; when their mass does not reach top_p, eight times as many are taken.
 _NUCLEUS_CANDIDATES = 256
+# Below, every difference of float32 logits is beyond exp's range: greedy, but for exact ties.
+_COLDEST = 1e-20
+# In place of minus infinity, which means a broken model.
+_IMPOSSIBLE = float(np.finfo(np.float32).min)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +50,56 @@ def uniform(seed: int, position: int) -> float:
     return ((bits >> 11) + 0.5) * 2.0**-53
 
 
-def sample(logits_LV: Tensor, requests: Sequence[Request]) -> list[Sampled | MoebiusError]:
+def sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
     """One token a row; row i belongs to requests[i].
 
     logits_LV: (L, V) float32, not changed. A row that cannot be drawn from gets its error in place of a token:
-    NumericalError for a NaN or an infinity.
+    NumericalError for a NaN or an infinity, EngineError for what nobody foresaw.
     """
-    finite_L = torch.isfinite(logits_LV).all(dim=-1).tolist()
-    greedy_L = logits_LV.argmax(dim=-1).tolist()
+    try:
+        return _sample(logits_LV, requests, ops)
+    except Exception:
+        log.exception("sampling failed for %d requests; each is tried alone", len(requests))
+        return [_sample_alone(logits_LV[row : row + 1], request, ops) for row, request in enumerate(requests)]
+
+
+def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | MoebiusError:
+    try:
+        return _sample(logits_1V, [request], ops)[0]
+    except Exception as error:
+        failure = EngineError("the engine failed to draw a token for this request")
+        failure.__cause__ = error
+        return failure
+
+
+def _sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
+    shaped_LV = _shaped(logits_LV, requests)
+    device = logits_LV.device
+    temperature_L = torch.tensor([_temperature(each.params) for each in requests], dtype=torch.float32)
+    candidates = max((_candidates(each.params) for each in requests), default=0)
+    log_sums_L, ids_LK = ops.log_softmax_top_k(shaped_LV, max(candidates, 1), temperature_L.to(device))
+    log_sums = log_sums_L.tolist()
+    tokens = {row: best for row, best in enumerate(ids_LK[:, 0].tolist()) if not math.isnan(log_sums[row])}
+    drawn = [row for row in tokens if not requests[row].params.greedy]
+    free = [row for row in drawn if not _candidates(requests[row].params)]
+    if free:
+        uniform_L = torch.tensor([_uniform(requests[row]) for row in free], dtype=torch.float64).to(device)
+        found = ops.draw(shaped_LV[free], temperature_L[free].to(device), uniform_L)
+        tokens.update(zip(free, found.tolist(), strict=True))
+    for row in set(drawn).difference(free):
+        tokens[row] = _draw(shaped_LV[row], ids_LK[row], log_sums[row], requests[row], ops)
+    if shaped_LV is not logits_LV:
+        tokens = {row: token for row, token in tokens.items() if float(shaped_LV[row, token]) != _IMPOSSIBLE}
+    scored = [row for row in tokens if requests[row].params.logprobs is not None]
+    tops = [requests[row].params.logprobs or 0 for row in scored]
+    logprobs = dict(zip(scored, _logprobs(logits_LV[scored], [tokens[row] for row in scored], tops, ops), strict=True))
     return [
-        _outcome(logits_LV[row], request, greedy_L[row]) if finite_L[row] else not_finite()
-        for row, request in enumerate(requests)
+        not_finite()
+        if math.isnan(log_sums[row])
+        else Sampled(tokens[row], logprobs.get(row))
+        if row in tokens
+        else NumericalError("min_tokens and logit_bias leave no token that could be drawn")
+        for row in range(len(requests))
     ]
 
 
@@ -62,56 +107,45 @@ def not_finite() -> NumericalError:
     return NumericalError("the model produced NaN or infinite logits for this request")
 
 
-def _outcome(logits_V: Tensor, request: Request, greedy: int) -> Sampled | MoebiusError:
-    params = request.params
-    try:
-        if params.greedy and not _shapes_logits(request):
-            token = greedy
-        else:
-            token = _draw(_shaped(_host(logits_V), request), request)
-        return Sampled(token, None if params.logprobs is None else _logprob(logits_V, token, params.logprobs))
-    except MoebiusError as error:
-        return error
-    except Exception as error:
-        log.exception("sampling failed for request %s", request.id)
-        failure = EngineError("the engine failed to draw a token for this request")
-        failure.__cause__ = error
-        return failure
-
-
-def token_logprobs(logits_LV: Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprob] | None:
+def token_logprobs(logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: Ops) -> list[TokenLogprob] | None:
     """Log-probabilities of given tokens, one a row: what prompt log-probabilities are. None if not finite."""
-    if not bool(torch.isfinite(logits_LV).all()):
-        return None
-    return [_logprob(logits_LV[row], token, top) for row, token in enumerate(token_ids)]
+    found = _logprobs(logits_LV, token_ids, [top] * len(token_ids), ops)
+    return None if any(math.isnan(each.logprob) for each in found) else found
 
 
-def _host(logits_V: Tensor) -> NDArray[np.float32]:
-    return logits_V.detach().to("cpu", torch.float32).numpy()
+def _logprobs(logits_LV: Tensor, token_ids: Sequence[int], tops: Sequence[int], ops: Ops) -> list[TokenLogprob]:
+    """Row by row: the token's log-probability, its rank, and the `top` most likely tokens'."""
+    if not token_ids:
+        return []
+    log_sums_L, ids_LK = ops.log_softmax_top_k(logits_LV, max(1, *tops))
+    values_LK = logits_LV.gather(1, ids_LK).double() - log_sums_L.unsqueeze(1)
+    own = torch.tensor(token_ids, device=logits_LV.device).unsqueeze(1)
+    own_L1 = logits_LV.gather(1, own)
+    above_L = (logits_LV > own_L1).sum(-1)
+    before = torch.arange(logits_LV.shape[-1], device=logits_LV.device) < own
+    ranks = (1 + above_L + ((logits_LV == own_L1) & before).sum(-1)).tolist()
+    mine = (own_L1.double().squeeze(1) - log_sums_L).tolist()
+    best = [list(zip(*pair, strict=True)) for pair in zip(ids_LK.tolist(), values_LK.tolist(), strict=True)]
+    return [
+        TokenLogprob(token, mine[row], ranks[row], tuple(best[row][: tops[row]])) for row, token in enumerate(token_ids)
+    ]
 
 
-def _logprob(logits_V: Tensor, token: int, top: int) -> TokenLogprob:
-    row = _host(logits_V).astype(np.float64)
-    shifted = row - row.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum())
-    own = logprobs[token]
-    rank = 1 + int((logprobs > own).sum()) + int((logprobs[:token] == own).sum())
-    best = _best(row, top)
-    return TokenLogprob(token, float(own), rank, tuple((int(i), float(logprobs[i])) for i in best))
+def _uniform(request: Request) -> float:
+    return uniform(request.seed, request.num_tokens)
 
 
-def _best(row: Float64, count: int) -> Int64:
-    """Indices of the `count` largest values, largest first, ties to the lowest index."""
-    if count <= 0:
-        return np.empty(0, np.int64)
-    if count < row.size:
-        threshold = np.partition(row, row.size - count)[row.size - count]
-        above = np.flatnonzero(row > threshold)
-        candidates = np.concatenate((above, np.flatnonzero(row == threshold)[: count - above.size]))
-    else:
-        candidates = np.arange(row.size)
-    order: Int64 = np.lexsort((candidates, -row[candidates]))
-    return np.asarray(candidates[order], np.int64)
+def _temperature(params: SamplingParams) -> float:
+    return 1.0 if params.greedy else max(params.temperature, _COLDEST)
+
+
+def _candidates(params: SamplingParams) -> int:
+    """How many of the most likely ids a draw needs to see; 0 where it takes the whole vocabulary."""
+    if params.greedy:
+        return 1
+    if params.top_k > 0:
+        return params.top_k
+    return _NUCLEUS_CANDIDATES if params.top_p < 1.0 or params.min_p > 0.0 else 0
 
 
 def _shapes_logits(request: Request) -> bool:
@@ -125,7 +159,18 @@ def _shapes_logits(request: Request) -> bool:
     )
 
 
-def _shaped(logits_V: NDArray[np.float32], request: Request) -> Float64:
+def _shaped(logits_LV: Tensor, requests: Sequence[Request]) -> Tensor:
+    """The logits with what requests ask for before temperature; themselves where none asks."""
+    rows = [row for row, request in enumerate(requests) if _shapes_logits(request)]
+    if not rows:
+        return logits_LV
+    shaped_LV = logits_LV.clone()
+    for row in rows:
+        shaped_LV[row] = torch.from_numpy(_shaped_row(logits_LV[row].cpu().numpy(), requests[row])).to(logits_LV.device)
+    return shaped_LV
+
+
+def _shaped_row(logits_V: NDArray[np.float32], request: Request) -> NDArray[np.float32]:
     """Bias, penalties (repetition: CTRL, arXiv 1909.05858; presence and frequency: OpenAI's), min_tokens."""
     params = request.params
     row = logits_V.astype(np.float64)
@@ -139,54 +184,25 @@ def _shaped(logits_V: NDArray[np.float32], request: Request) -> Float64:
         drawn, counts = np.unique(np.array(request.output_ids, np.int64), return_counts=True)
         row[drawn] -= params.presence_penalty + params.frequency_penalty * counts
     if len(request.output_ids) < params.min_tokens:
-        row[list(request.stop_ids)] = -np.inf
-    return row
+        row[list(request.stop_ids)] = _IMPOSSIBLE
+    return row.astype(np.float32)
 
 
-def _draw(row: Float64, request: Request) -> int:
-    params = request.params
-    if not np.isfinite(row.max()):
-        raise NumericalError("min_tokens and logit_bias leave no token that could be drawn")
-    if params.greedy:
-        return int(row.argmax())
-    with np.errstate(over="ignore"):
-        scaled = (row - row.max()) / params.temperature
-    kept, weights = _truncated(np.exp(scaled), params)
-    cumulative = np.cumsum(weights)
-    u = uniform(request.seed, request.num_tokens)
-    index = min(int(np.searchsorted(cumulative, u * cumulative[-1], side="right")), weights.size - 1)
-    return index if kept is None else int(kept[index])
+def _draw(logits_V: Tensor, ids_K: Tensor, log_sum: float, request: Request, ops: Ops) -> int:
+    """A draw from what top_k, top_p (nucleus: Holtzman et al., arXiv 1904.09751) and min_p leave.
 
-
-def _truncated(weights: Float64, params: SamplingParams) -> tuple[Int64 | None, Float64]:
-    """What top_k, top_p and min_p leave of unnormalised weights: (ids, most likely first, and their weights).
-
-    ids is None where nothing was cut, and then the weights are in order of their ids.
+    ids_K: the most likely ids, as many as `_candidates` says or more. log_sum: logsumexp(logits / temperature).
     """
-    if params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0:
-        return None, weights
-    ids: Int64 | None = None
-    if 0 < params.top_k < weights.size:
-        ids = _best(weights, params.top_k)
-    if params.top_p < 1.0:
-        ids = _nucleus(weights, ids, params.top_p)
-    if ids is None:
-        ids = np.flatnonzero(weights > 0)
-    left = weights[ids]
-    if params.min_p > 0.0:
-        enough = left >= params.min_p * left.max()
-        ids, left = ids[enough], left[enough]
-    return ids, left
-
-
-def _nucleus(weights: Float64, ids: Int64 | None, top_p: float) -> Int64:
-    """The smallest set of most likely ids whose mass reaches top_p (Holtzman et al., arXiv 1904.09751)."""
-    total = weights.sum() if ids is None else weights[ids].sum()
-    count = _NUCLEUS_CANDIDATES
-    while True:
-        candidates = _best(weights, count) if ids is None else ids
-        before = np.cumsum(weights[candidates]) - weights[candidates]
-        inside = before < top_p * total
-        if ids is not None or not inside.all() or candidates.size == weights.size:
-            return np.asarray(candidates[inside], np.int64)
-        count *= 8
+    params, temperature = request.params, _temperature(request.params)
+    if params.top_k > 0:
+        ids_K = ids_K[: params.top_k]
+    values: Float64 = logits_V[ids_K].double().cpu().numpy()
+    weights = np.exp((values - values[0]) / temperature)
+    total = weights.sum() if params.top_k > 0 else math.exp(log_sum - values[0] / temperature)
+    kept = (np.cumsum(weights) - weights < params.top_p * total) & (weights >= params.min_p * weights[0])
+    if kept[-1] and params.top_k <= 0 and len(ids_K) < len(logits_V):
+        _, more = ops.log_softmax_top_k(logits_V.unsqueeze(0), 8 * len(ids_K))
+        return _draw(logits_V, more[0], log_sum, request, ops)
+    cumulative = np.cumsum(weights[kept])
+    index = int(np.searchsorted(cumulative, _uniform(request) * cumulative[-1], side="right"))
+    return int(ids_K[min(index, len(cumulative) - 1)])

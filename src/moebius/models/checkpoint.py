@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from moebius.config import ModelConfig
+from moebius.config import ModelConfig, read_json
 from moebius.errors import ConfigError, WeightsError
 from moebius.models import checkpoint_layouts, model_config
 from moebius.models.layout import Source, sources
@@ -86,19 +86,6 @@ class Checkpoint:
 
 def _file(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
-
-
-def read_json(path: Path, error: type[ConfigError] | type[WeightsError]) -> dict[str, Any]:
-    """A JSON object from a file. Raises `error` naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
-        raise error(f"{path} cannot be read as JSON: {cause}") from None
-    if not isinstance(value, dict):
-        raise error(f"{path} holds {type(value).__name__}; it must be a JSON object")
-    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,7 +166,7 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
         other = sorted(path.name for path in directory.glob("*.bin"))
         hint = f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors" if other else ""
         raise WeightsError(f"{directory} holds neither {_SINGLE} nor {_INDEX}{hint}")
-    weight_map = read_json(directory / _INDEX, WeightsError).get("weight_map")
+    weight_map = read_json(directory / _INDEX, error=WeightsError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise WeightsError(f"{_file(directory / _INDEX)}: weight_map must map tensor names to files")
     tensors: dict[str, StoredTensor] = {}
@@ -236,7 +223,7 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no directory; a model is a directory with config.json and safetensors files")
-    config_json = read_json(directory / "config.json", ConfigError)
+    config_json = read_json(directory / "config.json")
     config = model_config(config_json)
     tensors = read_tensors(directory)
     return Checkpoint(directory, config_json, config, tensors, _match(directory, config, tensors))
@@ -246,7 +233,7 @@ def fingerprint(directory: Path | str) -> str:
     """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each tensor."""
     directory = Path(directory)
     digest = blake2b(digest_size=8, person=b"moebius-weights")
-    digest.update(json.dumps(read_json(directory / "config.json", ConfigError), sort_keys=True).encode())
+    digest.update(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
     tensors = sorted(read_tensors(directory).values(), key=lambda t: (t.file.name, t.start))
     for path in sorted({tensor.file for tensor in tensors}):
         with path.open("rb") as file:

@@ -6,6 +6,7 @@ Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attentio
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +26,21 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops, dispatch: Dispatcher, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.residual_multiplier = config.residual_multiplier
+        self.multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
         self.self_attn = Attention(config, ops, layer, dtype)
         self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = FeedForward(config.feed_forward[layer], config.hidden_size, ops, dispatch, dtype)
 
-    def _add(self, x_TD: Tensor, update_TD: Tensor) -> Tensor:
-        if self.residual_multiplier != 1.0:
-            update_TD = update_TD * self.residual_multiplier
-        return x_TD + update_TD
-
-    def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> tuple[Tensor, Routing | None]:
-        x_TD = self._add(x_TD, self.self_attn(self.input_layernorm(x_TD), cos_TR, sin_TR, attend))
-        out_TD, routing = self.mlp(self.post_attention_layernorm(x_TD))
-        return self._add(x_TD, out_TD), routing
+    def forward(
+        self, x_TD: Tensor, update_TD: Tensor | None, cos_TR: Tensor, sin_TR: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """The residual stream without this layer's last update, that update, and the routing."""
+        x_TD, normed_TD = self.input_layernorm.add(x_TD, update_TD, self.multiplier)
+        update_TD = self.self_attn(normed_TD, cos_TR, sin_TR, attend)
+        x_TD, normed_TD = self.post_attention_layernorm.add(x_TD, update_TD, self.multiplier)
+        update_TD, routing = self.mlp(normed_TD)
+        return x_TD, update_TD, routing
 
 
 class Decoder(nn.Module):
@@ -74,7 +75,8 @@ class Decoder(nn.Module):
             self.lm_head: Linear | None = None
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
-        self.rotary = Rotary(config.rope, config.head_dim)
+        self._head: Any = None
+        self.rotary = Rotary(config.rope, config.head_dim, ops)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), after the last norm, and each layer's routing (None for a dense layer)."""
@@ -82,16 +84,18 @@ class Decoder(nn.Module):
         if self.config.embedding_multiplier != 1.0:
             x_TD = x_TD * self.config.embedding_multiplier
         cos_TR, sin_TR = self.rotary(positions_T)
-        routings = []
+        update_TD, routings = None, []
         for layer in self.layers:
-            x_TD, routing = layer(x_TD, cos_TR, sin_TR, attend)
+            x_TD, update_TD, routing = layer(x_TD, update_TD, cos_TR, sin_TR, attend)
             routings.append(routing)
-        return self.norm(x_TD), routings
+        return self.norm.add(x_TD, update_TD, self.config.residual_multiplier)[1], routings
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
-        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits_LV = self.ops.logits(hidden_LD, weight_VD)
+        if self._head is None:
+            weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+            self._head = self.ops.prepare_linear((weight_VD, None))
+        logits_LV = self.ops.logits(hidden_LD, self._head)
         return logits_LV if self.config.logits_divisor == 1.0 else logits_LV / self.config.logits_divisor
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from moebius.models.checkpoint import Checkpoint, StoredTensor, fingerprint, ope
 from moebius.models.decoder import Decoder
 from moebius.models.layout import Source, sources
 from moebius.ops import Ops, select_ops
+from moebius.pages import populate
 
 __all__ = ["fingerprint", "load_decoder", "open_checkpoint", "save_checkpoint"]
 
@@ -38,7 +39,7 @@ class _Files:
         if stored.file not in self._maps:
             with stored.file.open("rb") as file:
                 self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[stored.file].madvise(mmap.MADV_WILLNEED)
+            _bring_in(self._maps[stored.file])
         dtype = _TORCH_DTYPES[stored.dtype]
         count = math.prod(source.shape)
         row = math.prod(source.stored_shape[2:])
@@ -54,6 +55,15 @@ class _Files:
                 raw = bytearray(region[start : start + count * dtype.itemsize])
                 return torch.frombuffer(raw, dtype=dtype, count=count).view(source.shape)
             return torch.frombuffer(region, dtype=dtype, count=count, offset=start).view(source.shape)
+
+
+def _bring_in(region: mmap.mmap) -> None:
+    """Read a mapped file ahead, and enter its pages into our page table, while loading goes on."""
+    region.madvise(mmap.MADV_WILLNEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        address = torch.frombuffer(region, dtype=torch.uint8).data_ptr()
+    populate(address, len(region), write=False, keep=region)
 
 
 def _place(decoder: Decoder, name: str, parameter: nn.Parameter) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.ops, self.activation = ops, config.activation
+        self._prepared: Any = None
 
         def tensors(*shape: int, wanted: bool = True) -> nn.ParameterList:
             return nn.ParameterList(
@@ -36,4 +39,6 @@ class Experts(nn.Module):
         return ExpertWeights(*(tuple(each._parameters.values()) for each in lists))  # type: ignore[arg-type]
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None) -> Tensor:
-        return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self.weights(), self.activation)
+        if self._prepared is None:
+            self._prepared = self.ops.prepare_experts(self.weights(), self.activation)
+        return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self._prepared)

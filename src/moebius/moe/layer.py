@@ -21,7 +21,7 @@ class FeedForward(nn.Module):
         self, config: FeedForwardConfig, hidden_size: int, ops: Ops, dispatch: Dispatcher, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.dispatch = dispatch
+        self.ops, self.dispatch = ops, dispatch
         router = config.router
         if router is not None and router.weight_on_input:
             raise ConfigError("a router whose weight multiplies the expert's input is not supported")
@@ -42,8 +42,7 @@ class FeedForward(nn.Module):
         routing = self.router(x_TD)
         out_TD = self.dispatch(x_TD, routing, self.experts)
         if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = torch.sigmoid(self.shared_gate(x_TD)) * shared_TD
-            out_TD = out_TD + shared_TD
+            gate = self.shared_gate
+            gate_T1 = None if gate is None else gate.logits(x_TD)
+            out_TD = self.ops.add_gated(out_TD, self.shared(x_TD), gate_T1)
         return out_TD, routing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Router(nn.Module):
     def __init__(self, ops: Ops, config: RouterConfig, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.ops, self.config = ops, config
+        self._prepared: Any = None
         self.weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(config.num_experts, dtype=dtype)) if config.logit_bias else None
         self.selection_bias: nn.Parameter | None = None
@@ -37,5 +38,7 @@ class Router(nn.Module):
             self.selection_bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        logits_TE = self.ops.logits(x_TD, self.weight, self.bias)
+        if self._prepared is None:
+            self._prepared = self.ops.prepare_linear((self.weight, self.bias))
+        logits_TE = self.ops.logits(x_TD, self._prepared)
         return Routing(*self.ops.route(logits_TE, self.config, self.selection_bias), logits_TE)

@@ -6,7 +6,7 @@ Serving hands in a PagedAttend, training a CausalAttend; the decoder knows neith
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,39 @@ from moebius.nn.linear import Linear, RMSNorm
 from moebius.ops import Ops
 from moebius.ops.steps import StepInputs
 
-__all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "StepInputs"]
+__all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "Rotation", "StepInputs"]
+
+
+class Rotation(NamedTuple):
+    """What is done to a layer's query and key heads before they meet: a norm where the architecture has one, then the
+    rotation by the step's cos and sin (T, R). kv_heads and head_dim say where the heads lie."""
+
+    ops: Ops
+    cos_TR: Tensor
+    sin_TR: Tensor
+    kv_heads: int
+    head_dim: int
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
+
+    def __call__(self, qkv_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (T, H, N) and k (T, G, N), ready to meet, and v (T, G, N)."""
+        heads_TXN = qkv_TI.unflatten(1, (-1, self.head_dim))
+        sizes = (heads_TXN.shape[1] - 2 * self.kv_heads, self.kv_heads, self.kv_heads)
+        q_THN, k_TGN, v_TGN = heads_TXN.split(sizes, dim=1)
+        q_THN = q_THN if self.q_norm is None else self.q_norm(q_THN.contiguous())
+        k_TGN = k_TGN if self.k_norm is None else self.k_norm(k_TGN.contiguous())
+        return (
+            self.ops.rotary(q_THN, self.cos_TR, self.sin_TR),
+            self.ops.rotary(k_TGN, self.cos_TR, self.sin_TR),
+            v_TGN,
+        )
 
 
 class Attend(Protocol):
-    """How a layer's queries meet keys and values: (layer, q_THN, k_TGN, v_TGN) -> o_THN."""
+    """How a layer's queries meet keys and values: heads as projected, side by side (T, (H + 2G) * N), to (T, H, N)."""
 
-    def __call__(self, layer: int, q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor: ...
 
 
 class PagedAttend:
@@ -35,9 +61,19 @@ class PagedAttend:
         self._ops, self._config, self._caches, self._step = ops, config, caches, step
         self._plans = {window: ops.plan_attention(step, block_size, window) for window in set(config.windows)}
 
-    def __call__(self, layer: int, q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         cache = self._caches[layer]
-        self._ops.write_kv(cache, k_TGN, v_TGN, self._step.slot_mapping)
+        _, cos_TR, sin_TR, _, _, q_norm, k_norm = rotation
+        q_THN = self._ops.rotate_and_store(
+            qkv_TI,
+            cos_TR,
+            sin_TR,
+            cache,
+            self._step.slot_mapping,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            self._config.norm_eps,
+        )
         plan = self._plans[self._config.windows[layer]]
         return self._ops.paged_attention(q_THN, cache, plan, self._config.scale)
 
@@ -52,7 +88,8 @@ class CausalAttend:
         self._ops, self._config = ops, config
         self._row_length, self._document_ids_T = row_length, document_ids_T
 
-    def __call__(self, layer: int, q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
+        q_THN, k_TGN, v_TGN = rotation(qkv_TI)
         return self._ops.causal_attention(
             q_THN,
             k_TGN,
@@ -70,6 +107,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.ops, self.layer = config, ops, layer
+        self._projections: Any = None
         width, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
         self.q_proj = Linear(ops, width, q_size, bias=config.qkv_bias, dtype=dtype)
         self.k_proj = Linear(ops, width, kv_size, bias=config.qkv_bias, dtype=dtype)
@@ -82,20 +120,24 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(ops, q_size if full else config.head_dim, config.norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(ops, kv_size if full else config.head_dim, config.norm_eps, dtype=dtype)
 
-    def _heads(self, x_TI: Tensor, norm: RMSNorm | None) -> Tensor:
-        """Norm, clip and split into heads (T, heads, N)."""
-        if norm is not None and self.config.qk_norm == "full":
-            x_TI = norm(x_TI)
-        if self.config.clip_qkv is not None:
-            x_TI = x_TI.clamp(-self.config.clip_qkv, self.config.clip_qkv)
-        heads = x_TI.view(x_TI.shape[0], x_TI.shape[1] // self.config.head_dim, self.config.head_dim)
-        if norm is not None and self.config.qk_norm == "head":
-            heads = norm(heads)
-        return heads
+    def _full_norm(self, qkv_TI: Tensor) -> Tensor:
+        """Norm all query heads as one vector, and all key heads (OLMoE), then clip (OLMo)."""
+        config = self.config
+        if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "full":
+            q_TI, k_TI, v_TI = qkv_TI.split((config.q_size, config.kv_size, config.kv_size), dim=1)
+            qkv_TI = torch.cat((self.q_norm(q_TI.contiguous()), self.k_norm(k_TI.contiguous()), v_TI), dim=1)
+        return qkv_TI if config.clip_qkv is None else qkv_TI.clamp(-config.clip_qkv, config.clip_qkv)
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:
-        q_THN = self.ops.rotary(self._heads(self.q_proj(x_TD), self.q_norm), cos_TR, sin_TR)
-        k_TGN = self.ops.rotary(self._heads(self.k_proj(x_TD), self.k_norm), cos_TR, sin_TR)
-        v_TGN = self._heads(self.v_proj(x_TD), None)
-        out_TD: Tensor = self.o_proj(attend(self.layer, q_THN, k_TGN, v_TGN).flatten(1))
+        config = self.config
+        if self._projections is None:
+            self._projections = self.ops.prepare_linear(
+                *((p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
+            )
+        qkv_TI = self.ops.linear(x_TD, self._projections)
+        if config.qk_norm == "full" or config.clip_qkv is not None:
+            qkv_TI = self._full_norm(qkv_TI)
+        norms = (self.q_norm, self.k_norm) if config.qk_norm == "head" else ()
+        rotation = Rotation(self.ops, cos_TR, sin_TR, config.num_kv_heads, config.head_dim, *norms)
+        out_TD: Tensor = self.o_proj(attend(self.layer, qkv_TI, rotation).flatten(1))
         return out_TD

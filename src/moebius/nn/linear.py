@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,20 @@ class Linear(nn.Module):
         self.ops = ops
         self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype)) if bias else None
+        self._prepared: Any = None
+
+    def prepared(self) -> Any:
+        """The backend's handle, made at first use: parameters are in their place by then."""
+        if self._prepared is None:
+            self._prepared = self.ops.prepare_linear((self.weight, self.bias))
+        return self._prepared
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        return self.ops.linear(x_TI, self.weight, self.bias)
+        return self.ops.linear(x_TI, self.prepared())
+
+    def logits(self, x_TI: Tensor) -> Tensor:
+        """In float32, never rounded."""
+        return self.ops.logits(x_TI, self.prepared())
 
 
 class RMSNorm(nn.Module):
@@ -31,3 +44,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, update: Tensor | None, multiplier: float) -> tuple[Tensor, Tensor]:
+        """The residual stream x + multiplier * update, and its norm; without an update, x and its norm."""
+        if update is None:
+            return x, self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, update, multiplier, self.weight, self.eps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moebius.config import RopeConfig
+from moebius.ops import Ops
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
@@ -64,12 +65,12 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 class Rotary:
     """cos and sin of a step's positions, worked out once for all layers, in float32."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, ops: Ops) -> None:
+        self._ops = ops
         self._inverse_R, self._factor = frequencies(rope, head_dim)
 
     def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, R)."""
         if self._inverse_R.device != positions_T.device:
             self._inverse_R = self._inverse_R.to(positions_T.device)
-        angles_TR = positions_T.float().unsqueeze(1) * self._inverse_R
-        return angles_TR.cos() * self._factor, angles_TR.sin() * self._factor
+        return self._ops.rotation(positions_T, self._inverse_R, self._factor)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
 from moebius.ops import ExpertWeights
-from moebius.ops.routing import route
+from moebius.ops.routing import route, top_k
 from moebius.ops.steps import StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles of this size.
@@ -73,10 +73,15 @@ class ReferenceOps:
     name = "reference"
     one_answer = False
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        return F.linear(x_TI, weight_OI, bias_O)
+    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        return layers
 
-    def logits(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    def linear(self, x_TI: Tensor, layers: tuple[tuple[Tensor, Tensor | None], ...]) -> Tensor:
+        outs = [F.linear(x_TI, weight_OI, bias_O) for weight_OI, bias_O in layers]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+    def logits(self, x_TI: Tensor, layers: tuple[tuple[Tensor, Tensor | None], ...]) -> Tensor:
+        ((weight_OI, bias_O),) = layers
         with torch.autocast(x_TI.device.type, enabled=False):
             x = x_TI.float()
             bias = None if bias_O is None else bias_O.float()
@@ -91,6 +96,16 @@ class ReferenceOps:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return x.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
+    def add_rms_norm(
+        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x_TD = x_TD + (update_TD if multiplier == 1.0 else update_TD * multiplier)
+        return x_TD, self.rms_norm(x_TD, weight_D, eps)
+
+    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        angles_TR = positions_T.float().unsqueeze(1) * inverse_R
+        return angles_TR.cos() * factor, angles_TR.sin() * factor
+
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         half = cos_TR.shape[-1]
         cos, sin = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
@@ -98,19 +113,44 @@ class ReferenceOps:
         rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THN.dtype)
         return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
+    def rotate_and_store(
+        self,
+        qkv_TI: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        cache: ReferenceCache,
+        slot_mapping_T: Tensor,
+        q_norm_N: Tensor | None = None,
+        k_norm_N: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        heads_TXN = qkv_TI.unflatten(1, (-1, cache.k.shape[-1]))
+        kv_heads = cache.k.shape[2]
+        q_THN, k_TGN, v_TGN = heads_TXN.split((heads_TXN.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+        if q_norm_N is not None:
+            q_THN = self.rms_norm(q_THN, q_norm_N, eps)
+        if k_norm_N is not None:
+            k_TGN = self.rms_norm(k_TGN, k_norm_N, eps)
+        for store, new in ((cache.k, self.rotary(k_TGN, cos_TR, sin_TR)), (cache.v, v_TGN)):
+            store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
+        return self.rotary(q_THN, cos_TR, sin_TR)
+
     def route(
         self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return route(logits_TE, config, selection_bias_E)
+
+    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> tuple[ExpertWeights, Activation]:
+        return weights, activation
 
     def experts(
         self,
         x_TD: Tensor,
         weights_TK: Tensor | None,
         expert_ids_TK: Tensor | None,
-        weights: ExpertWeights,
-        activation: Activation,
+        experts: tuple[ExpertWeights, Activation],
     ) -> Tensor:
+        weights, activation = experts
         if weights_TK is None or expert_ids_TK is None:
             return _one_expert(x_TD, weights, 0, activation)
         tokens, k = expert_ids_TK.shape
@@ -129,6 +169,9 @@ class ReferenceOps:
         out_TKD = out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
         return combine(out_TKD, weights_TK).to(x_TD.dtype)
 
+    def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
+        return a_TD + (b_TD if gate_T1 is None else (torch.sigmoid(gate_T1) * b_TD).to(b_TD.dtype))
+
     def kv_cache_bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
 
@@ -137,10 +180,6 @@ class ReferenceOps:
     ) -> ReferenceCache:
         k, v = buffer.view(dtype).view(2, -1, block_size, num_kv_heads, head_dim)
         return ReferenceCache(k, v)
-
-    def write_kv(self, cache: ReferenceCache, k_TGN: Tensor, v_TGN: Tensor, slot_mapping_T: Tensor) -> None:
-        for store, new in ((cache.k, k_TGN), (cache.v, v_TGN)):
-            store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
 
     def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> list[AttentionGroup]:
         starts, lengths = step.query_start_host, step.seq_lens_host
@@ -156,11 +195,37 @@ class ReferenceOps:
         groups += [_plan_decodes(step, members, n * TILE, block_size, window) for n, members in decodes.items()]
         return groups
 
-    def paged_attention(self, q_THN: Tensor, cache: ReferenceCache, plan: list[AttentionGroup], scale: float) -> Tensor:
+    def paged_attention(
+        self,
+        q_THN: Tensor,
+        cache: ReferenceCache,
+        plan: list[AttentionGroup],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         out_THN = torch.empty_like(q_THN)
+        plain = softcap is None and sinks_H is None
         for group in plan:
-            out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale)
+            if plain:
+                out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale)
+            else:
+                out_THN[group.rows] = _attend_by_hand(q_THN[group.rows], cache, group, scale, softcap, sinks_H)
         return out_THN
+
+    def log_softmax_top_k(
+        self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        finite_L = torch.isfinite(logits_LV).all(dim=-1)
+        scaled_LV = logits_LV.double() if temperature_L is None else logits_LV.double() / temperature_L.unsqueeze(1)
+        log_sums_L = torch.logsumexp(scaled_LV, dim=-1).where(finite_L, torch.nan)
+        return log_sums_L, top_k(logits_LV.nan_to_num(), min(k, logits_LV.shape[-1]))
+
+    def draw(self, logits_LV: Tensor, temperature_L: Tensor, uniform_L: Tensor) -> Tensor:
+        cumulative_LV = torch.softmax(logits_LV.double() / temperature_L.unsqueeze(1), dim=-1).cumsum(-1)
+        wanted_L1 = (uniform_L * cumulative_LV[:, -1]).unsqueeze(1)
+        return torch.searchsorted(cumulative_LV, wanted_L1, right=True).squeeze(1).clamp(max=logits_LV.shape[-1] - 1)
 
     def causal_attention(
         self,
@@ -275,8 +340,8 @@ def _slots(block_table: Tensor, at: Tensor, block_size: int) -> Tensor:
     return block_table.long().gather(-1, at // block_size) * block_size + at % block_size
 
 
-def _attend(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup, scale: float) -> Tensor:
-    """Attention of a group's rows over the keys and values in its slots.
+def _gather(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """A group's queries, keys and values, heads before tokens.
 
     Where each sequence brings one row, the query heads that share a key head become the rows of one product.
     """
@@ -286,17 +351,45 @@ def _attend(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup, scale: 
         q = q_QHN.view(count, kv_heads, heads // kv_heads, head_dim)
     else:
         q = q_QHN.transpose(0, 1).unsqueeze(0)
+    k, v = (store.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype) for store in (cache.k, cache.v))
+    return q, k, v
 
-    def gather(store: Tensor) -> Tensor:
-        return store.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype)
 
+def _attend(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup, scale: float) -> Tensor:
+    """Attention of a group's rows over the keys and values in its slots."""
+    q, k, v = _gather(q_QHN, cache, group)
     out = F.scaled_dot_product_attention(
         q,
-        gather(cache.k),
-        gather(cache.v),
+        k,
+        v,
         attn_mask=group.mask,
         is_causal=group.mask is None,
         scale=scale,
-        enable_gqa=q.shape[1] != kv_heads,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
+    return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)
+
+
+def _attend_by_hand(
+    q_QHN: Tensor,
+    cache: ReferenceCache,
+    group: AttentionGroup,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """The same with capped scores and sinks, which torch's fused attention has not."""
+    q, k, v = _gather(q_QHN, cache, group)
+    share = q.shape[1] // k.shape[1]
+    scores = (q @ k.repeat_interleave(share, 1).transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(scores.shape[-1], device=q.device)
+    mask = visible(at, at, None) if group.mask is None else group.mask
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks_H is not None:
+        by_head = (1, k.shape[1], -1, 1) if group.one_row else (1, -1, 1, 1)
+        scores = torch.cat((scores, sinks_H.float().view(by_head).expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
+    out = weights @ v.repeat_interleave(share, 1)
     return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,28 +50,27 @@ class StepInputs:
         device: torch.device | str = "cpu",
     ) -> StepInputs:
         """From each sequence's new tokens, the position of the first of them, and its blocks."""
-        query_start, seq_lens = [0], []
-        positions: list[int] = []
-        slots: list[int] = []
-        for ids, start, blocks in zip(token_ids, starts, block_ids, strict=True):
-            stop = start + len(ids)
-            query_start.append(query_start[-1] + len(ids))
-            seq_lens.append(stop)
-            positions.extend(range(start, stop))
-            slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(start, stop))
-        width = max((len(blocks) for blocks in block_ids), default=0)
-        table = [[*blocks, *[0] * (width - len(blocks))] for blocks in block_ids]
+        counts = [len(ids) for ids in token_ids]
+        query_start = [0, *accumulate(counts)]
+        seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+        table = np.zeros((len(counts), max(map(len, block_ids), default=0)), np.int32)
+        for row, blocks in zip(table, block_ids, strict=True):
+            row[: len(blocks)] = blocks
+        sequence = np.repeat(np.arange(len(counts)), np.asarray(counts, np.int64))
+        offsets = np.asarray(starts, np.int64) - np.asarray(query_start[:-1], np.int64)
+        positions = np.arange(query_start[-1]) + offsets[sequence]
+        slots = table[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
-        def tensor(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        def tensor(values: Any, dtype: Any = np.int64) -> Tensor:
+            return torch.from_numpy(np.asarray(values, dtype)).to(device, non_blocking=True)
 
         return cls(
-            input_ids=tensor([t for ids in token_ids for t in ids]),
+            input_ids=tensor(list(chain.from_iterable(token_ids))),
             positions=tensor(positions),
             slot_mapping=tensor(slots),
-            query_start=tensor(query_start, torch.int32),
-            seq_lens=tensor(seq_lens, torch.int32),
-            block_table=torch.tensor(table, dtype=torch.int32).reshape(len(table), width).to(device),
+            query_start=tensor(query_start, np.int32),
+            seq_lens=tensor(seq_lens, np.int32),
+            block_table=tensor(table, np.int32),
             logit_rows=tensor(logit_rows),
             query_start_host=tuple(query_start),
             seq_lens_host=tuple(seq_lens),

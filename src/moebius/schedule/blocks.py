@@ -12,8 +12,8 @@ aim for a collision.
 from __future__ import annotations
 
 import struct
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
 from types import MappingProxyType
@@ -74,11 +74,6 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
-
-    @property
-    def usage(self) -> float:
-        """Owned share of the pool, 0 to 1."""
-        return self.num_used / self.num_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -212,25 +207,6 @@ class BlockPool:
             if not doomed.isdisjoint(other.block_ids):
                 self._drop_claims(other)
                 other.publishes = False
-
-    def check(self, requests: Collection[Request]) -> None:
-        """Recompute everything from the tables of all unfinished requests; AssertionError names the invariant."""
-        holders = Counter(chain.from_iterable(request.block_ids for request in requests))
-        assert [holders[block] for block in range(self.num_blocks)] == self._refs, "I2: a reference count is wrong"
-        groups = (self._free, self._evictable, holders)
-        assert sum(map(len, groups)) == self.num_blocks, "I3: free and used blocks do not add up to the pool"
-        assert len(set().union(*groups)) == self.num_blocks, "I1: a block is in two states, or in none"
-        by_block = {block: entry.hash for block, entry in enumerate(self._entries) if entry}
-        assert by_block == {block: digest for digest, block in self._cached.items()}, "I4: hashes and blocks disagree"
-        assert all(block in by_block for block in self._evictable), "I4: an evictable block has no hash"
-        assert not any(block in by_block for block in self._free), "I4: a free block kept its hash"
-        for request in requests:
-            table, computed = request.block_ids, request.num_computed_tokens
-            assert len(table) == self.blocks_for(computed), f"I6: {len(table)} blocks hold {computed} tokens"
-            if computed % self.block_size:
-                assert holders[table[-1]] == 1 and table[-1] not in by_block, "I5: a block being written is shared"
-        unfinished = {id(request) for request in requests}
-        assert all(id(owner) in unfinished for owner in self._claims.values()), "I12: a claim outlived its request"
 
     def _readable_blocks(self, request: Request) -> int:
         if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:

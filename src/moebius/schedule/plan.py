@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moebius.errors import ConfigError
+from moebius.config import check_bounds
 
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
 """Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a seat given back, or
@@ -25,14 +25,7 @@ class SchedulerConfig:
     max_queue_tokens: int = 4_194_304
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_model_len", "max_queue_requests", "max_queue_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = "
-                f"{self.max_num_seqs}; each running sequence needs at least one token a step"
-            )
+        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,9 +69,9 @@ def _check_number(name: str, value: object, low: float, high: float, *, open_low
     _check(ok, name, f"{name} is {value!r}; it must be a number in {bracket}{low:g}, {high:g}]")
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
+def _check_integer(name: str, value: object, low: int, high: int, *, none: bool = False) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    _check(ok, name, f"{name} is {value!r}; it must be an integer from {low} to {high}")
+    _check(ok or (none and value is None), name, f"{name} is {value!r}; it must be an integer from {low} to {high}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +123,7 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         _check_integer("n", self.n, 1, LIMITS.n)
-        if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1, none=True)
         _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         _check(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
@@ -138,34 +137,20 @@ class SamplingParams:
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
-        if self.seed is not None:
-            _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 0, LIMITS.logprobs)
+        _check_integer("seed", self.seed, -(2**63), 2**64 - 1, none=True)
+        _check_integer("logprobs", self.logprobs, 0, LIMITS.logprobs, none=True)
+        _check_integer("prompt_logprobs", self.prompt_logprobs, 0, LIMITS.logprobs, none=True)
 
     def _check_collections(self) -> None:
-        _check(len(self.stop) <= LIMITS.stop, "stop", f"stop has {len(self.stop)} entries; at most {LIMITS.stop}")
+        for name in ("stop", "stop_token_ids", "logit_bias"):
+            size, most = len(getattr(self, name)), getattr(LIMITS, name)
+            _check(size <= most, name, f"{name} has {size} entries; at most {most}")
         for s in self.stop:
             _check(isinstance(s, str), "stop", f"stop holds {s!r}; it must be a string or a list of strings")
             size = len(s.encode("utf-8", "surrogatepass"))
-            _check(
-                size <= LIMITS.stop_bytes,
-                "stop",
-                f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}",
-            )
-        _check(
-            len(self.stop_token_ids) <= LIMITS.stop_token_ids,
-            "stop_token_ids",
-            f"stop_token_ids has {len(self.stop_token_ids)} entries; at most {LIMITS.stop_token_ids}",
-        )
+            _check(size <= LIMITS.stop_bytes, "stop", f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}")
         for t in self.stop_token_ids:
             _check_integer("stop_token_ids", t, 0, 2**31 - 1)
-        _check(
-            len(self.logit_bias) <= LIMITS.logit_bias,
-            "logit_bias",
-            f"logit_bias has {len(self.logit_bias)} entries; at most {LIMITS.logit_bias}",
-        )
         for token, bias in self.logit_bias.items():
             _check_integer("logit_bias", token, 0, 2**31 - 1)
             _check_number("logit_bias", bias, -100, 100)
@@ -254,18 +239,13 @@ class Request:
         prompt = tuple(prompt_ids)
         _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
         for token in (*prompt, *output_ids):
-            _check(
-                isinstance(token, int) and not isinstance(token, bool) and 0 <= token < limits.vocab_size,
-                "prompt",
-                f"token id {token!r} is not an integer from 0 to {limits.vocab_size - 1}",
-            )
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
+                message = f"token id {token!r} is not an integer from 0 to {limits.vocab_size - 1}"
+                raise RequestError(message, param="prompt")
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token in ids:
-                _check(
-                    token < limits.vocab_size,
-                    name,
-                    f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}",
-                )
+                message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
+                _check(token < limits.vocab_size, name, message)
         _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
         _check(len(salt) <= LIMITS.salt_bytes, "cache_salt", f"cache_salt has over {LIMITS.salt_bytes} bytes")
         room = limits.max_model_len - len(prompt)

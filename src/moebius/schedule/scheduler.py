@@ -159,18 +159,6 @@ class Scheduler:
         self.pool.withdraw(request, self._running)
         return self._finish(request, FinishReason.ERROR)
 
-    def check(self) -> None:
-        """Recompute the books from the requests; AssertionError names the broken invariant (TRUST.md)."""
-        self.pool.check(self._requests.values())
-        running = [r for r in self._requests.values() if r.status is RequestStatus.RUNNING]
-        waiting = [r for r in self._requests.values() if r.status is not RequestStatus.RUNNING]
-        for name, listed, true in (("running", self._running, running), ("waiting", list(self._waiting), waiting)):
-            true.sort(key=lambda request: request.order)
-            assert listed == true, f"I7: the {name} requests are not those listed, or out of order"
-        assert not any(request.finished for request in waiting), "I10: a finished request is still in the books"
-        assert not any(request.block_ids for request in waiting), "I12: a waiting request holds blocks"
-        assert self._waiting.num_tokens == sum(r.num_tokens for r in waiting), "I12: the queue lost count of its tokens"
-
     def _check_can_run(self, request: Request) -> None:
         config, prompt = self.config, len(request.prompt_ids)
         if request.num_tokens + (len(request.output_ids) < request.max_tokens) > config.max_model_len:

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moebius.server.faults import fault_of
-from moebius.server.stream import Batch, Call, ClientGone
+from moebius.server.formats import Format, Json
+from moebius.server.stream import Call, ClientGone
 
 log = logging.getLogger(__name__)
 
@@ -26,25 +26,12 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 
 
-class Formatter(Protocol):
-    """One endpoint's format for one call."""
-
-    def chunks(self, batch: Batch) -> Sequence[msgspec.Struct]:
-        """What a stream sends for a batch."""
-
-    def closing(self) -> Sequence[msgspec.Struct]:
-        """What a stream sends when all choices are finished, before [DONE]."""
-
-    def whole(self) -> msgspec.Struct:
-        """The response that is not streamed, once all choices are finished."""
-
-
 def event(data: bytes) -> bytes:
     """One server-sent event. JSON holds no line break, so one line suffices."""
     return b"data: " + data + b"\n\n"
 
 
-def _events(chunks: Sequence[msgspec.Struct]) -> bytes:
+def _events(chunks: Sequence[Json]) -> bytes:
     return b"".join(event(msgspec.json.encode(chunk)) for chunk in chunks)
 
 
@@ -55,7 +42,7 @@ class Answer(Response):
     but for `keep_alive` seconds at most, after which the client hears comments and an error comes as an event.
     """
 
-    def __init__(self, call: Call, formatter: Formatter, *, stream: bool) -> None:
+    def __init__(self, call: Call, formatter: Format, stream: bool) -> None:
         self.call = call
         self.formatter = formatter
         self.stream = stream

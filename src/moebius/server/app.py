@@ -1,4 +1,4 @@
-"""The application: routes, start and end, and how errors reach clients."""
+"""The application: its routes, its start and its end. Errors are `guard.Guard`'s to answer."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
+import moebius
 from moebius.engine.client import EngineClient
-from moebius.errors import ContextLengthError, MoebiusError, RequestError
-from moebius.server import responses as r
+from moebius.errors import RequestError
 from moebius.server.answer import Answer
-from moebius.server.faults import HTTPFault, fault_of
+from moebius.server.faults import HTTPFault
 from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.guard import Guard, read_body
 from moebius.server.metrics import ServerMetrics
 from moebius.server.protocol import (
+    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -36,14 +39,15 @@ from moebius.server.protocol import (
     parse,
 )
 from moebius.server.settings import ServerSettings
-from moebius.server.stream import Ask, Call, FrontDoor
+from moebius.server.stream import Ask, FrontDoor
 from moebius.text import GenerationDefaults, Tokenizer
 
 # A body up to this size is parsed and tokenised on the event loop: handing it to a thread would take longer.
 _SMALL_BODY = 16 * 1024
 _CLOSE_SECONDS = 5.0
 
-_T = TypeVar("_T")
+
+Asked = TypeVar("Asked", bound=Body)
 
 
 class _Api:
@@ -59,20 +63,8 @@ class _Api:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self._created = int(time.time())
 
-    async def completions(self, request: Request) -> Response:
-        return await self._with_body(request, self._open_completion)
-
-    async def chat_completions(self, request: Request) -> Response:
-        return await self._with_body(request, self._open_chat)
-
-    async def tokenize(self, request: Request) -> Response:
-        return await self._with_body(request, self._tokenize)
-
-    async def detokenize(self, request: Request) -> Response:
-        return await self._with_body(request, self._detokenize)
-
     async def models(self, request: Request) -> Response:
-        return _json(r.ModelList([self._card(name) for name in self.settings.served_model_names]))
+        return _json({"object": "list", "data": [self._card(name) for name in self.settings.served_model_names]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
@@ -92,52 +84,38 @@ class _Api:
         return Response(self.door.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def version(self, request: Request) -> Response:
-        return _json({"version": self.settings.version})
+        return _json({"version": moebius.__version__})
 
-    async def _with_body(self, request: Request, handle: Callable[[Request, bytes], _T]) -> _T:
-        """Read the body, then parse and tokenise it: on a thread where that could take long."""
-        body = await read_body(request.scope, request.receive, self.settings.body_timeout)
-        if len(body) <= _SMALL_BODY:
-            return handle(request, body)
-        return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
+    def posted(
+        self, kind: type[Asked], answer: Callable[[Request, Asked], Response]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A route that reads the body, parses it as `kind` and answers: on a thread where that takes long."""
 
-    def _open_completion(self, request: Request, body: bytes) -> Response:
-        asked = parse(CompletionRequest, decode_body(body))
-        self._check_model(asked.model)
-        params = asked.sampling(self.defaults)
-        texts = [prompt if isinstance(prompt, str) else None for prompt in asked.prompt]
-        prompts = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in asked.prompt]
-        ask = Ask(prompts, params, asked.priority, _salt(request, asked), continues=True)
-        call = self._open("cmpl", ask, asked, "prompt")
-        model, fingerprint = self._name(asked), self.door.client.info.fingerprint
-        return Answer(
-            call, CompletionFormat(call, asked, self.tokenizer, model, fingerprint, texts), stream=asked.stream
-        )
+        def handle(request: Request, body: bytes) -> Response:
+            asked = parse(kind, decode_body(body))
+            self._check_model(asked.model)
+            return answer(request, asked)
 
-    def _open_chat(self, request: Request, body: bytes) -> Response:
-        asked = parse(ChatRequest, decode_body(body))
-        self._check_model(asked.model)
-        params = asked.sampling(self.defaults)
-        prompt = self.tokenizer.encode_chat(asked.messages, variables=asked.chat_template_kwargs)
-        ask = Ask([prompt], params, asked.priority, _salt(request, asked))
-        call = self._open("chatcmpl", ask, asked, "messages")
-        model, fingerprint = self._name(asked), self.door.client.info.fingerprint
-        return Answer(call, ChatFormat(call, asked, self.tokenizer, model, fingerprint), stream=asked.stream)
+        async def route(request: Request) -> Response:
+            body = await read_body(request.scope, request.receive, self.settings.body_timeout)
+            if len(body) <= _SMALL_BODY:
+                return handle(request, body)
+            return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
 
-    def _open(self, kind: str, ask: Ask, asked: GenerationRequest, prompt_param: str) -> Call:
-        """Open a call; errors name the field as this endpoint's client wrote it."""
+        return route
+
+    def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         try:
-            return self.door.open(f"{kind}-{secrets.token_hex(12)}", ask)
-        except ContextLengthError as error:
-            raise ContextLengthError(str(error), param=prompt_param) from error
+            params, prompts = asked.sampling(self.defaults), asked.encode(self.tokenizer)
+            ask = Ask(prompts, params, asked.priority, _salt(request, asked), asked.continues)
+            call = self.door.open(f"{asked.id_prefix}-{secrets.token_hex(12)}", ask)
         except RequestError as error:
-            names = {"prompt": prompt_param, "max_tokens": asked.length_param}
-            param = names.get(error.param or "", error.param)
-            raise RequestError(str(error), param=param, code=error.code) from error
+            raise asked.as_written(error) from error
+        model = asked.model or self.settings.served_model_names[0]
+        form = ChatFormat if isinstance(asked, ChatRequest) else CompletionFormat
+        return Answer(call, form(call, asked, self.tokenizer, model, self.door.client.info.fingerprint), asked.stream)
 
-    def _tokenize(self, request: Request, body: bytes) -> Response:
-        asked = parse(TokenizeRequest, decode_body(body))
-        self._check_model(asked.model)
+    def tokenize(self, request: Request, asked: TokenizeRequest) -> Response:
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         if asked.messages is not None:
@@ -149,26 +127,24 @@ class _Api:
         else:
             ids = self.tokenizer.encode(asked.prompt or "", asked.add_special_tokens)
         texts = [self.tokenizer.token_text(token_id) for token_id in ids] if asked.return_token_strs else None
-        return _json(r.Tokens(len(ids), self.door.client.info.limits.max_model_len, ids, texts))
+        length = self.door.client.info.limits.max_model_len
+        return _json({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts})
 
-    def _detokenize(self, request: Request, body: bytes) -> Response:
-        asked = parse(DetokenizeRequest, decode_body(body))
-        self._check_model(asked.model)
+    def detokenize(self, request: Request, asked: DetokenizeRequest) -> Response:
         vocab_size = self.door.client.info.limits.vocab_size
         for token_id in asked.tokens:
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"tokens: {token_id} is not an id from 0 to {vocab_size - 1}", param="tokens")
-        return _json(r.Detokenized(self.tokenizer.decode(asked.tokens, skip_special_tokens=False)))
+        return _json({"prompt": self.tokenizer.decode(asked.tokens, skip_special_tokens=False)})
 
-    def _card(self, name: str) -> r.ModelCard:
-        return r.ModelCard(name, self._created, self.door.client.info.limits.max_model_len)
+    def _card(self, name: str) -> dict[str, Any]:
+        length = self.door.client.info.limits.max_model_len
+        facts = {"object": "model", "owned_by": "moebius", "created": self._created, "max_model_len": length}
+        return {"id": name, **facts}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.served_model_names:
             raise RequestError(f"the model {name!r} is not served here", param="model", code="model_not_found")
-
-    def _name(self, asked: GenerationRequest) -> str:
-        return asked.model or self.settings.served_model_names[0]
 
 
 def _json(value: object) -> Response:
@@ -187,7 +163,7 @@ def _salt(request: Request, asked: GenerationRequest) -> bytes:
 
 def create_app(
     client: EngineClient, tokenizer: Tokenizer, defaults: GenerationDefaults, settings: ServerSettings
-) -> FastAPI:
+) -> Starlette:
     """The server as an ASGI application. It starts `client` when it starts and closes it when it ends.
 
     app.state.front_door is its FrontDoor.
@@ -197,7 +173,7 @@ def create_app(
     api = _Api(door, tokenizer, defaults, settings)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         door.start()
         try:
             yield
@@ -205,34 +181,80 @@ def create_app(
             api.executor.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(door.close, _CLOSE_SECONDS)
 
+    async def leave_to_guard(request: Request, error: Exception) -> Response:
+        raise error  # or Starlette would answer an unknown route by itself
+
+    posts = {
+        "/v1/completions": api.posted(CompletionRequest, api.generate),
+        "/v1/chat/completions": api.posted(ChatRequest, api.generate),
+        "/tokenize": api.posted(TokenizeRequest, api.tokenize),
+        "/detokenize": api.posted(DetokenizeRequest, api.detokenize),
+    }
+    gets = {
+        "/v1/models": api.models,
+        "/v1/models/{id:path}": api.model,
+        "/health": api.ready,
+        "/health/live": api.live,
+        "/health/ready": api.ready,
+        "/metrics": api.metrics,
+        "/version": api.version,
+    }
+    app = Starlette(
+        routes=[
+            *(Route(path, handle, methods=["POST"]) for path, handle in posts.items()),
+            *(Route(path, handle, methods=["GET"]) for path, handle in gets.items()),
+        ],
+        exception_handlers={HTTPException: leave_to_guard},
+        middleware=[Middleware(Guard, api_keys=settings.api_keys, metrics=metrics)],
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.front_door is its FrontDoor.
+    """
+    metrics = ServerMetrics(client, settings.served_model_names[0], vllm_names=settings.vllm_metric_names)
+    door = FrontDoor(client, tokenizer, metrics, settings)
+    api = _Api(door, tokenizer, defaults, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        door.start()
+        try:
+            yield
+        finally:
+            api.executor.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(door.close, _CLOSE_SECONDS)
+
+    async def leave_to_guard(request: Request, error: Exception) -> Response:
+        raise error  # or Starlette would answer an unknown route by itself
+
+    posts = {
+        "/v1/completions": api.completions,
+        "/v1/chat/completions": api.chat_completions,
+        "/tokenize": api.tokenize,
+        "/detokenize": api.detokenize,
+    }
+    gets = {
+        "/v1/models": api.models,
+        "/v1/models/{id:path}": api.model,
+        "/health": api.ready,
+        "/health/live": api.live,
+        "/health/ready": api.ready,
+        "/metrics": api.metrics,
+        "/version": api.version,
+    }
     app = FastAPI(
-        lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, title="Moebius"
+        title="Moebius",
+        routes=[
+            *(Route(path, handle, methods=["POST"]) for path, handle in posts.items()),
+            *(Route(path, handle, methods=["GET"]) for path, handle in gets.items()),
+        ],
+        exception_handlers={HTTPException: leave_to_guard},
+        middleware=[Middleware(Guard, api_keys=settings.api_keys, metrics=metrics)],
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.front_door = door
-    for path, handler in (
-        ("/v1/completions", api.completions),
-        ("/v1/chat/completions", api.chat_completions),
-        ("/tokenize", api.tokenize),
-        ("/detokenize", api.detokenize),
-    ):
-        app.add_route(path, handler, methods=["POST"])
-    for path, handler in (
-        ("/v1/models", api.models),
-        ("/v1/models/{id:path}", api.model),
-        ("/health", api.ready),
-        ("/health/live", api.live),
-        ("/health/ready", api.ready),
-        ("/metrics", api.metrics),
-        ("/version", api.version),
-    ):
-        app.add_route(path, handler, methods=["GET"])
-
-    async def answer_error(request: Request, error: Exception) -> Response:
-        fault = fault_of(error)
-        metrics.rejected(fault.reason)
-        return fault.response()
-
-    for kind in (MoebiusError, HTTPFault, HTTPException):
-        app.add_exception_handler(kind, answer_error)
-    app.add_middleware(Guard, api_keys=settings.api_keys, metrics=metrics)
     return app

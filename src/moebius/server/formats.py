@@ -1,195 +1,154 @@
-"""The two endpoints' formats: how choices and their deltas become OpenAI's response types."""
+"""The two endpoints' formats: how choices and their deltas become OpenAI's JSON."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
-from msgspec import UNSET, Struct, UnsetType
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
 
 from moebius.engine.client import TokenLogprob
 from moebius.outputs import Delta
-from moebius.server import responses as r
 from moebius.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
-from moebius.server.protocol import ChatRequest, CompletionRequest
-from moebius.server.stream import Call, Choice
-from moebius.text import Tokenizer
+from moebius.server.protocol import CompletionRequest, GenerationRequest
+from moebius.server.stream import Batch, Call, Choice
+from moebius.text import Tokenizer, text_offsets
+
+Json = dict[str, Any]
 
 
-class _Format:
-    """What both formats share: the call's constants, and usage."""
+class Format:
+    """One endpoint's format for one call: what both endpoints do alike."""
+
+    kind: ClassVar[str]
+    """What `object` says of a whole response."""
+    chunk_kind: ClassVar[str]
 
     def __init__(
-        self, call: Call, request: CompletionRequest | ChatRequest, tokenizer: Tokenizer, model: str, fingerprint: str
+        self, call: Call, request: GenerationRequest, tokenizer: Tokenizer, model: str, fingerprint: str
     ) -> None:
         self._call = call
+        self._request = request
         self._tokenizer = tokenizer
-        self._usage_asked = request.include_usage
-        self._ids_asked = request.return_token_ids
-        self._prompt_logprobs_asked = request.prompt_logprobs
-        self._model = model
-        self._fingerprint = fingerprint
-        self._created = int(time.time())
+        self._top = call.ask.params.logprobs
+        self._head = {"id": call.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
         self._begun: set[int] = set()
 
-    def _begin(self, choice: Choice) -> bool:
-        """Whether this is the first that is sent of a choice."""
-        first = choice.index not in self._begun
-        self._begun.add(choice.index)
-        return first
-
-    def _usage(self) -> r.Usage:
-        call = self._call
-        total = call.prompt_tokens + call.completion_tokens
-        return r.Usage(
-            call.prompt_tokens, call.completion_tokens, total, r.PromptTokensDetails(cached_tokens=call.cached_tokens)
-        )
-
-    @property
-    def _chunk_usage(self) -> r.Usage | UnsetType | None:
-        return None if self._usage_asked else UNSET
-
-    def _shows(self, delta: Delta, *, logprobs: bool) -> bool:
-        """Whether a delta says anything that the client asked for."""
-        return bool(delta.text or delta.finish_reason or (delta.token_ids and (logprobs or self._ids_asked)))
-
-    def _ids(self, token_ids: Sequence[int]) -> tuple[int, ...] | UnsetType:
-        return tuple(token_ids) if self._ids_asked else UNSET
-
-    def _prompt_logprobs(self, choice: Choice) -> r.PromptLogprobs | UnsetType:
-        if self._prompt_logprobs_asked is None:
-            return UNSET
-        return prompt_logprobs(self._tokenizer, choice.assembler.prompt_logprobs, self._prompt_logprobs_asked)
-
-
-class CompletionFormat(_Format):
-    """/v1/completions. `texts` are the prompts as the client wrote them, None where they came as token ids."""
-
-    def __init__(
-        self,
-        call: Call,
-        request: CompletionRequest,
-        tokenizer: Tokenizer,
-        model: str,
-        fingerprint: str,
-        texts: Sequence[str | None],
-    ) -> None:
-        super().__init__(call, request, tokenizer, model, fingerprint)
-        self._logprobs_asked = request.logprobs
-        self._echoed: list[str] | None = None
-        if request.echo:
-            pairs = zip(texts, call.ask.prompts, strict=True)
-            self._echoed = [tokenizer.decode(ids) if text is None else text for text, ids in pairs]
-
-    def chunks(self, batch: Sequence[tuple[Choice, Delta]]) -> list[Struct]:
-        found: list[Struct] = []
+    def chunks(self, batch: Batch) -> list[Json]:
+        """What a stream sends for a batch: whatever says something that the client asked for."""
+        found: list[Json] = []
         for choice, delta in batch:
-            if not self._shows(delta, logprobs=self._logprobs_asked is not None):
-                continue
-            first = self._begin(choice)
-            chunk = self._choice(choice, delta, echo=first)
-            chunk.prompt_token_ids = self._ids(choice.request.prompt_ids) if first else UNSET
-            found.append(self._completion([chunk], self._chunk_usage))
+            tokens_asked = self._top is not None or self._request.return_token_ids
+            if delta.text or delta.finish_reason or (delta.token_ids and tokens_asked):
+                found += self._chunks(choice, delta, first=choice.index not in self._begun)
+                self._begun.add(choice.index)
         return found
 
-    def closing(self) -> list[Struct]:
-        return [self._completion([], self._usage())] if self._usage_asked else []
+    def closing(self) -> list[Json]:
+        """What a stream sends when all choices are finished, before [DONE]."""
+        return [self._chunk(usage=self._usage())] if self._request.include_usage else []
 
-    def whole(self) -> Struct:
-        choices = []
-        for choice in self._call.choices:
-            a = choice.assembler
-            all_of_it = Delta(
-                a.text, tuple(a.token_ids), tuple(a.logprobs), tuple(a.text_offsets), a.finish_reason, a.stop_reason
-            )
-            found = self._choice(choice, all_of_it, echo=True)
-            found.prompt_token_ids = self._ids(choice.request.prompt_ids)
-            found.prompt_logprobs = self._prompt_logprobs(choice)
-            choices.append(found)
-        return self._completion(choices, self._usage())
+    def whole(self) -> Json:
+        """The response that is not streamed, once all choices are finished."""
+        choices = [self._choice(choice, choice.assembler.released) for choice in self._call.choices]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 
-    def _completion(self, choices: list[r.CompletionChoice], usage: r.Usage | UnsetType | None) -> r.Completion:
-        return r.Completion(self._call.id, self._created, self._model, choices, self._fingerprint, usage)
+    def _choice(self, choice: Choice, said: Delta) -> Json:
+        raise NotImplementedError
 
-    def _choice(self, choice: Choice, delta: Delta, *, echo: bool) -> r.CompletionChoice:
-        prompt = self._echoed[choice.prompt_index] if self._echoed is not None else ""
-        return r.CompletionChoice(
-            index=choice.index,
-            text=prompt + delta.text if echo else delta.text,
-            logprobs=self._logprobs(choice, delta, prompt, echo=echo and self._echoed is not None),
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason if delta.finish_reason else UNSET,
-            token_ids=self._ids(delta.token_ids),
-        )
+    def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
+        raise NotImplementedError
 
-    def _logprobs(self, choice: Choice, delta: Delta, prompt: str, *, echo: bool) -> r.CompletionLogprobs | None:
-        k = self._logprobs_asked
-        if k is None:
+    def _chunk(self, *choices: Json, **fields: Any) -> Json:
+        usage = {"usage": None} if self._request.include_usage else {}
+        return {**self._head, "object": self.chunk_kind, "choices": choices, **usage, **fields}
+
+    def _common(self, choice: Choice, delta: Delta) -> Json:
+        """The fields of every kind of choice."""
+        stop = {"stop_reason": delta.stop_reason} if delta.finish_reason else {}
+        ids = self._ids("token_ids", delta.token_ids)
+        return {"index": choice.index, "finish_reason": delta.finish_reason, **stop, **ids}
+
+    def _usage(self) -> Json:
+        """Each prompt counted once, however many choices; completions summed."""
+        prompt, completion = self._call.prompt_tokens, self._call.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self._call.cached_tokens},
+        }
+
+    def _ids(self, field: str, token_ids: Sequence[int]) -> Json:
+        return {field: tuple(token_ids)} if self._request.return_token_ids else {}
+
+    def _prompt_logprobs(self, choice: Choice) -> Json:
+        k, entries = self._request.prompt_logprobs, choice.assembler.prompt_logprobs
+        return {} if k is None else {"prompt_logprobs": prompt_logprobs(self._tokenizer, entries, k)}
+
+
+class CompletionFormat(Format):
+    """/v1/completions."""
+
+    kind = chunk_kind = "text_completion"
+    _request: CompletionRequest
+
+    @cached_property
+    def _echoed(self) -> list[str]:
+        """What goes before each prompt's choices: its text, as it came or decoded, where it is to be echoed."""
+        prompts, echo = self._request.prompt, self._request.echo
+        return [(p if isinstance(p, str) else self._tokenizer.decode(p)) if echo else "" for p in prompts]
+
+    def _choice(self, choice: Choice, said: Delta) -> Json:
+        return {**self._piece(choice, said, first=True), **self._prompt_logprobs(choice)}
+
+    def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
+        yield self._chunk(self._piece(choice, delta, first=first))
+
+    def _piece(self, choice: Choice, delta: Delta, *, first: bool) -> Json:
+        prompt = self._echoed[choice.prompt_index]
+        return {
+            "text": prompt + delta.text if first else delta.text,
+            "logprobs": self._logprobs(choice, delta, prompt, echo=first and self._request.echo),
+            **(self._ids("prompt_token_ids", choice.request.prompt_ids) if first else {}),
+            **self._common(choice, delta),
+        }
+
+    def _logprobs(self, choice: Choice, delta: Delta, prompt: str, *, echo: bool) -> Json | None:
+        if self._top is None:
             return None
+        ids, entries = list(delta.token_ids), [*delta.logprobs]
         offsets = [len(prompt) + offset for offset in delta.text_offsets]
-        found = completion_logprobs(self._tokenizer, delta.token_ids, delta.logprobs, offsets, k)
         if not echo:
-            return found
-        ids = choice.request.prompt_ids
-        prompt_offsets = [min(offset, len(prompt)) for offset in self._tokenizer.text_offsets(ids)]
-        entries = [None, *choice.assembler.prompt_logprobs]
-        head = completion_logprobs(self._tokenizer, ids, entries, prompt_offsets, k)
-        return r.CompletionLogprobs(
-            head.tokens + found.tokens,
-            head.token_logprobs + found.token_logprobs,
-            head.top_logprobs + found.top_logprobs,
-            head.text_offset + found.text_offset,
-        )
+            return completion_logprobs(self._tokenizer, ids, entries, offsets, self._top)
+        prompt_ids = choice.request.prompt_ids
+        before = [min(offset, len(prompt)) for offset in text_offsets(self._tokenizer, prompt_ids)]
+        scored = [None, *choice.assembler.prompt_logprobs, *entries]
+        return completion_logprobs(self._tokenizer, [*prompt_ids, *ids], scored, before + offsets, self._top)
 
 
-class ChatFormat(_Format):
+class ChatFormat(Format):
     """/v1/chat/completions."""
 
-    def __init__(self, call: Call, request: ChatRequest, tokenizer: Tokenizer, model: str, fingerprint: str) -> None:
-        super().__init__(call, request, tokenizer, model, fingerprint)
-        self._top = (request.top_logprobs or 0) if request.logprobs else None
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
-    def chunks(self, batch: Sequence[tuple[Choice, Delta]]) -> list[Struct]:
-        found: list[Struct] = []
-        for choice, delta in batch:
-            if not self._shows(delta, logprobs=self._top is not None):
-                continue
-            if self._begin(choice):
-                role = self._chunk([r.ChatChunkChoice(choice.index, r.ChatDelta("assistant", ""))])
-                role.prompt_token_ids = self._ids(choice.request.prompt_ids)
-                found.append(role)
-            said = r.ChatDelta(content=delta.text) if delta.text else r.ChatDelta()
-            chunk = r.ChatChunkChoice(choice.index, said, self._logprobs(delta.logprobs), delta.finish_reason)
-            chunk.stop_reason = delta.stop_reason if delta.finish_reason else UNSET
-            chunk.token_ids = self._ids(delta.token_ids)
-            found.append(self._chunk([chunk]))
-        return found
-
-    def closing(self) -> list[Struct]:
-        if not self._usage_asked:
-            return []
-        last = self._chunk([])
-        last.usage = self._usage()
-        return [last]
-
-    def whole(self) -> Struct:
-        choices = []
-        for choice in self._call.choices:
-            a = choice.assembler
-            found = r.ChatChoice(choice.index, r.ChatMessage("assistant", a.text), self._logprobs(a.logprobs))
-            found.finish_reason, found.stop_reason = a.finish_reason, a.stop_reason
-            found.token_ids = self._ids(a.token_ids)
-            choices.append(found)
+    def whole(self) -> Json:
         first = self._call.choices[0]
-        response = r.ChatCompletion(
-            self._call.id, self._created, self._model, choices, self._fingerprint, self._usage()
-        )
-        response.prompt_token_ids = self._ids(first.request.prompt_ids)
-        response.prompt_logprobs = self._prompt_logprobs(first)
-        return response
+        prompt_ids = self._ids("prompt_token_ids", first.request.prompt_ids)
+        return {**super().whole(), **prompt_ids, **self._prompt_logprobs(first)}
 
-    def _chunk(self, choices: list[r.ChatChunkChoice]) -> r.ChatChunk:
-        return r.ChatChunk(self._call.id, self._created, self._model, choices, self._fingerprint, self._chunk_usage)
+    def _choice(self, choice: Choice, said: Delta) -> Json:
+        message = {"role": "assistant", "content": said.text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(said.logprobs), **self._common(choice, said)}
 
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> r.ChatLogprobs | None:
+    def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
+        if first:
+            role = {"role": "assistant", "content": ""}
+            opening = {"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None}
+            yield self._chunk(opening, **self._ids("prompt_token_ids", choice.request.prompt_ids))
+        said = {"content": delta.text} if delta.text else {}
+        yield self._chunk({"delta": said, "logprobs": self._logprobs(delta.logprobs), **self._common(choice, delta)})
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
         return None if self._top is None else chat_logprobs(self._tokenizer, entries, self._top)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from moebius.engine.client import TokenLogprob
-from moebius.server.responses import ChatLogprob, ChatLogprobs, CompletionLogprobs, PromptLogprobs, TopLogprob
 from moebius.text import Tokenizer
 
 # JSON has no -inf; this is what OpenAI sends for it.
@@ -22,58 +22,53 @@ def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer,
-    token_ids: Sequence[int],
-    entries: Iterable[TokenLogprob | None],
-    offsets: Iterable[int],
-    k: int,
-) -> CompletionLogprobs:
-    """The format of /v1/completions: the k most likely tokens of each position, and the chosen one besides."""
-    found = CompletionLogprobs([legacy_token(tokenizer, token_id) for token_id in token_ids], [], [], list(offsets))
-    for text, entry in zip(found.tokens, entries, strict=True):
-        if entry is None:
-            found.token_logprobs.append(None)
-            found.top_logprobs.append(None)
-            continue
+    tokenizer: Tokenizer, token_ids: Sequence[int], entries: Iterable[TokenLogprob | None], offsets: list[int], k: int
+) -> dict[str, list[Any]]:
+    """The format of /v1/completions: the k most likely tokens of each position, and the chosen one besides.
+
+    A prompt's first token has none: its entry is None.
+    """
+    tokens = [legacy_token(tokenizer, token_id) for token_id in token_ids]
+    chosen: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    for text, entry in zip(tokens, entries, strict=True):
         top: dict[str, float] = {}
-        for token_id, logprob in entry.top[:k]:
-            top.setdefault(legacy_token(tokenizer, token_id), max(logprob, FLOOR))
-        chosen = max(entry.logprob, FLOOR)
-        top.setdefault(text, chosen)
-        found.token_logprobs.append(chosen)
-        found.top_logprobs.append(top)
-    return found
+        if entry is not None:
+            for token_id, logprob in entry.top[:k]:
+                top.setdefault(legacy_token(tokenizer, token_id), max(logprob, FLOOR))
+            top.setdefault(text, max(entry.logprob, FLOOR))
+        chosen.append(None if entry is None else max(entry.logprob, FLOOR))
+        tops.append(None if entry is None else top)
+    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob], k: int) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob], k: int) -> dict[str, Any]:
     """The format of /v1/chat/completions."""
 
-    def top(token_id: int, logprob: float) -> TopLogprob:
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token_id)
-        return TopLogprob(raw.decode("utf-8", "replace"), max(logprob, FLOOR), list(raw))
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
 
-    content = []
-    for entry in entries:
-        own = top(entry.token_id, entry.logprob)
-        content.append(ChatLogprob(own.token, own.logprob, own.bytes, [top(*pair) for pair in entry.top[:k]]))
-    return ChatLogprobs(content)
+    content = [
+        {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*pair) for pair in entry.top[:k]]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
 
 
-def prompt_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob], k: int) -> PromptLogprobs:
+def prompt_logprobs(
+    tokenizer: Tokenizer, entries: Iterable[TokenLogprob], k: int
+) -> list[dict[str, dict[str, Any]] | None]:
     """vLLM's format: null for the first token, then token id -> logprob, rank and text, the prompt's own included."""
-    found: PromptLogprobs = [None]
+    found: list[dict[str, dict[str, Any]] | None] = [None]
     for entry in entries:
         ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top[:k], 1)]
         if all(token_id != entry.token_id for token_id, _, _ in ranked):
             ranked.insert(0, (entry.token_id, entry.logprob, entry.rank))
         found.append(
             {
-                str(token_id): {
-                    "logprob": max(logprob, FLOOR),
-                    "rank": rank,
-                    "decoded_token": tokenizer.token_text(token_id),
-                }
-                for token_id, logprob, rank in ranked
+                str(id): {"logprob": max(logprob, FLOOR), "rank": rank, "decoded_token": tokenizer.token_text(id)}
+                for id, logprob, rank in ranked
             }
         )
     return found

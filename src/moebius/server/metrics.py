@@ -7,6 +7,7 @@ server starts; none comes from a request.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -50,6 +51,15 @@ FINISHED_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("invalid_request", "context_length", "overload", "draining", "deadline", "error", "http")
 
 
+@dataclass(slots=True)
+class SequenceTimes:
+    """When a sequence arrived and got its first and its latest tokens, on one monotonic clock in seconds."""
+
+    arrival: float
+    first: float | None = None
+    last: float | None = None
+
+
 class ServerMetrics:
     """The metrics of one server, with a registry of their own."""
 
@@ -71,34 +81,29 @@ class ServerMetrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
-    def tokens(self, count: int, now: float, arrival: float, last: float | None) -> None:
-        """A step brought a sequence `count` tokens; `last` is when it got its previous ones."""
-        if last is None:
-            self._observe["time_to_first_token_seconds"](now - arrival)
+    def tokens(self, times: SequenceTimes, count: int, now: float) -> None:
+        """A step brought a sequence `count` tokens."""
+        if times.last is None:
+            times.first = now
+            self._observe["time_to_first_token_seconds"](now - times.arrival)
             count -= 1
         for _ in range(count):
-            self._observe["inter_token_latency_seconds"](0.0 if last is None else (now - last) / count)
+            self._observe["inter_token_latency_seconds"](0.0 if times.last is None else (now - times.last) / count)
+        times.last = now
 
     def sequence_finished(
-        self,
-        reason: str,
-        *,
-        prompt_tokens: int,
-        output_tokens: int,
-        arrival: float,
-        first: float | None,
-        last: float | None,
-        now: float,
+        self, reason: str, times: SequenceTimes, now: float, prompt_tokens: int, output_tokens: int
     ) -> None:
-        """A sequence ended: `reason` is one of FINISHED_REASONS; times are on one monotonic clock."""
+        """A sequence ended; `reason` is one of FINISHED_REASONS."""
         self._finished.labels(*self._labels, reason).inc()
-        self._observe["e2e_request_latency_seconds"](now - arrival)
+        self._observe["e2e_request_latency_seconds"](now - times.arrival)
         self._observe["request_prompt_tokens"](prompt_tokens)
         self._observe["request_generation_tokens"](output_tokens)
-        if first is not None and last is not None:
-            self._observe["request_decode_time_seconds"](last - first)
+        if times.first is not None and times.last is not None:
+            seconds = times.last - times.first
+            self._observe["request_decode_time_seconds"](seconds)
             if output_tokens > 1:
-                self._observe["request_time_per_output_token_seconds"]((last - first) / (output_tokens - 1))
+                self._observe["request_time_per_output_token_seconds"](seconds / (output_tokens - 1))
 
     def rejected(self, reason: str) -> None:
         """A call got an error; `reason` is one of REJECTIONS."""

@@ -8,88 +8,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import from_json
 
 from moebius.errors import RequestError
 from moebius.schedule.request import LIMITS, SamplingParams
-from moebius.text import GenerationDefaults
+from moebius.text import GenerationDefaults, Tokenizer
 
-HARMLESS = frozenset(
-    {
-        "metadata",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-    }
-)
+HARMLESS = frozenset({
+    "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier",
+    "store", "user", "verbosity",
+})  # fmt: skip
 
 # Known to OpenAI's or vLLM's API, not supported here: the values that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
+    **dict.fromkeys((
+        "allowed_token_ids", "audio", "chat_template", "guided_choice", "guided_decoding_backend", "guided_grammar",
+        "guided_json", "guided_regex", "kv_transfer_params", "mm_processor_kwargs", "prompt_embeds",
+        "reasoning_effort", "request_id", "structured_outputs", "truncate_prompt_tokens", "web_search_options",
+    ), ()),
+    **dict.fromkeys((
+        "bad_words", "documents", "functions", "logit_processors", "logits_processors", "tools",
+    ), ([],)),
+    **dict.fromkeys((
+        "continue_final_message", "early_stopping", "include_stop_str_in_output", "return_tokens_as_token_ids",
+        "use_beam_search",
+    ), (False,)),
+    **dict.fromkeys((
+        "add_generation_prompt", "parallel_tool_calls", "skip_special_tokens", "spaces_between_special_tokens",
+    ), (True,)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
     "best_of": (1,),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "early_stopping": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
-    "logit_processors": ([],),
-    "logits_processors": ([],),
-    "mm_processor_kwargs": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
-    "prompt_embeds": (),
-    "reasoning_effort": (),
-    "request_id": (),
     "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-
-# Fields that are SamplingParams' own, by the same name.
-_SAMPLING = (
-    "n",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "logit_bias",
-)
+}  # fmt: skip
 
 _MESSAGE_TEXTS = ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content")
 _MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", "annotations", *_MESSAGE_TEXTS})
@@ -145,24 +101,21 @@ def _logit_bias(value: dict[str, float]) -> dict[int, float]:
 
 def _prompts(value: Any) -> Prompts:
     """A string, a list of strings, a list of token ids, or a list of such lists, as a list of prompts."""
-    items = [value] if isinstance(value, str) else value
-    if isinstance(items, list) and items:
-        if len(items) <= LIMITS.prompts and all(isinstance(item, str) for item in items):
-            return items
-        if _are_ids(items):
-            return [items]
-        if len(items) <= LIMITS.prompts and all(isinstance(item, list) and _are_ids(item) for item in items):
-            return items
-        if len(items) > LIMITS.prompts and all(isinstance(item, (str, list)) for item in items):
-            raise RequestError(f"prompt holds {len(items)} prompts; at most {LIMITS.prompts}", param="prompt")
-    raise RequestError(
-        "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids, not empty",
-        param="prompt",
-    )
+    items = [value] if isinstance(value, str) or (value and _are_ids(value)) else value
+    texts_or_ids = isinstance(items, list) and (all(isinstance(i, str) for i in items) or all(map(_are_ids, items)))
+    if not items or not texts_or_ids:
+        raise RequestError(
+            "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids, "
+            "not empty",
+            param="prompt",
+        )
+    if len(items) > LIMITS.prompts:
+        raise RequestError(f"prompt holds {len(items)} prompts; at most {LIMITS.prompts}", param="prompt")
+    return items
 
 
-def _are_ids(items: list[Any]) -> bool:
-    return all(type(item) is int for item in items)
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
@@ -171,7 +124,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     if len(value) > LIMITS.messages:
         raise RequestError(f"messages holds {len(value)} entries; at most {LIMITS.messages}", param="messages")
     for i, message in enumerate(value):
-        fields = {name: item for name, item in message.items() if item is not None}
+        fields = _without_nulls(message)
         _refuse_fields(fields, _MESSAGE_FIELDS, _MESSAGE_UNSUPPORTED, f"messages[{i}].")
         for name in _MESSAGE_TEXTS:
             if not isinstance(fields.get(name, ""), str):
@@ -179,7 +132,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     return value
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """Strict: no value is converted from another type, and every number is finite."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
@@ -194,8 +147,13 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(Body):
     """What both endpoints share. Defaults of sampling fields are the model's or SamplingParams', so absent here."""
+
+    id_prefix: ClassVar[str]
+    prompt_param: ClassVar[str]
+    continues: ClassVar[bool]
+    """Whether the answer's text continues the prompt's, rather than standing alone."""
 
     stream: bool = False
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_without_nulls)] = None
@@ -228,6 +186,13 @@ class GenerationRequest(_Body):
         """What the client calls the most tokens that it wants."""
         return "max_tokens"
 
+    def as_written(self, error: RequestError) -> RequestError:
+        """The same error, naming prompt and length as this endpoint's client calls them."""
+        if error.param == "max_tokens":
+            return RequestError(str(error).replace("max_tokens", self.length_param), param=self.length_param)
+        param = self.prompt_param if error.param == "prompt" else error.param
+        return RequestError(str(error), param=param, code=error.code)
+
     def _check_together(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
@@ -237,29 +202,41 @@ class GenerationRequest(_Body):
             raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
 
     def _sampling(self, defaults: GenerationDefaults, **endpoint: Any) -> SamplingParams:
-        """The client's values over the model's defaults over OpenAI's."""
+        """What the endpoint makes of its own fields, over the client's values, the model's defaults and OpenAI's."""
         self._check_together()
-        given = {name: getattr(self, name) for name in _SAMPLING if name in self.model_fields_set}
+        names = self.model_fields_set & SamplingParams.__dataclass_fields__.keys()
+        given = {name: getattr(self, name) for name in names}
         return SamplingParams(**{**defaults.sampling, **given, **endpoint})
 
 
 class CompletionRequest(GenerationRequest):
+    id_prefix = "cmpl"
+    prompt_param = "prompt"
+    continues = True
+
     prompt: Annotated[Prompts, PlainValidator(_prompts)]
     echo: bool = False
     logprobs: int | None = None
 
+    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """The ids of each prompt."""
+        return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompt]
+
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
         prompt_logprobs = [k for k in (self.logprobs if self.echo else None, self.prompt_logprobs) if k is not None]
         return self._sampling(
             defaults,
-            max_tokens=max_tokens,
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=max(prompt_logprobs, default=None),
         )
 
 
 class ChatRequest(GenerationRequest):
+    id_prefix = "chatcmpl"
+    prompt_param = "messages"
+    continues = False
+
     messages: Annotated[list[dict[str, Any]], PlainValidator(_messages)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -270,10 +247,14 @@ class ChatRequest(GenerationRequest):
     def length_param(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
+    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """The ids of the one prompt that the messages are."""
+        return [tokenizer.encode_chat(self.messages, variables=self.chat_template_kwargs)]
+
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if max_tokens == 0:
-            raise RequestError(f"{self.length_param} is 0; it must be at least 1", param=self.length_param)
+            raise RequestError("max_tokens is 0; it must be at least 1", param="max_tokens")
         if self.top_logprobs is not None:
             if not self.logprobs:
                 raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -282,20 +263,15 @@ class ChatRequest(GenerationRequest):
                     f"top_logprobs is {self.top_logprobs}; it must be an integer from 0 to {LIMITS.logprobs}",
                     param="top_logprobs",
                 )
-        try:
-            return self._sampling(
-                defaults,
-                max_tokens=max_tokens,
-                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-                prompt_logprobs=self.prompt_logprobs,
-            )
-        except RequestError as error:
-            if error.param == "max_tokens":
-                raise RequestError(f"{self.length_param}: {error}", param=self.length_param) from error
-            raise
+        return self._sampling(
+            defaults,
+            max_tokens=max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """Text (`prompt`) or a chat (`messages`) to count; `add_special_tokens` concerns text only."""
 
     prompt: str | None = None
@@ -306,16 +282,16 @@ class TokenizeRequest(_Body):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     tokens: list[int]
 
 
-_Model = TypeVar("_Model", bound=_Body)
+_Model = TypeVar("_Model", bound=Body)
 
 
 def parse(model: type[_Model], fields: Mapping[str, Any]) -> _Model:
     """A checked record of `model`, or RequestError naming the first field that is wrong."""
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = _without_nulls(fields)
     generates = issubclass(model, GenerationRequest)
     known = model.model_fields.keys() | (HARMLESS if generates else frozenset())
     _refuse_fields(given, known, UNSUPPORTED if generates else {}, "")

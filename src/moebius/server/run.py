@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from moebius.errors import ConfigError
@@ -60,6 +60,11 @@ def reserve_socket(host: str, port: int, *, api_keys: tuple[str, ...] = ()) -> s
     return sock
 
 
+def _cancel(timer: TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
 class Connection(HttpToolsProtocol):
     """One client's connection, with what uvicorn leaves open: limits in bytes and time, errors in OpenAI's shape.
 
@@ -77,8 +82,8 @@ class Connection(HttpToolsProtocol):
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_header_timer()
-        self._cancel_stall_timer()
+        _cancel(self._header_timer)
+        _cancel(self._stall_timer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -96,7 +101,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_headers = False
-        self._cancel_header_timer()
+        _cancel(self._header_timer)
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
@@ -105,7 +110,7 @@ class Connection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_stall_timer()
+        _cancel(self._stall_timer)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is no valid HTTP request")
@@ -118,19 +123,9 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _expect_headers(self) -> None:
-        self._cancel_header_timer()
+        _cancel(self._header_timer)
         self._in_headers, self._header_bytes = True, 0
         self._header_timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
-
-    def _cancel_header_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _cancel_stall_timer(self) -> None:
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer what never became a request, and hang up."""
@@ -175,7 +170,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: FastAPI, **options: Any) -> _Server:
+def make_server(app: Starlette, **options: Any) -> _Server:
     """A server for the application; call `run(sockets=[...])`. `options` are uvicorn's."""
     config = uvicorn.Config(
         app,
@@ -193,7 +188,7 @@ def make_server(app: FastAPI, **options: Any) -> _Server:
     return _Server(config, app.state.front_door)
 
 
-def run_server(app: FastAPI, sock: socket.socket) -> None:
+def run_server(app: Starlette, sock: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. Raises ConfigError where another took the port."""
     try:
         sock.listen(_BACKLOG)

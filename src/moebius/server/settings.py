@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from importlib import metadata
 
+from moebius.config import require_seconds
 from moebius.errors import ConfigError
-
-
-def package_version() -> str:
-    """The installed version, or `source` when the package runs straight from its tree."""
-    try:
-        return metadata.version("moebius")
-    except metadata.PackageNotFoundError:
-        return "source"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +30,6 @@ class ServerSettings:
     request_timeout: float = 3600.0
     body_timeout: float = 30.0
     stream_buffer_bytes: int = 128 * 1024
-    version: str = ""
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
@@ -48,10 +38,6 @@ class ServerSettings:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("an API key must be printable ASCII without spaces, at least one character")
         for name in ("keep_alive", "drain_timeout", "request_timeout", "body_timeout"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
+            require_seconds(name, getattr(self, name))
         if self.stream_buffer_bytes < 1024:
             raise ConfigError(f"stream_buffer_bytes is {self.stream_buffer_bytes}; it must be at least 1024")
-        if not self.version:
-            object.__setattr__(self, "version", package_version())

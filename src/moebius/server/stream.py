@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.errors import DeadlineError, EngineError, MoebiusError
-from moebius.outputs import Delta, SequenceAssembler
-from moebius.schedule.request import Request, SamplingParams, choice_seed
+from moebius.outputs import Delta, SequenceAssembler, open_choices
+from moebius.schedule.request import Request, SamplingParams
 from moebius.server.faults import DrainingError
-from moebius.server.metrics import ServerMetrics
+from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
 from moebius.text import Tokenizer
 
@@ -43,19 +43,16 @@ class Ask:
     continues: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class Choice:
     """One choice of one prompt on its way: the engine's request, the text so far, and when its tokens came."""
 
-    __slots__ = ("assembler", "closed", "first_time", "index", "last_time", "prompt_index", "request")
-
-    def __init__(self, index: int, prompt_index: int, request: Request, assembler: SequenceAssembler) -> None:
-        self.index = index
-        self.prompt_index = prompt_index
-        self.request = request
-        self.assembler = assembler
-        self.first_time: float | None = None
-        self.last_time: float | None = None
-        self.closed = False
+    index: int
+    prompt_index: int
+    request: Request
+    assembler: SequenceAssembler
+    times: SequenceTimes
+    closed: bool = False
 
 
 Batch = list[tuple[Choice, Delta]]
@@ -77,17 +74,16 @@ class Call:
         self.sending = False
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
-        self._by_request = {choice.request.id: choice for choice in choices}
-        self._inbox: list[StepOutput] = []
+        self._inbox: list[tuple[Choice, StepOutput]] = []
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
         self._failed = False
         self._ended: MoebiusError | ClientGone | None = None
-        self._open = len(choices)
+        self._deadline = choices[0].times.arrival + door.settings.request_timeout + _GRACE_SECONDS
 
     @property
     def finished(self) -> bool:
-        return self._open == 0
+        return all(choice.closed for choice in self.choices)
 
     @property
     def keep_alive(self) -> float:
@@ -114,10 +110,11 @@ class Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        failed = self._failed or (isinstance(error, Exception) and not isinstance(error, ClientGone))
         for choice in self.choices:
             if not choice.closed:
                 self._door.client.abort(choice.request.id)
-                self._close(choice, "error" if self._failed else "abort")
+                self._close(choice, "error" if failed else "abort")
         self._door.forget(self)
 
     async def next(self) -> Batch:
@@ -125,46 +122,32 @@ class Call:
 
         Raises the error that ended a choice, DeadlineError, or ClientGone.
         """
-        try:
-            return await self._next()
-        except (ClientGone, asyncio.CancelledError):
-            raise
-        except BaseException:
-            self._failed = True
-            raise
-
-    async def _next(self) -> Batch:
         if not self._inbox and self._ended is None:
             self._wake.clear()
+            left = max(0.0, self._deadline - self._door.clock())
             try:
-                async with asyncio.timeout(self._patience()):
+                async with asyncio.timeout(min(self.keep_alive, left)):
                     await self._wake.wait()
             except TimeoutError:
-                self._check_deadline()
+                if self._door.clock() >= self._deadline:
+                    raise DeadlineError("the engine has not answered within the request's deadline") from None
         if self._ended is not None:
             raise self._ended
         outputs, self._inbox, self._waiting_bytes = self._inbox, [], 0
-        batch: Batch = []
-        for output in outputs:
-            choice = self._by_request[output.request_id]
-            if not choice.closed:
-                batch.append((choice, self._take(choice, output)))
-        return batch
+        return [(choice, self._take(choice, output)) for choice, output in outputs if not choice.closed]
 
     def failed(self, reason: str) -> None:
         """Count an error that the client hears inside its stream."""
+        self._failed = True
         self._door.metrics.rejected(reason)
 
-    def receive(self, output: StepOutput, now: float) -> None:
+    def receive(self, choice: Choice, output: StepOutput, now: float) -> None:
         """Called on the loop, for each of a step's outputs. Never blocks, never raises."""
         if self._ended is not None:
             return
-        choice = self._by_request[output.request_id]
         if output.token_ids and not choice.closed:
-            self._door.metrics.tokens(len(output.token_ids), now, choice.request.arrival, choice.last_time)
-            choice.first_time = now if choice.first_time is None else choice.first_time
-            choice.last_time = now
-        self._inbox.append(output)
+            self._door.metrics.tokens(choice.times, len(output.token_ids), now)
+        self._inbox.append((choice, output))
         self._waiting_bytes += _weight(output)
         self._wake.set()
         if self.sending and self._waiting_bytes > self._door.settings.stream_buffer_bytes:
@@ -193,27 +176,8 @@ class Call:
 
     def _close(self, choice: Choice, reason: str) -> None:
         choice.closed = True
-        self._open -= 1
-        self._door.metrics.sequence_finished(
-            reason,
-            prompt_tokens=len(choice.request.prompt_ids),
-            output_tokens=choice.assembler.num_tokens,
-            arrival=choice.request.arrival,
-            first=choice.first_time,
-            last=choice.last_time,
-            now=self._door.clock(),
-        )
-
-    @property
-    def _deadline(self) -> float:
-        return (self.choices[0].request.deadline or self._door.clock()) + _GRACE_SECONDS
-
-    def _patience(self) -> float:
-        return max(0.0, min(self.keep_alive, self._deadline - self._door.clock()))
-
-    def _check_deadline(self) -> None:
-        if self._door.clock() >= self._deadline:
-            raise DeadlineError("the engine has not answered within the request's deadline")
+        prompt_tokens, output_tokens = len(choice.request.prompt_ids), choice.assembler.num_tokens
+        self._door.metrics.sequence_finished(reason, choice.times, self._door.clock(), prompt_tokens, output_tokens)
 
 
 class FrontDoor:
@@ -235,7 +199,7 @@ class FrontDoor:
         self.clock = clock
         self.draining = False
         self._calls: dict[str, Call] = {}
-        self._by_request: dict[str, Call] = {}
+        self._by_request: dict[str, tuple[Call, Choice]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -256,34 +220,26 @@ class FrontDoor:
         self.client.start(self._deliver)
 
     def open(self, id: str, ask: Ask) -> Call:
-        """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
-
-        A seed that is given serves every prompt alike, so that an answer does not depend on the prompt's place in
-        the call; where none is given each prompt draws its own.
-        """
+        """Check everything about a call, submit nothing. Raises RequestError, or DrainingError."""
         if self.draining:
             raise DrainingError
-        info, now = self.client.info, self.clock()
+        now = self.clock()
+        ids = (f"{id}-{index:04d}" for index in count())
         choices: list[Choice] = []
         for p, prompt_ids in enumerate(ask.prompts):
-            seed = secrets.randbits(64) if ask.params.seed is None else ask.params.seed
-            for i in range(ask.params.n):
-                index = len(choices)
-                request = Request.create(
-                    f"{id}-{index:04d}",
-                    prompt_ids,
-                    ask.params,
-                    info.limits,
-                    arrival=now,
-                    eos_ids=info.eos_ids,
-                    seed=choice_seed(seed, i),
-                    priority=ask.priority,
-                    deadline=now + self.settings.request_timeout,
-                    salt=ask.salt,
-                )
-                context = request.prompt_ids if ask.continues else ()
-                assembler = SequenceAssembler(self.tokenizer, ask.params, prompt_ids=context)
-                choices.append(Choice(index, p, request, assembler))
+            for request, assembler in open_choices(
+                self.tokenizer,
+                self.client.info,
+                prompt_ids,
+                ask.params,
+                ids,
+                continues=ask.continues,
+                arrival=now,
+                priority=ask.priority,
+                deadline=now + self.settings.request_timeout,
+                salt=ask.salt,
+            ):
+                choices.append(Choice(len(choices), p, request, assembler, SequenceTimes(now)))
         return Call(self, id, ask, choices)
 
     def admit(self, call: Call) -> None:
@@ -295,7 +251,7 @@ class FrontDoor:
         self._calls[call.id] = call
         self._idle.clear()
         for choice in call.choices:
-            self._by_request[choice.request.id] = call
+            self._by_request[choice.request.id] = call, choice
         try:
             for choice in call.choices:
                 self.client.submit(choice.request)
@@ -347,6 +303,6 @@ class FrontDoor:
 
     def _route(self, outputs: list[StepOutput], now: float) -> None:
         for output in outputs:
-            call = self._by_request.get(output.request_id)
-            if call is not None:
-                call.receive(output, now)
+            if output.request_id in self._by_request:
+                call, choice = self._by_request[output.request_id]
+                call.receive(choice, output, now)

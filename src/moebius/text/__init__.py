@@ -2,7 +2,7 @@
 
 from moebius.text.chat import ChatTemplate
 from moebius.text.defaults import GenerationDefaults
-from moebius.text.stream import IncrementalDecoder, StopMatcher
+from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
 from moebius.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "GenerationDefaults", "IncrementalDecoder", "StopMatcher", "Tokenizer"]
+__all__ = ["ChatTemplate", "GenerationDefaults", "IncrementalDecoder", "StopMatcher", "Tokenizer", "text_offsets"]

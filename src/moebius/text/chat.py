@@ -9,8 +9,8 @@ from typing import Any
 
 import jinja2
 
+from moebius.config import read_json
 from moebius.errors import RequestError, TokenizerError
-from moebius.text.defaults import read_json
 from moebius.text.sandbox import MAX_CHARACTERS, MAX_SECONDS, TemplateEnvironment
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -140,7 +140,7 @@ def load_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
     sources: dict[str, str] = {}
     for found in (
         tokenizer_config.get("chat_template"),
-        read_json(directory / "chat_template.json").get("chat_template"),
+        read_json(directory / "chat_template.json", default={}).get("chat_template"),
     ):
         sources |= _named_sources(found)
     files = {path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}

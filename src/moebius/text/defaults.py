@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moebius.config import read_json
 from moebius.errors import ConfigError
-
-if TYPE_CHECKING:
-    from moebius.text.tokenizer import Tokenizer
+from moebius.text.tokenizer import Tokenizer
 
 _SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is no file. ConfigError where it is anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path.name} holds a {type(found).__name__}; it must be a JSON object")
-    return found
 
 
 def _eos_ids(config: Mapping[str, Any], name: str) -> frozenset[int]:
@@ -57,8 +42,8 @@ class GenerationDefaults:
     def load(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> GenerationDefaults:
         """Read a model directory; missing files say nothing. Raises ConfigError on a broken one."""
         directory = Path(directory)
-        generation = read_json(directory / "generation_config.json")
-        config = read_json(directory / "config.json")
+        generation = read_json(directory / "generation_config.json", default={})
+        config = read_json(directory / "config.json", default={})
         eos_ids = _eos_ids(generation, "generation_config.json") | _eos_ids(config, "config.json")
         if isinstance(config.get("text_config"), dict):
             eos_ids |= _eos_ids(config["text_config"], "config.json: text_config")

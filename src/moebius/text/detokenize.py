@@ -136,21 +136,19 @@ class Detokenizer:
         """The token's bytes inside a text, special tokens included."""
         known = self._cache.get(token_id)
         if known is None:
-            token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+            token = self._token(token_id)
             known = self._cache[token_id] = b"" if token is None else self._steps.inner(token)
         return known
 
     def piece(self, token_id: int, *, first: bool, skip_special: bool) -> bytes | None:
         """What the token adds to a text, at its beginning (`first`) or inside; None where it takes no part in it."""
-        if skip_special and token_id in self._special_ids:
+        token = None if skip_special and token_id in self._special_ids else self._token(token_id)
+        if token is None:
             return None
-        if not first:
-            return self._steps.joiner + self.own(token_id) if self._knows(token_id) else None
-        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
-        return None if token is None else self._steps.first(token)
+        return self._steps.first(token) if first else self._steps.joiner + self.own(token_id)
 
-    def _knows(self, token_id: int) -> bool:
-        return bool(self.own(token_id)) or (token_id >= 0 and self._backend.id_to_token(token_id) is not None)
+    def _token(self, token_id: int) -> str | None:
+        return self._backend.id_to_token(token_id) if token_id >= 0 else None
 
     def join(self, token_ids: Iterable[int], *, skip_special: bool) -> bytes:
         """All bytes of a text; its leading spaces are stripped as the decoder says."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from moebius.text.tokenizer import Tokenizer
+from moebius.text.tokenizer import Tokenizer
 
 _LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
@@ -62,6 +60,16 @@ class IncrementalDecoder:
     def flush(self) -> str:
         """The end of the text: U+FFFD if a character was left unfinished, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def text_offsets(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
+    """Where in `tokenizer.decode(ids)` each token's text begins, in characters."""
+    decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
+    offsets, length = [], 0
+    for token_id in ids:
+        offsets.append(length)
+        length += len(decoder.push(token_id))
+    return offsets
 
 
 class _Automaton:

@@ -11,12 +11,11 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from moebius.config import read_json
 from moebius.errors import RequestError, TokenizerError
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
-from moebius.text.defaults import read_json
 from moebius.text.detokenize import Detokenizer
 from moebius.text.guard import SpecialGuard, strings_in
-from moebius.text.stream import IncrementalDecoder
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -68,8 +67,8 @@ class Tokenizer:
             backend = Backend.from_file(str(path))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise TokenizerError(f"{path} cannot be read: {error}") from error
-        config = read_json(directory / "tokenizer_config.json")
-        specials = _special_tokens({**read_json(directory / "special_tokens_map.json"), **config})
+        config = read_json(directory / "tokenizer_config.json", default={})
+        specials = _special_tokens({**read_json(directory / "special_tokens_map.json", default={}), **config})
         _add_tokens(backend, config, specials)
         return cls(
             backend,
@@ -189,15 +188,6 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The token's own text; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
-
-    def text_offsets(self, ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
-        """Where in `decode(ids)` each token's text begins, in characters."""
-        decoder = IncrementalDecoder(self, skip_special_tokens=skip_special_tokens)
-        offsets, length = [], 0
-        for token_id in ids:
-            offsets.append(length)
-            length += len(decoder.push(token_id))
-        return offsets
 
 
 def _check_unicode(text: str, param: str) -> None:

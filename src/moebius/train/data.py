@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,13 @@ def _write(recipe: Recipe, corpus: Corpus, folder: Path) -> dict[str, Any]:
     tokenizer.save(str(folder / "tokenizer.json"))
     chats = conversations(corpus.train, recipe.corpus.chat_examples, recipe.corpus.seed)
     chat_documents = [Document(f"chat/{i}", "chat", render_chat(chat)) for i, chat in enumerate(chats)]
-    sizes: dict[str, dict[str, dict[str, int]]] = {}
+    sizes: dict[str, dict[str, dict[str, int]]] = {"train": {}, "heldout": {}}
     for split, documents in (("train", [*corpus.train, *chat_documents]), ("heldout", list(corpus.heldout))):
-        sizes[split] = {}
-        for kind in KINDS:
+        for kind, tokens in streams(documents, tokenizer).items():
+            tokens.tofile(folder / f"{split}.{kind}.bin")
             texts = [d.text for d in documents if d.kind == kind]
-            if texts:
-                tokens = pack(texts, tokenizer)
-                tokens.tofile(folder / f"{split}.{kind}.bin")
-                num_bytes = sum(len(text.encode()) for text in texts)
-                sizes[split][kind] = {"documents": len(texts), "bytes": num_bytes, "tokens": len(tokens)}
+            num_bytes = sum(len(text.encode()) for text in texts)
+            sizes[split][kind] = {"documents": len(texts), "bytes": num_bytes, "tokens": len(tokens)}
     return {"corpus_sha256": corpus.sha256, "python_version": corpus.python_version, "sizes": sizes}
 
 
@@ -90,9 +87,9 @@ def _open(folder: Path, split: str, facts: dict[str, Any]) -> dict[str, np.ndarr
     }
 
 
-def heldout_streams(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """The corpus's held-out documents as streams, by kind, for a tokenizer that exists already."""
-    texts = {kind: [d.text for d in corpus.heldout if d.kind == kind] for kind in KINDS}
+def streams(documents: Collection[Document], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Documents as one stream for each kind that there is."""
+    texts = {kind: [d.text for d in documents if d.kind == kind] for kind in KINDS}
     return {kind: pack(found, tokenizer) for kind, found in texts.items() if found}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,15 @@ def score(
             nats += float(F.cross_entropy(decoder.logits(hidden_LD), target_L, reduction="sum"))
         total += Score(nats, target_T.numel(), int(bytes_V[target_T].sum()))
     return total
+
+
+def scores(
+    decoder: Decoder, streams: Mapping[str, np.ndarray], tokenizer: Tokenizer, length: int, max_rows: int | None = None
+) -> dict[str, Score]:
+    """The score of each kind of text, and that of `all` together."""
+    found = {kind: score(decoder, stream, tokenizer, length, max_rows=max_rows) for kind, stream in streams.items()}
+    first, *rest = found.values()
+    return found | {"all": sum(rest, first)}
 
 
 def expert_counts(routings: Sequence[Routing | None], num_experts: int) -> Tensor:

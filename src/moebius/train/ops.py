@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import ModelConfig
+from moebius.nn.attention import Rotation
 from moebius.ops.reference import ReferenceOps, visible
 
 # Queries of a row that are attended at a time: keys after them are never touched, which halves a causal row's work.
@@ -45,7 +46,8 @@ class DocumentAttend:
         self._bias_RLL = bias_RLL.masked_fill_(~seen_RLL, torch.finfo(dtype).min)
         self._scale = config.scale
 
-    def __call__(self, layer: int, q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
+        q_THN, k_TGN, v_TGN = rotation(qkv_TI)
         rows, length, _ = self._bias_RLL.shape
         heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
         # Query heads that share a key head stand side by side, as more queries of the same keys: (R, G, L, H/G, N).

@@ -5,20 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
+from moebius.config import ModelConfig
 from moebius.errors import ConfigError
+from moebius.models import model_config
 from moebius.train.corpus import KINDS
+from moebius.train.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
 
 _Record = TypeVar("_Record")
+_INF = math.inf
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check(table: str, record: object, names: Iterable[str], must: str, holds: Callable[[Any], bool]) -> None:
+    """ConfigError for the first of the fields `names` whose value is not what it `must` be."""
+    for name in names:
+        value = getattr(record, name)
+        _require(holds(value), f"{table}.{name} is {value}; it must {must}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +41,8 @@ class CorpusRecipe:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        _require(
-            0.0 < self.heldout_share < 0.5,
-            f"corpus.heldout_share is {self.heldout_share}; it must lie between 0 and 0.5",
-        )
-        _require(self.chat_examples >= 0, f"corpus.chat_examples is {self.chat_examples}; it must not be negative")
+        _check("corpus", self, ["heldout_share"], "lie between 0 and 0.5", lambda x: 0 < x < 0.5)
+        _check("corpus", self, ["chat_examples"], "not be negative", lambda x: x >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +55,7 @@ class MixtureRecipe:
     chat: int = 1
 
     def __post_init__(self) -> None:
-        for kind in KINDS:
-            _require(getattr(self, kind) >= 0, f"mixture.{kind} is {getattr(self, kind)}; it must not be negative")
+        _check("mixture", self, KINDS, "not be negative", lambda x: x >= 0)
         _require(any(getattr(self, kind) for kind in KINDS), "mixture: every kind of text is passed over 0 times")
 
 
@@ -59,10 +66,8 @@ class TokenizerRecipe:
     vocab_size: int = 4096
 
     def __post_init__(self) -> None:
-        _require(
-            259 <= self.vocab_size <= 65536,
-            f"tokenizer.vocab_size is {self.vocab_size}; it must lie between 259 (bytes and special tokens) and 65536",
-        )
+        bounds = "lie between 259 (bytes and special tokens) and 65536"
+        _check("tokenizer", self, ["vocab_size"], bounds, lambda x: 259 <= x <= 65536)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +87,12 @@ class ModelRecipe:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        _require(self.init_std > 0, f"model.init_std is {self.init_std}; it must be positive")
-        for name in ("hidden_size", "expert_width"):
-            value = getattr(self, name)
-            _require(
-                value > 0 and value % 8 == 0,
-                f"model.{name} is {value}; grouped matrix products need a positive multiple of 8",
-            )
-        _require(
-            self.max_position_embeddings >= 1,
-            f"model.max_position_embeddings is {self.max_position_embeddings}; it must be at least 1",
-        )
+        _check("model", self, ["init_std"], "be positive", lambda x: x > 0)
+        widths = ("hidden_size", "expert_width")
+        must = "be a positive multiple of 8, which grouped matrix products need"
+        _check("model", self, widths, must, lambda x: x > 0 and x % 8 == 0)
+        counts = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts", "experts_per_token")
+        _check("model", self, (*counts, "max_position_embeddings"), "be at least 1", lambda x: x >= 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +122,25 @@ class TrainingRecipe:
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows_per_step", "row_length", "log_every", "evaluate_every", "evaluate_rows"):
-            _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            _require(value > 0 and math.isfinite(value), f"training.{name} is {value}; it must be a positive number")
-        for name in ("weight_decay", "load_balance", "z_loss", "checkpoint_seconds"):
-            value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), f"training.{name} is {value}; it must not be negative")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"training.{name} is {value}; it must be at least 0 and less than 1")
-        _require(0 <= self.final_share <= 1, f"training.final_share is {self.final_share}; it must lie between 0 and 1")
+        counts = ("steps", "rows_per_step", "row_length", "log_every", "evaluate_every", "evaluate_rows")
+        _check("training", self, counts, "be at least 1", lambda x: x >= 1)
+        _check("training", self, ("learning_rate", "clip_norm"), "be a positive number", lambda x: 0 < x < _INF)
+        weights = ("weight_decay", "load_balance", "z_loss", "checkpoint_seconds")
+        _check("training", self, weights, "not be negative", lambda x: 0 <= x < _INF)
+        _check("training", self, ("beta1", "beta2"), "be at least 0 and less than 1", lambda x: 0 <= x < 1)
+        _check("training", self, ["final_share"], "lie between 0 and 1", lambda x: 0 <= x <= 1)
         _require(
             0 <= self.warmup_steps < self.steps,
             f"training.warmup_steps is {self.warmup_steps}; it must be less than training.steps = {self.steps}",
         )
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then a half cosine (arXiv 1608.03983, eq 5) to the last step."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        share = self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * share
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,23 +169,39 @@ class Recipe:
 
     def model_config(self) -> ModelConfig:
         """The decoder that the recipe trains."""
+        return model_config(self.config_json())
+
+    def config_json(self) -> dict[str, Any]:
+        """The config.json of the recipe's model, as transformers' Qwen3MoeForCausalLM reads it."""
         m = self.model
-        router = RouterConfig(num_experts=m.num_experts, top_k=m.experts_per_token, score="softmax", weight="renorm")
-        return ModelConfig(
-            model_type="qwen3_moe",
-            hidden_size=m.hidden_size,
-            num_layers=m.num_layers,
-            num_heads=m.num_heads,
-            num_kv_heads=m.num_kv_heads,
-            head_dim=m.head_dim,
-            vocab_size=self.tokenizer.vocab_size,
-            max_position_embeddings=m.max_position_embeddings,
-            rope=RopeConfig(theta=m.rope_theta),
-            feed_forward=(FeedForwardConfig(width=m.expert_width, router=router),) * m.num_layers,
-            windows=(None,) * m.num_layers,
-            tie_word_embeddings=True,
-            qk_norm="head",
-        )
+        return {
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "hidden_size": m.hidden_size,
+            "num_hidden_layers": m.num_layers,
+            "num_attention_heads": m.num_heads,
+            "num_key_value_heads": m.num_kv_heads,
+            "head_dim": m.head_dim,
+            "vocab_size": self.tokenizer.vocab_size,
+            "max_position_embeddings": m.max_position_embeddings,
+            "rope_theta": m.rope_theta,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "num_experts": m.num_experts,
+            "num_experts_per_tok": m.experts_per_token,
+            "moe_intermediate_size": m.expert_width,
+            "intermediate_size": m.expert_width * m.experts_per_token,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": self.training.load_balance,
+            "initializer_range": m.init_std,
+            "use_sliding_window": False,
+            "eos_token_id": SPECIAL_TOKENS.index(END_OF_TEXT),
+            "pad_token_id": SPECIAL_TOKENS.index(END_OF_TEXT),
+        }
 
 
 def read_recipe(path: Path) -> Recipe:

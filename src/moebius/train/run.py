@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from moebius.errors import ConfigError
 from moebius.models.weights import load_decoder
 from moebius.train.corpus import read_corpus
-from moebius.train.data import heldout_streams, prepare
+from moebius.train.data import prepare, streams
 from moebius.train.export import export, measure, model_card, parameter_counts
 from moebius.train.ops import TrainingOps
 from moebius.train.recipe import Recipe, read_recipe
@@ -64,8 +64,8 @@ def _evaluate(recipe: Recipe, out: Path, root: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{out} holds no model to evaluate; train one first, without --evaluate-only")
     decoder = load_decoder(out, torch.bfloat16, ops=TrainingOps())
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    streams = heldout_streams(read_corpus(recipe.corpus.heldout_share, root), tokenizer)
-    return measure(decoder, recipe, streams, tokenizer)
+    heldout = streams(read_corpus(recipe.corpus.heldout_share, root).heldout, tokenizer)
+    return measure(decoder, recipe, heldout, tokenizer)
 
 
 def _print_figures(figures: dict[str, Any]) -> None:

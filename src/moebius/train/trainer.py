@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from moebius.errors import ConfigError, NumericalError
+from moebius.errors import ConfigError, NumericalError, WeightsError
 from moebius.models.decoder import Decoder
+from moebius.models.weights import publish
 from moebius.moe.losses import load_balance_loss, router_z_loss
-from moebius.train.checkpoint import TrainingState, load_state, save_state
 from moebius.train.data import Batches, PreparedData
-from moebius.train.evaluate import expert_counts, max_violation, score
+from moebius.train.evaluate import expert_counts, max_violation, scores
 from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
 from moebius.train.recipe import Recipe
-from moebius.train.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Trainer:
                 f"step {self.done}: the loss is {loss.item()}, the gradient's norm {grad_norm.item()}; "
                 "training stopped, the last checkpoint is good"
             )
-        rate = learning_rate(training, self.done)
+        rate = training.rate_at(self.done)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
@@ -94,37 +95,55 @@ class Trainer:
 
     def evaluate(self, max_rows: int | None = None) -> dict[str, float]:
         """Bits per byte of each kind of held-out text, and of `all`."""
-        scores = {
-            kind: score(self.decoder, stream, self.data.tokenizer, self.recipe.training.row_length, max_rows=max_rows)
-            for kind, stream in self.data.heldout.items()
-        }
-        first, *rest = scores.values()
-        return {kind: s.bits_per_byte for kind, s in scores.items()} | {"all": sum(rest, first).bits_per_byte}
+        length = self.recipe.training.row_length
+        found = scores(self.decoder, self.data.heldout, self.data.tokenizer, length, max_rows)
+        return {kind: score.bits_per_byte for kind, score in found.items()}
 
-    def state(self) -> TrainingState:
-        """A copy of everything that the next step depends on."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and both moments by name: with `done`, everything that the next step depends on."""
         tensors = {}
         for name, master in self._masters.items():
             slots = self._optimizer.state.get(master) or {
                 key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")
             }
-            tensors[f"master.{name}"] = master.clone()
-            tensors[f"mean.{name}"] = slots["exp_avg"].clone()
-            tensors[f"square.{name}"] = slots["exp_avg_sq"].clone()
-        return TrainingState(self.done, self.fingerprint(), tensors, {"seconds": self.seconds})
+            tensors[f"master.{name}"] = master
+            tensors[f"mean.{name}"] = slots["exp_avg"]
+            tensors[f"square.{name}"] = slots["exp_avg_sq"]
+        return tensors
 
-    def restore(self, state: TrainingState) -> None:
-        """Continue from `state`. Raises: ConfigError, when it belongs to another recipe or to other data."""
-        if state.fingerprint != self.fingerprint():
+    def save(self, path: Path) -> None:
+        """Write the run's state so that `path` holds either the old one or this one, whenever the machine stops.
+
+        It is one safetensors file: tensors, and JSON in its header. Nothing is ever unpickled.
+        """
+        partial = path.with_suffix(".partial")
+        header = {"step": self.done, "fingerprint": self.fingerprint(), "seconds": self.seconds}
+        save_file(self.tensors(), partial, metadata={"moebius": json.dumps(header)})
+        publish(partial, path)
+
+    def restore(self, path: Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises: WeightsError, when the file is missing, truncated or no training state; ConfigError, when it belongs
+        to another recipe or to other data.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["moebius"])
+                step, fingerprint, seconds = (header[key] for key in ("step", "fingerprint", "seconds"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise WeightsError(f"{path} is no training checkpoint: {error}") from None
+        if fingerprint != self.fingerprint():
             raise ConfigError("the checkpoint belongs to another recipe or corpus; choose another --out or delete it")
         for name, master in self._masters.items():
-            master.copy_(state.tensors[f"master.{name}"])
+            master.copy_(tensors[f"master.{name}"])
             self._optimizer.state[master] = {
-                "step": torch.tensor(float(state.step)),
-                "exp_avg": state.tensors[f"mean.{name}"].clone(),
-                "exp_avg_sq": state.tensors[f"square.{name}"].clone(),
+                "step": torch.tensor(float(step)),
+                "exp_avg": tensors[f"mean.{name}"],
+                "exp_avg_sq": tensors[f"square.{name}"],
             }
-        self.done, self.seconds = state.step, state.facts["seconds"]
+        self.done, self.seconds = step, seconds
         self._round()
 
     def fingerprint(self) -> str:
@@ -161,7 +180,7 @@ def run(trainer: Trainer, folder: Path, on_step: Callable[[int, StepReport], Non
     training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
-        trainer.restore(load_state(checkpoint))
+        trainer.restore(checkpoint)
     metrics = _Metrics(folder / "metrics.jsonl", trainer)
     saved = last = time.monotonic()
     try:
@@ -172,12 +191,12 @@ def run(trainer: Trainer, folder: Path, on_step: Callable[[int, StepReport], Non
             on_step(trainer.done, report)
             metrics.add(report)
             if now - saved >= training.checkpoint_seconds:
-                save_state(trainer.state(), checkpoint)
+                trainer.save(checkpoint)
                 saved = now
     except KeyboardInterrupt:
-        save_state(trainer.state(), checkpoint)
+        trainer.save(checkpoint)
         raise
-    save_state(trainer.state(), checkpoint)
+    trainer.save(checkpoint)
 
 
 class _Metrics:

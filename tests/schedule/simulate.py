@@ -1,6 +1,6 @@
 """The real scheduler and pool under a virtual clock, with a fake model and random, hostile work, checked at each step.
 
-`python -m moebius.schedule.simulate --steps 1000000 --seed 1` runs episodes with seeds 1, 2, 3, ...: each a new random
+`make simulate STEPS=1000000 SEED=1` runs episodes with seeds 1, 2, 3, ...: each a new random
 configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off) and workload (shared prefixes, tenants,
 priorities, deadlines, aborts in every state, failed steps, numerical failures, several tokens a step), ending when all
 is drained. A violation names the invariant, the episode's seed and the step, and comes again from that seed.
@@ -18,10 +18,10 @@ from timeit import default_timer  # the command's stop watch; the simulation's o
 
 from moebius.errors import OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.checker import Checker, Violation, advance, draw
 from moebius.schedule.plan import SchedulerConfig, StepPlan
 from moebius.schedule.request import FinishReason, Request, SamplingParams, ServingLimits
 from moebius.schedule.scheduler import Scheduler
+from schedule.checker import Checker, Violation, advance, draw
 
 EPISODE_STEPS = 600
 DRAIN_STEPS = 5_000
@@ -302,7 +302,7 @@ def simulate(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moebius.schedule.simulate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m schedule.simulate", description=__doc__)
     parser.add_argument("--steps", type=int, default=100_000, help="steps in all, over all processes")
     parser.add_argument("--seed", type=int, default=1, help="seed of the first episode")
     parser.add_argument("--processes", type=int, default=1)

@@ -18,6 +18,7 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.plan import StepPlan
 from moebius.schedule.request import FinishReason, Request, RequestStatus
 from moebius.schedule.scheduler import Scheduler
+from schedule.books import check_books
 
 
 class Violation(AssertionError):
@@ -26,7 +27,7 @@ class Violation(AssertionError):
     def __init__(self, invariant: str, message: str, *, seed: int, step: int) -> None:
         super().__init__(
             f"{invariant} violated in step {step} of the episode with seed {seed}: {message} "
-            f"(again: python -m moebius.schedule.simulate --seed {seed} --steps {step})"
+            f"(again: PYTHONPATH=tests python -m schedule.simulate --seed {seed} --steps {step})"
         )
         self.invariant = invariant
         self.message = message
@@ -295,7 +296,7 @@ class Checker:
     def books(self) -> None:
         """I1 to I6 by recount, I4 by content, and no cached block derives from a request whose numbers went wrong."""
         try:
-            self.scheduler.check()
+            check_books(self.scheduler)
         except AssertionError as error:
             invariant, _, message = str(error).partition(": ")
             self.broken(invariant, message)

@@ -1,0 +1,92 @@
+"""Ten thousand random schedules against promise P1: one answer, bit for bit.
+
+    python benchmarks/one_answer.py --schedules 10000 --json benchmarks/one_answer.json
+
+Every schedule serves 1 to 64 requests in bfloat16 with random batch sizes, chunk sizes, block sizes, cache sizes (some
+force preemptions), arrivals, thread counts and cold or warm prefix caches, and compares every token's
+log-probabilities with those of the request served alone. Models: the bundled one (one schedule in twenty) and a random
+one of every supported architecture. Ends with exit code 1 at the first difference, naming the schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import moebius  # noqa: E402
+from moebius.models.weights import load_decoder  # noqa: E402
+from moebius.ops.cpu import CpuOps  # noqa: E402
+from oracle import FAMILY, save_tiny  # noqa: E402
+from random_schedules import MAX_MODEL_LEN, alone, answers, random_schedule, wishes  # noqa: E402
+
+BUNDLED_EVERY = 20
+
+
+class Subject:
+    """A model on 1 and on 2 threads, its requests, and what each gives alone."""
+
+    def __init__(self, name: str, directory: Path, kernels: list[CpuOps], count: int = 64) -> None:
+        self.name = name
+        self.decoders = [load_decoder(directory, torch.bfloat16, ops=ops) for ops in kernels]
+        self.wishes = wishes(count, self.decoders[0].config.vocab_size, random.Random(name))
+        self.expected = {wish.id: alone(self.decoders[0], wish) for wish in self.wishes}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--schedules", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    kernels = [CpuOps(1), CpuOps(2)]
+    with tempfile.TemporaryDirectory() as scratch:
+        subjects = []
+        for model_type in sorted(FAMILY):
+            directory = Path(scratch) / model_type
+            save_tiny(directory, model_type, max_position_embeddings=MAX_MODEL_LEN, vocab_size=300)
+            subjects.append(Subject(model_type, directory, kernels))
+        bundled = Subject("bundled", Path(moebius.__file__).parent / "bundled", kernels)
+        result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
+    print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if result["different"] else 0
+
+
+def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -> dict[str, object]:
+    counts = {"schedules": 0, "answers": 0, "tokens": 0, "preemptions": 0, "prefix_hit_tokens": 0}
+    start = time.monotonic()
+    for number in range(args.schedules):
+        rng = random.Random(f"{args.seed}-{number}")
+        subject = bundled if number % BUNDLED_EVERY == 0 else rng.choice(subjects)
+        some = rng.sample(subject.wishes, rng.choice((1, 2, 4, 8, 16, 32, 64)))
+        schedule = random_schedule(len(some), rng)
+        seen = answers(rng.choice(subject.decoders), some, schedule)
+        for found in seen.rounds:
+            for wish in some:
+                if found[wish.id] != subject.expected[wish.id]:
+                    where = f"schedule {number} of {subject.name}: {wish.id} differs under {schedule}"
+                    return counts | {"different": where}
+                counts["answers"] += 1
+                counts["tokens"] += len(found[wish.id][0])
+        counts["schedules"] += 1
+        counts["preemptions"] += seen.preemptions
+        counts["prefix_hit_tokens"] += seen.prefix_hits
+        if number % 100 == 99:
+            print(f"{number + 1} schedules, {counts['answers']} answers, {time.monotonic() - start:.0f} s", flush=True)
+    return counts | {"different": None, "seconds": round(time.monotonic() - start)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Our own engine, in this process: requests straight into `LLM.engine`, one step after the other."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from common import (
+    KV_CACHE_BYTES,
+    MAX_MODEL_LEN,
+    MAX_STEP_TOKENS,
+    Engine,
+    Options,
+    Peak,
+    Stamps,
+    Timing,
+    resident,
+    serve,
+)
+from workloads import Workload
+
+
+def load(options: Options) -> Engine:
+    import torch
+
+    baseline = sum(resident())
+    from moebius import LLM, SamplingParams, __version__
+    from moebius.config import EngineConfig
+    from moebius.engine.load import prepare
+    from moebius.schedule.request import Request
+
+    config = EngineConfig(
+        dtype="bfloat16",
+        device="cpu",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=options.max_seqs,
+        max_num_batched_tokens=MAX_STEP_TOKENS,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        enable_prefix_caching=options.prefix_cache,
+        threads=options.threads,
+    )
+    plan = prepare(options.directory, config).plan
+    llm = LLM.from_config(str(options.directory), config)
+    engine, numbers = llm.engine, count()
+
+    def run(work: Workload) -> Timing:
+        index = {}
+        stamps = Stamps(work)
+        for i, wanted in enumerate(work.requests):
+            params = SamplingParams(temperature=0, max_tokens=wanted.output, ignore_eos=True)
+            name = str(next(numbers))
+            index[name] = i
+            engine.add(Request.create(name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0))
+        while engine.has_work:
+            for output in engine.step():
+                if output.error is not None:
+                    raise output.error
+                stamps.saw(index[output.request_id], len(output.token_ids))
+        return stamps.finish()
+
+    def memory(peak: Peak) -> dict[str, float]:
+        """What we take beyond `import torch`, the weights mapped from the file and the planned KV cache."""
+        mapped, cache = plan.weights.mapped / 1e9, plan.kv_cache / 1e9
+        return {
+            "import_torch": baseline,
+            "mapped": mapped,
+            "copied": plan.weights.copied / 1e9,
+            "kv_cache": cache,
+            "beyond": peak.total - baseline - mapped - cache,
+        }
+
+    details = {"version": __version__, "torch": torch.__version__, "fingerprint": engine.info.fingerprint}
+    return Engine(run, {**details, "threads": options.threads}, memory, llm.close)
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,54 @@
+"""OpenVINO GenAI's ContinuousBatchingPipeline on the exported model (PEERS/models/NAME-ov)."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from common import KV_CACHE_BYTES, MAX_STEP_TOKENS, Engine, Options, Stamps, Timing, serve
+from workloads import Workload
+
+
+def load(options: Options) -> Engine:
+    import numpy as np
+    import openvino
+    import openvino_genai as genai
+
+    schedule = genai.SchedulerConfig()
+    schedule.max_num_batched_tokens = MAX_STEP_TOKENS
+    schedule.max_num_seqs = options.max_seqs
+    schedule.cache_size = KV_CACHE_BYTES // 2**30
+    schedule.enable_prefix_caching = options.prefix_cache
+    schedule.dynamic_split_fuse = True
+    properties = {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "KV_CACHE_PRECISION": "bf16",
+        "INFERENCE_NUM_THREADS": options.threads,
+    }
+    exported = options.directory.with_name(f"{options.model}-ov")
+    pipeline = genai.ContinuousBatchingPipeline(str(exported), schedule, "CPU", properties)
+    numbers = count()
+
+    def run(work: Workload) -> Timing:
+        handles = []
+        stamps = Stamps(work)
+        for request in work.requests:
+            config = genai.GenerationConfig()
+            config.max_new_tokens = config.min_new_tokens = request.output
+            config.ignore_eos = True
+            config.do_sample = False
+            prompt = openvino.Tensor(np.array([request.prompt], dtype=np.int64))
+            handles.append(pipeline.add_request(next(numbers), prompt, config))
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            for i, handle in enumerate(handles):
+                while stamps.counts[i] < work.requests[i].output and handle.can_read():
+                    stamps.saw(i, sum(len(output.generated_ids) for output in handle.read().values()))
+        return stamps.finish()
+
+    return Engine(
+        run, {"version": genai.__version__, "weights": "fp16 file, bf16 products", "threads": options.threads}
+    )
+
+
+if __name__ == "__main__":
+    serve(load)

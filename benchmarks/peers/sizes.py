@@ -1,0 +1,52 @@
+"""The sizes of the benchmark models. All are Qwen3-MoE by architecture, so that every peer runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Numbers of a decoder; `width` is one expert's hidden size, `head_dim` one attention head's."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    top_k: int
+    width: int
+    vocab: int
+
+    @property
+    def attention(self) -> int:
+        """Parameters of one layer's q, k, v and output projections."""
+        return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def expert(self) -> int:
+        """Parameters of one expert: gate, up, down."""
+        return 3 * self.hidden * self.width
+
+    @property
+    def router(self) -> int:
+        return self.hidden * self.experts
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output head, and of the embedding."""
+        return self.hidden * self.vocab
+
+    @property
+    def parameters(self) -> int:
+        """All of the products' parameters and the embedding; norms are left out."""
+        return self.layers * (self.attention + self.router + self.experts * self.expert) + 2 * self.head
+
+
+SIZES = {
+    "m1": Sizes(8, 1024, 16, 4, 64, 32, 4, 512, 32_000),
+    "m2": Sizes(24, 1024, 16, 8, 64, 32, 8, 512, 49_152),
+    # OLMoE-1B-7B's numbers (arXiv 2409.02060).
+    "olmoe": Sizes(16, 2048, 16, 16, 128, 64, 8, 1024, 50_304),
+}

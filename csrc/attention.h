@@ -1,0 +1,258 @@
+// Attention of one sequence's rows over its paged keys and values, with a running softmax (FlashAttention-2,
+// arXiv 2307.08691) over tiles of keys at fixed absolute positions.
+//
+// A row is one query token and one head. What is done to a row depends on its position, window and keys alone: tiles
+// that it may not see leave its state as it is, bit for bit, so that rows can share tiles in any grouping.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+constexpr int TILE_ROWS = ROWS;  // rows whose scores are held in registers
+constexpr int VECTORS = KEY_TILE / KEY_LANES;
+constexpr float FAR_BELOW = -1e30f;  // instead of minus infinity, whose difference with itself is no number
+
+// A vector of groups of 16 neighbouring keys, for k: [n][lane]; for v: [pair][n].
+struct Tile {
+    const uint32_t* k[VECTORS];
+    size_t k_stride[VECTORS];  // groups between inner dimensions
+    const uint32_t* v[VECTORS];
+    int keys;  // how many exist
+};
+
+template <class T> struct Row {
+    const T* q;
+    T* out;
+    int first, last;  // keys that it sees
+    float sink;
+    bool has_sink;
+};
+
+template <class T> constexpr int per_group() { return 4 / sizeof(T); }
+
+// The groups of one (block, kv head).
+template <class T> INLINE const uint32_t* head_of(const AttentionBlock& a, const CacheShape& s, int block) {
+    size_t groups = s.k_groups + s.v_groups;
+    return a.cache + (size_t(a.block_table[block]) * s.kv_heads + a.kv_head) * groups;
+}
+
+// Copies key `position` into lane `lane` of a packed tile; blocks whose size is no multiple of 16 go this way.
+template <class T>
+INLINE void gather_key(const AttentionBlock& a, const CacheShape& s, int position, uint32_t* k, uint32_t* v, int lane) {
+    const uint32_t* head = head_of<T>(a, s, position / s.block_size);
+    int slot = position % s.block_size, inner = int(s.k_groups / s.block_size);
+    for (int n = 0; n < inner; n++) k[n * KEY_LANES + lane] = head[size_t(n) * s.block_size + slot];
+    constexpr int g = per_group<T>();
+    const T* from = reinterpret_cast<const T*>(head + s.k_groups + size_t(slot / g) * s.padded_dim) + slot % g;
+    T* to = reinterpret_cast<T*>(v + size_t(lane / g) * s.padded_dim) + lane % g;
+    for (int n = 0; n < s.padded_dim; n++) to[n * g] = from[n * g];
+}
+
+// Finds, or gathers into `packed`, the tile of keys from `start`; no key at or behind `stop` is read.
+template <class T>
+INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int start, int stop, uint32_t* packed) {
+    Tile t;
+    t.keys = min_of(KEY_TILE, stop - start);
+    const int inner = int(s.k_groups / s.block_size), v_groups = KEY_LANES / per_group<T>() * s.padded_dim;
+    for (int i = 0; i < VECTORS && i * KEY_LANES < t.keys; i++) {
+        int position = start + i * KEY_LANES;
+        if (s.block_size % KEY_LANES == 0) {
+            const uint32_t* head = head_of<T>(a, s, position / s.block_size);
+            int slot = position % s.block_size;
+            t.k[i] = head + slot, t.k_stride[i] = s.block_size;
+            t.v[i] = head + s.k_groups + size_t(slot / per_group<T>()) * s.padded_dim;
+            continue;
+        }
+        uint32_t *k = packed + size_t(i) * (inner * KEY_LANES + v_groups), *v = k + inner * KEY_LANES;
+        for (int lane = 0; lane < min_of(KEY_LANES, stop - position); lane++) gather_key<T>(a, s, position + lane, k, v, lane);
+        t.k[i] = k, t.k_stride[i] = KEY_LANES, t.v[i] = v;
+    }
+    // Vectors without keys are computed and masked: any address that may be read will do.
+    for (int i = 1; i < VECTORS; i++)
+        if (i * KEY_LANES >= t.keys) t.k[i] = t.k[0], t.k_stride[i] = t.k_stride[0], t.v[i] = t.v[0];
+    return t;
+}
+
+template <class T> INLINE uint32_t group_at(const T* p, int n, int size) {
+    if (sizeof(T) == 2 && n + 1 >= size) {
+        uint16_t last;
+        memcpy(&last, p + n, 2);
+        return last;
+    }
+    uint32_t g;
+    memcpy(&g, p + n, 4);
+    return g;
+}
+
+// scores[row][key] = q . k for M rows and a whole tile
+template <class T, int M> INLINE void scores_of(const Row<T>* rows, const Tile& t, int head_dim, float* scores) {
+    constexpr int g = per_group<T>();
+    V sums[M][VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) sums[i][j] = zero();
+    for (int n = 0; n < head_dim; n += g) {
+        G k[VECTORS];
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) k[j] = groups(t.k[j] + size_t(n / g) * t.k_stride[j]);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) {
+            G q = group_all(group_at(rows[i].q, n, head_dim));
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; j++) sums[i][j] = mac(sums[i][j], q, k[j], T());
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) store(scores + i * KEY_TILE + j * KEY_LANES, sums[i][j]);
+}
+
+// Turns a row's scores into weights rounded to T, in place, and updates its maximum and sum. Returns what the row's
+// output so far is to be multiplied by.
+template <class T>
+INLINE float softmax_row(const AttentionBlock& a, const Row<T>& row, int start, float* scores, float* largest, float* total) {
+    V s[VECTORS], top = all(FAR_BELOW);
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; j++) {
+        s[j] = mul(load(scores + j * KEY_LANES), all(a.scale));
+        if (a.softcap != 0) s[j] = mul(hyperbolic_tangent(div(s[j], all(a.softcap))), all(a.softcap));
+        int base = start + j * KEY_LANES;
+        s[j] = where_lanes(row.first - base, row.last + 1 - base, s[j], all(-__builtin_inff()));
+        top = maximum(s[j], top);
+    }
+    float before = *largest, now = reduce_max(maximum(top, all(before)));
+    V sum = zero();
+    T* weights = reinterpret_cast<T*>(scores);
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; j++) {
+        V p = exponential(sub(s[j], all(now)));
+        sum = add(sum, p);
+        store(weights + j * KEY_LANES, p);
+    }
+    float shrink = before == now ? 1.0f : reduce_max(exponential(all(before - now)));
+    *largest = now;
+    *total = *total * shrink + reduce_add(sum);
+    return shrink;
+}
+
+// out[row] = out[row] * shrink[row] + weights . v for M rows and the 16 * C dimensions from n0
+template <class T, int M, int C>
+INLINE void add_values(const float* const* weights, const float* shrink, const Tile& t, int padded, int n0, float* const* out) {
+    constexpr int g = per_group<T>();
+    V sums[M][C];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) sums[i][c] = mul(load(out[i] + n0 + c * 16), all(shrink[i]));
+    for (int key = 0; key < t.keys; key += g) {
+        const uint32_t* row = t.v[key / KEY_LANES] + size_t(key % KEY_LANES / g) * padded + n0;
+        G v[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) v[c] = groups(row + c * 16);
+        // What lies behind the last key is no one's, and may be no number.
+        if (g == 2 && key + 1 == t.keys)
+            for (int c = 0; c < C; c++) v[c] = low_halves(v[c]);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) {
+            G p = group_all(group_at(reinterpret_cast<const T*>(weights[i]), key, KEY_TILE));
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) sums[i][c] = mac(sums[i][c], p, v[c], T());
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) store(out[i] + n0 + c * 16, sums[i][c]);
+}
+
+// A row's state: the running output, and that of the splits before, each with its largest score and sum of weights.
+struct State {
+    float *scores, *out, *out_before;
+    float *largest, *total, *largest_before, *total_before;
+};
+
+INLINE State state_of(float* scratch, int row, int padded) {
+    float* p = scratch + size_t(row) * (KEY_TILE + 4 + 2 * padded);
+    float* m = p + KEY_TILE + 2 * padded;
+    return {p, p + KEY_TILE, p + KEY_TILE + padded, m, m + 1, m + 2, m + 3};
+}
+
+INLINE void begin_split(const State& s, int padded) {
+    for (int n = 0; n < padded; n += 16) store(s.out + n, zero());
+    *s.largest = FAR_BELOW, *s.total = 0;
+}
+
+// Adds the split just done to those before it; a row that saw none of its keys stays as it was.
+INLINE void end_split(const State& s, int padded) {
+    if (*s.total == 0) return;
+    float now = *s.largest_before > *s.largest ? *s.largest_before : *s.largest;
+    float old_share = reduce_max(exponential(all(*s.largest_before - now))), new_share = reduce_max(exponential(all(*s.largest - now)));
+    for (int n = 0; n < padded; n += 16)
+        store(s.out_before + n, fma(load(s.out + n), all(new_share), mul(load(s.out_before + n), all(old_share))));
+    *s.total_before = *s.total_before * old_share + *s.total * new_share;
+    *s.largest_before = now;
+}
+
+template <class T> INLINE void finish(const Row<T>& row, const State& s, int head_dim) {
+    float total = *s.total_before, factor = 1;
+    if (row.has_sink) {  // the sink is one more key without a value
+        float now = row.sink > *s.largest_before ? row.sink : *s.largest_before;
+        factor = reduce_max(exponential(all(*s.largest_before - now)));
+        total = total * factor + reduce_max(exponential(all(row.sink - now)));
+    }
+    V scale = all(factor / total);
+    for (int n = 0; n < head_dim; n += 16) {
+        V value = mul(load(s.out_before + n), scale);
+        head_dim - n >= 16 ? store(row.out + n, value) : store_some(row.out + n, value, head_dim - n);
+    }
+}
+
+template <class T, int M> INLINE void tile_rows(const AttentionBlock& a, const CacheShape& s, const Row<T>* rows, const State* states, const Tile& t, int start) {
+    float scores[M * KEY_TILE], shrink[M];
+    const float* weights[M];
+    float* out[M];
+    scores_of<T, M>(rows, t, s.head_dim, scores);
+    for (int i = 0; i < M; i++) {
+        weights[i] = scores + i * KEY_TILE, out[i] = states[i].out;
+        shrink[i] = softmax_row<T>(a, rows[i], start, scores + i * KEY_TILE, states[i].largest, states[i].total);
+    }
+    int n = 0;
+    for (; n + 64 <= s.padded_dim; n += 64) add_values<T, M, 4>(weights, shrink, t, s.padded_dim, n, out);
+    for (; n < s.padded_dim; n += 16) add_values<T, M, 1>(weights, shrink, t, s.padded_dim, n, out);
+}
+
+constexpr int MOST_ROWS = 64;
+
+template <class T> void attention(const AttentionBlock& a, const CacheShape& s, float* scratch) {
+    const int count = a.queries * a.group;
+    Row<T> rows[MOST_ROWS];
+    State states[MOST_ROWS];
+    uint32_t* packed = reinterpret_cast<uint32_t*>(scratch + size_t(count) * (KEY_TILE + 4 + 2 * s.padded_dim));
+    for (int i = 0; i < count; i++) {
+        int query = i / a.group, head = i % a.group, position = a.first_position + query;
+        size_t at = query * a.token_stride + size_t(head) * s.head_dim;
+        rows[i] = {static_cast<const T*>(a.q) + at, static_cast<T*>(a.out) + at,
+                   a.window ? max_of(0, position - a.window + 1) : 0, position, a.sinks ? a.sinks[head] : 0.0f, a.sinks != nullptr};
+        states[i] = state_of(scratch, i, s.padded_dim);
+        for (int n = 0; n < s.padded_dim; n += 16) store(states[i].out_before + n, zero());
+        *states[i].largest_before = FAR_BELOW, *states[i].total_before = 0;
+        begin_split(states[i], s.padded_dim);
+    }
+    const int stop = rows[count - 1].last + 1;
+    for (int start = rows[0].first / KEY_TILE * KEY_TILE; start < stop; start += KEY_TILE) {
+        Tile t = find_tile<T>(a, s, start, stop, packed);
+        int i = 0;
+        for (; i + TILE_ROWS <= count; i += TILE_ROWS) tile_rows<T, TILE_ROWS>(a, s, rows + i, states + i, t, start);
+        for (; i < count; i++) tile_rows<T, 1>(a, s, rows + i, states + i, t, start);
+        if ((start + KEY_TILE) % KEY_SPLIT == 0 || start + KEY_TILE >= stop)
+            for (int r = 0; r < count; r++) end_split(states[r], s.padded_dim), begin_split(states[r], s.padded_dim);
+    }
+    for (int i = 0; i < count; i++) finish(rows[i], states[i], s.head_dim);
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius

@@ -1,0 +1,120 @@
+// moebius._cpu: what ops/cpu.py calls. Arrays come as addresses: a tensor's data_ptr() costs a tenth of a conversion, and
+// a decoder makes some eight calls a layer. ops/cpu.py checks dtypes, shapes and contiguity. Every call releases the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "ops.h"
+
+namespace nb = nanobind;
+using namespace moebius;
+
+namespace {
+
+using Address = uintptr_t;
+using Addresses = std::vector<Address>;
+
+template <class T> T* array(Address address) { return reinterpret_cast<T*>(address); }
+
+std::vector<const void*> pointers(const Addresses& addresses) {
+    std::vector<const void*> p;
+    for (Address a : addresses) p.push_back(array<const void>(a));
+    return p;
+}
+
+Experts make_experts(int dtype, int hidden, int width, int activation, const Addresses& gate, const Addresses& up, const Addresses& down,
+                     const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
+    return {Dtype(dtype), hidden, width, Activation(activation), pointers(gate), pointers(up), pointers(down),
+            pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
+}
+
+StepAttention make_step(Address query_start, Address seq_lens, int batch, Address block_table, int width, int window) {
+    StepAttention step;
+    const int32_t *starts = array<const int32_t>(query_start), *lens = array<const int32_t>(seq_lens);
+    const int32_t* table = array<const int32_t>(block_table);
+    step.query_start.assign(starts, starts + batch + 1);
+    step.seq_lens.assign(lens, lens + batch);
+    step.block_table.assign(table, table + size_t(batch) * width);
+    step.table_width = width, step.window = window;
+    return step;
+}
+
+Linear make_linear(int dtype, int in, const Addresses& weights, const Addresses& biases, const std::vector<int>& sizes) {
+    Linear l{Dtype(dtype), in, 0, {}};
+    for (size_t i = 0; i < weights.size(); i++) {
+        l.layers.push_back({array<const void>(weights[i]), array<const void>(biases[i]), sizes[i], l.out});
+        l.out += sizes[i];
+    }
+    return l;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    // Handles live in modules and may outlive the interpreter's orderly end.
+    nb::set_leak_warnings(false);
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    m.def("available", &available_kernels, "Instruction sets of this processor that there are kernels for, worst first.");
+
+    nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, int in, const Addresses& weights, const Addresses& biases,
+            const std::vector<int>& sizes) { new (self) Linear(make_linear(dtype, in, weights, biases, sizes)); });
+    nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Addresses& gate,
+            const Addresses& up, const Addresses& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
+        new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias));
+    });
+    nb::class_<StepAttention>(m, "StepAttention").def("__init__", [](StepAttention* self, Address query_start, Address seq_lens, int batch,
+            Address block_table, int width, int window) {
+        new (self) StepAttention(make_step(query_start, seq_lens, batch, block_table, width, window));
+    });
+    nb::class_<CacheShape>(m, "CacheShape")
+        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int head_dim, int dtype) {
+            new (self) CacheShape(block_size, kv_heads, head_dim, Dtype(dtype));
+        })
+        .def_prop_ro("block_bytes", &CacheShape::block_bytes);
+    nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float>());
+
+    nb::class_<Ops>(m, "Ops")
+        .def(nb::init<const std::string&, int>())
+        .def_prop_ro("name", &Ops::name)
+        .def_prop_ro("threads", &Ops::threads)
+        .def("linear", [](Ops& ops, const Linear& l, Address x, int rows, Address out, bool wide) {
+            ops.linear(l, array<const void>(x), rows, array<void>(out), wide);
+        }, release())
+        .def("experts", [](Ops& ops, const Experts& e, Address x, int rows, Address weights, Address ids, int top_k, Address out) {
+            ops.experts(e, array<const void>(x), rows, array<const float>(weights), array<const int64_t>(ids), top_k, array<void>(out));
+        }, release())
+        .def("add_gated", [](Ops& ops, int dtype, Address a, Address b, Address gate, int rows, int n, Address out) {
+            ops.add_gated(Dtype(dtype), array<const void>(a), array<const void>(b), array<const float>(gate), rows, n, array<void>(out));
+        }, release())
+        .def("rms_norm", [](Ops& ops, int dtype, Address x, Address update, float multiplier, Address weight, int rows, int n, float eps,
+                            Address sum, Address out) {
+            ops.rms_norm(Dtype(dtype), array<const void>(x), array<const void>(update), multiplier, array<const void>(weight), rows, n, eps,
+                         array<void>(sum), array<void>(out));
+        }, release())
+        .def("rotation", [](Ops& ops, Address positions, int rows, Address inverse, int half, float factor, Address cos, Address sin) {
+            ops.rotation(array<const int64_t>(positions), rows, array<const float>(inverse), half, factor, array<float>(cos), array<float>(sin));
+        }, release())
+        .def("rotate_and_store", [](Ops& ops, int dtype, const CacheShape& shape, Address qkv, int rows, int q_heads,
+                                    Address cos, Address sin, int half, Address q_norm, Address k_norm, float eps, Address slots,
+                                    Address cache, Address q_out) {
+            ops.rotate_and_store(Dtype(dtype), shape, array<const void>(qkv), rows, q_heads,
+                                 array<const float>(cos), array<const float>(sin), half, array<const void>(q_norm), array<const void>(k_norm),
+                                 eps, array<const int64_t>(slots), array<uint32_t>(cache), array<void>(q_out));
+        }, release())
+        .def("attention", [](Ops& ops, int dtype, const CacheShape& shape, const StepAttention& step, Address cache, Address q, int q_heads,
+                             float scale, float softcap, Address sinks, Address out) {
+            ops.attention(Dtype(dtype), shape, step, array<const uint32_t>(cache), array<const void>(q), q_heads, scale, softcap,
+                          array<const float>(sinks), array<void>(out));
+        }, release())
+        .def("route", [](Ops& ops, const RouterSettings& r, Address logits, int rows, Address bias, Address weights, Address ids) {
+            ops.route(r, array<const float>(logits), rows, array<const float>(bias), array<float>(weights), array<int64_t>(ids));
+        }, release())
+        .def("log_softmax_top_k", [](Ops& ops, Address logits, int rows, int vocab, Address temperatures, int k, Address log_sums, Address ids) {
+            ops.log_softmax_top_k(array<const float>(logits), rows, vocab, array<const float>(temperatures), k, array<double>(log_sums),
+                                  array<int64_t>(ids));
+        }, release())
+        .def("draw", [](Ops& ops, Address logits, int rows, int vocab, Address temperatures, Address uniforms, Address ids) {
+            ops.draw(array<const float>(logits), rows, vocab, array<const float>(temperatures), array<const double>(uniforms),
+                     array<int64_t>(ids));
+        }, release());
+}

@@ -1,0 +1,96 @@
+// The single-threaded kernels that every instruction set provides, as one table of functions an instruction set.
+//
+// A kernel computes a block that one thread owns; ops.cpp spreads blocks over threads. P1 (one answer) rests on this: a
+// row's result is computed by the same operations in the same order whatever rows surround it, so no kernel's result
+// depends on m, on how columns are chunked, or on which block of the KV cache a token lies in.
+//
+// Legend: T is uint16_t (bfloat16) or float. A "group" is 32 bits: two bfloat16 neighbours of the inner dimension, or one
+// float. Products accumulate in float32.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace moebius {
+
+enum Dtype { BF16 = 0, F32 = 1 };
+enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
+
+// Keys of a tile of attention, at absolute positions i * KEY_TILE; a constant of the kernel (P1).
+constexpr int KEY_TILE = 64;
+// Long contexts are summed in splits at absolute positions i * KEY_SPLIT, combined in order.
+constexpr int KEY_SPLIT = 1024;
+// Terms of a softmax over the vocabulary that are summed in float32; the sums of blocks are summed in float64.
+constexpr int SUM_BLOCK = 1024;
+// Keys that lie next to each other in the layout that the attention kernel reads.
+constexpr int KEY_LANES = 16;
+
+// One layer's KV cache, (block, kv head) after (block, kv head):
+//   k  [head_dim / g][block_size] groups, g elements a group     v  [ceil(block_size / g)][padded_dim] groups over tokens
+// so that the lanes of a vector are keys in q k^T and head dimensions in p v. padded_dim is head_dim rounded up to 16.
+struct CacheShape {
+    int block_size, kv_heads, head_dim, padded_dim, per_group;
+    size_t k_groups, v_groups;  // of one (block, kv head)
+
+    CacheShape(int block_size, int kv_heads, int head_dim, Dtype dtype)
+        : block_size(block_size), kv_heads(kv_heads), head_dim(head_dim), padded_dim((head_dim + 15) / 16 * 16),
+          per_group(dtype == BF16 ? 2 : 1),
+          k_groups(size_t(block_size) * ((head_dim + per_group - 1) / per_group)),
+          v_groups(size_t((block_size + per_group - 1) / per_group) * padded_dim) {}
+    size_t block_bytes() const { return 4 * (k_groups + v_groups) * kv_heads; }
+};
+
+// Some rows of one sequence and one kv head: `queries` consecutive tokens with `group` query heads each.
+struct AttentionBlock {
+    const void* q;           // (tokens, q_heads, head_dim) at the first query's first head of the group
+    void* out;               // the same shape and place
+    size_t token_stride;     // elements between tokens in q and out
+    int queries, group;
+    int first_position;      // of the first query
+    int window;              // 0: none; else a query at p sees p - window + 1 .. p
+    float scale, softcap;    // softcap 0: none
+    const float* sinks;      // of the group's heads, or null
+    const uint32_t* cache;   // the layer's
+    const int32_t* block_table;
+    int kv_head;
+};
+
+struct Kernels {
+    const char* name;
+
+    // c[i][j] = sum_k x[i][k] w[j][k] for m rows of x and n consecutive rows of w, ldw elements apart. `next` is where the
+    // weights lie that will be read after these, or null.
+    void (*product[2])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
+    // out = round(c + bias); bias may be null. `add` also returns float32 where out_f32 is given instead.
+    void (*store[2])(const float* c, int n, const void* bias, void* out);
+    // c += bias
+    void (*add_bias[2])(float* c, int n, const void* bias);
+    // out = round(act(gate) * up)
+    void (*gated[2])(const float* gate, const float* up, int n, Activation activation, void* out);
+    // out = round(base + sum over k, in order, of weights[k] * rows[k]); base may be null.
+    void (*combine[2])(const void* const* rows, const float* weights, int k, int n, const void* base, void* out);
+    // sum = round(x + multiplier * update) where update is given (else sum is not written), out = round(norm(sum)) * weight
+    void (*rms_norm[2])(const void* x, const void* update, float multiplier, const void* weight, int n, float eps,
+                        void* sum, void* out);
+    // One head: RMS norm where weight is given, then rotation of the first 2 * half values; out may be x.
+    void (*rotate[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, int n,
+                      void* out);
+    void (*attention[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);
+    // Largest value (NaN where any value is not finite), its lowest index, and the sum of exp((x - largest) * factor).
+    void (*softmax_stats)(const float* x, int n, float factor, float* largest, int* at, double* sum);
+    // out[i] = exp((x[i] - shift) * factor); returns their sum
+    float (*exp_row)(const float* x, int n, float shift, float factor, float* out);
+};
+
+// Floats of scratch that `attention` needs for a block of so many rows.
+inline size_t attention_scratch(int rows, const CacheShape& s) {
+    return size_t(rows) * (KEY_TILE + 4 + 2 * s.padded_dim) + KEY_TILE * (s.head_dim + s.padded_dim) + 64;
+}
+
+void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head);
+
+const Kernels* kernels_portable();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512bf16();
+
+}  // namespace moebius

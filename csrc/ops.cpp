@@ -1,0 +1,327 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+namespace moebius {
+namespace {
+
+constexpr int ROW_BLOCK = 64;        // rows of x that pass while a chunk of weights is in the second cache
+constexpr size_t CHUNK = 128 << 10;  // bytes of weights that one item reads
+constexpr int MOST_COLUMNS = 256;
+
+size_t size_of(Dtype dtype) { return dtype == BF16 ? 2 : 4; }
+
+const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
+char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
+
+int columns_of(size_t row_bytes) { return int(std::clamp<size_t>(CHUNK / row_bytes / 16 * 16, 16, MOST_COLUMNS)); }
+
+struct Level {
+    const char* name;
+    const Kernels* (*kernels)();
+    bool (*present)();
+};
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+bool always() { return true; }
+
+const Level LEVELS[] = {  // worst first
+    {"portable", kernels_portable, always},
+#if defined(__x86_64__)
+    {"avx2", kernels_avx2, has_avx2},
+    {"avx512", kernels_avx512, has_avx512},
+    {"avx512bf16", kernels_avx512bf16, has_avx512bf16},
+#endif
+};
+
+}  // namespace
+
+std::vector<std::string> available_kernels() {
+    std::vector<std::string> names;
+    for (const Level& level : LEVELS)
+        if (level.present()) names.push_back(level.name);
+    return names;
+}
+
+const Kernels* select_kernels(const std::string& limit) {
+    const Kernels* best = nullptr;
+    for (const Level& level : LEVELS) {
+        if (level.present()) best = level.kernels();
+        if (limit == level.name) {
+            if (!level.present()) throw std::invalid_argument("this processor has no " + limit);
+            return best;
+        }
+    }
+    if (!limit.empty()) throw std::invalid_argument("unknown instruction set " + limit);
+    return best;
+}
+
+void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide) {
+    const size_t size = size_of(l.dtype), row_bytes = l.in * size;
+    const int columns = columns_of(row_bytes), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    int chunks = 0;
+    for (const Linear::Layer& layer : l.layers) chunks += (layer.out + columns - 1) / columns;
+    pool_.run(chunks * blocks, [&](int item, int thread) {
+        // Neighbouring items read neighbouring weights where there is one block of rows, the same rows where there are more.
+        int chunk = item % chunks, first = item / chunks * ROW_BLOCK, m = std::min(ROW_BLOCK, rows - first);
+        const Linear::Layer* layer = l.layers.data();
+        for (int here; chunk >= (here = (layer->out + columns - 1) / columns); layer++) chunk -= here;
+        const int column = chunk * columns, n = std::min(columns, layer->out - column);
+        float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
+        const void* x_rows[ROW_BLOCK];
+        for (int i = 0; i < m; i++) x_rows[i] = at(x, (first + i) * row_bytes);
+        // Another thread takes the next chunk; this one's next is likely as many further as there are threads.
+        const int ahead = column + columns * pool_.threads();
+        const void* next = ahead < layer->out ? at(layer->weight, ahead * row_bytes)
+                           : layer + 1 < l.layers.data() + l.layers.size() ? layer[1].weight : nullptr;
+        kernels_->product[l.dtype](x_rows, m, at(layer->weight, column * row_bytes), l.in, n, l.in, next, c, columns);
+        const void* bias = layer->bias ? at(layer->bias, column * size) : nullptr;
+        for (int i = 0; i < m; i++) {
+            const size_t to = size_t(first + i) * l.out + layer->offset + column;
+            if (wide) {
+                float* row = static_cast<float*>(out) + to;
+                std::copy_n(c + size_t(i) * columns, n, row);
+                if (bias) kernels_->add_bias[l.dtype](row, n, bias);
+            } else {
+                kernels_->store[l.dtype](c + size_t(i) * columns, n, bias, at(out, to * size));
+            }
+        }
+    });
+}
+
+// One item for each expert, block of its rows and chunk of columns; experts without rows cost nothing.
+void Ops::plan_products(int columns_in_all, size_t row_bytes) {
+    const int columns = columns_of(row_bytes), experts = int(starts_.size()) - 1;
+    products_.clear();
+    for (int e = 0; e < experts; e++)
+        for (int first = starts_[e]; first < starts_[e + 1]; first += ROW_BLOCK)
+            for (int column = 0; column < columns_in_all; column += columns)
+                products_.push_back({e, first, std::min(ROW_BLOCK, starts_[e + 1] - first), column,
+                                     std::min(columns, columns_in_all - column)});
+}
+
+void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out) {
+    const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
+    const int count = int(e.gate.size()), pairs = rows * top_k;
+    // Pairs (token, choice) sorted by expert: starts_[e] to starts_[e + 1] of pairs_.
+    starts_.assign(count + 1, 0);
+    pairs_.resize(pairs);
+    for (int p = 0; p < pairs; p++) starts_[(ids ? ids[p] : 0) + 1]++;
+    for (int i = 0; i < count; i++) starts_[i + 1] += starts_[i];
+    for (int p = 0; p < pairs; p++) pairs_[starts_[ids ? ids[p] : 0]++] = p;
+    for (int i = count; i > 0; i--) starts_[i] = starts_[i - 1];
+    starts_[0] = 0;
+    if (hidden_.size() < pairs * width_bytes) hidden_.resize(pairs * width_bytes);
+    if (results_.size() < pairs * hidden_bytes && ids) results_.resize(pairs * hidden_bytes);
+
+    plan_products(e.width, 2 * hidden_bytes);
+    pool_.run(int(products_.size()), [&](int item, int thread) {
+        const Product& p = products_[item];
+        float* gate = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
+        float* up = gate + size_t(ROW_BLOCK) * MOST_COLUMNS;
+        const void* x_rows[ROW_BLOCK];
+        for (int i = 0; i < p.count; i++) x_rows[i] = at(x, pairs_[p.first + i] / top_k * hidden_bytes);
+        const size_t offset = p.column * hidden_bytes;
+        const Product* then = item + pool_.threads() < int(products_.size()) ? &p + pool_.threads() : nullptr;
+        const void *gate_w = at(e.gate[p.expert], offset), *up_w = at(e.up[p.expert], offset);
+        const void* next = then ? at(e.gate[then->expert], then->column * hidden_bytes) : e.down[p.expert];
+        kernels_->product[e.dtype](x_rows, p.count, gate_w, e.hidden, p.columns, e.hidden, up_w, gate, p.columns);
+        kernels_->product[e.dtype](x_rows, p.count, up_w, e.hidden, p.columns, e.hidden, next, up, p.columns);
+        for (int i = 0; i < p.count; i++) {
+            float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
+            if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
+            if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.expert], p.column * size));
+            kernels_->gated[e.dtype](g, u, p.columns, e.activation, hidden_.data() + (p.first + i) * width_bytes + p.column * size);
+        }
+    });
+
+    plan_products(e.hidden, width_bytes);
+    void* results = ids ? static_cast<void*>(results_.data()) : out;
+    pool_.run(int(products_.size()), [&](int item, int thread) {
+        const Product& p = products_[item];
+        float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
+        const void* h_rows[ROW_BLOCK];
+        for (int i = 0; i < p.count; i++) h_rows[i] = hidden_.data() + (p.first + i) * width_bytes;
+        const Product* then = item + pool_.threads() < int(products_.size()) ? &p + pool_.threads() : nullptr;
+        const void* next = then ? at(e.down[then->expert], then->column * width_bytes) : nullptr;
+        kernels_->product[e.dtype](h_rows, p.count, at(e.down[p.expert], p.column * width_bytes), e.width, p.columns, e.width, next, c, p.columns);
+        const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
+        for (int i = 0; i < p.count; i++)
+            kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,
+                                     at(results, pairs_[p.first + i] * hidden_bytes + p.column * size));
+    });
+    if (!ids) return;
+
+    const int tokens = 16;
+    pool_.run((rows + tokens - 1) / tokens, [&](int item, int thread) {
+        std::vector<const void*>& chosen = scratch_[thread].rows;
+        chosen.resize(top_k);
+        for (int t = item * tokens; t < std::min(rows, (item + 1) * tokens); t++) {
+            for (int k = 0; k < top_k; k++) chosen[k] = results_.data() + (size_t(t) * top_k + k) * hidden_bytes;
+            kernels_->combine[e.dtype](chosen.data(), weights + size_t(t) * top_k, top_k, e.hidden, nullptr, at(out, t * hidden_bytes));
+        }
+    });
+}
+
+void Ops::add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out) {
+    const size_t row_bytes = n * size_of(dtype);
+    pool_.run((rows + 15) / 16, [&](int item, int) {
+        for (int t = item * 16; t < std::min(rows, item * 16 + 16); t++) {
+            float weight = gate ? 1.0f / (1.0f + std::exp(-gate[t])) : 1.0f;
+            const void* row = at(b, t * row_bytes);
+            kernels_->combine[dtype](&row, &weight, 1, n, at(a, t * row_bytes), at(out, t * row_bytes));
+        }
+    });
+}
+
+void Ops::rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, float eps,
+                   void* sum, void* out) {
+    const size_t row_bytes = n * size_of(dtype);
+    const int chunk = std::max(1, int((16 << 10) / row_bytes));
+    pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
+        for (int t = item * chunk; t < std::min(rows, (item + 1) * chunk); t++) {
+            size_t row = t * row_bytes;
+            kernels_->rms_norm[dtype](at(x, row), update ? at(update, row) : nullptr, multiplier, weight, n, eps,
+                                      update ? at(sum, row) : nullptr, at(out, row));
+        }
+    });
+}
+
+void Ops::rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin) {
+    pool_.run((rows + 31) / 32, [&](int item, int) {
+        for (int t = item * 32; t < std::min(rows, item * 32 + 32); t++)
+            for (int i = 0; i < half; i++) {
+                double angle = float(positions[t]) * inverse[i];
+                cos[size_t(t) * half + i] = float(std::cos(angle)) * factor;
+                sin[size_t(t) * half + i] = float(std::sin(angle)) * factor;
+            }
+    });
+}
+
+void Ops::rotate_and_store(Dtype dtype, const CacheShape& shape, const void* qkv, int rows, int q_heads,
+                           const float* cos, const float* sin, int half, const void* q_norm, const void* k_norm, float eps,
+                           const int64_t* slots, uint32_t* cache, void* q_out) {
+    const size_t head_bytes = shape.head_dim * size_of(dtype), q_bytes = q_heads * head_bytes, kv_bytes = shape.kv_heads * head_bytes;
+    const int group = q_heads / shape.kv_heads;
+    // Two neighbouring tokens may share a group of the cache: a head's tokens of one step are written by one thread.
+    const int items = rows <= 4 ? 1 : shape.kv_heads, heads = shape.kv_heads / items;
+    pool_.run(items, [&](int item, int thread) {
+        void* rotated = scratch_[thread].need(shape.head_dim);
+        for (int t = 0; t < rows; t++) {
+            const float *c = cos + size_t(t) * half, *s = sin + size_t(t) * half;
+            const char* row = at(qkv, t * (q_bytes + 2 * kv_bytes));
+            for (int h = item * heads; h < (item + 1) * heads; h++) {
+                for (int i = h * group; i < (h + 1) * group; i++)
+                    kernels_->rotate[dtype](row + i * head_bytes, q_norm, eps, c, s, half, shape.head_dim,
+                                            at(q_out, t * q_bytes + i * head_bytes));
+                kernels_->rotate[dtype](row + q_bytes + h * head_bytes, k_norm, eps, c, s, half, shape.head_dim, rotated);
+                write_kv(dtype, shape, cache, rotated, row + q_bytes + kv_bytes + h * head_bytes, slots[t], h);
+            }
+        }
+    });
+}
+
+void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head) {
+    const int64_t block = slot / shape.block_size;
+    const int offset = int(slot % shape.block_size), g = shape.per_group, n = shape.head_dim;
+    uint32_t* keys = cache + (size_t(block) * shape.kv_heads + head) * (shape.k_groups + shape.v_groups);
+    uint32_t* values = keys + shape.k_groups + size_t(offset / g) * shape.padded_dim;
+    if (dtype == F32) {
+        for (int i = 0; i < n; i++) keys[size_t(i) * shape.block_size + offset] = static_cast<const uint32_t*>(k)[i];
+        std::copy_n(static_cast<const uint32_t*>(v), n, values);
+        return;
+    }
+    const uint16_t *k16 = static_cast<const uint16_t*>(k), *v16 = static_cast<const uint16_t*>(v);
+    for (int i = 0; i < n; i += 2)
+        keys[size_t(i / 2) * shape.block_size + offset] = k16[i] | uint32_t(i + 1 < n ? k16[i + 1] : 0) << 16;
+    uint16_t* to = reinterpret_cast<uint16_t*>(values) + offset % 2;
+    for (int i = 0; i < n; i++) to[2 * i] = v16[i];
+}
+
+void Ops::attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
+                    float scale, float softcap, const float* sinks, void* out) {
+    const size_t head_bytes = shape.head_dim * size_of(dtype), token_stride = size_t(q_heads) * shape.head_dim;
+    const int group = q_heads / shape.kv_heads, part = std::min(group, ROW_BLOCK), parts = (group + part - 1) / part;
+    const int queries = std::max(1, ROW_BLOCK / part), batch = int(step.seq_lens.size());
+    // Items: (sequence, block of queries, part of a kv head's group). Long ones first would balance better, but sequences
+    // come in the scheduler's order and the queue evens them out.
+    products_.clear();
+    for (int b = 0; b < batch; b++)
+        for (int first = step.query_start[b]; first < step.query_start[b + 1]; first += queries)
+            for (int h = 0; h < shape.kv_heads * parts; h++)
+                products_.push_back({h, first, std::min(queries, step.query_start[b + 1] - first), b, 0});
+    pool_.run(int(products_.size()), [&](int item, int thread) {
+        const Product& p = products_[item];
+        const int b = p.column, head = p.expert / parts * group + p.expert % parts * part;
+        AttentionBlock a;
+        size_t place = (p.first * token_stride) * size_of(dtype) + head * head_bytes;
+        a.q = at(q, place), a.out = at(out, place), a.token_stride = token_stride;
+        a.queries = p.count, a.group = std::min(part, (p.expert / parts + 1) * group - head);
+        a.first_position = step.seq_lens[b] - (step.query_start[b + 1] - p.first);
+        a.window = step.window, a.scale = scale, a.softcap = softcap, a.sinks = sinks ? sinks + head : nullptr;
+        a.cache = cache, a.block_table = step.block_table.data() + size_t(b) * step.table_width, a.kv_head = p.expert / parts;
+        kernels_->attention[dtype](a, shape, scratch_[thread].need(attention_scratch(a.queries * a.group, shape)));
+    });
+}
+
+void Ops::log_softmax_top_k(const float* logits, int rows, int vocab, const float* temperatures, int k, double* log_sums, int64_t* ids) {
+    pool_.run(rows, [&](int row, int) {
+        const float *x = logits + size_t(row) * vocab, factor = temperatures ? 1.0f / temperatures[row] : 1.0f;
+        float largest;
+        double sum;
+        int first;
+        kernels_->softmax_stats(x, vocab, factor, &largest, &first, &sum);
+        log_sums[row] = double(largest) * factor + std::log(sum);
+        int64_t* best = ids + size_t(row) * k;
+        if (k <= 1 || std::isnan(largest)) {
+            std::fill_n(best, k, first);
+            return;
+        }
+        auto before = [x](int64_t a, int64_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
+        for (int i = 0; i < k; i++) best[i] = i;
+        std::make_heap(best, best + k, before);  // the worst of the best k in front
+        for (int i = k; i < vocab; i++)
+            if (x[i] > x[best[0]]) {
+                std::pop_heap(best, best + k, before);
+                best[k - 1] = i;
+                std::push_heap(best, best + k, before);
+            }
+        std::sort_heap(best, best + k, before);
+    });
+}
+
+void Ops::draw(const float* logits, int rows, int vocab, const float* temperatures, const double* uniforms, int64_t* ids) {
+    pool_.run(rows, [&](int row, int) {
+        const float *x = logits + size_t(row) * vocab, factor = 1.0f / temperatures[row];
+        float largest, weights[SUM_BLOCK];
+        double total, before = 0;
+        int at;
+        kernels_->softmax_stats(x, vocab, factor, &largest, &at, &total);
+        const double wanted = uniforms[row] * total;
+        for (int i = 0; i < vocab; i += SUM_BLOCK) {
+            const int n = std::min(SUM_BLOCK, vocab - i);
+            const double here = kernels_->exp_row(x + i, n, largest, factor, weights);
+            if (before + here <= wanted && i + n < vocab) {
+                before += here;
+                continue;
+            }
+            // Rounding may leave the sum just short of what is wanted: then it is the last id that has any weight.
+            for (int j = 0; j < n && before <= wanted; j++)
+                if (weights[j] > 0) at = i + j, before += weights[j];
+            break;
+        }
+        ids[row] = at;
+    });
+}
+
+}  // namespace moebius

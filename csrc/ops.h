@@ -1,0 +1,105 @@
+// Operations on whole steps, spread over threads. Pointers are to contiguous row-major arrays that the caller owns.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace moebius {
+
+// The best instruction set that this processor has and `limit` allows: "" for no limit, or portable, avx2, avx512,
+// avx512bf16. Throws std::invalid_argument for another name or one that the processor lacks.
+const Kernels* select_kernels(const std::string& limit);
+std::vector<std::string> available_kernels();
+
+// Linear layers of one input; their outputs lie side by side in a row.
+struct Linear {
+    struct Layer {
+        const void* weight;  // (out, in)
+        const void* bias;    // (out,) or null
+        int out, offset;     // columns, and the first one's place in a row of the output
+    };
+    Dtype dtype;
+    int in, out;
+    std::vector<Layer> layers;
+};
+
+// One layer's experts: down(act(gate x) * up x).
+struct Experts {
+    Dtype dtype;
+    int hidden, width;
+    Activation activation;
+    std::vector<const void*> gate, up, down;                 // (width, hidden), (width, hidden), (hidden, width)
+    std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, or empty
+};
+
+struct StepAttention {  // what all layers with one window share
+    std::vector<int32_t> query_start, seq_lens, block_table;
+    int table_width = 0, window = 0;
+};
+
+struct RouterSettings {
+    int num_experts, top_k;
+    int score;   // 0 softmax, 1 sigmoid, 2 logits
+    int weight;  // 0 raw, 1 renorm, 2 softmax, 3 sigmoid
+    int num_groups, groups_kept, group_top2;
+    float group_fill, renorm_eps, scale, softcap;  // softcap 0: none
+};
+
+class Ops {
+public:
+    Ops(const std::string& limit, int threads) : kernels_(select_kernels(limit)), pool_(threads), scratch_(threads) {}
+
+    const char* name() const { return kernels_->name; }
+    int threads() const { return pool_.threads(); }
+
+    // out = x w^T + bias as the layers' dtype or, with `wide`, float32
+    void linear(const Linear& l, const void* x, int rows, void* out, bool wide);
+    void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out);
+    // out = a + sigmoid(gate) * b, row by row; gate (rows,) float32 or null for 1
+    void add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out);
+    void rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, float eps,
+                  void* sum, void* out);
+    // cos and sin of positions * inverse, times factor: (rows, half) each
+    void rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin);
+    // qkv holds a token's query, key and value heads side by side. Normalises (where norms are given) and rotates q into
+    // q_out, and k into the cache with v.
+    void rotate_and_store(Dtype dtype, const CacheShape& shape, const void* qkv, int rows, int q_heads,
+                          const float* cos, const float* sin, int half, const void* q_norm, const void* k_norm, float eps,
+                          const int64_t* slots, uint32_t* cache, void* q_out);
+    void attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
+                   float scale, float softcap, const float* sinks, void* out);
+    void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids);
+    // Per row: log of the sum of exp(logit / temperature) (NaN where a logit is not finite; temperatures null for 1), and the
+    // k largest in order, ties to the lowest id.
+    void log_softmax_top_k(const float* logits, int rows, int vocab, const float* temperatures, int k, double* log_sums, int64_t* ids);
+    // Per row: the first id whose exp(logit / temperature), summed with all before it, exceeds uniform times the whole sum.
+    void draw(const float* logits, int rows, int vocab, const float* temperatures, const double* uniforms, int64_t* ids);
+
+private:
+    struct Scratch {
+        std::vector<float> floats;
+        std::vector<const void*> rows;
+        float* need(size_t n) {
+            if (floats.size() < n) floats.resize(n);
+            return floats.data();
+        }
+    };
+    struct Product {  // rows of x times some columns of one expert
+        int expert, first, count, column, columns;
+    };
+
+    void plan_products(int columns_in_all, size_t row_bytes);
+
+    const Kernels* kernels_;
+    Pool pool_;
+    std::vector<Scratch> scratch_;
+    // Kept between calls, so that a step allocates nothing once its size has been seen.
+    std::vector<int> starts_, pairs_;
+    std::vector<Product> products_;
+    std::vector<char> hidden_, results_;
+};
+
+}  // namespace moebius

@@ -1,0 +1,155 @@
+// Row-wise kernels: epilogues of products, norms, rotation, softmax. Inside in float32, rounded once at the end.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+// Calls body(offset, count) for whole vectors, then for the rest.
+template <class Body> INLINE void each_vector(int n, Body body) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) body(i, 16);
+    if (i < n) body(i, n - i);
+}
+template <class T> INLINE V take(const T* p, int count) { return count == 16 ? load(p) : load_some(p, count); }
+template <class T> INLINE void put(T* p, V a, int count) { count == 16 ? store(p, a) : store_some(p, a, count); }
+// As it reads back after being stored as T.
+template <class T> INLINE V as_stored(V a) {
+    T stored[16];
+    store(stored, a);
+    return load(stored);
+}
+
+template <class T> void add_bias(float* c, int n, const void* bias) {
+    const T* b = static_cast<const T*>(bias);
+    each_vector(n, [&](int i, int count) { put(c + i, add(take(c + i, count), take(b + i, count)), count); });
+}
+
+template <class T> void store_row(const float* c, int n, const void* bias, void* out_row) {
+    const T* b = static_cast<const T*>(bias);
+    T* out = static_cast<T*>(out_row);
+    each_vector(n, [&](int i, int count) {
+        V sum = take(c + i, count);
+        put(out + i, b ? add(sum, take(b + i, count)) : sum, count);
+    });
+}
+
+extern "C" float erff(float);
+
+INLINE V activated(V x, Activation activation) {
+    const V half = all(0.5f), one = all(1.0f);
+    switch (activation) {
+        case SILU: return mul(x, sigmoid(x));
+        case RELU: return maximum(x, zero());
+        case GELU_TANH: {
+            V inner = mul(all(0.7978845608f), fma(mul(mul(x, x), all(0.044715f)), x, x));
+            return mul(mul(half, x), add(one, hyperbolic_tangent(inner)));
+        }
+        case GELU: {
+            float lanes[16];
+            store(lanes, mul(x, all(0.7071067812f)));
+            for (float& lane : lanes) lane = erff(lane);
+            return mul(mul(half, x), add(one, load(lanes)));
+        }
+    }
+    return x;
+}
+
+template <class T> void gated(const float* gate, const float* up, int n, Activation activation, void* out_row) {
+    T* out = static_cast<T*>(out_row);
+    each_vector(n, [&](int i, int count) {
+        put(out + i, mul(activated(take(gate + i, count), activation), take(up + i, count)), count);
+    });
+}
+
+template <class T> void combine(const void* const* rows, const float* weights, int k, int n, const void* base_row, void* out_row) {
+    const T* base = static_cast<const T*>(base_row);
+    T* out = static_cast<T*>(out_row);
+    each_vector(n, [&](int i, int count) {
+        V sum = zero();
+        for (int r = 0; r < k; r++) {
+            V row = take(static_cast<const T*>(rows[r]) + i, count);
+            sum = r ? fma(row, all(weights[r]), sum) : mul(row, all(weights[r]));
+        }
+        put(out + i, base ? add(take(base + i, count), sum) : sum, count);
+    });
+}
+
+template <class T> INLINE float inverse_rms(const T* x, int n, float eps) {
+    V squares[2] = {zero(), zero()};
+    int turn = 0;
+    each_vector(n, [&](int i, int count) {
+        V v = take(x + i, count);
+        squares[turn] = fma(v, v, squares[turn]);
+        turn ^= 1;
+    });
+    return 1.0f / __builtin_sqrtf(reduce_add(add(squares[0], squares[1])) / float(n) + eps);
+}
+
+template <class T>
+void rms_norm(const void* x_row, const void* update_row, float multiplier, const void* weight, int n, float eps,
+              void* sum_row, void* out_row) {
+    const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(weight);
+    T* out = static_cast<T*>(out_row);
+    if (update_row) {
+        const T* update = static_cast<const T*>(update_row);
+        T* sum = static_cast<T*>(sum_row);
+        each_vector(n, [&](int i, int count) {
+            put(sum + i, fma(take(update + i, count), all(multiplier), take(x + i, count)), count);
+        });
+        x = sum;
+    }
+    const V inverse = all(inverse_rms(x, n, eps));
+    each_vector(n, [&](int i, int count) {
+        put(out + i, mul(as_stored<T>(mul(take(x + i, count), inverse)), take(w + i, count)), count);
+    });
+}
+
+template <class T>
+void rotate(const void* x_row, const void* weight, float eps, const float* cos, const float* sin, int half, int n, void* out_row) {
+    const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(weight);
+    T* out = static_cast<T*>(out_row);
+    const V inverse = w ? all(inverse_rms(x, n, eps)) : zero();
+    auto value = [&](int i, int count) {
+        V v = take(x + i, count);
+        return w ? as_stored<T>(mul(as_stored<T>(mul(v, inverse)), take(w + i, count))) : v;
+    };
+    each_vector(half, [&](int i, int count) {
+        V a = value(i, count), b = value(half + i, count), c = take(cos + i, count), s = take(sin + i, count);
+        put(out + i, sub(mul(a, c), mul(b, s)), count);
+        put(out + half + i, add(mul(b, c), mul(a, s)), count);
+    });
+    each_vector(n - 2 * half, [&](int i, int count) { put(out + 2 * half + i, value(2 * half + i, count), count); });
+}
+
+float exp_row(const float* x, int n, float shift, float factor, float* out) {
+    V sum = zero();
+    each_vector(n, [&](int i, int count) {
+        V e = exponential(mul(sub(take(x + i, count), all(shift)), all(factor)));
+        put(out + i, e, count);
+        sum = add(sum, count == 16 ? e : where_lanes(0, count, e, zero()));
+    });
+    return reduce_add(sum);
+}
+
+void softmax_stats(const float* x, int n, float factor, float* largest, int* at, double* sum) {
+    // x - x is 0 for finite values and NaN for all others; maximum alone could lose a NaN.
+    V top = all(-__builtin_inff()), poison = zero();
+    each_vector(n, [&](int i, int count) {
+        V v = count == 16 ? load(x + i) : where_lanes(0, count, load_some(x + i, count), all(x[0]));
+        top = maximum(top, v);
+        poison = add(poison, sub(v, v));
+    });
+    *largest = reduce_max(top), *at = 0, *sum = 0;
+    if (!(reduce_add(poison) == 0.0f)) {
+        *largest = __builtin_nanf("");
+        return;
+    }
+    while (x[*at] != *largest) ++*at;
+    float ignored[SUM_BLOCK];
+    for (int i = 0; i < n; i += SUM_BLOCK) *sum += exp_row(x + i, min_of(SUM_BLOCK, n - i), *largest, factor, ignored);
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius

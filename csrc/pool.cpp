@@ -1,0 +1,103 @@
+#include "pool.h"
+
+#include <chrono>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace moebius {
+namespace {
+
+constexpr auto SPIN = std::chrono::microseconds(200);
+
+void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// Subnormal numbers take a hundred times as long and mean nothing here; flushed on every thread alike, and so for one
+// answer. What the caller had is put back.
+class FlushSubnormals {
+public:
+#if defined(__x86_64__)
+    FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr((before_ | 0x8040) & ~0x6000u); }
+    ~FlushSubnormals() { _mm_setcsr(before_); }
+
+private:
+    unsigned before_;
+#endif
+};
+
+}  // namespace
+
+Pool::Pool(int threads) {
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stopping_ = true;
+        jobs_.fetch_add(1);  // under the lock: a worker that has just looked would sleep through the call below
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::take_items(int thread) {
+    for (int item; (item = next_.fetch_add(1)) < count_;) call_(body_, item, thread);
+}
+
+void Pool::run(int count, Call call, const void* body) {
+    if (count <= 0) return;
+    FlushSubnormals flush;
+    std::lock_guard<std::mutex> only(one_caller_);
+    if (count == 1 || workers_.empty()) {
+        for (int i = 0; i < count; i++) call(body, i, 0);
+        return;
+    }
+    call_ = call, body_ = body, count_ = count;
+    next_.store(0);
+    open_.store(true);
+    jobs_.fetch_add(1);
+    if (sleeping_.load()) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        wake_.notify_all();
+    }
+    take_items(0);
+    // A worker enters first and looks whether the job is open then; so after this nobody can begin it, and a worker that
+    // is not awake yet is not waited for.
+    open_.store(false);
+    while (inside_.load()) pause();
+}
+
+bool Pool::wait_for_job(uint64_t seen) {
+    auto until = std::chrono::steady_clock::now() + SPIN;
+    for (int i = 1;; i++) {
+        if (jobs_.load(std::memory_order_acquire) != seen) return !stopping_;
+        pause();
+        if (i % 64 == 0 && std::chrono::steady_clock::now() > until) break;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleeping_.fetch_add(1);
+    wake_.wait(lock, [&] { return jobs_.load() != seen; });
+    sleeping_.fetch_sub(1);
+    return !stopping_;
+}
+
+void Pool::work(int thread) {
+    FlushSubnormals flush;
+    uint64_t seen = 0;
+    while (wait_for_job(seen)) {
+        seen = jobs_.load();
+        inside_.fetch_add(1);
+        if (open_.load()) take_items(thread);
+        inside_.fetch_sub(1);
+    }
+}
+
+}  // namespace moebius

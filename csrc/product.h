@@ -1,0 +1,96 @@
+// Matrix products of row-major weights (out, in), as checkpoints store them: nothing is packed or copied.
+//
+// A tile of M rows of x and N rows of w keeps M * N vectors of partial sums; lane i sums the inner dimension's groups
+// i, i + 16, i + 32, ...; at the end the lanes are added by one tree. So an output's bits depend on its two rows alone.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+// out[i][j] = x[i] . w[j] over k elements, for M rows of x and ROWS of w. Meanwhile fetches LINES cache lines a step from
+// `ahead` on: weights that are needed next, since hardware prefetchers lose the thread at every row.
+template <class T, int M, int LINES>
+INLINE void tile(const T* const* x, const T* const* w, int k, const char* ahead, float* c, int ldc, int width) {
+    constexpr int STEP = 64 / sizeof(T), N = ROWS;
+    V sums[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sums[i] = zero();
+    int at = 0;
+    for (; at + STEP <= k; at += STEP) {
+#pragma GCC unroll 4
+        for (int l = 0; l < LINES; l++) __builtin_prefetch(ahead + l * 64);
+        ahead += LINES * 64;
+        G a[M];
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) a[i] = groups(x[i] + at);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) {
+            G b = groups(w[j] + at);
+#pragma GCC unroll 4
+            for (int i = 0; i < M; i++) sums[i * N + j] = mac(sums[i * N + j], a[i], b, T());
+        }
+    }
+    if (at < k) {
+        for (int j = 0; j < N; j++) {
+            G b = groups_some(w[j] + at, k - at);
+            for (int i = 0; i < M; i++) sums[i * N + j] = mac(sums[i * N + j], groups_some(x[i] + at, k - at), b, T());
+        }
+    }
+    float out[16];
+    store(out, reduce_16(sums));
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < width; j++) c[size_t(i) * ldc + j] = out[i * N + j];
+}
+
+// The rest of a block of rows, fewer than ROWS.
+template <class T, int LINES>
+INLINE void last_rows(int m, const T* const* x, const T* const* w, int k, const char* ahead, float* c, int ldc, int width) {
+    if (m == 1) tile<T, 1, LINES>(x, w, k, ahead, c, ldc, width);
+    if constexpr (ROWS > 2) {
+        if (m == 2) tile<T, 2, LINES>(x, w, k, ahead, c, ldc, width);
+        if (m == 3) tile<T, 3, LINES>(x, w, k, ahead, c, ldc, width);
+    }
+}
+
+// A block of weight rows stays in the first cache while all m rows of x pass; the next block's lines are fetched by the
+// tiles of this one, LINES a step each.
+template <class T, int LINES>
+INLINE void blocks(const T* const* x, int m, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
+    // Measured: far ahead for few rows, which wait for memory; little beside the rows of x for some; 16 KiB for many.
+    const int many = max_of(1, int((16 << 10) / (ROWS * k * sizeof(T)))), COLUMNS = ROWS * (m <= ROWS ? 2 : m <= 4 * ROWS ? 1 : min_of(many, 4));
+    const size_t stride = size_t(k) * sizeof(T) / 64 * 64 * LINES;
+    for (int first = 0; first < n; first += COLUMNS) {
+        const int stop = min_of(first + COLUMNS, n);
+        const char* ahead = reinterpret_cast<const char*>(stop < n ? w + stop * ldw : next);
+        const char* end = ahead + COLUMNS * ldw * sizeof(T);
+        for (int i = 0; i < m; i += ROWS)
+            for (int j = first; j < stop; j += ROWS) {
+                // Columns beyond the last repeat it, and are not written.
+                const T* rows[ROWS];
+                for (int l = 0; l < ROWS; l++) rows[l] = w + size_t(min_of(j + l, n - 1)) * ldw;
+                float* to = c + size_t(i) * ldc + j;
+                const int width = min_of(ROWS, n - j), left = m - i;
+                const bool fetch = LINES && ahead < end;
+                if (left >= ROWS && fetch) tile<T, ROWS, LINES>(x + i, rows, k, ahead, to, ldc, width);
+                else if (left >= ROWS) tile<T, ROWS, 0>(x + i, rows, k, ahead, to, ldc, width);
+                else if (fetch) last_rows<T, LINES>(left, x + i, rows, k, ahead, to, ldc, width);
+                else last_rows<T, 0>(left, x + i, rows, k, ahead, to, ldc, width);
+                ahead += stride;
+            }
+    }
+}
+
+template <class T>
+void product(const void* const* x_rows, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc) {
+    const T* const* x = reinterpret_cast<const T* const*>(x_rows);
+    const T *weights = static_cast<const T*>(w), *then = static_cast<const T*>(next ? next : w);
+    const int tiles = (m + ROWS - 1) / ROWS;
+    if (tiles == 1) blocks<T, ROWS>(x, m, weights, ldw, n, k, then, c, ldc);
+    else if (tiles == 2) blocks<T, ROWS / 2>(x, m, weights, ldw, n, k, then, c, ldc);
+    else blocks<T, 1>(x, m, weights, ldw, n, k, then, c, ldc);
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius

@@ -1,0 +1,72 @@
+// How tokens choose experts: the same function as ops/routing.py, over the same settings.
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+
+namespace moebius {
+namespace {
+
+// Indices of the k largest of n values, largest first, ties to the lowest index.
+void top_k(const float* values, int n, int k, int64_t* out) {
+    for (int i = 0, found = 0; i < n; i++) {
+        if (found == k && !(values[i] > values[out[k - 1]])) continue;
+        int place = found < k ? found++ : k - 1;
+        for (; place > 0 && values[i] > values[out[place - 1]]; place--) out[place] = out[place - 1];
+        out[place] = i;
+    }
+}
+
+void softmax(float* x, int n) {
+    float largest = *std::max_element(x, x + n), sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i] = std::exp(x[i] - largest);
+    for (int i = 0; i < n; i++) x[i] /= sum;
+}
+
+float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+// Node-limited routing (DeepSeek-V2 and V3, arXiv 2412.19437 section 2.1.2): fill all but the best groups.
+void keep_best_groups(const RouterSettings& r, float* choice, std::vector<float>& scores, std::vector<int64_t>& kept) {
+    const int size = r.num_experts / r.num_groups;
+    scores.resize(r.num_groups), kept.resize(r.groups_kept);
+    for (int g = 0; g < r.num_groups; g++) {
+        int64_t best[2];
+        const int count = std::min(r.group_top2 ? 2 : 1, size);
+        top_k(choice + g * size, size, count, best);
+        scores[g] = choice[g * size + best[0]] + (count == 2 ? choice[g * size + best[1]] : 0.0f);
+    }
+    top_k(scores.data(), r.num_groups, r.groups_kept, kept.data());
+    for (int g = 0; g < r.num_groups; g++)
+        if (std::find(kept.begin(), kept.end(), g) == kept.end()) std::fill_n(choice + g * size, size, r.group_fill);
+}
+
+}  // namespace
+
+void Ops::route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids) {
+    const int experts = r.num_experts, k = r.top_k, chunk = 16;
+    pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
+        std::vector<float> capped(experts), scores(experts), choice(experts), groups;
+        std::vector<int64_t> kept;
+        for (int t = item * chunk; t < std::min(rows, (item + 1) * chunk); t++) {
+            const float* row = logits + size_t(t) * experts;
+            float* w = weights + size_t(t) * k;
+            int64_t* chosen = ids + size_t(t) * k;
+            for (int e = 0; e < experts; e++) capped[e] = r.softcap != 0 ? r.softcap * std::tanh(row[e] / r.softcap) : row[e];
+            scores = capped;
+            if (r.score == 0) softmax(scores.data(), experts);
+            if (r.score == 1) for (float& s : scores) s = sigmoid(s);
+            choice = scores;
+            if (selection_bias) for (int e = 0; e < experts; e++) choice[e] += selection_bias[e];
+            if (r.num_groups > 1) keep_best_groups(r, choice.data(), groups, kept);
+            top_k(choice.data(), experts, k, chosen);
+            for (int i = 0; i < k; i++) w[i] = r.weight >= 2 ? capped[chosen[i]] : scores[chosen[i]];
+            if (r.weight == 2) softmax(w, k);
+            if (r.weight == 3) for (int i = 0; i < k; i++) w[i] = sigmoid(w[i]);
+            float sum = 0;
+            for (int i = 0; i < k; i++) sum += w[i];
+            for (int i = 0; i < k; i++) w[i] = (r.weight == 1 ? w[i] / (sum + r.renorm_eps) : w[i]) * r.scale;
+        }
+    });
+}
+
+}  // namespace moebius

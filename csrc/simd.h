@@ -1,0 +1,304 @@
+// Sixteen float32 lanes, the same interface on every instruction set. Included once by each instruction set's
+// translation unit, inside its own namespace: nothing here may be shared between units compiled with different flags.
+//
+// V holds 16 floats; G holds 16 groups of 32 bits (two bfloat16 or one float32, see kernels.h).
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+using bf16 = uint16_t;
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int min_of(int a, int b) { return a < b ? a : b; }
+INLINE int max_of(int a, int b) { return a > b ? a : b; }
+
+INLINE float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+INLINE float to_float(float x) { return x; }
+
+#if defined(__AVX512F__)
+
+struct V { __m512 v; };
+struct G { __m512i v; };
+
+INLINE V zero() { return {_mm512_setzero_ps()}; }
+INLINE V all(float x) { return {_mm512_set1_ps(x)}; }
+INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+INLINE V load_some(const float* p, int n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
+INLINE void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+INLINE void store_some(float* p, V a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a.v); }
+INLINE V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE V div(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
+INLINE V maximum(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
+INLINE V minimum(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
+INLINE V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// a where x < y, else b
+INLINE V where_less(V x, V y, V a, V b) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), b.v, a.v)}; }
+// lanes [from, to) of a, elsewhere b
+INLINE V where_lanes(int from, int to, V a, V b) {
+    uint32_t high = to >= 16 ? 0xffffu : to <= 0 ? 0u : (1u << to) - 1, low = from <= 0 ? 0u : from >= 16 ? 0xffffu : (1u << from) - 1;
+    return {_mm512_mask_blend_ps(__mmask16(high & ~low), b.v, a.v)};
+}
+INLINE V rounded(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a * 2^n for whole n in float range
+INLINE V scaled(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+INLINE float reduce_add(V a) {
+    __m512 s = _mm512_add_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0x4e));
+    s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xb1));
+    __m128 q = _mm512_castps512_ps128(s);
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+INLINE float reduce_max(V a) { return _mm512_reduce_max_ps(a.v); }
+
+INLINE G groups(const void* p) { return {_mm512_loadu_si512(p)}; }
+INLINE G groups_some(const bf16* p, int n) { return {_mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p)}; }
+INLINE G groups_some(const float* p, int n) { return {_mm512_castps_si512(load_some(p, n).v)}; }
+INLINE G group_all(uint32_t g) { return {_mm512_set1_epi32(int(g))}; }
+INLINE G low_halves(G a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
+
+INLINE V load(const bf16* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+INLINE V load_some(const bf16* p, int n) {
+    __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+INLINE __m256i narrowed(V a) {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+    __m512i bits = _mm512_castps_si512(a.v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    up = _mm512_mask_blend_epi32(nan, up, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+}
+INLINE void store(bf16* p, V a) { _mm256_storeu_si256((__m256i*)p, narrowed(a)); }
+INLINE void store_some(bf16* p, V a, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), narrowed(a)); }
+
+INLINE V mac(V acc, G a, G b, float) { return {_mm512_fmadd_ps(_mm512_castsi512_ps(a.v), _mm512_castsi512_ps(b.v), acc.v)}; }
+INLINE V mac(V acc, G a, G b, bf16) {
+#if defined(__AVX512BF16__)
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
+#else
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+    __m512 even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16)), acc.v);
+    return {_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a.v, high)), _mm512_castsi512_ps(_mm512_and_si512(b.v, high)), even)};
+#endif
+}
+
+constexpr int ROWS = 4;  // rows of x, and of w, that a tile of a product holds in registers
+
+// out[i] = the sum of a[i]'s lanes, each by the same tree of additions.
+INLINE V reduce_16(const V* a) {
+    __m512 t[8], u[4];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++)
+        t[j] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * j].v, a[2 * j + 1].v), _mm512_unpackhi_ps(a[2 * j].v, a[2 * j + 1].v));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512d x = _mm512_castps_pd(t[2 * j]), y = _mm512_castps_pd(t[2 * j + 1]);
+        u[j] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+    __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd))};
+}
+
+#else  // eight lanes twice, or plain loops that any compiler can vectorise
+
+#if defined(__AVX2__)
+struct V { __m256 lo, hi; };
+struct G { __m256i lo, hi; };
+#define EACH(expression_lo, expression_hi) {expression_lo, expression_hi}
+
+INLINE V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE V all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void store(float* p, V a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
+INLINE V add(V a, V b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+INLINE V sub(V a, V b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+INLINE V mul(V a, V b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+INLINE V div(V a, V b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+INLINE V maximum(V a, V b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+INLINE V minimum(V a, V b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+INLINE V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+INLINE V where_less(V x, V y, V a, V b) {
+    return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, y.lo, _CMP_LT_OQ)),
+            _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, y.hi, _CMP_LT_OQ))};
+}
+INLINE V rounded(V a) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};
+}
+INLINE __m256 scaled_8(__m256 a, __m256 n) {
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
+}
+INLINE V scaled(V a, V n) { return {scaled_8(a.lo, n.lo), scaled_8(a.hi, n.hi)}; }
+
+INLINE G groups(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+INLINE G group_all(uint32_t g) { return {_mm256_set1_epi32(int(g)), _mm256_set1_epi32(int(g))}; }
+INLINE G low_halves(G a) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    return {_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low)};
+}
+INLINE __m256 widened(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE V load(const bf16* p) { return {widened(p), widened(p + 8)}; }
+INLINE __m128i narrowed(__m256 a) {
+    __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    up = _mm256_blendv_epi8(up, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+    up = _mm256_srli_epi32(up, 16);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 0x08));
+}
+INLINE void store(bf16* p, V a) {
+    _mm_storeu_si128((__m128i*)p, narrowed(a.lo));
+    _mm_storeu_si128((__m128i*)(p + 8), narrowed(a.hi));
+}
+INLINE V mac(V acc, G a, G b, float) {
+    return {_mm256_fmadd_ps(_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(b.lo), acc.lo),
+            _mm256_fmadd_ps(_mm256_castsi256_ps(a.hi), _mm256_castsi256_ps(b.hi), acc.hi)};
+}
+INLINE __m256 mac_8(__m256 acc, __m256i a, __m256i b) {
+    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high)), acc);
+}
+INLINE V mac(V acc, G a, G b, bf16) { return {mac_8(acc.lo, a.lo, b.lo), mac_8(acc.hi, a.hi, b.hi)}; }
+
+#else
+struct V { float v[16]; };
+struct G { uint32_t v[16]; };
+
+#define LANES for (int i = 0; i < 16; i++)
+INLINE V all(float x) { V r; LANES r.v[i] = x; return r; }
+INLINE V zero() { return all(0.0f); }
+INLINE V load(const float* p) { V r; memcpy(r.v, p, 64); return r; }
+INLINE void store(float* p, V a) { memcpy(p, a.v, 64); }
+INLINE V add(V a, V b) { LANES a.v[i] += b.v[i]; return a; }
+INLINE V sub(V a, V b) { LANES a.v[i] -= b.v[i]; return a; }
+INLINE V mul(V a, V b) { LANES a.v[i] *= b.v[i]; return a; }
+INLINE V div(V a, V b) { LANES a.v[i] /= b.v[i]; return a; }
+INLINE V maximum(V a, V b) { LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE V minimum(V a, V b) { LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+INLINE V fma(V a, V b, V c) { LANES c.v[i] += a.v[i] * b.v[i]; return c; }
+INLINE V where_less(V x, V y, V a, V b) { LANES b.v[i] = x.v[i] < y.v[i] ? a.v[i] : b.v[i]; return b; }
+INLINE V rounded(V a) { LANES a.v[i] = __builtin_rintf(a.v[i]); return a; }
+INLINE V scaled(V a, V n) {
+    LANES {
+        uint32_t bits = uint32_t(int(n.v[i]) + 127) << 23;
+        float f;
+        memcpy(&f, &bits, 4);
+        a.v[i] *= f;
+    }
+    return a;
+}
+INLINE G groups(const void* p) { G r; memcpy(r.v, p, 64); return r; }
+INLINE G group_all(uint32_t g) { G r; LANES r.v[i] = g; return r; }
+INLINE G low_halves(G a) { LANES a.v[i] &= 0xffff; return a; }
+INLINE V load(const bf16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
+INLINE void store(bf16* p, V a) {
+    LANES {
+        uint32_t bits;
+        memcpy(&bits, &a.v[i], 4);
+        uint32_t up = bits + ((bits >> 16) & 1) + 0x7fff;
+        p[i] = bf16((a.v[i] != a.v[i] ? bits | 0x400000 : up) >> 16);
+    }
+}
+INLINE V floats(G a) { V r; memcpy(r.v, a.v, 64); return r; }
+INLINE V mac(V acc, G a, G b, float) { return fma(floats(a), floats(b), acc); }
+INLINE V mac(V acc, G a, G b, bf16) {
+    G x = a, y = b;
+    LANES x.v[i] <<= 16, y.v[i] <<= 16, a.v[i] &= 0xffff0000, b.v[i] &= 0xffff0000;
+    return fma(floats(a), floats(b), fma(floats(x), floats(y), acc));
+}
+#endif
+
+constexpr int ROWS = 2;
+
+template <class T> INLINE V load_some(const T* p, int n) {
+    T whole[16] = {};
+    memcpy(whole, p, n * sizeof(T));
+    return load(whole);
+}
+template <class T> INLINE void store_some(T* p, V a, int n) {
+    T whole[16];
+    store(whole, a);
+    memcpy(p, whole, n * sizeof(T));
+}
+template <class T> INLINE G groups_some(const T* p, int n) {
+    T whole[64 / sizeof(T)] = {};
+    memcpy(whole, p, n * sizeof(T));
+    return groups(whole);
+}
+INLINE V where_lanes(int from, int to, V a, V b) {
+    float x[16], y[16];
+    store(x, a), store(y, b);
+    for (int i = max_of(from, 0); i < min_of(to, 16); i++) y[i] = x[i];
+    return load(y);
+}
+INLINE float reduce_add(V a) {
+    float x[16];
+    store(x, a);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+INLINE float reduce_max(V a) {
+    float x[16];
+    store(x, a);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    return x[0];
+}
+INLINE V reduce_16(const V* a) {
+    float sums[16];
+    for (int i = 0; i < 16; i++) sums[i] = reduce_add(a[i]);
+    return load(sums);
+}
+#endif
+
+// exp(x) to about 1 unit in the last place; 0 below the smallest normal number, infinity above the largest.
+// Range reduction and polynomial as in Cephes' expf (public description by S. Moshier); computed in this order everywhere.
+INLINE V exponential(V x) {
+    V n = rounded(mul(x, all(1.44269504088896341f)));
+    n = minimum(maximum(n, all(-126.0f)), all(127.0f));
+    V r = fma(n, all(-0.693359375f), x);
+    r = fma(n, all(2.12194440e-4f), r);
+    V p = all(1.9875691500e-4f);
+    p = fma(p, r, all(1.3981999507e-3f));
+    p = fma(p, r, all(8.3334519073e-3f));
+    p = fma(p, r, all(4.1665795894e-2f));
+    p = fma(p, r, all(1.6666665459e-1f));
+    p = fma(p, r, all(5.0000001201e-1f));
+    V e = scaled(add(fma(p, mul(r, r), r), all(1.0f)), n);
+    e = where_less(x, all(-87.3365447f), zero(), e);
+    return where_less(all(88.7228317f), x, all(__builtin_inff()), e);
+}
+
+INLINE V sigmoid(V x) { return div(all(1.0f), add(all(1.0f), exponential(sub(zero(), x)))); }
+// 1 - 2 / (exp(2x) + 1): the limits come out right at both ends.
+INLINE V hyperbolic_tangent(V x) {
+    return sub(all(1.0f), div(all(2.0f), add(exponential(add(x, x)), all(1.0f))));
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius

@@ -1,0 +1,554 @@
+// The operations against plain loops in float64, at every instruction set that this processor has.
+//
+//   cmake -S . -B build/tests -DMOEBIUS_TESTS=ON && cmake --build build/tests && build/tests/test_kernels
+//
+// builds with AddressSanitizer and UndefinedBehaviorSanitizer. Every array is exactly as large as it has to be, so that
+// reading one element too many is found.
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+#include "ops.h"
+
+using namespace moebius;
+
+namespace {
+
+std::mt19937 generator(0);
+const char* level = "";
+
+int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+double normal() { return std::normal_distribution<double>()(generator); }
+template <class T> T one_of(std::initializer_list<T> values) { return values.begin()[uniform(0, int(values.size()) - 1)]; }
+
+__attribute__((format(printf, 2, 3))) void check(bool right, const char* what, ...) {
+    if (right) return;
+    va_list arguments;
+    va_start(arguments, what);
+    std::fprintf(stderr, "%s: ", level);
+    std::vfprintf(stderr, what, arguments);
+    std::fputc('\n', stderr);
+    std::exit(1);
+}
+
+template <class T> struct Format;
+template <> struct Format<float> {
+    static constexpr Dtype dtype = F32;
+    static constexpr double roundoff = 0x1p-24;
+    static double value(float x) { return x; }
+    static float make(double x) { return float(x); }
+};
+template <> struct Format<uint16_t> {
+    static constexpr Dtype dtype = BF16;
+    static constexpr double roundoff = 0x1p-8;
+    static double value(uint16_t x) {
+        uint32_t bits = uint32_t(x) << 16;
+        float f;
+        std::memcpy(&f, &bits, 4);
+        return f;
+    }
+    static uint16_t make(double x) {  // cut off: any representable value will do
+        float f = float(x);
+        uint32_t bits;
+        std::memcpy(&bits, &f, 4);
+        return uint16_t(bits >> 16);
+    }
+};
+template <class T> double value(T x) { return Format<T>::value(x); }
+
+template <class T> std::vector<T> draw(size_t n, double scale = 1) {
+    std::vector<T> values(n);
+    for (T& x : values) x = Format<T>::make(scale * normal());
+    return values;
+}
+
+// |got - exact| <= bound, and a result that is not finite only where the exact one is not.
+template <class T> void close(const char* what, T got, double exact, double bound) {
+    check(std::abs(value(got) - exact) <= bound, "%s: %.9g instead of %.9g, bound %.3g", what, value(got), exact, bound);
+}
+
+// A float32 sum of n terms, `terms` in absolute values, rounded to T.
+template <class T> double sum_bound(double exact, double terms, int n) {
+    double summed = (n / 16.0 + 8) * 0x1p-24 * terms;
+    return Format<T>::roundoff * (std::abs(exact) + summed) + summed;
+}
+
+struct Sum {
+    double exact = 0, terms = 0;
+    void add(double x) { exact += x, terms += std::abs(x); }
+};
+
+template <class T> Sum dot(const T* a, const T* b, int n) {
+    Sum s;
+    for (int i = 0; i < n; i++) s.add(value(a[i]) * value(b[i]));
+    return s;
+}
+
+// --- products ---
+
+template <class T, class Out> void check_linear(Ops& ops, const Linear& l, const std::vector<T>& x, int rows) {
+    std::vector<Out> out(size_t(rows) * l.out);
+    ops.linear(l, x.data(), rows, out.data(), sizeof(Out) == 4);
+    for (int t = 0; t < rows; t++)
+        for (const Linear::Layer& layer : l.layers)
+            for (int j = 0; j < layer.out; j++) {
+                Sum s = dot(x.data() + size_t(t) * l.in, static_cast<const T*>(layer.weight) + size_t(j) * l.in, l.in);
+                if (layer.bias) s.add(value(static_cast<const T*>(layer.bias)[j]));
+                close("linear", out[size_t(t) * l.out + layer.offset + j], s.exact, sum_bound<Out>(s.exact, s.terms, l.in));
+            }
+}
+
+template <class T> void test_linear(Ops& ops) {
+    for (int turn = 0; turn < 30; turn++) {
+        Linear l{Format<T>::dtype, one_of({1, 2, 15, 31, 33, 64, 100, 515}), 0, {}};
+        const int rows = one_of({0, 1, 2, 3, 4, 5, 8, 17, 64, 67});
+        std::vector<std::vector<T>> arrays;
+        for (int i = uniform(1, 3); i > 0; i--) {
+            const int out = one_of({1, 3, 16, 50, 131});
+            arrays.push_back(draw<T>(size_t(out) * l.in));
+            const void* weight = arrays.back().data();
+            arrays.push_back(draw<T>(out));
+            l.layers.push_back({weight, uniform(0, 1) ? arrays.back().data() : nullptr, out, l.out});
+            l.out += out;
+        }
+        std::vector<T> x = draw<T>(size_t(rows) * l.in);
+        check_linear<T, T>(ops, l, x, rows);
+        check_linear<T, float>(ops, l, x, rows);
+    }
+}
+
+double activated(double x, Activation activation) {
+    switch (activation) {
+        case SILU: return x / (1 + std::exp(-x));
+        case RELU: return std::max(x, 0.0);
+        case GELU: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+        case GELU_TANH: return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    }
+    return 0;
+}
+
+template <class T> struct ExpertArrays {
+    int count, width, hidden;
+    std::vector<std::vector<T>> arrays[6];  // gate, up, down and their biases
+
+    ExpertArrays(int count, int width, int hidden, bool bias) : count(count), width(width), hidden(hidden) {
+        const size_t sizes[6] = {size_t(width) * hidden, size_t(width) * hidden, size_t(width) * hidden, size_t(width), size_t(width), size_t(hidden)};
+        for (int kind = 0; kind < (bias ? 6 : 3); kind++)
+            for (int e = 0; e < count; e++) arrays[kind].push_back(draw<T>(sizes[kind], kind < 2 ? 1 / std::sqrt(hidden) : 0.3));
+    }
+    Experts table(Activation activation) const {
+        std::vector<const void*> p[6];
+        for (int kind = 0; kind < 6; kind++)
+            for (const std::vector<T>& a : arrays[kind]) p[kind].push_back(a.data());
+        return {Format<T>::dtype, hidden, width, activation, p[0], p[1], p[2], p[3], p[4], p[5]};
+    }
+    double bias(int kind, int e, int i) const { return arrays[kind].empty() ? 0 : value(arrays[kind][e][i]); }
+    // Expert e's output of one row, and the sizes of what was added up for it.
+    std::vector<Sum> run(const T* x, int e, Activation activation) const {
+        std::vector<Sum> out(hidden);
+        for (int i = 0; i < hidden; i++) out[i].add(bias(5, e, i));
+        for (int f = 0; f < width; f++) {
+            Sum gate = dot(x, &arrays[0][e][size_t(f) * hidden], hidden), up = dot(x, &arrays[1][e][size_t(f) * hidden], hidden);
+            gate.add(bias(3, e, f)), up.add(bias(4, e, f));
+            for (int i = 0; i < hidden; i++) {
+                const double down = value(arrays[2][e][size_t(i) * width + f]);
+                out[i].exact += activated(gate.exact, activation) * up.exact * down;
+                out[i].terms += std::max(1.0, gate.terms) * up.terms * std::abs(down);
+            }
+        }
+        return out;
+    }
+};
+
+template <class T> void test_experts(Ops& ops) {
+    for (int turn = 0; turn < 24; turn++) {
+        ExpertArrays<T> e(one_of({1, 3, 6}), one_of({1, 31, 70}), one_of({1, 17, 48}), turn % 3 == 0);
+        const int rows = one_of({0, 1, 2, 5, 20, 66}), k = uniform(1, std::min(3, e.count));
+        const Activation activation = Activation(turn % 4);
+        const bool dense = e.count == 1 && turn % 2, all_to_one = turn % 5 == 0;
+        std::vector<T> x = draw<T>(size_t(rows) * e.hidden), out(size_t(rows) * e.hidden);
+        std::vector<float> weights(size_t(rows) * k, 1.0f);
+        std::vector<int64_t> ids(size_t(rows) * k);
+        for (int64_t& id : ids) id = all_to_one ? e.count - 1 : uniform(0, e.count - 1);
+        if (!dense)
+            for (float& w : weights) w = float(std::abs(normal()));
+        ops.experts(e.table(activation), x.data(), rows, dense ? nullptr : weights.data(), dense ? nullptr : ids.data(), k, out.data());
+        // Rounded: the gated values, each expert's output, their sum.
+        const double rounded = 3.1 * Format<T>::roundoff + (e.hidden + e.width + 40) * 0x1p-24;
+        for (int t = 0; t < rows; t += 1 + rows / 8) {
+            std::vector<Sum> sum(e.hidden);
+            for (int j = 0; j < k; j++) {
+                std::vector<Sum> one = e.run(&x[size_t(t) * e.hidden], int(ids[size_t(t) * k + j]), activation);
+                const double w = weights[size_t(t) * k + j];
+                for (int i = 0; i < e.hidden; i++) sum[i].exact += w * one[i].exact, sum[i].terms += w * one[i].terms;
+            }
+            for (int i = 0; i < e.hidden; i++) close("experts", out[size_t(t) * e.hidden + i], sum[i].exact, rounded * sum[i].terms);
+        }
+    }
+}
+
+// --- row by row ---
+
+template <class T> double inverse_rms(const T* x, int n, double eps) { return 1 / std::sqrt(dot(x, x, n).exact / n + eps); }
+
+template <class T> void test_norms(Ops& ops) {
+    const double u = Format<T>::roundoff;
+    for (int turn = 0; turn < 20; turn++) {
+        const int rows = one_of({0, 1, 3, 40}), n = one_of({1, 7, 16, 33, 500});
+        const float multiplier = turn % 2 ? 1.0f : 0.3f;
+        std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), weight = draw<T>(n), sum(x.size()), out(x.size());
+        std::vector<T> alone(x.size());
+        ops.rms_norm(Format<T>::dtype, x.data(), update.data(), multiplier, weight.data(), rows, n, 1e-5f, sum.data(), out.data());
+        ops.rms_norm(Format<T>::dtype, sum.data(), nullptr, 1, weight.data(), rows, n, 1e-5f, nullptr, alone.data());
+        check(out == alone, "rms_norm: the sum's norm is not the norm of the sum");
+        for (size_t i = 0; i < x.size(); i++) {
+            Sum s;
+            s.add(value(x[i])), s.add(double(multiplier) * value(update[i]));
+            close("residual", sum[i], s.exact, (u + 0x1p-23) * s.terms);
+            const double exact = value(sum[i]) * inverse_rms(&sum[i / n * n], n, 1e-5f) * value(weight[i % n]);
+            close("rms_norm", out[i], exact, (2.1 * u + (n / 32.0 + 8) * 0x1p-24) * std::abs(exact));
+        }
+    }
+}
+
+template <class T> void test_add_gated(Ops& ops) {
+    for (int turn = 0; turn < 10; turn++) {
+        const int rows = one_of({0, 1, 18}), n = one_of({1, 15, 16, 50});
+        std::vector<T> a = draw<T>(size_t(rows) * n), b = draw<T>(a.size()), out(a.size());
+        std::vector<float> gate = draw<float>(rows, 3);
+        ops.add_gated(Format<T>::dtype, a.data(), b.data(), turn % 2 ? gate.data() : nullptr, rows, n, out.data());
+        for (size_t i = 0; i < a.size(); i++) {
+            Sum s;
+            s.add(value(a[i])), s.add(value(b[i]) * (turn % 2 ? 1 / (1 + std::exp(-double(gate[i / n]))) : 1));
+            close("add_gated", out[i], s.exact, Format<T>::roundoff * std::abs(s.exact) + 0x1p-20 * s.terms);
+        }
+    }
+}
+
+void test_rotation(Ops& ops) {
+    for (int rows : {0, 1, 33}) {
+        const int half = 5;
+        std::vector<int64_t> positions(rows);
+        for (int64_t& p : positions) p = uniform(0, 1'000'000);
+        std::vector<float> inverse = draw<float>(half), cos(size_t(rows) * half), sin(cos.size());
+        ops.rotation(positions.data(), rows, inverse.data(), half, 1.5f, cos.data(), sin.data());
+        for (size_t i = 0; i < cos.size(); i++) {
+            const double angle = float(positions[i / half]) * inverse[i % half];
+            close("cos", cos[i], 1.5 * std::cos(angle), 0x1p-22), close("sin", sin[i], 1.5 * std::sin(angle), 0x1p-22);
+        }
+    }
+}
+
+// --- attention ---
+
+// Sequences in a paged cache: random places, and NaN wherever nothing was written.
+template <class T> struct Paged {
+    CacheShape shape;
+    StepAttention step;
+    std::vector<uint32_t> cache;
+    std::vector<std::vector<T>> keys, values;  // of each sequence: (tokens, kv heads, head size)
+
+    Paged(int block_size, int kv_heads, int head_dim, const std::vector<int>& lengths, const std::vector<int>& fresh)
+        : shape(block_size, kv_heads, head_dim, Format<T>::dtype) {
+        int blocks = 2;
+        for (int n : lengths) step.table_width = std::max(step.table_width, (n + block_size - 1) / block_size), blocks += (n + block_size - 1) / block_size;
+        std::vector<int> order(blocks);
+        std::iota(order.begin(), order.end(), 0);
+        std::shuffle(order.begin(), order.end(), generator);
+        cache.assign(blocks * shape.block_bytes() / 4, 0xffffffff);
+        step.query_start = {0}, step.seq_lens.assign(lengths.begin(), lengths.end());
+        step.block_table.assign(lengths.size() * step.table_width, 0);
+        for (size_t b = 0; b < lengths.size(); b++) {
+            step.query_start.push_back(step.query_start.back() + fresh[b]);
+            for (int i = 0; i * block_size < lengths[b]; i++) step.block_table[b * step.table_width + i] = order.back(), order.pop_back();
+            keys.push_back(draw<T>(size_t(lengths[b]) * kv_heads * head_dim)), values.push_back(draw<T>(keys[b].size()));
+        }
+    }
+    int64_t slot(int b, int position) const {
+        return int64_t(step.block_table[b * step.table_width + position / shape.block_size]) * shape.block_size + position % shape.block_size;
+    }
+    void write(Ops& ops) {
+        const int size = shape.kv_heads * shape.head_dim;
+        for (size_t b = 0; b < keys.size(); b++) {
+            const int n = step.seq_lens[b];
+            std::vector<T> rows, q(keys[b].size());
+            std::vector<int64_t> slots;
+            for (int t = 0; t < n; t++) {
+                for (const std::vector<T>* x : {&keys[b], &keys[b], &values[b]}) rows.insert(rows.end(), x->begin() + t * size, x->begin() + (t + 1) * size);
+                slots.push_back(slot(int(b), t));
+            }
+            rows.shrink_to_fit(), slots.shrink_to_fit();
+            ops.rotate_and_store(Format<T>::dtype, shape, rows.data(), n, shape.kv_heads, nullptr, nullptr, 0, nullptr, nullptr, 0,
+                                 slots.data(), cache.data(), q.data());
+            check(q == keys[b], "rotate_and_store changed what it should not rotate");
+        }
+    }
+};
+
+struct Scoring {
+    int window;
+    float scale, softcap;
+    std::vector<float> sinks;  // none, or one a head
+};
+
+template <class T> void check_row(const Paged<T>& p, const Scoring& s, const T* q, const T* out, int b, int position, int head, int group) {
+    const int n = p.shape.head_dim, stride = p.shape.kv_heads * n, first = s.window ? std::max(0, position - s.window + 1) : 0;
+    std::vector<double> weights;
+    double largest = s.sinks.empty() ? -INFINITY : s.sinks[head], total = 0;
+    for (int key = first; key <= position; key++) {
+        double score = s.scale * dot(q, &p.keys[b][size_t(key) * stride + head / group * n], n).exact;
+        if (s.softcap != 0) score = s.softcap * std::tanh(score / s.softcap);
+        weights.push_back(score), largest = std::max(largest, score);
+    }
+    for (double& w : weights) total += w = std::exp(w - largest);
+    if (!s.sinks.empty()) total += std::exp(s.sinks[head] - largest);
+    for (int i = 0; i < n; i++) {
+        Sum sum;
+        for (int key = first; key <= position; key++) sum.add(weights[key - first] / total * value(p.values[b][size_t(key) * stride + head / group * n + i]));
+        // Rounded: each weight, and the result. Scores are below 64, and so exp's argument is off by 64 * 2^-23 at most.
+        close("attention", out[i], sum.exact, (2.1 * Format<T>::roundoff + 64 * 0x1p-23) * sum.terms);
+    }
+}
+
+// The kernel itself on one sequence's first query, with as much scratch as it asked for and no more.
+template <class T> void check_scratch(const Kernels& kernels, const Paged<T>& p, const Scoring& s, const std::vector<T>& q, const std::vector<T>& out, int group) {
+    const size_t stride = size_t(group) * p.shape.kv_heads * p.shape.head_dim, head = size_t(group) * p.shape.head_dim;
+    const int rows = std::min(group, 64);
+    std::vector<T> again(rows * size_t(p.shape.head_dim));
+    std::vector<float> scratch(attention_scratch(rows, p.shape));
+    const int first = p.step.seq_lens[0] - p.step.query_start[1];
+    AttentionBlock a{q.data(), again.data(), stride, 1, rows, first, s.window, s.scale, s.softcap, s.sinks.empty() ? nullptr : s.sinks.data(),
+                     p.cache.data(), p.step.block_table.data(), 0};
+    kernels.attention[Format<T>::dtype](a, p.shape, scratch.data());
+    check(head <= out.size() && std::equal(again.begin(), again.end(), out.begin()), "attention: the kernel and the operation differ");
+}
+
+template <class T> void test_attention(Ops& ops) {
+    for (int turn = 0; turn < 30; turn++) {
+        const int block_size = one_of({1, 3, 7, 8, 16, 24, 64}), kv_heads = uniform(1, 2), group = one_of({1, 2, 4, 7, 71});
+        const int head_dim = one_of({6, 8, 16, 33, 64, 80});
+        std::vector<int> lengths, fresh;
+        for (int b = 0; b < 3; b++) {
+            lengths.push_back(turn % 10 ? one_of({1, block_size, block_size + 1, 63, 64, 65, uniform(1, 200)}) : one_of({1023, 1024, 1030, 2050}));
+            fresh.push_back(turn % 10 ? uniform(1, std::min(lengths[b], 20)) : 1 + b);
+        }
+        Paged<T> p(block_size, kv_heads, head_dim, lengths, fresh);
+        p.write(ops);
+        Scoring s{one_of({0, 0, 1, 5, 64, 67}), 1 / std::sqrt(float(head_dim)), one_of({0.0f, 0.0f, 5.0f}), {}};
+        if (turn % 3 == 0) s.sinks = draw<float>(kv_heads * group);
+        p.step.window = s.window;
+        const int heads = kv_heads * group, rows = p.step.query_start.back();
+        std::vector<T> q = draw<T>(size_t(rows) * heads * head_dim, 2), out(q.size());
+        ops.attention(Format<T>::dtype, p.shape, p.step, p.cache.data(), q.data(), heads, s.scale, s.softcap, s.sinks.empty() ? nullptr : s.sinks.data(), out.data());
+        check_scratch(*select_kernels(level), p, s, q, out, group);
+        for (int b = 0; b < 3; b++)
+            for (int i = 0; i < fresh[b]; i += 1 + fresh[b] / 4)
+                for (int h = 0; h < heads; h += 1 + heads / 8) {
+                    const size_t at = (size_t(p.step.query_start[b] + i) * heads + h) * head_dim;
+                    check_row(p, s, &q[at], &out[at], b, lengths[b] - fresh[b] + i, h, group);
+                }
+    }
+}
+
+template <class T> void test_rotated_heads(Ops& ops) {
+    const int rows = 11, half = 9, head_dim = 21, group = 2;
+    for (bool norm : {false, true}) {
+        std::vector<T> qkv = draw<T>(rows * (group + 2) * head_dim), weight = draw<T>(head_dim), q(rows * group * head_dim);
+        std::vector<float> cos = draw<float>(rows * half), sin = draw<float>(rows * half);
+        CacheShape shape(4, 1, head_dim, Format<T>::dtype);
+        std::vector<uint32_t> cache(3 * shape.block_bytes() / 4);
+        std::vector<int64_t> slots(rows);
+        std::iota(slots.begin(), slots.end(), 0);
+        const T* w = norm ? weight.data() : nullptr;
+        ops.rotate_and_store(Format<T>::dtype, shape, qkv.data(), rows, group, cos.data(), sin.data(), half, w, w, 1e-5f, slots.data(), cache.data(), q.data());
+        for (int t = 0; t < rows; t++)
+            for (int h = 0; h < group; h++) {
+                const T* x = &qkv[(t * (group + 2) + h) * head_dim];
+                std::vector<double> v(head_dim);
+                for (int i = 0; i < head_dim; i++) v[i] = value(x[i]) * (norm ? inverse_rms(x, head_dim, 1e-5f) * value(weight[i]) : 1);
+                for (int i = 0; i < head_dim; i++) {
+                    const int pair = i < half ? i + half : i - half, r = t * half + (i < half ? i : pair);
+                    double exact = v[i], terms = std::abs(v[i]);
+                    if (i < 2 * half) {
+                        exact = v[i] * cos[r] + (i < half ? -1 : 1) * v[pair] * sin[r];
+                        terms = std::abs(v[i] * cos[r]) + std::abs(v[pair] * sin[r]);
+                    }
+                    close("rotated head", q[(t * group + h) * head_dim + i], exact, (3.1 * Format<T>::roundoff + 0x1p-20) * terms);
+                }
+            }
+    }
+}
+
+// --- routing and sampling ---
+
+std::vector<int> best(const std::vector<double>& scores, int k) {
+    std::vector<int> order(scores.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
+    order.resize(k);
+    return order;
+}
+
+void softmax(std::vector<double>& x) {
+    const double largest = *std::max_element(x.begin(), x.end());
+    double total = 0;
+    for (double& v : x) total += v = std::exp(v - largest);
+    for (double& v : x) v /= total;
+}
+
+// One token's experts and weights, best first.
+std::pair<std::vector<int>, std::vector<double>> routed(const RouterSettings& r, const float* logits, const float* bias) {
+    std::vector<double> capped(logits, logits + r.num_experts);
+    for (double& x : capped) x = r.softcap != 0 ? r.softcap * std::tanh(x / r.softcap) : x;
+    std::vector<double> scores = capped, group_scores, weights;
+    if (r.score == 0) softmax(scores);
+    if (r.score == 1) for (double& x : scores) x = 1 / (1 + std::exp(-x));
+    std::vector<double> choice = scores;
+    for (int e = 0; bias && e < r.num_experts; e++) choice[e] += bias[e];
+    const int size = r.num_experts / r.num_groups;
+    for (int g = 0; g < r.num_groups; g++) {
+        std::vector<double> own(choice.begin() + g * size, choice.begin() + (g + 1) * size);
+        std::sort(own.rbegin(), own.rend());
+        group_scores.push_back(own[0] + (r.group_top2 && size > 1 ? own[1] : 0));
+    }
+    std::vector<int> kept = best(group_scores, r.groups_kept);
+    for (int e = 0; e < r.num_experts; e++)
+        if (r.num_groups > 1 && std::find(kept.begin(), kept.end(), e / size) == kept.end()) choice[e] = r.group_fill;
+    std::vector<int> ids = best(choice, r.top_k);
+    for (int id : ids) weights.push_back(r.weight >= 2 ? capped[id] : scores[id]);
+    if (r.weight == 2) softmax(weights);
+    if (r.weight == 3) for (double& w : weights) w = 1 / (1 + std::exp(-w));
+    const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+    for (double& w : weights) w = (r.weight == 1 ? w / (total + r.renorm_eps) : w) * r.scale;
+    return {ids, weights};
+}
+
+void test_route(Ops& ops) {
+    for (int turn = 0; turn < 60; turn++) {
+        RouterSettings r{one_of({8, 16, 40}), 1, turn % 3, turn % 4, one_of({1, 1, 2, 4}), 1, uniform(0, 1), one_of({-INFINITY, 0.0f}), 1e-9f,
+                         one_of({1.0f, 2.5f}), one_of({0.0f, 3.0f})};
+        r.groups_kept = uniform(1, r.num_groups);
+        r.top_k = uniform(1, r.num_experts / r.num_groups * r.groups_kept);
+        const int rows = one_of({0, 1, 35});
+        std::vector<float> logits = draw<float>(size_t(rows) * r.num_experts, 2), bias = draw<float>(r.num_experts), weights(size_t(rows) * r.top_k);
+        std::vector<int64_t> ids(weights.size());
+        const bool biased = turn % 5 == 0 && !(r.group_fill == 0 && r.num_groups > 1);
+        ops.route(r, logits.data(), rows, biased ? bias.data() : nullptr, weights.data(), ids.data());
+        for (int t = 0; t < rows; t++) {
+            auto [chosen, exact] = routed(r, &logits[size_t(t) * r.num_experts], biased ? bias.data() : nullptr);
+            for (int k = 0; k < r.top_k; k++) {
+                const size_t at = size_t(t) * r.top_k + k;
+                check(ids[at] == chosen[k], "route: expert %d instead of %d", int(ids[at]), chosen[k]);
+                close("route", weights[at], exact[k], 1e-5 * std::abs(exact[k]) + 1e-7);
+            }
+        }
+    }
+}
+
+void test_sampling(Ops& ops) {
+    for (int turn = 0; turn < 40; turn++) {
+        const int rows = uniform(0, 4), vocab = one_of({1, 2, 15, 16, 17, 100, 4097}), k = std::min(vocab, one_of({0, 1, 2, 20, 4097}));
+        std::vector<float> logits = draw<float>(size_t(rows) * vocab, 4), heat(rows, 1.0f);
+        for (float& x : logits) x = turn % 2 ? std::round(x) : x;  // ties
+        for (float& x : heat) x = float(uniform(2, 20)) / 10;
+        std::vector<double> sums(rows), uniforms(rows);
+        for (double& u : uniforms) u = uniform(0, 999) / 1000.0;
+        std::vector<int64_t> ids(size_t(rows) * k), drawn(rows);
+        ops.log_softmax_top_k(logits.data(), rows, vocab, heat.data(), k, sums.data(), ids.data());
+        ops.draw(logits.data(), rows, vocab, heat.data(), uniforms.data(), drawn.data());
+        for (int t = 0; t < rows; t++) {
+            std::vector<double> row(&logits[size_t(t) * vocab], &logits[size_t(t) * vocab] + vocab);
+            std::vector<int> order = best(row, k);
+            check(std::equal(order.begin(), order.end(), ids.begin() + size_t(t) * k), "log_softmax_top_k: not the best %d of %d", k, vocab);
+            const double largest = *std::max_element(row.begin(), row.end());
+            double total = 0, below = 0;
+            for (double& x : row) total += x = std::exp((x - largest) / heat[t]);
+            close("logsumexp", float(sums[t]), largest / heat[t] + std::log(total), 1e-4);
+            for (int i = 0; i < drawn[t]; i++) below += row[i] / total;
+            check(below <= uniforms[t] + 1e-5 && uniforms[t] <= below + row[drawn[t]] / total + 1e-5, "draw: %d of %d", int(drawn[t]), vocab);
+        }
+        if (rows == 0) continue;
+        logits[uniform(0, vocab - 1)] = one_of({NAN, INFINITY, -INFINITY});
+        ops.log_softmax_top_k(logits.data(), rows, vocab, nullptr, k, sums.data(), ids.data());
+        for (int t = 0; t < rows; t++) check(std::isnan(sums[t]) == (t == 0), "log_softmax_top_k: row %d is %g", t, sums[t]);
+    }
+}
+
+// --- threads ---
+
+// Many short jobs: each item once, on a thread that does one thing at a time.
+void use(Pool& pool, int jobs, std::mt19937 own) {
+    for (int job = 0; job < jobs; job++) {
+        std::vector<int> done(own() % 40, 0);
+        pool.run(int(done.size()), [&](int item, int thread) {
+            check(thread >= 0 && thread < pool.threads(), "pool: thread %d of %d", thread, pool.threads());
+            done[item]++;
+        });
+        check(std::all_of(done.begin(), done.end(), [](int n) { return n == 1; }), "pool: an item was not done once");
+        if (job % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own() % 600));
+    }
+}
+
+void test_pool() {
+    for (int threads : {1, 2, 3, 5}) {
+        Pool pool(threads);
+        check(pool.threads() == threads, "pool: %d threads", pool.threads());
+        use(pool, 2000, std::mt19937(threads));
+        // Two callers share the pool's threads by turns, so that a thread's number is a key to what it alone may touch.
+        std::vector<std::atomic<int>> busy(threads);
+        auto caller = [&](int seed) {
+            std::mt19937 own(seed);
+            for (int job = 0; job < 500; job++)
+                pool.run(int(own() % 4), [&](int, int thread) {
+                    check(busy[thread].fetch_add(1) == 0, "pool: thread %d does two things at once", thread);
+                    busy[thread].fetch_sub(1);
+                });
+        };
+        std::thread other(caller, 1);
+        caller(2), other.join();
+    }
+    for (int turn = 0; turn < 300; turn++) {  // ended while its threads spin, fall asleep or sleep
+        Pool pool(3);
+        use(pool, turn % 3, std::mt19937(turn));
+        std::this_thread::sleep_for(std::chrono::microseconds(turn % 5 * 70));
+    }
+}
+
+void test_levels() {
+    for (const char* name : {"sse9", "AVX2", " "}) {
+        bool refused = false;
+        try {
+            select_kernels(name);
+        } catch (const std::invalid_argument&) {
+            refused = true;
+        }
+        check(refused, "an instruction set named %s", name);
+    }
+    check(select_kernels("") == select_kernels(available_kernels().back()), "the best is not the default");
+}
+
+template <class T> void test_dtype(Ops& ops) {
+    test_linear<T>(ops), test_experts<T>(ops), test_norms<T>(ops), test_add_gated<T>(ops);
+    test_rotated_heads<T>(ops), test_attention<T>(ops);
+}
+
+}  // namespace
+
+int main() {
+    test_levels(), test_pool();
+    for (const std::string& name : available_kernels()) {
+        level = name.c_str();
+        check(std::string(select_kernels(name)->name) == name, "the kernels are called %s", select_kernels(name)->name);
+        Ops ops(name, 2);
+        test_rotation(ops), test_route(ops), test_sampling(ops);
+        test_dtype<float>(ops), test_dtype<uint16_t>(ops);
+        std::printf("%s: passed\n", level);
+    }
+}

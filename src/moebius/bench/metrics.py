@@ -1,0 +1,160 @@
+"""What a run's requests say together: latencies and their percentiles, throughput, goodput. Names and keys are vLLM's.
+
+TTFT   time to first token          ITL    time between two arrivals of text
+E2EL   time to the last token       TPOT   (E2EL - TTFT) / (output tokens - 1)
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+
+from moebius.config import require
+
+METRICS = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+_GOODPUT = ("ttft", "tpot", "e2el")
+
+
+@dataclass(slots=True)
+class Record:
+    """One request as its client saw it, in seconds; a non-empty error says why it failed.
+
+    start       when it was sent, counted from the beginning of the run
+    arrivals    when text arrived, counted from the request's start; one arrival may carry several tokens
+    e2el        when the answer's end was known, counted from the start
+    """
+
+    start: float
+    input_tokens: int
+    output_tokens: int = 0
+    arrivals: list[float] = field(default_factory=list)
+    e2el: float = 0.0
+    error: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """An answer of special tokens alone shows no text; its end is the first that is seen of it."""
+        return self.arrivals[0] if self.arrivals else self.e2el
+
+    @property
+    def itl(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.arrivals)]
+
+    @property
+    def tpot(self) -> float | None:
+        """None where there is no second token."""
+        return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+
+def parse_goodput(specs: Iterable[str]) -> dict[str, float]:
+    """['ttft:500', 'tpot:50'] -> limits in milliseconds. ConfigError says what is wrong with a spec."""
+    limits: dict[str, float] = {}
+    for spec in specs:
+        name, _, value = spec.partition(":")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = -1.0
+        known = ", ".join(_GOODPUT)
+        usage = f"write METRIC:MILLISECONDS with one of {known}, such as ttft:500"
+        require(name in _GOODPUT and limit >= 0, f"--goodput {spec!r} is no limit; {usage}")
+        limits[name] = limit
+    return limits
+
+
+def parse_percentiles(text: str) -> list[float]:
+    """'50,99' -> [50.0, 99.0]."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    good = all(0 <= p <= 100 for p in found)
+    require(good, f"--metric-percentiles is {text!r}; give numbers from 0 to 100, such as 50,90,99")
+    return found
+
+
+def parse_metrics(text: str) -> list[str]:
+    """'ttft,itl' -> ['ttft', 'itl']."""
+    found = text.split(",")
+    require(set(found) <= set(METRICS), f"--percentile-metrics is {text!r}; name some of {','.join(METRICS)}")
+    return found
+
+
+def is_good(record: Record, limits: Mapping[str, float]) -> bool:
+    """Whether a request that succeeded kept every limit (milliseconds); one token alone keeps any limit on TPOT."""
+    values = {"ttft": record.ttft, "tpot": record.tpot or 0.0, "e2el": record.e2el}
+    return all(1000 * values[name] <= limit for name, limit in limits.items())
+
+
+def statistics(seconds: Sequence[float], name: str, percentiles: Iterable[float]) -> dict[str, float | None]:
+    """mean, median, std (of the population) and linearly interpolated percentiles, in ms; None where there are none."""
+    figures: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
+    figures |= {f"p{p:g}": partial(np.percentile, q=p) for p in percentiles}
+    values = np.asarray(seconds) * 1000
+    return {f"{key}_{name}_ms": float(figure(values)) if seconds else None for key, figure in figures.items()}
+
+
+def latencies(records: Iterable[Record]) -> dict[str, list[float]]:
+    """Every metric's values over the requests that succeeded, in seconds."""
+    good = [record for record in records if not record.error]
+    return {
+        "ttft": [record.ttft for record in good],
+        "tpot": [record.tpot for record in good if record.tpot is not None],
+        "itl": [gap for record in good for gap in record.itl],
+        "e2el": [record.e2el for record in good],
+    }
+
+
+def tokens_by_second(records: Iterable[Record]) -> list[float]:
+    """Output tokens in each second of the run; a request's tokens are spread evenly over its arrivals."""
+    seconds: defaultdict[int, float] = defaultdict(float)
+    for record in records:
+        for at in record.arrivals:
+            seconds[int(record.start + at)] += record.output_tokens / len(record.arrivals)
+    return [seconds[second] for second in range(max(seconds, default=-1) + 1)]
+
+
+def in_flight(records: Iterable[Record]) -> list[tuple[float, int]]:
+    """(second, requests in flight from then on) at each start and end; an end comes before a start at its moment."""
+    ends = sorted((at, step) for r in records for at, step in ((r.start, 1), (r.start + r.e2el, -1)))
+    return list(zip((at for at, _ in ends), accumulate(step for _, step in ends), strict=True))
+
+
+def summarise(
+    records: Sequence[Record],
+    duration: float,
+    *,
+    percentiles: Sequence[float] = (50, 99),
+    goodput: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """All figures of a run of `duration` seconds. Failed requests count as failed, under their reason, and no more."""
+    done = [record for record in records if not record.error]
+    inputs, outputs = sum(r.input_tokens for r in done), sum(r.output_tokens for r in done)
+    result: dict[str, Any] = {
+        "duration": duration,
+        "completed": len(done),
+        "failed": len(records) - len(done),
+        "failures": dict(Counter(r.error for r in records if r.error).most_common()),
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": len(done) / duration,
+        "request_goodput": sum(is_good(r, goodput) for r in done) / duration if goodput else None,
+        "output_throughput": outputs / duration,
+        "total_token_throughput": (inputs + outputs) / duration,
+        "max_output_tokens_per_s": max(tokens_by_second(done), default=0.0),
+        "max_concurrent_requests": max((count for _, count in in_flight(done)), default=0),
+    }
+    for name, values in latencies(done).items():
+        result |= statistics(values, name, percentiles)
+    return result

@@ -1,0 +1,154 @@
+"""What a benchmark leaves behind: the printed report in vLLM's layout, JSON, and charts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moebius.bench.metrics import METRICS, Record, in_flight, latencies, tokens_by_second
+from moebius.config import require
+
+_WIDTH = 50
+_PLOTS = (".png", ".svg", ".pdf")
+_SERVING = {
+    "completed": "Successful requests:",
+    "failed": "Failed requests:",
+    "max_concurrency": "Maximum request concurrency:",
+    "request_rate": "Request rate configured (RPS):",
+    "duration": "Benchmark duration (s):",
+    "total_input_tokens": "Total input tokens:",
+    "total_output_tokens": "Total generated tokens:",
+    "request_throughput": "Request throughput (req/s):",
+    "request_goodput": "Request goodput (req/s):",
+    "output_throughput": "Output token throughput (tok/s):",
+    "max_output_tokens_per_s": "Peak output token throughput (tok/s):",
+    "max_concurrent_requests": "Peak concurrent requests:",
+    "total_token_throughput": "Total token throughput (tok/s):",
+}
+
+
+def check_outputs(output_json: Path | None, plot: Path | None = None) -> None:
+    """Refuse before the run what could not be written after it: ConfigError."""
+    for path in (output_json, plot):
+        require(
+            path is None or (not path.is_dir() and os.access(path.parent, os.W_OK)),
+            f"{path} cannot be written: name a file in a directory that exists and is writable",
+        )
+    good = plot is None or plot.suffix in _PLOTS
+    require(good, f"--plot {plot}: the name must end in {', '.join(_PLOTS)}")
+
+
+def save_json(path: Path | None, result: Mapping[str, Any]) -> None:
+    """One line a key, so that the figures can be read beside long lists."""
+    if path is not None:
+        lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in result.items())
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def serving_report(result: Mapping[str, Any], metrics: Iterable[str], percentiles: Iterable[float]) -> str:
+    """The figures that `summarise` found, a line each, and under them why requests failed."""
+    lines = [f"{' Serving Benchmark Result ':=^{_WIDTH}}"]
+    lines += [_line(label, result[key]) for key, label in _SERVING.items() if result.get(key) is not None]
+    for name in metrics:
+        lines.append(f"{METRICS[name]:-^{_WIDTH}}")
+        for label, key in (("Mean", "mean"), ("Median", "median"), *((f"P{p:g}", f"p{p:g}") for p in percentiles)):
+            lines.append(_line(f"{label} {name.upper()} (ms):", result[f"{key}_{name}_ms"]))
+    lines.append("=" * _WIDTH)
+    lines += [f"{count} failed: {reason}" for reason, count in result["failures"].items()]
+    return "\n".join(lines)
+
+
+def _line(label: str, value: float | None) -> str:
+    shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{label:<39} {shown:>10}"
+
+
+@contextmanager
+def _chart(path: Path, title: str, rows: int, columns: int, size: tuple[float, float] = (10, 6)) -> Iterator[Any]:
+    """A figure's axes, to be drawn on without a display; written at the end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    yield axes
+    figure.savefig(path, dpi=150)
+
+
+def _log_scale(axis: Any) -> None:
+    """Logarithmic, with plain numbers at it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def plot_serving(path: Path, title: str, records: Sequence[Record], limits: Mapping[str, float]) -> None:
+    """Shares of requests by latency, goodput's limits as dotted lines, and what went on over time."""
+    good = [record for record in records if not record.error]
+    with _chart(path, title, 2, 2) as (whole, between, tokens, flying):
+        for name, seconds in latencies(good).items():
+            axis, color = whole if name in ("ttft", "e2el") else between, "C0" if name in ("ttft", "itl") else "C1"
+            if seconds:
+                axis.ecdf([1000 * value for value in seconds], color=color, label=name.upper())
+            if name in limits:
+                axis.axvline(limits[name], color=color, linestyle=":")
+        for axis in (whole, between):
+            axis.set(xlabel="ms", ylabel="share at or below", ylim=(0, 1.01))
+            _log_scale(axis)
+            axis.legend(loc="lower right", framealpha=0.9, edgecolor="none")
+        tokens.stairs(tokens_by_second(good), fill=True, alpha=0.7)
+        tokens.set(xlabel="s", ylabel="output tokens/s", ylim=(0, None))
+        moments = in_flight(good)
+        flying.step([at for at, _ in moments], [count for _, count in moments], where="post", color="C2")
+        flying.set(xlabel="s", ylabel="requests in flight", ylim=(0, None))
+        flying.yaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_bars(
+    path: Path, title: str, names: Sequence[str], panels: Sequence[tuple[str, list[float], list[float] | None]]
+) -> None:
+    """Side by side, a line a name, the first set off: bars, or ranges on a logarithmic scale where there are ends."""
+    lines, colors = range(len(names)), ["C0"] + ["0.6"] * (len(names) - 1)
+    with _chart(path, title, 1, len(panels), (4 + 3 * len(panels), 1.2 + 0.38 * len(names))) as axes:
+        for axis, (heading, values, ends) in zip(axes, panels, strict=True):
+            if ends is None:
+                axis.bar_label(axis.barh(lines, values, color=colors), fmt="{:,.0f}", padding=3, fontsize=8)
+                axis.margins(x=0.18)
+            else:
+                axis.hlines(lines, values, ends, color=colors, linewidth=5)
+                axis.plot(values, lines, "o", color="k", markersize=3)
+                _log_scale(axis)
+            axis.set_title(heading, fontsize=9, loc="left")
+            axis.set_yticks(lines, names if axis is axes[0] else [""] * len(names))
+            axis.set_ylim(len(names) - 0.5, -0.5)
+            axis.grid(visible=False, axis="y")
+
+
+def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> None:
+    """A table to stdout, its columns but the first to the right."""
+    if markdown:
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        print(title, "", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in head:
+        table.add_column(column, justify="left" if column == head[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width to fit into; a table cut at 80 columns would be of no use there.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

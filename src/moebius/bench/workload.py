@@ -1,0 +1,157 @@
+"""What is asked of a server or an engine: seeded prompts, lengths and arrival times. No tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moebius.config import require
+from moebius.errors import ConfigError
+from moebius.text import Tokenizer
+
+# One token each, with the space before it, in the vocabularies of the models that are served today.
+_WORDS = (
+    "the of and to in is that for it as was with on be at by this from are have or an they which one you had not but "
+    "what all were when we there can use your each she do how their if will up other about out many then them these so"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request: a text or token ids, and the most tokens to answer with.
+
+    input_tokens is the prompt's length as far as it is known here; what a server reports goes before it.
+    """
+
+    prompt: str | tuple[int, ...]
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Which prompts to send: `random` ones, or those of a file (`jsonl`). Lengths are in tokens."""
+
+    name: str
+    path: Path | None
+    input_len: int
+    output_len: int | None
+    range_ratio: float
+
+    def __post_init__(self) -> None:
+        require(self.name in ("random", "jsonl"), f"--dataset-name is {self.name!r}; use random or jsonl")
+        together = (self.name == "jsonl") == (self.path is not None)
+        require(together, "--dataset-name jsonl and --dataset-path FILE go together")
+
+    def samples(self, count: int, seed: int, tokenizer: Tokenizer | None) -> list[Sample]:
+        """At most `count` requests; the seed is for random ones."""
+        if self.path is not None:
+            return read_samples(self.path, count, output_len=self.output_len, tokenizer=tokenizer)
+        lengths = {"input_len": self.input_len, "output_len": 128 if self.output_len is None else self.output_len}
+        return random_samples(count, **lengths, range_ratio=self.range_ratio, seed=seed, tokenizer=tokenizer)
+
+
+def require_positive(**options: int) -> None:
+    for name, value in options.items():
+        require(value >= 1, f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def random_samples(
+    count: int, *, input_len: int, output_len: int, range_ratio: float = 0.0, seed: int = 0, tokenizer: Tokenizer | None
+) -> list[Sample]:
+    """`count` requests whose lengths are uniform in [(1 - ratio) * len, (1 + ratio) * len].
+
+    With a tokenizer prompts are ordinary token ids of exactly that length; without one they are texts of as many short
+    words.
+    """
+    require_positive(num_prompts=count, input_len=input_len, output_len=output_len)
+    require(0 <= range_ratio < 1, f"--random-range-ratio is {range_ratio}; it must lie in [0, 1)")
+    rng = np.random.default_rng(seed)
+    ids = None if tokenizer is None else [i for i in range(tokenizer.vocab_size) if not tokenizer.is_special(i)]
+    words = np.array(ids or _WORDS.split())
+
+    def lengths(mean: int) -> list[int]:
+        low, high = max(1, math.floor(mean * (1 - range_ratio))), math.ceil(mean * (1 + range_ratio))
+        return list(rng.integers(low, high, count, endpoint=True).tolist())
+
+    samples = []
+    for inputs, outputs in zip(lengths(input_len), lengths(output_len), strict=True):
+        drawn = rng.choice(words, inputs).tolist()
+        samples.append(Sample(tuple(drawn) if ids else " ".join(drawn), inputs, outputs))
+    return samples
+
+
+def read_samples(path: Path, count: int, *, output_len: int | None, tokenizer: Tokenizer | None = None) -> list[Sample]:
+    """The first `count` prompts of a file, one JSON object a line (or one array of them), in one of two shapes:
+
+    {"prompt": "...", "output_tokens": 128}, or ShareGPT's {"conversations": [{"value": "..."}, {"value": "..."}]},
+    whose first turn is the prompt and whose second, counted by the tokenizer, is the answer's length. output_len, where
+    given, is the length of all. Raises ConfigError naming the line.
+    """
+    require_positive(num_prompts=count)
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x]
+    except OSError as error:
+        raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--dataset-path {path} does not hold one JSON object a line: {error}") from error
+    require(bool(lines), f"--dataset-path {path} is empty")
+    return [_sample(line, f"{path}, entry {i}", output_len, tokenizer) for i, line in enumerate(lines[:count], 1)]
+
+
+def _sample(line: Any, where: str, output_len: int | None, tokenizer: Tokenizer | None) -> Sample:
+    entry = line if isinstance(line, dict) else {}
+    prompt, wanted = entry.get("prompt"), output_len or entry.get("output_tokens")
+    turns = entry.get("conversations")
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns[:2]):
+        prompt = turns[0].get("value")
+        if wanted is None and len(turns) > 1 and tokenizer is not None:
+            wanted = len(tokenizer.encode(str(turns[1].get("value"))))
+    require(isinstance(prompt, str) and prompt != "", f"{where}: no `prompt` text and no `conversations`")
+    require(
+        isinstance(wanted, int) and wanted >= 1,
+        f"{where}: how many tokens to answer with is not said; give it output_tokens, or the command an output length",
+    )
+    assert isinstance(prompt, str) and isinstance(wanted, int)
+    return Sample(prompt, len(tokenizer.encode(prompt)) if tokenizer else len(prompt.split()), wanted)
+
+
+def arrival_times(count: int, rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
+    """Seconds at which requests arrive: gamma intervals of mean 1 / rate and shape `burstiness`.
+
+    Burstiness 1 is a Poisson process, less comes in bursts, more evenly. The intervals are scaled so that the last
+    request arrives at count / rate: seeds differ in when, not in how much. An infinite rate: all at once.
+    """
+    require_positive(num_prompts=count)
+    require(rate > 0, f"--request-rate is {rate}; it must be a positive number of requests a second, or inf")
+    require(0 < burstiness < math.inf, f"--burstiness is {burstiness}; it must be a positive number")
+    if math.isinf(rate):
+        return [0.0] * count
+    times = np.cumsum(np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), count))
+    return list((times * (count / rate / times[-1])).tolist()) if times[-1] > 0 else [0.0] * count
+
+
+def mixed_samples(count: int, *, vocab_size: int, max_model_len: int, seed: int = 0) -> list[Sample]:
+    """The ablation's requests: of every eight, four share a prefix, three are short and one is long, in random order.
+
+    With M = max_model_len the prefix is M / 4 tokens and followed by up to M / 16 own ones; short prompts have M / 64
+    to M / 8, long ones M / 2 to 5 M / 8; answers M / 128 to M / 8, log-uniform: most are short, some are not.
+    """
+    require_positive(num_prompts=count)
+    rng = np.random.default_rng(seed)
+    m = max_model_len
+    prefix = rng.integers(0, vocab_size, m // 4).tolist()
+    kinds = [(prefix, m // 128, m // 16)] * 4 + [([], m // 64, m // 8)] * 3 + [([], m // 2, m * 5 // 8)]
+    samples = []
+    for kind in rng.permutation([i % 8 for i in range(count)]).tolist():
+        shared, low, high = kinds[kind]
+        own = rng.integers(0, vocab_size, rng.integers(max(low, 1), high, endpoint=True)).tolist()
+        answer = round(math.exp(rng.uniform(math.log(max(m / 128, 2)), math.log(m / 8))))
+        samples.append(Sample((*shared, *own), len(shared) + len(own), answer))
+    return samples

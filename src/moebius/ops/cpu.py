@@ -1,0 +1,363 @@
+"""The operations on a CPU: csrc's kernels behind `Ops`. Weights are read where they lie; nothing is packed or copied.
+
+The instruction set is the best that the processor has; the environment variable MOEBIUS_CPU_ISA limits it (portable,
+avx2, avx512, avx512bf16, or reference for plain PyTorch). Every kernel computes a row in the same way whatever rows
+surround it, however many threads there are and wherever the KV cache holds its tokens: one answer (promise P1).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebius import _cpu
+from moebius.config import Activation, RouterConfig
+from moebius.errors import ConfigError
+from moebius.ops import ExpertWeights
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import StepInputs
+
+_DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+_SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
+_WEIGHTS = {"raw": 0, "renorm": 1, "softmax": 2, "sigmoid": 3}
+
+
+class CpuCache(NamedTuple):
+    """One layer's keys and values, laid out as csrc/kernels.h says."""
+
+    buffer: Tensor
+    shape: Any
+    kv_heads: int
+    head_dim: int
+
+
+class CpuLinear(NamedTuple):
+    """Linear layers of one input as a table of addresses, their sizes, and the tensors that lie there."""
+
+    table: Any
+    dtype: torch.dtype
+    in_size: int
+    out_size: int
+    layers: tuple[tuple[Tensor, Tensor | None], ...]
+
+
+class CpuExperts(NamedTuple):
+    """One layer's experts as a table of addresses, and the tensors that lie there."""
+
+    table: Any
+    weights: ExpertWeights
+
+
+def _address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    if x is None:
+        return 0
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"the CPU kernels want {dtype} here, not {x.dtype}")
+    if not x.is_contiguous():
+        raise ValueError(
+            f"the CPU kernels want contiguous tensors, not strides {x.stride()} for shape {tuple(x.shape)}"
+        )
+    return x.data_ptr()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [_address(x) for x in tensors]
+
+
+def _require_no_gradient(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError("the CPU kernels compute no gradients; train with ReferenceOps, or serve under no_grad")
+
+
+def _require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
+    for x in tensors:
+        if x is not None and x.dtype != dtype:
+            raise ValueError(f"the CPU kernels want one dtype, not {dtype} and {x.dtype}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"the CPU kernels compute in bfloat16 and float32, not in {dtype}")
+    return _DTYPES[dtype]
+
+
+class CpuOps:
+    """C++ kernels on `threads` threads of a pool of their own.
+
+    Raises ConfigError for an instruction set that does not exist or that the processor lacks.
+    """
+
+    one_answer = True
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
+        try:
+            self._ops = _cpu.Ops(isa, threads or len(os.sched_getaffinity(0)))
+        except ValueError as error:
+            has = ", ".join(_cpu.available())
+            raise ConfigError(f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference") from None
+        self.name = f"cpu-{self._ops.name}"
+        self._routers: dict[RouterConfig, Any] = {}
+
+    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
+        _require_no_gradient(*(x for layer in layers for x in layer))
+        weights = [weight for weight, _ in layers]
+        dtype, size = weights[0].dtype, weights[0].shape[1]
+        table = _cpu.Linear(
+            _require_dtype(dtype, *(x for layer in layers for x in layer)),
+            size,
+            [_address(weight) for weight in weights],
+            [_address(bias) for _, bias in layers],
+            [weight.shape[0] for weight in weights],
+        )
+        return CpuLinear(table, dtype, size, sum(weight.shape[0] for weight in weights), layers)
+
+    def linear(self, x_TI: Tensor, layers: CpuLinear) -> Tensor:
+        return self._linear(x_TI, layers, layers.dtype)
+
+    def logits(self, x_TI: Tensor, layers: CpuLinear) -> Tensor:
+        return self._linear(x_TI, layers, torch.float32)
+
+    def _linear(self, x: Tensor, layers: CpuLinear, out_dtype: torch.dtype) -> Tensor:
+        table, dtype, size, out_size, _ = layers
+        rows = x.shape[0]
+        if x.dtype != dtype or x.shape[1] != size:
+            raise ValueError(f"a linear layer of {size} {dtype} values got {tuple(x.shape)} of {x.dtype}")
+        out = torch.empty(rows, out_size, dtype=out_dtype)
+        self._ops.linear(table, _address(x), rows, out.data_ptr(), out_dtype == torch.float32)
+        return out
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return self._rms_norm(x_TD, None, 1.0, weight_D, eps)[1]
+
+    def add_rms_norm(
+        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._rms_norm(x_TD, update_TD, multiplier, weight_D, eps)
+
+    def _rms_norm(
+        self, x: Tensor, update: Tensor | None, multiplier: float, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _require_dtype(x.dtype, update, weight)
+        size = x.shape[-1]
+        total = x if update is None else torch.empty_like(x)
+        out = torch.empty_like(x)
+        self._ops.rms_norm(
+            dtype,
+            _address(x),
+            _address(update),
+            multiplier,
+            _address(weight),
+            x.numel() // size,
+            size,
+            eps,
+            total.data_ptr(),
+            out.data_ptr(),
+        )
+        return total, out
+
+    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        rows, half = len(positions_T), len(inverse_R)
+        cos, sin = torch.empty(rows, half), torch.empty(rows, half)
+        self._ops.rotation(
+            _address(positions_T, torch.int64),
+            rows,
+            _address(inverse_R, torch.float32),
+            half,
+            factor,
+            cos.data_ptr(),
+            sin.data_ptr(),
+        )
+        return cos, sin
+
+    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        return ReferenceOps().rotary(x_THN, cos_TR, sin_TR)
+
+    def rotate_and_store(
+        self,
+        qkv_TI: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        cache: CpuCache,
+        slot_mapping_T: Tensor,
+        q_norm_N: Tensor | None = None,
+        k_norm_N: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        buffer, shape, kv_heads, head_dim = cache
+        dtype = _require_dtype(qkv_TI.dtype, q_norm_N, k_norm_N)
+        rows, size = qkv_TI.shape
+        q_heads = size // head_dim - 2 * kv_heads
+        out = torch.empty(rows, q_heads, head_dim, dtype=qkv_TI.dtype)
+        self._ops.rotate_and_store(
+            dtype,
+            shape,
+            _address(qkv_TI),
+            rows,
+            q_heads,
+            _address(cos_TR, torch.float32),
+            _address(sin_TR, torch.float32),
+            cos_TR.shape[1],
+            _address(q_norm_N),
+            _address(k_norm_N),
+            eps,
+            _address(slot_mapping_T, torch.int64),
+            buffer.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+    def route(
+        self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if config not in self._routers:
+            self._routers[config] = _router_settings(config)
+        rows = len(logits_TE)
+        weights = torch.empty(rows, config.top_k)
+        ids = torch.empty(rows, config.top_k, dtype=torch.int64)
+        bias = selection_bias_E.float() if config.selection_bias and selection_bias_E is not None else None
+        self._ops.route(
+            self._routers[config],
+            _address(logits_TE, torch.float32),
+            rows,
+            _address(bias),
+            weights.data_ptr(),
+            ids.data_ptr(),
+        )
+        return weights, ids
+
+    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> CpuExperts:
+        _require_no_gradient(*(x for tensors in weights for x in tensors))
+        width, hidden = weights.gate_FD[0].shape
+        dtype = _require_dtype(weights.gate_FD[0].dtype, *(x for tensors in weights for x in tensors))
+        tables = [_addresses(tensors) for tensors in weights]
+        return CpuExperts(_cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables), weights)
+
+    def experts(
+        self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: CpuExperts
+    ) -> Tensor:
+        _require_dtype(x_TD.dtype, experts.weights.gate_FD[0])
+        out = torch.empty_like(x_TD)
+        top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
+        self._ops.experts(
+            experts.table,
+            _address(x_TD),
+            len(x_TD),
+            _address(weights_TK, torch.float32),
+            _address(expert_ids_TK, torch.int64),
+            top_k,
+            out.data_ptr(),
+        )
+        return out
+
+    def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
+        dtype = _require_dtype(a_TD.dtype, b_TD)
+        out = torch.empty_like(a_TD)
+        self._ops.add_gated(
+            dtype, _address(a_TD), _address(b_TD), _address(gate_T1, torch.float32), *a_TD.shape, out.data_ptr()
+        )
+        return out
+
+    def kv_cache_bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return _cpu.CacheShape(block_size, num_kv_heads, head_dim, _DTYPES[dtype]).block_bytes
+
+    def make_kv_cache(
+        self, buffer: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> CpuCache:
+        shape = _cpu.CacheShape(block_size, num_kv_heads, head_dim, _DTYPES[dtype])
+        return CpuCache(buffer, shape, num_kv_heads, head_dim)
+
+    def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
+        batch, width = step.block_table.shape
+        return _cpu.StepAttention(
+            _address(step.query_start),
+            _address(step.seq_lens),
+            batch,
+            _address(step.block_table),
+            width,
+            window or 0,
+        )
+
+    def paged_attention(
+        self,
+        q_THN: Tensor,
+        cache: CpuCache,
+        plan: Any,
+        scale: float,
+        *,
+        softcap: float | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        dtype = _require_dtype(q_THN.dtype)
+        out = torch.empty_like(q_THN)
+        self._ops.attention(
+            dtype,
+            cache.shape,
+            plan,
+            cache.buffer.data_ptr(),
+            _address(q_THN),
+            q_THN.shape[1],
+            scale,
+            softcap or 0.0,
+            _address(sinks_H, torch.float32),
+            out.data_ptr(),
+        )
+        return out
+
+    def causal_attention(
+        self,
+        q_THN: Tensor,
+        k_TGN: Tensor,
+        v_TGN: Tensor,
+        row_length: int,
+        scale: float,
+        window: int | None = None,
+        document_ids_T: Tensor | None = None,
+    ) -> Tensor:
+        return ReferenceOps().causal_attention(q_THN, k_TGN, v_TGN, row_length, scale, window, document_ids_T)
+
+    def log_softmax_top_k(
+        self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rows, vocab = logits_LV.shape
+        log_sums = torch.empty(rows, dtype=torch.float64)
+        ids = torch.empty(rows, min(k, vocab), dtype=torch.int64)
+        self._ops.log_softmax_top_k(
+            _address(logits_LV, torch.float32),
+            rows,
+            vocab,
+            _address(temperature_L, torch.float32),
+            ids.shape[1],
+            log_sums.data_ptr(),
+            ids.data_ptr(),
+        )
+        return log_sums, ids
+
+    def draw(self, logits_LV: Tensor, temperature_L: Tensor, uniform_L: Tensor) -> Tensor:
+        ids = torch.empty(len(logits_LV), dtype=torch.int64)
+        self._ops.draw(
+            _address(logits_LV, torch.float32),
+            *logits_LV.shape,
+            _address(temperature_L, torch.float32),
+            _address(uniform_L, torch.float64),
+            ids.data_ptr(),
+        )
+        return ids
+
+
+def _router_settings(config: RouterConfig) -> Any:
+    return _cpu.RouterSettings(
+        config.num_experts,
+        config.top_k,
+        _SCORES[config.score],
+        _WEIGHTS[config.weight],
+        config.num_groups,
+        config.groups_kept,
+        int(config.group_score == "top2"),
+        config.group_fill,
+        config.renorm_eps,
+        config.scale,
+        config.logit_softcap or 0.0,
+    )

@@ -1,0 +1,212 @@
+"""The bench commands as a person runs them, against this project's own server and others."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.fake_openai import FakeOpenAI, answer, running
+from moebius.cli.bench import bench
+from moebius.cli.main import main
+from moebius.config import EngineConfig
+from moebius.engine.in_process import InProcessClient
+from moebius.engine.load import load_engine
+from moebius.server.app import create_app
+from moebius.server.run import make_server
+from moebius.server.settings import ServerSettings
+from moebius.text import GenerationDefaults, Tokenizer
+
+
+def moebius(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["moebius", "bench", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command that ends with 2; its one line on stderr."""
+
+    def run(*arguments: str) -> str:
+        assert moebius(monkeypatch, *arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("moebius: ") and err.count("\n") == 1, (out, err)
+        return str(err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model: Path) -> Iterator[str]:
+    """A real server with a tiny model, served under the name of its directory."""
+    tokenizer = Tokenizer.load(tiny_model)
+    config = EngineConfig(kv_cache_memory_bytes=2**24, max_model_len=256)
+    client = InProcessClient(load_engine(tiny_model, config, eos_ids=tokenizer.eos_ids), step_deadline=60)
+    defaults = GenerationDefaults.load(tiny_model, tokenizer)
+    server = make_server(create_app(client, tokenizer, defaults, ServerSettings((str(tiny_model),))))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_serve_counts_every_token_of_our_server(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
+    arguments = ("serve", "--base-url", url, "--random-input-len", "20", "--random-output-len", "6", "--ignore-eos")
+    more = ("--num-prompts", "12", "--request-rate", "60", "--max-concurrency", "4", "--random-range-ratio", "0.5")
+    limits = ("--goodput", "ttft:60000", "e2el:60000", "--metric-percentiles", "50,99")
+    files = ("--output-json", str(figures), "--plot", str(chart))
+    assert moebius(monkeypatch, *arguments, *more, *limits, *files) == 0
+    out = capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert (found["completed"], found["failed"], found["max_concurrent_requests"] <= 4) == (12, 0, True)
+    requests = found["requests"]
+    assert found["total_input_tokens"] == sum(r["input_tokens"] for r in requests) and len(requests) == 12
+    assert {r["input_tokens"] for r in requests} <= set(range(10, 31)) and all(r["arrivals"] for r in requests)
+    assert {r["output_tokens"] for r in requests} <= set(range(3, 10)) and not any(r["error"] for r in requests)
+    assert found["request_goodput"] == found["request_throughput"] > 0
+    assert found["p50_e2el_ms"] == found["median_e2el_ms"] > found["median_ttft_ms"] > 0
+    assert f"Total generated tokens: {found['total_output_tokens']:>26}" in out and "P50 E2EL (ms):" in out
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_serve_chats_and_reads_files(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def f(", "output_tokens": 3}\n' * 3)
+    arguments = ("serve", "--base-url", url, "--ignore-eos", "--num-prompts", "5")
+    file = ("--dataset-name", "jsonl", "--dataset-path", str(prompts))
+    assert moebius(monkeypatch, *arguments, *file, "--endpoint", "/v1/chat/completions") == 0
+    out, err = capsys.readouterr()
+    assert "the dataset has 3 prompts" in err
+    assert f"Successful requests: {3:>29}" in out and f"Total generated tokens: {9:>26}" in out
+    words = ("--endpoint", "/v1/chat/completions", "--input-len", "9", "--output-len", "4")
+    assert moebius(monkeypatch, *arguments, *words) == 0
+    assert f"Total generated tokens: {20:>26}" in capsys.readouterr().out
+
+
+def test_failures_are_reported_and_all_of_them_end_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = (503, b'{"error": {"message": "full"}}')
+    fake = FakeOpenAI(lambda number, body: refusal if number % 2 else answer(0, (0,)))
+    with running(fake) as base:
+        arguments = ("serve", "--base-url", base, "--num-prompts", "4", "--input-len", "3")
+        assert moebius(monkeypatch, *arguments, "--num-warmups", "0") == 0
+        out = capsys.readouterr().out
+        assert f"Successful requests: {2:>29}" in out and out.endswith("2 failed: HTTP 503: full\n")
+        assert fake.bodies[0]["temperature"] == 0 and fake.bodies[0]["model"] == "fake"
+        fake.script = lambda number, body: refusal
+        assert moebius(monkeypatch, *arguments, "--num-warmups", "0") == 1
+        assert "4 failed: HTTP 503: full" in capsys.readouterr().out
+
+
+def test_serve_refuses_in_one_line(refused: Any, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    assert f"no server answers at http://127.0.0.1:{port}" in refused("serve", "--port", port)
+    assert "'ttft:x' is no limit" in refused("serve", "--goodput", "ttft:x")
+    assert "'fast' is no limit" in refused("serve", "--goodput", "ttft:5", "fast")
+    assert "'ttft:5' belongs to no option" in refused("serve", "ttft:5")
+    assert "--max-concurrency is 0" in refused("serve", "--max-concurrency", "0")
+    assert "--num-prompts is 0" in refused("serve", "--num-prompts", "0")
+    assert "use random or jsonl" in refused("serve", "--dataset-name", "sonnet")
+    assert "go together" in refused("serve", "--dataset-name", "jsonl")
+    assert "the name must end in .png" in refused("serve", "--plot", str(tmp_path / "x.gif"))
+    assert "cannot be written" in refused("serve", "--output-json", str(tmp_path / "none" / "x.json"))
+    with running(FakeOpenAI(lambda number, body: answer(0, ()))) as base:
+        assert "--tokenizer 'nowhere' is no directory" in refused("serve", "--base-url", base, "--tokenizer", "nowhere")
+
+
+def test_latency(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = ("latency", "--model", str(tiny_model), "--input-len", "8", "--output-len", "4", "--batch-size", "3")
+    more = ("--num-iters", "3", "--num-iters-warmup", "1", "-n", "2", "--output-json", str(figures))
+    assert moebius(monkeypatch, *arguments, *more) == 0
+    found = json.loads(figures.read_text())
+    assert len(found["latencies"]) == 3 and found["avg_latency"] == pytest.approx(sum(found["latencies"]) / 3)
+    assert found["percentiles"]["50"] == sorted(found["latencies"])[1]
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"Avg latency: {found['avg_latency']:.4f} seconds" and out[-1].startswith("99% percentile latency")
+
+
+def test_throughput(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = ("throughput", "--model", str(tiny_model), "--num-prompts", "5", "--output-json", str(figures))
+    assert moebius(monkeypatch, *arguments, "--input-len", "8", "--output-len", "4") == 0
+    found = json.loads(figures.read_text())
+    assert (found["num_requests"], found["total_prompt_tokens"], found["total_output_tokens"]) == (5, 40, 20)
+    assert found["tokens_per_second"] == pytest.approx(60 / found["elapsed_time"])
+    assert capsys.readouterr().out.startswith(f"Throughput: {found['requests_per_second']:.2f} requests/s, ")
+    talk = {"conversations": [{"value": "def f("}, {"value": "return n"}]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(talk) + "\n")
+    file = ("--dataset-name", "jsonl", "--dataset-path", str(tmp_path / "talk.jsonl"))
+    assert moebius(monkeypatch, *arguments, *file) == 0
+    expected = len(Tokenizer.load(tiny_model).encode("return n"))
+    assert json.loads(figures.read_text())["total_output_tokens"] == expected
+
+
+def test_offline_commands_refuse_in_one_line(refused: Any, tiny_model: Path) -> None:
+    model = ("--model", str(tiny_model))
+    assert "./none" in refused("latency", "--model", "./none")
+    assert "--num-iters is 0" in refused("latency", *model, "--num-iters", "0")
+    assert "--num-iters-warmup is -1" in refused("latency", *model, "--num-iters-warmup", "-1")
+    assert "--batch-size is 0" in refused("latency", *model, "--batch-size", "0")
+    assert "no single batch for --max-num-seqs 64" in refused("latency", *model, "--batch-size", "65")
+    assert "context is 2048" in refused("throughput", *model, "--input-len", "3000", "--num-prompts", "1")
+    assert "--num-prompts is 0" in refused("throughput", *model, "--num-prompts", "0")
+
+
+def test_ablate(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
+    sizes = ("--num-prompts", "4", "--max-model-len", "128", "--max-num-seqs", "4", "--variants", "static batching")
+    files = ("--output-json", str(figures), "--plot", str(chart))
+    assert moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files) == 0
+    out = capsys.readouterr().out
+    assert "full engine" in out and "static batching" in out and "4/4" in out and "no prefix cache" not in out
+    found = json.loads(figures.read_text())
+    assert found["config"]["max_model_len"] == 128 and found["static batching"]["same"] == 4
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    assert moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files, "--markdown", "--request-rate", "inf") == 0
+    out = capsys.readouterr().out
+    assert "4 requests at once" in out and "| static batching |" in out
+    assert json.loads(figures.read_text())["request_rate"] is None
+
+
+def test_ablate_refuses_in_one_line(refused: Any, tiny_model: Path) -> None:
+    assert "there is no luck; there are full engine" in refused("ablate", str(tiny_model), "--variants", "luck")
+    assert "no/such/model" in refused("ablate", "./no/such/model")
+
+
+def test_options_stay_few() -> None:
+    counts = {}
+    for command in bench.registered_commands:
+        assert command.callback is not None
+        counts[command.callback.__name__] = len(inspect.signature(command.callback).parameters)
+    assert set(counts) == {"latency", "throughput", "serve", "ablate"} and max(counts.values()) < 40

@@ -1,0 +1,235 @@
+"""Every kernel at every instruction set that this processor has, against the reference operations in float64.
+
+Tolerances come from the number formats: a value is rounded to its dtype a counted number of times (unit roundoff 2^-8
+in bfloat16, 2^-24 in float32), and float32 sums of n terms are off by at most n 2^-24 times the sum of their sizes.
+Attention has a file of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.test_router import CHOSEN_LOGITS, ROWS, SOFTMAX, V3
+from moebius.config import RouterConfig
+from moebius.ops import ExpertWeights
+from moebius.ops.cpu import CpuOps
+from moebius.ops.reference import ReferenceOps, activate
+from ops.levels import LEVELS, ROUNDOFF, assert_within, level
+
+REF = ReferenceOps()
+SIZES = (1, 2, 15, 16, 17, 31, 33, 64, 100, 257, 1000)
+COUNTS = (0, 1, 2, 3, 4, 5, 9, 16, 31, 63, 64, 65, 70)
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def ops(request: pytest.FixtureRequest) -> CpuOps:
+    return level(request.param, threads=2)
+
+
+@pytest.fixture(params=list(ROUNDOFF), ids=str)
+def dtype(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def double(weights: ExpertWeights) -> ExpertWeights:
+    return ExpertWeights(*(tuple(x.double() for x in tensors) for tensors in weights))
+
+
+def assert_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
+    exact = REF.linear(x, ((weight, bias),))
+    terms = x.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
+    summed = (x.shape[1] / 16 + 8) * 2.0**-24 * terms
+    assert_within(out, exact, ROUNDOFF[out.dtype] * (exact.abs() + summed) + summed)
+
+
+def test_linear_layers(ops: CpuOps, dtype: torch.dtype) -> None:
+    rng = random.Random(0)
+    for _ in range(40):
+        rows, inner = rng.choice(COUNTS), rng.choice(SIZES)
+        outs = [rng.choice((1, 3, 7, 16, 50, 131, 300)) for _ in range(rng.choice((1, 1, 3)))]
+        x = torch.randn(rows, inner).to(dtype)
+        weights = [torch.randn(out, inner).to(dtype) for out in outs]
+        biases = [torch.randn(out).to(dtype) if rng.random() < 0.5 else None for out in outs]
+        layers = ops.prepare_linear(*zip(weights, biases, strict=True))
+        for whole, kind in ((ops.linear(x, layers), dtype), (ops.logits(x, layers), torch.float32)):
+            assert whole.dtype == kind
+            for out, weight, bias in zip(whole.split(outs, dim=1), weights, biases, strict=True):
+                assert_linear(out, x, weight, bias)
+
+
+def test_results_are_rounded_to_nearest_even(ops: CpuOps) -> None:
+    """A product of one term is exact in float32: what is stored must be its rounding, to the bit."""
+    x = torch.randn(70, 1).bfloat16()
+    special = torch.tensor([[0.0], [-0.0], [torch.inf], [torch.nan]])
+    weight = torch.cat((torch.randn(999, 1), special)).bfloat16()
+    exact = x.float() @ weight.float().T
+    out = ops.linear(x, ops.prepare_linear((weight, None)))
+    torch.testing.assert_close(out, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    halfway = torch.tensor([[1 + 2.0**-8], [1 + 3 * 2.0**-8], [-1 - 2.0**-8]])
+    assert ops.add_gated(halfway.bfloat16() * 0, halfway.bfloat16()).flatten().tolist() == [1.0, 1 + 2.0**-6, -1.0]
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.4])
+def test_norms(ops: CpuOps, dtype: torch.dtype, multiplier: float) -> None:
+    u = ROUNDOFF[dtype]
+    for rows, size in [(r, s) for r in (0, 1, 3, 70) for s in SIZES] + [(3, 5000)]:
+        x, update = torch.randn(rows, size).to(dtype), 3 * torch.randn(rows, size).to(dtype)
+        weight = torch.randn(size).to(dtype)
+        total, normed = ops.add_rms_norm(x, update, multiplier, weight, 1e-5)
+        terms = x.double().abs() + (multiplier * update.double()).abs()
+        assert_within(total, x.double() + multiplier * update.double(), u * terms + 2.0**-23 * terms)
+        for out, of in ((normed, total), (ops.rms_norm(x, weight, 1e-5), x)):
+            of = of.double()
+            exact = of * torch.rsqrt(of.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+            assert_within(out, exact, (2.1 * u + (size / 32 + 8) * 2.0**-24) * exact.abs())
+    heads = torch.randn(5, 3, 33).to(dtype)
+    flat = ops.rms_norm(heads.view(15, 33), heads[0, 0], 0.1)
+    assert torch.equal(ops.rms_norm(heads, heads[0, 0], 0.1), flat.view(5, 3, 33))
+
+
+def router_weights(weights_TK: Tensor, ids_TK: Tensor, experts: int) -> Tensor:
+    """(T, E): an expert's weight, NaN where it was not chosen."""
+    return torch.full((len(ids_TK), experts), torch.nan).scatter(1, ids_TK, weights_TK)
+
+
+@pytest.mark.parametrize("config", [*(row[2] for row in ROWS), replace(SOFTMAX, logit_softcap=2.0), RouterConfig(1, 1),
+                                    replace(V3, num_groups=8, groups_kept=3, group_score="max", group_fill=0.0),
+                                    replace(CHOSEN_LOGITS, num_experts=40, top_k=40)])  # fmt: skip
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_route(config: RouterConfig, rows: int) -> None:
+    """Not compiled for each instruction set."""
+    ops = CpuOps(threads=2)
+    logits, bias = 2 * torch.randn(rows, config.num_experts), 0.3 * torch.randn(config.num_experts)
+    weights, ids = ops.route(logits, config, bias)
+    expected = router_weights(*REF.route(logits, config, bias), config.num_experts)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int64
+    torch.testing.assert_close(
+        router_weights(weights, ids, config.num_experts), expected, rtol=1e-5, atol=1e-7, equal_nan=True
+    )
+
+
+def test_route_ties_and_what_is_no_number() -> None:
+    ops, config = CpuOps(threads=1), RouterConfig(40, 5)
+    tied = torch.randint(0, 3, (200, 40), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(ops.route(tied, config)[1], REF.route(tied, config)[1])
+    for bad in (torch.nan, torch.inf):
+        logits = torch.randn(3, 40)
+        logits[1, 7] = bad
+        weights, ids = ops.route(logits, config)
+        assert ((ids >= 0) & (ids < 40)).all() and not weights[1].isfinite().all()
+        assert torch.equal(weights[::2], ops.route(logits[::2].contiguous(), config)[0])
+
+
+def make_experts(count: int, width: int, hidden: int, dtype: torch.dtype, bias: bool) -> ExpertWeights:
+    def tensors(*shape: int) -> tuple[Tensor, ...]:
+        return tuple((torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for _ in range(count))
+
+    biases = [tensors(n) for n in (width, width, hidden)] if bias else [(), (), ()]
+    return ExpertWeights(tensors(width, hidden), tensors(width, hidden), tensors(hidden, width), *biases)
+
+
+def expert_terms(x_D: Tensor, w: ExpertWeights, e: int, activation: Any) -> Tensor:
+    """The sum of the sizes of what expert e adds up for one token: (D,) float64."""
+    w = double(w)
+    gate_bias, up_bias, down_bias = (biases[e] if biases else 0.0 for biases in w[3:])
+    gate = w.gate_FD[e].abs() @ x_D.abs() + abs(gate_bias)
+    up = w.up_FD[e].abs() @ x_D.abs() + abs(up_bias)
+    return w.down_DF[e].abs() @ (activate(gate, activation).maximum(gate.abs()) * up) + abs(down_bias)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(
+    ("count", "k", "width", "hidden"), [(1, 1, 31, 17), (4, 1, 100, 33), (6, 2, 48, 64), (9, 9, 7, 1)]
+)
+def test_experts(ops: CpuOps, dtype: torch.dtype, activation: Any, count: int, k: int, width: int, hidden: int) -> None:
+    u = ROUNDOFF[dtype]
+    for tokens, bias in ((0, False), (1, True), (5, False), (70, True)):
+        w = make_experts(count, width, hidden, dtype, bias)
+        prepared = ops.prepare_experts(w, activation)
+        x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, k)
+        ids = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)]) if tokens else torch.zeros(0, k).long()
+        everyone_to_the_last = torch.full_like(ids, count - 1)
+        for chosen in (ids, everyone_to_the_last):
+            exact = REF.experts(x.double(), weights, chosen, (double(w), activation))
+            terms = torch.zeros(tokens, hidden, dtype=torch.float64)
+            for t in range(0, tokens, 9):
+                for j, e in enumerate(chosen[t].tolist()):
+                    terms[t] += weights[t, j] * expert_terms(x[t].double(), w, e, activation)
+            out = ops.experts(x, weights, chosen, prepared)
+            # Rounded: the gated values, each expert's output, their sum.
+            assert_within(out[::9], exact[::9], (3.1 * u + (hidden + width + 40) * 2.0**-24) * terms[::9])
+    x = torch.randn(33, hidden).to(dtype)
+    one = ExpertWeights(*(tensors[:1] for tensors in w))
+    dense = ops.experts(x, None, None, ops.prepare_experts(one, activation))
+    everyone = ops.experts(x, torch.ones(33, 1), torch.zeros(33, 1).long(), ops.prepare_experts(w, activation))
+    assert torch.equal(dense, everyone)
+
+
+def test_add_gated(ops: CpuOps, dtype: torch.dtype) -> None:
+    for rows, size in ((0, 5), (1, 1), (17, 33), (70, 1000)):
+        a, b, gate = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype), 3 * torch.randn(rows, 1)
+        for g in (gate, None):
+            exact = REF.add_gated(a.double(), b.double(), None if g is None else g.double())
+            terms = a.double().abs() + b.double().abs()
+            assert_within(ops.add_gated(a, b, g), exact, ROUNDOFF[dtype] * exact.abs() + 2.0**-21 * terms)
+
+
+@pytest.mark.parametrize("temperatures", [False, True])
+def test_log_softmax_top_k(ops: CpuOps, temperatures: bool) -> None:
+    for rows, vocab in ((0, 5), (1, 1), (2, 16), (70, 33), (9, 1000), (3, 50_001)):
+        logits, heat = 5 * torch.randn(rows, vocab), None
+        logits[:, ::3] = logits[:, ::3].round()
+        if temperatures:
+            heat = torch.rand(rows) + 0.1
+        for k in (0, 1, 2, 21, vocab, vocab + 3):
+            log_sums, ids = ops.log_softmax_top_k(logits, k, heat)
+            exact, expected = REF.log_softmax_top_k(logits, k, heat)
+            assert log_sums.dtype == torch.float64 and torch.equal(ids, expected)
+            # Exponents up to 300 have a relative error of 2^-23; at most 256 terms are summed in a lane.
+            assert_within(log_sums, exact, 300 * 2.0**-23 + 256 * 2.0**-24)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_reported_for_their_row(ops: CpuOps, bad: float) -> None:
+    for vocab in (5, 16, 40):
+        for at in (0, 3, vocab - 1):
+            logits = torch.randn(3, vocab)
+            logits[1, at] = bad
+            for k in (1, 4):
+                log_sums, ids = ops.log_softmax_top_k(logits, k)
+                assert log_sums.isnan().tolist() == [False, True, False]
+                assert ((ids >= 0) & (ids < vocab)).all()
+                assert torch.equal(ids[::2], REF.log_softmax_top_k(logits, k)[1][::2])
+
+
+def test_draws_split_the_unit_interval(ops: CpuOps) -> None:
+    """The drawn id is the one whose share of the cumulative sum holds the uniform number, up to rounding."""
+    for rows, vocab in ((0, 3), (1, 1), (70, 16), (40, 33), (9, 50_001)):
+        logits, heat = 3 * torch.randn(rows, vocab), torch.rand(rows) + 0.2
+        uniform = torch.rand(rows, dtype=torch.float64)
+        ids = ops.draw(logits, heat, uniform)
+        shares = torch.softmax(logits.double() / heat.unsqueeze(1), dim=-1)
+        above = shares.cumsum(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
+        below = above - shares.gather(1, ids.unsqueeze(1)).squeeze(1)
+        assert ((below <= uniform + 1e-5) & (uniform <= above + 1e-5)).all()
+    lonely = torch.full((3, 40), -200.0)
+    lonely[:, 7] = 0.0
+    for u in (0.0, 0.5, 1 - 2.0**-53):
+        assert ops.draw(lonely, torch.ones(3), torch.full((3,), u).double()).tolist() == [7, 7, 7]
+    even = ops.draw(torch.zeros(4, 4), torch.ones(4), torch.tensor([0.0, 0.25, 0.499, 1 - 2.0**-53]).double())
+    assert even.tolist() == [0, 1, 1, 3]
