@@ -75,36 +75,42 @@ INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int start, i
     return t;
 }
 
-template <class T> INLINE uint32_t group_at(const T* p, int n, int size) {
-    if (sizeof(T) == 2 && n + 1 >= size) {
-        uint16_t last;
-        memcpy(&last, p + n, 2);
-        return last;
-    }
+template <class T> INLINE uint32_t group_at(const T* p) {
     uint32_t g;
-    memcpy(&g, p + n, 4);
+    memcpy(&g, p, 4);
     return g;
 }
 
+// The kernels below are functions of their own so that the compiler sees one loop at a time, whose sums fit its registers.
+#define KERNEL static __attribute__((noinline))
+
 // scores[row][key] = q . k for M rows and a whole tile
-template <class T, int M> INLINE void scores_of(const Row<T>* rows, const Tile& t, int head_dim, float* scores) {
+template <class T, int M> KERNEL void scores_of(const Row<T>* rows, const Tile& t, int head_dim, float* scores) {
     constexpr int g = per_group<T>();
     V sums[M][VECTORS];
+    const T* q[M];
+    const uint32_t* k[VECTORS];
+    for (int j = 0; j < VECTORS; j++) k[j] = t.k[j];
 #pragma GCC unroll 4
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++) {
+        q[i] = rows[i].q;
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) sums[i][j] = zero();
-    for (int n = 0; n < head_dim; n += g) {
-        G k[VECTORS];
+    }
+    auto step = [&](auto query) __attribute__((always_inline)) {
+        G keys[VECTORS];
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) k[j] = groups(t.k[j] + size_t(n / g) * t.k_stride[j]);
+        for (int j = 0; j < VECTORS; j++) keys[j] = groups(k[j]), k[j] += t.k_stride[j];
 #pragma GCC unroll 4
         for (int i = 0; i < M; i++) {
-            G q = group_all(group_at(rows[i].q, n, head_dim));
+            G one = group_all(query(q[i]));
+            q[i] += g;
 #pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; j++) sums[i][j] = mac(sums[i][j], q, k[j], T());
+            for (int j = 0; j < VECTORS; j++) sums[i][j] = mac(sums[i][j], one, keys[j], T());
         }
-    }
+    };
+    for (int n = 0; n + g <= head_dim; n += g) step([](const T* p) { return group_at(p); });
+    if (head_dim % g) step([](const T* p) { return uint32_t(*p); });
 #pragma GCC unroll 4
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
@@ -114,17 +120,21 @@ template <class T, int M> INLINE void scores_of(const Row<T>* rows, const Tile& 
 // Turns a row's scores into weights rounded to T, in place, and updates its maximum and sum. Returns what the row's
 // output so far is to be multiplied by.
 template <class T>
-INLINE float softmax_row(const AttentionBlock& a, const Row<T>& row, int start, float* scores, float* largest, float* total) {
-    V s[VECTORS], top = all(FAR_BELOW);
+KERNEL float softmax_row(const AttentionBlock& a, const Row<T>& row, int start, float* scores, float* largest, float* total) {
+    V s[VECTORS], top = all(*largest);
+    const V scale = all(a.scale);
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; j++) {
-        s[j] = mul(load(scores + j * KEY_LANES), all(a.scale));
-        if (a.softcap != 0) s[j] = mul(hyperbolic_tangent(div(s[j], all(a.softcap))), all(a.softcap));
-        int base = start + j * KEY_LANES;
-        s[j] = where_lanes(row.first - base, row.last + 1 - base, s[j], all(-__builtin_inff()));
-        top = maximum(s[j], top);
-    }
-    float before = *largest, now = reduce_max(maximum(top, all(before)));
+    for (int j = 0; j < VECTORS; j++) s[j] = mul(load(scores + j * KEY_LANES), scale);
+    if (a.softcap != 0)
+        for (int j = 0; j < VECTORS; j++) s[j] = mul(hyperbolic_tangent(div(s[j], all(a.softcap))), all(a.softcap));
+    if (row.first > start || row.last < start + KEY_TILE - 1)
+        for (int j = 0; j < VECTORS; j++) {
+            const int base = start + j * KEY_LANES;
+            s[j] = where_lanes(row.first - base, row.last + 1 - base, s[j], all(-__builtin_inff()));
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; j++) top = maximum(s[j], top);
+    const float before = *largest, now = reduce_max(top);
     V sum = zero();
     T* weights = reinterpret_cast<T*>(scores);
 #pragma GCC unroll 4
@@ -133,7 +143,7 @@ INLINE float softmax_row(const AttentionBlock& a, const Row<T>& row, int start, 
         sum = add(sum, p);
         store(weights + j * KEY_LANES, p);
     }
-    float shrink = before == now ? 1.0f : reduce_max(exponential(all(before - now)));
+    const float shrink = before == now ? 1.0f : reduce_max(exponential(all(before - now)));
     *largest = now;
     *total = *total * shrink + reduce_add(sum);
     return shrink;
@@ -141,28 +151,35 @@ INLINE float softmax_row(const AttentionBlock& a, const Row<T>& row, int start, 
 
 // out[row] = out[row] * shrink[row] + weights . v for M rows and the 16 * C dimensions from n0
 template <class T, int M, int C>
-INLINE void add_values(const float* const* weights, const float* shrink, const Tile& t, int padded, int n0, float* const* out) {
-    constexpr int g = per_group<T>();
+KERNEL void add_values(const float* const* weights, const float* shrink, const Tile& t, int padded, int n0, float* const* out) {
+    constexpr int g = per_group<T>(), PAIRS = KEY_LANES / g;
     V sums[M][C];
+    const T* w[M];
 #pragma GCC unroll 4
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < M; i++) {
+        w[i] = reinterpret_cast<const T*>(weights[i]);
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) sums[i][c] = mul(load(out[i] + n0 + c * 16), all(shrink[i]));
-    for (int key = 0; key < t.keys; key += g) {
-        const uint32_t* row = t.v[key / KEY_LANES] + size_t(key % KEY_LANES / g) * padded + n0;
-        G v[C];
+    }
+    auto step = [&](const uint32_t* v, bool last) __attribute__((always_inline)) {
+        G values[C];
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++) v[c] = groups(row + c * 16);
-        // What lies behind the last key is no one's, and may be no number.
-        if (g == 2 && key + 1 == t.keys)
-            for (int c = 0; c < C; c++) v[c] = low_halves(v[c]);
+        for (int c = 0; c < C; c++) values[c] = last ? low_halves(groups(v + c * 16)) : groups(v + c * 16);
 #pragma GCC unroll 4
         for (int i = 0; i < M; i++) {
-            G p = group_all(group_at(reinterpret_cast<const T*>(weights[i]), key, KEY_TILE));
+            G p = group_all(group_at(w[i]));
+            w[i] += g;
 #pragma GCC unroll 4
-            for (int c = 0; c < C; c++) sums[i][c] = mac(sums[i][c], p, v[c], T());
+            for (int c = 0; c < C; c++) sums[i][c] = mac(sums[i][c], p, values[c], T());
         }
+    };
+    int left = t.keys / g;
+    for (int j = 0; left > 0; j++, left -= PAIRS) {
+        const uint32_t* v = t.v[j] + n0;
+        for (int pair = 0; pair < min_of(left, PAIRS); pair++, v += padded) step(v, false);
     }
+    // What lies behind the last key is no one's, and may be no number.
+    if (t.keys % g) step(t.v[t.keys / KEY_LANES] + size_t(t.keys % KEY_LANES / g) * padded + n0, true);
 #pragma GCC unroll 4
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
@@ -175,8 +192,9 @@ struct State {
     float *largest, *total, *largest_before, *total_before;
 };
 
-INLINE State state_of(float* scratch, int row, int padded) {
-    float* p = scratch + size_t(row) * (KEY_TILE + 4 + 2 * padded);
+INLINE State state_of(float* scratch, int row, const CacheShape& s) {
+    const int padded = s.padded_dim;
+    float* p = scratch + row * state_floats(s);
     float* m = p + KEY_TILE + 2 * padded;
     return {p, p + KEY_TILE, p + KEY_TILE + padded, m, m + 1, m + 2, m + 3};
 }
@@ -225,29 +243,43 @@ template <class T, int M> INLINE void tile_rows(const AttentionBlock& a, const C
     for (; n < s.padded_dim; n += 16) add_values<T, M, 1>(weights, shrink, t, s.padded_dim, n, out);
 }
 
+// What meets a tile of keys: all rows of a block, a few at a time. Another class of this form serves AMX.
+template <class T> struct VectorRows {
+    const AttentionBlock& a;
+    const CacheShape& s;
+    const Row<T>* rows;
+    const State* states;
+    int count;
+    float* scratch;  // not needed here
+
+    void meet(const Tile& t, int start) {
+        int i = 0;
+        for (; i + TILE_ROWS <= count; i += TILE_ROWS) tile_rows<T, TILE_ROWS>(a, s, rows + i, states + i, t, start);
+        for (; i < count; i++) tile_rows<T, 1>(a, s, rows + i, states + i, t, start);
+    }
+};
+
 constexpr int MOST_ROWS = 64;
 
-template <class T> void attention(const AttentionBlock& a, const CacheShape& s, float* scratch) {
+template <class T, class Rows = VectorRows<T>> void attention(const AttentionBlock& a, const CacheShape& s, float* scratch) {
     const int count = a.queries * a.group;
     Row<T> rows[MOST_ROWS];
     State states[MOST_ROWS];
-    uint32_t* packed = reinterpret_cast<uint32_t*>(scratch + size_t(count) * (KEY_TILE + 4 + 2 * s.padded_dim));
+    float* gathered = scratch + states_floats(count, s);
     for (int i = 0; i < count; i++) {
         int query = i / a.group, head = i % a.group, position = a.first_position + query;
         size_t at = query * a.token_stride + size_t(head) * s.head_dim;
         rows[i] = {static_cast<const T*>(a.q) + at, static_cast<T*>(a.out) + at,
                    a.window ? max_of(0, position - a.window + 1) : 0, position, a.sinks ? a.sinks[head] : 0.0f, a.sinks != nullptr};
-        states[i] = state_of(scratch, i, s.padded_dim);
+        states[i] = state_of(scratch, i, s);
         for (int n = 0; n < s.padded_dim; n += 16) store(states[i].out_before + n, zero());
         *states[i].largest_before = FAR_BELOW, *states[i].total_before = 0;
         begin_split(states[i], s.padded_dim);
     }
     const int stop = rows[count - 1].last + 1;
+    Rows all_rows{a, s, rows, states, count, gathered + gathered_floats(s)};
     for (int start = rows[0].first / KEY_TILE * KEY_TILE; start < stop; start += KEY_TILE) {
-        Tile t = find_tile<T>(a, s, start, stop, packed);
-        int i = 0;
-        for (; i + TILE_ROWS <= count; i += TILE_ROWS) tile_rows<T, TILE_ROWS>(a, s, rows + i, states + i, t, start);
-        for (; i < count; i++) tile_rows<T, 1>(a, s, rows + i, states + i, t, start);
+        all_rows.meet(find_tile<T>(a, s, start, stop, reinterpret_cast<uint32_t*>(gathered)), start);
         if ((start + KEY_TILE) % KEY_SPLIT == 0 || start + KEY_TILE >= stop)
             for (int r = 0; r < count; r++) end_split(states[r], s.padded_dim), begin_split(states[r], s.padded_dim);
     }

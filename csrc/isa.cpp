@@ -3,6 +3,13 @@
 #include "attention.h"
 #include "pointwise.h"
 #include "product.h"
+#if defined(MOEBIUS_AMX)
+#include "amx_attention.h"
+#include "amx_product.h"
+#define MOEBIUS_BF16(plain, amx) amx
+#else
+#define MOEBIUS_BF16(plain, amx) plain
+#endif
 
 #define MOEBIUS_JOIN2(a, b) a##b
 #define MOEBIUS_JOIN(a, b) MOEBIUS_JOIN2(a, b)
@@ -15,14 +22,15 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
     using namespace MOEBIUS_ISA;
     static const Kernels kernels = {
         MOEBIUS_TEXT(MOEBIUS_ISA),
-        {product<bf16>, product<float>},
+        {MOEBIUS_BF16(nullptr, amx_pack), nullptr},
+        {MOEBIUS_BF16(product<bf16>, amx_product), product<float>},
         {store_row<bf16>, store_row<float>},
         {add_bias<bf16>, add_bias<float>},
         {gated<bf16>, gated<float>},
         {combine<bf16>, combine<float>},
         {rms_norm<bf16>, rms_norm<float>},
         {rotate<bf16>, rotate<float>},
-        {attention<bf16>, attention<float>},
+        {MOEBIUS_BF16(attention<bf16>, amx_attention), attention<float>},
         softmax_stats,
         exp_row,
     };

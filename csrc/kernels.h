@@ -57,6 +57,8 @@ struct AttentionBlock {
 struct Kernels {
     const char* name;
 
+    // Null where `product` reads rows of x as they lie; else re-packs m rows, and `product` takes one pointer, to the result.
+    void (*pack[2])(const void* const* x, int m, int k, void* to);
     // c[i][j] = sum_k x[i][k] w[j][k] for m rows of x and n consecutive rows of w, ldw elements apart. `next` is where the
     // weights lie that will be read after these, or null.
     void (*product[2])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
@@ -81,9 +83,17 @@ struct Kernels {
     float (*exp_row)(const float* x, int n, float shift, float factor, float* out);
 };
 
-// Floats of scratch that `attention` needs for a block of so many rows.
+// Bytes that `pack` writes: tiles of 16 rows by 32 elements of bfloat16.
+inline size_t packed_bytes(int m, int k) { return size_t((m + 15) / 16) * ((k + 31) / 32) * 1024; }
+
+// Attention's scratch, in floats: the state of each row, rows in sixteens; a tile of gathered keys and values; and what AMX
+// adds, queries and the ends of a tile filled up with zeros.
+inline size_t state_floats(const CacheShape& s) { return KEY_TILE + 16 + 2 * s.padded_dim; }
+inline size_t states_floats(int rows, const CacheShape& s) { return size_t((rows + 15) / 16 * 16) * state_floats(s); }
+inline size_t gathered_floats(const CacheShape& s) { return KEY_TILE * (s.head_dim + s.padded_dim); }
 inline size_t attention_scratch(int rows, const CacheShape& s) {
-    return size_t(rows) * (KEY_TILE + 4 + 2 * s.padded_dim) + KEY_TILE * (s.head_dim + s.padded_dim) + 64;
+    const size_t queries = (rows + 15) / 16 * 16 * (s.padded_dim / 2 + 8), ends = KEY_TILE * 16 + 8 * s.padded_dim;
+    return states_floats(rows, s) + gathered_floats(s) + queries + ends;
 }
 
 void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head);
@@ -92,5 +102,7 @@ const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512bf16();
+const Kernels* kernels_amx();
+const Kernels* kernels_amx_emulated();  // for tests
 
 }  // namespace moebius

@@ -1,4 +1,7 @@
 #include "ops.h"
+#if defined(MOEBIUS_HAS_AMX)
+#include "amx_present.h"
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -33,14 +36,23 @@ bool has_avx512() {
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(MOEBIUS_HAS_AMX)
+bool has_amx() { return has_avx512bf16() && amx_present(); }
+#endif
 bool always() { return true; }
 
 const Level LEVELS[] = {  // worst first
     {"portable", kernels_portable, always},
+#if defined(MOEBIUS_HAS_AMX_EMULATED)
+    {"amx_emulated", kernels_amx_emulated, has_avx512bf16},
+#endif
 #if defined(__x86_64__)
     {"avx2", kernels_avx2, has_avx2},
     {"avx512", kernels_avx512, has_avx512},
     {"avx512bf16", kernels_avx512bf16, has_avx512bf16},
+#endif
+#if defined(MOEBIUS_HAS_AMX)
+    {"amx", kernels_amx, has_amx},
 #endif
 };
 
@@ -71,6 +83,7 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
     const int columns = columns_of(row_bytes), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     int chunks = 0;
     for (const Linear::Layer& layer : l.layers) chunks += (layer.out + columns - 1) / columns;
+    calls_++;
     pool_.run(chunks * blocks, [&](int item, int thread) {
         // Neighbouring items read neighbouring weights where there is one block of rows, the same rows where there are more.
         int chunk = item % chunks, first = item / chunks * ROW_BLOCK, m = std::min(ROW_BLOCK, rows - first);
@@ -84,7 +97,7 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
         const int ahead = column + columns * pool_.threads();
         const void* next = ahead < layer->out ? at(layer->weight, ahead * row_bytes)
                            : layer + 1 < l.layers.data() + l.layers.size() ? layer[1].weight : nullptr;
-        kernels_->product[l.dtype](x_rows, m, at(layer->weight, column * row_bytes), l.in, n, l.in, next, c, columns);
+        product(l.dtype, x_rows, first, m, at(layer->weight, column * row_bytes), n, l.in, next, c, columns, scratch_[thread]);
         const void* bias = layer->bias ? at(layer->bias, column * size) : nullptr;
         for (int i = 0; i < m; i++) {
             const size_t to = size_t(first + i) * l.out + layer->offset + column;
@@ -97,6 +110,18 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
             }
         }
     });
+}
+
+void Ops::product(Dtype dtype, const void* const* x, int first, int m, const void* w, int n, int k, const void* next, float* c,
+                  int ldc, Scratch& s) {
+    if (!kernels_->pack[dtype]) return kernels_->product[dtype](x, m, w, k, n, k, next, c, ldc);
+    const size_t bytes = packed_bytes(m, k) + 64;
+    if (s.packed.size() < bytes) s.packed.resize(bytes), s.packed_call = 0;
+    void* packed = s.aligned(s.packed.data());
+    if (s.packed_call != calls_ || s.packed_first != first) kernels_->pack[dtype](x, m, k, packed);
+    s.packed_call = calls_, s.packed_first = first;
+    const void* const rows[] = {packed};
+    kernels_->product[dtype](rows, m, w, k, n, k, next, c, ldc);
 }
 
 // One item for each expert, block of its rows and chunk of columns; experts without rows cost nothing.
@@ -125,6 +150,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
     if (results_.size() < pairs * hidden_bytes && ids) results_.resize(pairs * hidden_bytes);
 
     plan_products(e.width, 2 * hidden_bytes);
+    calls_++;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
         float* gate = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
@@ -135,8 +161,8 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         const Product* then = item + pool_.threads() < int(products_.size()) ? &p + pool_.threads() : nullptr;
         const void *gate_w = at(e.gate[p.expert], offset), *up_w = at(e.up[p.expert], offset);
         const void* next = then ? at(e.gate[then->expert], then->column * hidden_bytes) : e.down[p.expert];
-        kernels_->product[e.dtype](x_rows, p.count, gate_w, e.hidden, p.columns, e.hidden, up_w, gate, p.columns);
-        kernels_->product[e.dtype](x_rows, p.count, up_w, e.hidden, p.columns, e.hidden, next, up, p.columns);
+        product(e.dtype, x_rows, p.first, p.count, gate_w, p.columns, e.hidden, up_w, gate, p.columns, scratch_[thread]);
+        product(e.dtype, x_rows, p.first, p.count, up_w, p.columns, e.hidden, next, up, p.columns, scratch_[thread]);
         for (int i = 0; i < p.count; i++) {
             float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
             if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
@@ -146,6 +172,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
     });
 
     plan_products(e.hidden, width_bytes);
+    calls_++;
     void* results = ids ? static_cast<void*>(results_.data()) : out;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
@@ -154,7 +181,8 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         for (int i = 0; i < p.count; i++) h_rows[i] = hidden_.data() + (p.first + i) * width_bytes;
         const Product* then = item + pool_.threads() < int(products_.size()) ? &p + pool_.threads() : nullptr;
         const void* next = then ? at(e.down[then->expert], then->column * width_bytes) : nullptr;
-        kernels_->product[e.dtype](h_rows, p.count, at(e.down[p.expert], p.column * width_bytes), e.width, p.columns, e.width, next, c, p.columns);
+        const void* down_w = at(e.down[p.expert], p.column * width_bytes);
+        product(e.dtype, h_rows, p.first, p.count, down_w, p.columns, e.width, next, c, p.columns, scratch_[thread]);
         const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
         for (int i = 0; i < p.count; i++)
             kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,

@@ -10,7 +10,7 @@
 namespace moebius {
 
 // The best instruction set that this processor has and `limit` allows: "" for no limit, or portable, avx2, avx512,
-// avx512bf16. Throws std::invalid_argument for another name or one that the processor lacks.
+// avx512bf16, amx. Throws std::invalid_argument for another name or one that the processor lacks.
 const Kernels* select_kernels(const std::string& limit);
 std::vector<std::string> available_kernels();
 
@@ -82,16 +82,24 @@ private:
     struct Scratch {
         std::vector<float> floats;
         std::vector<const void*> rows;
+        std::vector<char> packed;
+        uint64_t packed_call = 0;
+        int packed_first = 0;
+
         float* need(size_t n) {
-            if (floats.size() < n) floats.resize(n);
-            return floats.data();
+            if (floats.size() < n + 16) floats.resize(n + 16);
+            return aligned(floats.data());
         }
+        template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
     struct Product {  // rows of x times some columns of one expert
         int expert, first, count, column, columns;
     };
 
     void plan_products(int columns_in_all, size_t row_bytes);
+    // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
+    void product(Dtype dtype, const void* const* x, int first, int m, const void* w, int n, int k, const void* next, float* c,
+                 int ldc, Scratch& scratch);
 
     const Kernels* kernels_;
     Pool pool_;
@@ -99,6 +107,7 @@ private:
     // Kept between calls, so that a step allocates nothing once its size has been seen.
     std::vector<int> starts_, pairs_;
     std::vector<Product> products_;
+    uint64_t calls_ = 0;  // of products
     std::vector<char> hidden_, results_;
 };
 

@@ -41,8 +41,7 @@ Pool::Pool(int threads) {
 Pool::~Pool() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        stopping_ = true;
-        jobs_.fetch_add(1);  // under the lock: a worker that has just looked would sleep through the call below
+        stopping_ = true;  // under the lock: a worker that has just looked would sleep through the call below
     }
     wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
@@ -78,13 +77,13 @@ void Pool::run(int count, Call call, const void* body) {
 bool Pool::wait_for_job(uint64_t seen) {
     auto until = std::chrono::steady_clock::now() + SPIN;
     for (int i = 1;; i++) {
-        if (jobs_.load(std::memory_order_acquire) != seen) return !stopping_;
+        if (stopping_ || jobs_.load() != seen) return !stopping_;
         pause();
         if (i % 64 == 0 && std::chrono::steady_clock::now() > until) break;
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleeping_.fetch_add(1);
-    wake_.wait(lock, [&] { return jobs_.load() != seen; });
+    wake_.wait(lock, [&] { return stopping_ || jobs_.load() != seen; });
     sleeping_.fetch_sub(1);
     return !stopping_;
 }

@@ -45,7 +45,7 @@ private:
     std::atomic<int> sleeping_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
-    bool stopping_ = false;
+    std::atomic<bool> stopping_{false};
 };
 
 }  // namespace moebius

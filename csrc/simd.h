@@ -279,8 +279,14 @@ INLINE V reduce_16(const V* a) {
 // exp(x) to about 1 unit in the last place; 0 below the smallest normal number, infinity above the largest.
 // Range reduction and polynomial as in Cephes' expf (public description by S. Moshier); computed in this order everywhere.
 INLINE V exponential(V x) {
+#if defined(__AVX512F__)
+    // The scaling below saturates by itself; only infinities must not meet themselves. What is no number stays so.
+    x = minimum(all(100.0f), maximum(all(-200.0f), x));
+    V n = rounded(mul(x, all(1.44269504088896341f)));
+#else
     V n = rounded(mul(x, all(1.44269504088896341f)));
     n = minimum(maximum(n, all(-126.0f)), all(127.0f));
+#endif
     V r = fma(n, all(-0.693359375f), x);
     r = fma(n, all(2.12194440e-4f), r);
     V p = all(1.9875691500e-4f);
@@ -290,6 +296,9 @@ INLINE V exponential(V x) {
     p = fma(p, r, all(1.6666665459e-1f));
     p = fma(p, r, all(5.0000001201e-1f));
     V e = scaled(add(fma(p, mul(r, r), r), all(1.0f)), n);
+#if defined(__AVX512F__)
+    return e;
+#endif
     e = where_less(x, all(-87.3365447f), zero(), e);
     return where_less(all(88.7228317f), x, all(__builtin_inff()), e);
 }

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,9 @@ class Driver:
 def _environment(folder: Path, peer: Peer, pauses: PauseClock) -> dict[str, str]:
     environment = dict(os.environ, PEERS=str(folder), PEERS_CLOCK=str(pauses.path), PYTHONUNBUFFERED="1")
     if peer.venv == "venv-vllm":
-        # What vLLM's documentation asks for on CPUs, where it is installed; it warns without.
-        places = [folder / "venv-vllm" / "lib", *map(Path, ("/usr/lib/x86_64-linux-gnu", "/usr/lib64"))]
-        names = ("libiomp5.so", "libtcmalloc_minimal.so.4")
-        found = [str(place / name) for name in names for place in places if (place / name).exists()]
-        environment["LD_PRELOAD"] = ":".join(found)
+        # What vLLM's documentation asks for on CPUs, where it is installed. Without, it decodes a fifth slower.
+        openmp, allocator = folder / "venv-vllm" / "lib" / "libiomp5.so", find_library("tcmalloc_minimal")
+        environment["LD_PRELOAD"] = ":".join([str(openmp)] * openmp.exists() + ([allocator] if allocator else []))
     return environment
 
 

@@ -118,10 +118,13 @@ def wait_until_calm(limit: float = 300.0) -> bool:
 
 
 @contextlib.contextmanager
-def watch(group: int, pauses: PauseClock, *, stop: bool = True) -> Iterator[Disturbance]:
-    """Guard a driver's process group for the time of the block; the result is complete when the block ends."""
+def watch(group: int, pauses: PauseClock, patience: float) -> Iterator[Disturbance]:
+    """Guard a driver's process group for the time of the block; the result is complete when the block ends.
+
+    It stands still for at most `patience` seconds in all; then it runs on, disturbed.
+    """
     result, done = Disturbance(), threading.Event()
-    thread = threading.Thread(target=_guard, args=(group, pauses, stop, result, done))
+    thread = threading.Thread(target=_guard, args=(group, pauses, patience, result, done))
     thread.start()
     try:
         yield result
@@ -130,7 +133,7 @@ def watch(group: int, pauses: PauseClock, *, stop: bool = True) -> Iterator[Dist
         thread.join()
 
 
-def _guard(group: int, pauses: PauseClock, stop: bool, result: Disturbance, done: threading.Event) -> None:
+def _guard(group: int, pauses: PauseClock, patience: float, result: Disturbance, done: threading.Event) -> None:
     before = _Sample.take(group)
     foreign_total = ran = 0.0
     stolen = before.stolen
@@ -140,8 +143,9 @@ def _guard(group: int, pauses: PauseClock, stop: bool, result: Disturbance, done
         now = _Sample.take(group)
         foreign, passed = now.foreign_since(before)
         foreign_total, ran, before = foreign_total + foreign, ran + passed, now
-        if stop and not ended and foreign > BUSY_SHARE * _CORES * passed:
-            seconds = _stand_still(group, done)
+        left = patience - result.paused
+        if left > 0 and not ended and foreign > BUSY_SHARE * _CORES * passed:
+            seconds = _stand_still(group, left, done)
             pauses.add(seconds)
             result.paused += seconds
             before = _Sample.take(group)
@@ -149,11 +153,12 @@ def _guard(group: int, pauses: PauseClock, stop: bool, result: Disturbance, done
     result.steal = (before.stolen - stolen) / (_CORES * (ran + result.paused))
 
 
-def _stand_still(group: int, done: threading.Event) -> float:
-    """Stop the group until the machine is calm; returns the seconds that it stood still."""
+def _stand_still(group: int, limit: float, done: threading.Event) -> float:
+    """Stop the group until the machine is calm or `limit` seconds are over; returns how long it stood still."""
     start = time.perf_counter()
     os.killpg(group, signal.SIGSTOP)
-    while not done.is_set() and not wait_until_calm(limit=8 * INTERVAL):
-        pass
+    while not done.is_set() and time.perf_counter() - start < limit:
+        if wait_until_calm(limit=8 * INTERVAL):
+            break
     os.killpg(group, signal.SIGCONT)
     return time.perf_counter() - start

@@ -119,7 +119,7 @@ class Bench:
             wait_until_calm(self.given.patience)
             draw = rep + attempt * RETRY_DRAWS
             try:
-                with watch(driver.group, driver.pauses, stop=self.given.patience > 0) as disturbed:
+                with watch(driver.group, driver.pauses, self.given.patience) as disturbed:
                     answer = driver.ask({"workload": name, "draw": draw})
             except DriverError as error:
                 self._fail(driver.name, setting, error)
@@ -201,9 +201,7 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=3, help="repetitions of each workload")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--together", choices=("auto", "yes", "no"), default="auto", help="keep all engines loaded")
-    parser.add_argument(
-        "--patience", type=float, default=300, help="seconds to wait for a calm machine; 0: never pause"
-    )
+    parser.add_argument("--patience", type=float, default=300, help="seconds that a repetition may wait; 0: no guard")
     parser.add_argument("--json", type=Path, help="where the record goes (default: PEERS/results.json)")
     given = parser.parse_args()
     given.json = given.json or peers_folder() / "results.json"

@@ -20,10 +20,10 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QKNorm = Literal["none", "head", "full"]
 
 
-def require(condition: bool, message: str) -> None:
-    """ConfigError with the message unless the condition holds."""
+def require(condition: bool, message: str, error: type[UsageError] = ConfigError) -> None:
+    """Raise an error with the message unless the condition holds."""
     if not condition:
-        raise ConfigError(message)
+        raise error(message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ def populate(address: int, nbytes: int, *, write: bool, keep: object) -> None:
 
     address is page-aligned; `keep` holds the mapping alive until it is done.
     """
-    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
-    threading.Thread(target=_populate, args=(address, nbytes, advice, keep), name="populate", daemon=True).start()
 
+    def run(keep: object) -> None:
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+        for start in range(0, nbytes, _CHUNK):
+            if madvise(address + start, min(_CHUNK, nbytes - start), advice) != 0:
+                return
 
-def _populate(address: int, nbytes: int, advice: int, keep: object) -> None:
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for start in range(0, nbytes, _CHUNK):
-        if madvise(address + start, min(_CHUNK, nbytes - start), advice) != 0:
-            return
+    threading.Thread(target=run, args=(keep,), name="populate", daemon=True).start()

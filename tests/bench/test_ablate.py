@@ -20,12 +20,12 @@ from moebius.bench.ablate import (
     ablate,
     dense_width,
     panels,
+    rows,
     settle,
-    table,
     variants,
     write_twin,
 )
-from moebius.bench.report import plot_bars, print_table
+from moebius.bench.report import plot_bars, table
 from moebius.bench.workload import Sample, mixed_samples
 from moebius.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
@@ -42,18 +42,18 @@ def outcomes(tiny_model: Path) -> dict[str, Outcome]:
     rate, config, found = ablate(tiny_model, CONFIG, num_prompts=COUNT, seed=2, progress=heard.append)
     assert rate > 0 and config.max_model_len == 128
     assert heard == ["finding the request rate", *(f"round 1 of 1: {name}" for name in variants(config))]
-    return {outcome.name: outcome for outcome in found}
+    return {outcome["name"]: outcome for outcome in found}
 
 
 def test_answers_are_the_same_where_the_model_is(outcomes: dict[str, Outcome]) -> None:
-    same = {name: outcome.same for name, outcome in outcomes.items()}
+    same = {name: outcome["same"] for name, outcome in outcomes.items()}
     twins = {name: same.pop(name) for name in list(same) if name.startswith("dense")}
     assert set(same.values()) == {COUNT} and list(twins.values()) == [None, None]
     lengths = [s.output_tokens for s in mixed_samples(COUNT, vocab_size=320, max_model_len=128, seed=2)]
     for outcome in outcomes.values():
-        assert [len(tokens) for tokens in outcome.tokens] == lengths
-        assert outcome.figures["completed"] == COUNT and outcome.figures["total_output_tokens"] == sum(lengths)
-    assert outcomes["dense: equal total"].tokens != outcomes[FULL].tokens
+        assert [len(tokens) for tokens in outcome["tokens"]] == lengths
+        assert outcome["completed"] == COUNT and outcome["total_output_tokens"] == sum(lengths)
+    assert outcomes["dense: equal total"]["tokens"] != outcomes[FULL]["tokens"]
 
 
 def test_each_technique_is_really_away(outcomes: dict[str, Outcome], tiny_model: Path) -> None:
@@ -61,9 +61,9 @@ def test_each_technique_is_really_away(outcomes: dict[str, Outcome], tiny_model:
     config, prepared = settle(tiny_model, CONFIG, COUNT)
     budget = config.kv_cache_memory_bytes
     assert budget == 2 * 128 * prepared.plan.bytes_per_token
-    assert all(outcome.kv_held <= budget for outcome in outcomes.values())
-    assert outcomes[CONTIGUOUS].most_running == 2 < outcomes[FULL].most_running
-    assert outcomes[CONTIGUOUS].fill < 0.6 < outcomes["no prefix cache"].fill <= 1.0 < outcomes[FULL].fill
+    assert all(outcome["kv_held"] <= budget for outcome in outcomes.values())
+    assert outcomes[CONTIGUOUS]["most_running"] == 2 < outcomes[FULL]["most_running"]
+    assert outcomes[CONTIGUOUS]["fill"] < 0.6 < outcomes["no prefix cache"]["fill"] <= 1.0 < outcomes[FULL]["fill"]
 
 
 def test_weights_of_the_twins(tiny_model: Path, tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_rounds_and_a_choice(tiny_model: Path) -> None:
     rate, _, found = ablate(
         tiny_model, CONFIG, num_prompts=4, request_rate=500.0, names=chosen, repeat=2, progress=heard.append
     )
-    assert rate == 500.0 and [outcome.name for outcome in found] == [FULL, *chosen]
-    assert len(heard) == 6 and [outcome.same for outcome in found] == [4, 4, 4]
+    assert rate == 500.0 and [outcome["name"] for outcome in found] == [FULL, *chosen]
+    assert len(heard) == 6 and [outcome["same"] for outcome in found] == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_a_model_without_experts_is_compared_with_itself(tmp_path: Path) -> None
     assert dense_width(model, "total") == dense_width(model, "active") == 48
 
 
-def test_table_and_chart(outcomes: dict[str, Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_chart(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     found = list(outcomes.values())
-    rows = table(found)
-    assert all(len(row) == len(HEAD) for row in rows)
-    assert rows[0][2] == "1.00" and rows[0][-1] == f"{COUNT}/{COUNT}" and rows[-1][-1] == "other model"
-    print_table("a title", HEAD, rows, markdown=True)
-    title, _, *lines, _ = capsys.readouterr().out.splitlines()
-    assert title == "a title" and len(lines) == 2 + len(rows) and {s.count("|") for s in lines} == {len(HEAD) + 1}
-    plot_bars(tmp_path / "chart.svg", "a title", [o.name for o in found], panels(found))
+    shown = rows(found)
+    assert all(len(row) == len(HEAD) for row in shown)
+    assert shown[0][2] == "1.00" and shown[0][-1] == f"{COUNT}/{COUNT}" and shown[-1][-1] == "other model"
+    lines = table(HEAD, shown).splitlines()
+    assert len(lines) == 2 + len(shown) and {line.count("|") for line in lines} == {len(HEAD) + 1}
+    assert len({len(line) for line in lines}) == 1 and lines[1].startswith("| ---") and lines[1].endswith("-: |")
+    plot_bars(tmp_path / "chart.svg", "a title", [o["name"] for o in found], panels(found))
     svg = (tmp_path / "chart.svg").read_text()
     assert svg.startswith("<?xml") and "a title" in svg and "contiguous reservation" in svg

@@ -193,7 +193,7 @@ def test_ablate(
     found = json.loads(figures.read_text())
     assert found["config"]["max_model_len"] == 128 and found["static batching"]["same"] == 4
     assert chart.read_bytes().startswith(b"\x89PNG")
-    assert moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files, "--markdown", "--request-rate", "inf") == 0
+    assert moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files, "--request-rate", "inf") == 0
     out = capsys.readouterr().out
     assert "4 requests at once" in out and "| static batching |" in out
     assert json.loads(figures.read_text())["request_rate"] is None

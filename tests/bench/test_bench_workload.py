@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moebius.bench.workload import arrival_times, mixed_samples, random_samples, read_samples
+from moebius.bench.workload import Dataset, arrival_times, mixed_samples
 from moebius.errors import ConfigError
 from moebius.text import Tokenizer
 
@@ -56,19 +56,20 @@ def test_arrivals_repeat_with_their_seed() -> None:
 
 
 def test_random_lengths_reach_both_ends_of_their_range(tokenizer: Tokenizer) -> None:
-    samples = random_samples(2000, input_len=10, output_len=4, range_ratio=0.5, seed=1, tokenizer=tokenizer)
+    dataset = Dataset(input_len=10, output_len=4, range_ratio=0.5)
+    samples = dataset.samples(2000, 1, tokenizer)
     assert {s.input_tokens for s in samples} == set(range(5, 16))
     assert {s.output_tokens for s in samples} == set(range(2, 7))
     assert all(len(s.prompt) == s.input_tokens for s in samples)
     used = {token for s in samples for token in s.prompt}
     assert used == set(range(tokenizer.vocab_size)) - tokenizer.special_ids
-    assert samples == random_samples(2000, input_len=10, output_len=4, range_ratio=0.5, seed=1, tokenizer=tokenizer)
-    fixed = random_samples(9, input_len=10, output_len=4, tokenizer=tokenizer)
+    assert samples == dataset.samples(2000, 1, tokenizer)
+    fixed = Dataset(input_len=10, output_len=4).samples(9, 0, tokenizer)
     assert {(s.input_tokens, s.output_tokens) for s in fixed} == {(10, 4)} and len({s.prompt for s in fixed}) == 9
 
 
 def test_random_texts_without_a_tokenizer() -> None:
-    samples = random_samples(5, input_len=12, output_len=4, tokenizer=None)
+    samples = Dataset(input_len=12, output_len=4).samples(5)
     assert all(isinstance(s.prompt, str) and len(s.prompt.split()) == s.input_tokens == 12 for s in samples)
 
 
@@ -83,7 +84,8 @@ def test_random_texts_without_a_tokenizer() -> None:
 )
 def test_bad_random_requests(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        random_samples(**{"count": 1, "input_len": 1, "output_len": 1, "tokenizer": None, **options})  # type: ignore[arg-type]
+        count = options.pop("count", 1)
+        Dataset(**options).samples(count)  # type: ignore[arg-type]
 
 
 def test_files_in_both_shapes(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -91,12 +93,12 @@ def test_files_in_both_shapes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     talk = {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "return n"}]}
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in (plain, talk, plain)) + "\n")
-    first, second = read_samples(path, 2, output_len=None, tokenizer=tokenizer)
+    first, second = Dataset("jsonl", path).samples(2, 0, tokenizer)
     assert (first.prompt, first.output_tokens, first.input_tokens) == ("def f(", 9, len(tokenizer.encode("def f(")))
     assert (second.prompt, second.output_tokens) == ("hello", len(tokenizer.encode("return n")))
-    assert [s.output_tokens for s in read_samples(path, 99, output_len=5)] == [5, 5, 5]
+    assert [s.output_tokens for s in Dataset("jsonl", path, output_len=5).samples(99)] == [5, 5, 5]
     path.write_text(json.dumps([talk, plain]))
-    assert [s.prompt for s in read_samples(path, 9, output_len=1)] == ["hello", "def f("]
+    assert [s.prompt for s in Dataset("jsonl", path, output_len=1).samples(9)] == ["hello", "def f("]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +117,9 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        read_samples(path, 9, output_len=None)
+        Dataset("jsonl", path).samples(9)
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_samples(tmp_path / "none", 9, output_len=None)
+        Dataset("jsonl", tmp_path / "none").samples(9)
 
 
 def test_the_ablations_requests() -> None:

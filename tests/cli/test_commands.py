@@ -125,12 +125,18 @@ def test_a_batch_file_is_answered_and_resumed(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nonsense", "line 2: not JSON"),
-        ("[]", "line 2: not a JSON object"),
+        ("nonsense", "line 2: Invalid JSON"),
+        ("[]", "line 2: Input should be an object"),
         ('{"custom_id": "c0", "url": "/v1/completions", "body": {}}', "custom_id 'c0' was used before"),
-        ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "method and url must be POST and one of"),
-        ('{"custom_id": "", "url": "/v1/completions", "body": {}}', "custom_id must be a string"),
-        ('{"custom_id": "a", "url": "/v1/completions", "body": 3}', "body must be an object"),
+        (
+            '{"custom_id": "a", "url": "/v1/embeddings", "body": {}}',
+            "url: Input should be '/v1/completions' or '/v1/chat/completions'",
+        ),
+        (
+            '{"custom_id": "", "url": "/v1/completions", "body": {}}',
+            "custom_id: String should have at least 1 character",
+        ),
+        ('{"custom_id": "a", "url": "/v1/completions", "body": 3}', "body: Input should be an object"),
         ('{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}', "stream must be false"),
     ],
 )

@@ -132,7 +132,7 @@ def test_training_logits_and_gradients_equal_transformers(
 
     theirs = model(ids).logits.flatten(0, 1)
     torch.nn.functional.cross_entropy(theirs, targets).backward()
-    attend = CausalAttend(decoder.ops, decoder.config, row_length=11)
+    attend = CausalAttend(decoder.config, row_length=11)
     hidden, _ = decoder(ids.flatten(), torch.arange(11).repeat(3), attend)
     ours = decoder.logits(hidden)
     torch.nn.functional.cross_entropy(ours, targets).backward()
@@ -158,10 +158,10 @@ def test_documents_in_a_row_do_not_see_each_other() -> None:
     ids = torch.arange(12)
     documents = torch.tensor([0] * 5 + [1] * 7)
     positions = torch.cat((torch.arange(5), torch.arange(7)))
-    packed, _ = decoder(ids, positions, CausalAttend(decoder.ops, config, 12, documents))
+    packed, _ = decoder(ids, positions, CausalAttend(config, 12, documents))
     for part in (slice(0, 5), slice(5, 12)):
         length = part.stop - part.start
-        alone, _ = decoder(ids[part], positions[part], CausalAttend(decoder.ops, config, length))
+        alone, _ = decoder(ids[part], positions[part], CausalAttend(config, length))
         assert_close(packed[part], alone, 1e-5)
 
 

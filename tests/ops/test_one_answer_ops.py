@@ -171,10 +171,11 @@ def test_attention_does_not_know_its_step(isa: str, dtype: torch.dtype, shape: A
             assert torch.equal(out, whole[at : at + 1]), f"row {at} in blocks of {block_size}"
 
 
-@pytest.mark.parametrize("window", [None, 1100])
+@pytest.mark.parametrize("window", [None, 1090])
 @pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
 def test_long_contexts_are_split_at_the_same_places(isa: str, dtype: torch.dtype, window: int | None) -> None:
+    # Of the rows around 2,048 some have their window's start in one tile of 64 keys, some in the next.
     prompt = Prompt((4, 1, 64), 2200, dtype, window=window)
     for start, stop in ((1015, 1035), (2040, 2058), (2190, 2200)):
         chunk = prompt.rows(level(isa, 1), start, stop, 16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.ops.reference import LOGITS_ROWS, TILE, ReferenceOps
+from moebius.ops.reference import LOGITS_ROWS, TILE, ReferenceOps, causal_attention
 from moebius.ops.routing import top_k
 from moebius.ops.steps import StepInputs
 from ops.paged import Sequences, as_is, empty_cache
@@ -74,7 +74,7 @@ def test_causal_attention(window: int | None, packed: bool) -> None:
     rows, length = 3, 9
     q, k, v = torch.randn(27, 4, 6), torch.randn(27, 2, 6), torch.randn(27, 2, 6)
     documents = torch.randint(0, 2, (rows, length)).sort(-1).values.flatten() if packed else None
-    out = OPS.causal_attention(q, k, v, length, 0.4, window, documents)
+    out = causal_attention(q, k, v, length, 0.4, window, documents)
     for t in range(27):
         first = t // length * length
         seen = [

@@ -102,10 +102,10 @@ def test_one_calls_fault_is_no_neighbours() -> None:
 def test_an_unforeseen_exception_is_a_500_with_an_id_and_logs_no_prompt(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(self: _Api, request: Any, raw: bytes) -> Any:
-        raise KeyError(raw.decode())
+    def broken(self: _Api, request: Any, asked: Any) -> Any:
+        raise KeyError(asked.prompt[0])
 
-    monkeypatch.setattr(_Api, "completions", broken)
+    monkeypatch.setattr(_Api, "generate", broken)
 
     async def check(server: Server) -> None:
         response = await server.post(COMPLETIONS, body())

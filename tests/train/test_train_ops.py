@@ -40,7 +40,7 @@ def test_attention_within_documents(
     angles = _random(rows * length, 4, seed=9).detach()
     rotation = Rotation(ReferenceOps(), angles.cos(), angles.sin(), kv_heads=2, head_dim=8)
     out = DocumentAttend(config, numbers_RL, torch.float32)(0, qkv, rotation)
-    expected = CausalAttend(ReferenceOps(), config, length, numbers_RL.flatten())(0, qkv, rotation)
+    expected = CausalAttend(config, length, numbers_RL.flatten())(0, qkv, rotation)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(_gradients(out, qkv), _gradients(expected, qkv), atol=1e-5, rtol=1e-5)
 

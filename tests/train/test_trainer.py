@@ -94,7 +94,7 @@ def test_one_step_is_adamw_on_the_naive_loss(recipe: Recipe, data: PreparedData)
     naive = Decoder(recipe.model_config(), ReferenceOps())
     naive.load_state_dict({name: p.float() for name, p in trainer.decoder.state_dict().items()})
     batch = trainer._batches.batch(0)
-    attend = CausalAttend(ReferenceOps(), naive.config, 48, batch.document_RL.flatten())
+    attend = CausalAttend(naive.config, 48, batch.document_RL.flatten())
     hidden, routings = naive(batch.input_RL.flatten(), torch.arange(48).repeat(3), attend)
     loss = torch.nn.functional.cross_entropy(naive.logits(hidden), batch.target_RL.flatten())
     balance, z = 0.0, 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -97,13 +98,15 @@ def write_twin(prepared: Prepared, twin: str, directory: Path) -> None:
 
 
 class Replay:
-    """Hands a request list to an engine on the engine's clock and notes what each step brings."""
+    """Hands a request list to an engine on the engine's clock and notes what each step brings.
+
+    fill   tokens in the cache over the slots held for them, over all steps; sharing brings it above 1
+    """
 
     def __init__(self, engine: Engine, samples: Sequence[Sample], due: Sequence[float], variant: Variant) -> None:
-        self._engine, self._samples, self._variant = engine, samples, variant
+        self._engine, self._samples, self._due, self._variant = engine, samples, due, variant
         self._start = engine.clock()
-        self._due = due
-        self._waiting = list(range(len(samples)))
+        self._waiting = deque(range(len(samples)))
         self.records = [Record(at, s.input_tokens) for at, s in zip(due, samples, strict=True)]
         self.tokens: list[list[int]] = [[] for _ in samples]
         self.most_running = self.most_blocks = 0
@@ -115,18 +118,16 @@ class Replay:
 
     @property
     def fill(self) -> float:
-        """Tokens in the cache over the slots held for them, over all steps; sharing brings it above 1."""
         return self._filled / max(self._held, 1)
 
     def run(self) -> float:
         """Seconds until the last token."""
-        engine = self._engine
-        while self._waiting or engine.has_work:
+        while self._waiting or self._engine.has_work:
             self._admit()
-            if not engine.has_work:
+            if not self._engine.has_work:
                 time.sleep(max(self._due[self._waiting[0]] - self.now, 0))
                 continue
-            outputs = engine.step()
+            outputs = self._engine.step()
             now = self.now
             self._observe(outputs)
             for output in outputs:
@@ -147,21 +148,16 @@ class Replay:
             seats -= 1
             if not self._variant.batching and (seats < 0 or room < 0):
                 return
-            self._submit(self._waiting.pop(0))
+            self._submit(self._waiting.popleft())
 
     def _submit(self, index: int) -> None:
         sample, drawn = self._samples[index], self.tokens[index]
-        assert isinstance(sample.prompt, tuple)
-        wanted = sample.output_tokens if self._variant.cached else 1
-        self._engine.add(
-            Request.create(
-                f"{index}.{len(drawn)}",
-                (*sample.prompt, *drawn),
-                SamplingParams(max_tokens=wanted, temperature=0, ignore_eos=True),
-                self._engine.info.limits,
-                arrival=self._start + self._due[index],
-            )
+        params = SamplingParams(
+            max_tokens=sample.output_tokens if self._variant.cached else 1, temperature=0, ignore_eos=True
         )
+        limits, arrival = self._engine.info.limits, self._start + self._due[index]
+        prompt = (*sample.prompt, *drawn)
+        self._engine.add(Request.create(f"{index}.{len(drawn)}", prompt, params, limits, arrival=arrival))
 
     def _take(self, index: int, token_ids: Sequence[int], now: float) -> None:
         record = self.records[index]
@@ -172,31 +168,22 @@ class Replay:
             self._submit(index)
 
     def _observe(self, outputs: Sequence[StepOutput]) -> None:
-        stats, info = self._engine.stats(), self._engine.info
+        stats, requests = self._engine.stats(), self._engine.scheduler.requests
         ended = sum(output.finish_reason is not None for output in outputs)
         self.most_running = max(self.most_running, stats.running + ended)
         self.most_blocks = max(self.most_blocks, stats.used_blocks)
-        self._held += stats.used_blocks * info.block_size
-        self._filled += sum(r.num_computed_tokens for r in self._engine.scheduler.requests.values() if r.block_ids)
+        self._held += stats.used_blocks * self._engine.info.block_size
+        self._filled += sum(request.num_computed_tokens for request in requests.values() if request.block_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One variant's run; memory in bytes, figures as `summarise` finds them.
+Outcome = dict[str, Any]
+"""One variant's run: the figures of `summarise`, and with them, memory in bytes,
 
-    kv_held    in the blocks in use between two steps, at most
-    fill       tokens in the cache over the slots held for them
-    same       answers equal to the full engine's; None where the model is another
-    """
-
-    name: str
-    figures: Mapping[str, Any]
-    tokens: list[list[int]]
-    most_running: int
-    kv_held: int
-    fill: float
-    weights: int
-    same: int | None
+name, tokens   the variant and its answers      weights   the model's       most_running   sequences at once
+kv_held        in the blocks in use between two steps, at most
+fill           tokens in the cache over the slots held for them
+same           answers equal to the full engine's; None where the model is another
+"""
 
 
 def measure(
@@ -211,16 +198,16 @@ def measure(
         replay = Replay(engine, samples, due, variant)
         duration = replay.run()
     plan = prepared.plan
-    return Outcome(
-        name,
-        summarise(replay.records, duration, percentiles=(50, 99)),
-        replay.tokens,
-        replay.most_running,
-        kv_held=replay.most_blocks * plan.block_size * plan.bytes_per_token,
-        fill=replay.fill,
-        weights=plan.weights.mapped + plan.weights.copied,
-        same=None if variant.twin else 0,
-    )
+    return {
+        "name": name,
+        **summarise(replay.records, duration, percentiles=(50, 99)),
+        "tokens": replay.tokens,
+        "most_running": replay.most_running,
+        "kv_held": replay.most_blocks * plan.block_size * plan.bytes_per_token,
+        "fill": replay.fill,
+        "weights": plan.weights.mapped + plan.weights.copied,
+        "same": None if variant.twin else 0,
+    }
 
 
 def ablate(
@@ -256,7 +243,7 @@ def ablate(
         progress("finding the request rate")
         # The better of two: the first also warms the machine up, and a rate too low would hide all differences.
         trials = [measure(FULL, known[FULL], directory, config, samples, [0.0] * num_prompts) for _ in range(2)]
-        request_rate = 4 * max(trial.figures["request_throughput"] for trial in trials)
+        request_rate = 4 * max(trial["request_throughput"] for trial in trials)
     due = arrival_times(num_prompts, request_rate, seed=seed)
     rounds: list[list[Outcome]] = []
     with tempfile.TemporaryDirectory(prefix="moebius-twins-") as twins:
@@ -273,10 +260,9 @@ def ablate(
 
 def _median(runs: Sequence[Outcome], full: Outcome) -> Outcome:
     """The run with the median throughput; its answers counted against the full engine's."""
-    outcome = sorted(runs, key=lambda run: run.figures["output_throughput"])[(len(runs) - 1) // 2]
-    if outcome.same is None:
-        return outcome
-    return replace(outcome, same=sum(mine == other for mine, other in zip(outcome.tokens, full.tokens, strict=True)))
+    outcome = sorted(runs, key=lambda run: float(run["output_throughput"]))[(len(runs) - 1) // 2]
+    same = sum(mine == other for mine, other in zip(outcome["tokens"], full["tokens"], strict=True))
+    return outcome | {"same": None if outcome["same"] is None else same}
 
 
 def settle(directory: Path, config: EngineConfig, num_prompts: int) -> tuple[EngineConfig, Prepared]:
@@ -285,10 +271,12 @@ def settle(directory: Path, config: EngineConfig, num_prompts: int) -> tuple[Eng
     positions = open_checkpoint(directory).config.max_position_embeddings
     length = config.max_model_len or min(MAX_MODEL_LEN, positions)
     config = replace(config, max_model_len=length, max_queue_requests=max(num_prompts, config.max_queue_requests))
-    if config.kv_cache_memory_bytes is None:
-        per_token = prepare(directory, config).plan.bytes_per_token
-        config = replace(config, kv_cache_memory_bytes=max(config.max_num_seqs // 4, 1) * length * per_token)
-    return config, prepare(directory, config)
+    prepared = prepare(directory, config)
+    if config.kv_cache_memory_bytes is not None:
+        return config, prepared
+    sequences = max(config.max_num_seqs // 4, 1)
+    config = replace(config, kv_cache_memory_bytes=sequences * length * prepared.plan.bytes_per_token)
+    return config, prepared
 
 
 HEAD = ("engine", "tokens/s", "× full", "TTFT ms", "ITL ms", "E2E s", "running", "KV held", "filled", "weights", "same")
@@ -303,7 +291,7 @@ def panels(outcomes: Sequence[Outcome]) -> list[tuple[str, list[float], list[flo
     """The chart's (title, values, ends of ranges): throughput, then latencies from median to 99th percentile."""
 
     def values(key: str) -> list[float]:
-        return [outcome.figures[key] for outcome in outcomes]
+        return [outcome[key] for outcome in outcomes]
 
     latencies = {"ttft": "time to first token", "itl": "between tokens", "e2el": "end to end"}
     return [
@@ -312,19 +300,17 @@ def panels(outcomes: Sequence[Outcome]) -> list[tuple[str, list[float], list[flo
     ]
 
 
-def table(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """A row of HEAD's columns for each outcome."""
-    full, rows = outcomes[0].figures["output_throughput"], []
-    for o in outcomes:
-        rate, f = o.figures["output_throughput"], o.figures
-        rows.append(
-            [
-                *(o.name, f"{rate:,.0f}", f"{rate / full:.2f}"),
-                f"{f['p50_ttft_ms']:,.0f} / {f['p99_ttft_ms']:,.0f}",
-                f"{f['p50_itl_ms']:,.1f} / {f['p99_itl_ms']:,.1f}",
-                f"{f['p50_e2el_ms'] / 1000:.2f} / {f['p99_e2el_ms'] / 1000:.2f}",
-                *(f"{o.most_running}", human_bytes(o.kv_held), f"{o.fill:.0%}", human_bytes(o.weights)),
-                "other model" if o.same is None else f"{o.same}/{len(o.tokens)}",
-            ]
-        )
-    return rows
+def rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """HEAD's columns for each outcome."""
+    full = outcomes[0]["output_throughput"]
+    return [
+        [
+            *(o["name"], f"{o['output_throughput']:,.0f}", f"{o['output_throughput'] / full:.2f}"),
+            f"{o['p50_ttft_ms']:,.0f} / {o['p99_ttft_ms']:,.0f}",
+            f"{o['p50_itl_ms']:,.1f} / {o['p99_itl_ms']:,.1f}",
+            f"{o['p50_e2el_ms'] / 1000:.2f} / {o['p99_e2el_ms'] / 1000:.2f}",
+            *(str(o["most_running"]), human_bytes(o["kv_held"]), f"{o['fill']:.0%}", human_bytes(o["weights"])),
+            "other model" if o["same"] is None else f"{o['same']}/{len(o['tokens'])}",
+        ]
+        for o in outcomes
+    ]

@@ -6,6 +6,7 @@ E2EL   time to the last token       TPOT   (E2EL - TTFT) / (output tokens - 1)
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,16 +61,14 @@ class Record:
 def parse_goodput(specs: Iterable[str]) -> dict[str, float]:
     """['ttft:500', 'tpot:50'] -> limits in milliseconds. ConfigError says what is wrong with a spec."""
     limits: dict[str, float] = {}
+    known = ", ".join(_GOODPUT)
     for spec in specs:
-        name, _, value = spec.partition(":")
-        try:
-            limit = float(value)
-        except ValueError:
-            limit = -1.0
-        known = ", ".join(_GOODPUT)
-        usage = f"write METRIC:MILLISECONDS with one of {known}, such as ttft:500"
-        require(name in _GOODPUT and limit >= 0, f"--goodput {spec!r} is no limit; {usage}")
-        limits[name] = limit
+        name, _, limit = spec.partition(":")
+        good = name in _GOODPUT and re.fullmatch(r"\d+(\.\d*)?", limit) is not None
+        require(
+            good, f"--goodput {spec!r} is no limit; write METRIC:MILLISECONDS with one of {known}, such as ttft:500"
+        )
+        limits[name] = float(limit)
     return limits
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,19 +135,13 @@ def plot_bars(
             axis.grid(visible=False, axis="y")
 
 
-def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, markdown: bool = False) -> None:
-    """A table to stdout, its columns but the first to the right."""
-    if markdown:
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        print(title, "", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that a terminal shows aligned, its columns but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in head:
-        table.add_column(column, justify="left" if column == head[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    # A pipe has no width to fit into; a table cut at 80 columns would be of no use there.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+
+    return "\n".join(map(line, [head, rule, *rows]))

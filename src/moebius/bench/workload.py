@@ -33,76 +33,72 @@ class Sample:
     output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Which prompts to send: `random` ones, or those of a file (`jsonl`). Lengths are in tokens."""
-
-    name: str
-    path: Path | None
-    input_len: int
-    output_len: int | None
-    range_ratio: float
-
-    def __post_init__(self) -> None:
-        require(self.name in ("random", "jsonl"), f"--dataset-name is {self.name!r}; use random or jsonl")
-        together = (self.name == "jsonl") == (self.path is not None)
-        require(together, "--dataset-name jsonl and --dataset-path FILE go together")
-
-    def samples(self, count: int, seed: int, tokenizer: Tokenizer | None) -> list[Sample]:
-        """At most `count` requests; the seed is for random ones."""
-        if self.path is not None:
-            return read_samples(self.path, count, output_len=self.output_len, tokenizer=tokenizer)
-        lengths = {"input_len": self.input_len, "output_len": 128 if self.output_len is None else self.output_len}
-        return random_samples(count, **lengths, range_ratio=self.range_ratio, seed=seed, tokenizer=tokenizer)
-
-
 def require_positive(**options: int) -> None:
     for name, value in options.items():
         require(value >= 1, f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
-def random_samples(
-    count: int, *, input_len: int, output_len: int, range_ratio: float = 0.0, seed: int = 0, tokenizer: Tokenizer | None
-) -> list[Sample]:
-    """`count` requests whose lengths are uniform in [(1 - ratio) * len, (1 + ratio) * len].
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Which requests to send: `random` ones, or those of a file (`jsonl`). Lengths are in tokens.
 
-    With a tokenizer prompts are ordinary token ids of exactly that length; without one they are texts of as many short
-    words.
+    Random lengths are uniform in [(1 - range_ratio) * len, (1 + range_ratio) * len]. output_len None is 128 for random
+    requests and what the file says for its own; where given it is the length of all.
+
+    A file holds one JSON object a line (or one array of them), in one of two shapes: {"prompt": "...", "output_tokens":
+    128}, or ShareGPT's {"conversations": [{"value": "..."}, {"value": "..."}]}, whose first turn is the prompt and
+    whose second, counted by the tokenizer, is the answer's length.
     """
-    require_positive(num_prompts=count, input_len=input_len, output_len=output_len)
-    require(0 <= range_ratio < 1, f"--random-range-ratio is {range_ratio}; it must lie in [0, 1)")
-    rng = np.random.default_rng(seed)
-    ids = None if tokenizer is None else [i for i in range(tokenizer.vocab_size) if not tokenizer.is_special(i)]
-    words = np.array(ids or _WORDS.split())
 
-    def lengths(mean: int) -> list[int]:
-        low, high = max(1, math.floor(mean * (1 - range_ratio))), math.ceil(mean * (1 + range_ratio))
-        return list(rng.integers(low, high, count, endpoint=True).tolist())
+    name: str = "random"
+    path: Path | None = None
+    input_len: int = 512
+    output_len: int | None = None
+    range_ratio: float = 0.0
 
-    samples = []
-    for inputs, outputs in zip(lengths(input_len), lengths(output_len), strict=True):
-        drawn = rng.choice(words, inputs).tolist()
-        samples.append(Sample(tuple(drawn) if ids else " ".join(drawn), inputs, outputs))
-    return samples
+    def __post_init__(self) -> None:
+        require(self.name in ("random", "jsonl"), f"--dataset-name is {self.name!r}; use random or jsonl")
+        together = (self.name == "jsonl") == (self.path is not None)
+        require(together, "--dataset-name jsonl and --dataset-path FILE go together")
+        require(0 <= self.range_ratio < 1, f"--random-range-ratio is {self.range_ratio}; it must lie in [0, 1)")
+        require_positive(input_len=self.input_len, output_len=1 if self.output_len is None else self.output_len)
 
+    def samples(self, count: int, seed: int = 0, tokenizer: Tokenizer | None = None) -> list[Sample]:
+        """The file's first `count` requests, or as many random ones.
 
-def read_samples(path: Path, count: int, *, output_len: int | None, tokenizer: Tokenizer | None = None) -> list[Sample]:
-    """The first `count` prompts of a file, one JSON object a line (or one array of them), in one of two shapes:
+        With a tokenizer random prompts are ordinary token ids of exactly the length asked for; without one they are
+        texts of as many short words. Raises ConfigError naming the file's line.
+        """
+        require_positive(num_prompts=count)
+        return self._random(count, seed, tokenizer) if self.path is None else self._read(self.path, count, tokenizer)
 
-    {"prompt": "...", "output_tokens": 128}, or ShareGPT's {"conversations": [{"value": "..."}, {"value": "..."}]},
-    whose first turn is the prompt and whose second, counted by the tokenizer, is the answer's length. output_len, where
-    given, is the length of all. Raises ConfigError naming the line.
-    """
-    require_positive(num_prompts=count)
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x]
-    except OSError as error:
-        raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"--dataset-path {path} does not hold one JSON object a line: {error}") from error
-    require(bool(lines), f"--dataset-path {path} is empty")
-    return [_sample(line, f"{path}, entry {i}", output_len, tokenizer) for i, line in enumerate(lines[:count], 1)]
+    def _random(self, count: int, seed: int, tokenizer: Tokenizer | None) -> list[Sample]:
+        rng = np.random.default_rng(seed)
+        ids = None if tokenizer is None else [i for i in range(tokenizer.vocab_size) if not tokenizer.is_special(i)]
+        words = np.array(ids or _WORDS.split())
+
+        def lengths(mean: int) -> list[int]:
+            low, high = max(1, math.floor(mean * (1 - self.range_ratio))), math.ceil(mean * (1 + self.range_ratio))
+            return list(rng.integers(low, high, count, endpoint=True).tolist())
+
+        samples = []
+        for inputs, outputs in zip(lengths(self.input_len), lengths(self.output_len or 128), strict=True):
+            drawn = rng.choice(words, inputs).tolist()
+            samples.append(Sample(tuple(drawn) if ids else " ".join(drawn), inputs, outputs))
+        return samples
+
+    def _read(self, path: Path, count: int, tokenizer: Tokenizer | None) -> list[Sample]:
+        try:
+            text = path.read_text(encoding="utf-8")
+            array = text.lstrip().startswith("[")
+            entries = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line]
+        except OSError as error:
+            raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"--dataset-path {path} does not hold one JSON object a line: {error}") from error
+        require(bool(entries), f"--dataset-path {path} is empty")
+        numbered = enumerate(entries[:count], 1)
+        return [_sample(entry, f"{path}, entry {i}", self.output_len, tokenizer) for i, entry in numbered]
 
 
 def _sample(line: Any, where: str, output_len: int | None, tokenizer: Tokenizer | None) -> Sample:

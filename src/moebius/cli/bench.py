@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -56,18 +53,23 @@ def latency(
     output_json: OutputJson = None,
 ) -> None:
     """Time one batch from its prompts to its last token, again and again; the prefix cache is off."""
-    from moebius.bench.offline import measure_latency
+    from moebius.bench.offline import latency_figures, timed
     from moebius.bench.report import check_outputs, save_json
-    from moebius.bench.workload import random_samples, require_positive
+    from moebius.bench.workload import Dataset, require_positive
     from moebius.llm import LLM
 
-    require_positive(batch_size=batch_size)
+    require_positive(batch_size=batch_size, num_iters=num_iters, n=n)
+    require(num_iters_warmup >= 0, f"--num-iters-warmup is {num_iters_warmup}; it must be at least 0")
+    most, sequences = config.max_num_seqs, batch_size * n
+    require(sequences <= most, f"{sequences} sequences are no single batch for --max-num-seqs {most}; raise it")
     check_outputs(output_json)
-    with LLM.from_config(model, config) as llm, _bar("batches", num_iters + num_iters_warmup) as advance:
-        samples = random_samples(
-            batch_size, input_len=input_len, output_len=output_len, seed=seed, tokenizer=llm.tokenizer
-        )
-        result = measure_latency(llm, samples, iterations=num_iters, warmup=num_iters_warmup, n=n, on_iteration=advance)
+    dataset, seconds = Dataset(input_len=input_len, output_len=output_len), []
+    with LLM.from_config(model, config) as llm, o.progress_bar("batches", num_iters_warmup + num_iters) as advance:
+        samples = dataset.samples(batch_size, seed, llm.tokenizer)
+        for _ in range(num_iters_warmup + num_iters):
+            seconds.append(timed(llm, samples, n=n, progress=False).seconds)
+            advance()
+    result = latency_figures(seconds[num_iters_warmup:])
     typer.echo(f"Avg latency: {result['avg_latency']:.4f} seconds")
     for p, value in result["percentiles"].items():
         typer.echo(f"{p}% percentile latency: {value:.4f} seconds")
@@ -89,7 +91,7 @@ def throughput(
     output_json: OutputJson = None,
 ) -> None:
     """Answer many prompts, all there from the start, with the engine in this process."""
-    from moebius.bench.offline import measure_throughput
+    from moebius.bench.offline import throughput_figures, timed
     from moebius.bench.report import check_outputs, save_json
     from moebius.bench.workload import Dataset
     from moebius.llm import LLM
@@ -97,7 +99,7 @@ def throughput(
     check_outputs(output_json)
     dataset = Dataset(dataset_name, dataset_path, input_len, output_len, random_range_ratio)
     with LLM.from_config(model, config) as llm:
-        result = measure_throughput(llm, dataset.samples(num_prompts, seed, llm.tokenizer))
+        result = throughput_figures(timed(llm, dataset.samples(num_prompts, seed, llm.tokenizer)))
     requests, total, output = (result[f"{name}_per_second"] for name in ("requests", "tokens", "output_tokens"))
     typer.echo(f"Throughput: {requests:.2f} requests/s, {total:.2f} total tokens/s, {output:.2f} output tokens/s")
     typer.echo(f"Total num prompt tokens:  {result['total_prompt_tokens']}")
@@ -160,7 +162,7 @@ def serve(
     samples = dataset.samples(num_prompts, seed, found)
     if len(samples) < num_prompts:
         typer.echo(f"the dataset has {len(samples)} prompts; that many are sent", err=True)
-    with _bar("requests", len(samples)) as advance:
+    with o.progress_bar("requests", len(samples)) as advance:
         load = run_load(target, samples, due[: len(samples)], max_concurrency=max_concurrency, on_done=advance)
         records, seconds = asyncio.run(load)
     result = {
@@ -176,11 +178,11 @@ def serve(
     }
     typer.echo(report.serving_report(result, shown, percentiles))
     report.save_json(output_json, {**result, "requests": [asdict(record) for record in records]})
+    if not result["completed"]:
+        raise typer.Exit(1)
     if plot:
         title = f"{target.model}: {result['completed']} requests, {result['failed']} failed"
         report.plot_serving(plot, title, records, limits)
-    if not result["completed"]:
-        raise typer.Exit(1)
 
 
 @bench.command()
@@ -193,7 +195,6 @@ def ablate(
     variants: Annotated[str | None, typer.Option(help="Some of them only, separated by commas; default: all.")] = None,
     repeat: Annotated[int, typer.Option(help="Rounds through all of them; the median run of each counts.")] = 1,
     seed: Seed = 0,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     output_json: OutputJson = None,
     plot: Plot = None,
 ) -> None:
@@ -221,13 +222,12 @@ def ablate(
     when = "at once" if math.isinf(rate) else f"at {rate:.2f}/s"
     memory = human_bytes(config.kv_cache_memory_bytes or 0)
     title = f"{model}: {num_prompts} requests {when}, at most {config.max_num_seqs} running, KV cache {memory}"
-    report.print_table(title, ablation.HEAD, ablation.table(outcomes), markdown=as_markdown)
-    typer.echo(ablation.LEGEND)
-    runs = {outcome.name: asdict(outcome) for outcome in outcomes}
+    typer.echo(f"{title}\n\n{report.table(ablation.HEAD, ablation.rows(outcomes))}\n\n{ablation.LEGEND}")
+    runs = {outcome["name"]: outcome for outcome in outcomes}
     facts = {"model": model, "request_rate": None if math.isinf(rate) else rate, "config": asdict(config)}
     report.save_json(output_json, facts | runs)
     if plot:
-        report.plot_bars(plot, title, [outcome.name for outcome in outcomes], ablation.panels(outcomes))
+        report.plot_bars(plot, title, list(runs), ablation.panels(outcomes))
 
 
 def _tokenizer(wanted: str | None, served: str) -> Tokenizer | None:
@@ -240,14 +240,3 @@ def _tokenizer(wanted: str | None, served: str) -> Tokenizer | None:
         return Tokenizer.load(resolve_model(name))
     require(wanted is None, f"--tokenizer {wanted!r} is no directory; name one that holds a tokenizer.json")
     return None
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr while on a terminal; yields what to call once for each that is done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda *_: progress.advance(task)

@@ -25,10 +25,8 @@ def chat(
     llm = LLM.from_config(model, config)
     if not llm.tokenizer.has_chat_template:
         raise typer.BadParameter(f"{model} has no chat template; use `moebius generate` instead", param_hint="MODEL")
-    changes: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
-    if temperature is not None:
-        changes["temperature"] = temperature
-    params = llm.default_params(**changes)
+    warmth = {} if temperature is None else {"temperature": temperature}
+    params = llm.default_params(max_tokens=max_tokens, seed=seed, **warmth)
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
     while True:

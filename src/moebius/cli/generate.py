@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moebius.cli import options as o
-from moebius.config import EngineConfig
+from moebius.config import EngineConfig, require
 from moebius.errors import ConfigError
 
 
@@ -40,16 +39,13 @@ def generate(
             raise ConfigError("--batch FILE answers a file: give it --output FILE and no prompts")
         _batch(model, config, batch, output)
         return
-    if output is not None:
-        raise ConfigError("--output goes with --batch; the text of prompts is printed to stdout")
+    require(output is None, "--output goes with --batch; the text of prompts is printed to stdout")
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {name: value for name, value in given.items() if value is not None}
-    _print(
-        model, config, prompts, {"max_tokens": max_tokens, "seed": seed, "stop": tuple(stop or ()), "n": n, **sampling}
-    )
+    _print(model, config, prompts, max_tokens=max_tokens, seed=seed, stop=tuple(stop or ()), n=n, **sampling)
 
 
-def _print(model: str, config: EngineConfig, prompts: list[str] | None, sampling: dict[str, Any]) -> None:
+def _print(model: str, config: EngineConfig, prompts: list[str] | None, **sampling: Any) -> None:
     """Completions to stdout as they finish, each behind its prompt where there are several."""
     if not prompts:
         if sys.stdin.isatty():
@@ -86,9 +82,6 @@ def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
 
 
 async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from moebius.engine.in_process import InProcessClient
     from moebius.llm import LLM
     from moebius.server.app import create_app
@@ -102,6 +95,5 @@ async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) 
     settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)
     app = create_app(client, llm.tokenizer, llm.defaults, settings)
     async with app.router.lifespan_context(app):
-        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-            advance = partial(progress.advance, progress.add_task("calls", total=len(calls)))
+        with o.progress_bar("calls", len(calls)) as advance:
             return await run_batch(app, calls, out, concurrency=2 * config.max_num_seqs, on_result=advance)

@@ -1,9 +1,11 @@
-"""Options that several commands share; the engine's are the fields of EngineConfig."""
+"""What several commands share: options, of which the engine's are the fields of EngineConfig, and a progress bar."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -50,3 +52,14 @@ def takes_engine_config(*names: str, **defaults: Any) -> Callable[[Callable[...,
         return run
 
     return decorate
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr while that is a terminal; yields what to call once for each that is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda *_: progress.advance(task)

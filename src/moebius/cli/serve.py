@@ -11,8 +11,7 @@ import typer
 
 from moebius.cli import options as o
 from moebius.cli.plan import print_plan
-from moebius.config import EngineConfig
-from moebius.errors import ConfigError
+from moebius.config import EngineConfig, require
 from moebius.server.settings import ServerSettings
 
 
@@ -38,15 +37,16 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model over OpenAI's API."""
-    if generation_config not in ("auto", "none"):
-        raise ConfigError(f"--generation-config is {generation_config!r}; use auto or none")
+    require(generation_config in ("auto", "none"), f"--generation-config is {generation_config!r}; use auto or none")
+    levels = ("debug", "info", "warning", "error")
+    require(log_level in levels, f"--log-level is {log_level!r}; use one of {', '.join(levels)}")
     settings = ServerSettings(
         served_model_names=tuple(served_model_name or (model,)),
         api_keys=tuple(api_key or ()),
         vllm_metric_names=vllm_metric_names,
         drain_timeout=drain_timeout,
     )
-    logging.basicConfig(level=_level(log_level), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from moebius.server.run import reserve_socket
 
     with reserve_socket(host, port, api_keys=settings.api_keys) as sock:
@@ -84,10 +84,3 @@ def _serve_on(
         f"serving on http://{host}:{sock.getsockname()[1]}/v1 as {settings.served_model_names[0]}", highlight=False
     )
     run_server(app, sock)
-
-
-def _level(name: str) -> int:
-    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-    if name not in levels:
-        raise ConfigError(f"--log-level is {name!r}; use one of {', '.join(levels)}")
-    return levels[name]

@@ -66,11 +66,7 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
 
 
 def load_engine(
-    directory: Path,
-    config: EngineConfig,
-    *,
-    eos_ids: frozenset[int] = frozenset(),
-    prepared: Prepared | None = None,
+    directory: Path, config: EngineConfig, *, eos_ids: frozenset[int] = frozenset(), prepared: Prepared | None = None
 ) -> Engine:
     """Load the model and reserve what the plan says. Raises UsageError before anything is allocated."""
     prepared = prepared or prepare(directory, config)

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from moebius.config import ModelConfig, read_json
+from moebius.config import ModelConfig, read_json, require
 from moebius.errors import ConfigError, WeightsError
 from moebius.models import checkpoint_layouts, model_config
 from moebius.models.layout import Source, sources
@@ -114,8 +114,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if isinstance(cause, WeightsError):
             raise
         raise WeightsError(f"{_file(path)}: the header is no valid JSON: {cause}") from None
-    if not isinstance(header, dict):
-        raise WeightsError(f"{_file(path)}: the header is no JSON object")
+    require(isinstance(header, dict), f"{_file(path)}: the header is no JSON object", WeightsError)
     header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_extent(path, tensors, 8 + length, size)
@@ -126,36 +125,34 @@ def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
     def integers(value: Any) -> bool:
         return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
-    where = f"{_file(path)}: tensor {name!r}"
-    if not isinstance(entry, dict) or not integers(entry.get("shape")) or not integers(entry.get("data_offsets")):
-        raise WeightsError(f"{where}: the header's entry has no valid shape and data_offsets")
+    def check(good: bool, message: str) -> None:
+        if not good:
+            raise WeightsError(f"{_file(path)}: tensor {name!r}: {message}")
+
+    good = isinstance(entry, dict) and integers(entry.get("shape")) and integers(entry.get("data_offsets"))
+    check(good, "the header's entry has no valid shape and data_offsets")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry.get("dtype")
-    if len(offsets) != 2:
-        raise WeightsError(f"{where}: data_offsets is {offsets}; it must be a start and a stop")
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise WeightsError(f"{where}: dtype {dtype!r} is unknown")
-    needed = math.prod(shape) * _ITEM_BYTES[dtype]
-    if offsets[1] - offsets[0] != needed:
-        raise WeightsError(
-            f"{where}: {offsets[1] - offsets[0]} bytes stored, but shape {shape} of {dtype} needs {needed}"
-        )
+    check(len(offsets) == 2, f"data_offsets is {offsets}; it must be a start and a stop")
+    check(isinstance(dtype, str) and dtype in _ITEM_BYTES, f"dtype {dtype!r} is unknown")
+    stored, needed = offsets[1] - offsets[0], math.prod(shape) * _ITEM_BYTES[dtype]
+    check(stored == needed, f"{stored} bytes stored, but shape {shape} of {dtype} needs {needed}")
     return StoredTensor(path, name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
 def _check_extent(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
     """The tensors fill the file from the header to its end, without gap or overlap."""
+
+    def check(good: bool, message: str) -> None:
+        if not good:
+            raise WeightsError(f"{_file(path)}: {message}")
+
     at, last = base, "the header"
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
-        if tensor.start != at:
-            kind = "a gap" if tensor.start > at else "an overlap"
-            raise WeightsError(f"{_file(path)}: {kind} between {last} and tensor {tensor.name!r}")
-        if tensor.stop > size:
-            raise WeightsError(
-                f"{_file(path)}: tensor {tensor.name!r} ends at byte {tensor.stop}, the file at {size}; it is truncated"
-            )
-        at, last = tensor.stop, f"tensor {tensor.name!r}"
-    if at != size:
-        raise WeightsError(f"{_file(path)}: {size - at} bytes follow {last}; the file does not match its header")
+        kind, this = "a gap" if tensor.start > at else "an overlap", f"tensor {tensor.name!r}"
+        check(tensor.start == at, f"{kind} between {last} and {this}")
+        check(tensor.stop <= size, f"{this} ends at byte {tensor.stop}, the file at {size}; it is truncated")
+        at, last = tensor.stop, this
+    check(at == size, f"{size - at} bytes follow {last}; the file does not match its header")
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -167,24 +164,25 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
         hint = f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors" if other else ""
         raise WeightsError(f"{directory} holds neither {_SINGLE} nor {_INDEX}{hint}")
     weight_map = read_json(directory / _INDEX, error=WeightsError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise WeightsError(f"{_file(directory / _INDEX)}: weight_map must map tensor names to files")
+
+    def check(good: bool, file: str, message: str) -> None:
+        if not good:
+            raise WeightsError(f"{_file(directory / file)}{message}")
+
+    good = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    check(good, _INDEX, ": weight_map must map tensor names to files")
+    assert isinstance(weight_map, dict)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise WeightsError(f"{_file(directory / _INDEX)}: {shard!r} is no file name within the directory")
-        if not (directory / shard).exists():
-            raise WeightsError(f"{_file(directory / shard)} is missing, but {_INDEX} names it")
+        check(Path(shard).name == shard, _INDEX, f": {shard!r} is no file name within the directory")
+        check((directory / shard).exists(), shard, f" is missing, but {_INDEX} names it")
         found = read_header(directory / shard)
         for name in found:
-            if weight_map.get(name) != shard:
-                raise WeightsError(
-                    f"{_file(directory / shard)}: tensor {name!r} is left over; {_INDEX} does not place it there"
-                )
+            here = weight_map.get(name) == shard
+            check(here, shard, f": tensor {name!r} is left over; {_INDEX} does not place it there")
         tensors.update(found)
     for name, shard in weight_map.items():
-        if name not in tensors:
-            raise WeightsError(f"{_file(directory / shard)}: tensor {name!r} is missing, but {_INDEX} places it there")
+        check(name in tensors, shard, f": tensor {name!r} is missing, but {_INDEX} places it there")
     return tensors
 
 

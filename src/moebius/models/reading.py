@@ -7,143 +7,85 @@ configuration class, because checkpoints were saved without keys that equal it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from moebius.config import Activation, RopeConfig
+from moebius.config import Activation, RopeConfig, require
 from moebius.errors import ConfigError
 
-_HARMLESS = frozenset(
-    [
-        "model_type",
-        "architectures",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "initializer_range",
-        "pretraining_tp",
-        "attention_dropout",
-        "router_aux_loss_coef",
-        "output_router_logits",
-        "router_jitter_noise",
-        "max_length",
-        "min_length",
-        "temperature",
-        "top_k",
-        "top_p",
-        "do_sample",
-        "num_beams",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "task_specific_params",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "torchscript",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "unk_token_id",
-        "decoder_start_token_id",
-        "bos_token",
-        "eos_token",
-        "pad_token",
-        "tokenizer_class",
-        "finetuning_task",
-        "num_return_sequences",
-        "early_stopping",
-        "diversity_penalty",
-        "num_beam_groups",
-        "typical_p",
-        "exponential_decay_length_penalty",
-        "transformers_version",
-        "attn_implementation",
-        "rope_interleaved",
-        "residual_dropout",
-        "embd_pdrop",
-        "resid_pdrop",
-        "attn_pdrop",
-    ]
-)
+_HARMLESS = frozenset({
+    "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "attn_implementation",
+    "use_cache", "torchscript", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",
+    "initializer_range", "attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
+    "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "rope_interleaved",
+    "output_attentions", "output_hidden_states", "finetuning_task", "problem_type", "id2label", "label2id",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
+    "bos_token", "eos_token", "pad_token", "tokenizer_class", "task_specific_params",
+    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams",
+    "num_beam_groups", "num_return_sequences", "early_stopping", "diversity_penalty", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "exponential_decay_length_penalty",
+})  # fmt: skip
+_ROPE_KEYS = frozenset({
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+    "partial_rotary_factor",
+})  # fmt: skip
 # A value that switches nothing on: a key we do not know that carries it changes nothing.
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 _ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
+    **{"silu": "silu", "swish": "silu", "relu": "relu"},
+    **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
 }
-_ROPE_KEYS = frozenset(
-    [
-        "rope_type",
-        "type",
-        "rope_theta",
-        "factor",
-        "original_max_position_embeddings",
-        "low_freq_factor",
-        "high_freq_factor",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "partial_rotary_factor",
-    ]
-)
 
 
+@dataclass
 class ConfigReader:
-    """The keys of one config.json, remembering which were read."""
+    """The keys of one config.json, or of an object in it, remembering which were read.
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self._raw = raw
-        self._read: set[str] = set()
+    `where` begins every error; keys in `harmless` may stay unread.
+    """
+
+    raw: Mapping[str, Any]
+    where: str = "config.json: "
+    harmless: frozenset[str] = _HARMLESS
+    read: set[str] = field(default_factory=set)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The key's value, or the default where it is absent or null."""
-        self._read.add(key)
-        value = self._raw.get(key)
+        self.read.add(key)
+        value = self.raw.get(key)
         return default if value is None else value
 
     def is_null(self, key: str) -> bool:
         """Whether the key is there and null, which some configurations tell from absent."""
-        return key in self._raw and self._raw[key] is None
+        return key in self.raw and self.raw[key] is None
 
     def _checked(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
         value = self.get(key, default)
-        if value is None:
-            raise ConfigError(f"config.json: {key} is missing; it must be {wanted}")
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"config.json: {key} is {value!r}; it must be {wanted}")
+        require(value is not None, f"{self.where}{key} is missing; it must be {wanted}")
+        good = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        require(good, f"{self.where}{key} is {value!r}; it must be {wanted}")
         return value
 
     def integer(self, key: str, default: int | None = None, low: int = 1) -> int:
         wanted = f"an integer of at least {low}"
         value: int = self._checked(key, default, (int,), wanted)
-        if value < low:
-            raise ConfigError(f"config.json: {key} is {value}; it must be {wanted}")
+        require(value >= low, f"{self.where}{key} is {value}; it must be {wanted}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         return float(self._checked(key, default, (int, float), "a number"))
 
+    def optional_number(self, key: str) -> float | None:
+        return None if self.get(key) is None else self.number(key)
+
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._checked(key, default, (bool,), "true or false"))
 
     def indices(self, key: str) -> tuple[int, ...]:
-        value = self._checked(key, [], (list,), "a list of layer numbers")
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-            raise ConfigError(f"config.json: {key} is {value!r}; it must be a list of layer numbers")
+        wanted = "a list of layer numbers"
+        value = self._checked(key, [], (list,), wanted)
+        require(all(type(i) is int for i in value), f"{self.where}{key} is {value!r}; it must be {wanted}")
         return tuple(value)
 
     def num_experts(self) -> int:
@@ -153,104 +95,76 @@ class ConfigReader:
 
     def default(self, key: str, value: Any) -> None:
         """Give an absent (not a null) key the value that this architecture's class has."""
-        if key not in self._raw:
-            self._raw = {**self._raw, key: value}
+        if key not in self.raw:
+            self.raw = {**self.raw, key: value}
 
     def activation(self) -> Activation:
         name = self.get("hidden_act", "silu")
-        if name not in _ACTIVATIONS:
-            raise ConfigError(f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
+        require(name in _ACTIVATIONS, f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
     def layer_types(self, num_layers: int) -> Sequence[str] | None:
         """One of full_attention and sliding_attention a layer, None where the key is absent."""
-        value = self.get("layer_types")
-        if value is None:
-            return None
+        value: list[str] | None = self.get("layer_types")
         known = ("full_attention", "sliding_attention")
-        if not isinstance(value, list) or len(value) != num_layers or any(v not in known for v in value):
-            raise ConfigError(f"config.json: layer_types must name one of {', '.join(known)} for each layer")
+        if value is not None:
+            good = isinstance(value, list) and len(value) == num_layers and all(v in known for v in value)
+            require(good, f"config.json: layer_types must name one of {', '.join(known)} for each layer")
         return value
 
     def finish(self) -> None:
         """Raises ConfigError naming a key that nobody read and that may matter."""
-        for key, value in self._raw.items():
-            known = key in self._read or key in _HARMLESS or key.startswith("_") or key.endswith("_version")
-            if not known and value not in _OFF:
-                raise ConfigError(
-                    f"config.json: {key} = {value!r} is not supported for model_type {self._raw.get('model_type')!r}; "
-                    "the model would not compute what it was trained for"
-                )
+        model = f" for model_type {self.raw['model_type']!r}" if "model_type" in self.raw else ""
+        for key, value in self.raw.items():
+            known = key in self.read or key in self.harmless or key.startswith("_") or key.endswith("_version")
+            require(
+                known or value in _OFF,
+                f"{self.where}{key} = {value!r} is not supported{model}; "
+                "the model would not compute what it was trained for",
+            )
 
     def rope(self, default_theta: float, max_position: int) -> RopeConfig:
         """rope_theta and rope_scaling (transformers 4) or rope_parameters (5); rope_scaling wins as it does there."""
         theta = self.number("rope_theta", default_theta)
         old, new = self.get("rope_scaling"), self.get("rope_parameters")
-        name, rope = ("rope_scaling", old) if old else ("rope_parameters", new or {})
-        if not isinstance(rope, dict):
-            raise ConfigError(f"config.json: {name} is {rope!r}; it must be an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind in ("dynamic", "longrope", "su"):
-            raise ConfigError(
-                f"config.json: rope type {kind!r} is not supported: its frequencies depend on the longest sequence in "
-                "the batch, so a request's answer would depend on its neighbours; linear, llama3 and yarn are supported"
-            )
-        if kind not in ("default", "linear", "llama3", "yarn"):
-            raise ConfigError(
-                f"config.json: rope type {kind!r} is unknown; default, linear, llama3, yarn are supported"
-            )
-        for key, value in rope.items():
-            if key not in _ROPE_KEYS and value not in _OFF:
-                raise ConfigError(f"config.json: {name}.{key} = {value!r} is not supported")
-        if float(rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise ConfigError("config.json: partial_rotary_factor is not 1, which this model_type does not know")
-        return _rope_config(kind, name, rope, theta, self._original(rope, max_position), max_position)
-
-    def _original(self, rope: Mapping[str, Any], max_position: int) -> int:
-        return int(
-            self.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or max_position
+        name, given = ("rope_scaling", old) if old else ("rope_parameters", new or {})
+        require(isinstance(given, dict), f"config.json: {name} is {given!r}; it must be an object")
+        kind = given.get("rope_type", given.get("type", "default"))
+        require(
+            kind not in ("dynamic", "longrope", "su"),
+            f"config.json: rope type {kind!r} is not supported: its frequencies depend on the longest sequence in "
+            "the batch, so a request's answer would depend on its neighbours; linear, llama3 and yarn are supported",
         )
+        known = ("default", "linear", "llama3", "yarn")
+        require(kind in known, f"config.json: rope type {kind!r} is unknown; {', '.join(known)} are supported")
+        rope = ConfigReader(given, f"config.json: {name} of type {kind}: ", _ROPE_KEYS)
+        rope.finish()
+        partial = rope.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
+        require(partial == 1.0, "config.json: partial_rotary_factor is not 1, which this model_type does not know")
+        key = "original_max_position_embeddings"
+        original = self.integer(key, rope.integer(key, max_position))
+        return _rope_config(kind, rope, rope.number("rope_theta", theta), original, max_position)
 
 
-def _rope_config(
-    kind: str, name: str, rope: Mapping[str, Any], theta: float, original: int, max_position: int
-) -> RopeConfig:
-    def number(key: str, default: float | None) -> float | None:
-        value = rope.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"config.json: {name}.{key} is {value!r}; it must be a number")
-        return float(value)
-
-    def needed(key: str) -> float:
-        value = number(key, None)
-        if value is None:
-            raise ConfigError(f"config.json: {name} of type {kind} lacks {key}")
-        return value
-
-    theta = number("rope_theta", theta) or theta
+def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max_position: int) -> RopeConfig:
     if kind == "linear":
-        return RopeConfig(theta, "linear", needed("factor"))
+        return RopeConfig(theta, "linear", rope.number("factor"))
     if kind == "llama3":
-        low, high = needed("low_freq_factor"), needed("high_freq_factor")
-        if not low < high:
-            raise ConfigError(
-                f"config.json: {name}.low_freq_factor = {low} must be less than high_freq_factor = {high}"
-            )
-        return RopeConfig(theta, "llama3", needed("factor"), original, low, high)
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        require(low < high, f"config.json: rope low_freq_factor = {low} must be less than high_freq_factor = {high}")
+        return RopeConfig(theta, "llama3", rope.number("factor"), original, low, high)
     if kind == "yarn":
         return RopeConfig(
             theta,
             "yarn",
-            number("factor", None) or max_position / original,
+            rope.number("factor", max_position / original),
             original,
-            beta_fast=number("beta_fast", None) or 32.0,
-            beta_slow=number("beta_slow", None) or 1.0,
-            attention_factor=number("attention_factor", None),
-            mscale=number("mscale", None),
-            mscale_all_dim=number("mscale_all_dim", None),
-            truncate=bool(rope.get("truncate", True)),
+            beta_fast=rope.number("beta_fast", 32.0) or 32.0,
+            beta_slow=rope.number("beta_slow", 1.0) or 1.0,
+            attention_factor=rope.optional_number("attention_factor"),
+            mscale=rope.optional_number("mscale"),
+            mscale_all_dim=rope.optional_number("mscale_all_dim"),
+            truncate=rope.flag("truncate", True),
         )
     return RopeConfig(theta)
 
@@ -261,8 +175,8 @@ def sliding_windows(reader: ConfigReader, num_layers: int, default_types: Sequen
     types = reader.layer_types(num_layers) or default_types
     if not used:
         reader.get("sliding_window")
-        if "sliding_attention" in types:
-            raise ConfigError("config.json: layer_types has sliding_attention, but use_sliding_window is off")
+        off = "sliding_attention" not in types
+        require(off, "config.json: layer_types has sliding_attention, but use_sliding_window is off")
         return (None,) * num_layers
     window = reader.integer("sliding_window", 4096)
     return tuple(window if kind == "sliding_attention" else None for kind in types)
@@ -278,10 +192,10 @@ def upper_layers_slide(reader: ConfigReader, num_layers: int) -> list[str]:
 def decoder_fields(reader: ConfigReader, *, theta: float, eps: float) -> dict[str, Any]:
     """What every supported architecture spells alike, as arguments of ModelConfig. Defaults differ, so they come in."""
     heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
-    if reader.get("head_dim") is None and hidden % heads:
-        raise ConfigError(
-            f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim"
-        )
+    require(
+        reader.get("head_dim") is not None or hidden % heads == 0,
+        f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim",
+    )
     max_position = reader.integer("max_position_embeddings")
     quantization = reader.get("quantization_config")
     if quantization:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,8 +39,9 @@ class _Files:
         """The source's values where they lie in the file, in the file's dtype."""
         if stored.file not in self._maps:
             with stored.file.open("rb") as file:
-                self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            _bring_in(self._maps[stored.file])
+                region = self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            region.madvise(mmap.MADV_WILLNEED)
+            populate(np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region)
         dtype = _TORCH_DTYPES[stored.dtype]
         count = math.prod(source.shape)
         row = math.prod(source.stored_shape[2:])
@@ -55,15 +57,6 @@ class _Files:
                 raw = bytearray(region[start : start + count * dtype.itemsize])
                 return torch.frombuffer(raw, dtype=dtype, count=count).view(source.shape)
             return torch.frombuffer(region, dtype=dtype, count=count, offset=start).view(source.shape)
-
-
-def _bring_in(region: mmap.mmap) -> None:
-    """Read a mapped file ahead, and enter its pages into our page table, while loading goes on."""
-    region.madvise(mmap.MADV_WILLNEED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        address = torch.frombuffer(region, dtype=torch.uint8).data_ptr()
-    populate(address, len(region), write=False, keep=region)
 
 
 def _place(decoder: Decoder, name: str, parameter: nn.Parameter) -> None:

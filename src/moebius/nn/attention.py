@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moebius.config import ModelConfig
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.ops import Ops
+from moebius.ops.reference import causal_attention
 from moebius.ops.steps import StepInputs
 
 __all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "Rotation", "StepInputs"]
@@ -33,9 +34,9 @@ class Rotation(NamedTuple):
 
     def __call__(self, qkv_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, N) and k (T, G, N), ready to meet, and v (T, G, N)."""
-        heads_TXN = qkv_TI.unflatten(1, (-1, self.head_dim))
-        sizes = (heads_TXN.shape[1] - 2 * self.kv_heads, self.kv_heads, self.kv_heads)
-        q_THN, k_TGN, v_TGN = heads_TXN.split(sizes, dim=1)
+        heads_TXN = qkv_TI.view(len(qkv_TI), qkv_TI.shape[1] // self.head_dim, self.head_dim)
+        sizes = [heads_TXN.shape[1] - 2 * self.kv_heads, self.kv_heads, self.kv_heads]
+        q_THN, k_TGN, v_TGN = torch.split(heads_TXN, sizes, dim=1)
         q_THN = q_THN if self.q_norm is None else self.q_norm(q_THN.contiguous())
         k_TGN = k_TGN if self.k_norm is None else self.k_norm(k_TGN.contiguous())
         return (
@@ -84,20 +85,14 @@ class CausalAttend:
     With document_ids_T a token sees only tokens of its row with its own id (documents packed into rows).
     """
 
-    def __init__(self, ops: Ops, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None) -> None:
-        self._ops, self._config = ops, config
+    def __init__(self, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None) -> None:
+        self._config = config
         self._row_length, self._document_ids_T = row_length, document_ids_T
 
     def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         q_THN, k_TGN, v_TGN = rotation(qkv_TI)
-        return self._ops.causal_attention(
-            q_THN,
-            k_TGN,
-            v_TGN,
-            self._row_length,
-            self._config.scale,
-            self._config.windows[layer],
-            self._document_ids_T,
+        return causal_attention(
+            q_THN, k_TGN, v_TGN, self._row_length, self._config.scale, self._config.windows[layer], self._document_ids_T
         )
 
 
@@ -124,7 +119,7 @@ class Attention(nn.Module):
         """Norm all query heads as one vector, and all key heads (OLMoE), then clip (OLMo)."""
         config = self.config
         if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "full":
-            q_TI, k_TI, v_TI = qkv_TI.split((config.q_size, config.kv_size, config.kv_size), dim=1)
+            q_TI, k_TI, v_TI = torch.split(qkv_TI, [config.q_size, config.kv_size, config.kv_size], dim=1)
             qkv_TI = torch.cat((self.q_norm(q_TI.contiguous()), self.k_norm(k_TI.contiguous()), v_TI), dim=1)
         return qkv_TI if config.clip_qkv is None else qkv_TI.clamp(-config.clip_qkv, config.clip_qkv)
 

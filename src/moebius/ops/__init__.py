@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Pair = tuple[Tensor, Tensor]
+
 
 class ExpertWeights(NamedTuple):
     """One layer's experts: sequences of one tensor an expert, so that nothing mapped is ever stacked or copied.
@@ -66,12 +68,10 @@ class Ops(Protocol):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, inside in float32 (arXiv 1910.07467)."""
 
-    def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
         """The residual stream x + multiplier * update, and its rms_norm."""
 
-    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         """cos and sin (T, R) float32, times `factor`, of positions (int64) times inverse frequencies (float32)."""
 
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -94,9 +94,7 @@ class Ops(Protocol):
         (block id * block_size + offset).
         """
 
-    def route(
-        self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> Pair:
         """Choose experts: weights (T, K) float32 and expert ids (T, K) int64, ties to the lowest id."""
 
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> Any:
@@ -130,7 +128,6 @@ class Ops(Protocol):
         cache: Any,
         plan: Any,
         scale: float,
-        *,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
@@ -141,24 +138,7 @@ class Ops(Protocol):
         2408.00118). sinks_H: float32 scores of one more key a head, without a value (gpt-oss, arXiv 2508.10925).
         """
 
-    def causal_attention(
-        self,
-        q_THN: Tensor,
-        k_TGN: Tensor,
-        v_TGN: Tensor,
-        row_length: int,
-        scale: float,
-        window: int | None = None,
-        document_ids_T: Tensor | None = None,
-    ) -> Tensor:
-        """Attention for training: T = R * row_length tokens in R packed rows, causal within each row (T, H, N).
-
-        With document ids a token sees only tokens of its row that carry its id.
-        """
-
-    def log_softmax_top_k(
-        self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         """What sampling needs of each row: logsumexp(logits / temperature) and the k most likely ids.
 
         logits float32, temperatures float32 (None for 1). (L,) float64, NaN where a logit is not finite, and (L, min(k,

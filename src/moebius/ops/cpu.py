@@ -8,7 +8,6 @@ surround it, however many threads there are and wherever the KV cache holds its 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from moebius import _cpu
 from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
-from moebius.ops import ExpertWeights
+from moebius.ops import ExpertWeights, Pair
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 
@@ -65,10 +64,6 @@ def _address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
     return x.data_ptr()
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [_address(x) for x in tensors]
-
-
 def _require_no_gradient(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError("the CPU kernels compute no gradients; train with ReferenceOps, or serve under no_grad")
@@ -90,6 +85,8 @@ class CpuOps:
     """
 
     one_answer = True
+    # What only training and evaluation need.
+    rotary = staticmethod(ReferenceOps().rotary)
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
@@ -132,33 +129,20 @@ class CpuOps:
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self._rms_norm(x_TD, None, 1.0, weight_D, eps)[1]
 
-    def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
         return self._rms_norm(x_TD, update_TD, multiplier, weight_D, eps)
 
-    def _rms_norm(
-        self, x: Tensor, update: Tensor | None, multiplier: float, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def _rms_norm(self, x: Tensor, update: Tensor | None, multiplier: float, weight: Tensor, eps: float) -> Pair:
         dtype = _require_dtype(x.dtype, update, weight)
         size = x.shape[-1]
         total = x if update is None else torch.empty_like(x)
         out = torch.empty_like(x)
-        self._ops.rms_norm(
-            dtype,
-            _address(x),
-            _address(update),
-            multiplier,
-            _address(weight),
-            x.numel() // size,
-            size,
-            eps,
-            total.data_ptr(),
-            out.data_ptr(),
-        )
+        rows, at, update_at, weight_at = x.numel() // size, _address(x), _address(update), _address(weight)
+        into = total.data_ptr(), out.data_ptr()
+        self._ops.rms_norm(dtype, at, update_at, multiplier, weight_at, rows, size, eps, *into)
         return total, out
 
-    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         rows, half = len(positions_T), len(inverse_R)
         cos, sin = torch.empty(rows, half), torch.empty(rows, half)
         self._ops.rotation(
@@ -171,9 +155,6 @@ class CpuOps:
             sin.data_ptr(),
         )
         return cos, sin
-
-    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        return ReferenceOps().rotary(x_THN, cos_TR, sin_TR)
 
     def rotate_and_store(
         self,
@@ -191,48 +172,28 @@ class CpuOps:
         rows, size = qkv_TI.shape
         q_heads = size // head_dim - 2 * kv_heads
         out = torch.empty(rows, q_heads, head_dim, dtype=qkv_TI.dtype)
-        self._ops.rotate_and_store(
-            dtype,
-            shape,
-            _address(qkv_TI),
-            rows,
-            q_heads,
-            _address(cos_TR, torch.float32),
-            _address(sin_TR, torch.float32),
-            cos_TR.shape[1],
-            _address(q_norm_N),
-            _address(k_norm_N),
-            eps,
-            _address(slot_mapping_T, torch.int64),
-            buffer.data_ptr(),
-            out.data_ptr(),
-        )
+        angles = _address(cos_TR, torch.float32), _address(sin_TR, torch.float32), cos_TR.shape[1]
+        norms = _address(q_norm_N), _address(k_norm_N), eps
+        places = _address(slot_mapping_T, torch.int64), buffer.data_ptr(), out.data_ptr()
+        self._ops.rotate_and_store(dtype, shape, _address(qkv_TI), rows, q_heads, *angles, *norms, *places)
         return out
 
-    def route(
-        self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> Pair:
         if config not in self._routers:
             self._routers[config] = _router_settings(config)
         rows = len(logits_TE)
         weights = torch.empty(rows, config.top_k)
         ids = torch.empty(rows, config.top_k, dtype=torch.int64)
         bias = selection_bias_E.float() if config.selection_bias and selection_bias_E is not None else None
-        self._ops.route(
-            self._routers[config],
-            _address(logits_TE, torch.float32),
-            rows,
-            _address(bias),
-            weights.data_ptr(),
-            ids.data_ptr(),
-        )
+        at, bias_at = _address(logits_TE, torch.float32), _address(bias)
+        self._ops.route(self._routers[config], at, rows, bias_at, weights.data_ptr(), ids.data_ptr())
         return weights, ids
 
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> CpuExperts:
         _require_no_gradient(*(x for tensors in weights for x in tensors))
         width, hidden = weights.gate_FD[0].shape
         dtype = _require_dtype(weights.gate_FD[0].dtype, *(x for tensors in weights for x in tensors))
-        tables = [_addresses(tensors) for tensors in weights]
+        tables = [[_address(x) for x in tensors] for tensors in weights]
         return CpuExperts(_cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables), weights)
 
     def experts(
@@ -241,23 +202,14 @@ class CpuOps:
         _require_dtype(x_TD.dtype, experts.weights.gate_FD[0])
         out = torch.empty_like(x_TD)
         top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
-        self._ops.experts(
-            experts.table,
-            _address(x_TD),
-            len(x_TD),
-            _address(weights_TK, torch.float32),
-            _address(expert_ids_TK, torch.int64),
-            top_k,
-            out.data_ptr(),
-        )
+        routing = _address(weights_TK, torch.float32), _address(expert_ids_TK, torch.int64), top_k
+        self._ops.experts(experts.table, _address(x_TD), len(x_TD), *routing, out.data_ptr())
         return out
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
         dtype = _require_dtype(a_TD.dtype, b_TD)
-        out = torch.empty_like(a_TD)
-        self._ops.add_gated(
-            dtype, _address(a_TD), _address(b_TD), _address(gate_T1, torch.float32), *a_TD.shape, out.data_ptr()
-        )
+        (rows, size), out, gate = a_TD.shape, torch.empty_like(a_TD), _address(gate_T1, torch.float32)
+        self._ops.add_gated(dtype, _address(a_TD), _address(b_TD), gate, rows, size, out.data_ptr())
         return out
 
     def kv_cache_bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -271,14 +223,8 @@ class CpuOps:
 
     def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
         batch, width = step.block_table.shape
-        return _cpu.StepAttention(
-            _address(step.query_start),
-            _address(step.seq_lens),
-            batch,
-            _address(step.block_table),
-            width,
-            window or 0,
-        )
+        query_start, seq_lens, table = (_address(x) for x in (step.query_start, step.seq_lens, step.block_table))
+        return _cpu.StepAttention(query_start, seq_lens, batch, table, width, window or 0)
 
     def paged_attention(
         self,
@@ -286,64 +232,29 @@ class CpuOps:
         cache: CpuCache,
         plan: Any,
         scale: float,
-        *,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         dtype = _require_dtype(q_THN.dtype)
         out = torch.empty_like(q_THN)
-        self._ops.attention(
-            dtype,
-            cache.shape,
-            plan,
-            cache.buffer.data_ptr(),
-            _address(q_THN),
-            q_THN.shape[1],
-            scale,
-            softcap or 0.0,
-            _address(sinks_H, torch.float32),
-            out.data_ptr(),
-        )
+        q, sinks, caps = _address(q_THN), _address(sinks_H, torch.float32), softcap or 0.0
+        into, at = out.data_ptr(), cache.buffer.data_ptr()
+        self._ops.attention(dtype, cache.shape, plan, at, q, q_THN.shape[1], scale, caps, sinks, into)
         return out
 
-    def causal_attention(
-        self,
-        q_THN: Tensor,
-        k_TGN: Tensor,
-        v_TGN: Tensor,
-        row_length: int,
-        scale: float,
-        window: int | None = None,
-        document_ids_T: Tensor | None = None,
-    ) -> Tensor:
-        return ReferenceOps().causal_attention(q_THN, k_TGN, v_TGN, row_length, scale, window, document_ids_T)
-
-    def log_softmax_top_k(
-        self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         rows, vocab = logits_LV.shape
         log_sums = torch.empty(rows, dtype=torch.float64)
         ids = torch.empty(rows, min(k, vocab), dtype=torch.int64)
-        self._ops.log_softmax_top_k(
-            _address(logits_LV, torch.float32),
-            rows,
-            vocab,
-            _address(temperature_L, torch.float32),
-            ids.shape[1],
-            log_sums.data_ptr(),
-            ids.data_ptr(),
-        )
+        at, heat = _address(logits_LV, torch.float32), _address(temperature_L, torch.float32)
+        self._ops.log_softmax_top_k(at, rows, vocab, heat, ids.shape[1], log_sums.data_ptr(), ids.data_ptr())
         return log_sums, ids
 
     def draw(self, logits_LV: Tensor, temperature_L: Tensor, uniform_L: Tensor) -> Tensor:
-        ids = torch.empty(len(logits_LV), dtype=torch.int64)
-        self._ops.draw(
-            _address(logits_LV, torch.float32),
-            *logits_LV.shape,
-            _address(temperature_L, torch.float32),
-            _address(uniform_L, torch.float64),
-            ids.data_ptr(),
-        )
+        rows, vocab = logits_LV.shape
+        ids = torch.empty(rows, dtype=torch.int64)
+        heat, uniform = _address(temperature_L, torch.float32), _address(uniform_L, torch.float64)
+        self._ops.draw(_address(logits_LV, torch.float32), rows, vocab, heat, uniform, ids.data_ptr())
         return ids
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
-from moebius.ops import ExpertWeights
+from moebius.ops import ExpertWeights, Pair
 from moebius.ops.routing import route, top_k
 from moebius.ops.steps import StepInputs
 
@@ -96,13 +96,11 @@ class ReferenceOps:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return x.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
-    def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
         x_TD = x_TD + (update_TD if multiplier == 1.0 else update_TD * multiplier)
         return x_TD, self.rms_norm(x_TD, weight_D, eps)
 
-    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         angles_TR = positions_T.float().unsqueeze(1) * inverse_R
         return angles_TR.cos() * factor, angles_TR.sin() * factor
 
@@ -124,9 +122,9 @@ class ReferenceOps:
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        heads_TXN = qkv_TI.unflatten(1, (-1, cache.k.shape[-1]))
+        heads_TXN = qkv_TI.view(len(qkv_TI), qkv_TI.shape[1] // cache.k.shape[-1], cache.k.shape[-1])
         kv_heads = cache.k.shape[2]
-        q_THN, k_TGN, v_TGN = heads_TXN.split((heads_TXN.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+        q_THN, k_TGN, v_TGN = torch.split(heads_TXN, [heads_TXN.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
         if q_norm_N is not None:
             q_THN = self.rms_norm(q_THN, q_norm_N, eps)
         if k_norm_N is not None:
@@ -135,9 +133,7 @@ class ReferenceOps:
             store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
         return self.rotary(q_THN, cos_TR, sin_TR)
 
-    def route(
-        self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> Pair:
         return route(logits_TE, config, selection_bias_E)
 
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> tuple[ExpertWeights, Activation]:
@@ -201,7 +197,6 @@ class ReferenceOps:
         cache: ReferenceCache,
         plan: list[AttentionGroup],
         scale: float,
-        *,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
@@ -214,9 +209,7 @@ class ReferenceOps:
                 out_THN[group.rows] = _attend_by_hand(q_THN[group.rows], cache, group, scale, softcap, sinks_H)
         return out_THN
 
-    def log_softmax_top_k(
-        self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         finite_L = torch.isfinite(logits_LV).all(dim=-1)
         scaled_LV = logits_LV.double() if temperature_L is None else logits_LV.double() / temperature_L.unsqueeze(1)
         log_sums_L = torch.logsumexp(scaled_LV, dim=-1).where(finite_L, torch.nan)
@@ -227,43 +220,48 @@ class ReferenceOps:
         wanted_L1 = (uniform_L * cumulative_LV[:, -1]).unsqueeze(1)
         return torch.searchsorted(cumulative_LV, wanted_L1, right=True).squeeze(1).clamp(max=logits_LV.shape[-1] - 1)
 
-    def causal_attention(
-        self,
-        q_THN: Tensor,
-        k_TGN: Tensor,
-        v_TGN: Tensor,
-        row_length: int,
-        scale: float,
-        window: int | None = None,
-        document_ids_T: Tensor | None = None,
-    ) -> Tensor:
-        def rows(x: Tensor) -> Tensor:
-            return x.view(-1, row_length, *x.shape[1:]).transpose(1, 2)
-
-        mask = None
-        if (window is not None and window < row_length) or document_ids_T is not None:
-            at = torch.arange(row_length, device=q_THN.device)
-            mask = visible(at, at, window)
-            if document_ids_T is not None:
-                ids = document_ids_T.view(-1, row_length)
-                mask = (ids.unsqueeze(1) == ids.unsqueeze(2)).logical_and(mask).unsqueeze(1)
-        out = F.scaled_dot_product_attention(
-            rows(q_THN),
-            rows(k_TGN),
-            rows(v_TGN),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q_THN.shape[1] != k_TGN.shape[1],
-        )
-        return out.transpose(1, 2).reshape(q_THN.shape)
-
 
 def visible(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:
     """Which of the keys' positions (..., S) a query's position (..., Q) may see: (..., Q, S) bool."""
     distance = query_at.unsqueeze(-1) - key_at.unsqueeze(-2)
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
+
+
+def causal_attention(
+    q_THN: Tensor,
+    k_TGN: Tensor,
+    v_TGN: Tensor,
+    row_length: int,
+    scale: float,
+    window: int | None = None,
+    document_ids_T: Tensor | None = None,
+) -> Tensor:
+    """Attention for training: T = R * row_length tokens in R packed rows, causal within each row (T, H, N).
+
+    With document ids a token sees only tokens of its row that carry its id.
+    """
+
+    def rows(x: Tensor) -> Tensor:
+        return x.view(-1, row_length, *x.shape[1:]).transpose(1, 2)
+
+    mask = None
+    if (window is not None and window < row_length) or document_ids_T is not None:
+        at = torch.arange(row_length, device=q_THN.device)
+        mask = visible(at, at, window)
+        if document_ids_T is not None:
+            ids = document_ids_T.view(-1, row_length)
+            mask = (ids.unsqueeze(1) == ids.unsqueeze(2)).logical_and(mask).unsqueeze(1)
+    out = F.scaled_dot_product_attention(
+        rows(q_THN),
+        rows(k_TGN),
+        rows(v_TGN),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q_THN.shape[1] != k_TGN.shape[1],
+    )
+    return out.transpose(1, 2).reshape(q_THN.shape)
 
 
 def combine(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -359,13 +357,7 @@ def _attend(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup, scale: 
     """Attention of a group's rows over the keys and values in its slots."""
     q, k, v = _gather(q_QHN, cache, group)
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=group.mask,
-        is_causal=group.mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)
 

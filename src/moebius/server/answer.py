@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
@@ -14,8 +13,6 @@ from starlette.types import Receive, Scope, Send
 from moebius.server.faults import fault_of
 from moebius.server.formats import Format, Json
 from moebius.server.stream import Call, ClientGone
-
-log = logging.getLogger(__name__)
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -50,25 +47,10 @@ class Answer(Response):
         self.status_code = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = self.call
-        call.on_cut = scope.get("moebius.abort", lambda: None)
-        outcome = "ok"
-        started = asyncio.get_running_loop().time()
-        try:
-            async with call, _watched(call, receive):
+        self.call.on_cut = scope.get("moebius.abort", lambda: None)
+        with contextlib.suppress(ClientGone):
+            async with self.call, _watched(self.call, receive):
                 await (self._stream(send) if self.stream else self._collect(scope, receive, send))
-        except ClientGone:
-            outcome = "client gone"
-        except BaseException as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            seconds = asyncio.get_running_loop().time() - started
-            log.info(
-                "%s: %s, %d choices, %d prompt tokens (%d cached), %d completion tokens, %.3f s",
-                *(call.id, outcome, len(call.choices), call.prompt_tokens, call.cached_tokens),
-                *(call.completion_tokens, seconds),
-            )
 
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
         while not self.call.finished:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -39,7 +40,7 @@ from moebius.server.protocol import (
     parse,
 )
 from moebius.server.settings import ServerSettings
-from moebius.server.stream import Ask, FrontDoor
+from moebius.server.stream import FrontDoor
 from moebius.text import GenerationDefaults, Tokenizer
 
 # A body up to this size is parsed and tokenised on the event loop: handing it to a thread would take longer.
@@ -50,16 +51,16 @@ _CLOSE_SECONDS = 5.0
 Asked = TypeVar("Asked", bound=Body)
 
 
+@dataclass(eq=False)
 class _Api:
     """The routes' handlers."""
 
-    def __init__(
-        self, door: FrontDoor, tokenizer: Tokenizer, defaults: GenerationDefaults, settings: ServerSettings
-    ) -> None:
-        self.door = door
-        self.tokenizer = tokenizer
-        self.defaults = defaults
-        self.settings = settings
+    door: FrontDoor
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    settings: ServerSettings
+
+    def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self._created = int(time.time())
 
@@ -107,8 +108,14 @@ class _Api:
     def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         try:
             params, prompts = asked.sampling(self.defaults), asked.encode(self.tokenizer)
-            ask = Ask(prompts, params, asked.priority, _salt(request, asked), asked.continues)
-            call = self.door.open(f"{asked.id_prefix}-{secrets.token_hex(12)}", ask)
+            call = self.door.open(
+                f"{asked.id_prefix}-{secrets.token_hex(12)}",
+                prompts,
+                params,
+                continues=asked.continues,
+                priority=asked.priority,
+                salt=_salt(request, asked),
+            )
         except RequestError as error:
             raise asked.as_written(error) from error
         model = asked.model or self.settings.served_model_names[0]
@@ -120,9 +127,7 @@ class _Api:
             raise RequestError("give either prompt or messages", param="prompt")
         if asked.messages is not None:
             ids = self.tokenizer.encode_chat(
-                asked.messages,
-                add_generation_prompt=asked.add_generation_prompt,
-                variables=asked.chat_template_kwargs,
+                asked.messages, add_generation_prompt=asked.add_generation_prompt, variables=asked.chat_template_kwargs
             )
         else:
             ids = self.tokenizer.encode(asked.prompt or "", asked.add_special_tokens)
@@ -184,77 +189,24 @@ def create_app(
     async def leave_to_guard(request: Request, error: Exception) -> Response:
         raise error  # or Starlette would answer an unknown route by itself
 
-    posts = {
-        "/v1/completions": api.posted(CompletionRequest, api.generate),
-        "/v1/chat/completions": api.posted(ChatRequest, api.generate),
-        "/tokenize": api.posted(TokenizeRequest, api.tokenize),
-        "/detokenize": api.posted(DetokenizeRequest, api.detokenize),
-    }
-    gets = {
-        "/v1/models": api.models,
-        "/v1/models/{id:path}": api.model,
-        "/health": api.ready,
-        "/health/live": api.live,
-        "/health/ready": api.ready,
-        "/metrics": api.metrics,
-        "/version": api.version,
-    }
     app = Starlette(
         routes=[
-            *(Route(path, handle, methods=["POST"]) for path, handle in posts.items()),
-            *(Route(path, handle, methods=["GET"]) for path, handle in gets.items()),
+            Route("/v1/completions", api.posted(CompletionRequest, api.generate), methods=["POST"]),
+            Route("/v1/chat/completions", api.posted(ChatRequest, api.generate), methods=["POST"]),
+            Route("/tokenize", api.posted(TokenizeRequest, api.tokenize), methods=["POST"]),
+            Route("/detokenize", api.posted(DetokenizeRequest, api.detokenize), methods=["POST"]),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{id:path}", api.model),
+            Route("/health", api.ready),
+            Route("/health/live", api.live),
+            Route("/health/ready", api.ready),
+            Route("/metrics", api.metrics),
+            Route("/version", api.version),
         ],
         exception_handlers={HTTPException: leave_to_guard},
         middleware=[Middleware(Guard, api_keys=settings.api_keys, metrics=metrics)],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.front_door is its FrontDoor.
-    """
-    metrics = ServerMetrics(client, settings.served_model_names[0], vllm_names=settings.vllm_metric_names)
-    door = FrontDoor(client, tokenizer, metrics, settings)
-    api = _Api(door, tokenizer, defaults, settings)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        door.start()
-        try:
-            yield
-        finally:
-            api.executor.shutdown(wait=False, cancel_futures=True)
-            await asyncio.to_thread(door.close, _CLOSE_SECONDS)
-
-    async def leave_to_guard(request: Request, error: Exception) -> Response:
-        raise error  # or Starlette would answer an unknown route by itself
-
-    posts = {
-        "/v1/completions": api.completions,
-        "/v1/chat/completions": api.chat_completions,
-        "/tokenize": api.tokenize,
-        "/detokenize": api.detokenize,
-    }
-    gets = {
-        "/v1/models": api.models,
-        "/v1/models/{id:path}": api.model,
-        "/health": api.ready,
-        "/health/live": api.live,
-        "/health/ready": api.ready,
-        "/metrics": api.metrics,
-        "/version": api.version,
-    }
-    app = FastAPI(
-        title="Moebius",
-        routes=[
-            *(Route(path, handle, methods=["POST"]) for path, handle in posts.items()),
-            *(Route(path, handle, methods=["GET"]) for path, handle in gets.items()),
-        ],
-        exception_handlers={HTTPException: leave_to_guard},
-        middleware=[Middleware(Guard, api_keys=settings.api_keys, metrics=metrics)],
-        lifespan=lifespan,
-        openapi_url=None,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
     app.state.front_door = door
     return app

@@ -12,25 +12,26 @@ import asyncio
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import httpx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp
 
 from moebius.config import require
 from moebius.errors import ConfigError
+from moebius.server.protocol import first_error
 
-URLS = ("/v1/completions", "/v1/chat/completions")
 
-
-@dataclass(frozen=True, slots=True)
-class BatchCall:
+class BatchCall(BaseModel):
     """One line of the input."""
 
-    custom_id: str
-    url: str
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    custom_id: str = Field(min_length=1)
+    method: Literal["POST"] = "POST"
+    url: Literal["/v1/completions", "/v1/chat/completions"]
     body: dict[str, Any]
 
 
@@ -56,17 +57,11 @@ def read_batch(path: Path) -> list[BatchCall]:
 
 def _call(line: str, where: str) -> BatchCall:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from error
-    require(isinstance(record, dict), f"{where}: not a JSON object")
-    custom_id, url, body = record.get("custom_id"), record.get("url"), record.get("body")
-    require(isinstance(custom_id, str) and custom_id != "", f"{where}: custom_id must be a string that is not empty")
-    posted = record.get("method", "POST") == "POST" and url in URLS
-    require(posted, f"{where}: method and url must be POST and one of {', '.join(URLS)}")
-    require(isinstance(body, dict), f"{where}: body must be an object, the request's fields")
-    require(not body.get("stream"), f"{where}: stream must be false in a batch")
-    return BatchCall(custom_id, url, body)
+        call = BatchCall.model_validate_json(line)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {first_error(error)}") from error
+    require(not call.body.get("stream"), f"{where}: body.stream must be false in a batch")
+    return call
 
 
 def answered(path: Path) -> set[str]:

@@ -21,12 +21,32 @@ _MAX_MESSAGE = 500
 _MAX_PARAM = 100
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One error response. `reason` is what the metrics call it, one of a fixed few."""
+
+    status: int
+    message: str
+    code: str | None
+    reason: str = "http"
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, dict(self.headers), "application/json")
+
+
 class HTTPFault(Exception):
     """A failure that belongs to HTTP rather than to a request's fields."""
 
     def __init__(self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, dict(headers or {})
+        self.fault = Fault(status, message, code, headers=headers or {})
 
 
 class DrainingError(OverloadError):
@@ -34,26 +54,6 @@ class DrainingError(OverloadError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down", retry_after=5.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One error response. `reason` is what the metrics call it, one of a fixed few."""
-
-    status: int
-    message: str
-    type: str
-    reason: str
-    param: str | None = None
-    code: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def body(self) -> bytes:
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
-
-    def response(self) -> Response:
-        return Response(self.body(), self.status, dict(self.headers), "application/json")
 
 
 def _cut(text: str, size: int) -> str:
@@ -72,7 +72,7 @@ def _internal(error: BaseException) -> Fault:
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("error id %s: %s\n%s", error_id, type(error).__name__, frames)
     code = "numerical_error" if isinstance(error, NumericalError) else "internal_error"
-    return Fault(500, f"the server failed on this request (error id {error_id})", "server_error", "error", code=code)
+    return Fault(500, f"the server failed on this request (error id {error_id})", code, "error")
 
 
 _BY_STATUS = {
@@ -83,27 +83,22 @@ _BY_STATUS = {
 
 def fault_of(error: BaseException) -> Fault:
     """What a client is told about an exception."""
+    message = _cut(str(error), _MAX_MESSAGE)
     match error:
+        case HTTPFault():
+            return error.fault
         case RequestError():
             status = 404 if error.code == "model_not_found" else 400
             reason = "context_length" if error.code == "context_length_exceeded" else "invalid_request"
-            param = None if error.param is None else _cut(error.param, _MAX_PARAM)
-            message = _cut(str(error), _MAX_MESSAGE)
-            return Fault(status, message, "invalid_request_error", reason, param, error.code)
-        case DrainingError():
-            return Fault(503, str(error), "server_error", "draining", None, "draining", _retry(error.retry_after))
+            return Fault(status, message, error.code, reason, error.param and _cut(error.param, _MAX_PARAM))
         case OverloadError():
-            message = _cut(str(error), _MAX_MESSAGE)
-            return Fault(503, message, "server_error", "overload", None, "overloaded", _retry(error.retry_after))
+            code, reason = ("draining",) * 2 if isinstance(error, DrainingError) else ("overloaded", "overload")
+            return Fault(503, message, code, reason, headers=_retry(error.retry_after))
         case DeadlineError():
             message = "the request's time ran out before it was finished"
-            return Fault(503, message, "server_error", "deadline", None, "deadline_exceeded", _retry(1))
-        case HTTPFault():
-            kind = "invalid_request_error" if error.status < 500 else "server_error"
-            return Fault(error.status, error.message, kind, "http", None, error.code, error.headers)
+            return Fault(503, message, "deadline_exceeded", "deadline", headers=_retry(1))
         case HTTPException() if error.status_code < 500:
             message, code = _BY_STATUS.get(error.status_code, ("the request cannot be served", "bad_request"))
-            headers = dict(error.headers or {})
-            return Fault(error.status_code, message, "invalid_request_error", "http", None, code, headers)
+            return Fault(error.status_code, message, code, headers=dict(error.headers or {}))
         case _:
             return _internal(error)

@@ -1,4 +1,4 @@
-"""The two endpoints' formats: how choices and their deltas become OpenAI's JSON."""
+"""The two endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from typing import Any, ClassVar
 
 from moebius.engine.client import TokenLogprob
 from moebius.outputs import Delta
-from moebius.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from moebius.server.protocol import CompletionRequest, GenerationRequest
 from moebius.server.stream import Batch, Call, Choice
 from moebius.text import Tokenizer, text_offsets
 
 Json = dict[str, Any]
+# JSON has no -inf; this is what OpenAI sends for it.
+FLOOR = -9999.0
+
+
+def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; OpenAI's `bytes:\\xNN` form where its bytes alone are no characters, so that two such differ."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class Format:
@@ -30,7 +40,7 @@ class Format:
         self._call = call
         self._request = request
         self._tokenizer = tokenizer
-        self._top = call.ask.params.logprobs
+        self._top = call.params.logprobs
         self._head = {"id": call.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
         self._begun: set[int] = set()
 
@@ -83,8 +93,22 @@ class Format:
         return {field: tuple(token_ids)} if self._request.return_token_ids else {}
 
     def _prompt_logprobs(self, choice: Choice) -> Json:
-        k, entries = self._request.prompt_logprobs, choice.assembler.prompt_logprobs
-        return {} if k is None else {"prompt_logprobs": prompt_logprobs(self._tokenizer, entries, k)}
+        """vLLM's field: null for the first token, then id -> logprob, rank and text, the prompt's own included."""
+        k, text = self._request.prompt_logprobs, self._tokenizer.token_text
+        if k is None:
+            return {}
+        found: list[dict[str, Json] | None] = [None]
+        for entry in choice.assembler.prompt_logprobs:
+            ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top[:k], 1)]
+            if all(token_id != entry.token_id for token_id, _, _ in ranked):
+                ranked.insert(0, (entry.token_id, entry.logprob, entry.rank))
+            found.append(
+                {
+                    str(id): {"logprob": max(logprob, FLOOR), "rank": rank, "decoded_token": text(id)}
+                    for id, logprob, rank in ranked
+                }
+            )
+        return {"prompt_logprobs": found}
 
 
 class CompletionFormat(Format):
@@ -115,16 +139,27 @@ class CompletionFormat(Format):
         }
 
     def _logprobs(self, choice: Choice, delta: Delta, prompt: str, *, echo: bool) -> Json | None:
+        """The k most likely tokens of each position, and the chosen one besides; a prompt's first token has none."""
         if self._top is None:
             return None
-        ids, entries = list(delta.token_ids), [*delta.logprobs]
+        ids: list[int] = list(delta.token_ids)
+        entries: list[TokenLogprob | None] = list(delta.logprobs)
         offsets = [len(prompt) + offset for offset in delta.text_offsets]
-        if not echo:
-            return completion_logprobs(self._tokenizer, ids, entries, offsets, self._top)
-        prompt_ids = choice.request.prompt_ids
-        before = [min(offset, len(prompt)) for offset in text_offsets(self._tokenizer, prompt_ids)]
-        scored = [None, *choice.assembler.prompt_logprobs, *entries]
-        return completion_logprobs(self._tokenizer, [*prompt_ids, *ids], scored, before + offsets, self._top)
+        if echo:
+            before = text_offsets(self._tokenizer, choice.request.prompt_ids)
+            ids = [*choice.request.prompt_ids, *ids]
+            entries = [None, *choice.assembler.prompt_logprobs, *entries]
+            offsets = [*(min(offset, len(prompt)) for offset in before), *offsets]
+        tokens = [legacy_token(self._tokenizer, token_id) for token_id in ids]
+        chosen = [None if entry is None else max(entry.logprob, FLOOR) for entry in entries]
+        tops: list[dict[str, float] | None] = []
+        for entry in entries:
+            top: dict[str, float] = {}
+            if entry is not None:
+                for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
+                    top.setdefault(legacy_token(self._tokenizer, token_id), max(logprob, FLOOR))
+            tops.append(None if entry is None else top)
+        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
 
 
 class ChatFormat(Format):
@@ -151,4 +186,15 @@ class ChatFormat(Format):
         yield self._chunk({"delta": said, "logprobs": self._logprobs(delta.logprobs), **self._common(choice, delta)})
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
-        return None if self._top is None else chat_logprobs(self._tokenizer, entries, self._top)
+        if self._top is None:
+            return None
+
+        def one(token_id: int, logprob: float) -> Json:
+            raw = self._tokenizer.token_bytes(token_id)
+            return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
+
+        content = [
+            {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*pair) for pair in entry.top[: self._top]]}
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}

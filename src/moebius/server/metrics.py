@@ -6,16 +6,18 @@ server starts; none comes from a request.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from moebius.engine.client import EngineClient, EngineStats
 
-_OWN, _VLLM = "moebius_", "vllm:"
+_OWN = "moebius_"
+_OWN_NAME = re.compile(rb"^(# HELP |# TYPE )?moebius_", re.MULTILINE)
+_CREATED = re.compile(rb"^(?:# HELP |# TYPE )?moebius_\w+_created[ {].*\n", re.MULTILINE)
 _LABELS = ("model_name", "engine")
 
 _Read = Callable[[EngineStats], float]
@@ -66,20 +68,18 @@ class ServerMetrics:
     def __init__(self, client: EngineClient, model_name: str, *, vllm_names: bool = True) -> None:
         self._client = client
         self._labels = (model_name, "0")
-        self._prefixes = (_OWN, _VLLM) if vllm_names else (_OWN,)
-        self._histograms = {
-            name: Histogram(_OWN + name, text, _LABELS, buckets=buckets, registry=None)
-            for name, text, buckets in _HISTOGRAMS
-        }
-        self._observe = {name: h.labels(*self._labels).observe for name, h in self._histograms.items()}
-        self._finished = _counter("request_success", "Sequences that ended", "finished_reason")
-        self._rejected = _counter("admission_rejections", "Calls refused or failed without an answer", "reason")
-        for reason in FINISHED_REASONS:
-            self._finished.labels(*self._labels, reason)
-        for reason in REJECTIONS:
-            self._rejected.labels(*self._labels, reason)
+        self._vllm_names = vllm_names
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        self._observe = {
+            name: Histogram(_OWN + name, text, _LABELS, buckets=buckets, registry=self._registry)
+            .labels(*self._labels)
+            .observe
+            for name, text, buckets in _HISTOGRAMS
+        }
+        self._finished = self._counter("request_success", "Sequences that ended", "finished_reason", FINISHED_REASONS)
+        refused = "Calls refused or failed without an answer"
+        self._rejected = self._counter("admission_rejections", refused, "reason", REJECTIONS)
 
     def tokens(self, times: SequenceTimes, count: int, now: float) -> None:
         """A step brought a sequence `count` tokens."""
@@ -112,46 +112,25 @@ class ServerMetrics:
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        own = _CREATED.sub(b"", generate_latest(self._registry))
+        return own + _OWN_NAME.sub(rb"\1vllm:", own) if self._vllm_names else own
 
     def collect(self) -> Iterable[Metric]:
-        """The collector's side, called by the registry at each scrape."""
-        families = [*self._engine_families()]
-        for recorded in (*self._histograms.values(), self._finished, self._rejected):
-            families += [_without_created(family) for family in recorded.collect()]
-        for prefix in self._prefixes:
-            yield from (_renamed(family, prefix) for family in families)
-
-    def _engine_families(self) -> Iterable[Metric]:
+        """The engine's own counts, asked for by the registry at each scrape."""
         stats, info = self._client.stats(), self._client.info
-        for name, text, read in _GAUGES:
-            gauge = GaugeMetricFamily(_OWN + name, text, labels=_LABELS)
-            gauge.add_metric(self._labels, read(stats))
-            yield gauge
-        for name, text, read in _COUNTERS:
-            counter = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
-            counter.add_metric(self._labels, read(stats))
-            yield counter
+        for kind, series in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, text, read in series:
+                family = kind(_OWN + name, text, labels=_LABELS)
+                family.add_metric(self._labels, read(stats))
+                yield family
         facts = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks)}
         config = GaugeMetricFamily(_OWN + "cache_config_info", "Facts of the KV cache", labels=(*_LABELS, *facts))
         config.add_metric((*self._labels, *facts.values()), 1)
         yield config
 
-
-def _counter(name: str, text: str, label: str) -> Counter:
-    return Counter(_OWN + name, text, (*_LABELS, label), registry=None)
-
-
-def _without_created(family: Metric) -> Metric:
-    family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-    return family
-
-
-def _renamed(family: Metric, prefix: str) -> Metric:
-    def name(own: str) -> str:
-        return prefix + own.removeprefix(_OWN)
-
-    copy = Metric(name(family.name), family.documentation, family.type)
-    samples: list[Any] = [sample._replace(name=name(sample.name)) for sample in family.samples]
-    copy.samples = samples
-    return copy
+    def _counter(self, name: str, text: str, label: str, values: Iterable[str]) -> Counter:
+        """A counter with a label, at 0 for each of the label's values."""
+        counter = Counter(_OWN + name, text, (*_LABELS, label), registry=self._registry)
+        for value in values:
+            counter.labels(*self._labels, value)
+        return counter

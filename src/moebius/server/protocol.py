@@ -54,34 +54,33 @@ _MESSAGE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_ca
 Prompts = list[str] | list[list[int]]
 
 
+def _require(condition: bool, message: str, param: str | None = None) -> None:
+    if not condition:
+        raise RequestError(message, param=param)
+
+
 def decode_body(body: bytes) -> dict[str, Any]:
     """A body as one JSON object. RequestError on anything else, NaN and Infinity, or nesting beyond the limit."""
     try:
         found = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise RequestError("the body must be a JSON object")
+    _require(isinstance(found, dict), "the body must be a JSON object")
     level: list[Any] = [found]
-    depth = 0
-    while level:
-        depth += 1
-        if depth > LIMITS.json_depth:
-            raise RequestError(f"the body nests deeper than {LIMITS.json_depth} levels")
+    for _ in range(LIMITS.json_depth):
         inner = (child for value in level for child in (value.values() if isinstance(value, dict) else value))
         level = [child for child in inner if isinstance(child, (dict, list))]
-    return found
+    _require(not level, f"the body nests deeper than {LIMITS.json_depth} levels")
+    return dict(found)
 
 
 def _refuse_fields(fields: Mapping[str, Any], known: Any, unsupported: Mapping[str, tuple[Any, ...]], at: str) -> None:
     """Raise on the first field that is unknown, or not supported and not neutral."""
     for name, value in fields.items():
-        if name in known:
-            continue
-        if name not in unsupported:
-            raise RequestError(f"{at}{name}: there is no such field", param=at + name)
-        if not any(type(value) is type(neutral) and value == neutral for neutral in unsupported[name]):
-            raise RequestError(f"{at}{name}: this field is not supported here; leave it out", param=at + name)
+        if name not in known:
+            _require(name in unsupported, f"{at}{name}: there is no such field", at + name)
+            neutral = any(type(value) is type(no) and value == no for no in unsupported[name])
+            _require(neutral, f"{at}{name}: this field is not supported here; leave it out", at + name)
 
 
 def _stop(value: Any) -> Any:
@@ -94,8 +93,8 @@ def _without_nulls(value: Any) -> Any:
 
 def _logit_bias(value: dict[str, float]) -> dict[int, float]:
     for key in value:
-        if not re.fullmatch("[0-9]{1,10}", key):
-            raise RequestError(f"logit_bias: the key {key!r} is not a token id", param="logit_bias")
+        good = re.fullmatch("[0-9]{1,10}", key) is not None
+        _require(good, f"logit_bias: the key {key!r} is not a token id", "logit_bias")
     return {int(key): bias for key, bias in value.items()}
 
 
@@ -103,14 +102,9 @@ def _prompts(value: Any) -> Prompts:
     """A string, a list of strings, a list of token ids, or a list of such lists, as a list of prompts."""
     items = [value] if isinstance(value, str) or (value and _are_ids(value)) else value
     texts_or_ids = isinstance(items, list) and (all(isinstance(i, str) for i in items) or all(map(_are_ids, items)))
-    if not items or not texts_or_ids:
-        raise RequestError(
-            "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids, "
-            "not empty",
-            param="prompt",
-        )
-    if len(items) > LIMITS.prompts:
-        raise RequestError(f"prompt holds {len(items)} prompts; at most {LIMITS.prompts}", param="prompt")
+    kinds = "a string, a list of strings, a list of token ids, or a list of lists of token ids, not empty"
+    _require(bool(items) and texts_or_ids, f"prompt must be {kinds}", "prompt")
+    _require(len(items) <= LIMITS.prompts, f"prompt holds {len(items)} prompts; at most {LIMITS.prompts}", "prompt")
     return items
 
 
@@ -119,17 +113,17 @@ def _are_ids(value: object) -> bool:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise RequestError("messages must be a list of objects with `role` and `content`, not empty", param="messages")
-    if len(value) > LIMITS.messages:
-        raise RequestError(f"messages holds {len(value)} entries; at most {LIMITS.messages}", param="messages")
+    good = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+    _require(good, "messages must be a list of objects with `role` and `content`, not empty", "messages")
+    count = len(value)
+    _require(count <= LIMITS.messages, f"messages holds {count} entries; at most {LIMITS.messages}", "messages")
     for i, message in enumerate(value):
         fields = _without_nulls(message)
         _refuse_fields(fields, _MESSAGE_FIELDS, _MESSAGE_UNSUPPORTED, f"messages[{i}].")
         for name in _MESSAGE_TEXTS:
-            if not isinstance(fields.get(name, ""), str):
-                raise RequestError(f"messages[{i}].{name} must be a string", param=f"messages[{i}].{name}")
-    return value
+            at = f"messages[{i}].{name}"
+            _require(isinstance(fields.get(name, ""), str), f"{at} must be a string", at)
+    return list(value)
 
 
 class Body(BaseModel):
@@ -194,12 +188,11 @@ class GenerationRequest(Body):
         return RequestError(str(error), param=param, code=error.code)
 
     def _check_together(self) -> None:
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options needs stream: true", param="stream_options")
-        if self.stream and self.prompt_logprobs is not None:
-            raise RequestError("prompt_logprobs is not supported with stream: true", param="prompt_logprobs")
-        if len(self.cache_salt.encode()) > LIMITS.salt_bytes:
-            raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
+        _require(self.stream or self.stream_options is None, "stream_options needs stream: true", "stream_options")
+        scored = self.prompt_logprobs is not None
+        _require(not (self.stream and scored), "prompt_logprobs is not supported with stream: true", "prompt_logprobs")
+        short = len(self.cache_salt.encode()) <= LIMITS.salt_bytes
+        _require(short, f"cache_salt has over {LIMITS.salt_bytes} bytes", "cache_salt")
 
     def _sampling(self, defaults: GenerationDefaults, **endpoint: Any) -> SamplingParams:
         """What the endpoint makes of its own fields, over the client's values, the model's defaults and OpenAI's."""
@@ -224,12 +217,8 @@ class CompletionRequest(GenerationRequest):
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         prompt_logprobs = [k for k in (self.logprobs if self.echo else None, self.prompt_logprobs) if k is not None]
-        return self._sampling(
-            defaults,
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
-            logprobs=self.logprobs,
-            prompt_logprobs=max(prompt_logprobs, default=None),
-        )
+        scored, length = max(prompt_logprobs, default=None), 16 if self.max_tokens is None else self.max_tokens
+        return self._sampling(defaults, max_tokens=length, logprobs=self.logprobs, prompt_logprobs=scored)
 
 
 class ChatRequest(GenerationRequest):
@@ -253,22 +242,12 @@ class ChatRequest(GenerationRequest):
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        if max_tokens == 0:
-            raise RequestError("max_tokens is 0; it must be at least 1", param="max_tokens")
-        if self.top_logprobs is not None:
-            if not self.logprobs:
-                raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-            if not 0 <= self.top_logprobs <= LIMITS.logprobs:
-                raise RequestError(
-                    f"top_logprobs is {self.top_logprobs}; it must be an integer from 0 to {LIMITS.logprobs}",
-                    param="top_logprobs",
-                )
-        return self._sampling(
-            defaults,
-            max_tokens=max_tokens,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            prompt_logprobs=self.prompt_logprobs,
-        )
+        _require(max_tokens != 0, "max_tokens is 0; it must be at least 1", "max_tokens")
+        top, most = self.top_logprobs or 0, LIMITS.logprobs
+        _require(self.logprobs or self.top_logprobs is None, "top_logprobs needs logprobs: true", "top_logprobs")
+        _require(0 <= top <= most, f"top_logprobs is {top}; it must be an integer from 0 to {most}", "top_logprobs")
+        logprobs = top if self.logprobs else None
+        return self._sampling(defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
 
 
 class TokenizeRequest(Body):
@@ -298,20 +277,21 @@ def parse(model: type[_Model], fields: Mapping[str, Any]) -> _Model:
     try:
         return model.model_validate({name: value for name, value in given.items() if name in model.model_fields})
     except ValidationError as error:
-        raise _first_error(error) from error
+        raise first_error(error) from error
 
 
 _MESSAGES = {"missing": "this field is required", "extra_forbidden": "there is no such field"}
 
 
-def _first_error(error: ValidationError) -> RequestError:
+def first_error(error: ValidationError) -> RequestError:
+    """What is wrong with the first wrong field, and its name."""
     first = error.errors(include_url=False, include_input=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
         return cause
     param = _path(first["loc"])
     message = _MESSAGES.get(first["type"], first["msg"])
-    return RequestError(f"{param}: {message}", param=param)
+    return RequestError(f"{param}: {message}".removeprefix(": "), param=param)
 
 
 def _path(location: Sequence[int | str]) -> str:

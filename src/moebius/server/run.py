@@ -129,7 +129,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer what never became a request, and hang up."""
-        body = Fault(status, message, "invalid_request_error", "http", code="bad_request").body()
+        body = Fault(status, message, "bad_request").body()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -27,20 +27,6 @@ _GRACE_SECONDS = 30.0
 
 class ClientGone(Exception):
     """The client has left, or was cut off: there is nobody to answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What one API call wants: `params.n` choices for each prompt.
-
-    continues   the text continues the prompt's (completions), rather than standing alone (chat)
-    """
-
-    prompts: Sequence[Sequence[int]]
-    params: SamplingParams
-    priority: int = 0
-    salt: bytes = b""
-    continues: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -65,12 +51,17 @@ def _weight(output: StepOutput) -> int:
 
 
 class Call:
-    """One API call. `async with` submits its choices, and on the way out aborts those that are not finished."""
+    """One API call: `params.n` choices for each prompt.
 
-    def __init__(self, door: FrontDoor, id: str, ask: Ask, choices: list[Choice]) -> None:
+    `async with` submits its choices, and on the way out aborts those that are not finished. keep_alive is the silence,
+    in seconds, that its client is spared.
+    """
+
+    def __init__(self, door: FrontDoor, id: str, params: SamplingParams, choices: list[Choice]) -> None:
         self.id = id
-        self.ask = ask
+        self.params = params
         self.choices = choices
+        self.keep_alive = door.settings.keep_alive
         self.sending = False
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
@@ -86,13 +77,8 @@ class Call:
         return all(choice.closed for choice in self.choices)
 
     @property
-    def keep_alive(self) -> float:
-        """Seconds of silence that a client is spared."""
-        return self._door.settings.keep_alive
-
-    @property
     def prompt_tokens(self) -> int:
-        return sum(len(ids) for ids in self.ask.prompts)
+        return sum(len(choice.request.prompt_ids) for choice in self.choices[:: self.params.n])
 
     @property
     def completion_tokens(self) -> int:
@@ -101,7 +87,7 @@ class Call:
     @property
     def cached_tokens(self) -> int:
         """Of the first choice of each prompt: the later ones find what the first has computed."""
-        return sum(choice.assembler.num_cached_tokens for choice in self.choices[:: self.ask.params.n])
+        return sum(choice.assembler.num_cached_tokens for choice in self.choices[:: self.params.n])
 
     async def __aenter__(self) -> Call:
         self._door.admit(self)
@@ -116,6 +102,12 @@ class Call:
                 self._door.client.abort(choice.request.id)
                 self._close(choice, "error" if failed else "abort")
         self._door.forget(self)
+        seconds = self._door.clock() - self.choices[0].times.arrival
+        log.info(
+            "%s: %s, %d choices, %d prompt tokens (%d cached), %d completion tokens, %.3f s",
+            *(self.id, "ok" if kind is None else kind.__name__, len(self.choices), self.prompt_tokens),
+            *(self.cached_tokens, self.completion_tokens, seconds),
+        )
 
     async def next(self) -> Batch:
         """What came since the last time, in the order it came; an empty list after `keep_alive` seconds of silence.
@@ -180,24 +172,18 @@ class Call:
         self._door.metrics.sequence_finished(reason, choice.times, self._door.clock(), prompt_tokens, output_tokens)
 
 
+@dataclass(eq=False)
 class FrontDoor:
     """All calls of a server, and the way between them and the engine's thread."""
 
-    def __init__(
-        self,
-        client: EngineClient,
-        tokenizer: Tokenizer,
-        metrics: ServerMetrics,
-        settings: ServerSettings,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.client = client
-        self.tokenizer = tokenizer
-        self.metrics = metrics
-        self.settings = settings
-        self.clock = clock
-        self.draining = False
+    client: EngineClient
+    tokenizer: Tokenizer
+    metrics: ServerMetrics
+    settings: ServerSettings
+    clock: Callable[[], float] = time.monotonic
+    draining: bool = False
+
+    def __post_init__(self) -> None:
         self._calls: dict[str, Call] = {}
         self._by_request: dict[str, tuple[Call, Choice]] = {}
         self._idle = asyncio.Event()
@@ -219,28 +205,33 @@ class FrontDoor:
         self._loop = asyncio.get_running_loop()
         self.client.start(self._deliver)
 
-    def open(self, id: str, ask: Ask) -> Call:
-        """Check everything about a call, submit nothing. Raises RequestError, or DrainingError."""
+    def open(
+        self,
+        id: str,
+        prompts: Iterable[Sequence[int]],
+        params: SamplingParams,
+        *,
+        continues: bool,
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> Call:
+        """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
+
+        continues   the text continues the prompt's (completions), rather than standing alone (chat)
+        """
         if self.draining:
             raise DrainingError
         now = self.clock()
-        ids = (f"{id}-{index:04d}" for index in count())
+        numbers, ids = count(), (f"{id}-{index:04d}" for index in count())
         choices: list[Choice] = []
-        for p, prompt_ids in enumerate(ask.prompts):
-            for request, assembler in open_choices(
-                self.tokenizer,
-                self.client.info,
-                prompt_ids,
-                ask.params,
-                ids,
-                continues=ask.continues,
-                arrival=now,
-                priority=ask.priority,
-                deadline=now + self.settings.request_timeout,
-                salt=ask.salt,
-            ):
-                choices.append(Choice(len(choices), p, request, assembler, SequenceTimes(now)))
-        return Call(self, id, ask, choices)
+        deadline = now + self.settings.request_timeout
+        common = {"arrival": now, "priority": priority, "deadline": deadline, "salt": salt}
+        for p, prompt_ids in enumerate(prompts):
+            opened = open_choices(
+                self.tokenizer, self.client.info, prompt_ids, params, ids, continues=continues, **common
+            )
+            choices += [Choice(next(numbers), p, *one, SequenceTimes(now)) for one in opened]
+        return Call(self, id, params, choices)
 
     def admit(self, call: Call) -> None:
         """Submit a call's choices, all or none."""
@@ -255,7 +246,8 @@ class FrontDoor:
         try:
             for choice in call.choices:
                 self.client.submit(choice.request)
-        except BaseException:
+        except BaseException as error:
+            log.info("%s: %s", call.id, type(error).__name__)
             for choice in call.choices:
                 self.client.abort(choice.request.id)
             self.forget(call)

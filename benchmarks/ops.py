@@ -1,0 +1,196 @@
+"""Each operation of the CPU backend alone: GB/s or GFLOP/s, and the share of what this machine was just seen to reach.
+
+    python benchmarks/ops.py --json benchmarks/ops.json            # all instruction sets: --isa all
+
+The floor of an operation is the larger of its bytes over the memory bandwidth (a plain read loop over anonymous huge
+pages, as many threads) and its operations over the matrix peak (torch's product of two 2,048-wide bfloat16 matrices).
+Weights are cycled through so many copies that none is in a cache when its turn comes again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moebius import _cpu
+from moebius.config import RouterConfig
+from moebius.ops import ExpertWeights
+from moebius.ops.cpu import CpuOps
+from moebius.ops.steps import StepInputs
+
+PROBE = Path(__file__).parent / "peers" / "probe.cpp"
+# More than any processor's last cache that this runs on.
+COLD_BYTES = 256 * 2**20
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call's least work: bytes that must be read, and floating-point operations."""
+
+    name: str
+    call: Callable[[], object]
+    bytes_read: float
+    flops: float
+
+
+def ceilings(threads: int) -> tuple[float, float]:
+    """(GB/s, GFLOP/s) of this machine now."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, some = Path(folder) / "probe", Path(folder) / "file"
+        some.write_bytes(bytes(2**26))
+        subprocess.run(["g++", "-std=c++17", "-O3", "-march=native", "-pthread", PROBE, "-o", program], check=True)
+        answer = subprocess.run([program, str(threads), some], check=True, stdout=subprocess.PIPE, text=True)
+    torch.set_num_threads(threads)
+    a, b = (torch.randn(2048, 2048).to(DTYPE) for _ in range(2))
+    seconds = min(timed(lambda: a @ b, 20))
+    torch.set_num_threads(1)
+    return json.loads(answer.stdout)["anonymous_gbs"], 2 * 2048**3 / seconds / 1e9
+
+
+def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def random(*shape: int) -> torch.Tensor:
+    return (torch.randn(*shape) * 0.05).to(DTYPE)
+
+
+def linear_cases(ops: CpuOps) -> Iterator[Case]:
+    for out_size, in_size in ((1024, 1024), (49152, 1024)):
+        nbytes = 2 * out_size * in_size
+        copies = max(1, COLD_BYTES // nbytes)
+        layers = [ops.prepare_linear((random(out_size, in_size), None)) for _ in range(copies)]
+        for rows in (1, 4, 16, 32, 64, 512, 2048) if out_size < 4096 else (1, 32, 64):
+            x = random(rows, in_size)
+            used = layers if rows <= 64 else layers[:1]
+
+            def call(x: torch.Tensor = x, used: list[object] = used) -> None:
+                for layer in used:
+                    ops.linear(x, layer)
+
+            flops = 2 * rows * out_size * in_size * len(used)
+            yield Case(f"linear {rows} x {in_size} -> {out_size}", call, nbytes * len(used), flops)
+
+
+def expert_cases(ops: CpuOps) -> Iterator[Case]:
+    for experts, top_k, hidden, width in ((32, 4, 1024, 512), (64, 8, 2048, 1024)):
+        each = 2 * 3 * hidden * width
+        weights = ExpertWeights(
+            [random(width, hidden) for _ in range(experts)],
+            [random(width, hidden) for _ in range(experts)],
+            [random(hidden, width) for _ in range(experts)],
+        )
+        handle = ops.prepare_experts(weights, "silu")
+        for rows in (1, 8, 32, 64, 2048):
+            x = random(rows, hidden)
+            # Other experts each time, so that a few are not found in a cache.
+            turns = [
+                torch.stack([torch.randperm(experts)[:top_k] for _ in range(rows)])
+                for _ in range(20 if rows < 64 else 2)
+            ]
+            share = torch.full((rows, top_k), 1 / top_k)
+
+            def call(x=x, turns=turns, share=share, handle=handle) -> None:  # type: ignore[no-untyped-def]
+                for ids in turns:
+                    ops.experts(x, share, ids, handle)
+
+            hit = sum(len(ids.unique()) for ids in turns)
+            flops = 2.0 * rows * top_k * each / 2 * len(turns)
+            yield Case(f"experts {top_k} of {experts}, {rows} x {hidden}, width {width}", call, hit * each, flops)
+
+
+def attention_cases(ops: CpuOps) -> Iterator[Case]:
+    heads, kv_heads, dim, block = 16, 4, 64, 16
+    for sequences, new, length in ((1, 1, 2048), (32, 1, 512), (1, 2048, 2048), (8, 64, 512)):
+        blocks = -(-length // block)
+        nbytes = ops.kv_cache_bytes_per_block(block, kv_heads, dim, DTYPE)
+        buffer = torch.zeros(nbytes * blocks * sequences, dtype=torch.uint8)
+        cache = ops.make_kv_cache(buffer, block, kv_heads, dim, DTYPE)
+        tables = [list(range(s * blocks, (s + 1) * blocks)) for s in range(sequences)]
+        step = StepInputs.build([[0] * new] * sequences, [length - new] * sequences, tables, [], block)
+        plan, q = ops.plan_attention(step, block), random(sequences * new, heads, dim)
+        seen = sum(range(length - new + 1, length + 1)) * sequences
+        name = f"attention {sequences} x {new} new of {length}"
+        yield Case(
+            name,
+            lambda q=q, c=cache, p=plan: ops.paged_attention(q, c, p, 0.125),
+            len(buffer),
+            4.0 * seen * heads * dim,
+        )
+
+
+def small_cases(ops: CpuOps) -> Iterator[Case]:
+    weight, router = random(1024), RouterConfig(32, 4, weight="renorm")
+    for rows in (1, 32, 2048):
+        x, y = random(rows, 1024), random(rows, 1024)
+        yield Case(
+            f"add_rms_norm {rows} x 1024",
+            lambda x=x, y=y: ops.add_rms_norm(x, y, 1.0, weight, 1e-6),
+            4.0 * x.numel(),
+            0,
+        )
+        logits = torch.randn(rows, 32)
+        yield Case(f"route {rows} x 32", lambda t=logits: ops.route(t, router), 4.0 * logits.numel(), 0)
+    logits, heat, uniform = torch.randn(32, 49152), torch.full((32,), 0.7), torch.rand(32, dtype=torch.float64)
+    yield Case("log_softmax_top_k 32 x 49152, k 1", lambda: ops.log_softmax_top_k(logits, 1), 4.0 * logits.numel(), 0)
+    yield Case("log_softmax_top_k 32 x 49152, k 20", lambda: ops.log_softmax_top_k(logits, 20), 4.0 * logits.numel(), 0)
+    yield Case("draw 32 x 49152", lambda: ops.draw(logits, heat, uniform), 4.0 * logits.numel(), 0)
+
+
+def measure(ops: CpuOps, bandwidth: float, peak: float, repeats: int) -> Iterator[dict[str, object]]:
+    for cases in (linear_cases, expert_cases, attention_cases, small_cases):
+        for case in cases(ops):
+            case.call()
+            seconds = statistics.median(timed(case.call, repeats))
+            floor = max(case.bytes_read / bandwidth, case.flops / peak) / 1e9
+            yield {
+                "operation": case.name,
+                "kernels": ops.name,
+                "microseconds": round(seconds * 1e6, 1),
+                "gbs": round(case.bytes_read / seconds / 1e9, 1),
+                "gflops": round(case.flops / seconds / 1e9, 1),
+                "of_floor": round(floor / seconds, 3),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", default="", help="an instruction set, or all; default: the best")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth, peak = ceilings(args.threads)
+    print(f"{args.threads} threads: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s")
+    rows = []
+    for isa in _cpu.available() if args.isa == "all" else [args.isa]:
+        for row in measure(CpuOps(args.threads, isa), bandwidth, peak, args.repeats):
+            rows.append(row)
+            print(
+                f"{row['kernels']:16} {row['operation']:48} {row['microseconds']:>10} us {row['gbs']:>7} GB/s "
+                f"{row['gflops']:>7} GFLOP/s {row['of_floor']:>7.0%} of the floor",
+                flush=True,
+            )
+    if args.json:
+        found = {"threads": args.threads, "bandwidth_gbs": bandwidth, "matrix_gflops": round(peak, 1), "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

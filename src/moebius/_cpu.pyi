@@ -1,0 +1,87 @@
+"""The kernels of csrc, as csrc/bindings.cpp shows them to ops/cpu.py. Arrays are addresses (0 for none)."""
+
+from collections.abc import Sequence
+
+def available() -> list[str]: ...
+
+class Linear:
+    def __init__(
+        self, dtype: int, in_size: int, weights: Sequence[int], biases: Sequence[int], sizes: Sequence[int]
+    ) -> None: ...
+
+class Experts:
+    def __init__(self, dtype: int, hidden: int, width: int, activation: int, *tables: Sequence[int]) -> None: ...
+
+class StepAttention:
+    def __init__(
+        self, query_start: int, seq_lens: int, batch: int, block_table: int, width: int, window: int
+    ) -> None: ...
+
+class CacheShape:
+    def __init__(self, block_size: int, kv_heads: int, head_dim: int, dtype: int) -> None: ...
+    @property
+    def block_bytes(self) -> int: ...
+
+class RouterSettings:
+    def __init__(self, *settings: float) -> None: ...
+
+class Ops:
+    def __init__(self, limit: str, threads: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def linear(self, layers: Linear, x: int, rows: int, out: int, wide: bool) -> None: ...
+    def experts(self, experts: Experts, x: int, rows: int, weights: int, ids: int, top_k: int, out: int) -> None: ...
+    def add_gated(self, dtype: int, a: int, b: int, gate: int, rows: int, size: int, out: int) -> None: ...
+    def rms_norm(
+        self,
+        dtype: int,
+        x: int,
+        update: int,
+        multiplier: float,
+        weight: int,
+        rows: int,
+        size: int,
+        eps: float,
+        total: int,
+        out: int,
+    ) -> None: ...
+    def rotation(
+        self, positions: int, rows: int, inverse: int, half: int, factor: float, cos: int, sin: int
+    ) -> None: ...
+    def rotate_and_store(
+        self,
+        dtype: int,
+        shape: CacheShape,
+        qkv: int,
+        rows: int,
+        q_heads: int,
+        cos: int,
+        sin: int,
+        half: int,
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        slots: int,
+        cache: int,
+        out: int,
+    ) -> None: ...
+    def attention(
+        self,
+        dtype: int,
+        shape: CacheShape,
+        step: StepAttention,
+        cache: int,
+        q: int,
+        q_heads: int,
+        scale: float,
+        softcap: float,
+        sinks: int,
+        out: int,
+    ) -> None: ...
+    def route(self, settings: RouterSettings, logits: int, rows: int, bias: int, weights: int, ids: int) -> None: ...
+    def log_softmax_top_k(
+        self, logits: int, rows: int, vocab: int, temperatures: int, k: int, log_sums: int, ids: int
+    ) -> None: ...
+    def draw(self, logits: int, rows: int, vocab: int, temperatures: int, uniforms: int, ids: int) -> None: ...

@@ -1,0 +1,59 @@
+"""csrc's test programs under AddressSanitizer and UndefinedBehaviorSanitizer: `pytest -m sanitize`, some minutes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = next(
+    (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), ""
+)
+
+
+def run(*command: str | Path, seconds: float = 1200) -> str:
+    """Its output; the test fails with all of it where the command fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+    assert done.returncode == 0, f"{command[0]} returned {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the test programs, built anew where a source changed."""
+    if "sanitize" not in request.config.getoption("-m"):
+        pytest.skip("takes minutes; ask for it with -m sanitize")
+    cmake = shutil.which("cmake")
+    if cmake is None or not COMPILER:
+        pytest.skip("needs cmake and a C++17 compiler")
+    empty = tmp_path_factory.mktemp("sanitizers") / "empty.cpp"
+    empty.write_text("int main() {}\n")
+    command = [COMPILER, "-fsanitize=address,undefined", empty, "-o", empty.with_suffix("")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{COMPILER} has no AddressSanitizer")
+    build = ROOT / "build" / "sanitized"
+    run(cmake, "-S", ROOT, "-B", build, "-DMOEBIUS_TESTS=ON", f"-DCMAKE_CXX_COMPILER={COMPILER}")
+    run(cmake, "--build", build, "--parallel", str(len(os.sched_getaffinity(0))))
+    return build
+
+
+@pytest.mark.sanitize
+@pytest.mark.timeout(1800)
+def test_kernels(programs: Path) -> None:
+    """Every instruction set that this processor has passes."""
+    from moebius import _cpu
+
+    passed = run(programs / "test_kernels")
+    assert set(_cpu.available()) <= {line.removesuffix(": passed") for line in passed.splitlines()}
+
+
+@pytest.mark.sanitize
+@pytest.mark.timeout(1800)
+def test_emulated_amx(programs: Path) -> None:
+    if not (programs / "test_amx").exists():
+        pytest.skip("this compiler or processor has no AVX-512, which the emulated tiles are built on")
+    run(programs / "test_amx")
