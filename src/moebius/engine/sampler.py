@@ -84,15 +84,15 @@ def _sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sa
     free = [row for row in drawn if not _candidates(requests[row].params)]
     if free:
         uniform_L = torch.tensor([_uniform(requests[row]) for row in free], dtype=torch.float64).to(device)
-        found = ops.draw(shaped_LV[free], temperature_L[free].to(device), uniform_L)
-        tokens.update(zip(free, found.tolist(), strict=True))
+        ids = ops.draw(shaped_LV[free], temperature_L[free].to(device), uniform_L)
+        tokens.update(zip(free, ids.tolist(), strict=True))
     for row in set(drawn).difference(free):
         tokens[row] = _draw(shaped_LV[row], ids_LK[row], log_sums[row], requests[row], ops)
     if shaped_LV is not logits_LV:
         tokens = {row: token for row, token in tokens.items() if float(shaped_LV[row, token]) != _IMPOSSIBLE}
-    scored = [row for row in tokens if requests[row].params.logprobs is not None]
-    tops = [requests[row].params.logprobs or 0 for row in scored]
-    logprobs = dict(zip(scored, _logprobs(logits_LV[scored], [tokens[row] for row in scored], tops, ops), strict=True))
+    tops = {row: top for row in tokens if (top := requests[row].params.logprobs) is not None}
+    found = _logprobs(logits_LV[[*tops]], [tokens[row] for row in tops], [*tops.values()], ops) if tops else []
+    logprobs = dict(zip(tops, found, strict=True))
     return [
         not_finite()
         if math.isnan(log_sums[row])
@@ -115,8 +115,6 @@ def token_logprobs(logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: O
 
 def _logprobs(logits_LV: Tensor, token_ids: Sequence[int], tops: Sequence[int], ops: Ops) -> list[TokenLogprob]:
     """Row by row: the token's log-probability, its rank, and the `top` most likely tokens'."""
-    if not token_ids:
-        return []
     log_sums_L, ids_LK = ops.log_softmax_top_k(logits_LV, max(1, *tops))
     values_LK = logits_LV.gather(1, ids_LK).double() - log_sums_L.unsqueeze(1)
     own = torch.tensor(token_ids, device=logits_LV.device).unsqueeze(1)
