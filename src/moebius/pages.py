@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 
 _CHUNK = 2 * 2**20
-# Rest after work: a virtual machine's host may take seconds to find a gigabyte, and steps run meanwhile.
-_REST = 4
 # Linux 5.14; older kernels refuse them, and pages come at first use.
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 
 
-def populate(address: int, nbytes: int, *, write: bool, keep: object) -> None:
-    """Fault in the pages of a mapping, on a thread of its own, without changing what they hold.
+def populate(address: int, nbytes: int, *, write: bool, keep: object, idle: Callable[[], bool] = lambda: True) -> None:
+    """Fault in the pages of a mapping, on a thread of its own, without changing what they hold, while it is `idle`:
+    a virtual machine's host may take seconds to find a gigabyte, and steps that run meanwhile would wait.
 
     address is page-aligned; `keep` holds the mapping alive until it is done.
     """
@@ -25,9 +25,9 @@ def populate(address: int, nbytes: int, *, write: bool, keep: object) -> None:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
         for start in range(0, nbytes, _CHUNK):
-            before = time.monotonic()
+            while not idle():
+                time.sleep(0.05)
             if madvise(address + start, min(_CHUNK, nbytes - start), advice) != 0:
                 return
-            time.sleep(_REST * (time.monotonic() - before))
 
     threading.Thread(target=run, args=(keep,), name="populate", daemon=True).start()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from moebius.ops import Ops
 from moebius.pages import populate
 
 _HUGE_PAGE = 2 * 2**20
+_IDLE_SECONDS = 0.2
 
 
 class KVCache:
@@ -34,7 +37,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.nbytes = per_layer * model.num_layers
-        buffer = _reserve(self.nbytes, device)
+        self.last_used = 0.0
+        buffer = _reserve(self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS)
         self.layers: list[Any] = [
             ops.make_kv_cache(
                 buffer[i * per_layer : (i + 1) * per_layer], block_size, model.num_kv_heads, model.head_dim, dtype
@@ -49,7 +53,7 @@ def bytes_per_token(model: ModelConfig, ops: Ops, block_size: int, dtype: torch.
     return -(-per_block // block_size) * model.num_layers
 
 
-def _reserve(nbytes: int, device: torch.device) -> torch.Tensor:
+def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> torch.Tensor:
     if device.type != "cpu" or sys.platform != "linux":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     region = mmap.mmap(-1, -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -57,5 +61,5 @@ def _reserve(nbytes: int, device: torch.device) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)
-    populate(buffer.data_ptr(), len(region), write=True, keep=region)
+    populate(buffer.data_ptr(), len(region), write=True, keep=region, idle=idle)
     return buffer

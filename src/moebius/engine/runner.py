@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,10 @@ class Runner:
 
         `logits` turns rows of it into logits, a few at a time: those of one long prompt would take gigabytes.
         """
-        model = self.model
+        model, self.cache.last_used = self.model, time.monotonic()
         attend = PagedAttend(model.ops, model.config, self.cache.layers, inputs, self.cache.block_size)
         hidden_TD: Tensor = model(inputs.input_ids, inputs.positions, attend)[0]
+        self.cache.last_used = time.monotonic()
         return hidden_TD[inputs.logit_rows]
 
     @torch.inference_mode()

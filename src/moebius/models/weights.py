@@ -41,7 +41,9 @@ class _Files:
             with stored.file.open("rb") as file:
                 region = self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             region.madvise(mmap.MADV_WILLNEED)
-            populate(np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region)
+            populate(
+                np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region, idle=lambda: True
+            )
         dtype = _TORCH_DTYPES[stored.dtype]
         count = math.prod(source.shape)
         row = math.prod(source.stored_shape[2:])

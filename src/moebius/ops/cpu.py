@@ -1,7 +1,7 @@
 """The operations on a CPU: csrc's kernels behind `Ops`. Weights are read where they lie; nothing is packed or copied.
 
 The instruction set is the best that the processor has; the environment variable MOEBIUS_CPU_ISA limits it (portable,
-avx2, avx512, avx512bf16, or reference for plain PyTorch). Every kernel computes a row in the same way whatever rows
+avx2, avx512, avx512bf16, amx, or reference for plain PyTorch). Every kernel computes a row in the same way whatever rows
 surround it, however many threads there are and wherever the KV cache holds its tokens: one answer (promise P1).
 """
 
@@ -99,17 +99,12 @@ class CpuOps:
         self._routers: dict[RouterConfig, Any] = {}
 
     def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
-        _require_no_gradient(*(x for layer in layers for x in layer))
-        weights = [weight for weight, _ in layers]
-        dtype, size = weights[0].dtype, weights[0].shape[1]
-        table = _cpu.Linear(
-            _require_dtype(dtype, *(x for layer in layers for x in layer)),
-            size,
-            [_address(weight) for weight in weights],
-            [_address(bias) for _, bias in layers],
-            [weight.shape[0] for weight in weights],
-        )
-        return CpuLinear(table, dtype, size, sum(weight.shape[0] for weight in weights), layers)
+        weights, biases = zip(*layers, strict=True)
+        _require_no_gradient(*weights, *biases)
+        dtype, size = _require_dtype(weights[0].dtype, *weights, *biases), weights[0].shape[1]
+        sizes = [len(weight) for weight in weights]
+        table = _cpu.Linear(dtype, size, [_address(x) for x in weights], [_address(x) for x in biases], sizes)
+        return CpuLinear(table, weights[0].dtype, size, sum(sizes), layers)
 
     def linear(self, x_TI: Tensor, layers: CpuLinear) -> Tensor:
         return self._linear(x_TI, layers, layers.dtype)
@@ -258,17 +253,7 @@ class CpuOps:
         return ids
 
 
-def _router_settings(config: RouterConfig) -> Any:
-    return _cpu.RouterSettings(
-        config.num_experts,
-        config.top_k,
-        _SCORES[config.score],
-        _WEIGHTS[config.weight],
-        config.num_groups,
-        config.groups_kept,
-        int(config.group_score == "top2"),
-        config.group_fill,
-        config.renorm_eps,
-        config.scale,
-        config.logit_softcap or 0.0,
-    )
+def _router_settings(r: RouterConfig) -> Any:
+    integers = r.num_experts, r.top_k, _SCORES[r.score], _WEIGHTS[r.weight], r.num_groups, r.groups_kept
+    floats = r.group_fill, r.renorm_eps, r.scale, r.logit_softcap or 0.0
+    return _cpu.RouterSettings(*integers, int(r.group_score == "top2"), *floats)
