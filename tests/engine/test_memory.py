@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from engine.test_engine import cache_bytes
 from moebius.config import EngineConfig, FeedForwardConfig, ModelConfig, RopeConfig
-from moebius.engine.load import load_engine
+from moebius.engine.load import load_engine, prepare
 from moebius.engine.memory import MemoryPlan, WeightBytes, _cgroup_available, available_memory, human_bytes, plan_memory
 from moebius.errors import ConfigError, MemoryPlanError
 
@@ -122,3 +123,11 @@ def test_rows_name_every_part() -> None:
     text = str(replace(plan(), lowered_from=4096).rows())
     assert "lowered from 4,096" in text and "1000 B mapped, 0 B copied" in text
     assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 TiB"]
+
+
+def test_more_threads_than_cores_are_a_warning(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cores = len(os.sched_getaffinity(0))
+    prepare(tiny_model, EngineConfig(threads=cores))
+    assert not caplog.text
+    prepare(tiny_model, EngineConfig(threads=cores + 1))
+    assert f"--threads {cores + 1} is more than the {cores} cores" in caplog.text

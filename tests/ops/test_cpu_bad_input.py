@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -95,3 +96,12 @@ def test_the_instruction_set_and_the_threads_are_what_was_asked_for(monkeypatch:
     assert select_ops("cpu", torch.float32).name == "reference"
     monkeypatch.delenv("MOEBIUS_CPU_ISA")
     assert select_ops("cpu", torch.float32).one_answer
+
+
+def test_without_the_compiled_module_plain_pytorch_serves_and_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("MOEBIUS_CPU_ISA", raising=False)
+    monkeypatch.setitem(sys.modules, "moebius.ops.cpu", None)  # what an import that fails leaves
+    assert select_ops("cpu", torch.bfloat16).name == "reference"
+    assert "apt install g++" in caplog.text and "one answer" in caplog.text
