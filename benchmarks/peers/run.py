@@ -48,7 +48,7 @@ class Bench:
         self.record: dict[str, Any] = {
             "machine": _machine(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": {key: str(v) if isinstance(v, Path) else v for key, v in vars(given).items()},
+            "settings": {key: v.name if isinstance(v, Path) else v for key, v in vars(given).items()},
             "ceilings": [],
             "starts": [],
             "runs": [],
