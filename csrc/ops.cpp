@@ -79,6 +79,7 @@ const Kernels* select_kernels(const std::string& limit) {
 }
 
 void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide) {
+    std::lock_guard<std::mutex> only(one_caller_);
     const size_t size = size_of(l.dtype), row_bytes = l.in * size;
     const int columns = columns_of(row_bytes), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     int chunks = 0;
@@ -136,6 +137,7 @@ void Ops::plan_products(int columns_in_all, size_t row_bytes) {
 }
 
 void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out) {
+    std::lock_guard<std::mutex> only(one_caller_);
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
     const int count = int(e.gate.size()), pairs = rows * top_k;
     // Pairs (token, choice) sorted by expert: starts_[e] to starts_[e + 1] of pairs_.
@@ -278,6 +280,7 @@ void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void*
 
 void Ops::attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
                     float scale, float softcap, const float* sinks, void* out) {
+    std::lock_guard<std::mutex> only(one_caller_);
     const size_t head_bytes = shape.head_dim * size_of(dtype), token_stride = size_t(q_heads) * shape.head_dim;
     const int group = q_heads / shape.kv_heads, part = std::min(group, ROW_BLOCK), parts = (group + part - 1) / part;
     const int queries = std::max(1, ROW_BLOCK / part), batch = int(step.seq_lens.size());

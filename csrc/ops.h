@@ -1,6 +1,7 @@
 // Operations on whole steps, spread over threads. Pointers are to contiguous row-major arrays that the caller owns.
 #pragma once
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -102,6 +103,7 @@ private:
                  int ldc, Scratch& scratch);
 
     const Kernels* kernels_;
+    std::mutex one_caller_;  // of what uses the members below
     Pool pool_;
     std::vector<Scratch> scratch_;
     // Kept between calls, so that a step allocates nothing once its size has been seen.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,31 +13,13 @@ import openai
 import pytest
 import torch
 
-from moebius.config import EngineConfig
-from moebius.engine.in_process import InProcessClient
-from moebius.engine.load import load_engine
-from moebius.server.app import create_app
-from moebius.server.run import make_server
-from moebius.server.settings import ServerSettings
-from moebius.text import GenerationDefaults, Tokenizer
+from serving import serving
 
 
 @pytest.fixture(scope="module")
 def url(tiny_model: Path) -> Iterator[str]:
-    tokenizer = Tokenizer.load(tiny_model)
-    defaults = GenerationDefaults.load(tiny_model, tokenizer)
-    config = EngineConfig(kv_cache_memory_bytes=2**24, max_num_batched_tokens=512)
-    client = InProcessClient(load_engine(tiny_model, config, eos_ids=defaults.eos_ids), step_deadline=60)
-    server = make_server(create_app(client, tokenizer, defaults, ServerSettings(("tiny",))))
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
+    with serving(tiny_model, "tiny", max_num_batched_tokens=512) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import inspect
 import json
 import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,8 @@ import pytest
 from bench.fake_openai import FakeOpenAI, answer, running
 from moebius.cli.bench import bench
 from moebius.cli.main import main
-from moebius.config import EngineConfig
-from moebius.engine.in_process import InProcessClient
-from moebius.engine.load import load_engine
-from moebius.server.app import create_app
-from moebius.server.run import make_server
-from moebius.server.settings import ServerSettings
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.text import Tokenizer
+from serving import serving
 
 
 def moebius(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -51,20 +44,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture(scope="module")
 def url(tiny_model: Path) -> Iterator[str]:
     """A real server with a tiny model, served under the name of its directory."""
-    tokenizer = Tokenizer.load(tiny_model)
-    config = EngineConfig(kv_cache_memory_bytes=2**24, max_model_len=256)
-    client = InProcessClient(load_engine(tiny_model, config, eos_ids=tokenizer.eos_ids), step_deadline=60)
-    defaults = GenerationDefaults.load(tiny_model, tokenizer)
-    server = make_server(create_app(client, tokenizer, defaults, ServerSettings((str(tiny_model),))))
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
+    with serving(tiny_model, str(tiny_model), max_model_len=256) as address:
+        yield address
 
 
 def test_serve_counts_every_token_of_our_server(

@@ -8,7 +8,6 @@ Attention has a file of its own.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,28 +20,14 @@ from moebius.config import RouterConfig
 from moebius.ops import ExpertWeights
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps, activate
-from ops.levels import LEVELS, ROUNDOFF, assert_within, level
+from ops.levels import ROUNDOFF, assert_within
 
 REF = ReferenceOps()
 SIZES = (1, 2, 15, 16, 17, 31, 33, 64, 100, 257, 1000)
 COUNTS = (0, 1, 2, 3, 4, 5, 9, 16, 31, 63, 64, 65, 70)
 
 
-@pytest.fixture(scope="module", params=LEVELS)
-def ops(request: pytest.FixtureRequest) -> CpuOps:
-    return level(request.param, threads=2)
-
-
-@pytest.fixture(params=list(ROUNDOFF), ids=str)
-def dtype(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def double(weights: ExpertWeights) -> ExpertWeights:

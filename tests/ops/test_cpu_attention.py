@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,27 +11,13 @@ import torch
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
-from ops.levels import LEVELS, ROUNDOFF, assert_within, level
+from ops.levels import ROUNDOFF, assert_within
 from ops.paged import Sequences, as_is, empty_cache, side_by_side
 
 REF = ReferenceOps()
 
 
-@pytest.fixture(scope="module", params=LEVELS)
-def ops(request: pytest.FixtureRequest) -> CpuOps:
-    return level(request.param, threads=2)
-
-
-@pytest.fixture(params=list(ROUNDOFF), ids=str)
-def dtype(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_angles(ops: CpuOps) -> None:

@@ -7,7 +7,8 @@ block size and places, not on how a prompt was cut into chunks.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -27,11 +28,7 @@ ROWS = 70
 RowWise = Callable[[CpuOps, Tensor], tuple[Tensor, ...]]
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def rows(size: int, dtype: torch.dtype) -> Tensor:
@@ -205,3 +202,21 @@ def test_what_is_cached_does_not_know_its_step(isa: str, dtype: torch.dtype) -> 
                 ops.rotate_and_store(rows, *turn, cache, slots[part], norm, norm, 1e-6)
             buffers.append(cache.buffer)
     assert all(torch.equal(buffer, buffers[0]) for buffer in buffers)
+
+
+def test_two_callers_at_once() -> None:
+    """Each gets what it gets alone: what an operation keeps between calls is one caller's at a time."""
+    ops, gates = CpuOps(2), [torch.randn(64, 48) for _ in range(6)]
+    experts = ops.prepare_experts(ExpertWeights(gates[:3], gates[3:], [torch.randn(48, 64) for _ in range(3)]), "silu")
+    linear = ops.prepare_linear((torch.randn(300, 48), None))
+
+    def answers(rows: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(rows, 48, generator=generator)
+        ids = torch.randint(0, 3, (rows, 1), generator=generator)
+        return [ops.experts(x, torch.ones(rows, 1), ids, experts), ops.linear(x, linear)]
+
+    alone = {rows: [bits(out) for out in answers(rows)] for rows in (3, 70)}
+    with ThreadPoolExecutor(2) as pool:
+        for rows, found in pool.map(lambda rows: (rows, answers(rows)), (3, 70) * 200):
+            assert all(torch.equal(bits(out), one) for out, one in zip(found, alone[rows], strict=True))

@@ -1,0 +1,39 @@
+"""A real server on a thread, for tests that speak HTTP to it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moebius.config import EngineConfig
+from moebius.engine.in_process import InProcessClient
+from moebius.engine.load import load_engine
+from moebius.server.app import create_app
+from moebius.server.run import make_server
+from moebius.server.settings import ServerSettings
+from moebius.text.defaults import GenerationDefaults
+from moebius.text.tokenizer import Tokenizer
+
+
+@contextmanager
+def serving(directory: Path, name: str, **options: Any) -> Iterator[str]:
+    """Its address, for as long as the block lasts; the model is served as `name`."""
+    tokenizer = Tokenizer.load(directory)
+    defaults = GenerationDefaults.load(directory, tokenizer)
+    config = EngineConfig(kv_cache_memory_bytes=2**24, **options)
+    client = InProcessClient(load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=60)
+    server = make_server(create_app(client, tokenizer, defaults, ServerSettings((name,))))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
