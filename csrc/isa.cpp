@@ -2,7 +2,15 @@
 // linker would merge their instances across units, and run one unit's instructions on another's processor.
 #include "attention.h"
 #include "pointwise.h"
+#if defined(__AVX512F__)
 #include "product.h"
+#define MOEBIUS_PACK(T) nullptr
+#define MOEBIUS_PRODUCT(T) product<T>
+#else
+#include "product_8.h"
+#define MOEBIUS_PACK(T) pack_8<T>
+#define MOEBIUS_PRODUCT(T) product_8<T>
+#endif
 #if defined(MOEBIUS_AMX)
 #include "amx_attention.h"
 #include "amx_product.h"
@@ -22,8 +30,8 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
     using namespace MOEBIUS_ISA;
     static const Kernels kernels = {
         MOEBIUS_TEXT(MOEBIUS_ISA),
-        {MOEBIUS_BF16(nullptr, amx_pack), nullptr},
-        {MOEBIUS_BF16(product<bf16>, amx_product), product<float>},
+        {MOEBIUS_BF16(MOEBIUS_PACK(bf16), amx_pack), MOEBIUS_PACK(float)},
+        {MOEBIUS_BF16(MOEBIUS_PRODUCT(bf16), amx_product), MOEBIUS_PRODUCT(float)},
         {store_row<bf16>, store_row<float>},
         {add_bias<bf16>, add_bias<float>},
         {gated<bf16>, gated<float>},

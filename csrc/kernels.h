@@ -83,8 +83,11 @@ struct Kernels {
     float (*exp_row)(const float* x, int n, float shift, float factor, float* out);
 };
 
-// Bytes that `pack` writes: tiles of 16 rows by 32 elements of bfloat16.
-inline size_t packed_bytes(int m, int k) { return size_t((m + 15) / 16) * ((k + 31) / 32) * 1024; }
+// Bytes that `pack` writes at most: tiles of 16 rows by 32 elements of bfloat16, or rows of so many steps of 32 floats.
+inline size_t packed_bytes(int m, int k) {
+    const size_t steps = (k + 31) / 32, tiles = size_t(m + 15) / 16 * steps * 1024, rows = m * steps * 128;
+    return tiles > rows ? tiles : rows;
+}
 
 // Attention's scratch, in floats: the state of each row, rows in sixteens; a tile of gathered keys and values; and what AMX
 // adds, queries and the ends of a tile filled up with zeros.

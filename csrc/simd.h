@@ -244,11 +244,6 @@ template <class T> INLINE void store_some(T* p, V a, int n) {
     store(whole, a);
     memcpy(p, whole, n * sizeof(T));
 }
-template <class T> INLINE G groups_some(const T* p, int n) {
-    T whole[64 / sizeof(T)] = {};
-    memcpy(whole, p, n * sizeof(T));
-    return groups(whole);
-}
 INLINE V where_lanes(int from, int to, V a, V b) {
     float x[16], y[16];
     store(x, a), store(y, b);
@@ -268,11 +263,6 @@ INLINE float reduce_max(V a) {
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     return x[0];
-}
-INLINE V reduce_16(const V* a) {
-    float sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = reduce_add(a[i]);
-    return load(sums);
 }
 #endif
 
