@@ -28,7 +28,7 @@ from moebius.ops.steps import StepInputs
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-import ceilings  # noqa: E402
+import ceilings
 
 # More than any processor's last cache that this runs on.
 COLD_BYTES = 256 * 2**20

@@ -87,7 +87,7 @@ def load_engine(
         dtype=prepared.dtype,
         device=prepared.device,
     )
-    runner = Runner(model, cache, prepared.device)
+    runner = Runner(model, cache, prepared.device, config.max_num_batched_tokens)
     runner.warm_up()
     info = EngineInfo(
         limits=ServingLimits(model_config.vocab_size, plan.max_model_len),
