@@ -201,22 +201,17 @@ class EngineConfig:
             self.dtype in ("auto", "bfloat16", "float32"), f"dtype is {self.dtype!r}; use auto, bfloat16 or float32"
         )
         require(self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; use auto, cpu or cuda")
-        check_bounds(self)
+        require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = {self.max_num_seqs}; "
+            "each running sequence needs at least one token a step",
+        )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                require(value >= 1, f"{field.name} is {value}; it must be at least 1")
         require(self.block_size <= 1024, f"block_size is {self.block_size}; it must be at most 1024")
         require_seconds("step_deadline", self.step_deadline)
-
-
-def check_bounds(config: Any) -> None:
-    """Every integer field of a record is at least 1, and a step has room for a token of each sequence."""
-    require(
-        config.max_num_batched_tokens >= config.max_num_seqs,
-        f"max_num_batched_tokens = {config.max_num_batched_tokens} is less than max_num_seqs = {config.max_num_seqs}; "
-        "each running sequence needs at least one token a step",
-    )
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            require(value >= 1, f"{field.name} is {value}; it must be at least 1")
 
 
 def require_seconds(name: str, value: float) -> None:

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from moebius.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import FinishReason, Request, SamplingParams
-from moebius.schedule.scheduler import Scheduler, SchedulerConfig, StepPlan
+from moebius.schedule.scheduler import Scheduler, StepPlan
 
 VERSION = 1
 
@@ -23,7 +24,7 @@ VERSION = 1
 class TraceWriter:
     """Writes the calls that a scheduler gets, and the plans it answers with; one line each, flushed a step."""
 
-    def __init__(self, path: str | Path, config: SchedulerConfig, pool: BlockPool) -> None:
+    def __init__(self, path: str | Path, config: EngineConfig, pool: BlockPool) -> None:
         try:
             self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -169,7 +170,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
     if start is None or start["event"] != "start" or start.get("version") != VERSION:
         raise ConfigError(f"{path} does not begin with the start line of a trace of version {VERSION}")
-    return Scheduler(SchedulerConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32)))
+    return Scheduler(EngineConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32)))
 
 
 def _request(record: dict[str, Any]) -> Request:

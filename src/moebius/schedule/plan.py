@@ -6,26 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moebius.config import check_bounds
-
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
 """Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a seat given back, or
 the running request that is computing its prefix."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Bounds of a step and of the queue, in requests and tokens; `EngineConfig` describes the fields."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    enable_chunked_prefill: bool = True
-    max_queue_requests: int = 1024
-    max_queue_tokens: int = 4_194_304
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True)
