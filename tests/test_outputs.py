@@ -81,10 +81,11 @@ def test_deltas_equal_the_naive_answer(tokenizers, data):
     deltas = [assembler.push(one) for one in steps_of(ids, cuts, finish)]
 
     expected_text, count, stop = naive(tokenizer, ids, stops, skip, by_eos)
-    assert "".join(delta.text for delta in deltas) == expected_text == assembler.text
-    assert [i for delta in deltas for i in delta.token_ids] == ids[:count] == assembler.token_ids
+    assert "".join(delta.text for delta in deltas) == expected_text == assembler.released.text
+    assert [i for delta in deltas for i in delta.token_ids] == ids[:count] == list(assembler.released.token_ids)
     released = [one for delta in deltas for one in delta.logprobs]
-    assert released == [logprob(token, i) for i, token in enumerate(ids[:count])] == assembler.logprobs
+    expected = [logprob(token, i) for i, token in enumerate(ids[:count])]
+    assert released == expected == list(assembler.released.logprobs)
     assert assembler.num_tokens == count
     assert assembler.stop_reason == stop
     assert assembler.finish_reason == ("stop" if stop or by_eos else "length")
@@ -102,12 +103,13 @@ def test_a_token_is_released_with_or_after_its_text(tokenizers, data):
         assembler.push(step([token], FinishReason.LENGTH if i == len(ids) - 1 else None, i))
         if assembler.finished:
             break
-        whole = tokenizer.decode(assembler.token_ids)
+        whole = tokenizer.decode(assembler.released.token_ids)
         settled = whole.rstrip("�")
-        assert assembler.text.startswith(settled)
-    offsets = assembler.text_offsets
-    assert len(offsets) == len(assembler.token_ids) == len(assembler.logprobs)
-    assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(assembler.text)
+        assert assembler.released.text.startswith(settled)
+    said = assembler.released
+    offsets = list(said.text_offsets)
+    assert len(offsets) == len(said.token_ids) == len(said.logprobs)
+    assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(said.text)
     if assembler.finish_reason == "length":
         assert offsets == text_offsets(tokenizer, ids)
 
@@ -160,7 +162,7 @@ def test_special_tokens_inside_a_text_are_skipped_but_counted(tokenizer):
     for skip, text in [(True, "ab"), (False, "a<|im_start|>b")]:
         assembler = SequenceAssembler(tokenizer, SamplingParams(), skip_special_tokens=skip)
         assembler.push(step(ids, FinishReason.LENGTH))
-        assert (assembler.text, assembler.num_tokens) == (text, 3)
+        assert (assembler.released.text, assembler.num_tokens) == (text, 3)
 
 
 def test_no_stop_string_before_min_tokens(tokenizer):
@@ -176,7 +178,7 @@ def test_an_unfinished_character_is_flushed_at_the_end(tokenizer):
     fox = tokenizer.encode("🦊")
     assembler = SequenceAssembler(tokenizer, SamplingParams(logprobs=0))
     assert not assembler.push(step(fox[:1]))
-    assert assembler.token_ids == [] and assembler.num_tokens == 1
+    assert assembler.released.token_ids == () and assembler.num_tokens == 1
     delta = assembler.push(step(fox[1:2], FinishReason.LENGTH, 1))
     assert (delta.text, delta.token_ids, delta.text_offsets) == ("�", tuple(fox[:2]), (0, 0))
 
@@ -194,7 +196,7 @@ def test_continuing_a_prompt_keeps_the_space(tokenizers):
     for prompt_ids, text in [(prompt, " dog"), ((), "dog")]:
         assembler = SequenceAssembler(tokenizer, SamplingParams(), prompt_ids=prompt_ids)
         assembler.push(step(ids, FinishReason.LENGTH))
-        assert assembler.text == text
+        assert assembler.released.text == text
 
 
 def test_errors_of_the_engine_are_raised(tokenizer):

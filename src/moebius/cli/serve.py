@@ -11,8 +11,7 @@ import typer
 
 from moebius.cli import options as o
 from moebius.cli.plan import print_plan
-from moebius.config import EngineConfig, require
-from moebius.server.settings import ServerSettings
+from moebius.config import EngineConfig, ServerSettings, require
 
 
 @o.takes_engine_config(*o.ALL)

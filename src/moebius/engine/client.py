@@ -82,6 +82,11 @@ class EngineStats:
     now: float = 0.0
     ready: bool = False
 
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of blocks in use, 0 to 1."""
+        return self.used_blocks / max(self.total_blocks, 1)
+
 
 class EngineClient(Protocol):
     """An engine, in this process or elsewhere. All methods are safe to call from any thread and never block long."""

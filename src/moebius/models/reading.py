@@ -10,31 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moebius.config import Activation, FeedForwardConfig, ModelConfig, RopeConfig, require
+from moebius.config import Activation, FeedForwardConfig, ModelConfig, RopeConfig, package_table, require
 
-_HARMLESS = frozenset({
-    "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "attn_implementation",
-    "use_cache", "torchscript", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",
-    "initializer_range", "attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
-    "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "rope_interleaved",
-    "output_attentions", "output_hidden_states", "finetuning_task", "problem_type", "id2label", "label2id",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
-    "bos_token", "eos_token", "pad_token", "tokenizer_class", "task_specific_params",
-    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams",
-    "num_beam_groups", "num_return_sequences", "early_stopping", "diversity_penalty", "repetition_penalty",
-    "length_penalty", "no_repeat_ngram_size", "exponential_decay_length_penalty",
-})  # fmt: skip
-_ROPE_KEYS = frozenset({
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
-    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-    "partial_rotary_factor",
-})  # fmt: skip
+_TABLE = package_table("models/keys.toml")
+_HARMLESS, _ROPE_KEYS = frozenset(_TABLE["harmless"]), frozenset(_TABLE["rope"])
+_ACTIVATIONS: dict[str, Activation] = _TABLE["activations"]
 # A value that switches nothing on: a key we do not know that carries it changes nothing.
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
-_ACTIVATIONS: dict[str, Activation] = {
-    **{"silu": "silu", "swish": "silu", "relu": "relu"},
-    **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-}
 
 
 @dataclass
