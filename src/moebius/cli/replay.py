@@ -13,7 +13,7 @@ def replay(file: Annotated[Path, typer.Argument(help="A file that --trace wrote.
     from moebius.engine.trace import replay as run
 
     report = run(file)
-    if report.same:
+    if report.difference is None:
         typer.echo(f"the same: {report.steps} steps of {report.requests} requests, every decision")
         return
     typer.echo(f"different at {report.difference}")
