@@ -47,8 +47,8 @@ class GenerationDefaults:
         eos_ids = _eos_ids(generation, "generation_config.json") | _eos_ids(config, "config.json")
         if isinstance(config.get("text_config"), dict):
             eos_ids |= _eos_ids(config["text_config"], "config.json: text_config")
-        if tokenizer is not None:
-            eos_ids |= tokenizer.eos_ids
+        if tokenizer is not None and tokenizer.eos_id is not None:
+            eos_ids |= {tokenizer.eos_id}
         sampling: dict[str, float | int] = {}
         for name, kind in _SAMPLING.items():
             value = generation.get(name)
