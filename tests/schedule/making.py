@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from moebius.config import EngineConfig
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.plan import StepPlan
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
-from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.books import check_books
 
 KEY = bytes(range(32))

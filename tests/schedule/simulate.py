@@ -19,9 +19,8 @@ from timeit import default_timer  # the command's stop watch; the simulation's o
 from moebius.config import EngineConfig
 from moebius.errors import OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.plan import StepPlan
 from moebius.schedule.request import FinishReason, Request, SamplingParams, ServingLimits
-from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.checker import Checker, Violation, advance, draw
 
 EPISODE_STEPS = 600

@@ -1,4 +1,4 @@
-"""What to compute next. Plain data in, plain data out: no tensors, no clock, no I/O.
+"""What to compute next. Plain data in, plain data out, never changed once made: no tensors, no clock, no I/O.
 
 A step is `plan(now)`, then the engine computes the plan's chunks, then `update(plan, tokens)`; or `rollback(plan)`
 where the step failed. `add`, `abort` and `fail` may come at any time between two of these calls.
@@ -22,15 +22,58 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from moebius.config import EngineConfig
 from moebius.errors import ContextLengthError, RequestError
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.plan import Chunk, StepPlan, WaitReason
 from moebius.schedule.request import FinishReason, Request, RequestStatus
 from moebius.schedule.waiting import WaitingQueue
 
-__all__ = ["Chunk", "Scheduler", "StepPlan", "WaitReason"]
+WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
+"""Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a seat given back, or
+the running request that is computing its prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions start to start + num_tokens - 1 of one request, to be computed in this step.
+
+    samples            the logits of the last position are wanted, to draw the next token
+    block_ids          the blocks of positions 0 to start + num_tokens - 1, in order
+    num_cached_tokens  tokens that came from the prefix cache when the request first ran
+    """
+
+    request_id: str
+    start: int
+    num_tokens: int
+    samples: bool
+    block_ids: tuple[int, ...]
+    num_cached_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: what to compute, in the order of service.
+
+    preempted  lost their blocks in favour of earlier ones; they wait again, and will recompute
+    expired    their deadline passed: already finished, with FinishReason.DEADLINE
+    waiting    request id -> reason, for all other unfinished requests without a chunk
+    """
+
+    step: int
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[str, ...]
+    expired: tuple[str, ...]
+    waiting: Mapping[str, WaitReason]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
 
 @dataclass(slots=True)

@@ -98,7 +98,7 @@ class _Api:
             return answer(request, asked)
 
         async def route(request: Request) -> Response:
-            body = await read_body(request.scope, request.receive, self.settings.body_timeout)
+            body = await read_body(request, self.settings.body_timeout)
             if len(body) <= _SMALL_BODY:
                 return handle(request, body)
             return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moebius.schedule.request import LIMITS
@@ -83,25 +84,21 @@ def _check_size(scope: Scope) -> None:
             raise too_large()
 
 
-async def read_body(scope: Scope, receive: Receive, timeout: float) -> bytes:
+async def read_body(request: Request, timeout: float) -> bytes:
     """The request's whole body. Fault where it is no JSON by its type, too large, slow or broken off."""
-    kinds = [value.split(b";")[0].strip().lower() for name, value in scope["headers"] if name == b"content-type"]
+    kinds = [value.split(b";")[0].strip().lower() for name, value in request.headers.raw if name == b"content-type"]
     if kinds != [b"application/json"]:
         raise Fault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
-    parts: list[bytes] = []
-    size, more = 0, True
+    body = bytearray()
     try:
         async with asyncio.timeout(timeout):
-            while more:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise Fault(400, "the client left before its body was complete", "incomplete_body")
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                more = message.get("more_body", False)
-                if size > LIMITS.body_bytes:
+            async for part in request.stream():
+                body += part
+                if len(body) > LIMITS.body_bytes:
                     raise too_large()
+    except ClientDisconnect:
+        raise Fault(400, "the client left before its body was complete", "incomplete_body") from None
     except TimeoutError:
-        message_text = f"the body was not complete after {timeout:g} seconds"
-        raise Fault(408, message_text, "body_timeout", headers={"Connection": "close"}) from None
-    return b"".join(parts)
+        message = f"the body was not complete after {timeout:g} seconds"
+        raise Fault(408, message, "body_timeout", headers={"Connection": "close"}) from None
+    return bytes(body)
