@@ -111,15 +111,8 @@ class SequenceAssembler:
     With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without it stands alone.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        *,
-        prompt_ids: Sequence[int] = (),
-        skip_special_tokens: bool = True,
-    ) -> None:
-        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, prompt_ids: Sequence[int] = ()) -> None:
+        self._decoder = IncrementalDecoder(tokenizer, prompt_ids)
         self._matcher = StopMatcher(params.stop)
         self._params = params
         self._held: deque[_Held] = deque()
