@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moebius.config import FeedForwardConfig, ModelConfig, RouterConfig
+from moebius.config import FeedForwardConfig, ModelConfig, RouterConfig, Score, Weight
 from moebius.errors import ConfigError
 from moebius.models.layout import FUSED, Layout
 from moebius.models.reading import ConfigReader, decoder, sliding_windows, sparse_layers, upper_layers_slide
@@ -16,12 +16,14 @@ def _dense(reader: ConfigReader, width: int | None = None, **more: Any) -> FeedF
     return FeedForwardConfig(reader.integer("intermediate_size", width), activation=reader.activation(), **more)
 
 
-def _experts(reader: ConfigReader, width: str, top_k: int, **router: Any) -> FeedForwardConfig:
-    """Experts as wide as the key `width` says; a router that says no more weighs by norm_topk_prob."""
-    weight = "renorm" if not router and reader.flag("norm_topk_prob", False) else "raw"
-    count, chosen = reader.num_experts(), reader.integer("num_experts_per_tok", top_k)
-    routed = RouterConfig(count, chosen, **{"weight": weight, **router})
-    return FeedForwardConfig(reader.integer(width), routed, reader.activation())
+def _experts(
+    reader: ConfigReader, width: str, top_k: int, *, weight: Weight | None = None, score: Score = "softmax"
+) -> FeedForwardConfig:
+    """Experts as wide as the key `width` says; weight None is what norm_topk_prob says, top_k a default."""
+    weight = weight or ("renorm" if reader.flag("norm_topk_prob", False) else "raw")
+    chosen = reader.integer("num_experts_per_tok", top_k)
+    router = RouterConfig(reader.num_experts(), chosen, score=score, weight=weight)
+    return FeedForwardConfig(reader.integer(width), router, reader.activation())
 
 
 def _biases(reader: ConfigReader) -> dict[str, bool]:
