@@ -5,8 +5,6 @@
 meaning is the same.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tomllib

@@ -1,11 +1,9 @@
 """LLM: the offline front door, with the engine in this process and on this thread."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 from moebius.config import EngineConfig
 from moebius.engine.client import StepOutput
@@ -72,7 +70,7 @@ class LLM:
         self._ids = count()
 
     @classmethod
-    def from_config(cls, model: str, config: EngineConfig) -> LLM:
+    def from_config(cls, model: str, config: EngineConfig) -> Self:
         """The same from an EngineConfig that is there already."""
         return cls(model, **asdict(config))
 
@@ -125,7 +123,7 @@ class LLM:
     def close(self) -> None:
         self.engine.close()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

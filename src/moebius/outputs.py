@@ -1,7 +1,5 @@
 """From an engine's tokens to what a front door hands out: text, and the token ids and log-probabilities behind it."""
 
-from __future__ import annotations
-
 import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence

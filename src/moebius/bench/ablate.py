@@ -1,7 +1,5 @@
 """One model, one request list, and the engine with each technique taken away in turn, on the same KV cache memory."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections import deque

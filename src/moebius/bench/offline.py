@@ -1,7 +1,5 @@
 """Latency of one batch, and throughput of many prompts, with the engine in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any

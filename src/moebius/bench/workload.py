@@ -1,7 +1,5 @@
 """What is asked of a server or an engine: seeded prompts, lengths and arrival times. No tensors."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """moebius generate: completions in the terminal, or a batch file answered offline."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """moebius replay FILE: make the scheduling decisions of a trace again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """moebius serve MODEL: the OpenAI-compatible server."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from socket import socket

@@ -4,8 +4,6 @@ Across this boundary go token ids, sampling parameters, cache salt and deadline 
 log-probabilities (`StepOutput`). Text never crosses it. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """EngineClient's first form: the engine on a thread of this process."""
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading

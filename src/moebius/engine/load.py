@@ -1,7 +1,5 @@
 """From a model directory to a running engine: check, plan, load, reserve, warm up."""
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

@@ -4,8 +4,6 @@ It is made from the configuration and the safetensors headers alone (`moebius pl
 model); the engine reserves what it says at start and nothing that grows later.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Token ids are renamed to numbers in order of first sight. The scheduler only eve
 its decisions are the same under any one-to-one renaming, and a trace does not spell out prompts.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

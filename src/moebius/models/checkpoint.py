@@ -3,8 +3,6 @@
 A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes without a gap.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """The supported architectures: a function a model_type, holding what differs, and how its checkpoints name experts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

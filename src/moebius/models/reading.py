@@ -4,8 +4,6 @@ Configurations of transformers 4 and 5 are both read. A key that is absent has t
 configuration class, because checkpoints were saved without keys that equal it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

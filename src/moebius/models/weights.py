@@ -1,7 +1,5 @@
 """Weights in and out: safetensors files to a Decoder, mapped without a copy where the dtype allows, and back."""
 
-from __future__ import annotations
-
 import json
 import math
 import mmap

@@ -16,8 +16,6 @@ the running ones first. Why nobody starves:
 - What could not run in an empty pool was refused by `add`, by the function that allocates.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The application: its routes, its start and its end. Errors are `guard.Guard`'s to answer."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

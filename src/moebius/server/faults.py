@@ -1,7 +1,5 @@
 """Errors as clients see them: a status, and OpenAI's `{"error": {"message", "type", "param", "code"}}`."""
 
-from __future__ import annotations
-
 import logging
 import math
 import secrets

@@ -1,7 +1,5 @@
 """What stands before every route, as pure ASGI: API keys, limits on headers and bodies, and the last catch."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac

@@ -4,8 +4,6 @@ Everything is recorded once, under `moebius_`; vLLM's names are the same series 
 server starts; none comes from a request.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

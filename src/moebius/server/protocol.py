@@ -4,8 +4,6 @@ Every field of a body is one of four: ours (in a model below), harmless (accepte
 supported (accepted only at its neutral value), or unknown. The last two are refused by name. Null means "not given".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar

@@ -1,7 +1,5 @@
 """From a socket to a process that serves: binding, connections with deadlines, signals, and a clean end."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import logging

@@ -1,7 +1,5 @@
 """Engine <-> asyncio: one API call is a `Call` of several choices, fed by the engine's thread, read by one task."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient, StepOutput
@@ -58,7 +56,7 @@ class Call:
     in seconds, that its client is spared.
     """
 
-    def __init__(self, door: FrontDoor, id: str, params: SamplingParams, choices: list[Choice]) -> None:
+    def __init__(self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[Choice]) -> None:
         self.id = id
         self.params = params
         self.choices = choices
@@ -90,7 +88,7 @@ class Call:
         """Of the first choice of each prompt: the later ones find what the first has computed."""
         return sum(choice.assembler.num_cached_tokens for choice in self.choices[:: self.params.n])
 
-    async def __aenter__(self) -> Call:
+    async def __aenter__(self) -> Self:
         self._door.admit(self)
         return self
 

@@ -7,8 +7,6 @@ fallback (Llama 2, Mistral, Gemma). Bytes that are no UTF-8 become U+FFFD by the
 on well-formed text both agree.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

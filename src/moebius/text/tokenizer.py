@@ -1,12 +1,10 @@
 """Tokenizer: a model directory's tokenizer.json and what stands beside it, as one object."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -54,7 +52,7 @@ class Tokenizer:
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
-    def load(cls, directory: Path | str) -> Tokenizer:
+    def load(cls, directory: Path | str) -> Self:
         """Read a model directory. Raises TokenizerError (or ConfigError, for broken JSON) saying what is wrong."""
         directory = Path(directory)
         path = directory / "tokenizer.json"
