@@ -113,6 +113,7 @@ class CapturedStep:
         self.plans: list[Any] = []
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
         self._inputs = [self._buffer((), torch.int64) for _ in range(3)]
+        self._arrays = [x.numpy() for x in self._inputs]
 
     def record(self, example: StepInputs) -> bool:
         """Run and record a step of one token; False where torch computes a part of it."""
@@ -137,8 +138,8 @@ class CapturedStep:
         return self._out[:count]
 
     def _take(self, inputs: StepInputs) -> None:
-        for own, given in zip(self._inputs, (inputs.input_ids, inputs.positions, inputs.slot_mapping), strict=True):
-            own[: len(given)] = given
+        for own, given in zip(self._arrays, (inputs.input_ids, inputs.positions, inputs.slot_mapping), strict=True):
+            own[: len(given)] = given.numpy()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._buffer(shape[1:], dtype)[: shape[0]]
@@ -342,6 +343,12 @@ class CpuOps:
         into, at = out.data_ptr(), cache.buffer.data_ptr()
         self._ops.attention(dtype, cache.shape, plan, len(q_THN), at, q, q_THN.shape[1], scale, caps, sinks, into)
         return out
+
+    def argmax(self, logits_LV: Tensor) -> Pair:
+        rows, vocab = logits_LV.shape
+        ids, finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+        self._ops.argmax(_address(logits_LV, torch.float32), rows, vocab, ids.data_ptr(), finite.data_ptr())
+        return ids, finite
 
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         rows, vocab = logits_LV.shape
