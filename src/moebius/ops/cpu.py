@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,8 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from moebius import _cpu
 from moebius.config import Activation, RouterConfig
@@ -29,6 +29,8 @@ from moebius.ops import Compute, ExpertWeights, Pair
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 
+# Torch functions that write to a tensor: copy_, __setitem__, __iadd__ and their kind.
+_CHANGES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(?!nt|ndex|nvert)\w+__")
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
@@ -87,15 +89,21 @@ def _require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
     return _DTYPES[dtype]
 
 
-class _KernelsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices what torch itself computes, other views of the same memory apart: a recording would not know of it."""
+class _KernelsOnly(TorchFunctionMode):
+    """Notices what torch itself computes, other views of the same memory apart: a recording would not know of it.
+
+    (A TorchDispatchMode would see more, but importing what it needs takes seconds.)
+    """
 
     only: bool = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        self.only &= all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in given for x in tree_leaves(out))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, Tensor)]
+        changes = _CHANGES.fullmatch(getattr(func, "__name__", ""))
+        if changes or not all(x.untyped_storage().data_ptr() in given for x in made):
+            self.only = func is torch.frombuffer and self.only
         return out
 
 
@@ -120,7 +128,7 @@ class CapturedStep:
         self._take(example)
         ids, positions, slots = (each[:1] for each in self._inputs)
         inputs = dataclasses.replace(example, input_ids=ids, positions=positions, slot_mapping=slots)
-        mode = _KernelsOnly()  # type: ignore[no-untyped-call]
+        mode = _KernelsOnly()
         with mode:
             out = self._compute(inputs)
         if mode.only:  # the result is read until the next step begins, and so is kept
