@@ -68,7 +68,7 @@ class Bench:
                 driver = self._driver(peer, setting, name, alone=not together)
                 if driver:
                     self._repetition(driver, setting, name, rep)
-            self.save()
+                self.save()
         self.stop()
 
     def _read_afresh(self, model: str) -> None:
