@@ -106,6 +106,16 @@ def test_coactivation_counts_all_pairs_not_neighbours() -> None:
     assert health.coactivation_share(torch.zeros(2, 2, dtype=torch.long)).tolist() == [[0, 0], [0, 0]]
 
 
+def test_lift_is_one_by_chance() -> None:
+    """All three pairs of three experts once: chance. Then (0, 1) thrice, (2, 3) thrice, (0, 2) once: 3 * 7 / (4 * 3)
+    times 2 * 3 / (1 * 4)."""
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2]])
+    assert health.coactivation_lift(health.coactivation(pairs, 3), 3, 2).flatten().tolist() == pytest.approx([1.0] * 9)
+    pairs = torch.tensor([[0, 1]] * 3 + [[2, 3]] * 3 + [[0, 2]])
+    lift = health.coactivation_lift(health.coactivation(pairs, 4), 7, 2)
+    assert lift[0].tolist() == pytest.approx([1, 3 * 7 / 12 * 1.5, 1 * 7 / 16 * 1.5, 0])
+
+
 def test_preference_by_hand() -> None:
     """Expert 0 gets 3 of 4 tokens of class 0, none of 2 of class 1: 3 of 6 in all, so 1.5 times its share and 0."""
     counts, tokens = torch.tensor([[3, 0, 0], [1, 2, 0]]), torch.tensor([4, 2, 0])

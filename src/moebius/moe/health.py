@@ -121,8 +121,9 @@ def overlap(ids_TK: Tensor, other_TK: Tensor) -> Tensor:
 
 def coactivation(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
     """N_ij, how many tokens chose both i and j, over all pairs of their K experts; N_ii = c_i. (E, E) int64."""
-    chosen_TE = torch.zeros(len(expert_ids_TK), num_experts, dtype=torch.double).scatter_(1, expert_ids_TK.cpu(), 1.0)
-    return (chosen_TE.T @ chosen_TE).long()
+    zeros_TE = torch.zeros(len(expert_ids_TK), num_experts, device=expert_ids_TK.device)
+    chosen_TE = zeros_TE.scatter_(1, expert_ids_TK, 1.0)
+    return (chosen_TE.T @ chosen_TE).long()  # float32 counts exactly to 2^24 tokens
 
 
 def coactivation_share(together_EE: Tensor) -> Tensor:
@@ -130,6 +131,20 @@ def coactivation_share(together_EE: Tensor) -> Tensor:
     counts_E = together_EE.diagonal(dim1=-2, dim2=-1)
     share = together_EE.double() / counts_E.clamp(min=1).unsqueeze(-1)
     return share - torch.diag_embed(share.diagonal(dim1=-2, dim2=-1))
+
+
+def coactivation_lift(together_EE: Tensor, tokens: int, top_k: int) -> Tensor:
+    """How much oftener i and j meet than two experts of their loads do by chance (..., E, E): 1 is chance, 0 never.
+
+    N_ij N / (N_i N_j), times K (E - 1) / ((K - 1) E), since a token chooses no expert twice: under even random routing
+    N_ij = N K (K - 1) / (E (E - 1)). K >= 2; the diagonal means nothing and is 1.
+    """
+    counts_E = together_EE.diagonal(dim1=-2, dim2=-1).double().clamp(min=1)
+    experts = together_EE.shape[-1]
+    even = top_k * (experts - 1) / ((top_k - 1) * experts)
+    lift = together_EE * tokens / counts_E.unsqueeze(-1) / counts_E.unsqueeze(-2) * even
+    eye = torch.eye(experts, dtype=torch.double, device=lift.device)
+    return lift * (1 - eye) + eye
 
 
 def preference(counts_EX: Tensor, tokens_X: Tensor) -> Tensor:
