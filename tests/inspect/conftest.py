@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from moebius.config import InspectConfig
 from moebius.inspect.corpus import read_documents
-from moebius.inspect.run import InspectConfig, write_report
+from moebius.inspect.run import write_report
 
 SETTINGS = InspectConfig(max_tokens=2000, row_length=64, step_tokens=256)
 

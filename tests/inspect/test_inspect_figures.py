@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moebius.config import InspectConfig
 from moebius.inspect.corpus import Rows, make_rows, read_documents
-from moebius.inspect.run import InspectConfig, write_report
+from moebius.inspect.run import write_report
 from moebius.text import Tokenizer
 from tiny import write_model
 
@@ -186,7 +187,7 @@ def test_the_figures_do_not_depend_on_the_step(
 ) -> None:
     documents = read_documents([corpus], 2000)
     whole = write_report(tiny_model, documents, tmp_path, InspectConfig(2000, L, step_tokens=10_000))
-    assert whole["text"]["steps"] == 1 and report["text"]["steps"] > 4
+    assert whole["run"]["steps"] == 1 and report["run"]["steps"] > 4
     for a, b in zip(whole["layers"], report["layers"], strict=True):
         assert a["counts"] == b["counts"]
         assert a["router_entropy"] == pytest.approx(b["router_entropy"], abs=1e-3)

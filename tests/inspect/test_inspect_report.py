@@ -12,11 +12,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
+from moebius.config import InspectConfig
 from moebius.errors import ConfigError, NumericalError, UsageError
 from moebius.inspect.corpus import Document
-from moebius.inspect.page import render
-from moebius.inspect.run import InspectConfig, write_report
-from moebius.inspect.verdict import verdict
+from moebius.inspect.page import page, verdict
+from moebius.inspect.run import write_report
 from tiny import write_model, write_tokenizer
 
 from .conftest import SETTINGS
@@ -55,9 +55,9 @@ class Page(HTMLParser):
 
 def test_the_page_is_whole_loads_nothing_and_escapes(report: dict[str, Any]) -> None:
     text = (report["out"] / "report.html").read_text()
-    page = Page(text)
-    assert page.loads == [] and "script" not in page.seen
-    assert page.seen.count("svg") >= 8 and page.seen.count("details") == 2
+    parsed = Page(text)
+    assert parsed.loads == [] and "script" not in parsed.seen
+    assert parsed.seen.count("svg") >= 8 and parsed.seen.count("details") == 2
     for word in (
         "MaxVio",
         "Coefficient of variation",
@@ -83,8 +83,8 @@ def test_the_page_is_whole_loads_nothing_and_escapes(report: dict[str, Any]) -> 
 def test_other_sizes_make_a_page_too(sizes: dict[str, Any], tmp_path: Path) -> None:
     write_model(tmp_path / "model", **sizes)
     report = write_report(tmp_path / "model", DOCUMENTS, tmp_path, SETTINGS)
-    page = Page((tmp_path / "report.html").read_text())
-    assert page.loads == [] and page.seen.count("rect") < 40_000
+    parsed = Page((tmp_path / "report.html").read_text())
+    assert parsed.loads == [] and parsed.seen.count("rect") < 40_000
     assert (report["coactivation"] is None) == (sizes["num_experts_per_tok"] == 1)
     assert len(report["layers"]) == sizes.get("num_hidden_layers", 2)
     assert len((tmp_path / "report.html").read_bytes()) < 6_000_000
@@ -100,7 +100,9 @@ def findings(report: dict[str, Any], **changes: Any) -> dict[str, str]:
     """Findings by state, of a report whose layers are changed."""
     layers = [{**layer, **changes} for layer in report["layers"]]
     found = verdict({**report, "layers": layers, "floor": changes.get("floor", 0.01)})
-    return {state: " ".join(f.text for f in found if f.state == state) for state in ("good", "fair", "poor", "note")}
+    return {
+        state: " ".join(f["text"] for f in found if f["state"] == state) for state in ("good", "fair", "poor", "note")
+    }
 
 
 def test_the_verdict_says_what_is_wrong(report: dict[str, Any]) -> None:
@@ -112,13 +114,13 @@ def test_the_verdict_says_what_is_wrong(report: dict[str, Any]) -> None:
     assert "layer 0: 1, 3; layer 1: 1, 3" in bad["poor"] and "hardly looks" in bad["poor"]
     assert "z-loss" in bad["fair"]
     assert "few for 4 experts" in findings(report, floor=0.4)["fair"]
-    assert "12.0% of the tokens" in findings(report, bfloat16_changed=0.12)["note"]
+    assert "12.0 % of the tokens" in findings(report, bfloat16_changed=0.12)["note"]
 
 
 def test_a_page_of_dead_experts_and_a_second_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
     report = write_report(tiny_model, DOCUMENTS, tmp_path, SETTINGS, against=tiny_model, name="<b>")
     report["layers"][0]["dead"] = [2]
-    text = render(report)
+    text = page(report)
     assert Page(text).loads == [] and "<b>:" not in text and 'class="left poor">2<' in text
     assert "Saturation" in text
 
@@ -169,7 +171,7 @@ def test_a_checkpoint_of_another_tokenizer(tiny_model: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_tokens": 0}, {"row_length": 1}, {"step_tokens": 0}, {"capacity_factors": (1.0, 0.0)}],
+    [{"max_tokens": 0}, {"row_length": 1}, {"step_tokens": 0}, {"capacity_factor": (1.0, 0.0)}],
 )
 def test_impossible_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="must be"):
@@ -179,7 +181,7 @@ def test_impossible_settings(settings: dict[str, Any]) -> None:
 def test_ranks() -> None:
     assert InspectConfig().ranks_for(8) == [2, 4] and InspectConfig().ranks_for(60) == [2, 4]
     assert InspectConfig().ranks_for(3) == [] and InspectConfig(ranks=(3, 2)).ranks_for(8) == [2, 3]
-    with pytest.raises(ConfigError, match="--ranks 9: 8 experts can be spread over 2 to 8 ranks"):
+    with pytest.raises(ConfigError, match=r"ranks is \[9\]; 8 experts can be spread over 2 to 8 ranks"):
         InspectConfig(ranks=(9,)).ranks_for(8)
 
 

@@ -7,6 +7,7 @@ C kinds of text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,16 @@ from moebius.nn.attention import CausalAttend
 # Counters that the vocabulary may take, two of 4 bytes each: it is tracked as far as they reach, common ids first.
 _VOCABULARY_COUNTERS = 2**25
 _NEVER = torch.iinfo(torch.int32).max
-OFTEN = 10
-"""How often a vocabulary id must occur to be tracked (OLMoE, arXiv 2409.02060 section 5.4)."""
+# How often an id must occur to be tracked (OLMoE, arXiv 2409.02060 section 5.4).
+_OFTEN = 10
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
+"""Gets what is done and how many steps of it there are; gives what to call after each."""
+
+
+def silent(what: str, total: int) -> AbstractContextManager[Callable[[], Any]]:
+    """No progress shown."""
+    return nullcontext(lambda: None)
 
 
 def routers(decoder: Decoder) -> dict[int, Router]:
@@ -55,7 +64,7 @@ class Tally:
         counts_V = torch.bincount(rows.tokens_N)
         most = max(1, _VOCABULARY_COUNTERS // (layers * experts))
         common = torch.argsort(counts_V, descending=True, stable=True)[:most]
-        self.tracked_X = common[counts_V[common] >= OFTEN]
+        self.tracked_X = common[counts_V[common] >= _OFTEN]
         self.tracked_tokens_X = counts_V[self.tracked_X]
         self._index_V = torch.full(counts_V.shape, -1).index_put_((self.tracked_X,), torch.arange(len(self.tracked_X)))
 
@@ -135,29 +144,29 @@ class Tally:
 
 @torch.inference_mode()
 def collect(
-    decoder: Decoder, rows: Rows, step_tokens: int, against: Decoder | None = None, on_step: Callable[[], Any] = int
+    decoder: Decoder, rows: Rows, step_tokens: int, against: Decoder | None = None, progress: Progress = silent
 ) -> Tally:
     """Run all rows through the decoder, and through another checkpoint of its shape, some `step_tokens` at a time."""
     found, device = routers(decoder), decoder.embed_tokens.weight.device
     tally = Tally(rows, len(found), next(iter(found.values())).config, device)
     step = max(1, step_tokens // rows.length) * rows.length
+    starts = range(0, len(rows.tokens_N), step)
 
     def forward(model: Decoder, tokens_T: Tensor, document_T: Tensor) -> list[Routing]:
         positions_T = torch.arange(rows.length, device=device).repeat(len(tokens_T) // rows.length)
         _, routings = model(tokens_T.long(), positions_T, CausalAttend(model.config, rows.length, document_T))
         return [routing for routing in routings if routing is not None]
 
-    # A hook sees a router's input while it is there: kept until the end of a step, those of all layers would be large.
-    hooks = [r.register_forward_hook(partial(tally.see, m)) for m, r in enumerate(found.values())]
-    try:
-        for start in range(0, len(rows.tokens_N), step):
-            step_rows = [x[start : start + step].to(device) for x in (rows.tokens_N, rows.document_N)]
-            tally.begin(len(step_rows[0]))
-            routings = forward(decoder, *step_rows)
+    with ExitStack() as stack:
+        # A hook sees a router's input while it is there: kept to a step's end, those of all layers would be large.
+        for m, router in enumerate(found.values()):
+            stack.callback(router.register_forward_hook(partial(tally.see, m)).remove)
+        on_step = stack.enter_context(progress("inspecting", len(starts)))
+        for start in starts:
+            tokens_T, document_T = (x[start : start + step].to(device) for x in (rows.tokens_N, rows.document_N))
+            tally.begin(len(tokens_T))
+            routings = forward(decoder, tokens_T, document_T)
             if against is not None:
-                tally.compare(routings, forward(against, *step_rows))
+                tally.compare(routings, forward(against, tokens_T, document_T))
             on_step()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return tally

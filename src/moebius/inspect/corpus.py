@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +118,12 @@ class Rows:
         place = {kind: c for c, kind in enumerate(self.kinds)}
         return torch.tensor([place.get(kind, len(place) - 1) for _, kind in self.documents])[self.document_N]
 
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the text."""
+        kinds = dict(zip(self.kinds, self.kind_N.bincount().tolist(), strict=True))
+        counts = {"documents": len(self.documents), "read": self.read, "run": len(self.tokens_N)}
+        return counts | {"row_length": self.length, "kinds": kinds}
+
     def context(self, position: int, tokenizer: Tokenizer, before: int = 12, after: int = 6) -> tuple[str, str, str]:
         """The text before, of and after a token, within its row and document."""
         row, same = position // self.length * self.length, self.document_N == self.document_N[position]
@@ -137,6 +143,8 @@ def make_rows(documents: Iterable[Document], tokenizer: Tokenizer, length: int, 
         ids.append(encoded)
         numbers.append(torch.full_like(encoded, number))
         names.append((name, kind))
+        if sum(map(len, ids)) > _BYTES_PER_TOKEN * max_tokens:
+            break
     tokens_N, document_N = torch.cat(ids or [torch.empty(0)]), torch.cat(numbers or [torch.empty(0)])
     require(len(tokens_N) >= 2, "the text is empty: there are no tokens to route")
     length = min(length, len(tokens_N), max_tokens)

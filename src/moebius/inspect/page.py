@@ -1,4 +1,4 @@
-"""The report as a page: report.html.j2 and the filters that it draws with. One file comes out, which loads nothing."""
+"""The report as sentences and as a page: verdict.j2, report.html.j2, and the filters that they draw with."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from markupsafe import Markup
 
 # More cells than these make a page that a browser is slow to show.
 _CELLS = 24_000
-
-
-def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
 
 
 def _tint(lift: float) -> Markup:
@@ -37,13 +33,11 @@ def _largest_maps(maps: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted(sorted(range(len(maps)), key=lambda m: -maps[m]["spread"])[:room])
 
 
-def render(report: Mapping[str, Any]) -> str:
-    """The page of what report.json holds."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined)
     environment.filters |= {
-        "visible": _visible,
+        "visible": lambda text: text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·"),
         "tint": _tint,
         "ticks": _ticks,
         "largest_maps": _largest_maps,
@@ -51,4 +45,15 @@ def render(report: Mapping[str, Any]) -> str:
         "times": lambda number, factor: number * factor,
         "tail": lambda text, length: text if len(text) <= length else "…" + text[1 - length :],
     }
-    return environment.get_template("report.html.j2").render(report)
+    return environment.get_template(template).render(report)
+
+
+def verdict(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The findings in order: `state` is good, fair, poor or note, `text` a sentence or two."""
+    lines = _render("verdict.j2", report, escape=False).splitlines()
+    return [dict(zip(("state", "text"), line.split(" ", 1), strict=True)) for line in lines if line]
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """One HTML file, which loads nothing, of what report.json holds."""
+    return _render("report.html.j2", report, escape=True)
