@@ -32,7 +32,8 @@ def inspect(
 
     documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
     directory, other = resolve_model(model), None if against is None else resolve_model(against)
-    report = write_report(directory, documents, out, config, name=model, against=other, progress=o.progress_bar)
+    names = {"name": model, "against_name": against}
+    report = write_report(directory, documents, out, config, against=other, progress=o.progress_bar, **names)
     console, colors = Console(), {"good": "green", "fair": "yellow", "poor": "red", "note": "blue"}
     for finding in report["verdict"]:
         console.print(Text("● ", colors[finding["state"]]).append(finding["text"], "default"))

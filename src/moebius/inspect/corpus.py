@@ -126,10 +126,12 @@ class Rows:
 
     def context(self, position: int, tokenizer: Tokenizer, before: int = 12, after: int = 6) -> tuple[str, str, str]:
         """The text before, of and after a token, within its row and document."""
-        row, same = position // self.length * self.length, self.document_N == self.document_N[position]
-        near = range(max(row, position - before), min(row + self.length, position + after + 1))
-        ids = {i: int(self.tokens_N[i]) for i in near if same[i]}
-        parts = ([ids[i] for i in ids if i < position], [ids[position]], [ids[i] for i in ids if i > position])
+        row = position // self.length * self.length
+        near = slice(max(row, position - before), min(row + self.length, position + after + 1))
+        ids, documents = self.tokens_N[near].tolist(), self.document_N[near].tolist()
+        here = position - near.start
+        same = [i for i, document in enumerate(documents) if document == documents[here]]
+        parts = ([ids[i] for i in same if i < here], [ids[here]], [ids[i] for i in same if i > here])
         left, token, right = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
         return left, token, right
 
@@ -137,15 +139,16 @@ class Rows:
 def make_rows(documents: Iterable[Document], tokenizer: Tokenizer, length: int, max_tokens: int) -> Rows:
     """Tokenise, put documents one behind the other, cut into rows, and keep a random (always the same) choice."""
     start = tokenizer.encode("")
-    ids, numbers, names = [], [], []
+    ids: list[int] = []
+    numbers: list[int] = []
+    names = []
     for number, (name, kind, text) in enumerate(documents):
-        encoded = torch.tensor(start + tokenizer.encode_ordinary(text), dtype=torch.int32)
-        ids.append(encoded)
-        numbers.append(torch.full_like(encoded, number))
+        ids += start + tokenizer.encode_ordinary(text)
+        numbers += [number] * (len(ids) - len(numbers))
         names.append((name, kind))
-        if sum(map(len, ids)) > _BYTES_PER_TOKEN * max_tokens:
+        if len(ids) > _BYTES_PER_TOKEN * max_tokens:
             break
-    tokens_N, document_N = torch.cat(ids or [torch.empty(0)]), torch.cat(numbers or [torch.empty(0)])
+    tokens_N, document_N = torch.tensor(ids, dtype=torch.int32), torch.tensor(numbers, dtype=torch.int32)
     require(len(tokens_N) >= 2, "the text is empty: there are no tokens to route")
     length = min(length, len(tokens_N), max_tokens)
     order = torch.randperm(len(tokens_N) // length, generator=torch.Generator().manual_seed(0))

@@ -41,6 +41,8 @@ def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
         "tint": _tint,
         "ticks": _ticks,
         "largest_maps": _largest_maps,
+        # Eight ranks are a usual machine.
+        "usual": lambda rows: min(rows, key=lambda row: abs(row["ranks"] - 8)),
         "plain": lambda number: f"{number:g}",
         "times": lambda number, factor: number * factor,
         "tail": lambda text, length: text if len(text) <= length else "…" + text[1 - length :],

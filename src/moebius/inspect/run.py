@@ -34,12 +34,14 @@ def write_report(
     *,
     name: str | None = None,
     against: Path | None = None,
+    against_name: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run documents through the model in `directory` and write report.html and report.json into `out`.
 
-    `against` is another checkpoint of the same shape, run on the same tokens. Returns what report.json holds. Raises
-    UsageError for a dense model, for text that is none, and for checkpoints that do not fit together.
+    `against` is another checkpoint of the same shape, run on the same tokens; names are what the report calls the two.
+    Returns what report.json holds. Raises UsageError for a dense model, for text that is none, and for checkpoints that
+    do not fit together; NumericalError for a router that gives no numbers.
     """
     config = config or InspectConfig()
     out.mkdir(parents=True, exist_ok=True)
@@ -69,8 +71,10 @@ def write_report(
         "tastes": [tastes(tally, tokenizer, m) for m in range(len(layers))],
         "distinct": distinct(tally),
         "placement": placement(tally, ranks),
-        "against": None if other is None else drift(tally, str(against), _router_change(decoder, other)),
+        "against": None if other is None else drift(tally, _router_change(decoder, other)),
     }
+    if against is not None:
+        report["against"]["model"] = against_name or against.name
     report["verdict"] = verdict(report)
     (out / "report.json").write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
     (out / "report.html").write_text(page(report), encoding="utf-8")

@@ -134,18 +134,11 @@ def distinct(tally: Tally) -> list[dict[str, Any]]:
     number = len(rows.tokens_N) // rows.length
     found = []
     for batch in _BATCHES:
+        row = {"batch": batch, "uniform": rounded(health.distinct_experts(even_E, batch)), "one_text": None}
+        if batch <= rows.length:
+            row["one_text"] = rounded(tally.sums[f"distinct_{batch}"].mean() / (number * (rows.length // batch)))
         loaded_M = health.distinct_experts(tally.counts_ME / tally.seen, batch)
-        windows = tally.sums.get(f"distinct_{batch}")
-        run_M = None if windows is None else windows.cpu() / (number * (rows.length // batch))
-        found.append(
-            {
-                "batch": batch,
-                "uniform": rounded(health.distinct_experts(even_E, batch)),
-                "load": rounded(loaded_M.mean()),
-                "one_text": None if run_M is None else rounded(run_M.mean()),
-                "load_by_layer": rounded(loaded_M),
-            }
-        )
+        found.append(row | {"load": rounded(loaded_M.mean()), "load_by_layer": rounded(loaded_M)})
     return found
 
 
@@ -175,18 +168,16 @@ def placement(tally: Tally, ranks: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
-def drift(tally: Tally, other_name: str, change_M: Tensor) -> dict[str, Any]:
+def drift(tally: Tally, change_M: Tensor) -> dict[str, Any]:
     """How far another checkpoint of the same shape routes the same tokens otherwise, layer by layer."""
-    theirs = tally.other_counts_ME.cpu()
-    return {
-        "model": other_name,
-        "saturation": rounded(tally.mean("overlap")),
-        "saturation_first": rounded(tally.mean("overlap_first")),
-        "variation": rounded(tally.mean("variation")),
-        "load_variation": rounded(
-            health.total_variation(health.load_share(tally.counts_ME), health.load_share(theirs))
-        ),
-        "max_violation": rounded(health.max_violation(theirs)),
-        "router_change": rounded(change_M),
-        "chance": round(tally.router.top_k / tally.router.num_experts, 4),
+    theirs_ME = tally.other_counts_ME.cpu()
+    columns = {
+        "saturation": tally.mean("overlap"),
+        "saturation_first": tally.mean("overlap_first"),
+        "variation": tally.mean("variation"),
+        "load_variation": health.total_variation(health.load_share(tally.counts_ME), health.load_share(theirs_ME)),
+        "max_violation": health.max_violation(theirs_ME),
+        "router_change": change_M,
     }
+    chance = round(tally.router.top_k / tally.router.num_experts, 4)
+    return {"chance": chance} | {name: rounded(values) for name, values in columns.items()}
