@@ -120,17 +120,15 @@ class Tally:
         self._count_classes(m, ids_TK)
 
     def _count_classes(self, m: int, ids_TK: Tensor) -> None:
-        kinds, width = self.kinds_MEC.shape[2], self.tokens_MEX.shape[2]
-        kind_T1 = self.rows.kind_N[self._step].to(self.device).unsqueeze(1)
-        pairs = torch.bincount((ids_TK * kinds + kind_T1).flatten(), minlength=self.kinds_MEC[m].numel())
-        self.kinds_MEC[m] += pairs.view_as(self.kinds_MEC[m])
         tracked_T = self._index_V[self.rows.tokens_N[self._step].long()].to(self.device)
+        kind_T, place_T = self.rows.kind_N[self._step].to(self.device), self._place_N[self._step].to(self.device)
         known = tracked_T >= 0
-        flat = ids_TK[known] * width + tracked_T[known].unsqueeze(1)
-        place_T = self._place_N[self._step].to(self.device)
-        self.tokens_MEX[m].view(-1).index_add_(0, flat.flatten(), torch.ones_like(flat.flatten(), dtype=torch.int32))
-        places = place_T[known].unsqueeze(1).expand_as(flat).flatten()
-        self.example_MEX[m].view(-1).scatter_reduce_(0, flat.flatten(), places, "amin")
+        kind_pairs = (ids_TK * self.kinds_MEC.shape[2] + kind_T.unsqueeze(1)).flatten()
+        pairs = (ids_TK[known] * len(self.tracked_X) + tracked_T[known].unsqueeze(1)).flatten()
+        self.kinds_MEC[m].view(-1).index_add_(0, kind_pairs, torch.ones_like(kind_pairs))
+        self.tokens_MEX[m].view(-1).index_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))
+        places = place_T[known].repeat_interleave(ids_TK.shape[1])
+        self.example_MEX[m].view(-1).scatter_reduce_(0, pairs, places, "amin")
 
     def compare(self, routings: Sequence[Routing], others: Sequence[Routing]) -> None:
         """Add how far another checkpoint's routers agree about the step's tokens."""
