@@ -1,7 +1,5 @@
 """A small corpus of three kinds, and a report over it from the tiny model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

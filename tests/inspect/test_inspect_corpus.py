@@ -1,7 +1,5 @@
 """Text in: what is read, how it is sampled, and one clear line for what is no text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

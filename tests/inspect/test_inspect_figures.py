@@ -1,7 +1,5 @@
 """The figures against routings that transformers computes, counted by plain loops over tokens."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter, defaultdict

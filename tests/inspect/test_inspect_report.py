@@ -1,7 +1,5 @@
 """The page, the verdict, the command, and one clear line for what cannot be inspected."""
 
-from __future__ import annotations
-
 import re
 import sys
 from html.parser import HTMLParser

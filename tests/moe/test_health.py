@@ -1,7 +1,5 @@
 """Every metric against a value worked by hand, and against a count or a simulation that shares no code with it."""
 
-from __future__ import annotations
-
 import math
 from itertools import permutations
 

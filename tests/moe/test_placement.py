@@ -1,7 +1,5 @@
 """Placement against the published example of DeepSeek's load balancer, worked by hand, and against brute force."""
 
-from __future__ import annotations
-
 import random
 from itertools import permutations
 

@@ -1,7 +1,5 @@
 """moebius inspect MODEL --text FILES: what a model's routers do with a corpus."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -4,8 +4,6 @@ Shape legend: S steps, M layers with a router, T tokens of a step, E experts, K 
 C kinds of text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial

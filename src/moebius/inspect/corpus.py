@@ -1,7 +1,5 @@
 """Text files as rows of tokens: a bounded, evenly spread sample of what was given. Shape legend: N tokens, L row."""
 
-from __future__ import annotations
-
 import codecs
 import os
 import random

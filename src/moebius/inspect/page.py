@@ -1,7 +1,5 @@
 """The report as sentences and as a page: verdict.j2, report.html.j2, and the filters that they draw with."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """moebius inspect as a function: model and text in, report.html and report.json out."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

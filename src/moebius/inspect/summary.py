@@ -3,8 +3,6 @@
 Shape legend: S steps, M layers with a router, E experts, X tracked vocabulary, C kinds of text, R ranks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
