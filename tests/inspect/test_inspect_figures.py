@@ -121,7 +121,8 @@ def test_what_experts_like(report: dict[str, Any], rows: Rows, logits: list[torc
                 assert token["lift"] == pytest.approx(token["count"] / number / tracked_share[e], abs=0.01)
                 assert token["lift"] >= 1.5
                 came = [i for i, t in enumerate(tokens) if t == token["id"] and e in ids_of[i]]
-                assert tuple(token["example"]) in {rows.context(i, tokenizer) for i in came}
+                places = {(*rows.context(i, tokenizer), rows.documents[int(rows.document_N[i])][0]) for i in came}
+                assert (*token["example"], token["document"]) in places
                 liked += 1
         best = [max(of_token[e, t] for e in range(E)) / Counter(tokens)[t] for t in often]
         assert report["tastes"][m]["vocabulary_specialisation"] == pytest.approx(sum(best) / len(best), abs=1e-3)

@@ -134,9 +134,17 @@ def broken(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def single(folder: Path) -> None:
+    write_model(folder, num_experts=1, num_experts_per_tok=1)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
-    [(dense, ConfigError, "is dense: it has no router"), (broken, NumericalError, "layer 1: the router's logits")],
+    [
+        (dense, ConfigError, "is dense: it has no router"),
+        (single, ConfigError, "a single expert each"),
+        (broken, NumericalError, "layer 1: the router's logits"),
+    ],
 )
 def test_models_that_cannot_be_inspected(make: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     make(tmp_path / "model")
@@ -181,6 +189,19 @@ def test_ranks() -> None:
     assert InspectConfig().ranks_for(3) == [] and InspectConfig(ranks=(3, 2)).ranks_for(8) == [2, 3]
     with pytest.raises(ConfigError, match=r"ranks is \[9\]; 8 experts can be spread over 2 to 8 ranks"):
         InspectConfig(ranks=(9,)).ranks_for(8)
+
+
+def test_a_place_that_cannot_be_written(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file cannot be written: File exists; name another directory with --out"):
+        write_report(tiny_model, DOCUMENTS, tmp_path / "file", SETTINGS)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        write_report(tiny_model, DOCUMENTS, tmp_path / "out", SETTINGS)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -41,6 +41,7 @@ def routers(decoder: Decoder) -> dict[int, Router]:
     require(bool(found), f"this {decoder.config.model_type} model is dense: it has no router to inspect")
     sizes = {(r.config.num_experts, r.config.top_k) for r in found.values()}
     require(len(sizes) == 1, f"layers of different routers, (experts, top_k) = {sorted(sizes)}, cannot be inspected")
+    require(sizes.pop()[0] > 1, "the routers have a single expert each: there is no choice to inspect")
     return found
 
 
@@ -106,7 +107,7 @@ class Tally:
         self.p_ME[m] += p_TE.double().sum(0)
         self._add("entropy", m, health.entropy(p_TE))
         self._add("confidence", m, p_TE.amax(-1))
-        self._add("margin", m, health.margin(p_TE) if experts > 1 else p_TE[:, 0])
+        self._add("margin", m, health.margin(p_TE))
         self._add("z", m, torch.logsumexp(routing.logits_TE, -1).square())
         self.largest_M[m] = torch.maximum(self.largest_M[m], routing.logits_TE.abs().amax())
         half_TK = health.routed_in_bfloat16(*inputs, module.weight, module.bias, module.config, module.selection_bias)

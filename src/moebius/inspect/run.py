@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moebius.config import InspectConfig, require
+from moebius.errors import ConfigError
 from moebius.inspect.collect import Progress, collect, routers, silent
 from moebius.inspect.corpus import Document, Rows, make_rows
 from moebius.inspect.page import page, verdict
@@ -42,7 +44,8 @@ def write_report(
     do not fit together; NumericalError for a router that gives no numbers.
     """
     config = config or InspectConfig()
-    out.mkdir(parents=True, exist_ok=True)
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     require(os.access(out, os.W_OK), f"{out} cannot be written; name another directory with --out")
     checkpoint, tokenizer = open_checkpoint(directory), Tokenizer.load(directory)
     decoder = _load(checkpoint, config)
@@ -74,9 +77,19 @@ def write_report(
     if against is not None:
         report["against"]["model"] = against_name or against.name
     report["verdict"] = verdict(report)
-    (out / "report.json").write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page(report), encoding="utf-8")
+    with _writing(out):
+        (out / "report.json").write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "report.html").write_text(page(report), encoding="utf-8")
     return report
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the system says against writing there, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}; name another directory with --out") from None
 
 
 def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:

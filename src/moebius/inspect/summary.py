@@ -106,7 +106,8 @@ def tastes(tally: Tally, tokenizer: Tokenizer, m: int) -> dict[str, Any]:
                 "lift": rounded(lift_EX[e, x], 2),
                 "share": rounded(tokens_EX[e, x] / tally.tracked_tokens_X[x], 3),
                 "count": int(tokens_EX[e, x]),
-                "example": tally.rows.context(int(tally.shuffled_N[example_EX[e, x]]), tokenizer),
+                "example": tally.rows.context(at := int(tally.shuffled_N[example_EX[e, x]]), tokenizer),
+                "document": tally.rows.documents[int(tally.rows.document_N[at])][0],
             }
             for x in best
             if weight_EX[e, x] > 0
