@@ -1,19 +1,17 @@
-"""Bits per byte on held-out documents, and how evenly the experts are used. Shape legend: R rows, L tokens in a row."""
+"""Bits per byte on held-out documents. Shape legend: R rows, L tokens in a row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from moebius.models.decoder import Decoder
-from moebius.moe.router import Routing
 from moebius.train.data import bytes_per_token, evaluation_batches
 from moebius.train.ops import DocumentAttend
 
@@ -77,15 +75,3 @@ def scores(
     found = {kind: score(decoder, stream, tokenizer, length, max_rows=max_rows) for kind, stream in streams.items()}
     first, *rest = found.values()
     return found | {"all": sum(rest, first)}
-
-
-def expert_counts(routings: Sequence[Routing | None], num_experts: int) -> Tensor:
-    """How many (token, choice) pairs each expert of each layer got (layers, E)."""
-    ids = [routing.expert_ids_TK.reshape(-1) for routing in routings if routing is not None]
-    return torch.stack([torch.bincount(layer, minlength=num_experts) for layer in ids])
-
-
-def max_violation(counts_E: Tensor) -> float:
-    """MaxVio (arXiv 2408.15664, eq 4): by how much the busiest expert exceeds the mean load, relative to it."""
-    mean = counts_E.double().mean()
-    return float((counts_E.max() - mean) / mean)

@@ -23,9 +23,10 @@ from torch import Tensor
 from moebius.errors import ConfigError, NumericalError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.models.weights import publish
+from moebius.moe.health import expert_counts, load_share, max_violation
 from moebius.moe.losses import load_balance_loss, router_z_loss
 from moebius.train.data import Batches, PreparedData
-from moebius.train.evaluate import expert_counts, max_violation, scores
+from moebius.train.evaluate import scores
 from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
 from moebius.train.recipe import Recipe
 
@@ -90,7 +91,8 @@ class Trainer:
         self._optimizer.step()
         self._round()
         self.done += 1
-        counts = expert_counts(routings, self.recipe.model.num_experts)
+        experts = self.recipe.model.num_experts
+        counts = torch.stack([expert_counts(r.expert_ids_TK, experts) for r in routings if r is not None])
         return StepReport(loss.item(), balance.item(), z.item(), grad_norm.item(), rate, counts)
 
     def evaluate(self, max_rows: int | None = None) -> dict[str, float]:
@@ -232,6 +234,6 @@ class _Metrics:
         return means | {
             "learning_rate": reports[-1].rate,
             "tokens_per_second": round(tokens / max(self._trainer.seconds - self._since, 1e-9)),
-            "max_violation": [round(max_violation(layer), 3) for layer in counts],
-            "expert_load": [[round(x, 4) for x in (layer / layer.sum()).tolist()] for layer in counts],
+            "max_violation": [round(x, 3) for x in max_violation(counts).tolist()],
+            "expert_load": [[round(x, 4) for x in layer] for layer in load_share(counts).tolist()],
         }
