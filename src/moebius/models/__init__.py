@@ -11,11 +11,23 @@ from typing import Any
 
 from moebius.config import ModelConfig
 from moebius.errors import ConfigError
-from moebius.models import granitemoe, llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
+from moebius.models import (
+    dots1,
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    moebius,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from moebius.models.layout import Layout
 from moebius.models.reading import ConfigReader
 
-_FAMILIES = (granitemoe, llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe)
+_FAMILIES = (dots1, granitemoe, llama, mistral, mixtral, moebius, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe)
 MODEL_TYPES: Mapping[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for module in _FAMILIES}
 
 
