@@ -108,7 +108,7 @@ def test_a_dropped_choice_adds_nothing_and_learns_nothing(width: int, grad: bool
                 expected[t] = expected[t] + routing.weights_TK[t, k] * (experts.down_proj[e] @ hidden)
     torch.testing.assert_close(out, expected)
     if grad:
-        mine = torch.autograd.grad(out.square().sum(), [x_TD, *layer.parameters()])
+        mine = torch.autograd.grad(out.square().sum(), [x_TD, *layer.parameters()], retain_graph=True)
         naive = torch.autograd.grad(expected.square().sum(), [x_TD, *layer.parameters()])
         for a, b in zip(mine, naive, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

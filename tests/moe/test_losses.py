@@ -99,7 +99,7 @@ def test_switch_transformers_of_transformers() -> None:
 def test_deepspeed_and_megatron_normalisations(k: int) -> None:
     """DeepSpeed's top1gating and top2gating: me = mean of gates, ce = mean of the first choices' mask,
     l_aux = sum(me * ce) * E. Its topkgating: ce over all choices' masks, divided by k.
-    Megatron's switch_load_balancing_loss_func, coefficient 1: sum(sum_t p * counts) * E / (k T^2), added up over layers.
+    Megatron's switch_load_balancing_loss_func, coefficient 1: sum(sum_t p * counts) * E / (k T^2), summed over layers.
     """
     tokens, experts = 40, 8
     layers = [torch.randn(tokens, experts) for _ in range(2)]

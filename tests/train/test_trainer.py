@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from moebius.errors import ConfigError, NumericalError, WeightsError
+from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.nn.attention import CausalAttend
 from moebius.ops.reference import ReferenceOps
 from moebius.train import trainer as trainer_module
 from moebius.train.data import PreparedData
+from moebius.train.events import EventFile
+from moebius.train.loop import run
 from moebius.train.recipe import Recipe
-from moebius.train.trainer import Trainer, run
+from moebius.train.trainer import Trainer
 
 
 def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -59,7 +64,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
 
     def interrupt(step: int, report: object) -> None:
         if step == 7:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         run(Trainer(recipe, data), tmp_path / "parts", interrupt)
@@ -74,6 +79,10 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
         assert [sum(layer) for layer in line["expert_load"]] == [pytest.approx(1, abs=1e-3)] * 2
         assert 0 < line["loss"] < 10
         assert all(0 <= violation <= 3 for violation in line["max_violation"])
+        assert line["dropped"] == [0, 0] and all(0 < entropy <= 1 for entropy in line["load_entropy"])
+    again = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    times = {"seconds": 0, "tokens_per_second": 0}
+    assert [line | times for line in again] == [line | times for line in lines]
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -90,7 +99,7 @@ def test_one_step_is_adamw_on_the_naive_loss(recipe: Recipe, data: PreparedData)
     training = dataclasses.replace(recipe.training, clip_norm=0.05)
     recipe = dataclasses.replace(recipe, training=training)
     trainer = Trainer(recipe, data)
-    naive = Decoder(recipe.model_config(), ReferenceOps())
+    naive = Decoder(trainer.decoder.config, ReferenceOps())
     naive.load_state_dict({name: p.float() for name, p in trainer.decoder.state_dict().items()})
     batch = trainer._batches.batch(0)
     attend = CausalAttend(naive.config, 48, batch.document_RL.flatten())
@@ -130,20 +139,66 @@ def test_the_decoder_is_the_rounded_masters_and_gains_do_not_decay(recipe: Recip
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
-    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, data: PreparedData, tmp_path: Path
 ) -> None:
-    honest = trainer_module.cross_entropy
-    calls = iter(range(100))
+    trainer = Trainer(recipe, data)
 
-    def poisoned(*args: torch.Tensor) -> torch.Tensor:
-        return honest(*args) * (float("nan") if next(calls) == 8 else 1.0)
+    def poison(step: int, report: object) -> None:
+        if step == 8:
+            trainer._copies["layers.1.mlp.experts.gate_proj.2"].data[0, 0] = float("nan")
 
-    monkeypatch.setattr(trainer_module, "cross_entropy", poisoned)
-    with pytest.raises(NumericalError, match="step 8: the loss is nan"):
-        run(Trainer(recipe, data), tmp_path)
+    with pytest.raises(NumericalError, match="step 8: the loss is nan, and layer 1's feed-forward the first"):
+        run(trainer, tmp_path, poison)
     assert _saved_step(tmp_path / "checkpoint.safetensors") == 8
     saved = load_file(tmp_path / "checkpoint.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+def test_a_gradient_that_is_no_number_is_named(
+    recipe: Recipe, data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss whose gradient overflows: what is nearest to the loss is named."""
+    honest = trainer_module.cross_entropy
+    monkeypatch.setattr(
+        trainer_module, "cross_entropy", lambda *args: (x := honest(*args)) + (x - x.detach()) * 1e38 * 1e38
+    )
+    with pytest.raises(NumericalError, match=r"step 0: the loss is 5\.\d+, and the gradient of norm\.weight the first"):
+        Trainer(recipe, data).step()
+
+
+def test_a_full_disk_stops_and_keeps_the_checkpoint(
+    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    def full(tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half a file")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    trainer = Trainer(recipe, data)
+    honest = trainer_module.save_file
+    monkeypatch.setattr(trainer_module, "save_file", lambda *a, **k: (full if next(calls) == 5 else honest)(*a, **k))
+    with pytest.raises(StorageError, match=r"step 6: the checkpoint cannot be written .*No space left.*one before is"):
+        run(trainer, tmp_path)
+    assert _saved_step(tmp_path / "checkpoint.safetensors") == 5
+    assert not list(tmp_path.glob("*.partial"))
+    run(Trainer(recipe, data), tmp_path)
+    run(Trainer(recipe, data), tmp_path / "whole")
+    whole, parts = (load_file(folder / "checkpoint.safetensors") for folder in (tmp_path / "whole", tmp_path))
+    assert _equal(whole, parts)
+
+
+def test_a_disk_that_fills_under_the_metrics(
+    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "events")
+
+    trainer = Trainer(recipe, data)
+    monkeypatch.setattr(EventFile, "scalars", full)
+    with pytest.raises(StorageError, match=r"step 4: events cannot be written .No space left on device.; training"):
+        run(trainer, tmp_path)
+    assert _saved_step(tmp_path / "checkpoint.safetensors") == 3
 
 
 def test_checkpoints_of_others_are_refused(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:

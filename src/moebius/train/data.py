@@ -105,6 +105,7 @@ def prepare(recipe: Recipe, folder: Path, root: Path | None = None, tokenizer: P
 
 
 def _write(recipe: Recipe, corpus: Corpus | FileCorpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
+    require(any(split == "train" for split, _ in corpus), "the corpus holds no text to train on")
     tokenizer = given
     if tokenizer is None:
         texts = (document.text for split, document in corpus if split == "train")
@@ -120,8 +121,7 @@ def _write(recipe: Recipe, corpus: Corpus | FileCorpus, given: Tokenizer | None,
         add_document(digest, split, document)
         streams.add(split, document)
     sizes = streams.close()
-    for split, share in (("train", "text"), ("heldout", "held-out text; raise corpus.heldout_share")):
-        require(any(size["documents"] for size in sizes[split].values()), f"the corpus holds no {share}")
+    require(bool(sizes["heldout"]), "the corpus holds no held-out text; raise corpus.heldout_share")
     facts = {"corpus_sha256": digest.hexdigest(), "vocab_size": vocab_size, "sizes": sizes}
     skipped = {"skipped_files": corpus.skipped} if isinstance(corpus, FileCorpus) else {}
     return facts | skipped | {"python_version": platform.python_version()}

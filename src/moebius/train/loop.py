@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ def run(
 
     Writes metrics.jsonl, TensorBoard's events and checkpoint.safetensors there, and models by `export` as often as the
     recipe says. A loss that is not finite or a full disk ends the run with NumericalError or StorageError and leaves
-    the last checkpoint as it was; an interruption ends it after a checkpoint of its own.
+    the last checkpoint as it was; SIGINT or SIGTERM ends it with KeyboardInterrupt after the step and a checkpoint.
     """
     training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,26 +41,43 @@ def run(
     metrics.resume(trainer.restore(checkpoint) if checkpoint.exists() else None)
     saved = last = time.monotonic()
     try:
-        while trainer.done < training.steps:
-            report = trainer.step()
-            now = time.monotonic()
-            trainer.seconds, last = trainer.seconds + now - last, now
-            on_step(trainer.done, report)
-            metrics.add(report)
-            if export and training.export_every and trainer.done % training.export_every == 0:
-                export(folder / "steps" / f"{trainer.done:06d}")
-            if now - saved >= training.checkpoint_seconds:
-                trainer.save(checkpoint, metrics.pending)
-                saved = now
-    except KeyboardInterrupt:
-        trainer.save(checkpoint, metrics.pending)
-        raise
+        with _stop_signals() as asked:
+            while trainer.done < training.steps and not asked:
+                report = trainer.step()
+                now = time.monotonic()
+                trainer.seconds, last = trainer.seconds + now - last, now
+                metrics.add(report)
+                on_step(trainer.done, report)
+                if export and training.export_every and trainer.done % training.export_every == 0:
+                    export(folder / "steps" / f"{trainer.done:06d}")
+                if now - saved >= training.checkpoint_seconds or asked:
+                    trainer.save(checkpoint, metrics.pending)
+                    saved = now
     except OSError as error:
         raise StorageError(
             f"step {trainer.done}: {error.filename or folder} cannot be written ({error.strerror}); "
             "training stopped, the last checkpoint is whole"
         ) from None
+    if asked:
+        raise KeyboardInterrupt
     trainer.save(checkpoint, metrics.pending)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The signals that came to end the run, so that a step is never cut in two."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, _ in before:
+        signal.signal(number, lambda which, _: asked.append(which))
+    try:
+        yield asked
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 class Metrics:

@@ -105,10 +105,11 @@ def _train(recipe: Recipe, recipe_path: Path, out: Path, options: Options) -> di
 def _run_with_progress(trainer: Trainer, folder: Path) -> int:
     """Train while showing loss, speed, remaining time and router health on stderr; tokens per second of the run."""
     console, steps = Console(stderr=True), trainer.recipe.training.steps
+    quiet = not console.is_terminal or trainer.ranks.rank > 0
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("remaining"))
     tokens = trainer.recipe.training.tokens_per_step
-    with Progress(*columns, *times, TextColumn("{task.fields[health]}"), console=console) as progress:
+    with Progress(*columns, *times, TextColumn("{task.fields[health]}"), console=console, disable=quiet) as progress:
         bar = progress.add_task(trainer.recipe.name, total=steps, health="")
 
         def show(done: int, report: StepReport) -> None:
@@ -118,14 +119,12 @@ def _run_with_progress(trainer: Trainer, folder: Path) -> int:
 
         def tell(line: Line) -> None:
             progress.update(bar, health=_health(line))
-            if not console.is_terminal:
+            if quiet:
                 console.print(
                     f"step {line['step']} of {steps}: loss {line['loss']:.4f}, {_health(line)}", soft_wrap=True
                 )
 
-        if trainer.ranks.rank:
-            progress.disable = True
-        run(trainer, folder, show, tell, lambda path: export(trainer, path))
+        run(trainer, folder, show, tell, None if trainer.ranks.rank else lambda path: export(trainer, path))
     return round(trainer.done * tokens / max(trainer.seconds, 1e-9))
 
 
