@@ -32,7 +32,7 @@ def start(recipe: Recipe, data: PreparedData, folder: Path, model_type: str, **f
     save_tiny(folder, model_type, vocab_size=320, max_position_embeddings=64, **CHANGES.get(model_type, {}))
     data.tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "mine": True}))
-    training = dataclasses.replace(recipe.training, learning_rate=0.001, steps=20)
+    training = dataclasses.replace(recipe.training, learning_rate=0.003, steps=20)
     tuned = FinetuneRecipe(str(folder), **finetune)
     return dataclasses.replace(recipe, model=None, finetune=tuned, training=training), folder
 
