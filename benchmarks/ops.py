@@ -3,7 +3,7 @@
     python benchmarks/ops.py --json benchmarks/ops.json            # all instruction sets: --isa all
 
 The floor of an operation is the larger of its bytes over the memory bandwidth (a plain read loop over anonymous huge
-pages, as many threads) and its operations over the matrix peak (torch's product of two 2,048-wide bfloat16 matrices).
+pages, as many threads) and its operations over the matrix peak (torch's product of two 2,048-wide matrices).
 Weights are cycled through so many copies that none is in a cache when its turn comes again.
 """
 
@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,10 @@ from moebius.ops import ExpertWeights
 from moebius.ops.cpu import CpuOps
 from moebius.ops.steps import StepInputs
 
-PROBE = Path(__file__).parent / "peers" / "probe.cpp"
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+import ceilings
+
 # More than any processor's last cache that this runs on.
 COLD_BYTES = 256 * 2**20
 DTYPE = torch.bfloat16
@@ -41,20 +43,6 @@ class Case:
     call: Callable[[], object]
     bytes_read: float
     flops: float
-
-
-def ceilings(threads: int) -> tuple[float, float]:
-    """(GB/s, GFLOP/s) of this machine now."""
-    with tempfile.TemporaryDirectory() as folder:
-        program, some = Path(folder) / "probe", Path(folder) / "file"
-        some.write_bytes(bytes(2**26))
-        subprocess.run(["g++", "-std=c++17", "-O3", "-march=native", "-pthread", PROBE, "-o", program], check=True)
-        answer = subprocess.run([program, str(threads), some], check=True, stdout=subprocess.PIPE, text=True)
-    torch.set_num_threads(threads)
-    a, b = (torch.randn(2048, 2048).to(DTYPE) for _ in range(2))
-    seconds = min(timed(lambda: a @ b, 20))
-    torch.set_num_threads(1)
-    return json.loads(answer.stdout)["anonymous_gbs"], 2 * 2048**3 / seconds / 1e9
 
 
 def timed(call: Callable[[], object], repeats: int) -> list[float]:
@@ -176,7 +164,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    bandwidth, peak = ceilings(args.threads)
+    bandwidth, peak = ceilings.bandwidth(args.threads)["anonymous_gbs"], ceilings.matrix_peak(args.threads)
     print(f"{args.threads} threads: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s")
     rows = []
     for isa in _cpu.available() if args.isa == "all" else [args.isa]:

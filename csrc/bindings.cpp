@@ -28,15 +28,13 @@ Experts make_experts(int dtype, int hidden, int width, int activation, const Add
             pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
 }
 
-StepAttention make_step(Address query_start, Address seq_lens, int batch, Address block_table, int width, int window) {
-    StepAttention step;
+void set_step(StepAttention& step, Address query_start, Address seq_lens, int batch, Address block_table, int width) {
     const int32_t *starts = array<const int32_t>(query_start), *lens = array<const int32_t>(seq_lens);
     const int32_t* table = array<const int32_t>(block_table);
     step.query_start.assign(starts, starts + batch + 1);
     step.seq_lens.assign(lens, lens + batch);
     step.block_table.assign(table, table + size_t(batch) * width);
-    step.table_width = width, step.window = window;
-    return step;
+    step.table_width = width;
 }
 
 Linear make_linear(int dtype, int in, const Addresses& weights, const Addresses& biases, const std::vector<int>& sizes) {
@@ -62,10 +60,15 @@ NB_MODULE(_cpu, m) {
             const Addresses& up, const Addresses& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
         new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias));
     });
-    nb::class_<StepAttention>(m, "StepAttention").def("__init__", [](StepAttention* self, Address query_start, Address seq_lens, int batch,
-            Address block_table, int width, int window) {
-        new (self) StepAttention(make_step(query_start, seq_lens, batch, block_table, width, window));
-    });
+    nb::class_<StepAttention>(m, "StepAttention")
+        .def("__init__", [](StepAttention* self, int window) {
+            new (self) StepAttention();
+            self->window = window;
+        })
+        .def("set", &set_step);
+    nb::class_<Program>(m, "Program")
+        .def(nb::init<>())
+        .def("__call__", [](const Program& program, int rows) { for (const auto& call : program.calls) call(rows); }, release());
     nb::class_<CacheShape>(m, "CacheShape")
         .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int head_dim, int dtype) {
             new (self) CacheShape(block_size, kv_heads, head_dim, Dtype(dtype));
@@ -77,37 +80,57 @@ NB_MODULE(_cpu, m) {
         .def(nb::init<const std::string&, int>())
         .def_prop_ro("name", &Ops::name)
         .def_prop_ro("threads", &Ops::threads)
+        .def("record", [](Ops& ops, Program* program) { ops.recorder = program; }, nb::arg().none())
+        .def("embed", [](Ops& ops, int dtype, Address table, int64_t count, Address ids, int rows, int n, float multiplier, Address out) {
+            ops.submit(rows, [=, &ops](int r) {
+                ops.embed(Dtype(dtype), array<const void>(table), count, array<const int64_t>(ids), r, n, multiplier, array<void>(out));
+            });
+        }, release())
         .def("linear", [](Ops& ops, const Linear& l, Address x, int rows, Address out, bool wide) {
-            ops.linear(l, array<const void>(x), rows, array<void>(out), wide);
+            ops.submit(rows, [=, &ops, &l](int r) { ops.linear(l, array<const void>(x), r, array<void>(out), wide); });
         }, release())
         .def("experts", [](Ops& ops, const Experts& e, Address x, int rows, Address weights, Address ids, int top_k, Address out) {
-            ops.experts(e, array<const void>(x), rows, array<const float>(weights), array<const int64_t>(ids), top_k, array<void>(out));
+            ops.submit(rows, [=, &ops, &e](int r) {
+                ops.experts(e, array<const void>(x), r, array<const float>(weights), array<const int64_t>(ids), top_k, array<void>(out));
+            });
         }, release())
         .def("add_gated", [](Ops& ops, int dtype, Address a, Address b, Address gate, int rows, int n, Address out) {
-            ops.add_gated(Dtype(dtype), array<const void>(a), array<const void>(b), array<const float>(gate), rows, n, array<void>(out));
+            ops.submit(rows, [=, &ops](int r) {
+                ops.add_gated(Dtype(dtype), array<const void>(a), array<const void>(b), array<const float>(gate), r, n, array<void>(out));
+            });
         }, release())
-        .def("rms_norm", [](Ops& ops, int dtype, Address x, Address update, float multiplier, Address weight, int rows, int n, float eps,
-                            Address sum, Address out) {
-            ops.rms_norm(Dtype(dtype), array<const void>(x), array<const void>(update), multiplier, array<const void>(weight), rows, n, eps,
-                         array<void>(sum), array<void>(out));
+        .def("rms_norm", [](Ops& ops, int dtype, Address x, Address update, float multiplier, Address weight, int rows, int n, int stride,
+                            float eps, Address sum, Address out) {
+            ops.submit(rows, [=, &ops](int r) {
+                ops.rms_norm(Dtype(dtype), array<const void>(x), array<const void>(update), multiplier, array<const void>(weight), r, n,
+                             stride, eps, array<void>(sum), array<void>(out));
+            });
         }, release())
         .def("rotation", [](Ops& ops, Address positions, int rows, Address inverse, int half, float factor, Address cos, Address sin) {
-            ops.rotation(array<const int64_t>(positions), rows, array<const float>(inverse), half, factor, array<float>(cos), array<float>(sin));
+            ops.submit(rows, [=, &ops](int r) {
+                ops.rotation(array<const int64_t>(positions), r, array<const float>(inverse), half, factor, array<float>(cos), array<float>(sin));
+            });
         }, release())
         .def("rotate_and_store", [](Ops& ops, int dtype, const CacheShape& shape, Address qkv, int rows, int q_heads,
                                     Address cos, Address sin, int half, Address q_norm, Address k_norm, float eps, Address slots,
                                     Address cache, Address q_out) {
-            ops.rotate_and_store(Dtype(dtype), shape, array<const void>(qkv), rows, q_heads,
-                                 array<const float>(cos), array<const float>(sin), half, array<const void>(q_norm), array<const void>(k_norm),
-                                 eps, array<const int64_t>(slots), array<uint32_t>(cache), array<void>(q_out));
+            ops.submit(rows, [=, &ops, &shape](int r) {
+                ops.rotate_and_store(Dtype(dtype), shape, array<const void>(qkv), r, q_heads,
+                                     array<const float>(cos), array<const float>(sin), half, array<const void>(q_norm),
+                                     array<const void>(k_norm), eps, array<const int64_t>(slots), array<uint32_t>(cache), array<void>(q_out));
+            });
         }, release())
-        .def("attention", [](Ops& ops, int dtype, const CacheShape& shape, const StepAttention& step, Address cache, Address q, int q_heads,
-                             float scale, float softcap, Address sinks, Address out) {
-            ops.attention(Dtype(dtype), shape, step, array<const uint32_t>(cache), array<const void>(q), q_heads, scale, softcap,
-                          array<const float>(sinks), array<void>(out));
+        .def("attention", [](Ops& ops, int dtype, const CacheShape& shape, const StepAttention& step, int rows, Address cache, Address q,
+                             int q_heads, float scale, float softcap, Address sinks, Address out) {
+            ops.submit(rows, [=, &ops, &shape, &step](int) {
+                ops.attention(Dtype(dtype), shape, step, array<const uint32_t>(cache), array<const void>(q), q_heads, scale, softcap,
+                              array<const float>(sinks), array<void>(out));
+            });
         }, release())
         .def("route", [](Ops& ops, const RouterSettings& r, Address logits, int rows, Address bias, Address weights, Address ids) {
-            ops.route(r, array<const float>(logits), rows, array<const float>(bias), array<float>(weights), array<int64_t>(ids));
+            ops.submit(rows, [=, &ops, &r](int n) {
+                ops.route(r, array<const float>(logits), n, array<const float>(bias), array<float>(weights), array<int64_t>(ids));
+            });
         }, release())
         .def("log_softmax_top_k", [](Ops& ops, Address logits, int rows, int vocab, Address temperatures, int k, Address log_sums, Address ids) {
             ops.log_softmax_top_k(array<const float>(logits), rows, vocab, array<const float>(temperatures), k, array<double>(log_sums),

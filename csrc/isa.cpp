@@ -1,8 +1,17 @@
 // Compiled once for each instruction set, with -DMOEBIUS_ISA=name and its flags. Includes no standard templates: the
 // linker would merge their instances across units, and run one unit's instructions on another's processor.
-#include "attention.h"
 #include "pointwise.h"
-#include "product.h"
+#if defined(__AVX512F__)
+#include "attention_16.h"
+#include "product_16.h"
+#define MOEBIUS_PACK(T) nullptr
+#define MOEBIUS_16_OR_8(kernel, T) kernel##_16<T>
+#else
+#include "attention_8.h"
+#include "product_8.h"
+#define MOEBIUS_PACK(T) pack_8<T>
+#define MOEBIUS_16_OR_8(kernel, T) kernel##_8<T>
+#endif
 #if defined(MOEBIUS_AMX)
 #include "amx_attention.h"
 #include "amx_product.h"
@@ -22,15 +31,15 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
     using namespace MOEBIUS_ISA;
     static const Kernels kernels = {
         MOEBIUS_TEXT(MOEBIUS_ISA),
-        {MOEBIUS_BF16(nullptr, amx_pack), nullptr},
-        {MOEBIUS_BF16(product<bf16>, amx_product), product<float>},
+        {MOEBIUS_BF16(MOEBIUS_PACK(bf16), amx_pack), MOEBIUS_PACK(float)},
+        {MOEBIUS_BF16(MOEBIUS_16_OR_8(product, bf16), amx_product), MOEBIUS_16_OR_8(product, float)},
         {store_row<bf16>, store_row<float>},
         {add_bias<bf16>, add_bias<float>},
         {gated<bf16>, gated<float>},
         {combine<bf16>, combine<float>},
         {rms_norm<bf16>, rms_norm<float>},
         {rotate<bf16>, rotate<float>},
-        {MOEBIUS_BF16(attention<bf16>, amx_attention), attention<float>},
+        {MOEBIUS_BF16(MOEBIUS_16_OR_8(attention, bf16), amx_attention), MOEBIUS_16_OR_8(attention, float)},
         softmax_stats,
         exp_row,
     };

@@ -83,17 +83,20 @@ struct Kernels {
     float (*exp_row)(const float* x, int n, float shift, float factor, float* out);
 };
 
-// Bytes that `pack` writes: tiles of 16 rows by 32 elements of bfloat16.
-inline size_t packed_bytes(int m, int k) { return size_t((m + 15) / 16) * ((k + 31) / 32) * 1024; }
+// Bytes that `pack` writes at most: tiles of 16 rows by 32 elements of bfloat16, or rows of so many steps of 32 floats.
+inline size_t packed_bytes(int m, int k) {
+    const size_t steps = (k + 31) / 32, tiles = size_t(m + 15) / 16 * steps * 1024, rows = m * steps * 128;
+    return tiles > rows ? tiles : rows;
+}
 
 // Attention's scratch, in floats: the state of each row, rows in sixteens; a tile of gathered keys and values; and what AMX
-// adds, queries and the ends of a tile filled up with zeros.
+// adds, queries and the ends of a tile filled up with zeros, or eight lanes, queries and a tile in float32.
 inline size_t state_floats(const CacheShape& s) { return KEY_TILE + 16 + 2 * s.padded_dim; }
 inline size_t states_floats(int rows, const CacheShape& s) { return size_t((rows + 15) / 16 * 16) * state_floats(s); }
 inline size_t gathered_floats(const CacheShape& s) { return KEY_TILE * (s.head_dim + s.padded_dim); }
 inline size_t attention_scratch(int rows, const CacheShape& s) {
-    const size_t queries = (rows + 15) / 16 * 16 * (s.padded_dim / 2 + 8), ends = KEY_TILE * 16 + 8 * s.padded_dim;
-    return states_floats(rows, s) + gathered_floats(s) + queries + ends;
+    const size_t queries = size_t(rows + 15) / 16 * 16 * (s.padded_dim + 8), ends = KEY_TILE * 16 + 8 * s.padded_dim;
+    return states_floats(rows, s) + gathered_floats(s) + queries + ends + 2 * KEY_TILE * s.padded_dim;
 }
 
 void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head);

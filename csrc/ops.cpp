@@ -143,7 +143,11 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
     // Pairs (token, choice) sorted by expert: starts_[e] to starts_[e + 1] of pairs_.
     starts_.assign(count + 1, 0);
     pairs_.resize(pairs);
-    for (int p = 0; p < pairs; p++) starts_[(ids ? ids[p] : 0) + 1]++;
+    for (int p = 0; p < pairs; p++) {
+        const int64_t id = ids ? ids[p] : 0;
+        if (id < 0 || id >= count) throw std::out_of_range("expert id " + std::to_string(id) + " is none of " + std::to_string(count));
+        starts_[id + 1]++;
+    }
     for (int i = 0; i < count; i++) starts_[i + 1] += starts_[i];
     for (int p = 0; p < pairs; p++) pairs_[starts_[ids ? ids[p] : 0]++] = p;
     for (int i = count; i > 0; i--) starts_[i] = starts_[i - 1];
@@ -214,9 +218,19 @@ void Ops::add_gated(Dtype dtype, const void* a, const void* b, const float* gate
     });
 }
 
-void Ops::rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, float eps,
-                   void* sum, void* out) {
+void Ops::embed(Dtype dtype, const void* table, int64_t count, const int64_t* ids, int rows, int n, float multiplier, void* out) {
     const size_t row_bytes = n * size_of(dtype);
+    for (int t = 0; t < rows; t++) {
+        if (ids[t] < 0 || ids[t] >= count) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(count));
+        const void* row = at(table, ids[t] * row_bytes);
+        if (multiplier == 1.0f) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
+        else kernels_->combine[dtype](&row, &multiplier, 1, n, nullptr, at(out, t * row_bytes));
+    }
+}
+
+void Ops::rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, int stride,
+                   float eps, void* sum, void* out) {
+    const size_t row_bytes = stride * size_of(dtype);
     const int chunk = std::max(1, int((16 << 10) / row_bytes));
     pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
         for (int t = item * chunk; t < std::min(rows, (item + 1) * chunk); t++) {

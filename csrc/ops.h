@@ -1,7 +1,9 @@
 // Operations on whole steps, spread over threads. Pointers are to contiguous row-major arrays that the caller owns.
 #pragma once
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -49,6 +51,12 @@ struct RouterSettings {
     float group_fill, renorm_eps, scale, softcap;  // softcap 0: none
 };
 
+// Operations as they were called on a step of one token, to be called again on a step of any length: all else that they
+// were given, addresses above all, stays as it was.
+struct Program {
+    std::vector<std::function<void(int rows)>> calls;
+};
+
 class Ops {
 public:
     Ops(const std::string& limit, int threads) : kernels_(select_kernels(limit)), pool_(threads), scratch_(threads) {}
@@ -56,13 +64,25 @@ public:
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
 
+    // Where calls are also noted, or null.
+    Program* recorder = nullptr;
+    // Calls `call(rows)`, and notes it. Throws std::logic_error for a noted call of other than one row.
+    template <class Call> void submit(int rows, const Call& call) {
+        if (recorder && rows != 1) throw std::logic_error("a recorded step has one token");
+        if (recorder) recorder->calls.push_back(call);
+        call(rows);
+    }
+
+    // out = multiplier * table[ids]; table (..., n). Throws std::out_of_range for an id that is not below `count`.
+    void embed(Dtype dtype, const void* table, int64_t count, const int64_t* ids, int rows, int n, float multiplier, void* out);
     // out = x w^T + bias as the layers' dtype or, with `wide`, float32
     void linear(const Linear& l, const void* x, int rows, void* out, bool wide);
     void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out);
     // out = a + sigmoid(gate) * b, row by row; gate (rows,) float32 or null for 1
     void add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out);
-    void rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, float eps,
-                  void* sum, void* out);
+    // Rows of x, update, sum and out lie `stride` elements apart.
+    void rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, int stride,
+                  float eps, void* sum, void* out);
     // cos and sin of positions * inverse, times factor: (rows, half) each
     void rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin);
     // qkv holds a token's query, key and value heads side by side. Normalises (where norms are given) and rotates q into

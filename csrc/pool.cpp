@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <chrono>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -48,7 +49,12 @@ Pool::~Pool() {
 }
 
 void Pool::take_items(int thread) {
-    for (int item; (item = next_.fetch_add(1)) < count_;) call_(body_, item, thread);
+    for (int item; (item = next_.fetch_add(1)) < count_;) try {
+            call_(body_, item, thread);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (!error_) error_ = std::current_exception();
+        }
 }
 
 void Pool::run(int count, Call call, const void* body) {
@@ -72,6 +78,7 @@ void Pool::run(int count, Call call, const void* body) {
     // is not awake yet is not waited for.
     open_.store(false);
     while (inside_.load()) pause();
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 bool Pool::wait_for_job(uint64_t seen) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -20,7 +21,7 @@ public:
     int threads() const { return int(workers_.size()) + 1; }
 
     // Calls body(item, thread) for every item of [0, count), each once, on any thread, and returns when all are done.
-    // One caller at a time: a second one waits for the first.
+    // One caller at a time: a second one waits for the first. What a body throws, the first of it, the caller gets.
     template <class Body> void run(int count, const Body& body) {
         run(count, [](const void* b, int item, int thread) { (*static_cast<const Body*>(b))(item, thread); }, &body);
     }
@@ -46,6 +47,7 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<bool> stopping_{false};
+    std::exception_ptr error_;  // under mutex_
 };
 
 }  // namespace moebius

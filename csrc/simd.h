@@ -1,7 +1,8 @@
 // Sixteen float32 lanes, the same interface on every instruction set. Included once by each instruction set's
 // translation unit, inside its own namespace: nothing here may be shared between units compiled with different flags.
 //
-// V holds 16 floats; G holds 16 groups of 32 bits (two bfloat16 or one float32, see kernels.h).
+// V holds 16 floats. AVX-512 alone has G, 16 groups of 32 bits (two bfloat16 or one float32, see kernels.h): eight-lane sets
+// widen instead (product_8.h).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -124,8 +125,6 @@ INLINE V reduce_16(const V* a) {
 
 #if defined(__AVX2__)
 struct V { __m256 lo, hi; };
-struct G { __m256i lo, hi; };
-#define EACH(expression_lo, expression_hi) {expression_lo, expression_hi}
 
 INLINE V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 INLINE V all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -151,12 +150,6 @@ INLINE __m256 scaled_8(__m256 a, __m256 n) {
 }
 INLINE V scaled(V a, V n) { return {scaled_8(a.lo, n.lo), scaled_8(a.hi, n.hi)}; }
 
-INLINE G groups(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
-INLINE G group_all(uint32_t g) { return {_mm256_set1_epi32(int(g)), _mm256_set1_epi32(int(g))}; }
-INLINE G low_halves(G a) {
-    const __m256i low = _mm256_set1_epi32(0xffff);
-    return {_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low)};
-}
 INLINE __m256 widened(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
@@ -173,20 +166,9 @@ INLINE void store(bf16* p, V a) {
     _mm_storeu_si128((__m128i*)p, narrowed(a.lo));
     _mm_storeu_si128((__m128i*)(p + 8), narrowed(a.hi));
 }
-INLINE V mac(V acc, G a, G b, float) {
-    return {_mm256_fmadd_ps(_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(b.lo), acc.lo),
-            _mm256_fmadd_ps(_mm256_castsi256_ps(a.hi), _mm256_castsi256_ps(b.hi), acc.hi)};
-}
-INLINE __m256 mac_8(__m256 acc, __m256i a, __m256i b) {
-    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
-    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), acc);
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high)), acc);
-}
-INLINE V mac(V acc, G a, G b, bf16) { return {mac_8(acc.lo, a.lo, b.lo), mac_8(acc.hi, a.hi, b.hi)}; }
 
 #else
 struct V { float v[16]; };
-struct G { uint32_t v[16]; };
 
 #define LANES for (int i = 0; i < 16; i++)
 INLINE V all(float x) { V r; LANES r.v[i] = x; return r; }
@@ -211,9 +193,6 @@ INLINE V scaled(V a, V n) {
     }
     return a;
 }
-INLINE G groups(const void* p) { G r; memcpy(r.v, p, 64); return r; }
-INLINE G group_all(uint32_t g) { G r; LANES r.v[i] = g; return r; }
-INLINE G low_halves(G a) { LANES a.v[i] &= 0xffff; return a; }
 INLINE V load(const bf16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
 INLINE void store(bf16* p, V a) {
     LANES {
@@ -223,16 +202,7 @@ INLINE void store(bf16* p, V a) {
         p[i] = bf16((a.v[i] != a.v[i] ? bits | 0x400000 : up) >> 16);
     }
 }
-INLINE V floats(G a) { V r; memcpy(r.v, a.v, 64); return r; }
-INLINE V mac(V acc, G a, G b, float) { return fma(floats(a), floats(b), acc); }
-INLINE V mac(V acc, G a, G b, bf16) {
-    G x = a, y = b;
-    LANES x.v[i] <<= 16, y.v[i] <<= 16, a.v[i] &= 0xffff0000, b.v[i] &= 0xffff0000;
-    return fma(floats(a), floats(b), fma(floats(x), floats(y), acc));
-}
 #endif
-
-constexpr int ROWS = 2;
 
 template <class T> INLINE V load_some(const T* p, int n) {
     T whole[16] = {};
@@ -244,17 +214,26 @@ template <class T> INLINE void store_some(T* p, V a, int n) {
     store(whole, a);
     memcpy(p, whole, n * sizeof(T));
 }
-template <class T> INLINE G groups_some(const T* p, int n) {
-    T whole[64 / sizeof(T)] = {};
-    memcpy(whole, p, n * sizeof(T));
-    return groups(whole);
-}
 INLINE V where_lanes(int from, int to, V a, V b) {
     float x[16], y[16];
     store(x, a), store(y, b);
     for (int i = max_of(from, 0); i < min_of(to, 16); i++) y[i] = x[i];
     return load(y);
 }
+#if defined(__AVX2__)
+INLINE float reduce_add(V a) {
+    __m256 half = _mm256_add_ps(a.lo, a.hi);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+INLINE float reduce_max(V a) {
+    __m256 half = _mm256_max_ps(a.lo, a.hi);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+#else
 INLINE float reduce_add(V a) {
     float x[16];
     store(x, a);
@@ -269,11 +248,7 @@ INLINE float reduce_max(V a) {
         for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     return x[0];
 }
-INLINE V reduce_16(const V* a) {
-    float sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = reduce_add(a[i]);
-    return load(sums);
-}
+#endif
 #endif
 
 // exp(x) to about 1 unit in the last place; 0 below the smallest normal number, infinity above the largest.

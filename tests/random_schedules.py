@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moebius.config import EngineConfig
 from moebius.engine.client import EngineInfo, TokenLogprob
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache
@@ -15,7 +16,7 @@ from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
-from moebius.schedule.scheduler import Scheduler, SchedulerConfig
+from moebius.schedule.scheduler import Scheduler
 
 MAX_MODEL_LEN = 256
 
@@ -97,7 +98,7 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
     pool = BlockPool(
         schedule.num_blocks, schedule.block_size, enable_prefix_caching=schedule.prefix_caching, key=bytes(16)
     )
-    settings = SchedulerConfig(
+    settings = EngineConfig(
         max_num_seqs=schedule.max_num_seqs,
         max_num_batched_tokens=schedule.max_num_batched_tokens,
         max_model_len=MAX_MODEL_LEN,

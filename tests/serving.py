@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moebius.config import EngineConfig
+from moebius.config import EngineConfig, ServerSettings
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.load import load_engine
 from moebius.server.app import create_app
 from moebius.server.run import make_server
-from moebius.server.settings import ServerSettings
 from moebius.text.defaults import GenerationDefaults
 from moebius.text.tokenizer import Tokenizer
 

@@ -49,18 +49,18 @@ def pieces(tokenizer: Tokenizer, *texts: str) -> list[int]:
     return [token for group in ids for token in group]
 
 
-def naive(tokenizer, ids, stops, skip, ended_by_engine):
+def naive(tokenizer, ids, stops, ended_by_engine):
     """Decode every prefix and look for the stop strings: (text, how many tokens, stop string)."""
     body = ids[:-1] if ended_by_engine else ids
     for count in range(1, len(body) + 1):
-        text = tokenizer.decode(body[:count], skip)
+        text = tokenizer.decode(body[:count])
         settled = text if count == len(body) else text.rstrip("�")
         for end in range(1, len(settled) + 1):
             found = [stop for stop in stops if settled[:end].endswith(stop)]
             if found:
                 stop = max(found, key=len)
                 return settled[: end - len(stop)], count, stop
-    return tokenizer.decode(body, skip), len(ids), None
+    return tokenizer.decode(body), len(ids), None
 
 
 @given(st.data())
@@ -69,7 +69,6 @@ def test_deltas_equal_the_naive_answer(tokenizers, data):
     name = data.draw(st.sampled_from(sorted(tokenizers)))
     tokenizer = tokenizers[name]
     text = data.draw(st.text(alphabet="ab c☃🙂é", min_size=1, max_size=25))
-    skip = data.draw(st.booleans())
     stops = data.draw(st.lists(st.text(alphabet="ab c☃🙂", min_size=1, max_size=4), max_size=3))
     by_eos = data.draw(st.booleans())
     ids = pieces(tokenizer, *text) + [EOS] * by_eos
@@ -77,14 +76,15 @@ def test_deltas_equal_the_naive_answer(tokenizers, data):
     params = SamplingParams(stop=tuple(stops), logprobs=0)
     finish = FinishReason.STOP if by_eos else FinishReason.LENGTH
 
-    assembler = SequenceAssembler(tokenizer, params, skip_special_tokens=skip)
+    assembler = SequenceAssembler(tokenizer, params)
     deltas = [assembler.push(one) for one in steps_of(ids, cuts, finish)]
 
-    expected_text, count, stop = naive(tokenizer, ids, stops, skip, by_eos)
-    assert "".join(delta.text for delta in deltas) == expected_text == assembler.text
-    assert [i for delta in deltas for i in delta.token_ids] == ids[:count] == assembler.token_ids
+    expected_text, count, stop = naive(tokenizer, ids, stops, by_eos)
+    assert "".join(delta.text for delta in deltas) == expected_text == assembler.released.text
+    assert [i for delta in deltas for i in delta.token_ids] == ids[:count] == list(assembler.released.token_ids)
     released = [one for delta in deltas for one in delta.logprobs]
-    assert released == [logprob(token, i) for i, token in enumerate(ids[:count])] == assembler.logprobs
+    expected = [logprob(token, i) for i, token in enumerate(ids[:count])]
+    assert released == expected == list(assembler.released.logprobs)
     assert assembler.num_tokens == count
     assert assembler.stop_reason == stop
     assert assembler.finish_reason == ("stop" if stop or by_eos else "length")
@@ -102,12 +102,13 @@ def test_a_token_is_released_with_or_after_its_text(tokenizers, data):
         assembler.push(step([token], FinishReason.LENGTH if i == len(ids) - 1 else None, i))
         if assembler.finished:
             break
-        whole = tokenizer.decode(assembler.token_ids)
+        whole = tokenizer.decode(assembler.released.token_ids)
         settled = whole.rstrip("�")
-        assert assembler.text.startswith(settled)
-    offsets = assembler.text_offsets
-    assert len(offsets) == len(assembler.token_ids) == len(assembler.logprobs)
-    assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(assembler.text)
+        assert assembler.released.text.startswith(settled)
+    said = assembler.released
+    offsets = list(said.text_offsets)
+    assert len(offsets) == len(said.token_ids) == len(said.logprobs)
+    assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(said.text)
     if assembler.finish_reason == "length":
         assert offsets == text_offsets(tokenizer, ids)
 
@@ -145,7 +146,7 @@ def test_a_stop_string_in_the_engines_last_step_wants_no_abort(tokenizer):
 
 def test_end_tokens_count_but_have_no_text(tokenizer):
     ids = pieces(tokenizer, *"hi")
-    assembler = SequenceAssembler(tokenizer, SamplingParams(), skip_special_tokens=False)
+    assembler = SequenceAssembler(tokenizer, SamplingParams())
     delta = assembler.push(step([*ids, EOS], FinishReason.STOP))
     assert (delta.text, delta.token_ids, delta.stop_reason) == ("hi", (*ids, EOS), None)
     assert delta.finish_reason == "stop" and assembler.num_tokens == 3
@@ -157,10 +158,9 @@ def test_end_tokens_count_but_have_no_text(tokenizer):
 
 def test_special_tokens_inside_a_text_are_skipped_but_counted(tokenizer):
     ids = [*pieces(tokenizer, "a"), tokenizer.encode(SPECIALS[3])[0], *pieces(tokenizer, "b")]
-    for skip, text in [(True, "ab"), (False, "a<|im_start|>b")]:
-        assembler = SequenceAssembler(tokenizer, SamplingParams(), skip_special_tokens=skip)
-        assembler.push(step(ids, FinishReason.LENGTH))
-        assert (assembler.text, assembler.num_tokens) == (text, 3)
+    assembler = SequenceAssembler(tokenizer, SamplingParams())
+    assembler.push(step(ids, FinishReason.LENGTH))
+    assert (assembler.released.text, assembler.num_tokens) == ("ab", 3)
 
 
 def test_no_stop_string_before_min_tokens(tokenizer):
@@ -176,7 +176,7 @@ def test_an_unfinished_character_is_flushed_at_the_end(tokenizer):
     fox = tokenizer.encode("🦊")
     assembler = SequenceAssembler(tokenizer, SamplingParams(logprobs=0))
     assert not assembler.push(step(fox[:1]))
-    assert assembler.token_ids == [] and assembler.num_tokens == 1
+    assert assembler.released.token_ids == () and assembler.num_tokens == 1
     delta = assembler.push(step(fox[1:2], FinishReason.LENGTH, 1))
     assert (delta.text, delta.token_ids, delta.text_offsets) == ("�", tuple(fox[:2]), (0, 0))
 
@@ -194,7 +194,7 @@ def test_continuing_a_prompt_keeps_the_space(tokenizers):
     for prompt_ids, text in [(prompt, " dog"), ((), "dog")]:
         assembler = SequenceAssembler(tokenizer, SamplingParams(), prompt_ids=prompt_ids)
         assembler.push(step(ids, FinishReason.LENGTH))
-        assert assembler.text == text
+        assert assembler.released.text == text
 
 
 def test_errors_of_the_engine_are_raised(tokenizer):

@@ -1,4 +1,4 @@
-"""This machine's ceilings, measured now: memory bandwidth (probe.cpp) and the bfloat16 matrix peak (torch).
+"""This machine's ceilings, measured now: memory bandwidth (probe.cpp) and the matrix peak (torch).
 
     python ceilings.py --threads 2 --file PEERS/models/m1/model.safetensors
 
@@ -10,36 +10,49 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
-from common import peers_folder
-
 SIDE = 2048
 PRODUCTS = 20
+# A processor without bfloat16 products takes long for one: no more are made once so many seconds have passed.
+SECONDS = 3.0
 
 
-def bandwidth(threads: int, file: Path) -> dict[str, float]:
-    """GB/s of a plain read loop: `anonymous_gbs` over huge pages, `mapped_gbs` over the file. Needs g++."""
-    source, program = Path(__file__).with_name("probe.cpp"), peers_folder() / "probe"
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+def bandwidth(threads: int, file: Path | None = None) -> dict[str, float]:
+    """GB/s of a plain read loop: `anonymous_gbs` over huge pages, `mapped_gbs` over the file (default: a new one).
+
+    Needs g++.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "probe"
+        if file is None:
+            file = Path(folder) / "file"
+            file.write_bytes(bytes(2**26))
         options = ["-std=c++17", "-O3", "-march=native", "-pthread"]
-        subprocess.run(["g++", *options, str(source), "-o", str(program)], check=True)
-    answer = subprocess.run([program, str(threads), file], check=True, stdout=subprocess.PIPE, text=True)
+        subprocess.run(["g++", *options, Path(__file__).with_name("probe.cpp"), "-o", program], check=True)
+        answer = subprocess.run([program, str(threads), file], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(answer.stdout)
 
 
 def matrix_peak(threads: int) -> float:
-    """GFLOP/s of a product of two 2048 x 2048 bfloat16 matrices."""
+    """GFLOP/s of a product of two 2048 x 2048 matrices, in bfloat16 or float32, whichever is faster here."""
     import torch
 
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    left, right = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
     best = float("inf")
-    for _ in range(PRODUCTS):
-        start = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - start)
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
+        begin = time.perf_counter()
+        for _ in range(PRODUCTS):
+            start = time.perf_counter()
+            left @ right
+            best = min(best, time.perf_counter() - start)
+            if time.perf_counter() - begin > SECONDS:
+                break
+    torch.set_num_threads(before)
     return 2 * SIDE**3 / best / 1e9
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
 
 from common import KV_CACHE_BYTES, MAX_STEP_TOKENS, Engine, Options, Stamps, Timing, serve
 from workloads import Workload
@@ -19,9 +20,10 @@ def load(options: Options) -> Engine:
     schedule.cache_size = KV_CACHE_BYTES // 2**30
     schedule.enable_prefix_caching = options.prefix_cache
     schedule.dynamic_split_fuse = True
+    precision = "bf16" if _computes_bfloat16() else "f32"
     properties = {
-        "INFERENCE_PRECISION_HINT": "bf16",
-        "KV_CACHE_PRECISION": "bf16",
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": precision,
         "INFERENCE_NUM_THREADS": options.threads,
     }
     exported = options.directory.with_name(f"{options.model}-ov")
@@ -46,8 +48,13 @@ def load(options: Options) -> Engine:
         return stamps.finish()
 
     return Engine(
-        run, {"version": genai.__version__, "weights": "fp16 file, bf16 products", "threads": options.threads}
+        run, {"version": genai.__version__, "weights": f"fp16 file, {precision} products", "threads": options.threads}
     )
+
+
+def _computes_bfloat16() -> bool:
+    """OpenVINO has bfloat16 for AVX-512 and up; with AVX2 its attention takes float32 alone."""
+    return "avx512bw" in Path("/proc/cpuinfo").read_text().split()
 
 
 if __name__ == "__main__":

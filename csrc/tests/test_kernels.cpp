@@ -124,8 +124,8 @@ template <class T> void test_norms(Ops& ops) {
         const float multiplier = turn % 2 ? 1.0f : 0.3f;
         std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), weight = draw<T>(n), sum(x.size()), out(x.size());
         std::vector<T> alone(x.size());
-        ops.rms_norm(Format<T>::dtype, x.data(), update.data(), multiplier, weight.data(), rows, n, 1e-5f, sum.data(), out.data());
-        ops.rms_norm(Format<T>::dtype, sum.data(), nullptr, 1, weight.data(), rows, n, 1e-5f, nullptr, alone.data());
+        ops.rms_norm(Format<T>::dtype, x.data(), update.data(), multiplier, weight.data(), rows, n, n, 1e-5f, sum.data(), out.data());
+        ops.rms_norm(Format<T>::dtype, sum.data(), nullptr, 1, weight.data(), rows, n, n, 1e-5f, nullptr, alone.data());
         check(out == alone, "rms_norm: the sum's norm is not the norm of the sum");
         for (size_t i = 0; i < x.size(); i++) {
             Sum s;

@@ -1,13 +1,13 @@
 """Frozen configuration records. Checked when constructed, never changed afterwards.
 
 `ModelConfig` is an architecture as data: every supported `model_type` translates its config.json into one.
-`EngineConfig` is what an operator chooses; its fields carry vLLM's names where the meaning is the same.
+`EngineConfig` and `ServerSettings` are what an operator chooses; the first's fields carry vLLM's names where the
+meaning is the same.
 """
-
-from __future__ import annotations
 
 import json
 import math
+import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -252,27 +252,62 @@ class EngineConfig:
             self.dtype in ("auto", "bfloat16", "float32"), f"dtype is {self.dtype!r}; use auto, bfloat16 or float32"
         )
         require(self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; use auto, cpu or cuda")
-        check_bounds(self)
+        require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = {self.max_num_seqs}; "
+            "each running sequence needs at least one token a step",
+        )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                require(value >= 1, f"{field.name} is {value}; it must be at least 1")
         require(self.block_size <= 1024, f"block_size is {self.block_size}; it must be at most 1024")
         require_seconds("step_deadline", self.step_deadline)
 
 
-def check_bounds(config: Any) -> None:
-    """Every integer field of a record is at least 1, and a step has room for a token of each sequence."""
-    require(
-        config.max_num_batched_tokens >= config.max_num_seqs,
-        f"max_num_batched_tokens = {config.max_num_batched_tokens} is less than max_num_seqs = {config.max_num_seqs}; "
-        "each running sequence needs at least one token a step",
-    )
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            require(value >= 1, f"{field.name} is {value}; it must be at least 1")
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What an operator chooses about the front door. Times are in seconds.
+
+    served_model_names    names that clients may call the model by; the first is what responses carry
+    api_keys              any of these opens every route; none: the server is open
+    vllm_metric_names     export the metrics under vLLM's names too
+    keep_alive            silence in a stream after which a comment line is sent
+    drain_timeout         how long in-flight work may take after SIGTERM
+    request_timeout       a request's deadline, from its arrival
+    body_timeout          how long a client may take to send its body
+    stream_buffer_bytes   output that may wait for a reader that lags, before the reader is cut off
+    """
+
+    served_model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    vllm_metric_names: bool = True
+    keep_alive: float = 15.0
+    drain_timeout: float = 30.0
+    request_timeout: float = 3600.0
+    body_timeout: float = 30.0
+    stream_buffer_bytes: int = 128 * 1024
+
+    def __post_init__(self) -> None:
+        named = bool(self.served_model_names) and all(self.served_model_names)
+        require(named, "served_model_name is empty; give the model at least one name")
+        for key in self.api_keys:
+            good = key.isascii() and key.isprintable() and key != "" and " " not in key
+            require(good, "an API key must be printable ASCII without spaces, at least one character")
+        for name in ("keep_alive", "drain_timeout", "request_timeout", "body_timeout"):
+            require_seconds(name, getattr(self, name))
+        size = self.stream_buffer_bytes
+        require(size >= 1024, f"stream_buffer_bytes is {size}; it must be at least 1024")
 
 
 def require_seconds(name: str, value: float) -> None:
     """ConfigError where an option is no positive, finite time."""
     require(0 < value < math.inf, f"{name} is {value}; it must be a positive number of seconds")
+
+
+def package_table(name: str) -> dict[str, Any]:
+    """A TOML file of this package: tables that are data, kept beside the code that reads them."""
+    return tomllib.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 def read_json(

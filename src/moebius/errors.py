@@ -17,8 +17,6 @@
 `assert` is for what can only be our own fault; these classes are for everything else.
 """
 
-from __future__ import annotations
-
 
 class MoebiusError(Exception):
     """Root of all errors raised on purpose."""

@@ -1,11 +1,9 @@
 """LLM: the offline front door, with the engine in this process and on this thread."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 from moebius.config import EngineConfig
 from moebius.engine.client import StepOutput
@@ -64,22 +62,17 @@ class LLM:
             raise TypeError(
                 f"LLM has no option {', '.join(unknown)}; it has {', '.join(EngineConfig.__dataclass_fields__)}"
             )
-        self._load(model, EngineConfig(**options))
-
-    @classmethod
-    def from_config(cls, model: str, config: EngineConfig) -> LLM:
-        """The same from an EngineConfig that is there already."""
-        llm = cls.__new__(cls)
-        llm._load(model, config)
-        return llm
-
-    def _load(self, model: str, config: EngineConfig) -> None:
-        self.config = config
+        self.config = EngineConfig(**options)
         directory = resolve_model(model)
         self.tokenizer = Tokenizer.load(directory)
         self.defaults = GenerationDefaults.load(directory, self.tokenizer)
-        self.engine = load_engine(directory, config, eos_ids=self.defaults.eos_ids)
+        self.engine = load_engine(directory, self.config, eos_ids=self.defaults.eos_ids)
         self._ids = count()
+
+    @classmethod
+    def from_config(cls, model: str, config: EngineConfig) -> Self:
+        """The same from an EngineConfig that is there already."""
+        return cls(model, **asdict(config))
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """The model's own sampling defaults (generation_config.json), with `changes` over them."""
@@ -130,7 +123,7 @@ class LLM:
     def close(self) -> None:
         self.engine.close()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,22 +141,21 @@ class LLM:
         return list(params)
 
     def _job(self, index: int, prompt: Prompt, params: SamplingParams) -> _Job:
-        text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return _Job(index, text, ids, params, self._choices(ids, params, continues=True))
+        if isinstance(prompt, str):
+            return self._open(index, prompt, self.tokenizer.encode(prompt), params, continues=True)
+        return self._open(index, None, prompt, params, continues=True)
 
     def _chat_job(self, index: int, messages: Sequence[Message], params: SamplingParams) -> _Job:
-        ids = self.tokenizer.encode_chat(messages)
-        return _Job(index, None, ids, params, self._choices(ids, params, continues=False))
+        return self._open(index, None, self.tokenizer.encode_chat(messages), params, continues=False)
 
-    def _choices(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, continues: bool
-    ) -> list[tuple[Request, SequenceAssembler]]:
-        ids, arrival = map(str, self._ids), self.engine.clock()
+    def _open(
+        self, index: int, prompt: str | None, ids: Sequence[int], params: SamplingParams, *, continues: bool
+    ) -> _Job:
+        names, arrival = map(str, self._ids), self.engine.clock()
         choices = open_choices(
-            self.tokenizer, self.engine.info, prompt_ids, params, ids, continues=continues, arrival=arrival
+            self.tokenizer, self.engine.info, ids, params, names, continues=continues, arrival=arrival
         )
-        return list(choices)
+        return _Job(index, prompt, ids, params, list(choices))
 
     def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
         checked = list(jobs)  # all of them, before the first one runs

@@ -1,11 +1,10 @@
 """From an engine's tokens to what a front door hands out: text, and the token ids and log-probabilities behind it."""
 
-from __future__ import annotations
-
 import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from moebius.engine.client import EngineInfo, StepOutput, TokenLogprob
@@ -110,39 +109,20 @@ class SequenceAssembler:
     With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without it stands alone.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        *,
-        prompt_ids: Sequence[int] = (),
-        skip_special_tokens: bool = True,
-    ) -> None:
-        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, prompt_ids: Sequence[int] = ()) -> None:
+        self._decoder = IncrementalDecoder(tokenizer, prompt_ids)
         self._matcher = StopMatcher(params.stop)
         self._params = params
         self._held: deque[_Held] = deque()
-        self._drawn = self._decoded = 0
-        self._texts: list[str] = []
-        self._released = 0
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.text_offsets: list[int] = []
+        self._decoded = self._released = 0
+        self._deltas: list[Delta] = []
+        self.num_tokens = 0
+        """Tokens drawn so far, for usage; after a stop string none beyond the one that completed it."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.num_cached_tokens = 0
         self.finish_reason: EndReason | None = None
         self.stop_reason: str | int | None = None
         self.wants_abort = False
-
-    @property
-    def text(self) -> str:
-        """All text released so far."""
-        return "".join(self._texts)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens drawn so far, for usage; after a stop string none beyond the one that completed it."""
-        return self._drawn
 
     @property
     def finished(self) -> bool:
@@ -175,7 +155,7 @@ class SequenceAssembler:
 
     def _take(self, token_id: int, logprob: TokenLogprob | None, ender: bool) -> str:
         """One more token; the text that it releases."""
-        self._drawn += 1
+        self.num_tokens += 1
         held = _Held(token_id, logprob, self._decoded)
         self._held.append(held)
         if ender:
@@ -198,7 +178,7 @@ class SequenceAssembler:
                 held.end = self._decoded
 
     def _match(self, text: str) -> str:
-        if self._drawn < self._params.min_tokens:
+        if self.num_tokens < self._params.min_tokens:
             return text
         released, stop = self._matcher.push(text)
         if stop is not None:
@@ -217,7 +197,6 @@ class SequenceAssembler:
 
     def _delta(self, text: str) -> Delta:
         """Record the text and release the tokens that go with it."""
-        self._texts.append(text)
         self._released += len(text)
         out: list[_Held] = []
         while self._held and (self.finished or (self._held[0].end is not None and self._held[0].end <= self._released)):
@@ -230,22 +209,18 @@ class SequenceAssembler:
             self.finish_reason,
             self.stop_reason,
         )
-        self.token_ids.extend(delta.token_ids)
-        self.logprobs.extend(delta.logprobs)
-        self.text_offsets.extend(delta.text_offsets)
+        self._deltas.append(delta)
         return delta
 
     @property
     def released(self) -> Delta:
         """All that was released so far, as one delta."""
-        return Delta(
-            self.text,
-            tuple(self.token_ids),
-            tuple(self.logprobs),
-            tuple(self.text_offsets),
-            self.finish_reason,
-            self.stop_reason,
+        text = "".join(delta.text for delta in self._deltas)
+        ids, logprobs, offsets = (
+            tuple(chain.from_iterable(getattr(delta, name) for delta in self._deltas))
+            for name in ("token_ids", "logprobs", "text_offsets")
         )
+        return Delta(text, ids, logprobs, offsets, self.finish_reason, self.stop_reason)
 
     def completion(self, index: int = 0) -> CompletionOutput:
         """The choice as released so far."""

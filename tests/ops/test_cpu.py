@@ -82,9 +82,19 @@ def test_norms(ops: CpuOps, dtype: torch.dtype, multiplier: float) -> None:
             of = of.double()
             exact = of * torch.rsqrt(of.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
             assert_within(out, exact, (2.1 * u + (size / 32 + 8) * 2.0**-24) * exact.abs())
+    wide, part = torch.randn(5, 100).to(dtype), torch.randn(33).to(dtype)
+    expected = torch.cat((wide[:, :20], ops.rms_norm(wide[:, 20:53].contiguous(), part, 0.1), wide[:, 53:]), dim=1)
+    assert torch.equal(ops.rms_norm_part(wide.clone(), 20, part, 0.1), expected)
     heads = torch.randn(5, 3, 33).to(dtype)
     flat = ops.rms_norm(heads.view(15, 33), heads[0, 0], 0.1)
     assert torch.equal(ops.rms_norm(heads, heads[0, 0], 0.1), flat.view(5, 3, 33))
+
+
+def test_embed(ops: CpuOps, dtype: torch.dtype) -> None:
+    table, ids = torch.randn(9, 33).to(dtype), torch.tensor([8, 0, 0, 3])
+    assert torch.equal(ops.embed(ids, table), table[ids])
+    assert torch.equal(ops.embed(ids, table, 12.0), table[ids] * 12.0)
+    assert ops.embed(ids[:0], table).shape == (0, 33)
 
 
 def router_weights(weights_TK: Tensor, ids_TK: Tensor, experts: int) -> Tensor:

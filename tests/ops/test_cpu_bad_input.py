@@ -105,3 +105,13 @@ def test_without_the_compiled_module_plain_pytorch_serves_and_says_what_to_insta
     monkeypatch.setitem(sys.modules, "moebius.ops.cpu", None)  # what an import that fails leaves
     assert select_ops("cpu", torch.bfloat16).name == "reference"
     assert "apt install g++" in caplog.text and "one answer" in caplog.text
+
+
+def test_ids_out_of_range() -> None:
+    """They would be read as addresses otherwise."""
+    with pytest.raises(IndexError, match="token id 3 is none of 3"):
+        OPS.embed(torch.tensor([0, 3]), X)
+    with pytest.raises(IndexError, match="token id -1 is none of 3"):
+        OPS.embed(torch.tensor([-1]), X)
+    with pytest.raises(IndexError, match="expert id 1 is none of 1"):
+        OPS.experts(X, WEIGHTS, IDS + 1, EXPERTS)

@@ -15,9 +15,8 @@ from itertools import chain
 from typing import NoReturn
 
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.plan import StepPlan
 from moebius.schedule.request import FinishReason, Request, RequestStatus
-from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.books import check_books
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moebius.config import EngineConfig
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.plan import StepPlan
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
-from moebius.schedule.scheduler import Scheduler, SchedulerConfig
+from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.books import check_books
 
 KEY = bytes(range(32))
@@ -39,7 +39,7 @@ def make_scheduler(
     **config,
 ) -> Scheduler:
     pool = BlockPool(blocks, size, key=KEY, enable_prefix_caching=caching)
-    bounds = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, **config)
+    bounds = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, **config)
     return Scheduler(bounds, pool)
 
 

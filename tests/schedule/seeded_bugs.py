@@ -348,9 +348,9 @@ class _(Scheduler):
 @bug("the longest sequence is not enforced")
 class _(Scheduler):
     def _append(self, request, drawn):
-        config, self.config = self.config, replace(self.config, max_model_len=10**6)
+        longest, self.max_model_len = self.max_model_len, 10**6
         reason = super()._append(request, drawn)
-        self.config = config
+        self.max_model_len = longest
         return reason
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, fields, replace
 from random import Random
 from timeit import default_timer  # the command's stop watch; the simulation's own clock is virtual
 
+from moebius.config import EngineConfig
 from moebius.errors import OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.plan import SchedulerConfig, StepPlan
 from moebius.schedule.request import FinishReason, Request, SamplingParams, ServingLimits
-from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.checker import Checker, Violation, advance, draw
 
 EPISODE_STEPS = 600
@@ -110,7 +110,7 @@ class Episode:
         num_blocks = rng.randint(3, 12) if size >= 8 else rng.randint(6, 40)
         seqs = rng.randint(1, 8)
         longest = min(64, size * num_blocks + 4)
-        self.config = SchedulerConfig(
+        self.config = EngineConfig(
             max_num_seqs=seqs,
             max_num_batched_tokens=rng.randint(max(seqs, 4), rng.choice((12, 64))),
             max_model_len=rng.choice((longest, rng.randint(6, longest))),

@@ -5,10 +5,11 @@ from time import process_time
 
 import pytest
 
+from moebius.config import EngineConfig
 from moebius.errors import ConfigError, ContextLengthError, OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import FinishReason, RequestStatus
-from moebius.schedule.scheduler import Scheduler, SchedulerConfig
+from moebius.schedule.scheduler import Scheduler
 from schedule.books import check_books
 from schedule.making import KEY, drain, make_request, make_scheduler, step
 
@@ -32,7 +33,7 @@ def add(scheduler, *requests):
 def test_config_is_checked(field, message):
     good = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 16}
     with pytest.raises(ConfigError, match=message):
-        SchedulerConfig(**(good | {field: 0}))
+        EngineConfig(**(good | {field: 0}))
 
 
 def test_a_prompt_in_chunks_beside_a_decode():
@@ -547,7 +548,10 @@ def test_check_names_the_broken_invariant(harm, invariant):
 
 
 def test_a_step_of_256_decodes_costs_little():
-    scheduler = Scheduler(SchedulerConfig(256, 65_536, 4096), BlockPool(60_000, 16, key=KEY))
+    scheduler = Scheduler(
+        EngineConfig(max_num_seqs=256, max_num_batched_tokens=65_536, max_model_len=4096),
+        BlockPool(60_000, 16, key=KEY),
+    )
     for i in range(256):
         scheduler.add(make_request(f"r{i}", [i + 1] * 200, max_tokens=300))
     step(scheduler)

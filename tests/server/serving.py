@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import httpx
 
+from moebius.config import ServerSettings
 from moebius.server.app import create_app
 from moebius.server.run import make_server, reserve_socket
-from moebius.server.settings import ServerSettings
 from moebius.text import ChatTemplate, GenerationDefaults, Tokenizer
 from server.fake_engine import FakeEngine, constant, hashed
 from text.tiny_tokenizers import byte_level, llama

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from moebius.config import ServerSettings
 from moebius.errors import ConfigError
 from moebius.schedule.request import LIMITS
 from moebius.server.guard import Guard
-from moebius.server.settings import ServerSettings
 from server.serving import MODEL, Server, run
 
 KEYS = ("key-one", "key-two")

@@ -1,7 +1,5 @@
 """One model, one request list, and the engine with each technique taken away in turn, on the same KV cache memory."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections import deque
@@ -21,8 +19,9 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import Prepared, load_engine, prepare
 from moebius.engine.memory import human_bytes
 from moebius.models import model_config
+from moebius.models.checkpoint import open_checkpoint
 from moebius.models.decoder import Decoder
-from moebius.models.weights import open_checkpoint, save_checkpoint
+from moebius.models.weights import save_checkpoint
 from moebius.schedule.request import Request, SamplingParams
 
 MAX_MODEL_LEN = 1024

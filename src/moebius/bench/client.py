@@ -1,7 +1,5 @@
 """Load on an OpenAI-compatible server: requests sent when they are due, answers streamed, every outcome recorded."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence

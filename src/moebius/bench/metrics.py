@@ -4,8 +4,6 @@ TTFT   time to first token          ITL    time between two arrivals of text
 E2EL   time to the last token       TPOT   (E2EL - TTFT) / (output tokens - 1)
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

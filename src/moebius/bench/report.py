@@ -1,7 +1,5 @@
 """What a benchmark leaves behind: the printed report in vLLM's layout, JSON, and charts."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

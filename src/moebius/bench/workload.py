@@ -1,7 +1,5 @@
 """What is asked of a server or an engine: seeded prompts, lengths and arrival times. No tensors."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -74,7 +72,7 @@ class Dataset:
 
     def _random(self, count: int, seed: int, tokenizer: Tokenizer | None) -> list[Sample]:
         rng = np.random.default_rng(seed)
-        ids = None if tokenizer is None else [i for i in range(tokenizer.vocab_size) if not tokenizer.is_special(i)]
+        ids = None if tokenizer is None else [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
         words = np.array(ids or _WORDS.split())
 
         def lengths(mean: int) -> list[int]:

@@ -67,7 +67,7 @@ def latency(
     with LLM.from_config(model, config) as llm, o.progress_bar("batches", num_iters_warmup + num_iters) as advance:
         samples = dataset.samples(batch_size, seed, llm.tokenizer)
         for _ in range(num_iters_warmup + num_iters):
-            seconds.append(timed(llm, samples, n=n, progress=False).seconds)
+            seconds.append(timed(llm, samples, n=n, progress=False)["elapsed_time"])
             advance()
     result = latency_figures(seconds[num_iters_warmup:])
     typer.echo(f"Avg latency: {result['avg_latency']:.4f} seconds")
@@ -91,7 +91,7 @@ def throughput(
     output_json: OutputJson = None,
 ) -> None:
     """Answer many prompts, all there from the start, with the engine in this process."""
-    from moebius.bench.offline import throughput_figures, timed
+    from moebius.bench.offline import timed
     from moebius.bench.report import check_outputs, save_json
     from moebius.bench.workload import Dataset
     from moebius.llm import LLM
@@ -99,7 +99,7 @@ def throughput(
     check_outputs(output_json)
     dataset = Dataset(dataset_name, dataset_path, input_len, output_len, random_range_ratio)
     with LLM.from_config(model, config) as llm:
-        result = throughput_figures(timed(llm, dataset.samples(num_prompts, seed, llm.tokenizer)))
+        result = timed(llm, dataset.samples(num_prompts, seed, llm.tokenizer))
     requests, total, output = (result[f"{name}_per_second"] for name in ("requests", "tokens", "output_tokens"))
     typer.echo(f"Throughput: {requests:.2f} requests/s, {total:.2f} total tokens/s, {output:.2f} output tokens/s")
     typer.echo(f"Total num prompt tokens:  {result['total_prompt_tokens']}")

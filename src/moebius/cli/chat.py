@@ -1,7 +1,5 @@
 """moebius chat: talk to a model in the terminal."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

@@ -1,7 +1,5 @@
 """moebius generate: completions in the terminal, or a batch file answered offline."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from pathlib import Path
@@ -82,11 +80,11 @@ def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
 
 
 async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) -> int:
+    from moebius.config import ServerSettings
     from moebius.engine.in_process import InProcessClient
     from moebius.llm import LLM
     from moebius.server.app import create_app
     from moebius.server.batch import run_batch
-    from moebius.server.settings import ServerSettings
 
     llm = LLM.from_config(model, config)
     client = InProcessClient(llm.engine, step_deadline=config.step_deadline)

@@ -1,7 +1,5 @@
 """The `moebius` command. Each subcommand is a file of its own and imports what is heavy inside its function."""
 
-from __future__ import annotations
-
 import sys
 
 import typer

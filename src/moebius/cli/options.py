@@ -1,7 +1,5 @@
 """What several commands share: options, of which the engine's are the fields of EngineConfig, and a progress bar."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """moebius plan MODEL: what a model takes, without loading it."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from typing import Annotated

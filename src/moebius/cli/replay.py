@@ -1,7 +1,5 @@
 """moebius replay FILE: make the scheduling decisions of a trace again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +11,7 @@ def replay(file: Annotated[Path, typer.Argument(help="A file that --trace wrote.
     from moebius.engine.trace import replay as run
 
     report = run(file)
-    if report.same:
+    if report.difference is None:
         typer.echo(f"the same: {report.steps} steps of {report.requests} requests, every decision")
         return
     typer.echo(f"different at {report.difference}")

@@ -1,7 +1,5 @@
 """moebius serve MODEL: the OpenAI-compatible server."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from socket import socket
@@ -11,8 +9,7 @@ import typer
 
 from moebius.cli import options as o
 from moebius.cli.plan import print_plan
-from moebius.config import EngineConfig, require
-from moebius.server.settings import ServerSettings
+from moebius.config import EngineConfig, ServerSettings, require
 
 
 @o.takes_engine_config(*o.ALL)

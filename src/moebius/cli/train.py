@@ -1,7 +1,5 @@
 """moebius train RECIPE: make a model, or measure one that is there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -4,8 +4,6 @@ Across this boundary go token ids, sampling parameters, cache salt and deadline 
 log-probabilities (`StepOutput`). Text never crosses it. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -81,6 +79,11 @@ class EngineStats:
     last_step: float = 0.0
     now: float = 0.0
     ready: bool = False
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of blocks in use, 0 to 1."""
+        return self.used_blocks / max(self.total_blocks, 1)
 
 
 class EngineClient(Protocol):

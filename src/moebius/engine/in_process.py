@@ -1,11 +1,8 @@
 """EngineClient's first form: the engine on a thread of this process."""
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
 
 from moebius.engine.client import EngineInfo, EngineStats, StepOutput
@@ -78,12 +75,10 @@ class InProcessClient:
         finally:
             self._dead = True
             self._send(self._take(block=False, refuse=EngineError("the engine has stopped")))
-            ends = [self._engine.abort(id, EngineError("the engine has stopped")) for id in self._unfinished()]
+            unfinished = list(self._engine.scheduler.requests)
+            ends = [self._engine.abort(id, EngineError("the engine has stopped")) for id in unfinished]
             self._send([end for end in ends if end is not None])
             self._engine.close()
-
-    def _unfinished(self) -> list[str]:
-        return list(self._engine.scheduler.requests)
 
     def _send(self, outputs: list[StepOutput]) -> None:
         if outputs and self._deliver is not None:
@@ -92,14 +87,9 @@ class InProcessClient:
     def _take(self, *, block: bool, refuse: MoebiusError | None = None) -> list[StepOutput]:
         """Apply all that lies in the inbox; wait for something first when there is no other work."""
         outputs: list[StepOutput] = []
-        deadline = time.monotonic() + _IDLE_SECONDS
         while True:
             try:
-                item = (
-                    self._inbox.get(block, max(deadline - time.monotonic(), 0.001))
-                    if block
-                    else self._inbox.get_nowait()
-                )
+                item = self._inbox.get(block, _IDLE_SECONDS)
             except queue.Empty:
                 return outputs
             block = False

@@ -1,11 +1,9 @@
 """From a model directory to a running engine: check, plan, load, reserve, warm up."""
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import ServingLimits
-from moebius.schedule.scheduler import Scheduler, SchedulerConfig
+from moebius.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +76,14 @@ def load_engine(
     elif config.threads is not None:
         torch.set_num_threads(config.threads)
     plan, model_config = prepared.plan, prepared.checkpoint.config
-    scheduler = _scheduler(config, plan)
+    # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
+    pool = BlockPool(
+        plan.num_blocks,
+        plan.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        key=secrets.token_bytes(32),
+    )
+    scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
     model = load_decoder(prepared.checkpoint, prepared.dtype, prepared.device, prepared.ops)
     cache = KVCache(
@@ -89,7 +94,7 @@ def load_engine(
         dtype=prepared.dtype,
         device=prepared.device,
     )
-    runner = Runner(model, cache, prepared.device)
+    runner = Runner(model, cache, prepared.device, config.max_num_batched_tokens)
     runner.warm_up()
     info = EngineInfo(
         limits=ServingLimits(model_config.vocab_size, plan.max_model_len),
@@ -99,27 +104,6 @@ def load_engine(
         fingerprint=_fingerprint(directory, prepared),
     )
     return Engine(runner, scheduler, info, trace=trace)
-
-
-def _scheduler(config: EngineConfig, plan: MemoryPlan) -> Scheduler:
-    # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
-    pool = BlockPool(
-        plan.num_blocks,
-        plan.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        key=secrets.token_bytes(32),
-    )
-    return Scheduler(
-        SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=plan.max_model_len,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-            max_queue_requests=config.max_queue_requests,
-            max_queue_tokens=config.max_queue_tokens,
-        ),
-        pool,
-    )
 
 
 def _device(wish: str) -> torch.device:

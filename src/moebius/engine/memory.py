@@ -4,14 +4,12 @@ It is made from the configuration and the safetensors headers alone (`moebius pl
 model); the engine reserves what it says at start and nothing that grows later.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moebius.config import EngineConfig, ModelConfig
-from moebius.errors import ConfigError, MemoryPlanError
+from moebius.config import EngineConfig, ModelConfig, require
+from moebius.errors import MemoryPlanError
 
 # Rows of logits that prompt log-probabilities are computed from at a time.
 PROMPT_LOGIT_ROWS = 64
@@ -56,38 +54,26 @@ class MemoryPlan:
     def kv_tokens(self) -> int:
         return self.num_blocks * self.block_size
 
-    @property
-    def anonymous(self) -> int:
-        """Memory that no file backs: what must really be there."""
-        return self.weights.copied + self.kv_cache + self.workspace
-
     def sequences(self, length: int) -> int:
         """How many sequences of `length` tokens the cache holds at once (they may still take turns beyond that)."""
         return self.num_blocks // -(-length // self.block_size)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, how much, remark) for a table."""
+        weights, blocks = self.weights, f"{self.num_blocks:,} blocks of {self.block_size} tokens"
+        held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
         context = f"lowered from {self.lowered_from:,}: one sequence must fit" if self.lowered_from else "tokens"
         lengths = sorted({min(n, self.max_model_len) for n in (256, 1024, 4096, self.max_model_len)})
         fits = [(f"sequences of {n:,}", f"{self.sequences(n):,}", "at once in the cache") for n in lengths]
         return [
-            ("weights", human_bytes(self.weights.mapped + self.weights.copied), self._weights_remark()),
-            (
-                "KV cache",
-                human_bytes(self.kv_cache),
-                f"{self.num_blocks:,} blocks of {self.block_size} tokens, {self.bytes_per_token:,} B a token",
-            ),
+            ("weights", human_bytes(weights.mapped + weights.copied), f"{weights.parameters:,} parameters; {held}"),
+            ("KV cache", human_bytes(self.kv_cache), f"{blocks}, {self.bytes_per_token:,} B a token"),
             ("workspace", human_bytes(self.workspace), "activations and logits of the largest step"),
             ("of available", human_bytes(self.available), f"{self.device}, {self.dtype}"),
             ("context", f"{self.max_model_len:,}", context),
             *fits,
             ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
         ]
-
-    def _weights_remark(self) -> str:
-        weights = self.weights
-        held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
-        return f"{weights.parameters:,} parameters; {held}"
 
 
 def human_bytes(count: int) -> str:
@@ -165,21 +151,19 @@ def plan_memory(
     left after weights and workspace.
     """
     wanted = engine.max_model_len
-    if wanted is not None and wanted > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len = {wanted} is beyond the model's {model.max_position_embeddings} positions; "
-            f"use at most {model.max_position_embeddings}"
-        )
-    length = wanted or model.max_position_embeddings
+    most = model.max_position_embeddings
+    length = wanted or most
+    require(length <= most, f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}")
     itemsize = 2 if dtype == "bfloat16" else 4
     workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
     left = available - weights.copied - workspace
-    if left <= 0:
-        raise MemoryPlanError(
-            f"weights ({human_bytes(weights.copied)} to copy) and workspace ({human_bytes(workspace)}) need more than "
-            f"the {human_bytes(available)} available; lower --max-num-batched-tokens, keep the checkpoint's --dtype, "
-            "or free memory"
-        )
+    require(
+        left > 0,
+        f"weights ({human_bytes(weights.copied)} to copy) and workspace ({human_bytes(workspace)}) need more than "
+        f"the {human_bytes(available)} available; lower --max-num-batched-tokens, keep the checkpoint's --dtype, "
+        "or free memory",
+        MemoryPlanError,
+    )
     block_bytes = engine.block_size * bytes_per_token
     budget = engine.kv_cache_memory_bytes
     if budget is None:
@@ -203,10 +187,6 @@ def plan_memory(
         dtype=dtype,
         device=device,
     )
-    return _with_room_for_one(plan, wanted)
-
-
-def _with_room_for_one(plan: MemoryPlan, wanted: int | None) -> MemoryPlan:
     if plan.kv_tokens >= plan.max_model_len:
         return plan
     needed = -(-plan.max_model_len // plan.block_size) * plan.block_size * plan.bytes_per_token

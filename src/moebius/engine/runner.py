@@ -16,11 +16,19 @@ from moebius.ops.steps import StepInputs
 class Runner:
     """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache."""
 
-    def __init__(self, model: Decoder, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, device: torch.device, max_tokens: int = 2048) -> None:
         self.model = model
         self.ops = model.ops
         self.cache = cache
         self.device = device
+        one = StepInputs.build([[0]], [0], [[0]], [0], cache.block_size, device)
+        with torch.inference_mode():
+            self._forward = self.ops.capture(self._compute, one, max_tokens)
+
+    def _compute(self, inputs: StepInputs) -> Tensor:
+        attend = PagedAttend(self.ops, self.model.config, self.cache.layers, inputs, self.cache.block_size)
+        hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, attend)[0]
+        return hidden_TD
 
     @torch.inference_mode()
     def execute(self, inputs: StepInputs) -> Tensor:
@@ -28,9 +36,8 @@ class Runner:
 
         `logits` turns rows of it into logits, a few at a time: those of one long prompt would take gigabytes.
         """
-        model, self.cache.last_used = self.model, time.monotonic()
-        attend = PagedAttend(model.ops, model.config, self.cache.layers, inputs, self.cache.block_size)
-        hidden_TD: Tensor = model(inputs.input_ids, inputs.positions, attend)[0]
+        self.cache.last_used = time.monotonic()
+        hidden_TD = self._forward(inputs)
         self.cache.last_used = time.monotonic()
         return hidden_TD[inputs.logit_rows]
 

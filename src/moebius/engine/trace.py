@@ -4,56 +4,46 @@ Token ids are renamed to numbers in order of first sight. The scheduler only eve
 its decisions are the same under any one-to-one renaming, and a trace does not spell out prompts.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from moebius.config import EngineConfig, require
 from moebius.errors import ConfigError
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import FinishReason, Request, SamplingParams
-from moebius.schedule.scheduler import Scheduler, SchedulerConfig, StepPlan
+from moebius.schedule.scheduler import Scheduler, StepPlan
 
 VERSION = 1
+_POOL = ("num_blocks", "block_size", "enable_prefix_caching")
+_REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline")
+"""Fields that a trace holds as they are; the others are renamed or shortened."""
 
 
 class TraceWriter:
     """Writes the calls that a scheduler gets, and the plans it answers with; one line each, flushed a step."""
 
-    def __init__(self, path: str | Path, config: SchedulerConfig, pool: BlockPool) -> None:
+    def __init__(self, path: str | Path, config: EngineConfig, pool: BlockPool) -> None:
         try:
             self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from error
         self._names: dict[int, int] = {}
-        self._write(
-            event="start",
-            version=VERSION,
-            scheduler=asdict(config),
-            pool={
-                "num_blocks": pool.num_blocks,
-                "block_size": pool.block_size,
-                "enable_prefix_caching": pool.enable_prefix_caching,
-            },
-        )
+        sizes = {name: getattr(pool, name) for name in _POOL}
+        self._write(event="start", version=VERSION, scheduler=asdict(config), pool=sizes)
 
     def add(self, request: Request) -> None:
         params = request.params
         self._write(
             event="add",
-            id=request.id,
+            **{name: getattr(request, name) for name in _REQUEST},
             prompt=self._rename(request.prompt_ids),
             output=self._rename(request.output_ids),
             stop=self._rename(sorted(request.stop_ids)),
-            max_tokens=request.max_tokens,
             min_tokens=params.min_tokens,
             prompt_logprobs=params.prompt_logprobs is not None,
-            arrival=request.arrival,
-            priority=request.priority,
-            deadline=request.deadline,
             salt=self._salt_name(request.salt),
         )
 
@@ -106,10 +96,6 @@ class ReplayReport:
     requests: int
     difference: str | None = None
 
-    @property
-    def same(self) -> bool:
-        return self.difference is None
-
 
 def replay(path: str | Path) -> ReplayReport:
     """Make the decisions of a trace again, with the scheduler of this version.
@@ -128,12 +114,10 @@ def replay(path: str | Path) -> ReplayReport:
             case "plan":
                 plan = scheduler.plan(record["now"])
                 steps += 1
-                mine = plan_record(plan)
-                for key, value in mine.items():
+                for key, value in plan_record(plan).items():
                     if record[key] != value:
-                        return ReplayReport(
-                            steps, requests, f"step {plan.step}: {key} was {record[key]}, now it is {value}"
-                        )
+                        difference = f"step {plan.step}: {key} was {record[key]}, now it is {value}"
+                        return ReplayReport(steps, requests, difference)
             case "update" if plan is not None:
                 scheduler.update(plan, record["tokens"])
             case "rollback" if plan is not None:
@@ -158,18 +142,17 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 return
-            raise ConfigError(
-                f"{path}, line {number}: not JSON ({error}); is this a file that --trace wrote?"
-            ) from error
-        if not isinstance(record, dict) or "event" not in record:
-            raise ConfigError(f"{path}, line {number}: no trace event; is this a file that --trace wrote?")
+            where = f"{path}, line {number}"
+            raise ConfigError(f"{where}: not JSON ({error}); is this a file that --trace wrote?") from error
+        good = isinstance(record, dict) and "event" in record
+        require(good, f"{path}, line {number}: no trace event; is this a file that --trace wrote?")
         yield record
 
 
 def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
     if start is None or start["event"] != "start" or start.get("version") != VERSION:
         raise ConfigError(f"{path} does not begin with the start line of a trace of version {VERSION}")
-    return Scheduler(SchedulerConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32)))
+    return Scheduler(EngineConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32)))
 
 
 def _request(record: dict[str, Any]) -> Request:
@@ -177,15 +160,11 @@ def _request(record: dict[str, Any]) -> Request:
         max_tokens=None, min_tokens=record["min_tokens"], prompt_logprobs=0 if record["prompt_logprobs"] else None
     )
     return Request(
-        id=record["id"],
+        **{name: record[name] for name in _REQUEST},
         prompt_ids=tuple(record["prompt"]),
         params=params,
         seed=0,
         stop_ids=frozenset(record["stop"]),
-        max_tokens=record["max_tokens"],
-        arrival=record["arrival"],
-        priority=record["priority"],
-        deadline=record["deadline"],
         salt=b"" if record["salt"] < 0 else str(record["salt"]).encode(),
         output_ids=list(record["output"]),
     )

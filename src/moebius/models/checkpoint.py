@@ -3,8 +3,6 @@
 A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes without a gap.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -88,6 +86,10 @@ def _file(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
+def _check(good: bool, where: str, message: str) -> None:
+    require(good, f"{where}{message}", WeightsError)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = Counter(key for key, _ in pairs)
     twice = [key for key, count in keys.items() if count > 1]
@@ -103,10 +105,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise WeightsError(
-                    f"{_file(path)}: a header of {length} bytes in a file of {size}; it is truncated or not safetensors"
-                )
+            fits = size >= 8 and 2 <= length <= min(size - 8, _MAX_HEADER)
+            what = f"a header of {length} bytes in a file of {size}"
+            _check(fits, _file(path), f": {what}; it is truncated or not safetensors")
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as cause:
         raise WeightsError(f"{_file(path)} cannot be read: {cause.strerror or cause}") from None
@@ -114,7 +115,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if isinstance(cause, WeightsError):
             raise
         raise WeightsError(f"{_file(path)}: the header is no valid JSON: {cause}") from None
-    require(isinstance(header, dict), f"{_file(path)}: the header is no JSON object", WeightsError)
+    _check(isinstance(header, dict), _file(path), ": the header is no JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_extent(path, tensors, 8 + length, size)
@@ -125,34 +126,26 @@ def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
     def integers(value: Any) -> bool:
         return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
-    def check(good: bool, message: str) -> None:
-        if not good:
-            raise WeightsError(f"{_file(path)}: tensor {name!r}: {message}")
-
+    where = f"{_file(path)}: tensor {name!r}: "
     good = isinstance(entry, dict) and integers(entry.get("shape")) and integers(entry.get("data_offsets"))
-    check(good, "the header's entry has no valid shape and data_offsets")
+    _check(good, where, "the header's entry has no valid shape and data_offsets")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry.get("dtype")
-    check(len(offsets) == 2, f"data_offsets is {offsets}; it must be a start and a stop")
-    check(isinstance(dtype, str) and dtype in _ITEM_BYTES, f"dtype {dtype!r} is unknown")
+    _check(len(offsets) == 2, where, f"data_offsets is {offsets}; it must be a start and a stop")
+    _check(isinstance(dtype, str) and dtype in _ITEM_BYTES, where, f"dtype {dtype!r} is unknown")
     stored, needed = offsets[1] - offsets[0], math.prod(shape) * _ITEM_BYTES[dtype]
-    check(stored == needed, f"{stored} bytes stored, but shape {shape} of {dtype} needs {needed}")
+    _check(stored == needed, where, f"{stored} bytes stored, but shape {shape} of {dtype} needs {needed}")
     return StoredTensor(path, name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
 def _check_extent(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
     """The tensors fill the file from the header to its end, without gap or overlap."""
-
-    def check(good: bool, message: str) -> None:
-        if not good:
-            raise WeightsError(f"{_file(path)}: {message}")
-
-    at, last = base, "the header"
+    at, last, where = base, "the header", f"{_file(path)}: "
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         kind, this = "a gap" if tensor.start > at else "an overlap", f"tensor {tensor.name!r}"
-        check(tensor.start == at, f"{kind} between {last} and {this}")
-        check(tensor.stop <= size, f"{this} ends at byte {tensor.stop}, the file at {size}; it is truncated")
+        _check(tensor.start == at, where, f"{kind} between {last} and {this}")
+        _check(tensor.stop <= size, where, f"{this} ends at byte {tensor.stop}, the file at {size}; it is truncated")
         at, last = tensor.stop, this
-    check(at == size, f"{size - at} bytes follow {last}; the file does not match its header")
+    _check(at == size, where, f"{size - at} bytes follow {last}; the file does not match its header")
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -164,25 +157,22 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
         hint = f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors" if other else ""
         raise WeightsError(f"{directory} holds neither {_SINGLE} nor {_INDEX}{hint}")
     weight_map = read_json(directory / _INDEX, error=WeightsError).get("weight_map")
-
-    def check(good: bool, file: str, message: str) -> None:
-        if not good:
-            raise WeightsError(f"{_file(directory / file)}{message}")
-
+    index = _file(directory / _INDEX)
     good = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
-    check(good, _INDEX, ": weight_map must map tensor names to files")
+    _check(good, index, ": weight_map must map tensor names to files")
     assert isinstance(weight_map, dict)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        check(Path(shard).name == shard, _INDEX, f": {shard!r} is no file name within the directory")
-        check((directory / shard).exists(), shard, f" is missing, but {_INDEX} names it")
+        _check(Path(shard).name == shard, index, f": {shard!r} is no file name within the directory")
+        where = _file(directory / shard)
+        _check((directory / shard).exists(), where, f" is missing, but {_INDEX} names it")
         found = read_header(directory / shard)
         for name in found:
             here = weight_map.get(name) == shard
-            check(here, shard, f": tensor {name!r} is left over; {_INDEX} does not place it there")
+            _check(here, where, f": tensor {name!r} is left over; {_INDEX} does not place it there")
         tensors.update(found)
     for name, shard in weight_map.items():
-        check(name in tensors, shard, f": tensor {name!r} is missing, but {_INDEX} places it there")
+        _check(name in tensors, _file(directory / shard), f": tensor {name!r} is missing, but {_INDEX} places it there")
     return tensors
 
 
@@ -203,16 +193,15 @@ def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTen
     for source in wanted:
         stored = tensors[source.name]
         where = f"{_file(stored.file)}: tensor {source.name!r}"
-        if stored.shape != source.stored_shape:
-            raise WeightsError(f"{where} has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}")
-        if stored.dtype not in _DTYPES:
-            raise WeightsError(f"{where} has dtype {stored.dtype}; supported are {', '.join(_DTYPES)}")
+        same = stored.shape == source.stored_shape
+        _check(same, where, f" has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}")
+        known = stored.dtype in _DTYPES
+        _check(known, where, f" has dtype {stored.dtype}; supported are {', '.join(_DTYPES)}")
     used = {source.name for source in wanted}
     for name, stored in tensors.items():
-        if name not in used and not _harmless(name, config):
-            raise WeightsError(
-                f"{_file(stored.file)}: tensor {name!r} is left over; {config.model_type} has no such tensor"
-            )
+        wanted_here = name in used or _harmless(name, config)
+        left_over = f": tensor {name!r} is left over; {config.model_type} has no such tensor"
+        _check(wanted_here, _file(stored.file), left_over)
     return wanted
 
 

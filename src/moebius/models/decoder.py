@@ -80,9 +80,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), after the last norm, and each layer's routing (None for a dense layer)."""
-        x_TD = self.embed_tokens(input_ids_T)
-        if self.config.embedding_multiplier != 1.0:
-            x_TD = x_TD * self.config.embedding_multiplier
+        x_TD = self.ops.embed(input_ids_T, self.embed_tokens.weight, self.config.embedding_multiplier)
         cos_TR, sin_TR = self.rotary(positions_T)
         update_TD, routings = None, []
         for layer in self.layers:

@@ -1,7 +1,5 @@
 """Where a model's files are: in a directory, in this package, or downloaded from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

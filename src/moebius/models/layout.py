@@ -3,8 +3,6 @@
 A Layout names the tensors of one layer's feed-forward; all supported architectures spell the rest alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -4,38 +4,17 @@ Configurations of transformers 4 and 5 are both read. A key that is absent has t
 configuration class, because checkpoints were saved without keys that equal it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moebius.config import Activation, RopeConfig, require
-from moebius.errors import ConfigError
+from moebius.config import Activation, FeedForwardConfig, ModelConfig, RopeConfig, package_table, require
 
-_HARMLESS = frozenset({
-    "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "attn_implementation",
-    "use_cache", "torchscript", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",
-    "initializer_range", "attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
-    "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "rope_interleaved",
-    "output_attentions", "output_hidden_states", "finetuning_task", "problem_type", "id2label", "label2id",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
-    "bos_token", "eos_token", "pad_token", "tokenizer_class", "task_specific_params",
-    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams",
-    "num_beam_groups", "num_return_sequences", "early_stopping", "diversity_penalty", "repetition_penalty",
-    "length_penalty", "no_repeat_ngram_size", "exponential_decay_length_penalty",
-})  # fmt: skip
-_ROPE_KEYS = frozenset({
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
-    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-    "partial_rotary_factor",
-})  # fmt: skip
+_TABLE = package_table("models/keys.toml")
+_HARMLESS, _ROPE_KEYS = frozenset(_TABLE["harmless"]), frozenset(_TABLE["rope"])
+_ACTIVATIONS: dict[str, Activation] = _TABLE["activations"]
 # A value that switches nothing on: a key we do not know that carries it changes nothing.
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
-_ACTIVATIONS: dict[str, Activation] = {
-    **{"silu": "silu", "swish": "silu", "relu": "relu"},
-    **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-}
 
 
 @dataclass
@@ -88,10 +67,14 @@ class ConfigReader:
         require(all(type(i) is int for i in value), f"{self.where}{key} is {value!r}; it must be {wanted}")
         return tuple(value)
 
+    @property
+    def num_layers(self) -> int:
+        return self.integer("num_hidden_layers")
+
     def num_experts(self) -> int:
         """Checkpoints of one architecture say num_experts or num_local_experts, by transformers' version."""
-        key = "num_experts" if self.get("num_local_experts") is None else "num_local_experts"
-        return self.integer(key)
+        keys = [key for key in ("num_local_experts", "n_routed_experts") if self.get(key) is not None]
+        return self.integer(keys[0] if keys else "num_experts")
 
     def default(self, key: str, value: Any) -> None:
         """Give an absent (not a null) key the value that this architecture's class has."""
@@ -103,12 +86,12 @@ class ConfigReader:
         require(name in _ACTIVATIONS, f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
-    def layer_types(self, num_layers: int) -> Sequence[str] | None:
+    def layer_types(self) -> Sequence[str] | None:
         """One of full_attention and sliding_attention a layer, None where the key is absent."""
         value: list[str] | None = self.get("layer_types")
         known = ("full_attention", "sliding_attention")
         if value is not None:
-            good = isinstance(value, list) and len(value) == num_layers and all(v in known for v in value)
+            good = isinstance(value, list) and len(value) == self.num_layers and all(v in known for v in value)
             require(good, f"config.json: layer_types must name one of {', '.join(known)} for each layer")
         return value
 
@@ -169,56 +152,72 @@ def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max
     return RopeConfig(theta)
 
 
-def sliding_windows(reader: ConfigReader, num_layers: int, default_types: Sequence[str]) -> tuple[int | None, ...]:
+def sliding_windows(reader: ConfigReader, default_types: Sequence[str]) -> tuple[int | None, ...]:
     """Windows of the Qwen family: on with use_sliding_window, in the layers that layer_types (or its default) name."""
-    used = reader.flag("use_sliding_window", False) and not reader.is_null("sliding_window")
-    types = reader.layer_types(num_layers) or default_types
-    if not used:
+    types = reader.layer_types() or default_types
+    if not _slides(reader):
         reader.get("sliding_window")
         off = "sliding_attention" not in types
         require(off, "config.json: layer_types has sliding_attention, but use_sliding_window is off")
-        return (None,) * num_layers
+        return (None,) * len(types)
     window = reader.integer("sliding_window", 4096)
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def upper_layers_slide(reader: ConfigReader, num_layers: int) -> list[str]:
+def _slides(reader: ConfigReader) -> bool:
+    return reader.flag("use_sliding_window", False) and not reader.is_null("sliding_window")
+
+
+def upper_layers_slide(reader: ConfigReader) -> list[str]:
     """layer_types of the dense Qwen models where it is absent: layers from max_window_layers on have a window."""
-    full = reader.integer("max_window_layers", 28, low=0)
-    used = reader.flag("use_sliding_window", False) and not reader.is_null("sliding_window")
-    return ["sliding_attention" if used and i >= full else "full_attention" for i in range(num_layers)]
+    full, used = reader.integer("max_window_layers", 28, low=0), _slides(reader)
+    return ["sliding_attention" if used and i >= full else "full_attention" for i in range(reader.num_layers)]
 
 
-def decoder_fields(reader: ConfigReader, *, theta: float, eps: float) -> dict[str, Any]:
-    """What every supported architecture spells alike, as arguments of ModelConfig. Defaults differ, so they come in."""
-    heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+def sparse_layers(reader: ConfigReader) -> list[bool]:
+    """Which layers have experts in the Qwen family: every decoder_sparse_step-th, but for mlp_only_layers."""
+    step, dense = reader.integer("decoder_sparse_step", 1), reader.indices("mlp_only_layers")
+    return [i not in dense and (i + 1) % step == 0 for i in range(reader.num_layers)]
+
+
+def decoder(
+    reader: ConfigReader,
+    feed_forward: FeedForwardConfig | Sequence[FeedForwardConfig],
+    *,
+    theta: float = 10_000.0,
+    eps: float = 1e-6,
+    windows: int | Sequence[int | None] | None = None,
+    **different: Any,
+) -> ModelConfig:
+    """What every supported architecture spells alike, and what is different about this one.
+
+    feed_forward and windows are one for all layers, or one each. theta and eps are defaults of keys that are absent.
+    """
+    heads, hidden, layers = reader.integer("num_attention_heads"), reader.integer("hidden_size"), reader.num_layers
     require(
         reader.get("head_dim") is not None or hidden % heads == 0,
         f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim",
     )
     max_position = reader.integer("max_position_embeddings")
-    quantization = reader.get("quantization_config")
-    if quantization:
-        raise ConfigError(
-            f"config.json: quantization_config of method {dict(quantization).get('quant_method')!r} is not supported; "
-            "use the checkpoint in bfloat16, float16 or float32"
-        )
-    return {
-        "model_type": reader.get("model_type"),
-        "hidden_size": hidden,
-        "num_layers": reader.integer("num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": reader.integer("num_key_value_heads", heads),
-        "head_dim": reader.integer("head_dim", hidden // heads),
-        "vocab_size": reader.integer("vocab_size"),
-        "max_position_embeddings": max_position,
-        "rope": reader.rope(theta, max_position),
-        "norm_eps": reader.number("rms_norm_eps", eps),
-        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
-    }
-
-
-def sparse_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have experts in the Qwen family: every decoder_sparse_step-th, but for mlp_only_layers."""
-    step, dense = reader.integer("decoder_sparse_step", 1), reader.indices("mlp_only_layers")
-    return tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+    quantization = reader.get("quantization_config", {})
+    require(
+        not quantization,
+        f"config.json: quantization_config of method {dict(quantization).get('quant_method')!r} is not supported; "
+        "use the checkpoint in bfloat16, float16 or float32",
+    )
+    return ModelConfig(
+        model_type=reader.get("model_type"),
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=reader.integer("num_key_value_heads", heads),
+        head_dim=reader.integer("head_dim", hidden // heads),
+        vocab_size=reader.integer("vocab_size"),
+        max_position_embeddings=max_position,
+        rope=reader.rope(theta, max_position),
+        norm_eps=reader.number("rms_norm_eps", eps),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        feed_forward=tuple(feed_forward) if isinstance(feed_forward, Sequence) else (feed_forward,) * layers,
+        windows=tuple(windows) if isinstance(windows, Sequence) else (windows,) * layers,
+        **different,
+    )

@@ -1,7 +1,5 @@
 """Weights in and out: safetensors files to a Decoder, mapped without a copy where the dtype allows, and back."""
 
-from __future__ import annotations
-
 import json
 import math
 import mmap
@@ -18,13 +16,11 @@ from torch import Tensor, nn
 
 from moebius.errors import WeightsError
 from moebius.models import checkpoint_layouts, model_config
-from moebius.models.checkpoint import Checkpoint, StoredTensor, fingerprint, open_checkpoint
+from moebius.models.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from moebius.models.decoder import Decoder
 from moebius.models.layout import Source, sources
 from moebius.ops import Ops, select_ops
 from moebius.pages import populate
-
-__all__ = ["fingerprint", "load_decoder", "open_checkpoint", "save_checkpoint"]
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -41,9 +37,7 @@ class _Files:
             with stored.file.open("rb") as file:
                 region = self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             region.madvise(mmap.MADV_WILLNEED)
-            populate(
-                np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region, idle=lambda: True
-            )
+            populate(np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region)
         dtype = _TORCH_DTYPES[stored.dtype]
         count = math.prod(source.shape)
         row = math.prod(source.stored_shape[2:])
@@ -59,11 +53,6 @@ class _Files:
                 raw = bytearray(region[start : start + count * dtype.itemsize])
                 return torch.frombuffer(raw, dtype=dtype, count=count).view(source.shape)
             return torch.frombuffer(region, dtype=dtype, count=count, offset=start).view(source.shape)
-
-
-def _place(decoder: Decoder, name: str, parameter: nn.Parameter) -> None:
-    module_name, _, leaf = name.rpartition(".")
-    decoder.get_submodule(module_name).register_parameter(leaf, parameter)
 
 
 def load_decoder(
@@ -88,7 +77,8 @@ def load_decoder(
     for source in checkpoint.sources:
         value = files.view(source, checkpoint.tensors[source.name])
         value = value.to(device=device, dtype=torch.float32 if source.float32 else dtype, copy=not mapped)
-        _place(decoder, source.parameter, nn.Parameter(value, requires_grad=not mapped))
+        module, _, leaf = source.parameter.rpartition(".")
+        decoder.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
     return decoder
 
 

@@ -3,8 +3,6 @@
 Shape legend: T tokens, E experts, K experts a token, P = T * K pairs of token and choice.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Who computes which token. Nothing else knows about ranks."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The grouped feed-forward: parameters of E parallel experts, one tensor an expert and projection."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ them. Leading dimensions (layers, steps) pass through, so (..., E) gives (...); 
 otherwise. Shape legend: T tokens, E experts, K experts a token, X classes of token (kinds of file, vocabulary ids).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -8,8 +8,6 @@ cancel out, and is K at balance. tests/moe/test_losses.py has their formulas.
 Shape legend: T tokens in S sequences of equal length, E experts, K experts a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

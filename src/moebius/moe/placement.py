@@ -4,8 +4,6 @@ Method: https://github.com/deepseek-ai/EPLB (2025). An expert may have replicas,
 evenly; a rank has room for equally many. Deterministic: ties go to the lowest expert and the lowest rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """The router: one linear layer and a choice of experts, in float32 (arXiv 2101.03961 section 2.4)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -119,8 +119,8 @@ class Attention(nn.Module):
         """Norm all query heads as one vector, and all key heads (OLMoE), then clip (OLMo)."""
         config = self.config
         if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "full":
-            q_TI, k_TI, v_TI = torch.split(qkv_TI, [config.q_size, config.kv_size, config.kv_size], dim=1)
-            qkv_TI = torch.cat((self.q_norm(q_TI.contiguous()), self.k_norm(k_TI.contiguous()), v_TI), dim=1)
+            for norm, start in ((self.q_norm, 0), (self.k_norm, config.q_size)):
+                qkv_TI = self.ops.rms_norm_part(qkv_TI, start, norm.weight, norm.eps)
         return qkv_TI if config.clip_qkv is None else qkv_TI.clamp(-config.clip_qkv, config.clip_qkv)
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:

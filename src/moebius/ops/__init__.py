@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Pair = tuple[Tensor, Tensor]
+# A step's final hidden states (T, D).
+Compute = Callable[["StepInputs"], Tensor]
 
 
 class ExpertWeights(NamedTuple):
@@ -55,6 +57,14 @@ class Ops(Protocol):
     name: str
     one_answer: bool
 
+    def capture(self, compute: Compute, example: StepInputs, max_tokens: int) -> Compute:
+        """A function that computes what `compute` does, in fewer calls where the backend can: it may record what
+        `compute` calls on `example`, a step of one token, for steps of up to max_tokens (as CUDA graphs do). Its
+        result may be overwritten by its next call."""
+
+    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
+        """multiplier * table[input_ids]: (T, D)."""
+
     def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> Any:
         """What `linear` needs to know of linear layers of one input, (weight (O, I), bias (O,) or None) each, worked
         out once; the tensors stay where they are."""
@@ -70,6 +80,9 @@ class Ops(Protocol):
 
     def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
         """The residual stream x + multiplier * update, and its rms_norm."""
+
+    def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
+        """x with rms_norm over its columns from `start`, as many as the weight has; x itself may be changed."""
 
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         """cos and sin (T, R) float32, times `factor`, of positions (int64) times inverse frequencies (float32)."""

@@ -7,16 +7,25 @@ rows surround it, however many threads there are and wherever the KV cache holds
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moebius import _cpu
 from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
-from moebius.ops import ExpertWeights, Pair
+from moebius.ops import Compute, ExpertWeights, Pair
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 
@@ -78,6 +87,72 @@ def _require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
     return _DTYPES[dtype]
 
 
+class _KernelsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices what torch itself computes, other views of the same memory apart: a recording would not know of it."""
+
+    only: bool = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        self.only &= all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in given for x in tree_leaves(out))
+        return out
+
+
+class CapturedStep:
+    """A step whose kernels were recorded on one token, and are called again, all at once, on later steps' tokens.
+
+    Every tensor of the step lies in memory of its own for `max_tokens` rows, which a later tensor of the same size
+    takes over when it is gone: the kernels run in one order. So a step allocates nothing, and Python's share of a step
+    does not grow with the layers.
+    """
+
+    def __init__(self, compute: Compute, max_tokens: int) -> None:
+        self._compute, self._max_tokens = compute, max_tokens
+        self.program = _cpu.Program()
+        self.plans: list[Any] = []
+        self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
+        self._inputs = [self._buffer((), torch.int64) for _ in range(3)]
+
+    def record(self, example: StepInputs) -> bool:
+        """Run and record a step of one token; False where torch computes a part of it."""
+        self._take(example)
+        ids, positions, slots = (each[:1] for each in self._inputs)
+        inputs = dataclasses.replace(example, input_ids=ids, positions=positions, slot_mapping=slots)
+        mode = _KernelsOnly()  # type: ignore[no-untyped-call]
+        with mode:
+            out = self._compute(inputs)
+        if mode.only:  # the result is read until the next step begins, and so is kept
+            self._out = torch.as_strided(out, (self._max_tokens, *out.shape[1:]), out.stride())
+        return mode.only
+
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        count = len(inputs.input_ids)
+        if count > self._max_tokens:
+            return self._compute(inputs)
+        self._take(inputs)
+        for plan in self.plans:
+            _set_plan(plan, inputs)
+        self.program(count)
+        return self._out[:count]
+
+    def _take(self, inputs: StepInputs) -> None:
+        for own, given in zip(self._inputs, (inputs.input_ids, inputs.positions, inputs.slot_mapping), strict=True):
+            own[: len(given)] = given
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._buffer(shape[1:], dtype)[: shape[0]]
+
+    def _buffer(self, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """(max_tokens, *row). Its memory is free again when its last view is gone."""
+        count = math.prod(row) * self._max_tokens
+        nbytes, free = count * dtype.itemsize, self._free
+        memory = free[nbytes].pop() if free[nbytes] else np.empty(nbytes + 64, np.uint8)
+        view = memory[-memory.ctypes.data % 64 :]
+        weakref.finalize(view, free[nbytes].append, memory)
+        return torch.frombuffer(view, dtype=dtype, count=count).view(self._max_tokens, *row)
+
+
 class CpuOps:
     """C++ kernels on `threads` threads of a pool of their own.
 
@@ -97,6 +172,20 @@ class CpuOps:
             raise ConfigError(f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference") from None
         self.name = f"cpu-{self._ops.name}"
         self._routers: dict[RouterConfig, Any] = {}
+        self._capture: CapturedStep | None = None
+
+    def capture(self, compute: Compute, example: StepInputs, max_tokens: int) -> Compute:
+        captured = CapturedStep(compute, max_tokens)
+        self._capture = captured
+        self._ops.record(captured.program)
+        try:
+            return captured if captured.record(example) else compute
+        finally:
+            self._ops.record(None)
+            self._capture = None
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._capture.empty(shape, dtype) if self._capture else torch.empty(shape, dtype=dtype)
 
     def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
         weights, biases = zip(*layers, strict=True)
@@ -117,8 +206,16 @@ class CpuOps:
         rows = x.shape[0]
         if x.dtype != dtype or x.shape[1] != size:
             raise ValueError(f"a linear layer of {size} {dtype} values got {tuple(x.shape)} of {x.dtype}")
-        out = torch.empty(rows, out_size, dtype=out_dtype)
+        out = self._empty((rows, out_size), out_dtype)
         self._ops.linear(table, _address(x), rows, out.data_ptr(), out_dtype == torch.float32)
+        return out
+
+    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
+        _require_no_gradient(table_VD)
+        dtype, rows, (count, size) = _require_dtype(table_VD.dtype), len(input_ids_T), table_VD.shape
+        out = self._empty((rows, size), table_VD.dtype)
+        ids = _address(input_ids_T, torch.int64)
+        self._ops.embed(dtype, _address(table_VD), count, ids, rows, size, multiplier, out.data_ptr())
         return out
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -130,16 +227,22 @@ class CpuOps:
     def _rms_norm(self, x: Tensor, update: Tensor | None, multiplier: float, weight: Tensor, eps: float) -> Pair:
         dtype = _require_dtype(x.dtype, update, weight)
         size = x.shape[-1]
-        total = x if update is None else torch.empty_like(x)
-        out = torch.empty_like(x)
+        total = x if update is None else self._empty(x.shape, x.dtype)
+        out = self._empty(x.shape, x.dtype)
         rows, at, update_at, weight_at = x.numel() // size, _address(x), _address(update), _address(weight)
         into = total.data_ptr(), out.data_ptr()
-        self._ops.rms_norm(dtype, at, update_at, multiplier, weight_at, rows, size, eps, *into)
+        self._ops.rms_norm(dtype, at, update_at, multiplier, weight_at, rows, size, size, eps, *into)
         return total, out
+
+    def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
+        dtype, (rows, width), size = _require_dtype(x_TI.dtype, weight_D), x_TI.shape, len(weight_D)
+        at = _address(x_TI) + start * x_TI.element_size()
+        self._ops.rms_norm(dtype, at, 0, 1.0, _address(weight_D), rows, size, width, eps, 0, at)
+        return x_TI
 
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         rows, half = len(positions_T), len(inverse_R)
-        cos, sin = torch.empty(rows, half), torch.empty(rows, half)
+        cos, sin = self._empty((rows, half), torch.float32), self._empty((rows, half), torch.float32)
         self._ops.rotation(
             _address(positions_T, torch.int64),
             rows,
@@ -166,7 +269,7 @@ class CpuOps:
         dtype = _require_dtype(qkv_TI.dtype, q_norm_N, k_norm_N)
         rows, size = qkv_TI.shape
         q_heads = size // head_dim - 2 * kv_heads
-        out = torch.empty(rows, q_heads, head_dim, dtype=qkv_TI.dtype)
+        out = self._empty((rows, q_heads, head_dim), qkv_TI.dtype)
         angles = _address(cos_TR, torch.float32), _address(sin_TR, torch.float32), cos_TR.shape[1]
         norms = _address(q_norm_N), _address(k_norm_N), eps
         places = _address(slot_mapping_T, torch.int64), buffer.data_ptr(), out.data_ptr()
@@ -177,8 +280,8 @@ class CpuOps:
         if config not in self._routers:
             self._routers[config] = _router_settings(config)
         rows = len(logits_TE)
-        weights = torch.empty(rows, config.top_k)
-        ids = torch.empty(rows, config.top_k, dtype=torch.int64)
+        weights = self._empty((rows, config.top_k), torch.float32)
+        ids = self._empty((rows, config.top_k), torch.int64)
         bias = selection_bias_E.float() if config.selection_bias and selection_bias_E is not None else None
         at, bias_at = _address(logits_TE, torch.float32), _address(bias)
         self._ops.route(self._routers[config], at, rows, bias_at, weights.data_ptr(), ids.data_ptr())
@@ -195,7 +298,7 @@ class CpuOps:
         self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: CpuExperts
     ) -> Tensor:
         _require_dtype(x_TD.dtype, experts.weights.gate_FD[0])
-        out = torch.empty_like(x_TD)
+        out = self._empty(x_TD.shape, x_TD.dtype)
         top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
         routing = _address(weights_TK, torch.float32), _address(expert_ids_TK, torch.int64), top_k
         self._ops.experts(experts.table, _address(x_TD), len(x_TD), *routing, out.data_ptr())
@@ -203,7 +306,8 @@ class CpuOps:
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
         dtype = _require_dtype(a_TD.dtype, b_TD)
-        (rows, size), out, gate = a_TD.shape, torch.empty_like(a_TD), _address(gate_T1, torch.float32)
+        (rows, size), gate = a_TD.shape, _address(gate_T1, torch.float32)
+        out = self._empty(a_TD.shape, a_TD.dtype)
         self._ops.add_gated(dtype, _address(a_TD), _address(b_TD), gate, rows, size, out.data_ptr())
         return out
 
@@ -217,9 +321,11 @@ class CpuOps:
         return CpuCache(buffer, shape, num_kv_heads, head_dim)
 
     def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
-        batch, width = step.block_table.shape
-        query_start, seq_lens, table = (_address(x) for x in (step.query_start, step.seq_lens, step.block_table))
-        return _cpu.StepAttention(query_start, seq_lens, batch, table, width, window or 0)
+        plan = _cpu.StepAttention(window or 0)
+        if self._capture:
+            self._capture.plans.append(plan)
+        _set_plan(plan, step)
+        return plan
 
     def paged_attention(
         self,
@@ -231,10 +337,10 @@ class CpuOps:
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         dtype = _require_dtype(q_THN.dtype)
-        out = torch.empty_like(q_THN)
+        out = self._empty(q_THN.shape, q_THN.dtype)
         q, sinks, caps = _address(q_THN), _address(sinks_H, torch.float32), softcap or 0.0
         into, at = out.data_ptr(), cache.buffer.data_ptr()
-        self._ops.attention(dtype, cache.shape, plan, at, q, q_THN.shape[1], scale, caps, sinks, into)
+        self._ops.attention(dtype, cache.shape, plan, len(q_THN), at, q, q_THN.shape[1], scale, caps, sinks, into)
         return out
 
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
@@ -251,6 +357,13 @@ class CpuOps:
         heat, uniform = _address(temperature_L, torch.float32), _address(uniform_L, torch.float64)
         self._ops.draw(_address(logits_LV, torch.float32), rows, vocab, heat, uniform, ids.data_ptr())
         return ids
+
+
+def _set_plan(plan: Any, step: StepInputs) -> None:
+    query_start, seq_lens, table = (
+        _address(x, torch.int32) for x in (step.query_start, step.seq_lens, step.block_table)
+    )
+    plan.set(query_start, seq_lens, len(step.seq_lens), table, step.block_table.shape[1])
 
 
 def _router_settings(r: RouterConfig) -> Any:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
-from moebius.ops import ExpertWeights, Pair
+from moebius.ops import Compute, ExpertWeights, Pair
 from moebius.ops.routing import route, top_k
 from moebius.ops.steps import StepInputs
 
@@ -77,6 +77,13 @@ class ReferenceOps:
     # Whether ids may stand for no expert: to look costs a wait for the device.
     drops = False
 
+    def capture(self, compute: Compute, example: StepInputs, max_tokens: int) -> Compute:
+        return compute
+
+    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
+        x_TD = F.embedding(input_ids_T, table_VD)
+        return x_TD if multiplier == 1.0 else x_TD * multiplier
+
     def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> tuple[tuple[Tensor, Tensor | None], ...]:
         return layers
 
@@ -103,6 +110,10 @@ class ReferenceOps:
     def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
         x_TD = x_TD + (update_TD if multiplier == 1.0 else update_TD * multiplier)
         return x_TD, self.rms_norm(x_TD, weight_D, eps)
+
+    def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
+        before_TI, part_TD, after_TI = torch.tensor_split(x_TI, (start, start + len(weight_D)), dim=1)
+        return torch.cat((before_TI, self.rms_norm(part_TD, weight_D, eps), after_TI), dim=1)
 
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         angles_TR = positions_T.float().unsqueeze(1) * inverse_R

@@ -9,8 +9,6 @@ length-prefixed. So equal hashes mean equal namespace, salt and tokens from posi
 aim for a collision.
 """
 
-from __future__ import annotations
-
 import struct
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,15 +4,13 @@ A Request is one sequence; n = 3 is three of them. It is built from `prompt_ids`
 preemption or on a replay): positions, penalties, min and max tokens are pure functions of these two lists.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from moebius.errors import ContextLengthError, RequestError
 
@@ -159,7 +157,7 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def with_(self, **changes: Any) -> SamplingParams:
+    def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
 
@@ -234,7 +232,7 @@ class Request:
         deadline: float | None = None,
         salt: bytes = b"",
         output_ids: Sequence[int] = (),
-    ) -> Request:
+    ) -> Self:
         """The only way in. Raises RequestError naming the field; nothing is kept of a refused request."""
         prompt = tuple(prompt_ids)
         _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")

@@ -1,4 +1,4 @@
-"""What to compute next. Plain data in, plain data out: no tensors, no clock, no I/O.
+"""What to compute next. Plain data in, plain data out, never changed once made: no tensors, no clock, no I/O.
 
 A step is `plan(now)`, then the engine computes the plan's chunks, then `update(plan, tokens)`; or `rollback(plan)`
 where the step failed. `add`, `abort` and `fail` may come at any time between two of these calls.
@@ -16,20 +16,62 @@ the running ones first. Why nobody starves:
 - What could not run in an empty pool was refused by `add`, by the function that allocates.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
+from moebius.config import EngineConfig
 from moebius.errors import ContextLengthError, RequestError
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.plan import Chunk, SchedulerConfig, StepPlan, WaitReason
 from moebius.schedule.request import FinishReason, Request, RequestStatus
 from moebius.schedule.waiting import WaitingQueue
 
-__all__ = ["Chunk", "Scheduler", "SchedulerConfig", "StepPlan", "WaitReason"]
+WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
+"""Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a seat given back, or
+the running request that is computing its prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions start to start + num_tokens - 1 of one request, to be computed in this step.
+
+    samples            the logits of the last position are wanted, to draw the next token
+    block_ids          the blocks of positions 0 to start + num_tokens - 1, in order
+    num_cached_tokens  tokens that came from the prefix cache when the request first ran
+    """
+
+    request_id: str
+    start: int
+    num_tokens: int
+    samples: bool
+    block_ids: tuple[int, ...]
+    num_cached_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: what to compute, in the order of service.
+
+    preempted  lost their blocks in favour of earlier ones; they wait again, and will recompute
+    expired    their deadline passed: already finished, with FinishReason.DEADLINE
+    waiting    request id -> reason, for all other unfinished requests without a chunk
+    """
+
+    step: int
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[str, ...]
+    expired: tuple[str, ...]
+    waiting: Mapping[str, WaitReason]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
 
 @dataclass(slots=True)
@@ -45,11 +87,14 @@ class _Draft:
 class Scheduler:
     """Decides which tokens of which requests each step computes, and in which blocks.
 
-    prefix_queries and prefix_hits count tokens looked up and found in the prefix cache; preemptions counts requests.
+    Of `config` it reads the bounds of a step and of the queue; max_model_len must be given. prefix_queries and
+    prefix_hits count tokens looked up and found in the prefix cache; preemptions counts requests.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        assert config.max_model_len is not None, "the context is settled before requests come"
         self.config = config
+        self.max_model_len = config.max_model_len
         self.pool = pool
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -161,10 +206,10 @@ class Scheduler:
 
     def _check_can_run(self, request: Request) -> None:
         config, prompt = self.config, len(request.prompt_ids)
-        if request.num_tokens + (len(request.output_ids) < request.max_tokens) > config.max_model_len:
+        if request.num_tokens + (len(request.output_ids) < request.max_tokens) > self.max_model_len:
             raise ContextLengthError(
                 f"the request has {request.num_tokens} tokens and max_tokens is {request.max_tokens}, but the context "
-                f"is {config.max_model_len}; shorten the prompt or ask for fewer tokens"
+                f"is {self.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
         if not config.enable_chunked_prefill and prompt > config.max_num_batched_tokens:
             raise ContextLengthError(
@@ -182,7 +227,7 @@ class Scheduler:
     def _longest(self, request: Request) -> int:
         """Most tokens of the request that will ever be in the cache: the last one drawn is not computed."""
         prompt = len(request.prompt_ids)
-        return max(request.num_tokens, min(prompt + request.max_tokens, self.config.max_model_len) - 1)
+        return max(request.num_tokens, min(prompt + request.max_tokens, self.max_model_len) - 1)
 
     def _expire(self, now: float) -> tuple[str, ...]:
         expired = []
@@ -331,7 +376,7 @@ class Scheduler:
             output.append(token)
             if token in request.stop_ids and len(output) > request.params.min_tokens:
                 return FinishReason.STOP
-            if len(output) >= request.max_tokens or request.num_tokens >= self.config.max_model_len:
+            if len(output) >= request.max_tokens or request.num_tokens >= self.max_model_len:
                 return FinishReason.LENGTH
         nothing_wanted = len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens
         return FinishReason.LENGTH if nothing_wanted else None

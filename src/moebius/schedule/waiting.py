@@ -1,7 +1,5 @@
 """The waiting queue: ordered, bounded by count and by tokens, and aware of how fast it drains."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator

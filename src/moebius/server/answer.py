@@ -1,7 +1,5 @@
 """How a Call becomes an HTTP response: one JSON body or server-sent events, and what happens when the client leaves."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence

@@ -1,7 +1,5 @@
 """The application: its routes, its start and its end. Errors are `guard.Guard`'s to answer."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib
@@ -22,10 +20,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import moebius
+from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
 from moebius.errors import RequestError
 from moebius.server.answer import Answer
-from moebius.server.faults import HTTPFault
+from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.guard import Guard, read_body
 from moebius.server.metrics import ServerMetrics
@@ -39,7 +38,6 @@ from moebius.server.protocol import (
     decode_body,
     parse,
 )
-from moebius.server.settings import ServerSettings
 from moebius.server.stream import FrontDoor
 from moebius.text import GenerationDefaults, Tokenizer
 
@@ -78,7 +76,7 @@ class _Api:
     async def ready(self, request: Request) -> Response:
         if not self.door.ready:
             state = "draining" if self.door.draining else "not_ready"
-            raise HTTPFault(503, "the server is not ready", state, {"Retry-After": "5"})
+            raise Fault(503, "the server is not ready", state, headers={"Retry-After": "5"})
         return _json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
@@ -98,7 +96,7 @@ class _Api:
             return answer(request, asked)
 
         async def route(request: Request) -> Response:
-            body = await read_body(request.scope, request.receive, self.settings.body_timeout)
+            body = await read_body(request, self.settings.body_timeout)
             if len(body) <= _SMALL_BODY:
                 return handle(request, body)
             return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)

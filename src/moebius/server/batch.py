@@ -6,8 +6,6 @@ same files goes on where the first was interrupted: what was answered for good s
 asked again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

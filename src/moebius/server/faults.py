@@ -1,7 +1,5 @@
 """Errors as clients see them: a status, and OpenAI's `{"error": {"message", "type", "param", "code"}}`."""
 
-from __future__ import annotations
-
 import logging
 import math
 import secrets
@@ -21,9 +19,9 @@ _MAX_MESSAGE = 500
 _MAX_PARAM = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One error response. `reason` is what the metrics call it, one of a fixed few."""
+@dataclass(eq=False)
+class Fault(Exception):
+    """One error response, raised where a failure is HTTP's own. `reason` is what metrics call it, of a fixed few."""
 
     status: int
     message: str
@@ -39,14 +37,6 @@ class Fault:
 
     def response(self) -> Response:
         return Response(self.body(), self.status, dict(self.headers), "application/json")
-
-
-class HTTPFault(Exception):
-    """A failure that belongs to HTTP rather than to a request's fields."""
-
-    def __init__(self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.fault = Fault(status, message, code, headers=headers or {})
 
 
 class DrainingError(OverloadError):
@@ -85,8 +75,8 @@ def fault_of(error: BaseException) -> Fault:
     """What a client is told about an exception."""
     message = _cut(str(error), _MAX_MESSAGE)
     match error:
-        case HTTPFault():
-            return error.fault
+        case Fault():
+            return error
         case RequestError():
             status = 404 if error.code == "model_not_found" else 400
             reason = "context_length" if error.code == "context_length_exceeded" else "invalid_request"

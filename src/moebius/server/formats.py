@@ -1,7 +1,5 @@
 """The two endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's JSON."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property

@@ -1,15 +1,14 @@
 """What stands before every route, as pure ASGI: API keys, limits on headers and bodies, and the last catch."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moebius.schedule.request import LIMITS
-from moebius.server.faults import HTTPFault, fault_of
+from moebius.server.faults import Fault, fault_of
 from moebius.server.metrics import ServerMetrics
 
 _OPEN_PATH = b"/health/live"
@@ -58,7 +57,7 @@ class Guard:
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != b"bearer" or not any(matches):
             message = "this server needs an API key that it knows, as `Authorization: Bearer KEY`"
-            raise HTTPFault(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+            raise Fault(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return digest
 
 
@@ -66,10 +65,10 @@ def _digest(key: bytes) -> bytes:
     return hashlib.blake2b(key, digest_size=32, person=b"moebius-api-key").digest()
 
 
-def too_large() -> HTTPFault:
+def too_large() -> Fault:
     """The body is over the limit; the connection is closed rather than read to its end."""
     message = f"the body is larger than {LIMITS.body_bytes} bytes"
-    return HTTPFault(413, message, "request_too_large", {"Connection": "close"})
+    return Fault(413, message, "request_too_large", headers={"Connection": "close"})
 
 
 def _check_size(scope: Scope) -> None:
@@ -77,31 +76,27 @@ def _check_size(scope: Scope) -> None:
     size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > LIMITS.header_bytes:
         message = f"request line and headers are larger than {LIMITS.header_bytes} bytes"
-        raise HTTPFault(431, message, "headers_too_large", {"Connection": "close"})
+        raise Fault(431, message, "headers_too_large", headers={"Connection": "close"})
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value[:20]) > LIMITS.body_bytes:
             raise too_large()
 
 
-async def read_body(scope: Scope, receive: Receive, timeout: float) -> bytes:
-    """The request's whole body. HTTPFault where it is no JSON by its type, too large, slow or broken off."""
-    kinds = [value.split(b";")[0].strip().lower() for name, value in scope["headers"] if name == b"content-type"]
+async def read_body(request: Request, timeout: float) -> bytes:
+    """The request's whole body. Fault where it is no JSON by its type, too large, slow or broken off."""
+    kinds = [value.split(b";")[0].strip().lower() for name, value in request.headers.raw if name == b"content-type"]
     if kinds != [b"application/json"]:
-        raise HTTPFault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
-    parts: list[bytes] = []
-    size, more = 0, True
+        raise Fault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
+    body = bytearray()
     try:
         async with asyncio.timeout(timeout):
-            while more:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise HTTPFault(400, "the client left before its body was complete", "incomplete_body")
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                more = message.get("more_body", False)
-                if size > LIMITS.body_bytes:
+            async for part in request.stream():
+                body += part
+                if len(body) > LIMITS.body_bytes:
                     raise too_large()
+    except ClientDisconnect:
+        raise Fault(400, "the client left before its body was complete", "incomplete_body") from None
     except TimeoutError:
-        message_text = f"the body was not complete after {timeout:g} seconds"
-        raise HTTPFault(408, message_text, "body_timeout", {"Connection": "close"}) from None
-    return b"".join(parts)
+        message = f"the body was not complete after {timeout:g} seconds"
+        raise Fault(408, message, "body_timeout", headers={"Connection": "close"}) from None
+    return bytes(body)

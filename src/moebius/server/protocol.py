@@ -4,8 +4,6 @@ Every field of a body is one of four: ours (in a model below), harmless (accepte
 supported (accepted only at its neutral value), or unknown. The last two are refused by name. Null means "not given".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -13,43 +11,16 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import from_json
 
+from moebius.config import package_table
 from moebius.errors import RequestError
 from moebius.schedule.request import LIMITS, SamplingParams
 from moebius.text import GenerationDefaults, Tokenizer
 
-HARMLESS = frozenset({
-    "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier",
-    "store", "user", "verbosity",
-})  # fmt: skip
-
-# Known to OpenAI's or vLLM's API, not supported here: the values that ask for nothing.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys((
-        "allowed_token_ids", "audio", "chat_template", "guided_choice", "guided_decoding_backend", "guided_grammar",
-        "guided_json", "guided_regex", "kv_transfer_params", "mm_processor_kwargs", "prompt_embeds",
-        "reasoning_effort", "request_id", "structured_outputs", "truncate_prompt_tokens", "web_search_options",
-    ), ()),
-    **dict.fromkeys((
-        "bad_words", "documents", "functions", "logit_processors", "logits_processors", "tools",
-    ), ([],)),
-    **dict.fromkeys((
-        "continue_final_message", "early_stopping", "include_stop_str_in_output", "return_tokens_as_token_ids",
-        "use_beam_search",
-    ), (False,)),
-    **dict.fromkeys((
-        "add_generation_prompt", "parallel_tool_calls", "skip_special_tokens", "spaces_between_special_tokens",
-    ), (True,)),
-    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
-    "best_of": (1,),
-    "length_penalty": (1, 1.0),
-    "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-}  # fmt: skip
-
-_MESSAGE_TEXTS = ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content")
-_MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", "annotations", *_MESSAGE_TEXTS})
-_MESSAGE_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_call": ()}
+_TABLE = package_table("server/fields.toml")
+HARMLESS = frozenset(_TABLE["harmless"])
+UNSUPPORTED: Mapping[str, list[Any]] = _TABLE["unsupported"]
+_MESSAGE_TEXTS, _MESSAGE_UNSUPPORTED = _TABLE["message"]["texts"], _TABLE["message"]["unsupported"]
+_MESSAGE_FIELDS = frozenset([*_MESSAGE_TEXTS, *_TABLE["message"]["others"]])
 
 Prompts = list[str] | list[list[int]]
 
@@ -74,7 +45,7 @@ def decode_body(body: bytes) -> dict[str, Any]:
     return dict(found)
 
 
-def _refuse_fields(fields: Mapping[str, Any], known: Any, unsupported: Mapping[str, tuple[Any, ...]], at: str) -> None:
+def _refuse_fields(fields: Mapping[str, Any], known: Any, unsupported: Mapping[str, list[Any]], at: str) -> None:
     """Raise on the first field that is unknown, or not supported and not neutral."""
     for name, value in fields.items():
         if name not in known:

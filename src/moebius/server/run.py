@@ -1,7 +1,5 @@
 """From a socket to a process that serves: binding, connections with deadlines, signals, and a clean end."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import logging
@@ -10,7 +8,6 @@ import socket
 import struct
 from asyncio import TimerHandle
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -170,8 +167,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: Starlette, **options: Any) -> _Server:
-    """A server for the application; call `run(sockets=[...])`. `options` are uvicorn's."""
+def make_server(app: Starlette) -> _Server:
+    """A server for the application; call `run(sockets=[...])`."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -183,7 +180,6 @@ def make_server(app: Starlette, **options: Any) -> _Server:
         proxy_headers=False,
         backlog=_BACKLOG,
         timeout_graceful_shutdown=int(_LAST_SECONDS),
-        **{"loop": "auto", **options},
     )
     return _Server(config, app.state.front_door)
 

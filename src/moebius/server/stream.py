@@ -1,7 +1,5 @@
 """Engine <-> asyncio: one API call is a `Call` of several choices, fed by the engine's thread, read by one task."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -9,14 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
+from typing import Any, Self
 
+from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.errors import DeadlineError, EngineError, MoebiusError
 from moebius.outputs import Delta, SequenceAssembler, open_choices
 from moebius.schedule.request import Request, SamplingParams
 from moebius.server.faults import DrainingError
 from moebius.server.metrics import SequenceTimes, ServerMetrics
-from moebius.server.settings import ServerSettings
 from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Call:
     in seconds, that its client is spared.
     """
 
-    def __init__(self, door: FrontDoor, id: str, params: SamplingParams, choices: list[Choice]) -> None:
+    def __init__(self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[Choice]) -> None:
         self.id = id
         self.params = params
         self.choices = choices
@@ -89,7 +88,7 @@ class Call:
         """Of the first choice of each prompt: the later ones find what the first has computed."""
         return sum(choice.assembler.num_cached_tokens for choice in self.choices[:: self.params.n])
 
-    async def __aenter__(self) -> Call:
+    async def __aenter__(self) -> Self:
         self._door.admit(self)
         return self
 
@@ -206,18 +205,12 @@ class FrontDoor:
         self.client.start(self._deliver)
 
     def open(
-        self,
-        id: str,
-        prompts: Iterable[Sequence[int]],
-        params: SamplingParams,
-        *,
-        continues: bool,
-        priority: int = 0,
-        salt: bytes = b"",
+        self, id: str, prompts: Iterable[Sequence[int]], params: SamplingParams, *, continues: bool, **request: Any
     ) -> Call:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
         continues   the text continues the prompt's (completions), rather than standing alone (chat)
+        request     further arguments of Request.create
         """
         if self.draining:
             raise DrainingError
@@ -225,10 +218,10 @@ class FrontDoor:
         numbers, ids = count(), (f"{id}-{index:04d}" for index in count())
         choices: list[Choice] = []
         deadline = now + self.settings.request_timeout
-        common = {"arrival": now, "priority": priority, "deadline": deadline, "salt": salt}
+        request |= {"arrival": now, "deadline": deadline}
         for p, prompt_ids in enumerate(prompts):
             opened = open_choices(
-                self.tokenizer, self.client.info, prompt_ids, params, ids, continues=continues, **common
+                self.tokenizer, self.client.info, prompt_ids, params, ids, continues=continues, **request
             )
             choices += [Choice(next(numbers), p, *one, SequenceTimes(now)) for one in opened]
         return Call(self, id, params, choices)

@@ -1,7 +1,5 @@
 """Chat templates: which one a model has, what messages they are given, and what they render."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

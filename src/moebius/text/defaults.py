@@ -1,13 +1,11 @@
 """What a model directory says about ending and sampling: generation_config.json, config.json, the tokenizer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from moebius.config import read_json
 from moebius.errors import ConfigError
@@ -39,7 +37,7 @@ class GenerationDefaults:
     sampling: Mapping[str, float | int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> GenerationDefaults:
+    def load(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> Self:
         """Read a model directory; missing files say nothing. Raises ConfigError on a broken one."""
         directory = Path(directory)
         generation = read_json(directory / "generation_config.json", default={})
@@ -47,8 +45,8 @@ class GenerationDefaults:
         eos_ids = _eos_ids(generation, "generation_config.json") | _eos_ids(config, "config.json")
         if isinstance(config.get("text_config"), dict):
             eos_ids |= _eos_ids(config["text_config"], "config.json: text_config")
-        if tokenizer is not None:
-            eos_ids |= tokenizer.eos_ids
+        if tokenizer is not None and tokenizer.eos_id is not None:
+            eos_ids |= {tokenizer.eos_id}
         sampling: dict[str, float | int] = {}
         for name, kind in _SAMPLING.items():
             value = generation.get(name)

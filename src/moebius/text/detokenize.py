@@ -7,8 +7,6 @@ fallback (Llama 2, Mistral, Gemma). Bytes that are no UTF-8 become U+FFFD by the
 on well-formed text both agree.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -74,7 +72,10 @@ def _fallback_chain(specs: list[Mapping[str, Any]]) -> _Steps:
         elif kind == "Strip" and fused and spec["content"] == " " and spec["stop"] == 0:
             strip += int(spec["start"])
         else:
-            raise _unsupported(kind)
+            raise TokenizerError(
+                f"tokenizer.json: decoder {kind!r} is not supported here; supported are ByteLevel, Metaspace, and a "
+                "Sequence of Replace, ByteFallback, Fuse, Strip"
+            )
 
     def token_bytes(token: str) -> bytes:
         for old, new in replacements:
@@ -98,13 +99,6 @@ def _metaspace(spec: Mapping[str, Any]) -> _Steps:
     return _Steps(inner, first)
 
 
-def _unsupported(kind: object) -> TokenizerError:
-    return TokenizerError(
-        f"tokenizer.json: decoder {kind!r} is not supported here; supported are ByteLevel, Metaspace, and a Sequence "
-        "of Replace, ByteFallback, Fuse, Strip"
-    )
-
-
 def _steps(spec: Mapping[str, Any] | None) -> _Steps:
     if spec is None:
         return _Steps(str.encode, str.encode, joiner=b" ")
@@ -119,18 +113,17 @@ def _steps(spec: Mapping[str, Any] | None) -> _Steps:
 
 
 class Detokenizer:
-    """The bytes of each token id. Ids that the tokenizer does not know (a padded vocabulary) have none."""
+    """The bytes of each token id. Ids that the tokenizer does not know (a padded vocabulary) have none.
+
+    strip   how many leading spaces a text loses
+    """
 
     def __init__(self, backend: Backend, decoder: Mapping[str, Any] | None, special_ids: frozenset[int]) -> None:
         self._backend = backend
         self._steps = _steps(decoder)
+        self.strip = self._steps.strip
         self._special_ids = special_ids
         self._cache: dict[int, bytes] = {}
-
-    @property
-    def strip(self) -> int:
-        """How many leading spaces a text loses."""
-        return self._steps.strip
 
     def own(self, token_id: int) -> bytes:
         """The token's bytes inside a text, special tokens included."""

@@ -7,8 +7,6 @@ aliases. One pass of the second tokenizer then gives the ids, with every rule of
 swallows, the space that sentencepiece puts in front) at work.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets
@@ -94,7 +92,7 @@ class SpecialGuard:
         """Ids of a text in which nothing is special."""
         return self._tokenizer().encode(text)
 
-    def _tokenizer(self) -> _Aliased:
+    def _tokenizer(self) -> "_Aliased":
         # Built when first needed: it costs as much memory and time as the first tokenizer did.
         with self._lock:
             if self._aliased is None:

@@ -5,8 +5,6 @@ away from Python's inside; the meter ends what never would. It is woven into the
 a loop looks at the clock, every text that an expression makes is counted, whether it is sent or kept in a variable.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -1,7 +1,5 @@
 """Streams of text: token ids to pieces that concatenate to the whole, and stop strings across pieces."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Sequence
 

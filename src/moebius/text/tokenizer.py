@@ -1,12 +1,10 @@
 """Tokenizer: a model directory's tokenizer.json and what stands beside it, as one object."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -54,7 +52,7 @@ class Tokenizer:
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
-    def load(cls, directory: Path | str) -> Tokenizer:
+    def load(cls, directory: Path | str) -> Self:
         """Read a model directory. Raises TokenizerError (or ConfigError, for broken JSON) saying what is wrong."""
         directory = Path(directory)
         path = directory / "tokenizer.json"
@@ -100,16 +98,8 @@ class Tokenizer:
         return prefix, suffix
 
     @property
-    def eos_ids(self) -> frozenset[int]:
-        """The tokenizer's own end token; a model's are in GenerationDefaults."""
-        return frozenset(() if self.eos_id is None else (self.eos_id,))
-
-    @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self.special_ids
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text as the tokenizer encodes by default: special-token text becomes special tokens.
@@ -125,17 +115,6 @@ class Tokenizer:
         _check_unicode(text, "prompt")
         return self._guard.encode_plain(text) if self._guard.concerns(text) else self.encode(text, False)
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The text of a chat. `variables` are further ones for the template (enable_thinking, ...)."""
-        template, chat = self._chat(messages, tools, variables)
-        return self._render(template, chat, add_generation_prompt)
-
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -145,37 +124,27 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a chat. Special tokens are the template's alone: their text in messages, tools and variables is plain.
 
-        Nothing is added to what the template writes, so never a second BOS. Raises RequestError naming the message,
-        or "messages" where the template is missing or refuses.
+        `variables` are further ones for the template (enable_thinking, ...). Nothing is added to what the template
+        writes, so never a second BOS. Raises RequestError naming the message, or "messages" where the template is
+        missing or refuses.
         """
-        template, chat = self._chat(messages, tools, variables)
-        if not self._guard.concerns(chat):
-            return self.encode(self._render(template, chat, add_generation_prompt), add_special_tokens=False)
-        marked, marker = self._guard.mark(chat, template.source)
-        return self._guard.encode_marked(self._render(template, marked, add_generation_prompt), marker)
-
-    def _chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
-    ) -> tuple[ChatTemplate, dict[str, Any]]:
-        """The template to use, and everything in the chat that is not the operator's."""
         template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
         if template is None:
             has = f"; it has templates {sorted(self._templates)} but no default" if self._templates else ""
             raise RequestError(f"this model has no chat template{has}; use /v1/completions", param="messages")
+        # Everything in the chat that is not the operator's.
         chat = {
             **(variables or {}),
             "messages": normalise_messages(messages, knows_developer=template.knows_developer),
             "tools": list(tools) if tools else None,
         }
-        _check_unicode_all(chat)
-        return template, chat
-
-    def _render(self, template: ChatTemplate, chat: Mapping[str, Any], add_generation_prompt: bool) -> str:
-        known = {"documents": None, **self._special_tokens}
-        return template.render({**chat, **known, "add_generation_prompt": add_generation_prompt})
+        for text in strings_in(chat):
+            _check_unicode(text, "messages")
+        known = {"documents": None, **self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        if not self._guard.concerns(chat):
+            return self.encode(template.render({**chat, **known}), add_special_tokens=False)
+        marked, marker = self._guard.mark(chat, template.source)
+        return self._guard.encode_marked(template.render({**marked, **known}), marker)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become U+FFFD."""
@@ -197,11 +166,6 @@ def _check_unicode(text: str, param: str) -> None:
         raise RequestError(
             f"{param}: the text holds a lone surrogate at position {error.start}; it must be valid Unicode", param=param
         ) from error
-
-
-def _check_unicode_all(chat: object) -> None:
-    for text in strings_in(chat):
-        _check_unicode(text, "messages")
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:

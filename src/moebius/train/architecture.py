@@ -1,7 +1,5 @@
 """Which model a recipe trains, and as which published type it is saved."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal

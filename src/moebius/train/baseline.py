@@ -1,7 +1,5 @@
 """What to compare bits per byte with: gzip, xz, and a 5-gram model over the same tokens."""
 
-from __future__ import annotations
-
 import gzip
 import lzma
 import math

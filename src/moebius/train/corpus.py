@@ -4,8 +4,6 @@ What is read depends on the files alone: the same Python gives the same document
 side follows from a hash of its path. The standard library's texts are under the PSF licence 2.0.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

@@ -5,8 +5,6 @@ A batch is a pure function of (streams, mixture, seed, step): there is no reader
 by naming it. Shape suffixes: R rows, L tokens in a row.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -3,8 +3,6 @@
 A record is its length (8 bytes), a masked CRC-32C of that, the message, and a masked CRC-32C of the message.
 """
 
-from __future__ import annotations
-
 import struct
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A trained decoder as a Hugging Face directory, measured and described: what transformers, and our server, load."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

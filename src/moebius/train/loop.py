@@ -1,7 +1,5 @@
 """The training loop: steps, metrics, checkpoints, exports, until the recipe's last step or an interruption."""
 
-from __future__ import annotations
-
 import json
 import signal
 import threading

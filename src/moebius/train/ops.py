@@ -1,7 +1,5 @@
 """The reference operations, with what training on a CPU gains from: the same formulas, fewer and larger passes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """From a recipe to a model directory: prepare the data, train (or continue), measure, export, write the card."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

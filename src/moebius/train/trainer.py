@@ -5,8 +5,6 @@ on the step's number alone: random numbers too are drawn from a seed made of rec
 Shape legend: R rows, L tokens in a row, T = R * L, D model, V vocabulary, E experts, S layers with a router.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

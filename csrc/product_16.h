@@ -1,4 +1,5 @@
-// Matrix products of row-major weights (out, in), as checkpoints store them: nothing is packed or copied.
+// Matrix products of row-major weights (out, in), as checkpoints store them, on registers of sixteen float32 lanes:
+// nothing is packed or copied.
 //
 // A tile of M rows of x and N rows of w keeps M * N vectors of partial sums; lane i sums the inner dimension's groups
 // i, i + 16, i + 32, ...; at the end the lanes are added by one tree. So an output's bits depend on its two rows alone.
@@ -48,10 +49,8 @@ INLINE void tile(const T* const* x, const T* const* w, int k, const char* ahead,
 template <class T, int LINES>
 INLINE void last_rows(int m, const T* const* x, const T* const* w, int k, const char* ahead, float* c, int ldc, int width) {
     if (m == 1) tile<T, 1, LINES>(x, w, k, ahead, c, ldc, width);
-    if constexpr (ROWS > 2) {
-        if (m == 2) tile<T, 2, LINES>(x, w, k, ahead, c, ldc, width);
-        if (m == 3) tile<T, 3, LINES>(x, w, k, ahead, c, ldc, width);
-    }
+    if (m == 2) tile<T, 2, LINES>(x, w, k, ahead, c, ldc, width);
+    if (m == 3) tile<T, 3, LINES>(x, w, k, ahead, c, ldc, width);
 }
 
 // A block of weight rows stays in the first cache while all m rows of x pass; the next block's lines are fetched by the
@@ -83,7 +82,7 @@ INLINE void blocks(const T* const* x, int m, const T* w, size_t ldw, int n, int 
 }
 
 template <class T>
-void product(const void* const* x_rows, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc) {
+void product_16(const void* const* x_rows, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc) {
     const T* const* x = reinterpret_cast<const T* const*>(x_rows);
     const T *weights = static_cast<const T*>(w), *then = static_cast<const T*>(next ? next : w);
     const int tiles = (m + ROWS - 1) / ROWS;

@@ -1,0 +1,202 @@
+// Matrix products of row-major weights (out, in) on sixteen registers of eight float32 lanes: AVX2, and what portable
+// compilers make of such vectors.
+//
+// Rows of x are widened once (`pack_8`) to float32, in the order in which a step of 32 elements of a weight row is widened:
+// of bfloat16, the even elements of 16 and then the odd ones. Lane i of an output's sum takes the i-th element of each
+// such eight, in order, and at the end the lanes are added by one tree. So an output's bits depend on its two rows alone.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+constexpr int STEP_8 = 32;         // elements
+// Rows of x, and of w, whose sums fill twelve registers: where weights come from memory, and from the first cache.
+constexpr int FEW_X = 4, FEW_W = 3, MANY_X = 2, MANY_W = 6;
+// So many steps of BLOCK_W weight rows, widened, stay in the first cache.
+constexpr int BLOCK_STEPS = 16, BLOCK_W = 2 * MANY_W;
+constexpr int MOST_X = 64;
+
+#if defined(__AVX2__)
+using F8 = __m256;
+INLINE F8 fma_8(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE F8 even_8(const bf16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16)); }
+INLINE F8 odd_8(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(int(0xffff0000))));
+}
+// The sums of four vectors' lanes.
+INLINE void reduce_4(const F8* a, float* out) {
+    F8 s = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+#else
+typedef float F8 __attribute__((vector_size(32)));
+typedef uint32_t U8 __attribute__((vector_size(32)));
+INLINE F8 fma_8(F8 a, F8 b, F8 c) { return a * b + c; }
+INLINE U8 words_8(const bf16* p) {
+    U8 words;
+    memcpy(&words, p, 32);
+    return words;
+}
+INLINE F8 even_8(const bf16* p) { return (F8)(words_8(p) << 16); }
+INLINE F8 odd_8(const bf16* p) { return (F8)(words_8(p) & 0xffff0000u); }
+INLINE void reduce_4(const F8* a, float* out) {
+    for (int i = 0; i < 4; i++)
+        out[i] = ((a[i][0] + a[i][1]) + (a[i][2] + a[i][3])) + ((a[i][4] + a[i][5]) + (a[i][6] + a[i][7]));
+}
+#endif
+
+INLINE F8 load_8(const float* p) {
+    F8 v;
+    memcpy(&v, p, 32);
+    return v;
+}
+
+// The four vectors of a step, widened.
+INLINE F8 part_8(const float* p, int part) { return load_8(p + part * 8); }
+INLINE F8 part_8(const bf16* p, int part) { return part % 2 ? odd_8(p + part * 8 - 8) : even_8(p + part * 8); }
+
+INLINE int steps_8(int k) { return (k + STEP_8 - 1) / STEP_8; }
+
+// One row from step `first` to step `stop`; what lies behind its k elements is zero.
+template <class T> INLINE void widen(const T* row, int k, int first, int stop, float* to) {
+    T last[STEP_8];
+    for (int s = first; s < stop; s++, to += STEP_8) {
+        const T* from = row + s * STEP_8;
+        if ((s + 1) * STEP_8 > k) {
+            for (int i = 0; i < STEP_8; i++) last[i] = s * STEP_8 + i < k ? from[i] : T(0);
+            from = last;
+        }
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            F8 v = part_8(from, part);
+            memcpy(to + part * 8, &v, 32);
+        }
+    }
+}
+
+template <class T> void pack_8(const void* const* x, int m, int k, void* to) {
+    const int steps = steps_8(k);
+    for (int i = 0; i < m; i++) widen(static_cast<const T*>(x[i]), k, 0, steps, static_cast<float*>(to) + size_t(i) * steps * STEP_8);
+}
+
+// sums[i][j] += x[i] . w[j] over `steps`, fetching a line a weight row (two of float32) from `ahead` on at each step.
+template <class T, int M, int N, bool FETCH>
+INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, const char* ahead, F8* sums) {
+    constexpr int LINES = N * STEP_8 * sizeof(T) / 64;
+    F8 s[M * N];
+    // Pointers of their own, a constant away from all that a step reads: the compiler would keep offsets in memory else.
+    const float* from[M];
+    const T* at[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) from[i] = x + i * ldx;
+#pragma GCC unroll 12
+    for (int i = 0; i < M * N; i++) s[i] = sums[i];
+#pragma GCC unroll 12
+    for (int j = 0; j < N; j++) at[j] = w[j];
+    for (int step = 0; step < steps; step++) {
+        if (FETCH) {
+#pragma GCC unroll 16
+            for (int l = 0; l < LINES; l++) __builtin_prefetch(ahead + l * 64);
+            ahead += LINES * 64;
+        }
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            F8 b[N];
+#pragma GCC unroll 12
+            for (int j = 0; j < N; j++) b[j] = part_8(at[j], part);
+#pragma GCC unroll 4
+            for (int i = 0; i < M; i++) {
+                const F8 a = load_8(from[i] + part * 8);
+#pragma GCC unroll 12
+                for (int j = 0; j < N; j++) s[i * N + j] = fma_8(a, b[j], s[i * N + j]);
+            }
+        }
+#pragma GCC unroll 12
+        for (int j = 0; j < N; j++) at[j] += STEP_8;
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) from[i] += STEP_8;
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < M * N; i++) sums[i] = s[i];
+}
+
+// Few rows: weights are widened in registers as they come from memory.
+template <class T, int M, int N> INLINE void few_rows(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
+    const int whole = k / STEP_8, rest = steps_8(k) - whole;
+    float last[N * STEP_8], out[M * N];
+    for (int j = 0; j < n; j += N) {
+        const T* rows[N];
+        const float* ends[N];
+        // Columns beyond the last repeat it, and are not written.
+        for (int l = 0; l < N; l++) rows[l] = w + size_t(min_of(j + l, n - 1)) * ldw;
+        F8 sums[M * N] = {};
+        tile_8<T, M, N, true>(x, ldx, rows, whole, reinterpret_cast<const char*>(j + N < n ? w + (j + N) * ldw : next), sums);
+        if (rest) {
+            for (int l = 0; l < N; l++) widen(rows[l], k, whole, whole + 1, last + l * STEP_8), ends[l] = last + l * STEP_8;
+            tile_8<float, M, N, false>(x + size_t(whole) * STEP_8, ldx, ends, 1, nullptr, sums);
+        }
+        for (int i = 0; i < M * N; i += 4) reduce_4(sums + i, out + i);
+        for (int i = 0; i < M; i++)
+            for (int l = 0; l < min_of(N, n - j); l++) c[size_t(i) * ldc + j + l] = out[i * N + l];
+    }
+}
+
+// Fetches the lines of elements from `from` to `to` of `rows` weight rows.
+template <class T> INLINE void fetch_lines(const T* w, size_t ldw, int rows, int from, int to) {
+    for (int j = 0; j < rows; j++)
+        for (int at = from; at < to; at += 64 / int(sizeof(T))) __builtin_prefetch(w + j * ldw + at);
+}
+
+// Many rows: a block of weights is widened into the first cache, and all rows pass while the next block is fetched; the
+// sums wait in between.
+template <class T> INLINE void many_rows(const float* x, size_t ldx, int m, const T* w, size_t ldw, int n, int k, float* c, int ldc) {
+    constexpr int SUMS = MANY_X * MANY_W, TILES = BLOCK_W / MANY_W;
+    const int steps = steps_8(k), last_row = m - MANY_X;
+    alignas(64) float wide[BLOCK_W * BLOCK_STEPS * STEP_8];
+    F8 sums[MOST_X / MANY_X][TILES][SUMS];
+    float out[SUMS];
+    for (int column = 0; column < n; column += BLOCK_W) {
+        const int columns = min_of(BLOCK_W, n - column), tiles = (columns + MANY_W - 1) / MANY_W;
+        memset(static_cast<void*>(sums), 0, sizeof sums);
+        for (int first = 0; first < steps; first += BLOCK_STEPS) {
+            const int count = min_of(BLOCK_STEPS, steps - first), then = first + count < steps ? first + count : 0;
+            const int ahead = min_of(BLOCK_STEPS, steps - then);
+            const T* next = w + size_t(then ? column : min_of(column + BLOCK_W, n - columns)) * ldw;
+            for (int j = 0; j < columns; j++) widen(w + size_t(column + j) * ldw, k, first, first + count, wide + j * count * STEP_8);
+            for (int i = 0; i < m; i += MANY_X) {
+                const float* from = x + size_t(min_of(i, last_row)) * ldx + size_t(first) * STEP_8;
+                fetch_lines(next, ldw, columns, (then + ahead * i / m) * STEP_8, (then + ahead * min_of(i + MANY_X, m) / m) * STEP_8);
+                for (int t = 0; t < tiles; t++) {
+                    const float* rows[MANY_W];
+                    for (int l = 0; l < MANY_W; l++) rows[l] = wide + min_of(t * MANY_W + l, columns - 1) * count * STEP_8;
+                    tile_8<float, MANY_X, MANY_W, false>(from, ldx, rows, count, nullptr, sums[i / MANY_X][t]);
+                }
+            }
+        }
+        for (int i = 0; i < m; i += MANY_X)
+            for (int t = 0; t < tiles; t++) {
+                for (int s = 0; s < SUMS; s += 4) reduce_4(sums[i / MANY_X][t] + s, out + s);
+                for (int r = 0; r < MANY_X; r++)
+                    for (int l = 0; l < min_of(MANY_W, columns - t * MANY_W); l++)
+                        c[size_t(min_of(i, last_row) + r) * ldc + column + t * MANY_W + l] = out[r * MANY_W + l];
+            }
+    }
+}
+
+template <class T>
+void product_8(const void* const* packed, int m, const void* weights, size_t ldw, int n, int k, const void* then, float* c, int ldc) {
+    const float* x = static_cast<const float*>(packed[0]);
+    const size_t ldx = size_t(steps_8(k)) * STEP_8;
+    const T *w = static_cast<const T*>(weights), *next = static_cast<const T*>(then ? then : weights);
+    if (m > 2 * FEW_X) return many_rows(x, ldx, m, w, ldw, n, k, c, ldc);
+    if (m > FEW_X) few_rows<T, FEW_X, FEW_W>(x, ldx, w, ldw, n, k, w, c, ldc), x += FEW_X * ldx, c += FEW_X * size_t(ldc), m -= FEW_X;
+    if (m == 1) few_rows<T, 1, 8>(x, ldx, w, ldw, n, k, next, c, ldc);
+    else if (m == 2) few_rows<T, 2, 6>(x, ldx, w, ldw, n, k, next, c, ldc);
+    else if (m == 3) few_rows<T, 3, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
+    else few_rows<T, 4, 3>(x, ldx, w, ldw, n, k, next, c, ldc);
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius

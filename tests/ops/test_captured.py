@@ -1,0 +1,98 @@
+"""A recorded step is the step: the same bits, whatever came before; and what cannot be recorded runs as it is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moebius.engine.kv_cache import KVCache
+from moebius.engine.runner import Runner
+from moebius.models.weights import load_decoder
+from moebius.ops.cpu import CapturedStep, CpuOps
+from moebius.ops.steps import StepInputs
+from ops.levels import bits
+from oracle import FAMILY, save_tiny
+
+MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 40
+CPU = torch.device("cpu")
+
+
+def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
+    decoder = load_decoder(directory, dtype, ops=ops)
+    sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "dtype": dtype, "device": CPU}
+    return Runner(decoder, KVCache(decoder.config, ops, **sizes), CPU, MAX_TOKENS)
+
+
+def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
+    """New tokens of some of the sequences, none of all of them now and then; sequence s has blocks 10 s to 10 s + 9."""
+    some = [s for s in range(len(computed)) if rng.random() < 0.7]
+    counts = [rng.randint(1, MAX_TOKENS // 4) for _ in some]
+    starts = [computed[s] for s in some]
+    for s, count in zip(some, counts, strict=True):
+        computed[s] += count
+    ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
+    blocks = [list(range(10 * s, 10 * s + -(-computed[s] // BLOCK_SIZE))) for s in some]
+    return StepInputs.build(ids, starts, blocks, list(range(sum(counts))), BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("model_type", sorted(FAMILY))
+def test_recorded_steps_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
+    save_tiny(tmp_path, model_type)
+    recorded, plain = (runner(tmp_path, CpuOps(1), dtype) for _ in range(2))
+    assert isinstance(recorded._forward, CapturedStep), "this architecture calls torch in between"
+    plain._forward = plain._compute
+    rng, computed = random.Random(model_type), [0, 0, 0, 0]
+    for _ in range(6):
+        step = random_step(rng, computed)
+        assert torch.equal(bits(recorded.execute(step)), bits(plain.execute(step)))
+
+
+def test_steps_beyond_the_recording_run_as_they_are(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "mixtral")
+    one, other = (runner(tmp_path, CpuOps(1), torch.bfloat16) for _ in range(2))
+    other._forward = other._compute
+    long = StepInputs.build([list(range(MAX_TOKENS + 1))], [0], [list(range(7))], [MAX_TOKENS], BLOCK_SIZE)
+    assert torch.equal(bits(one.execute(long)), bits(other.execute(long)))
+
+
+def test_what_torch_computes_is_not_recorded() -> None:
+    ops, table = CpuOps(1), torch.randn(8, 4)
+
+    def doubled(inputs: StepInputs) -> Tensor:
+        return ops.embed(inputs.input_ids, table) * 2
+
+    def plain(inputs: StepInputs) -> Tensor:
+        return ops.embed(inputs.input_ids, table).view(-1, 4)
+
+    step = StepInputs.build([[3]], [0], [[0]], [0], BLOCK_SIZE)
+    with torch.inference_mode():
+        assert ops.capture(doubled, step, 8) is doubled
+        captured = ops.capture(plain, step, 8)
+        assert captured is not plain
+        three = StepInputs.build([[5, 1], [7]], [0, 0], [[0], [1]], [], BLOCK_SIZE)
+        assert torch.equal(captured(three), table[[5, 1, 7]])
+
+
+def test_a_recording_reuses_memory() -> None:
+    """As many tensors as live at once, however many layers there are."""
+    ops, gain = CpuOps(1), torch.ones(4)
+    table = torch.randn(8, 4)
+
+    def deep(layers: int) -> CapturedStep:
+        def compute(inputs: StepInputs) -> Tensor:
+            x = ops.embed(inputs.input_ids, table)
+            for _ in range(layers):
+                x = ops.rms_norm(x, gain, 1e-6)
+            return x
+
+        with torch.inference_mode():
+            captured = ops.capture(compute, StepInputs.build([[3]], [0], [[0]], [0], BLOCK_SIZE), 8)
+        assert isinstance(captured, CapturedStep)
+        return captured
+
+    assert sum(map(len, deep(3)._free.values())) == sum(map(len, deep(30)._free.values())) == 1
