@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import signal
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,6 @@ from moebius.nn.attention import CausalAttend
 from moebius.ops.reference import ReferenceOps
 from moebius.train import trainer as trainer_module
 from moebius.train.data import PreparedData
-from moebius.train.events import EventFile
 from moebius.train.loop import run
 from moebius.train.recipe import Recipe
 from moebius.train.trainer import Trainer
@@ -188,16 +189,12 @@ def test_a_full_disk_stops_and_keeps_the_checkpoint(
     assert _equal(whole, parts)
 
 
-def test_a_disk_that_fills_under_the_metrics(
-    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_under_the_metrics(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "events")
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics")
 
-    trainer = Trainer(recipe, data)
-    monkeypatch.setattr(EventFile, "scalars", full)
-    with pytest.raises(StorageError, match=r"step 4: events cannot be written .No space left on device.; training"):
-        run(trainer, tmp_path)
+    with pytest.raises(StorageError, match=r"step 4: metrics cannot be written .No space left on device.; training"):
+        run(Trainer(recipe, data), tmp_path, on_line=full)
     assert _saved_step(tmp_path / "checkpoint.safetensors") == 3
 
 
@@ -218,3 +215,23 @@ def test_a_step_reports_where_its_tokens_went(recipe: Recipe, data: PreparedData
     report = Trainer(recipe, data).step()
     assert report.counts.shape == (2, 4)
     assert report.counts.sum(1).tolist() == [3 * 48 * 2] * 2
+
+
+def test_tensorboard_reads_what_is_written(
+    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, tensorboard=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(Trainer(recipe, data), tmp_path)
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"loss", "max_violation/layer_1", "heldout_bits_per_byte/all", "tokens_per_second"}
+    assert wanted <= set(events.Tags()["scalars"])
+    found = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert found == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"TensorBoard is missing: pip install 'moebius\[tensorboard\]'"):
+        run(Trainer(recipe, data), tmp_path)

@@ -1,11 +1,13 @@
 """Which model a recipe trains, and as which published type it is saved."""
 
-from collections.abc import Callable, Iterable
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from moebius.config import Activation, FeedForwardConfig, ModelConfig, RouterConfig, require
 from moebius.models import model_config
+from moebius.train.fields import Count, Natural, Positive, Weight, Width, check
 
 _EXPERTS: dict[str, tuple[Activation, bool]] = {
     "swiglu": ("silu", True),
@@ -21,13 +23,6 @@ _CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 _ATTENTION = {"olmoe": "full_norm", "qwen2_moe": "qkv_bias", "qwen2": "qkv_bias"}
-
-
-def check(table: str, record: object, names: Iterable[str], must: str, holds: Callable[[Any], bool]) -> None:
-    """ConfigError for the first of the fields `names` whose value is not what it `must` be."""
-    for name in names:
-        value = getattr(record, name)
-        require(holds(value), f"{table}.{name} is {value}; it must {must}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,45 +42,35 @@ class ModelRecipe:
     router_init      multiplies the routers' initial weights
     """
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    num_experts: int
-    experts_per_token: int = 1
-    expert_width: int = 0
+    hidden_size: Width
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    max_position_embeddings: Count
+    num_experts: Natural
+    experts_per_token: Count = 1
+    expert_width: Width = 0
     score: Literal["softmax", "sigmoid"] = "softmax"
     weight: Literal["raw", "renorm"] = "renorm"
     selection_bias: bool = False
-    scale: float = 1.0
-    shared_width: int = 0
+    scale: Positive = 1.0
+    shared_width: Width = 0
     shared_gate: bool = False
-    sparse_every: int = 1
-    dense_first: int = 0
-    dense_width: int = 0
+    sparse_every: Count = 1
+    dense_first: Natural = 0
+    dense_width: Width = 0
     expert: Literal["swiglu", "geglu", "relu"] = "swiglu"
     attention: Literal["", "head_norm", "full_norm", "qkv_bias"] = ""
-    rope_theta: float = 10_000.0
-    init_std: float = 0.02
-    init_scale: float = 0.0
-    router_init: float = 1.0
+    rope_theta: Positive = 10_000.0
+    init_std: Positive = 0.02
+    init_scale: Weight = 0.0
+    router_init: Positive = 1.0
 
     def __post_init__(self) -> None:
-        counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "experts_per_token")
-        check("model", self, (*counts, "max_position_embeddings", "sparse_every"), "be at least 1", lambda x: x >= 1)
-        check("model", self, ("init_std", "router_init", "scale"), "be positive", lambda x: x > 0)
-        check("model", self, ("init_scale", "num_experts", "dense_first"), "not be negative", lambda x: x >= 0)
-        check("model", self, ["score"], "be softmax or sigmoid", lambda x: x in ("softmax", "sigmoid"))
-        check("model", self, ["weight"], "be raw or renorm", lambda x: x in ("raw", "renorm"))
-        check("model", self, ["expert"], "be swiglu, geglu or relu", lambda x: x in _EXPERTS)
-        kinds = ("", "head_norm", "full_norm", "qkv_bias")
-        check("model", self, ["attention"], "be head_norm, full_norm or qkv_bias", lambda x: x in kinds)
-        widths = ("hidden_size", "expert_width" if self.num_experts else "dense_width")
-        must = "be a positive multiple of 8, which grouped matrix products need"
-        check("model", self, widths, must, lambda x: x > 0 and x % 8 == 0)
-        check("model", self, ("shared_width", "dense_width"), "be a multiple of 8", lambda x: x >= 0 and x % 8 == 0)
+        check("model", self)
+        for name in ("hidden_size", "expert_width" if self.num_experts else "dense_width"):
+            require(getattr(self, name) > 0, f"model.{name} is 0; it must be positive")
         require(not self.num_experts or any(self.sparse), "model: no layer has experts; lower sparse_every")
 
     @property

@@ -5,6 +5,8 @@ A batch is a pure function of (streams, mixture, seed, step): there is no reader
 by naming it. Shape suffixes: R rows, L tokens in a row.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import platform
@@ -262,4 +264,4 @@ def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
     """How many bytes of text each token id stands for (V,); special tokens for none."""
     reader = TextTokenizer(tokenizer)
     ids = range(reader.vocab_size)
-    return torch.tensor([0 if reader.is_special(i) else len(reader.token_bytes(i)) for i in ids])
+    return torch.tensor([0 if i in reader.special_ids else len(reader.token_bytes(i)) for i in ids])

@@ -1,5 +1,7 @@
 """Bits per byte on held-out documents. Shape legend: R rows, L tokens in a row."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

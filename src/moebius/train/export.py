@@ -89,7 +89,7 @@ def model_card(trainer: Trainer, recipe_path: str, summary: Mapping[str, Any], t
         minutes=trainer.seconds / 60,
         speeds=speeds,
         corpus=_corpus_table(recipe, sizes),
-        measured=_figures_table(summary["figures"], twin),
+        measured=figures_table(summary["figures"], twin),
     )
 
 
@@ -114,18 +114,18 @@ def _corpus_table(recipe: Recipe, sizes: Mapping[str, Any]) -> str:
     return _table(("text", "documents", "bytes", "tokens", "passes an epoch"), rows)
 
 
-def _figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
-    columns = {"bits per byte": "bits_per_byte", "5-gram": "ngram_bits_per_byte"}
-    columns |= {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte"}
-    head = ["held-out text", "bytes", *columns]
-    rows = [[kind, f"{f['bytes']:,}", *(f"{f[key]:.3f}" for key in columns.values())] for kind, f in figures.items()]
-    for row in rows:
-        row[2] = f"**{row[2]}**"
-        if twin is not None:
-            row.insert(3, f"{twin['figures'][row[0]]['bits_per_byte']:.3f}")
+def figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> str:
+    """measure's figures as a table in Markdown, those of a dense twin's run beside them."""
+    heads = {"bits_per_byte": "bits per byte", "twin": "dense twin", "bits_per_byte_at_capacity": "at capacity"}
+    heads |= {"ngram_bits_per_byte": "5-gram", "gzip_bits_per_byte": "gzip -9", "xz_bits_per_byte": "xz -9"}
     if twin is not None:
-        head.insert(3, "dense twin")
-    return _table(head, rows)
+        figures = {kind: f | {"twin": twin["figures"][kind]["bits_per_byte"]} for kind, f in figures.items()}
+    keys = [key for key in heads if key in figures["all"]]
+    rows = [
+        (kind, f"{f['bytes']:,}", f"**{f['bits_per_byte']:.3f}**", *(f"{f[key]:.3f}" for key in keys[1:]))
+        for kind, f in figures.items()
+    ]
+    return _table(("held-out text", "bytes", *(heads[key] for key in keys)), rows)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

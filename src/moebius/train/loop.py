@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from moebius.errors import StorageError
+from moebius.errors import ConfigError, StorageError
 from moebius.models.weights import publish
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
-from moebius.train.events import EventFile
 from moebius.train.trainer import StepReport, Trainer
 
 Line = dict[str, Any]
@@ -29,8 +28,8 @@ def run(
 ) -> None:
     """Train to the recipe's last step, from the checkpoint in `folder` where there is one.
 
-    Writes metrics.jsonl, TensorBoard's events and checkpoint.safetensors there, and models by `export` as often as the
-    recipe says. A loss that is not finite or a full disk ends the run with NumericalError or StorageError and leaves
+    Writes metrics.jsonl and checkpoint.safetensors there and, where the recipe says so, TensorBoard's events and models
+    by `export`. A loss that is not finite or a full disk ends the run with NumericalError or StorageError and leaves
     the last checkpoint as it was; SIGINT or SIGTERM ends it with KeyboardInterrupt after the step and a checkpoint.
     """
     training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
@@ -88,7 +87,7 @@ class Metrics:
         self._path, self._trainer, self._on_line = folder / "metrics.jsonl", trainer, on_line
         self.pending: list[dict[str, Any]] = []
         self._seconds = trainer.seconds
-        self._events: EventFile | None = None
+        self._events: Any = None
 
     def resume(self, pending: list[dict[str, Any]] | None) -> None:
         """Forget what was written after the checkpoint."""
@@ -96,7 +95,8 @@ class Metrics:
         self.pending, self._seconds = pending or [], trainer.seconds
         if trainer.ranks.rank:
             return
-        self._events = EventFile(self._path.parent, trainer.done + 1)
+        if trainer.recipe.training.tensorboard:
+            self._events = _tensorboard(self._path.parent, trainer.done + 1)
         if self._path.exists():
             lines = [
                 line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.done
@@ -116,7 +116,7 @@ class Metrics:
             return
         line: Line = {"step": trainer.done, "seconds": round(trainer.seconds, 1)} | self._means()
         self.pending, self._seconds = [], trainer.seconds
-        if trainer.ranks.rank or self._events is None:
+        if trainer.ranks.rank:
             return
         if evaluated:
             line["heldout_bits_per_byte"] = trainer.evaluate(training.evaluate_rows)
@@ -125,7 +125,10 @@ class Metrics:
                 line["heldout_bits_per_byte_at_capacity"] = limited
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._events.scalars(trainer.done, _flat(line))
+        if self._events is not None:
+            for tag, value in _flat(line).items():
+                self._events.add_scalar(tag, value, trainer.done)
+            self._events.flush()
         self._on_line(line)
 
     def _means(self) -> Line:
@@ -146,6 +149,17 @@ class Metrics:
             "dropped": _rounded(torch.tensor([p["dropped"] for p in pending]).mean(0)),
             "expert_load": [_rounded(layer) for layer in load_share(counts)],
         }
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    """A writer of events; what older files hold of first_step and later is void."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "training.tensorboard is true, but TensorBoard is missing: pip install 'moebius[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

@@ -1,5 +1,7 @@
 """Data parallel training: torchrun's processes share a step's micro-batches out and add up what they found."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from datetime import timedelta

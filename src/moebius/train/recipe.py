@@ -1,21 +1,24 @@
 """A training recipe: a TOML file as frozen, checked records. Unknown keys and impossible values are errors."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import tomllib
 import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from moebius.config import TrainingRouting, require
 from moebius.errors import ConfigError
-from moebius.train.architecture import ModelRecipe, check, check_trainable
+from moebius.train.architecture import ModelRecipe, check_trainable
 from moebius.train.corpus import KINDS
+from moebius.train.fields import Below1, Count, Must, Natural, Positive, Share, Weight, check
 from moebius.train.tokenizer import END_OF_TEXT
 
 _Record = TypeVar("_Record")
-_INF = math.inf
+_VOCABULARY = Must("lie between 259 (bytes and special tokens) and 65536", lambda x: 259 <= x <= 65536)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,12 @@ class CorpusRecipe:
 
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     text_key: str = "text"
-    heldout_share: float = 0.045
-    chat_examples: int = 4000
+    heldout_share: Annotated[float, Must("lie between 0 and 0.5", lambda x: 0 < x < 0.5)] = 0.045
+    chat_examples: Natural = 4000
     seed: int = 1
 
     def __post_init__(self) -> None:
-        check("corpus", self, ["heldout_share"], "lie between 0 and 0.5", lambda x: 0 < x < 0.5)
-        check("corpus", self, ["chat_examples"], "not be negative", lambda x: x >= 0)
+        check("corpus", self)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -49,13 +51,12 @@ class TokenizerRecipe:
     end_of_text names the token that stands between documents.
     """
 
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, _VOCABULARY] = 4096
     path: str = ""
     end_of_text: str = END_OF_TEXT
 
     def __post_init__(self) -> None:
-        bounds = "lie between 259 (bytes and special tokens) and 65536"
-        check("tokenizer", self, ["vocab_size"], bounds, lambda x: 259 <= x <= 65536)
+        check("tokenizer", self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,11 @@ class FinetuneRecipe:
 
     checkpoint: str
     train: Literal["all", "experts", "all_but_experts"] = "all"
-    dropout: float = 0.1
-    expert_dropout: float = 0.4
+    dropout: Below1 = 0.1
+    expert_dropout: Below1 = 0.4
 
     def __post_init__(self) -> None:
-        wanted = "be all, experts or all_but_experts"
-        check("finetune", self, ["train"], wanted, lambda x: x in ("all", "experts", "all_but_experts"))
-        check("finetune", self, ("dropout", "expert_dropout"), "be at least 0 and less than 1", lambda x: 0 <= x < 1)
+        check("finetune", self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,42 +93,35 @@ class TrainingRecipe:
     bias_rate        how much the selection bias moves after a step (arXiv 2408.15664)
     dtype            of the decoder; masters, moments and routers are float32 in any case
     export_every     writes a model directory every so many steps; 0 for none
+    tensorboard      writes metrics for TensorBoard too, which is to be installed (the extra `tensorboard`)
     """
 
-    steps: int
-    rows_per_step: int
-    row_length: int
-    learning_rate: float
-    accumulation: int = 1
+    steps: Count
+    rows_per_step: Count
+    row_length: Count
+    learning_rate: Positive
+    accumulation: Count = 1
     warmup_steps: int = 100
-    final_share: float = 0.02
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    load_balance: float = 0.01
-    z_loss: float = 0.001
+    final_share: Share = 0.02
+    beta1: Below1 = 0.9
+    beta2: Below1 = 0.95
+    weight_decay: Weight = 0.1
+    clip_norm: Positive = 1.0
+    load_balance: Weight = 0.01
+    z_loss: Weight = 0.001
     balance: Literal["batch", "sequence", "global"] = "batch"
     first_choices: bool = False
-    bias_rate: float = 0.0
+    bias_rate: Weight = 0.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    log_every: int = 20
-    evaluate_every: int = 500
-    evaluate_rows: int = 64
-    export_every: int = 0
-    checkpoint_seconds: float = 120.0
+    log_every: Count = 20
+    evaluate_every: Count = 500
+    evaluate_rows: Count = 64
+    export_every: Natural = 0
+    tensorboard: bool = False
+    checkpoint_seconds: Weight = 120.0
 
     def __post_init__(self) -> None:
-        counts = ("steps", "rows_per_step", "row_length", "accumulation", "log_every", "evaluate_every")
-        check("training", self, (*counts, "evaluate_rows"), "be at least 1", lambda x: x >= 1)
-        check("training", self, ("learning_rate", "clip_norm"), "be a positive number", lambda x: 0 < x < _INF)
-        weights = ("weight_decay", "load_balance", "z_loss", "bias_rate", "export_every", "checkpoint_seconds")
-        check("training", self, weights, "not be negative", lambda x: 0 <= x < _INF)
-        check("training", self, ("beta1", "beta2"), "be at least 0 and less than 1", lambda x: 0 <= x < 1)
-        check("training", self, ["final_share"], "lie between 0 and 1", lambda x: 0 <= x <= 1)
-        scopes = ("batch", "sequence", "global")
-        check("training", self, ["balance"], "be batch, sequence or global", lambda x: x in scopes)
-        check("training", self, ["dtype"], "be bfloat16 or float32", lambda x: x in ("bfloat16", "float32"))
+        check("training", self)
         require(
             0 <= self.warmup_steps < self.steps,
             f"training.warmup_steps is {self.warmup_steps}; it must be less than training.steps = {self.steps}",

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from moebius.config import read_json, require
 from moebius.errors import StorageError
 from moebius.models.weights import load_decoder
 from moebius.train.data import PreparedData, prepare
-from moebius.train.export import export, measure, model_card
+from moebius.train.export import export, figures_table, measure, model_card
 from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
@@ -26,13 +25,7 @@ from moebius.train.trainer import StepReport, Trainer
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line adds to a recipe.
-
-    resume           continue the run in `out`; without, a run that is there is left alone
-    dense_twin       train the recipe's dense twin in its place
-    against          directory of the dense twin's run, whose figures go into the card
-    root             the standard library to read, this Python's by default
-    """
+    """What the command line adds to a recipe (moebius.cli.train); root is the standard library to read."""
 
     resume: bool = False
     evaluate_only: bool = False
@@ -59,7 +52,7 @@ def main_from_recipe(recipe_path: Path, out: Path, options: Options | None = Non
     except OSError as error:
         raise StorageError(f"{error.filename or out} cannot be written or read: {error.strerror or error}") from None
     if figures:
-        _print_figures(figures)
+        print(figures_table(figures))
     return figures
 
 
@@ -146,19 +139,3 @@ def _evaluate(recipe: Recipe, out: Path, root: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data: PreparedData = prepare(recipe, Path(folder), root, tokenizer=out)
         return measure(decoder, recipe, data)
-
-
-def _print_figures(figures: dict[str, Any]) -> None:
-    keys = [
-        "bits_per_byte",
-        "bits_per_byte_at_capacity",
-        "ngram_bits_per_byte",
-        "gzip_bits_per_byte",
-        "xz_bits_per_byte",
-    ]
-    heads = ["bits per byte", "at capacity", "5-gram", "gzip -9", "xz -9"]
-    shown = [(key, head) for key, head in zip(keys, heads, strict=True) if key in figures["all"]]
-    table = Table("held-out text", "bytes", *(head for _, head in shown), box=None, pad_edge=False)
-    for kind, f in figures.items():
-        table.add_row(kind, f"{f['bytes']:,}", *(f"{f[key]:.4f}" for key, _ in shown))
-    Console().print(table)
