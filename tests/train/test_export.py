@@ -151,6 +151,8 @@ def test_from_recipe_to_directory_and_back(library: Path, tmp_path: Path) -> Non
     card = (out / "README.md").read_text()
     assert f"**{total['bits_per_byte']:.3f}** | {dense['all']['bits_per_byte']:.3f} |" in card
     assert "(the dense twin: " in card
+    assert f"MaxVio {total['max_violation'][0]:.2f} by layer; dead experts: {total['dead_experts']}." in card
+    assert len(total["max_violation"]) == 1 and 0 <= total["max_violation"][0] <= 3
 
 
 def test_the_command_names_what_is_missing(tmp_path: Path) -> None:

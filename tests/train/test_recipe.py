@@ -76,7 +76,7 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         ("[training]", '[routing]\nchoice = "batch_prioritised"\n[training]', "causal decoder must not see"),
         ("[training]", "[routing]\njitter = 1\n[training]", r"jitter is 1\.0; it must be at least 0 and less than 1"),
         ("[training]", '[routing]\nsecond_policy = "none"\n[training]', "must be all, threshold or random"),
-        ("experts_per_token = 2", 'weight = "softmax"', r"model\.weight is softmax; it must be raw or renorm"),
+        ("experts_per_token = 2", 'weight = "softmax"', r"model\.weight is 'softmax'; it must be one of raw, renorm"),
         ("num_layers = 1", "num_layers = 1\nsparse_every = 2", "no layer has experts"),
         ("learning_rate = 0.01", "learning_rate = 0.01\naccumulation = 3", "no multiple of training.accumulation = 3"),
         ("learning_rate = 0.01", "learning_rate = 0.01\nbias_rate = 0.1", r"model\.selection_bias is false"),
@@ -132,3 +132,25 @@ def test_the_bundled_recipe_keeps_its_promises() -> None:
     assert recipe.tokenizer.vocab_size == 4096
     assert recipe.training.load_balance > 0
     assert recipe.training.z_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("bundled", "qwen3_moe"),
+        ("switch", "qwen3_moe"),
+        ("gshard", "moebius"),
+        ("st_moe", "qwen3_moe"),
+        ("olmoe", "olmoe"),
+        ("deepseek", "dots1"),
+        ("finetune", None),
+    ],
+)
+def test_the_recipes_that_come_along(name: str, kind: str | None) -> None:
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml")
+    assert (None if recipe.model is None else recipe.model.published()[0]) == kind
+
+
+def test_no_recipe_is_left_out() -> None:
+    names = {"bundled", "switch", "gshard", "st_moe", "olmoe", "deepseek", "finetune"}
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == names

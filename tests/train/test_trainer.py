@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from moebius.config import TrainingRouting
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.nn.attention import CausalAttend
@@ -235,3 +236,128 @@ def test_tensorboard_reads_what_is_written(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"TensorBoard is missing: pip install 'moebius\[tensorboard\]'"):
         run(Trainer(recipe, data), tmp_path)
+
+
+def test_fifty_steps_twice_are_the_same_bits(recipe: Recipe, data: PreparedData) -> None:
+    training = dataclasses.replace(recipe.training, steps=50, accumulation=3, balance="global", learning_rate=0.003)
+    routing = TrainingRouting(dropless=False, capacity_factor=1.0, jitter=0.01, second_policy="random")
+    recipe = dataclasses.replace(recipe, training=training, routing=routing)
+    first, second = Trainer(recipe, data), Trainer(recipe, data)
+    for _ in range(50):
+        a, b = first.step(), second.step()
+        assert (a.loss, a.balance, a.z, a.grad_norm) == (b.loss, b.balance, b.z, b.grad_norm)
+    assert _equal(first.tensors(), second.tensors())
+    assert a.dropped.min() > 0 and a.dropped.max() < 1
+
+
+@pytest.mark.parametrize("balance", ["sequence", "global"])
+def test_accumulated_micro_batches_are_one_batch(recipe: Recipe, data: PreparedData, balance: str) -> None:
+    """The balance too: over the whole step's tokens, or over each sequence's, it does not see the cut."""
+    reports, moments = [], []
+    for accumulation in (1, 3):
+        training = dataclasses.replace(
+            recipe.training, accumulation=accumulation, balance=balance, dtype="float32", load_balance=1.0
+        )
+        trainer = Trainer(dataclasses.replace(recipe, training=training), data)
+        reports.append(trainer.step())
+        moments.append({name: x.clone() for name, x in trainer.tensors().items() if name.startswith("mean.")})
+    one, three = reports
+    assert three.loss == pytest.approx(one.loss, rel=1e-5) and three.z == pytest.approx(one.z, rel=1e-5)
+    assert three.balance == pytest.approx(one.balance, rel=1e-5)
+    assert torch.equal(one.counts, three.counts)
+    for name, mean in moments[0].items():
+        torch.testing.assert_close(moments[1][name], mean, rtol=1e-3, atol=1e-6)
+
+
+def test_biases_move_against_the_load(recipe: Recipe, data: PreparedData) -> None:
+    model = dataclasses.replace(recipe.model, score="sigmoid", selection_bias=True, shared_width=16)
+    training = dataclasses.replace(recipe.training, bias_rate=0.1, load_balance=0.0)
+    trainer = Trainer(dataclasses.replace(recipe, model=model, training=training), data)
+    counts = trainer.step().counts
+    for layer, load in enumerate(counts):
+        bias = trainer.decoder.layers[layer].mlp.router.selection_bias
+        assert bias.dtype == torch.float32
+        torch.testing.assert_close(bias.data, 0.1 * torch.sign(load.mean() - load).float())
+
+
+def test_the_smaller_initialisation(recipe: Recipe, data: PreparedData) -> None:
+    """Switch section 2.4: sqrt(s / inputs), nothing beyond two of it; a cut normal is .8796 as wide as a whole one."""
+    model = dataclasses.replace(recipe.model, init_scale=0.1, router_init=3.0, expert_width=64)
+    tensors = Trainer(dataclasses.replace(recipe, model=model), data).tensors()
+    for name, inputs, factor in (
+        ("experts.gate_proj.0", 32, 1),
+        ("experts.down_proj.1", 64, 1),
+        ("router.weight", 32, 3),
+    ):
+        values, std = tensors[f"master.layers.0.mlp.{name}"], factor * (0.1 / inputs) ** 0.5
+        assert values.abs().max() <= 2 * std
+        assert values.std().item() == pytest.approx(0.8796 * std, rel=0.2 if factor == 3 else 0.06)
+    assert tensors["master.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_whole_mixture_against_a_naive_loop_in_float64(recipe: Recipe, data: PreparedData) -> None:
+    """Logits, both losses and every gradient of a step: token by token, head by head, choice by choice."""
+    training = dataclasses.replace(recipe.training, dtype="float32", rows_per_step=1, row_length=12, clip_norm=1e9)
+    recipe = dataclasses.replace(recipe, training=training, model=dataclasses.replace(recipe.model, init_std=0.2))
+    trainer = Trainer(recipe, data)
+    weights = {name: x.double().clone().requires_grad_() for name, x in trainer.decoder.state_dict().items()}
+    batch = trainer._batches.batch(0)
+    loss, balance, z = naive_losses(weights, batch.input_RL[0], batch.target_RL[0], batch.document_RL[0])
+    (loss + 0.01 * balance + 0.001 * z).backward()
+    report = trainer.step()
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert report.balance == pytest.approx(balance.item(), rel=1e-5)
+    assert report.z == pytest.approx(z.item(), rel=1e-5)
+    for name, weight in weights.items():
+        mean = trainer.tensors()[f"mean.{name}"]
+        expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        error = (mean.double() * 10 - expected).abs().max()
+        assert error <= 1e-5 * max(expected.abs().max().item(), 0.01), name
+
+
+def naive_losses(
+    w: dict[str, torch.Tensor], ids: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """A qwen3_moe of the tests' recipe: 2 layers, 4 heads and 2 key heads of 8, 4 experts, top-2 renormalised."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean() + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+        angles = position * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+        a, b = x[:4], x[4:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
+
+    stream, balance, z = [w["embed_tokens.weight"][i] for i in ids], 0.0, 0.0
+    for layer in range(2):
+        at = f"layers.{layer}."
+        heads: dict[str, list[list[torch.Tensor]]] = {}
+        for kind, count in (("q", 4), ("k", 2), ("v", 2)):
+            rows = [w[f"{at}self_attn.{kind}_proj.weight"] @ norm(x, f"{at}input_layernorm") for x in stream]
+            heads[kind] = [list(row.view(count, 8)) for row in rows]
+        for kind in "qk":
+            normed = [[norm(h, f"{at}self_attn.{kind}_norm") for h in row] for row in heads[kind]]
+            heads[kind] = [[turned(h, t) for h in row] for t, row in enumerate(normed)]
+        for t in range(len(ids)):
+            seen = [s for s in range(t + 1) if documents[s] == documents[t]]
+            out = []
+            for h in range(4):
+                p = torch.stack([heads["q"][t][h] @ heads["k"][s][h // 2] / 8**0.5 for s in seen]).softmax(0)
+                out.append(sum(a * heads["v"][s][h // 2] for a, s in zip(p, seen, strict=True)))
+            stream[t] = stream[t] + w[f"{at}self_attn.o_proj.weight"] @ torch.cat(out)
+        load, mean = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        for t, x in enumerate(norm(x, f"{at}post_attention_layernorm") for x in list(stream)):
+            logits = w[f"{at}mlp.router.weight"] @ x
+            p = logits.softmax(0)
+            chosen = sorted(range(4), key=lambda e: -p[e].item())[:2]
+            for e in chosen:
+                gate, up, down = (w[f"{at}mlp.experts.{kind}_proj.{e}"] for kind in ("gate", "up", "down"))
+                hidden = (gate @ x) * torch.sigmoid(gate @ x) * (up @ x)
+                stream[t] = stream[t] + p[e] / sum(p[c] for c in chosen) * (down @ hidden)
+                load[e] += 1 / (2 * len(ids))
+            mean = mean + p / len(ids)
+            z = z + logits.logsumexp(0) ** 2 / len(ids) / 2
+        balance = balance + 4 * (load * mean).sum() / 2
+    logits = [w["embed_tokens.weight"] @ norm(x, "norm") for x in stream]
+    loss = sum(v.logsumexp(0) - v[target] for v, target in zip(logits, targets, strict=True)) / len(ids)
+    return loss, balance, z  # type: ignore[return-value]

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from moebius.models.decoder import Decoder
-from moebius.moe.router import Router
+from moebius.moe.health import expert_counts
+from moebius.moe.router import Router, Routing
 from moebius.train.data import PreparedData, evaluation_batches
 from moebius.train.ops import DocumentAttend, TrainingOps
 
@@ -93,6 +94,23 @@ def score(
             nats += float(F.cross_entropy(decoder.logits(hidden_LD), target_L, reduction="sum"))
         total += Score(nats, target_T.numel(), int(data.bytes_V[batch.target_RL].sum()))
     return total
+
+
+@contextmanager
+def counting(decoder: Decoder) -> Iterator[list[torch.Tensor]]:
+    """How many choices each expert gets meanwhile, one (E,) a layer with a router."""
+    found = routers(decoder)
+    counts = [torch.zeros(router.config.num_experts, dtype=torch.int64) for router in found]
+
+    def hook(router: Router, _: object, routing: Routing) -> None:
+        counts[found.index(router)] += expert_counts(routing.expert_ids_TK, router.config.num_experts).cpu()
+
+    hooks = [router.register_forward_hook(hook) for router in found]
+    try:
+        yield counts
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def scores(

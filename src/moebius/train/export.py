@@ -9,9 +9,10 @@ import torch
 
 from moebius.models.decoder import Decoder
 from moebius.models.weights import save_checkpoint
+from moebius.moe.health import dead_experts, max_violation
 from moebius.train.baseline import NGrams, bits_per_byte, compressed_bits_per_byte
 from moebius.train.data import PreparedData
-from moebius.train.evaluate import scores
+from moebius.train.evaluate import counting, scores
 from moebius.train.recipe import Recipe
 from moebius.train.tokenizer import IM_END, save_tokenizer, tokenizer_folder
 from moebius.train.trainer import Trainer
@@ -33,7 +34,7 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     """Bits per byte of the whole held-out text by kind, beside a 5-gram's, gzip's and xz's on the same bytes.
 
     Compressors see all documents of a kind as one file, the model sees each row alone: the comparison favours them.
-    The 5-gram model has seen the training text once.
+    The 5-gram model has seen the training text once. `all` has the routers' balance too, in order of layers.
     """
     length, tokenizer = recipe.training.row_length, data.tokenizer
     texts = {kind: tokenizer.decode(stream.tolist()).encode() for kind, stream in data.heldout.items()}
@@ -43,12 +44,20 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     nats["all"] = sum(nats.values())
     limited = recipe.routing.eval_capacity_factor is not None
     at_capacity = scores(decoder, data, length, at_capacity=True) if limited else {}
+    with counting(decoder) as counts:
+        found = scores(decoder, data, length)
+    health: dict[str, Any] = {}
+    if counts:
+        loads = torch.stack(counts)
+        worst = [round(x, 3) for x in max_violation(loads).tolist()]
+        health = {"max_violation": worst, "dead_experts": int(dead_experts(loads).sum())}
     return {
         kind: {"bytes": s.num_bytes, "tokens": s.num_tokens, "bits_per_byte": s.bits_per_byte}
         | ({"bits_per_byte_at_capacity": at_capacity[kind].bits_per_byte} if limited else {})
         | {"ngram_bits_per_byte": bits_per_byte(nats[kind], s.num_bytes)}
         | compressed_bits_per_byte(texts[kind])
-        for kind, s in scores(decoder, data, length).items()
+        | (health if kind == "all" else {})
+        for kind, s in found.items()
     }
 
 
@@ -72,6 +81,11 @@ def model_card(trainer: Trainer, recipe_path: str, summary: Mapping[str, Any], t
     total, used = parameter_counts(trainer.decoder)
     name = "card.md" if recipe.model and not recipe.corpus.files else "card_own.md"
     template = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    health = summary["figures"]["all"]
+    balance = "No layer has experts."
+    if "dead_experts" in health:
+        worst = ", ".join(f"{x:.2f}" for x in health["max_violation"])
+        balance = f"Load over the held-out text: MaxVio {worst} by layer; dead experts: {health['dead_experts']}."
     speeds = f"{summary['tokens_per_second']:,} tokens/s"
     if twin is not None:
         speeds += f" (the dense twin: {twin['tokens_per_second']:,})"
@@ -88,6 +102,7 @@ def model_card(trainer: Trainer, recipe_path: str, summary: Mapping[str, Any], t
         seen=t.steps * t.tokens_per_step,
         minutes=trainer.seconds / 60,
         speeds=speeds,
+        balance=balance,
         corpus=_corpus_table(recipe, sizes),
         measured=figures_table(summary["figures"], twin),
     )

@@ -159,7 +159,7 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
         raise ConfigError(
             "training.tensorboard is true, but TensorBoard is missing: pip install 'moebius[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

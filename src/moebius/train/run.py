@@ -15,6 +15,7 @@ from moebius.config import read_json, require
 from moebius.errors import StorageError
 from moebius.models.weights import load_decoder
 from moebius.train.data import PreparedData, prepare
+from moebius.train.evaluate import routers
 from moebius.train.export import export, figures_table, measure, model_card
 from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
@@ -135,7 +136,10 @@ def _evaluate(recipe: Recipe, out: Path, root: Path | None) -> dict[str, Any]:
         (out / "model.safetensors").exists(),
         f"{out} holds no model to evaluate; train one first, without --evaluate-only",
     )
-    decoder = load_decoder(out, torch.bfloat16, ops=TrainingOps(drops=not recipe.routing.dropless))
+    dtype = torch.bfloat16 if recipe.training.dtype == "bfloat16" else torch.float32
+    decoder = load_decoder(out, dtype, ops=TrainingOps(drops=not recipe.routing.dropless))
+    for router in routers(decoder):
+        router.limits = recipe.routing
     with tempfile.TemporaryDirectory() as folder:
         data: PreparedData = prepare(recipe, Path(folder), root, tokenizer=out)
         return measure(decoder, recipe, data)
