@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -73,6 +74,21 @@ def linear_cases(ops: CpuOps) -> Iterator[Case]:
 
             flops = 2 * rows * out_size * in_size * len(used)
             yield Case(f"linear {rows} x {in_size} -> {out_size}", call, nbytes * len(used), flops)
+
+
+def free_cases() -> Iterator[Case]:
+    """What promise P1 costs: torch's product, which chooses an algorithm by the number of rows, in its faster dtype."""
+    dtype = ceilings.faster_dtype()
+    for rows in (1, 32, 512, 2048):
+        weights = [torch.randn(1024, 1024).to(dtype) for _ in range(max(1, COLD_BYTES // 2**21))]
+        x, used = torch.randn(rows, 1024).to(dtype), weights if rows <= 64 else weights[:1]
+
+        def call(x: torch.Tensor = x, used: list[torch.Tensor] = used) -> None:
+            for weight in used:
+                torch.nn.functional.linear(x, weight)
+
+        nbytes = len(used) * used[0].nbytes
+        yield Case(f"torch's linear {rows} x 1024 -> 1024, {dtype}", call, nbytes, 2.0 * rows * 2**20 * len(used))
 
 
 def expert_cases(ops: CpuOps) -> Iterator[Case]:
@@ -140,20 +156,31 @@ def small_cases(ops: CpuOps) -> Iterator[Case]:
     yield Case("draw 32 x 49152", lambda: ops.draw(logits, heat, uniform), 4.0 * logits.numel(), 0)
 
 
-def measure(ops: CpuOps, bandwidth: float, peak: float, repeats: int) -> Iterator[dict[str, object]]:
-    for cases in (linear_cases, expert_cases, attention_cases, small_cases):
-        for case in cases(ops):
-            case.call()
-            seconds = statistics.median(timed(case.call, repeats))
-            floor = max(case.bytes_read / bandwidth, case.flops / peak) / 1e9
-            yield {
-                "operation": case.name,
-                "kernels": ops.name,
-                "microseconds": round(seconds * 1e6, 1),
-                "gbs": round(case.bytes_read / seconds / 1e9, 1),
-                "gflops": round(case.flops / seconds / 1e9, 1),
-                "of_floor": round(floor / seconds, 3),
-            }
+def measure(
+    cases: Iterator[Case], kernels: str, bandwidth: float, peak: float, repeats: int
+) -> Iterator[dict[str, object]]:
+    for case in cases:
+        case.call()
+        seconds = statistics.median(timed(case.call, repeats))
+        floor = max(case.bytes_read / bandwidth, case.flops / peak) / 1e9
+        yield {
+            "operation": case.name,
+            "kernels": kernels,
+            "microseconds": round(seconds * 1e6, 1),
+            "gbs": round(case.bytes_read / seconds / 1e9, 1),
+            "gflops": round(case.flops / seconds / 1e9, 1),
+            "of_floor": round(floor / seconds, 3),
+        }
+
+
+def show(rows: list[dict[str, object]], found: Iterator[dict[str, object]]) -> None:
+    for row in found:
+        rows.append(row)
+        print(
+            f"{row['kernels']:16} {row['operation']:48} {row['microseconds']:>10} us {row['gbs']:>7} GB/s "
+            f"{row['gflops']:>7} GFLOP/s {row['of_floor']:>7.0%} of the floor",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -166,15 +193,13 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth, peak = ceilings.bandwidth(args.threads)["anonymous_gbs"], ceilings.matrix_peak(args.threads)
     print(f"{args.threads} threads: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s")
-    rows = []
+    rows: list[dict[str, object]] = []
     for isa in _cpu.available() if args.isa == "all" else [args.isa]:
-        for row in measure(CpuOps(args.threads, isa), bandwidth, peak, args.repeats):
-            rows.append(row)
-            print(
-                f"{row['kernels']:16} {row['operation']:48} {row['microseconds']:>10} us {row['gbs']:>7} GB/s "
-                f"{row['gflops']:>7} GFLOP/s {row['of_floor']:>7.0%} of the floor",
-                flush=True,
-            )
+        ops = CpuOps(args.threads, isa)
+        cases = chain(linear_cases(ops), expert_cases(ops), attention_cases(ops), small_cases(ops))
+        show(rows, measure(cases, ops.name, bandwidth, peak, args.repeats))
+    torch.set_num_threads(args.threads)
+    show(rows, measure(free_cases(), "torch", bandwidth, peak, args.repeats))
     if args.json:
         found = {"threads": args.threads, "bandwidth_gbs": bandwidth, "matrix_gflops": round(peak, 1), "rows": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -132,6 +132,9 @@ NB_MODULE(_cpu, m) {
                 ops.route(r, array<const float>(logits), n, array<const float>(bias), array<float>(weights), array<int64_t>(ids));
             });
         }, release())
+        .def("argmax", [](Ops& ops, Address logits, int rows, int vocab, Address ids, Address finite) {
+            ops.argmax(array<const float>(logits), rows, vocab, array<int64_t>(ids), array<bool>(finite));
+        }, release())
         .def("log_softmax_top_k", [](Ops& ops, Address logits, int rows, int vocab, Address temperatures, int k, Address log_sums, Address ids) {
             ops.log_softmax_top_k(array<const float>(logits), rows, vocab, array<const float>(temperatures), k, array<double>(log_sums),
                                   array<int64_t>(ids));

@@ -77,7 +77,8 @@ struct Kernels {
     void (*rotate[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, int n,
                       void* out);
     void (*attention[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);
-    // Largest value (NaN where any value is not finite), its lowest index, and the sum of exp((x - largest) * factor).
+    // Largest value (NaN where any value is not finite), its lowest index, and the sum of exp((x - largest) * factor)
+    // where `sum` is given.
     void (*softmax_stats)(const float* x, int n, float factor, float* largest, int* at, double* sum);
     // out[i] = exp((x[i] - shift) * factor); returns their sum
     float (*exp_row)(const float* x, int n, float shift, float factor, float* out);

@@ -319,6 +319,15 @@ void Ops::attention(Dtype dtype, const CacheShape& shape, const StepAttention& s
     });
 }
 
+void Ops::argmax(const float* logits, int rows, int vocab, int64_t* ids, bool* finite) {
+    pool_.run(rows, [&](int row, int) {
+        float largest;
+        int at;
+        kernels_->softmax_stats(logits + size_t(row) * vocab, vocab, 1, &largest, &at, nullptr);
+        ids[row] = at, finite[row] = !std::isnan(largest);
+    });
+}
+
 void Ops::log_softmax_top_k(const float* logits, int rows, int vocab, const float* temperatures, int k, double* log_sums, int64_t* ids) {
     pool_.run(rows, [&](int row, int) {
         const float *x = logits + size_t(row) * vocab, factor = temperatures ? 1.0f / temperatures[row] : 1.0f;

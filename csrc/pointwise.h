@@ -141,13 +141,15 @@ void softmax_stats(const float* x, int n, float factor, float* largest, int* at,
         top = maximum(top, v);
         poison = add(poison, sub(v, v));
     });
-    *largest = reduce_max(top), *at = 0, *sum = 0;
+    *largest = reduce_max(top), *at = 0;
     if (!(reduce_add(poison) == 0.0f)) {
         *largest = __builtin_nanf("");
         return;
     }
     while (x[*at] != *largest) ++*at;
+    if (!sum) return;
     float ignored[SUM_BLOCK];
+    *sum = 0;
     for (int i = 0; i < n; i += SUM_BLOCK) *sum += exp_row(x + i, min_of(SUM_BLOCK, n - i), *largest, factor, ignored);
 }
 

@@ -13,11 +13,12 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SIDE = 2048
 PRODUCTS = 20
-# A processor without bfloat16 products takes long for one: no more are made once so many seconds have passed.
-SECONDS = 3.0
+# Small products tell which dtype is the faster: a processor without bfloat16 products takes minutes for large ones.
+TRIAL_SIDE = 256
 
 
 def bandwidth(threads: int, file: Path | None = None) -> dict[str, float]:
@@ -42,18 +43,28 @@ def matrix_peak(threads: int) -> float:
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    best = float("inf")
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
-        begin = time.perf_counter()
-        for _ in range(PRODUCTS):
-            start = time.perf_counter()
-            left @ right
-            best = min(best, time.perf_counter() - start)
-            if time.perf_counter() - begin > SECONDS:
-                break
+    best = _seconds(SIDE, faster_dtype(), PRODUCTS)
     torch.set_num_threads(before)
     return 2 * SIDE**3 / best / 1e9
+
+
+def faster_dtype() -> Any:
+    """torch's bfloat16 or float32, by its products on this processor."""
+    import torch
+
+    return min((torch.bfloat16, torch.float32), key=lambda dtype: _seconds(TRIAL_SIDE, dtype, 5))
+
+
+def _seconds(side: int, dtype: Any, products: int) -> float:
+    import torch
+
+    left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(products):
+        start = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def main() -> None:

@@ -61,14 +61,26 @@ class Bench:
         seqs = max(workload(name, SIZES[model].vocab, 1).concurrency for name in names)
         setting = Setting(model, seqs, self.given.threads, prefix_cache)
         together = self.given.together == "yes" or (self.given.together == "auto" and self._fit(model))
+        self._read_afresh(model)
         for name in names:
             self._ceilings(model, name)
             for peer, rep in self._turns(together):
                 driver = self._driver(peer, setting, name, alone=not together)
                 if driver:
                     self._repetition(driver, setting, name, rep)
-            self.save()
+                self.save()
         self.stop()
+
+    def _read_afresh(self, model: str) -> None:
+        """Have the files in the page cache as they are after a restart: in large pages, where the kernel makes such of
+        what it reads. What a program has just written lies there in small ones, and memory is slower for that."""
+        for path in sorted((self.folder / "models").glob(f"{model}*")):
+            for file in filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]):
+                with file.open("rb", buffering=0) as opened:
+                    os.fsync(opened)
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    while opened.read(2**24):
+                        pass
 
     def _turns(self, together: bool) -> Iterator[tuple[str, int]]:
         reps = range(1, self.given.reps + 1)

@@ -1,7 +1,5 @@
 """Every metric against a value worked by hand, and against a count or a simulation that shares no code with it."""
 
-from __future__ import annotations
-
 import math
 from itertools import permutations
 
@@ -104,6 +102,16 @@ def test_coactivation_counts_all_pairs_not_neighbours() -> None:
     assert share[0].tolist() == [0, 1, 0.5, 0.5] and share[2].tolist() == [1, 1, 0, 0]
     assert share.sum(1).tolist() == [2, 2, 2, 2]
     assert health.coactivation_share(torch.zeros(2, 2, dtype=torch.long)).tolist() == [[0, 0], [0, 0]]
+
+
+def test_lift_is_one_by_chance() -> None:
+    """All three pairs of three experts once: chance. Then (0, 1) thrice, (2, 3) thrice, (0, 2) once: 3 * 7 / (4 * 3)
+    times 2 * 3 / (1 * 4)."""
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2]])
+    assert health.coactivation_lift(health.coactivation(pairs, 3), 3, 2).flatten().tolist() == pytest.approx([1.0] * 9)
+    pairs = torch.tensor([[0, 1]] * 3 + [[2, 3]] * 3 + [[0, 2]])
+    lift = health.coactivation_lift(health.coactivation(pairs, 4), 7, 2)
+    assert lift[0].tolist() == pytest.approx([1, 3 * 7 / 12 * 1.5, 1 * 7 / 16 * 1.5, 0])
 
 
 def test_preference_by_hand() -> None:

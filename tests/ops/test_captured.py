@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,38 +61,58 @@ def test_steps_beyond_the_recording_run_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(bits(one.execute(long)), bits(other.execute(long)))
 
 
-def test_what_torch_computes_is_not_recorded() -> None:
-    ops, table = CpuOps(1), torch.randn(8, 4)
+TABLE = torch.randn(8, 4)
+STEP = StepInputs.build([[3]], [0], [[0]], [0], BLOCK_SIZE)
+THREE = StepInputs.build([[5, 1], [7]], [0, 0], [[0], [1]], [], BLOCK_SIZE)
 
-    def doubled(inputs: StepInputs) -> Tensor:
-        return ops.embed(inputs.input_ids, table) * 2
 
-    def plain(inputs: StepInputs) -> Tensor:
-        return ops.embed(inputs.input_ids, table).view(-1, 4)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x * 2,
+        lambda x: x.mul_(2),
+        lambda x: torch.cat((x, x), dim=1),
+        lambda x: torch.split(x + 1, 2, dim=1)[0],
+        lambda x: x.__setitem__(0, 1.0) or x,
+        lambda x: x.__iadd__(1.0),
+        lambda x: torch.nn.functional.relu(x),
+    ],
+)
+@torch.inference_mode()
+def test_what_torch_computes_is_not_recorded(change: Callable[[Tensor], Tensor]) -> None:
+    ops = CpuOps(1)
 
-    step = StepInputs.build([[3]], [0], [[0]], [0], BLOCK_SIZE)
-    with torch.inference_mode():
-        assert ops.capture(doubled, step, 8) is doubled
-        captured = ops.capture(plain, step, 8)
-        assert captured is not plain
-        three = StepInputs.build([[5, 1], [7]], [0, 0], [[0], [1]], [], BLOCK_SIZE)
-        assert torch.equal(captured(three), table[[5, 1, 7]])
+    def compute(inputs: StepInputs) -> Tensor:
+        return change(ops.embed(inputs.input_ids, TABLE))
+
+    assert ops.capture(compute, STEP, 8) is compute
+
+
+@torch.inference_mode()
+def test_views_are_recorded() -> None:
+    ops = CpuOps(1)
+
+    def compute(inputs: StepInputs) -> Tensor:
+        return ops.embed(inputs.input_ids, TABLE).view(-1, 2, 2).flatten(1)
+
+    captured = ops.capture(compute, STEP, 8)
+    assert captured is not compute
+    assert torch.equal(captured(THREE), TABLE[[5, 1, 7]])
 
 
 def test_a_recording_reuses_memory() -> None:
     """As many tensors as live at once, however many layers there are."""
     ops, gain = CpuOps(1), torch.ones(4)
-    table = torch.randn(8, 4)
 
     def deep(layers: int) -> CapturedStep:
         def compute(inputs: StepInputs) -> Tensor:
-            x = ops.embed(inputs.input_ids, table)
+            x = ops.embed(inputs.input_ids, TABLE)
             for _ in range(layers):
                 x = ops.rms_norm(x, gain, 1e-6)
             return x
 
         with torch.inference_mode():
-            captured = ops.capture(compute, StepInputs.build([[3]], [0], [[0]], [0], BLOCK_SIZE), 8)
+            captured = ops.capture(compute, STEP, 8)
         assert isinstance(captured, CapturedStep)
         return captured
 

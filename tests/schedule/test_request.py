@@ -102,3 +102,21 @@ def test_tokens_spans_prompt_and_output():
             assert request.tokens(start, stop) == both[start:stop]
     assert request.num_tokens == 5 and request.order == (0, 0.0, "a")
     assert not request.finished and request.status is RequestStatus.WAITING
+
+
+@pytest.mark.parametrize(
+    ("wish", "shapes"),
+    [
+        ({"logit_bias": {3: 1.0}}, True),
+        ({"presence_penalty": 0.5}, True),
+        ({"frequency_penalty": -0.5}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"logprobs": 0}, False),
+        ({"min_tokens": 1}, False),
+        ({"temperature": 0.5}, False),
+    ],
+)
+def test_a_plain_request_asks_for_the_most_likely_token_only(wish, shapes):
+    assert SamplingParams(temperature=0).plain
+    asked = SamplingParams(**{"temperature": 0, **wish})
+    assert not asked.plain and asked.shapes_logits is shapes

@@ -73,6 +73,10 @@ def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | Mo
 
 
 def _sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
+    if all(request.params.plain for request in requests):
+        ids_L, finite_L = ops.argmax(logits_LV)
+        pairs = zip(ids_L.tolist(), finite_L.tolist(), strict=True)
+        return [Sampled(token) if finite else not_finite() for token, finite in pairs]
     shaped_LV = _shaped(logits_LV, requests)
     device = logits_LV.device
     temperature_L = torch.tensor([_temperature(each.params) for each in requests], dtype=torch.float32)
@@ -147,14 +151,7 @@ def _candidates(params: SamplingParams) -> int:
 
 
 def _shapes_logits(request: Request) -> bool:
-    params = request.params
-    return bool(
-        params.logit_bias
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-        or len(request.output_ids) < params.min_tokens
-    )
+    return request.params.shapes_logits or len(request.output_ids) < request.params.min_tokens
 
 
 def _shaped(logits_LV: Tensor, requests: Sequence[Request]) -> Tensor:

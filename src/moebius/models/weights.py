@@ -6,6 +6,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class _Files:
         if stored.file not in self._maps:
             with stored.file.open("rb") as file:
                 region = self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # What is read from now on is read in huge pages, where the kernel has them for files.
+            with suppress(OSError, AttributeError):
+                region.madvise(mmap.MADV_HUGEPAGE)
             region.madvise(mmap.MADV_WILLNEED)
             populate(np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region)
         dtype = _TORCH_DTYPES[stored.dtype]

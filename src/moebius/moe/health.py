@@ -31,10 +31,7 @@ def coefficient_of_variation(counts_E: Tensor) -> Tensor:
 
 
 def max_violation(counts_E: Tensor) -> Tensor:
-    """MaxVio = (max c - mean c) / mean c (arXiv 2408.15664 eq 4): 0 even, E - 1 for one expert that serves all.
-
-    A device that holds one expert waits by this factor for the busiest; capacity factor 1 + MaxVio drops nothing.
-    """
+    """MaxVio = (max c - mean c) / mean c (arXiv 2408.15664 eq 4): 0 even, E - 1 for one expert that serves all."""
     return load_share(counts_E).amax(-1) * counts_E.shape[-1] - 1
 
 
@@ -71,10 +68,7 @@ def entropy(p_E: Tensor) -> Tensor:
 
 
 def mutual_information(mean_E: Tensor, mean_entropy: Tensor) -> Tensor:
-    """H(mean p) - mean H(p) in nats: what the choice of expert tells of the token (or of its class), 0 to ln E.
-
-    0 where every token gets the same distribution: a router that is not looking, or has collapsed.
-    """
+    """H(mean p) - mean H(p) in nats, 0 to ln E: what the choice of expert tells of the token, or of its class."""
     return entropy(mean_E) - mean_entropy
 
 
@@ -98,10 +92,9 @@ def margin(p_TE: Tensor) -> Tensor:
 def routed_in_bfloat16(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, config: RouterConfig, selection_bias_E: Tensor | None
 ) -> Tensor:
-    """Expert ids (T, K) if the router's product ran in bfloat16 and not in float32 (Switch section 2.4).
+    """Expert ids (T, K) if the router's input, weights and logits were rounded to bfloat16 (Switch section 2.4).
 
-    Input, weights and logits are rounded; scores are worked out from the rounded logits. Rounding merges close logits,
-    and ties go to the lowest id. `overlap` with the ids of the float32 router below 1 is a change.
+    Rounding merges close logits, and ties go to the lowest id. `overlap` with the ids as they are below 1 is a change.
     """
     bias = None if bias_E is None else bias_E.bfloat16()
     logits_TE = torch.nn.functional.linear(x_TD.bfloat16(), weight_ED.bfloat16(), bias)
@@ -111,16 +104,16 @@ def routed_in_bfloat16(
 def overlap(ids_TK: Tensor, other_TK: Tensor) -> Tensor:
     """|A and B| / K of each token's experts in two routings, in whatever order (T,): 1 the same, 0 all others.
 
-    Its mean over tokens is router saturation, where one routing is a checkpoint's and the other the final model's
-    (OLMoE, arXiv 2409.02060 section 5.1).
+    The mean over tokens, for a checkpoint and the final model, is router saturation (OLMoE, arXiv 2409.02060, 5.1).
     """
     return (ids_TK.unsqueeze(2) == other_TK.unsqueeze(1)).double().sum((1, 2)) / ids_TK.shape[1]
 
 
 def coactivation(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
     """N_ij, how many tokens chose both i and j, over all pairs of their K experts; N_ii = c_i. (E, E) int64."""
-    chosen_TE = torch.zeros(len(expert_ids_TK), num_experts, dtype=torch.double).scatter_(1, expert_ids_TK.cpu(), 1.0)
-    return (chosen_TE.T @ chosen_TE).long()
+    zeros_TE = torch.zeros(len(expert_ids_TK), num_experts, device=expert_ids_TK.device)
+    chosen_TE = zeros_TE.scatter_(1, expert_ids_TK, 1.0)
+    return (chosen_TE.T @ chosen_TE).long()  # float32 counts exactly to 2^24 tokens
 
 
 def coactivation_share(together_EE: Tensor) -> Tensor:
@@ -128,6 +121,20 @@ def coactivation_share(together_EE: Tensor) -> Tensor:
     counts_E = together_EE.diagonal(dim1=-2, dim2=-1)
     share = together_EE.double() / counts_E.clamp(min=1).unsqueeze(-1)
     return share - torch.diag_embed(share.diagonal(dim1=-2, dim2=-1))
+
+
+def coactivation_lift(together_EE: Tensor, tokens: int, top_k: int) -> Tensor:
+    """How much oftener i and j meet than two experts of their loads do by chance (..., E, E): 1 is chance, 0 never.
+
+    N_ij N / (N_i N_j), times K (E - 1) / ((K - 1) E), since a token chooses no expert twice: under even random routing
+    N_ij = N K (K - 1) / (E (E - 1)). K >= 2; the diagonal means nothing and is 1.
+    """
+    counts_E = together_EE.diagonal(dim1=-2, dim2=-1).double().clamp(min=1)
+    experts = together_EE.shape[-1]
+    even = top_k * (experts - 1) / ((top_k - 1) * experts)
+    lift = together_EE * tokens / counts_E.unsqueeze(-1) / counts_E.unsqueeze(-2) * even
+    eye = torch.eye(experts, dtype=torch.double, device=lift.device)
+    return lift * (1 - eye) + eye
 
 
 def preference(counts_EX: Tensor, tokens_X: Tensor) -> Tensor:
@@ -152,20 +159,16 @@ def total_variation(p_E: Tensor, q_E: Tensor) -> Tensor:
 
 
 def dropped_share(counts_E: Tensor, capacity_factor: float) -> Tensor:
-    """Share of (token, choice) pairs beyond each expert's capacity, were there one: 0 to 1 - 1/E.
-
-    counts are one step's; capacity is int(factor * pairs / E) (Switch eq 3), at least 1. Serving never drops.
-    """
+    """Share of a step's pairs beyond each expert's capacity, int(factor * pairs / E) (Switch eq 3): 0 to 1 - 1/E."""
     pairs = counts_E.sum(-1, keepdim=True)
     capacity = (capacity_factor * pairs.double() / counts_E.shape[-1]).floor().clamp(min=1)
     return (counts_E - capacity).clamp(min=0).sum(-1) / pairs.squeeze(-1).clamp(min=1)
 
 
 def distinct_experts(hit_E: Tensor, batch: int) -> Tensor:
-    """Expected experts that `batch` independent tokens touch, each choosing e with probability hit_e = c_e / N.
+    """Expected experts that B independent tokens touch, hit_e = c_e / N: sum_e 1 - (1 - hit_e)^B, K to E.
 
-    sum_e 1 - (1 - hit_e)^B: K for one token, at most E. Even load, hit = K/E, gives the most: E (1 - (1 - K/E)^B).
-    It is what a step's expert weights cost to read.
+    An even load, hit = K/E, touches the most: E (1 - (1 - K/E)^B).
     """
     return (1 - (1 - hit_E.double()) ** batch).sum(-1)
 

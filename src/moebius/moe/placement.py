@@ -6,6 +6,9 @@ evenly; a rank has room for equally many. Deterministic: ties go to the lowest e
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def replicate(loads: Sequence[float], slots: int) -> list[int]:
     """The expert in each of `slots` >= E slots: one each, in order, then more of whichever has the busiest copies."""
@@ -35,7 +38,9 @@ def place(loads: Sequence[float], ranks: int, slots: int | None = None) -> list[
     return [[experts[slot] for slot in rank] for rank in pack(shares, ranks)]
 
 
-def rank_loads(loads: Sequence[float], placement: Sequence[Sequence[int]]) -> list[float]:
-    """What each rank does under a placement, in the unit of `loads`."""
-    copies = [sum(list(rank).count(e) for rank in placement) for e in range(len(loads))]
-    return [sum(loads[e] / copies[e] for e in rank) for rank in placement]
+def rank_loads(loads_E: Tensor, placement: Sequence[Sequence[int]]) -> Tensor:
+    """What each rank does under a placement, in the unit of the loads (..., E): float64 (..., R)."""
+    held_RE = torch.zeros(len(placement), loads_E.shape[-1], dtype=torch.float64)
+    for rank, experts in enumerate(placement):
+        held_RE[rank] += torch.bincount(torch.tensor(experts, dtype=torch.long), minlength=loads_E.shape[-1])
+    return loads_E.double() @ (held_RE / held_RE.sum(0)).T

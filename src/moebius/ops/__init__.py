@@ -152,6 +152,10 @@ class Ops(Protocol):
         2408.00118). sinks_H: float32 scores of one more key a head, without a value (gpt-oss, arXiv 2508.10925).
         """
 
+    def argmax(self, logits_LV: Tensor) -> Pair:
+        """The most likely id of each row, ties to the lowest, (L,) int64, and whether all its logits are finite, (L,)
+        bool; where they are not, the id means nothing."""
+
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         """What sampling needs of each row: logsumexp(logits / temperature) and the k most likely ids.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,8 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from moebius import _cpu
 from moebius.config import Activation, RouterConfig
@@ -29,6 +29,8 @@ from moebius.ops import Compute, ExpertWeights, Pair
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 
+# Torch functions that write to a tensor: copy_, __setitem__, __iadd__ and their kind.
+_CHANGES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(?!nt|ndex|nvert)\w+__")
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
@@ -87,15 +89,21 @@ def _require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
     return _DTYPES[dtype]
 
 
-class _KernelsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices what torch itself computes, other views of the same memory apart: a recording would not know of it."""
+class _KernelsOnly(TorchFunctionMode):
+    """Notices what torch itself computes, other views of the same memory apart: a recording would not know of it.
+
+    (A TorchDispatchMode would see more, but importing what it needs takes seconds.)
+    """
 
     only: bool = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        self.only &= all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in given for x in tree_leaves(out))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, Tensor)]
+        changes = _CHANGES.fullmatch(getattr(func, "__name__", ""))
+        if changes or not all(x.untyped_storage().data_ptr() in given for x in made):
+            self.only = func is torch.frombuffer and self.only
         return out
 
 
@@ -113,13 +121,14 @@ class CapturedStep:
         self.plans: list[Any] = []
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
         self._inputs = [self._buffer((), torch.int64) for _ in range(3)]
+        self._arrays = [x.numpy() for x in self._inputs]
 
     def record(self, example: StepInputs) -> bool:
         """Run and record a step of one token; False where torch computes a part of it."""
         self._take(example)
         ids, positions, slots = (each[:1] for each in self._inputs)
         inputs = dataclasses.replace(example, input_ids=ids, positions=positions, slot_mapping=slots)
-        mode = _KernelsOnly()  # type: ignore[no-untyped-call]
+        mode = _KernelsOnly()
         with mode:
             out = self._compute(inputs)
         if mode.only:  # the result is read until the next step begins, and so is kept
@@ -137,8 +146,8 @@ class CapturedStep:
         return self._out[:count]
 
     def _take(self, inputs: StepInputs) -> None:
-        for own, given in zip(self._inputs, (inputs.input_ids, inputs.positions, inputs.slot_mapping), strict=True):
-            own[: len(given)] = given
+        for own, given in zip(self._arrays, (inputs.input_ids, inputs.positions, inputs.slot_mapping), strict=True):
+            own[: len(given)] = given.numpy()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._buffer(shape[1:], dtype)[: shape[0]]
@@ -342,6 +351,12 @@ class CpuOps:
         into, at = out.data_ptr(), cache.buffer.data_ptr()
         self._ops.attention(dtype, cache.shape, plan, len(q_THN), at, q, q_THN.shape[1], scale, caps, sinks, into)
         return out
+
+    def argmax(self, logits_LV: Tensor) -> Pair:
+        rows, vocab = logits_LV.shape
+        ids, finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+        self._ops.argmax(_address(logits_LV, torch.float32), rows, vocab, ids.data_ptr(), finite.data_ptr())
+        return ids, finite
 
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         rows, vocab = logits_LV.shape

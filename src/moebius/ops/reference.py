@@ -236,6 +236,9 @@ class ReferenceOps:
                 out_THN[group.rows] = _attend_by_hand(q_THN[group.rows], cache, group, scale, softcap, sinks_H)
         return out_THN
 
+    def argmax(self, logits_LV: Tensor) -> Pair:
+        return top_k(logits_LV, 1)[:, 0], logits_LV.isfinite().all(-1)
+
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         finite_L = torch.isfinite(logits_LV).all(dim=-1)
         scaled_LV = logits_LV.double() if temperature_L is None else logits_LV.double() / temperature_L.unsqueeze(1)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from typing import Any
+from itertools import repeat
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,27 +49,33 @@ class StepInputs:
         device: torch.device | str = "cpu",
     ) -> StepInputs:
         """From each sequence's new tokens, the position of the first of them, and its blocks."""
-        counts = [len(ids) for ids in token_ids]
-        query_start = [0, *accumulate(counts)]
-        seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
-        table = np.zeros((len(counts), max(map(len, block_ids), default=0)), np.int32)
-        for row, blocks in zip(table, block_ids, strict=True):
-            row[: len(blocks)] = blocks
-        sequence = np.repeat(np.arange(len(counts)), np.asarray(counts, np.int64))
-        offsets = np.asarray(starts, np.int64) - np.asarray(query_start[:-1], np.int64)
-        positions = np.arange(query_start[-1]) + offsets[sequence]
-        slots = table[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        ids, positions, slots, table = array("q"), array("q"), array("q"), array("i")
+        query_start, seq_lens = [0], []
+        width = max(map(len, block_ids), default=0)
+        for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
+            stop = start + len(tokens)
+            ids.extend(tokens)
+            positions.extend(range(start, stop))
+            for at in range(start // block_size, -(-stop // block_size)):
+                shift = (blocks[at] - at) * block_size
+                slots.extend(range(max(start, at * block_size) + shift, min(stop, (at + 1) * block_size) + shift))
+            table.extend(blocks)
+            table.extend(repeat(0, width - len(blocks)))
+            query_start.append(query_start[-1] + len(tokens))
+            seq_lens.append(stop)
 
-        def tensor(values: Any, dtype: Any = np.int64) -> Tensor:
-            return torch.from_numpy(np.asarray(values, dtype)).to(device, non_blocking=True)
+        def tensor(values: Sequence[int], code: str = "q") -> Tensor:
+            # Torch reads an array where it lies: numpy on the way would cost more than a short step's integers.
+            values, dtype = array(code, values), torch.int64 if code == "q" else torch.int32
+            return (torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)).to(device)
 
         return cls(
-            input_ids=tensor(list(chain.from_iterable(token_ids))),
+            input_ids=tensor(ids),
             positions=tensor(positions),
             slot_mapping=tensor(slots),
-            query_start=tensor(query_start, np.int32),
-            seq_lens=tensor(seq_lens, np.int32),
-            block_table=tensor(table, np.int32),
+            query_start=tensor(query_start, "i"),
+            seq_lens=tensor(seq_lens, "i"),
+            block_table=tensor(table, "i").view(len(seq_lens), width),
             logit_rows=tensor(logit_rows),
             query_start_host=tuple(query_start),
             seq_lens_host=tuple(seq_lens),

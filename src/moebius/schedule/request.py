@@ -157,6 +157,18 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def plain(self) -> bool:
+        """Greedy and nothing else: the most likely id is all that is asked for."""
+        return self.greedy and self.logprobs is None and not self.shapes_logits and not self.min_tokens
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Bias or penalties come before the draw."""
+        return bool(
+            self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
