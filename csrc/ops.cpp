@@ -94,8 +94,7 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
         float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < m; i++) x_rows[i] = at(x, (first + i) * row_bytes);
-        // Another thread takes the next chunk; this one's next is likely as many further as there are threads.
-        const int ahead = column + columns * pool_.threads();
+        const int ahead = column + columns;
         const void* next = ahead < layer->out ? at(layer->weight, ahead * row_bytes)
                            : layer + 1 < l.layers.data() + l.layers.size() ? layer[1].weight : nullptr;
         product(l.dtype, x_rows, first, m, at(layer->weight, column * row_bytes), n, l.in, next, c, columns, scratch_[thread]);
@@ -164,7 +163,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) x_rows[i] = at(x, pairs_[p.first + i] / top_k * hidden_bytes);
         const size_t offset = p.column * hidden_bytes;
-        const Product* then = item + pool_.threads() < int(products_.size()) ? &p + pool_.threads() : nullptr;
+        const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
         const void *gate_w = at(e.gate[p.expert], offset), *up_w = at(e.up[p.expert], offset);
         const void* next = then ? at(e.gate[then->expert], then->column * hidden_bytes) : e.down[p.expert];
         product(e.dtype, x_rows, p.first, p.count, gate_w, p.columns, e.hidden, up_w, gate, p.columns, scratch_[thread]);
@@ -185,7 +184,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
         const void* h_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) h_rows[i] = hidden_.data() + (p.first + i) * width_bytes;
-        const Product* then = item + pool_.threads() < int(products_.size()) ? &p + pool_.threads() : nullptr;
+        const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
         const void* next = then ? at(e.down[then->expert], then->column * width_bytes) : nullptr;
         const void* down_w = at(e.down[p.expert], p.column * width_bytes);
         product(e.dtype, h_rows, p.first, p.count, down_w, p.columns, e.width, next, c, p.columns, scratch_[thread]);

@@ -35,7 +35,7 @@ private:
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : cursors_(threads) {
     for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
 }
 
@@ -49,12 +49,15 @@ Pool::~Pool() {
 }
 
 void Pool::take_items(int thread) {
-    for (int item; (item = next_.fetch_add(1)) < count_;) try {
-            call_(body_, item, thread);
-        } catch (...) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            if (!error_) error_ = std::current_exception();
-        }
+    for (int i = 0; i < threads(); i++) {
+        const int share = (thread + i) % threads(), end = first_of(share + 1);
+        for (int item; (item = cursors_[share].next.fetch_add(1)) < end;) try {
+                call_(body_, item, thread);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                if (!error_) error_ = std::current_exception();
+            }
+    }
 }
 
 void Pool::run(int count, Call call, const void* body) {
@@ -66,7 +69,7 @@ void Pool::run(int count, Call call, const void* body) {
         return;
     }
     call_ = call, body_ = body, count_ = count;
-    next_.store(0);
+    for (int i = 0; i < threads(); i++) cursors_[i].next.store(first_of(i));
     open_.store(true);
     jobs_.fetch_add(1);
     if (sleeping_.load()) {

@@ -122,7 +122,8 @@ INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, con
     for (int i = 0; i < M * N; i++) sums[i] = s[i];
 }
 
-// Few rows: weights are widened in registers as they come from memory.
+// Few rows: weights are widened in registers as they come from memory. What is fetched lies one row short of a tile ahead:
+// any further and lines are gone again, any nearer and they come too late.
 template <class T, int M, int N> INLINE void few_rows(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
     const int whole = k / STEP_8, rest = steps_8(k) - whole;
     float last[N * STEP_8], out[M * N];
@@ -132,7 +133,7 @@ template <class T, int M, int N> INLINE void few_rows(const float* x, size_t ldx
         // Columns beyond the last repeat it, and are not written.
         for (int l = 0; l < N; l++) rows[l] = w + size_t(min_of(j + l, n - 1)) * ldw;
         F8 sums[M * N] = {};
-        tile_8<T, M, N, true>(x, ldx, rows, whole, reinterpret_cast<const char*>(j + N < n ? w + (j + N) * ldw : next), sums);
+        tile_8<T, M, N, true>(x, ldx, rows, whole, reinterpret_cast<const char*>(j + N < n ? w + (j + N - 1) * ldw : next), sums);
         if (rest) {
             for (int l = 0; l < N; l++) widen(rows[l], k, whole, whole + 1, last + l * STEP_8), ends[l] = last + l * STEP_8;
             tile_8<float, M, N, false>(x + size_t(whole) * STEP_8, ldx, ends, 1, nullptr, sums);
@@ -192,7 +193,7 @@ void product_8(const void* const* packed, int m, const void* weights, size_t ldw
     const T *w = static_cast<const T*>(weights), *next = static_cast<const T*>(then ? then : weights);
     if (m > 2 * FEW_X) return many_rows(x, ldx, m, w, ldw, n, k, c, ldc);
     if (m > FEW_X) few_rows<T, FEW_X, FEW_W>(x, ldx, w, ldw, n, k, w, c, ldc), x += FEW_X * ldx, c += FEW_X * size_t(ldc), m -= FEW_X;
-    if (m == 1) few_rows<T, 1, 8>(x, ldx, w, ldw, n, k, next, c, ldc);
+    if (m == 1) few_rows<T, 1, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
     else if (m == 2) few_rows<T, 2, 6>(x, ldx, w, ldw, n, k, next, c, ldc);
     else if (m == 3) few_rows<T, 3, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
     else few_rows<T, 4, 3>(x, ldx, w, ldw, n, k, next, c, ldc);
