@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moebius.train.architecture import ModelRecipe
 from moebius.train.data import PreparedData, prepare
-from moebius.train.recipe import CorpusRecipe, MixtureRecipe, ModelRecipe, Recipe, TokenizerRecipe, TrainingRecipe
+from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
 
 MODULES = (
     "abc bisect calendar cmd code contextlib copy csv dis fnmatch glob heapq io keyword numbers operator pprint queue "
@@ -42,7 +43,7 @@ def recipe() -> Recipe:
         name="tiny",
         seed=3,
         corpus=CorpusRecipe(heldout_share=0.2, chat_examples=40),
-        mixture=MixtureRecipe(library=2, tests=0, docs=0, chat=1),
+        mixture={"library": 2, "tests": 0, "docs": 0},
         tokenizer=TokenizerRecipe(vocab_size=320),
         model=ModelRecipe(
             hidden_size=32,

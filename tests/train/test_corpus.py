@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
 from moebius.errors import ConfigError
-from moebius.train.corpus import read_corpus
+from moebius.train.corpus import FileCorpus, read_corpus
 
 CODE = "def function_{n}(argument):\n    return argument + some_name_{n}\n\n\n"
 
@@ -40,10 +41,10 @@ def test_every_document_is_on_the_side_its_path_hashes_to(root: Path) -> None:
 
 
 def test_the_fingerprint_follows_the_text(root: Path) -> None:
-    before = read_corpus(0.3, root).sha256
-    assert read_corpus(0.3, root).sha256 == before
+    before = read_corpus(0.3, root).key
+    assert read_corpus(0.3, root).key == before
     (root / "m3.py").write_text(_module(3) + "x = None\n")
-    assert read_corpus(0.3, root).sha256 != before
+    assert read_corpus(0.3, root).key != before
 
 
 def test_what_is_left_out(root: Path) -> None:
@@ -96,3 +97,62 @@ def test_help_topics_are_plain_text(root: Path) -> None:
 def test_a_python_without_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"0 usable documents.*\.py sources"):
         read_corpus(0.05, tmp_path)
+
+
+def test_files_folders_and_json_lines(tmp_path: Path) -> None:
+    lines = [json.dumps({"body": f"line {i}", "other": 1}) for i in range(30)]
+    root = _write(
+        tmp_path,
+        {
+            "notes/b.txt": "two\r\nlines",
+            "notes/deep/a.md": "é",
+            "notes/image.png": b"\x89PNG\x00\xff",
+            "notes/zero.txt": b"a\x00b",
+            "notes/.hidden/c.txt": "no",
+            "notes/empty.txt": " \n",
+            "data.jsonl": "\n".join(lines) + "\n\n",
+        },
+    )
+    files = {"notes": (str(root / "notes"),), "data": (str(root / "data.jsonl"),)}
+    corpus = FileCorpus(files, "body", 0.3)
+    found = list(corpus)
+    assert found == list(corpus), "a second pass reads the same"
+    texts = {d.path: (d.kind, d.text) for _, d in found}
+    assert texts.pop("b.txt") == ("notes", "two\nlines") and texts.pop("deep/a.md") == ("notes", "é")
+    assert texts == {f"data.jsonl:{i + 1}": ("data", f"line {i}") for i in range(30)}
+    assert sorted(Path(name).name for name in corpus.skipped) == ["image.png", "zero.txt"]
+    for split, document in found:
+        assert split == ("heldout" if _fraction(document.path) < 0.3 else "train")
+    before = FileCorpus(files, "body", 0.3).key
+    (root / "notes/b.txt").write_text("changed")
+    assert FileCorpus(files, "body", 0.3).key != before
+
+
+def test_of_one_text_file_the_end_is_held_out(tmp_path: Path) -> None:
+    text = "".join(f"line {i:03}\n" for i in range(100))
+    path = _write(tmp_path, {"book.txt": text}) / "book.txt"
+    (_, train), (_, heldout) = FileCorpus({"book": (str(path),)}, "text", 0.1)
+    assert train.text + heldout.text == text
+    assert heldout.text == text[-90:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("image.txt", b"\xff\xfe\x00", r"image\.txt is binary"),
+        (
+            "lines.jsonl",
+            b'{"text": "a"}\n{"txt": "b"}\n',
+            r"lines\.jsonl, line 2: it must be a JSON object with a text",
+        ),
+        ("lines.jsonl", b'{"text": "a"}\nnothing\n', r"line 2: it must be a JSON object"),
+        ("lines.jsonl", b'{"text": 3}\n', r"line 1: 'text' is no text"),
+        ("none", b"", r"corpus\.files\.a: .* does not exist"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        list(FileCorpus({"a": (str(path),)}, "text", 0.1))

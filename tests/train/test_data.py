@@ -19,7 +19,7 @@ from moebius.train.data import (
     evaluation_batches,
     pack,
     prepare,
-    streams,
+    token_dtype,
 )
 from moebius.train.recipe import Recipe
 
@@ -57,12 +57,6 @@ def test_prepared_files_are_used_again_and_remade_for_another_recipe(
     assert json.loads((tmp_path / "data.json").read_text())["facts"]["sizes"]["train"]["chat"]["documents"] == 3
 
 
-def test_held_out_streams_need_only_the_tokenizer(data: PreparedData, library: Path) -> None:
-    found = streams(read_corpus(0.2, library).heldout, data.tokenizer)
-    assert found.keys() == data.heldout.keys()
-    assert all(np.array_equal(found[kind], data.heldout[kind]) for kind in found)
-
-
 def test_document_numbers_against_a_loop() -> None:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, 4, (20, 30), generator=generator)
@@ -75,6 +69,8 @@ def test_document_numbers_against_a_loop() -> None:
                 current += 1
             expected.append(current)
         assert numbers == expected
+    without = document_numbers(tokens, END, None)
+    assert torch.equal(without, (tokens == END).cumsum(1))
 
 
 def _streams(data: PreparedData, **lengths: int) -> PreparedData:
@@ -121,12 +117,23 @@ def test_batches_refuse_what_is_not_there(data: PreparedData) -> None:
 def test_evaluation_takes_every_target_once(data: PreparedData, size: int) -> None:
     stream = np.arange(1, size + 1, dtype=np.uint16)
     targets: list[int] = []
-    for batch in evaluation_batches(stream, data.tokenizer, rows=2, length=16):
+    for batch in evaluation_batches(stream, data, rows=2, length=16):
         assert torch.equal(batch.target_RL, batch.input_RL + 1)
         targets += batch.target_RL.flatten().tolist()
     assert targets == stream[1:].tolist()
 
 
 def test_pack_of_nothing_is_one_end(data: PreparedData) -> None:
-    assert pack([], data.tokenizer).tolist() == [END]
-    assert pack(["a"], data.tokenizer).tolist() == [END, data.tokenizer.encode("a").ids[0], END]
+    assert pack([], data.tokenizer, END).tolist() == [END]
+    assert pack(["a"], data.tokenizer, END).tolist() == [END, data.tokenizer.encode("a").ids[0], END]
+
+
+def test_special_tokens_spelled_out_are_text_but_in_conversations(data: PreparedData) -> None:
+    text = "a<|endoftext|>b"
+    packed = pack([text], data.tokenizer, END)
+    assert packed.tolist().count(END) == 2 and data.tokenizer.decode(packed.tolist()) == text
+    assert pack([text], data.tokenizer, END, chat=True).tolist().count(END) == 3
+
+
+def test_large_vocabularies_need_four_bytes() -> None:
+    assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)

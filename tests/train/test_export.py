@@ -19,7 +19,7 @@ from moebius.train.data import PreparedData, bytes_per_token
 from moebius.train.evaluate import score
 from moebius.train.export import export, parameter_counts
 from moebius.train.recipe import Recipe
-from moebius.train.run import main_from_recipe
+from moebius.train.run import Options, main_from_recipe
 from moebius.train.trainer import Trainer
 
 TOML = """
@@ -57,7 +57,7 @@ def exported(recipe: Recipe, data: PreparedData, tmp_path_factory: pytest.TempPa
     for _ in range(4):
         trainer.step()
     folder = tmp_path_factory.mktemp("exported")
-    export(trainer.decoder, recipe, data.tokenizer, folder)
+    export(trainer, folder)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_bits_per_byte_against_transformers(
             logits = oracle(row[a:b].unsqueeze(0)).logits[0]
             nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             num_bytes += int(sizes[targets].sum())
-    measured = score(load_decoder(exported, torch.float32), stream, data.tokenizer, length)
+    measured = score(load_decoder(exported, torch.float32), stream, data, length)
     assert measured.num_tokens == len(stream) - 1
     assert measured.num_bytes == num_bytes
     assert measured.nats == pytest.approx(nats, rel=1e-4)
@@ -109,16 +109,17 @@ def test_bits_per_byte_against_transformers(
 def test_parameters_a_token_uses(recipe: Recipe, data: PreparedData) -> None:
     decoder = Trainer(recipe, data).decoder
     m = recipe.model
+    assert m is not None
     experts = m.num_layers * 3 * m.hidden_size * m.expert_width
     attention = m.num_layers * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 8 + 2 * 32 + 4 * 32)
     rest = 320 * 32 + 32 + attention
-    assert parameter_counts(decoder, 4, 2) == (rest + 4 * experts, rest + 2 * experts)
+    assert parameter_counts(decoder) == (rest + 4 * experts, rest + 2 * experts)
 
 
 def test_from_recipe_to_directory_and_back(library: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TOML)
     out = tmp_path / "model"
-    figures = main_from_recipe(tmp_path / "tiny.toml", out, root=library)
+    figures = main_from_recipe(tmp_path / "tiny.toml", out, Options(root=library))
     assert {p.name for p in out.iterdir()} == {
         "config.json",
         "generation_config.json",
@@ -128,7 +129,7 @@ def test_from_recipe_to_directory_and_back(library: Path, tmp_path: Path) -> Non
         "README.md",
         "training",
     }
-    again = main_from_recipe(tmp_path / "tiny.toml", out, evaluate_only=True, root=library)
+    again = main_from_recipe(tmp_path / "tiny.toml", out, Options(evaluate_only=True, root=library))
     assert again == figures
     card = (out / "README.md").read_text()
     assert f"**{figures['all']['bits_per_byte']:.3f}**" in card
@@ -138,9 +139,20 @@ def test_from_recipe_to_directory_and_back(library: Path, tmp_path: Path) -> Non
     assert total["bytes"] == sum(f["bytes"] for f in parts)
     weighted = sum(f["bits_per_byte"] * f["bytes"] for f in parts) / total["bytes"]
     assert total["bits_per_byte"] == pytest.approx(weighted)
+    assert 1 < total["ngram_bits_per_byte"] < 6
     assert 0 < total["xz_bits_per_byte"] < total["gzip_bits_per_byte"] * 1.5 < 8
-    continued = main_from_recipe(tmp_path / "tiny.toml", out, root=library)
+    with pytest.raises(ConfigError, match="holds a training run already; continue it with --resume"):
+        main_from_recipe(tmp_path / "tiny.toml", out, Options(root=library))
+    twin = tmp_path / "twin"
+    dense = main_from_recipe(tmp_path / "tiny.toml", twin, Options(dense_twin=True, root=library))
+    assert json.loads((twin / "config.json").read_text())["model_type"] == "qwen3"
+    continued = main_from_recipe(tmp_path / "tiny.toml", out, Options(resume=True, against=twin, root=library))
     assert continued == figures
+    card = (out / "README.md").read_text()
+    assert f"**{total['bits_per_byte']:.3f}** | {dense['all']['bits_per_byte']:.3f} |" in card
+    assert "(the dense twin: " in card
+    assert f"MaxVio {total['max_violation'][0]:.2f} by layer; dead experts: {total['dead_experts']}." in card
+    assert len(total["max_violation"]) == 1 and 0 <= total["max_violation"][0] <= 3
 
 
 def test_the_command_names_what_is_missing(tmp_path: Path) -> None:

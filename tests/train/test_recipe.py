@@ -61,13 +61,26 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         ("experts_per_token = 2", "experts_per_token = 5", r"top_k .* is 5; .* num_experts = 4"),
         ("num_layers = 1", "num_layers = 0", r"model\.num_layers is 0; it must be at least 1"),
         ("num_heads = 4", "num_heads = 3", r"num_attention_heads = 3 is no multiple"),
-        ("[training]", "[mixture]\nlibrary = -1\n[training]", r"mixture\.library is -1"),
+        ("[training]", "[mixture]\nlibrary = -1\n[training]", r"mixture\.library is -1; it must not"),
         ("[training]", "[mixture]\nlibrary=0\ntests=0\ndocs=0\nchat=0\n[training]", "every kind of text is"),
         ("[training]", "[corpus]\nchat_examples = 0\n[training]", r"mixture\.chat is 1 but corpus\.chat_examples is 0"),
         ("[training]", "[corpus]\nheldout_share = 0.9\n[training]", r"heldout_share is 0\.9; it must lie between"),
         ("[training]", "[tokenizer]\nvocab_size = 100000\n[training]", r"vocab_size is 100000; it must lie between"),
         ('name = "r"', 'name = "r"\ncorpus = 3', r"corpus is 3; it must be a table"),
+        ("[training]", "[mixture]\npoems = 1\n[training]", r"mixture\.poems names no kind of text; there are library"),
         ('name = "r"', "name = ", "is not TOML"),
+        ("experts_per_token = 2", "experts_per_token = 1", "renormalised top-1 .* no gradient; use weight = 'raw'"),
+        ("[training]", "[routing]\ncapacity_factor = 1.25\n[training]", "dropless router has no capacity; set"),
+        ("[training]", "[routing]\ndropless = false\n[training]", "dropless is false; give capacity_factor"),
+        ("[training]", '[routing]\nchoice = "expert"\n[training]', "causal decoder must not see"),
+        ("[training]", '[routing]\nchoice = "batch_prioritised"\n[training]', "causal decoder must not see"),
+        ("[training]", "[routing]\njitter = 1\n[training]", r"jitter is 1\.0; it must be at least 0 and less than 1"),
+        ("[training]", '[routing]\nsecond_policy = "none"\n[training]', "must be all, threshold or random"),
+        ("experts_per_token = 2", 'weight = "softmax"', r"model\.weight is 'softmax'; it must be one of raw, renorm"),
+        ("num_layers = 1", "num_layers = 1\nsparse_every = 2", "no layer has experts"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\naccumulation = 3", "no multiple of training.accumulation = 3"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\nbias_rate = 0.1", r"model\.selection_bias is false"),
+        ("[training]", '[finetune]\ncheckpoint = "x"\n[training]', "either a model table, .* or a finetune table"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -83,7 +96,9 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def test_the_model_is_the_recipes(tmp_path: Path) -> None:
     """qwen3_moe in full: every layer sparse, weights of the chosen experts renormalised, heads normalised, tied."""
-    assert _read(MINIMAL, tmp_path).model_config() == ModelConfig(
+    model = _read(MINIMAL, tmp_path).model
+    assert model is not None
+    assert model.config(4096) == ModelConfig(
         model_type="qwen3_moe",
         hidden_size=32,
         num_layers=1,
@@ -100,10 +115,42 @@ def test_the_model_is_the_recipes(tmp_path: Path) -> None:
     )
 
 
+def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
+    files = '[corpus.files]\ncode = "src"\ntext = ["a.txt", "/b.jsonl"]\n[training]'
+    recipe = _read(MINIMAL.replace("[training]", files), tmp_path)
+    assert recipe.corpus.files == {
+        "code": (str(tmp_path / "src"),),
+        "text": (str(tmp_path / "a.txt"), "/b.jsonl"),
+    }
+    assert recipe.corpus.kinds == ("code", "text")
+
+
 def test_the_bundled_recipe_keeps_its_promises() -> None:
     recipe = read_recipe(ROOT / "recipes" / "bundled.toml")
-    assert recipe.model.num_experts >= 8
+    assert recipe.model is not None and recipe.model.num_experts >= 8
     assert recipe.model.experts_per_token == 2
     assert recipe.tokenizer.vocab_size == 4096
     assert recipe.training.load_balance > 0
     assert recipe.training.z_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("bundled", "qwen3_moe"),
+        ("switch", "qwen3_moe"),
+        ("gshard", "moebius"),
+        ("st_moe", "qwen3_moe"),
+        ("olmoe", "olmoe"),
+        ("deepseek", "dots1"),
+        ("finetune", None),
+    ],
+)
+def test_the_recipes_that_come_along(name: str, kind: str | None) -> None:
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml")
+    assert (None if recipe.model is None else recipe.model.published()[0]) == kind
+
+
+def test_no_recipe_is_left_out() -> None:
+    names = {"bundled", "switch", "gshard", "st_moe", "olmoe", "deepseek", "finetune"}
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == names

@@ -4,8 +4,6 @@ No text is invented: a question is a fixed phrase around a function's name, sign
 topic's name; the answer is the function's own source, its docstring's first paragraph, or the topic's first paragraph.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import textwrap

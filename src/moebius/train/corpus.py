@@ -1,26 +1,25 @@
-"""The text that ships with Python itself: which documents, which are held out, and their fingerprint.
+"""The text that ships with Python itself, or files of one's own: which documents there are, and which are held out.
 
-Everything here is a pure function of the installed standard library: the same Python gives the same documents in the
-same order. The texts are under the PSF licence 2.0.
+What is read depends on the files alone: the same Python gives the same documents in the same order, and a document's
+side follows from a hash of its path. The standard library's texts are under the PSF licence 2.0.
 """
-
-from __future__ import annotations
 
 import ast
 import hashlib
-import platform
+import json
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from moebius.config import require
 from moebius.errors import ConfigError
 
-Kind = Literal["library", "tests", "docs", "chat"]
-KINDS: tuple[Kind, ...] = ("library", "tests", "docs", "chat")
+KINDS = ("library", "tests", "docs", "chat")
 
 _EXCLUDED_TOP = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "lib-dynload"})
 _EXCLUDED_FOLDERS = frozenset({"__pycache__", "data", "cjkencodings", "encoded_modules", "tokenizedata"})
@@ -31,10 +30,10 @@ _MAX_SHARED_WINDOWS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One file or one help topic: `path` is relative to the standard library, with forward slashes."""
+    """One text: `path` says where it is from, relative to the standard library or to the folder that was named."""
 
     path: str
-    kind: Kind
+    kind: str
     text: str
 
 
@@ -45,20 +44,24 @@ class Corpus:
     train: tuple[Document, ...]
     heldout: tuple[Document, ...]
 
+    def __iter__(self) -> Iterator[tuple[str, Document]]:
+        yield from (("train", document) for document in self.train)
+        yield from (("heldout", document) for document in self.heldout)
+
     @cached_property
-    def sha256(self) -> str:
+    def key(self) -> str:
         """Fingerprint of every path and text, in order."""
         digest = hashlib.sha256()
-        for part in (self.train, self.heldout):
-            for document in part:
-                for field in (document.path, document.text):
-                    encoded = field.encode()
-                    digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        for split, document in self:
+            add_document(digest, split, document)
         return digest.hexdigest()
 
-    @property
-    def python_version(self) -> str:
-        return platform.python_version()
+
+def add_document(digest: Any, split: str, document: Document) -> None:
+    """A document's part in the fingerprint of all."""
+    for part in (split, document.kind, document.path, document.text):
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
 
 
 def read_corpus(heldout_share: float, root: Path | None = None) -> Corpus:
@@ -89,18 +92,18 @@ def _modules(root: Path) -> Iterator[Document]:
             continue
         text = _readable_source((root / path).read_bytes())
         if text is not None and not _is_table(text):
-            kind: Kind = "tests" if _TEST_FOLDERS.intersection(path.parts[:-1]) else "library"
+            kind = "tests" if _TEST_FOLDERS.intersection(path.parts[:-1]) else "library"
             yield Document(path.as_posix(), kind, text)
 
 
 def _readable_source(raw: bytes) -> str | None:
     """The text of a module that is UTF-8 and parses, with Unix line ends; None for the deliberately broken ones."""
+    text = _readable(raw)
     try:
-        text = raw.decode("utf-8").replace("\r\n", "\n")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(text)
-    except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError):
+            ast.parse(text or "\0")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return text
 
@@ -148,3 +151,85 @@ def _windows(text: str) -> set[int]:
 def _shared_share(text: str, known: set[int]) -> float:
     windows = _windows(text)
     return len(windows & known) / len(windows)
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """Text files, folders of them and .jsonl files, by kind; read anew at every pass, never held as a whole.
+
+    In a folder, files that are no UTF-8 text are passed over and counted in `skipped`, and hidden ones are not looked
+    at. A document is held out by a hash of its path (and line); of a kind that is one text file, its end is.
+    Raises: ConfigError naming the file, for one that is missing, binary or no JSON.
+    """
+
+    files: Mapping[str, tuple[str, ...]]
+    text_key: str
+    heldout_share: float
+    skipped: list[str] = field(default_factory=list)
+
+    @cached_property
+    def key(self) -> str:
+        """Fingerprint of every file's path, size and time of change."""
+        stats = [(kind, name, p.stat().st_size, p.stat().st_mtime_ns) for kind, _, name, p in self._paths()]
+        return hashlib.sha256(repr((stats, self.text_key)).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[tuple[str, Document]]:
+        self.skipped.clear()
+        kinds = Counter(kind for kind, _, _, _ in self._paths())
+        for kind, named, name, path in self._paths():
+            if path.suffix == ".jsonl":
+                for number, text in self._lines(path):
+                    yield self._side(Document(f"{name}:{number}", kind, text))
+            elif (whole := self._text(path, named)) and whole.strip():
+                if kinds[kind] == 1:
+                    cut = whole.rfind("\n", 0, int(len(whole) * (1 - self.heldout_share))) + 1
+                    yield "train", Document(name, kind, whole[:cut])
+                    yield "heldout", Document(f"{name}:end", kind, whole[cut:])
+                else:
+                    yield self._side(Document(name, kind, whole))
+
+    def _paths(self) -> Iterator[tuple[str, bool, str, Path]]:
+        """Kind, whether the file itself was named, the name, the path; in order."""
+        for kind, roots in self.files.items():
+            for root in map(Path, roots):
+                if root.is_dir():
+                    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+                        relative = path.relative_to(root)
+                        if not any(part.startswith(".") for part in relative.parts):
+                            yield kind, False, relative.as_posix(), path
+                else:
+                    require(root.is_file(), f"corpus.files.{kind}: {root} does not exist")
+                    yield kind, True, root.name, root
+
+    def _side(self, document: Document) -> tuple[str, Document]:
+        return "heldout" if _is_held_out(document.path, self.heldout_share) else "train", document
+
+    def _text(self, path: Path, named: bool) -> str | None:
+        text = _readable(path.read_bytes())
+        require(text is not None or not named, f"{path} is binary: it is no UTF-8 text, or holds a zero byte")
+        if text is None:
+            self.skipped.append(str(path))
+        return text
+
+    def _lines(self, path: Path) -> Iterator[tuple[int, str]]:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    entry = json.loads(line) if line.strip() else {self.text_key: ""}
+                    text = entry[self.text_key]
+                    require(isinstance(text, str), f"{path}, line {number}: {self.text_key!r} is no text")
+                except (ValueError, KeyError, TypeError) as error:
+                    if isinstance(error, ConfigError):
+                        raise
+                    wanted = f"it must be a JSON object with a text under {self.text_key!r} (corpus.text_key)"
+                    raise ConfigError(f"{path}, line {number}: {wanted}") from None
+                if text.strip():
+                    yield number, text
+
+
+def _readable(raw: bytes) -> str | None:
+    try:
+        text = raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text

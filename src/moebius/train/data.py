@@ -1,6 +1,6 @@
 """Documents as memory-mapped tokens, and the batch of every step.
 
-A stream is one file of uint16 token ids: every document is preceded by <|endoftext|>, and one more stands at the end.
+A stream is one file of token ids: every document is preceded by the end-of-text token, and one more stands at the end.
 A batch is a pure function of (streams, mixture, seed, step): there is no reader state, so training resumes at any step
 by naming it. Shape suffixes: R rows, L tokens in a row.
 """
@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+import platform
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from moebius.config import require
 from moebius.errors import ConfigError
+from moebius.models.weights import publish
+from moebius.text import Tokenizer as TextTokenizer
 from moebius.train.chat import conversations
-from moebius.train.corpus import KINDS, Corpus, Document, read_corpus
+from moebius.train.corpus import Corpus, Document, FileCorpus, add_document, read_corpus
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import END_OF_TEXT, IM_START, render_chat, special_id, train_tokenizer
+from moebius.train.tokenizer import IM_START, given_tokenizer, render_chat, special_id, train_tokenizer
+
+# Bytes of text that are tokenised at a time.
+_PIECE = 2**21
 
 
 @dataclass(frozen=True)
@@ -33,83 +42,159 @@ class Batch:
     target_RL: torch.Tensor
     document_RL: torch.Tensor
 
+    def part(self, index: int, of: int) -> Batch:
+        """Micro-batch `index` of so many of equal size."""
+        rows = len(self.input_RL) // of
+        here = slice(index * rows, (index + 1) * rows)
+        return Batch(self.input_RL[here], self.target_RL[here], self.document_RL[here])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(x.to(device, non_blocking=True) for x in (self.input_RL, self.target_RL, self.document_RL)))
+
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about them."""
+    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about them.
+
+    end_of_text stands between documents; im_start begins a conversation where the tokenizer has it.
+    """
 
     tokenizer: Tokenizer
     train: dict[str, np.ndarray]
     heldout: dict[str, np.ndarray]
     facts: dict[str, Any]
+    end_of_text: int
+    im_start: int | None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.facts["vocab_size"])
+
+    @cached_property
+    def bytes_V(self) -> torch.Tensor:
+        return bytes_per_token(self.tokenizer)
 
 
-def prepare(recipe: Recipe, folder: Path, root: Path | None = None) -> PreparedData:
+def prepare(recipe: Recipe, folder: Path, root: Path | None = None, tokenizer: Path | None = None) -> PreparedData:
     """Tokenizer and token files for `recipe`, made in `folder` unless they are there already.
 
-    Files that were made from another recipe, corpus or Python are made anew.
+    Files that were made from another recipe, corpus or Python are made anew. `root` is the standard library to read,
+    this Python's by default; `tokenizer` a directory whose tokenizer is used whatever the recipe says.
     """
-    corpus = read_corpus(recipe.corpus.heldout_share, root)
-    key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, corpus.sha256)).encode()).hexdigest()
+    corpus: Corpus | FileCorpus
+    if recipe.corpus.files:
+        corpus = FileCorpus(recipe.corpus.files, recipe.corpus.text_key, recipe.corpus.heldout_share)
+    else:
+        corpus = read_corpus(recipe.corpus.heldout_share, root)
+    given = given_tokenizer(recipe, tokenizer)
+    spelled = "" if given is None else given.to_str()
+    key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key)).encode()).hexdigest()
     done = folder / "data.json"
     if not (done.exists() and json.loads(done.read_text())["key"] == key):
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
-        facts = _write(recipe, corpus, folder)
-        done.write_text(json.dumps({"key": key, "facts": facts}, indent=2) + "\n")
+        facts = _write(recipe, corpus, given, folder)
+        partial = folder / ".data.json"
+        partial.write_text(json.dumps({"key": key, "facts": facts}, indent=2) + "\n")
+        publish(partial, done)
     facts = json.loads(done.read_text())["facts"]
-    return PreparedData(
-        tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
-        train=_open(folder, "train", facts),
-        heldout=_open(folder, "heldout", facts),
-        facts=facts,
-    )
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = special_id(made, recipe.tokenizer.end_of_text)
+    train, heldout = (_open(folder, split, facts) for split in ("train", "heldout"))
+    return PreparedData(made, train, heldout, facts, end, made.token_to_id(IM_START))
 
 
-def _write(recipe: Recipe, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    tokenizer = train_tokenizer((d.text for d in corpus.train), recipe.tokenizer.vocab_size)
+def _write(recipe: Recipe, corpus: Corpus | FileCorpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
+    require(any(split == "train" for split, _ in corpus), "the corpus holds no text to train on")
+    tokenizer = given
+    if tokenizer is None:
+        texts = (document.text for split, document in corpus if split == "train")
+        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
-    chats = conversations(corpus.train, recipe.corpus.chat_examples, recipe.corpus.seed)
-    chat_documents = [Document(f"chat/{i}", "chat", render_chat(chat)) for i, chat in enumerate(chats)]
-    sizes: dict[str, dict[str, dict[str, int]]] = {"train": {}, "heldout": {}}
-    for split, documents in (("train", [*corpus.train, *chat_documents]), ("heldout", list(corpus.heldout))):
-        for kind, tokens in streams(documents, tokenizer).items():
-            tokens.tofile(folder / f"{split}.{kind}.bin")
-            texts = [d.text for d in documents if d.kind == kind]
-            num_bytes = sum(len(text.encode()) for text in texts)
-            sizes[split][kind] = {"documents": len(texts), "bytes": num_bytes, "tokens": len(tokens)}
-    return {"corpus_sha256": corpus.sha256, "python_version": corpus.python_version, "sizes": sizes}
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    digest, streams = hashlib.sha256(), _Streams(folder, tokenizer, recipe.tokenizer.end_of_text, vocab_size)
+    chats: list[Document] = []
+    if isinstance(corpus, Corpus):
+        found = conversations(corpus.train, recipe.corpus.chat_examples, recipe.corpus.seed)
+        chats = [Document(f"chat/{i}", "chat", render_chat(chat)) for i, chat in enumerate(found)]
+    for split, document in chain(corpus, (("train", chat) for chat in chats)):
+        add_document(digest, split, document)
+        streams.add(split, document)
+    sizes = streams.close()
+    require(bool(sizes["heldout"]), "the corpus holds no held-out text; raise corpus.heldout_share")
+    facts = {"corpus_sha256": digest.hexdigest(), "vocab_size": vocab_size, "sizes": sizes}
+    skipped = {"skipped_files": corpus.skipped} if isinstance(corpus, FileCorpus) else {}
+    return facts | skipped | {"python_version": platform.python_version()}
+
+
+class _Streams:
+    """Documents on their way into one file a split and kind."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, end_of_text: str, vocab_size: int) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+        self._end = special_id(tokenizer, end_of_text)
+        self._dtype = token_dtype(vocab_size)
+        self._files: dict[tuple[str, str], BinaryIO] = {}
+        self._waiting: dict[tuple[str, str], list[str]] = {}
+        self.sizes: dict[str, dict[str, dict[str, int]]] = {"train": {}, "heldout": {}}
+
+    def add(self, split: str, document: Document) -> None:
+        if not document.text:
+            return
+        place = (split, document.kind)
+        size = self.sizes[split].setdefault(document.kind, {"documents": 0, "bytes": 0, "tokens": 1})
+        if place not in self._files:
+            self._files[place] = (self._folder / f"{split}.{document.kind}.bin").open("wb")
+            self._files[place].write(np.array([self._end], self._dtype).tobytes())
+        self._waiting.setdefault(place, []).append(document.text)
+        before, size["bytes"] = size["bytes"], size["bytes"] + len(document.text.encode())
+        size["documents"] += 1
+        if before // _PIECE != size["bytes"] // _PIECE:
+            self._flush(place)
+
+    def _flush(self, place: tuple[str, str]) -> None:
+        tokens = pack(self._waiting.pop(place, []), self._tokenizer, self._end, chat=place[1] == "chat")[1:]
+        self._files[place].write(tokens.astype(self._dtype).tobytes())
+        self.sizes[place[0]][place[1]]["tokens"] += len(tokens)
+
+    def close(self) -> dict[str, dict[str, dict[str, int]]]:
+        for place, file in self._files.items():
+            self._flush(place)
+            file.close()
+        return self.sizes
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def _open(folder: Path, split: str, facts: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {
-        kind: np.memmap(folder / f"{split}.{kind}.bin", dtype=np.uint16, mode="r") for kind in facts["sizes"][split]
-    }
+    dtype = token_dtype(facts["vocab_size"])
+    return {kind: np.memmap(folder / f"{split}.{kind}.bin", dtype, "r") for kind in facts["sizes"][split]}
 
 
-def streams(documents: Collection[Document], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Documents as one stream for each kind that there is."""
-    texts = {kind: [d.text for d in documents if d.kind == kind] for kind in KINDS}
-    return {kind: pack(found, tokenizer) for kind, found in texts.items() if found}
+def pack(texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int, *, chat: bool = False) -> np.ndarray:
+    """All texts as one array: the end-of-text token before each and at the end.
 
-
-def pack(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All texts as one uint16 array: <|endoftext|> before each and at the end."""
-    end = special_id(tokenizer, END_OF_TEXT)
-    parts: list[int] = [end]
+    A special token spelled out in a text is plain text, but in conversations, which the template made.
+    """
+    tokenizer.encode_special_tokens = not chat
+    parts: list[int] = [end_of_text]
     for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
         parts.extend(encoding.ids)
-        parts.append(end)
-    return np.array(parts, dtype=np.uint16)
+        parts.append(end_of_text)
+    return np.array(parts)
 
 
-def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int) -> torch.Tensor:
+def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int | None) -> torch.Tensor:
     """Number the documents within each row, from 0 (R, L).
 
-    A document starts at the <|endoftext|> before it, so that its first token is predicted from something; where a
+    A document starts at the end-of-text token before it, so that its first token is predicted from something; where a
     conversation follows, it starts at <|im_start|>, which is how the chat template begins when the model is served.
     """
     is_end_RL = tokens_RL == end_of_text
+    if im_start is None:
+        return is_end_RL.cumsum(1)
     before_chat_RL = torch.zeros_like(is_end_RL)
     before_chat_RL[:, :-1] = is_end_RL[:, :-1] & (tokens_RL[:, 1:] == im_start)
     starts_RL = is_end_RL & ~before_chat_RL
@@ -124,14 +209,14 @@ class Batches:
     and shuffles all rows together. Offsets and order follow from (seed, epoch) alone.
     """
 
-    def __init__(self, data: PreparedData, mixture: dict[str, int], rows: int, length: int, seed: int) -> None:
+    def __init__(self, data: PreparedData, mixture: Mapping[str, int], rows: int, length: int, seed: int) -> None:
         unknown = [kind for kind, copies in mixture.items() if copies and kind not in data.train]
         if unknown:
             raise ConfigError(f"mixture.{unknown[0]} names no training stream; there are {', '.join(data.train)}")
-        self._streams = [(data.train[kind], copies) for kind, copies in sorted(mixture.items()) if copies]
+        copies = {kind: mixture.get(kind, 1) for kind in sorted(data.train)}
+        self._streams = [(data.train[kind], count) for kind, count in copies.items() if count]
         self._rows, self._length, self._seed = rows, length, seed
-        self._end = special_id(data.tokenizer, END_OF_TEXT)
-        self._im_start = special_id(data.tokenizer, IM_START)
+        self._end, self._im_start = data.end_of_text, data.im_start
         per_stream = [copies * max(0, (len(t) - 1) // length - 1) for t, copies in self._streams]
         self.steps_per_epoch = sum(per_stream) // rows
         if self.steps_per_epoch == 0:
@@ -162,9 +247,8 @@ class Batches:
         return generator.permutation(np.concatenate(order))
 
 
-def evaluation_batches(stream: np.ndarray, tokenizer: Tokenizer, rows: int, length: int) -> Iterable[Batch]:
+def evaluation_batches(stream: np.ndarray, data: PreparedData, rows: int, length: int) -> Iterator[Batch]:
     """Every token of a stream once, in order, as a target; a short last row is a batch of its own."""
-    end, im_start = special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, IM_START)
     tokens = torch.from_numpy(stream.astype(np.int64))
     full = (len(tokens) - 1) // length
     pieces = [(r * length, min(rows, full - r), length) for r in range(0, full, rows)]
@@ -173,12 +257,11 @@ def evaluation_batches(stream: np.ndarray, tokenizer: Tokenizer, rows: int, leng
     for start, count, width in pieces:
         input_RL = tokens[start : start + count * width].view(count, width)
         target_RL = tokens[start + 1 : start + 1 + count * width].view(count, width)
-        yield Batch(input_RL, target_RL, document_numbers(input_RL, end, im_start))
+        yield Batch(input_RL, target_RL, document_numbers(input_RL, data.end_of_text, data.im_start))
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
     """How many bytes of text each token id stands for (V,); special tokens for none."""
-    special = set(tokenizer.get_added_tokens_decoder())
-    ids = range(tokenizer.get_vocab_size())
-    # A byte-level vocabulary spells every byte as one character.
-    return torch.tensor([0 if i in special else len(tokenizer.id_to_token(i) or "") for i in ids])
+    reader = TextTokenizer(tokenizer)
+    ids = range(reader.vocab_size)
+    return torch.tensor([0 if i in reader.special_ids else len(reader.token_bytes(i)) for i in ids])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moebius.errors import ConfigError
+from moebius.models.hub import resolve_model
+
+if TYPE_CHECKING:
+    from moebius.train.recipe import Recipe
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -60,11 +65,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token. Raises: ConfigError, for a tokenizer of another kind."""
+    """The id of a special token. Raises: ConfigError, for a tokenizer that lacks it."""
     found: int | None = tokenizer.token_to_id(token)
     if found is None:
-        raise ConfigError(f"the tokenizer lacks {token}; training needs one that its own recipe made")
+        raise ConfigError(
+            f"the tokenizer lacks {token}, which separates documents; name its own end token in tokenizer.end_of_text"
+        )
     return found
+
+
+def tokenizer_folder(recipe: Recipe) -> Path | None:
+    """Where the recipe's tokenizer is from, if it is not to be trained: its own path, or the fine-tuned checkpoint."""
+    if recipe.tokenizer.path:
+        path = Path(recipe.tokenizer.path)
+        return path.parent if path.is_file() else path
+    return None if recipe.finetune is None else resolve_model(recipe.finetune.checkpoint)
+
+
+def given_tokenizer(recipe: Recipe, folder: Path | None = None) -> Tokenizer | None:
+    """The tokenizer in `folder`, else the one that the recipe names, else None. Raises: ConfigError."""
+    folder = folder or tokenizer_folder(recipe)
+    if folder is None:
+        return None
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ConfigError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:
@@ -81,8 +107,14 @@ def tokenizer_config(max_length: int) -> dict[str, Any]:
     }
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int, given: Path | None = None) -> None:
+    """Write tokenizer.json and tokenizer_config.json; of a tokenizer that was `given`, copies of its files."""
+    if given is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            if (given / name).exists():
+                shutil.copyfile(given / name, folder / name)
+        return
+    tokenizer.encode_special_tokens = False
     tokenizer.save(str(folder / "tokenizer.json"))
     text = json.dumps(tokenizer_config(max_length), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

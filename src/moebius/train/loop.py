@@ -1,0 +1,187 @@
+"""The training loop: steps, metrics, checkpoints, exports, until the recipe's last step or an interruption."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moebius.errors import ConfigError, StorageError
+from moebius.models.weights import publish
+from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
+from moebius.train.trainer import StepReport, Trainer
+
+Line = dict[str, Any]
+
+
+def run(
+    trainer: Trainer,
+    folder: Path,
+    on_step: Callable[[int, StepReport], None] = lambda step, report: None,
+    on_line: Callable[[Line], None] = lambda line: None,
+    export: Callable[[Path], None] | None = None,
+) -> None:
+    """Train to the recipe's last step, from the checkpoint in `folder` where there is one.
+
+    Writes metrics.jsonl and checkpoint.safetensors there and, where the recipe says so, TensorBoard's events and models
+    by `export`. A loss that is not finite or a full disk ends the run with NumericalError or StorageError and leaves
+    the last checkpoint as it was; SIGINT or SIGTERM ends it with KeyboardInterrupt after the step and a checkpoint.
+    """
+    training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(folder, trainer, on_line)
+    metrics.resume(trainer.restore(checkpoint) if checkpoint.exists() else None)
+    saved = last = time.monotonic()
+    try:
+        with _stop_signals() as asked:
+            while trainer.done < training.steps and not asked:
+                report = trainer.step()
+                now = time.monotonic()
+                trainer.seconds, last = trainer.seconds + now - last, now
+                metrics.add(report)
+                on_step(trainer.done, report)
+                if export and training.export_every and trainer.done % training.export_every == 0:
+                    export(folder / "steps" / f"{trainer.done:06d}")
+                if now - saved >= training.checkpoint_seconds or asked:
+                    trainer.save(checkpoint, metrics.pending)
+                    saved = now
+    except OSError as error:
+        raise StorageError(
+            f"step {trainer.done}: {error.filename or folder} cannot be written ({error.strerror}); "
+            "training stopped, the last checkpoint is whole"
+        ) from None
+    if asked:
+        raise KeyboardInterrupt
+    trainer.save(checkpoint, metrics.pending)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The signals that came to end the run, so that a step is never cut in two."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, _ in before:
+        signal.signal(number, lambda which, _: asked.append(which))
+    try:
+        yield asked
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+class Metrics:
+    """One line every log_every steps: means since the last line; every evaluate_every steps bits per byte too.
+
+    pending    what the next line is made of, so that an interrupted run writes the lines of one that was not
+    """
+
+    def __init__(self, folder: Path, trainer: Trainer, on_line: Callable[[Line], None]) -> None:
+        self._path, self._trainer, self._on_line = folder / "metrics.jsonl", trainer, on_line
+        self.pending: list[dict[str, Any]] = []
+        self._seconds = trainer.seconds
+        self._events: Any = None
+
+    def resume(self, pending: list[dict[str, Any]] | None) -> None:
+        """Forget what was written after the checkpoint."""
+        trainer = self._trainer
+        self.pending, self._seconds = pending or [], trainer.seconds
+        if trainer.ranks.rank:
+            return
+        if trainer.recipe.training.tensorboard:
+            self._events = _tensorboard(self._path.parent, trainer.done + 1)
+        if self._path.exists():
+            lines = [
+                line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.done
+            ]
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            publish(partial, self._path)
+
+    def add(self, report: StepReport) -> None:
+        trainer, training = self._trainer, self._trainer.recipe.training
+        losses = {name: getattr(report, name) for name in ("loss", "balance", "z", "grad_norm")}
+        routed = {"counts": report.counts.long().tolist(), "dropped": report.dropped.tolist()}
+        self.pending.append(losses | {"learning_rate": report.rate} | routed)
+        finished = trainer.done == training.steps
+        evaluated = finished or trainer.done % training.evaluate_every == 0
+        if not (evaluated or trainer.done % training.log_every == 0):
+            return
+        line: Line = {"step": trainer.done, "seconds": round(trainer.seconds, 1)} | self._means()
+        self.pending, self._seconds = [], trainer.seconds
+        if trainer.ranks.rank:
+            return
+        if evaluated:
+            line["heldout_bits_per_byte"] = trainer.evaluate(training.evaluate_rows)
+            if trainer.recipe.routing.eval_capacity_factor is not None:
+                limited = trainer.evaluate(training.evaluate_rows, at_capacity=True)
+                line["heldout_bits_per_byte_at_capacity"] = limited
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            for tag, value in _flat(line).items():
+                self._events.add_scalar(tag, value, trainer.done)
+            self._events.flush()
+        self._on_line(line)
+
+    def _means(self) -> Line:
+        """Means over the pending steps; router health, a value a layer, of their loads together."""
+        pending, training = self.pending, self._trainer.recipe.training
+        names = ("loss", "balance", "z", "grad_norm")
+        line: Line = {name: sum(p[name] for p in pending) / len(pending) for name in names}
+        tokens = len(pending) * training.tokens_per_step
+        line["learning_rate"] = pending[-1]["learning_rate"]
+        line["tokens_per_second"] = round(tokens / max(self._trainer.seconds - self._seconds, 1e-9))
+        counts = torch.tensor([p["counts"] for p in pending]).sum(0)
+        if counts.numel() == 0:
+            return line
+        return line | {
+            "max_violation": _rounded(max_violation(counts)),
+            "load_entropy": _rounded(load_entropy(counts)),
+            "dead_experts": dead_experts(counts).sum(-1).tolist(),
+            "dropped": _rounded(torch.tensor([p["dropped"] for p in pending]).mean(0)),
+            "expert_load": [_rounded(layer) for layer in load_share(counts)],
+        }
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    """A writer of events; what older files hold of first_step and later is void."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "training.tensorboard is true, but TensorBoard is missing: pip install 'moebius[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _step(line: str) -> float:
+    """Of a line that was cut off in the middle: never."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def _flat(line: Line) -> dict[str, float]:
+    """Scalars by tag: layers and kinds of text side by side; the loads of single experts stay in metrics.jsonl."""
+    scalars: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            scalars |= {f"{name}/{kind}": number for kind, number in value.items()}
+        elif isinstance(value, list):
+            scalars |= {f"{name}/layer_{i}": x for i, x in enumerate(value) if not isinstance(x, list)}
+        else:
+            scalars[name] = value
+    return scalars
