@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 import moebius
 from moebius.models import model_config
 from moebius.models.weights import load_decoder
-from moebius.train.corpus import _is_held_out
+from moebius.train.architecture import config_json
+from moebius.train.corpus import is_held_out
 from moebius.train.data import PreparedData, pack
 from moebius.train.evaluate import score
 from moebius.train.export import parameter_counts
@@ -42,7 +43,7 @@ def test_it_is_the_recipes_model() -> None:
     stored = json.loads((BUNDLED / "config.json").read_text())
     assert recipe.model is not None
     ends = {"eos_token_id": 0, "pad_token_id": 0, "router_aux_loss_coef": 0.01, "torch_dtype": "bfloat16"}
-    assert model_config(stored) == recipe.model.config(4096)
+    assert model_config(stored) == model_config(config_json(recipe.model, 4096))
     assert ends.items() <= stored.items()
     assert json.loads((BUNDLED / "tokenizer_config.json").read_text()) == tokenizer_config(2048)
     decoder = load_decoder(BUNDLED, torch.bfloat16)
@@ -56,7 +57,7 @@ def test_it_is_the_recipes_model() -> None:
 def test_it_predicts_held_out_modules_about_as_its_card_says() -> None:
     """A few held-out modules of this Python, whichever it is; the card's figure is of all of one version's."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(path.name for path in library.glob("*.py") if _is_held_out(path.name, 0.045))
+    names = sorted(path.name for path in library.glob("*.py") if is_held_out(path.name, 0.045))
     texts = [(library / name).read_text(encoding="utf-8")[:6000] for name in names[:4]]
     if not texts:
         pytest.skip("this Python has no library sources")

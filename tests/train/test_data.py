@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moebius.errors import ConfigError
-from moebius.train.corpus import read_corpus
+from moebius.train import data as data_module
 from moebius.train.data import (
     Batches,
     PreparedData,
@@ -22,13 +22,14 @@ from moebius.train.data import (
     token_dtype,
 )
 from moebius.train.recipe import Recipe
+from stdlib.prepare import read_library
 
 END, START = 0, 1
 
 
 def test_streams_are_the_documents_with_ends_between(data: PreparedData, library: Path) -> None:
-    corpus = read_corpus(0.2, library)
-    for split, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
+    documents = read_library(0.2, library)
+    for split in ("train", "heldout"):
         stream = getattr(data, split)["library"].tolist()
         pieces: list[list[int]] = [[]]
         for token in stream:
@@ -38,23 +39,34 @@ def test_streams_are_the_documents_with_ends_between(data: PreparedData, library
                 pieces[-1].append(token)
         assert pieces[0] == pieces[-1] == []
         texts = [data.tokenizer.decode(piece) for piece in pieces[1:-1]]
-        assert texts == [d.text for d in documents if d.kind == "library"]
+        assert texts == [d.text for d in documents if (d.split, d.kind) == (split, "library")]
         size = data.facts["sizes"][split]["library"]
         assert size["bytes"] == sum(len(text.encode()) for text in texts)
         assert size["bytes"] == int(bytes_per_token(data.tokenizer)[stream].sum())
 
 
-def test_prepared_files_are_used_again_and_remade_for_another_recipe(
-    recipe: Recipe, library: Path, tmp_path: Path
-) -> None:
-    prepare(recipe, tmp_path, library)
-    marked = tmp_path / "train.library.bin"
+def test_prepared_files_are_used_again_and_remade_for_other_text(recipe: Recipe, text: Path, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path / "data")
+    marked = tmp_path / "data" / "train.library.bin"
     written = marked.stat().st_mtime_ns
-    prepare(recipe, tmp_path, library)
+    prepare(recipe, tmp_path / "data")
     assert marked.stat().st_mtime_ns == written
-    other = dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, chat_examples=3))
-    assert prepare(other, tmp_path, library).facts["sizes"]["train"]["chat"]["documents"] == 3
-    assert json.loads((tmp_path / "data.json").read_text())["facts"]["sizes"]["train"]["chat"]["documents"] == 3
+    lines = (text / "chat.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "chat.jsonl").write_text("".join(lines[:3]))
+    files = {**recipe.corpus.files, "chat": (str(tmp_path / "chat.jsonl"),)}
+    other = dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, files=files))
+    assert prepare(other, tmp_path / "data").facts["sizes"]["train"]["chat"]["documents"] == 3
+    stored = json.loads((tmp_path / "data" / "data.json").read_text())
+    assert stored["facts"]["sizes"]["train"]["chat"]["documents"] == 3
+
+
+def test_a_text_of_many_pieces_is_one_stream(
+    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "_PIECE", 1000)
+    again = prepare(recipe, tmp_path)
+    assert again.facts == data.facts
+    assert all(np.array_equal(again.train[kind], stream) for kind, stream in data.train.items())
 
 
 def test_document_numbers_against_a_loop() -> None:

@@ -88,7 +88,7 @@ def test_dropout_is_drawn_anew_each_step_but_the_same_in_each_run(
 def test_its_own_tokenizer_is_used(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
     tuned, _ = start(recipe, data, tmp_path / "base", "mixtral")
     (tmp_path / "book.txt").write_text("some words\n" * 300)
-    corpus = CorpusRecipe(files={"book": (str(tmp_path / "book.txt"),)}, heldout_share=0.1)
+    corpus = CorpusRecipe({"book": (str(tmp_path / "book.txt"),)}, heldout_share=0.1)
     tuned = dataclasses.replace(tuned, corpus=corpus, mixture={})
     prepared = prepare(tuned, tmp_path / "data")
     assert prepared.tokenizer.to_str() == data.tokenizer.to_str() and prepared.train.keys() == {"book"}
@@ -110,9 +110,9 @@ def test_what_does_not_fit_is_refused(recipe: Recipe, data: PreparedData, tmp_pa
     refused(WeightsError, r"has shape \[.*\]; config\.json needs", intermediate_size=28)
     refused(WeightsError, "is missing", num_local_experts=7)
     refused(ConfigError, "renormalised top-1", num_experts_per_tok=1)
-    refused(ConfigError, "exceeds the checkpoint's 32 positions", max_position_embeddings=32)
+    refused(ConfigError, "exceeds max_position_embeddings = 32", max_position_embeddings=32)
     long = dataclasses.replace(recipe.training, bias_rate=0.1)
-    refused(ConfigError, "has no selection bias", dataclasses.replace(tuned, training=long))
+    refused(ConfigError, "router has no selection bias", dataclasses.replace(tuned, training=long))
     big = dataclasses.replace(data, facts={**data.facts, "vocab_size": 321})
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="the tokenizer has 321 entries, the checkpoint 320"):

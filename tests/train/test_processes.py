@@ -20,7 +20,7 @@ from moebius.errors import ConfigError, MoebiusError
 from moebius.train.data import prepare
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import read_recipe
-from moebius.train.run import Options, main_from_recipe
+from moebius.train.run import main_from_recipe
 from train.test_export import TOML
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -73,7 +73,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(text: Path) -> None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was still running"
-    main_from_recipe(text / "tiny.toml", out, Options(resume=True))
+    main_from_recipe(text / "tiny.toml", out, resume=True)
     first, second = state(whole), state(out)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
@@ -87,9 +87,8 @@ from safetensors.torch import save_file
 from moebius.train import run
 honest = run._run_with_progress
 def spy(trainer, folder):
-    speed = honest(trainer, folder)
+    honest(trainer, folder)
     save_file(trainer.tensors(), Path(sys.argv[2]) / f"rank{trainer.ranks.rank}.safetensors")
-    return speed
 run._run_with_progress = spy
 run.main_from_recipe(Path(sys.argv[1]), Path(sys.argv[2]))
 """
@@ -123,8 +122,11 @@ def test_ranks_that_cannot_share_evenly() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("experts_per_token = 2", "experts_per_token = 9"), "top_k (num_experts_per_tok) is 9; it must lie between"),
-        (("code = ", "other = 3\ncode = "), "corpus.files.other is 3; it must be of type str"),
+        (
+            ("num_experts_per_tok = 2", "num_experts_per_tok = 9"),
+            "top_k (num_experts_per_tok) is 9; it must lie between",
+        ),
+        (("code = ", "other = 3\ncode = "), "corpus.files.other is 3; it must be a valid string"),
         (("heldout_share = 0.2", "heldout_share = 0.000001"), "the corpus holds no held-out text; raise"),
         (("rows_per_step = 4", "rows_per_step = 400000"), "the training text has fewer than 400000 rows of 32 tokens"),
         (("[tokenizer]", '[tokenizer]\npath = "nowhere"'), "nowhere/tokenizer.json cannot be read"),

@@ -23,40 +23,60 @@ from moebius.train.recipe import Recipe
 from moebius.train.trainer import Trainer
 from oracle import assert_close, load_theirs
 
-SHARED = {"shared_width": 32}
-SIGMOID = {"score": "sigmoid", "selection_bias": True, "scale": 2.5, **SHARED}
+DOTS1 = {"n_routed_experts": 4, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
+DENSE = {"num_experts": None, "intermediate_size": 48}
 PUBLISHED: list[tuple[str, dict[str, Any]]] = [
-    ("olmoe", {"weight": "raw"}),
-    ("olmoe", {"weight": "raw", "experts_per_token": 1, "expert": "geglu"}),
+    ("olmoe", {"norm_topk_prob": False, "intermediate_size": 16}),
+    ("olmoe", {"norm_topk_prob": False, "num_experts_per_tok": 1, "hidden_act": "gelu", "intermediate_size": 16}),
     ("qwen3_moe", {}),
-    ("qwen3_moe", {"weight": "raw", "sparse_every": 2}),
-    ("qwen3_moe", {"dense_first": 1, "dense_width": 24}),
-    ("qwen2_moe", {"shared_gate": True, **SHARED}),
-    ("qwen2_moe", {"shared_gate": True, "weight": "raw", "sparse_every": 2, **SHARED}),
-    ("dots1", SIGMOID),
-    ("dots1", {**SIGMOID, "dense_first": 1, "weight": "raw", "scale": 1.0}),
-    ("qwen3", {"num_experts": 0, "dense_width": 48}),
-    ("qwen2", {"num_experts": 0, "dense_width": 48, "attention": "qkv_bias"}),
+    ("qwen3_moe", {"norm_topk_prob": False, "decoder_sparse_step": 2, "intermediate_size": 32}),
+    ("qwen3_moe", {"mlp_only_layers": [0], "intermediate_size": 24}),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 32, "intermediate_size": 48}),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 32, "intermediate_size": 48, "decoder_sparse_step": 2}),
+    ("dots1", {**DOTS1, "intermediate_size": 48}),
+    ("dots1", {**DOTS1, "intermediate_size": 48, "first_k_dense_replace": 1, "norm_topk_prob": False}),
+    ("mixtral", {"num_local_experts": 4, "num_experts": None, "intermediate_size": 16}),
+    ("granitemoe", {"num_local_experts": 4, "num_experts": None, "intermediate_size": 16}),
+    ("qwen3", DENSE),
+    ("qwen2", DENSE),
 ]
-UNPUBLISHED: list[tuple[str, dict[str, Any]]] = [
-    ("feed-forwards of two matrices", {"expert": "relu"}),
-    ("feed-forwards of two matrices", {"expert": "relu", "num_experts": 0, "dense_width": 48}),
-    ("softmax scores with an ungated shared expert", SHARED),
-    ("softmax scores with a selection bias", {"selection_bias": True}),
-    ("softmax weights with a scale", {"scale": 2.0}),
-    ("sigmoid scores without ungated shared experts", {"score": "sigmoid"}),
-    ("sigmoid scores with a dense layer after one", {**SIGMOID, "sparse_every": 2, "num_layers": 3}),
-    ("OLMoE's attention in a dense model", {"num_experts": 0, "dense_width": 48, "attention": "full_norm"}),
-    ("qkv_bias attention in a qwen3_moe", {"attention": "qkv_bias"}),
+ROUTER: dict[str, Any] = {"num_experts": 4, "top_k": 2, "weight": "renorm"}
+UNPUBLISHED: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
+    ("feed-forwards of two matrices", [{"width": 16, "activation": "relu", "gated": False, "router": ROUTER}], {}),
+    ("feed-forwards of two matrices", [{"width": 48, "activation": "relu", "gated": False}], {}),
+    ("softmax scores with an ungated shared expert", [{"width": 16, "shared_width": 32, "router": ROUTER}], {}),
+    ("softmax scores with a selection bias", [{"width": 16, "router": {**ROUTER, "selection_bias": True}}], {}),
+    ("softmax weights with a scale", [{"width": 16, "router": {**ROUTER, "scale": 2.0}}], {}),
+    ("sigmoid scores without a shared expert", [{"width": 16, "router": {**ROUTER, "score": "sigmoid"}}], {}),
+    ("a dense layer after one with experts", [{"width": 16, "router": ROUTER}, {"width": 32}], {}),
+    ("OLMoE's attention in a dense model", [{"width": 48}], {"qk_norm": "full"}),
+    ("no norms, but biases", [{"width": 16, "router": ROUTER}], {"qk_norm": "none", "qkv_bias": True}),
 ]
 
 
-def trained(recipe: Recipe, data: PreparedData, changes: dict[str, Any], folder: Path) -> Trainer:
-    """Two steps, so that biases and routers are not as they began."""
+def model(recipe: Recipe, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The tests' model table as another type's; None takes a key away."""
     assert recipe.model is not None
-    training = dataclasses.replace(recipe.training, bias_rate=0.1 if changes.get("selection_bias") else 0.0)
-    model = dataclasses.replace(recipe.model, init_std=0.1, **changes)
-    trainer = Trainer(dataclasses.replace(recipe, model=model, training=training), data)
+    table = {**recipe.model, "initializer_range": 0.1, "model_type": kind, **changes}
+    if kind in ("moebius", "qwen2", "qwen3", "dots1", "mixtral", "granitemoe"):
+        own = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"} - changes.keys()
+        kept = {"num_experts_per_tok"} if kind not in ("moebius", "qwen2", "qwen3") else set()
+        kept |= {"moe_intermediate_size", "norm_topk_prob"} if kind == "dots1" else set()
+        table = {key: value for key, value in table.items() if key not in own - kept}
+    if kind == "olmoe":
+        del table["moe_intermediate_size"]
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def own(recipe: Recipe, parts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return model(recipe, "moebius", {"qk_norm": "head", "feed_forward": parts, **more})
+
+
+def trained(recipe: Recipe, data: PreparedData, table: dict[str, Any], folder: Path) -> Trainer:
+    """Two steps, so that biases and routers are not as they began."""
+    biased = table["model_type"] == "dots1" or "selection_bias" in str(table)
+    training = dataclasses.replace(recipe.training, bias_rate=0.1 if biased else 0.0)
+    trainer = Trainer(dataclasses.replace(recipe, model=table, training=training), data)
     for _ in range(2):
         trainer.step()
     export(trainer, folder)
@@ -74,7 +94,7 @@ def logits(folder: Path, ids: torch.Tensor, ops: Any = None) -> torch.Tensor:
 def test_transformers_and_the_kernels_agree(
     recipe: Recipe, data: PreparedData, tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
-    trained(recipe, data, changes, tmp_path)
+    trained(recipe, data, model(recipe, kind, changes), tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == kind and stored["architectures"][0].lower().startswith(kind.replace("_", ""))
     ids = torch.tensor(data.tokenizer.encode("def f(x):\n    return x + 1\n").ids)
@@ -85,11 +105,16 @@ def test_transformers_and_the_kernels_agree(
     assert prepare(tmp_path, EngineConfig()).checkpoint.config.model_type == kind
 
 
-@pytest.mark.parametrize(("lacks", "changes"), UNPUBLISHED, ids=range(len(UNPUBLISHED)))
+@pytest.mark.parametrize(("lacks", "parts", "more"), UNPUBLISHED, ids=range(len(UNPUBLISHED)))
 def test_what_no_type_expresses_trains_and_is_not_served(
-    recipe: Recipe, data: PreparedData, tmp_path: Path, lacks: str, changes: dict[str, Any]
+    recipe: Recipe,
+    data: PreparedData,
+    tmp_path: Path,
+    lacks: str,
+    parts: list[dict[str, Any]],
+    more: dict[str, Any],
 ) -> None:
-    trainer = trained(recipe, data, changes, tmp_path)
+    trainer = trained(recipe, data, own(recipe, parts, unpublished=lacks, **more), tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == "moebius" and stored["unpublished"].startswith(lacks)
     with pytest.raises(ConfigError, match=f"but not served: no published architecture has {lacks}"):
@@ -103,19 +128,28 @@ def test_what_no_type_expresses_trains_and_is_not_served(
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"weight": "raw"}, {"shared_gate": True, **SHARED}, SIGMOID, {"sparse_every": 2}, {"expert": "relu"}],
+    ("kind", "changes", "twin_kind"),
+    [
+        ("qwen3_moe", {}, "qwen3"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "qwen3"),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 32}, "qwen3"),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 64}, "moebius"),
+        ("qwen2_moe", PUBLISHED[5][1], "qwen2"),
+        ("olmoe", PUBLISHED[1][1] | {"norm_topk_prob": False}, "moebius"),
+        ("dots1", PUBLISHED[7][1], "qwen3"),
+        ("moebius", {"qk_norm": "head", "feed_forward": UNPUBLISHED[0][1]}, "moebius"),
+    ],
 )
 def test_the_dense_twin_has_as_many_active_parameters(
-    recipe: Recipe, data: PreparedData, changes: dict[str, Any]
+    recipe: Recipe, data: PreparedData, kind: str, changes: dict[str, Any], twin_kind: str
 ) -> None:
     """To the width's multiple of 8: at most 4 columns of 3 matrices a layer."""
-    assert recipe.model is not None
-    sparse = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **changes))
+    sparse = dataclasses.replace(recipe, model=model(recipe, kind, changes))
     twin = sparse.dense_twin()
     used, total = (parameter_counts(Trainer(r, data).decoder)[1] for r in (sparse, twin))
     assert abs(used - total) <= 2 * 4 * 3 * 32 + 2 * 4
     assert twin.model is not None and twin.name == "tiny-dense" and twin.training == sparse.training
+    assert twin.model["model_type"] == twin_kind
     assert parameter_counts(Trainer(twin, data).decoder) == (total, total)
     with pytest.raises(ConfigError, match="dense already"):
         twin.dense_twin()

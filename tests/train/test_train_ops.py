@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebius.models import model_config
 from moebius.nn.attention import CausalAttend, Rotation
 from moebius.ops.reference import ReferenceOps
 from moebius.train import ops
+from moebius.train.architecture import config_json
 from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
 from moebius.train.recipe import Recipe, TrainingRecipe
 
@@ -33,7 +35,7 @@ def test_attention_within_documents(
 ) -> None:
     monkeypatch.setattr(ops, "QUERY_BLOCK", 8)
     assert recipe.model is not None
-    config, rows = dataclasses.replace(recipe.model.config(320), windows=(None, 5)), 3
+    config, rows = dataclasses.replace(model_config(config_json(recipe.model, 320)), windows=(None, 5)), 3
     qkv = _random(rows * length, (4 + 2 + 2) * 8)
     starts = torch.zeros(rows, length, dtype=torch.int64)
     if documents == "many":

@@ -270,7 +270,8 @@ def test_accumulated_micro_batches_are_one_batch(recipe: Recipe, data: PreparedD
 
 
 def test_biases_move_against_the_load(recipe: Recipe, data: PreparedData) -> None:
-    model = dataclasses.replace(recipe.model, score="sigmoid", selection_bias=True, shared_width=16)
+    dots1 = {"model_type": "dots1", "n_routed_experts": 4, "n_shared_experts": 1, "intermediate_size": 32}
+    model = {key: value for key, value in recipe.model.items() if key != "num_experts"} | dots1
     training = dataclasses.replace(recipe.training, bias_rate=0.1, load_balance=0.0)
     trainer = Trainer(dataclasses.replace(recipe, model=model, training=training), data)
     counts = trainer.step().counts
@@ -282,8 +283,9 @@ def test_biases_move_against_the_load(recipe: Recipe, data: PreparedData) -> Non
 
 def test_the_smaller_initialisation(recipe: Recipe, data: PreparedData) -> None:
     """Switch section 2.4: sqrt(s / inputs), nothing beyond two of it; a cut normal is .8796 as wide as a whole one."""
-    model = dataclasses.replace(recipe.model, init_scale=0.1, router_init=3.0, expert_width=64)
-    tensors = Trainer(dataclasses.replace(recipe, model=model), data).tensors()
+    model = recipe.model | {"moe_intermediate_size": 64}
+    training = dataclasses.replace(recipe.training, init_scale=0.1, router_init=3.0)
+    tensors = Trainer(dataclasses.replace(recipe, model=model, training=training), data).tensors()
     for name, inputs, factor in (
         ("experts.gate_proj.0", 32, 1),
         ("experts.down_proj.1", 64, 1),
@@ -298,7 +300,7 @@ def test_the_smaller_initialisation(recipe: Recipe, data: PreparedData) -> None:
 def test_a_whole_mixture_against_a_naive_loop_in_float64(recipe: Recipe, data: PreparedData) -> None:
     """Logits, both losses and every gradient of a step: token by token, head by head, choice by choice."""
     training = dataclasses.replace(recipe.training, dtype="float32", rows_per_step=1, row_length=12, clip_norm=1e9)
-    recipe = dataclasses.replace(recipe, training=training, model=dataclasses.replace(recipe.model, init_std=0.2))
+    recipe = dataclasses.replace(recipe, training=training, model=recipe.model | {"initializer_range": 0.2})
     trainer = Trainer(recipe, data)
     weights = {name: x.double().clone().requires_grad_() for name, x in trainer.decoder.state_dict().items()}
     batch = trainer._batches.batch(0)

@@ -33,6 +33,14 @@ def train(
     # of rare tokens would slow every step several times over.
     torch.set_flush_denormal(True)
 
-    from moebius.train.run import Options, main_from_recipe
+    from moebius.train.run import main_from_recipe
 
-    main_from_recipe(recipe, out, Options(resume, evaluate_only, dense_twin, against, device))
+    main_from_recipe(
+        recipe,
+        out,
+        resume=resume,
+        evaluate_only=evaluate_only,
+        dense_twin=dense_twin,
+        against=against,
+        device=device,
+    )

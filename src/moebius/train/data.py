@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,17 +24,17 @@ from moebius.config import require
 from moebius.errors import ConfigError
 from moebius.models.weights import publish
 from moebius.text import Tokenizer as TextTokenizer
-from moebius.train.chat import conversations
-from moebius.train.corpus import Corpus, Document, FileCorpus, add_document, read_corpus
+from moebius.train.corpus import SPLITS, Corpus
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import IM_START, given_tokenizer, render_chat, special_id, train_tokenizer
+from moebius.train.tokenizer import IM_START, given_tokenizer, special_id, train_tokenizer
 
+# The kind of text whose special tokens count as such.
+CHAT = "chat"
 # Bytes of text that are tokenised at a time.
 _PIECE = 2**21
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Rows of tokens and what follows each; `document_RL` numbers the documents within a row, from 0."""
 
     input_RL: torch.Tensor
@@ -46,10 +45,10 @@ class Batch:
         """Micro-batch `index` of so many of equal size."""
         rows = len(self.input_RL) // of
         here = slice(index * rows, (index + 1) * rows)
-        return Batch(self.input_RL[here], self.target_RL[here], self.document_RL[here])
+        return Batch(*(x[here] for x in self))
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.input_RL, self.target_RL, self.document_RL)))
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,16 @@ class PreparedData:
         return bytes_per_token(self.tokenizer)
 
 
-def prepare(recipe: Recipe, folder: Path, root: Path | None = None, tokenizer: Path | None = None) -> PreparedData:
+def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> PreparedData:
     """Tokenizer and token files for `recipe`, made in `folder` unless they are there already.
 
-    Files that were made from another recipe, corpus or Python are made anew. `root` is the standard library to read,
-    this Python's by default; `tokenizer` a directory whose tokenizer is used whatever the recipe says.
+    Files that were made from another recipe or corpus are made anew. `tokenizer` is a directory whose tokenizer is used
+    whatever the recipe says.
     """
-    corpus: Corpus | FileCorpus
-    if recipe.corpus.files:
-        corpus = FileCorpus(recipe.corpus.files, recipe.corpus.text_key, recipe.corpus.heldout_share)
-    else:
-        corpus = read_corpus(recipe.corpus.heldout_share, root)
+    corpus = Corpus(recipe.corpus.files, recipe.corpus.text_key, recipe.corpus.heldout_share)
     given = given_tokenizer(recipe, tokenizer)
     spelled = "" if given is None else given.to_str()
-    key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key)).encode()).hexdigest()
+    key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()).hexdigest()
     done = folder / "data.json"
     if not (done.exists() and json.loads(done.read_text())["key"] == key):
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,78 +94,54 @@ def prepare(recipe: Recipe, folder: Path, root: Path | None = None, tokenizer: P
         publish(partial, done)
     facts = json.loads(done.read_text())["facts"]
     made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    dtype = token_dtype(facts["vocab_size"])
+    streams: dict[str, dict[str, np.ndarray]] = {
+        split: {kind: np.memmap(folder / f"{split}.{kind}.bin", dtype, "r") for kind in facts["sizes"][split]}
+        for split in SPLITS
+    }
     end = special_id(made, recipe.tokenizer.end_of_text)
-    train, heldout = (_open(folder, split, facts) for split in ("train", "heldout"))
-    return PreparedData(made, train, heldout, facts, end, made.token_to_id(IM_START))
+    return PreparedData(made, **streams, facts=facts, end_of_text=end, im_start=made.token_to_id(IM_START))
 
 
-def _write(recipe: Recipe, corpus: Corpus | FileCorpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
-    require(any(split == "train" for split, _ in corpus), "the corpus holds no text to train on")
-    tokenizer = given
-    if tokenizer is None:
-        texts = (document.text for split, document in corpus if split == "train")
-        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
+def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
+    """Write tokenizer.json and a stream for each split and kind; what the model card says of them."""
+    require(any(document.split == "train" for document in corpus), "the corpus holds no text to train on")
+    texts = (document.text for document in corpus if document.split == "train" and document.kind != CHAT)
+    tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size) if given is None else given
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    digest, streams = hashlib.sha256(), _Streams(folder, tokenizer, recipe.tokenizer.end_of_text, vocab_size)
-    chats: list[Document] = []
-    if isinstance(corpus, Corpus):
-        found = conversations(corpus.train, recipe.corpus.chat_examples, recipe.corpus.seed)
-        chats = [Document(f"chat/{i}", "chat", render_chat(chat)) for i, chat in enumerate(found)]
-    for split, document in chain(corpus, (("train", chat) for chat in chats)):
-        add_document(digest, split, document)
-        streams.add(split, document)
-    sizes = streams.close()
+    end, digest = special_id(tokenizer, recipe.tokenizer.end_of_text), hashlib.sha256()
+    sizes: dict[str, dict[str, dict[str, int]]] = {split: {} for split in SPLITS}
+    waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def flush(split: str, kind: str) -> None:
+        size = sizes[split][kind]
+        tokens = pack(waiting.pop((split, kind), []), tokenizer, end, chat=kind == CHAT)
+        tokens = tokens[1:] if size["tokens"] else tokens  # the last piece's end is this one's beginning
+        with (folder / f"{split}.{kind}.bin").open("ab" if size["tokens"] else "wb") as file:
+            file.write(tokens.astype(token_dtype(vocab_size)).tobytes())
+        size["tokens"] += len(tokens)
+
+    for document in corpus:
+        for part in document:
+            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+        split, kind, _, text = document
+        if text:
+            size = sizes[split].setdefault(kind, {"documents": 0, "bytes": 0, "tokens": 0})
+            waiting[split, kind].append(text)
+            before, size["bytes"] = size["bytes"], size["bytes"] + len(text.encode())
+            size["documents"] += 1
+            if before // _PIECE != size["bytes"] // _PIECE:
+                flush(split, kind)
+    for place in list(waiting):
+        flush(*place)
     require(bool(sizes["heldout"]), "the corpus holds no held-out text; raise corpus.heldout_share")
     facts = {"corpus_sha256": digest.hexdigest(), "vocab_size": vocab_size, "sizes": sizes}
-    skipped = {"skipped_files": corpus.skipped} if isinstance(corpus, FileCorpus) else {}
-    return facts | skipped | {"python_version": platform.python_version()}
-
-
-class _Streams:
-    """Documents on their way into one file a split and kind."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, end_of_text: str, vocab_size: int) -> None:
-        self._folder, self._tokenizer = folder, tokenizer
-        self._end = special_id(tokenizer, end_of_text)
-        self._dtype = token_dtype(vocab_size)
-        self._files: dict[tuple[str, str], BinaryIO] = {}
-        self._waiting: dict[tuple[str, str], list[str]] = {}
-        self.sizes: dict[str, dict[str, dict[str, int]]] = {"train": {}, "heldout": {}}
-
-    def add(self, split: str, document: Document) -> None:
-        if not document.text:
-            return
-        place = (split, document.kind)
-        size = self.sizes[split].setdefault(document.kind, {"documents": 0, "bytes": 0, "tokens": 1})
-        if place not in self._files:
-            self._files[place] = (self._folder / f"{split}.{document.kind}.bin").open("wb")
-            self._files[place].write(np.array([self._end], self._dtype).tobytes())
-        self._waiting.setdefault(place, []).append(document.text)
-        before, size["bytes"] = size["bytes"], size["bytes"] + len(document.text.encode())
-        size["documents"] += 1
-        if before // _PIECE != size["bytes"] // _PIECE:
-            self._flush(place)
-
-    def _flush(self, place: tuple[str, str]) -> None:
-        tokens = pack(self._waiting.pop(place, []), self._tokenizer, self._end, chat=place[1] == "chat")[1:]
-        self._files[place].write(tokens.astype(self._dtype).tobytes())
-        self.sizes[place[0]][place[1]]["tokens"] += len(tokens)
-
-    def close(self) -> dict[str, dict[str, dict[str, int]]]:
-        for place, file in self._files.items():
-            self._flush(place)
-            file.close()
-        return self.sizes
+    return facts | {"skipped_files": corpus.skipped}
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-def _open(folder: Path, split: str, facts: dict[str, Any]) -> dict[str, np.ndarray]:
-    dtype = token_dtype(facts["vocab_size"])
-    return {kind: np.memmap(folder / f"{split}.{kind}.bin", dtype, "r") for kind in facts["sizes"][split]}
 
 
 def pack(texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int, *, chat: bool = False) -> np.ndarray:

@@ -2,61 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
+import re
 import tomllib
-import types
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from moebius.config import TrainingRouting, require
 from moebius.errors import ConfigError
-from moebius.train.architecture import ModelRecipe, check_trainable
-from moebius.train.corpus import KINDS
-from moebius.train.fields import Below1, Count, Must, Natural, Positive, Share, Weight, check
+from moebius.models import model_config
+from moebius.train.architecture import check_trainable, config_json, dense_twin
 from moebius.train.tokenizer import END_OF_TEXT
 
-_Record = TypeVar("_Record")
-_VOCABULARY = Must("lie between 259 (bytes and special tokens) and 65536", lambda x: 259 <= x <= 65536)
+Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))]
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusRecipe:
     """Where the text comes from, and which share of it is held out.
 
-    files           paths by kind of text: text files, folders of them, or .jsonl whose objects have `text_key`;
-                    without any, the standard library of this Python
-    chat_examples   how many conversations are made from the standard library's training documents
+    files     paths by kind of text: text files, folders of them, or .jsonl whose objects have `text_key`. In texts of
+              the kind `chat` special tokens count as such, and a new tokenizer is not trained on them
     """
 
-    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    files: Annotated[dict[str, Paths], Field(min_length=1)]
     text_key: str = "text"
-    heldout_share: Annotated[float, Must("lie between 0 and 0.5", lambda x: 0 < x < 0.5)] = 0.045
-    chat_examples: Natural = 4000
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        check("corpus", self)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(self.files) or KINDS
+    heldout_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.045
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerRecipe:
     """A byte-level BPE trained to `vocab_size` entries, special tokens included, or the tokenizer.json in `path`.
 
-    end_of_text names the token that stands between documents.
+    vocab_size    at least 259: bytes and special tokens
+    end_of_text   names the token that stands between documents
     """
 
-    vocab_size: Annotated[int, _VOCABULARY] = 4096
+    vocab_size: Annotated[int, Field(ge=259, le=2**16)] = 4096
     path: str = ""
     end_of_text: str = END_OF_TEXT
-
-    def __post_init__(self) -> None:
-        check("tokenizer", self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,6 @@ class FinetuneRecipe:
     dropout: Below1 = 0.1
     expert_dropout: Below1 = 0.4
 
-    def __post_init__(self) -> None:
-        check("finetune", self)
-
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecipe:
@@ -91,46 +88,46 @@ class TrainingRecipe:
                      whole step's, which needs a forward pass more where a step has several micro-batches
     first_choices    the load counts first choices only (GShard, ST-MoE)
     bias_rate        how much the selection bias moves after a step (arXiv 2408.15664)
+    init_scale       new matrices are normal, initializer_range of the model wide and cut off at 3, narrower into the
+                     residual stream; or, where it is given, sqrt(init_scale / inputs) wide and cut off at 2 (Switch
+                     section 2.4: 0.1 in place of 1)
+    router_init      multiplies the routers' initial weights
     dtype            of the decoder; masters, moments and routers are float32 in any case
     export_every     writes a model directory every so many steps; 0 for none
     tensorboard      writes metrics for TensorBoard too, which is to be installed (the extra `tensorboard`)
     """
 
-    steps: Count
-    rows_per_step: Count
-    row_length: Count
-    learning_rate: Positive
-    accumulation: Count = 1
-    warmup_steps: int = 100
+    steps: PositiveInt
+    rows_per_step: PositiveInt
+    row_length: PositiveInt
+    learning_rate: PositiveFloat
+    accumulation: PositiveInt = 1
+    warmup_steps: NonNegativeInt = 100
     final_share: Share = 0.02
     beta1: Below1 = 0.9
     beta2: Below1 = 0.95
-    weight_decay: Weight = 0.1
-    clip_norm: Positive = 1.0
-    load_balance: Weight = 0.01
-    z_loss: Weight = 0.001
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0
+    load_balance: NonNegativeFloat = 0.01
+    z_loss: NonNegativeFloat = 0.001
     balance: Literal["batch", "sequence", "global"] = "batch"
     first_choices: bool = False
-    bias_rate: Weight = 0.0
+    bias_rate: NonNegativeFloat = 0.0
+    init_scale: NonNegativeFloat = 0.0
+    router_init: PositiveFloat = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    log_every: Count = 20
-    evaluate_every: Count = 500
-    evaluate_rows: Count = 64
-    export_every: Natural = 0
+    log_every: PositiveInt = 20
+    evaluate_every: PositiveInt = 500
+    evaluate_rows: PositiveInt = 64
+    export_every: NonNegativeInt = 0
     tensorboard: bool = False
-    checkpoint_seconds: Weight = 120.0
+    checkpoint_seconds: NonNegativeFloat = 120.0
 
     def __post_init__(self) -> None:
-        check("training", self)
-        require(
-            0 <= self.warmup_steps < self.steps,
-            f"training.warmup_steps is {self.warmup_steps}; it must be less than training.steps = {self.steps}",
-        )
-        require(
-            self.rows_per_step % self.accumulation == 0,
-            f"training.rows_per_step = {self.rows_per_step} is no multiple of training.accumulation = "
-            f"{self.accumulation}",
-        )
+        warmup, steps, rows, parts = self.warmup_steps, self.steps, self.rows_per_step, self.accumulation
+        require(warmup < steps, f"training.warmup_steps is {warmup}; it must be less than training.steps = {steps}")
+        even = rows % parts == 0
+        require(even, f"training.rows_per_step = {rows} is no multiple of training.accumulation = {parts}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -147,57 +144,42 @@ class TrainingRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides a training run, beside the text itself. mixture: how often an epoch passes over each kind."""
+    """All that decides a training run, beside the text itself.
+
+    model     a config.json (moebius.train.architecture)
+    mixture   how often an epoch passes over each kind of text
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
     training: TrainingRecipe
-    model: ModelRecipe | None = None
+    corpus: CorpusRecipe
+    model: dict[str, Any] | None = None
     seed: int = 1
-    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
-    mixture: dict[str, int] = field(default_factory=dict)
+    mixture: dict[str, NonNegativeInt] = field(default_factory=dict)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     routing: TrainingRouting = field(default_factory=TrainingRouting)
     finetune: FinetuneRecipe | None = None
 
     def __post_init__(self) -> None:
-        for kind, copies in self.mixture.items():
-            known = ", ".join(self.corpus.kinds)
-            require(kind in self.corpus.kinds, f"mixture.{kind} names no kind of text; there are {known}")
-            require(copies >= 0, f"mixture.{kind} is {copies}; it must not be negative")
-        passes = {kind: self.mixture.get(kind, 1) for kind in self.corpus.kinds}
-        require(any(passes.values()), "mixture: every kind of text is passed over 0 times")
-        require(
-            bool(self.corpus.files) or not passes["chat"] or self.corpus.chat_examples > 0,
-            f"mixture.chat is {passes.get('chat')} but corpus.chat_examples is 0",
-        )
-        require(
-            (self.model is None) != (self.finetune is None),
-            "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint",
-        )
+        kinds = self.corpus.files
+        for kind in self.mixture:
+            require(
+                kind in kinds, f"mixture.{kind} names no kind of text in corpus.files; there are {', '.join(kinds)}"
+            )
+        passes = [self.mixture.get(kind, 1) for kind in kinds]
+        require(any(passes), "mixture: every kind of text is passed over 0 times")
+        one = (self.model is None) != (self.finetune is None)
+        require(one, "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint")
         if self.model is not None:
-            self._check_model(self.model)
-
-    def _check_model(self, model: ModelRecipe) -> None:
-        require(
-            self.training.row_length <= model.max_position_embeddings,
-            f"training.row_length = {self.training.row_length} exceeds model.max_position_embeddings = "
-            f"{model.max_position_embeddings}",
-        )
-        require(
-            self.routing.second_policy == "all" or model.experts_per_token > 1 or not model.num_experts,
-            "routing.second_policy needs model.experts_per_token of 2 or more; a single choice has no second",
-        )
-        require(
-            not self.training.bias_rate or model.selection_bias or not model.num_experts,
-            f"training.bias_rate is {self.training.bias_rate}, but model.selection_bias is false",
-        )
-        check_trainable(model.config(self.tokenizer.vocab_size))
+            check_trainable(model_config(config_json(self.model, self.tokenizer.vocab_size)), self)
 
     def dense_twin(self) -> Recipe:
         """The same run with a dense model of as many parameters as a token of this one uses."""
-        require(self.model is not None, "--dense-twin needs a recipe with a model table")
-        assert self.model is not None
-        return replace(self, name=f"{self.name}-dense", model=self.model.dense_twin())
+        if self.model is None:
+            raise ConfigError("--dense-twin needs a recipe with a model table")
+        return replace(self, name=f"{self.name}-dense", model=dense_twin(self.model))
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -211,7 +193,11 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the recipe {path} is not TOML: {error}") from None
-    recipe = _record(Recipe, table, "")
+    try:
+        # As JSON, where strict means: an integer is a number too and a list a tuple, but nothing else is converted.
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        raise ConfigError(_first(error)) from None
 
     def absolute(name: str) -> str:
         return str((path.parent / Path(name).expanduser()).resolve()) if name else ""
@@ -228,35 +214,19 @@ def read_recipe(path: Path) -> Recipe:
     )
 
 
-def _record(cls: type[_Record], table: dict[str, Any], where: str) -> _Record:
-    hints = get_type_hints(cls)
-    names = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in table:
-        require(key in names, f"unknown recipe key {where}{key}; known are {', '.join(names)}")
-    values = {}
-    for name, f in names.items():
-        if name in table:
-            values[name] = _value(hints[name], table[name], f"{where}{name}")
-        else:
-            optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-            require(optional, f"the recipe lacks {where}{name}")
-    return cls(**values)
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if isinstance(kind, types.UnionType):
-        kind = next(option for option in get_args(kind) if option is not type(None))
-    if dataclasses.is_dataclass(kind):
-        require(isinstance(value, dict), f"{where} is {value!r}; it must be a table")
-        return _record(kind, value, f"{where}.")  # type: ignore[arg-type]
-    if get_origin(kind) is dict:
-        require(isinstance(value, dict), f"{where} is {value!r}; it must be a table")
-        return {key: _value(get_args(kind)[1], entry, f"{where}.{key}") for key, entry in value.items()}
-    if get_origin(kind) is tuple:
-        return tuple(_value(str, entry, where) for entry in (value if isinstance(value, list) else [value]))
-    if get_origin(kind) is Literal:
-        kind = str
-    if kind is float and type(value) is int:
-        return float(value)
-    require(type(value) is kind, f"{where} is {value!r}; it must be of type {kind.__name__}")
-    return value
+def _first(invalid: ValidationError) -> str:
+    """One line about the first thing that is wrong: a misspelt key rather than the one that it leaves missing."""
+    unknown = "unexpected_keyword_argument"
+    error = min(invalid.errors(), key=lambda e: e["type"] != unknown)
+    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    if error["type"] == unknown:
+        record: Any = Recipe
+        for part in error["loc"][:-1]:
+            kind = get_type_hints(record)[str(part)]
+            record = next(option for option in (kind, *get_args(kind)) if is_dataclass(option))
+        return f"unknown recipe key {where}; known are {', '.join(f.name for f in fields(record))}"
+    if error["type"] == "missing":
+        return f"the recipe lacks {where}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).replace("config.json: ", "model: ")
+    return f"{where} is {error['input']!r}; {re.sub('.* should', 'it must', error['msg'])}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moebius.config import require
 from moebius.errors import ConfigError
 from moebius.models.hub import resolve_model
 
@@ -29,38 +30,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def render_chat(messages: Iterable[dict[str, str]]) -> str:
-    """What CHAT_TEMPLATE renders for a finished conversation."""
-    return "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` entries; the special tokens have the ids 0, 1 and 2.
 
-    Raises: ConfigError, when the bytes and the special tokens alone exceed `vocab_size`, or the texts are too short
-    to yield as many merges.
+    Raises: ConfigError, when the texts are too short to yield as many merges.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
-        raise ConfigError(
-            f"tokenizer.vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
-            f"at least {len(alphabet) + len(SPECIAL_TOKENS)}"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(alphabet),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise ConfigError(
-            f"the training text yields a vocabulary of {tokenizer.get_vocab_size()} entries, "
-            f"fewer than tokenizer.vocab_size = {vocab_size}"
-        )
+    size = tokenizer.get_vocab_size()
+    wanted = f"fewer than tokenizer.vocab_size = {vocab_size}"
+    require(size == vocab_size, f"the training text yields a vocabulary of {size} entries, {wanted}")
     return tokenizer
 
 

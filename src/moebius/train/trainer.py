@@ -7,7 +7,6 @@ Shape legend: R rows, L tokens in a row, T = R * L, D model, V vocabulary, E exp
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from moebius.models.hub import resolve_model
 from moebius.models.weights import load_decoder, publish
 from moebius.moe.losses import chosen_counts, load_balance_loss, present, router_z_loss, updated_bias
 from moebius.moe.router import Routing
-from moebius.train.architecture import check_trainable
+from moebius.train.architecture import check_trainable, config_json
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
 from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
-from moebius.train.recipe import Recipe
+from moebius.train.recipe import Recipe, TokenizerRecipe
 
 _BIAS = ".router.selection_bias"
 
@@ -79,7 +78,11 @@ class Trainer:
         for name, grad in self._grads.items():
             trained[name].grad = grad
         betas = (training.beta1, training.beta2)
-        self._optimizer = torch.optim.AdamW(_groups(trained, training.weight_decay), lr=0.0, betas=betas, fused=True)
+        matrices = [master for master in trained.values() if master.ndim >= 2]
+        gains = [master for master in trained.values() if master.ndim < 2]
+        decays = ((matrices, training.weight_decay), (gains, 0.0))
+        groups = [{"params": some, "weight_decay": decay} for some, decay in decays if some]
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self._batches = Batches(data, recipe.mixture, training.rows_per_step, training.row_length, recipe.seed)
         rows = training.rows_per_step // training.accumulation
         self._positions_T = torch.arange(training.row_length, device=self.device).repeat(rows)
@@ -90,9 +93,8 @@ class Trainer:
         limits, start = self.recipe.routing, self.recipe.finetune
         rates = (start.dropout, start.expert_dropout) if start else (0.0, 0.0)
         drops = not limits.dropless or limits.second_policy != "all"
-        dtype = torch.bfloat16 if self.recipe.training.dtype == "bfloat16" else torch.float32
         ops = TrainingOps(*rates, drops=drops)
-        decoder = Decoder(config, ops, dtype, self.device).train()
+        decoder = Decoder(config, ops, getattr(torch, self.recipe.training.dtype), self.device).train()
         ops.training = True
         for router in routers(decoder):
             router.limits = limits
@@ -286,56 +288,36 @@ class Trainer:
 
     def fingerprint(self) -> str:
         """Of all that a run's numbers depend on, but for where files lie."""
-        recipe = replace(
-            self.recipe,
-            corpus=replace(self.recipe.corpus, files={}),
-            mixture={},
-            tokenizer=replace(self.recipe.tokenizer, path=""),
-        )
-        passes = sorted(self.recipe.mixture.items())
-        return hashlib.sha256(repr((recipe, passes, self.data.facts["corpus_sha256"])).encode()).hexdigest()
+        corpus = replace(self.recipe.corpus, files=dict.fromkeys(self.recipe.corpus.files, ()))
+        recipe = replace(self.recipe, corpus=corpus, tokenizer=TokenizerRecipe())
+        told = (recipe, self.data.facts["corpus_sha256"], self.data.tokenizer.to_str())
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     @torch.no_grad()
     def _round(self) -> None:
         torch._foreach_copy_(list(self._copies.values()), [self._masters[name] for name in self._copies])
 
 
-def _groups(masters: Mapping[str, Tensor], decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, gains do not."""
-    groups = [
-        {"params": [m for m in masters.values() if m.ndim >= 2], "weight_decay": decay},
-        {"params": [m for m in masters.values() if m.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def _start(recipe: Recipe, data: PreparedData) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor]]:
     """config.json, architecture, and float32 weights by name: fresh ones, or those of the checkpoint to fine-tune."""
     if recipe.model is not None:
-        m, training = recipe.model, recipe.training
-        ends = {"eos_token_id": data.end_of_text, "pad_token_id": data.end_of_text}
-        losses = {"router_aux_loss_coef": training.load_balance} if m.num_experts and m.score == "softmax" else {}
-        raw = m.config_json(data.vocab_size) | ends | losses
+        training = recipe.training
+        raw = config_json(recipe.model, data.vocab_size)
         config = model_config(raw)
-        fresh = Decoder(config, TrainingOps())
-        generator = torch.Generator().manual_seed(recipe.seed)
-        fresh.init_weights(generator, m.init_std, m.init_scale, m.router_init)
-        return raw, config, {name: p.detach() for name, p in fresh.named_parameters()}
-    assert recipe.finetune is not None
-    checkpoint = open_checkpoint(resolve_model(recipe.finetune.checkpoint))
-    config = checkpoint.config
-    check_trainable(config)
-    length, longest = recipe.training.row_length, config.max_position_embeddings
-    require(length <= longest, f"training.row_length = {length} exceeds the checkpoint's {longest} positions")
-    require(
-        data.vocab_size <= config.vocab_size,
-        f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}; they do not belong together",
-    )
-    kinds = {part.router for part in config.feed_forward if part.router is not None}
-    require(len(kinds) <= 1, "the checkpoint's layers have different routers, which training does not support")
-    biased = any(router.selection_bias for router in kinds)
-    require(
-        not recipe.training.bias_rate or biased, "training.bias_rate is given, but the checkpoint has no selection bias"
-    )
-    decoder = load_decoder(checkpoint, torch.float32, ops=TrainingOps(), mapped=False)
-    return dict(checkpoint.config_json), config, {name: p.detach() for name, p in decoder.named_parameters()}
+        raw |= {"eos_token_id": data.end_of_text, "pad_token_id": data.end_of_text}
+        if any(part.router and part.router.score == "softmax" for part in config.feed_forward):
+            raw["router_aux_loss_coef"] = training.load_balance
+        decoder, generator = Decoder(config, TrainingOps()), torch.Generator().manual_seed(recipe.seed)
+        decoder.init_weights(generator, raw["initializer_range"], training.init_scale, training.router_init)
+    else:
+        assert recipe.finetune is not None
+        checkpoint = open_checkpoint(resolve_model(recipe.finetune.checkpoint))
+        raw, config = dict(checkpoint.config_json), checkpoint.config
+        require(
+            data.vocab_size <= config.vocab_size,
+            f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}; they do not belong "
+            "together",
+        )
+        check_trainable(config, recipe)
+        decoder = load_decoder(checkpoint, torch.float32, ops=TrainingOps(), mapped=False)
+    return raw, config, {name: p.detach() for name, p in decoder.named_parameters()}

@@ -1,21 +1,30 @@
-"""What to compare bits per byte with: gzip, xz, and a 5-gram model over the same tokens."""
+"""The bundled model's card: its figures beside a 5-gram model's over the same tokens.
 
-import gzip
-import lzma
+    .venv/bin/python recipes/stdlib/card.py DIR
+
+writes README.md into DIR, which `moebius train recipes/bundled.toml --out DIR` has filled; DIR/training/figures.json,
+which it measured, is read.
+"""
+
+import argparse
+import json
 import math
+import platform
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+
+from moebius.models.weights import load_decoder
+from moebius.ops.reference import ReferenceOps
+from moebius.train.data import PreparedData, prepare
+from moebius.train.export import model_card
+from moebius.train.recipe import Recipe, read_recipe
 
 ORDER = 5
-
-
-def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """gzip -9 and xz -9 over the whole text as one file."""
-    return {
-        "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9)) / max(len(text), 1),
-        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / max(len(text), 1),
-    }
 
 
 class NGrams:
@@ -73,5 +82,34 @@ class NGrams:
         return np.bincount(contexts, self._counts[n - 1], size), np.bincount(contexts, minlength=size)
 
 
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    return nats / max(num_bytes, 1) / math.log(2)
+def with_ngrams(figures: dict[str, Any], data: PreparedData) -> dict[str, Any]:
+    """The figures of a run, with the 5-gram's bits per byte: it has seen the training text once."""
+    grams = NGrams(data.train.values(), data.vocab_size)
+    nats = {kind: grams.nats(stream) for kind, stream in data.heldout.items()}
+    nats["all"] = sum(nats.values())
+    return {
+        kind: f | {"5_gram_bits_per_byte": nats[kind] / max(f["bytes"], 1) / math.log(2)} for kind, f in figures.items()
+    }
+
+
+def card(recipe: Recipe, out: Path, data: PreparedData) -> str:
+    """README.md of the model in `out`."""
+    summary = json.loads((out / "training" / "figures.json").read_text())
+    summary["figures"] = with_ngrams(summary["figures"], data)
+    decoder = load_decoder(out, torch.bfloat16, ops=ReferenceOps())
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    part, chats = decoder.config.feed_forward[0], data.facts["sizes"]["train"]["chat"]["documents"]
+    return model_card(
+        template, decoder, recipe, data.facts, summary, chats=chats, python=platform.python_version(), experts=part
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the bundled model's card.")
+    parser.add_argument("out", type=Path, metavar="DIR")
+    out = parser.parse_args().out
+    recipe = read_recipe(Path(__file__).parents[1] / "bundled.toml")
+    with tempfile.TemporaryDirectory() as folder:
+        (out / "README.md").write_text(
+            card(recipe, out, prepare(recipe, Path(folder), tokenizer=out)), encoding="utf-8"
+        )

@@ -1,15 +1,22 @@
-"""The 5-gram model against counts in dictionaries, and by hand."""
+"""recipes/stdlib/card.py: the 5-gram model against counts in dictionaries, and by hand; the card."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import math
+import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moebius.train.baseline import NGrams, bits_per_byte, compressed_bits_per_byte
+from moebius.train.data import PreparedData
+from moebius.train.export import export, measure
+from moebius.train.recipe import Recipe
+from moebius.train.trainer import Trainer
+from stdlib.card import NGrams, card
 
 
 def test_hand_worked() -> None:
@@ -41,9 +48,22 @@ def test_against_dictionaries() -> None:
     for i in range(1, len(test)):
         nats -= math.log(probability(int(test[i]), tuple(int(t) for t in test[max(0, i - 4) : i])))
     assert NGrams([train], 7).nats(test) == pytest.approx(nats)
-    assert bits_per_byte(math.log(2) * 8, 4) == pytest.approx(2)
 
 
-def test_compressors_are_those_of_the_library() -> None:
-    text = b"abcabc" * 100
-    assert compressed_bits_per_byte(text)["gzip_bits_per_byte"] == 8 * len(gzip.compress(text, 9)) / 600
+def test_the_card_has_all_figures(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
+    trainer = Trainer(recipe, data)
+    export(trainer, tmp_path)
+    figures = measure(trainer.decoder, recipe, data)
+    (tmp_path / "training").mkdir()
+    summary = {"figures": figures, "tokens_per_second": 1234, "seconds": 120}
+    (tmp_path / "training" / "figures.json").write_text(json.dumps(summary))
+    text = card(recipe, tmp_path, data)
+    row = re.search(r"\| all \| [\d,]+ \| (.*) \|", text)
+    assert row is not None
+    mine, zipped, xz, grams = (float(x.strip("*")) for x in row[1].split(" | "))
+    assert mine == pytest.approx(figures["all"]["bits_per_byte"], abs=1e-3)
+    held_out = data.tokenizer.decode(data.heldout["library"].tolist()).encode()
+    assert zipped == pytest.approx(8 * len(gzip.compress(held_out, 9)) / len(held_out), abs=1e-3)
+    assert 0 < xz < zipped * 1.5 < 8 and 1 < grams < 6
+    assert "PSF-2.0" in text and "2 minutes at 1,234 tokens/s" in text
+    assert "4 experts of width 16 in every layer,\n  top-2" in text and "40 short\nconversations" in text
