@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.config import EngineConfig
+from moebius.config import EngineConfig, FeedForwardConfig, RouterConfig
 from moebius.engine.load import prepare
 from moebius.errors import ConfigError
+from moebius.models import model_config
 from moebius.models.decoder import Decoder
 from moebius.models.weights import load_decoder
 from moebius.nn.attention import CausalAttend
 from moebius.ops.reference import ReferenceOps
+from moebius.train.architecture import config_json, dense_twin
 from moebius.train.data import PreparedData
 from moebius.train.export import export, parameter_counts
 from moebius.train.recipe import Recipe
@@ -40,17 +42,22 @@ PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", DENSE),
     ("qwen2", DENSE),
 ]
-ROUTER: dict[str, Any] = {"num_experts": 4, "top_k": 2, "weight": "renorm"}
-UNPUBLISHED: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
-    ("feed-forwards of two matrices", [{"width": 16, "activation": "relu", "gated": False, "router": ROUTER}], {}),
-    ("feed-forwards of two matrices", [{"width": 48, "activation": "relu", "gated": False}], {}),
-    ("softmax scores with an ungated shared expert", [{"width": 16, "shared_width": 32, "router": ROUTER}], {}),
-    ("softmax scores with a selection bias", [{"width": 16, "router": {**ROUTER, "selection_bias": True}}], {}),
-    ("softmax weights with a scale", [{"width": 16, "router": {**ROUTER, "scale": 2.0}}], {}),
-    ("sigmoid scores without a shared expert", [{"width": 16, "router": {**ROUTER, "score": "sigmoid"}}], {}),
-    ("a dense layer after one with experts", [{"width": 16, "router": ROUTER}, {"width": 32}], {}),
-    ("OLMoE's attention in a dense model", [{"width": 48}], {"qk_norm": "full"}),
-    ("no norms, but biases", [{"width": 16, "router": ROUTER}], {"qk_norm": "none", "qkv_bias": True}),
+ROUTER = RouterConfig(4, 2, weight="renorm")
+RELU = FeedForwardConfig(16, ROUTER, "relu", gated=False)
+UNPUBLISHED: list[tuple[str, tuple[FeedForwardConfig, ...], dict[str, Any]]] = [
+    ("feed-forwards of two matrices", (RELU,), {}),
+    ("feed-forwards of two matrices", (dataclasses.replace(RELU, width=48, router=None),), {}),
+    ("softmax scores with an ungated shared expert", (FeedForwardConfig(16, ROUTER, shared_width=32),), {}),
+    (
+        "softmax scores with a selection bias",
+        (FeedForwardConfig(16, dataclasses.replace(ROUTER, selection_bias=True)),),
+        {},
+    ),
+    ("softmax weights with a scale", (FeedForwardConfig(16, dataclasses.replace(ROUTER, scale=2.0)),), {}),
+    ("sigmoid scores alone", (FeedForwardConfig(16, dataclasses.replace(ROUTER, score="sigmoid")),), {}),
+    ("a dense layer after one with experts", (FeedForwardConfig(16, ROUTER), FeedForwardConfig(32)), {}),
+    ("OLMoE's attention in a dense model", (FeedForwardConfig(48),), {"qk_norm": "full"}),
+    ("no norms, but biases", (FeedForwardConfig(16, ROUTER),), {"qk_norm": "none", "qkv_bias": True}),
 ]
 
 
@@ -68,15 +75,12 @@ def model(recipe: Recipe, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if value is not None}
 
 
-def own(recipe: Recipe, parts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return model(recipe, "moebius", {"qk_norm": "head", "feed_forward": parts, **more})
-
-
-def trained(recipe: Recipe, data: PreparedData, table: dict[str, Any], folder: Path) -> Trainer:
+def trained(recipe: Recipe, data: PreparedData, folder: Path) -> Trainer:
     """Two steps, so that biases and routers are not as they began."""
-    biased = table["model_type"] == "dots1" or "selection_bias" in str(table)
+    routers = {part.router for part in model_config(config_json(recipe, 320)).feed_forward if part.router}
+    biased = any(router.selection_bias for router in routers)
     training = dataclasses.replace(recipe.training, bias_rate=0.1 if biased else 0.0)
-    trainer = Trainer(dataclasses.replace(recipe, model=table, training=training), data)
+    trainer = Trainer(dataclasses.replace(recipe, training=training), data)
     for _ in range(2):
         trainer.step()
     export(trainer, folder)
@@ -94,7 +98,7 @@ def logits(folder: Path, ids: torch.Tensor, ops: Any = None) -> torch.Tensor:
 def test_transformers_and_the_kernels_agree(
     recipe: Recipe, data: PreparedData, tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
-    trained(recipe, data, model(recipe, kind, changes), tmp_path)
+    trained(dataclasses.replace(recipe, model=model(recipe, kind, changes)), data, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == kind and stored["architectures"][0].lower().startswith(kind.replace("_", ""))
     ids = torch.tensor(data.tokenizer.encode("def f(x):\n    return x + 1\n").ids)
@@ -111,10 +115,11 @@ def test_what_no_type_expresses_trains_and_is_not_served(
     data: PreparedData,
     tmp_path: Path,
     lacks: str,
-    parts: list[dict[str, Any]],
+    parts: tuple[FeedForwardConfig, ...],
     more: dict[str, Any],
 ) -> None:
-    trainer = trained(recipe, data, own(recipe, parts, unpublished=lacks, **more), tmp_path)
+    table = model(recipe, "moebius", {"qk_norm": "head", "unpublished": lacks, **more})
+    trainer = trained(dataclasses.replace(recipe, model=table, layers=parts), data, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == "moebius" and stored["unpublished"].startswith(lacks)
     with pytest.raises(ConfigError, match=f"but not served: no published architecture has {lacks}"):
@@ -137,19 +142,20 @@ def test_what_no_type_expresses_trains_and_is_not_served(
         ("qwen2_moe", PUBLISHED[5][1], "qwen2"),
         ("olmoe", PUBLISHED[1][1] | {"norm_topk_prob": False}, "moebius"),
         ("dots1", PUBLISHED[7][1], "qwen3"),
-        ("moebius", {"qk_norm": "head", "feed_forward": UNPUBLISHED[0][1]}, "moebius"),
+        ("moebius", {"qk_norm": "head"}, "moebius"),
     ],
 )
 def test_the_dense_twin_has_as_many_active_parameters(
     recipe: Recipe, data: PreparedData, kind: str, changes: dict[str, Any], twin_kind: str
 ) -> None:
     """To the width's multiple of 8: at most 4 columns of 3 matrices a layer."""
-    sparse = dataclasses.replace(recipe, model=model(recipe, kind, changes))
-    twin = sparse.dense_twin()
+    layers = (RELU,) if kind == "moebius" else ()
+    sparse = dataclasses.replace(recipe, model=model(recipe, kind, changes), layers=layers)
+    twin = dense_twin(sparse)
     used, total = (parameter_counts(Trainer(r, data).decoder)[1] for r in (sparse, twin))
     assert abs(used - total) <= 2 * 4 * 3 * 32 + 2 * 4
     assert twin.model is not None and twin.name == "tiny-dense" and twin.training == sparse.training
     assert twin.model["model_type"] == twin_kind
     assert parameter_counts(Trainer(twin, data).decoder) == (total, total)
     with pytest.raises(ConfigError, match="dense already"):
-        twin.dense_twin()
+        dense_twin(twin)

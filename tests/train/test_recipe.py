@@ -40,7 +40,12 @@ num_hidden_layers = 3
 num_attention_heads = 4
 max_position_embeddings = 64
 qk_norm = "head"
-feed_forward = [{ width = 24 }, { width = 16, gated = false, router = { num_experts = 4, top_k = 2 } }]
+[[layers]]
+width = 24
+[[layers]]
+width = 16
+gated = false
+router = { num_experts = 4, top_k = 2 }
 [training]
 """
 
@@ -135,8 +140,6 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         ("learning_rate = 0.01", "learning_rate = 0.01\naccumulation = 3", "no multiple of training.accumulation = 3"),
         ("learning_rate = 0.01", "learning_rate = 0.01\nbias_rate = 0.1", "the model's router has no selection bias"),
         ("[training]", '[finetune]\ncheckpoint = "x"\n[training]', "either a model table, .* or a finetune table"),
-        ("[training]", "feed_forward = 3\n[training]", "model.feed_forward must be a list of tables, for num_hidden"),
-        ("[training]", "feed_forward = [3]\n[training]", "model.feed_forward must be a list of tables, for num_hidden"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -152,7 +155,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def decoder(recipe: Recipe) -> ModelConfig:
     assert recipe.model is not None
-    return model_config(config_json(recipe.model, 4096))
+    return model_config(config_json(recipe, 4096))
 
 
 def test_the_model_is_the_recipes(tmp_path: Path) -> None:
@@ -179,9 +182,19 @@ def test_layers_of_our_own_take_turns(tmp_path: Path) -> None:
     config = decoder(_read(MINIMAL[:a] + OWN.lstrip() + MINIMAL[b:], tmp_path))
     dense, sparse = FeedForwardConfig(24), FeedForwardConfig(16, RouterConfig(4, 2), gated=False)
     assert (config.feed_forward, config.qk_norm) == ((dense, sparse, dense), "head")
-    different = OWN.replace("{ width = 24 }", "{ width = 24, router = { num_experts = 8, top_k = 2 } }")
-    with pytest.raises(ConfigError, match="have different routers, which training does not support"):
-        _read(MINIMAL[:a] + different.lstrip() + MINIMAL[b:], tmp_path)
+    for old, new, message in (
+        ("width = 24", "width = 24\nrouter = { num_experts = 8, top_k = 2 }", "have different routers, which training"),
+        ("top_k = 2", 'top_k = 2, score = "best"', "layers.router.score is 'best'; it must be 'softmax', 'sigmoid' or"),
+        ("top_k = 2", "top_k = 2, scores = 1", "unknown recipe key layers.router.scores; known are num_experts, top_k"),
+        ("width = 24", "", "the recipe lacks layers.width"),
+        (
+            "num_hidden_layers = 3",
+            "num_hidden_layers = true",
+            "model: num_hidden_layers is True; it must be an integer",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _read(MINIMAL[:a] + OWN.lstrip().replace(old, new) + MINIMAL[b:], tmp_path)
 
 
 def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:

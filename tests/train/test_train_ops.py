@@ -35,7 +35,7 @@ def test_attention_within_documents(
 ) -> None:
     monkeypatch.setattr(ops, "QUERY_BLOCK", 8)
     assert recipe.model is not None
-    config, rows = dataclasses.replace(model_config(config_json(recipe.model, 320)), windows=(None, 5)), 3
+    config, rows = dataclasses.replace(model_config(config_json(recipe, 320)), windows=(None, 5)), 3
     qkv = _random(rows * length, (4 + 2 + 2) * 8)
     starts = torch.zeros(rows, length, dtype=torch.int64)
     if documents == "many":

@@ -36,11 +36,5 @@ def train(
     from moebius.train.run import main_from_recipe
 
     main_from_recipe(
-        recipe,
-        out,
-        resume=resume,
-        evaluate_only=evaluate_only,
-        dense_twin=dense_twin,
-        against=against,
-        device=device,
+        recipe, out, resume=resume, evaluate_only=evaluate_only, dense_twin=dense_twin, against=against, device=device
     )

@@ -1,18 +1,17 @@
 """A recipe's model table is a config.json, less what training fills in: its model_type says what the layers are.
 
-What no published type expresses has the type `moebius`: `feed_forward` is a list of tables with the fields of
-FeedForwardConfig, which the layers take in turn, `router` a table with those of RouterConfig; qk_norm and qkv_bias say
-how it attends. It trains, and is not served, for the reason that `unpublished` may give.
+What no published type expresses has the type `moebius`: its layers take the recipe's `layers`, feed-forwards as
+FeedForwardConfig has them, in turn; qk_norm and qkv_bias say how it attends. It trains, and is not served, for the
+reason that `unpublished` may give.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from moebius.config import FeedForwardConfig, ModelConfig, require
-from moebius.errors import ConfigError
 from moebius.models import model_config
 
 if TYPE_CHECKING:
@@ -23,37 +22,36 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_va
 _KEPT = (*_DEFAULTS, *_SIZES, "rope_scaling", "rope_parameters")
 
 
-def config_json(table: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The whole config.json of a model table."""
-    kind = str(table.get("model_type")).replace("granitemoe", "granite_moe")
+def config_json(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    """The whole config.json of the recipe's model table."""
+    table = recipe.model or {}
+    kind, layers = str(table.get("model_type")).replace("granitemoe", "granite_moe"), table.get("num_hidden_layers")
     name = f"{kind.title().replace('_', '')}ForCausalLM"
     whole = {**_DEFAULTS, "architectures": [name], **table, "vocab_size": vocab_size}
-    if "feed_forward" in table:
-        try:
-            parts = [{"router": None, **part} for part in table["feed_forward"]]
-            whole["feed_forward"] = list(islice(cycle(parts), table["num_hidden_layers"]))
-        except (TypeError, KeyError, ValueError):
-            raise ConfigError("model.feed_forward must be a list of tables, for num_hidden_layers in turn") from None
+    if recipe.layers and isinstance(layers, int):
+        whole["feed_forward"] = [asdict(part) for part in islice(cycle(recipe.layers), layers)]
     return whole
 
 
-def dense_twin(table: dict[str, Any]) -> dict[str, Any]:
-    """The model table of the dense model that a token meets as many parameters of; dense layers stay as they are."""
-    config = model_config(config_json(table, 1))
+def dense_twin(recipe: Recipe) -> Recipe:
+    """The same run with a dense model that a token meets as many parameters of; dense layers stay as they are."""
+    require(recipe.model is not None, "--dense-twin needs a recipe with a model table")
+    table, config = recipe.model or {}, model_config(config_json(recipe, recipe.tokenizer.vocab_size))
     require(any(part.router for part in config.feed_forward), "the recipe's model is dense already")
-    parts = [
+    parts = tuple(
         FeedForwardConfig(active_width(part), activation=part.activation, gated=part.gated)
         for part in config.feed_forward
-    ]
+    )
     common = {key: table[key] for key in _KEPT if key in table} | {"head_dim": config.head_dim}
     kind = {("head", False): "qwen3", ("none", True): "qwen2"}.get((config.qk_norm, config.qkv_bias))
     if kind and parts[0].gated and len(set(parts)) == 1:
         activation = "gelu_pytorch_tanh" if parts[0].activation == "gelu_tanh" else parts[0].activation
-        return common | {"model_type": kind, "intermediate_size": parts[0].width, "hidden_act": activation}
-    attention = {"qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias}
-    lacks = config.unpublished or "this attention, or layers of these widths, in a dense model"
-    whole = {"model_type": "moebius", "unpublished": lacks, "feed_forward": [asdict(part) for part in parts]}
-    return common | attention | whole
+        model = {"model_type": kind, "intermediate_size": parts[0].width, "hidden_act": activation}
+        parts = ()
+    else:
+        lacks = config.unpublished or "this attention, or layers of these widths, in a dense model"
+        model = {"model_type": "moebius", "unpublished": lacks, "qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias}
+    return replace(recipe, name=f"{recipe.name}-dense", model=common | model, layers=parts)
 
 
 def active_width(part: FeedForwardConfig) -> int:

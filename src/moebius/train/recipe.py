@@ -6,11 +6,12 @@ import json
 import math
 import re
 import tomllib
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -20,17 +21,31 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
 )
 
-from moebius.config import TrainingRouting, require
+from moebius.config import FeedForwardConfig, TrainingRouting, require
 from moebius.errors import ConfigError
 from moebius.models import model_config
-from moebius.train.architecture import check_trainable, config_json, dense_twin
+from moebius.train.architecture import check_trainable, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
-Paths = Annotated[tuple[str, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))]
+
+
+def _absolute(name: str, info: ValidationInfo) -> str:
+    """A path that starts at the recipe's folder."""
+    return str((Path(info.context or ".") / Path(name).expanduser()).resolve()) if name else ""
+
+
+def _model(name: str, info: ValidationInfo) -> str:
+    """A directory that is there, or a name for moebius.models.hub."""
+    return _absolute(name, info) if (Path(info.context or ".") / name).exists() else name
+
+
+LocalPath = Annotated[str, AfterValidator(_absolute)]
+LocalPaths = Annotated[tuple[LocalPath, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +56,7 @@ class CorpusRecipe:
               the kind `chat` special tokens count as such, and a new tokenizer is not trained on them
     """
 
-    files: Annotated[dict[str, Paths], Field(min_length=1)]
+    files: Annotated[dict[str, LocalPaths], Field(min_length=1)]
     text_key: str = "text"
     heldout_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.045
 
@@ -55,7 +70,7 @@ class TokenizerRecipe:
     """
 
     vocab_size: Annotated[int, Field(ge=259, le=2**16)] = 4096
-    path: str = ""
+    path: LocalPath = ""
     end_of_text: str = END_OF_TEXT
 
 
@@ -69,7 +84,7 @@ class FinetuneRecipe:
     expert_dropout   within experts behind a router (Switch section 2.4: 0.1 and 0.4)
     """
 
-    checkpoint: str
+    checkpoint: Annotated[str, AfterValidator(_model)]
     train: Literal["all", "experts", "all_but_experts"] = "all"
     dropout: Below1 = 0.1
     expert_dropout: Below1 = 0.4
@@ -146,7 +161,8 @@ class TrainingRecipe:
 class Recipe:
     """All that decides a training run, beside the text itself.
 
-    model     a config.json (moebius.train.architecture)
+    model     a config.json; of type `moebius`, its decoder's layers take the feed-forwards in `layers` in turn
+              (moebius.train.architecture)
     mixture   how often an epoch passes over each kind of text
     """
 
@@ -156,6 +172,7 @@ class Recipe:
     training: TrainingRecipe
     corpus: CorpusRecipe
     model: dict[str, Any] | None = None
+    layers: tuple[FeedForwardConfig, ...] = ()
     seed: int = 1
     mixture: dict[str, NonNegativeInt] = field(default_factory=dict)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
@@ -173,13 +190,7 @@ class Recipe:
         one = (self.model is None) != (self.finetune is None)
         require(one, "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint")
         if self.model is not None:
-            check_trainable(model_config(config_json(self.model, self.tokenizer.vocab_size)), self)
-
-    def dense_twin(self) -> Recipe:
-        """The same run with a dense model of as many parameters as a token of this one uses."""
-        if self.model is None:
-            raise ConfigError("--dense-twin needs a recipe with a model table")
-        return replace(self, name=f"{self.name}-dense", model=dense_twin(self.model))
+            check_trainable(model_config(config_json(self, self.tokenizer.vocab_size)), self)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -195,34 +206,21 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"the recipe {path} is not TOML: {error}") from None
     try:
         # As JSON, where strict means: an integer is a number too and a list a tuple, but nothing else is converted.
-        recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
+        return TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), context=path.parent)
     except ValidationError as error:
         raise ConfigError(_first(error)) from None
-
-    def absolute(name: str) -> str:
-        return str((path.parent / Path(name).expanduser()).resolve()) if name else ""
-
-    files = {kind: tuple(map(absolute, names)) for kind, names in recipe.corpus.files.items()}
-    start = recipe.finetune
-    if start is not None and (path.parent / start.checkpoint).exists():
-        start = replace(start, checkpoint=absolute(start.checkpoint))
-    return replace(
-        recipe,
-        corpus=replace(recipe.corpus, files=files),
-        tokenizer=replace(recipe.tokenizer, path=absolute(recipe.tokenizer.path)),
-        finetune=start,
-    )
 
 
 def _first(invalid: ValidationError) -> str:
     """One line about the first thing that is wrong: a misspelt key rather than the one that it leaves missing."""
     unknown = "unexpected_keyword_argument"
     error = min(invalid.errors(), key=lambda e: e["type"] != unknown)
-    where = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    where = ".".join(names)
     if error["type"] == unknown:
         record: Any = Recipe
-        for part in error["loc"][:-1]:
-            kind = get_type_hints(record)[str(part)]
+        for name in names[:-1]:
+            kind = get_type_hints(record)[name]
             record = next(option for option in (kind, *get_args(kind)) if is_dataclass(option))
         return f"unknown recipe key {where}; known are {', '.join(f.name for f in fields(record))}"
     if error["type"] == "missing":

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moebius.config import read_json, require
 from moebius.errors import StorageError
 from moebius.models.weights import load_decoder
+from moebius.train.architecture import dense_twin as twin_of
 from moebius.train.data import prepare
 from moebius.train.evaluate import routers
 from moebius.train.export import export, figures_table, measure, model_card
@@ -39,7 +40,7 @@ def main_from_recipe(
     out/training. Raises: UsageError, NumericalError or StorageError, each of which leaves the last checkpoint whole.
     """
     recipe = read_recipe(recipe_path)
-    recipe = recipe.dense_twin() if dense_twin else recipe
+    recipe = twin_of(recipe) if dense_twin else recipe
     checkpoint = out / "training" / "checkpoint.safetensors"
     try:
         if evaluate_only:

@@ -302,7 +302,7 @@ def _start(recipe: Recipe, data: PreparedData) -> tuple[dict[str, Any], ModelCon
     """config.json, architecture, and float32 weights by name: fresh ones, or those of the checkpoint to fine-tune."""
     if recipe.model is not None:
         training = recipe.training
-        raw = config_json(recipe.model, data.vocab_size)
+        raw = config_json(recipe, data.vocab_size)
         config = model_config(raw)
         raw |= {"eos_token_id": data.end_of_text, "pad_token_id": data.end_of_text}
         if any(part.router and part.router.score == "softmax" for part in config.feed_forward):
