@@ -115,10 +115,6 @@ class TrainingRouting:
             )
         require(self.dropless or self.capacity_factor is not None, "routing.dropless is false; give capacity_factor")
         require(self.min_capacity >= 0, f"routing.min_capacity is {self.min_capacity}; it must not be negative")
-        require(
-            self.second_policy in ("all", "threshold", "random"),
-            f"routing.second_policy is {self.second_policy!r}; it must be all, threshold or random",
-        )
         require(0 < self.second_threshold < 1, f"routing.second_threshold is {self.second_threshold}; use 0 < it < 1")
         require(0 <= self.jitter < 1, f"routing.jitter is {self.jitter}; it must be at least 0 and less than 1")
 

@@ -13,7 +13,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.weights import save_checkpoint
 from moebius.moe.health import dead_experts, max_violation
 from moebius.train.data import PreparedData
-from moebius.train.evaluate import counting, scores
+from moebius.train.evaluate import scores
 from moebius.train.recipe import Recipe
 from moebius.train.tokenizer import IM_END, save_tokenizer, tokenizer_folder
 from moebius.train.trainer import Trainer
@@ -40,8 +40,7 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     length, tokenizer = recipe.training.row_length, data.tokenizer
     texts = {kind: tokenizer.decode(stream.tolist()).encode() for kind, stream in data.heldout.items()}
     texts["all"] = b"".join(texts.values())
-    with counting(decoder) as counts:
-        found = scores(decoder, data, length)
+    found = scores(decoder, data, length)
     figures: dict[str, dict[str, Any]] = {
         kind: {
             "bytes": s.num_bytes,
@@ -55,8 +54,8 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     if recipe.routing.eval_capacity_factor is not None:
         for kind, s in scores(decoder, data, length, at_capacity=True).items():
             figures[kind]["bits_per_byte_at_capacity"] = s.bits_per_byte
-    if counts:
-        loads = torch.stack(counts)
+    loads = found["all"].counts_SE
+    if isinstance(loads, torch.Tensor):
         figures["all"]["max_violation"] = [round(x, 3) for x in max_violation(loads).tolist()]
         figures["all"]["dead_experts"] = int(dead_experts(loads).sum())
     return figures

@@ -1,6 +1,7 @@
 """The training loop: steps, metrics, checkpoints, exports, until the recipe's last step or an interruption."""
 
 import json
+import os
 import signal
 import threading
 import time
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 
 from moebius.errors import ConfigError, StorageError
-from moebius.models.weights import publish
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
 from moebius.train.trainer import StepReport, Trainer
 
@@ -35,7 +35,7 @@ def run(
     training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(folder, trainer, on_line)
-    metrics.resume(trainer.restore(checkpoint) if checkpoint.exists() else None)
+    metrics.resume(trainer.restore(checkpoint) if checkpoint.exists() else {})
     saved = last = time.monotonic()
     try:
         with _stop_signals() as asked:
@@ -48,7 +48,7 @@ def run(
                 if export and training.export_every and trainer.done % training.export_every == 0:
                     export(folder / "steps" / f"{trainer.done:06d}")
                 if now - saved >= training.checkpoint_seconds or asked:
-                    trainer.save(checkpoint, metrics.pending)
+                    trainer.save(checkpoint, metrics.state())
                     saved = now
     except OSError as error:
         raise StorageError(
@@ -57,7 +57,7 @@ def run(
         ) from None
     if asked:
         raise KeyboardInterrupt
-    trainer.save(checkpoint, metrics.pending)
+    trainer.save(checkpoint, metrics.state())
 
 
 @contextmanager
@@ -80,42 +80,40 @@ def _stop_signals() -> Iterator[list[int]]:
 class Metrics:
     """One line every log_every steps: means since the last line; every evaluate_every steps bits per byte too.
 
-    pending    what the next line is made of, so that an interrupted run writes the lines of one that was not
+    What the next line is made of is part of the checkpoint, so that an interrupted run writes the lines of one that was
+    not.
     """
 
     def __init__(self, folder: Path, trainer: Trainer, on_line: Callable[[Line], None]) -> None:
         self._path, self._trainer, self._on_line = folder / "metrics.jsonl", trainer, on_line
-        self.pending: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = []
         self._seconds = trainer.seconds
         self._events: Any = None
+        self._path.touch()
 
-    def resume(self, pending: list[dict[str, Any]] | None) -> None:
-        """Forget what was written after the checkpoint."""
+    def state(self) -> dict[str, Any]:
+        return {"pending": self._pending, "size": self._path.stat().st_size}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's `state`, {} for none, and forget what was written after it."""
         trainer = self._trainer
-        self.pending, self._seconds = pending or [], trainer.seconds
-        if trainer.ranks.rank:
-            return
-        if trainer.recipe.training.tensorboard:
-            self._events = _tensorboard(self._path.parent, trainer.done + 1)
-        if self._path.exists():
-            lines = [
-                line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.done
-            ]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            publish(partial, self._path)
+        self._pending, self._seconds = state.get("pending", []), trainer.seconds
+        if trainer.ranks.rank == 0:
+            os.truncate(self._path, min(state.get("size", 0), self._path.stat().st_size))
+            if trainer.recipe.training.tensorboard:
+                self._events = _tensorboard(self._path.parent, trainer.done + 1)
 
     def add(self, report: StepReport) -> None:
         trainer, training = self._trainer, self._trainer.recipe.training
         losses = {name: getattr(report, name) for name in ("loss", "balance", "z", "grad_norm")}
         routed = {"counts": report.counts.long().tolist(), "dropped": report.dropped.tolist()}
-        self.pending.append(losses | {"learning_rate": report.rate} | routed)
+        self._pending.append(losses | {"learning_rate": report.rate} | routed)
         finished = trainer.done == training.steps
         evaluated = finished or trainer.done % training.evaluate_every == 0
         if not (evaluated or trainer.done % training.log_every == 0):
             return
         line: Line = {"step": trainer.done, "seconds": round(trainer.seconds, 1)} | self._means()
-        self.pending, self._seconds = [], trainer.seconds
+        self._pending, self._seconds = [], trainer.seconds
         if trainer.ranks.rank:
             return
         if evaluated:
@@ -133,7 +131,7 @@ class Metrics:
 
     def _means(self) -> Line:
         """Means over the pending steps; router health, a value a layer, of their loads together."""
-        pending, training = self.pending, self._trainer.recipe.training
+        pending, training = self._pending, self._trainer.recipe.training
         names = ("loss", "balance", "z", "grad_norm")
         line: Line = {name: sum(p[name] for p in pending) / len(pending) for name in names}
         tokens = len(pending) * training.tokens_per_step
@@ -164,14 +162,6 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
 
 def _rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
-
-
-def _step(line: str) -> float:
-    """Of a line that was cut off in the middle: never."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")
 
 
 def _flat(line: Line) -> dict[str, float]:

@@ -55,9 +55,8 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a special token. Raises: ConfigError, for a tokenizer that lacks it."""
     found: int | None = tokenizer.token_to_id(token)
     if found is None:
-        raise ConfigError(
-            f"the tokenizer lacks {token}, which separates documents; name its own end token in tokenizer.end_of_text"
-        )
+        advice = "which separates documents; name its own end token in tokenizer.end_of_text"
+        raise ConfigError(f"the tokenizer lacks {token}, {advice}")
     return found
 
 

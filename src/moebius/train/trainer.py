@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from moebius.config import ModelConfig, require
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
@@ -198,25 +199,18 @@ class Trainer:
     def _what_is_no_number(self, batch: Batch, loss: float) -> str:
         """One line that says where the first NaN or infinity arises: forwards, else backwards from the loss."""
         bad: list[str] = []
+        parts = {"self_attn": "attention", "mlp": "feed-forward"}
+        layers = enumerate(self.decoder.layers)
+        names = {getattr(layer, part): f"layer {i}'s {what}" for i, layer in layers for part, what in parts.items()}
 
-        def look(name: str, out: Any) -> None:
-            parts = out if isinstance(out, tuple) else (out,)
-            if not all(bool(torch.isfinite(x).all()) for x in parts if isinstance(x, Tensor)):
-                bad.append(name)
+        def look(module: torch.nn.Module, _: Any, out: Any) -> None:
+            found = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+            if module in names and not all(bool(torch.isfinite(x).all()) for x in found):
+                bad.append(names[module])
 
-        hooks = [
-            self.decoder.get_submodule(f"layers.{number}.{part}").register_forward_hook(
-                lambda _, __, out, name=f"layer {number}'s {what}": look(name, out)
-            )
-            for number in range(self.decoder.config.num_layers)
-            for part, what in (("self_attn", "attention"), ("mlp", "feed-forward"))
-        ]
-        try:
+        with register_module_forward_hook(look):
             for index in self._mine:
                 self._losses(batch.part(index, self.recipe.training.accumulation), index, None)
-        finally:
-            for hook in hooks:
-                hook.remove()
         bad += [f"the gradient of {n}" for n, grad in reversed(self._grads.items()) if not grad.isfinite().all()]
         return (
             f"step {self.done}: the loss is {loss}, and {bad[0] if bad else 'the loss'} the first that is no number; "
