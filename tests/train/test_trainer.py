@@ -119,7 +119,7 @@ def test_one_step_is_adamw_on_the_naive_loss(recipe: Recipe, data: PreparedData)
     assert report.balance == pytest.approx(balance.item(), rel=1e-2)
     assert report.z == pytest.approx(z.item(), rel=1e-2)
     assert report.grad_norm == pytest.approx(norm.item(), rel=0.05)
-    assert report.rate == pytest.approx(0.01 / 3)
+    assert report.learning_rate == pytest.approx(0.01 / 3)
     for name, parameter in naive.named_parameters():
         grad = parameter.grad * 0.05 / norm
         mean = trainer.tensors()[f"mean.{name}"]

@@ -21,7 +21,6 @@ import torch
 from tokenizers import Tokenizer
 
 from moebius.config import require
-from moebius.errors import ConfigError
 from moebius.models.weights import publish
 from moebius.text import Tokenizer as TextTokenizer
 from moebius.train.corpus import SPLITS, Corpus
@@ -181,17 +180,16 @@ class Batches:
     """
 
     def __init__(self, data: PreparedData, mixture: Mapping[str, int], rows: int, length: int, seed: int) -> None:
-        unknown = [kind for kind, copies in mixture.items() if copies and kind not in data.train]
-        if unknown:
-            raise ConfigError(f"mixture.{unknown[0]} names no training stream; there are {', '.join(data.train)}")
-        copies = {kind: mixture.get(kind, 1) for kind in sorted(data.train)}
-        self._streams = [(data.train[kind], count) for kind, count in copies.items() if count]
+        for kind, copies in mixture.items():
+            known = f"there are {', '.join(data.train)}"
+            require(not copies or kind in data.train, f"mixture.{kind} names no training stream; {known}")
+        self._streams = [(data.train[kind], mixture.get(kind, 1)) for kind in sorted(data.train)]
         self._rows, self._length, self._seed = rows, length, seed
         self._end, self._im_start = data.end_of_text, data.im_start
         per_stream = [copies * max(0, (len(t) - 1) // length - 1) for t, copies in self._streams]
         self.steps_per_epoch = sum(per_stream) // rows
-        if self.steps_per_epoch == 0:
-            raise ConfigError(f"the training text has fewer than {rows} rows of {length} tokens, not one batch")
+        few = f"the training text has fewer than {rows} rows of {length} tokens, not one batch"
+        require(self.steps_per_epoch > 0, few)
         self._epoch = -1
         self._order = np.empty((0, 2), dtype=np.int64)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from moebius.models.decoder import Decoder
 from moebius.moe.losses import chosen_counts, present
 from moebius.moe.router import Router
 from moebius.train.data import PreparedData, evaluation_batches
-from moebius.train.ops import DocumentAttend, TrainingOps
+from moebius.train.ops import DocumentAttend
 
 _LOGIT_ROWS = 1024
 
@@ -48,18 +49,15 @@ def routers(decoder: Decoder) -> list[Router]:
 @contextmanager
 def measuring(decoder: Decoder, *, at_capacity: bool = False) -> Iterator[None]:
     """Without dropout and noise; dropless, as the model is served, unless `at_capacity`."""
+    ops: Any = decoder.ops
     limits, training = [(router, router.limits) for router in routers(decoder)], decoder.training
-    decoder.eval()
-    if isinstance(decoder.ops, TrainingOps):
-        decoder.ops.training = False
-    for router, _ in limits:
-        router.limits = router.limits if at_capacity else None
+    ops.training = decoder.eval().training
+    for router, limit in limits:
+        router.limits = limit if at_capacity else None
     try:
         yield
     finally:
-        decoder.train(training)
-        if isinstance(decoder.ops, TrainingOps):
-            decoder.ops.training = training
+        ops.training = decoder.train(training).training
         for router, limit in limits:
             router.limits = limit
 

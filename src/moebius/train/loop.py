@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,16 +63,12 @@ def run(
 def _stop_signals() -> Iterator[list[int]]:
     """The signals that came to end the run, so that a step is never cut in two."""
     asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    for number, _ in before:
-        signal.signal(number, lambda which, _: asked.append(which))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda which, _: asked.append(which)) for number in numbers]
     try:
         yield asked
     finally:
-        for number, handler in before:
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
@@ -105,11 +100,9 @@ class Metrics:
 
     def add(self, report: StepReport) -> None:
         trainer, training = self._trainer, self._trainer.recipe.training
-        losses = {name: getattr(report, name) for name in ("loss", "balance", "z", "grad_norm")}
-        routed = {"counts": report.counts.long().tolist(), "dropped": report.dropped.tolist()}
-        self._pending.append(losses | {"learning_rate": report.rate} | routed)
-        finished = trainer.done == training.steps
-        evaluated = finished or trainer.done % training.evaluate_every == 0
+        told = report._asdict().items()
+        self._pending.append({name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in told})
+        evaluated = trainer.done == training.steps or trainer.done % training.evaluate_every == 0
         if not (evaluated or trainer.done % training.log_every == 0):
             return
         line: Line = {"step": trainer.done, "seconds": round(trainer.seconds, 1)} | self._means()
@@ -137,7 +130,7 @@ class Metrics:
         tokens = len(pending) * training.tokens_per_step
         line["learning_rate"] = pending[-1]["learning_rate"]
         line["tokens_per_second"] = round(tokens / max(self._trainer.seconds - self._seconds, 1e-9))
-        counts = torch.tensor([p["counts"] for p in pending]).sum(0)
+        counts = torch.tensor([p["counts"] for p in pending], dtype=torch.float64).sum(0)
         if counts.numel() == 0:
             return line
         return line | {
@@ -154,9 +147,8 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError(
-            "training.tensorboard is true, but TensorBoard is missing: pip install 'moebius[tensorboard]'"
-        ) from None
+        missing = "training.tensorboard is true, but TensorBoard is missing: pip install 'moebius[tensorboard]'"
+        raise ConfigError(missing) from None
     return SummaryWriter(str(folder), purge_step=first_step)
 
 

@@ -34,11 +34,8 @@ class Ranks:
 
     def share(self, micro_batches: int) -> range:
         """Which micro-batches of a step are this rank's."""
-        require(
-            micro_batches % self.count == 0,
-            f"training.accumulation = {micro_batches} micro-batches cannot be shared by {self.count} ranks evenly; "
-            f"make it a multiple of {self.count}",
-        )
+        wrong = f"training.accumulation = {micro_batches} micro-batches cannot be shared by {self.count} ranks evenly"
+        require(micro_batches % self.count == 0, f"{wrong}; make it a multiple of {self.count}")
         return range(self.rank, micro_batches, self.count)
 
     def add_up(self, *tensors: Tensor) -> None:

@@ -7,9 +7,9 @@ Shape legend: R rows, L tokens in a row, T = R * L, D model, V vocabulary, E exp
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,8 +36,7 @@ from moebius.train.recipe import Recipe, TokenizerRecipe
 _BIAS = ".router.selection_bias"
 
 
-@dataclass(frozen=True)
-class StepReport:
+class StepReport(NamedTuple):
     """What a step measured, before its update, over all its micro-batches. Losses in nats a token.
 
     counts (S, E): how many choices of each expert there were; dropped (S,): which share of them found no room.
@@ -47,7 +46,7 @@ class StepReport:
     balance: float
     z: float
     grad_norm: float
-    rate: float
+    learning_rate: float
     counts: Tensor
     dropped: Tensor
 
@@ -78,15 +77,14 @@ class Trainer:
         self._grads = {name: g.view_as(trained[name]) for name, g in zip(trained, parts, strict=True)}
         for name, grad in self._grads.items():
             trained[name].grad = grad
+        decays = {True: training.weight_decay, False: 0.0}
+        groups = [
+            {"params": [m for m in trained.values() if (m.ndim >= 2) == matrices], "weight_decay": decay}
+            for matrices, decay in decays.items()
+        ]
         betas = (training.beta1, training.beta2)
-        matrices = [master for master in trained.values() if master.ndim >= 2]
-        gains = [master for master in trained.values() if master.ndim < 2]
-        decays = ((matrices, training.weight_decay), (gains, 0.0))
-        groups = [{"params": some, "weight_decay": decay} for some, decay in decays if some]
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
         self._batches = Batches(data, recipe.mixture, training.rows_per_step, training.row_length, recipe.seed)
-        rows = training.rows_per_step // training.accumulation
-        self._positions_T = torch.arange(training.row_length, device=self.device).repeat(rows)
         self.done, self.seconds = 0, 0.0
         self._round()
 
@@ -137,18 +135,21 @@ class Trainer:
         """How many layers have a router, and over how many experts."""
         return len(self._routers), self._routers[0].config.num_experts if self._routers else 0
 
-    def _forward(self, part: Batch, index: int) -> tuple[Tensor, list[Routing]]:
+    def _forward(self, batch: Batch, index: int) -> tuple[Batch, Tensor, list[Routing]]:
+        """Micro-batch `index`, hidden states as the logits' product takes them, and routings."""
+        part = batch.part(index, self.recipe.training.accumulation)
         seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
         attend = DocumentAttend(self.decoder.config, part.document_RL, self.decoder.embed_tokens.weight.dtype)
-        hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), self._positions_T, attend)
+        positions_T = torch.arange(part.input_RL.shape[1], device=self.device).repeat(len(part.input_RL))
+        hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), positions_T, attend)
         divisor = self.decoder.config.logits_divisor
-        return hidden_TD if divisor == 1.0 else hidden_TD / divisor, present(routings)
+        return part, hidden_TD if divisor == 1.0 else hidden_TD / divisor, present(routings)
 
-    def _losses(self, part: Batch, index: int, counts: list[Tensor] | None) -> tuple[list[Tensor], list[Routing]]:
+    def _losses(self, batch: Batch, index: int, counts: list[Tensor] | None) -> tuple[list[Tensor], list[Routing]]:
         """Cross-entropy, balance and z loss of a micro-batch, and its routings."""
         training, decoder = self.recipe.training, self.decoder
-        hidden_TD, routings = self._forward(part, index)
+        part, hidden_TD, routings = self._forward(batch, index)
         head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
         losses = [cross_entropy(hidden_TD, head.weight, part.target_RL.reshape(-1))]
         if not routings:
@@ -165,7 +166,7 @@ class Trainer:
     def _micro_batch(self, batch: Batch, index: int, counts: list[Tensor] | None) -> Tensor:
         """Add a micro-batch's gradients; what it measured, as one vector: losses, dropped (S,), counts (S, E)."""
         training = self.recipe.training
-        losses, routings = self._losses(batch.part(index, training.accumulation), index, counts)
+        losses, routings = self._losses(batch, index, counts)
         loss, balance, z = losses
         total = loss + training.load_balance * balance + training.z_loss * z
         torch.autograd.backward(total / training.accumulation)
@@ -183,7 +184,7 @@ class Trainer:
         training = self.recipe.training
         total = torch.zeros(self._shape, device=self.device)
         for index in self._mine:
-            _, routings = self._forward(batch.part(index, training.accumulation), index)
+            *_, routings = self._forward(batch, index)
             counts = [chosen_counts(r, first_only=training.first_choices).view(-1) for r in routings]
             total += torch.stack(counts) if counts else total
         self.ranks.add_up(total)
@@ -210,7 +211,7 @@ class Trainer:
 
         with register_module_forward_hook(look):
             for index in self._mine:
-                self._losses(batch.part(index, self.recipe.training.accumulation), index, None)
+                self._losses(batch, index, None)
         bad += [f"the gradient of {n}" for n, grad in reversed(self._grads.items()) if not grad.isfinite().all()]
         return (
             f"step {self.done}: the loss is {loss}, and {bad[0] if bad else 'the loss'} the first that is no number; "
@@ -258,8 +259,7 @@ class Trainer:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["moebius"])
-                fields = ("step", "fingerprint", "seconds", "pending")
-                step, fingerprint, seconds, pending = (header[key] for key in fields)
+                step, fingerprint, seconds, pending = (header[k] for k in ("step", "fingerprint", "seconds", "pending"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise WeightsError(f"{path} is no training checkpoint: {error}") from None
@@ -307,11 +307,8 @@ def _start(recipe: Recipe, data: PreparedData) -> tuple[dict[str, Any], ModelCon
         assert recipe.finetune is not None
         checkpoint = open_checkpoint(resolve_model(recipe.finetune.checkpoint))
         raw, config = dict(checkpoint.config_json), checkpoint.config
-        require(
-            data.vocab_size <= config.vocab_size,
-            f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}; they do not belong "
-            "together",
-        )
+        sizes = f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}"
+        require(data.vocab_size <= config.vocab_size, f"{sizes}; they do not belong together")
         check_trainable(config, recipe)
         decoder = load_decoder(checkpoint, torch.float32, ops=TrainingOps(), mapped=False)
     return raw, config, {name: p.detach() for name, p in decoder.named_parameters()}
