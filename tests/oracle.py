@@ -51,6 +51,18 @@ FAMILY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "olmoe": {"intermediate_size": 14, "num_experts": 5, "num_experts_per_tok": 3},
+    "dots1": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "head_dim": 10,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "sliding_window": None,
+    },
     "granitemoe": {
         "intermediate_size": 14,
         "num_local_experts": 5,
@@ -71,6 +83,9 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     return model.eval()
 
 

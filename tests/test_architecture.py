@@ -30,7 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "llm": {"errors", "config", "schedule", "text", "engine", "outputs", "models"},
     "server": {"errors", "config", "schedule", "text", "engine", "outputs"},
     "bench": {"errors", "config", "schedule", "text", "models", "engine", "llm"},
-    "train": {"errors", "config", "text", "ops", "nn", "moe", "models"},
+    "inspect": {"errors", "config", "text", "ops", "nn", "moe", "models"},
+    "train": {"errors", "config", "text", "ops", "nn", "moe", "models", "inspect"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -8,6 +8,7 @@ meaning is the same.
 import json
 import math
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -75,6 +76,50 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingRouting:
+    """What is done to a routing in training only. A model is served without any of it: a token's answer must not
+    depend on the tokens beside it, which is what a capacity makes it do.
+
+    choice            `token`; `expert` and `batch_prioritised` exist to be refused
+    dropless          no capacity: every expert takes whatever comes
+    capacity_factor   an expert takes capacity_factor * K / E of a micro-batch's tokens, at least min_capacity. GShard
+                      counts so; Mesh and ST-MoE leave out K (their 1.25 at top-2 is 0.625 here)
+    eval_capacity_factor   the same for measuring held-out text, beside measuring it dropless
+    second_policy     of a token's choices after the first: `all` stay, those whose share of the token's weights exceeds
+                      second_threshold (`threshold`), or each with probability share / second_threshold (`random`;
+                      GShard's threshold is 0.5, ST-MoE's 0.2, arXiv 2202.08906 appendix G)
+    jitter            eps: the router's input is multiplied by uniform(1 - eps, 1 + eps), as Mesh TensorFlow does
+    """
+
+    choice: str = "token"
+    dropless: bool = True
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 4
+    second_policy: Literal["all", "threshold", "random"] = "all"
+    second_threshold: float = 0.2
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.choice == "token",
+            f"routing.choice is {self.choice!r}; it must be 'token': where experts choose among a batch's tokens, or "
+            "important tokens go first, a token's answer tells of those after it, which a causal decoder must not see",
+        )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"routing.{name} is {value}; it must be positive")
+            require(
+                value is None or not self.dropless,
+                f"routing.{name} is {value}, but a dropless router has no capacity; set routing.dropless = false",
+            )
+        require(self.dropless or self.capacity_factor is not None, "routing.dropless is false; give capacity_factor")
+        require(self.min_capacity >= 0, f"routing.min_capacity is {self.min_capacity}; it must not be negative")
+        require(0 < self.second_threshold < 1, f"routing.second_threshold is {self.second_threshold}; use 0 < it < 1")
+        require(0 <= self.jitter < 1, f"routing.jitter is {self.jitter}; it must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary position embedding: base `theta` and a length-independent scaling (arXiv 2104.09864; yarn 2309.00071)."""
 
@@ -102,7 +147,7 @@ class FeedForwardConfig:
     """One layer's feed-forward part: `router` None means dense, which is the case of one expert.
 
     width is an expert's hidden size F; shared_width the always-on expert's (0: none), gated by sigmoid(w·x) when
-    shared_gate is set (Qwen2-MoE).
+    shared_gate is set (Qwen2-MoE). An expert that is not gated has two matrices: down(act(gate x)).
     """
 
     width: int
@@ -111,6 +156,7 @@ class FeedForwardConfig:
     bias: bool = False
     shared_width: int = 0
     shared_gate: bool = False
+    gated: bool = True
 
     def __post_init__(self) -> None:
         require(self.width >= 1, f"the feed-forward width is {self.width}; it must be at least 1")
@@ -123,6 +169,7 @@ class ModelConfig:
     Sizes: hidden_size D, num_heads H, num_kv_heads G, head_dim N, vocab_size V (width of the logits).
     windows[i] is layer i's sliding window in tokens (a token sees itself and window - 1 before it), None for full.
     feed_forward[i] is layer i's feed-forward part.
+    unpublished says what no published model_type has, so that the model can be trained and measured, but not served.
     """
 
     model_type: str
@@ -146,6 +193,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    unpublished: str = ""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
@@ -247,6 +295,31 @@ class ServerSettings:
             require_seconds(name, getattr(self, name))
         size = self.stream_buffer_bytes
         require(size >= 1024, f"stream_buffer_bytes is {size}; it must be at least 1024")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectConfig:
+    """How much text `moebius inspect` runs, in which pieces, and for which settings it works out costs."""
+
+    max_tokens: Annotated[int, "Run at most so many tokens, chosen evenly from the text."] = 200_000
+    row_length: Annotated[int, "Tokens that see each other: the context's length."] = 512
+    step_tokens: Annotated[int, "Tokens in one step, over which a step's balance is taken."] = 2048
+    capacity_factor: Annotated[Sequence[float], "Capacity factors whose dropped share to work out."] = (1, 1.25, 1.5, 2)
+    ranks: Annotated[Sequence[int], "Numbers of ranks to place the experts on; default: 2, 4, ..."] = ()
+    threads: Annotated[int | None, "Compute threads; default: one a core."] = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "row_length", "step_tokens"):
+            require(getattr(self, name) >= 2, f"{name} is {getattr(self, name)}; it must be at least 2")
+        require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be at least 1")
+        good = all(0 < factor < math.inf for factor in self.capacity_factor)
+        require(good, f"capacity_factor is {list(self.capacity_factor)}; each must be a positive number")
+
+    def ranks_for(self, experts: int) -> list[int]:
+        """The numbers of ranks: as given, or powers of two that divide the experts and leave each rank two of them."""
+        wrong = [count for count in self.ranks if not 2 <= count <= experts]
+        require(not wrong, f"ranks is {wrong}; {experts} experts can be spread over 2 to {experts} ranks")
+        return sorted(set(self.ranks)) or [2**i for i in range(1, 7) if 2 ** (i + 1) <= experts and experts % 2**i == 0]
 
 
 def require_seconds(name: str, value: float) -> None:

@@ -10,7 +10,8 @@
     │   └── ContextLengthError       prompt (plus max_tokens) beyond what the model or the cache can hold
     ├── OverloadError                refused for now: HTTP 503, `retry_after` seconds
     ├── DeadlineError                a request's or a wait's time ran out: HTTP 503
-    ├── NumericalError               NaN or infinite logits: ends that one request, HTTP 500
+    ├── NumericalError               NaN or infinite logits end that one request, HTTP 500; such a loss the training
+    ├── StorageError                 a file cannot be written: the disk is full, or not ours
     └── EngineError                  the engine failed or is gone: HTTP 500
 
 `assert` is for what can only be our own fault; these classes are for everything else.
@@ -73,7 +74,11 @@ class DeadlineError(MoebiusError):
 
 
 class NumericalError(MoebiusError):
-    """The model produced NaN or infinite logits for one request."""
+    """The model produced NaN or infinite logits for one request, or training a loss that is no number."""
+
+
+class StorageError(MoebiusError):
+    """A file cannot be written. What was there before is as it was."""
 
 
 class EngineError(MoebiusError):

@@ -81,7 +81,7 @@ def test_old_and_new_spelling_are_the_same_model(raw: dict[str, Any]) -> None:
     assert model_config(rewritten) == model_config(raw)
 
 
-@pytest.mark.parametrize("model_type", list(MODEL_TYPES))
+@pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - {"moebius"}))
 def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     """Every optional key, left out, means what transformers' class takes it to be."""
     needed = {**TINY, **FAMILY[model_type], "model_type": model_type}

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moebius.train.data import PreparedData, prepare
-from moebius.train.recipe import CorpusRecipe, MixtureRecipe, ModelRecipe, Recipe, TokenizerRecipe, TrainingRecipe
+from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
+from stdlib.prepare import read_library, write
 
 MODULES = (
     "abc bisect calendar cmd code contextlib copy csv dis fnmatch glob heapq io keyword numbers operator pprint queue "
@@ -37,24 +38,34 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe() -> Recipe:
+def text(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It as the recipes read it."""
+    folder = tmp_path_factory.mktemp("text")
+    write(read_library(0.2, library), folder, chats=40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(text: Path) -> Recipe:
     return Recipe(
         name="tiny",
         seed=3,
-        corpus=CorpusRecipe(heldout_share=0.2, chat_examples=40),
-        mixture=MixtureRecipe(library=2, tests=0, docs=0, chat=1),
+        corpus=CorpusRecipe({kind: (str(text / f"{kind}.jsonl"),) for kind in ("library", "docs", "chat")}),
+        mixture={"library": 2, "docs": 0},
         tokenizer=TokenizerRecipe(vocab_size=320),
-        model=ModelRecipe(
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            num_experts=4,
-            experts_per_token=2,
-            expert_width=16,
-            max_position_embeddings=128,
-        ),
+        model={
+            "model_type": "qwen3_moe",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+        },
         training=TrainingRecipe(
             steps=12,
             rows_per_step=3,
@@ -70,5 +81,5 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def data(recipe: Recipe, library: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    return prepare(recipe, tmp_path_factory.mktemp("data"), library)
+def data(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return prepare(recipe, tmp_path_factory.mktemp("data"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moebius.errors import ConfigError
-from moebius.train.corpus import read_corpus
+from moebius.train import data as data_module
 from moebius.train.data import (
     Batches,
     PreparedData,
@@ -19,16 +19,17 @@ from moebius.train.data import (
     evaluation_batches,
     pack,
     prepare,
-    streams,
+    token_dtype,
 )
 from moebius.train.recipe import Recipe
+from stdlib.prepare import read_library
 
 END, START = 0, 1
 
 
 def test_streams_are_the_documents_with_ends_between(data: PreparedData, library: Path) -> None:
-    corpus = read_corpus(0.2, library)
-    for split, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
+    documents = read_library(0.2, library)
+    for split in ("train", "heldout"):
         stream = getattr(data, split)["library"].tolist()
         pieces: list[list[int]] = [[]]
         for token in stream:
@@ -38,29 +39,34 @@ def test_streams_are_the_documents_with_ends_between(data: PreparedData, library
                 pieces[-1].append(token)
         assert pieces[0] == pieces[-1] == []
         texts = [data.tokenizer.decode(piece) for piece in pieces[1:-1]]
-        assert texts == [d.text for d in documents if d.kind == "library"]
+        assert texts == [d.text for d in documents if (d.split, d.kind) == (split, "library")]
         size = data.facts["sizes"][split]["library"]
         assert size["bytes"] == sum(len(text.encode()) for text in texts)
         assert size["bytes"] == int(bytes_per_token(data.tokenizer)[stream].sum())
 
 
-def test_prepared_files_are_used_again_and_remade_for_another_recipe(
-    recipe: Recipe, library: Path, tmp_path: Path
-) -> None:
-    prepare(recipe, tmp_path, library)
-    marked = tmp_path / "train.library.bin"
+def test_prepared_files_are_used_again_and_remade_for_other_text(recipe: Recipe, text: Path, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path / "data")
+    marked = tmp_path / "data" / "train.library.bin"
     written = marked.stat().st_mtime_ns
-    prepare(recipe, tmp_path, library)
+    prepare(recipe, tmp_path / "data")
     assert marked.stat().st_mtime_ns == written
-    other = dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, chat_examples=3))
-    assert prepare(other, tmp_path, library).facts["sizes"]["train"]["chat"]["documents"] == 3
-    assert json.loads((tmp_path / "data.json").read_text())["facts"]["sizes"]["train"]["chat"]["documents"] == 3
+    lines = (text / "chat.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "chat.jsonl").write_text("".join(lines[:3]))
+    files = {**recipe.corpus.files, "chat": (str(tmp_path / "chat.jsonl"),)}
+    other = dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, files=files))
+    assert prepare(other, tmp_path / "data").facts["sizes"]["train"]["chat"]["documents"] == 3
+    stored = json.loads((tmp_path / "data" / "data.json").read_text())
+    assert stored["facts"]["sizes"]["train"]["chat"]["documents"] == 3
 
 
-def test_held_out_streams_need_only_the_tokenizer(data: PreparedData, library: Path) -> None:
-    found = streams(read_corpus(0.2, library).heldout, data.tokenizer)
-    assert found.keys() == data.heldout.keys()
-    assert all(np.array_equal(found[kind], data.heldout[kind]) for kind in found)
+def test_a_text_of_many_pieces_is_one_stream(
+    recipe: Recipe, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "_PIECE", 1000)
+    again = prepare(recipe, tmp_path)
+    assert again.facts == data.facts
+    assert all(np.array_equal(again.train[kind], stream) for kind, stream in data.train.items())
 
 
 def test_document_numbers_against_a_loop() -> None:
@@ -75,6 +81,8 @@ def test_document_numbers_against_a_loop() -> None:
                 current += 1
             expected.append(current)
         assert numbers == expected
+    without = document_numbers(tokens, END, None)
+    assert torch.equal(without, (tokens == END).cumsum(1))
 
 
 def _streams(data: PreparedData, **lengths: int) -> PreparedData:
@@ -121,12 +129,23 @@ def test_batches_refuse_what_is_not_there(data: PreparedData) -> None:
 def test_evaluation_takes_every_target_once(data: PreparedData, size: int) -> None:
     stream = np.arange(1, size + 1, dtype=np.uint16)
     targets: list[int] = []
-    for batch in evaluation_batches(stream, data.tokenizer, rows=2, length=16):
+    for batch in evaluation_batches(stream, data, rows=2, length=16):
         assert torch.equal(batch.target_RL, batch.input_RL + 1)
         targets += batch.target_RL.flatten().tolist()
     assert targets == stream[1:].tolist()
 
 
 def test_pack_of_nothing_is_one_end(data: PreparedData) -> None:
-    assert pack([], data.tokenizer).tolist() == [END]
-    assert pack(["a"], data.tokenizer).tolist() == [END, data.tokenizer.encode("a").ids[0], END]
+    assert pack([], data.tokenizer, END).tolist() == [END]
+    assert pack(["a"], data.tokenizer, END).tolist() == [END, data.tokenizer.encode("a").ids[0], END]
+
+
+def test_special_tokens_spelled_out_are_text_but_in_conversations(data: PreparedData) -> None:
+    text = "a<|endoftext|>b"
+    packed = pack([text], data.tokenizer, END)
+    assert packed.tolist().count(END) == 2 and data.tokenizer.decode(packed.tolist()) == text
+    assert pack([text], data.tokenizer, END, chat=True).tolist().count(END) == 3
+
+
+def test_large_vocabularies_need_four_bytes() -> None:
+    assert (token_dtype(65536), token_dtype(65537)) == (np.uint16, np.uint32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +27,25 @@ TOML = """
 name = "tiny"
 [corpus]
 heldout_share = 0.2
-chat_examples = 30
+[corpus.files]
+library = "library.jsonl"
+docs = "docs.jsonl"
+chat = "chat.jsonl"
 [mixture]
-tests = 0
 docs = 0
 [tokenizer]
 vocab_size = 300
 [model]
+model_type = "qwen3_moe"
 hidden_size = 16
-num_layers = 1
-num_heads = 2
-num_kv_heads = 1
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 1
 head_dim = 8
 num_experts = 4
-experts_per_token = 2
-expert_width = 8
+num_experts_per_tok = 2
+norm_topk_prob = true
+moe_intermediate_size = 8
 max_position_embeddings = 64
 [training]
 steps = 3
@@ -57,7 +62,7 @@ def exported(recipe: Recipe, data: PreparedData, tmp_path_factory: pytest.TempPa
     for _ in range(4):
         trainer.step()
     folder = tmp_path_factory.mktemp("exported")
-    export(trainer.decoder, recipe, data.tokenizer, folder)
+    export(trainer, folder)
     return folder
 
 
@@ -99,7 +104,7 @@ def test_bits_per_byte_against_transformers(
             logits = oracle(row[a:b].unsqueeze(0)).logits[0]
             nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             num_bytes += int(sizes[targets].sum())
-    measured = score(load_decoder(exported, torch.float32), stream, data.tokenizer, length)
+    measured = score(load_decoder(exported, torch.float32), stream, data, length)
     assert measured.num_tokens == len(stream) - 1
     assert measured.num_bytes == num_bytes
     assert measured.nats == pytest.approx(nats, rel=1e-4)
@@ -108,17 +113,17 @@ def test_bits_per_byte_against_transformers(
 
 def test_parameters_a_token_uses(recipe: Recipe, data: PreparedData) -> None:
     decoder = Trainer(recipe, data).decoder
-    m = recipe.model
-    experts = m.num_layers * 3 * m.hidden_size * m.expert_width
-    attention = m.num_layers * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 8 + 2 * 32 + 4 * 32)
+    experts = 2 * 3 * 32 * 16
+    attention = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 8 + 2 * 32 + 4 * 32)
     rest = 320 * 32 + 32 + attention
-    assert parameter_counts(decoder, 4, 2) == (rest + 4 * experts, rest + 2 * experts)
+    assert parameter_counts(decoder) == (rest + 4 * experts, rest + 2 * experts)
 
 
-def test_from_recipe_to_directory_and_back(library: Path, tmp_path: Path) -> None:
+def test_from_recipe_to_directory_and_back(text: Path, tmp_path: Path) -> None:
+    shutil.copytree(text, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tiny.toml").write_text(TOML)
     out = tmp_path / "model"
-    figures = main_from_recipe(tmp_path / "tiny.toml", out, root=library)
+    figures = main_from_recipe(tmp_path / "tiny.toml", out)
     assert {p.name for p in out.iterdir()} == {
         "config.json",
         "generation_config.json",
@@ -128,19 +133,28 @@ def test_from_recipe_to_directory_and_back(library: Path, tmp_path: Path) -> Non
         "README.md",
         "training",
     }
-    again = main_from_recipe(tmp_path / "tiny.toml", out, evaluate_only=True, root=library)
+    again = main_from_recipe(tmp_path / "tiny.toml", out, evaluate_only=True)
     assert again == figures
     card = (out / "README.md").read_text()
     assert f"**{figures['all']['bits_per_byte']:.3f}**" in card
-    assert "PSF-2.0" in card
     total = figures["all"]
     parts = [f for kind, f in figures.items() if kind != "all"]
     assert total["bytes"] == sum(f["bytes"] for f in parts)
     weighted = sum(f["bits_per_byte"] * f["bytes"] for f in parts) / total["bytes"]
     assert total["bits_per_byte"] == pytest.approx(weighted)
     assert 0 < total["xz_bits_per_byte"] < total["gzip_bits_per_byte"] * 1.5 < 8
-    continued = main_from_recipe(tmp_path / "tiny.toml", out, root=library)
+    with pytest.raises(ConfigError, match="holds a training run already; continue it with --resume"):
+        main_from_recipe(tmp_path / "tiny.toml", out)
+    twin = tmp_path / "twin"
+    dense = main_from_recipe(tmp_path / "tiny.toml", twin, dense_twin=True)
+    assert json.loads((twin / "config.json").read_text())["model_type"] == "qwen3"
+    continued = main_from_recipe(tmp_path / "tiny.toml", out, resume=True, against=twin)
     assert continued == figures
+    card = (out / "README.md").read_text()
+    assert f"**{total['bits_per_byte']:.3f}** | {dense['all']['bits_per_byte']:.3f} |" in card
+    assert "(the dense twin: " in card
+    assert f"MaxVio {total['max_violation'][0]:.2f} by layer; dead experts: {total['dead_experts']}." in card
+    assert len(total["max_violation"]) == 1 and 0 <= total["max_violation"][0] <= 3
 
 
 def test_the_command_names_what_is_missing(tmp_path: Path) -> None:

@@ -6,26 +6,47 @@ import pytest
 
 from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
 from moebius.errors import ConfigError
+from moebius.models import model_config
+from moebius.train.architecture import config_json
 from moebius.train.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = """
 name = "r"
+[corpus.files]
+library = "a.txt"
 [model]
+model_type = "qwen3_moe"
 hidden_size = 32
-num_layers = 1
-num_heads = 4
-num_kv_heads = 2
+num_hidden_layers = 1
+num_attention_heads = 4
+num_key_value_heads = 2
 head_dim = 8
 num_experts = 4
-experts_per_token = 2
-expert_width = 16
+num_experts_per_tok = 2
+norm_topk_prob = true
+moe_intermediate_size = 16
 max_position_embeddings = 64
 [training]
 steps = 200
 rows_per_step = 2
 row_length = 32
 learning_rate = 0.01
+"""
+OWN = """
+model_type = "moebius"
+hidden_size = 32
+num_hidden_layers = 3
+num_attention_heads = 4
+max_position_embeddings = 64
+qk_norm = "head"
+[[layers]]
+width = 24
+[[layers]]
+width = 16
+gated = false
+router = { num_experts = 4, top_k = 2 }
+[training]
 """
 
 
@@ -45,29 +66,80 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps = 200", "stepps = 200", r"unknown recipe key training\.stepps; known are steps"),
+        ("steps = 200", "stepps = 200", r"unknown recipe key training\.stepps; known are steps, rows_per_step"),
+        (
+            "[training]",
+            "[routing]\ncapacity = 1\n[training]",
+            r"unknown recipe key routing\.capacity; known are choice",
+        ),
         ("steps = 200\n", "", r"the recipe lacks training\.steps"),
-        ('name = "r"', 'name = "r"\nmagic = 1', r"unknown recipe key magic"),
-        ("steps = 200", "steps = 2.5", r"training\.steps is 2\.5; it must be of type int"),
-        ("steps = 200", "steps = true", r"training\.steps is True; it must be of type int"),
-        ("steps = 200", "steps = 0", r"training\.steps is 0; it must be at least 1"),
+        ('[corpus.files]\nlibrary = "a.txt"', "", "the recipe lacks corpus"),
+        ('library = "a.txt"', "", r"corpus\.files is \{\}; it must have at least 1 item"),
+        ('name = "r"', 'name = "r"\nmagic = 1', r"unknown recipe key magic; known are name, training"),
+        ("steps = 200", "steps = 2.5", r"training\.steps is 2\.5; it must be a valid integer"),
+        ("steps = 200", "steps = true", r"training\.steps is True; it must be a valid integer"),
+        ("steps = 200", 'steps = "200"', r"training\.steps is '200'; it must be a valid integer"),
+        ("steps = 200", "steps = 2026-01-01", r"training\.steps is '2026-01-01'; it must be a valid integer"),
+        ("steps = 200", "steps = 0", r"training\.steps is 0; it must be greater than 0"),
         ("steps = 200", "steps = 50", r"warmup_steps is 100; it must be less than training\.steps = 50"),
-        ("learning_rate = 0.01", "learning_rate = inf", r"learning_rate is inf; it must be a positive"),
-        ("learning_rate = 0.01", "learning_rate = 0.01\nbeta2 = 1.0", r"beta2 is 1\.0; it must be at least 0 and less"),
-        ("learning_rate = 0.01", "learning_rate = 0.01\nz_loss = -1", r"z_loss is -1\.0; it must not be negative"),
-        ("learning_rate = 0.01", "learning_rate = 0.01\nfinal_share = 2", r"final_share is 2\.0; it must lie"),
-        ("row_length = 32", "row_length = 65", r"row_length = 65 exceeds model\.max_position_embeddings = 64"),
-        ("expert_width = 16", "expert_width = 12", r"expert_width is 12; .* multiple of 8"),
-        ("experts_per_token = 2", "experts_per_token = 5", r"top_k .* is 5; .* num_experts = 4"),
-        ("num_layers = 1", "num_layers = 0", r"model\.num_layers is 0; it must be at least 1"),
-        ("num_heads = 4", "num_heads = 3", r"num_attention_heads = 3 is no multiple"),
-        ("[training]", "[mixture]\nlibrary = -1\n[training]", r"mixture\.library is -1"),
-        ("[training]", "[mixture]\nlibrary=0\ntests=0\ndocs=0\nchat=0\n[training]", "every kind of text is"),
-        ("[training]", "[corpus]\nchat_examples = 0\n[training]", r"mixture\.chat is 1 but corpus\.chat_examples is 0"),
-        ("[training]", "[corpus]\nheldout_share = 0.9\n[training]", r"heldout_share is 0\.9; it must lie between"),
-        ("[training]", "[tokenizer]\nvocab_size = 100000\n[training]", r"vocab_size is 100000; it must lie between"),
-        ('name = "r"', 'name = "r"\ncorpus = 3', r"corpus is 3; it must be a table"),
+        ("learning_rate = 0.01", "learning_rate = inf", r"learning_rate is inf; it must be a finite number"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\nbeta2 = 1.0", r"beta2 is 1\.0; it must be less than 1"),
+        (
+            "learning_rate = 0.01",
+            "learning_rate = 0.01\nz_loss = -1",
+            r"z_loss is -1; it must be greater than or equal to 0",
+        ),
+        (
+            "learning_rate = 0.01",
+            "learning_rate = 0.01\nfinal_share = 2",
+            r"final_share is 2; it must be less than or eq",
+        ),
+        ("row_length = 32", "row_length = 65", r"row_length = 65 exceeds max_position_embeddings = 64"),
+        ("moe_intermediate_size = 16", "moe_intermediate_size = 12", r"widths \[12, 32\] must be multiples of 8"),
+        ("num_experts_per_tok = 2", "num_experts_per_tok = 5", r"top_k .* is 5; .* num_experts = 4"),
+        ("num_hidden_layers = 1", "num_hidden_layers = 0", r"model: num_hidden_layers is 0; it must be an integer of"),
+        ("num_hidden_layers = 1", "layers = 1", r"model: num_hidden_layers is missing"),
+        ("head_dim = 8", "head_dim = 8\nsize = 1", r"model: size = 1 is not supported for model_type 'qwen3_moe'"),
+        ('"qwen3_moe"', '"gpt5"', r"model: model_type 'gpt5' is not supported; supported are dots1"),
+        ("head_dim = 8", "initializer_range = 0", r"model\.initializer_range is 0; it must be positive"),
+        ("num_attention_heads = 4", "num_attention_heads = 3", r"num_attention_heads = 3 is no multiple"),
+        ("[training]", "[mixture]\nlibrary = -1\n[training]", r"mixture\.library is -1; it must be greater than or eq"),
+        ("[training]", "[mixture]\nlibrary = 0\n[training]", "every kind of text is passed over 0 times"),
+        (
+            "[training]",
+            "[corpus]\nheldout_share = 0.9\n[training]",
+            r"heldout_share is 0\.9; it must be less than 0\.5",
+        ),
+        ("[training]", "[tokenizer]\nvocab_size = 100000\n[training]", r"vocab_size is 100000; it must be less than"),
+        (
+            "[training]",
+            "[tokenizer]\nvocab_size = 100\n[training]",
+            r"vocab_size is 100; it must be greater than or equal",
+        ),
+        ('name = "r"', 'name = "r"\ntokenizer = 3', r"tokenizer is 3; it must be an object"),
+        (
+            "[training]",
+            "[mixture]\npoems = 1\n[training]",
+            r"mixture\.poems names no kind of text .*; there are library",
+        ),
         ('name = "r"', "name = ", "is not TOML"),
+        ("num_experts_per_tok = 2", "num_experts_per_tok = 1", "renormalised top-1 .* no gradient; use raw weights"),
+        ("[training]", "[routing]\ncapacity_factor = 1.25\n[training]", "dropless router has no capacity; set"),
+        ("[training]", "[routing]\ndropless = false\n[training]", "dropless is false; give capacity_factor"),
+        ("[training]", '[routing]\nchoice = "expert"\n[training]', "causal decoder must not see"),
+        ("[training]", '[routing]\nchoice = "batch_prioritised"\n[training]', "causal decoder must not see"),
+        ("[training]", "[routing]\njitter = 1\n[training]", r"jitter is 1\.0; it must be at least 0 and less than 1"),
+        ("[training]", '[routing]\nsecond_policy = "none"\n[training]', "it must be 'all', 'threshold' or 'random'"),
+        (
+            MINIMAL[MINIMAL.index("num_experts_per_tok") : MINIMAL.index("[training]")],
+            "moe_intermediate_size = 16\nnum_experts_per_tok = 1\nmax_position_embeddings = 64\n"
+            '[routing]\nsecond_policy = "random"\n',
+            "routing.second_policy needs 2 experts a token or more",
+        ),
+        ("head_dim = 8", "decoder_sparse_step = 2", "no layer has experts; lower decoder_sparse_step"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\naccumulation = 3", "no multiple of training.accumulation = 3"),
+        ("learning_rate = 0.01", "learning_rate = 0.01\nbias_rate = 0.1", "the model's router has no selection bias"),
+        ("[training]", '[finetune]\ncheckpoint = "x"\n[training]', "either a model table, .* or a finetune table"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -81,9 +153,14 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
+def decoder(recipe: Recipe) -> ModelConfig:
+    assert recipe.model is not None
+    return model_config(config_json(recipe, 4096))
+
+
 def test_the_model_is_the_recipes(tmp_path: Path) -> None:
     """qwen3_moe in full: every layer sparse, weights of the chosen experts renormalised, heads normalised, tied."""
-    assert _read(MINIMAL, tmp_path).model_config() == ModelConfig(
+    assert decoder(_read(MINIMAL, tmp_path)) == ModelConfig(
         model_type="qwen3_moe",
         hidden_size=32,
         num_layers=1,
@@ -100,10 +177,61 @@ def test_the_model_is_the_recipes(tmp_path: Path) -> None:
     )
 
 
+def test_layers_of_our_own_take_turns(tmp_path: Path) -> None:
+    a, b = MINIMAL.index("model_type"), MINIMAL.index("steps")
+    config = decoder(_read(MINIMAL[:a] + OWN.lstrip() + MINIMAL[b:], tmp_path))
+    dense, sparse = FeedForwardConfig(24), FeedForwardConfig(16, RouterConfig(4, 2), gated=False)
+    assert (config.feed_forward, config.qk_norm) == ((dense, sparse, dense), "head")
+    for old, new, message in (
+        ("width = 24", "width = 24\nrouter = { num_experts = 8, top_k = 2 }", "have different routers, which training"),
+        ("top_k = 2", 'top_k = 2, score = "best"', "layers.router.score is 'best'; it must be 'softmax', 'sigmoid' or"),
+        ("top_k = 2", "top_k = 2, scores = 1", "unknown recipe key layers.router.scores; known are num_experts, top_k"),
+        ("width = 24", "", "the recipe lacks layers.width"),
+        (
+            "num_hidden_layers = 3",
+            "num_hidden_layers = true",
+            "model: num_hidden_layers is True; it must be an integer",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _read(MINIMAL[:a] + OWN.lstrip().replace(old, new) + MINIMAL[b:], tmp_path)
+
+
+def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
+    files = 'code = "src"\ntext = ["a.txt", "/b.jsonl"]'
+    recipe = _read(MINIMAL.replace('library = "a.txt"', files), tmp_path)
+    assert recipe.corpus.files == {
+        "code": (str(tmp_path / "src"),),
+        "text": (str(tmp_path / "a.txt"), "/b.jsonl"),
+    }
+
+
 def test_the_bundled_recipe_keeps_its_promises() -> None:
     recipe = read_recipe(ROOT / "recipes" / "bundled.toml")
-    assert recipe.model.num_experts >= 8
-    assert recipe.model.experts_per_token == 2
+    routers = {part.router for part in decoder(recipe).feed_forward}
+    assert routers == {RouterConfig(8, 2, weight="renorm")}
     assert recipe.tokenizer.vocab_size == 4096
     assert recipe.training.load_balance > 0
     assert recipe.training.z_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("bundled", "qwen3_moe"),
+        ("switch", "qwen3_moe"),
+        ("gshard", "moebius"),
+        ("st_moe", "qwen3_moe"),
+        ("olmoe", "olmoe"),
+        ("deepseek", "dots1"),
+        ("finetune", None),
+    ],
+)
+def test_the_recipes_that_come_along(name: str, kind: str | None) -> None:
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml")
+    assert (None if recipe.model is None else decoder(recipe).model_type) == kind
+
+
+def test_no_recipe_is_left_out() -> None:
+    names = {"bundled", "switch", "gshard", "st_moe", "olmoe", "deepseek", "finetune"}
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebius.models import model_config
 from moebius.nn.attention import CausalAttend, Rotation
 from moebius.ops.reference import ReferenceOps
 from moebius.train import ops
+from moebius.train.architecture import config_json
 from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
 from moebius.train.recipe import Recipe, TrainingRecipe
 
@@ -31,7 +34,8 @@ def test_attention_within_documents(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, length: int, documents: str
 ) -> None:
     monkeypatch.setattr(ops, "QUERY_BLOCK", 8)
-    config, rows = recipe.model_config(), 3
+    assert recipe.model is not None
+    config, rows = dataclasses.replace(model_config(config_json(recipe, 320)), windows=(None, 5)), 3
     qkv = _random(rows * length, (4 + 2 + 2) * 8)
     starts = torch.zeros(rows, length, dtype=torch.int64)
     if documents == "many":
@@ -39,10 +43,11 @@ def test_attention_within_documents(
     numbers_RL = starts.cumsum(1)
     angles = _random(rows * length, 4, seed=9).detach()
     rotation = Rotation(ReferenceOps(), angles.cos(), angles.sin(), kv_heads=2, head_dim=8)
-    out = DocumentAttend(config, numbers_RL, torch.float32)(0, qkv, rotation)
-    expected = CausalAttend(config, length, numbers_RL.flatten())(0, qkv, rotation)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(_gradients(out, qkv), _gradients(expected, qkv), atol=1e-5, rtol=1e-5)
+    for layer in (0, 1):
+        out = DocumentAttend(config, numbers_RL, torch.float32)(layer, qkv, rotation)
+        expected = CausalAttend(config, length, numbers_RL.flatten())(layer, qkv, rotation)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(_gradients(out, qkv), _gradients(expected, qkv), atol=1e-5, rtol=1e-5)
 
 
 def test_norm_and_rotation_are_the_references() -> None:
@@ -78,3 +83,17 @@ def test_the_learning_rate_by_hand() -> None:
     assert recipe.rate_at(20) == pytest.approx(0.2)
     quarter = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.3))
     assert recipe.rate_at(13) == pytest.approx(2.0 * quarter)
+
+
+def test_dropout_only_while_training_and_harder_within_experts() -> None:
+    """Rates .1 and .4: what is kept is divided by .9 and .6, so that the mean stays."""
+    torch.manual_seed(0)
+    ops_, x = TrainingOps(0.1, 0.4), torch.ones(200, 200)
+    assert torch.equal(ops_.dropout(x, routed=True), x)
+    ops_.training = True
+    for routed, rate in ((False, 0.1), (True, 0.4)):
+        out = ops_.dropout(x, routed=routed)
+        assert (out == 0).float().mean().item() == pytest.approx(rate, abs=0.01)
+        assert out.max().item() == pytest.approx(1 / (1 - rate)) and out.mean().item() == pytest.approx(1, abs=0.02)
+    stream, _ = ops_.add_rms_norm(torch.zeros(200, 8), torch.ones(200, 8), 1.0, torch.ones(8), 1e-6)
+    assert (stream == 0).float().mean().item() == pytest.approx(0.1, abs=0.03)

@@ -7,6 +7,7 @@ import typer
 from moebius.cli.bench import bench
 from moebius.cli.chat import chat
 from moebius.cli.generate import generate
+from moebius.cli.inspect import inspect
 from moebius.cli.plan import plan
 from moebius.cli.replay import replay
 from moebius.cli.serve import serve
@@ -21,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (serve, generate, chat, plan, replay, train):
+for command in (serve, generate, chat, plan, replay, inspect, train):
     app.command()(command)
 app.add_typer(bench)
 

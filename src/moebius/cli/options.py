@@ -2,10 +2,10 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -21,18 +21,21 @@ SIZES = ALL[: ALL.index("kv_cache_memory_bytes") + 1]
 """What the memory plan depends on."""
 
 
-def takes_engine_config(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command: these fields of EngineConfig become its options and arrive as one argument, `config`.
+def takes_config(
+    record: type[Any], *names: str, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command: these fields of a configuration become its options and arrive as one argument, `config`.
 
-    `defaults` are values that differ from EngineConfig's own, for options and for other fields.
+    `defaults` are values that differ from the record's own, for options and for other fields.
     """
-    base = EngineConfig(**defaults)
-    hints = get_type_hints(EngineConfig, include_extras=True)
+    base = record(**defaults)
+    hints = get_type_hints(record, include_extras=True)
 
     def option(name: str) -> inspect.Parameter:
         kind, text = get_args(hints[name])
-        # EngineConfig itself says in one line which words a field may have.
+        # The record itself says in one line which words a field may have.
         shown: Any = str if get_origin(kind) is Literal else kind
+        shown = list[get_args(kind)[0]] if get_origin(kind) is Sequence else shown  # type: ignore[misc]
         annotation = Annotated[shown, typer.Option(help=text)]
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=getattr(base, name), annotation=annotation
@@ -50,6 +53,9 @@ def takes_engine_config(*names: str, **defaults: Any) -> Callable[[Callable[...,
         return run
 
     return decorate
+
+
+takes_engine_config = partial(takes_config, EngineConfig)
 
 
 @contextmanager

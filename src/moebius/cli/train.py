@@ -8,12 +8,25 @@ import typer
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in TOML, such as recipes/bundled.toml.")],
-    out: Annotated[Path, typer.Option(help="Directory of the model; an interrupted run continues from it.")],
+    out: Annotated[Path, typer.Option(help="Directory of the model and, in its `training`, of the run.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
+    ] = False,
+    dense_twin: Annotated[
+        bool, typer.Option("--dense-twin", help="Train the dense model of equal active parameters in its place.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="The dense twin's --out, whose figures stand in the model card beside.")
+    ] = None,
     evaluate_only: Annotated[
         bool, typer.Option("--evaluate-only", help="Measure the model in --out on held-out text; train nothing.")
     ] = False,
+    device: Annotated[str, typer.Option(help="auto (cuda when torch has it), cpu or cuda.")] = "auto",
 ) -> None:
-    """Train a recipe's model into a directory in the Hugging Face layout, or continue where a run was interrupted."""
+    """Train a recipe's model into a directory in the Hugging Face layout.
+
+    With several processes: torchrun --nproc-per-node 4 -m moebius train RECIPE --out DIR.
+    """
     import torch
 
     # Before the first parallel operation: threads inherit the setting when they start. Subnormals in Adam's moments
@@ -22,4 +35,6 @@ def train(
 
     from moebius.train.run import main_from_recipe
 
-    main_from_recipe(recipe, out, evaluate_only=evaluate_only)
+    main_from_recipe(
+        recipe, out, resume=resume, evaluate_only=evaluate_only, dense_twin=dense_twin, against=against, device=device
+    )

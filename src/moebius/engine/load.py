@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moebius.config import EngineConfig
+from moebius.config import EngineConfig, require
 from moebius.engine.client import EngineInfo
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, bytes_per_token
@@ -40,6 +40,8 @@ class Prepared:
 def prepare(directory: Path, config: EngineConfig) -> Prepared:
     """Read configuration and safetensors headers, check them, and plan the memory. Raises UsageError."""
     checkpoint = open_checkpoint(directory)
+    why = checkpoint.config.unpublished
+    require(not why, f"{directory} can be trained and measured, but not served: no published architecture has {why}")
     device = _device(config.device)
     cores = len(os.sched_getaffinity(0))
     if config.threads is not None and config.threads > cores:

@@ -73,11 +73,11 @@ class Checkpoint:
 
     def plan_weights(self, dtype: str, device: str = "cpu") -> list[PlannedWeight]:
         """How each parameter will be held as `dtype` (bfloat16 or float32) on `device`, without loading any."""
-        item = 2 if dtype == "bfloat16" else 4
         rows = []
         for source in self.sources:
-            stored = self.tensors[source.name]
-            mapped = device == "cpu" and _DTYPES[stored.dtype] == dtype and stored.start % item == 0
+            stored, kept = self.tensors[source.name], "float32" if source.float32 else dtype
+            item = 2 if kept == "bfloat16" else 4
+            mapped = device == "cpu" and _DTYPES[stored.dtype] == kept and stored.start % item == 0
             rows.append(PlannedWeight(source.parameter, mapped, math.prod(source.shape) * item))
         return rows
 

@@ -97,17 +97,25 @@ class Decoder(nn.Module):
         return logits_LV if self.config.logits_divisor == 1.0 else logits_LV / self.config.logits_divisor
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
+    def init_weights(
+        self, generator: torch.Generator | None = None, std: float = 0.02, scale: float = 0.0, router: float = 1.0
+    ) -> None:
         """Fresh weights: normal, cut off at 3 standard deviations (OLMoE, arXiv 2409.02060); norms one, biases zero.
 
-        Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers), as in GPT-2.
+        Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers), as in GPT-2. With
+        `scale`, matrices but the embedding have sqrt(scale / inputs) instead, cut off at 2 (Switch, arXiv 2101.03961
+        section 2.4, recommends 0.1 in place of 1). `router` multiplies the routers' width.
         """
-        narrow = std / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
             elif parameter.ndim == 1:
                 parameter.zero_()
             else:
-                width = narrow if "o_proj" in name or "down_proj" in name else std
-                nn.init.trunc_normal_(parameter, 0.0, width, -3 * width, 3 * width, generator=generator)
+                width, cut = std, 3.0
+                if scale and "embed" not in name:
+                    width, cut = math.sqrt(scale / parameter.shape[1]), 2.0
+                elif "o_proj" in name or "down_proj" in name:
+                    width = std / math.sqrt(2 * self.config.num_layers)
+                width *= router if ".router." in name else 1.0
+                nn.init.trunc_normal_(parameter, 0.0, width, -cut * width, cut * width, generator=generator)

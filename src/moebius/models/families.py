@@ -101,6 +101,43 @@ def _granitemoe(reader: ConfigReader) -> ModelConfig:
     )
 
 
+def _dots1(reader: ConfigReader) -> ModelConfig:
+    """dots.llm1: sigmoid scores with a selection bias; dense first layers; shared experts without a gate."""
+    plain = _experts(reader, "moe_intermediate_size", 1, score="sigmoid")
+    assert plain.router is not None
+    router = replace(
+        plain.router,
+        selection_bias=True,
+        num_groups=reader.integer("n_group", 1),
+        groups_kept=reader.integer("topk_group", 1),
+        group_score="top2",
+        group_fill=float("-inf"),
+        renorm_eps=1e-20,
+        scale=reader.number("routed_scaling_factor", 1.0),
+    )
+    experts = replace(plain, router=router, shared_width=plain.width * reader.integer("n_shared_experts"))
+    first, dense, layers = reader.integer("first_k_dense_replace", 0, low=0), _dense(reader, 10944), reader.num_layers
+    window = None if reader.is_null("sliding_window") else reader.integer("sliding_window", 4096)
+    upper = reader.integer("max_window_layers", 62, low=0)
+    default = ["sliding_attention" if window and i >= upper else "full_attention" for i in range(layers)]
+    windows = [window if kind == "sliding_attention" else None for kind in reader.layer_types() or default]
+    parts = [dense if i < first else experts for i in range(layers)]
+    return decoder(reader, parts, windows=windows, qk_norm="head", **_biases(reader))
+
+
+def _moebius(reader: ConfigReader) -> ModelConfig:
+    """What this project trains and no published architecture expresses: each feed-forward as our own record."""
+    try:
+        parts = [
+            FeedForwardConfig(**{**part, "router": part["router"] and RouterConfig(**part["router"])})
+            for part in reader.get("feed_forward")
+        ]
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"config.json: feed_forward: {error}") from None
+    norm, bias = reader.get("qk_norm", "none"), reader.flag("qkv_bias", False)
+    return decoder(reader, parts, qk_norm=norm, qkv_bias=bias, unpublished=reader.get("unpublished", "its layers"))
+
+
 _SPARSE = "block_sparse_moe."
 _MIXTRAL = Layout(_SPARSE + "gate.weight", _SPARSE + "experts.{e}.{p}.weight", projections=("w1", "w3", "w2"))
 _GRANITE = (
@@ -108,10 +145,12 @@ _GRANITE = (
     Layout(_SPARSE + "router.weight", None, _SPARSE + "experts.gate_up_proj", _SPARSE + "experts.down_proj"),
 )
 MODEL_TYPES: Mapping[str, tuple[Callable[[ConfigReader], ModelConfig], tuple[Layout, ...]]] = {
+    "dots1": (_dots1, tuple(replace(layout, shared="mlp.shared_experts.{p}") for layout in (Layout(), FUSED))),
     "granitemoe": (_granitemoe, _GRANITE),
     "llama": (_llama, (Layout(),)),
     "mistral": (_mistral, (Layout(),)),
     "mixtral": (_mixtral, (_MIXTRAL, FUSED)),
+    "moebius": (_moebius, (Layout(),)),
     "olmoe": (_olmoe, (Layout(), FUSED)),
     "qwen2": (_qwen2, (Layout(),)),
     "qwen2_moe": (_qwen2_moe, (Layout(), FUSED)),

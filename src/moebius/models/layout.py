@@ -6,7 +6,7 @@ A Layout names the tensors of one layer's feed-forward; all supported architectu
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moebius.config import ModelConfig
+from moebius.config import FeedForwardConfig, ModelConfig
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -19,6 +19,7 @@ class Layout:
     gate_up       (E, 2F, D), gate rows first, and
     down          (E, D, F)
     projections   what this checkpoint calls gate, up and down
+    shared        the expert that is always on
     """
 
     router: str = "mlp.gate.weight"
@@ -26,17 +27,18 @@ class Layout:
     gate_up: str = ""
     down: str = ""
     projections: tuple[str, str, str] = PROJECTIONS
+    shared: str = "mlp.shared_expert.{p}"
 
 
 FUSED = Layout(expert=None, gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
-SHARED_EXPERT, SHARED_GATE, DENSE = "mlp.shared_expert.{p}", "mlp.shared_expert_gate.weight", "mlp.{p}"
+SELECTION_BIAS, SHARED_GATE = "mlp.gate.e_score_correction_bias", "mlp.shared_expert_gate.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a parameter's values are: a whole tensor, or rows start to stop of entry `entry` of a stacked one.
 
-    shape is the parameter's, stored_shape the checkpoint tensor's.
+    shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32 stays so in any model.
     """
 
     parameter: str
@@ -45,6 +47,7 @@ class Source:
     stored_shape: tuple[int, ...]
     entry: int | None = None
     start: int = 0
+    float32: bool = False
 
 
 def _whole(parameter: str, name: str, *shape: int) -> Source:
@@ -83,31 +86,35 @@ def _attention(config: ModelConfig, here: str, there: str) -> Iterator[Source]:
 def _feed_forward(config: ModelConfig, layout: Layout, layer: int, here: str, there: str) -> Iterator[Source]:
     part, width = config.feed_forward[layer], config.hidden_size
     if part.router is None:
-        yield from _expert(here + "experts.", 0, there + DENSE, PROJECTIONS, part.width, width, bias=part.bias)
+        yield from _expert(here + "experts.", 0, there + "mlp.{p}", PROJECTIONS, part, (part.width, width))
         return
     count = part.router.num_experts
     yield _whole(here + "router.weight", there + layout.router, count, width)
+    if part.router.selection_bias:
+        yield Source(here + "router.selection_bias", (count,), there + SELECTION_BIAS, (count,), float32=True)
     for e in range(count):
         if layout.expert is None:
             yield from _stacked_expert(here + "experts.", e, there, layout, (count, part.width, width))
         else:
             name = (there + layout.expert).removesuffix(".weight").replace("{e}", str(e))
-            yield from _expert(here + "experts.", e, name, layout.projections, part.width, width)
+            yield from _expert(here + "experts.", e, name, layout.projections, part, (part.width, width))
     if part.shared_width:
-        yield from _expert(here + "shared.", 0, there + SHARED_EXPERT, PROJECTIONS, part.shared_width, width)
+        yield from _expert(here + "shared.", 0, there + layout.shared, PROJECTIONS, part, (part.shared_width, width))
         if part.shared_gate:
             yield _whole(here + "shared_gate.weight", there + SHARED_GATE, 1, width)
 
 
 def _expert(
-    here: str, e: int, name: str, projections: tuple[str, str, str], width: int, hidden: int, *, bias: bool = False
+    here: str, e: int, name: str, names: tuple[str, str, str], part: FeedForwardConfig, sizes: tuple[int, int]
 ) -> Iterator[Source]:
-    """A gated feed-forward stored as three matrices, and three biases where it has them."""
-    for ours, theirs in zip(PROJECTIONS, projections, strict=True):
-        shape = (hidden, width) if ours == "down_proj" else (width, hidden)
+    """A feed-forward stored as three matrices, or two where it is not gated, and as many biases where it has them."""
+    for ours, theirs in zip(PROJECTIONS, names, strict=True):
+        if ours == "up_proj" and not part.gated:
+            continue
+        shape = sizes[::-1] if ours == "down_proj" else sizes
         stored = name.replace("{p}", theirs)
         yield _whole(f"{here}{ours}.{e}", stored + ".weight", *shape)
-        if bias:
+        if part.bias:
             yield _whole(f"{here}{ours.removesuffix('_proj')}_bias.{e}", stored + ".bias", shape[0])
 
 

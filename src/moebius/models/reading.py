@@ -73,8 +73,8 @@ class ConfigReader:
 
     def num_experts(self) -> int:
         """Checkpoints of one architecture say num_experts or num_local_experts, by transformers' version."""
-        key = "num_experts" if self.get("num_local_experts") is None else "num_local_experts"
-        return self.integer(key)
+        keys = [key for key in ("num_local_experts", "n_routed_experts") if self.get(key) is not None]
+        return self.integer(keys[0] if keys else "num_experts")
 
     def default(self, key: str, value: Any) -> None:
         """Give an absent (not a null) key the value that this architecture's class has."""

@@ -80,7 +80,7 @@ def load_decoder(
     files = _Files()
     for source in checkpoint.sources:
         value = files.view(source, checkpoint.tensors[source.name])
-        value = value.to(device=device, dtype=dtype, copy=not mapped)
+        value = value.to(device=device, dtype=torch.float32 if source.float32 else dtype, copy=not mapped)
         module, _, leaf = source.parameter.rpartition(".")
         decoder.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
     return decoder
@@ -90,7 +90,8 @@ def _stored_tensors(state: Mapping[str, Tensor], wanted: Iterator[Source], dtype
     """The checkpoint's tensors, stacked where its layout stacks."""
     tensors: dict[str, Tensor] = {}
     for source in wanted:
-        value = state[source.parameter].detach().to(device="cpu", dtype=dtype).contiguous()
+        kept = torch.float32 if source.float32 else dtype
+        value = state[source.parameter].detach().to(device="cpu", dtype=kept).contiguous()
         if source.entry is None:
             tensors[source.name] = value
             continue

@@ -1,7 +1,5 @@
 """Who computes which token. Nothing else knows about ranks."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor
@@ -20,5 +18,9 @@ class LocalDispatcher:
     """All experts are here."""
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        out_TD: Tensor = experts(x_TD, routing.weights_TK, routing.expert_ids_TK)
+        ids_TK = routing.expert_ids_TK
+        if routing.kept_TK is not None:
+            # The number after the last expert's stands for none.
+            ids_TK = ids_TK.masked_fill(~routing.kept_TK, routing.logits_TE.shape[1])
+        out_TD: Tensor = experts(x_TD, routing.weights_TK, ids_TK)
         return out_TD

@@ -1,7 +1,5 @@
 """The grouped feed-forward: parameters of E parallel experts, one tensor an expert and projection."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,7 +10,8 @@ from moebius.ops import ExpertWeights, Ops
 
 
 class Experts(nn.Module):
-    """E experts of width F: gate_proj.e and up_proj.e (F, D), down_proj.e (D, F); a dense feed-forward is E = 1."""
+    """E experts of width F: gate_proj.e and, where gated, up_proj.e (F, D), down_proj.e (D, F); a dense feed-forward
+    is E = 1."""
 
     def __init__(
         self, ops: Ops, config: FeedForwardConfig, num_experts: int, hidden_size: int, width: int, dtype: torch.dtype
@@ -27,10 +26,10 @@ class Experts(nn.Module):
             )
 
         self.gate_proj = tensors(width, hidden_size)
-        self.up_proj = tensors(width, hidden_size)
+        self.up_proj = tensors(width, hidden_size, wanted=config.gated)
         self.down_proj = tensors(hidden_size, width)
         self.gate_bias = tensors(width, wanted=config.bias)
-        self.up_bias = tensors(width, wanted=config.bias)
+        self.up_bias = tensors(width, wanted=config.bias and config.gated)
         self.down_bias = tensors(hidden_size, wanted=config.bias)
 
     def weights(self) -> ExpertWeights:

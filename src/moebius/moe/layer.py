@@ -1,7 +1,5 @@
 """The feed-forward part of a layer: router, dispatch, experts, and the expert that is always on."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

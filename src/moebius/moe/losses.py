@@ -1,55 +1,74 @@
-"""Losses that keep a router balanced and its logits small: pure functions of routings.
+"""Losses that keep a router balanced and its logits small, and the balance without a loss: pure functions.
 
-Normalisation: the balance loss is 1 when the load is even, worked out per layer and averaged over the layers that have
-a router. Others differ: transformers' `load_balancing_loss_func` pools all layers' tokens and is top_k at balance (see
-`pooled_balance_loss`), Megatron sums over layers.
+One normalisation: the balance loss is 1 when the load is even, worked out per layer and averaged over the layers that
+have a router. Others differ. GShard's and DeepSpeed's is ours with first choices only; Megatron's is ours summed over
+the layers; transformers' `load_balancing_loss_func` pools all layers' tokens, so that the imbalances of two layers
+cancel out, and is K at balance. tests/moe/test_losses.py has their formulas.
+
+Shape legend: T tokens in S sequences of equal length, E experts, K experts a token.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from moebius.config import RouterConfig
+from moebius.moe.health import router_probabilities
 from moebius.moe.router import Routing
 
 
-def _balance(logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    experts = logits_TE.shape[-1]
-    # Switch eq 5: the share of (token, choice) pairs that go to each expert; no gradient passes through counts.
-    share_E = torch.zeros(experts, device=logits_TE.device)
-    share_E.index_add_(0, expert_ids_TK.reshape(-1), torch.ones(expert_ids_TK.numel(), device=logits_TE.device))
-    share_E = share_E / max(expert_ids_TK.numel(), 1)
-    # Switch eq 6: the mean router probability of each expert.
-    probability_E = torch.softmax(logits_TE.float(), dim=-1).mean(0)
-    # Switch eq 4 without alpha.
-    return experts * torch.dot(share_E, probability_E)
-
-
-def _layers(routings: Sequence[Routing | None]) -> list[Routing]:
+def present(routings: Sequence[Routing | None]) -> list[Routing]:
+    """Those of the layers that have a router."""
     return [routing for routing in routings if routing is not None]
 
 
-def load_balance_loss(routings: Sequence[Routing | None]) -> Tensor:
+def chosen_counts(routing: Routing, *, sequences: int = 1, first_only: bool = False) -> Tensor:
+    """How many pairs of token and choice each expert got, before any capacity: (S, E) float32."""
+    ids_TK = routing.expert_ids_TK[:, :1] if first_only else routing.expert_ids_TK
+    ids_SP = ids_TK.reshape(sequences, -1)
+    counts_SE = torch.zeros(sequences, routing.logits_TE.shape[1], device=ids_TK.device)
+    return counts_SE.scatter_add_(1, ids_SP, torch.ones(ids_SP.shape, device=ids_TK.device))
+
+
+def load_balance_loss(
+    routings: Sequence[Routing | None],
+    config: RouterConfig,
+    *,
+    sequences: int = 1,
+    counts: Sequence[Tensor] | None = None,
+    first_only: bool = False,
+) -> Tensor:
     """Switch Transformers eq 4-6 (arXiv 2101.03961), E * sum_i f_i P_i: 1 at balance, at most E; mean over layers.
 
-    f counts all K choices of a token and divides by K. Layers without a router are None and skipped.
+    f_i is expert i's share of all K choices (of the first ones with first_only: GShard, ST-MoE), P_i its mean router
+    probability; sigmoid scores are divided by their sum first (DeepSeek-V3 eq 17-20). With `sequences` the loss is
+    worked out in each of them and averaged (DeepSeek-V3's sequence-wise loss). `counts`, one (E,) a layer with a
+    router, are those of a larger batch that this one is a part of (global balance, arXiv 2501.11873): with f of the
+    whole and P of the part, the mean of the parts' losses is the loss of the whole. Gradients flow through P alone.
     """
-    return torch.stack([_balance(r.logits_TE, r.expert_ids_TK) for r in _layers(routings)]).mean()
-
-
-def pooled_balance_loss(routings: Sequence[Routing | None]) -> Tensor:
-    """The same in transformers' normalisation: all layers' tokens pooled into one f and P, and top_k at balance.
-
-    A comparison with published training logs needs it; training does not (imbalances of two layers cancel out).
-    """
-    layers = _layers(routings)
-    logits = torch.cat([r.logits_TE for r in layers])
-    expert_ids = torch.cat([r.expert_ids_TK for r in layers])
-    return expert_ids.shape[-1] * _balance(logits, expert_ids)
+    losses = []
+    for layer, routing in enumerate(present(routings)):
+        probability_SE = router_probabilities(routing.logits_TE, config).view(sequences, -1, config.num_experts).mean(1)
+        if counts is not None:
+            counts_SE = counts[layer].float().unsqueeze(0)
+        else:
+            counts_SE = chosen_counts(routing, sequences=sequences, first_only=first_only)
+        share_SE = counts_SE / counts_SE.sum(-1, keepdim=True).clamp(min=1)
+        losses.append(config.num_experts * (share_SE * probability_SE).sum(-1).mean())
+    return torch.stack(losses).mean()
 
 
 def router_z_loss(routings: Sequence[Routing | None]) -> Tensor:
-    """ST-MoE eq 5 (arXiv 2202.08906): the mean over tokens of logsumexp(logits)^2, in nats^2; mean over layers."""
-    return torch.stack([torch.logsumexp(r.logits_TE.float(), dim=-1).square().mean() for r in _layers(routings)]).mean()
+    """ST-MoE eq 5 (arXiv 2202.08906): the mean over tokens of logsumexp(logits)^2, in nats^2; mean over layers.
+
+    Equal logits of 0 give (ln E)^2, not 0.
+    """
+    logits = [routing.logits_TE.float() for routing in present(routings)]
+    return torch.stack([torch.logsumexp(logits_TE, dim=-1).square().mean() for logits_TE in logits]).mean()
+
+
+def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
+    """Balance without a loss (arXiv 2408.15664, algorithm 1): b_i + rate * sign(mean(c) - c_i), for the next batch."""
+    counts_E = counts_E.to(bias_E.dtype)
+    return bias_E + rate * torch.sign(counts_E.mean() - counts_E)

@@ -1,13 +1,12 @@
 """The router: one linear layer and a choice of experts, in float32 (arXiv 2101.03961 section 2.4)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moebius.config import RouterConfig
+from moebius.config import RouterConfig, TrainingRouting
+from moebius.moe.capacity import jittered, kept
 from moebius.ops import Ops
 
 
@@ -17,19 +16,25 @@ class Routing(NamedTuple):
     weights_TK      float32, what each chosen expert's output is multiplied by
     expert_ids_TK   int64, best first, ties to the lowest id
     logits_TE       float32, for the losses and for inspection
+    kept_TK         in training only: which choices there was room for; None where no choice is ever dropped
     """
 
     weights_TK: Tensor
     expert_ids_TK: Tensor
     logits_TE: Tensor
+    kept_TK: Tensor | None = None
 
 
 class Router(nn.Module):
-    """weight (E, D); bias (E,) and selection_bias (E,) where the architecture has them."""
+    """weight (E, D); bias (E,) and selection_bias (E,) where the architecture has them.
+
+    `limits` is what training does beside (moebius.moe.capacity); nothing that serves sets it.
+    """
 
     def __init__(self, ops: Ops, config: RouterConfig, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.ops, self.config = ops, config
+        self.limits: TrainingRouting | None = None
         self._prepared: Any = None
         self.weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(config.num_experts, dtype=dtype)) if config.logit_bias else None
@@ -40,5 +45,11 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         if self._prepared is None:
             self._prepared = self.ops.prepare_linear((self.weight, self.bias))
+        if self.limits is not None and self.limits.jitter and self.training:
+            x_TD = jittered(x_TD, self.limits.jitter)
         logits_TE = self.ops.logits(x_TD, self._prepared)
-        return Routing(*self.ops.route(logits_TE, self.config, self.selection_bias), logits_TE)
+        weights_TK, ids_TK = self.ops.route(logits_TE, self.config, self.selection_bias)
+        kept_TK = None
+        if self.limits is not None:
+            kept_TK = kept(weights_TK.detach(), ids_TK, self.config.num_experts, self.limits, self.training)
+        return Routing(weights_TK, ids_TK, logits_TE, kept_TK)

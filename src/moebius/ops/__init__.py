@@ -35,7 +35,7 @@ Compute = Callable[["StepInputs"], Tensor]
 class ExpertWeights(NamedTuple):
     """One layer's experts: sequences of one tensor an expert, so that nothing mapped is ever stacked or copied.
 
-    gate_FD, up_FD   E tensors (F, D)       down_DF   E tensors (D, F)
+    gate_FD, up_FD   E tensors (F, D); up is empty where experts have two matrices      down_DF   E tensors (D, F)
     the biases       E tensors each, (F,), (F,) and (D,), or empty for none
     """
 
@@ -116,7 +116,8 @@ class Ops(Protocol):
     def experts(self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: Any) -> Tensor:
         """Gated feed-forward down(act(gate x) * up x) of each token's experts and their weighted sum: (T, D).
 
-        Each expert's output is rounded to the model's dtype; the sum over k runs in routing order in float32.
+        Each expert's output is rounded to the model's dtype; the sum over k runs in routing order in float32. Without
+        up it is down(act(gate x)), and an id of E stands for no expert: both for training, by `reference` alone.
         Without weights and ids there is one expert, which serves every token (a dense feed-forward).
         """
 

@@ -6,7 +6,7 @@ a step that bring more than one row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from moebius.ops.steps import StepInputs
 TILE = 64
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
 LOGITS_ROWS = 16_384
+
+Hidden = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class ReferenceOps:
 
     name = "reference"
     one_answer = False
+    # Whether ids may stand for no expert: to look costs a wait for the device.
+    drops = False
 
     def capture(self, compute: Compute, example: StepInputs, max_tokens: int) -> Compute:
         return compute
@@ -158,23 +162,35 @@ class ReferenceOps:
         experts: tuple[ExpertWeights, Activation],
     ) -> Tensor:
         weights, activation = experts
+
+        def hidden(gate: Tensor, up: Tensor | None) -> Tensor:
+            inner = activate(gate, activation)
+            return self.dropout(inner if up is None else inner * up, routed=expert_ids_TK is not None)
+
         if weights_TK is None or expert_ids_TK is None:
-            return _one_expert(x_TD, weights, 0, activation)
-        tokens, k = expert_ids_TK.shape
+            return _one_expert(x_TD, weights, 0, hidden)
+        (tokens, k), count = expert_ids_TK.shape, len(weights.gate_FD)
         flat_ids = expert_ids_TK.reshape(-1)
         order = torch.argsort(flat_ids, stable=True)
-        rows_PD = x_TD.index_select(0, order.div(k, rounding_mode="floor") if k > 1 else order)
+        chosen = order[: int((flat_ids < count).sum())] if self.drops else order
+        rows_PD = x_TD.index_select(0, chosen.div(k, rounding_mode="floor") if k > 1 else chosen)
         if torch.is_grad_enabled() and _can_stack(weights, x_TD):
-            every_E = torch.arange(len(weights.gate_FD), device=x_TD.device)
+            every_E = torch.arange(count, device=x_TD.device)
             ends = torch.searchsorted(flat_ids[order], every_E, right=True)
-            out_PD = _experts_stacked(rows_PD, ends.to(torch.int32), weights, activation)
+            out_PD = _experts_stacked(rows_PD, ends.to(torch.int32), weights, hidden)
         else:
-            counts = torch.bincount(flat_ids, minlength=len(weights.gate_FD)).tolist()
-            out_PD = _experts_in_turn(rows_PD, counts, weights, activation)
+            counts = torch.bincount(flat_ids, minlength=count)[:count].tolist()
+            out_PD = _experts_in_turn(rows_PD, counts, weights, hidden)
+        if len(chosen) < len(order):
+            out_PD = torch.cat((out_PD, out_PD.new_zeros(len(order) - len(chosen), out_PD.shape[1])))
         position = torch.empty_like(order)
         position[order] = torch.arange(order.numel(), device=order.device)
         out_TKD = out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
         return combine(out_TKD, weights_TK).to(x_TD.dtype)
+
+    def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
+        """What fine-tuning does to the inner values of a feed-forward, of experts behind a router or of a dense one."""
+        return x
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
         return a_TD + (b_TD if gate_T1 is None else (torch.sigmoid(gate_T1) * b_TD).to(b_TD.dtype))
@@ -290,15 +306,15 @@ def _bias(biases: Sequence[Tensor], e: int) -> Tensor | None:
     return biases[e] if biases else None
 
 
-def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, activation: Activation) -> Tensor:
-    gate = activate(F.linear(x_TD, w.gate_FD[e], _bias(w.gate_bias_F, e)), activation)
-    up = F.linear(x_TD, w.up_FD[e], _bias(w.up_bias_F, e))
-    return F.linear(gate * up, w.down_DF[e], _bias(w.down_bias_D, e))
+def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, hidden: Hidden) -> Tensor:
+    gate = F.linear(x_TD, w.gate_FD[e], _bias(w.gate_bias_F, e))
+    up = F.linear(x_TD, w.up_FD[e], _bias(w.up_bias_F, e)) if w.up_FD else None
+    return F.linear(hidden(gate, up), w.down_DF[e], _bias(w.down_bias_D, e))
 
 
-def _experts_in_turn(rows_PD: Tensor, counts: list[int], w: ExpertWeights, activation: Activation) -> Tensor:
+def _experts_in_turn(rows_PD: Tensor, counts: list[int], w: ExpertWeights, hidden: Hidden) -> Tensor:
     """Rows sorted by expert through their experts, one product an expert that has rows; no weight is copied."""
-    parts = [_one_expert(rows, w, e, activation) for e, rows in enumerate(torch.split(rows_PD, counts)) if len(rows)]
+    parts = [_one_expert(rows, w, e, hidden) for e, rows in enumerate(torch.split(rows_PD, counts)) if len(rows)]
     return torch.cat(parts) if parts else rows_PD.new_zeros(rows_PD.shape)
 
 
@@ -310,15 +326,15 @@ def _can_stack(w: ExpertWeights, x_TD: Tensor) -> bool:
     return all(size * dtype.itemsize % 16 == 0 for size in w.gate_FD[0].shape)
 
 
-def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, activation: Activation) -> Tensor:
-    """The same in three grouped products, for training: few launches and no wait for the device to count rows."""
+def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, hidden: Hidden) -> Tensor:
+    """The same in two or three grouped products, for training: few launches, no wait for the device to count rows."""
     dtype = _compute_dtype(rows_PD)
     rows = rows_PD.to(dtype)
 
     def product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         return F.grouped_mm(x, torch.stack(tuple(weights)).to(dtype).transpose(1, 2), offs=ends_E)
 
-    gated = activate(product(rows, w.gate_FD), activation) * product(rows, w.up_FD)
+    gated = hidden(product(rows, w.gate_FD), product(rows, w.up_FD) if w.up_FD else None)
     return product(gated, w.down_DF)
 
 

@@ -1,150 +1,107 @@
-"""The text that ships with Python itself: which documents, which are held out, and their fingerprint.
+"""The text to train on: which documents there are, and which are held out."""
 
-Everything here is a pure function of the installed standard library: the same Python gives the same documents in the
-same order. The texts are under the PSF licence 2.0.
-"""
-
-from __future__ import annotations
-
-import ast
 import hashlib
-import platform
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
+from moebius.config import require
 from moebius.errors import ConfigError
 
-Kind = Literal["library", "tests", "docs", "chat"]
-KINDS: tuple[Kind, ...] = ("library", "tests", "docs", "chat")
-
-_EXCLUDED_TOP = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "lib-dynload"})
-_EXCLUDED_FOLDERS = frozenset({"__pycache__", "data", "cjkencodings", "encoded_modules", "tokenizedata"})
-_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
-_WINDOW = 5
-_MAX_SHARED_WINDOWS = 0.2
+SPLITS = ("train", "heldout")
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One file or one help topic: `path` is relative to the standard library, with forward slashes."""
+class Document(NamedTuple):
+    """One text: `split` is one of SPLITS, `path` says where it is from, relative to the folder that was named."""
 
+    split: str
+    kind: str
     path: str
-    kind: Kind
     text: str
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents; no near-duplicate of a training document is held out."""
+    """Text files, folders of them and .jsonl files, by kind; read anew at every pass, never held as a whole.
 
-    train: tuple[Document, ...]
-    heldout: tuple[Document, ...]
-
-    @cached_property
-    def sha256(self) -> str:
-        """Fingerprint of every path and text, in order."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.heldout):
-            for document in part:
-                for field in (document.path, document.text):
-                    encoded = field.encode()
-                    digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        return digest.hexdigest()
-
-    @property
-    def python_version(self) -> str:
-        return platform.python_version()
-
-
-def read_corpus(heldout_share: float, root: Path | None = None) -> Corpus:
-    """Read the standard library under `root` (this Python's by default) and split it by whole documents.
-
-    `heldout_share` is the expected share of documents held out, chosen by a hash of the path, so that adding or
-    removing a file moves no other.
-
-    Raises: ConfigError, when there is too little text to train on.
+    In a folder, files that are no UTF-8 text are passed over and counted in `skipped`, and hidden ones are not looked
+    at. A document is held out by a hash of its path (and line), unless its JSON object has a `split`; of a kind that is
+    one text file, its end is. Raises: ConfigError naming the file, for one that is missing, binary or no JSON.
     """
-    folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    documents = list(_without_copies([*_modules(folder), *_topics(folder)]))
-    train = tuple(d for d in documents if not _is_held_out(d.path, heldout_share))
-    candidates = [d for d in documents if _is_held_out(d.path, heldout_share)]
-    known = {window for d in train for window in _windows(d.text)}
-    heldout = tuple(d for d in candidates if _shared_share(d.text, known) <= _MAX_SHARED_WINDOWS)
-    if not train or not heldout:
-        raise ConfigError(
-            f"{folder} holds {len(documents)} usable documents; training needs the standard library's .py sources"
-        )
-    return Corpus(train, heldout)
+
+    files: Mapping[str, tuple[str, ...]]
+    text_key: str
+    heldout_share: float
+    skipped: list[str] = field(default_factory=list)
+
+    def key(self) -> str:
+        """Fingerprint of every file's path, size and time of change."""
+        stats = [(kind, name, p.stat().st_size, p.stat().st_mtime_ns) for kind, _, name, p in self._paths()]
+        return hashlib.sha256(repr((stats, self.text_key)).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped.clear()
+        kinds = Counter(kind for kind, _, _, _ in self._paths())
+        for kind, named, name, path in self._paths():
+            if path.suffix == ".jsonl":
+                yield from self._lines(kind, name, path)
+            elif (whole := self._text(path, named)).strip():
+                if kinds[kind] == 1:
+                    cut = whole.rfind("\n", 0, int(len(whole) * (1 - self.heldout_share))) + 1
+                    yield Document("train", kind, name, whole[:cut])
+                    yield Document("heldout", kind, f"{name}:end", whole[cut:])
+                else:
+                    yield Document(self._split(name), kind, name, whole)
+
+    def _paths(self) -> Iterator[tuple[str, bool, str, Path]]:
+        """Kind, whether the file itself was named, the name, the path; in order."""
+        for kind, roots in self.files.items():
+            for root in map(Path, roots):
+                require(root.exists(), f"corpus.files.{kind}: {root} does not exist")
+                if not root.is_dir():
+                    yield kind, True, root.name, root
+                    continue
+                for path in sorted(p for p in root.rglob("*") if p.is_file()):
+                    relative = path.relative_to(root)
+                    if not any(part.startswith(".") for part in relative.parts):
+                        yield kind, False, relative.as_posix(), path
+
+    def _split(self, path: str) -> str:
+        return SPLITS[is_held_out(path, self.heldout_share)]
+
+    def _text(self, path: Path, named: bool) -> str:
+        """The file's text with Unix line ends; "" for one that is skipped."""
+        try:
+            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" not in text:
+            return text
+        require(not named, f"{path} is binary: it is no UTF-8 text, or holds a zero byte")
+        self.skipped.append(str(path))
+        return ""
+
+    def _lines(self, kind: str, name: str, path: Path) -> Iterator[Document]:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where, place = f"{path}, line {number}", f"{name}:{number}"
+                try:
+                    entry = json.loads(line)
+                    text, split = entry[self.text_key], entry.get("split", self._split(place))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    wanted = f"it must be a JSON object with a text under {self.text_key!r} (corpus.text_key)"
+                    raise ConfigError(f"{where}: {wanted}") from None
+                require(isinstance(text, str), f"{where}: {self.text_key!r} is no text")
+                require(split in SPLITS, f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+                if text.strip():
+                    yield Document(split, kind, place, text)
 
 
-def _modules(root: Path) -> Iterator[Document]:
-    paths = (path.relative_to(root) for path in root.rglob("*.py"))
-    for path in sorted(paths, key=lambda p: p.as_posix()):
-        if path.parts[0] in _EXCLUDED_TOP or _EXCLUDED_FOLDERS.intersection(path.parts[:-1]):
-            continue
-        text = _readable_source((root / path).read_bytes())
-        if text is not None and not _is_table(text):
-            kind: Kind = "tests" if _TEST_FOLDERS.intersection(path.parts[:-1]) else "library"
-            yield Document(path.as_posix(), kind, text)
-
-
-def _readable_source(raw: bytes) -> str | None:
-    """The text of a module that is UTF-8 and parses, with Unix line ends; None for the deliberately broken ones."""
-    try:
-        text = raw.decode("utf-8").replace("\r\n", "\n")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ast.parse(text)
-    except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return text
-
-
-def _is_table(text: str) -> bool:
-    """True for empty files, generated tables and files of data: many digits, or very long lines."""
-    if len(text.strip()) < 64:
-        return True
-    digits = sum(text.count(digit) for digit in "0123456789")
-    return digits > 0.1 * len(text) or max(map(len, text.split("\n"))) > 400
-
-
-def _topics(root: Path) -> Iterator[Document]:
-    """The language reference as `help()` shows it: one document a topic of pydoc_data/topics.py."""
-    source = root / "pydoc_data" / "topics.py"
-    if not source.exists():
-        return
-    topics: dict[str, str] = {}
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign):
-            topics = ast.literal_eval(node.value)
-    for name in sorted(topics):
-        yield Document(f"pydoc_data/topics/{name}", "docs", topics[name].strip() + "\n")
-
-
-def _without_copies(documents: Iterable[Document]) -> Iterator[Document]:
-    seen: set[str] = set()
-    for document in documents:
-        if document.text not in seen:
-            seen.add(document.text)
-            yield document
-
-
-def _is_held_out(path: str, share: float) -> bool:
-    draw = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
-    return draw < share
-
-
-def _windows(text: str) -> set[int]:
-    """Hashes of all runs of 5 consecutive non-blank lines, indentation ignored."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return {hash(tuple(lines[i : i + _WINDOW])) for i in range(max(1, len(lines) - _WINDOW + 1))}
-
-
-def _shared_share(text: str, known: set[int]) -> float:
-    windows = _windows(text)
-    return len(windows & known) / len(windows)
+def is_held_out(path: str, share: float) -> bool:
+    """By a hash of the path, so that adding or removing a document moves no other."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64 < share

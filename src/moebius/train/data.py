@@ -1,6 +1,6 @@
 """Documents as memory-mapped tokens, and the batch of every step.
 
-A stream is one file of uint16 token ids: every document is preceded by <|endoftext|>, and one more stands at the end.
+A stream is one file of token ids: every document is preceded by the end-of-text token, and one more stands at the end.
 A batch is a pure function of (streams, mixture, seed, step): there is no reader state, so training resumes at any step
 by naming it. Shape suffixes: R rows, L tokens in a row.
 """
@@ -9,107 +9,162 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from moebius.errors import ConfigError
-from moebius.train.chat import conversations
-from moebius.train.corpus import KINDS, Corpus, Document, read_corpus
+from moebius.config import require
+from moebius.models.weights import publish
+from moebius.text import Tokenizer as TextTokenizer
+from moebius.train.corpus import SPLITS, Corpus
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import END_OF_TEXT, IM_START, render_chat, special_id, train_tokenizer
+from moebius.train.tokenizer import IM_START, given_tokenizer, special_id, train_tokenizer
+
+# The kind of text whose special tokens count as such.
+CHAT = "chat"
+# Bytes of text that are tokenised at a time.
+_PIECE = 2**21
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Rows of tokens and what follows each; `document_RL` numbers the documents within a row, from 0."""
 
     input_RL: torch.Tensor
     target_RL: torch.Tensor
     document_RL: torch.Tensor
 
+    def part(self, index: int, of: int) -> Batch:
+        """Micro-batch `index` of so many of equal size."""
+        rows = len(self.input_RL) // of
+        here = slice(index * rows, (index + 1) * rows)
+        return Batch(*(x[here] for x in self))
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about them."""
+    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about them.
+
+    end_of_text stands between documents; im_start begins a conversation where the tokenizer has it.
+    """
 
     tokenizer: Tokenizer
     train: dict[str, np.ndarray]
     heldout: dict[str, np.ndarray]
     facts: dict[str, Any]
+    end_of_text: int
+    im_start: int | None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.facts["vocab_size"])
+
+    @cached_property
+    def bytes_V(self) -> torch.Tensor:
+        return bytes_per_token(self.tokenizer)
 
 
-def prepare(recipe: Recipe, folder: Path, root: Path | None = None) -> PreparedData:
+def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> PreparedData:
     """Tokenizer and token files for `recipe`, made in `folder` unless they are there already.
 
-    Files that were made from another recipe, corpus or Python are made anew.
+    Files that were made from another recipe or corpus are made anew. `tokenizer` is a directory whose tokenizer is used
+    whatever the recipe says.
     """
-    corpus = read_corpus(recipe.corpus.heldout_share, root)
-    key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, corpus.sha256)).encode()).hexdigest()
+    corpus = Corpus(recipe.corpus.files, recipe.corpus.text_key, recipe.corpus.heldout_share)
+    given = given_tokenizer(recipe, tokenizer)
+    spelled = "" if given is None else given.to_str()
+    key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()).hexdigest()
     done = folder / "data.json"
     if not (done.exists() and json.loads(done.read_text())["key"] == key):
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
-        facts = _write(recipe, corpus, folder)
-        done.write_text(json.dumps({"key": key, "facts": facts}, indent=2) + "\n")
+        facts = _write(recipe, corpus, given, folder)
+        partial = folder / ".data.json"
+        partial.write_text(json.dumps({"key": key, "facts": facts}, indent=2) + "\n")
+        publish(partial, done)
     facts = json.loads(done.read_text())["facts"]
-    return PreparedData(
-        tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
-        train=_open(folder, "train", facts),
-        heldout=_open(folder, "heldout", facts),
-        facts=facts,
-    )
-
-
-def _write(recipe: Recipe, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    tokenizer = train_tokenizer((d.text for d in corpus.train), recipe.tokenizer.vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    chats = conversations(corpus.train, recipe.corpus.chat_examples, recipe.corpus.seed)
-    chat_documents = [Document(f"chat/{i}", "chat", render_chat(chat)) for i, chat in enumerate(chats)]
-    sizes: dict[str, dict[str, dict[str, int]]] = {"train": {}, "heldout": {}}
-    for split, documents in (("train", [*corpus.train, *chat_documents]), ("heldout", list(corpus.heldout))):
-        for kind, tokens in streams(documents, tokenizer).items():
-            tokens.tofile(folder / f"{split}.{kind}.bin")
-            texts = [d.text for d in documents if d.kind == kind]
-            num_bytes = sum(len(text.encode()) for text in texts)
-            sizes[split][kind] = {"documents": len(texts), "bytes": num_bytes, "tokens": len(tokens)}
-    return {"corpus_sha256": corpus.sha256, "python_version": corpus.python_version, "sizes": sizes}
-
-
-def _open(folder: Path, split: str, facts: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {
-        kind: np.memmap(folder / f"{split}.{kind}.bin", dtype=np.uint16, mode="r") for kind in facts["sizes"][split]
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    dtype = token_dtype(facts["vocab_size"])
+    streams: dict[str, dict[str, np.ndarray]] = {
+        split: {kind: np.memmap(folder / f"{split}.{kind}.bin", dtype, "r") for kind in facts["sizes"][split]}
+        for split in SPLITS
     }
+    end = special_id(made, recipe.tokenizer.end_of_text)
+    return PreparedData(made, **streams, facts=facts, end_of_text=end, im_start=made.token_to_id(IM_START))
 
 
-def streams(documents: Collection[Document], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Documents as one stream for each kind that there is."""
-    texts = {kind: [d.text for d in documents if d.kind == kind] for kind in KINDS}
-    return {kind: pack(found, tokenizer) for kind, found in texts.items() if found}
+def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
+    """Write tokenizer.json and a stream for each split and kind; what the model card says of them."""
+    require(any(document.split == "train" for document in corpus), "the corpus holds no text to train on")
+    texts = (document.text for document in corpus if document.split == "train" and document.kind != CHAT)
+    tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size) if given is None else given
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    end, digest = special_id(tokenizer, recipe.tokenizer.end_of_text), hashlib.sha256()
+    sizes: dict[str, dict[str, dict[str, int]]] = {split: {} for split in SPLITS}
+    waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def flush(split: str, kind: str) -> None:
+        size = sizes[split][kind]
+        tokens = pack(waiting.pop((split, kind), []), tokenizer, end, chat=kind == CHAT)
+        tokens = tokens[1:] if size["tokens"] else tokens  # the last piece's end is this one's beginning
+        with (folder / f"{split}.{kind}.bin").open("ab" if size["tokens"] else "wb") as file:
+            file.write(tokens.astype(token_dtype(vocab_size)).tobytes())
+        size["tokens"] += len(tokens)
+
+    for document in corpus:
+        for part in document:
+            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+        split, kind, _, text = document
+        if text:
+            size = sizes[split].setdefault(kind, {"documents": 0, "bytes": 0, "tokens": 0})
+            waiting[split, kind].append(text)
+            before, size["bytes"] = size["bytes"], size["bytes"] + len(text.encode())
+            size["documents"] += 1
+            if before // _PIECE != size["bytes"] // _PIECE:
+                flush(split, kind)
+    for place in list(waiting):
+        flush(*place)
+    require(bool(sizes["heldout"]), "the corpus holds no held-out text; raise corpus.heldout_share")
+    facts = {"corpus_sha256": digest.hexdigest(), "vocab_size": vocab_size, "sizes": sizes}
+    return facts | {"skipped_files": corpus.skipped}
 
 
-def pack(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All texts as one uint16 array: <|endoftext|> before each and at the end."""
-    end = special_id(tokenizer, END_OF_TEXT)
-    parts: list[int] = [end]
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def pack(texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int, *, chat: bool = False) -> np.ndarray:
+    """All texts as one array: the end-of-text token before each and at the end.
+
+    A special token spelled out in a text is plain text, but in conversations, which the template made.
+    """
+    tokenizer.encode_special_tokens = not chat
+    parts: list[int] = [end_of_text]
     for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
         parts.extend(encoding.ids)
-        parts.append(end)
-    return np.array(parts, dtype=np.uint16)
+        parts.append(end_of_text)
+    return np.array(parts)
 
 
-def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int) -> torch.Tensor:
+def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int | None) -> torch.Tensor:
     """Number the documents within each row, from 0 (R, L).
 
-    A document starts at the <|endoftext|> before it, so that its first token is predicted from something; where a
+    A document starts at the end-of-text token before it, so that its first token is predicted from something; where a
     conversation follows, it starts at <|im_start|>, which is how the chat template begins when the model is served.
     """
     is_end_RL = tokens_RL == end_of_text
+    if im_start is None:
+        return is_end_RL.cumsum(1)
     before_chat_RL = torch.zeros_like(is_end_RL)
     before_chat_RL[:, :-1] = is_end_RL[:, :-1] & (tokens_RL[:, 1:] == im_start)
     starts_RL = is_end_RL & ~before_chat_RL
@@ -124,18 +179,17 @@ class Batches:
     and shuffles all rows together. Offsets and order follow from (seed, epoch) alone.
     """
 
-    def __init__(self, data: PreparedData, mixture: dict[str, int], rows: int, length: int, seed: int) -> None:
-        unknown = [kind for kind, copies in mixture.items() if copies and kind not in data.train]
-        if unknown:
-            raise ConfigError(f"mixture.{unknown[0]} names no training stream; there are {', '.join(data.train)}")
-        self._streams = [(data.train[kind], copies) for kind, copies in sorted(mixture.items()) if copies]
+    def __init__(self, data: PreparedData, mixture: Mapping[str, int], rows: int, length: int, seed: int) -> None:
+        for kind, copies in mixture.items():
+            known = f"there are {', '.join(data.train)}"
+            require(not copies or kind in data.train, f"mixture.{kind} names no training stream; {known}")
+        self._streams = [(data.train[kind], mixture.get(kind, 1)) for kind in sorted(data.train)]
         self._rows, self._length, self._seed = rows, length, seed
-        self._end = special_id(data.tokenizer, END_OF_TEXT)
-        self._im_start = special_id(data.tokenizer, IM_START)
+        self._end, self._im_start = data.end_of_text, data.im_start
         per_stream = [copies * max(0, (len(t) - 1) // length - 1) for t, copies in self._streams]
         self.steps_per_epoch = sum(per_stream) // rows
-        if self.steps_per_epoch == 0:
-            raise ConfigError(f"the training text has fewer than {rows} rows of {length} tokens, not one batch")
+        few = f"the training text has fewer than {rows} rows of {length} tokens, not one batch"
+        require(self.steps_per_epoch > 0, few)
         self._epoch = -1
         self._order = np.empty((0, 2), dtype=np.int64)
 
@@ -162,9 +216,8 @@ class Batches:
         return generator.permutation(np.concatenate(order))
 
 
-def evaluation_batches(stream: np.ndarray, tokenizer: Tokenizer, rows: int, length: int) -> Iterable[Batch]:
+def evaluation_batches(stream: np.ndarray, data: PreparedData, rows: int, length: int) -> Iterator[Batch]:
     """Every token of a stream once, in order, as a target; a short last row is a batch of its own."""
-    end, im_start = special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, IM_START)
     tokens = torch.from_numpy(stream.astype(np.int64))
     full = (len(tokens) - 1) // length
     pieces = [(r * length, min(rows, full - r), length) for r in range(0, full, rows)]
@@ -173,12 +226,11 @@ def evaluation_batches(stream: np.ndarray, tokenizer: Tokenizer, rows: int, leng
     for start, count, width in pieces:
         input_RL = tokens[start : start + count * width].view(count, width)
         target_RL = tokens[start + 1 : start + 1 + count * width].view(count, width)
-        yield Batch(input_RL, target_RL, document_numbers(input_RL, end, im_start))
+        yield Batch(input_RL, target_RL, document_numbers(input_RL, data.end_of_text, data.im_start))
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
     """How many bytes of text each token id stands for (V,); special tokens for none."""
-    special = set(tokenizer.get_added_tokens_decoder())
-    ids = range(tokenizer.get_vocab_size())
-    # A byte-level vocabulary spells every byte as one character.
-    return torch.tensor([0 if i in special else len(tokenizer.id_to_token(i) or "") for i in ids])
+    reader = TextTokenizer(tokenizer)
+    ids = range(reader.vocab_size)
+    return torch.tensor([0 if i in reader.special_ids else len(reader.token_bytes(i)) for i in ids])

@@ -1,20 +1,21 @@
-"""Bits per byte on held-out documents, and how evenly the experts are used. Shape legend: R rows, L tokens in a row."""
+"""Bits per byte on held-out documents. Shape legend: R rows, L tokens in a row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from torch import Tensor
 
 from moebius.models.decoder import Decoder
-from moebius.moe.router import Routing
-from moebius.train.data import bytes_per_token, evaluation_batches
+from moebius.moe.losses import chosen_counts, present
+from moebius.moe.router import Router
+from moebius.train.data import PreparedData, evaluation_batches
 from moebius.train.ops import DocumentAttend
 
 _LOGIT_ROWS = 1024
@@ -22,25 +23,50 @@ _LOGIT_ROWS = 1024
 
 @dataclass(frozen=True)
 class Score:
-    """Total cross-entropy in nats over tokens that stand for `num_bytes` bytes of text."""
+    """Total cross-entropy in nats over tokens that stand for `num_bytes` bytes of text.
 
-    nats: float
-    num_tokens: int
-    num_bytes: int
+    counts_SE   how many choices each expert got in each layer with a router; 0 for a dense model
+    """
+
+    nats: float = 0.0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    counts_SE: torch.Tensor | int = 0
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / self.num_bytes / math.log(2)
+        return self.nats / max(self.num_bytes, 1) / math.log(2)
 
     def __add__(self, other: Score) -> Score:
-        return Score(self.nats + other.nats, self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes)
+        return Score(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def routers(decoder: Decoder) -> list[Router]:
+    """One for each layer that has experts."""
+    return [module for module in decoder.modules() if isinstance(module, Router)]
+
+
+@contextmanager
+def measuring(decoder: Decoder, *, at_capacity: bool = False) -> Iterator[None]:
+    """Without dropout and noise; dropless, as the model is served, unless `at_capacity`."""
+    ops: Any = decoder.ops
+    limits, training = [(router, router.limits) for router in routers(decoder)], decoder.training
+    ops.training = decoder.eval().training
+    for router, limit in limits:
+        router.limits = limit if at_capacity else None
+    try:
+        yield
+    finally:
+        ops.training = decoder.train(training).training
+        for router, limit in limits:
+            router.limits = limit
 
 
 @torch.no_grad()
 def score(
     decoder: Decoder,
     stream: np.ndarray,
-    tokenizer: Tokenizer,
+    data: PreparedData,
     length: int,
     *,
     rows: int = 8,
@@ -50,42 +76,34 @@ def score(
 
     With `max_rows`, only that many rows are scored, spread evenly over the stream.
     """
-    bytes_V = bytes_per_token(tokenizer)
+    device = decoder.embed_tokens.weight.device
     full = (len(stream) - 1) // length
     if max_rows is not None and full > max_rows:
         starts = np.linspace(0, full - 1, max_rows).astype(int) * length
         stream = np.concatenate([stream[s : s + length] for s in starts])
-    total = Score(0.0, 0, 0)
-    for batch in evaluation_batches(stream, tokenizer, rows, length):
-        attend = DocumentAttend(decoder.config, batch.document_RL, decoder.embed_tokens.weight.dtype)
-        count, width = batch.input_RL.shape
-        hidden_TD, _ = decoder(batch.input_RL.view(-1), torch.arange(width).repeat(count), attend)
-        target_T = batch.target_RL.reshape(-1)
+    total = Score()
+    for batch in evaluation_batches(stream, data, rows, length):
+        here = batch.to(device)
+        attend = DocumentAttend(decoder.config, here.document_RL, decoder.embed_tokens.weight.dtype)
+        count, width = here.input_RL.shape
+        positions_T = torch.arange(width, device=device).repeat(count)
+        hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, attend)
+        target_T = here.target_RL.reshape(-1)
         nats = 0.0
         for hidden_LD, target_L in zip(
             torch.split(hidden_TD, _LOGIT_ROWS), torch.split(target_T, _LOGIT_ROWS), strict=True
         ):
             nats += float(F.cross_entropy(decoder.logits(hidden_LD), target_L, reduction="sum"))
-        total += Score(nats, target_T.numel(), int(bytes_V[target_T].sum()))
+        counts = [chosen_counts(routing)[0].double().cpu() for routing in present(routings)]
+        num_bytes = int(data.bytes_V[batch.target_RL].sum())
+        total += Score(nats, target_T.numel(), num_bytes, torch.stack(counts) if counts else 0)
     return total
 
 
 def scores(
-    decoder: Decoder, streams: Mapping[str, np.ndarray], tokenizer: Tokenizer, length: int, max_rows: int | None = None
+    decoder: Decoder, data: PreparedData, length: int, max_rows: int | None = None, *, at_capacity: bool = False
 ) -> dict[str, Score]:
-    """The score of each kind of text, and that of `all` together."""
-    found = {kind: score(decoder, stream, tokenizer, length, max_rows=max_rows) for kind, stream in streams.items()}
-    first, *rest = found.values()
-    return found | {"all": sum(rest, first)}
-
-
-def expert_counts(routings: Sequence[Routing | None], num_experts: int) -> Tensor:
-    """How many (token, choice) pairs each expert of each layer got (layers, E)."""
-    ids = [routing.expert_ids_TK.reshape(-1) for routing in routings if routing is not None]
-    return torch.stack([torch.bincount(layer, minlength=num_experts) for layer in ids])
-
-
-def max_violation(counts_E: Tensor) -> float:
-    """MaxVio (arXiv 2408.15664, eq 4): by how much the busiest expert exceeds the mean load, relative to it."""
-    mean = counts_E.double().mean()
-    return float((counts_E.max() - mean) / mean)
+    """The score of each kind of held-out text, and that of `all` together."""
+    with measuring(decoder, at_capacity=at_capacity):
+        found = {kind: score(decoder, stream, data, length, max_rows=max_rows) for kind, stream in data.heldout.items()}
+    return found | {"all": sum(found.values(), Score())}

@@ -1,7 +1,5 @@
 """The reference operations, with what training on a CPU gains from: the same formulas, fewer and larger passes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from moebius.config import ModelConfig
 from moebius.nn.attention import Rotation
+from moebius.ops import Pair
 from moebius.ops.reference import ReferenceOps, visible
 
 # Queries of a row that are attended at a time: keys after them are never touched, which halves a causal row's work.
@@ -19,9 +18,25 @@ LOSS_ROWS = 512
 
 
 class TrainingOps(ReferenceOps):
-    """Reference operations with a norm in one pass."""
+    """Reference operations with a norm in one pass, and dropout while `training`.
+
+    dropout          on what a part adds to the residual stream, and within dense feed-forwards
+    expert_dropout   within experts behind a router
+    drops            routers have a capacity
+    """
 
     name = "training"
+
+    def __init__(self, dropout: float = 0.0, expert_dropout: float = 0.0, *, drops: bool = False) -> None:
+        self.drops, self.training = drops, False
+        self._dropout, self._expert_dropout = dropout, expert_dropout
+
+    def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
+        share = self._expert_dropout if routed else self._dropout
+        return F.dropout(x, share) if self.training and share else x
+
+    def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
+        return super().add_rms_norm(x_TD, self.dropout(update_TD, routed=False), multiplier, weight_D, eps)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
@@ -39,16 +54,19 @@ class DocumentAttend:
     """
 
     def __init__(self, config: ModelConfig, document_RL: Tensor, dtype: torch.dtype) -> None:
-        assert not any(config.windows), "training has no sliding windows"
         at = torch.arange(document_RL.shape[1], device=document_RL.device)
-        seen_RLL = (document_RL.unsqueeze(1) == document_RL.unsqueeze(2)) & visible(at, at, None)
-        bias_RLL = torch.zeros(seen_RLL.shape, dtype=dtype, device=document_RL.device)
-        self._bias_RLL = bias_RLL.masked_fill_(~seen_RLL, torch.finfo(dtype).min)
-        self._scale = config.scale
+        same_RLL = document_RL.unsqueeze(1) == document_RL.unsqueeze(2)
+        nothing_RLL = torch.zeros(same_RLL.shape, dtype=dtype, device=document_RL.device)
+        self._biases = {
+            window: nothing_RLL.masked_fill(~(same_RLL & visible(at, at, window)), torch.finfo(dtype).min)
+            for window in set(config.windows)
+        }
+        self._windows, self._scale = config.windows, config.scale
 
     def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         q_THN, k_TGN, v_TGN = rotation(qkv_TI)
-        rows, length, _ = self._bias_RLL.shape
+        bias_RLL = self._biases[self._windows[layer]]
+        rows, length, _ = bias_RLL.shape
         heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
         # Query heads that share a key head stand side by side, as more queries of the same keys: (R, G, L, H/G, N).
         q = q_THN.view(rows, length, groups, heads // groups, size).transpose(1, 2) * self._scale
@@ -59,7 +77,7 @@ class DocumentAttend:
             stop = min(start + QUERY_BLOCK, length)
             shape = (rows, groups, stop - start, heads // groups, -1)
             scores = (q[:, :, start:stop].flatten(2, 3) @ k[..., :stop]).view(shape)
-            scores = scores + self._bias_RLL[:, None, start:stop, None, :stop]
+            scores = scores + bias_RLL[:, None, start:stop, None, :stop]
             out = torch.softmax(scores, dim=-1).flatten(2, 3) @ v[:, :, :stop]
             blocks.append(out.view(shape))
         return torch.cat(blocks, dim=2).transpose(1, 2).reshape(q_THN.shape)

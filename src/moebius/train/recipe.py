@@ -2,137 +2,151 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
+import re
 import tomllib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from moebius.config import ModelConfig
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
+
+from moebius.config import FeedForwardConfig, TrainingRouting, require
 from moebius.errors import ConfigError
 from moebius.models import model_config
-from moebius.train.corpus import KINDS
-from moebius.train.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
+from moebius.train.architecture import check_trainable, config_json
+from moebius.train.tokenizer import END_OF_TEXT
 
-_Record = TypeVar("_Record")
-_INF = math.inf
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _check(table: str, record: object, names: Iterable[str], must: str, holds: Callable[[Any], bool]) -> None:
-    """ConfigError for the first of the fields `names` whose value is not what it `must` be."""
-    for name in names:
-        value = getattr(record, name)
-        _require(holds(value), f"{table}.{name} is {value}; it must {must}")
+def _absolute(name: str, info: ValidationInfo) -> str:
+    """A path that starts at the recipe's folder."""
+    return str((Path(info.context or ".") / Path(name).expanduser()).resolve()) if name else ""
+
+
+def _model(name: str, info: ValidationInfo) -> str:
+    """A directory that is there, or a name for moebius.models.hub."""
+    return _absolute(name, info) if (Path(info.context or ".") / name).exists() else name
+
+
+LocalPath = Annotated[str, AfterValidator(_absolute)]
+LocalPaths = Annotated[tuple[LocalPath, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))]
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusRecipe:
-    """Which share of the documents is held out, and how many conversations are made from the others."""
+    """Where the text comes from, and which share of it is held out.
 
-    heldout_share: float = 0.045
-    chat_examples: int = 4000
-    seed: int = 1
+    files     paths by kind of text: text files, folders of them, or .jsonl whose objects have `text_key`. In texts of
+              the kind `chat` special tokens count as such, and a new tokenizer is not trained on them
+    """
 
-    def __post_init__(self) -> None:
-        _check("corpus", self, ["heldout_share"], "lie between 0 and 0.5", lambda x: 0 < x < 0.5)
-        _check("corpus", self, ["chat_examples"], "not be negative", lambda x: x >= 0)
-
-
-@dataclass(frozen=True, slots=True)
-class MixtureRecipe:
-    """How often an epoch passes over each kind of text."""
-
-    library: int = 1
-    tests: int = 1
-    docs: int = 1
-    chat: int = 1
-
-    def __post_init__(self) -> None:
-        _check("mixture", self, KINDS, "not be negative", lambda x: x >= 0)
-        _require(any(getattr(self, kind) for kind in KINDS), "mixture: every kind of text is passed over 0 times")
+    files: Annotated[dict[str, LocalPaths], Field(min_length=1)]
+    text_key: str = "text"
+    heldout_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.045
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerRecipe:
-    """Size of the byte-level BPE vocabulary, special tokens included."""
+    """A byte-level BPE trained to `vocab_size` entries, special tokens included, or the tokenizer.json in `path`.
 
-    vocab_size: int = 4096
+    vocab_size    at least 259: bytes and special tokens
+    end_of_text   names the token that stands between documents
+    """
 
-    def __post_init__(self) -> None:
-        bounds = "lie between 259 (bytes and special tokens) and 65536"
-        _check("tokenizer", self, ["vocab_size"], bounds, lambda x: 259 <= x <= 65536)
+    vocab_size: Annotated[int, Field(ge=259, le=2**16)] = 4096
+    path: LocalPath = ""
+    end_of_text: str = END_OF_TEXT
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRecipe:
-    """The sizes of a qwen3_moe decoder with tied embeddings."""
+class FinetuneRecipe:
+    """Start from a model directory of any supported type, with its tokenizer.
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    experts_per_token: int
-    expert_width: int
-    max_position_embeddings: int
-    rope_theta: float = 10_000.0
-    init_std: float = 0.02
+    train            `all`, `experts` (behind a router) or `all_but_experts`: without experts it goes about as well,
+                     with nothing but experts badly (ST-MoE section 4.2)
+    dropout          on what attention and feed-forward add to the residual stream, and within dense feed-forwards
+    expert_dropout   within experts behind a router (Switch section 2.4: 0.1 and 0.4)
+    """
 
-    def __post_init__(self) -> None:
-        _check("model", self, ["init_std"], "be positive", lambda x: x > 0)
-        widths = ("hidden_size", "expert_width")
-        must = "be a positive multiple of 8, which grouped matrix products need"
-        _check("model", self, widths, must, lambda x: x > 0 and x % 8 == 0)
-        counts = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts", "experts_per_token")
-        _check("model", self, (*counts, "max_position_embeddings"), "be at least 1", lambda x: x >= 1)
+    checkpoint: Annotated[str, AfterValidator(_model)]
+    train: Literal["all", "experts", "all_but_experts"] = "all"
+    dropout: Below1 = 0.1
+    expert_dropout: Below1 = 0.4
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecipe:
     """Steps, batch, optimiser, losses.
 
-    A step takes rows_per_step rows of row_length tokens. The learning rate rises linearly over warmup_steps to
-    learning_rate, then falls along a half cosine to final_share of it at the last step. weight_decay applies to
-    matrices only. load_balance and z_loss are the weights of ST-MoE's auxiliary losses (arXiv 2202.08906, eq 6).
+    A step takes rows_per_step rows of row_length tokens, in `accumulation` micro-batches, which torchrun's ranks share
+    out. The learning rate rises linearly over warmup_steps to learning_rate, then falls along a half cosine to
+    final_share of it at the last step. weight_decay applies to matrices only.
+
+    load_balance, z_loss   weights of the auxiliary losses (ST-MoE, arXiv 2202.08906, eq 6)
+    balance          over which tokens the load is measured: each micro-`batch`, each `sequence` (row), or `global`, the
+                     whole step's, which needs a forward pass more where a step has several micro-batches
+    first_choices    the load counts first choices only (GShard, ST-MoE)
+    bias_rate        how much the selection bias moves after a step (arXiv 2408.15664)
+    init_scale       new matrices are normal, initializer_range of the model wide and cut off at 3, narrower into the
+                     residual stream; or, where it is given, sqrt(init_scale / inputs) wide and cut off at 2 (Switch
+                     section 2.4: 0.1 in place of 1)
+    router_init      multiplies the routers' initial weights
+    dtype            of the decoder; masters, moments and routers are float32 in any case
+    export_every     writes a model directory every so many steps; 0 for none
+    tensorboard      writes metrics for TensorBoard too, which is to be installed (the extra `tensorboard`)
     """
 
-    steps: int
-    rows_per_step: int
-    row_length: int
-    learning_rate: float
-    warmup_steps: int = 100
-    final_share: float = 0.02
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    load_balance: float = 0.01
-    z_loss: float = 0.001
-    log_every: int = 20
-    evaluate_every: int = 500
-    evaluate_rows: int = 64
-    checkpoint_seconds: float = 120.0
+    steps: PositiveInt
+    rows_per_step: PositiveInt
+    row_length: PositiveInt
+    learning_rate: PositiveFloat
+    accumulation: PositiveInt = 1
+    warmup_steps: NonNegativeInt = 100
+    final_share: Share = 0.02
+    beta1: Below1 = 0.9
+    beta2: Below1 = 0.95
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0
+    load_balance: NonNegativeFloat = 0.01
+    z_loss: NonNegativeFloat = 0.001
+    balance: Literal["batch", "sequence", "global"] = "batch"
+    first_choices: bool = False
+    bias_rate: NonNegativeFloat = 0.0
+    init_scale: NonNegativeFloat = 0.0
+    router_init: PositiveFloat = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    log_every: PositiveInt = 20
+    evaluate_every: PositiveInt = 500
+    evaluate_rows: PositiveInt = 64
+    export_every: NonNegativeInt = 0
+    tensorboard: bool = False
+    checkpoint_seconds: NonNegativeFloat = 120.0
 
     def __post_init__(self) -> None:
-        counts = ("steps", "rows_per_step", "row_length", "log_every", "evaluate_every", "evaluate_rows")
-        _check("training", self, counts, "be at least 1", lambda x: x >= 1)
-        _check("training", self, ("learning_rate", "clip_norm"), "be a positive number", lambda x: 0 < x < _INF)
-        weights = ("weight_decay", "load_balance", "z_loss", "checkpoint_seconds")
-        _check("training", self, weights, "not be negative", lambda x: 0 <= x < _INF)
-        _check("training", self, ("beta1", "beta2"), "be at least 0 and less than 1", lambda x: 0 <= x < 1)
-        _check("training", self, ["final_share"], "lie between 0 and 1", lambda x: 0 <= x <= 1)
-        _require(
-            0 <= self.warmup_steps < self.steps,
-            f"training.warmup_steps is {self.warmup_steps}; it must be less than training.steps = {self.steps}",
-        )
+        warmup, steps, rows, parts = self.warmup_steps, self.steps, self.rows_per_step, self.accumulation
+        require(warmup < steps, f"training.warmup_steps is {warmup}; it must be less than training.steps = {steps}")
+        even = rows % parts == 0
+        require(even, f"training.rows_per_step = {rows} is no multiple of training.accumulation = {parts}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.row_length
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a half cosine (arXiv 1608.03983, eq 5) to the last step."""
@@ -145,96 +159,72 @@ class TrainingRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides a training run, beside the Python version whose standard library is the text."""
+    """All that decides a training run, beside the text itself.
+
+    model     a config.json; of type `moebius`, its decoder's layers take the feed-forwards in `layers` in turn
+              (moebius.train.architecture)
+    mixture   how often an epoch passes over each kind of text
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
-    model: ModelRecipe
     training: TrainingRecipe
+    corpus: CorpusRecipe
+    model: dict[str, Any] | None = None
+    layers: tuple[FeedForwardConfig, ...] = ()
     seed: int = 1
-    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
-    mixture: MixtureRecipe = field(default_factory=MixtureRecipe)
+    mixture: dict[str, NonNegativeInt] = field(default_factory=dict)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    routing: TrainingRouting = field(default_factory=TrainingRouting)
+    finetune: FinetuneRecipe | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            self.training.row_length <= self.model.max_position_embeddings,
-            f"training.row_length = {self.training.row_length} exceeds model.max_position_embeddings = "
-            f"{self.model.max_position_embeddings}",
-        )
-        _require(
-            not (self.mixture.chat and not self.corpus.chat_examples),
-            f"mixture.chat is {self.mixture.chat} but corpus.chat_examples is 0",
-        )
-        self.model_config()
-
-    def model_config(self) -> ModelConfig:
-        """The decoder that the recipe trains."""
-        return model_config(self.config_json())
-
-    def config_json(self) -> dict[str, Any]:
-        """The config.json of the recipe's model, as transformers' Qwen3MoeForCausalLM reads it."""
-        m = self.model
-        return {
-            "model_type": "qwen3_moe",
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "hidden_size": m.hidden_size,
-            "num_hidden_layers": m.num_layers,
-            "num_attention_heads": m.num_heads,
-            "num_key_value_heads": m.num_kv_heads,
-            "head_dim": m.head_dim,
-            "vocab_size": self.tokenizer.vocab_size,
-            "max_position_embeddings": m.max_position_embeddings,
-            "rope_theta": m.rope_theta,
-            "rms_norm_eps": 1e-6,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "tie_word_embeddings": True,
-            "num_experts": m.num_experts,
-            "num_experts_per_tok": m.experts_per_token,
-            "moe_intermediate_size": m.expert_width,
-            "intermediate_size": m.expert_width * m.experts_per_token,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "router_aux_loss_coef": self.training.load_balance,
-            "initializer_range": m.init_std,
-            "use_sliding_window": False,
-            "eos_token_id": SPECIAL_TOKENS.index(END_OF_TEXT),
-            "pad_token_id": SPECIAL_TOKENS.index(END_OF_TEXT),
-        }
+        kinds = self.corpus.files
+        for kind in self.mixture:
+            require(
+                kind in kinds, f"mixture.{kind} names no kind of text in corpus.files; there are {', '.join(kinds)}"
+            )
+        passes = [self.mixture.get(kind, 1) for kind in kinds]
+        require(any(passes), "mixture: every kind of text is passed over 0 times")
+        one = (self.model is None) != (self.finetune is None)
+        require(one, "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint")
+        if self.model is not None:
+            check_trainable(model_config(config_json(self, self.tokenizer.vocab_size)), self)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises: ConfigError, naming the key, for anything that is missing, unknown, of a wrong type or impossible."""
+    """Raises: ConfigError, naming the key, for anything that is missing, unknown, of a wrong type or impossible.
+
+    Relative paths in it start at its own folder.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the recipe {path} is not TOML: {error}") from None
-    return _record(Recipe, table, "")
+    try:
+        # As JSON, where strict means: an integer is a number too and a list a tuple, but nothing else is converted.
+        return TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), context=path.parent)
+    except ValidationError as error:
+        raise ConfigError(_first(error)) from None
 
 
-def _record(cls: type[_Record], table: dict[str, Any], where: str) -> _Record:
-    hints = get_type_hints(cls)
-    names = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in table:
-        _require(key in names, f"unknown recipe key {where}{key}; known are {', '.join(names)}")
-    values = {}
-    for name, f in names.items():
-        if name in table:
-            values[name] = _value(hints[name], table[name], f"{where}{name}")
-        else:
-            optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-            _require(optional, f"the recipe lacks {where}{name}")
-    return cls(**values)
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), f"{where} is {value!r}; it must be a table")
-        return _record(kind, value, f"{where}.")  # type: ignore[arg-type]
-    if kind is float and type(value) is int:
-        return float(value)
-    _require(type(value) is kind, f"{where} is {value!r}; it must be of type {kind.__name__}")
-    return value
+def _first(invalid: ValidationError) -> str:
+    """One line about the first thing that is wrong: a misspelt key rather than the one that it leaves missing."""
+    unknown = "unexpected_keyword_argument"
+    error = min(invalid.errors(), key=lambda e: e["type"] != unknown)
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    where = ".".join(names)
+    if error["type"] == unknown:
+        record: Any = Recipe
+        for name in names[:-1]:
+            kind = get_type_hints(record)[name]
+            record = next(option for option in (kind, *get_args(kind)) if is_dataclass(option))
+        return f"unknown recipe key {where}; known are {', '.join(f.name for f in fields(record))}"
+    if error["type"] == "missing":
+        return f"the recipe lacks {where}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).replace("config.json: ", "model: ")
+    return f"{where} is {error['input']!r}; {re.sub('.* should', 'it must', error['msg'])}"

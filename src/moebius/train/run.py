@@ -1,76 +1,129 @@
 """From a recipe to a model directory: prepare the data, train (or continue), measure, export, write the card."""
 
-from __future__ import annotations
-
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from tokenizers import Tokenizer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moebius.errors import ConfigError
+from moebius.config import read_json, require
+from moebius.errors import StorageError
 from moebius.models.weights import load_decoder
-from moebius.train.corpus import read_corpus
-from moebius.train.data import prepare, streams
-from moebius.train.export import export, measure, model_card, parameter_counts
+from moebius.train.architecture import dense_twin as twin_of
+from moebius.train.data import prepare
+from moebius.train.evaluate import routers
+from moebius.train.export import export, figures_table, measure, model_card
+from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
+from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe, read_recipe
-from moebius.train.trainer import StepReport, Trainer, run
+from moebius.train.trainer import StepReport, Trainer
 
 
 def main_from_recipe(
-    recipe_path: Path, out: Path, *, evaluate_only: bool = False, root: Path | None = None
+    recipe_path: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    evaluate_only: bool = False,
+    dense_twin: bool = False,
+    against: Path | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train `recipe_path`'s model into `out`, or measure the one that is there; the figures by kind of held-out text.
 
-    What is needed to continue after an interruption is kept in out/training; running again continues there.
-    `root` is the standard library to read, this Python's by default.
+    The options are the command line's (moebius.cli.train). What is needed to continue after an interruption is kept in
+    out/training. Raises: UsageError, NumericalError or StorageError, each of which leaves the last checkpoint whole.
     """
     recipe = read_recipe(recipe_path)
-    figures = _evaluate(recipe, out, root) if evaluate_only else _train(recipe, recipe_path, out, root)
-    _print_figures(figures)
+    recipe = twin_of(recipe) if dense_twin else recipe
+    checkpoint = out / "training" / "checkpoint.safetensors"
+    try:
+        if evaluate_only:
+            figures = _evaluate(recipe, out)
+        else:
+            require(
+                resume or not checkpoint.exists(),
+                f"{out} holds a training run already; continue it with --resume, or choose another --out",
+            )
+            shown = os.path.relpath(recipe_path) if recipe_path.is_relative_to(Path.cwd()) else recipe_path.name
+            figures = _train(recipe, shown, out, against, _device(device))
+    except OSError as error:
+        raise StorageError(f"{error.filename or out} cannot be written or read: {error.strerror or error}") from None
+    if figures:
+        print(figures_table(figures))
     return figures
 
 
-def _train(recipe: Recipe, recipe_path: Path, out: Path, root: Path | None) -> dict[str, Any]:
+def _device(wish: str) -> torch.device:
+    has = torch.cuda.is_available()
+    require(wish != "cuda" or has, "--device cuda: torch finds no CUDA device; use --device cpu")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has and wish != "cpu" else "cpu")
+
+
+def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: torch.device) -> dict[str, Any]:
     folder = out / "training"
-    data = prepare(recipe, folder / "data", root)
-    trainer = Trainer(recipe, data)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(recipe.name, total=recipe.training.steps)
+    twin = None if against is None else read_json(against / "training" / "figures.json")
+    ranks = Ranks.join(device)
+    try:
+        if ranks.rank == 0:
+            prepare(recipe, folder / "data")
+        ranks.wait()
+        trainer = Trainer(recipe, prepare(recipe, folder / "data"), device=device, ranks=ranks)
+        _run_with_progress(trainer, folder)
+        if ranks.rank:
+            return {}
+        export(trainer, out)
+        figures = measure(trainer.decoder, recipe, trainer.data)
+        speed = round(trainer.done * recipe.training.tokens_per_step / max(trainer.seconds, 1e-9))
+        summary = {"figures": figures, "tokens_per_second": speed, "seconds": trainer.seconds}
+        (folder / "figures.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+        card = model_card(template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown)
+        (out / "README.md").write_text(card, encoding="utf-8")
+        return figures
+    finally:
+        ranks.leave()
+
+
+def _run_with_progress(trainer: Trainer, folder: Path) -> None:
+    """Train while showing loss, speed, remaining time and router health on stderr."""
+    console, steps, first = Console(stderr=True), trainer.recipe.training.steps, trainer.ranks.rank == 0
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("remaining"))
+    with Progress(*columns, *times, console=console, disable=not (console.is_terminal and first)) as progress:
+        bar = progress.add_task(trainer.recipe.name, total=steps)
 
         def show(done: int, report: StepReport) -> None:
             progress.update(bar, completed=done, description=f"loss {report.loss:.3f}")
 
-        run(trainer, folder, show)
-    export(trainer.decoder, recipe, data.tokenizer, out)
-    figures = measure(trainer.decoder, recipe, data.heldout, data.tokenizer)
-    counts = parameter_counts(trainer.decoder, recipe.model.num_experts, recipe.model.experts_per_token)
-    shown = os.path.relpath(recipe_path) if recipe_path.is_relative_to(Path.cwd()) else recipe_path.as_posix()
-    card = model_card(recipe, shown, data.facts, figures, counts, trainer.seconds)
-    (out / "README.md").write_text(card, encoding="utf-8")
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
+        def tell(line: Line) -> None:
+            console.print(f"step {line['step']} of {steps}: loss {line['loss']:.4f}, {_health(line)}", soft_wrap=True)
+
+        run(trainer, folder, show, tell, (lambda path: export(trainer, path)) if first else None)
 
 
-def _evaluate(recipe: Recipe, out: Path, root: Path | None) -> dict[str, Any]:
-    if not (out / "model.safetensors").exists():
-        raise ConfigError(f"{out} holds no model to evaluate; train one first, without --evaluate-only")
-    decoder = load_decoder(out, torch.bfloat16, ops=TrainingOps())
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    heldout = streams(read_corpus(recipe.corpus.heldout_share, root).heldout, tokenizer)
-    return measure(decoder, recipe, heldout, tokenizer)
+def _health(line: Line) -> str:
+    """Speed and, over the layers with a router, the worst of each measure."""
+    told = f"{line['tokens_per_second']:,} tokens/s"
+    if "max_violation" in line:
+        told += f", MaxVio {max(line['max_violation']):.2f}, load entropy {min(line['load_entropy']):.3f}"
+        told += f", dead experts {sum(line['dead_experts'])}, dropped {max(line['dropped']):.1%}"
+    if "heldout_bits_per_byte" in line:
+        told += f", held-out {line['heldout_bits_per_byte']['all']:.4f} bits a byte"
+    return told
 
 
-def _print_figures(figures: dict[str, Any]) -> None:
-    table = Table("held-out text", "bytes", "bits per byte", "gzip -9", "xz -9", box=None, pad_edge=False)
-    for kind, f in figures.items():
-        ratios = (f["bits_per_byte"], f["gzip_bits_per_byte"], f["xz_bits_per_byte"])
-        table.add_row(kind, f"{f['bytes']:,}", *(f"{ratio:.4f}" for ratio in ratios))
-    Console().print(table)
+def _evaluate(recipe: Recipe, out: Path) -> dict[str, Any]:
+    there = (out / "model.safetensors").exists()
+    require(there, f"{out} holds no model to evaluate; train one first, without --evaluate-only")
+    ops = TrainingOps(drops=not recipe.routing.dropless)
+    decoder = load_decoder(out, getattr(torch, recipe.training.dtype), ops=ops)
+    for router in routers(decoder):
+        router.limits = recipe.routing
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(decoder, recipe, prepare(recipe, Path(folder), tokenizer=out))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moebius.config import require
 from moebius.errors import ConfigError
+from moebius.models.hub import resolve_model
+
+if TYPE_CHECKING:
+    from moebius.train.recipe import Recipe
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -24,47 +30,53 @@ CHAT_TEMPLATE = (
 )
 
 
-def render_chat(messages: Iterable[dict[str, str]]) -> str:
-    """What CHAT_TEMPLATE renders for a finished conversation."""
-    return "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` entries; the special tokens have the ids 0, 1 and 2.
 
-    Raises: ConfigError, when the bytes and the special tokens alone exceed `vocab_size`, or the texts are too short
-    to yield as many merges.
+    Raises: ConfigError, when the texts are too short to yield as many merges.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
-        raise ConfigError(
-            f"tokenizer.vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
-            f"at least {len(alphabet) + len(SPECIAL_TOKENS)}"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(alphabet),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise ConfigError(
-            f"the training text yields a vocabulary of {tokenizer.get_vocab_size()} entries, "
-            f"fewer than tokenizer.vocab_size = {vocab_size}"
-        )
+    size = tokenizer.get_vocab_size()
+    wanted = f"fewer than tokenizer.vocab_size = {vocab_size}"
+    require(size == vocab_size, f"the training text yields a vocabulary of {size} entries, {wanted}")
     return tokenizer
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token. Raises: ConfigError, for a tokenizer of another kind."""
+    """The id of a special token. Raises: ConfigError, for a tokenizer that lacks it."""
     found: int | None = tokenizer.token_to_id(token)
     if found is None:
-        raise ConfigError(f"the tokenizer lacks {token}; training needs one that its own recipe made")
+        advice = "which separates documents; name its own end token in tokenizer.end_of_text"
+        raise ConfigError(f"the tokenizer lacks {token}, {advice}")
     return found
+
+
+def tokenizer_folder(recipe: Recipe) -> Path | None:
+    """Where the recipe's tokenizer is from, if it is not to be trained: its own path, or the fine-tuned checkpoint."""
+    if recipe.tokenizer.path:
+        path = Path(recipe.tokenizer.path)
+        return path.parent if path.is_file() else path
+    return None if recipe.finetune is None else resolve_model(recipe.finetune.checkpoint)
+
+
+def given_tokenizer(recipe: Recipe, folder: Path | None = None) -> Tokenizer | None:
+    """The tokenizer in `folder`, else the one that the recipe names, else None. Raises: ConfigError."""
+    folder = folder or tokenizer_folder(recipe)
+    if folder is None:
+        return None
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ConfigError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:
@@ -81,8 +93,14 @@ def tokenizer_config(max_length: int) -> dict[str, Any]:
     }
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int, given: Path | None = None) -> None:
+    """Write tokenizer.json and tokenizer_config.json; of a tokenizer that was `given`, copies of its files."""
+    if given is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            if (given / name).exists():
+                shutil.copyfile(given / name, folder / name)
+        return
+    tokenizer.encode_special_tokens = False
     tokenizer.save(str(folder / "tokenizer.json"))
     text = json.dumps(tokenizer_config(max_length), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,237 +1,314 @@
-"""The training loop: bfloat16 compute, float32 master weights, AdamW, and checkpoints that resume bit for bit.
+"""A training step: bfloat16 compute, float32 master weights, AdamW, and checkpoints that resume bit for bit.
 
-A step reads: batch, losses, gradients, clip, update. What it computes depends on the recipe and on the step's number
-alone. Shape legend: R rows, L tokens in a row, T = R * L, D model, V vocabulary, E experts.
+A step reads: micro-batches, losses, gradients, sum over ranks, clip, update. What it computes depends on the recipe and
+on the step's number alone: random numbers too are drawn from a seed made of recipe, step and micro-batch.
+Shape legend: R rows, L tokens in a row, T = R * L, D model, V vocabulary, E experts, S layers with a router.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
-from moebius.errors import ConfigError, NumericalError, WeightsError
+from moebius.config import ModelConfig, require
+from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
+from moebius.models import model_config
+from moebius.models.checkpoint import open_checkpoint
 from moebius.models.decoder import Decoder
-from moebius.models.weights import publish
-from moebius.moe.losses import load_balance_loss, router_z_loss
-from moebius.train.data import Batches, PreparedData
-from moebius.train.evaluate import expert_counts, max_violation, scores
+from moebius.models.hub import resolve_model
+from moebius.models.weights import load_decoder, publish
+from moebius.moe.losses import chosen_counts, load_balance_loss, present, router_z_loss, updated_bias
+from moebius.moe.router import Routing
+from moebius.train.architecture import check_trainable, config_json
+from moebius.train.data import Batch, Batches, PreparedData
+from moebius.train.evaluate import routers, scores
 from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
-from moebius.train.recipe import Recipe
+from moebius.train.ranks import Ranks
+from moebius.train.recipe import Recipe, TokenizerRecipe
+
+_BIAS = ".router.selection_bias"
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What a step measured, before its update. Losses in nats a token; counts are (layers, E)."""
+class StepReport(NamedTuple):
+    """What a step measured, before its update, over all its micro-batches. Losses in nats a token.
+
+    counts (S, E): how many choices of each expert there were; dropped (S,): which share of them found no room.
+    """
 
     loss: float
     balance: float
     z: float
     grad_norm: float
-    rate: float
+    learning_rate: float
     counts: Tensor
+    dropped: Tensor
 
 
 class Trainer:
     """Masters in float32, a decoder in bfloat16 that is a rounded copy of them, and the optimiser between the two.
 
-    The decoder's weights are at every step what an export would hold.
+    The decoder's weights are at every step what an export would hold. Raises ConfigError or WeightsError for a
+    checkpoint to start from that does not fit.
     """
 
-    def __init__(self, recipe: Recipe, data: PreparedData) -> None:
-        self.recipe, self.data = recipe, data
-        config, training = recipe.model_config(), recipe.training
-        self.decoder = Decoder(config, TrainingOps(), dtype=torch.bfloat16)
-        initial = Decoder(config, TrainingOps(), dtype=torch.float32)
-        initial.init_weights(torch.Generator().manual_seed(recipe.seed), std=recipe.model.init_std)
-        self._masters = {name: p.detach() for name, p in initial.named_parameters()}
+    def __init__(
+        self, recipe: Recipe, data: PreparedData, *, device: torch.device | str = "cpu", ranks: Ranks | None = None
+    ) -> None:
+        self.recipe, self.data, self.device = recipe, data, torch.device(device)
+        self.ranks, training = ranks or Ranks(), recipe.training
+        self._mine = self.ranks.share(training.accumulation)
+        self.config_json, config, initial = _start(recipe, data)
+        self.decoder = self._decoder(config)
+        self._routers = routers(self.decoder)
         self._copies = dict(self.decoder.named_parameters())
-        self._optimizer = torch.optim.AdamW(
-            _groups(self._masters, training.weight_decay),
-            lr=0.0,
-            betas=(training.beta1, training.beta2),
-            fused=True,
-        )
-        mixture = dataclasses.asdict(recipe.mixture)
-        self._batches = Batches(data, mixture, training.rows_per_step, training.row_length, recipe.seed)
-        self._positions_T = torch.arange(training.row_length).repeat(training.rows_per_step)
-        self.done = 0
-        self.seconds = 0.0
+        self._masters = {name: initial[name].to(self.device) for name in self._copies}
+        for name, copy in self._copies.items():
+            copy.requires_grad_(self._is_trained(name))
+        trained = {name: self._masters[name] for name, copy in self._copies.items() if copy.requires_grad}
+        self._gradient = torch.zeros(sum(m.numel() for m in trained.values()), device=self.device)
+        parts = torch.split(self._gradient, [master.numel() for master in trained.values()])
+        self._grads = {name: g.view_as(trained[name]) for name, g in zip(trained, parts, strict=True)}
+        for name, grad in self._grads.items():
+            trained[name].grad = grad
+        decays = {True: training.weight_decay, False: 0.0}
+        groups = [
+            {"params": [m for m in trained.values() if (m.ndim >= 2) == matrices], "weight_decay": decay}
+            for matrices, decay in decays.items()
+        ]
+        betas = (training.beta1, training.beta2)
+        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+        self._batches = Batches(data, recipe.mixture, training.rows_per_step, training.row_length, recipe.seed)
+        self.done, self.seconds = 0, 0.0
         self._round()
 
+    def _decoder(self, config: ModelConfig) -> Decoder:
+        limits, start = self.recipe.routing, self.recipe.finetune
+        rates = (start.dropout, start.expert_dropout) if start else (0.0, 0.0)
+        drops = not limits.dropless or limits.second_policy != "all"
+        ops = TrainingOps(*rates, drops=drops)
+        decoder = Decoder(config, ops, getattr(torch, self.recipe.training.dtype), self.device).train()
+        ops.training = True
+        for router in routers(decoder):
+            router.limits = limits
+        return decoder
+
+    def _is_trained(self, name: str) -> bool:
+        part = self.recipe.finetune.train if self.recipe.finetune else "all"
+        expert = ".experts." in name and self.decoder.config.feed_forward[int(name.split(".")[1])].router is not None
+        return not name.endswith(_BIAS) and (part == "all" or expert == (part == "experts"))
+
     def step(self) -> StepReport:
-        """One update. Raises: NumericalError naming the step, before anything changes, for a loss that is no number."""
+        """One update. Raises: NumericalError naming step and layer, before anything changes, for a loss that is no
+        number."""
         training = self.recipe.training
-        batch = self._batches.batch(self.done)
-        attend = DocumentAttend(self.decoder.config, batch.document_RL, torch.bfloat16)
-        hidden_TD, routings = self.decoder(batch.input_RL.view(-1), self._positions_T, attend)
-        loss = cross_entropy(hidden_TD, self.decoder.embed_tokens.weight, batch.target_RL.view(-1))
-        balance, z = load_balance_loss(routings), router_z_loss(routings)
-        torch.autograd.backward(loss + training.load_balance * balance + training.z_loss * z)
-        grad_norm = self._take_gradients()
-        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-            raise NumericalError(
-                f"step {self.done}: the loss is {loss.item()}, the gradient's norm {grad_norm.item()}; "
-                "training stopped, the last checkpoint is good"
-            )
+        batch = self._batches.batch(self.done).to(self.device)
+        counts = self._count(batch) if training.balance == "global" and training.accumulation > 1 else None
+        self._gradient.zero_()
+        sums = torch.zeros(3 + self._shape[0] * (self._shape[1] + 1), dtype=torch.float64, device=self.device)
+        for index in self._mine:
+            sums += self._micro_batch(batch, index, counts)
+        self.ranks.add_up(self._gradient, sums)
+        norm = torch.linalg.vector_norm(self._gradient)
+        if not (torch.isfinite(sums).all() and torch.isfinite(norm)):
+            raise NumericalError(self._what_is_no_number(batch, sums[0].item()))
+        self._gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
         rate = training.rate_at(self.done)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
+        loss, balance, z = sums[:3].tolist()
+        dropped_S, counts_SE = sums[3 : 3 + self._shape[0]].cpu(), sums[3 + self._shape[0] :].view(self._shape)
+        self._move_biases(counts_SE)
         self._round()
         self.done += 1
-        counts = expert_counts(routings, self.recipe.model.num_experts)
-        return StepReport(loss.item(), balance.item(), z.item(), grad_norm.item(), rate, counts)
+        return StepReport(loss, balance, z, norm.item(), rate, counts_SE.cpu(), dropped_S)
 
-    def evaluate(self, max_rows: int | None = None) -> dict[str, float]:
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """How many layers have a router, and over how many experts."""
+        return len(self._routers), self._routers[0].config.num_experts if self._routers else 0
+
+    def _forward(self, batch: Batch, index: int) -> tuple[Batch, Tensor, list[Routing]]:
+        """Micro-batch `index`, hidden states as the logits' product takes them, and routings."""
+        part = batch.part(index, self.recipe.training.accumulation)
+        seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
+        torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
+        attend = DocumentAttend(self.decoder.config, part.document_RL, self.decoder.embed_tokens.weight.dtype)
+        positions_T = torch.arange(part.input_RL.shape[1], device=self.device).repeat(len(part.input_RL))
+        hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), positions_T, attend)
+        divisor = self.decoder.config.logits_divisor
+        return part, hidden_TD if divisor == 1.0 else hidden_TD / divisor, present(routings)
+
+    def _losses(self, batch: Batch, index: int, counts: list[Tensor] | None) -> tuple[list[Tensor], list[Routing]]:
+        """Cross-entropy, balance and z loss of a micro-batch, and its routings."""
+        training, decoder = self.recipe.training, self.decoder
+        part, hidden_TD, routings = self._forward(batch, index)
+        head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
+        losses = [cross_entropy(hidden_TD, head.weight, part.target_RL.reshape(-1))]
+        if not routings:
+            return [*losses, torch.zeros_like(losses[0]), torch.zeros_like(losses[0])], routings
+        balance = load_balance_loss(
+            routings,
+            self._routers[0].config,
+            sequences=len(part.input_RL) if training.balance == "sequence" else 1,
+            counts=counts,
+            first_only=training.first_choices,
+        )
+        return [*losses, balance, router_z_loss(routings)], routings
+
+    def _micro_batch(self, batch: Batch, index: int, counts: list[Tensor] | None) -> Tensor:
+        """Add a micro-batch's gradients; what it measured, as one vector: losses, dropped (S,), counts (S, E)."""
+        training = self.recipe.training
+        losses, routings = self._losses(batch, index, counts)
+        loss, balance, z = losses
+        total = loss + training.load_balance * balance + training.z_loss * z
+        torch.autograd.backward(total / training.accumulation)
+        for name, grad in self._grads.items():
+            if (new := self._copies[name].grad) is not None:
+                grad += new
+            self._copies[name].grad = None
+        lost = [torch.zeros_like(loss) if r.kept_TK is None else 1 - r.kept_TK.float().mean() for r in routings]
+        means = torch.stack([x.detach().float() for x in (*losses, *lost)]) / training.accumulation
+        return torch.cat([means, *(chosen_counts(r).view(-1) for r in routings)]).double()
+
+    @torch.no_grad()
+    def _count(self, batch: Batch) -> list[Tensor]:
+        """Each layer's load over the whole step (E,), by a forward pass that keeps nothing."""
+        training = self.recipe.training
+        total = torch.zeros(self._shape, device=self.device)
+        for index in self._mine:
+            *_, routings = self._forward(batch, index)
+            counts = [chosen_counts(r, first_only=training.first_choices).view(-1) for r in routings]
+            total += torch.stack(counts) if counts else total
+        self.ranks.add_up(total)
+        return list(total)
+
+    def _move_biases(self, counts_SE: Tensor) -> None:
+        names = [name for name in self._masters if name.endswith(_BIAS)]
+        for name, counts_E in zip(names, counts_SE, strict=False):
+            bias_E = self._masters[name]
+            bias_E.copy_(updated_bias(bias_E, counts_E, self.recipe.training.bias_rate))
+
+    @torch.no_grad()
+    def _what_is_no_number(self, batch: Batch, loss: float) -> str:
+        """One line that says where the first NaN or infinity arises: forwards, else backwards from the loss."""
+        bad: list[str] = []
+        parts = {"self_attn": "attention", "mlp": "feed-forward"}
+        layers = enumerate(self.decoder.layers)
+        names = {getattr(layer, part): f"layer {i}'s {what}" for i, layer in layers for part, what in parts.items()}
+
+        def look(module: torch.nn.Module, _: Any, out: Any) -> None:
+            found = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+            if module in names and not all(bool(torch.isfinite(x).all()) for x in found):
+                bad.append(names[module])
+
+        with register_module_forward_hook(look):
+            for index in self._mine:
+                self._losses(batch, index, None)
+        bad += [f"the gradient of {n}" for n, grad in reversed(self._grads.items()) if not grad.isfinite().all()]
+        return (
+            f"step {self.done}: the loss is {loss}, and {bad[0] if bad else 'the loss'} the first that is no number; "
+            "training stopped, the last checkpoint is good"
+        )
+
+    def evaluate(self, max_rows: int | None = None, *, at_capacity: bool = False) -> dict[str, float]:
         """Bits per byte of each kind of held-out text, and of `all`."""
-        length = self.recipe.training.row_length
-        found = scores(self.decoder, self.data.heldout, self.data.tokenizer, length, max_rows)
+        found = scores(self.decoder, self.data, self.recipe.training.row_length, max_rows, at_capacity=at_capacity)
         return {kind: score.bits_per_byte for kind, score in found.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters and both moments by name: with `done`, everything that the next step depends on."""
-        tensors = {}
-        for name, master in self._masters.items():
-            slots = self._optimizer.state.get(master) or {
-                key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")
-            }
-            tensors[f"master.{name}"] = master
-            tensors[f"mean.{name}"] = slots["exp_avg"]
-            tensors[f"square.{name}"] = slots["exp_avg_sq"]
+        tensors = {f"master.{name}": master for name, master in self._masters.items()}
+        for name in self._grads:
+            slots = self._optimizer.state.get(self._masters[name]) or {}
+            for key, slot in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
+                tensors[f"{key}.{name}"] = slots.get(slot, torch.zeros_like(self._masters[name]))
         return tensors
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, pending: Any = None) -> None:
         """Write the run's state so that `path` holds either the old one or this one, whenever the machine stops.
 
-        It is one safetensors file: tensors, and JSON in its header. Nothing is ever unpickled.
+        It is one safetensors file: tensors, and JSON in its header, `pending` included. Nothing is ever unpickled.
+        Raises: StorageError, when it cannot be written; `path` is then what it was.
         """
+        if self.ranks.rank:
+            return
         partial = path.with_suffix(".partial")
-        header = {"step": self.done, "fingerprint": self.fingerprint(), "seconds": self.seconds}
-        save_file(self.tensors(), partial, metadata={"moebius": json.dumps(header)})
-        publish(partial, path)
+        header = {"step": self.done, "fingerprint": self.fingerprint(), "seconds": self.seconds, "pending": pending}
+        try:
+            save_file(self.tensors(), partial, metadata={"moebius": json.dumps(header)})
+            publish(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            kept = "the one before is whole" if path.exists() else "there is none yet"
+            raise StorageError(f"step {self.done}: the checkpoint cannot be written ({error}); {kept}") from None
 
-    def restore(self, path: Path) -> None:
-        """Continue from what `save` wrote.
+    def restore(self, path: Path) -> Any:
+        """Continue from what `save` wrote, and return its `pending`.
 
-        Raises: WeightsError, when the file is missing, truncated or no training state; ConfigError, when it belongs
-        to another recipe or to other data.
+        Raises: WeightsError, when the file is missing, truncated or no training state, or has tensors of another
+        shape; ConfigError, when it belongs to another recipe or to other data.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["moebius"])
-                step, fingerprint, seconds = (header[key] for key in ("step", "fingerprint", "seconds"))
+                step, fingerprint, seconds, pending = (header[k] for k in ("step", "fingerprint", "seconds", "pending"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise WeightsError(f"{path} is no training checkpoint: {error}") from None
         if fingerprint != self.fingerprint():
             raise ConfigError("the checkpoint belongs to another recipe or corpus; choose another --out or delete it")
+        for name, wanted in self.tensors().items():
+            have = tensors[name].shape if name in tensors else None
+            require(have == wanted.shape, f"{path}: {name} is {have}, not {wanted.shape}", WeightsError)
         for name, master in self._masters.items():
             master.copy_(tensors[f"master.{name}"])
-            self._optimizer.state[master] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"mean.{name}"],
-                "exp_avg_sq": tensors[f"square.{name}"],
+        for name in self._grads:
+            self._optimizer.state[self._masters[name]] = {
+                "step": torch.tensor(float(step), device=self.device),
+                "exp_avg": tensors[f"mean.{name}"].to(self.device),
+                "exp_avg_sq": tensors[f"square.{name}"].to(self.device),
             }
         self.done, self.seconds = step, seconds
         self._round()
+        return pending
 
     def fingerprint(self) -> str:
-        """Of all that a run's numbers depend on."""
-        return hashlib.sha256(repr((self.recipe, self.data.facts["corpus_sha256"])).encode()).hexdigest()
-
-    def _take_gradients(self) -> Tensor:
-        """Move the decoder's gradients to the masters, clipped in global norm; their norm before that."""
-        for name, master in self._masters.items():
-            grad = self._copies[name].grad
-            master.grad = torch.zeros_like(master) if grad is None else grad.float()
-            self._copies[name].grad = None
-        return torch.nn.utils.clip_grad_norm_(list(self._masters.values()), self.recipe.training.clip_norm)
+        """Of all that a run's numbers depend on, but for where files lie."""
+        corpus = replace(self.recipe.corpus, files=dict.fromkeys(self.recipe.corpus.files, ()))
+        recipe = replace(self.recipe, corpus=corpus, tokenizer=TokenizerRecipe())
+        told = (recipe, self.data.facts["corpus_sha256"], self.data.tokenizer.to_str())
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     @torch.no_grad()
     def _round(self) -> None:
         torch._foreach_copy_(list(self._copies.values()), [self._masters[name] for name in self._copies])
 
 
-def _groups(masters: dict[str, Tensor], decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, gains do not."""
-    return [
-        {"params": [m for m in masters.values() if m.ndim >= 2], "weight_decay": decay},
-        {"params": [m for m in masters.values() if m.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def run(trainer: Trainer, folder: Path, on_step: Callable[[int, StepReport], None] = lambda step, report: None) -> None:
-    """Train to the recipe's last step, from the checkpoint in `folder` where there is one.
-
-    Writes metrics.jsonl and checkpoint.safetensors there. A loss that is not finite ends the run with NumericalError
-    and leaves the last checkpoint as it was; so does an interruption, after a checkpoint of its own.
-    """
-    training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint.exists():
-        trainer.restore(checkpoint)
-    metrics = _Metrics(folder / "metrics.jsonl", trainer)
-    saved = last = time.monotonic()
-    try:
-        while trainer.done < training.steps:
-            report = trainer.step()
-            now = time.monotonic()
-            trainer.seconds, last = trainer.seconds + now - last, now
-            on_step(trainer.done, report)
-            metrics.add(report)
-            if now - saved >= training.checkpoint_seconds:
-                trainer.save(checkpoint)
-                saved = now
-    except KeyboardInterrupt:
-        trainer.save(checkpoint)
-        raise
-    trainer.save(checkpoint)
-
-
-class _Metrics:
-    """One JSON line every log_every steps: means since the last line; every evaluate_every steps bits per byte too."""
-
-    def __init__(self, path: Path, trainer: Trainer) -> None:
-        self._path, self._trainer = path, trainer
-        self._reports: list[StepReport] = []
-        self._since = trainer.seconds
-
-    def add(self, report: StepReport) -> None:
-        trainer, training = self._trainer, self._trainer.recipe.training
-        self._reports.append(report)
-        finished = trainer.done == training.steps
-        evaluated = finished or trainer.done % training.evaluate_every == 0
-        if not (evaluated or trainer.done % training.log_every == 0):
-            return
-        line = self._means() | {"step": trainer.done, "seconds": round(trainer.seconds, 1)}
-        if evaluated:
-            line["heldout_bits_per_byte"] = trainer.evaluate(training.evaluate_rows)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._reports, self._since = [], trainer.seconds
-
-    def _means(self) -> dict[str, Any]:
-        reports, training = self._reports, self._trainer.recipe.training
-        counts = torch.stack([r.counts for r in reports]).sum(0)
-        tokens = len(reports) * training.rows_per_step * training.row_length
-        means = {
-            name: sum(getattr(r, name) for r in reports) / len(reports)
-            for name in ("loss", "balance", "z", "grad_norm")
-        }
-        return means | {
-            "learning_rate": reports[-1].rate,
-            "tokens_per_second": round(tokens / max(self._trainer.seconds - self._since, 1e-9)),
-            "max_violation": [round(max_violation(layer), 3) for layer in counts],
-            "expert_load": [[round(x, 4) for x in (layer / layer.sum()).tolist()] for layer in counts],
-        }
+def _start(recipe: Recipe, data: PreparedData) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor]]:
+    """config.json, architecture, and float32 weights by name: fresh ones, or those of the checkpoint to fine-tune."""
+    if recipe.model is not None:
+        training = recipe.training
+        raw = config_json(recipe, data.vocab_size)
+        config = model_config(raw)
+        raw |= {"eos_token_id": data.end_of_text, "pad_token_id": data.end_of_text}
+        if any(part.router and part.router.score == "softmax" for part in config.feed_forward):
+            raw["router_aux_loss_coef"] = training.load_balance
+        decoder, generator = Decoder(config, TrainingOps()), torch.Generator().manual_seed(recipe.seed)
+        decoder.init_weights(generator, raw["initializer_range"], training.init_scale, training.router_init)
+    else:
+        assert recipe.finetune is not None
+        checkpoint = open_checkpoint(resolve_model(recipe.finetune.checkpoint))
+        raw, config = dict(checkpoint.config_json), checkpoint.config
+        sizes = f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}"
+        require(data.vocab_size <= config.vocab_size, f"{sizes}; they do not belong together")
+        check_trainable(config, recipe)
+        decoder = load_decoder(checkpoint, torch.float32, ops=TrainingOps(), mapped=False)
+    return raw, config, {name: p.detach() for name, p in decoder.named_parameters()}

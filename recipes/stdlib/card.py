@@ -1,0 +1,115 @@
+"""The bundled model's card: its figures beside a 5-gram model's over the same tokens.
+
+    .venv/bin/python recipes/stdlib/card.py DIR
+
+writes README.md into DIR, which `moebius train recipes/bundled.toml --out DIR` has filled; DIR/training/figures.json,
+which it measured, is read.
+"""
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moebius.models.weights import load_decoder
+from moebius.ops.reference import ReferenceOps
+from moebius.train.data import PreparedData, prepare
+from moebius.train.export import model_card
+from moebius.train.recipe import Recipe, read_recipe
+
+ORDER = 5
+
+
+class NGrams:
+    """An interpolated n-gram model with Witten-Bell weights (Chen and Goodman 1998, section 2.5).
+
+    P_n(w | h) = (c(h w) + N(h) P_{n-1}(w | shorter h)) / (c(h) + N(h)), where N(h) counts the distinct words that
+    followed h; below the unigrams all of the vocabulary is equally likely.
+    """
+
+    def __init__(self, streams: Iterable[np.ndarray], vocab_size: int) -> None:
+        tokens = np.concatenate([np.asarray(stream, np.int64) for stream in streams])
+        self._vocab = vocab_size
+        # Grams of each order as sorted keys: (number of the gram without its last word) * vocabulary + last word.
+        self._keys: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+        prefix = np.zeros(len(tokens), np.int64)
+        for n in range(1, ORDER + 1):
+            key = prefix[: len(tokens) - n + 1] * vocab_size + tokens[n - 1 :]
+            keys, prefix, counts = np.unique(key, return_inverse=True, return_counts=True)
+            self._keys.append(keys)
+            self._counts.append(counts)
+
+    def nats(self, stream: np.ndarray) -> float:
+        """-sum ln P of every token but the first, each given up to ORDER - 1 before it."""
+        tokens = np.asarray(stream, np.int64)
+        probability = np.full(len(tokens), 1 / self._vocab)
+        for n in range(1, min(ORDER, len(tokens)) + 1):
+            found, context = self._find(tokens, n)
+            totals, kinds = self._followers(n)
+            seen = np.where(context >= 0, totals[context], 0)
+            new = np.where(context >= 0, kinds[context], 0)
+            count = np.where(found >= 0, self._counts[n - 1][found], 0)
+            at = slice(n - 1, None)
+            with np.errstate(invalid="ignore"):
+                mixed = (count + new * probability[at]) / (seen + new)
+            probability[at] = np.where(seen > 0, mixed, probability[at])
+        return float(-np.log(probability[1:]).sum())
+
+    def _find(self, tokens: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each position from n - 1 on: the number of the n-gram that ends there and of its context; -1 unseen."""
+        number = context = np.zeros(len(tokens), np.int64)
+        for m in range(1, n + 1):
+            context = number[: len(tokens) - n + 1] if m == n else number
+            key = context * self._vocab + tokens[m - 1 : m - 1 + len(context)]
+            keys = self._keys[m - 1]
+            place = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+            number = np.where((context >= 0) & (keys[place] == key), place, -1)
+            number = number[: len(tokens) - m] if m < n else number
+        return number, context
+
+    def _followers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each context of n - 1 words: how many words followed it, and how many distinct ones."""
+        contexts = self._keys[n - 1] // self._vocab
+        size = 1 if n == 1 else len(self._keys[n - 2])
+        return np.bincount(contexts, self._counts[n - 1], size), np.bincount(contexts, minlength=size)
+
+
+def with_ngrams(figures: dict[str, Any], data: PreparedData) -> dict[str, Any]:
+    """The figures of a run, with the 5-gram's bits per byte: it has seen the training text once."""
+    grams = NGrams(data.train.values(), data.vocab_size)
+    nats = {kind: grams.nats(stream) for kind, stream in data.heldout.items()}
+    nats["all"] = sum(nats.values())
+    return {
+        kind: f | {"5_gram_bits_per_byte": nats[kind] / max(f["bytes"], 1) / math.log(2)} for kind, f in figures.items()
+    }
+
+
+def card(recipe: Recipe, out: Path, data: PreparedData) -> str:
+    """README.md of the model in `out`."""
+    summary = json.loads((out / "training" / "figures.json").read_text())
+    summary["figures"] = with_ngrams(summary["figures"], data)
+    decoder = load_decoder(out, torch.bfloat16, ops=ReferenceOps())
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    part, chats = decoder.config.feed_forward[0], data.facts["sizes"]["train"]["chat"]["documents"]
+    return model_card(
+        template, decoder, recipe, data.facts, summary, chats=chats, python=platform.python_version(), experts=part
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the bundled model's card.")
+    parser.add_argument("out", type=Path, metavar="DIR")
+    out = parser.parse_args().out
+    recipe = read_recipe(Path(__file__).parents[1] / "bundled.toml")
+    with tempfile.TemporaryDirectory() as folder:
+        (out / "README.md").write_text(
+            card(recipe, out, prepare(recipe, Path(folder), tokenizer=out)), encoding="utf-8"
+        )

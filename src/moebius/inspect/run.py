@@ -1,0 +1,120 @@
+"""moebius inspect as a function: model and text in, report.html and report.json out."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebius.config import InspectConfig, require
+from moebius.errors import ConfigError
+from moebius.inspect.collect import Progress, collect, routers, silent
+from moebius.inspect.corpus import Document, Rows, make_rows
+from moebius.inspect.page import page, verdict
+from moebius.inspect.summary import check_finite, distinct, drift, layer_figures, placement, tastes, together
+from moebius.models.checkpoint import Checkpoint, open_checkpoint
+from moebius.models.decoder import Decoder
+from moebius.models.weights import load_decoder
+from moebius.moe.health import max_violation_floor
+from moebius.ops import select_ops
+from moebius.text import Tokenizer
+
+
+def write_report(
+    directory: Path,
+    documents: Iterable[Document],
+    out: Path,
+    config: InspectConfig | None = None,
+    *,
+    name: str | None = None,
+    against: Path | None = None,
+    against_name: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Run documents through the model in `directory` and write report.html and report.json into `out`.
+
+    `against` is another checkpoint of the same shape, run on the same tokens; names are what the report calls the two.
+    Returns what report.json holds. Raises UsageError for a dense model, for text that is none, and for checkpoints that
+    do not fit together; NumericalError for a router that gives no numbers.
+    """
+    config = config or InspectConfig()
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    require(os.access(out, os.W_OK), f"{out} cannot be written; name another directory with --out")
+    checkpoint, tokenizer = open_checkpoint(directory), Tokenizer.load(directory)
+    decoder = _load(checkpoint, config)
+    layers, model = list(routers(decoder)), checkpoint.config
+    ranks = config.ranks_for(next(iter(routers(decoder).values())).config.num_experts)
+    length = min(config.row_length, model.max_position_embeddings)
+    rows = make_rows(documents, tokenizer, length, config.max_tokens)
+    fits = int(rows.tokens_N.max()) < model.vocab_size
+    require(fits, f"the tokenizer gives ids beyond the model's {model.vocab_size}: it is another model's")
+    other = None if against is None else _load_other(checkpoint, against, rows, tokenizer, config)
+    tally = collect(decoder, rows, config.step_tokens, other, progress)
+    check_finite(tally, layers)
+    experts = tally.router.num_experts
+    report: dict[str, Any] = {
+        "model": {"name": name or directory.name, "type": model.model_type, "layers": model.num_layers},
+        "run": {"dtype": checkpoint.dtype, "backend": decoder.ops.name, "steps": len(tally.counts_SME)},
+        "router": asdict(tally.router) | {"greatest_entropy": round(math.log(experts), 4)},
+        "text": rows.facts() | {"step_tokens": int(tally.counts_SME[0][0].sum()) // tally.router.top_k},
+        "limits": {"even": 0.5, "uneven": 1.0},
+        "floor": round(max_violation_floor(tally.seen, experts, tally.router.top_k), 4),
+        "capacity_factors": list(config.capacity_factor),
+        "layers": layer_figures(tally, layers, config.capacity_factor),
+        "coactivation": together(tally),
+        "tastes": [tastes(tally, tokenizer, m) for m in range(len(layers))],
+        "distinct": distinct(tally),
+        "placement": placement(tally, ranks),
+        "against": None if other is None else drift(tally, _router_change(decoder, other)),
+    }
+    if against is not None:
+        report["against"]["model"] = against_name or against.name
+    report["verdict"] = verdict(report)
+    with _writing(out):
+        (out / "report.json").write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "report.html").write_text(page(report), encoding="utf-8")
+    return report
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the system says against writing there, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}; name another directory with --out") from None
+
+
+def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if checkpoint.dtype == "bfloat16" else torch.float32
+    ops = select_ops(device, dtype, config.threads)
+    # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
+    torch.set_num_threads(1 if ops.one_answer else config.threads or torch.get_num_threads())
+    return load_decoder(checkpoint, dtype, device, ops)
+
+
+def _load_other(mine: Checkpoint, directory: Path, rows: Rows, tokenizer: Tokenizer, config: InspectConfig) -> Decoder:
+    """A second checkpoint, which must have the first one's shape and give its text the same tokens."""
+    other = open_checkpoint(directory)
+    for field in ("num_layers", "hidden_size", "vocab_size", "feed_forward"):
+        here, there = getattr(mine.config, field), getattr(other.config, field)
+        shown = f", {field} {there} and not {here}" if isinstance(here, int) else " in its experts or routers"
+        require(here == there, f"--against {directory}: the model has another shape{shown}")
+    sample = tokenizer.decode(rows.tokens_N[: rows.length].tolist())
+    same = Tokenizer.load(directory).encode_ordinary(sample) == tokenizer.encode_ordinary(sample)
+    require(same, f"--against {directory}: its tokenizer gives the text other tokens")
+    return _load(other, config)
+
+
+def _router_change(decoder: Decoder, other: Decoder) -> Tensor:
+    """|W - W'| / |W'| of each router's weight, Frobenius norms (M,)."""
+    pairs = zip(routers(decoder).values(), routers(other).values(), strict=True)
+    return torch.stack([(a.weight.float() - b.weight.float()).norm() / b.weight.float().norm() for a, b in pairs])

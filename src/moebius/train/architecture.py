@@ -1,0 +1,91 @@
+"""A recipe's model table is a config.json, less what training fills in: its model_type says what the layers are.
+
+What no published type expresses has the type `moebius`: its layers take the recipe's `layers`, feed-forwards as
+FeedForwardConfig has them, in turn; qk_norm and qkv_bias say how it attends. It trains, and is not served, for the
+reason that `unpublished` may give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+from moebius.config import FeedForwardConfig, ModelConfig, require
+from moebius.models import model_config
+
+if TYPE_CHECKING:
+    from moebius.train.recipe import Recipe
+
+_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": True, "initializer_range": 0.02}
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+_KEPT = (*_DEFAULTS, *_SIZES, "rope_scaling", "rope_parameters")
+
+
+def config_json(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    """The whole config.json of the recipe's model table."""
+    table = recipe.model or {}
+    kind, layers = str(table.get("model_type")).replace("granitemoe", "granite_moe"), table.get("num_hidden_layers")
+    name = f"{kind.title().replace('_', '')}ForCausalLM"
+    whole = {**_DEFAULTS, "architectures": [name], **table, "vocab_size": vocab_size}
+    if recipe.layers and isinstance(layers, int):
+        whole["feed_forward"] = [asdict(part) for part in islice(cycle(recipe.layers), layers)]
+    return whole
+
+
+def dense_twin(recipe: Recipe) -> Recipe:
+    """The same run with a dense model that a token meets as many parameters of; dense layers stay as they are."""
+    require(recipe.model is not None, "--dense-twin needs a recipe with a model table")
+    table, config = recipe.model or {}, model_config(config_json(recipe, recipe.tokenizer.vocab_size))
+    require(any(part.router for part in config.feed_forward), "the recipe's model is dense already")
+    parts = tuple(
+        FeedForwardConfig(active_width(part), activation=part.activation, gated=part.gated)
+        for part in config.feed_forward
+    )
+    common = {key: table[key] for key in _KEPT if key in table} | {"head_dim": config.head_dim}
+    kind = {("head", False): "qwen3", ("none", True): "qwen2"}.get((config.qk_norm, config.qkv_bias))
+    if kind and parts[0].gated and len(set(parts)) == 1:
+        activation = "gelu_pytorch_tanh" if parts[0].activation == "gelu_tanh" else parts[0].activation
+        model = {"model_type": kind, "intermediate_size": parts[0].width, "hidden_act": activation}
+        parts = ()
+    else:
+        lacks = config.unpublished or "this attention, or layers of these widths, in a dense model"
+        model = {"model_type": "moebius", "unpublished": lacks, "qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias}
+    return replace(recipe, name=f"{recipe.name}-dense", model=common | model, layers=parts)
+
+
+def active_width(part: FeedForwardConfig) -> int:
+    """How wide a dense layer is with as many parameters as a token uses in this one, to a multiple of 8.
+
+    Router and gate count: their parameters are used by every token.
+    """
+    if part.router is None:
+        return part.width
+    beside = (part.router.num_experts + part.shared_gate) / (3 if part.gated else 2)
+    return 8 * round((part.router.top_k * part.width + part.shared_width + beside) / 8)
+
+
+def check_trainable(config: ModelConfig, recipe: Recipe) -> None:
+    """ConfigError for a model, new or to be fine-tuned, that this recipe cannot train."""
+    training, routers = recipe.training, {part.router for part in config.feed_forward if part.router is not None}
+    length, longest = training.row_length, config.max_position_embeddings
+    require(length <= longest, f"training.row_length = {length} exceeds max_position_embeddings = {longest}")
+    require(len(routers) <= 1, "the model's layers have different routers, which training does not support")
+    for router in routers:
+        require(
+            router.top_k > 1 or router.weight not in ("renorm", "softmax"),
+            "a renormalised top-1 router's weight is always 1, so that the language model's loss gives its router no "
+            "gradient; use raw weights (norm_topk_prob = false), or more experts a token",
+        )
+        several = recipe.routing.second_policy == "all" or router.top_k > 1
+        require(several, "routing.second_policy needs 2 experts a token or more; a single choice has no second")
+        biased = not training.bias_rate or router.selection_bias
+        require(biased, f"training.bias_rate is {training.bias_rate}, but the model's router has no selection bias")
+    if recipe.model is not None:
+        meant = bool(routers) or not any("experts" in key for key in recipe.model)
+        require(meant, "model: no layer has experts; lower decoder_sparse_step or first_k_dense_replace")
+        std = recipe.model.get("initializer_range", 1)
+        require(type(std) in (int, float) and std > 0, f"model.initializer_range is {std!r}; it must be positive")
+        widths = {config.hidden_size, *(part.width for part in config.feed_forward)}
+        good = all(width % 8 == 0 for width in widths)
+        require(good, f"model: widths {sorted(widths)} must be multiples of 8, which grouped products need")
