@@ -13,8 +13,7 @@ from moebius.cli.main import main
 from moebius.config import InspectConfig
 from moebius.errors import ConfigError, NumericalError, UsageError
 from moebius.inspect.corpus import Document
-from moebius.inspect.page import page, verdict
-from moebius.inspect.run import write_report
+from moebius.inspect.run import page, verdict, write_report
 from tiny import write_model, write_tokenizer
 
 from .conftest import SETTINGS

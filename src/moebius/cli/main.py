@@ -1,17 +1,17 @@
-"""The `moebius` command. Each subcommand is a file of its own and imports what is heavy inside its function."""
+"""The `moebius` command. Its subcommands import what is heavy inside their functions."""
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from moebius.cli import options as o
 from moebius.cli.bench import bench
-from moebius.cli.chat import chat
-from moebius.cli.generate import generate
-from moebius.cli.inspect import inspect
-from moebius.cli.plan import plan
-from moebius.cli.replay import replay
-from moebius.cli.serve import serve
+from moebius.cli.generate import chat, generate
+from moebius.cli.serve import plan, serve
 from moebius.cli.train import train
+from moebius.config import InspectConfig
 from moebius.errors import MoebiusError
 
 app = typer.Typer(
@@ -22,9 +22,52 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (serve, generate, chat, plan, replay, inspect, train):
+for command in (serve, generate, chat, plan, train):
     app.command()(command)
 app.add_typer(bench)
+
+
+@app.command()
+@o.takes_config(InspectConfig, *InspectConfig.__dataclass_fields__)
+def inspect(
+    config: InspectConfig,
+    model: o.Model,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="More of --text.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text files, or directories of them.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="An earlier checkpoint of the model: how far routing has moved since.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory of report.html and report.json.")] = Path("inspection"),
+) -> None:
+    """Run text through a mixture of experts and report, as HTML and JSON, how its routers spread the work."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from moebius.inspect.corpus import read_documents
+    from moebius.inspect.run import write_report
+    from moebius.models.hub import resolve_model
+
+    documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
+    directory, other = resolve_model(model), None if against is None else resolve_model(against)
+    names = {"name": model, "against_name": against}
+    report = write_report(directory, documents, out, config, against=other, progress=o.progress_bar, **names)
+    console, colors = Console(), {"good": "green", "fair": "yellow", "poor": "red", "note": "blue"}
+    for finding in report["verdict"]:
+        console.print(Text("● ", colors[finding["state"]]).append(finding["text"], "default"))
+    console.print(Text(f"{out / 'report.html'} and report.json hold the details"))
+
+
+@app.command()
+def replay(file: Annotated[Path, typer.Argument(help="A file that --trace wrote.")]) -> None:
+    """Re-run a trace's scheduling decisions and say whether they are the same (exit code 1 if not)."""
+    from moebius.engine.trace import replay as run
+
+    report = run(file)
+    if report.difference is None:
+        typer.echo(f"the same: {report.steps} steps of {report.requests} requests, every decision")
+        return
+    typer.echo(f"different at {report.difference}")
+    raise typer.Exit(1)
 
 
 @app.command()
