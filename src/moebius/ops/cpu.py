@@ -25,9 +25,8 @@ from torch.overrides import TorchFunctionMode
 from moebius import _cpu
 from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
-from moebius.ops import Compute, ExpertWeights, Pair
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Compute, ExpertWeights, Pair, StepInputs
 
 # Torch functions that write to a tensor: copy_, __setitem__, __iadd__ and their kind.
 _CHANGES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(?!nt|ndex|nvert)\w+__")
@@ -162,15 +161,13 @@ class CapturedStep:
         return torch.frombuffer(view, dtype=dtype, count=count).view(self._max_tokens, *row)
 
 
-class CpuOps:
+class CpuOps(ReferenceOps):
     """C++ kernels on `threads` threads of a pool of their own.
 
     Raises ConfigError for an instruction set that does not exist or that the processor lacks.
     """
 
     one_answer = True
-    # What only training and evaluation need.
-    rotary = staticmethod(ReferenceOps().rotary)
 
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
-from moebius.ops import Compute, ExpertWeights, Pair
 from moebius.ops.routing import route, top_k
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Compute, ExpertWeights, Pair, StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles of this size.
 TILE = 64
@@ -70,7 +70,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class ReferenceOps:
-    """Plain PyTorch on any device. Held to a tolerance, not to bits: torch picks its kernels by shape."""
+    """What a backend computes; here in plain PyTorch on any device, held to a tolerance, not to bits: torch picks its
+    kernels by shape. Results have the input's dtype unless told otherwise.
+
+    name         names the backend in the fingerprint
+    one_answer   a row's result depends on nothing but the row, bit for bit (promise P1)
+    """
 
     name = "reference"
     one_answer = False
@@ -78,20 +83,28 @@ class ReferenceOps:
     drops = False
 
     def capture(self, compute: Compute, example: StepInputs, max_tokens: int) -> Compute:
+        """A function that computes what `compute` does, in fewer calls where the backend can: it may record what
+        `compute` calls on `example`, a step of one token, for steps of up to max_tokens (as CUDA graphs do). Its
+        result may be overwritten by its next call."""
         return compute
 
     def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
+        """multiplier * table[input_ids]: (T, D)."""
         x_TD = F.embedding(input_ids_T, table_VD)
         return x_TD if multiplier == 1.0 else x_TD * multiplier
 
-    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> Any:
+        """What `linear` needs to know of linear layers of one input, (weight (O, I), bias (O,) or None) each, worked
+        out once; the tensors stay where they are."""
         return layers
 
-    def linear(self, x_TI: Tensor, layers: tuple[tuple[Tensor, Tensor | None], ...]) -> Tensor:
+    def linear(self, x_TI: Tensor, layers: Any) -> Tensor:
+        """x W^T + b of each of prepare_linear's layers, side by side: (T, sum of O)."""
         outs = [F.linear(x_TI, weight_OI, bias_O) for weight_OI, bias_O in layers]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
-    def logits(self, x_TI: Tensor, layers: tuple[tuple[Tensor, Tensor | None], ...]) -> Tensor:
+    def logits(self, x_TI: Tensor, layers: Any) -> Tensor:
+        """The same in float32, never rounded to the model's dtype. For the vocabulary and for routers."""
         ((weight_OI, bias_O),) = layers
         with torch.autocast(x_TI.device.type, enabled=False):
             x = x_TI.float()
@@ -103,23 +116,28 @@ class ReferenceOps:
             return out if bias is None else out + bias
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, inside in float32 (arXiv 1910.07467)."""
         x = x_TD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return x.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
     def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
+        """The residual stream x + multiplier * update, and its rms_norm."""
         x_TD = x_TD + (update_TD if multiplier == 1.0 else update_TD * multiplier)
         return x_TD, self.rms_norm(x_TD, weight_D, eps)
 
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
+        """x with rms_norm over its columns from `start`, as many as the weight has; x itself may be changed."""
         before_TI, part_TD, after_TI = torch.tensor_split(x_TI, (start, start + len(weight_D)), dim=1)
         return torch.cat((before_TI, self.rms_norm(part_TD, weight_D, eps), after_TI), dim=1)
 
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
+        """cos and sin (T, R) float32, times `factor`, of positions (int64) times inverse frequencies (float32)."""
         angles_TR = positions_T.float().unsqueeze(1) * inverse_R
         return angles_TR.cos() * factor, angles_TR.sin() * factor
 
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """Rotate the first 2R of a head's N values, pairing i with i + R (arXiv 2104.09864); cos, sin float32."""
         half = cos_TR.shape[-1]
         cos, sin = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
         a, b, rest = x_THN[..., :half], x_THN[..., half : 2 * half], x_THN[..., 2 * half :]
@@ -131,12 +149,17 @@ class ReferenceOps:
         qkv_TI: Tensor,
         cos_TR: Tensor,
         sin_TR: Tensor,
-        cache: ReferenceCache,
+        cache: Any,
         slot_mapping_T: Tensor,
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
+        """The queries (T, H, N) of a step's query, key and value heads, which lie side by side: (T, (H + 2G) * N).
+
+        Normed per head where a weight is given, then rotated. Keys, made likewise, and values go to the tokens' slots
+        (block id * block_size + offset).
+        """
         heads_TXN = qkv_TI.view(len(qkv_TI), qkv_TI.shape[1] // cache.k.shape[-1], cache.k.shape[-1])
         kv_heads = cache.k.shape[2]
         q_THN, k_TGN, v_TGN = torch.split(heads_TXN, [heads_TXN.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
@@ -149,9 +172,11 @@ class ReferenceOps:
         return self.rotary(q_THN, cos_TR, sin_TR)
 
     def route(self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> Pair:
+        """Choose experts: weights (T, K) float32 and expert ids (T, K) int64, ties to the lowest id."""
         return route(logits_TE, config, selection_bias_E)
 
-    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> tuple[ExpertWeights, Activation]:
+    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> Any:
+        """What `experts` needs to know of one layer's experts, worked out once; the tensors stay where they are."""
         return weights, activation
 
     def experts(
@@ -159,8 +184,14 @@ class ReferenceOps:
         x_TD: Tensor,
         weights_TK: Tensor | None,
         expert_ids_TK: Tensor | None,
-        experts: tuple[ExpertWeights, Activation],
+        experts: Any,
     ) -> Tensor:
+        """Gated feed-forward down(act(gate x) * up x) of each token's experts and their weighted sum: (T, D).
+
+        Each expert's output is rounded to the model's dtype; the sum over k runs in routing order in float32. Without
+        up it is down(act(gate x)), and an id of E stands for no expert: both for training, by `reference` alone.
+        Without weights and ids there is one expert, which serves every token (a dense feed-forward).
+        """
         weights, activation = experts
 
         def hidden(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -193,18 +224,23 @@ class ReferenceOps:
         return x
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
+        """a + sigmoid(gate) * b, with float32 gates; a + b without: how a shared expert joins the others."""
         return a_TD + (b_TD if gate_T1 is None else (torch.sigmoid(gate_T1) * b_TD).to(b_TD.dtype))
 
     def kv_cache_bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that one layer needs for one block of `block_size` tokens."""
         return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
 
     def make_kv_cache(
         self, buffer: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> ReferenceCache:
+    ) -> Any:
+        """One layer's cache over `buffer` (bytes, uint8; a multiple of kv_cache_bytes_per_block). Its layout is the
+        backend's own; hand it back to rotate_and_store and paged_attention only."""
         k, v = buffer.view(dtype).view(2, -1, block_size, num_kv_heads, head_dim)
         return ReferenceCache(k, v)
 
-    def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> list[AttentionGroup]:
+    def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
+        """What paged_attention needs to know of a step, worked out once for all layers with the same window."""
         starts, lengths = step.query_start_host, step.seq_lens_host
         decodes: dict[int, list[int]] = {}
         groups = []
@@ -221,12 +257,18 @@ class ReferenceOps:
     def paged_attention(
         self,
         q_THN: Tensor,
-        cache: ReferenceCache,
-        plan: list[AttentionGroup],
+        cache: Any,
+        plan: Any,
         scale: float,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
+        """Causal attention of each row over its own sequence's cached keys and values: (T, H, N).
+
+        The step's rows are its sequences' last tokens, in order, already written to the cache. A row at position p
+        sees positions max(0, p - window + 1) to p. softcap: scores become c * tanh(scores / c) (Gemma 2, arXiv
+        2408.00118). sinks_H: float32 scores of one more key a head, without a value (gpt-oss, arXiv 2508.10925).
+        """
         out_THN = torch.empty_like(q_THN)
         plain = softcap is None and sinks_H is None
         for group in plan:
@@ -237,15 +279,24 @@ class ReferenceOps:
         return out_THN
 
     def argmax(self, logits_LV: Tensor) -> Pair:
+        """The most likely id of each row, ties to the lowest, (L,) int64, and whether all its logits are finite, (L,)
+        bool; where they are not, the id means nothing."""
         return top_k(logits_LV, 1)[:, 0], logits_LV.isfinite().all(-1)
 
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
+        """What sampling needs of each row: logsumexp(logits / temperature) and the k most likely ids.
+
+        logits float32, temperatures float32 (None for 1). (L,) float64, NaN where a logit is not finite, and (L, min(k,
+        V)) int64, largest first, ties to the lowest id; of a row that is not finite the ids mean nothing.
+        """
         finite_L = torch.isfinite(logits_LV).all(dim=-1)
         scaled_LV = logits_LV.double() if temperature_L is None else logits_LV.double() / temperature_L.unsqueeze(1)
         log_sums_L = torch.logsumexp(scaled_LV, dim=-1).where(finite_L, torch.nan)
         return log_sums_L, top_k(logits_LV.nan_to_num(), min(k, logits_LV.shape[-1]))
 
     def draw(self, logits_LV: Tensor, temperature_L: Tensor, uniform_L: Tensor) -> Tensor:
+        """Of each row the first id whose exp(logit / temperature), summed in float64 with those of all ids before it,
+        exceeds uniform (float64, between 0 and 1) times the whole sum: (L,) int64."""
         cumulative_LV = torch.softmax(logits_LV.double() / temperature_L.unsqueeze(1), dim=-1).cumsum(-1)
         wanted_L1 = (uniform_L * cumulative_LV[:, -1]).unsqueeze(1)
         return torch.searchsorted(cumulative_LV, wanted_L1, right=True).squeeze(1).clamp(max=logits_LV.shape[-1] - 1)

@@ -1,14 +1,34 @@
-"""StepInputs: the one record of what a step computes, the same for real, warm-up and empty steps."""
+"""What operations are handed: a step (the same record for real, warm-up and empty ones) and a layer's experts."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+# A step's final hidden states (T, D).
+Compute = Callable[["StepInputs"], Tensor]
+
+
+class ExpertWeights(NamedTuple):
+    """One layer's experts: sequences of one tensor an expert, so that nothing mapped is ever stacked or copied.
+
+    gate_FD, up_FD   E tensors (F, D); up is empty where experts have two matrices      down_DF   E tensors (D, F)
+    the biases       E tensors each, (F,), (F,) and (D,), or empty for none
+    """
+
+    gate_FD: Sequence[Tensor]
+    up_FD: Sequence[Tensor]
+    down_DF: Sequence[Tensor]
+    gate_bias_F: Sequence[Tensor] = ()
+    up_bias_F: Sequence[Tensor] = ()
+    down_bias_D: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
