@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.ops.reference import LOGITS_ROWS, TILE, ReferenceOps, causal_attention
+from moebius.ops.reference import LOGITS_ROWS, TILE, ReferenceOps
 from moebius.ops.routing import top_k
 from moebius.ops.steps import StepInputs
 from ops.paged import Sequences, as_is, empty_cache
@@ -65,24 +65,6 @@ def test_step_inputs_hand_worked() -> None:
     assert step.seq_lens.tolist() == [5, 9] == list(step.seq_lens_host)
     assert step.block_table.tolist() == [[4, 1, 0], [0, 6, 3]]
     assert step.logit_rows.tolist() == [2, 3]
-
-
-@pytest.mark.parametrize("window", [None, 3, 50])
-@pytest.mark.parametrize("packed", [False, True])
-def test_causal_attention(window: int | None, packed: bool) -> None:
-    torch.manual_seed(0)
-    rows, length = 3, 9
-    q, k, v = torch.randn(27, 4, 6), torch.randn(27, 2, 6), torch.randn(27, 2, 6)
-    documents = torch.randint(0, 2, (rows, length)).sort(-1).values.flatten() if packed else None
-    out = causal_attention(q, k, v, length, 0.4, window, documents)
-    for t in range(27):
-        first = t // length * length
-        seen = [
-            s
-            for s in range(first, t + 1)
-            if (window is None or t - s < window) and (documents is None or documents[s] == documents[t])
-        ]
-        torch.testing.assert_close(out[t], naive_attention(q[t], k[seen], v[seen], 0.4), rtol=1e-4, atol=1e-5)
 
 
 def test_rms_norm_hand_worked() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -10,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.models import model_config
-from moebius.nn.attention import CausalAttend, Rotation
 from moebius.ops.reference import ReferenceOps
 from moebius.train import ops
-from moebius.train.architecture import config_json
-from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
-from moebius.train.recipe import Recipe, TrainingRecipe
+from moebius.train.ops import TrainingOps, cross_entropy
+from moebius.train.recipe import TrainingRecipe
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -26,28 +22,6 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 def _gradients(out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
     return torch.autograd.grad((out * weights).sum(), inputs)
-
-
-@pytest.mark.parametrize("length", [1, 7, 16, 37])
-@pytest.mark.parametrize("documents", ["one", "many"])
-def test_attention_within_documents(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, length: int, documents: str
-) -> None:
-    monkeypatch.setattr(ops, "QUERY_BLOCK", 8)
-    assert recipe.model is not None
-    config, rows = dataclasses.replace(model_config(config_json(recipe, 320)), windows=(None, 5)), 3
-    qkv = _random(rows * length, (4 + 2 + 2) * 8)
-    starts = torch.zeros(rows, length, dtype=torch.int64)
-    if documents == "many":
-        starts = (torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < 0.3).long()
-    numbers_RL = starts.cumsum(1)
-    angles = _random(rows * length, 4, seed=9).detach()
-    rotation = Rotation(ReferenceOps(), angles.cos(), angles.sin(), kv_heads=2, head_dim=8)
-    for layer in (0, 1):
-        out = DocumentAttend(config, numbers_RL, torch.float32)(layer, qkv, rotation)
-        expected = CausalAttend(config, length, numbers_RL.flatten())(layer, qkv, rotation)
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(_gradients(out, qkv), _gradients(expected, qkv), atol=1e-5, rtol=1e-5)
 
 
 def test_norm_and_rotation_are_the_references() -> None:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from moebius.config import ModelConfig
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.ops import Ops
-from moebius.ops.reference import causal_attention
+from moebius.ops.reference import visible
 from moebius.ops.steps import StepInputs
+
+# Queries of a row that are attended at a time: keys after them are never touched.
+QUERY_BLOCK = 128
 
 __all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "Rotation", "StepInputs"]
 
@@ -80,20 +83,47 @@ class PagedAttend:
 
 
 class CausalAttend:
-    """Training and evaluation: T = R * row_length tokens, causal within each row.
+    """Training and evaluation: T = R * row_length tokens in R packed rows, causal within each row.
 
-    With document_ids_T a token sees only tokens of its row with its own id (documents packed into rows).
+    With document_ids_T a token sees only tokens of its row with its own id. The mask is made once for all layers, and
+    queries go in blocks that touch no key behind them: on a CPU several times as fast as torch's own with a mask.
     """
 
     def __init__(self, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None) -> None:
-        self._config = config
-        self._row_length, self._document_ids_T = row_length, document_ids_T
+        self._windows, self._scale, self._length = config.windows, config.scale, row_length
+        self._document_ids_T = document_ids_T
+        self._biases: dict[int | None, Tensor] = {}
+
+    def _bias(self, window: int | None, like: Tensor) -> Tensor:
+        """What is added to scores, 0 or about -inf: (R or 1, L, L)."""
+        if window not in self._biases:
+            at = torch.arange(self._length, device=like.device)
+            seen_RLL = visible(at, at, window).unsqueeze(0)
+            if self._document_ids_T is not None:
+                ids_RL = self._document_ids_T.view(-1, self._length)
+                seen_RLL = seen_RLL & (ids_RL.unsqueeze(1) == ids_RL.unsqueeze(2))
+            nothing_RLL = torch.zeros(seen_RLL.shape, dtype=like.dtype, device=like.device)
+            self._biases[window] = nothing_RLL.masked_fill(~seen_RLL, torch.finfo(like.dtype).min)
+        return self._biases[window]
 
     def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         q_THN, k_TGN, v_TGN = rotation(qkv_TI)
-        return causal_attention(
-            q_THN, k_TGN, v_TGN, self._row_length, self._config.scale, self._config.windows[layer], self._document_ids_T
-        )
+        bias_RLL, length = self._bias(self._windows[layer], q_THN), self._length
+        heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
+        rows = len(q_THN) // length
+        # Query heads that share a key head stand side by side, as more queries of the same keys: (R, G, L, H/G, N).
+        q = q_THN.view(rows, length, groups, heads // groups, size).transpose(1, 2) * self._scale
+        k = k_TGN.view(rows, length, groups, size).permute(0, 2, 3, 1)
+        v = v_TGN.view(rows, length, groups, size).transpose(1, 2)
+        blocks = []
+        for start in range(0, length, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, length)
+            shape = (rows, groups, stop - start, heads // groups, -1)
+            scores = (q[:, :, start:stop].flatten(2, 3) @ k[..., :stop]).view(shape)
+            scores = scores + bias_RLL[:, None, start:stop, None, :stop]
+            out = torch.softmax(scores, dim=-1).flatten(2, 3) @ v[:, :, :stop]
+            blocks.append(out.view(shape))
+        return torch.cat(blocks, dim=2).transpose(1, 2).reshape(q_THN.shape)
 
 
 class Attention(nn.Module):

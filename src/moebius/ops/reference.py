@@ -309,42 +309,6 @@ def visible(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def causal_attention(
-    q_THN: Tensor,
-    k_TGN: Tensor,
-    v_TGN: Tensor,
-    row_length: int,
-    scale: float,
-    window: int | None = None,
-    document_ids_T: Tensor | None = None,
-) -> Tensor:
-    """Attention for training: T = R * row_length tokens in R packed rows, causal within each row (T, H, N).
-
-    With document ids a token sees only tokens of its row that carry its id.
-    """
-
-    def rows(x: Tensor) -> Tensor:
-        return x.view(-1, row_length, *x.shape[1:]).transpose(1, 2)
-
-    mask = None
-    if (window is not None and window < row_length) or document_ids_T is not None:
-        at = torch.arange(row_length, device=q_THN.device)
-        mask = visible(at, at, window)
-        if document_ids_T is not None:
-            ids = document_ids_T.view(-1, row_length)
-            mask = (ids.unsqueeze(1) == ids.unsqueeze(2)).logical_and(mask).unsqueeze(1)
-    out = F.scaled_dot_product_attention(
-        rows(q_THN),
-        rows(k_TGN),
-        rows(v_TGN),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q_THN.shape[1] != k_TGN.shape[1],
-    )
-    return out.transpose(1, 2).reshape(q_THN.shape)
-
-
 def combine(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """The weighted sum over k, in routing order, in float32: (T, D) float32."""
     total = out_TKD[:, 0].float() * weights_TK[:, :1]

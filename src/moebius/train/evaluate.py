@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from moebius.models.decoder import Decoder
 from moebius.moe.losses import chosen_counts, present
 from moebius.moe.router import Router
+from moebius.nn.attention import CausalAttend
 from moebius.train.data import PreparedData, evaluation_batches
-from moebius.train.ops import DocumentAttend
 
 _LOGIT_ROWS = 1024
 
@@ -84,8 +84,8 @@ def score(
     total = Score()
     for batch in evaluation_batches(stream, data, rows, length):
         here = batch.to(device)
-        attend = DocumentAttend(decoder.config, here.document_RL, decoder.embed_tokens.weight.dtype)
         count, width = here.input_RL.shape
+        attend = CausalAttend(decoder.config, width, here.document_RL)
         positions_T = torch.arange(width, device=device).repeat(count)
         hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, attend)
         target_T = here.target_RL.reshape(-1)

@@ -6,13 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.config import ModelConfig
-from moebius.nn.attention import Rotation
 from moebius.ops import Pair
-from moebius.ops.reference import ReferenceOps, visible
+from moebius.ops.reference import ReferenceOps
 
-# Queries of a row that are attended at a time: keys after them are never touched, which halves a causal row's work.
-QUERY_BLOCK = 128
 # Rows whose logits exist at a time.
 LOSS_ROWS = 512
 
@@ -44,43 +40,6 @@ class TrainingOps(ReferenceOps):
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         # Widened as a whole first: torch's products of mixed dtypes are not vectorised.
         return super().rotary(x_THN.float(), cos_TR, sin_TR).to(x_THN.dtype)
-
-
-class DocumentAttend:
-    """Causal attention within the documents of rows: the `attend` of training, forwards and backwards.
-
-    The same function as moebius.nn.attention.CausalAttend, a few times faster on a CPU: the mask is made once for all
-    layers, and queries go in blocks that touch no key behind them.
-    """
-
-    def __init__(self, config: ModelConfig, document_RL: Tensor, dtype: torch.dtype) -> None:
-        at = torch.arange(document_RL.shape[1], device=document_RL.device)
-        same_RLL = document_RL.unsqueeze(1) == document_RL.unsqueeze(2)
-        nothing_RLL = torch.zeros(same_RLL.shape, dtype=dtype, device=document_RL.device)
-        self._biases = {
-            window: nothing_RLL.masked_fill(~(same_RLL & visible(at, at, window)), torch.finfo(dtype).min)
-            for window in set(config.windows)
-        }
-        self._windows, self._scale = config.windows, config.scale
-
-    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
-        q_THN, k_TGN, v_TGN = rotation(qkv_TI)
-        bias_RLL = self._biases[self._windows[layer]]
-        rows, length, _ = bias_RLL.shape
-        heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
-        # Query heads that share a key head stand side by side, as more queries of the same keys: (R, G, L, H/G, N).
-        q = q_THN.view(rows, length, groups, heads // groups, size).transpose(1, 2) * self._scale
-        k = k_TGN.view(rows, length, groups, size).permute(0, 2, 3, 1)
-        v = v_TGN.view(rows, length, groups, size).transpose(1, 2)
-        blocks = []
-        for start in range(0, length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, length)
-            shape = (rows, groups, stop - start, heads // groups, -1)
-            scores = (q[:, :, start:stop].flatten(2, 3) @ k[..., :stop]).view(shape)
-            scores = scores + bias_RLL[:, None, start:stop, None, :stop]
-            out = torch.softmax(scores, dim=-1).flatten(2, 3) @ v[:, :, :stop]
-            blocks.append(out.view(shape))
-        return torch.cat(blocks, dim=2).transpose(1, 2).reshape(q_THN.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -26,10 +26,11 @@ from moebius.models.hub import resolve_model
 from moebius.models.weights import load_decoder, publish
 from moebius.moe.losses import chosen_counts, load_balance_loss, present, router_z_loss, updated_bias
 from moebius.moe.router import Routing
+from moebius.nn.attention import CausalAttend
 from moebius.train.architecture import check_trainable, config_json
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
-from moebius.train.ops import DocumentAttend, TrainingOps, cross_entropy
+from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe, TokenizerRecipe
 
@@ -140,8 +141,9 @@ class Trainer:
         part = batch.part(index, self.recipe.training.accumulation)
         seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
-        attend = DocumentAttend(self.decoder.config, part.document_RL, self.decoder.embed_tokens.weight.dtype)
-        positions_T = torch.arange(part.input_RL.shape[1], device=self.device).repeat(len(part.input_RL))
+        rows, length = part.input_RL.shape
+        attend = CausalAttend(self.decoder.config, length, part.document_RL)
+        positions_T = torch.arange(length, device=self.device).repeat(rows)
         hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), positions_T, attend)
         divisor = self.decoder.config.logits_divisor
         return part, hidden_TD if divisor == 1.0 else hidden_TD / divisor, present(routings)
