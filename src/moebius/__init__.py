@@ -3,8 +3,6 @@
 The public names are below; what imports torch is imported when it is first asked for.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from moebius.schedule.request import SamplingParams

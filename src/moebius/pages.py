@@ -1,7 +1,5 @@
 """Memory made present ahead of its use: a step that meets an absent page waits for the kernel."""
 
-from __future__ import annotations
-
 import ctypes
 import threading
 import time

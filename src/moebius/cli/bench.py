@@ -1,7 +1,5 @@
 """moebius bench: latency and throughput of the engine, load on any server, and what each technique is worth."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from dataclasses import asdict
@@ -230,7 +228,7 @@ def ablate(
         report.plot_bars(plot, title, list(runs), ablation.panels(outcomes))
 
 
-def _tokenizer(wanted: str | None, served: str) -> Tokenizer | None:
+def _tokenizer(wanted: str | None, served: str) -> "Tokenizer | None":
     """The wanted model's tokenizer, or the served one's where its name is a directory here; nothing is downloaded."""
     from moebius.models.hub import BUNDLED, resolve_model
     from moebius.text import Tokenizer

@@ -1,7 +1,5 @@
 """StepPlan to StepInputs: the one place where requests become tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The loop: plan, execute, sample, update. One thread owns an engine; EngineClient is how others reach it."""
 
-from __future__ import annotations
-
 import logging
 import secrets
 import time

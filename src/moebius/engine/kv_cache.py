@@ -1,7 +1,5 @@
 """The tensors behind the blocks: one anonymous mapping for all layers, in huge pages, touched in the background."""
 
-from __future__ import annotations
-
 import mmap
 import sys
 import time

@@ -1,7 +1,5 @@
 """Runs the model on a step's inputs. Real, warm-up and empty steps take the same way."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -5,8 +5,6 @@ Log-probabilities are the model's own log-softmax, before any of these. What tou
 operation of the backend; here are the few candidates it leaves. Legend: L rows, V vocabulary.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attention).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Serving hands in a PagedAttend, training a CausalAttend; the decoder knows neither requests nor documents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 

@@ -1,7 +1,5 @@
 """Linear layers and norms: parameters, and the backend's operation on them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Formulas as transformers 5.23 has them: `linear` divides all frequencies, `llama
 between, `yarn` (arXiv 2309.00071) blends by the number of rotations and scales cos and sin.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ avx2, avx512, avx512bf16, amx, or reference for plain PyTorch). Every kernel com
 rows surround it, however many threads there are and wherever the KV cache holds its tokens: one answer (promise P1).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

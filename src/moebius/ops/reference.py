@@ -4,8 +4,6 @@ Everything but the KV cache is differentiable. Nothing loops over tokens; paged 
 a step that bring more than one row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How tokens choose experts: one function over RouterConfig serves the published softmax and sigmoid top-k routers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What operations are handed: a step (the same record for real, warm-up and empty ones) and a layer's experts."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,7 +65,7 @@ class StepInputs:
         logit_rows: Sequence[int],
         block_size: int,
         device: torch.device | str = "cpu",
-    ) -> StepInputs:
+    ) -> "StepInputs":
         """From each sequence's new tokens, the position of the first of them, and its blocks."""
         ids, positions, slots, table = array("q"), array("q"), array("q"), array("i")
         query_start, seq_lens = [0], []

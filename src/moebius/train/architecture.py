@@ -5,8 +5,6 @@ FeedForwardConfig has them, in turn; qk_norm and qkv_bias say how it attends. It
 reason that `unpublished` may give.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_va
 _KEPT = (*_DEFAULTS, *_SIZES, "rope_scaling", "rope_parameters")
 
 
-def config_json(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+def config_json(recipe: "Recipe", vocab_size: int) -> dict[str, Any]:
     """The whole config.json of the recipe's model table."""
     table = recipe.model or {}
     kind, layers = str(table.get("model_type")).replace("granitemoe", "granite_moe"), table.get("num_hidden_layers")
@@ -33,7 +31,7 @@ def config_json(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
     return whole
 
 
-def dense_twin(recipe: Recipe) -> Recipe:
+def dense_twin(recipe: "Recipe") -> "Recipe":
     """The same run with a dense model that a token meets as many parameters of; dense layers stay as they are."""
     require(recipe.model is not None, "--dense-twin needs a recipe with a model table")
     table, config = recipe.model or {}, model_config(config_json(recipe, recipe.tokenizer.vocab_size))
@@ -65,7 +63,7 @@ def active_width(part: FeedForwardConfig) -> int:
     return 8 * round((part.router.top_k * part.width + part.shared_width + beside) / 8)
 
 
-def check_trainable(config: ModelConfig, recipe: Recipe) -> None:
+def check_trainable(config: ModelConfig, recipe: "Recipe") -> None:
     """ConfigError for a model, new or to be fine-tuned, that this recipe cannot train."""
     training, routers = recipe.training, {part.router for part in config.feed_forward if part.router is not None}
     length, longest = training.row_length, config.max_position_embeddings

@@ -5,8 +5,6 @@ A batch is a pure function of (streams, mixture, seed, step): there is no reader
 by naming it. Shape suffixes: R rows, L tokens in a row.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict
@@ -40,13 +38,13 @@ class Batch(NamedTuple):
     target_RL: torch.Tensor
     document_RL: torch.Tensor
 
-    def part(self, index: int, of: int) -> Batch:
+    def part(self, index: int, of: int) -> "Batch":
         """Micro-batch `index` of so many of equal size."""
         rows = len(self.input_RL) // of
         here = slice(index * rows, (index + 1) * rows)
         return Batch(*(x[here] for x in self))
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) for x in self))
 
 

@@ -1,7 +1,5 @@
 """Bits per byte on held-out documents. Shape legend: R rows, L tokens in a row."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +35,7 @@ class Score:
     def bits_per_byte(self) -> float:
         return self.nats / max(self.num_bytes, 1) / math.log(2)
 
-    def __add__(self, other: Score) -> Score:
+    def __add__(self, other: "Score") -> "Score":
         return Score(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 

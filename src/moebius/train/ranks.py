@@ -1,7 +1,5 @@
 """Data parallel training: torchrun's processes share a step's micro-batches out and add up what they found."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +21,7 @@ class Ranks:
     count: int = 1
 
     @classmethod
-    def join(cls, device: torch.device) -> Ranks:
+    def join(cls, device: torch.device) -> "Ranks":
         """The group that torchrun's environment describes: gloo on CPUs, NCCL on GPUs."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:

@@ -1,7 +1,5 @@
 """A training recipe: a TOML file as frozen, checked records. Unknown keys and impossible values are errors."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

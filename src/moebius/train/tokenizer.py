@@ -1,7 +1,5 @@
 """Training a byte-level BPE tokenizer, and the files that carry it in the Hugging Face layout."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable
@@ -60,7 +58,7 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     return found
 
 
-def tokenizer_folder(recipe: Recipe) -> Path | None:
+def tokenizer_folder(recipe: "Recipe") -> Path | None:
     """Where the recipe's tokenizer is from, if it is not to be trained: its own path, or the fine-tuned checkpoint."""
     if recipe.tokenizer.path:
         path = Path(recipe.tokenizer.path)
@@ -68,7 +66,7 @@ def tokenizer_folder(recipe: Recipe) -> Path | None:
     return None if recipe.finetune is None else resolve_model(recipe.finetune.checkpoint)
 
 
-def given_tokenizer(recipe: Recipe, folder: Path | None = None) -> Tokenizer | None:
+def given_tokenizer(recipe: "Recipe", folder: Path | None = None) -> Tokenizer | None:
     """The tokenizer in `folder`, else the one that the recipe names, else None. Raises: ConfigError."""
     folder = folder or tokenizer_folder(recipe)
     if folder is None:
