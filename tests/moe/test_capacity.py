@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from moebius.config import FeedForwardConfig, RouterConfig, TrainingRouting
-from moebius.moe.capacity import arrival, capacity, jittered, kept
-from moebius.moe.dispatch import LocalDispatcher
-from moebius.moe.layer import FeedForward
+from moebius.moe.layer import FeedForward, LocalDispatcher
+from moebius.moe.router import arrival, capacity, jittered, kept
 from moebius.ops.reference import ReferenceOps
 
 E = 4

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from moebius.config import FeedForwardConfig, RouterConfig
 from moebius.errors import ConfigError
-from moebius.moe.dispatch import LocalDispatcher
-from moebius.moe.layer import FeedForward
+from moebius.moe.layer import FeedForward, LocalDispatcher
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 

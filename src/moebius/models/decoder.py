@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.config import ModelConfig
-from moebius.moe.dispatch import Dispatcher, LocalDispatcher
-from moebius.moe.layer import FeedForward
+from moebius.moe.layer import Dispatcher, FeedForward, LocalDispatcher
 from moebius.moe.router import Routing
 from moebius.nn.attention import Attend, Attention
 from moebius.nn.linear import Linear, RMSNorm
