@@ -8,6 +8,7 @@ import pytest
 
 from moebius.errors import ConfigError
 from moebius.train.corpus import Corpus
+from moebius.train.recipe import CorpusRecipe
 
 
 def _write(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -37,7 +38,7 @@ def test_files_folders_and_json_lines(tmp_path: Path) -> None:
         },
     )
     files = {"notes": (str(root / "notes"),), "data": (str(root / "data.jsonl"),)}
-    corpus = Corpus(files, "body", 0.3)
+    corpus = Corpus(CorpusRecipe(files, "body", 0.3))
     found = list(corpus)
     assert found == list(corpus), "a second pass reads the same"
     texts = {d.path: (d.kind, d.text) for d in found}
@@ -46,15 +47,15 @@ def test_files_folders_and_json_lines(tmp_path: Path) -> None:
     assert sorted(Path(name).name for name in corpus.skipped) == ["image.png", "zero.txt"]
     for document in found:
         assert document.split == ("heldout" if _fraction(document.path) < 0.3 else "train")
-    before = Corpus(files, "body", 0.3).key()
+    before = Corpus(CorpusRecipe(files, "body", 0.3)).key()
     (root / "notes/b.txt").write_text("changed")
-    assert Corpus(files, "body", 0.3).key() != before
+    assert Corpus(CorpusRecipe(files, "body", 0.3)).key() != before
 
 
 def test_of_one_text_file_the_end_is_held_out(tmp_path: Path) -> None:
     text = "".join(f"line {i:03}\n" for i in range(100))
     path = _write(tmp_path, {"book.txt": text}) / "book.txt"
-    train, heldout = Corpus({"book": (str(path),)}, "text", 0.1)
+    train, heldout = Corpus(CorpusRecipe({"book": (str(path),)}, "text", 0.1))
     assert (train.split, heldout.split) == ("train", "heldout")
     assert train.text + heldout.text == text
     assert heldout.text == text[-90:]
@@ -64,7 +65,7 @@ def test_an_object_may_name_its_split(tmp_path: Path) -> None:
     splits = ["heldout", "train"] * 10
     lines = [json.dumps({"text": f"{i}", "split": split}) for i, split in enumerate(splits)]
     path = _write(tmp_path, {"lines.jsonl": "\n".join(lines)}) / "lines.jsonl"
-    assert [d.split for d in Corpus({"a": (str(path),)}, "text", 0.1)] == splits
+    assert [d.split for d in Corpus(CorpusRecipe({"a": (str(path),)}, "text", 0.1))] == splits
 
 
 @pytest.mark.parametrize(
@@ -92,4 +93,4 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
     if content:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        list(Corpus({"a": (str(path),)}, "text", 0.1))
+        list(Corpus(CorpusRecipe({"a": (str(path),)}, "text", 0.1)))

@@ -137,6 +137,9 @@ def test_from_recipe_to_directory_and_back(text: Path, tmp_path: Path) -> None:
     assert again == figures
     card = (out / "README.md").read_text()
     assert f"**{figures['all']['bits_per_byte']:.3f}**" in card
+    report = json.loads((out / "training" / "inspection" / "report.json").read_text())
+    assert report["model"]["name"] == "tiny" and len(report["layers"]) == 1
+    assert (out / "training" / "inspection" / "report.html").exists()
     total = figures["all"]
     parts = [f for kind, f in figures.items() if kind != "all"]
     assert total["bytes"] == sum(f["bytes"] for f in parts)
@@ -148,6 +151,7 @@ def test_from_recipe_to_directory_and_back(text: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin"
     dense = main_from_recipe(tmp_path / "tiny.toml", twin, dense_twin=True)
     assert json.loads((twin / "config.json").read_text())["model_type"] == "qwen3"
+    assert not (twin / "training" / "inspection").exists()
     continued = main_from_recipe(tmp_path / "tiny.toml", out, resume=True, against=twin)
     assert continued == figures
     card = (out / "README.md").read_text()

@@ -9,6 +9,7 @@ import pytest
 
 from moebius.errors import ConfigError
 from moebius.train.corpus import Corpus, Document
+from moebius.train.recipe import CorpusRecipe
 from stdlib.prepare import read_library, write
 
 CODE = "def function_{n}(argument):\n    return argument + some_name_{n}\n\n\n"
@@ -45,7 +46,7 @@ def test_every_document_is_on_the_side_its_path_hashes_to(root: Path) -> None:
 def test_what_is_written_is_what_training_reads(root: Path, tmp_path: Path) -> None:
     documents = read_library(0.3, root)
     write(documents, tmp_path / "text")
-    corpus = Corpus({"library": (str(tmp_path / "text" / "library.jsonl"),)}, "text", 0.5)
+    corpus = Corpus(CorpusRecipe({"library": (str(tmp_path / "text" / "library.jsonl"),)}, "text", 0.5))
     found = [d._replace(path=documents[i].path) for i, d in enumerate(corpus)]
     assert found == documents and isinstance(found[0], Document)
 

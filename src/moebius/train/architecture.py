@@ -53,10 +53,7 @@ def dense_twin(recipe: "Recipe") -> "Recipe":
 
 
 def active_width(part: FeedForwardConfig) -> int:
-    """How wide a dense layer is with as many parameters as a token uses in this one, to a multiple of 8.
-
-    Router and gate count: their parameters are used by every token.
-    """
+    """Of a dense layer with as many parameters as a token uses in this one, router and gate too; a multiple of 8."""
     if part.router is None:
         return part.width
     beside = (part.router.num_experts + part.shared_gate) / (3 if part.gated else 2)

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from moebius.config import require
 from moebius.errors import ConfigError
+from moebius.train.recipe import CorpusRecipe
 
 SPLITS = ("train", "heldout")
 
@@ -32,15 +33,13 @@ class Corpus:
     one text file, its end is. Raises: ConfigError naming the file, for one that is missing, binary or no JSON.
     """
 
-    files: Mapping[str, tuple[str, ...]]
-    text_key: str
-    heldout_share: float
+    recipe: CorpusRecipe
     skipped: list[str] = field(default_factory=list)
 
     def key(self) -> str:
         """Fingerprint of every file's path, size and time of change."""
         stats = [(kind, name, p.stat().st_size, p.stat().st_mtime_ns) for kind, _, name, p in self._paths()]
-        return hashlib.sha256(repr((stats, self.text_key)).encode()).hexdigest()
+        return hashlib.sha256(repr((stats, self.recipe.text_key)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped.clear()
@@ -50,7 +49,7 @@ class Corpus:
                 yield from self._lines(kind, name, path)
             elif (whole := self._text(path, named)).strip():
                 if kinds[kind] == 1:
-                    cut = whole.rfind("\n", 0, int(len(whole) * (1 - self.heldout_share))) + 1
+                    cut = whole.rfind("\n", 0, int(len(whole) * (1 - self.recipe.heldout_share))) + 1
                     yield Document("train", kind, name, whole[:cut])
                     yield Document("heldout", kind, f"{name}:end", whole[cut:])
                 else:
@@ -58,7 +57,7 @@ class Corpus:
 
     def _paths(self) -> Iterator[tuple[str, bool, str, Path]]:
         """Kind, whether the file itself was named, the name, the path; in order."""
-        for kind, roots in self.files.items():
+        for kind, roots in self.recipe.files.items():
             for root in map(Path, roots):
                 require(root.exists(), f"corpus.files.{kind}: {root} does not exist")
                 if not root.is_dir():
@@ -70,7 +69,7 @@ class Corpus:
                         yield kind, False, relative.as_posix(), path
 
     def _split(self, path: str) -> str:
-        return SPLITS[is_held_out(path, self.heldout_share)]
+        return SPLITS[is_held_out(path, self.recipe.heldout_share)]
 
     def _text(self, path: Path, named: bool) -> str:
         """The file's text with Unix line ends; "" for one that is skipped."""
@@ -92,11 +91,11 @@ class Corpus:
                 where, place = f"{path}, line {number}", f"{name}:{number}"
                 try:
                     entry = json.loads(line)
-                    text, split = entry[self.text_key], entry.get("split", self._split(place))
+                    text, split = entry[self.recipe.text_key], entry.get("split", self._split(place))
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    wanted = f"it must be a JSON object with a text under {self.text_key!r} (corpus.text_key)"
+                    wanted = f"it must be a JSON object with a text under {self.recipe.text_key!r} (corpus.text_key)"
                     raise ConfigError(f"{where}: {wanted}") from None
-                require(isinstance(text, str), f"{where}: {self.text_key!r} is no text")
+                require(isinstance(text, str), f"{where}: {self.recipe.text_key!r} is no text")
                 require(split in SPLITS, f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
                 if text.strip():
                     yield Document(split, kind, place, text)

@@ -77,7 +77,7 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
     Files that were made from another recipe or corpus are made anew. `tokenizer` is a directory whose tokenizer is used
     whatever the recipe says.
     """
-    corpus = Corpus(recipe.corpus.files, recipe.corpus.text_key, recipe.corpus.heldout_share)
+    corpus = Corpus(recipe.corpus)
     given = given_tokenizer(recipe, tokenizer)
     spelled = "" if given is None else given.to_str()
     key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()).hexdigest()

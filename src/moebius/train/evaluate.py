@@ -87,11 +87,8 @@ def score(
         positions_T = torch.arange(width, device=device).repeat(count)
         hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, attend)
         target_T = here.target_RL.reshape(-1)
-        nats = 0.0
-        for hidden_LD, target_L in zip(
-            torch.split(hidden_TD, _LOGIT_ROWS), torch.split(target_T, _LOGIT_ROWS), strict=True
-        ):
-            nats += float(F.cross_entropy(decoder.logits(hidden_LD), target_L, reduction="sum"))
+        pieces = zip(*(torch.split(x, _LOGIT_ROWS) for x in (hidden_TD, target_T)), strict=True)
+        nats = sum(float(F.cross_entropy(decoder.logits(x_LD), t_L, reduction="sum")) for x_LD, t_L in pieces)
         counts = [chosen_counts(routing)[0].double().cpu() for routing in present(routings)]
         num_bytes = int(data.bytes_V[batch.target_RL].sum())
         total += Score(nats, target_T.numel(), num_bytes, torch.stack(counts) if counts else 0)

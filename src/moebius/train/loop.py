@@ -33,8 +33,7 @@ def run(
     """
     training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(folder, trainer, on_line)
-    metrics.resume(trainer.restore(checkpoint) if checkpoint.exists() else {})
+    metrics = Metrics(folder, trainer, on_line, trainer.restore(checkpoint) if checkpoint.exists() else {})
     saved = last = time.monotonic()
     try:
         with _stop_signals() as asked:
@@ -75,28 +74,23 @@ def _stop_signals() -> Iterator[list[int]]:
 class Metrics:
     """One line every log_every steps: means since the last line; every evaluate_every steps bits per byte too.
 
-    What the next line is made of is part of the checkpoint, so that an interrupted run writes the lines of one that was
-    not.
+    What the next line is made of is part of a checkpoint's `state`, so that an interrupted run writes the lines of one
+    that was not; what was written after the checkpoint is forgotten.
     """
 
-    def __init__(self, folder: Path, trainer: Trainer, on_line: Callable[[Line], None]) -> None:
+    def __init__(self, folder: Path, trainer: Trainer, on_line: Callable[[Line], None], state: dict[str, Any]) -> None:
         self._path, self._trainer, self._on_line = folder / "metrics.jsonl", trainer, on_line
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = state.get("pending", [])
         self._seconds = trainer.seconds
         self._events: Any = None
         self._path.touch()
-
-    def state(self) -> dict[str, Any]:
-        return {"pending": self._pending, "size": self._path.stat().st_size}
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's `state`, {} for none, and forget what was written after it."""
-        trainer = self._trainer
-        self._pending, self._seconds = state.get("pending", []), trainer.seconds
         if trainer.ranks.rank == 0:
             os.truncate(self._path, min(state.get("size", 0), self._path.stat().st_size))
             if trainer.recipe.training.tensorboard:
-                self._events = _tensorboard(self._path.parent, trainer.done + 1)
+                self._events = _tensorboard(folder, trainer.done + 1)
+
+    def state(self) -> dict[str, Any]:
+        return {"pending": self._pending, "size": self._path.stat().st_size}
 
     def add(self, report: StepReport) -> None:
         trainer, training = self._trainer, self._trainer.recipe.training
@@ -158,12 +152,9 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 def _flat(line: Line) -> dict[str, float]:
     """Scalars by tag: layers and kinds of text side by side; the loads of single experts stay in metrics.jsonl."""
-    scalars: dict[str, float] = {}
+    scalars = {name: value for name, value in line.items() if not isinstance(value, (dict, list))}
     for name, value in line.items():
-        if isinstance(value, dict):
-            scalars |= {f"{name}/{kind}": number for kind, number in value.items()}
-        elif isinstance(value, list):
-            scalars |= {f"{name}/layer_{i}": x for i, x in enumerate(value) if not isinstance(x, list)}
-        else:
-            scalars[name] = value
+        several = enumerate(value) if isinstance(value, list) else ()
+        scalars |= {f"{name}/layer_{i}": x for i, x in several if not isinstance(x, list)}
+        scalars |= {f"{name}/{kind}": x for kind, x in value.items()} if isinstance(value, dict) else {}
     return scalars

@@ -8,19 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-)
+import pydantic as p
 
 from moebius.config import FeedForwardConfig, TrainingRouting, require
 from moebius.errors import ConfigError
@@ -28,22 +16,22 @@ from moebius.models import model_config
 from moebius.train.architecture import check_trainable, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Below1 = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, p.Field(ge=0, le=1)]
+Below1 = Annotated[float, p.Field(ge=0, lt=1)]
 
 
-def _absolute(name: str, info: ValidationInfo) -> str:
+def _absolute(name: str, info: p.ValidationInfo) -> str:
     """A path that starts at the recipe's folder."""
     return str((Path(info.context or ".") / Path(name).expanduser()).resolve()) if name else ""
 
 
-def _model(name: str, info: ValidationInfo) -> str:
+def _model(name: str, info: p.ValidationInfo) -> str:
     """A directory that is there, or a name for moebius.models.hub."""
     return _absolute(name, info) if (Path(info.context or ".") / name).exists() else name
 
 
-LocalPath = Annotated[str, AfterValidator(_absolute)]
-LocalPaths = Annotated[tuple[LocalPath, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))]
+LocalPath = Annotated[str, p.AfterValidator(_absolute)]
+LocalPaths = Annotated[tuple[LocalPath, ...], p.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +42,9 @@ class CorpusRecipe:
               the kind `chat` special tokens count as such, and a new tokenizer is not trained on them
     """
 
-    files: Annotated[dict[str, LocalPaths], Field(min_length=1)]
+    files: Annotated[dict[str, LocalPaths], p.Field(min_length=1)]
     text_key: str = "text"
-    heldout_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.045
+    heldout_share: Annotated[float, p.Field(gt=0, lt=0.5)] = 0.045
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +55,7 @@ class TokenizerRecipe:
     end_of_text   names the token that stands between documents
     """
 
-    vocab_size: Annotated[int, Field(ge=259, le=2**16)] = 4096
+    vocab_size: Annotated[int, p.Field(ge=259, le=2**16)] = 4096
     path: LocalPath = ""
     end_of_text: str = END_OF_TEXT
 
@@ -82,7 +70,7 @@ class FinetuneRecipe:
     expert_dropout   within experts behind a router (Switch section 2.4: 0.1 and 0.4)
     """
 
-    checkpoint: Annotated[str, AfterValidator(_model)]
+    checkpoint: Annotated[str, p.AfterValidator(_model)]
     train: Literal["all", "experts", "all_but_experts"] = "all"
     dropout: Below1 = 0.1
     expert_dropout: Below1 = 0.4
@@ -110,31 +98,31 @@ class TrainingRecipe:
     tensorboard      writes metrics for TensorBoard too, which is to be installed (the extra `tensorboard`)
     """
 
-    steps: PositiveInt
-    rows_per_step: PositiveInt
-    row_length: PositiveInt
-    learning_rate: PositiveFloat
-    accumulation: PositiveInt = 1
-    warmup_steps: NonNegativeInt = 100
+    steps: p.PositiveInt
+    rows_per_step: p.PositiveInt
+    row_length: p.PositiveInt
+    learning_rate: p.PositiveFloat
+    accumulation: p.PositiveInt = 1
+    warmup_steps: p.NonNegativeInt = 100
     final_share: Share = 0.02
     beta1: Below1 = 0.9
     beta2: Below1 = 0.95
-    weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat = 1.0
-    load_balance: NonNegativeFloat = 0.01
-    z_loss: NonNegativeFloat = 0.001
+    weight_decay: p.NonNegativeFloat = 0.1
+    clip_norm: p.PositiveFloat = 1.0
+    load_balance: p.NonNegativeFloat = 0.01
+    z_loss: p.NonNegativeFloat = 0.001
     balance: Literal["batch", "sequence", "global"] = "batch"
     first_choices: bool = False
-    bias_rate: NonNegativeFloat = 0.0
-    init_scale: NonNegativeFloat = 0.0
-    router_init: PositiveFloat = 1.0
+    bias_rate: p.NonNegativeFloat = 0.0
+    init_scale: p.NonNegativeFloat = 0.0
+    router_init: p.PositiveFloat = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    log_every: PositiveInt = 20
-    evaluate_every: PositiveInt = 500
-    evaluate_rows: PositiveInt = 64
-    export_every: NonNegativeInt = 0
+    log_every: p.PositiveInt = 20
+    evaluate_every: p.PositiveInt = 500
+    evaluate_rows: p.PositiveInt = 64
+    export_every: p.NonNegativeInt = 0
     tensorboard: bool = False
-    checkpoint_seconds: NonNegativeFloat = 120.0
+    checkpoint_seconds: p.NonNegativeFloat = 120.0
 
     def __post_init__(self) -> None:
         warmup, steps, rows, parts = self.warmup_steps, self.steps, self.rows_per_step, self.accumulation
@@ -164,7 +152,7 @@ class Recipe:
     mixture   how often an epoch passes over each kind of text
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    __pydantic_config__ = p.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
     training: TrainingRecipe
@@ -172,7 +160,7 @@ class Recipe:
     model: dict[str, Any] | None = None
     layers: tuple[FeedForwardConfig, ...] = ()
     seed: int = 1
-    mixture: dict[str, NonNegativeInt] = field(default_factory=dict)
+    mixture: dict[str, p.NonNegativeInt] = field(default_factory=dict)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     routing: TrainingRouting = field(default_factory=TrainingRouting)
     finetune: FinetuneRecipe | None = None
@@ -204,12 +192,12 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"the recipe {path} is not TOML: {error}") from None
     try:
         # As JSON, where strict means: an integer is a number too and a list a tuple, but nothing else is converted.
-        return TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), context=path.parent)
-    except ValidationError as error:
+        return p.TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), context=path.parent)
+    except p.ValidationError as error:
         raise ConfigError(_first(error)) from None
 
 
-def _first(invalid: ValidationError) -> str:
+def _first(invalid: p.ValidationError) -> str:
     """One line about the first thing that is wrong: a misspelt key rather than the one that it leaves missing."""
     unknown = "unexpected_keyword_argument"
     error = min(invalid.errors(), key=lambda e: e["type"] != unknown)

@@ -10,10 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moebius.config import read_json, require
+from moebius.config import InspectConfig, read_json, require
 from moebius.errors import StorageError
+from moebius.inspect.corpus import Document
+from moebius.inspect.run import write_report
 from moebius.models.weights import load_decoder
 from moebius.train.architecture import dense_twin as twin_of
+from moebius.train.corpus import Corpus
 from moebius.train.data import prepare
 from moebius.train.evaluate import routers
 from moebius.train.export import export, figures_table, measure, model_card
@@ -36,8 +39,9 @@ def main_from_recipe(
 ) -> dict[str, Any]:
     """Train `recipe_path`'s model into `out`, or measure the one that is there; the figures by kind of held-out text.
 
-    The options are the command line's (moebius.cli.train). What is needed to continue after an interruption is kept in
-    out/training. Raises: UsageError, NumericalError or StorageError, each of which leaves the last checkpoint whole.
+    The options are the command line's (moebius.cli.train). out/training keeps what is needed to continue and, in
+    `inspection`, what moebius inspect reports of the held-out documents. Raises: UsageError, NumericalError or
+    StorageError, each of which leaves the last checkpoint whole.
     """
     recipe = read_recipe(recipe_path)
     recipe = twin_of(recipe) if dense_twin else recipe
@@ -85,6 +89,10 @@ def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: 
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
         card = model_card(template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown)
         (out / "README.md").write_text(card, encoding="utf-8")
+        if routers(trainer.decoder):
+            heldout = (Document(d.path, d.kind, d.text) for d in Corpus(recipe.corpus) if d.split == "heldout")
+            config = InspectConfig(row_length=recipe.training.row_length)
+            write_report(out, heldout, folder / "inspection", config, name=recipe.name)
         return figures
     finally:
         ranks.leave()

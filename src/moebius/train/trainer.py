@@ -68,6 +68,8 @@ class Trainer:
         self.config_json, config, initial = _start(recipe, data)
         self.decoder = self._decoder(config)
         self._routers = routers(self.decoder)
+        # How many layers have a router, and over how many experts.
+        self._shape = len(self._routers), self._routers[0].config.num_experts if self._routers else 0
         self._copies = dict(self.decoder.named_parameters())
         self._masters = {name: initial[name].to(self.device) for name in self._copies}
         for name, copy in self._copies.items():
@@ -131,11 +133,6 @@ class Trainer:
         self.done += 1
         return StepReport(loss, balance, z, norm.item(), rate, counts_SE.cpu(), dropped_S)
 
-    @property
-    def _shape(self) -> tuple[int, int]:
-        """How many layers have a router, and over how many experts."""
-        return len(self._routers), self._routers[0].config.num_experts if self._routers else 0
-
     def _forward(self, batch: Batch, index: int) -> tuple[Batch, Tensor, list[Routing]]:
         """Micro-batch `index`, hidden states as the logits' product takes them, and routings."""
         part = batch.part(index, self.recipe.training.accumulation)
@@ -193,9 +190,8 @@ class Trainer:
         return list(total)
 
     def _move_biases(self, counts_SE: Tensor) -> None:
-        names = [name for name in self._masters if name.endswith(_BIAS)]
-        for name, counts_E in zip(names, counts_SE, strict=False):
-            bias_E = self._masters[name]
+        biases = [master for name, master in self._masters.items() if name.endswith(_BIAS)]
+        for bias_E, counts_E in zip(biases, counts_SE, strict=False):
             bias_E.copy_(updated_bias(bias_E, counts_E, self.recipe.training.bias_rate))
 
     @torch.no_grad()
