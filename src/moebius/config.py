@@ -42,6 +42,8 @@ class RouterConfig:
     logit_bias       the router's linear layer has a bias
     logit_softcap    c * tanh(logits / c), where given
     weight_on_input  the weight multiplies the expert's input, not its output (Llama 4)
+    learned_noise    in training, normal noise as wide as softplus of a second linear layer is added to the logits
+                     (noisy top-k, Shazeer et al., arXiv 1701.06538 eq 4)
     """
 
     num_experts: int
@@ -58,6 +60,7 @@ class RouterConfig:
     logit_bias: bool = False
     logit_softcap: float | None = None
     weight_on_input: bool = False
+    learned_noise: bool = False
 
     def __post_init__(self) -> None:
         require(self.num_experts >= 1, f"num_experts is {self.num_experts}; it must be at least 1")

@@ -127,6 +127,21 @@ def test_jitter_moves_the_routers_input_alone_and_only_in_training() -> None:
     assert torch.equal(layer.train()(x_TD)[1].logits_TE, clean.logits_TE)
 
 
+def test_learned_noise_is_as_wide_as_its_layer_says_and_only_in_training() -> None:
+    torch.manual_seed(0)
+    layer = part(FeedForwardConfig(8, RouterConfig(E, 2, learned_noise=True)), TrainingRouting())
+    router, x_TD = layer.router, torch.randn(5, 8)
+    assert router is not None and router.noise_weight is not None
+    clean_TE = torch.nn.functional.linear(x_TD, router.weight)
+    drawn = torch.stack([router(x_TD).logits_TE for _ in range(4000)])
+    torch.testing.assert_close(drawn.mean(0), clean_TE, atol=0.1, rtol=0)
+    wide_TE = torch.log1p(torch.exp(x_TD @ router.noise_weight.T))
+    torch.testing.assert_close(drawn.std(0), wide_TE, atol=0, rtol=0.06)
+    router(x_TD).weights_TK.sum().backward()
+    assert router.noise_weight.grad is not None and router.noise_weight.grad.abs().sum() > 0
+    torch.testing.assert_close(router.eval()(x_TD).logits_TE, clean_TE)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_experts_of_two_matrices(activation: str) -> None:
     config = FeedForwardConfig(8, RouterConfig(E, 2), activation, gated=False)  # type: ignore[arg-type]

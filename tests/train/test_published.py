@@ -54,6 +54,7 @@ UNPUBLISHED: list[tuple[str, tuple[FeedForwardConfig, ...], dict[str, Any]]] = [
         {},
     ),
     ("softmax weights with a scale", (FeedForwardConfig(16, dataclasses.replace(ROUTER, scale=2.0)),), {}),
+    ("learned jitter", (FeedForwardConfig(16, dataclasses.replace(ROUTER, learned_noise=True)),), {}),
     ("sigmoid scores alone", (FeedForwardConfig(16, dataclasses.replace(ROUTER, score="sigmoid")),), {}),
     ("a dense layer after one with experts", (FeedForwardConfig(16, ROUTER), FeedForwardConfig(32)), {}),
     ("OLMoE's attention in a dense model", (FeedForwardConfig(48),), {"qk_norm": "full"}),

@@ -32,6 +32,7 @@ class Layout:
 
 FUSED = Layout(expert=None, gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
 SELECTION_BIAS, SHARED_GATE = "mlp.gate.e_score_correction_bias", "mlp.shared_expert_gate.weight"
+NOISE = "mlp.gate.noise.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,8 @@ def _feed_forward(config: ModelConfig, layout: Layout, layer: int, here: str, th
     yield _whole(here + "router.weight", there + layout.router, count, width)
     if part.router.selection_bias:
         yield Source(here + "router.selection_bias", (count,), there + SELECTION_BIAS, (count,), float32=True)
+    if part.router.learned_noise:
+        yield _whole(here + "router.noise_weight", there + NOISE, count, width)
     for e in range(count):
         if layout.expert is None:
             yield from _stacked_expert(here + "experts.", e, there, layout, (count, part.width, width))

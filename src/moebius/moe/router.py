@@ -7,6 +7,7 @@ Shape legend: T tokens, E experts, K experts a token, P = T * K pairs of token a
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebius.config import RouterConfig, TrainingRouting
@@ -29,7 +30,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """weight (E, D); bias (E,) and selection_bias (E,) where the architecture has them.
+    """weight (E, D); bias (E,), selection_bias (E,) and noise_weight (E, D) where the architecture has them.
 
     `limits` is what training does beside; nothing that serves sets it.
     """
@@ -44,6 +45,9 @@ class Router(nn.Module):
         self.selection_bias: nn.Parameter | None = None
         if config.selection_bias:
             self.selection_bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32))
+        self.noise_weight: nn.Parameter | None = None
+        if config.learned_noise:
+            self.noise_weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
 
     def forward(self, x_TD: Tensor) -> Routing:
         if self._prepared is None:
@@ -51,6 +55,9 @@ class Router(nn.Module):
         if self.limits is not None and self.limits.jitter and self.training:
             x_TD = jittered(x_TD, self.limits.jitter)
         logits_TE = self.ops.logits(x_TD, self._prepared)
+        if self.noise_weight is not None and self.limits is not None and self.training:
+            width_TE = F.softplus(self.ops.logits(x_TD, self.ops.prepare_linear((self.noise_weight, None))))
+            logits_TE = logits_TE + torch.randn_like(logits_TE) * width_TE
         weights_TK, ids_TK = self.ops.route(logits_TE, self.config, self.selection_bias)
         kept_TK = None
         if self.limits is not None:
