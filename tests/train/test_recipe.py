@@ -219,6 +219,7 @@ def test_the_bundled_recipe_keeps_its_promises() -> None:
     ("name", "kind"),
     [
         ("bundled", "qwen3_moe"),
+        ("tiny", "qwen3_moe"),
         ("switch", "qwen3_moe"),
         ("gshard", "moebius"),
         ("st_moe", "qwen3_moe"),
@@ -233,5 +234,5 @@ def test_the_recipes_that_come_along(name: str, kind: str | None) -> None:
 
 
 def test_no_recipe_is_left_out() -> None:
-    names = {"bundled", "switch", "gshard", "st_moe", "olmoe", "deepseek", "finetune"}
+    names = {"tiny", "bundled", "switch", "gshard", "st_moe", "olmoe", "deepseek", "finetune"}
     assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == names
