@@ -1,0 +1,1 @@
+"""The papers' claims at small scale: which runs there are, how one is made and measured, what they say together."""
