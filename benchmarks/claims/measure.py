@@ -19,9 +19,9 @@ from moebius.config import TrainingRouting
 from moebius.moe import health
 from moebius.moe.losses import present
 from moebius.moe.router import Router, Routing
+from moebius.nn.attention import CausalAttend
 from moebius.train.data import Batches, PreparedData, evaluation_batches, prepare
 from moebius.train.evaluate import Score, measuring, routers, scores
-from moebius.train.ops import DocumentAttend
 from moebius.train.trainer import Trainer
 
 CURVE_EVERY = 100
@@ -73,7 +73,7 @@ class Probe:
         decoder, batch = self._trainer.decoder, self._batch
         positions_T = torch.arange(batch.input_RL.shape[1]).repeat(len(batch.input_RL))
         with measuring(decoder):
-            attend = DocumentAttend(decoder.config, batch.document_RL, decoder.embed_tokens.weight.dtype)
+            attend = CausalAttend(decoder.config, batch.input_RL.shape[1], batch.document_RL)
             return present(decoder(batch.input_RL.reshape(-1), positions_T, attend)[1])
 
     def ids(self) -> torch.Tensor:
