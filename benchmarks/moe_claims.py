@@ -17,11 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+from claims.experiments import RUNS, SEEDS, STEPS, recipe_of, write_corpus
+
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT))
-
-from claims.experiments import RUNS, SEEDS, STEPS, recipe_of, write_corpus  # noqa: E402
-
 RESULTS = ROOT / "claims" / "runs"
 
 

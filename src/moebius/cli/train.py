@@ -10,7 +10,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in TOML, such as recipes/bundled.toml.")],
     out: Annotated[Path, typer.Option(help="Directory of the model and, in its `training`, of the run.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint, if there is one.")
     ] = False,
     dense_twin: Annotated[
         bool, typer.Option("--dense-twin", help="Train the dense model of equal active parameters in its place.")
