@@ -64,18 +64,10 @@ class PagedAttend:
         self._plans = {window: ops.plan_attention(step, block_size, window) for window in set(config.windows)}
 
     def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
-        cache = self._caches[layer]
-        _, cos_TR, sin_TR, _, _, q_norm, k_norm = rotation
-        q_THN = self._ops.rotate_and_store(
-            qkv_TI,
-            cos_TR,
-            sin_TR,
-            cache,
-            self._step.slot_mapping,
-            None if q_norm is None else q_norm.weight,
-            None if k_norm is None else k_norm.weight,
-            self._config.norm_eps,
-        )
+        cache, slots = self._caches[layer], self._step.slot_mapping
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (rotation.q_norm, rotation.k_norm))
+        angles, eps = (rotation.cos_TR, rotation.sin_TR), self._config.norm_eps
+        q_THN = self._ops.rotate_and_store(qkv_TI, *angles, cache, slots, q_norm, k_norm, eps)
         plan = self._plans[self._config.windows[layer]]
         return self._ops.paged_attention(q_THN, cache, plan, self._config.scale)
 

@@ -247,15 +247,8 @@ class CpuOps(ReferenceOps):
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         rows, half = len(positions_T), len(inverse_R)
         cos, sin = self._empty((rows, half), torch.float32), self._empty((rows, half), torch.float32)
-        self._ops.rotation(
-            _address(positions_T, torch.int64),
-            rows,
-            _address(inverse_R, torch.float32),
-            half,
-            factor,
-            cos.data_ptr(),
-            sin.data_ptr(),
-        )
+        at, inverse = _address(positions_T, torch.int64), _address(inverse_R, torch.float32)
+        self._ops.rotation(at, rows, inverse, half, factor, cos.data_ptr(), sin.data_ptr())
         return cos, sin
 
     def rotate_and_store(

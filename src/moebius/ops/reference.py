@@ -177,13 +177,7 @@ class ReferenceOps:
         """What `experts` needs to know of one layer's experts, worked out once; the tensors stay where they are."""
         return weights, activation
 
-    def experts(
-        self,
-        x_TD: Tensor,
-        weights_TK: Tensor | None,
-        expert_ids_TK: Tensor | None,
-        experts: Any,
-    ) -> Tensor:
+    def experts(self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: Any) -> Tensor:
         """Gated feed-forward down(act(gate x) * up x) of each token's experts and their weighted sum: (T, D).
 
         Each expert's output is rounded to the model's dtype; the sum over k runs in routing order in float32. Without
@@ -268,12 +262,8 @@ class ReferenceOps:
         2408.00118). sinks_H: float32 scores of one more key a head, without a value (gpt-oss, arXiv 2508.10925).
         """
         out_THN = torch.empty_like(q_THN)
-        plain = softcap is None and sinks_H is None
         for group in plan:
-            if plain:
-                out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale)
-            else:
-                out_THN[group.rows] = _attend_by_hand(q_THN[group.rows], cache, group, scale, softcap, sinks_H)
+            out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale, softcap, sinks_H)
         return out_THN
 
     def argmax(self, logits_LV: Tensor) -> Pair:
@@ -396,16 +386,7 @@ def _gather(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup) -> tupl
     return q, k, v
 
 
-def _attend(q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup, scale: float) -> Tensor:
-    """Attention of a group's rows over the keys and values in its slots."""
-    q, k, v = _gather(q_QHN, cache, group)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)
-
-
-def _attend_by_hand(
+def _attend(
     q_QHN: Tensor,
     cache: ReferenceCache,
     group: AttentionGroup,
@@ -413,18 +394,24 @@ def _attend_by_hand(
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """The same with capped scores and sinks, which torch's fused attention has not."""
+    """Attention of a group's rows over the keys and values in its slots; by hand with capped scores or sinks, which
+    torch's fused attention has not."""
     q, k, v = _gather(q_QHN, cache, group)
     share = q.shape[1] // k.shape[1]
-    scores = (q @ k.repeat_interleave(share, 1).transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    at = torch.arange(scores.shape[-1], device=q.device)
-    mask = visible(at, at, None) if group.mask is None else group.mask
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks_H is not None:
-        by_head = (1, k.shape[1], -1, 1) if group.one_row else (1, -1, 1, 1)
-        scores = torch.cat((scores, sinks_H.float().view(by_head).expand(*scores.shape[:-1], 1)), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
-    out = weights @ v.repeat_interleave(share, 1)
+    if softcap is None and sinks_H is None:
+        mask, whole = group.mask, group.mask is None
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=share > 1
+        )
+    else:
+        scores = (q @ k.repeat_interleave(share, 1).transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = torch.arange(scores.shape[-1], device=q.device)
+        scores = scores.masked_fill(~(visible(at, at, None) if group.mask is None else group.mask), -torch.inf)
+        if sinks_H is not None:
+            by_head = (1, k.shape[1], -1, 1) if group.one_row else (1, -1, 1, 1)
+            scores = torch.cat((scores, sinks_H.float().view(by_head).expand(*scores.shape[:-1], 1)), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
+        out = weights @ v.repeat_interleave(share, 1)
     return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)

@@ -62,13 +62,7 @@ def measuring(decoder: Decoder, *, at_capacity: bool = False) -> Iterator[None]:
 
 @torch.no_grad()
 def score(
-    decoder: Decoder,
-    stream: np.ndarray,
-    data: PreparedData,
-    length: int,
-    *,
-    rows: int = 8,
-    max_rows: int | None = None,
+    decoder: Decoder, stream: np.ndarray, data: PreparedData, length: int, *, rows: int = 8, max_rows: int | None = None
 ) -> Score:
     """Score a stream's documents in rows of `length` tokens: a token sees what its row holds of its document.
 
