@@ -137,5 +137,5 @@ def test_a_run_from_corpus_to_report(work: Path, tmp_path: Path, monkeypatch: py
     assert found["dense"][1]["parameters"] < run["parameters"] and 0 < run["loss"]["all"] < 8
     assert list(run["at_capacity"]) == [str(factor) for factor in measure.CAPACITIES]
     text = report.report(tmp_path, tmp_path / "claims.png")
-    assert text.count("not run") == 6 and "| e8 | 1 |" in text
+    assert text.count("not run") == 6 and text.count("in 1 of 3 seeds") == 5 and "| e8 | 1 |" in text
     assert (tmp_path / "claims.png").stat().st_size > 10_000
