@@ -374,7 +374,7 @@ class _(Scheduler):
 class _(Scheduler):
     def _compute(self, request, num_tokens, draft):
         super()._compute(request, num_tokens, draft)
-        draft.chunks[request.id] = replace(draft.chunks[request.id], samples=True)
+        draft.chunks[request.id] = draft.chunks[request.id]._replace(samples=True)
 
 
 @bug("a scored prompt never ends")

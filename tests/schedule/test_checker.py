@@ -90,7 +90,7 @@ def test_nobody_expires_without_cause():
 
 
 def chunk_of(plan, **changes):
-    return replace(plan, chunks=(replace(plan.chunks[0], **changes),))
+    return replace(plan, chunks=(plan.chunks[0]._replace(**changes),))
 
 
 @pytest.mark.parametrize(

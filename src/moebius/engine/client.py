@@ -6,7 +6,7 @@ log-probabilities (`StepOutput`). Text never crosses it. Nothing here imports to
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from moebius.errors import MoebiusError
 from moebius.schedule.request import FinishReason, Request, ServingLimits
@@ -26,8 +26,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What one step brought one request. The one with a `finish_reason` is the last of its request.
 
     token_ids        drawn in this step, in order

@@ -8,8 +8,8 @@ operation of the backend; here are the few candidates it leaves. Legend: L rows,
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,7 @@ _COLDEST = 1e-20
 _IMPOSSIBLE = float(np.finfo(np.float32).min)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """A row's token, and its log-probabilities if they were asked for."""
 
     token_id: int

@@ -73,10 +73,14 @@ class StepInputs:
         for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
             stop = start + len(tokens)
             ids.extend(tokens)
-            positions.extend(range(start, stop))
-            for at in range(start // block_size, -(-stop // block_size)):
-                shift = (blocks[at] - at) * block_size
-                slots.extend(range(max(start, at * block_size) + shift, min(stop, (at + 1) * block_size) + shift))
+            if stop - start == 1:  # a decode, of which there are hundreds
+                positions.append(start)
+                slots.append(blocks[start // block_size] * block_size + start % block_size)
+            else:
+                positions.extend(range(start, stop))
+                for at in range(start // block_size, -(-stop // block_size)):
+                    shift = (blocks[at] - at) * block_size
+                    slots.extend(range(max(start, at * block_size) + shift, min(stop, (at + 1) * block_size) + shift))
             table.extend(blocks)
             table.extend(repeat(0, width - len(blocks)))
             query_start.append(query_start[-1] + len(tokens))

@@ -298,5 +298,6 @@ class Request:
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids at positions start to stop - 1 of prompt and output together."""
         split = len(self.prompt_ids)
-        head = list(self.prompt_ids[start : min(stop, split)]) if start < split else []
-        return head + self.output_ids[max(start - split, 0) : max(stop - split, 0)]
+        if start >= split:
+            return self.output_ids[start - split : stop - split]
+        return [*self.prompt_ids[start : min(stop, split)], *self.output_ids[: max(stop - split, 0)]]

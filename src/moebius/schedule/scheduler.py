@@ -20,7 +20,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moebius.config import EngineConfig
 from moebius.errors import ContextLengthError, RequestError
@@ -33,8 +33,7 @@ WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
 the running request that is computing its prefix."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Positions start to start + num_tokens - 1 of one request, to be computed in this step.
 
     samples            the logits of the last position are wanted, to draw the next token
