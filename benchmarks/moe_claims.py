@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT.parent / "build" / "claims", help="corpus and tokens")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--pair", action="store_true", help="row 2 alone, on all cores")
-    parser.add_argument("--report", action="store_true", help="train nothing; tables and benchmarks/claims/claims.png")
+    parser.add_argument("--report", action="store_true", help="train nothing; tables and docs/claims.png")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> int:
     if args.report:
         from claims.report import report
 
-        print(report(args.results, ROOT / "claims" / "claims.png"))
+        print(report(args.results, ROOT.parent / "docs" / "claims.png"))
         return 0
     if args.pair:
         return make(["pair"], args.seeds, args.work, args.steps, 1, args.results, os.cpu_count() or 1)
