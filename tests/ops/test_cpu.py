@@ -230,3 +230,20 @@ def test_draws_split_the_unit_interval(ops: CpuOps) -> None:
         assert ops.draw(lonely, torch.ones(3), torch.full((3,), u).double()).tolist() == [7, 7, 7]
     even = ops.draw(torch.zeros(4, 4), torch.ones(4), torch.tensor([0.0, 0.25, 0.499, 1 - 2.0**-53]).double())
     assert even.tolist() == [0, 1, 1, 3]
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_experts_of_two_matrices_are_computed_by_the_reference(ops: CpuOps, routed: bool) -> None:
+    """Nothing serves them, but inspection runs them; the kernels would read a third matrix that is not there."""
+    generator = torch.Generator().manual_seed(0)
+    gate, down = (tuple(torch.randn(*s, generator=generator) for _ in range(4)) for s in ((24, 16), (16, 24)))
+    x = torch.randn(5, 16, generator=generator)
+    weights = torch.rand(5, 2, generator=generator) if routed else None
+    ids = torch.tensor([[0, 1], [1, 3], [3, 2], [0, 3], [2, 1]]) if routed else None
+    found = ops.experts(x, weights, ids, ops.prepare_experts(ExpertWeights(gate, (), down), "relu"))
+    expected = torch.zeros(5, 16, dtype=torch.float64)
+    for t in range(5):
+        for k in range(2 if routed else 1):
+            e, share = (int(ids[t, k]), weights[t, k].double()) if routed else (0, 1.0)  # type: ignore[index]
+            expected[t] += share * (down[e].double() @ torch.relu(gate[e].double() @ x[t].double()))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

@@ -284,16 +284,18 @@ class CpuOps(ReferenceOps):
         self._ops.route(self._routers[config], at, rows, bias_at, weights.data_ptr(), ids.data_ptr())
         return weights, ids
 
-    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> CpuExperts:
+    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> Any:
+        if not weights.up_FD:  # of two matrices, which nothing serves: plain PyTorch
+            return super().prepare_experts(weights, activation)
         _require_no_gradient(*(x for tensors in weights for x in tensors))
         width, hidden = weights.gate_FD[0].shape
         dtype = _require_dtype(weights.gate_FD[0].dtype, *(x for tensors in weights for x in tensors))
         tables = [[_address(x) for x in tensors] for tensors in weights]
         return CpuExperts(_cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables), weights)
 
-    def experts(
-        self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: CpuExperts
-    ) -> Tensor:
+    def experts(self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: Any) -> Tensor:
+        if not isinstance(experts, CpuExperts):
+            return super().experts(x_TD, weights_TK, expert_ids_TK, experts)
         _require_dtype(x_TD.dtype, experts.weights.gate_FD[0])
         out = self._empty(x_TD.shape, x_TD.dtype)
         top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
