@@ -17,6 +17,7 @@ def draw(results: Results, path: Path) -> None:
     axes = figure.subplots(2, 3).flatten()
     for axis, panel in zip(axes, (_curves, _experts, _alphas, _z, _capacities, _saturation), strict=True):
         panel(axis, results)
+        axis.set_visible(axis.has_data())
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
@@ -43,7 +44,7 @@ def _across(axis: Any, results: Results, names: dict[str, str], value: Callable[
     """One value of several runs side by side: `names` has what stands at each on the axis."""
     there = {name: text for name, text in names.items() if results.get(name)}
     columns = [[value(run) for run in results[name].values()] for name in there]
-    if columns:
+    if len(columns) > 1:
         _band(axis, list(there.values()), columns, label)
 
 
