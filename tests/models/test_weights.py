@@ -327,15 +327,15 @@ def test_sources_cover_exactly_the_decoder(tmp_path: Path, model_type: str) -> N
 
 
 def test_fingerprint_tells_checkpoints_apart(good: Path, broken: Path) -> None:
-    same = fingerprint(good)
-    assert fingerprint(broken) == same and len(same) == 16
+    same = fingerprint(open_checkpoint(good))
+    assert fingerprint(open_checkpoint(broken)) == same and len(same) == 16
     raw = bytearray((broken / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (broken / "model.safetensors").write_bytes(raw)
-    changed = fingerprint(broken)
+    changed = fingerprint(open_checkpoint(broken))
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
-    assert len({same, changed, fingerprint(broken)}) == 3
+    assert len({same, changed, fingerprint(open_checkpoint(broken))}) == 3
 
 
 def test_directory_without_a_configuration(tmp_path: Path) -> None:

@@ -548,7 +548,7 @@ def test_check_names_the_broken_invariant(harm, invariant):
 
 
 def cheapest_step_of_decodes(num: int) -> float:
-    """CPU seconds of planning and updating `num` decodes: the least of 30 steps, which other work on the core spares."""
+    """CPU seconds of planning and updating `num` decodes: the least of 30 steps, so that other work hardly shows."""
     scheduler = Scheduler(
         EngineConfig(max_num_seqs=num, max_num_batched_tokens=65_536, max_model_len=4096),
         BlockPool(60_000, 16, key=KEY),

@@ -101,7 +101,7 @@ def load_engine(
         eos_ids=eos_ids,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,
-        fingerprint=_fingerprint(directory, prepared),
+        fingerprint=_fingerprint(prepared),
     )
     return Engine(runner, scheduler, info, trace=trace)
 
@@ -125,7 +125,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _fingerprint(directory: Path, prepared: Prepared) -> str:
+def _fingerprint(prepared: Prepared) -> str:
     """Names weights, configuration and kernels; `-approx` where batch mates may change a bit (promise P1 is off)."""
-    name = f"fp_{fingerprint(directory)[:16]}_{prepared.ops.name}_{_name(prepared.dtype)}"
+    name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{_name(prepared.dtype)}"
     return name if prepared.ops.one_answer else f"{name}-approx"

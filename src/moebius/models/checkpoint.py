@@ -216,12 +216,11 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     return Checkpoint(directory, config_json, config, tensors, _match(directory, config, tensors))
 
 
-def fingerprint(directory: Path | str) -> str:
+def fingerprint(checkpoint: Checkpoint) -> str:
     """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each tensor."""
-    directory = Path(directory)
     digest = blake2b(digest_size=8, person=b"moebius-weights")
-    digest.update(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
-    tensors = sorted(read_tensors(directory).values(), key=lambda t: (t.file.name, t.start))
+    digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
+    tensors = sorted(checkpoint.tensors.values(), key=lambda t: (t.file.name, t.start))
     for path in sorted({tensor.file for tensor in tensors}):
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,7 +85,8 @@ class Tokenizer:
 
         As in transformers 5, a flag that is false takes nothing from what tokenizer.json adds.
         """
-        probes = ("a", *islice(self._backend.get_vocab(), 100))
+        some = (self._backend.id_to_token(i) or "" for i in range(100))
+        probes = chain(("a",), some)
         probe = next((text for text in probes if self._backend.encode(text, add_special_tokens=False).ids), "")
         plain = self._backend.encode(probe, add_special_tokens=False).ids
         framed = self._backend.encode(probe, add_special_tokens=True).ids
