@@ -1,6 +1,6 @@
 """`python -m moebius` is the `moebius` command."""
 
-from moebius.cli.main import main
+from moebius.cli.main import script
 
 if __name__ == "__main__":
-    main()
+    script()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -52,6 +54,19 @@ def test_plan_prints_what_the_headers_say(
     assert all(tensor["mapped"] for tensor in plan["tensors"])
     assert moebius(monkeypatch, "plan", str(model), "--dtype", "bfloat16", "--tensors") == 0
     assert "copied" in capsys.readouterr().out
+
+
+def test_the_process_ends_with_its_code_and_loses_no_output(model: Path) -> None:
+    def run(*arguments: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "moebius", *arguments]
+        return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+
+    done = run("plan", str(model), "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["num_blocks"] > 0 and done.stderr == ""
+    assert run("plan", "nowhere").returncode == 2
+    with open("/dev/full", "w") as full:
+        failed = run("plan", str(model), "--json", stdout=full)
+    assert failed.returncode != 0 and "No space left" in failed.stderr
 
 
 def test_generate_prints_completions(

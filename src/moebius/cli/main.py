@@ -1,6 +1,9 @@
 """The `moebius` command. Its subcommands import what is heavy inside their functions."""
 
+import atexit
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -89,5 +92,15 @@ def main() -> None:
         sys.exit(130)
 
 
-if __name__ == "__main__":
-    main()
+def script() -> None:
+    """`main`, and out: with torch loaded, Python's dismantling of its modules takes most of a second."""
+    try:
+        main()
+    except SystemExit as end:
+        threads = [thread for thread in threading.enumerate() if not thread.daemon]
+        if not isinstance(end.code, int | None) or len(threads) > 1:
+            raise
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)
