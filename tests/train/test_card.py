@@ -16,7 +16,7 @@ from moebius.train.data import PreparedData
 from moebius.train.export import export, measure
 from moebius.train.recipe import Recipe
 from moebius.train.trainer import Trainer
-from stdlib.card import NGrams, card
+from stdlib.card import NGrams, beside_twin, card
 
 
 def test_hand_worked() -> None:
@@ -65,5 +65,22 @@ def test_the_card_has_all_figures(recipe: Recipe, data: PreparedData, tmp_path: 
     held_out = data.tokenizer.decode(data.heldout["library"].tolist()).encode()
     assert zipped == pytest.approx(8 * len(gzip.compress(held_out, 9)) / len(held_out), abs=1e-3)
     assert 0 < xz < zipped * 1.5 < 8 and 1 < grams < 6
+    assert "dense twin" not in text.split("## Figures")[1]
     assert "PSF-2.0" in text and "2 minutes at 1,234 tokens/s" in text
     assert "4 experts of width 16 in every layer,\n  top-2" in text and "40 short\nconversations" in text
+
+
+def test_the_twin_stands_beside_it_as_far_as_it_went(tmp_path: Path) -> None:
+    for name, speed, heldout in (
+        ("out", 1000, {500: 1.75, 1000: 1.5, 1500: 1.25}),
+        ("twin", 1500, {500: 2, 1000: 1.75}),
+    ):
+        lines = [{"step": step, "tokens_per_second": speed} for step in range(250, max(heldout) + 1, 250)]
+        lines = [
+            x | ({"heldout_bits_per_byte": {"all": heldout[x["step"]]}} if x["step"] in heldout else {}) for x in lines
+        ]
+        (tmp_path / name / "training").mkdir(parents=True)
+        (tmp_path / name / "training" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = beside_twin(tmp_path / "out", tmp_path / "twin")
+    assert text.endswith("| 500 | **1.750** | 2.000 |\n| 1,000 | **1.500** | 1.750 |")
+    assert "1,000 steps of it" in text and "1,000 and 1,500 tokens/s" in text
