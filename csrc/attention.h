@@ -154,11 +154,9 @@ template <class T> INLINE void finish(const Row<T>& row, const State& s, int hea
 
 constexpr int MOST_ROWS = 64;
 
-template <class T, class Rows> void attention(const AttentionBlock& a, const CacheShape& s, float* scratch) {
+// The block's rows, with the states in `scratch` of rows that have met no split yet; returns how many.
+template <class T> INLINE int find_rows(const AttentionBlock& a, const CacheShape& s, float* scratch, Row<T>* rows, State* states) {
     const int count = a.queries * a.group;
-    Row<T> rows[MOST_ROWS];
-    State states[MOST_ROWS];
-    float* gathered = scratch + states_floats(count, s);
     for (int i = 0; i < count; i++) {
         int query = i / a.group, head = i % a.group, position = a.first_position + query;
         size_t at = query * a.token_stride + size_t(head) * s.head_dim;
@@ -167,16 +165,39 @@ template <class T, class Rows> void attention(const AttentionBlock& a, const Cac
         states[i] = state_of(scratch, i, s);
         for (int n = 0; n < s.padded_dim; n += 16) store(states[i].out_before + n, zero());
         *states[i].largest_before = FAR_BELOW, *states[i].total_before = 0;
-        begin_split(states[i], s.padded_dim);
     }
-    const int stop = rows[count - 1].last + 1;
+    return count;
+}
+
+template <class T, class Rows> void attention(const AttentionBlock& a, const CacheShape& s, float* scratch) {
+    Row<T> rows[MOST_ROWS];
+    State states[MOST_ROWS];
+    const int count = find_rows<T>(a, s, scratch, rows, states), stop = rows[count - 1].last + 1, whole = a.split < 0;
+    float* gathered = scratch + states_floats(count, s);
+    for (int r = 0; r < count; r++) begin_split(states[r], s.padded_dim);
     Rows all_rows{a, s, rows, states, count, gathered + gathered_floats(s)};
-    for (int start = rows[0].first / KEY_TILE * KEY_TILE; start < stop; start += KEY_TILE) {
+    const int first = rows[0].first / KEY_TILE * KEY_TILE, end = whole ? stop : min_of(stop, (a.split + 1) * KEY_SPLIT);
+    for (int start = whole ? first : max_of(first, a.split * KEY_SPLIT); start < end; start += KEY_TILE) {
         all_rows.meet(find_tile<T>(a, s, start, stop, reinterpret_cast<uint32_t*>(gathered)), start);
-        if ((start + KEY_TILE) % KEY_SPLIT == 0 || start + KEY_TILE >= stop)
+        if (whole && ((start + KEY_TILE) % KEY_SPLIT == 0 || start + KEY_TILE >= stop))
             for (int r = 0; r < count; r++) end_split(states[r], s.padded_dim), begin_split(states[r], s.padded_dim);
     }
-    for (int i = 0; i < count; i++) finish(rows[i], states[i], s.head_dim);
+    if (whole)
+        for (int r = 0; r < count; r++) finish(rows[r], states[r], s.head_dim);
+}
+
+template <class T> void join_splits(const AttentionBlock& a, const CacheShape& s, float* scratch, size_t stride, int splits) {
+    Row<T> rows[MOST_ROWS];
+    State states[MOST_ROWS];
+    const int count = find_rows<T>(a, s, scratch, rows, states);
+    for (int r = 0; r < count; r++) {
+        for (int i = 0; i < splits; i++) {
+            State split = states[r], here = state_of(scratch + i * stride, r, s);
+            split.out = here.out, split.largest = here.largest, split.total = here.total;
+            end_split(split, s.padded_dim);
+        }
+        finish(rows[r], states[r], s.head_dim);
+    }
 }
 
 }  // namespace MOEBIUS_ISA

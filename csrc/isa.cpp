@@ -40,6 +40,7 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
         {rms_norm<bf16>, rms_norm<float>},
         {rotate<bf16>, rotate<float>},
         {MOEBIUS_BF16(MOEBIUS_16_OR_8(attention, bf16), amx_attention), MOEBIUS_16_OR_8(attention, float)},
+        {join_splits<bf16>, join_splits<float>},
         softmax_stats,
         exp_row,
     };

@@ -52,6 +52,7 @@ struct AttentionBlock {
     const uint32_t* cache;   // the layer's
     const int32_t* block_table;
     int kv_head;
+    int split = -1;          // -1: all keys; else only those of this split, and the rows' states stay in scratch
 };
 
 struct Kernels {
@@ -77,6 +78,8 @@ struct Kernels {
     void (*rotate[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, int n,
                       void* out);
     void (*attention[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);
+    // The rest of `attention` from the scratches of `count` consecutive splits, `stride` floats apart.
+    void (*join_splits[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch, size_t stride, int count);
     // Largest value (NaN where any value is not finite), its lowest index, and the sum of exp((x - largest) * factor)
     // where `sum` is given.
     void (*softmax_stats)(const float* x, int n, float factor, float* largest, int* at, double* sum);

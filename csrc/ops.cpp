@@ -298,14 +298,13 @@ void Ops::attention(Dtype dtype, const CacheShape& shape, const StepAttention& s
     const int group = q_heads / shape.kv_heads, part = std::min(group, ROW_BLOCK), parts = (group + part - 1) / part;
     const int queries = std::max(1, ROW_BLOCK / part), batch = int(step.seq_lens.size());
     // Items: (sequence, block of queries, part of a kv head's group). Long ones first would balance better, but sequences
-    // come in the scheduler's order and the queue evens them out.
-    products_.clear();
+    // come in the scheduler's order and the queue evens them out. Where they are few, each split of the keys is an item.
+    products_.clear(), splits_.clear();
     for (int b = 0; b < batch; b++)
         for (int first = step.query_start[b]; first < step.query_start[b + 1]; first += queries)
             for (int h = 0; h < shape.kv_heads * parts; h++)
                 products_.push_back({h, first, std::min(queries, step.query_start[b + 1] - first), b, 0});
-    pool_.run(int(products_.size()), [&](int item, int thread) {
-        const Product& p = products_[item];
+    auto block_of = [&](const Product& p) {
         const int b = p.column, head = p.expert / parts * group + p.expert % parts * part;
         AttentionBlock a;
         size_t place = (p.first * token_stride) * size_of(dtype) + head * head_bytes;
@@ -314,7 +313,29 @@ void Ops::attention(Dtype dtype, const CacheShape& shape, const StepAttention& s
         a.first_position = step.seq_lens[b] - (step.query_start[b + 1] - p.first);
         a.window = step.window, a.scale = scale, a.softcap = softcap, a.sinks = sinks ? sinks + head : nullptr;
         a.cache = cache, a.block_table = step.block_table.data() + size_t(b) * step.table_width, a.kv_head = p.expert / parts;
-        kernels_->attention[dtype](a, shape, scratch_[thread].need(attention_scratch(a.queries * a.group, shape)));
+        return a;
+    };
+    const int items = int(products_.size());
+    for (int i = 0; items < 2 * pool_.threads() && i < items; i++) {
+        const AttentionBlock a = block_of(products_[i]);
+        const int first = a.window ? std::max(0, a.first_position - a.window + 1) : 0;
+        products_[i].columns = int(splits_.size());
+        for (int split = first / KEY_SPLIT; split * KEY_SPLIT < a.first_position + a.queries; split++) splits_.push_back({i, split});
+    }
+    const size_t need = (attention_scratch(ROW_BLOCK, shape) + 15) / 16 * 16;
+    if (int(splits_.size()) <= items) {
+        pool_.run(items, [&](int item, int thread) { kernels_->attention[dtype](block_of(products_[item]), shape, scratch_[thread].need(need)); });
+        return;
+    }
+    float* states = shared_.need(splits_.size() * need);
+    pool_.run(int(splits_.size()), [&](int item, int) {
+        AttentionBlock a = block_of(products_[splits_[item].product]);
+        a.split = splits_[item].split;
+        kernels_->attention[dtype](a, shape, states + item * need);
+    });
+    pool_.run(items, [&](int item, int) {
+        const int from = products_[item].columns, to = item + 1 < items ? products_[item + 1].columns : int(splits_.size());
+        kernels_->join_splits[dtype](block_of(products_[item]), shape, states + from * need, need, to - from);
     });
 }
 

@@ -131,6 +131,11 @@ private:
     // Kept between calls, so that a step allocates nothing once its size has been seen.
     std::vector<int> starts_, pairs_;
     std::vector<Product> products_;
+    struct Split {
+        int product, split;
+    };
+    std::vector<Split> splits_;
+    Scratch shared_;
     uint64_t calls_ = 0;  // of products
     std::vector<char> hidden_, results_;
 };
