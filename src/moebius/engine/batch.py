@@ -48,9 +48,10 @@ def build_batch(
         if chunk.samples:
             sampled.append(request)
             sampled_rows.append(row + chunk.num_tokens - 1)
-        last_scored = min(stop, len(request.prompt_ids) - 1)
-        if request.params.prompt_logprobs is not None and chunk.start < last_scored:
-            scored.append((request, row, chunk.start, last_scored))
+        if request.params.prompt_logprobs is not None:
+            last_scored = min(stop, len(request.prompt_ids) - 1)
+            if chunk.start < last_scored:
+                scored.append((request, row, chunk.start, last_scored))
         row += chunk.num_tokens
     prompts: list[PromptRows] = []
     prompt_rows: list[int] = []

@@ -148,7 +148,7 @@ class Engine:
 
     def _update(self, plan: StepPlan, results: _Results) -> list[StepOutput]:
         outputs = []
-        requests = {chunk.request_id: self.scheduler.requests[chunk.request_id] for chunk in plan.chunks}
+        requests = [self.scheduler.requests[chunk.request_id] for chunk in plan.chunks]
         for request_id, error in results.failed.items():
             self.scheduler.fail(request_id)
             if self._trace:
@@ -158,32 +158,25 @@ class Engine:
         self.scheduler.update(plan, tokens)
         if self._trace:
             self._trace.update(tokens)
-        for request_id, request in requests.items():
-            if request_id not in results.failed:
-                outputs.extend(self._output(request, results))
+        self._counts["generation_tokens"] += len(tokens)
+        outputs += [
+            self._output(request, tokens.get(request.id, ()), results)
+            for request in requests
+            if request.id in tokens
+            or (request.id not in results.failed and (request.finished or results.prompts.get(request.id)))
+        ]
         return outputs
 
-    def _output(self, request: Request, results: _Results) -> list[StepOutput]:
-        sampled = results.sampled.get(request.id)
-        prompts = tuple(results.prompts.get(request.id, ()))
-        if sampled is None and not prompts and not request.finished:
-            return []
-        if len(request.output_ids) == 1 or (sampled is None and request.finished):
+    def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results) -> StepOutput:
+        finished, cached = request.finish_reason, request.num_cached_tokens or 0
+        if len(request.output_ids) == 1 or (finished and not token_ids):
             self._counts["prompt_tokens"] += len(request.prompt_ids)
-            self._counts["prompt_tokens_cached"] += request.num_cached_tokens or 0
-        self._counts["generation_tokens"] += sampled is not None
-        if request.finished:
+            self._counts["prompt_tokens_cached"] += cached
+        if finished:
             self._scored.pop(request.id, None)
-        return [
-            StepOutput(
-                request.id,
-                token_ids=(sampled.token_id,) if sampled else (),
-                logprobs=(sampled.logprob,) if sampled and sampled.logprob else (),
-                prompt_logprobs=prompts,
-                finish_reason=request.finish_reason,
-                num_cached_tokens=request.num_cached_tokens or 0,
-            )
-        ]
+        logprob = results.sampled[request.id].logprob if token_ids else None
+        prompts = tuple(results.prompts.get(request.id, ())) if results.prompts else ()
+        return StepOutput(request.id, token_ids, (logprob,) if logprob else (), prompts, finished, cached)
 
     def _failed_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The model itself failed: nothing of the step is kept, its requests end, the engine goes on."""
