@@ -97,10 +97,8 @@ def script() -> None:
     try:
         main()
     except SystemExit as end:
-        threads = [thread for thread in threading.enumerate() if not thread.daemon]
-        if not isinstance(end.code, int | None) or len(threads) > 1:
+        if not isinstance(end.code, int | None) or not all(thread.daemon for thread in threading.enumerate()[1:]):
             raise
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(end.code or 0)

@@ -48,10 +48,9 @@ def build_batch(
         if chunk.samples:
             sampled.append(request)
             sampled_rows.append(row + chunk.num_tokens - 1)
-        if request.params.prompt_logprobs is not None:
-            last_scored = min(stop, len(request.prompt_ids) - 1)
-            if chunk.start < last_scored:
-                scored.append((request, row, chunk.start, last_scored))
+        last_scored = 0 if request.params.prompt_logprobs is None else min(stop, len(request.prompt_ids) - 1)
+        if chunk.start < last_scored:
+            scored.append((request, row, chunk.start, last_scored))
         row += chunk.num_tokens
     prompts: list[PromptRows] = []
     prompt_rows: list[int] = []

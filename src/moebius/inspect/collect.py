@@ -16,6 +16,7 @@ from moebius.config import RouterConfig, require
 from moebius.inspect.corpus import Rows
 from moebius.models.decoder import Decoder
 from moebius.moe import health
+from moebius.moe.losses import chosen_counts
 from moebius.moe.router import Router, Routing
 from moebius.nn.attention import CausalAttend
 
@@ -102,7 +103,7 @@ class Tally:
     def see(self, m: int, module: Router, inputs: tuple[Tensor], routing: Routing) -> None:
         """A forward hook of router m: add what it made of the step's tokens."""
         ids_TK, experts = routing.expert_ids_TK, self.router.num_experts
-        self.counts_SME[-1][m] = health.expert_counts(ids_TK, experts).cpu()
+        self.counts_SME[-1][m] = chosen_counts(routing)[0].cpu()
         p_TE = health.router_probabilities(routing.logits_TE, module.config)
         self.p_ME[m] += p_TE.double().sum(0)
         self._add("entropy", m, health.entropy(p_TE))
@@ -136,7 +137,7 @@ class Tally:
             self._add("overlap_first", m, ours.expert_ids_TK[:, 0] == theirs.expert_ids_TK[:, 0])
             p_TE, q_TE = (health.router_probabilities(r.logits_TE, self.router) for r in (ours, theirs))
             self._add("variation", m, health.total_variation(p_TE, q_TE))
-            self.other_counts_ME[m] += health.expert_counts(theirs.expert_ids_TK, self.router.num_experts)
+            self.other_counts_ME[m] += chosen_counts(theirs)[0].long()
 
 
 @torch.inference_mode()

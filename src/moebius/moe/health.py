@@ -15,11 +15,6 @@ from moebius.config import RouterConfig
 from moebius.ops.routing import route
 
 
-def expert_counts(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """How many (token, choice) pairs each expert got: (E,) int64."""
-    return torch.bincount(expert_ids_TK.reshape(-1), minlength=num_experts)
-
-
 def load_share(counts_E: Tensor) -> Tensor:
     """q_e = c_e / sum c, the part of a layer's work that each expert does: 0 to 1, 1/E when even (..., E)."""
     return counts_E.double() / counts_E.sum(-1, keepdim=True).clamp(min=1)
