@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moebius import LLM, SamplingParams
 from moebius.models.weights import load_decoder
 from moebius.ops.reference import ReferenceOps
 from moebius.train.data import PreparedData, prepare
@@ -26,6 +27,8 @@ from moebius.train.export import model_card
 from moebius.train.recipe import Recipe, read_recipe
 
 ORDER = 5
+PROMPTS = ("def read_file(path):", "class Stack:", "# The cache")
+SAMPLE_TOKENS = 64
 
 
 class NGrams:
@@ -118,6 +121,14 @@ def _lines(path: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
+def samples(out: Path) -> str:
+    """What the model makes of PROMPTS, as code blocks."""
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=SAMPLE_TOKENS)
+    with LLM(str(out), kv_cache_memory_bytes=2**24) as llm:
+        outputs = llm.generate(PROMPTS, params, progress=False)
+    return "\n\n".join(f"```\n{output.prompt}{output.outputs[0].text}\n```" for output in outputs)
+
+
 def card(recipe: Recipe, out: Path, data: PreparedData, twin: Path | None = None) -> str:
     """README.md of the model in `out`."""
     summary = json.loads((out / "training" / "figures.json").read_text())
@@ -125,9 +136,9 @@ def card(recipe: Recipe, out: Path, data: PreparedData, twin: Path | None = None
     decoder = load_decoder(out, torch.bfloat16, ops=ReferenceOps())
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     part, chats = decoder.config.feed_forward[0], data.facts["sizes"]["train"]["chat"]["documents"]
-    more = {"chats": chats, "python": platform.python_version(), "experts": part}
-    beside = "" if twin is None else beside_twin(out, twin)
-    return model_card(template, decoder, recipe, data.facts, summary, beside=beside, **more)
+    more = {"chats": chats, "python": platform.python_version(), "experts": part, "sample_tokens": SAMPLE_TOKENS}
+    more |= {"samples": samples(out), "beside": "" if twin is None else beside_twin(out, twin)}
+    return model_card(template, decoder, recipe, data.facts, summary, **more)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moebius import LLM, SamplingParams
 from moebius.train.data import PreparedData
 from moebius.train.export import export, measure
 from moebius.train.recipe import Recipe
@@ -66,8 +67,12 @@ def test_the_card_has_all_figures(recipe: Recipe, data: PreparedData, tmp_path: 
     assert zipped == pytest.approx(8 * len(gzip.compress(held_out, 9)) / len(held_out), abs=1e-3)
     assert 0 < xz < zipped * 1.5 < 8 and 1 < grams < 6
     assert "dense twin" not in text.split("## Figures")[1]
+    said = LLM(str(tmp_path), kv_cache_memory_bytes=2**24).generate(
+        "class Stack:", SamplingParams(temperature=0.7, seed=1, max_tokens=64)
+    )
+    assert f"```\nclass Stack:{said[0].outputs[0].text}\n```" in text
     assert "PSF-2.0" in text and "2 minutes at 1,234 tokens/s" in text
-    assert "4 experts of width 16 in every layer,\n  top-2" in text and "40 short\nconversations" in text
+    assert "4 experts of width 16 in every layer, top-2" in text and "40 short\nconversations" in text
 
 
 def test_the_twin_stands_beside_it_as_far_as_it_went(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
 def test_the_bundled_recipe_keeps_its_promises() -> None:
     recipe = read_recipe(ROOT / "recipes" / "bundled.toml")
     routers = {part.router for part in decoder(recipe).feed_forward}
-    assert routers == {RouterConfig(8, 2, weight="renorm")}
+    assert routers == {RouterConfig(16, 3, weight="renorm")}
     assert recipe.tokenizer.vocab_size == 4096
     assert recipe.training.load_balance > 0
     assert recipe.training.z_loss > 0

@@ -86,7 +86,7 @@ def _log_scale(axis: Any) -> None:
 
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 60 * low else (1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:,g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
 
