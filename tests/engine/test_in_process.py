@@ -136,5 +136,5 @@ def test_an_idle_engine_sleeps(client: InProcessClient) -> None:
     time.sleep(0.2)
     before = time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - before < 0.25  # a spinning engine takes 0.5
+    assert time.process_time() - before < 0.1
     client.close(5)

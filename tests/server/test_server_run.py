@@ -104,7 +104,7 @@ def test_the_second_signal_ends_at_once() -> None:
         started = time.monotonic()
         child.send_signal(signal.SIGTERM)
         child.communicate(timeout=20)
-        assert time.monotonic() - started < 6  # the stream has 10 s to go
+        assert time.monotonic() - started < 2
         assert child.returncode == 128 + signal.SIGTERM
         sock.close()
 

@@ -147,7 +147,7 @@ def test_a_runaway_template_is_stopped(source):
     with pytest.raises(RequestError, match=reason) as caught:
         messages = [{"role": "user", "content": "y" * 100_000}]
         template.render(variables(messages), seconds=2 if grows else 0.2, characters=10**6)
-    assert time.monotonic() - start < 10  # unlimited, each takes minutes or the memory
+    assert time.monotonic() - start < 2
     assert caught.value.param == "messages"
 
 
