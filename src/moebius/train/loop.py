@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moebius.errors import ConfigError, StorageError
+from moebius.errors import ConfigError, NumericalError, StorageError
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
 from moebius.train.trainer import StepReport, Trainer
 
@@ -48,14 +48,16 @@ def run(
                 if now - saved >= training.checkpoint_seconds or asked:
                     trainer.save(checkpoint, metrics.state())
                     saved = now
-    except OSError as error:
-        raise StorageError(
-            f"step {trainer.done}: {error.filename or folder} cannot be written ({error.strerror}); "
-            "training stopped, the last checkpoint is whole"
-        ) from None
+            if not asked:
+                trainer.save(checkpoint, metrics.state())
+    except (NumericalError, OSError, StorageError) as error:
+        kept = "the checkpoint before is whole" if checkpoint.exists() else "there is no checkpoint yet"
+        if not isinstance(error, OSError):
+            raise type(error)(f"{error}; training stopped, {kept}") from None
+        full = f"step {trainer.done}: {error.filename or folder} cannot be written ({error.strerror})"
+        raise StorageError(f"{full}; training stopped, {kept}") from None
     if asked:
         raise KeyboardInterrupt
-    trainer.save(checkpoint, metrics.state())
 
 
 @contextmanager

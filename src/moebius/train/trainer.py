@@ -211,10 +211,7 @@ class Trainer:
             for index in self._mine:
                 self._losses(batch, index, None)
         bad += [f"the gradient of {n}" for n, grad in reversed(self._grads.items()) if not grad.isfinite().all()]
-        return (
-            f"step {self.done}: the loss is {loss}, and {bad[0] if bad else 'the loss'} the first that is no number; "
-            "training stopped, the last checkpoint is good"
-        )
+        return f"step {self.done}: the loss is {loss}, and {bad[0] if bad else 'the loss'} the first that is no number"
 
     def evaluate(self, max_rows: int | None = None, *, at_capacity: bool = False) -> dict[str, float]:
         """Bits per byte of each kind of held-out text, and of `all`."""
@@ -245,8 +242,7 @@ class Trainer:
             publish(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            kept = "the one before is whole" if path.exists() else "there is none yet"
-            raise StorageError(f"step {self.done}: the checkpoint cannot be written ({error}); {kept}") from None
+            raise StorageError(f"step {self.done}: the checkpoint cannot be written ({error})") from None
 
     def restore(self, path: Path) -> Any:
         """Continue from what `save` wrote, and return its `pending`.
