@@ -108,13 +108,18 @@ def beside_twin(out: Path, twin: Path) -> str:
         [
             "Beside its dense twin, which has as many parameters as a token uses here and saw the same batches at the",
             f"same learning rates ({max(theirs):,} steps of it), in bits a byte of a part of the held-out text. Median",
-            f"speed of training on one CPU core: {speed:,.0f} and {their_speed:,.0f} tokens/s.",
+            f"speed of training on one CPU core, beside other work at times: {speed:,.0f} and "
+            f"{their_speed:,.0f} tokens/s.",
             "",
             "| step | mixture of experts | dense twin |",
             "| --- | --- | --- |",
-            *(f"| {step:,} | **{a:.3f}** | {b:.3f} |" for step, a, b in rows),
+            *(f"| {step:,} | {_marked(a, a < b)} | {_marked(b, b < a)} |" for step, a, b in rows),
         ]
     )
+
+
+def _marked(value: float, better: bool) -> str:
+    return f"**{value:.3f}**" if better else f"{value:.3f}"
 
 
 def _lines(path: Path) -> dict[int, dict[str, Any]]:

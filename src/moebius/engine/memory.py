@@ -150,8 +150,7 @@ def plan_memory(
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and half of what is
     left after weights and workspace.
     """
-    wanted = engine.max_model_len
-    most = model.max_position_embeddings
+    wanted, most = engine.max_model_len, model.max_position_embeddings
     length = wanted or most
     require(length <= most, f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}")
     itemsize = 2 if dtype == "bfloat16" else 4
@@ -174,12 +173,11 @@ def plan_memory(
             f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that "
             f"weights and workspace leave of {human_bytes(available)}; lower it"
         )
-    num_blocks = budget // block_bytes
     plan = MemoryPlan(
         weights=weights,
         block_size=engine.block_size,
         bytes_per_token=bytes_per_token,
-        num_blocks=num_blocks,
+        num_blocks=budget // block_bytes,
         workspace=workspace,
         available=available,
         max_model_len=length,
