@@ -12,11 +12,6 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 constexpr int STEP_8 = 32;         // elements
-// Rows of x, and of w, whose sums fill twelve registers: where weights come from memory, and from the first cache.
-constexpr int FEW_X = 4, FEW_W = 3, MANY_X = 2, MANY_W = 6;
-// So many steps of BLOCK_W weight rows, widened, stay in the first cache.
-constexpr int BLOCK_STEPS = 16, BLOCK_W = 2 * MANY_W;
-constexpr int MOST_X = 64;
 
 #if defined(__AVX2__)
 using F8 = __m256;
@@ -122,9 +117,10 @@ INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, con
     for (int i = 0; i < M * N; i++) sums[i] = s[i];
 }
 
-// Few rows: weights are widened in registers as they come from memory. What is fetched lies one row short of a tile ahead:
+// M rows of x by N of w, whose sums fill at most twelve registers. Weights are widened in registers, every M rows anew: that
+// costs less than reading them back widened, which are twice the bytes. What is fetched lies one row short of a tile ahead:
 // any further and lines are gone again, any nearer and they come too late.
-template <class T, int M, int N> INLINE void few_rows(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
+template <class T, int M, int N> INLINE void rows_8(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
     const int whole = k / STEP_8, rest = steps_8(k) - whole;
     float last[N * STEP_8], out[M * N];
     for (int j = 0; j < n; j += N) {
@@ -144,59 +140,16 @@ template <class T, int M, int N> INLINE void few_rows(const float* x, size_t ldx
     }
 }
 
-// Fetches the lines of elements from `from` to `to` of `rows` weight rows.
-template <class T> INLINE void fetch_lines(const T* w, size_t ldw, int rows, int from, int to) {
-    for (int j = 0; j < rows; j++)
-        for (int at = from; at < to; at += 64 / int(sizeof(T))) __builtin_prefetch(w + j * ldw + at);
-}
-
-// Many rows: a block of weights is widened into the first cache, and all rows pass while the next block is fetched; the
-// sums wait in between.
-template <class T> INLINE void many_rows(const float* x, size_t ldx, int m, const T* w, size_t ldw, int n, int k, float* c, int ldc) {
-    constexpr int SUMS = MANY_X * MANY_W, TILES = BLOCK_W / MANY_W;
-    const int steps = steps_8(k), last_row = m - MANY_X;
-    alignas(64) float wide[BLOCK_W * BLOCK_STEPS * STEP_8];
-    F8 sums[MOST_X / MANY_X][TILES][SUMS];
-    float out[SUMS];
-    for (int column = 0; column < n; column += BLOCK_W) {
-        const int columns = min_of(BLOCK_W, n - column), tiles = (columns + MANY_W - 1) / MANY_W;
-        memset(static_cast<void*>(sums), 0, sizeof sums);
-        for (int first = 0; first < steps; first += BLOCK_STEPS) {
-            const int count = min_of(BLOCK_STEPS, steps - first), then = first + count < steps ? first + count : 0;
-            const int ahead = min_of(BLOCK_STEPS, steps - then);
-            const T* next = w + size_t(then ? column : min_of(column + BLOCK_W, n - columns)) * ldw;
-            for (int j = 0; j < columns; j++) widen(w + size_t(column + j) * ldw, k, first, first + count, wide + j * count * STEP_8);
-            for (int i = 0; i < m; i += MANY_X) {
-                const float* from = x + size_t(min_of(i, last_row)) * ldx + size_t(first) * STEP_8;
-                fetch_lines(next, ldw, columns, (then + ahead * i / m) * STEP_8, (then + ahead * min_of(i + MANY_X, m) / m) * STEP_8);
-                for (int t = 0; t < tiles; t++) {
-                    const float* rows[MANY_W];
-                    for (int l = 0; l < MANY_W; l++) rows[l] = wide + min_of(t * MANY_W + l, columns - 1) * count * STEP_8;
-                    tile_8<float, MANY_X, MANY_W, false>(from, ldx, rows, count, nullptr, sums[i / MANY_X][t]);
-                }
-            }
-        }
-        for (int i = 0; i < m; i += MANY_X)
-            for (int t = 0; t < tiles; t++) {
-                for (int s = 0; s < SUMS; s += 4) reduce_4(sums[i / MANY_X][t] + s, out + s);
-                for (int r = 0; r < MANY_X; r++)
-                    for (int l = 0; l < min_of(MANY_W, columns - t * MANY_W); l++)
-                        c[size_t(min_of(i, last_row) + r) * ldc + column + t * MANY_W + l] = out[r * MANY_W + l];
-            }
-    }
-}
-
 template <class T>
 void product_8(const void* const* packed, int m, const void* weights, size_t ldw, int n, int k, const void* then, float* c, int ldc) {
     const float* x = static_cast<const float*>(packed[0]);
     const size_t ldx = size_t(steps_8(k)) * STEP_8;
     const T *w = static_cast<const T*>(weights), *next = static_cast<const T*>(then ? then : weights);
-    if (m > 2 * FEW_X) return many_rows(x, ldx, m, w, ldw, n, k, c, ldc);
-    if (m > FEW_X) few_rows<T, FEW_X, FEW_W>(x, ldx, w, ldw, n, k, w, c, ldc), x += FEW_X * ldx, c += FEW_X * size_t(ldc), m -= FEW_X;
-    if (m == 1) few_rows<T, 1, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
-    else if (m == 2) few_rows<T, 2, 6>(x, ldx, w, ldw, n, k, next, c, ldc);
-    else if (m == 3) few_rows<T, 3, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
-    else few_rows<T, 4, 3>(x, ldx, w, ldw, n, k, next, c, ldc);
+    for (; m > 4; m -= 4, x += 4 * ldx, c += 4 * size_t(ldc)) rows_8<T, 4, 3>(x, ldx, w, ldw, n, k, w, c, ldc);
+    if (m == 1) rows_8<T, 1, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
+    else if (m == 2) rows_8<T, 2, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
+    else if (m == 3) rows_8<T, 3, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
+    else rows_8<T, 4, 3>(x, ldx, w, ldw, n, k, next, c, ldc);
 }
 
 }  // namespace MOEBIUS_ISA
