@@ -39,19 +39,20 @@ def build_batch(
     token_ids, starts, blocks, sampled_rows, sampled = [], [], [], [], []
     scored: list[tuple[Request, int, int, int]] = []
     row = 0
-    for chunk in plan.chunks:
-        request = requests[chunk.request_id]
-        stop = chunk.start + chunk.num_tokens
-        token_ids.append(request.tokens(chunk.start, stop))
-        starts.append(chunk.start)
-        blocks.append(chunk.block_ids)
-        if chunk.samples:
+    for request_id, start, num_tokens, samples, block_ids, _ in plan.chunks:
+        request = requests[request_id]
+        stop = start + num_tokens
+        token_ids.append(request.tokens(start, stop))
+        starts.append(start)
+        blocks.append(block_ids)
+        row += num_tokens
+        if samples:
             sampled.append(request)
-            sampled_rows.append(row + chunk.num_tokens - 1)
-        last_scored = 0 if request.params.prompt_logprobs is None else min(stop, len(request.prompt_ids) - 1)
-        if chunk.start < last_scored:
-            scored.append((request, row, chunk.start, last_scored))
-        row += chunk.num_tokens
+            sampled_rows.append(row - 1)
+        if request.params.prompt_logprobs is not None:
+            last_scored = min(stop, len(request.prompt_ids) - 1)
+            if start < last_scored:
+                scored.append((request, row - num_tokens, start, last_scored))
     prompts: list[PromptRows] = []
     prompt_rows: list[int] = []
     for request, first_row, start, stop in scored:

@@ -159,12 +159,10 @@ class Engine:
         if self._trace:
             self._trace.update(tokens)
         self._counts["generation_tokens"] += len(tokens)
-        outputs += [
-            self._output(request, tokens.get(request.id, ()), results)
-            for request in requests
-            if request.id in tokens
-            or (request.id not in results.failed and (request.finished or results.prompts.get(request.id)))
-        ]
+        for request in requests:
+            drawn = tokens.get(request.id, ())
+            if drawn or (request.id not in results.failed and (request.finished or results.prompts.get(request.id))):
+                outputs.append(self._output(request, drawn, results))
         return outputs
 
     def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results) -> StepOutput:

@@ -67,12 +67,12 @@ class StepInputs:
         device: torch.device | str = "cpu",
     ) -> "StepInputs":
         """From each sequence's new tokens, the position of the first of them, and its blocks."""
-        ids, positions, slots, table = array("q"), array("q"), array("q"), array("i")
+        ids, positions, slots, table = (list[int]() for _ in range(4))
         query_start, seq_lens = [0], []
         width = max(map(len, block_ids), default=0)
         for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
             stop = start + len(tokens)
-            ids.extend(tokens)
+            ids += tokens
             if stop - start == 1:  # a decode, of which there are hundreds
                 positions.append(start)
                 slots.append(blocks[start // block_size] * block_size + start % block_size)
@@ -81,15 +81,18 @@ class StepInputs:
                 for at in range(start // block_size, -(-stop // block_size)):
                     shift = (blocks[at] - at) * block_size
                     slots.extend(range(max(start, at * block_size) + shift, min(stop, (at + 1) * block_size) + shift))
-            table.extend(blocks)
-            table.extend(repeat(0, width - len(blocks)))
-            query_start.append(query_start[-1] + len(tokens))
+            table += blocks
+            if len(blocks) < width:
+                table += repeat(0, width - len(blocks))
+            query_start.append(len(ids))
             seq_lens.append(stop)
 
-        def tensor(values: Sequence[int], code: str = "q") -> Tensor:
-            # Torch reads an array where it lies: numpy on the way would cost more than a short step's integers.
-            values, dtype = array(code, values), torch.int64 if code == "q" else torch.int32
-            return (torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)).to(device)
+        def tensor(values: list[int], code: str = "q") -> Tensor:
+            # An array takes a list at once, and torch reads an array where it lies: appending to arrays, or numpy on
+            # the way, would cost more than a short step's integers.
+            dtype = torch.int64 if code == "q" else torch.int32
+            data = torch.frombuffer(array(code, values), dtype=dtype) if values else torch.empty(0, dtype=dtype)
+            return data.to(device)
 
         return cls(
             input_ids=tensor(ids),
@@ -98,7 +101,7 @@ class StepInputs:
             query_start=tensor(query_start, "i"),
             seq_lens=tensor(seq_lens, "i"),
             block_table=tensor(table, "i").view(len(seq_lens), width),
-            logit_rows=tensor(logit_rows),
+            logit_rows=tensor(list(logit_rows)),
             query_start_host=tuple(query_start),
             seq_lens_host=tuple(seq_lens),
         )

@@ -134,9 +134,9 @@ class BlockPool:
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Grow the request's table to hold `num_tokens` tokens, evicting where needed; else change nothing."""
         held = len(request.block_ids)
-        missing = self.blocks_for(num_tokens) - held
-        if missing <= 0:
+        if num_tokens <= held * self.block_size:
             return True
+        missing = self.blocks_for(num_tokens) - held
         if not self.fits(num_tokens, held=held, free=self.num_free):
             return False
         request.block_ids += tuple(self._take() for _ in range(missing))

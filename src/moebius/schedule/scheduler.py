@@ -165,14 +165,14 @@ class Scheduler:
         """
         self._close(plan)
         finished = []
-        for chunk in plan.chunks:
-            request = self._requests.get(chunk.request_id)
+        for request_id, start, num_tokens, samples, _, _ in plan.chunks:
+            request = self._requests.get(request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            drawn = tokens.get(chunk.request_id, ())
-            assert chunk.samples or not drawn, f"tokens for {chunk.request_id}, whose chunk does not sample"
-            if chunk.samples and not drawn:
-                self._rewind(request, chunk.end - 1)
+            drawn = tokens.get(request_id, ())
+            assert samples or not drawn, f"tokens for {request_id}, whose chunk does not sample"
+            if samples and not drawn:
+                self._rewind(request, start + num_tokens - 1)
             self.pool.publish(request, request.num_computed_tokens)
             reason = self._append(request, drawn)
             if reason is not None:
@@ -247,10 +247,11 @@ class Scheduler:
         while position < len(running):  # preemption shortens the list, from its end
             request = running[position]
             position += 1
-            num_tokens = self._grant(request.num_tokens - request.num_computed_tokens, draft.budget)
+            computed = request.num_computed_tokens
+            num_tokens = self._grant(request.num_tokens - computed, draft.budget)
             if not num_tokens:
                 draft.waiting[request.id] = "no_budget"
-            elif not self._make_room(request, request.num_computed_tokens + num_tokens, draft):
+            elif not self._make_room(request, computed + num_tokens, draft):
                 draft.waiting[request.id] = "no_blocks"
             else:
                 self._compute(request, num_tokens, draft)
@@ -350,13 +351,9 @@ class Scheduler:
         request.num_computed_tokens = start + num_tokens
         draft.budget -= num_tokens
         assert request.num_cached_tokens is not None
+        samples = start + num_tokens == request.num_tokens and len(request.output_ids) < request.max_tokens
         draft.chunks[request.id] = Chunk(
-            request_id=request.id,
-            start=start,
-            num_tokens=num_tokens,
-            samples=start + num_tokens == request.num_tokens and len(request.output_ids) < request.max_tokens,
-            block_ids=request.block_ids,
-            num_cached_tokens=request.num_cached_tokens,
+            request.id, start, num_tokens, samples, request.block_ids, request.num_cached_tokens
         )
 
     def _close(self, plan: StepPlan) -> None:
