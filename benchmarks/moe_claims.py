@@ -78,9 +78,12 @@ def main() -> int:
         one(args.one, args.seed, args.work, args.steps, args.results)
         return 0
     if args.report:
-        from claims.report import report
+        from claims.chart import draw
+        from claims.report import read, report
 
-        print(report(args.results, ROOT.parent / "docs" / "claims.png"))
+        results = read(args.results)
+        print(report(results))
+        draw(results, ROOT.parent / "docs" / "claims.png")
         return 0
     if args.pair:
         return make(["pair"], args.seeds, args.work, args.steps, 1, args.results, os.cpu_count() or 1)

@@ -265,19 +265,14 @@ ROWS = (
 )
 
 
-def report(folder: Path, chart: Path | None = None) -> str:
-    """Two Markdown tables, a row a claim and a row a run; the chart beside, where a path is given."""
-    results = read(folder)
+def report(results: Results) -> str:
+    """Two Markdown tables, a row a claim and a row a run."""
     lines = ["| # | claim | confirmed if | measured, a value a seed | verdict |", "| - | - | - | - | - |"]
     for row in ROWS:
         word, figures = _judged(row, results)
         lines.append(f"| {row.number} | {row.claim} | {row.mark} | {figures} | {word} |")
     lines += ["", "| run | seeds | loss (range) | MaxVio | dead | at capacity 1.25 | CPU s |", "| - |" + " -: |" * 6]
     lines += [_line(name, list(results[name].values())) for name in RUNS if name in results]
-    if chart is not None:
-        from claims.chart import draw
-
-        draw(results, chart)
     return "\n".join(lines)
 
 

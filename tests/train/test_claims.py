@@ -10,7 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 
-from claims import measure, report
+from claims import chart, measure, report
 from claims.experiments import DOMAINS, RUNS, SEEDS, recipe_of, write_corpus
 from claims.report import CONFIRMED, OPEN, REFUTED, Incomplete, first_step, judged, steps_ratio
 from moebius.train.data import prepare
@@ -136,6 +136,7 @@ def test_a_run_from_corpus_to_report(work: Path, tmp_path: Path, monkeypatch: py
     assert [point["step"] for point in run["curve"]] == [2, 4] and run["saturation"][-1] == 1
     assert found["dense"][1]["parameters"] < run["parameters"] and 0 < run["loss"]["all"] < 8
     assert list(run["at_capacity"]) == [str(factor) for factor in measure.CAPACITIES]
-    text = report.report(tmp_path, tmp_path / "claims.png")
+    text = report.report(found)
+    chart.draw(found, tmp_path / "claims.png")
     assert text.count("not run") == 6 and text.count("in 1 of 3 seeds") == 5 and "| e8 | 1 |" in text
     assert (tmp_path / "claims.png").stat().st_size > 10_000
