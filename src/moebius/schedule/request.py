@@ -110,6 +110,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    plain: bool = field(init=False, repr=False, compare=False)
+    """Greedy and nothing else: the most likely id is all that is asked for. Every step asks it of every request."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -118,6 +120,8 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias or {})))
         self._check_numbers()
         self._check_collections()
+        plain = self.greedy and self.logprobs is None and not self.shapes_logits and not self.min_tokens
+        object.__setattr__(self, "plain", plain)
 
     def _check_numbers(self) -> None:
         _check_integer("n", self.n, 1, LIMITS.n)
@@ -156,11 +160,6 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
-
-    @property
-    def plain(self) -> bool:
-        """Greedy and nothing else: the most likely id is all that is asked for."""
-        return self.greedy and self.logprobs is None and not self.shapes_logits and not self.min_tokens
 
     @property
     def shapes_logits(self) -> bool:
