@@ -11,7 +11,7 @@
 namespace moebius {
 namespace MOEBIUS_ISA {
 
-constexpr int STEP_8 = 32;         // elements
+constexpr int STEP_8 = 32;  // elements
 
 #if defined(__AVX2__)
 using F8 = __m256;

@@ -87,7 +87,7 @@ class StepInputs:
             query_start.append(len(ids))
             seq_lens.append(stop)
 
-        def tensor(values: list[int], code: str = "q") -> Tensor:
+        def tensor(values: Sequence[int], code: str = "q") -> Tensor:
             # An array takes a list at once, and torch reads an array where it lies: appending to arrays, or numpy on
             # the way, would cost more than a short step's integers.
             dtype = torch.int64 if code == "q" else torch.int32
@@ -101,7 +101,7 @@ class StepInputs:
             query_start=tensor(query_start, "i"),
             seq_lens=tensor(seq_lens, "i"),
             block_table=tensor(table, "i").view(len(seq_lens), width),
-            logit_rows=tensor(list(logit_rows)),
+            logit_rows=tensor(logit_rows),
             query_start_host=tuple(query_start),
             seq_lens_host=tuple(seq_lens),
         )
