@@ -119,8 +119,10 @@ INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, con
 
 // M rows of x by N of w, whose sums fill at most twelve registers. Weights are widened in registers, every M rows anew: that
 // costs less than reading them back widened, which are twice the bytes. What is fetched lies one row short of a tile ahead:
-// any further and lines are gone again, any nearer and they come too late.
+// any further and lines are gone again, any nearer and they come too late. With one row of x, weight rows come one after
+// the other, which memory, being all that counts then, gives faster than rows side by side.
 template <class T, int M, int N> INLINE void rows_8(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
+    constexpr int AT_ONCE = M == 1 ? 1 : N;
     const int whole = k / STEP_8, rest = steps_8(k) - whole;
     float last[N * STEP_8], out[M * N];
     for (int j = 0; j < n; j += N) {
@@ -129,7 +131,9 @@ template <class T, int M, int N> INLINE void rows_8(const float* x, size_t ldx, 
         // Columns beyond the last repeat it, and are not written.
         for (int l = 0; l < N; l++) rows[l] = w + size_t(min_of(j + l, n - 1)) * ldw;
         F8 sums[M * N] = {};
-        tile_8<T, M, N, true>(x, ldx, rows, whole, reinterpret_cast<const char*>(j + N < n ? w + (j + N - 1) * ldw : next), sums);
+        const T* ahead = j + N < n ? w + (j + N - (AT_ONCE > 1)) * ldw : next;
+        for (int l = 0; l < N; l += AT_ONCE)
+            tile_8<T, M, AT_ONCE, true>(x, ldx, rows + l, whole, reinterpret_cast<const char*>(ahead + l * ldw), sums + l);
         if (rest) {
             for (int l = 0; l < N; l++) widen(rows[l], k, whole, whole + 1, last + l * STEP_8), ends[l] = last + l * STEP_8;
             tile_8<float, M, N, false>(x + size_t(whole) * STEP_8, ldx, ends, 1, nullptr, sums);
