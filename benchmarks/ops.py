@@ -126,7 +126,7 @@ def attention_cases(ops: CpuOps) -> Iterator[Case]:
         buffer = torch.zeros(nbytes * blocks * sequences, dtype=torch.uint8)
         cache = ops.make_kv_cache(buffer, block, kv_heads, dim, DTYPE)
         tables = [list(range(s * blocks, (s + 1) * blocks)) for s in range(sequences)]
-        step = StepInputs.build([[0] * new] * sequences, [length - new] * sequences, tables, [], block)
+        step = StepInputs.build([[0] * new] * sequences, [length - new] * sequences, tables, block)
         plan, q = ops.plan_attention(step, block), random(sequences * new, heads, dim)
         seen = sum(range(length - new + 1, length + 1)) * sequences
         name = f"attention {sequences} x {new} new of {length}"

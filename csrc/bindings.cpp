@@ -28,7 +28,7 @@ Experts make_experts(int dtype, int hidden, int width, int activation, const Add
             pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
 }
 
-void set_step(StepAttention& step, Address query_start, Address seq_lens, int batch, Address block_table, int width) {
+void set_step(StepAttention& step, Address query_start, Address seq_lens, Address block_table, int batch, int width) {
     const int32_t *starts = array<const int32_t>(query_start), *lens = array<const int32_t>(seq_lens);
     const int32_t* table = array<const int32_t>(block_table);
     step.query_start.assign(starts, starts + batch + 1);
@@ -44,6 +44,12 @@ Linear make_linear(int dtype, int in, const Addresses& weights, const Addresses&
         l.out += sizes[i];
     }
     return l;
+}
+
+// Calls what was noted on `rows` rows of its inputs, int64 each, which lie at `from`.
+void run_program(const Program& program, int rows, const Addresses& from) {
+    for (size_t i = 0; i < from.size(); i++) std::copy_n(array<const int64_t>(from[i]), rows, array<int64_t>(program.inputs.at(i)));
+    for (const auto& call : program.calls) call(rows);
 }
 
 }  // namespace
@@ -67,8 +73,8 @@ NB_MODULE(_cpu, m) {
         })
         .def("set", &set_step);
     nb::class_<Program>(m, "Program")
-        .def(nb::init<>())
-        .def("__call__", [](const Program& program, int rows) { for (const auto& call : program.calls) call(rows); }, release());
+        .def("__init__", [](Program* self, const Addresses& inputs) { new (self) Program{{inputs.begin(), inputs.end()}, {}}; })
+        .def("__call__", &run_program, release());
     nb::class_<CacheShape>(m, "CacheShape")
         .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int head_dim, int dtype) {
             new (self) CacheShape(block_size, kv_heads, head_dim, Dtype(dtype));
@@ -132,8 +138,8 @@ NB_MODULE(_cpu, m) {
                 ops.route(r, array<const float>(logits), n, array<const float>(bias), array<float>(weights), array<int64_t>(ids));
             });
         }, release())
-        .def("argmax", [](Ops& ops, Address logits, int rows, int vocab, Address ids, Address finite) {
-            ops.argmax(array<const float>(logits), rows, vocab, array<int64_t>(ids), array<bool>(finite));
+        .def("argmax", [](Ops& ops, Address logits, int rows, int vocab) {
+            return ops.argmax(array<const float>(logits), rows, vocab);
         }, release())
         .def("log_softmax_top_k", [](Ops& ops, Address logits, int rows, int vocab, Address temperatures, int k, Address log_sums, Address ids) {
             ops.log_softmax_top_k(array<const float>(logits), rows, vocab, array<const float>(temperatures), k, array<double>(log_sums),

@@ -339,13 +339,15 @@ void Ops::attention(Dtype dtype, const CacheShape& shape, const StepAttention& s
     });
 }
 
-void Ops::argmax(const float* logits, int rows, int vocab, int64_t* ids, bool* finite) {
+std::vector<int64_t> Ops::argmax(const float* logits, int rows, int vocab) {
+    std::vector<int64_t> ids(rows);
     pool_.run(rows, [&](int row, int) {
         float largest;
         int at;
         kernels_->softmax_stats(logits + size_t(row) * vocab, vocab, 1, &largest, &at, nullptr);
-        ids[row] = at, finite[row] = !std::isnan(largest);
+        ids[row] = std::isnan(largest) ? -1 : at;
     });
+    return ids;
 }
 
 void Ops::log_softmax_top_k(const float* logits, int rows, int vocab, const float* temperatures, int k, double* log_sums, int64_t* ids) {

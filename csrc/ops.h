@@ -54,6 +54,7 @@ struct RouterSettings {
 // Operations as they were called on a step of one token, to be called again on a step of any length: all else that they
 // were given, addresses above all, stays as it was.
 struct Program {
+    std::vector<uintptr_t> inputs;  // where the calls read what every step brings
     std::vector<std::function<void(int rows)>> calls;
 };
 
@@ -93,8 +94,8 @@ public:
     void attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
                    float scale, float softcap, const float* sinks, void* out);
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids);
-    // Per row: the lowest id of the largest logit, and whether all are finite.
-    void argmax(const float* logits, int rows, int vocab, int64_t* ids, bool* finite);
+    // Per row: the lowest id of the largest logit, or -1 where one is not finite.
+    std::vector<int64_t> argmax(const float* logits, int rows, int vocab);
     // Per row: log of the sum of exp(logit / temperature) (NaN where a logit is not finite; temperatures null for 1), and the
     // k largest in order, ties to the lowest id.
     void log_softmax_top_k(const float* logits, int rows, int vocab, const float* temperatures, int k, double* log_sums, int64_t* ids);

@@ -119,10 +119,9 @@ INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, con
 
 // M rows of x by N of w, whose sums fill at most twelve registers. Weights are widened in registers, every M rows anew: that
 // costs less than reading them back widened, which are twice the bytes. What is fetched lies one row short of a tile ahead:
-// any further and lines are gone again, any nearer and they come too late. With one row of x, weight rows come one after
-// the other, which memory, being all that counts then, gives faster than rows side by side.
-template <class T, int M, int N> INLINE void rows_8(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
-    constexpr int AT_ONCE = M == 1 ? 1 : N;
+// any further and lines are gone again, any nearer and they come too late. AT_ONCE weight rows are read side by side: with one
+// row of x, when memory is all that counts, one, as memory gives one stream faster than several.
+template <class T, int M, int N, int AT_ONCE = N> INLINE void rows_8(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
     const int whole = k / STEP_8, rest = steps_8(k) - whole;
     float last[N * STEP_8], out[M * N];
     for (int j = 0; j < n; j += N) {
@@ -149,6 +148,7 @@ void product_8(const void* const* packed, int m, const void* weights, size_t ldw
     const float* x = static_cast<const float*>(packed[0]);
     const size_t ldx = size_t(steps_8(k)) * STEP_8;
     const T *w = static_cast<const T*>(weights), *next = static_cast<const T*>(then ? then : weights);
+    if (m == 1) return rows_8<T, 1, 4, 1>(x, ldx, w, ldw, n, k, next, c, ldc);
     for (; m > 4; m -= 4, x += 4 * ldx, c += 4 * size_t(ldc)) rows_8<T, 4, 3>(x, ldx, w, ldw, n, k, w, c, ldc);
     if (m == 1) rows_8<T, 1, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
     else if (m == 2) rows_8<T, 2, 4>(x, ldx, w, ldw, n, k, next, c, ldc);

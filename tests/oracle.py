@@ -148,11 +148,10 @@ class Server:
                 table.append(self.free.pop())
             tables.append(table)
             self.done[sequence] = start + len(ids)
-        rows = sum(len(ids) for _, ids in work)
-        inputs = StepInputs.build([ids for _, ids in work], starts, tables, range(rows), self.block_size)
+        inputs = StepInputs.build([ids for _, ids in work], starts, tables, self.block_size)
         attend = PagedAttend(self.ops, self.decoder.config, self.caches, inputs, self.block_size)
         hidden, _ = self.decoder(inputs.input_ids, inputs.positions, attend)
-        logits = self.decoder.logits(hidden[inputs.logit_rows])
+        logits = self.decoder.logits(hidden)
         for (sequence, _), part in zip(work, logits.split([len(ids) for _, ids in work]), strict=True):
             self.logits.setdefault(sequence, []).append(part)
 

@@ -192,10 +192,10 @@ def test_bad_logits_end_one_request_and_leave_the_others(tiny_model: Path, monke
     honest = other.runner.logits
     calls = 0
 
-    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+    def poisoned(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        logits = honest(hidden).clone()
+        logits = honest(hidden, rows).clone()
         if calls == 3:
             logits[1] = math.nan
         return logits

@@ -59,8 +59,8 @@ class Sequences:
         tables, blocks = self.scatter(block_size, seed)
         _, kv_heads, head_dim = self.keys[0].shape
         cache = empty_cache(ops, blocks, block_size, kv_heads, head_dim, q_THN.dtype)
-        whole = StepInputs.build([[0] * len(k) for k in self.keys], [0] * len(tables), tables, [], block_size)
+        whole = StepInputs.build([[0] * len(k) for k in self.keys], [0] * len(tables), tables, block_size)
         as_is(ops, cache, torch.cat(list(self.keys)), torch.cat(list(self.values)), whole.slot_mapping)
         starts = [len(k) - n for k, n in zip(self.keys, self.new, strict=True)]
-        step = StepInputs.build([[0] * n for n in self.new], starts, tables, [], block_size)
+        step = StepInputs.build([[0] * n for n in self.new], starts, tables, block_size)
         return ops.paged_attention(q_THN, cache, ops.plan_attention(step, block_size, window), scale, **options)

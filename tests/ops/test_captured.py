@@ -13,7 +13,8 @@ from torch import Tensor
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.models.weights import load_decoder
-from moebius.ops.cpu import CapturedStep, CpuOps
+from moebius.ops.cpu import CpuOps, Recording
+from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from ops.levels import bits
 from oracle import FAMILY, save_tiny
@@ -37,7 +38,7 @@ def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
         computed[s] += count
     ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
     blocks = [list(range(10 * s, 10 * s + -(-computed[s] // BLOCK_SIZE))) for s in some]
-    return StepInputs.build(ids, starts, blocks, list(range(sum(counts))), BLOCK_SIZE)
+    return StepInputs.build(ids, starts, blocks, BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -45,25 +46,32 @@ def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
 def test_recorded_steps_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     save_tiny(tmp_path, model_type)
     recorded, plain = (runner(tmp_path, CpuOps(1), dtype) for _ in range(2))
-    assert isinstance(recorded._forward, CapturedStep), "this architecture calls torch in between"
-    plain._forward = plain._compute
+    assert recorded._forward != recorded._compute, "this architecture calls torch in between"
+    plain._forward, plain._logits = ReferenceOps().capture(plain._compute, plain._compute_logits, STEP, MAX_TOKENS)
     rng, computed = random.Random(model_type), [0, 0, 0, 0]
     for _ in range(6):
         step = random_step(rng, computed)
-        assert torch.equal(bits(recorded.execute(step)), bits(plain.execute(step)))
+        hidden, exact = recorded.execute(step), plain.execute(step)
+        assert torch.equal(bits(hidden), bits(exact))
+        rows = rng.sample(range(len(exact)), rng.randint(0, len(exact)))
+        assert torch.equal(recorded.logits(hidden, rows), plain.logits(exact, rows))
 
 
-def test_steps_beyond_the_recording_run_as_they_are(tmp_path: Path) -> None:
+def test_a_step_beyond_what_was_recorded_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "mixtral")
-    one, other = (runner(tmp_path, CpuOps(1), torch.bfloat16) for _ in range(2))
-    other._forward = other._compute
-    long = StepInputs.build([list(range(MAX_TOKENS + 1))], [0], [list(range(7))], [MAX_TOKENS], BLOCK_SIZE)
-    assert torch.equal(bits(one.execute(long)), bits(other.execute(long)))
+    one = runner(tmp_path, CpuOps(1), torch.bfloat16)
+    long = StepInputs.build([list(range(MAX_TOKENS + 1))], [0], [list(range(7))], BLOCK_SIZE)
+    with pytest.raises(ValueError, match="25 rows where 24"):
+        one.execute(long)
 
 
 TABLE = torch.randn(8, 4)
-STEP = StepInputs.build([[3]], [0], [[0]], [0], BLOCK_SIZE)
-THREE = StepInputs.build([[5, 1], [7]], [0, 0], [[0], [1]], [], BLOCK_SIZE)
+STEP = StepInputs.build([[3]], [0], [[0]], BLOCK_SIZE)
+THREE = StepInputs.build([[5, 1], [7]], [0, 0], [[0], [1]], BLOCK_SIZE)
+
+
+def capture(ops: CpuOps, compute: Callable[[StepInputs], Tensor]) -> Callable[[StepInputs], Tensor]:
+    return ops.capture(compute, lambda hidden, rows: ops.embed(rows, hidden), STEP, 8)[0]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +93,7 @@ def test_what_torch_computes_is_not_recorded(change: Callable[[Tensor], Tensor])
     def compute(inputs: StepInputs) -> Tensor:
         return change(ops.embed(inputs.input_ids, TABLE))
 
-    assert ops.capture(compute, STEP, 8) is compute
+    assert capture(ops, compute) is compute
 
 
 @torch.inference_mode()
@@ -95,7 +103,7 @@ def test_views_are_recorded() -> None:
     def compute(inputs: StepInputs) -> Tensor:
         return ops.embed(inputs.input_ids, TABLE).view(-1, 2, 2).flatten(1)
 
-    captured = ops.capture(compute, STEP, 8)
+    captured = capture(ops, compute)
     assert captured is not compute
     assert torch.equal(captured(THREE), TABLE[[5, 1, 7]])
 
@@ -104,16 +112,16 @@ def test_a_recording_reuses_memory() -> None:
     """As many tensors as live at once, however many layers there are."""
     ops, gain = CpuOps(1), torch.ones(4)
 
-    def deep(layers: int) -> CapturedStep:
-        def compute(inputs: StepInputs) -> Tensor:
-            x = ops.embed(inputs.input_ids, TABLE)
+    def deep(layers: int) -> Recording:
+        def compute(ids: Tensor) -> Tensor:
+            x = ops.embed(ids, TABLE)
             for _ in range(layers):
                 x = ops.rms_norm(x, gain, 1e-6)
             return x
 
+        recording = Recording(1, 8)
         with torch.inference_mode():
-            captured = ops.capture(compute, STEP, 8)
-        assert isinstance(captured, CapturedStep)
-        return captured
+            assert ops._note(recording, compute)
+        return recording
 
     assert sum(map(len, deep(3)._free.values())) == sum(map(len, deep(30)._free.values())) == 1

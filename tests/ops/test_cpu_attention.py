@@ -44,7 +44,7 @@ def test_rotate_and_store(
     weights = [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)] if norms else [None, None]
     for block_size in (1, 3, 16, 24):
         blocks = -(-tokens // block_size)
-        step = StepInputs.build([[0] * tokens], [0], [torch.randperm(blocks).tolist()], [], block_size)
+        step = StepInputs.build([[0] * tokens], [0], [torch.randperm(blocks).tolist()], block_size)
         caches = [empty_cache(ops, blocks, block_size, kv_heads, head_dim, dtype) for _ in range(3)]
         rotated = []
         for part in (slice(0, 9), slice(9, 10), slice(10, tokens)):
@@ -108,7 +108,7 @@ def test_long_contexts(ops: CpuOps, dtype: torch.dtype, window: int | None) -> N
 
 
 def test_an_empty_step(ops: CpuOps, dtype: torch.dtype) -> None:
-    step = StepInputs.build([], [], [], [], 4)
+    step = StepInputs.build([], [], [], 4)
     cache = empty_cache(ops, 4, 4, 1, 2, dtype)
     as_is(ops, cache, *torch.zeros(2, 0, 1, 2, dtype=dtype), step.slot_mapping)
     out = ops.paged_attention(torch.zeros(0, 2, 2, dtype=dtype), cache, ops.plan_attention(step, 4), 1.0)

@@ -190,7 +190,7 @@ def test_what_is_cached_does_not_know_its_step(isa: str, dtype: torch.dtype) -> 
     q, k, v = (torch.randn(tokens, n, 20).to(dtype) for n in (6, 3, 3))
     norm, angles = torch.randn(20).to(dtype), torch.randn(tokens, 10)
     table = torch.randperm(6).tolist()
-    slots = StepInputs.build([[0] * tokens], [0], [table], [], block_size).slot_mapping
+    slots = StepInputs.build([[0] * tokens], [0], [table], block_size).slot_mapping
     buffers = []
     for cuts in ([0, tokens], [*range(tokens + 1)], sorted({0, tokens, *rng.sample(range(tokens), 5)})):
         for threads in (1, 3):

@@ -12,10 +12,7 @@ from moebius.schedule.scheduler import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Rows of a step's wanted hidden states that score prompt tokens: from `first`, one for each of `token_ids`.
-
-    start is the position of the first scored token.
-    """
+    """Rows of a step, from `first` on, that score a prompt's `token_ids`, the first of them at position `start`."""
 
     request: Request
     first: int
@@ -25,19 +22,20 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """inputs for the runner; `sampled[i]` draws from wanted row i; `prompts` are scored from the rows behind."""
+    """inputs for the runner; `sampled[i]` draws from the step's row `sampled_rows[i]`; `prompts` are scored."""
 
     inputs: StepInputs
-    sampled: tuple[Request, ...]
-    prompts: tuple[PromptRows, ...]
+    sampled: list[Request]
+    sampled_rows: list[int]
+    prompts: list[PromptRows]
 
 
 def build_batch(
     plan: StepPlan, requests: Mapping[str, Request], block_size: int, device: torch.device | str = "cpu"
 ) -> Batch:
-    """Translate a plan. Wanted rows come first for what is sampled, in the plan's order, then for prompts scored."""
+    """Translate a plan; what is sampled comes in its order."""
     token_ids, starts, blocks, sampled_rows, sampled = [], [], [], [], []
-    scored: list[tuple[Request, int, int, int]] = []
+    prompts: list[PromptRows] = []
     row = 0
     for request_id, start, num_tokens, samples, block_ids, _ in plan.chunks:
         request = requests[request_id]
@@ -45,19 +43,12 @@ def build_batch(
         token_ids.append(request.tokens(start, stop))
         starts.append(start)
         blocks.append(block_ids)
+        if request.params.prompt_logprobs is not None:
+            last_scored = min(stop, len(request.prompt_ids) - 1)
+            if start < last_scored:
+                prompts.append(PromptRows(request, row, start + 1, request.prompt_ids[start + 1 : last_scored + 1]))
         row += num_tokens
         if samples:
             sampled.append(request)
             sampled_rows.append(row - 1)
-        if request.params.prompt_logprobs is not None:
-            last_scored = min(stop, len(request.prompt_ids) - 1)
-            if start < last_scored:
-                scored.append((request, row - num_tokens, start, last_scored))
-    prompts: list[PromptRows] = []
-    prompt_rows: list[int] = []
-    for request, first_row, start, stop in scored:
-        first = len(sampled_rows) + len(prompt_rows)
-        prompts.append(PromptRows(request, first, start + 1, request.prompt_ids[start + 1 : stop + 1]))
-        prompt_rows.extend(range(first_row, first_row + stop - start))
-    inputs = StepInputs.build(token_ids, starts, blocks, [*sampled_rows, *prompt_rows], block_size, device)
-    return Batch(inputs, tuple(sampled), tuple(prompts))
+    return Batch(StepInputs.build(token_ids, starts, blocks, block_size, device), sampled, sampled_rows, prompts)

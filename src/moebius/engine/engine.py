@@ -115,10 +115,10 @@ class Engine:
         if self._trace:
             self._trace.close()
 
-    def _sample(self, batch: Batch, hidden_LD: Tensor) -> _Results:
-        results = _Results()
-        count = len(batch.sampled)
-        drawn = sample(self.runner.logits(hidden_LD[:count]), batch.sampled, self.runner.ops) if count else []
+    def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
+        results, drawn = _Results(), []
+        if batch.sampled:
+            drawn = sample(self.runner.logits(hidden_TD, batch.sampled_rows), batch.sampled, self.runner.ops)
         for request, outcome in zip(batch.sampled, drawn, strict=True):
             if isinstance(outcome, Sampled):
                 results.sampled[request.id] = outcome
@@ -126,10 +126,10 @@ class Engine:
                 results.failed[request.id] = outcome
         for rows in batch.prompts:
             if rows.request.id not in results.failed:
-                self._score(rows, hidden_LD, results)
+                self._score(rows, hidden_TD, results)
         return results
 
-    def _score(self, rows: PromptRows, hidden_LD: Tensor, results: _Results) -> None:
+    def _score(self, rows: PromptRows, hidden_TD: Tensor, results: _Results) -> None:
         """Log-probabilities of prompt tokens, without those that were sent before a preemption."""
         request = rows.request
         sent = self._scored.get(request.id, 0)
@@ -137,7 +137,7 @@ class Engine:
         for offset in range(0, len(rows.token_ids), PROMPT_LOGIT_ROWS):
             tokens = rows.token_ids[offset : offset + PROMPT_LOGIT_ROWS]
             first = rows.first + offset
-            logits = self.runner.logits(hidden_LD[first : first + len(tokens)])
+            logits = self.runner.logits(hidden_TD, range(first, first + len(tokens)))
             part = token_logprobs(logits, tokens, request.params.prompt_logprobs or 0, self.runner.ops)
             if part is None:
                 results.failed[request.id] = not_finite()

@@ -1,6 +1,7 @@
 """Runs the model on a step's inputs. Real, warm-up and empty steps take the same way."""
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,34 +20,38 @@ class Runner:
         self.ops = model.ops
         self.cache = cache
         self.device = device
-        one = StepInputs.build([[0]], [0], [[0]], [0], cache.block_size, device)
+        one = StepInputs.build([[0]], [0], [[0]], cache.block_size, device)
         with torch.inference_mode():
-            self._forward = self.ops.capture(self._compute, one, max_tokens)
+            self._forward, self._logits = self.ops.capture(self._compute, self._compute_logits, one, max_tokens)
 
+    # Not around what calls them: a recorded step computes nothing in torch, and even this would cost it time.
+    @torch.inference_mode()
     def _compute(self, inputs: StepInputs) -> Tensor:
         attend = PagedAttend(self.ops, self.model.config, self.cache.layers, inputs, self.cache.block_size)
         hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, attend)[0]
         return hidden_TD
 
     @torch.inference_mode()
+    def _compute_logits(self, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
+        return self.model.logits(self.ops.embed(rows_L, hidden_TD))
+
     def execute(self, inputs: StepInputs) -> Tensor:
-        """Compute the step, write its keys and values, and return the wanted rows' hidden states (L, D).
+        """Compute the step, write its keys and values, and return its final hidden states (T, D), which are read until
+        the next step.
 
         `logits` turns rows of it into logits, a few at a time: those of one long prompt would take gigabytes.
         """
         self.cache.last_used = time.monotonic()
         hidden_TD = self._forward(inputs)
         self.cache.last_used = time.monotonic()
-        return hidden_TD[inputs.logit_rows]
+        return hidden_TD
 
-    @torch.inference_mode()
-    def logits(self, hidden_LD: Tensor) -> Tensor:
-        """(L, D) -> (L, V) float32."""
-        return self.model.logits(hidden_LD)
+    def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
+        """(L, V) float32 of rows of the last step's hidden states; read until the next call."""
+        return self._logits(hidden_TD, rows)
 
     def warm_up(self) -> None:
         """Run an empty step and one of a single token, so that the first request meets nothing for the first time."""
-        block_size = self.cache.block_size
-        self.execute(StepInputs.build([], [], [], [], block_size, self.device))
-        one = StepInputs.build([[0]], [0], [[0]], [0], block_size, self.device)
-        self.logits(self.execute(one))
+        for zeros in ([], [[0]]):
+            inputs = StepInputs.build(zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device)
+            self.logits(self.execute(inputs), range(len(zeros)))

@@ -71,9 +71,7 @@ def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | Mo
 
 def _sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
     if all(request.params.plain for request in requests):
-        ids_L, finite_L = ops.argmax(logits_LV)
-        pairs = zip(ids_L.tolist(), finite_L.tolist(), strict=True)
-        return [Sampled(token) if finite else not_finite() for token, finite in pairs]
+        return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
     shaped_LV = _shaped(logits_LV, requests)
     device = logits_LV.device
     temperature_L = torch.tensor([_temperature(each.params) for each in requests], dtype=torch.float32)

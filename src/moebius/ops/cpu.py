@@ -5,13 +5,13 @@ avx2, avx512, avx512bf16, amx, or reference for plain PyTorch). Every kernel com
 rows surround it, however many threads there are and wherever the KV cache holds its tokens: one answer (promise P1).
 """
 
-import dataclasses
 import math
 import os
 import re
 import weakref
+from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from moebius import _cpu
 from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.steps import Compute, ExpertWeights, Pair, StepInputs
+from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, StepInputs
 
 # Torch functions that write to a tensor: copy_, __setitem__, __iadd__ and their kind.
 _CHANGES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(?!nt|ndex|nvert)\w+__")
@@ -104,59 +104,45 @@ class _KernelsOnly(TorchFunctionMode):
         return out
 
 
-class CapturedStep:
-    """A step whose kernels were recorded on one token, and are called again, all at once, on later steps' tokens.
+class Recording:
+    """Kernels that were noted on one row, and are called again, all at once, on as many rows as come, over the same
+    memory.
 
-    Every tensor of the step lies in memory of its own for `max_tokens` rows, which a later tensor of the same size
-    takes over when it is gone: the kernels run in one order. So a step allocates nothing, and Python's share of a step
-    does not grow with the layers.
+    Every tensor in between lies in memory of its own for `max_rows` rows, which a later tensor of the same size takes
+    over when it is gone: the kernels run in one order. So a step allocates nothing, and Python's share of it does not
+    grow with the layers.
     """
 
-    def __init__(self, compute: Compute, max_tokens: int) -> None:
-        self._compute, self._max_tokens = compute, max_tokens
-        self.program = _cpu.Program()
+    out: Tensor
+
+    def __init__(self, inputs: int, max_rows: int) -> None:
+        self.max_rows = max_rows
         self.plans: list[Any] = []
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
-        self._inputs = [self._buffer((), torch.int64) for _ in range(3)]
-        self._arrays = [x.numpy() for x in self._inputs]
+        self.inputs = [self._buffer((), torch.int64).zero_() for _ in range(inputs)]
+        self.program = _cpu.Program([x.data_ptr() for x in self.inputs])
+        self._views: dict[int, Tensor] = {}
 
-    def record(self, example: StepInputs) -> bool:
-        """Run and record a step of one token; False where torch computes a part of it."""
-        self._take(example)
-        ids, positions, slots = (each[:1] for each in self._inputs)
-        inputs = dataclasses.replace(example, input_ids=ids, positions=positions, slot_mapping=slots)
-        mode = _KernelsOnly()
-        with mode:
-            out = self._compute(inputs)
-        if mode.only:  # the result is read until the next step begins, and so is kept
-            self._out = torch.as_strided(out, (self._max_tokens, *out.shape[1:]), out.stride())
-        return mode.only
-
-    def __call__(self, inputs: StepInputs) -> Tensor:
-        count = len(inputs.input_ids)
-        if count > self._max_tokens:
-            return self._compute(inputs)
-        self._take(inputs)
-        for plan in self.plans:
-            _set_plan(plan, inputs)
-        self.program(count)
-        return self._out[:count]
-
-    def _take(self, inputs: StepInputs) -> None:
-        for own, given in zip(self._arrays, (inputs.input_ids, inputs.positions, inputs.slot_mapping), strict=True):
-            own[: len(given)] = given.numpy()
+    def __call__(self, *inputs: "array[int]") -> Tensor:
+        count = len(inputs[0])
+        if count > self.max_rows:
+            raise ValueError(f"{count} rows where {self.max_rows} were said to be the most")
+        self.program(count, [x.buffer_info()[0] for x in inputs])
+        if count not in self._views:  # a view costs torch as much as a small kernel
+            self._views[count] = self.out[:count]
+        return self._views[count]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._buffer(shape[1:], dtype)[: shape[0]]
 
     def _buffer(self, row: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """(max_tokens, *row). Its memory is free again when its last view is gone."""
-        count = math.prod(row) * self._max_tokens
+        """(max_rows, *row). Its memory is free again when its last view is gone."""
+        count = math.prod(row) * self.max_rows
         nbytes, free = count * dtype.itemsize, self._free
         memory = free[nbytes].pop() if free[nbytes] else np.empty(nbytes + 64, np.uint8)
         view = memory[-memory.ctypes.data % 64 :]
         weakref.finalize(view, free[nbytes].append, memory)
-        return torch.frombuffer(view, dtype=dtype, count=count).view(self._max_tokens, *row)
+        return torch.frombuffer(view, dtype=dtype, count=count).view(self.max_rows, *row)
 
 
 class CpuOps(ReferenceOps):
@@ -176,20 +162,42 @@ class CpuOps(ReferenceOps):
             raise ConfigError(f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference") from None
         self.name = f"cpu-{self._ops.name}"
         self._routers: dict[RouterConfig, Any] = {}
-        self._capture: CapturedStep | None = None
+        self._recording: Recording | None = None
 
-    def capture(self, compute: Compute, example: StepInputs, max_tokens: int) -> Compute:
-        captured = CapturedStep(compute, max_tokens)
-        self._capture = captured
-        self._ops.record(captured.program)
+    def capture(self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int) -> Captured:
+        step, head = Recording(3, max_tokens), Recording(1, max_tokens)
+
+        def on_step(inputs: StepInputs) -> Tensor:
+            for plan in step.plans:
+                _set_plan(plan, inputs)
+            return step(inputs.input_ids_host, inputs.positions_host, inputs.slot_mapping_host)
+
+        def noted(ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+            example.input_ids, example.positions, example.slot_mapping = ids, positions, slots
+            return compute(example)
+
+        plain = super().capture(compute, logits, example, max_tokens)
+        if not self._note(step, noted):
+            return plain
+        whole = self._note(head, lambda rows_L: logits(step.out, rows_L))
+        return on_step, (lambda _, rows: head(array("q", rows))) if whole else plain[1]
+
+    def _note(self, recording: Recording, compute: Callable[..., Tensor]) -> bool:
+        """Run `compute` on one row of each of the recording's inputs; False where torch computes a part of it."""
+        self._recording, mode = recording, _KernelsOnly()
+        self._ops.record(recording.program)
         try:
-            return captured if captured.record(example) else compute
+            with mode:
+                out = compute(*(x[:1] for x in recording.inputs))
         finally:
             self._ops.record(None)
-            self._capture = None
+            self._recording = None
+        if mode.only:  # the result is read until the next call, and so is kept
+            recording.out = torch.as_strided(out, (recording.max_rows, *out.shape[1:]), out.stride())
+        return mode.only
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._capture.empty(shape, dtype) if self._capture else torch.empty(shape, dtype=dtype)
+        return self._recording.empty(shape, dtype) if self._recording else torch.empty(shape, dtype=dtype)
 
     def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
         weights, biases = zip(*layers, strict=True)
@@ -321,8 +329,8 @@ class CpuOps(ReferenceOps):
 
     def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
         plan = _cpu.StepAttention(window or 0)
-        if self._capture:
-            self._capture.plans.append(plan)
+        if self._recording:
+            self._recording.plans.append(plan)
         _set_plan(plan, step)
         return plan
 
@@ -342,11 +350,8 @@ class CpuOps(ReferenceOps):
         self._ops.attention(dtype, cache.shape, plan, len(q_THN), at, q, q_THN.shape[1], scale, caps, sinks, into)
         return out
 
-    def argmax(self, logits_LV: Tensor) -> Pair:
-        rows, vocab = logits_LV.shape
-        ids, finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
-        self._ops.argmax(_address(logits_LV, torch.float32), rows, vocab, ids.data_ptr(), finite.data_ptr())
-        return ids, finite
+    def argmax(self, logits_LV: Tensor) -> list[int]:
+        return self._ops.argmax(_address(logits_LV, torch.float32), *logits_LV.shape)
 
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         rows, vocab = logits_LV.shape
@@ -365,10 +370,8 @@ class CpuOps(ReferenceOps):
 
 
 def _set_plan(plan: Any, step: StepInputs) -> None:
-    query_start, seq_lens, table = (
-        _address(x, torch.int32) for x in (step.query_start, step.seq_lens, step.block_table)
-    )
-    plan.set(query_start, seq_lens, len(step.seq_lens), table, step.block_table.shape[1])
+    facts = step.query_start_host, step.seq_lens_host, step.block_table_host
+    plan.set(*(x.buffer_info()[0] for x in facts), len(step.seq_lens_host), step.max_blocks)
 
 
 def _router_settings(r: RouterConfig) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
 from moebius.ops.routing import route, top_k
-from moebius.ops.steps import Compute, ExpertWeights, Pair, StepInputs
+from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles of this size.
 TILE = 64
@@ -80,11 +80,12 @@ class ReferenceOps:
     # Whether ids may stand for no expert: to look costs a wait for the device.
     drops = False
 
-    def capture(self, compute: Compute, example: StepInputs, max_tokens: int) -> Compute:
-        """A function that computes what `compute` does, in fewer calls where the backend can: it may record what
-        `compute` calls on `example`, a step of one token, for steps of up to max_tokens (as CUDA graphs do). Its
-        result may be overwritten by its next call."""
-        return compute
+    def capture(self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int) -> Captured:
+        """What computes a step of up to max_tokens as `compute` does, and `logits` of rows of the last step's result.
+
+        A backend may record what is called on `example`, a step of one token, and call that again (as CUDA graphs do).
+        Results may be overwritten by the next call."""
+        return compute, lambda x_TD, rows: logits(x_TD, torch.tensor(rows, dtype=torch.int64, device=x_TD.device))
 
     def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
         """multiplier * table[input_ids]: (T, D)."""
@@ -266,10 +267,9 @@ class ReferenceOps:
             out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale, softcap, sinks_H)
         return out_THN
 
-    def argmax(self, logits_LV: Tensor) -> Pair:
-        """The most likely id of each row, ties to the lowest, (L,) int64, and whether all its logits are finite, (L,)
-        bool; where they are not, the id means nothing."""
-        return top_k(logits_LV, 1)[:, 0], logits_LV.isfinite().all(-1)
+    def argmax(self, logits_LV: Tensor) -> list[int]:
+        """The most likely id of each row, ties to the lowest; -1 where a logit is not finite."""
+        return top_k(logits_LV, 1)[:, 0].masked_fill(~logits_LV.isfinite().all(-1), -1).tolist()
 
     def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
         """What sampling needs of each row: logsumexp(logits / temperature) and the k most likely ids.

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 # A step's final hidden states (T, D).
 Compute = Callable[["StepInputs"], Tensor]
+# Logits (L, V) of rows (L,) of such hidden states.
+Logits = Callable[[Tensor, Tensor], Tensor]
+# Both, as the engine calls them.
+Captured = tuple[Compute, Callable[[Tensor, Sequence[int]], Tensor]]
 
 
 class ExpertWeights(NamedTuple):
@@ -29,32 +34,26 @@ class ExpertWeights(NamedTuple):
     down_bias_D: Sequence[Tensor] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class StepInputs:
-    """A step's B sequences as tensors on the model's device, and the same facts for the host.
+    """A step's B sequences, as integers of the host; as tensors on the model's device once these are asked for.
 
     Sequence b brings rows query_start[b] to query_start[b + 1] - 1: its last tokens, prefill chunk or decode alike.
     seq_lens counts its tokens in the cache with these; block_table[b, i] is the block of its positions
-    i * block_size onward. Host copies spare a backend that needs them the wait for the device.
+    i * block_size onward. Positions are absolute, a slot is block id * block_size + offset.
     """
 
-    # (T,) int64
-    input_ids: Tensor
-    # (T,) int64, absolute
-    positions: Tensor
-    # (T,) int64, block id * block_size + offset
-    slot_mapping: Tensor
-    # (B + 1,) int32
-    query_start: Tensor
-    # (B,) int32
-    seq_lens: Tensor
-    # (B, max_blocks) int32, padded with 0
-    block_table: Tensor
-    # (L,) int64, rows of the step whose logits are wanted
-    logit_rows: Tensor
-    # B + 1 and B integers
-    query_start_host: tuple[int, ...]
-    seq_lens_host: tuple[int, ...]
+    device: torch.device | str
+    # (T,) int64 each
+    input_ids_host: "array[int]"
+    positions_host: "array[int]"
+    slot_mapping_host: "array[int]"
+    # (B + 1,) and (B,) int32
+    query_start_host: "array[int]"
+    seq_lens_host: "array[int]"
+    # (B, max_blocks) int32 in one row, padded with 0
+    block_table_host: "array[int]"
+    max_blocks: int
 
     @classmethod
     def build(
@@ -62,11 +61,11 @@ class StepInputs:
         token_ids: Sequence[Sequence[int]],
         starts: Sequence[int],
         block_ids: Sequence[Sequence[int]],
-        logit_rows: Sequence[int],
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> "StepInputs":
         """From each sequence's new tokens, the position of the first of them, and its blocks."""
+        # Lists, which become arrays at once: appending to arrays, or numpy, would cost more.
         ids, positions, slots, table = (list[int]() for _ in range(4))
         query_start, seq_lens = [0], []
         width = max(map(len, block_ids), default=0)
@@ -86,22 +85,25 @@ class StepInputs:
                 table += repeat(0, width - len(blocks))
             query_start.append(len(ids))
             seq_lens.append(stop)
+        rows = array("q", ids), array("q", positions), array("q", slots)
+        return cls(device, *rows, array("i", query_start), array("i", seq_lens), array("i", table), width)
 
-        def tensor(values: Sequence[int], code: str = "q") -> Tensor:
-            # An array takes a list at once, and torch reads an array where it lies: appending to arrays, or numpy on
-            # the way, would cost more than a short step's integers.
-            dtype = torch.int64 if code == "q" else torch.int32
-            data = torch.frombuffer(array(code, values), dtype=dtype) if values else torch.empty(0, dtype=dtype)
-            return data.to(device)
+    @cached_property
+    def input_ids(self) -> Tensor:
+        return self._tensor(self.input_ids_host)
 
-        return cls(
-            input_ids=tensor(ids),
-            positions=tensor(positions),
-            slot_mapping=tensor(slots),
-            query_start=tensor(query_start, "i"),
-            seq_lens=tensor(seq_lens, "i"),
-            block_table=tensor(table, "i").view(len(seq_lens), width),
-            logit_rows=tensor(logit_rows),
-            query_start_host=tuple(query_start),
-            seq_lens_host=tuple(seq_lens),
-        )
+    @cached_property
+    def positions(self) -> Tensor:
+        return self._tensor(self.positions_host)
+
+    @cached_property
+    def slot_mapping(self) -> Tensor:
+        return self._tensor(self.slot_mapping_host)
+
+    @cached_property
+    def block_table(self) -> Tensor:
+        return self._tensor(self.block_table_host).view(len(self.seq_lens_host), self.max_blocks)
+
+    def _tensor(self, values: "array[int]") -> Tensor:
+        dtype = torch.int64 if values.typecode == "q" else torch.int32
+        return (torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)).to(self.device)
