@@ -1,4 +1,4 @@
-"""What scheduler and Python take of a decoding step: its time less that of the kernels (decoder, logits, argmax).
+"""What scheduler and Python take of a decoding step: its time less that of the recorded kernels and of the arg-max.
 
     .venv/bin/python benchmarks/step_overhead.py [--model bundled] [--sequences 32 256] [--steps 60] [--json FILE]
 
@@ -19,6 +19,7 @@ from moebius.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.models.hub import resolve_model
+from moebius.ops.cpu import Recording
 from moebius.schedule.request import Request, SamplingParams
 
 PROMPT, WARM_UP = 200, 5
@@ -65,8 +66,8 @@ def measure(directory: Path, sequences: int, steps: int, threads: int) -> dict[s
         while any(request.num_computed_tokens < PROMPT for request in engine.scheduler.requests.values()):
             engine.step()
         kernels = Kernels()
-        for owner, name in ((engine.runner, "execute"), (engine.runner, "logits"), (engine.runner.ops, "argmax")):
-            kernels.wrap(owner, name)
+        kernels.wrap(Recording, "__call__")
+        kernels.wrap(engine.runner.ops, "argmax")
         whole, python = [], []
         for _ in range(WARM_UP + steps):
             kernels.seconds, start = 0.0, time.perf_counter()

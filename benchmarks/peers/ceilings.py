@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 SIDE = 2048
-# A pass in turn with other work: short, and long enough for two threads to come up to speed.
-ASKED_SIDE = 1024
+# A pass in turn with other work: short, but not so short that threads that have just woken up set its pace.
+ASKED_SIDE, ASKED_PRODUCTS = 1024, 3
 READS, PRODUCTS = 12, 20
 # Small products tell which dtype is the faster: a processor without bfloat16 products takes minutes for large ones.
 TRIAL_SIDE = 256
@@ -105,7 +105,7 @@ def _answer(threads: int, file: Path) -> None:
     with reader(threads, file) as read:
         for _ in sys.stdin:
             found = read()  # first: torch's threads go on spinning for a while after a product
-            found["matrix_gflops"] = round(2 * ASKED_SIDE**3 / _seconds(ASKED_SIDE, dtype, 1) / 1e9, 1)
+            found["matrix_gflops"] = round(2 * ASKED_SIDE**3 / _seconds(ASKED_SIDE, dtype, ASKED_PRODUCTS) / 1e9, 1)
             print(json.dumps(found), flush=True)
 
 

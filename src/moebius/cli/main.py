@@ -1,6 +1,7 @@
 """The `moebius` command. Its subcommands import what is heavy inside their functions."""
 
 import atexit
+import gc
 import os
 import sys
 import threading
@@ -94,6 +95,7 @@ def main() -> None:
 
 def script() -> None:
     """`main`, and out: with torch loaded, Python's dismantling of its modules takes most of a second."""
+    gc.set_threshold(100_000)  # walking torch's million objects again and again, while they are made, takes half of one
     try:
         main()
     except SystemExit as end:

@@ -1,5 +1,6 @@
 """moebius serve MODEL: the OpenAI-compatible server; moebius plan MODEL: what a model takes, without loading it."""
 
+import gc
 import json
 import logging
 from dataclasses import asdict, replace
@@ -80,6 +81,7 @@ def _serve_on(
     console.print(
         f"serving on http://{host}:{sock.getsockname()[1]}/v1 as {settings.served_model_names[0]}", highlight=False
     )
+    gc.freeze()  # or a collection, while requests wait, walks all that was loaded: a tenth of a second
     run_server(app, sock)
 
 

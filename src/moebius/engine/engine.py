@@ -116,10 +116,8 @@ class Engine:
             self._trace.close()
 
     def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
-        results, drawn = _Results(), []
-        if batch.sampled:
-            drawn = sample(self.runner.logits(hidden_TD, batch.sampled_rows), batch.sampled, self.runner.ops)
-        for request, outcome in zip(batch.sampled, drawn, strict=True):
+        results, logits_LV = _Results(), self.runner.logits(hidden_TD, batch.sampled_rows)
+        for request, outcome in zip(batch.sampled, sample(logits_LV, batch.sampled, self.runner.ops), strict=True):
             if isinstance(outcome, Sampled):
                 results.sampled[request.id] = outcome
             else:

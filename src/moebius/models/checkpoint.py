@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class Checkpoint:
         return rows
 
 
+@cache
 def _file(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 

@@ -50,13 +50,9 @@ class _Files:
         region = self._maps[stored.file]
         if len(region) < stored.stop:
             raise WeightsError(f"{stored.file} shrank while it was loaded")
-        with warnings.catch_warnings():
-            # torch warns that the buffer cannot be written; nothing here writes to weights.
-            warnings.simplefilter("ignore")
-            if start % dtype.itemsize:
-                raw = bytearray(region[start : start + count * dtype.itemsize])
-                return torch.frombuffer(raw, dtype=dtype, count=count).view(source.shape)
-            return torch.frombuffer(region, dtype=dtype, count=count, offset=start).view(source.shape)
+        aligned = start % dtype.itemsize == 0
+        values = region if aligned else bytearray(region[start : start + count * dtype.itemsize])
+        return torch.frombuffer(values, dtype=dtype, count=count, offset=start if aligned else 0).view(source.shape)
 
 
 def load_decoder(
@@ -77,12 +73,15 @@ def load_decoder(
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
     decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
-    files = _Files()
-    for source in checkpoint.sources:
-        value = files.view(source, checkpoint.tensors[source.name])
-        value = value.to(device=device, dtype=torch.float32 if source.float32 else dtype, copy=not mapped)
-        module, _, leaf = source.parameter.rpartition(".")
-        decoder.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
+    files, modules = _Files(), dict(decoder.named_modules())
+    with warnings.catch_warnings():
+        # torch warns that the buffer cannot be written; nothing here writes to weights.
+        warnings.simplefilter("ignore")
+        for source in checkpoint.sources:
+            value = files.view(source, checkpoint.tensors[source.name])
+            value = value.to(device=device, dtype=torch.float32 if source.float32 else dtype, copy=not mapped)
+            module, _, leaf = source.parameter.rpartition(".")
+            modules[module].register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
     return decoder
 
 

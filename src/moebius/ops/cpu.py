@@ -119,7 +119,7 @@ class Recording:
         self.max_rows = max_rows
         self.plans: list[Any] = []
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
-        self.inputs = [self._buffer((), torch.int64).zero_() for _ in range(inputs)]
+        self.inputs = [self.buffer((), torch.int64).zero_() for _ in range(inputs)]
         self.program = _cpu.Program([x.data_ptr() for x in self.inputs])
         self._views: dict[int, Tensor] = {}
 
@@ -132,10 +132,7 @@ class Recording:
             self._views[count] = self.out[:count]
         return self._views[count]
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._buffer(shape[1:], dtype)[: shape[0]]
-
-    def _buffer(self, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def buffer(self, row: Sequence[int], dtype: torch.dtype) -> Tensor:
         """(max_rows, *row). Its memory is free again when its last view is gone."""
         count = math.prod(row) * self.max_rows
         nbytes, free = count * dtype.itemsize, self._free
@@ -197,7 +194,9 @@ class CpuOps(ReferenceOps):
         return mode.only
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._recording.empty(shape, dtype) if self._recording else torch.empty(shape, dtype=dtype)
+        if self._recording:
+            return self._recording.buffer(shape[1:], dtype)[: shape[0]]
+        return torch.empty(shape, dtype=dtype)
 
     def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
         weights, biases = zip(*layers, strict=True)
