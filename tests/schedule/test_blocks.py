@@ -128,7 +128,7 @@ def test_extend_and_open_change_nothing_when_there_is_no_room():
     one = make_request("a", range(1, 9))
     compute(pool, one)
     two = make_request("b", range(1, 17))
-    assert not pool.open(two, pool.match(two)) and two.block_ids == ()
+    assert not pool.open(two, pool.match(two)) and not two.block_ids
     assert not pool.extend(one, 17) and len(one.block_ids) == 2
     assert pool.extend(one, 12) and pool.num_free == 0
     assert pool.extend(one, 11) and len(one.block_ids) == 3  # it has that already

@@ -213,7 +213,7 @@ def test_a_preempted_request_finds_its_published_blocks():
     (last,) = add(scheduler, make_request("last", [4, 5, 6, 7, 8], max_tokens=9, arrival=1.0))
     while not last.num_preemptions:
         step(scheduler)
-    assert last.status is RequestStatus.PREEMPTED and last.block_ids == () and last.num_computed_tokens == 0
+    assert last.status is RequestStatus.PREEMPTED and not last.block_ids and last.num_computed_tokens == 0
     scheduler.abort("first")
     plan, _ = step(scheduler)
     assert plan.chunks[0].start > 0

@@ -4,7 +4,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -65,9 +64,8 @@ class StepInputs:
         device: torch.device | str = "cpu",
     ) -> "StepInputs":
         """From each sequence's new tokens, the position of the first of them, and its blocks."""
-        # Lists, which become arrays at once: appending to arrays, or numpy, would cost more.
-        ids, positions, slots, table = (list[int]() for _ in range(4))
-        query_start, seq_lens = [0], []
+        ids, positions, slots = (list[int]() for _ in range(3))
+        query_start, seq_lens, table = [0], [], array("i")
         width = max(map(len, block_ids), default=0)
         for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
             stop = start + len(tokens)
@@ -80,13 +78,12 @@ class StepInputs:
                 for at in range(start // block_size, -(-stop // block_size)):
                     shift = (blocks[at] - at) * block_size
                     slots.extend(range(max(start, at * block_size) + shift, min(stop, (at + 1) * block_size) + shift))
-            table += blocks
-            if len(blocks) < width:
-                table += repeat(0, width - len(blocks))
+            table.extend(blocks)
+            table.frombytes(bytes((width - len(blocks)) * table.itemsize))
             query_start.append(len(ids))
             seq_lens.append(stop)
         rows = array("q", ids), array("q", positions), array("q", slots)
-        return cls(device, *rows, array("i", query_start), array("i", seq_lens), array("i", table), width)
+        return cls(device, *rows, array("i", query_start), array("i", seq_lens), table, width)
 
     @cached_property
     def input_ids(self) -> Tensor:

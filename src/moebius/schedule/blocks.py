@@ -10,6 +10,7 @@ aim for a collision.
 """
 
 import struct
+from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
@@ -123,7 +124,7 @@ class BlockPool:
             if not self._refs[block]:
                 del self._evictable[block]
             self._refs[block] += 1
-        request.block_ids = tuple(hit)
+        request.block_ids = array("i", hit)
         request.num_published_blocks = len(hit)
         if self.enable_prefix_caching:
             known = request.num_tokens // self.block_size
@@ -139,7 +140,7 @@ class BlockPool:
         missing = self.blocks_for(num_tokens) - held
         if not self.fits(num_tokens, held=held, free=self.num_free):
             return False
-        request.block_ids += tuple(self._take() for _ in range(missing))
+        request.block_ids = request.block_ids + array("i", [self._take() for _ in range(missing)])
         return True
 
     def trim(self, request: Request, num_tokens: int) -> None:
@@ -152,7 +153,7 @@ class BlockPool:
         """Give the request's blocks back. Those with a hash stay findable until they are evicted."""
         self._drop_claims(request)
         self._release(request.block_ids)
-        request.block_ids = ()
+        request.block_ids = array("i")
         request.num_published_blocks = 0
         request.num_awaited_blocks = 0
         request.publishes = True

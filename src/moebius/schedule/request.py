@@ -6,6 +6,7 @@ preemption or on a replay): positions, penalties, min and max tokens are pure fu
 
 import enum
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -199,7 +200,7 @@ class Request:
     salt                separates the prefix caches of tenants
     num_computed_tokens how many leading tokens have their keys and values in the cache (or in this step's plan)
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
-    block_ids           its blocks, in order of position; a tuple, so that a plan can hold it without a copy
+    block_ids           its blocks, in order of position; replaced, never changed: a plan holds it without a copy
     block_hashes        prefix hashes of its leading full blocks, computed once
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
     num_awaited_blocks  while it waits: how many leading blocks were in the cache when last looked at
@@ -222,7 +223,7 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
-    block_ids: tuple[int, ...] = ()
+    block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     num_awaited_blocks: int = 0

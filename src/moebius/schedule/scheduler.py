@@ -17,6 +17,7 @@ the running ones first. Why nobody starves:
 """
 
 import heapq
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -45,7 +46,7 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
-    block_ids: tuple[int, ...]
+    block_ids: "array[int]"
     num_cached_tokens: int
 
     @property
