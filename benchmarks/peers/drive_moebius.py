@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from itertools import count
+from typing import Any
 
 from common import (
     KV_CACHE_BYTES,
@@ -20,25 +21,31 @@ from common import (
 from workloads import Workload
 
 
+def engine_config(max_seqs: int, threads: int, prefix_cache: bool) -> Any:
+    """The engine's settings; moebius comes only now, as what it takes beyond `import torch` is measured."""
+    from moebius.config import EngineConfig
+
+    return EngineConfig(
+        dtype="bfloat16",
+        device="cpu",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=MAX_STEP_TOKENS,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        enable_prefix_caching=prefix_cache,
+        threads=threads,
+    )
+
+
 def load(options: Options) -> Engine:
     import torch
 
     baseline = sum(resident())
     from moebius import LLM, SamplingParams, __version__
-    from moebius.config import EngineConfig
     from moebius.engine.load import prepare
     from moebius.schedule.request import Request
 
-    config = EngineConfig(
-        dtype="bfloat16",
-        device="cpu",
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=options.max_seqs,
-        max_num_batched_tokens=MAX_STEP_TOKENS,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        enable_prefix_caching=options.prefix_cache,
-        threads=options.threads,
-    )
+    config = engine_config(options.max_seqs, options.threads, options.prefix_cache)
     plan = prepare(options.directory, config).plan
     llm = LLM.from_config(str(options.directory), config)
     engine, numbers = llm.engine, count()

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ceilings import Asked
-from common import KV_CACHE_BYTES, MAX_MODEL_LEN, MAX_STEP_TOKENS, peers_folder
+from common import peers_folder
+from drive_moebius import engine_config
 from report import CEILINGS
 from roofline import floor
 from sizes import SIZES
 from workloads import Workload, workload
 
-from moebius.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.schedule.request import Request, SamplingParams
@@ -78,16 +78,7 @@ def share(model: str, work: Workload, seconds: list[float], found: list[dict[str
 
 def measure(model: str, names: list[str], reps: int, threads: int) -> Iterator[dict[str, Any]]:
     directory = peers_folder() / "models" / model
-    config = EngineConfig(
-        dtype="bfloat16",
-        device="cpu",
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=32,
-        max_num_batched_tokens=MAX_STEP_TOKENS,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        enable_prefix_caching=False,
-        threads=threads,
-    )
+    config = engine_config(32, threads, prefix_cache=False)
     weights = max(directory.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     with closing(load_engine(directory, config)) as engine, ceilings(weights, threads) as ask:
         for name in names:
