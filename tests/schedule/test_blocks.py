@@ -134,6 +134,17 @@ def test_extend_and_open_change_nothing_when_there_is_no_room():
     assert pool.extend(one, 11) and len(one.block_ids) == 3  # it has that already
 
 
+def test_a_table_that_a_plan_holds_stays_as_it_was():
+    pool = pool_of(blocks=4)
+    request = make_request("a", range(1, 9))
+    compute(pool, request)
+    held, was = request.block_ids, list(request.block_ids)
+    assert pool.extend(request, 13) and len(request.block_ids) == 4
+    pool.trim(request, 5)
+    release(pool, request)
+    assert list(held) == was and not request.block_ids
+
+
 def test_an_idle_hit_is_not_counted_as_free_room():
     pool = pool_of(blocks=3)
     one = make_request("a", range(1, 9))

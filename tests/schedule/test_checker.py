@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -101,7 +102,7 @@ def chunk_of(plan, **changes):
         ({"num_tokens": 4}, "I10", "a computes 4 of 3 tokens"),
         ({"num_tokens": 0}, "I10", "a computes 0 of 3 tokens"),
         ({"samples": False}, "I10", "a samples at the wrong time"),
-        ({"block_ids": (0, 1)}, "I6", "a has 2 blocks for 11 tokens"),
+        ({"block_ids": array("i", [0, 1])}, "I6", "a has 2 blocks for 11 tokens"),
         ({"num_tokens": 99}, "budget", "99 tokens of 8"),
     ],
 )
