@@ -11,17 +11,18 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 // out[i][j] = x[i] . w[j] over k elements, for M rows of x and ROWS of w. Meanwhile fetches LINES cache lines a step from
-// `ahead` on: weights that are needed next, since hardware prefetchers lose the thread at every row.
+// `ahead` on: weights that are needed next, since hardware prefetchers lose the thread at every row. They go to the second
+// cache: beside more than two rows of x the first has no room (measured: half the speed).
 template <class T, int M, int LINES>
 INLINE void tile(const T* const* x, const T* const* w, int k, const char* ahead, float* c, int ldc, int width) {
-    constexpr int STEP = 64 / sizeof(T), N = ROWS;
+    constexpr int STEP = 64 / sizeof(T), N = ROWS, NEARNESS = M <= 2 && LINES == ROWS ? 3 : 2;
     V sums[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) sums[i] = zero();
     int at = 0;
     for (; at + STEP <= k; at += STEP) {
 #pragma GCC unroll 4
-        for (int l = 0; l < LINES; l++) __builtin_prefetch(ahead + l * 64);
+        for (int l = 0; l < LINES; l++) __builtin_prefetch(ahead + l * 64, 0, NEARNESS);
         ahead += LINES * 64;
         G a[M];
 #pragma GCC unroll 4
@@ -53,12 +54,11 @@ INLINE void last_rows(int m, const T* const* x, const T* const* w, int k, const 
     if (m == 3) tile<T, 3, LINES>(x, w, k, ahead, c, ldc, width);
 }
 
-// A block of weight rows stays in the first cache while all m rows of x pass; the next block's lines are fetched by the
-// tiles of this one, LINES a step each.
+// A block of weight rows stays near while all m rows of x pass; the next block's lines are fetched by the tiles of this
+// one, LINES a step each.
 template <class T, int LINES>
 INLINE void blocks(const T* const* x, int m, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
-    // Measured: far ahead for few rows, which wait for memory; little beside the rows of x for some; 16 KiB for many.
-    const int many = max_of(1, int((16 << 10) / (ROWS * k * sizeof(T)))), COLUMNS = ROWS * (m <= ROWS ? 2 : m <= 4 * ROWS ? 1 : min_of(many, 4));
+    const int COLUMNS = k * sizeof(T) > 2048 ? 8 * ROWS : 2 * ROWS;  // measured
     const size_t stride = size_t(k) * sizeof(T) / 64 * 64 * LINES;
     for (int first = 0; first < n; first += COLUMNS) {
         const int stop = min_of(first + COLUMNS, n);
@@ -87,7 +87,7 @@ void product_16(const void* const* x_rows, int m, const void* w, size_t ldw, int
     const T *weights = static_cast<const T*>(w), *then = static_cast<const T*>(next ? next : w);
     const int tiles = (m + ROWS - 1) / ROWS;
     if (tiles == 1) blocks<T, ROWS>(x, m, weights, ldw, n, k, then, c, ldc);
-    else if (tiles == 2) blocks<T, ROWS / 2>(x, m, weights, ldw, n, k, then, c, ldc);
+    else if (tiles <= 3) blocks<T, ROWS / 2>(x, m, weights, ldw, n, k, then, c, ldc);
     else blocks<T, 1>(x, m, weights, ldw, n, k, then, c, ldc);
 }
 
