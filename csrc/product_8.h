@@ -76,10 +76,11 @@ template <class T> void pack_8(const void* const* x, int m, int k, void* to) {
     for (int i = 0; i < m; i++) widen(static_cast<const T*>(x[i]), k, 0, steps, static_cast<float*>(to) + size_t(i) * steps * STEP_8);
 }
 
-// sums[i][j] += x[i] . w[j] over `steps`, fetching a line a weight row (two of float32) from `ahead` on at each step.
+// sums[i][j] += x[i] . w[j] over `steps`, fetching a line a weight row (two of float32) from `ahead` on at each step: into the
+// second cache, as the first has no room beside several rows of x (measured: up to half the speed).
 template <class T, int M, int N, bool FETCH>
 INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, const char* ahead, F8* sums) {
-    constexpr int LINES = N * STEP_8 * sizeof(T) / 64;
+    constexpr int LINES = N * STEP_8 * sizeof(T) / 64, NEARNESS = N == 1 ? 3 : 2;
     F8 s[M * N];
     // Pointers of their own, a constant away from all that a step reads: the compiler would keep offsets in memory else.
     const float* from[M];
@@ -93,7 +94,7 @@ INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, con
     for (int step = 0; step < steps; step++) {
         if (FETCH) {
 #pragma GCC unroll 16
-            for (int l = 0; l < LINES; l++) __builtin_prefetch(ahead + l * 64);
+            for (int l = 0; l < LINES; l++) __builtin_prefetch(ahead + l * 64, 0, NEARNESS);
             ahead += LINES * 64;
         }
 #pragma GCC unroll 4
@@ -118,9 +119,9 @@ INLINE void tile_8(const float* x, size_t ldx, const T* const* w, int steps, con
 }
 
 // M rows of x by N of w, whose sums fill at most twelve registers. Weights are widened in registers, every M rows anew: that
-// costs less than reading them back widened, which are twice the bytes. What is fetched lies one row short of a tile ahead:
-// any further and lines are gone again, any nearer and they come too late. AT_ONCE weight rows are read side by side: with one
-// row of x, when memory is all that counts, one, as memory gives one stream faster than several.
+// costs less than reading them back widened, which are twice the bytes. What is fetched lies two tiles ahead. AT_ONCE weight
+// rows are read side by side: with one row of x, when memory is all that counts, one, as memory gives one stream faster than
+// several, and one tile ahead.
 template <class T, int M, int N, int AT_ONCE = N> INLINE void rows_8(const float* x, size_t ldx, const T* w, size_t ldw, int n, int k, const T* next, float* c, int ldc) {
     const int whole = k / STEP_8, rest = steps_8(k) - whole;
     float last[N * STEP_8], out[M * N];
@@ -130,7 +131,8 @@ template <class T, int M, int N, int AT_ONCE = N> INLINE void rows_8(const float
         // Columns beyond the last repeat it, and are not written.
         for (int l = 0; l < N; l++) rows[l] = w + size_t(min_of(j + l, n - 1)) * ldw;
         F8 sums[M * N] = {};
-        const T* ahead = j + N < n ? w + (j + N - (AT_ONCE > 1)) * ldw : next;
+        const int then = j + (AT_ONCE > 1 ? 2 * N : N);
+        const T* ahead = then < n ? w + then * ldw : next + max_of(0, then - n) * ldw;
         for (int l = 0; l < N; l += AT_ONCE)
             tile_8<T, M, AT_ONCE, true>(x, ldx, rows + l, whole, reinterpret_cast<const char*>(ahead + l * ldw), sums + l);
         if (rest) {
