@@ -44,7 +44,7 @@ INLINE void tile(const T* const* x, const T* const* w, int k, const char* ahead,
     for (int i = 0; i < M * N; i++) sums[i] = s[i];
 }
 
-// One or two rows of x: memory is all that counts, and gives one stream faster than several, which needs no prefetching
+// One or two rows of x: memory is all that counts, and gives one stream faster than several; hardware prefetchers follow it
 // (measured: 1.2 times the speed).
 template <class T, int M> INLINE void one_by_one(const T* const* x, const T* w, size_t ldw, int n, int k, float* c, int ldc) {
     for (int j = 0; j < n; j += 16 / M) {
@@ -96,7 +96,7 @@ INLINE void blocks(const T* const* x, int m, const T* w, size_t ldw, int n, int 
                 for (int l = 0; l < ROWS; l++) rows[l] = w + size_t(min_of(j + l, n - 1)) * ldw;
                 float* to = c + size_t(i) * ldc + j;
                 const int width = min_of(ROWS, n - j), left = m - i;
-                const bool fetch = LINES && ahead < end;
+                const bool fetch = ahead < end;
                 if (left >= ROWS && fetch) tile_out<T, ROWS, LINES>(x + i, rows, k, ahead, to, ldc, width);
                 else if (left >= ROWS) tile_out<T, ROWS, 0>(x + i, rows, k, ahead, to, ldc, width);
                 else if (fetch) last_rows<T, LINES>(left, x + i, rows, k, ahead, to, ldc, width);
