@@ -17,6 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
+    "files": {"errors"},
     "schedule": {"errors", "config"},
     "text": {"errors", "config", "schedule"},
     "pages": set(),
@@ -24,14 +25,14 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"errors", "config", "_cpu"},
     "nn": {"errors", "config", "ops"},
     "moe": {"errors", "config", "ops", "nn"},
-    "models": {"errors", "config", "pages", "ops", "nn", "moe"},
-    "engine": {"errors", "config", "pages", "schedule", "text", "ops", "nn", "moe", "models"},
+    "models": {"errors", "config", "files", "pages", "ops", "nn", "moe"},
+    "engine": {"errors", "config", "files", "pages", "schedule", "text", "ops", "nn", "moe", "models"},
     "outputs": {"errors", "config", "schedule", "text", "engine"},
     "llm": {"errors", "config", "schedule", "text", "engine", "outputs", "models"},
-    "server": {"errors", "config", "schedule", "text", "engine", "outputs"},
-    "bench": {"errors", "config", "schedule", "text", "models", "engine", "llm"},
-    "inspect": {"errors", "config", "text", "ops", "nn", "moe", "models"},
-    "train": {"errors", "config", "text", "ops", "nn", "moe", "models", "inspect"},
+    "server": {"errors", "config", "files", "schedule", "text", "engine", "outputs"},
+    "bench": {"errors", "config", "files", "schedule", "text", "models", "engine", "llm"},
+    "inspect": {"errors", "config", "files", "text", "ops", "nn", "moe", "models"},
+    "train": {"errors", "config", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
