@@ -47,6 +47,14 @@ def signed(mark: bytes) -> Ours:
     return ours
 
 
+def make_directory(path: Path) -> None:
+    """With its parents, unless it is there. Raises StorageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be made a directory: {error.strerror}") from error
+
+
 def check_target(path: Path, ours: Ours) -> None:
     """Say before the work what `write_file` would say after it.
 
