@@ -1,13 +1,15 @@
-"""What a checkpoint directory holds, checked from headers alone: no tensor is read, nothing is allocated, no torch.
+"""What a checkpoint directory holds, checked from headers: nothing is allocated, no torch. One tensor is read where
+two may be the same: see _tied.
 
 A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes without a gap.
 """
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 
 from moebius.config import ModelConfig, read_json, require
 from moebius.errors import ConfigError, WeightsError
-from moebius.models import checkpoint_layouts, model_config
-from moebius.models.layout import Source, sources
+from moebius.models import checkpoint_layouts, read_config
+from moebius.models.layout import EMBEDDING, HEAD, Source, sources
+
+log = logging.getLogger(__name__)
 
 # Bytes an element, of every dtype that the format knows and whose size is whole bytes.
 _ITEM_BYTES = {
@@ -29,6 +33,7 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MAX_HEADER = 100 * 2**20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLE = 4096
+_COMPARED_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,10 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory whose configuration and tensors fit together; made by open_checkpoint."""
+    """A directory whose configuration and tensors fit together; made by open_checkpoint.
+
+    config.tie_word_embeddings says what the tensors do, which is not always what config_json says.
+    """
 
     directory: Path
     config_json: Mapping[str, Any]
@@ -179,16 +187,59 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 def _harmless(name: str, config: ModelConfig) -> bool:
     """Buffers that old checkpoints carry, and the copy of a tied embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
+
+
+def _tied(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the head is the embedding: it is meant to be, and no head is stored that differs.
+
+    As in transformers: a head of its own counts for more than tie_word_embeddings. Bytes are compared, so that two
+    spellings of one number are two heads, which costs memory and is right. What is read is what loading maps, and it
+    ends at the first difference.
+    """
+    if not config.tie_word_embeddings or EMBEDDING not in tensors or HEAD not in tensors:
+        return config.tie_word_embeddings
+    if _same_values(tensors[EMBEDDING], tensors[HEAD]):
+        return True
+    log.warning(
+        "%s: tie_word_embeddings is true, but the files hold a %s that is not %s: it is used",
+        directory.name,
+        HEAD,
+        EMBEDDING,
+    )
+    return False
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    left = one.stop - one.start
+    try:
+        with one.file.open("rb") as mine, other.file.open("rb") as theirs:
+            mine.seek(one.start)
+            theirs.seek(other.start)
+            while left > 0:
+                size = min(left, _COMPARED_AT_ONCE)
+                if mine.read(size) != theirs.read(size):
+                    return False
+                left -= size
+    except OSError as cause:
+        raise WeightsError(f"{_file(one.file)} cannot be read: {cause.strerror or cause}") from None
+    return True
 
 
 def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[Source, ...]:
     """The sources of all parameters, in the layout that the checkpoint has."""
-    candidates = [tuple(sources(config, layout)) for layout in checkpoint_layouts(config.model_type)]
+    embedding = HEAD if config.tie_word_embeddings and EMBEDDING not in tensors else EMBEDDING
+    layouts = checkpoint_layouts(config.model_type)
+    candidates = [tuple(sources(config, replace(layout, embedding=embedding))) for layout in layouts]
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        if missing == [HEAD]:
+            more = "; if the embedding is meant to serve as head, config.json must say tie_word_embeddings = true"
         shards = sorted({_file(tensor.file) for tensor in tensors.values()}) or [directory.name]
         raise WeightsError(f"{', '.join(shards[:3])}: tensor {missing[0]!r} is missing{more}")
     for source in wanted:
@@ -207,13 +258,19 @@ def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTen
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:
-    """Read and check a model directory. Raises ConfigError or WeightsError; allocates nothing."""
+    """Read and check a model directory. Raises ConfigError or WeightsError; allocates nothing.
+
+    Keys of config.json that change nothing are named in the log.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no directory; a model is a directory with config.json and safetensors files")
     config_json = read_json(directory / "config.json")
-    config = model_config(config_json)
+    config, ignored, _ = read_config(config_json)
+    if ignored:
+        log.info("config.json: no %s model reads %s, which changes nothing", config.model_type, ", ".join(ignored))
     tensors = read_tensors(directory)
+    config = replace(config, tie_word_embeddings=_tied(directory, config, tensors))
     return Checkpoint(directory, config_json, config, tensors, _match(directory, config, tensors))
 
 
@@ -221,6 +278,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each tensor."""
     digest = blake2b(digest_size=8, person=b"moebius-weights")
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
+    digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (t.file.name, t.start))
     for path in sorted({tensor.file for tensor in tensors}):
         with path.open("rb") as file:

@@ -5,8 +5,9 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def load_decoder(
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
     decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
+    _check_all_have_a_source(decoder, checkpoint.sources)
     files, modules = _Files(), dict(decoder.named_modules())
     with warnings.catch_warnings():
         # torch warns that the buffer cannot be written; nothing here writes to weights.
@@ -83,6 +85,19 @@ def load_decoder(
             module, _, leaf = source.parameter.rpartition(".")
             modules[module].register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
     return decoder
+
+
+def _check_all_have_a_source(decoder: Decoder, sources: Iterable[Source]) -> None:
+    """Raises WeightsError naming what would stay without values: nothing but a source takes a tensor off meta."""
+    tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    found = {source.parameter: source.shape for source in sources}
+    bare = [name for name, tensor in tensors.items() if tensor.is_meta and found.get(name) != tuple(tensor.shape)]
+    if bare:
+        more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
+        raise WeightsError(
+            f"no tensor of a {decoder.config.model_type} checkpoint holds the values of {bare[0]}{more}; "
+            "what config.json describes cannot be loaded"
+        )
 
 
 def _stored_tensors(state: Mapping[str, Tensor], wanted: Iterator[Source], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -107,14 +122,17 @@ def save_checkpoint(
 ) -> None:
     """Write model.safetensors and config.json in the published layout of config_json's model_type.
 
-    model is a decoder or its state dict; dtype None keeps the embedding's, and is written into config.json. Each file
-    is complete or not there: it is written beside its name, flushed to the disk, then renamed.
+    model is a decoder or its state dict; dtype None keeps the embedding's, and is written into config.json, as is
+    whether the head is the embedding, where config_json says otherwise. Each file is complete or not there: it is
+    written beside its name, flushed to the disk, then renamed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if isinstance(model, Decoder) else model
     dtype = dtype or state["embed_tokens.weight"].dtype
-    config = model_config(config_json)
+    config, tied = model_config(config_json), "lm_head.weight" not in state
+    if config.tie_word_embeddings != tied:
+        config, config_json = replace(config, tie_word_embeddings=tied), {**config_json, "tie_word_embeddings": tied}
     wanted = sources(config, checkpoint_layouts(config.model_type)[0])
     partial = directory / f".model.safetensors.{os.getpid()}"
     save_file(_stored_tensors(state, wanted, dtype), partial, metadata={"format": "pt"})

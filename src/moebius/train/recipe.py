@@ -13,7 +13,7 @@ import pydantic as p
 from moebius.config import FeedForwardConfig, TrainingRouting, require
 from moebius.errors import ConfigError
 from moebius.models import model_config
-from moebius.train.architecture import check_trainable, config_json
+from moebius.train.architecture import check_trainable, check_written, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 
 Share = Annotated[float, p.Field(ge=0, le=1)]
@@ -176,7 +176,9 @@ class Recipe:
         one = (self.model is None) != (self.finetune is None)
         require(one, "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint")
         if self.model is not None:
-            check_trainable(model_config(config_json(self, self.tokenizer.vocab_size)), self)
+            whole = config_json(self, self.tokenizer.vocab_size)
+            check_trainable(model_config(whole), self)
+            check_written(whole)
 
 
 def read_recipe(path: Path) -> Recipe:
