@@ -86,9 +86,7 @@ def _why(cause: Exception) -> str:
 
     response = cause.response if isinstance(cause, HfHubHTTPError) else None
     if response is not None and response.status_code in (401, 403):
-        return (
-            f"it answers {response.status_code}, which is about the token in HF_TOKEN: is it valid, may it read this?"
-        )
+        return f"it answers {response.status_code}; look at the token in HF_TOKEN: is it valid, may it read this?"
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk under {constants.HF_HUB_CACHE} is full; free some space, or set HF_HOME to another place"
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
