@@ -8,7 +8,7 @@ meaning is the same.
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -333,12 +333,18 @@ def package_table(name: str) -> dict[str, Any]:
     return tomllib.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
+def read_text(path: Path) -> str:
+    """A file's text, without the byte order mark that Windows' editors put before it. Raises OSError, or
+    UnicodeDecodeError for what is no UTF-8."""
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_json(
     path: Path, *, default: dict[str, Any] | None = None, error: type[UsageError] = ConfigError
 ) -> dict[str, Any]:
     """The JSON object in a file; `default`, where given, if there is no file. Raises `error` naming what is wrong."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except FileNotFoundError:
         if default is None:
             raise error(f"{path} does not exist") from None
@@ -348,3 +354,19 @@ def read_json(
     if not isinstance(found, dict):
         raise error(f"{path} holds a {type(found).__name__}; it must be a JSON object")
     return found
+
+
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """JSON that every parser reads. It has no infinity and no NaN: null stands for a number that is either."""
+    try:
+        return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,5 @@
 """What a benchmark leaves behind: the printed report in vLLM's layout, JSON, and charts."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moebius.bench.metrics import METRICS, Record, in_flight, latencies, tokens_by_second
-from moebius.config import require
+from moebius.config import json_text, require
 
 _WIDTH = 50
 _PLOTS = (".png", ".svg", ".pdf")
@@ -43,7 +42,7 @@ def check_outputs(output_json: Path | None, plot: Path | None = None) -> None:
 def save_json(path: Path | None, result: Mapping[str, Any]) -> None:
     """One line a key, so that the figures can be read beside long lists."""
     if path is not None:
-        lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in result.items())
+        lines = (f"  {json_text(key)}: {json_text(value)}" for key, value in result.items())
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 

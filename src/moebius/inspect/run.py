@@ -3,7 +3,6 @@
 The report is JSON; verdict.j2 makes sentences of it, report.html.j2 a page, with the filters at the end of this file.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from moebius.config import InspectConfig, require
+from moebius.config import InspectConfig, json_text, require
 from moebius.errors import ConfigError
 from moebius.inspect.collect import Progress, collect, routers, silent
 from moebius.inspect.corpus import Document, Rows, make_rows
@@ -85,7 +84,7 @@ def write_report(
         report["against"]["model"] = against_name or against.name
     report["verdict"] = verdict(report)
     with _writing(out):
-        (out / "report.json").write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "report.json").write_text(json_text(report) + "\n", encoding="utf-8")
         (out / "report.html").write_text(page(report), encoding="utf-8")
     return report
 

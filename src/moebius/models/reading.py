@@ -7,6 +7,7 @@ without keys that equal it. Which is which stands in config_keys.json, made from
 of transformers 4 and 5 are both read.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,9 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._checked(key, default, (int, float), "a number"))
+        value = self._checked(key, default, (int, float), "a number")
+        require(math.isfinite(value), f"{self.where}{key} is {value}; it must be a finite number")
+        return float(value)
 
     def optional_number(self, key: str) -> float | None:
         return None if self.get(key) is None else self.number(key)

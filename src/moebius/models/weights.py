@@ -1,6 +1,5 @@
 """Weights in and out: safetensors files to a Decoder, mapped without a copy where the dtype allows, and back."""
 
-import json
 import math
 import mmap
 import os
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moebius.config import json_text
 from moebius.errors import WeightsError
 from moebius.models import checkpoint_layouts, model_config
 from moebius.models.checkpoint import Checkpoint, StoredTensor, open_checkpoint
@@ -139,7 +139,7 @@ def save_checkpoint(
     publish(partial, directory / "model.safetensors")
     described = {**config_json, "torch_dtype": str(dtype).removeprefix("torch.")}
     partial = directory / f".config.json.{os.getpid()}"
-    partial.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(json_text(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     publish(partial, directory / "config.json")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pydantic as p
 
-from moebius.config import FeedForwardConfig, TrainingRouting, require
+from moebius.config import FeedForwardConfig, TrainingRouting, read_text, require
 from moebius.errors import ConfigError
 from moebius.models import model_config
 from moebius.train.architecture import check_trainable, check_written, config_json
@@ -187,7 +187,7 @@ def read_recipe(path: Path) -> Recipe:
     Relative paths in it start at its own folder.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
