@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
@@ -33,7 +33,8 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MAX_HEADER = 100 * 2**20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLE = 4096
-_COMPARED_AT_ONCE = 2**22
+# Bytes of two tensors that may be the same; larger pieces would leave the processor's cache.
+_COMPARED_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,19 +215,22 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors are the same, bit for bit."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    left = one.stop - one.start
+    return all(mine == theirs for mine, theirs in zip(_pieces(one), _pieces(other), strict=True))
+
+
+def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
+    """The tensor's bytes, one piece after the other in the same buffer; the last may have old bytes behind it, the
+    same of two tensors whose earlier pieces are the same."""
+    buffer = bytearray(_COMPARED_AT_ONCE)
     try:
-        with one.file.open("rb") as mine, other.file.open("rb") as theirs:
-            mine.seek(one.start)
-            theirs.seek(other.start)
-            while left > 0:
-                size = min(left, _COMPARED_AT_ONCE)
-                if mine.read(size) != theirs.read(size):
-                    return False
-                left -= size
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            for left in range(tensor.stop - tensor.start, 0, -len(buffer)):
+                wanted = memoryview(buffer)[:left]
+                _check(file.readinto(wanted) == len(wanted), _file(tensor.file), " shrank while it was read")
+                yield buffer
     except OSError as cause:
-        raise WeightsError(f"{_file(one.file)} cannot be read: {cause.strerror or cause}") from None
-    return True
+        raise WeightsError(f"{_file(tensor.file)} cannot be read: {cause.strerror or cause}") from None
 
 
 def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[Source, ...]:

@@ -14,15 +14,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Names below `model.layers.{i}.`; {e} stands for the expert's number, {p} for the projection.
+    """Names below `model.layers.{i}.`, but for the embedding's, which is whole; {e} stands for the expert's number,
+    {p} for the projection.
 
     expert        one tensor an expert and projection, or None where experts are stacked in
     gate_up       (E, 2F, D), gate rows first, and
     down          (E, D, F)
     projections   what this checkpoint calls gate, up and down
     shared        the expert that is always on
-
-    and embedding, the whole name of the tensor that the embedding is in.
+    embedding     the tensor of the embedding: the head's, where that alone is stored and serves as both
     """
 
     router: str = "mlp.gate.weight"

@@ -63,7 +63,7 @@ class ConfigReader:
         for key, value in self.raw.items():
             name = self.keys.aliases.get(key, key)
             same = raw.get(name) is None or value is None or raw[name] == value
-            require(same, f"{self.where}{key} = {value!r} and {name} = {raw.get(name)!r} name one thing; keep one")
+            require(same, f"{self.where}{name} is {raw.get(name)!r} and, by its other name, {value!r}; keep one")
             raw[name] = raw.get(name) if value is None else value
         self.raw = raw
 
@@ -160,7 +160,8 @@ class ConfigReader:
             "the batch, so a request's answer would depend on its neighbours; linear, llama3 and yarn are supported",
         )
         read = _READ_BY_TRANSFORMERS["rope"]
-        require(kind in read, f"config.json: rope type {kind!r} is unknown; {', '.join(read)} are supported")
+        known = isinstance(kind, str) and kind in read
+        require(known, f"config.json: rope type {kind!r} is unknown; {', '.join(read)} are supported")
         rope = ConfigReader(given, Keys(dict.fromkeys(read[kind])), f"config.json: {name} of type {kind}: ")
         rope.computed |= {"rope_type", "type"}
         partial = rope.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
@@ -243,10 +244,11 @@ def decoder(
         f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim",
     )
     max_position = reader.integer("max_position_embeddings")
-    quantization = reader.get("quantization_config") or {}
+    quantized = reader.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     require(
-        not quantization,
-        f"config.json: quantization_config of method {dict(quantization).get('quant_method')!r} is not supported; "
+        not quantized,
+        f"config.json: quantization_config of method {method!r} is not supported; "
         "use the checkpoint in bfloat16, float16 or float32",
     )
     every = tuple(windows) if isinstance(windows, Sequence) else (windows,) * layers
