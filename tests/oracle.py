@@ -77,8 +77,12 @@ FAMILY: dict[str, dict[str, Any]] = {
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 model of transformers, its norms and biases random too, in its plainest implementation."""
+    return tiny_of(AutoConfig.for_model(model_type, **{**TINY, **FAMILY[model_type], **overrides}), seed)
+
+
+def tiny_of(config: Any, seed: int = 0) -> Any:
+    """The same of any configuration."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**TINY, **FAMILY[model_type], **overrides})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ meaning is the same.
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,12 +36,12 @@ class RouterConfig:
                      chosen (`renorm`), or `softmax` / `sigmoid` of the chosen logits
     selection_bias   a learned vector is added to the scores for the choice only (DeepSeek-V3)
     num_groups, groups_kept, group_score   node-limited routing: keep the best groups, by the `max` or by the sum of
-                     the top two (`top2`) of their scores; `group_fill` is what masked scores become
+                     the top two (`top2`) of their scores. `group_fill` says what the others' scores become: `zero`,
+                     or `never`, minus infinity, so that none of them is chosen
     renorm_eps       added to the divisor of `renorm`
     scale            multiplies the final weights
     logit_bias       the router's linear layer has a bias
     logit_softcap    c * tanh(logits / c), where given
-    weight_on_input  the weight multiplies the expert's input, not its output (Llama 4)
     learned_noise    in training, normal noise as wide as softplus of a second linear layer is added to the logits
                      (noisy top-k, Shazeer et al., arXiv 1701.06538 eq 4)
     """
@@ -54,12 +54,11 @@ class RouterConfig:
     num_groups: int = 1
     groups_kept: int = 1
     group_score: Literal["max", "top2"] = "max"
-    group_fill: float = 0.0
+    group_fill: Literal["zero", "never"] = "zero"
     renorm_eps: float = 0.0
     scale: float = 1.0
     logit_bias: bool = False
     logit_softcap: float | None = None
-    weight_on_input: bool = False
     learned_noise: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +75,13 @@ class RouterConfig:
             self.top_k <= self.num_experts // self.num_groups * self.groups_kept,
             f"top_k = {self.top_k} experts cannot come from {self.groups_kept} of {self.num_groups} groups",
         )
+        fills = ("zero", "never")
+        require(self.group_fill in fills, f"group_fill is {self.group_fill!r}; use one of {', '.join(fills)}")
+
+    @property
+    def masked_score(self) -> float:
+        """What the score of an expert becomes whose group is not kept."""
+        return 0.0 if self.group_fill == "zero" else -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,6 @@ class TrainingRouting:
     """What is done to a routing in training only. A model is served without any of it: a token's answer must not
     depend on the tokens beside it, which is what a capacity makes it do.
 
-    choice            `token`; `expert` and `batch_prioritised` exist to be refused
     dropless          no capacity: every expert takes whatever comes
     capacity_factor   an expert takes capacity_factor * K / E of a micro-batch's tokens, at least min_capacity. GShard
                       counts so; Mesh and ST-MoE leave out K (their 1.25 at top-2 is 0.625 here)
@@ -94,7 +99,6 @@ class TrainingRouting:
     jitter            eps: the router's input is multiplied by uniform(1 - eps, 1 + eps), as Mesh TensorFlow does
     """
 
-    choice: str = "token"
     dropless: bool = True
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
@@ -104,11 +108,6 @@ class TrainingRouting:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            self.choice == "token",
-            f"routing.choice is {self.choice!r}; it must be 'token': where experts choose among a batch's tokens, or "
-            "important tokens go first, a token's answer tells of those after it, which a causal decoder must not see",
-        )
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"routing.{name} is {value}; it must be positive")
@@ -138,7 +137,6 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-    partial: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.theta > 0 and math.isfinite(self.theta), f"rope_theta is {self.theta}; it must be positive")
@@ -335,12 +333,18 @@ def package_table(name: str) -> dict[str, Any]:
     return tomllib.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
+def read_text(path: Path) -> str:
+    """A file's text, without the byte order mark that Windows' editors put before it. Raises OSError, or
+    UnicodeDecodeError for what is no UTF-8."""
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_json(
     path: Path, *, default: dict[str, Any] | None = None, error: type[UsageError] = ConfigError
 ) -> dict[str, Any]:
     """The JSON object in a file; `default`, where given, if there is no file. Raises `error` naming what is wrong."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except FileNotFoundError:
         if default is None:
             raise error(f"{path} does not exist") from None
@@ -350,3 +354,19 @@ def read_json(
     if not isinstance(found, dict):
         raise error(f"{path} holds a {type(found).__name__}; it must be a JSON object")
     return found
+
+
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """JSON that every parser reads. It has no infinity and no NaN: null stands for a number that is either."""
+    try:
+        return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,5 +1,6 @@
 """The page, the verdict, the command, and one clear line for what cannot be inspected."""
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from moebius.cli.main import main
 from moebius.config import InspectConfig
 from moebius.errors import ConfigError, NumericalError, StorageError, UsageError
-from moebius.inspect.corpus import Document
+from moebius.inspect.corpus import Document, read_documents
 from moebius.inspect.run import page, verdict, write_report
+from oracle import save_tiny
 from tiny import write_model, write_tokenizer
 
 from .conftest import SETTINGS
@@ -240,3 +242,15 @@ def test_the_command(
     assert run(monkeypatch, str(tiny_model), "--out", str(out)) == 2
     captured = capsys.readouterr()
     assert captured.err == "moebius: name the text to run through the model: --text FILES or directories\n"
+
+
+@pytest.mark.case("C10")
+def test_a_router_that_masks_groups_is_reported(corpus: Path, tmp_path: Path) -> None:
+    """dots1's scores of masked groups are minus infinity, which JSON has not."""
+    model = save_tiny(tmp_path, "dots1", vocab_size=320, n_routed_experts=6, n_group=3, topk_group=2)
+    write_tokenizer(tmp_path)
+    write_report(tmp_path, read_documents([corpus], 500), tmp_path / "out", SETTINGS)
+    text = (tmp_path / "out" / "report.json").read_text()
+    router = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["router"]
+    assert (router["num_groups"], router["group_fill"]) == (model.config.n_group, "never")
+    assert "dots1" in (tmp_path / "out" / "report.html").read_text()

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from moebius.config import RopeConfig
 from moebius.errors import ConfigError
-from moebius.models import MODEL_TYPES, model_config
-from oracle import FAMILY, TINY
+from moebius.models import MODEL_TYPES, model_config, read_config
+from moebius.models.checkpoint import open_checkpoint
+from moebius.models.weights import load_decoder
+from oracle import FAMILY, TINY, Server, assert_close, tiny_of
 
-# What the hub's published config.json files hold (transformers 4 spelling), shortened to the keys that matter.
-MIXTRAL_8X7B: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
-    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
-    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
-    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True,
-    "vocab_size": 32000,
-}  # fmt: skip
-QWEN3_30B_A3B: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
-    "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
-    "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
-    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
-    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
-    "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
-    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
-    "vocab_size": 151936,
-}  # fmt: skip
-LLAMA_3_2_1B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
-    "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
-    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-    "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
-}  # fmt: skip
+PUBLISHED = {path.stem: path for path in sorted((Path(__file__).parent / "published").glob("*.json"))}
+"""config.json files as they are on the hub, of transformers 4, by the last part of the repository's name."""
+
+
+def published(name: str) -> dict[str, Any]:
+    return dict(json.loads(PUBLISHED[name].read_text()))
 
 
 def tiny(model_type: str, /, **changes: Any) -> dict[str, Any]:
@@ -53,7 +33,7 @@ def tiny(model_type: str, /, **changes: Any) -> dict[str, Any]:
 
 
 def test_published_mixtral() -> None:
-    config = model_config(MIXTRAL_8X7B)
+    config = model_config(published("Mixtral-8x7B-v0.1"))
     router = config.feed_forward[0].router
     assert router is not None
     assert (router.num_experts, router.top_k, router.score, router.weight) == (8, 2, "softmax", "renorm")
@@ -61,24 +41,90 @@ def test_published_mixtral() -> None:
 
 
 def test_published_qwen3_moe() -> None:
-    config = model_config(QWEN3_30B_A3B)
+    config = model_config(published("Qwen3-30B-A3B"))
     router = config.feed_forward[-1].router
     assert router is not None and router.weight == "renorm" and router.num_experts == 128
     assert config.q_size == 4096 and config.qk_norm == "head" and config.feed_forward[0].width == 768
 
 
 def test_published_llama_with_long_context() -> None:
-    config = model_config(LLAMA_3_2_1B)
+    config = model_config(published("Llama-3.2-1B-Instruct"))
     assert config.rope == RopeConfig(500_000.0, "llama3", 32.0, 8192, 1.0, 4.0)
     assert config.tie_word_embeddings and config.feed_forward[0].router is None
 
 
-@pytest.mark.parametrize("raw", [MIXTRAL_8X7B, QWEN3_30B_A3B, LLAMA_3_2_1B], ids=lambda raw: raw["model_type"])
-def test_old_and_new_spelling_are_the_same_model(raw: dict[str, Any]) -> None:
+@pytest.mark.case("C1")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_old_and_new_spelling_are_the_same_model(name: str) -> None:
     """transformers 5 rewrites the published file; both must read alike."""
+    raw = published(name)
     rewritten = AutoConfig.for_model(**raw).to_dict()
     assert "rope_parameters" in rewritten and "rope_theta" not in rewritten
     assert model_config(rewritten) == model_config(raw)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 20, "moe_intermediate_size": 14, "num_hidden_layers": 3, "vocab_size": 67,
+    "shared_expert_intermediate_size": 18, "num_experts": 5, "num_local_experts": 5, "n_routed_experts": 5,
+    "num_experts_per_tok": 2, "head_dim": 10, "max_window_layers": 2, "initializer_range": 0.2, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same keys with small sizes: a file that was published, for a model that a test can run."""
+    heads = {"num_attention_heads": 4}
+    if "num_key_value_heads" in raw:
+        heads["num_key_value_heads"] = 4 if raw["num_key_value_heads"] == raw["num_attention_heads"] else 2
+    window = {"sliding_window": 4} if raw.get("sliding_window") else {}
+    return raw | {key: value for key, value in SMALL.items() if raw.get(key)} | heads | window
+
+
+@pytest.mark.case("C1")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_give_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+    raw = shrunk(published(name))
+    model = tiny_of(AutoConfig.for_model(**raw))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ids = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2]
+    server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=4)
+    server.step([(0, ids)])
+    with torch.inference_mode():
+        assert_close(server.all_logits(0), model(torch.tensor([ids])).logits[0])
+
+
+@pytest.mark.case("C1")
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [
+        ("Qwen3-Coder-30B-A3B-Instruct", "max_window_layers qkv_bias shared_expert_intermediate_size use_qk_norm"),
+        ("SmolLM2-135M-Instruct", "is_llama_config rope_interleaved transformers.js_config"),
+        ("unsloth-finetuned-Llama-3.2-1B", "unsloth_fixed unsloth_version"),
+        ("dots.llm1.inst", "moe_layer_freq scoring_func topk_method use_sliding_window"),
+        ("llama-7b", "max_sequence_length"),
+        ("Yarn-Llama-2-7b-64k", "rope_scaling.finetuned"),
+        ("Llama-3.1-8B-Instruct", ""),
+        ("granite-3.0-1b-a400m-instruct", ""),
+    ],
+)
+def test_keys_that_change_nothing_are_named_in_one_line(
+    name: str, ignored: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = shrunk(published(name))
+    tiny_of(AutoConfig.for_model(**raw)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with caplog.at_level(logging.INFO, logger="moebius"):
+        open_checkpoint(tmp_path)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == bool(ignored)
+    assert all(f"reads {', '.join(ignored.split())}, which changes nothing" in line for line in lines)
+
+
+@pytest.mark.case("C1")
+def test_llama_1_has_the_context_of_its_class() -> None:
+    assert "max_position_embeddings" not in published("llama-7b")
+    assert model_config(published("llama-7b")).max_position_embeddings == 2048
 
 
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - {"moebius"}))
@@ -89,12 +135,62 @@ def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     assert model_config(needed) == model_config(filled_in)
 
 
+@pytest.mark.case("C1")
+@pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - {"moebius"}))
+def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
+    """Sizes too: a checkpoint of exactly the class's size may have been saved without any."""
+    open_ended = {"n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3}
+    needed = {"model_type": model_type, **(open_ended if model_type == "dots1" else {})}
+    config = AutoConfig.for_model(**needed)
+    ours = model_config(needed)
+    assert ours == model_config(config.to_dict())
+    assert ours.num_kv_heads == config.num_key_value_heads and ours.num_layers == config.num_hidden_layers
+    assert ours.rope.theta == config.rope_parameters["rope_theta"] and ours.norm_eps == config.rms_norm_eps
+    assert ours.tie_word_embeddings == config.tie_word_embeddings
+    assert ours.max_position_embeddings == config.max_position_embeddings
+
+
+@pytest.mark.case("C1")
+def test_null_is_not_absent() -> None:
+    absent = {key: value for key, value in tiny("mistral").items() if key not in ("sliding_window", "layer_types")}
+    assert model_config(absent).windows == (4096, 4096)
+    assert model_config({**absent, "sliding_window": None}).windows == (None, None)
+    assert model_config(tiny("llama", num_key_value_heads=None)).num_kv_heads == 4
+
+
+@pytest.mark.case("C1")
+@pytest.mark.parametrize(
+    ("model_type", "name", "other"),
+    [
+        ("mixtral", "num_local_experts", "num_experts"),
+        ("olmoe", "num_experts", "num_local_experts"),
+        ("qwen3_moe", "num_experts", "num_local_experts"),
+        ("dots1", "n_routed_experts", "num_local_experts"),
+    ],
+)
+def test_other_names_of_the_number_of_experts(model_type: str, name: str, other: str) -> None:
+    raw = tiny(model_type)
+    for each in (name, other):
+        raw.pop(each, None)
+    assert model_config({**raw, other: 4}) == model_config({**raw, name: 4})
+    assert model_config(AutoConfig.for_model(**{**raw, other: 4}).to_dict()) == model_config({**raw, name: 4})
+    with pytest.raises(ConfigError, match=f"{name} is .* by its other name"):
+        model_config({**raw, other: 4, name: 5})
+
+
+def test_a_name_that_the_class_does_not_know_is_none() -> None:
+    """qwen2_moe has no other name for num_experts; transformers leaves such a key alone."""
+    config, ignored, _ = read_config(tiny("qwen2_moe", num_local_experts=3))
+    router = config.feed_forward[0].router
+    assert ignored == ["num_local_experts"] and router is not None and router.num_experts == 5
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes", "words"),
     [
         ("llama", {"model_type": "gpt2"}, ["gpt2", "qwen3_moe"]),
         ("llama", {"model_type": None}, ["None", "supported"]),
-        ("llama", {"hidden_size": None}, ["hidden_size", "missing"]),
+        ("llama", {"hidden_size": None}, ["hidden_size", "null", "4096"]),
         ("llama", {"hidden_size": "24"}, ["hidden_size", "'24'"]),
         ("llama", {"num_hidden_layers": True}, ["num_hidden_layers"]),
         ("llama", {"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
@@ -103,21 +199,28 @@ def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
         ("llama", {"head_dim": 7}, ["head_dim", "7"]),
         ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ("llama", {"hidden_size": 26, "head_dim": None}, ["hidden_size", "head_dim"]),
-        ("llama", {"attention_sinks": 4}, ["attention_sinks", "4", "llama"]),
+        ("llama", {"attention_chunk_size": 4}, ["attention_chunk_size", "4", "llama"]),
         ("llama", {"sliding_window": 8}, ["sliding_window"]),
+        ("llama", {"is_causal": False}, ["is_causal", "False"]),
+        ("llama", {"per_layer_config": {"0": {"hidden_act": "relu"}}}, ["per_layer_config", "relu"]),
+        ("llama", {"layer_types": ["sliding_attention", "full_attention"]}, ["layer_types[0]", "no sliding window"]),
+        ("mistral", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, ["layer_types[1]"]),
+        ("dots1", {"n_group": None}, ["n_group", "null"]),
+        ("dots1", {"n_shared_experts": None}, ["n_shared_experts", "null"]),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, ["gptq", "bfloat16"]),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "neighbours"]),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["longrope", "neighbours"]),
+        ("llama", {"quantization_config": "fp8"}, ["fp8", "bfloat16"]),
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
+        ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, ["['yarn']", "unknown"]),
+        ("llama", {"rms_norm_eps": float("inf")}, ["rms_norm_eps", "finite"]),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["linear", "factor"]),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, ["factor", "number"]),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["factor", "0.5"]),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "twist": 3}}, ["twist"]),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         ("llama", {"rope_parameters": [1]}, ["rope_parameters", "object"]),
         ("mixtral", {"num_experts_per_tok": 6}, ["top_k", "6", "5"]),
         ("qwen3_moe", {"mlp_only_layers": "0"}, ["mlp_only_layers"]),
-        ("qwen3_moe", {"n_shared_experts": 1}, ["n_shared_experts"]),
         ("qwen3", {"layer_types": ["full_attention"]}, ["layer_types"]),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_", "use_sliding_window"]),
         ("qwen2", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0,
@@ -131,7 +234,27 @@ def test_refusals_name_the_key(model_type: str, changes: dict[str, Any], words: 
         assert word in str(caught.value), str(caught.value)
 
 
-def test_unknown_keys_that_switch_nothing_on_are_harmless() -> None:
-    plain = model_config(tiny("llama"))
-    extra = {"_name_or_path": "x", "unsloth_version": "1", "logit_cap": None, "use_moe": False, "extra_layers": 0}
-    assert model_config(tiny("llama", **extra)) == plain
+@pytest.mark.case("C1")
+def test_what_counts_may_have_the_value_that_changes_nothing() -> None:
+    neutral = {"is_causal": True, "attention_chunk_size": None, "per_layer_config": {}, "sliding_window": None}
+    found = read_config(tiny("llama", layer_types=["full_attention", "attention"], **neutral))
+    assert found.config == model_config(tiny("llama")) and not found.ignored
+
+
+def test_a_key_that_no_model_reads_changes_nothing() -> None:
+    extra = {"attention_sinks": 4, "use_moe": True, "_name_or_path": "x", "logit_cap": None}
+    found = read_config(tiny("llama", rope_parameters={"rope_type": "default", "twist": 3}, **extra))
+    assert found.config == model_config(tiny("llama"))
+    assert sorted(found.ignored) == ["attention_sinks", "rope_parameters.twist", "use_moe"]
+
+
+def test_of_our_own_type_every_key_counts() -> None:
+    """No transformers says what changes nothing there; a newer version may have written it."""
+    part = {"width": 16, "router": None}
+    raw = {
+        "model_type": "moebius", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20,
+        "max_position_embeddings": 32, "feed_forward": [part], "architectures": ["MoebiusForCausalLM"],
+    }  # fmt: skip
+    assert model_config(raw).feed_forward[0].width == 16
+    with pytest.raises(ConfigError, match="twist = 3 is not supported for model_type 'moebius'"):
+        model_config({**raw, "twist": 3})

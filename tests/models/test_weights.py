@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +222,23 @@ def test_tolerated_left_overs(tmp_path: Path) -> None:
 
     def old_style(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)
-        tensors["lm_head.weight"] = torch.zeros(67, 24)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     edit_tensors(tmp_path, old_style)
     for ours, theirs in zip(load_decoder(tmp_path, torch.float32).parameters(), before.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.case("A6")
+def test_no_parameter_may_be_left_without_values(good: Path) -> None:
+    """What no tensor is the source of would stay on the meta device, which the kernels take for absent."""
+    checkpoint = open_checkpoint(good)
+    short = replace(checkpoint, sources=checkpoint.sources[:-2])
+    left = [source.parameter for source in checkpoint.sources[-2:]]
+    with pytest.raises(WeightsError, match=rf"{left[0]} \(and 1 more\)"):
+        load_decoder(short, torch.float32)
+    for parameter in load_decoder(checkpoint, torch.float32).parameters():
+        assert not parameter.is_meta
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"])

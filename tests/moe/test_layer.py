@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import FeedForwardConfig, RouterConfig
-from moebius.errors import ConfigError
 from moebius.moe.layer import FeedForward, LocalDispatcher
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
@@ -151,8 +150,3 @@ def test_autocast_keeps_float32_parameters() -> None:
     assert routing is not None and routing.logits_TE.dtype == torch.float32
     torch.testing.assert_close(out.float(), part(x_TD)[0], rtol=0.05, atol=0.1)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in part.parameters())
-
-
-def test_weight_on_input_is_refused_rather_than_wrong() -> None:
-    with pytest.raises(ConfigError, match="input"):
-        layer(FeedForwardConfig(8, RouterConfig(4, 1, weight_on_input=True)))

@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 V3 = RouterConfig(
     E, K, "sigmoid", "renorm", selection_bias=True, num_groups=4, groups_kept=2, group_score="top2",
-    group_fill=float("-inf"), renorm_eps=1e-20, scale=2.5,
+    group_fill="never", renorm_eps=1e-20, scale=2.5,
 )  # fmt: skip
 SOFTMAX = RouterConfig(E, K)
 RENORM = replace(SOFTMAX, weight="renorm")

@@ -51,10 +51,10 @@ def test_frequencies_equal_transformers(ours: RopeConfig, theirs: dict[str, Any]
 @pytest.mark.parametrize("partial", [1.0, 0.5])
 def test_rotation_is_complex_multiplication(partial: float, ops: Ops) -> None:
     head_dim, theta = 8, 100.0
-    cos, sin = Rotary(RopeConfig(theta, partial=partial), head_dim, ops)(torch.tensor([0, 1, 7, 1000]))
+    rotated = int(head_dim * partial)
+    cos, sin = Rotary(RopeConfig(theta), rotated, ops)(torch.tensor([0, 1, 7, 1000]))
     x = torch.randn(4, 3, head_dim)
     out = ops.rotary(x, cos, sin)
-    rotated = int(head_dim * partial)
     half = rotated // 2
     for t, position in enumerate((0, 1, 7, 1000)):
         for i in range(half):

@@ -103,7 +103,7 @@ def router_weights(weights_TK: Tensor, ids_TK: Tensor, experts: int) -> Tensor:
 
 
 @pytest.mark.parametrize("config", [*(row[2] for row in ROWS), replace(SOFTMAX, logit_softcap=2.0), RouterConfig(1, 1),
-                                    replace(V3, num_groups=8, groups_kept=3, group_score="max", group_fill=0.0),
+                                    replace(V3, num_groups=8, groups_kept=3, group_score="max", group_fill="zero"),
                                     replace(CHOSEN_LOGITS, num_experts=40, top_k=40)])  # fmt: skip
 @pytest.mark.parametrize("rows", [0, 1, 70])
 def test_route(config: RouterConfig, rows: int) -> None:

@@ -170,3 +170,27 @@ def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
     assert isinstance(result.exception, ConfigError)
     assert "holds no model to evaluate" in str(result.exception)
     assert CliRunner().invoke(app, ["train", str(tmp_path / "tiny.toml")]).exit_code == 2
+
+
+@pytest.mark.case("C10")
+def test_the_deepseek_recipe_runs_to_its_end(text: Path, tmp_path: Path) -> None:
+    """recipes/deepseek.toml, smaller: its last step writes a report of its routers."""
+    recipe = (Path(__file__).parent.parent.parent / "recipes" / "deepseek.toml").read_text()
+    smaller = {
+        "stdlib/text": str(text), "hidden_size = 256": "hidden_size = 32", "head_dim = 64": "head_dim = 8",
+        "num_hidden_layers = 4": "num_hidden_layers = 2", "intermediate_size = 488": "intermediate_size = 64",
+        "n_routed_experts = 32": "n_routed_experts = 8", "moe_intermediate_size = 96": "moe_intermediate_size = 16",
+        "steps = 2000": "steps = 3\nwarmup_steps = 1", "rows_per_step = 16": "rows_per_step = 2",
+        "row_length = 256": "row_length = 64", "[training]": "[tokenizer]\nvocab_size = 320\n[training]",
+        'tests = "': '# tests = "',
+    }  # fmt: skip
+    for old, new in smaller.items():
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (tmp_path / "deepseek.toml").write_text(recipe)
+    main_from_recipe(tmp_path / "deepseek.toml", tmp_path / "out")
+    report = (tmp_path / "out" / "training" / "inspection" / "report.json").read_text()
+    router = json.loads(report, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["router"]
+    assert router["selection_bias"] and router["num_experts"] == 8
+    for file in (tmp_path / "out").rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moebius.errors import ConfigError, WeightsError
 from moebius.models.weights import load_decoder
@@ -16,7 +17,7 @@ from moebius.train.data import PreparedData, prepare
 from moebius.train.export import export
 from moebius.train.recipe import CorpusRecipe, FinetuneRecipe, Recipe
 from moebius.train.trainer import Trainer
-from oracle import save_tiny
+from oracle import load_theirs, save_tiny
 
 CHANGES: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 20},
@@ -117,3 +118,23 @@ def test_what_does_not_fit_is_refused(recipe: Recipe, data: PreparedData, tmp_pa
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="the tokenizer has 321 entries, the checkpoint 320"):
         Trainer(tuned, big)
+
+
+@pytest.mark.case("A1")
+def test_a_head_that_differs_from_its_embedding_is_tuned_as_one_of_its_own(
+    recipe: Recipe, data: PreparedData, tmp_path: Path
+) -> None:
+    """config.json says tie_word_embeddings, but the file holds two matrices: two are trained, and exported."""
+    tuned, folder = start(recipe, data, tmp_path / "base", "qwen3", dropout=0.0)
+    tensors = load_file(folder / "model.safetensors")
+    head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
+    trainer = Trainer(tuned, data)
+    trainer.step()
+    export(trainer, tmp_path / "out")
+    model = load_theirs(tmp_path / "out")
+    pairs = ((model.lm_head.weight, head), (model.model.embed_tokens.weight, embedding))
+    moved = [(ours.detach() - theirs).abs().max() for ours, theirs in pairs]
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert all(0 < change < 0.02 for change in moved), "each is still the one that it began as"

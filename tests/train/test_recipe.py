@@ -70,7 +70,7 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         (
             "[training]",
             "[routing]\ncapacity = 1\n[training]",
-            r"unknown recipe key routing\.capacity; known are choice",
+            r"unknown recipe key routing\.capacity; known are dropless",
         ),
         ("steps = 200\n", "", r"the recipe lacks training\.steps"),
         ('[corpus.files]\nlibrary = "a.txt"', "", "the recipe lacks corpus"),
@@ -99,7 +99,7 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         ("num_experts_per_tok = 2", "num_experts_per_tok = 5", r"top_k .* is 5; .* num_experts = 4"),
         ("num_hidden_layers = 1", "num_hidden_layers = 0", r"model: num_hidden_layers is 0; it must be an integer of"),
         ("num_hidden_layers = 1", "layers = 1", r"model: num_hidden_layers is missing"),
-        ("head_dim = 8", "head_dim = 8\nsize = 1", r"model: size = 1 is not supported for model_type 'qwen3_moe'"),
+        ("head_dim = 8", "head_dim = 8\nsize = 1", r"model: models of type qwen3_moe know no size; correct it"),
         ('"qwen3_moe"', '"gpt5"', r"model: model_type 'gpt5' is not supported; supported are dots1"),
         ("head_dim = 8", "initializer_range = 0", r"model\.initializer_range is 0; it must be positive"),
         ("num_attention_heads = 4", "num_attention_heads = 3", r"num_attention_heads = 3 is no multiple"),
@@ -126,8 +126,12 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         ("num_experts_per_tok = 2", "num_experts_per_tok = 1", "renormalised top-1 .* no gradient; use raw weights"),
         ("[training]", "[routing]\ncapacity_factor = 1.25\n[training]", "dropless router has no capacity; set"),
         ("[training]", "[routing]\ndropless = false\n[training]", "dropless is false; give capacity_factor"),
-        ("[training]", '[routing]\nchoice = "expert"\n[training]', "causal decoder must not see"),
-        ("[training]", '[routing]\nchoice = "batch_prioritised"\n[training]', "causal decoder must not see"),
+        (
+            "[training]",
+            '[routing]\nchoice = "token"\n[training]',
+            "unknown recipe key routing.choice; known are dropless",
+        ),
+        ("moe_intermediate_size = 16", "", "model: moe_intermediate_size is missing"),
         ("[training]", "[routing]\njitter = 1\n[training]", r"jitter is 1\.0; it must be at least 0 and less than 1"),
         ("[training]", '[routing]\nsecond_policy = "none"\n[training]', "it must be 'all', 'threshold' or 'random'"),
         (

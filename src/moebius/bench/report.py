@@ -1,6 +1,5 @@
 """What a benchmark leaves behind: the printed report in vLLM's layout, JSON, and charts."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import moebius
 from moebius.bench.metrics import METRICS, Record, in_flight, latencies, tokens_by_second
-from moebius.config import require
+from moebius.config import json_text, require
 from moebius.files import begins_with, check_target, signed, write_file
 
 _WIDTH = 50
@@ -47,7 +46,7 @@ def save_json(path: Path | None, result: Mapping[str, Any]) -> None:
     """One line a key, so that the figures can be read beside long lists; the first says who wrote it."""
     if path is not None:
         named = {_MAKER: moebius.__version__, **result}
-        lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in named.items())
+        lines = (f"  {json_text(key)}: {json_text(value)}" for key, value in named.items())
         write_file(path, "{\n" + ",\n".join(lines) + "\n}\n", ours=_OUR_FIGURES)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moebius.config import require
+from moebius.config import read_text, require
 from moebius.errors import ConfigError
 from moebius.text import Tokenizer
 
@@ -87,7 +87,7 @@ class Dataset:
 
     def _read(self, path: Path, count: int, tokenizer: Tokenizer | None) -> list[Sample]:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
             array = text.lstrip().startswith("[")
             entries = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line]
         except OSError as error:

@@ -261,7 +261,9 @@ def _tokenizer(wanted: str | None, served: str) -> "Tokenizer | None":
     from moebius.text import Tokenizer
 
     name = wanted or served
-    if name == BUNDLED or Path(name).is_dir():
+    if Path(name).is_dir():
+        return Tokenizer.load(Path(name))
+    if name == BUNDLED:
         return Tokenizer.load(resolve_model(name))
     require(wanted is None, f"--tokenizer {wanted!r} is no directory; name one that holds a tokenizer.json")
     return None

@@ -1,7 +1,6 @@
 """moebius serve MODEL: the OpenAI-compatible server; moebius plan MODEL: what a model takes, without loading it."""
 
 import gc
-import json
 import logging
 from dataclasses import asdict, replace
 from socket import socket
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moebius.cli import options as o
-from moebius.config import EngineConfig, ServerSettings, require
+from moebius.config import EngineConfig, ServerSettings, json_text, require
 
 
 @o.takes_engine_config(*o.ALL)
@@ -107,7 +106,7 @@ def plan(
         record = asdict(prepared.plan) | {"kv_cache": prepared.plan.kv_cache, "kv_tokens": prepared.plan.kv_tokens}
         if tensors:
             record["tensors"] = [{"name": row.name, "bytes": row.nbytes, "mapped": row.mapped} for row in weights]
-        typer.echo(json.dumps(record, indent=2))
+        typer.echo(json_text(record, indent=2))
         return
     console = Console()
     if tensors:

@@ -79,8 +79,7 @@ def _text(path: Path, start: int, limit: int) -> str | None:
             raw, whole = file.read(limit), not file.read(1)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    if start:
-        raw = raw.lstrip(bytes(range(0x80, 0xC0)))
+    raw = raw.lstrip(bytes(range(0x80, 0xC0))) if start else raw.removeprefix(codecs.BOM_UTF8)
     try:
         return None if b"\0" in raw else codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
     except UnicodeDecodeError:

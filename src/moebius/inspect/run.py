@@ -3,7 +3,6 @@
 The report is JSON; verdict.j2 makes sentences of it, report.html.j2 a page, with the filters at the end of this file.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from moebius.config import InspectConfig, require
+from moebius.config import InspectConfig, json_text, require
 from moebius.files import begins_with, check_target, make_directory, signed, write_file
 from moebius.inspect.collect import Progress, collect, routers, silent
 from moebius.inspect.corpus import Document, Rows, make_rows
@@ -87,7 +86,7 @@ def write_report(
     if against is not None:
         report["against"]["model"] = against_name or against.name
     report["verdict"] = verdict(report)
-    figures = json.dumps(report, allow_nan=False) + "\n"
+    figures = json_text(report) + "\n"
     for file_name, content in (("report.json", figures), ("report.html", page(report))):
         write_file(out / file_name, content, ours=_OURS[file_name])
     return report

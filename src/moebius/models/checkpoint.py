@@ -1,13 +1,15 @@
-"""What a checkpoint directory holds, checked from headers alone: no tensor is read, nothing is allocated, no torch.
+"""What a checkpoint directory holds, checked from headers: nothing is allocated, no torch. One tensor is read where
+two may be the same: see _tied.
 
 A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes without a gap.
 """
 
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 
 from moebius.config import ModelConfig, read_json, require
 from moebius.errors import ConfigError, WeightsError
-from moebius.models import checkpoint_layouts, model_config
-from moebius.models.layout import Source, sources
+from moebius.models import checkpoint_layouts, read_config
+from moebius.models.layout import EMBEDDING, HEAD, Source, sources
+
+log = logging.getLogger(__name__)
 
 # Bytes an element, of every dtype that the format knows and whose size is whole bytes.
 _ITEM_BYTES = {
@@ -29,6 +33,8 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MAX_HEADER = 100 * 2**20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLE = 4096
+# Bytes of two tensors that may be the same; larger pieces would leave the processor's cache.
+_COMPARED_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,10 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory whose configuration and tensors fit together; made by open_checkpoint."""
+    """A directory whose configuration and tensors fit together; made by open_checkpoint.
+
+    config.tie_word_embeddings says what the tensors do, which is not always what config_json says.
+    """
 
     directory: Path
     config_json: Mapping[str, Any]
@@ -179,16 +188,62 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 def _harmless(name: str, config: ModelConfig) -> bool:
     """Buffers that old checkpoints carry, and the copy of a tied embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
+
+
+def _tied(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the head is the embedding: it is meant to be, and no head is stored that differs.
+
+    As in transformers: a head of its own counts for more than tie_word_embeddings. Bytes are compared, so that two
+    spellings of one number are two heads, which costs memory and is right. What is read is what loading maps, and it
+    ends at the first difference.
+    """
+    if not config.tie_word_embeddings or EMBEDDING not in tensors or HEAD not in tensors:
+        return config.tie_word_embeddings
+    if _same_values(tensors[EMBEDDING], tensors[HEAD]):
+        return True
+    log.warning(
+        "%s: tie_word_embeddings is true, but the files hold a %s that is not %s: it is used",
+        directory.name,
+        HEAD,
+        EMBEDDING,
+    )
+    return False
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(mine == theirs for mine, theirs in zip(_pieces(one), _pieces(other), strict=True))
+
+
+def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
+    """The tensor's bytes, one piece after the other in the same buffer; the last may have old bytes behind it, the
+    same of two tensors whose earlier pieces are the same."""
+    buffer = bytearray(_COMPARED_AT_ONCE)
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            for left in range(tensor.stop - tensor.start, 0, -len(buffer)):
+                wanted = memoryview(buffer)[:left]
+                _check(file.readinto(wanted) == len(wanted), _file(tensor.file), " shrank while it was read")
+                yield buffer
+    except OSError as cause:
+        raise WeightsError(f"{_file(tensor.file)} cannot be read: {cause.strerror or cause}") from None
 
 
 def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[Source, ...]:
     """The sources of all parameters, in the layout that the checkpoint has."""
-    candidates = [tuple(sources(config, layout)) for layout in checkpoint_layouts(config.model_type)]
+    embedding = HEAD if config.tie_word_embeddings and EMBEDDING not in tensors else EMBEDDING
+    layouts = checkpoint_layouts(config.model_type)
+    candidates = [tuple(sources(config, replace(layout, embedding=embedding))) for layout in layouts]
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        if missing == [HEAD]:
+            more = "; if the embedding is meant to serve as head, config.json must say tie_word_embeddings = true"
         shards = sorted({_file(tensor.file) for tensor in tensors.values()}) or [directory.name]
         raise WeightsError(f"{', '.join(shards[:3])}: tensor {missing[0]!r} is missing{more}")
     for source in wanted:
@@ -207,13 +262,19 @@ def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTen
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:
-    """Read and check a model directory. Raises ConfigError or WeightsError; allocates nothing."""
+    """Read and check a model directory. Raises ConfigError or WeightsError; allocates nothing.
+
+    Keys of config.json that change nothing are named in the log.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no directory; a model is a directory with config.json and safetensors files")
     config_json = read_json(directory / "config.json")
-    config = model_config(config_json)
+    config, ignored, _ = read_config(config_json)
+    if ignored:
+        log.info("config.json: no %s model reads %s, which changes nothing", config.model_type, ", ".join(ignored))
     tensors = read_tensors(directory)
+    config = replace(config, tie_word_embeddings=_tied(directory, config, tensors))
     return Checkpoint(directory, config_json, config, tensors, _match(directory, config, tensors))
 
 
@@ -221,6 +282,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each tensor."""
     digest = blake2b(digest_size=8, person=b"moebius-weights")
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
+    digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (t.file.name, t.start))
     for path in sorted({tensor.file for tensor in tensors}):
         with path.open("rb") as file:

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from moebius.config import FeedForwardConfig, ModelConfig
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Names below `model.layers.{i}.`; {e} stands for the expert's number, {p} for the projection.
+    """Names below `model.layers.{i}.`, but for the embedding's, which is whole; {e} stands for the expert's number,
+    {p} for the projection.
 
     expert        one tensor an expert and projection, or None where experts are stacked in
     gate_up       (E, 2F, D), gate rows first, and
     down          (E, D, F)
     projections   what this checkpoint calls gate, up and down
     shared        the expert that is always on
+    embedding     the tensor of the embedding: the head's, where that alone is stored and serves as both
     """
 
     router: str = "mlp.gate.weight"
@@ -28,6 +31,7 @@ class Layout:
     down: str = ""
     projections: tuple[str, str, str] = PROJECTIONS
     shared: str = "mlp.shared_expert.{p}"
+    embedding: str = EMBEDDING
 
 
 FUSED = Layout(expert=None, gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
@@ -58,7 +62,7 @@ def _whole(parameter: str, name: str, *shape: int) -> Source:
 def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
     """One Source for each parameter of Decoder(config)."""
     width = config.hidden_size
-    yield _whole("embed_tokens.weight", "model.embed_tokens.weight", config.vocab_size, width)
+    yield _whole("embed_tokens.weight", layout.embedding, config.vocab_size, width)
     for layer in range(config.num_layers):
         here, there = f"layers.{layer}.", f"model.layers.{layer}."
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
@@ -67,7 +71,7 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
         yield from _feed_forward(config, layout, layer, here + "mlp.", there)
     yield _whole("norm.weight", "model.norm.weight", width)
     if not config.tie_word_embeddings:
-        yield _whole("lm_head.weight", "lm_head.weight", config.vocab_size, width)
+        yield _whole("lm_head.weight", HEAD, config.vocab_size, width)
 
 
 def _attention(config: ModelConfig, here: str, there: str) -> Iterator[Source]:

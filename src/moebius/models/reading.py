@@ -1,64 +1,108 @@
-"""Reading a config.json: what is used is read, what is known to be harmless may stay, anything else is an error.
+"""Reading a config.json: what decides is what transformers' class for the model_type makes of it.
 
-Configurations of transformers 4 and 5 are both read. A key that is absent has the default of transformers'
-configuration class, because checkpoints were saved without keys that equal it.
+A key that its model reads is either computed here as well, or has to have the value that leaves the model as it is;
+any other value is an error, for the model would not compute what it was trained for. A key that its model does not
+read changes nothing. One that is absent has the default of its configuration class, because checkpoints were saved
+without keys that equal it. Which is which stands in config_keys.json, made from transformers' sources. Configurations
+of transformers 4 and 5 are both read.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from moebius.config import Activation, FeedForwardConfig, ModelConfig, RopeConfig, package_table, require
+from moebius.config import Activation, FeedForwardConfig, ModelConfig, RopeConfig, package_table, read_json, require
 
 _TABLE = package_table("models/keys.toml")
-_HARMLESS, _ROPE_KEYS = frozenset(_TABLE["harmless"]), frozenset(_TABLE["rope"])
+_HARMLESS = frozenset(_TABLE["harmless"])
 _ACTIVATIONS: dict[str, Activation] = _TABLE["activations"]
-# A value that switches nothing on: a key we do not know that carries it changes nothing.
-_OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
+_READ_BY_TRANSFORMERS = read_json(Path(__file__).with_name("config_keys.json"))
+_LAYER_TYPES = {"attention": "full_attention"}
+"""What transformers 4 called them."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the keys of one kind of object mean.
+
+    read        each key that counts, with what its absence means
+    never_null  keys for which null is no value; elsewhere it is one of its own, which None stands for
+    aliases     other names of keys
+    closed      no other key is known, and an unknown one may count
+    """
+
+    read: Mapping[str, Any]
+    never_null: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    closed: bool = False
+
+    @classmethod
+    def of_transformers(cls, model_type: str) -> "Keys":
+        """Those of a model_type that transformers knows."""
+        entry = _READ_BY_TRANSFORMERS["model_types"][model_type]
+        return cls(entry["read"], frozenset(entry["never_null"]), entry["aliases"])
 
 
 @dataclass
 class ConfigReader:
-    """The keys of one config.json, or of an object in it, remembering which were read.
+    """The keys of one config.json, or of an object in it, remembering which were computed.
 
-    `where` begins every error; keys in `harmless` may stay unread.
+    `where` begins every error. `ignored` collects what changes nothing and is worth a line.
     """
 
     raw: Mapping[str, Any]
+    keys: Keys
     where: str = "config.json: "
-    harmless: frozenset[str] = _HARMLESS
-    read: set[str] = field(default_factory=set)
+    computed: set[str] = field(default_factory=set)
+    ignored: list[str] = field(default_factory=list)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The key's value, or the default where it is absent or null."""
-        self.read.add(key)
-        value = self.raw.get(key)
-        return default if value is None else value
+    def __post_init__(self) -> None:
+        raw: dict[str, Any] = {}
+        for key, value in self.raw.items():
+            name = self.keys.aliases.get(key, key)
+            same = raw.get(name) is None or value is None or raw[name] == value
+            require(same, f"{self.where}{name} is {raw.get(name)!r} and, by its other name, {value!r}; keep one")
+            raw[name] = raw.get(name) if value is None else value
+        self.raw = raw
 
-    def is_null(self, key: str) -> bool:
-        """Whether the key is there and null, which some configurations tell from absent."""
-        return key in self.raw and self.raw[key] is None
+    def get(self, key: str) -> Any:
+        """The key's value; where it is absent, what its absence means."""
+        self.computed.add(key)
+        if key not in self.raw:
+            return self.keys.read.get(key)
+        value = self.raw[key]
+        meant = self.keys.read.get(key)
+        null = value is None and key in self.keys.never_null
+        require(not null, f"{self.where}{key} is null; leave it out for its default of {meant!r}, or give a value")
+        return value
 
     def _checked(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
-        value = self.get(key, default)
-        require(value is not None, f"{self.where}{key} is missing; it must be {wanted}")
+        value = self.get(key)
+        value = default if value is None else value
+        how = "null" if key in self.raw else "missing"
+        require(value is not None, f"{self.where}{key} is {how}; it must be {wanted}")
         good = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         require(good, f"{self.where}{key} is {value!r}; it must be {wanted}")
         return value
 
     def integer(self, key: str, default: int | None = None, low: int = 1) -> int:
+        """`default` is what null means, or what absence does where the class leaves it open."""
         wanted = f"an integer of at least {low}"
         value: int = self._checked(key, default, (int,), wanted)
         require(value >= low, f"{self.where}{key} is {value}; it must be {wanted}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._checked(key, default, (int, float), "a number"))
+        value = self._checked(key, default, (int, float), "a number")
+        require(math.isfinite(value), f"{self.where}{key} is {value}; it must be a finite number")
+        return float(value)
 
     def optional_number(self, key: str) -> float | None:
         return None if self.get(key) is None else self.number(key)
 
-    def flag(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool = False) -> bool:
         return bool(self._checked(key, default, (bool,), "true or false"))
 
     def indices(self, key: str) -> tuple[int, ...]:
@@ -71,44 +115,41 @@ class ConfigReader:
     def num_layers(self) -> int:
         return self.integer("num_hidden_layers")
 
-    def num_experts(self) -> int:
-        """Checkpoints of one architecture say num_experts or num_local_experts, by transformers' version."""
-        keys = [key for key in ("num_local_experts", "n_routed_experts") if self.get(key) is not None]
-        return self.integer(keys[0] if keys else "num_experts")
-
-    def default(self, key: str, value: Any) -> None:
-        """Give an absent (not a null) key the value that this architecture's class has."""
-        if key not in self.raw:
-            self.raw = {**self.raw, key: value}
-
     def activation(self) -> Activation:
-        name = self.get("hidden_act", "silu")
-        require(name in _ACTIVATIONS, f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
+        name = self.get("hidden_act")
+        known = isinstance(name, str) and name in _ACTIVATIONS
+        require(known, f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
     def layer_types(self) -> Sequence[str] | None:
         """One of full_attention and sliding_attention a layer, None where the key is absent."""
-        value: list[str] | None = self.get("layer_types")
+        value = self.get("layer_types")
+        if value is None:
+            return None
         known = ("full_attention", "sliding_attention")
-        if value is not None:
-            good = isinstance(value, list) and len(value) == self.num_layers and all(v in known for v in value)
-            require(good, f"config.json: layer_types must name one of {', '.join(known)} for each layer")
-        return value
+        types = [_LAYER_TYPES.get(v, v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else []
+        good = len(types) == self.num_layers and all(v in known for v in types)
+        require(good, f"config.json: layer_types must name one of {', '.join(known)} for each layer")
+        return types
 
     def finish(self) -> None:
-        """Raises ConfigError naming a key that nobody read and that may matter."""
+        """Sort out the keys that were not computed. Raises ConfigError naming one that counts."""
         model = f" for model_type {self.raw['model_type']!r}" if "model_type" in self.raw else ""
         for key, value in self.raw.items():
-            known = key in self.read or key in self.harmless or key.startswith("_") or key.endswith("_version")
+            if key in self.computed or key in _HARMLESS or value is None:
+                continue
+            counts = self.keys.closed or key in self.keys.read
+            neutral = value in ([], {}) or value == self.keys.read.get(key)
             require(
-                known or value in _OFF,
+                not counts or neutral,
                 f"{self.where}{key} = {value!r} is not supported{model}; "
                 "the model would not compute what it was trained for",
             )
+            if not counts and not key.startswith("_"):
+                self.ignored.append(key)
 
-    def rope(self, default_theta: float, max_position: int) -> RopeConfig:
+    def rope(self, max_position: int) -> RopeConfig:
         """rope_theta and rope_scaling (transformers 4) or rope_parameters (5); rope_scaling wins as it does there."""
-        theta = self.number("rope_theta", default_theta)
         old, new = self.get("rope_scaling"), self.get("rope_parameters")
         name, given = ("rope_scaling", old) if old else ("rope_parameters", new or {})
         require(isinstance(given, dict), f"config.json: {name} is {given!r}; it must be an object")
@@ -118,15 +159,20 @@ class ConfigReader:
             f"config.json: rope type {kind!r} is not supported: its frequencies depend on the longest sequence in "
             "the batch, so a request's answer would depend on its neighbours; linear, llama3 and yarn are supported",
         )
-        known = ("default", "linear", "llama3", "yarn")
-        require(kind in known, f"config.json: rope type {kind!r} is unknown; {', '.join(known)} are supported")
-        rope = ConfigReader(given, f"config.json: {name} of type {kind}: ", _ROPE_KEYS)
-        rope.finish()
+        read = _READ_BY_TRANSFORMERS["rope"]
+        known = isinstance(kind, str) and kind in read
+        require(known, f"config.json: rope type {kind!r} is unknown; {', '.join(read)} are supported")
+        rope = ConfigReader(given, Keys(dict.fromkeys(read[kind])), f"config.json: {name} of type {kind}: ")
+        rope.computed |= {"rope_type", "type"}
         partial = rope.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         require(partial == 1.0, "config.json: partial_rotary_factor is not 1, which this model_type does not know")
         key = "original_max_position_embeddings"
         original = self.integer(key, rope.integer(key, max_position))
-        return _rope_config(kind, rope, rope.number("rope_theta", theta), original, max_position)
+        theta = rope.number("rope_theta", self.number("rope_theta"))
+        config = _rope_config(kind, rope, theta, original, max_position)
+        rope.finish()
+        self.ignored += [f"{name}.{ignored}" for ignored in rope.ignored]
+        return config
 
 
 def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max_position: int) -> RopeConfig:
@@ -155,28 +201,29 @@ def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max
 def sliding_windows(reader: ConfigReader, default_types: Sequence[str]) -> tuple[int | None, ...]:
     """Windows of the Qwen family: on with use_sliding_window, in the layers that layer_types (or its default) name."""
     types = reader.layer_types() or default_types
-    if not _slides(reader):
-        reader.get("sliding_window")
+    if not slides(reader):
         off = "sliding_attention" not in types
         require(off, "config.json: layer_types has sliding_attention, but use_sliding_window is off")
         return (None,) * len(types)
-    window = reader.integer("sliding_window", 4096)
+    window = reader.integer("sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _slides(reader: ConfigReader) -> bool:
-    return reader.flag("use_sliding_window", False) and not reader.is_null("sliding_window")
+def slides(reader: ConfigReader) -> bool:
+    """Whether the Qwen family's sliding window is on."""
+    window, used = reader.get("sliding_window"), reader.flag("use_sliding_window")
+    return used and window is not None
 
 
 def upper_layers_slide(reader: ConfigReader) -> list[str]:
     """layer_types of the dense Qwen models where it is absent: layers from max_window_layers on have a window."""
-    full, used = reader.integer("max_window_layers", 28, low=0), _slides(reader)
+    full, used = reader.integer("max_window_layers", low=0), slides(reader)
     return ["sliding_attention" if used and i >= full else "full_attention" for i in range(reader.num_layers)]
 
 
 def sparse_layers(reader: ConfigReader) -> list[bool]:
     """Which layers have experts in the Qwen family: every decoder_sparse_step-th, but for mlp_only_layers."""
-    step, dense = reader.integer("decoder_sparse_step", 1), reader.indices("mlp_only_layers")
+    step, dense = reader.integer("decoder_sparse_step"), reader.indices("mlp_only_layers")
     return [i not in dense and (i + 1) % step == 0 for i in range(reader.num_layers)]
 
 
@@ -184,14 +231,12 @@ def decoder(
     reader: ConfigReader,
     feed_forward: FeedForwardConfig | Sequence[FeedForwardConfig],
     *,
-    theta: float = 10_000.0,
-    eps: float = 1e-6,
     windows: int | Sequence[int | None] | None = None,
     **different: Any,
 ) -> ModelConfig:
     """What every supported architecture spells alike, and what is different about this one.
 
-    feed_forward and windows are one for all layers, or one each. theta and eps are defaults of keys that are absent.
+    feed_forward and windows are one for all layers, or one each.
     """
     heads, hidden, layers = reader.integer("num_attention_heads"), reader.integer("hidden_size"), reader.num_layers
     require(
@@ -199,12 +244,19 @@ def decoder(
         f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim",
     )
     max_position = reader.integer("max_position_embeddings")
-    quantization = reader.get("quantization_config", {})
+    quantized = reader.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     require(
-        not quantization,
-        f"config.json: quantization_config of method {dict(quantization).get('quant_method')!r} is not supported; "
+        not quantized,
+        f"config.json: quantization_config of method {method!r} is not supported; "
         "use the checkpoint in bfloat16, float16 or float32",
     )
+    every = tuple(windows) if isinstance(windows, Sequence) else (windows,) * layers
+    types = reader.layer_types() or ["full_attention" if window is None else "sliding_attention" for window in every]
+    for i, (kind, window) in enumerate(zip(types, every, strict=True)):
+        has = "no sliding window" if window is None else f"a sliding window of {window}"
+        agree = (kind == "sliding_attention") == (window is not None)
+        require(agree, f"config.json: layer_types[{i}] is {kind}, but the other keys give the layer {has}")
     return ModelConfig(
         model_type=reader.get("model_type"),
         hidden_size=hidden,
@@ -214,10 +266,10 @@ def decoder(
         head_dim=reader.integer("head_dim", hidden // heads),
         vocab_size=reader.integer("vocab_size"),
         max_position_embeddings=max_position,
-        rope=reader.rope(theta, max_position),
-        norm_eps=reader.number("rms_norm_eps", eps),
-        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        rope=reader.rope(max_position),
+        norm_eps=reader.number("rms_norm_eps"),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
         feed_forward=tuple(feed_forward) if isinstance(feed_forward, Sequence) else (feed_forward,) * layers,
-        windows=tuple(windows) if isinstance(windows, Sequence) else (windows,) * layers,
+        windows=every,
         **different,
     )

@@ -1,11 +1,11 @@
 """Weights in and out: safetensors files to a Decoder, mapped without a copy where the dtype allows, and back."""
 
-import json
 import math
 import mmap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moebius.config import json_text
 from moebius.errors import WeightsError
 from moebius.files import anyone, make_directory, write_file
 from moebius.models import checkpoint_layouts, model_config
@@ -73,6 +74,7 @@ def load_decoder(
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
     decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
+    _check_all_have_a_source(decoder, checkpoint.sources)
     files, modules = _Files(), dict(decoder.named_modules())
     with warnings.catch_warnings():
         # torch warns that the buffer cannot be written; nothing here writes to weights.
@@ -83,6 +85,19 @@ def load_decoder(
             module, _, leaf = source.parameter.rpartition(".")
             modules[module].register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
     return decoder
+
+
+def _check_all_have_a_source(decoder: Decoder, sources: Iterable[Source]) -> None:
+    """Raises WeightsError naming what would stay without values: nothing but a source takes a tensor off meta."""
+    tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    found = {source.parameter: source.shape for source in sources}
+    bare = [name for name, tensor in tensors.items() if tensor.is_meta and found.get(name) != tuple(tensor.shape)]
+    if bare:
+        more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
+        raise WeightsError(
+            f"no tensor of a {decoder.config.model_type} checkpoint holds the values of {bare[0]}{more}; "
+            "what config.json describes cannot be loaded"
+        )
 
 
 def _stored_tensors(state: Mapping[str, Tensor], wanted: Iterator[Source], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -107,17 +122,20 @@ def save_checkpoint(
 ) -> None:
     """Write model.safetensors and config.json in the published layout of config_json's model_type.
 
-    model is a decoder or its state dict; dtype None keeps the embedding's, and is written into config.json. Each file
-    is complete or as it was before. Raises StorageError.
+    model is a decoder or its state dict; dtype None keeps the embedding's, and is written into config.json, as is
+    whether the head is the embedding, where config_json says otherwise. Each file is complete or as it was before.
+    Raises StorageError.
     """
     directory = Path(directory)
     make_directory(directory)
     state = model.state_dict() if isinstance(model, Decoder) else model
     dtype = dtype or state["embed_tokens.weight"].dtype
-    config = model_config(config_json)
+    config, tied = model_config(config_json), "lm_head.weight" not in state
+    if config.tie_word_embeddings != tied:
+        config, config_json = replace(config, tie_word_embeddings=tied), {**config_json, "tie_word_embeddings": tied}
     wanted = sources(config, checkpoint_layouts(config.model_type)[0])
     tensors = _stored_tensors(state, wanted, dtype)
     weights = directory / "model.safetensors"
     write_file(weights, lambda to: save_file(tensors, to, metadata={"format": "pt"}), ours=anyone)
     described = {**config_json, "torch_dtype": str(dtype).removeprefix("torch.")}
-    write_file(directory / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n", ours=anyone)
+    write_file(directory / "config.json", json_text(described, indent=2, sort_keys=True) + "\n", ours=anyone)

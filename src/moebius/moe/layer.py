@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from moebius.config import FeedForwardConfig
-from moebius.errors import ConfigError
 from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Linear
 from moebius.ops import ExpertWeights, Ops
@@ -74,8 +73,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ops, self.dispatch = ops, dispatch
         router = config.router
-        if router is not None and router.weight_on_input:
-            raise ConfigError("a router whose weight multiplies the expert's input is not supported")
         self.router = None if router is None else Router(ops, router, hidden_size, dtype)
         count = 1 if router is None else router.num_experts
         self.experts = Experts(ops, config, count, hidden_size, config.width, dtype)

@@ -15,14 +15,13 @@ from moebius.ops import Ops
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies (R,) float32 in radians a position, and what cos and sin are multiplied by."""
-    size = int(head_dim * rope.partial)
-    inverse = 1.0 / (rope.theta ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size))
+    inverse = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
     if rope.scaling == "linear":
         return inverse / rope.factor, 1.0
     if rope.scaling == "llama3":
         return _llama3(inverse, rope), 1.0
     if rope.scaling == "yarn":
-        return _yarn(inverse, rope, size), _yarn_attention_factor(rope)
+        return _yarn(inverse, rope, head_dim), _yarn_attention_factor(rope)
     return inverse, 1.0
 
 
@@ -34,18 +33,18 @@ def _llama3(inverse: Tensor, rope: RopeConfig) -> Tensor:
     return torch.where(turns > rope.high_freq_factor, inverse, scaled)
 
 
-def _yarn(inverse: Tensor, rope: RopeConfig, size: int) -> Tensor:
+def _yarn(inverse: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
     def dimension(turns: float) -> float:
         """The dimension whose frequency makes so many turns over the original context."""
-        return size * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
+    low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    ramp = ((torch.arange(size // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     return inverse / rope.factor * ramp + inverse * (1 - ramp)
 
 

@@ -375,5 +375,5 @@ def _set_plan(plan: Any, step: StepInputs) -> None:
 
 def _router_settings(r: RouterConfig) -> Any:
     integers = r.num_experts, r.top_k, _SCORES[r.score], _WEIGHTS[r.weight], r.num_groups, r.groups_kept
-    floats = r.group_fill, r.renorm_eps, r.scale, r.logit_softcap or 0.0
+    floats = r.masked_score, r.renorm_eps, r.scale, r.logit_softcap or 0.0
     return _cpu.RouterSettings(*integers, int(r.group_score == "top2"), *floats)

@@ -30,7 +30,7 @@ def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
         group_scores = grouped.amax(-1)
     keep = torch.zeros_like(group_scores, dtype=torch.bool)
     keep.scatter_(1, top_k(group_scores, config.groups_kept), True)
-    return grouped.masked_fill(~keep.unsqueeze(-1), config.group_fill).view_as(choice_TE)
+    return grouped.masked_fill(~keep.unsqueeze(-1), config.masked_score).view_as(choice_TE)
 
 
 def route(logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:

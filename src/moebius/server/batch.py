@@ -20,7 +20,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp
 
-from moebius.config import require
+from moebius.config import read_text, require
 from moebius.errors import ConfigError, StorageError
 from moebius.files import anyone, check_target, write_file
 from moebius.server.protocol import first_error
@@ -50,7 +50,7 @@ class BatchCall(BaseModel):
 def read_batch(path: Path) -> list[BatchCall]:
     """All lines, checked before the first is run. ConfigError names the line and what is wrong with it."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     calls: dict[str, BatchCall] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from moebius.config import read_json
+from moebius.config import read_json, read_text
 from moebius.errors import RequestError, TokenizerError
 from moebius.text.sandbox import MAX_CHARACTERS, MAX_SECONDS, TemplateEnvironment
 
@@ -146,7 +146,7 @@ def load_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
         files["default"] = directory / "chat_template.jinja"
     for name, path in files.items():
         try:
-            sources[name] = path.read_text(encoding="utf-8")
+            sources[name] = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{path.name} cannot be read: {error}") from error
     return {name: ChatTemplate(source, name) for name, source in sources.items()}

@@ -1,5 +1,6 @@
 """Tokenizer: a model directory's tokenizer.json and what stands beside it, as one object."""
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -9,13 +10,23 @@ from typing import Any, Self
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from moebius.config import read_json
+from moebius.config import read_json, read_text
 from moebius.errors import RequestError, TokenizerError
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
 from moebius.text.guard import SpecialGuard, strings_in
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_tokenizer_json(path: Path) -> Backend:
+    """The tokenizers library's object from a file, which a byte order mark may begin. Raises TokenizerError."""
+    try:
+        with path.open("rb") as file:
+            marked = file.read(3) == codecs.BOM_UTF8
+        return Backend.from_str(read_text(path)) if marked else Backend.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
 
 
 class Tokenizer:
@@ -61,10 +72,7 @@ class Tokenizer:
                 f"{directory} has no tokenizer.json; make one with transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise TokenizerError(f"{path} cannot be read: {error}") from error
+        backend = read_tokenizer_json(path)
         config = read_json(directory / "tokenizer_config.json", default={})
         specials = _special_tokens({**read_json(directory / "special_tokens_map.json", default={}), **config})
         _add_tokens(backend, config, specials)

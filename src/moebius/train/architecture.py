@@ -10,13 +10,14 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from moebius.config import FeedForwardConfig, ModelConfig, require
-from moebius.models import model_config
+from moebius.models import model_config, read_config
 
 if TYPE_CHECKING:
     from moebius.train.recipe import Recipe
 
 _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": True, "initializer_range": 0.02}
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts", "num_local_experts")
 _KEPT = (*_DEFAULTS, *_SIZES, "rope_scaling", "rope_parameters")
 
 
@@ -25,10 +26,24 @@ def config_json(recipe: "Recipe", vocab_size: int) -> dict[str, Any]:
     table = recipe.model or {}
     kind, layers = str(table.get("model_type")).replace("granitemoe", "granite_moe"), table.get("num_hidden_layers")
     name = f"{kind.title().replace('_', '')}ForCausalLM"
-    whole = {**_DEFAULTS, "architectures": [name], **table, "vocab_size": vocab_size}
+    heads = {"num_key_value_heads": table["num_attention_heads"]} if "num_attention_heads" in table else {}
+    whole = {**_DEFAULTS, "architectures": [name], **heads, **table, "vocab_size": vocab_size}
     if recipe.layers and isinstance(layers, int):
         whole["feed_forward"] = [asdict(part) for part in islice(cycle(recipe.layers), layers)]
     return whole
+
+
+def check_written(whole: dict[str, Any]) -> None:
+    """ConfigError for what is no fault in a published config.json, but is one in a recipe, which somebody wrote for
+    this model: a size that is left to the class's default, and a key that changes nothing."""
+    config, ignored, assumed = read_config(whole)
+    dense = any(part.router is None for part in config.feed_forward)
+    one_width = "moe_intermediate_size" not in {*whole, *assumed}
+    sizes = (*_SIZES, *_WIDTHS, *(["intermediate_size"] if dense or one_width else []))
+    missing = [key for key in sizes if key in assumed]
+    require(not missing, f"model: {', '.join(missing)} is missing")
+    unread, kind = ", ".join(ignored), config.model_type
+    require(not unread, f"model: models of type {kind} know no {unread}; correct it or leave it out")
 
 
 def dense_twin(recipe: "Recipe") -> "Recipe":

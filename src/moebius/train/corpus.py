@@ -74,7 +74,7 @@ class Corpus:
     def _text(self, path: Path, named: bool) -> str:
         """The file's text with Unix line ends; "" for one that is skipped."""
         try:
-            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+            text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError:
             text = "\0"
         if "\0" not in text:

@@ -1,6 +1,5 @@
 """The training loop: steps, metrics, checkpoints, exports, until the recipe's last step or an interruption."""
 
-import json
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moebius.config import json_text
 from moebius.errors import ConfigError, NumericalError, StorageError
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
 from moebius.train.trainer import StepReport, Trainer
@@ -111,7 +111,7 @@ class Metrics:
                 limited = trainer.evaluate(training.evaluate_rows, at_capacity=True)
                 line["heldout_bits_per_byte_at_capacity"] = limited
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
         if self._events is not None:
             for tag, value in _flat(line).items():
                 self._events.add_scalar(tag, value, trainer.done)

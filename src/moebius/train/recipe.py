@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pydantic as p
 
-from moebius.config import FeedForwardConfig, TrainingRouting, require
+from moebius.config import FeedForwardConfig, TrainingRouting, read_text, require
 from moebius.errors import ConfigError
 from moebius.models import model_config
-from moebius.train.architecture import check_trainable, config_json
+from moebius.train.architecture import check_trainable, check_written, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 
 Share = Annotated[float, p.Field(ge=0, le=1)]
@@ -176,7 +176,9 @@ class Recipe:
         one = (self.model is None) != (self.finetune is None)
         require(one, "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint")
         if self.model is not None:
-            check_trainable(model_config(config_json(self, self.tokenizer.vocab_size)), self)
+            whole = config_json(self, self.tokenizer.vocab_size)
+            check_trainable(model_config(whole), self)
+            check_written(whole)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -185,7 +187,7 @@ def read_recipe(path: Path) -> Recipe:
     Relative paths in it start at its own folder.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:

@@ -1,6 +1,5 @@
 """From a recipe to a model directory: prepare the data, train (or continue), measure, export, write the card."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moebius.config import InspectConfig, read_json, require
+from moebius.config import InspectConfig, json_text, read_json, require
 from moebius.errors import StorageError
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
@@ -85,7 +84,7 @@ def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: 
         figures = measure(trainer.decoder, recipe, trainer.data)
         speed = round(trainer.done * recipe.training.tokens_per_step / max(trainer.seconds, 1e-9))
         summary = {"figures": figures, "tokens_per_second": speed, "seconds": trainer.seconds}
-        (folder / "figures.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (folder / "figures.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
         card = model_card(template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown)
         (out / "README.md").write_text(card, encoding="utf-8")

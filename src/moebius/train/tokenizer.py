@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from moebius.config import require
 from moebius.errors import ConfigError
 from moebius.models.hub import resolve_model
+from moebius.text.tokenizer import read_tokenizer_json
 
 if TYPE_CHECKING:
     from moebius.train.recipe import Recipe
@@ -67,14 +68,11 @@ def tokenizer_folder(recipe: "Recipe") -> Path | None:
 
 
 def given_tokenizer(recipe: "Recipe", folder: Path | None = None) -> Tokenizer | None:
-    """The tokenizer in `folder`, else the one that the recipe names, else None. Raises: ConfigError."""
+    """The tokenizer in `folder`, else the one that the recipe names, else None. Raises: TokenizerError."""
     folder = folder or tokenizer_folder(recipe)
     if folder is None:
         return None
-    try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ConfigError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+    return read_tokenizer_json(folder / "tokenizer.json")
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:
