@@ -150,10 +150,15 @@ def small_cases(ops: CpuOps) -> Iterator[Case]:
         )
         logits = torch.randn(rows, 32)
         yield Case(f"route {rows} x 32", lambda t=logits: ops.route(t, router), 4.0 * logits.numel(), 0)
-    logits, heat, uniform = torch.randn(32, 49152), torch.full((32,), 0.7), torch.rand(32, dtype=torch.float64)
-    yield Case("log_softmax_top_k 32 x 49152, k 1", lambda: ops.log_softmax_top_k(logits, 1), 4.0 * logits.numel(), 0)
-    yield Case("log_softmax_top_k 32 x 49152, k 20", lambda: ops.log_softmax_top_k(logits, 20), 4.0 * logits.numel(), 0)
-    yield Case("draw 32 x 49152", lambda: ops.draw(logits, heat, uniform), 4.0 * logits.numel(), 0)
+    rows, logits, uniform = range(32), torch.randn(32, 49152), torch.rand(32, dtype=torch.float64).tolist()
+    for k in (1, 20):
+        yield Case(
+            f"log_softmax_top_k 32 x 49152, k {k}",
+            lambda k=k: ops.log_softmax_top_k(logits, rows, [k] * 32),
+            4.0 * logits.numel(),
+            0,
+        )
+    yield Case("draw 32 x 49152", lambda: ops.draw(logits, rows, [0.7] * 32, uniform), 4.0 * logits.numel(), 0)
 
 
 def measure(

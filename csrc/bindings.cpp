@@ -84,6 +84,18 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("block_bytes", &CacheShape::block_bytes);
     nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float>());
 
+    nb::class_<Logits>(m, "Logits").def("__init__", [](Logits* self, Address values, int count, int vocab) {
+        new (self) Logits{array<float>(values), count, vocab};
+    });
+    nb::class_<Shaping>(m, "Shaping").def("__init__", [](Shaping* self, std::vector<int32_t> biased, std::vector<double> bias,
+            std::vector<int32_t> seen, std::vector<int32_t> drawn, double repetition, double presence, double frequency,
+            std::vector<int32_t> banned) {
+        new (self) Shaping{std::move(biased), std::move(bias), std::move(seen), std::move(drawn), repetition, presence, frequency,
+                           std::move(banned)};
+    }, nb::arg("biased"), nb::arg("bias"), nb::arg("seen"), nb::arg("drawn"), nb::arg("repetition"), nb::arg("presence"),
+       nb::arg("frequency"), nb::arg("banned"));
+    nb::class_<Shaped>(m, "Shaped").def("restore", &Shaped::restore, release());
+
     nb::class_<Ops>(m, "Ops")
         .def(nb::init<const std::string&, int>())
         .def_prop_ro("name", &Ops::name)
@@ -140,15 +152,12 @@ NB_MODULE(_cpu, m) {
                 ops.route(r, array<const float>(logits), n, array<const float>(bias), array<float>(weights), array<int64_t>(ids));
             });
         }, release())
-        .def("argmax", [](Ops& ops, Address logits, int rows, int vocab) {
-            return ops.argmax(array<const float>(logits), rows, vocab);
+        .def("argmax", &Ops::argmax, release())
+        .def("log_softmax_top_k", [](Ops& ops, const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& counts,
+                                     const std::vector<float>& temperatures, Address log_sums, Address values, Address ids) {
+            ops.log_softmax_top_k(x, rows, counts, temperatures, array<double>(log_sums), array<float>(values), array<int64_t>(ids));
         }, release())
-        .def("log_softmax_top_k", [](Ops& ops, Address logits, int rows, int vocab, Address temperatures, int k, Address log_sums, Address ids) {
-            ops.log_softmax_top_k(array<const float>(logits), rows, vocab, array<const float>(temperatures), k, array<double>(log_sums),
-                                  array<int64_t>(ids));
-        }, release())
-        .def("draw", [](Ops& ops, Address logits, int rows, int vocab, Address temperatures, Address uniforms, Address ids) {
-            ops.draw(array<const float>(logits), rows, vocab, array<const float>(temperatures), array<const double>(uniforms),
-                     array<int64_t>(ids));
-        }, release());
+        .def("draw", &Ops::draw, release())
+        .def("ranks", &Ops::ranks, release())
+        .def("shape", &Ops::shape, release());
 }

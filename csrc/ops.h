@@ -1,6 +1,7 @@
 // Operations on whole steps, spread over threads. Pointers are to contiguous row-major arrays that the caller owns.
 #pragma once
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -9,6 +10,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "sampling.h"
 
 namespace moebius {
 
@@ -49,6 +51,15 @@ struct RouterSettings {
     int weight;  // 0 raw, 1 renorm, 2 softmax, 3 sigmoid
     int num_groups, groups_kept, group_top2;
     float group_fill, renorm_eps, scale, softcap;  // softcap 0: none
+};
+
+struct Logits {
+    float* values;  // (count, vocab)
+    int count, vocab;
+
+    float* row(int i) const { return values + size_t(i) * vocab; }
+    // Throws std::out_of_range for a row that is not there, std::invalid_argument for other than one parameter a row.
+    void check(const std::vector<int32_t>& rows, std::initializer_list<size_t> parameters) const;
 };
 
 // Operations as they were called on a step of one token, to be called again on a step of any length: all else that they
@@ -94,13 +105,21 @@ public:
     void attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
                    float scale, float softcap, const float* sinks, void* out);
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids);
-    // Per row: the lowest id of the largest logit, or -1 where one is not finite.
-    std::vector<int64_t> argmax(const float* logits, int rows, int vocab);
-    // Per row: log of the sum of exp(logit / temperature) (NaN where a logit is not finite; temperatures null for 1), and the
-    // k largest in order, ties to the lowest id.
-    void log_softmax_top_k(const float* logits, int rows, int vocab, const float* temperatures, int k, double* log_sums, int64_t* ids);
-    // Per row: the first id whose exp(logit / temperature), summed with all before it, exceeds uniform times the whole sum.
-    void draw(const float* logits, int rows, int vocab, const float* temperatures, const double* uniforms, int64_t* ids);
+    // Of each of the rows: the lowest id of the largest logit, or -1 where one is not finite.
+    std::vector<int64_t> argmax(const Logits& x, const std::vector<int32_t>& rows);
+    // Of each of the rows: log of the sum of exp(logit / temperature) (NaN where a logit is not finite), and its `count`
+    // (at most the vocabulary) largest in order with their ids, ties to the lowest id, row after row.
+    void log_softmax_top_k(const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& counts,
+                           const std::vector<float>& temperatures, double* log_sums, float* values, int64_t* ids);
+    // Of each of the rows: the first id whose exp(logit / temperature), summed with all before it, exceeds uniform times the
+    // whole sum, or -1 where a logit is not finite.
+    std::vector<int64_t> draw(const Logits& x, const std::vector<int32_t>& rows, const std::vector<float>& temperatures,
+                              const std::vector<double>& uniforms);
+    // Of each of the rows: one token's place among all of the vocabulary, from 1.
+    std::vector<int64_t> ranks(const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& token_ids);
+    // Changes the rows, each named once, in place until the result is restored. Throws std::out_of_range, with nothing
+    // changed, for an id outside the vocabulary.
+    Shaped shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings);
 
 private:
     struct Scratch {

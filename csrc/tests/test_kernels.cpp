@@ -5,6 +5,7 @@
 // builds with AddressSanitizer and UndefinedBehaviorSanitizer. Every array is exactly as large as it has to be, so that
 // reading one element too many is found.
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 #include "naive.h"
@@ -241,13 +242,21 @@ void test_sampling(Ops& ops) {
         for (float& x : heat) x = float(uniform(2, 20)) / 10;
         std::vector<double> sums(rows), uniforms(rows);
         for (double& u : uniforms) u = uniform(0, 999) / 1000.0;
-        std::vector<int64_t> ids(size_t(rows) * k), drawn(rows);
-        ops.log_softmax_top_k(logits.data(), rows, vocab, heat.data(), k, sums.data(), ids.data());
-        ops.draw(logits.data(), rows, vocab, heat.data(), uniforms.data(), drawn.data());
+        std::vector<int64_t> ids(size_t(rows) * k);
+        std::vector<float> values(ids.size());
+        std::vector<int32_t> all(rows), counts(rows, k), tokens(rows);
+        std::iota(all.begin(), all.end(), 0);
+        for (int32_t& token : tokens) token = uniform(0, vocab - 1);
+        const Logits x{logits.data(), rows, vocab};
+        ops.log_softmax_top_k(x, all, counts, heat, sums.data(), values.data(), ids.data());
+        const std::vector<int64_t> drawn = ops.draw(x, all, heat, uniforms), ranks = ops.ranks(x, all, tokens);
         for (int t = 0; t < rows; t++) {
             std::vector<double> row(&logits[size_t(t) * vocab], &logits[size_t(t) * vocab] + vocab);
             std::vector<int> order = best(row, k);
             check(std::equal(order.begin(), order.end(), ids.begin() + size_t(t) * k), "not the best %d of %d", k, vocab);
+            for (int i = 0; i < k; i++) check(values[size_t(t) * k + i] == float(row[order[i]]), "value of candidate %d", i);
+            order = best(row, vocab);
+            check(order[ranks[t] - 1] == tokens[t], "rank %d of %d", int(ranks[t]), vocab);
             const double largest = *std::max_element(row.begin(), row.end());
             double total = 0, below = 0;
             for (double& x : row) total += x = std::exp((x - largest) / heat[t]);
@@ -258,8 +267,38 @@ void test_sampling(Ops& ops) {
         }
         if (rows == 0) continue;
         logits[uniform(0, vocab - 1)] = one_of({NAN, INFINITY, -INFINITY});
-        ops.log_softmax_top_k(logits.data(), rows, vocab, nullptr, k, sums.data(), ids.data());
+        ops.log_softmax_top_k(x, all, counts, heat, sums.data(), values.data(), ids.data());
         for (int t = 0; t < rows; t++) check(std::isnan(sums[t]) == (t == 0), "log_softmax_top_k: row %d is %g", t, sums[t]);
+    }
+}
+
+// Penalties of random tokens on some rows, twice named ones among them; in the end nothing is left of them.
+void test_shaping(Ops& ops) {
+    for (int turn = 0; turn < 30; turn++) {
+        const int rows = uniform(1, 5), vocab = one_of({1, 2, 17, 300});
+        std::vector<float> logits = draw<float>(size_t(rows) * vocab, 4);
+        const std::vector<float> before = logits;
+        const int row = uniform(0, rows - 1);
+        auto some = [&](int most) {
+            std::vector<int32_t> ids(uniform(0, most));
+            for (int32_t& id : ids) id = uniform(0, vocab - 1);
+            return ids;
+        };
+        Shaping s{{uniform(0, vocab - 1)}, {normal()}, some(200), some(50), 1.3, 0.7, 0.1, some(2)};
+        std::vector<float> expected = logits;
+        for (int id = 0; id < vocab; id++) {
+            float& logit = expected[size_t(row) * vocab + id];
+            double value = logit;
+            if (id == s.biased[0]) value += s.bias[0];
+            const int times = int(std::count(s.drawn.begin(), s.drawn.end(), id));
+            if (times || std::count(s.seen.begin(), s.seen.end(), id)) value = value > 0 ? value / 1.3 : value * 1.3;
+            if (times) value -= 0.7 + 0.1 * times;
+            logit = std::count(s.banned.begin(), s.banned.end(), id) ? -std::numeric_limits<float>::max() : float(value);
+        }
+        Shaped shaped = ops.shape({logits.data(), rows, vocab}, {row}, {&s});
+        check(logits == expected, "shaping of one of %d rows of %d", rows, vocab);
+        shaped.restore();
+        check(logits == before, "shaping left something behind");
     }
 }
 
@@ -329,7 +368,7 @@ int main() {
         level = name.c_str();
         check(std::string(select_kernels(name)->name) == name, "the kernels are called %s", select_kernels(name)->name);
         Ops ops(name, 2);
-        test_rotation(ops), test_route(ops), test_sampling(ops);
+        test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
         test_dtype<float>(ops), test_dtype<uint16_t>(ops);
         std::printf("%s: passed\n", level);
     }

@@ -28,6 +28,25 @@ class CacheShape:
 class RouterSettings:
     def __init__(self, *settings: float) -> None: ...
 
+class Logits:
+    def __init__(self, values: int, count: int, vocab: int) -> None: ...
+
+class Shaping:
+    def __init__(
+        self,
+        biased: Sequence[int],
+        bias: Sequence[float],
+        seen: Sequence[int],
+        drawn: Sequence[int],
+        repetition: float,
+        presence: float,
+        frequency: float,
+        banned: Sequence[int],
+    ) -> None: ...
+
+class Shaped:
+    def restore(self) -> None: ...
+
 class Ops:
     def __init__(self, limit: str, threads: int) -> None: ...
     @property
@@ -90,8 +109,19 @@ class Ops:
         out: int,
     ) -> None: ...
     def route(self, settings: RouterSettings, logits: int, rows: int, bias: int, weights: int, ids: int) -> None: ...
-    def argmax(self, logits: int, rows: int, vocab: int) -> list[int]: ...
+    def argmax(self, logits: Logits, rows: Sequence[int]) -> list[int]: ...
     def log_softmax_top_k(
-        self, logits: int, rows: int, vocab: int, temperatures: int, k: int, log_sums: int, ids: int
+        self,
+        logits: Logits,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        temperatures: Sequence[float],
+        log_sums: int,
+        values: int,
+        ids: int,
     ) -> None: ...
-    def draw(self, logits: int, rows: int, vocab: int, temperatures: int, uniforms: int, ids: int) -> None: ...
+    def draw(
+        self, logits: Logits, rows: Sequence[int], temperatures: Sequence[float], uniforms: Sequence[float]
+    ) -> list[int]: ...
+    def ranks(self, logits: Logits, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]: ...
+    def shape(self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping]) -> Shaped: ...

@@ -12,7 +12,16 @@ import pytest
 from engine.test_engine import cache_bytes
 from moebius.config import EngineConfig, FeedForwardConfig, ModelConfig, RopeConfig
 from moebius.engine.load import load_engine, prepare
-from moebius.engine.memory import MemoryPlan, WeightBytes, _cgroup_available, available_memory, human_bytes, plan_memory
+from moebius.engine.memory import (
+    MemoryPlan,
+    WeightBytes,
+    _cgroup_available,
+    available_memory,
+    human_bytes,
+    plan_memory,
+    sampling_bytes,
+    workspace_bytes,
+)
 from moebius.errors import ConfigError, MemoryPlanError
 
 MODEL = ModelConfig(
@@ -72,6 +81,16 @@ def test_the_default_context_is_lowered_to_what_fits_and_a_given_one_refused() -
         plan(kv_cache_memory_bytes=size, max_model_len=1024)
     with pytest.raises(MemoryPlanError, match="one sequence"):
         plan(kv_cache_memory_bytes=1)
+
+
+@pytest.mark.case("B4")
+def test_sampling_is_a_part_of_the_workspace() -> None:
+    """64 rows of logits, 4 bytes each; 8 rows of 64 bytes an id, and 64 bytes for 65,536 ids or the vocabulary."""
+    sizes = {vocab: workspace_bytes(replace(MODEL, vocab_size=vocab), EngineConfig(max_num_seqs=64), 2)
+             for vocab in (1000, 2000, 100_000, 101_000)}  # fmt: skip
+    assert sampling_bytes(1000, 1024) == 64 * 65_536 + 8 * 64 * 1000
+    assert sizes[2000] - sizes[1000] == 1000 * (64 * 4 + 8 * 64)
+    assert sizes[101_000] - sizes[100_000] == 1000 * (64 * 4 + 8 * 64 + 64)
 
 
 def test_too_little_memory_and_too_long_a_context() -> None:

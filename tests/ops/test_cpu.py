@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from moebius.config import RouterConfig
 from moebius.ops import ExpertWeights
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps, activate
-from ops.levels import ROUNDOFF, assert_within
+from moebius.ops.sampling import Shaping
+from ops.levels import ROUNDOFF, assert_within, bits
 
 REF = ReferenceOps()
 SIZES = (1, 2, 15, 16, 17, 31, 33, 64, 100, 257, 1000)
@@ -186,18 +188,22 @@ def test_add_gated(ops: CpuOps, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("temperatures", [False, True])
 def test_log_softmax_top_k(ops: CpuOps, temperatures: bool) -> None:
-    for rows, vocab in ((0, 5), (1, 1), (2, 16), (70, 33), (9, 1000), (3, 50_001)):
+    """Each row with a count of its own: of few candidates, of many, of all and beyond."""
+    rng = random.Random(0)
+    for rows, vocab in ((0, 5), (1, 1), (2, 16), (70, 33), (9, 1000), (20, 5001), (8, 50_001)):
         logits, heat = 5 * torch.randn(rows, vocab), None
+        some = rng.sample(range(rows), rows - rows // 4)
+        counts = [(vocab, 0, 1, 2, 21, 512, 513, vocab - 1, vocab + 3)[i % 9] for i in range(len(some))]
         logits[:, ::3] = logits[:, ::3].round()
         if temperatures:
-            heat = torch.rand(rows) + 0.1
-        for k in (0, 1, 2, 21, vocab, vocab + 3):
-            assert ops.argmax(logits) == REF.argmax(logits)
-            log_sums, ids = ops.log_softmax_top_k(logits, k, heat)
-            exact, expected = REF.log_softmax_top_k(logits, k, heat)
-            assert log_sums.dtype == torch.float64 and torch.equal(ids, expected)
-            # Exponents up to 300 have a relative error of 2^-23; at most 256 terms are summed in a lane.
-            assert_within(log_sums, exact, 300 * 2.0**-23 + 256 * 2.0**-24)
+            heat = [rng.uniform(0.1, 1.1) for _ in some]
+        assert ops.argmax(logits) == REF.argmax(logits)
+        found = ops.log_softmax_top_k(logits, some, counts, heat)
+        exact = REF.log_softmax_top_k(logits, some, counts, heat)
+        assert found.log_sums_R.dtype == torch.float64
+        assert torch.equal(found.ids, exact.ids) and torch.equal(found.values, exact.values)
+        # Exponents up to 300 have a relative error of 2^-23; at most 256 terms are summed in a lane.
+        assert_within(found.log_sums_R, exact.log_sums_R, 300 * 2.0**-23 + 256 * 2.0**-24)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -207,11 +213,15 @@ def test_logits_that_are_not_finite_are_reported_for_their_row(ops: CpuOps, bad:
             logits = torch.randn(3, vocab)
             logits[1, at] = bad
             for k in (1, 4):
-                log_sums, ids = ops.log_softmax_top_k(logits, k)
-                assert log_sums.isnan().tolist() == [False, True, False]
+                rows, heat, uniform = range(3), [1.0] * 3, [0.5] * 3
+                found = ops.log_softmax_top_k(logits, rows, [k] * 3)
+                assert found.log_sums_R.isnan().tolist() == [False, True, False]
                 assert [id < 0 for id in ops.argmax(logits)] == [False, True, False]
-                assert ((ids >= 0) & (ids < vocab)).all()
-                assert torch.equal(ids[::2], REF.log_softmax_top_k(logits, k)[1][::2])
+                assert [id < 0 for id in ops.draw(logits, rows, heat, uniform)] == [False, True, False]
+                assert [id < 0 for id in REF.draw(logits, rows, heat, uniform)] == [False, True, False]
+                assert ((found.ids >= 0) & (found.ids < vocab)).all()
+                others = REF.log_softmax_top_k(logits, [0, 2], [k, k])
+                assert torch.equal(found.ids.view(3, k)[::2].flatten(), others.ids)
 
 
 def test_draws_split_the_unit_interval(ops: CpuOps) -> None:
@@ -219,7 +229,10 @@ def test_draws_split_the_unit_interval(ops: CpuOps) -> None:
     for rows, vocab in ((0, 3), (1, 1), (70, 16), (40, 33), (9, 50_001)):
         logits, heat = 3 * torch.randn(rows, vocab), torch.rand(rows) + 0.2
         uniform = torch.rand(rows, dtype=torch.float64)
-        ids = ops.draw(logits, heat, uniform)
+        order = torch.randperm(rows)
+        ids = torch.empty(rows, dtype=torch.int64)
+        drawn = ops.draw(logits, order.tolist(), heat[order].tolist(), uniform[order].tolist())
+        ids[order] = torch.tensor(drawn, dtype=torch.int64)
         shares = torch.softmax(logits.double() / heat.unsqueeze(1), dim=-1)
         above = shares.cumsum(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
         below = above - shares.gather(1, ids.unsqueeze(1)).squeeze(1)
@@ -227,9 +240,69 @@ def test_draws_split_the_unit_interval(ops: CpuOps) -> None:
     lonely = torch.full((3, 40), -200.0)
     lonely[:, 7] = 0.0
     for u in (0.0, 0.5, 1 - 2.0**-53):
-        assert ops.draw(lonely, torch.ones(3), torch.full((3,), u).double()).tolist() == [7, 7, 7]
-    even = ops.draw(torch.zeros(4, 4), torch.ones(4), torch.tensor([0.0, 0.25, 0.499, 1 - 2.0**-53]).double())
-    assert even.tolist() == [0, 1, 1, 3]
+        assert ops.draw(lonely, range(3), [1.0] * 3, [u] * 3) == [7, 7, 7]
+    assert ops.draw(torch.zeros(4, 4), range(4), [1.0] * 4, [0.0, 0.25, 0.499, 1 - 2.0**-53]) == [0, 1, 1, 3]
+
+
+def test_ranks(ops: CpuOps) -> None:
+    """By counting: one more than those that are larger, and than those as large with a lower id."""
+    for vocab in (1, 5, 33, 1000):
+        logits = torch.randn(12, vocab).round(decimals=1)
+        rows = [3, 3, 0, 11, 7]
+        tokens = [vocab - 1, 0, vocab // 2, vocab // 3, vocab - 1]
+        orders = [sorted(range(vocab), key=lambda i, x=logits[row]: (-float(x[i]), i)) for row in rows]
+        expected = [1 + order.index(token) for order, token in zip(orders, tokens, strict=True)]
+        assert ops.ranks(logits, rows, tokens) == REF.ranks(logits, rows, tokens) == expected
+
+
+def naive_shaping(logits: Tensor, shaping: Shaping) -> Tensor:
+    """One row in numpy's float64 over the whole vocabulary, step by step."""
+    x = logits.numpy().astype(np.float64)
+    for token, bias in shaping.bias.items():
+        x[token] += bias
+    for token in {*shaping.seen, *shaping.drawn}:
+        x[token] = x[token] / shaping.repetition if x[token] > 0 else x[token] * shaping.repetition
+    for token in set(shaping.drawn):
+        x[token] -= shaping.presence + shaping.frequency * shaping.drawn.count(token)
+    x[list(shaping.banned)] = np.finfo(np.float32).min
+    return torch.from_numpy(x.astype(np.float32))
+
+
+@pytest.mark.case("B5")
+def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None:
+    """To the bit what numpy makes of it, here and in plain PyTorch; other rows untouched, and all in the end."""
+    rng = random.Random(0)
+    for vocab in (1, 2, 17, 300, 4000):
+        logits = 4 * torch.randn(9, vocab)
+        logits[0] = -0.0
+        before = bits(logits).clone()
+        rows = rng.sample(range(9), 5)
+
+        def some(most: int, vocab: int = vocab) -> list[int]:
+            return [rng.randrange(vocab) for _ in range(rng.randrange(most + 1))]
+
+        shapings = [
+            Shaping(
+                bias={token: rng.uniform(-100, 100) for token in some(5)},
+                seen=tuple(some(500)),
+                drawn=some(100),
+                repetition=rng.choice((1.0, 0.3, 1.7)),
+                presence=rng.choice((0.0, -1.3, 2.0)),
+                frequency=rng.choice((0.0, 0.1, -0.7)),
+                banned=some(3),
+            )
+            for _ in rows
+        ]
+        expected = logits.clone()
+        for row, shaping in zip(rows, shapings, strict=True):
+            expected[row] = naive_shaping(logits[row], shaping)
+        for each in (ops, REF):
+            with each.shaped(logits, rows, shapings):
+                assert torch.equal(bits(logits), bits(expected))
+            assert torch.equal(bits(logits), before)
+            with pytest.raises(RuntimeError, match="drawing failed"), each.shaped(logits, rows, shapings):
+                raise RuntimeError("drawing failed")
+            assert torch.equal(bits(logits), before)
 
 
 @pytest.mark.parametrize("routed", [True, False])

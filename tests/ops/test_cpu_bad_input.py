@@ -10,8 +10,9 @@ import torch
 
 from moebius.config import RouterConfig
 from moebius.errors import ConfigError
-from moebius.ops import ExpertWeights, select_ops
+from moebius.ops import ExpertWeights, Shaping, select_ops
 from moebius.ops.cpu import CpuOps
+from moebius.ops.reference import ReferenceOps
 from ops.paged import empty_cache
 
 OPS = CpuOps(threads=1)
@@ -58,8 +59,9 @@ def test_not_contiguous(call: Callable[[], object], message: str) -> None:
         (lambda: OPS.experts(X, WEIGHTS.double(), IDS, EXPERTS), "want torch.float32"),
         (lambda: OPS.experts(X, WEIGHTS, IDS.int(), EXPERTS), "want torch.int64"),
         (lambda: OPS.route(BF16, ROUTER), "want torch.float32"),
-        (lambda: OPS.log_softmax_top_k(BF16, 2), "want torch.float32"),
-        (lambda: OPS.draw(X, torch.ones(3), torch.ones(3)), "want torch.float64 here, not torch.float32"),
+        (lambda: OPS.log_softmax_top_k(BF16, [0], [2]), "want torch.float32"),
+        (lambda: OPS.draw(BF16, [0], [1.0], [0.5]), "want torch.float32"),
+        (lambda: OPS.argmax(X.double()), "want torch.float32"),
         (lambda: OPS.rotation(SLOTS.int(), X[0], 1.0), "want torch.int64"),
         (lambda: OPS.rotate_and_store(QKV.half(), ANGLES, ANGLES, CACHE, SLOTS), "float16"),
         (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES.double(), CACHE, SLOTS), "want torch.float32"),
@@ -115,3 +117,39 @@ def test_ids_out_of_range() -> None:
         OPS.embed(torch.tensor([-1]), X)
     with pytest.raises(IndexError, match="expert id 1 is none of 1"):
         OPS.experts(X, WEIGHTS, IDS + 1, EXPERTS)
+    for call in (
+        lambda row: OPS.argmax(X, [0, row]),
+        lambda row: OPS.draw(X, [row], [1.0], [0.5]),
+        lambda row: OPS.log_softmax_top_k(X, [row], [1]),
+        lambda row: OPS.ranks(X, [row], [0]),
+    ):
+        for row in (-1, 3):
+            with pytest.raises(IndexError, match=f"row {row} is none of 3"):
+                call(row)
+    with pytest.raises(IndexError, match="token id 8 is none of 8"):
+        OPS.ranks(X, [0], [8])
+
+
+@pytest.mark.parametrize("field", ["bias", "seen", "drawn", "banned"])
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+def test_a_shaping_of_an_id_out_of_range_changes_nothing(ops: ReferenceOps, field: str) -> None:
+    fine = Shaping({1: 2.0}, (1,), (2,), 1.5, 0.5, 0.5, (3,))
+    logits = torch.randn(3, 8)
+    before = logits.clone()
+    for bad in (-1, 8):
+        wrong = fine._replace(**{field: {bad: 1.0} if field == "bias" else (bad,)})
+        with pytest.raises(IndexError), ops.shaped(logits, [0, 1], [fine, wrong]):
+            pytest.fail("shaped")
+        assert torch.equal(logits, before)
+
+
+def test_as_many_parameters_as_rows() -> None:
+    for call in (
+        lambda: OPS.draw(X, [0, 1], [1.0], [0.5, 0.5]),
+        lambda: OPS.draw(X, [0, 1], [1.0, 1.0], [0.5]),
+        lambda: OPS.log_softmax_top_k(X, [0, 1], [1]),
+        lambda: OPS.log_softmax_top_k(X, [0, 1], [1, 1], [1.0]),
+        lambda: OPS.ranks(X, [0, 1], [1]),
+    ):
+        with pytest.raises(ValueError, match="1 parameter for 2 rows"):
+            call()

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import RouterConfig
 from moebius.ops import ExpertWeights
 from moebius.ops.cpu import CpuOps
+from moebius.ops.sampling import Shaping
 from moebius.ops.steps import StepInputs
 from ops.levels import LEVELS, ROUNDOFF, bits, level
 from ops.paged import Sequences, empty_cache, side_by_side
@@ -89,13 +91,34 @@ def pointwise(dtype: torch.dtype) -> dict[str, RowWise]:
     return named
 
 
+def samplings(vocab: int) -> dict[str, RowWise]:
+    """Rows of one tensor, chosen by their numbers, each with parameters of its own."""
+    x, heat, uniform = 4 * torch.randn(ROWS, vocab), torch.rand(ROWS) + 0.3, torch.rand(ROWS).double()
+    counts = [(9, 0, 1, 700)[row % 4] for row in range(ROWS)]
+
+    def best(ops: CpuOps, at: Tensor) -> tuple[Tensor, ...]:
+        rows = at.tolist()
+        wanted = [min(counts[row], vocab) for row in rows]
+        found = ops.log_softmax_top_k(x, rows, wanted, heat[at].tolist())
+        padded = [F.pad(ids, (0, vocab - len(ids)), value=-1) for ids in found.ids.split(wanted)]
+        return found.log_sums_R, torch.stack(padded)
+
+    def drawn(ops: CpuOps, at: Tensor) -> tuple[Tensor, ...]:
+        return (torch.tensor(ops.draw(x, at.tolist(), heat[at].tolist(), uniform[at].tolist())),)
+
+    def shaped(ops: CpuOps, at: Tensor) -> tuple[Tensor, ...]:
+        shapings = [Shaping({3: 0.1}, (5, row % vocab), [row % vocab], 1.3, 0.2, 0.3, [0]) for row in at.tolist()]
+        with ops.shaped(x, at.tolist(), shapings):
+            return (x[at],)
+
+    return {f"top k of {vocab}": best, f"draw of {vocab}": drawn, f"shaping of {vocab}": shaped}
+
+
 def choices(dtype: torch.dtype) -> dict[str, RowWise]:
     """What computes in float32 whatever the model's dtype."""
     named: dict[str, RowWise] = {}
     for vocab in (33, 20_001):
-        logits, heat, uniform = 4 * torch.randn(ROWS, vocab), torch.rand(ROWS) + 0.3, torch.rand(ROWS).double()
-        named[f"top k of {vocab}"] = lambda ops, at, x=logits, h=heat: ops.log_softmax_top_k(x[at], 9, h[at])
-        named[f"draw of {vocab}"] = lambda ops, at, x=logits, h=heat, u=uniform: (ops.draw(x[at], h[at], u[at]),)
+        named |= samplings(vocab)
     logits, bias = torch.randn(ROWS, 40), torch.randn(40)
     config = RouterConfig(40, 5, "sigmoid", "renorm", selection_bias=True, num_groups=4, groups_kept=2, scale=2.5)
     named["route"] = lambda ops, at: ops.route(logits[at], config, bias)

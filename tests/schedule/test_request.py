@@ -14,7 +14,7 @@ from schedule.making import LIMITS, make_request
     [
         ("n", 0), ("n", 17), ("n", True), ("n", 1.0), ("max_tokens", -1), ("min_tokens", -1), ("min_tokens", 17),
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
-        ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.1),
+        ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("seed", 2**64), ("seed", 1.5),
         ("logprobs", 21), ("prompt_logprobs", -1), ("stop", ["x"] * 17), ("stop", ["x" * 257]), ("stop", [3]),
         ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 257), ("logit_bias", {1: 101}), ("logit_bias", {-1: 0}),
@@ -29,7 +29,7 @@ def test_a_wrong_value_names_its_field(field, value):
 
 def test_values_at_their_limits_are_fine():
     params = SamplingParams(
-        n=16, max_tokens=None, min_tokens=99, temperature=0, top_p=1, top_k=-1, min_p=1, presence_penalty=-2,
+        n=16, max_tokens=None, min_tokens=99, temperature=0, top_p=0, top_k=-1, min_p=1, presence_penalty=-2,
         frequency_penalty=2, seed=-(2**63), stop="end", stop_token_ids=[0], logit_bias={5: -100}, logprobs=20,
     )  # fmt: skip
     assert params.greedy and params.stop == ("end",) and params.stop_token_ids == (0,)

@@ -83,7 +83,7 @@ NAMED_CASES: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"n": 1.0}, "n"),
     (COMPLETIONS, {"temperature": "1"}, "temperature"),
     (COMPLETIONS, {"temperature": -0.1}, "temperature"),
-    (COMPLETIONS, {"top_p": 0}, "top_p"),
+    (COMPLETIONS, {"top_p": -0.1}, "top_p"),
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
     (COMPLETIONS, {"prompt": None}, "prompt"),

@@ -10,9 +10,13 @@ from pathlib import Path
 
 from moebius.config import EngineConfig, ModelConfig, require
 from moebius.errors import MemoryPlanError
+from moebius.ops.sampling import ROWS_AT_ONCE
+from moebius.schedule.request import LIMITS
 
 # Rows of logits that prompt log-probabilities are computed from at a time.
 PROMPT_LOGIT_ROWS = 64
+# Ids that sampling holds at a time (candidates, or those that penalties name), but for one row's that has more.
+SAMPLED_IDS = 2**16
 _FLOAT32 = 4
 _INT64 = 8
 
@@ -120,7 +124,8 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> 
     """Bound on what one step allocates: the activations of its widest moment, and its logits.
 
     T tokens pass each layer: hidden states, residual and norm; q, k, v and attention's output, in float32 inside the
-    kernels; or (token, expert) rows of the feed-forward. Then L rows of logits, with a float64 copy of one row.
+    kernels; or (token, expert) rows of the feed-forward. Then L rows of logits. Beside them lie at first the parts that
+    plain PyTorch puts them together from, then what sampling needs.
     """
     tokens = engine.max_num_batched_tokens
     hidden = 4 * model.hidden_size * _FLOAT32
@@ -131,8 +136,22 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> 
     )
     scores = model.num_heads * engine.max_num_batched_tokens * (engine.max_model_len or 0) * _FLOAT32
     rows = max(engine.max_num_seqs, PROMPT_LOGIT_ROWS)
-    logits = 2 * rows * model.vocab_size * _FLOAT32 + 4 * model.vocab_size * _INT64
-    return tokens * (hidden + max(attention, widest * max(itemsize, _FLOAT32))) + min(scores, 2**28) + logits
+    logits = rows * model.vocab_size * _FLOAT32
+    beside = max(logits, sampling_bytes(model.vocab_size, engine.max_model_len or 0))
+    activations = tokens * (hidden + max(attention, widest * max(itemsize, _FLOAT32)))
+    return activations + min(scores, 2**28) + logits + beside
+
+
+def sampling_bytes(vocab_size: int, max_model_len: int) -> int:
+    """Bound on what sampling allocates beside the logits, whatever a step's requests ask for.
+
+    Rows that ask for many ids take turns (SAMPLED_IDS); one row asks for at most the vocabulary as candidates, or its
+    context as tokens to penalise. An id takes up to 64 bytes: among candidates itself, twice while they are sorted, and
+    its logit; under a penalty itself, where it is found, what changes, and the logit that it had. Beyond that plain
+    PyTorch widens a few rows at a time, and a draw one row's candidates, to eight numbers of eight bytes an id.
+    """
+    ids = max(SAMPLED_IDS, vocab_size, max_model_len + LIMITS.logit_bias + LIMITS.stop_token_ids)
+    return 64 * ids + ROWS_AT_ONCE * vocab_size * 8 * _INT64
 
 
 def plan_memory(

@@ -1,36 +1,46 @@
 """Logits to tokens. A draw depends on (logits, sampling parameters, seed, absolute position) and on nothing else.
 
 Order: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Ties go to the lowest id everywhere.
-Log-probabilities are the model's own log-softmax, before any of these. What touches the whole vocabulary is an
-operation of the backend; here are the few candidates it leaves. Legend: L rows, V vocabulary.
+Log-probabilities are the model's own log-softmax, before any of these.
+
+Rows come in kinds, and each kind is one call to the backend, which reads and computes what that kind needs:
+    greedy            the most likely id
+    whole vocabulary  a draw from all ids
+    candidates        a draw from what top_k, top_p and min_p leave of the most likely ids
+A row of any kind may be shaped before: logit_bias, penalties and min_tokens change its logits while it draws.
+What touches the whole vocabulary is the backend's (ops/sampling.py); here are the few candidates it leaves.
+
+Legend: L rows, V vocabulary, K candidates of one row.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius.engine.client import TokenLogprob
+from moebius.engine.memory import SAMPLED_IDS
 from moebius.errors import EngineError, MoebiusError, NumericalError
-from moebius.ops import Ops
+from moebius.ops import LOWEST, Ops, Shaping
 from moebius.schedule.request import Request, SamplingParams
 
 log = logging.getLogger(__name__)
 
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Ids = NDArray[np.int64]
+_T = TypeVar("_T")
 
 # Enough candidates for most top-p draws; when their mass does not reach top_p, eight times as many are taken.
 _NUCLEUS_CANDIDATES = 256
 # Below, every difference of float32 logits is beyond exp's range: greedy, but for exact ties.
 _COLDEST = 1e-20
-# In place of minus infinity, which means a broken model.
-_IMPOSSIBLE = float(np.finfo(np.float32).min)
 
 
 class Sampled(NamedTuple):
@@ -50,8 +60,9 @@ def uniform(seed: int, position: int) -> float:
 def sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
     """One token a row; row i belongs to requests[i].
 
-    logits_LV: (L, V) float32, not changed. A row that cannot be drawn from gets its error in place of a token:
-    NumericalError for a NaN or an infinity, EngineError for what nobody foresaw.
+    logits_LV: (L, V) float32, contiguous; changed while it draws, and afterwards as it was. A row that cannot be drawn
+    from gets its error in place of a token: NumericalError for a NaN or an infinity, EngineError for what nobody
+    foresaw.
     """
     try:
         return _sample(logits_LV, requests, ops)
@@ -72,34 +83,173 @@ def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | Mo
 def _sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
     if all(request.params.plain for request in requests):
         return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
-    shaped_LV = _shaped(logits_LV, requests)
-    device = logits_LV.device
-    temperature_L = torch.tensor([_temperature(each.params) for each in requests], dtype=torch.float32)
-    candidates = max((_candidates(each.params) for each in requests), default=0)
-    log_sums_L, ids_LK = ops.log_softmax_top_k(shaped_LV, max(candidates, 1), temperature_L.to(device))
-    log_sums = log_sums_L.tolist()
-    tokens = {row: best for row, best in enumerate(ids_LK[:, 0].tolist()) if not math.isnan(log_sums[row])}
-    drawn = [row for row in tokens if not requests[row].params.greedy]
-    free = [row for row in drawn if not _candidates(requests[row].params)]
-    if free:
-        uniform_L = torch.tensor([_uniform(requests[row]) for row in free], dtype=torch.float64).to(device)
-        ids = ops.draw(shaped_LV[free], temperature_L[free].to(device), uniform_L)
-        tokens.update(zip(free, ids.tolist(), strict=True))
-    for row in set(drawn).difference(free):
-        tokens[row] = _draw(shaped_LV[row], ids_LK[row], log_sums[row], requests[row], ops)
-    if shaped_LV is not logits_LV:
-        tokens = {row: token for row, token in tokens.items() if float(shaped_LV[row, token]) != _IMPOSSIBLE}
-    tops = {row: top for row in tokens if (top := requests[row].params.logprobs) is not None}
-    found = _logprobs(logits_LV[[*tops]], [tokens[row] for row in tops], [*tops.values()], ops) if tops else []
-    logprobs = dict(zip(tops, found, strict=True))
-    return [
-        not_finite()
-        if math.isnan(log_sums[row])
-        else Sampled(tokens[row], logprobs.get(row))
-        if row in tokens
-        else NumericalError("min_tokens and logit_bias leave no token that could be drawn")
-        for row in range(len(requests))
-    ]
+    rows = [_Row(index, request, _shaping(request)) for index, request in enumerate(requests)]
+    for part in _parts(rows, lambda row: row.shaping.num_ids if row.shaping else 0):
+        shaped = [(row, row.shaping) for row in part if row.shaping]
+        with ops.shaped(logits_LV, [row.index for row, _ in shaped], [shaping for _, shaping in shaped]):
+            _draw_each_kind(logits_LV, part, ops)
+            _refuse_banned(logits_LV, [row for row, _ in shaped])
+    _add_logprobs(logits_LV, rows, ops)
+    return [row.outcome for row in rows]
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row on its way to a token.
+
+    index     its place in logits_LV
+    shaping   what its request asks for before temperature, if anything
+    token_id  what it drew; None where its logits are not finite
+    banned    what it drew is banned: all is
+    """
+
+    index: int
+    request: Request
+    shaping: Shaping | None
+    token_id: int | None = None
+    banned: bool = False
+    logprob: TokenLogprob | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def temperature(self) -> float:
+        return max(self.params.temperature, _COLDEST)
+
+    @property
+    def uniform(self) -> float:
+        return uniform(self.request.seed, self.request.num_tokens)
+
+    @property
+    def num_candidates(self) -> int:
+        """How many of the most likely ids a draw looks at first; 0 where it takes the whole vocabulary."""
+        if self.params.top_k > 0:
+            return self.params.top_k
+        return _NUCLEUS_CANDIDATES if self.params.top_p < 1.0 or self.params.min_p > 0.0 else 0
+
+    @property
+    def outcome(self) -> Sampled | MoebiusError:
+        if self.token_id is None:
+            return not_finite()
+        if self.banned:
+            return NumericalError("min_tokens and logit_bias leave no token that could be drawn")
+        return Sampled(self.token_id, self.logprob)
+
+
+def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Rows in order, as many at a time as the plan has memory for: all at once unless they ask for a great many ids."""
+    part: list[_T] = []
+    total = 0
+    for row in rows:
+        size = num_ids(row)
+        if part and total + size > SAMPLED_IDS:
+            yield part
+            part, total = [], 0
+        part.append(row)
+        total += size
+    yield part
+
+
+def _shaping(request: Request) -> Shaping | None:
+    params = request.params
+    too_short = len(request.output_ids) < params.min_tokens
+    if not (too_short or params.shapes_logits):
+        return None
+    repetition = params.repetition_penalty != 1.0
+    counts = repetition or params.presence_penalty or params.frequency_penalty
+    return Shaping(
+        bias=params.logit_bias,
+        seen=request.prompt_ids if repetition else (),
+        drawn=request.output_ids if counts else (),
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        banned=sorted(request.stop_ids) if too_short else (),
+    )
+
+
+def _draw_each_kind(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+    greedy = [row for row in rows if row.params.greedy]
+    drawing = [row for row in rows if not row.params.greedy]
+    _take_best(logits_LV, greedy, ops)
+    _draw_from_all(logits_LV, [row for row in drawing if row.num_candidates == 0], ops)
+    _draw_from_candidates(logits_LV, [row for row in drawing if row.num_candidates > 0], ops)
+
+
+def _indices(rows: Iterable[_Row]) -> list[int]:
+    return [row.index for row in rows]
+
+
+def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+    for row, token in zip(rows, ops.argmax(logits_LV, _indices(rows)), strict=True):
+        row.token_id = token if token >= 0 else None
+
+
+def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+    temperatures, uniforms = [row.temperature for row in rows], [row.uniform for row in rows]
+    for row, token in zip(rows, ops.draw(logits_LV, _indices(rows), temperatures, uniforms), strict=True):
+        row.token_id = token if token >= 0 else None
+
+
+def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+    """Rows that saw too few candidates for their top_p or min_p take part in another round."""
+    vocab = logits_LV.shape[-1]
+    wishes = [(row, min(row.num_candidates, vocab)) for row in rows]
+    while wishes:
+        undecided = []
+        for part in _parts(wishes, lambda wish: wish[1]):
+            counts = [count for _, count in part]
+            temperatures = [row.temperature for row, _ in part]
+            found = ops.log_softmax_top_k(logits_LV, _indices(row for row, _ in part), counts, temperatures)
+            values, ids, stop = found.values.cpu().numpy(), found.ids.cpu().numpy(), 0
+            for (row, count), log_sum in zip(part, found.log_sums_R.tolist(), strict=True):
+                start, stop = stop, stop + count
+                if math.isnan(log_sum):
+                    continue
+                row.token_id = _draw(row, values[start:stop], ids[start:stop], log_sum, vocab)
+                if row.token_id is None:
+                    undecided.append((row, min(8 * count, vocab)))
+        wishes = undecided
+
+
+def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) -> int | None:
+    """A draw from what top_k, top_p (nucleus: Holtzman et al., arXiv 1904.09751) and min_p leave.
+
+    values_K, ids_K: the most likely logits and their ids; None where more of them are needed.
+    log_sum: logsumexp(logits / temperature) over the whole vocabulary.
+    """
+    params = row.params
+    values: Float64 = values_K.astype(np.float64)
+    weights = np.exp((values - values[0]) / row.temperature)
+    if params.top_k > 0:
+        total = weights.sum()
+    else:
+        # Between 1 and V; but of a cold row two huge quotients are subtracted, and rounding may leave anything.
+        total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab) + 1.0))
+    kept = (np.cumsum(weights) - weights < params.top_p * total) & (weights >= params.min_p * weights[0])
+    if kept[-1] and params.top_k <= 0 and len(ids_K) < vocab:
+        return None
+    cumulative = np.cumsum(weights[kept])
+    index = int(np.searchsorted(cumulative, row.uniform * cumulative[-1], side="right"))
+    return int(ids_K[min(index, len(cumulative) - 1)])
+
+
+def _refuse_banned(logits_LV: Tensor, rows: Iterable[_Row]) -> None:
+    drawn = [(row, row.token_id) for row in rows if row.token_id is not None]
+    if drawn:
+        values_R = logits_LV[_indices(row for row, _ in drawn), [token for _, token in drawn]]
+        for (row, _), value in zip(drawn, values_R.tolist(), strict=True):
+            row.banned = value == LOWEST
+
+
+def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: Ops) -> None:
+    asked = [row for row in rows if row.params.logprobs is not None and row.token_id is not None and not row.banned]
+    if asked:
+        tokens, tops = [row.token_id or 0 for row in asked], [row.params.logprobs or 0 for row in asked]
+        for row, logprob in zip(asked, _logprobs(logits_LV, _indices(asked), tokens, tops, ops), strict=True):
+            row.logprob = logprob
 
 
 def not_finite() -> NumericalError:
@@ -108,91 +258,22 @@ def not_finite() -> NumericalError:
 
 def token_logprobs(logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: Ops) -> list[TokenLogprob] | None:
     """Log-probabilities of given tokens, one a row: what prompt log-probabilities are. None if not finite."""
-    found = _logprobs(logits_LV, token_ids, [top] * len(token_ids), ops)
+    found = _logprobs(logits_LV, range(len(token_ids)), token_ids, [top] * len(token_ids), ops)
     return None if any(math.isnan(each.logprob) for each in found) else found
 
 
-def _logprobs(logits_LV: Tensor, token_ids: Sequence[int], tops: Sequence[int], ops: Ops) -> list[TokenLogprob]:
+def _logprobs(
+    logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], tops: Sequence[int], ops: Ops
+) -> list[TokenLogprob]:
     """Row by row: the token's log-probability, its rank, and the `top` most likely tokens'."""
-    log_sums_L, ids_LK = ops.log_softmax_top_k(logits_LV, max(1, *tops))
-    values_LK = logits_LV.gather(1, ids_LK).double() - log_sums_L.unsqueeze(1)
-    own = torch.tensor(token_ids, device=logits_LV.device).unsqueeze(1)
-    own_L1 = logits_LV.gather(1, own)
-    above_L = (logits_LV > own_L1).sum(-1)
-    before = torch.arange(logits_LV.shape[-1], device=logits_LV.device) < own
-    ranks = (1 + above_L + ((logits_LV == own_L1) & before).sum(-1)).tolist()
-    mine = (own_L1.double().squeeze(1) - log_sums_L).tolist()
-    best = [list(zip(*pair, strict=True)) for pair in zip(ids_LK.tolist(), values_LK.tolist(), strict=True)]
-    return [
-        TokenLogprob(token, mine[row], ranks[row], tuple(best[row][: tops[row]])) for row, token in enumerate(token_ids)
-    ]
-
-
-def _uniform(request: Request) -> float:
-    return uniform(request.seed, request.num_tokens)
-
-
-def _temperature(params: SamplingParams) -> float:
-    return 1.0 if params.greedy else max(params.temperature, _COLDEST)
-
-
-def _candidates(params: SamplingParams) -> int:
-    """How many of the most likely ids a draw needs to see; 0 where it takes the whole vocabulary."""
-    if params.greedy:
-        return 1
-    if params.top_k > 0:
-        return params.top_k
-    return _NUCLEUS_CANDIDATES if params.top_p < 1.0 or params.min_p > 0.0 else 0
-
-
-def _shapes_logits(request: Request) -> bool:
-    return request.params.shapes_logits or len(request.output_ids) < request.params.min_tokens
-
-
-def _shaped(logits_LV: Tensor, requests: Sequence[Request]) -> Tensor:
-    """The logits with what requests ask for before temperature; themselves where none asks."""
-    rows = [row for row, request in enumerate(requests) if _shapes_logits(request)]
-    if not rows:
-        return logits_LV
-    shaped_LV = logits_LV.clone()
-    for row in rows:
-        shaped_LV[row] = torch.from_numpy(_shaped_row(logits_LV[row].cpu().numpy(), requests[row])).to(logits_LV.device)
-    return shaped_LV
-
-
-def _shaped_row(logits_V: NDArray[np.float32], request: Request) -> NDArray[np.float32]:
-    """Bias, penalties (repetition: CTRL, arXiv 1909.05858; presence and frequency: OpenAI's), min_tokens."""
-    params = request.params
-    row = logits_V.astype(np.float64)
-    for token, bias in params.logit_bias.items():
-        row[token] += bias
-    if params.repetition_penalty != 1.0:
-        seen = np.unique(np.array((*request.prompt_ids, *request.output_ids), np.int64))
-        values = row[seen]
-        row[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if (params.presence_penalty or params.frequency_penalty) and request.output_ids:
-        drawn, counts = np.unique(np.array(request.output_ids, np.int64), return_counts=True)
-        row[drawn] -= params.presence_penalty + params.frequency_penalty * counts
-    if len(request.output_ids) < params.min_tokens:
-        row[list(request.stop_ids)] = _IMPOSSIBLE
-    return row.astype(np.float32)
-
-
-def _draw(logits_V: Tensor, ids_K: Tensor, log_sum: float, request: Request, ops: Ops) -> int:
-    """A draw from what top_k, top_p (nucleus: Holtzman et al., arXiv 1904.09751) and min_p leave.
-
-    ids_K: the most likely ids, as many as `_candidates` says or more. log_sum: logsumexp(logits / temperature).
-    """
-    params, temperature = request.params, _temperature(request.params)
-    if params.top_k > 0:
-        ids_K = ids_K[: params.top_k]
-    values: Float64 = logits_V[ids_K].double().cpu().numpy()
-    weights = np.exp((values - values[0]) / temperature)
-    total = weights.sum() if params.top_k > 0 else math.exp(log_sum - values[0] / temperature)
-    kept = (np.cumsum(weights) - weights < params.top_p * total) & (weights >= params.min_p * weights[0])
-    if kept[-1] and params.top_k <= 0 and len(ids_K) < len(logits_V):
-        _, more = ops.log_softmax_top_k(logits_V.unsqueeze(0), 8 * len(ids_K))
-        return _draw(logits_V, more[0], log_sum, request, ops)
-    cumulative = np.cumsum(weights[kept])
-    index = int(np.searchsorted(cumulative, _uniform(request) * cumulative[-1], side="right"))
-    return int(ids_K[min(index, len(cumulative) - 1)])
+    log_sums_R, values, ids = ops.log_softmax_top_k(logits_LV, rows, tops)
+    best = list(zip(ids.tolist(), values.tolist(), strict=True))
+    own = logits_LV[list(rows), list(token_ids)].tolist()
+    ranks = ops.ranks(logits_LV, rows, token_ids)
+    found, start = [], 0
+    for row, log_sum in enumerate(log_sums_R.tolist()):
+        stop = start + min(tops[row], logits_LV.shape[-1])
+        top = tuple((token, value - log_sum) for token, value in best[start:stop])
+        found.append(TokenLogprob(token_ids[row], own[row] - log_sum, ranks[row], top))
+        start = stop
+    return found

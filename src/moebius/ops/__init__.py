@@ -15,9 +15,10 @@ import os
 import torch
 
 from moebius.ops.reference import ReferenceOps as Ops
+from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.steps import Compute, ExpertWeights, Pair
 
-__all__ = ["Compute", "ExpertWeights", "Ops", "Pair", "select_ops"]
+__all__ = ["LOWEST", "Compute", "ExpertWeights", "Ops", "Pair", "Shaping", "select_ops"]
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ import re
 import weakref
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from moebius import _cpu
 from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.sampling import Shaping, TopK
 from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, StepInputs
 
 # Torch functions that write to a tensor: copy_, __setitem__, __iadd__ and their kind.
@@ -349,23 +351,56 @@ class CpuOps(ReferenceOps):
         self._ops.attention(dtype, cache.shape, plan, len(q_THN), at, q, q_THN.shape[1], scale, caps, sinks, into)
         return out
 
-    def argmax(self, logits_LV: Tensor) -> list[int]:
-        return self._ops.argmax(_address(logits_LV, torch.float32), *logits_LV.shape)
+    def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
+        return self._ops.argmax(_logits(logits_LV), range(len(logits_LV)) if rows is None else rows)
 
-    def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
-        rows, vocab = logits_LV.shape
-        log_sums = torch.empty(rows, dtype=torch.float64)
-        ids = torch.empty(rows, min(k, vocab), dtype=torch.int64)
-        at, heat = _address(logits_LV, torch.float32), _address(temperature_L, torch.float32)
-        self._ops.log_softmax_top_k(at, rows, vocab, heat, ids.shape[1], log_sums.data_ptr(), ids.data_ptr())
-        return log_sums, ids
+    def draw(
+        self, logits_LV: Tensor, rows: Sequence[int], temperatures: Sequence[float], uniforms: Sequence[float]
+    ) -> list[int]:
+        return self._ops.draw(_logits(logits_LV), rows, temperatures, uniforms)
 
-    def draw(self, logits_LV: Tensor, temperature_L: Tensor, uniform_L: Tensor) -> Tensor:
-        rows, vocab = logits_LV.shape
-        ids = torch.empty(rows, dtype=torch.int64)
-        heat, uniform = _address(temperature_L, torch.float32), _address(uniform_L, torch.float64)
-        self._ops.draw(_address(logits_LV, torch.float32), rows, vocab, heat, uniform, ids.data_ptr())
-        return ids
+    def log_softmax_top_k(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        temperatures: Sequence[float] | None = None,
+    ) -> TopK:
+        counts = [min(count, logits_LV.shape[1]) for count in counts]
+        heats = [1.0] * len(rows) if temperatures is None else temperatures
+        log_sums_R = torch.empty(len(rows), dtype=torch.float64)
+        values, ids = torch.empty(sum(counts)), torch.empty(sum(counts), dtype=torch.int64)
+        into = log_sums_R.data_ptr(), values.data_ptr(), ids.data_ptr()
+        self._ops.log_softmax_top_k(_logits(logits_LV), rows, counts, heats, *into)
+        return TopK(log_sums_R, values, ids)
+
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
+        return self._ops.ranks(_logits(logits_LV), rows, token_ids)
+
+    @contextmanager
+    def shaped(self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]) -> Iterator[None]:
+        before = self._ops.shape(_logits(logits_LV), rows, [_shaping(shaping) for shaping in shapings])
+        try:
+            yield
+        finally:
+            before.restore()
+
+
+def _logits(logits_LV: Tensor) -> Any:
+    return _cpu.Logits(_address(logits_LV, torch.float32), *logits_LV.shape)
+
+
+def _shaping(s: Shaping) -> Any:
+    return _cpu.Shaping(
+        biased=list(s.bias),
+        bias=list(s.bias.values()),
+        seen=s.seen,
+        drawn=s.drawn,
+        repetition=s.repetition,
+        presence=s.presence,
+        frequency=s.frequency,
+        banned=s.banned,
+    )
 
 
 def _set_plan(plan: Any, step: StepInputs) -> None:

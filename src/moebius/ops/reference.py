@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
-from moebius.ops.routing import route, top_k
+from moebius.ops.routing import route
+from moebius.ops.sampling import SamplingOps
 from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles of this size.
@@ -67,7 +68,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class ReferenceOps:
+class ReferenceOps(SamplingOps):
     """What a backend computes; here in plain PyTorch on any device, held to a tolerance, not to bits: torch picks its
     kernels by shape. Results have the input's dtype unless told otherwise.
 
@@ -266,28 +267,6 @@ class ReferenceOps:
         for group in plan:
             out_THN[group.rows] = _attend(q_THN[group.rows], cache, group, scale, softcap, sinks_H)
         return out_THN
-
-    def argmax(self, logits_LV: Tensor) -> list[int]:
-        """The most likely id of each row, ties to the lowest; -1 where a logit is not finite."""
-        return top_k(logits_LV, 1)[:, 0].masked_fill(~logits_LV.isfinite().all(-1), -1).tolist()
-
-    def log_softmax_top_k(self, logits_LV: Tensor, k: int, temperature_L: Tensor | None = None) -> Pair:
-        """What sampling needs of each row: logsumexp(logits / temperature) and the k most likely ids.
-
-        logits float32, temperatures float32 (None for 1). (L,) float64, NaN where a logit is not finite, and (L, min(k,
-        V)) int64, largest first, ties to the lowest id; of a row that is not finite the ids mean nothing.
-        """
-        finite_L = torch.isfinite(logits_LV).all(dim=-1)
-        scaled_LV = logits_LV.double() if temperature_L is None else logits_LV.double() / temperature_L.unsqueeze(1)
-        log_sums_L = torch.logsumexp(scaled_LV, dim=-1).where(finite_L, torch.nan)
-        return log_sums_L, top_k(logits_LV.nan_to_num(), min(k, logits_LV.shape[-1]))
-
-    def draw(self, logits_LV: Tensor, temperature_L: Tensor, uniform_L: Tensor) -> Tensor:
-        """Of each row the first id whose exp(logit / temperature), summed in float64 with those of all ids before it,
-        exceeds uniform (float64, between 0 and 1) times the whole sum: (L,) int64."""
-        cumulative_LV = torch.softmax(logits_LV.double() / temperature_L.unsqueeze(1), dim=-1).cumsum(-1)
-        wanted_L1 = (uniform_L * cumulative_LV[:, -1]).unsqueeze(1)
-        return torch.searchsorted(cumulative_LV, wanted_L1, right=True).squeeze(1).clamp(max=logits_LV.shape[-1] - 1)
 
 
 def visible(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:

@@ -84,6 +84,7 @@ class SamplingParams:
     max_tokens         None: up to the context
     min_tokens         no end or stop token before this many
     temperature        0 is greedy (ties to the lowest id)
+    top_p              draw from the most likely tokens of this mass; 0 leaves the most likely one alone
     top_k              0 or -1: all
     presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt and output (CTRL)
     logit_bias         token id -> added to its logit, -100 to 100
@@ -134,7 +135,7 @@ class SamplingParams:
             f"min_tokens is {self.min_tokens}; it must not exceed max_tokens = {self.max_tokens}",
         )
         _check_number("temperature", self.temperature, 0, 100)
-        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        _check_number("top_p", self.top_p, 0, 1)
         _check_integer("top_k", self.top_k, -1, 2**31 - 1)
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
@@ -160,7 +161,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        """The most likely token is the only one that can be drawn."""
+        return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
     @property
     def shapes_logits(self) -> bool:
@@ -245,7 +247,10 @@ class Request:
         salt: bytes = b"",
         output_ids: Sequence[int] = (),
     ) -> Self:
-        """The only way in. Raises RequestError naming the field; nothing is kept of a refused request."""
+        """The only way in. Raises RequestError naming the field; nothing is kept of a refused request.
+
+        eos_ids: the model's end tokens; those beyond its vocabulary can never be drawn, and are left out.
+        """
         prompt = tuple(prompt_ids)
         _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
         for token in (*prompt, *output_ids):
@@ -266,7 +271,8 @@ class Request:
                 f"the prompt has {len(prompt)} tokens{asked or ' and'} but the model's context is "
                 f"{limits.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        ends = frozenset() if params.ignore_eos else eos_ids
+        stop_ids = frozenset(params.stop_token_ids).union(token for token in ends if 0 <= token < limits.vocab_size)
         fixed_seed = seed if seed is not None else (params.seed or 0)
         return cls(
             id=id,

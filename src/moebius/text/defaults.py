@@ -1,5 +1,6 @@
 """What a model directory says about ending and sampling: generation_config.json, config.json, the tokenizer."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,29 +9,61 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from moebius.config import read_json
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, RequestError
+from moebius.schedule.request import SamplingParams
 from moebius.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
+_GENERATION = "generation_config.json"
 _SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
-
-
-def _eos_ids(config: Mapping[str, Any], name: str) -> frozenset[int]:
-    found = config.get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise ConfigError(f"{name}: eos_token_id holds {token!r}; it must be a token id or a list of them")
-    return frozenset(ids)
+# What else in the file changes transformers' answers, and is not done here; with the value that changes nothing.
+_NOT_DONE: dict[str, object] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "constraints": None,
+    "diversity_penalty": 0,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "max_length": 20,
+    "max_new_tokens": None,
+    "max_time": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "token_healing": False,
+    "top_h": None,
+    "typical_p": 1,
+    "watermarking_config": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """End tokens and sampling defaults of one model directory.
+    """End tokens and sampling defaults of one model directory. What is in its files but has no effect is logged once,
+    when they are read.
 
-    eos_ids    union of generation_config.json, config.json (its text_config too) and the tokenizer
+    eos_ids    union of generation_config.json, config.json (its text_config too) and the tokenizer, without ids that
+               the model's logits do not reach
     sampling   those of temperature, top_k, top_p, min_p and repetition_penalty that generation_config.json gives, by
-               the names of SamplingParams. `do_sample` has no effect, as in vLLM: a file that says do_sample = false
-               without a temperature is sampled at OpenAI's default of 1, one that wants greedy says temperature = 0.
+               the names of SamplingParams, which takes each of them. `do_sample` has no effect, as in vLLM: a file that
+               says do_sample = false without a temperature is sampled at OpenAI's default of 1, one that wants greedy
+               says temperature = 0.
     """
 
     eos_ids: frozenset[int] = frozenset()
@@ -40,20 +73,67 @@ class GenerationDefaults:
     def load(cls, directory: Path | str, tokenizer: Tokenizer | None = None) -> Self:
         """Read a model directory; missing files say nothing. Raises ConfigError on a broken one."""
         directory = Path(directory)
-        generation = read_json(directory / "generation_config.json", default={})
+        generation = read_json(directory / _GENERATION, default={})
         config = read_json(directory / "config.json", default={})
-        eos_ids = _eos_ids(generation, "generation_config.json") | _eos_ids(config, "config.json")
-        if isinstance(config.get("text_config"), dict):
-            eos_ids |= _eos_ids(config["text_config"], "config.json: text_config")
+        inner = config.get("text_config")
+        text_config = inner if isinstance(inner, dict) else {}
+        ends = {
+            _GENERATION: _eos_ids(generation, _GENERATION),
+            "config.json": _eos_ids(config, "config.json"),
+            "config.json: text_config": _eos_ids(text_config, "config.json: text_config"),
+        }
         if tokenizer is not None and tokenizer.eos_id is not None:
-            eos_ids |= {tokenizer.eos_id}
-        sampling: dict[str, float | int] = {}
-        for name, kind in _SAMPLING.items():
-            value = generation.get(name)
-            if value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or kind(value) != value:
-                raise ConfigError(f"generation_config.json: {name} is {value!r}; it must be a number")
-            sampling[name] = kind(value)
-        return cls(eos_ids, MappingProxyType(sampling))
+            ends["the tokenizer"] = {tokenizer.eos_id}
+        vocab_size = config.get("vocab_size", text_config.get("vocab_size"))
+        reached = [_reached(ids, name, vocab_size) for name, ids in ends.items()]
+        return cls(frozenset().union(*reached), MappingProxyType(_sampling(generation)))
+
+
+def _eos_ids(config: Mapping[str, Any], name: str) -> set[int]:
+    found = config.get("eos_token_id")
+    ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise ConfigError(f"{name}: eos_token_id holds {token!r}; it must be a token id or a list of them")
+    return set(ids)
+
+
+def _reached(ids: set[int], name: str, vocab_size: object) -> set[int]:
+    """Without those that no logit is for: they end nothing."""
+    count = vocab_size if isinstance(vocab_size, int) else max(ids, default=0) + 1
+    beyond = sorted(token for token in ids if not 0 <= token < count)
+    if beyond:
+        named = ", ".join(map(str, beyond))
+        log.warning("%s: end token id %s is not in the model's vocabulary of %d; ignored", name, named, count)
+    return ids.difference(beyond)
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
+    """The values that SamplingParams takes; the others, and what is not done at all, go into one line of the log."""
+    sampling: dict[str, float | int] = {}
+    ignored = []
+    for name, kind in _SAMPLING.items():
+        value = written = generation.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ConfigError(f"{_GENERATION}: {name} is {value!r}; it must be a number")
+        if math.isfinite(value):
+            if kind(value) != value:
+                raise ConfigError(f"{_GENERATION}: {name} is {value!r}; it must be a whole number")
+            value = kind(value)
+        try:
+            SamplingParams().with_(**{name: value})
+        except RequestError as error:
+            ignored.append(f"{name} = {written!r} ({str(error).partition('; ')[2]})")
+        else:
+            sampling[name] = value
+    if generation.get("do_sample") is False and sampling.get("temperature") != 0:
+        ignored.append("do_sample = false (temperature = 0 is greedy)")
+    for name, neutral in _NOT_DONE.items():
+        value = generation.get(name)
+        if value not in (None, neutral, [], {}):
+            ignored.append(f"{name} = {value!r} (not supported)")
+    if ignored:
+        log.warning("%s: ignored: %s", _GENERATION, "; ".join(ignored))
+    return sampling
