@@ -27,6 +27,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.weights import load_decoder
 from moebius.moe.health import max_violation_floor
 from moebius.ops import select_ops
+from moebius.ops.threads import default_threads, torch_threads
 from moebius.text import Tokenizer
 
 # More cells than these make a page that a browser is slow to show.
@@ -58,12 +59,14 @@ def write_report(
     decoder = _load(checkpoint, config)
     layers, model = list(routers(decoder)), checkpoint.config
     ranks = config.ranks_for(next(iter(routers(decoder).values())).config.num_experts)
-    length = min(config.row_length, model.max_position_embeddings)
+    length = min(config.row_length, model.context)
     rows = make_rows(documents, tokenizer, length, config.max_tokens)
     fits = int(rows.tokens_N.max()) < model.vocab_size
     require(fits, f"the tokenizer gives ids beyond the model's {model.vocab_size}: it is another model's")
     other = None if against is None else _load_other(checkpoint, against, rows, tokenizer, config)
-    tally = collect(decoder, rows, config.step_tokens, other, progress)
+    # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
+    with torch_threads(1 if decoder.ops.one_answer else config.threads or default_threads()):
+        tally = collect(decoder, rows, config.step_tokens, other, progress)
     check_finite(tally, layers)
     experts = tally.router.num_experts
     report: dict[str, Any] = {
@@ -103,8 +106,6 @@ def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if checkpoint.dtype == "bfloat16" else torch.float32
     ops = select_ops(device, dtype, config.threads)
-    # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
-    torch.set_num_threads(1 if ops.one_answer else config.threads or torch.get_num_threads())
     return load_decoder(checkpoint, dtype, device, ops)
 
 

@@ -73,6 +73,15 @@ def _check_integer(name: str, value: object, low: int, high: int, *, none: bool 
     _check(ok or (none and value is None), name, f"{name} is {value!r}; it must be an integer from {low} to {high}")
 
 
+def _check_tokens(ids: Sequence[int], vocab_size: int) -> None:
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return  # as a rule; a loop over a long prompt would take ten times as long
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            message = f"token id {token!r} is not an integer from 0 to {vocab_size - 1}"
+            raise RequestError(message, param="prompt")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. Names are the field's; every value is checked here and nowhere else.
@@ -245,18 +254,24 @@ class Request:
         salt: bytes = b"",
         output_ids: Sequence[int] = (),
     ) -> Self:
-        """The only way in. Raises RequestError naming the field; nothing is kept of a refused request."""
+        """The only way in. Raises RequestError naming the field; nothing is kept of a refused request.
+
+        Everything here is about the prompt and what is asked of it. The choices of one prompt differ in id and seed
+        alone: the first is created, the others are its siblings.
+        """
         prompt = tuple(prompt_ids)
         _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
-        for token in (*prompt, *output_ids):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
-                message = f"token id {token!r} is not an integer from 0 to {limits.vocab_size - 1}"
-                raise RequestError(message, param="prompt")
+        _check_tokens(prompt, limits.vocab_size)
+        _check_tokens(output_ids, limits.vocab_size)
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token in ids:
                 message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
                 _check(token < limits.vocab_size, name, message)
         _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
+        _check_number("arrival", arrival, -math.inf, math.inf)
+        if deadline is not None:
+            _check_number("deadline", deadline, -math.inf, math.inf)
+        _check(isinstance(salt, bytes), "cache_salt", f"cache_salt is {type(salt).__name__}; it must be bytes here")
         _check(len(salt) <= LIMITS.salt_bytes, "cache_salt", f"cache_salt has over {LIMITS.salt_bytes} bytes")
         room = limits.max_model_len - len(prompt)
         wanted = params.max_tokens
@@ -280,6 +295,25 @@ class Request:
             deadline=deadline,
             salt=salt,
             output_ids=list(output_ids),
+        )
+
+    def sibling(self, id: str, seed: int) -> Self:
+        """Another choice of the same prompt, nothing of it computed yet.
+
+        It shares what was checked when this one was created: prompt, parameters, limits and times. Its own are id and
+        seed, of which every value is fine.
+        """
+        return type(self)(
+            id=id,
+            prompt_ids=self.prompt_ids,
+            params=self.params,
+            seed=seed % 2**64,
+            stop_ids=self.stop_ids,
+            max_tokens=self.max_tokens,
+            arrival=self.arrival,
+            priority=self.priority,
+            deadline=self.deadline,
+            salt=self.salt,
         )
 
     @property
