@@ -274,17 +274,17 @@ import json
 from moebius import LLM, SamplingParams
 llm = LLM("bundled")
 params = SamplingParams(max_tokens=8, temperature=1, ignore_eos=True, seed=1)
-outputs = llm.generate([[4 + i] * 600 for i in range(50)], params, progress=False)
+outputs = llm.generate([[4 + i] * 600 for i in range(60)], params, progress=False)
 assert all(len(o.outputs[0].token_ids) == 8 for o in outputs)
 print(json.dumps([llm.engine.runner.cache.nbytes, llm.engine.stats().total_blocks * 16]))
 """
 
 
 def test_an_engine_in_a_real_group_keeps_to_it(group: Callable[[str, dict[str, str]], Path]) -> None:
-    """50 sequences of 608 tokens want more cache than 450 MiB leave; they take turns, and all end."""
+    """60 sequences of 608 tokens want more cache than 450 MiB leave; they take turns, and all end."""
     directory = group("memory", {"memory.max": mib(450), "memory.limit_in_bytes": mib(450)})
     cache, tokens = inside([directory], GENERATE)
-    assert 10 * MIB < cache and tokens < 50 * 608
+    assert cache > 10 * MIB and tokens < 60 * 608
     peak = directory / "memory.peak"
     most = int((peak if peak.exists() else directory / "memory.max_usage_in_bytes").read_text())
     assert cache < most <= 450 * MIB

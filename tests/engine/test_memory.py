@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine.test_engine import cache_bytes
+from engine.test_engine import cache_bytes, make, run
+from moebius import machine
 from moebius.config import EngineConfig, FeedForwardConfig, ModelConfig, RopeConfig
-from moebius.engine.load import load_engine, prepare
+from moebius.engine import load
+from moebius.engine.load import choose_dtype, load_engine, prepare
 from moebius.engine.memory import MemoryPlan, WeightBytes, human_bytes, plan_memory
 from moebius.errors import ConfigError, MemoryPlanError
+from tiny import write_model
 
 MODEL = ModelConfig(
     model_type="llama",
@@ -120,3 +124,83 @@ def test_more_threads_than_cores_are_a_warning(tiny_model: Path, caplog: pytest.
     assert not caplog.text
     prepare(tiny_model, EngineConfig(threads=cores + 1))
     assert f"--threads {cores + 1} is more than the {cores} cores" in caplog.text
+
+
+@pytest.mark.case("B2")
+def test_mapped_weights_must_stay_resident() -> None:
+    """A cache that takes the room of weights would have them read from the disk again at each step."""
+    mapped = 400 * 2**20
+    made = plan_memory(
+        MODEL,
+        EngineConfig(max_num_seqs=2048, max_num_batched_tokens=2048),
+        WeightBytes(mapped, 0, 1000),
+        dtype="bfloat16",
+        device="cpu",
+        bytes_per_token=PER_TOKEN,
+        available=500 * 2**20,
+    )
+    assert made.kv_cache <= (500 * 2**20 - mapped - made.workspace) // 2
+    with pytest.raises(MemoryPlanError, match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(cgroup"):
+        plan_memory(
+            MODEL,
+            EngineConfig(),
+            WeightBytes(mapped, 0, 1000),
+            dtype="bfloat16",
+            device="cpu",
+            bytes_per_token=PER_TOKEN,
+            available=300 * 2**20,
+            available_of="cgroup limit 700.0 MiB",
+        )
+
+
+@pytest.mark.case("B2")
+def test_the_table_names_the_limit_that_bound(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(402 * 2**20, 700 * 2**20, "cgroup limit"))
+    monkeypatch.setattr(machine, "processors", lambda *_: 0.5)
+    prepared = prepare(tiny_model, EngineConfig())
+    rows = {name: (amount, remark) for name, amount, remark in prepared.rows()}
+    assert rows["of available"] == ("402.0 MiB", "cgroup limit 700.0 MiB")
+    assert rows["threads"] == ("1", "0.5 processors may be used")
+    assert prepared.plan.available == 402 * 2**20 and prepared.plan.kv_cache < 201 * 2**20
+
+
+@pytest.mark.case("C23")
+@pytest.mark.parametrize(
+    ("wish", "stored", "device", "expected"),
+    [
+        ("auto", "float16", "cpu", torch.float32),
+        ("auto", "float16", "cuda", torch.float16),
+        ("auto", "bfloat16", "cpu", torch.bfloat16),
+        ("auto", "bfloat16", "cuda", torch.bfloat16),
+        ("auto", "float32", "cuda", torch.float32),
+        ("bfloat16", "float16", "cuda", torch.bfloat16),
+        ("float32", "float16", "cuda", torch.float32),
+        ("bfloat16", "float16", "cpu", torch.bfloat16),
+    ],
+)
+def test_float16_stays_float16_where_the_device_has_it(
+    wish: str, stored: str, device: str, expected: torch.dtype
+) -> None:
+    assert choose_dtype(wish, stored, device) == expected
+
+
+@pytest.mark.case("C23")
+def test_an_engine_of_float16_says_so_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would hold in float16, on plain PyTorch here; beside it, what a CPU makes of the same file."""
+    write_model(tmp_path, dtype=torch.float16)
+    on_cpu = prepare(tmp_path, EngineConfig())
+    assert ("computed", "float32", "on cpu; float16 in the files") in on_cpu.rows()
+    full = load_engine(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=128))
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", "reference")
+    monkeypatch.setattr(load, "choose_dtype", lambda *_: torch.float16)
+    half = load_engine(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=128))
+    prepared = prepare(tmp_path, EngineConfig())
+    assert ("computed", "float16", "on cpu") in prepared.rows()
+    assert prepared.plan.weights.mapped + prepared.plan.weights.copied < 0.6 * on_cpu.plan.weights.copied
+    assert half.runner.model.embed_tokens.weight.dtype == torch.float16
+    prompt = list(range(3, 60))
+    scores = []
+    for one in (full, half):
+        steps = run(one, [make(one, "a", prompt, max_tokens=0, prompt_logprobs=0)])["a"]
+        scores.append([scored.logprob for step in steps for scored in step.prompt_logprobs])
+    assert scores[1] == pytest.approx(scores[0], abs=0.05)

@@ -62,22 +62,13 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError or OverloadError if it cannot be served (ever, or now), EngineError for
-        what nobody foresaw; nothing is kept of a refused request."""
-        try:
-            self.scheduler.add(request)
-        except MoebiusError:
-            raise
-        except Exception as error:
-            raise failure("queueing a request", error) from error
+        """Queue a request; RequestError or OverloadError if it cannot be served (ever, or now)."""
+        self.scheduler.add(request)
         self._record(lambda trace: trace.add(request))
 
     def abort(self, request_id: str, error: MoebiusError | None = None) -> StepOutput | None:
         """End a request between two steps; None if it is not here (any more)."""
-        try:
-            request = self.scheduler.abort(request_id)
-        except Exception as cause:
-            return self._ended(request_id, FinishReason.ERROR, failure("aborting a request", cause))
+        request = self.scheduler.abort(request_id)
         if request is None:
             return None
         self._record(lambda trace: trace.abort(request_id, FinishReason.ABORT))

@@ -98,7 +98,7 @@ class InProcessClient:
             with self._lock:
                 self._stopping.set()
             for request_id in list(self._engine.scheduler.requests):
-                self._engine.abort(request_id)
+                self._abort(request_id)
             self._end_unfinished()
             self._engine.close()
 
@@ -113,30 +113,32 @@ class InProcessClient:
 
     def _end_unfinished(self) -> None:
         error = EngineError("the engine has stopped")
-        self._send([StepOutput(id, finish_reason=FinishReason.ERROR, error=error) for id in list(self._unfinished)])
+        self._send([_failed(request_id, error) for request_id in list(self._unfinished)])
 
     def _send(self, outputs: list[StepOutput]) -> None:
         """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so its request ends."""
+        heard: list[StepOutput] = []
         with self._lock:
-            outputs = [output for output in outputs if output.request_id in self._unfinished]
             for output in outputs:
-                if output.finish_reason is not None:
-                    self._unfinished.pop(output.request_id, None)
-        if not outputs or self._deliver is None:
+                if output.request_id in self._unfinished:
+                    heard.append(output)
+                    if output.finish_reason is not None:
+                        del self._unfinished[output.request_id]
+        if not heard or self._deliver is None:
             return
         try:
-            self._deliver(outputs)
+            self._deliver(heard)
         except Exception as error:
-            self._give_up(outputs, failure("delivering a step's outputs", error))
+            self._give_up(heard, failure("delivering a step's outputs", error))
 
     def _give_up(self, outputs: list[StepOutput], error: MoebiusError) -> None:
         assert self._deliver is not None
         for request_id in {output.request_id: None for output in outputs}:
-            self._engine.abort(request_id)
+            self._abort(request_id)
             with self._lock:
                 self._unfinished.pop(request_id, None)
             with suppress(Exception):  # the log has the first of them
-                self._deliver([StepOutput(request_id, finish_reason=FinishReason.ERROR, error=error)])
+                self._deliver([_failed(request_id, error)])
 
     def _take(self, *, block: bool) -> list[StepOutput]:
         """Apply all that lies in the inbox; wait for something first when there is no other work."""
@@ -148,10 +150,26 @@ class InProcessClient:
                 return outputs
             block = False
             if isinstance(item, Request):
-                try:
-                    self._engine.add(item)
-                except MoebiusError as error:
-                    outputs.append(StepOutput(item.id, finish_reason=FinishReason.ERROR, error=error))
+                outputs += self._admit(item)
             elif isinstance(item, str):
-                ended = self._engine.abort(item)
-                outputs += [ended] if ended else []
+                outputs += self._abort(item)
+
+    def _admit(self, request: Request) -> list[StepOutput]:
+        try:
+            self._engine.add(request)
+        except MoebiusError as error:
+            return [_failed(request.id, error)]
+        except Exception as error:
+            return [_failed(request.id, failure("queueing a request", error))]
+        return []
+
+    def _abort(self, request_id: str) -> list[StepOutput]:
+        try:
+            ended = self._engine.abort(request_id)
+        except Exception as error:
+            return [_failed(request_id, failure("aborting a request", error))]
+        return [] if ended is None else [ended]
+
+
+def _failed(request_id: str, error: MoebiusError) -> StepOutput:
+    return StepOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
