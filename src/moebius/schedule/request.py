@@ -198,6 +198,14 @@ class ServingLimits:
 
 
 @dataclass(slots=True, eq=False)
+class PromptHashes:
+    """Prefix hashes of a prompt's full blocks, worked out once for all its choices by `pool`, with its own key."""
+
+    pool: object = None
+    hashes: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """One sequence on its way through the scheduler. Make it with `Request.create`.
 
@@ -211,6 +219,7 @@ class Request:
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
     block_ids           its blocks, in order of position; replaced, never changed: a plan holds it without a copy
     block_hashes        prefix hashes of its leading full blocks, computed once
+    prompt_hashes       those of the prompt, which its siblings share
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
     num_awaited_blocks  while it waits: how many leading blocks were in the cache when last looked at
     publishes           False once a block it reads was withdrawn: what it computes from then on is suspect
@@ -234,6 +243,7 @@ class Request:
     num_preemptions: int = 0
     block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)
+    prompt_hashes: PromptHashes = field(default_factory=PromptHashes)
     num_published_blocks: int = 0
     num_awaited_blocks: int = 0
     publishes: bool = True
@@ -314,6 +324,7 @@ class Request:
             priority=self.priority,
             deadline=self.deadline,
             salt=self.salt,
+            prompt_hashes=self.prompt_hashes,
         )
 
     @property
