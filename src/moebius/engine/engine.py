@@ -18,7 +18,7 @@ from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite, sample, token_logprobs
 from moebius.engine.trace import TraceWriter
 from moebius.errors import DeadlineError, EngineError, MoebiusError
-from moebius.ops.threads import torch_threads
+from moebius.ops.threads import TorchThreads
 from moebius.schedule.request import FinishReason, Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
@@ -52,7 +52,7 @@ class Engine:
         self.info = info
         self.clock = clock
         self._trace = trace
-        self._torch_threads = torch_threads
+        self._torch_threads = TorchThreads(torch_threads)
         self._counts: Counter[str] = Counter()
         self._scored: dict[str, int] = {}
         self._last_step = clock()
@@ -76,7 +76,7 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Compute one step. A failure ends the requests it belongs to and no others."""
-        with torch_threads(self._torch_threads):
+        with self._torch_threads:
             return self._step()
 
     def _step(self) -> list[StepOutput]:

@@ -19,7 +19,7 @@ from moebius.errors import ConfigError
 from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
-from moebius.ops.threads import default_threads, torch_threads
+from moebius.ops.threads import TorchThreads, default_threads
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import ServingLimits
 from moebius.schedule.scheduler import Scheduler
@@ -90,7 +90,7 @@ def load_engine(
     scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
     threads = _torch_threads(prepared, config)
-    with torch_threads(threads):
+    with TorchThreads(threads):
         runner = _load_runner(prepared, config)
     info = EngineInfo(
         limits=ServingLimits(prepared.checkpoint.config.vocab_size, plan.max_model_len),
