@@ -71,7 +71,11 @@ def write_report(
     experts = tally.router.num_experts
     report: dict[str, Any] = {
         "model": {"name": name or directory.name, "type": model.model_type, "layers": model.num_layers},
-        "run": {"dtype": _name(decoder.embed_tokens.weight.dtype), "backend": decoder.ops.name, "steps": len(tally.counts_SME)},
+        "run": {
+            "dtype": _name(decoder.embed_tokens.weight.dtype),
+            "backend": decoder.ops.name,
+            "steps": len(tally.counts_SME),
+        },
         "router": asdict(tally.router) | {"greatest_entropy": round(math.log(experts), 4)},
         "text": rows.facts() | {"step_tokens": int(tally.counts_SME[0][0].sum()) // tally.router.top_k},
         "limits": {"even": 0.5, "uneven": 1.0},
