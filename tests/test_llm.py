@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from moebius import LLM, SamplingParams
+from moebius import LLM, SamplingParams, machine
 from moebius.errors import ConfigError, EngineError, RequestError
+from moebius.ops.threads import TorchThreads
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +308,7 @@ def state():
         logging.getLogger().level, list(warnings.filters), dict(os.environ), os.sched_getaffinity(0),
     )
 import moebius.llm  # what imports register is not asked about
-from moebius import LLM, SamplingParams
+from moebius import LLM, SamplingParams, machine
 before = state()
 with LLM(DIRECTORY, kv_cache_memory_bytes=2**20, max_model_len=256) as llm:
     assert state() == before, "after LLM()"
@@ -336,17 +337,23 @@ def test_an_llm_leaves_the_program_as_it_is(tiny_model: Path, monkeypatch: pytes
 
 
 @pytest.mark.case("C24")
-def test_a_step_of_the_reference_takes_the_threads_asked_for(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOEBIUS_CPU_ISA", "reference")
-    one = LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, threads=2)
-    seen: set[int] = set()
-    honest = one.engine.runner.execute
+@pytest.mark.parametrize(("isa", "asked", "expected"), [("reference", 2, 2), ("reference", None, 1), ("", 2, 1)])
+def test_a_step_has_torch_threads_of_its_own(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str, asked: int | None, expected: int
+) -> None:
+    """As many as asked for where torch computes, within a CPU quota; one beside kernels, which have their own."""
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
+    monkeypatch.setattr(machine, "processors", lambda *_: 0.5)
+    with TorchThreads(3):
+        one = LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, threads=asked)
+        seen: set[int] = set()
+        honest = one.engine.runner.execute
 
-    def counted(inputs: Any) -> Any:
-        seen.add(torch.get_num_threads())
-        return honest(inputs)
+        def counted(inputs: Any) -> Any:
+            seen.add(torch.get_num_threads())
+            return honest(inputs)
 
-    monkeypatch.setattr(one.engine.runner, "execute", counted)
-    before = torch.get_num_threads()
-    one.generate("a", GREEDY)
-    assert seen == {2} and torch.get_num_threads() == before
+        monkeypatch.setattr(one.engine.runner, "execute", counted)
+        one.generate("a", GREEDY)
+        assert seen == {expected} and torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 1  # as the tests are set to

@@ -60,7 +60,7 @@ class Sessions:
                 continue
             owner.inbox.append(output)
             if output.finish_reason is not None:
-                del self._owners[output.request_id]
+                self._owners.pop(output.request_id, None)
 
     def _use(self, call: Callable[[], None]) -> None:
         with self._lock:
