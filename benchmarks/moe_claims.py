@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 
 from claims.experiments import RUNS, SEEDS, STEPS, recipe_of, write_corpus
+from moebius import machine
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "claims" / "runs"
@@ -86,7 +87,7 @@ def main() -> int:
         draw(results, ROOT.parent / "docs" / "claims.png")
         return 0
     if args.pair:
-        return make(["pair"], args.seeds, args.work, args.steps, 1, args.results, os.cpu_count() or 1)
+        return make(["pair"], args.seeds, args.work, args.steps, 1, args.results, machine.threads())
     return make(args.runs, args.seeds, args.work, args.steps, args.processes, args.results, 1)
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moebius import LLM, SamplingParams
-from moebius.errors import ConfigError, RequestError
+from moebius import LLM, SamplingParams, machine
+from moebius.errors import ConfigError, EngineError, RequestError
+from moebius.ops.threads import TorchThreads
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +121,239 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> 
         LLM("bundled", max_num_seq=1)
     with pytest.raises(ConfigError):
         LLM(str(tmp_path / "missing"))
+
+
+def expected_logprobs(reference: Any, ids: list[int]) -> list[float]:
+    with torch.no_grad():
+        scores = torch.log_softmax(reference[0](torch.tensor([ids])).logits[0].double(), -1)
+    return [float(scores[i, token]) for i, token in enumerate(ids[1:])]
+
+
+@pytest.mark.case("A2")
+@pytest.mark.parametrize("top", [0, 2])
+def test_prompt_logprobs_have_an_entry_for_each_token_the_first_none(llm: LLM, reference: Any, top: int) -> None:
+    ids = [7, 30, 100, 31, 9, 200]
+    for n in (1, 3):
+        output = llm.generate(ids, SamplingParams(n=n, max_tokens=2, prompt_logprobs=top, seed=1))[0]
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 6
+        first, *others = output.prompt_logprobs
+        assert first is None
+        assert [entry.token_id for entry in others if entry] == ids[1:]
+        assert [entry.logprob for entry in others if entry] == pytest.approx(
+            expected_logprobs(reference, ids), abs=1e-4
+        )
+        assert all(entry and len(entry.top) == top for entry in others)
+
+
+@pytest.mark.case("A2")
+def test_prompt_logprobs_of_one_token_of_a_chat_and_of_none_asked_for(llm: LLM) -> None:
+    scored = SamplingParams(max_tokens=2, prompt_logprobs=0)
+    assert llm.generate([[5]], scored)[0].prompt_logprobs == (None,)
+    assert llm.generate([[5]], scored.with_(max_tokens=0))[0].prompt_logprobs == (None,)
+    chat = llm.chat([{"role": "user", "content": "hello"}], scored)[0]
+    assert chat.prompt_logprobs is not None and len(chat.prompt_logprobs) == len(chat.prompt_token_ids)
+    assert chat.prompt_logprobs[0] is None and None not in chat.prompt_logprobs[1:]
+    assert llm.generate([[5, 6]], SamplingParams(max_tokens=1))[0].prompt_logprobs is None
+
+
+@pytest.mark.case("A2")
+def test_prompt_logprobs_in_chunks_after_preemptions_and_beside_a_warm_cache(tiny_model: Path, reference: Any) -> None:
+    many = [[(i * 7 + j * 3) % 300 + 5 for j in range(40)] for i in range(4)]
+    tight = LLM(
+        str(tiny_model),
+        kv_cache_memory_bytes=2**16,
+        block_size=4,
+        max_model_len=100,
+        max_num_batched_tokens=33,
+        max_num_seqs=8,
+    )
+    params = SamplingParams(max_tokens=50, prompt_logprobs=0, temperature=0, ignore_eos=True)
+    for prompts in (many, many):  # the second time all their blocks were seen before
+        for ids, output in zip(prompts, tight.generate(prompts, params), strict=True):
+            assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+            got = [entry.logprob for entry in output.prompt_logprobs[1:] if entry]
+            assert got == pytest.approx(expected_logprobs(reference, ids), abs=1e-4)
+    assert tight.engine.stats().preemptions > 0
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.case("C22")
+def test_open_iterators_interleave_and_each_gets_its_own(llm: LLM) -> None:
+    names = [f"p{i}" for i in range(12)]
+    expected = {output.prompt: output.outputs for output in llm.generate(names, GREEDY)}
+    answer = "".join(llm.stream_chat(HELLO, GREEDY))
+    first = llm.stream((name, GREEDY) for name in names[:6])
+    second = llm.stream((name, GREEDY) for name in names[6:])
+    chat = llm.stream_chat(HELLO, GREEDY)
+    got = [next(first), next(second)]
+    said = next(chat)
+    assert llm.generate("p3", GREEDY)[0].outputs == expected["p3"], "generate() while streams are open"
+    said += next(chat)
+    assert "".join(llm.stream_chat(HELLO, GREEDY)) == answer, "a second conversation beside the first"
+    open_ones: list[Iterator[Any]] = [first, second]
+    while open_ones:
+        for stream in list(open_ones):
+            output = next(stream, None)
+            if output is None:
+                open_ones.remove(stream)
+            else:
+                got.append(output)
+    assert said + "".join(chat) == answer
+    assert sorted(output.prompt for output in got) == sorted(names)
+    assert {output.prompt: output.outputs for output in got} == expected
+    assert llm.engine.scheduler.drained
+
+
+@pytest.mark.case("C22")
+def test_closing_an_iterator_aborts_its_own_requests_only(llm: LLM) -> None:
+    long = GREEDY.with_(max_tokens=60)
+    expected = {output.prompt: output.outputs for output in llm.generate(["a", "b"], long)}
+    kept = llm.stream([("short", GREEDY.with_(max_tokens=1)), ("a", long), ("b", long)])
+    dropped = llm.stream([("short", GREEDY.with_(max_tokens=1)), ("x", long), ("y", long)])
+    chat = llm.stream_chat(HELLO, long)
+    next(kept), next(dropped), next(chat)
+    assert len(llm.engine.scheduler.requests) == 5
+    dropped.close()
+    assert len(llm.engine.scheduler.requests) == 3
+    chat.close()
+    assert {output.prompt: output.outputs for output in kept} == expected
+    assert llm.engine.scheduler.drained
+
+
+@pytest.mark.case("C22")
+def test_prompts_that_ask_the_model_themselves(llm: LLM) -> None:
+    """The iterator of prompts uses the LLM between two steps of the stream that reads it."""
+    expected = [llm.generate(f"p{i}", GREEDY)[0].outputs for i in range(20)]
+
+    def asking() -> Iterator[tuple[str, SamplingParams]]:
+        for i in range(20):
+            assert llm.generate("other", GREEDY)[0].finished
+            yield f"p{i}", GREEDY
+
+    outputs = {int(output.request_id): output.outputs for output in llm.stream(asking())}
+    assert [outputs[i] for i in range(20)] == expected
+
+
+@pytest.mark.case("C22")
+def test_an_iterator_that_the_collector_closes_in_the_middle_of_a_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forgotten iterator in a cycle is closed whenever Python collects garbage: here while a step is computed."""
+    expected = llm.generate("kept", GREEDY)[0].outputs
+    forgotten: list[Any] = [llm.stream([("a", GREEDY.with_(max_tokens=1)), ("b", GREEDY.with_(max_tokens=300))])]
+    forgotten.append(forgotten)
+    next(forgotten[0])
+    assert llm.engine.has_work
+    honest = llm.engine.runner.execute
+
+    def collecting(inputs: Any) -> Any:
+        gc.collect()
+        return honest(inputs)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", collecting)
+    del forgotten
+    assert llm.generate("kept", GREEDY)[0].outputs == expected
+    assert llm.engine.scheduler.drained
+
+
+@pytest.mark.case("C22")
+def test_threads_of_one_program_share_an_llm(llm: LLM) -> None:
+    names = [f"p{i}" for i in range(9)]
+    expected = [output.outputs for output in llm.generate(names, GREEDY)]
+    found: dict[int, Any] = {}
+
+    def ask(part: int) -> None:
+        found[part] = [output.outputs for output in llm.generate(names[part * 3 : part * 3 + 3], GREEDY)]
+
+    threads = [threading.Thread(target=ask, args=(part,)) for part in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [*found[0], *found[1], *found[2]] == expected
+
+
+@pytest.mark.case("C22")
+def test_an_error_reaches_the_reader_whose_request_it_is(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate("good", GREEDY)[0].outputs
+    bad = llm.stream_chat(HELLO, GREEDY)
+    next(bad)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "execute", lambda inputs: 1 / 0)
+        with pytest.raises(EngineError, match="error id"):
+            next(llm.stream([("ugly", GREEDY)]))
+    assert llm.generate("good", GREEDY)[0].outputs == expected
+    with pytest.raises(EngineError, match="error id"):
+        list(bad)
+    assert llm.engine.scheduler.drained
+
+
+ALONE = """
+import gc, logging, os, signal, threading, warnings
+import torch
+torch.set_num_threads(3)
+def state():
+    subnormal = float(torch.tensor([1e-39]) * torch.tensor([1.0]))  # 0 where they are flushed
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start(); thread.join()
+    return (
+        torch.get_num_threads(), seen, torch.get_num_interop_threads(), subnormal, torch.is_grad_enabled(),
+        torch.get_default_dtype(), torch.initial_seed(), torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(), gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(),
+        [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], logging.getLogger().handlers,
+        logging.getLogger().level, list(warnings.filters), dict(os.environ), os.sched_getaffinity(0),
+    )
+import moebius.llm  # what imports register is not asked about
+from moebius import LLM, SamplingParams, machine
+before = state()
+with LLM(DIRECTORY, kv_cache_memory_bytes=2**20, max_model_len=256) as llm:
+    assert state() == before, "after LLM()"
+    params = SamplingParams(max_tokens=8, ignore_eos=True, top_p=0.9, presence_penalty=0.5, logprobs=2, seed=1)
+    llm.generate(["a", "b"], params)
+    assert state() == before, "after generate()"
+    stream = llm.stream([("a", params), ("b", params.with_(max_tokens=100))])
+    next(stream)
+    assert state() == before, "while a stream is open"
+    stream.close()
+    try:
+        LLM(DIRECTORY, max_model_len=10**9)
+    except ValueError:
+        assert state() == before, "after a refused LLM()"
+assert state() == before, "after close()"
+"""
+
+
+@pytest.mark.case("C24")
+@pytest.mark.parametrize("isa", ["", "reference"])
+def test_an_llm_leaves_the_program_as_it_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
+    code = ALONE.replace("DIRECTORY", repr(str(tiny_model)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.case("C24")
+@pytest.mark.parametrize(("isa", "asked", "expected"), [("reference", 2, 2), ("reference", None, 1), ("", 2, 1)])
+def test_a_step_has_torch_threads_of_its_own(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str, asked: int | None, expected: int
+) -> None:
+    """As many as asked for where torch computes, within a CPU quota; one beside kernels, which have their own."""
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
+    monkeypatch.setattr(machine, "processors", lambda *_: 0.5)
+    with TorchThreads(3):
+        one = LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, threads=asked)
+        seen: set[int] = set()
+        honest = one.engine.runner.execute
+
+        def counted(inputs: Any) -> Any:
+            seen.add(torch.get_num_threads())
+            return honest(inputs)
+
+        monkeypatch.setattr(one.engine.runner, "execute", counted)
+        one.generate("a", GREEDY)
+        assert seen == {expected} and torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 1  # as the tests are set to

@@ -123,7 +123,10 @@ class TrainingRouting:
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding: base `theta` and a length-independent scaling (arXiv 2104.09864; yarn 2309.00071)."""
+    """Rotary position embedding: base `theta` and a length-independent scaling (arXiv 2104.09864; yarn 2309.00071).
+
+    original_max_position is the context before scaling, in tokens.
+    """
 
     theta: float = 10_000.0
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -141,6 +144,11 @@ class RopeConfig:
     def __post_init__(self) -> None:
         require(self.theta > 0 and math.isfinite(self.theta), f"rope_theta is {self.theta}; it must be positive")
         require(self.factor >= 1.0, f"the rope scaling factor is {self.factor}; it must be at least 1")
+
+    @property
+    def stretches(self) -> bool:
+        """Whether positions up to original_max_position * factor are what the scaling is for."""
+        return self.scaling in ("linear", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +218,17 @@ class ModelConfig:
         )
 
     @property
+    def context(self) -> int:
+        """Longest sequence, in tokens, that positions were made for.
+
+        yarn and linear stretch the original context by their factor, and a config.json states that context before or
+        after it: the model cards of Qwen and of vicuna add the scaling and leave max_position_embeddings alone, others
+        raise it. llama3's max_position_embeddings is always what it was raised to; its factor is a frequency's.
+        """
+        rope, stated = self.rope, self.max_position_embeddings
+        return max(stated, int(rope.original_max_position * rope.factor)) if rope.stretches else stated
+
+    @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -242,7 +261,7 @@ class EngineConfig:
     max_queue_requests: Annotated[int, "Most requests that wait."] = 1024
     max_queue_tokens: Annotated[int, "Most tokens that wait."] = 4_194_304
     step_deadline: Annotated[float, "Seconds after which a step without progress is a failure."] = 120.0
-    threads: Annotated[int | None, "Compute threads; default: one a core."] = None
+    threads: Annotated[int | None, "Compute threads; default: one a core, as far as a CPU quota goes."] = None
     trace: Annotated[str | None, "File that every scheduling decision is written to, as JSON lines."] = None
 
     def __post_init__(self) -> None:
@@ -307,7 +326,7 @@ class InspectConfig:
     step_tokens: Annotated[int, "Tokens in one step, over which a step's balance is taken."] = 2048
     capacity_factor: Annotated[Sequence[float], "Capacity factors whose dropped share to work out."] = (1, 1.25, 1.5, 2)
     ranks: Annotated[Sequence[int], "Numbers of ranks to place the experts on; default: 2, 4, ..."] = ()
-    threads: Annotated[int | None, "Compute threads; default: one a core."] = None
+    threads: Annotated[int | None, "Compute threads; default: one a core, as far as a CPU quota goes."] = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "row_length", "step_tokens"):

@@ -8,6 +8,7 @@ from typing import Any, Self
 from moebius.config import EngineConfig
 from moebius.engine.client import StepOutput
 from moebius.engine.load import load_engine
+from moebius.engine.sessions import Session, Sessions
 from moebius.errors import OverloadError, RequestError
 from moebius.models.hub import resolve_model
 from moebius.outputs import RequestOutput, SequenceAssembler, open_choices
@@ -24,8 +25,6 @@ class _Job:
 
     index: int
     prompt: str | None
-    prompt_ids: Sequence[int]
-    params: SamplingParams
     choices: list[tuple[Request, SequenceAssembler]]
 
     @property
@@ -33,12 +32,13 @@ class _Job:
         return all(choice.finished for _, choice in self.choices)
 
     def output(self) -> RequestOutput:
-        first = self.choices[0][1]
+        request, first = self.choices[0]
         return RequestOutput(
             request_id=str(self.index),
             prompt=self.prompt,
-            prompt_token_ids=tuple(self.prompt_ids),
-            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(first.prompt_logprobs),
+            prompt_token_ids=request.prompt_ids,
+            # The first token has none before it that could have told how likely it is.
+            prompt_logprobs=None if request.params.prompt_logprobs is None else (None, *first.prompt_logprobs),
             outputs=tuple(choice.completion(i) for i, (_, choice) in enumerate(self.choices)),
             num_cached_tokens=first.num_cached_tokens,
             finished=True,
@@ -49,7 +49,8 @@ class LLM:
     """A loaded model.
 
     model: a directory in the Hugging Face layout, a hub id, or "bundled" for the small model in the package. Options
-    are the fields of EngineConfig. Raises UsageError before anything is allocated.
+    are the fields of EngineConfig. Raises UsageError before anything is allocated. Iterators that are not read to their
+    end may wait while others are read: each gets its own outputs. What torch is set to in this process stays.
 
         llm = LLM()
         for output in llm.generate(["def fibonacci(n):"], SamplingParams(temperature=0, max_tokens=64)):
@@ -67,6 +68,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(directory)
         self.defaults = GenerationDefaults.load(directory, self.tokenizer)
         self.engine = load_engine(directory, self.config, eos_ids=self.defaults.eos_ids)
+        self._sessions = Sessions(self.engine)
         self._ids = count()
 
     @classmethod
@@ -112,13 +114,11 @@ class LLM:
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
         request, choice = self._chat_job(0, messages, params or self.default_params()).choices[0]
-        self.engine.add(request)
-        try:
+        with self._sessions.open() as session:
+            session.add(request)
             while not choice.finished:
-                for step in self.engine.step():
+                for step in session.outputs():
                     yield choice.push(step).text
-        finally:
-            self.engine.abort(request.id)
 
     def close(self) -> None:
         self.engine.close()
@@ -155,7 +155,7 @@ class LLM:
         choices = open_choices(
             self.tokenizer, self.engine.info, ids, params, names, continues=continues, arrival=arrival
         )
-        return _Job(index, prompt, ids, params, list(choices))
+        return _Job(index, prompt, list(choices))
 
     def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
         checked = list(jobs)  # all of them, before the first one runs
@@ -166,33 +166,32 @@ class LLM:
         waiting = ((job, request, choice) for job in jobs for request, choice in job.choices)
         following: tuple[_Job, Request, SequenceAssembler] | None = None
         live: dict[str, tuple[_Job, SequenceAssembler]] = {}
-        try:
+        with self._sessions.open() as session:
             while True:
                 while self.engine.scheduler.num_waiting <= self.config.max_num_seqs:
                     following = following or next(waiting, None)
-                    if following is None or not self._add(following[1]):
+                    if following is None or not self._add(session, following[1]):
                         break
                     job, request, choice = following
                     live[request.id], following = (job, choice), None
-                if not self.engine.has_work:
+                if not live and following is None:
                     return
-                for step in self.engine.step():
-                    yield from self._take(step, live)
-        finally:
-            for request_id in list(live):
-                self.engine.abort(request_id)
+                for step in session.outputs():
+                    yield from self._take(session, step, live)
 
-    def _add(self, request: Request) -> bool:
+    def _add(self, session: Session, request: Request) -> bool:
         """Whether the engine takes the request now; where it has no work, nothing could change that."""
         try:
-            self.engine.add(request)
+            session.add(request)
         except OverloadError:
             if not self.engine.has_work:
                 raise
             return False
         return True
 
-    def _take(self, step: StepOutput, live: dict[str, tuple[_Job, SequenceAssembler]]) -> Iterator[RequestOutput]:
+    def _take(
+        self, session: Session, step: StepOutput, live: dict[str, tuple[_Job, SequenceAssembler]]
+    ) -> Iterator[RequestOutput]:
         if step.request_id not in live:
             return
         job, choice = live[step.request_id]
@@ -200,7 +199,7 @@ class LLM:
             del live[step.request_id]
         choice.push(step)
         if choice.wants_abort and step.finish_reason is None:
-            self.engine.abort(step.request_id)
+            session.abort(step.request_id)
             del live[step.request_id]
         if choice.finished and job.finished:
             yield job.output()

@@ -241,13 +241,15 @@ def open_choices(
 ) -> Iterator[tuple[Request, SequenceAssembler]]:
     """The `params.n` choices of one prompt: each one's request, checked, and what its StepOutputs go to.
 
-    `ids` names the requests, `request` holds further arguments of Request.create, which raises RequestError. A seed
-    that is given serves every prompt alike, so that an answer does not depend on the prompt's place in a call; where
-    none is given each prompt draws its own. `continues`: the text continues the prompt's.
+    The prompt is checked once, and all choices share it. `ids` names the requests, `request` holds further arguments
+    of Request.create, which raises RequestError. A seed that is given serves every prompt alike, so that an answer does
+    not depend on the prompt's place in a call; where none is given each prompt draws its own. `continues`: the text
+    continues the prompt's.
     """
     seed = secrets.randbits(64) if params.seed is None else params.seed
-    for i in range(params.n):
-        made = Request.create(
-            next(ids), prompt_ids, params, info.limits, eos_ids=info.eos_ids, seed=choice_seed(seed, i), **request
-        )
+    first = Request.create(
+        next(ids), prompt_ids, params, info.limits, eos_ids=info.eos_ids, seed=choice_seed(seed, 0), **request
+    )
+    others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
+    for made in chain((first,), others):
         yield made, SequenceAssembler(tokenizer, params, prompt_ids=made.prompt_ids if continues else ())

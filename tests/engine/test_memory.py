@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine.test_engine import cache_bytes
+from engine.test_engine import cache_bytes, make, run
+from moebius import machine
 from moebius.config import EngineConfig, FeedForwardConfig, ModelConfig, RopeConfig
-from moebius.engine.load import load_engine, prepare
+from moebius.engine import load
+from moebius.engine.load import choose_dtype, load_engine, prepare
 from moebius.engine.memory import (
     MemoryPlan,
     WeightBytes,
-    _cgroup_available,
-    available_memory,
     human_bytes,
     plan_memory,
     sampling_bytes,
     workspace_bytes,
 )
 from moebius.errors import ConfigError, MemoryPlanError
+from tiny import write_model
 
 MODEL = ModelConfig(
     model_type="llama",
@@ -63,9 +65,9 @@ def test_the_default_cache_is_what_the_sequences_can_use() -> None:
 def test_the_default_cache_is_at_most_half_of_what_is_left() -> None:
     copied = 100 * 2**20
     made = plan(available=150 * 2**20, copied=copied, max_num_seqs=1024)
-    left = 150 * 2**20 - copied - made.workspace
+    left = 150 * 2**20 - copied - made.weights.mapped - made.workspace
     assert left // 2 - 16 * PER_TOKEN < made.kv_cache <= left // 2
-    assert copied + made.kv_cache + made.workspace <= 150 * 2**20
+    assert copied + made.weights.mapped + made.kv_cache + made.workspace <= 150 * 2**20
 
 
 def test_a_given_cache_is_taken_in_whole_blocks() -> None:
@@ -110,17 +112,6 @@ def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
     assert engine.info.limits.max_model_len == 64
 
 
-def test_the_cgroup_counts_clean_page_cache_as_free(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
-    assert _cgroup_available(tmp_path) == 550
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _cgroup_available(tmp_path) is None
-    assert _cgroup_available(tmp_path / "none") is None
-    assert available_memory() > 0
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -150,3 +141,83 @@ def test_more_threads_than_cores_are_a_warning(tiny_model: Path, caplog: pytest.
     assert not caplog.text
     prepare(tiny_model, EngineConfig(threads=cores + 1))
     assert f"--threads {cores + 1} is more than the {cores} cores" in caplog.text
+
+
+@pytest.mark.case("B2")
+def test_mapped_weights_must_stay_resident() -> None:
+    """A cache that takes the room of weights would have them read from the disk again at each step."""
+    mapped = 400 * 2**20
+    made = plan_memory(
+        MODEL,
+        EngineConfig(max_num_seqs=2048, max_num_batched_tokens=2048),
+        WeightBytes(mapped, 0, 1000),
+        dtype="bfloat16",
+        device="cpu",
+        bytes_per_token=PER_TOKEN,
+        available=500 * 2**20,
+    )
+    assert made.kv_cache <= (500 * 2**20 - mapped - made.workspace) // 2
+    with pytest.raises(MemoryPlanError, match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(cgroup"):
+        plan_memory(
+            MODEL,
+            EngineConfig(),
+            WeightBytes(mapped, 0, 1000),
+            dtype="bfloat16",
+            device="cpu",
+            bytes_per_token=PER_TOKEN,
+            available=300 * 2**20,
+            available_of="cgroup limit 700.0 MiB",
+        )
+
+
+@pytest.mark.case("B2")
+def test_the_table_names_the_limit_that_bound(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(402 * 2**20, 700 * 2**20, "cgroup limit"))
+    monkeypatch.setattr(machine, "processors", lambda *_: 0.5)
+    prepared = prepare(tiny_model, EngineConfig())
+    rows = {name: (amount, remark) for name, amount, remark in prepared.rows()}
+    assert rows["of available"] == ("402.0 MiB", "cgroup limit 700.0 MiB")
+    assert rows["threads"] == ("1", "0.5 processors may be used")
+    assert prepared.plan.available == 402 * 2**20 and prepared.plan.kv_cache < 201 * 2**20
+
+
+@pytest.mark.case("C23")
+@pytest.mark.parametrize(
+    ("wish", "stored", "device", "expected"),
+    [
+        ("auto", "float16", "cpu", torch.float32),
+        ("auto", "float16", "cuda", torch.float16),
+        ("auto", "bfloat16", "cpu", torch.bfloat16),
+        ("auto", "bfloat16", "cuda", torch.bfloat16),
+        ("auto", "float32", "cuda", torch.float32),
+        ("bfloat16", "float16", "cuda", torch.bfloat16),
+        ("float32", "float16", "cuda", torch.float32),
+        ("bfloat16", "float16", "cpu", torch.bfloat16),
+    ],
+)
+def test_float16_stays_float16_where_the_device_has_it(
+    wish: str, stored: str, device: str, expected: torch.dtype
+) -> None:
+    assert choose_dtype(wish, stored, device) == expected
+
+
+@pytest.mark.case("C23")
+def test_an_engine_of_float16_says_so_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would hold in float16, on plain PyTorch here; beside it, what a CPU makes of the same file."""
+    write_model(tmp_path, dtype=torch.float16)
+    on_cpu = prepare(tmp_path, EngineConfig())
+    assert ("computed", "float32", "on cpu; float16 in the files") in on_cpu.rows()
+    full = load_engine(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=128))
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", "reference")
+    monkeypatch.setattr(load, "choose_dtype", lambda *_: torch.float16)
+    half = load_engine(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=128))
+    prepared = prepare(tmp_path, EngineConfig())
+    assert ("computed", "float16", "on cpu") in prepared.rows()
+    assert prepared.plan.weights.mapped + prepared.plan.weights.copied < 0.6 * on_cpu.plan.weights.copied
+    assert half.runner.model.embed_tokens.weight.dtype == torch.float16
+    prompt = list(range(3, 60))
+    scores = []
+    for one in (full, half):
+        steps = run(one, [make(one, "a", prompt, max_tokens=0, prompt_logprobs=0)])["a"]
+        scores.append([scored.logprob for step in steps for scored in step.prompt_logprobs])
+    assert scores[1] == pytest.approx(scores[0], abs=0.05)

@@ -345,3 +345,22 @@ def test_match_finds_the_longest_prefix_that_a_naive_search_finds(prompts, size)
         release(pool, request)
         check_pool(pool, [])
         seen.append(prompt[: len(prompt) // size * size])
+
+
+def test_the_choices_of_a_prompt_share_its_hashes_and_no_others(monkeypatch):
+    pool, other = pool_of(64, 4), pool_of(64, 4, key=bytes(32))
+    first = make_request("a", range(1, 19), max_tokens=20)  # four full blocks and two tokens
+    siblings = [first.sibling(str(i), i) for i in range(3)]
+    alone = make_request("alone", range(1, 19), max_tokens=20)
+    made = []
+    honest = BlockPool._digest
+    monkeypatch.setattr(BlockPool, "_digest", lambda self, *parts: made.append(self) or honest(self, *parts))
+    for i, request in enumerate((first, *siblings, alone)):
+        request.output_ids.extend([50 + i] * 6)
+    hashes = [list(pool._hash_blocks(request, 6)) for request in (first, *siblings)]
+    assert all(each[:4] == hashes[0][:4] for each in hashes)
+    assert len({each[4] for each in hashes}) == 4, "their own tokens differ"
+    assert len(made) == 1 + 6 + 3 * 2, "the root, the first's six blocks, two of each other's own"
+    assert pool._hash_blocks(alone, 4)[:4] == hashes[0][:4]
+    fresh = first.sibling("fresh", 9)
+    assert other._hash_blocks(fresh, 4) != hashes[0][:4], "another pool has another key"

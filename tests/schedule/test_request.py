@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
 from moebius.errors import ContextLengthError, RequestError
+from moebius.outputs import open_choices
+from moebius.schedule import request as request_module
 from moebius.schedule.request import Request, RequestStatus, SamplingParams, choice_seed
+from moebius.text import Tokenizer
 from schedule.making import LIMITS, make_request
 
 
@@ -120,3 +124,62 @@ def test_a_plain_request_asks_for_the_most_likely_token_only(wish, shapes):
     assert SamplingParams(temperature=0).plain
     asked = SamplingParams(**{"temperature": 0, **wish})
     assert not asked.plain and asked.shapes_logits is shapes
+
+
+class CountedIds(list):
+    """Token ids that count how often somebody walks through them."""
+
+    walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch, tiny_model):
+    class Info:
+        limits = LIMITS
+        eos_ids = frozenset({2})
+
+    checks = []
+    honest = request_module._check_tokens
+    monkeypatch.setattr(request_module, "_check_tokens", lambda ids, size: checks.append(len(ids)) or honest(ids, size))
+    ids = CountedIds([5, 6, 7] * 1000)
+    params = SamplingParams(n=16, seed=3, max_tokens=8, stop_token_ids=(9,), logit_bias={4: 1.0})
+    tokenizer, names = Tokenizer.load(tiny_model), map(str, itertools.count())
+    fields = {"arrival": 1.0, "priority": 3, "deadline": 7.0, "salt": b"tenant"}
+    opened = open_choices(tokenizer, Info, ids, params, names, continues=False, **fields)
+    made = [request for request, _ in opened]
+    assert ids.walks == 1 and checks == [3000, 0]
+    assert all(request.prompt_ids is made[0].prompt_ids for request in made)
+    assert [request.id for request in made] == [str(i) for i in range(16)]
+    for i, request in enumerate(made):
+        seed = choice_seed(3, i)
+        alone = Request.create(str(i), ids, params, LIMITS, eos_ids=Info.eos_ids, seed=seed, **fields)
+        for name in set(Request.__dataclass_fields__) - {"prompt_hashes"}:
+            assert getattr(request, name) == getattr(alone, name), name
+
+
+def test_a_sibling_begins_anew_whatever_became_of_the_first():
+    first = make([1, 2, 3], output_ids=[4])
+    first.status, first.num_computed_tokens = RequestStatus.RUNNING, 2
+    first.block_hashes.append(b"x")
+    other = first.sibling("b", -1)
+    assert (other.id, other.seed, other.output_ids, other.num_computed_tokens) == ("b", 2**64 - 1, [], 0)
+    assert other.status is RequestStatus.WAITING and other.block_hashes == []
+    other.output_ids.append(5)
+    assert first.output_ids == [4]
+
+
+@pytest.mark.parametrize("ids", [[1, 2, -1], [1, 2, 1000], [1, 2.0], [1, None], [1, True], [1, "2"]])
+def test_one_wrong_id_among_many_is_named(ids):
+    with pytest.raises(RequestError, match=f"token id {ids[-1]!r} is not an integer from 0 to 999"):
+        make([5] * 100 + ids)
+
+
+@pytest.mark.parametrize("when", [math.nan, math.inf, "now"])
+def test_times_that_no_order_can_hold_are_refused(when):
+    with pytest.raises(RequestError, match="arrival"):
+        Request.create("a", [1], SamplingParams(), LIMITS, arrival=when)
+    with pytest.raises(RequestError, match="deadline"):
+        make(deadline=when)

@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused(recipe: Recipe, data: PreparedData, tmp_pa
     refused(WeightsError, r"has shape \[.*\]; config\.json needs", intermediate_size=28)
     refused(WeightsError, "is missing", num_local_experts=7)
     refused(ConfigError, "renormalised top-1", num_experts_per_tok=1)
-    refused(ConfigError, "exceeds max_position_embeddings = 32", max_position_embeddings=32)
+    refused(ConfigError, "exceeds the model.s context of 32", max_position_embeddings=32)
     long = dataclasses.replace(recipe.training, bias_rate=0.1)
     refused(ConfigError, "router has no selection bias", dataclasses.replace(tuned, training=long))
     big = dataclasses.replace(data, facts={**data.facts, "vocab_size": 321})

@@ -94,7 +94,7 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
             "learning_rate = 0.01\nfinal_share = 2",
             r"final_share is 2; it must be less than or eq",
         ),
-        ("row_length = 32", "row_length = 65", r"row_length = 65 exceeds max_position_embeddings = 64"),
+        ("row_length = 32", "row_length = 65", r"row_length = 65 exceeds the model.s context of 64"),
         ("moe_intermediate_size = 16", "moe_intermediate_size = 12", r"widths \[12, 32\] must be multiples of 8"),
         ("num_experts_per_tok = 2", "num_experts_per_tok = 5", r"top_k .* is 5; .* num_experts = 4"),
         ("num_hidden_layers = 1", "num_hidden_layers = 0", r"model: num_hidden_layers is 0; it must be an integer of"),

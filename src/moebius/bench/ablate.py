@@ -87,7 +87,7 @@ def write_twin(prepared: Prepared, twin: str, directory: Path) -> None:
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
+        "max_position_embeddings": model.context,
         "intermediate_size": dense_width(model, twin),
         "tie_word_embeddings": model.tie_word_embeddings,
     }
@@ -267,7 +267,7 @@ def _median(runs: Sequence[Outcome], full: Outcome) -> Outcome:
 def settle(directory: Path, config: EngineConfig, num_prompts: int) -> tuple[EngineConfig, Prepared]:
     """Fill in what depends on the model: max_model_len is its context, at most MAX_MODEL_LEN; the KV cache holds as
     many sequences of that length as a quarter of max_num_seqs."""
-    positions = open_checkpoint(directory).config.max_position_embeddings
+    positions = open_checkpoint(directory).config.context
     length = config.max_model_len or min(MAX_MODEL_LEN, positions)
     config = replace(config, max_model_len=length, max_queue_requests=max(num_prompts, config.max_queue_requests))
     prepared = prepare(directory, config)

@@ -68,7 +68,7 @@ def _serve_on(
     generation = GenerationDefaults.load(directory, tokenizer)
     prepared = prepare(directory, config)
     console = Console(stderr=True)
-    _print_plan(console, model, prepared.plan.rows())
+    _print_plan(console, model, prepared.rows())
     engine = load_engine(directory, config, eos_ids=generation.eos_ids, prepared=prepared)
     if not defaults:
         generation = replace(generation, sampling={})
@@ -114,7 +114,7 @@ def plan(
         for row in weights:
             table.add_row(row.name, f"{row.nbytes:,}", "mapped" if row.mapped else "copied")
         console.print(table)
-    _print_plan(console, model, prepared.plan.rows())
+    _print_plan(console, model, prepared.rows())
 
 
 def _print_plan(console: object, model: str, rows: list[tuple[str, str, str]]) -> None:

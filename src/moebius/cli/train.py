@@ -33,8 +33,10 @@ def train(
     # of rare tokens would slow every step several times over.
     torch.set_flush_denormal(True)
 
+    from moebius.ops.threads import default_threads
     from moebius.train.run import main_from_recipe
 
+    torch.set_num_threads(default_threads())
     main_from_recipe(
         recipe, out, resume=resume, evaluate_only=evaluate_only, dense_twin=dense_twin, against=against, device=device
     )

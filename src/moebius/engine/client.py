@@ -92,10 +92,17 @@ class EngineClient(Protocol):
     def info(self) -> EngineInfo: ...
 
     def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
-        """Start the engine; `deliver` is called from its thread, once a step, with that step's outputs."""
+        """Start the engine, once; `deliver` is called from its thread, once a step, with that step's outputs.
+
+        Outputs that `deliver` raises over are lost, so their requests end with EngineError. Raises EngineError for a
+        second start, and once the engine has stopped.
+        """
 
     def submit(self, request: Request) -> None:
-        """Hand over a request. Every outcome, refusals too, arrives as a StepOutput with a finish reason."""
+        """Hand over a request. Every outcome, refusals too, arrives as a StepOutput with a finish reason.
+
+        Raises EngineError once the engine has stopped, RequestError for the id of an unfinished request.
+        """
 
     def abort(self, request_id: str) -> None:
         """End a request between two steps; unknown or finished ids are no error. Its last StepOutput says ABORT."""

@@ -5,7 +5,9 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite, sample, token_logprobs
 from moebius.engine.trace import TraceWriter
 from moebius.errors import DeadlineError, EngineError, MoebiusError
+from moebius.ops.threads import TorchThreads
 from moebius.schedule.request import FinishReason, Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
@@ -41,6 +44,7 @@ class Engine:
         info: EngineInfo,
         *,
         trace: TraceWriter | None = None,
+        torch_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
@@ -48,6 +52,7 @@ class Engine:
         self.info = info
         self.clock = clock
         self._trace = trace
+        self._torch_threads = TorchThreads(torch_threads)
         self._counts: Counter[str] = Counter()
         self._scored: dict[str, int] = {}
         self._last_step = clock()
@@ -59,24 +64,26 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; RequestError or OverloadError if it cannot be served (ever, or now)."""
         self.scheduler.add(request)
-        if self._trace:
-            self._trace.add(request)
+        self._record(lambda trace: trace.add(request))
 
     def abort(self, request_id: str, error: MoebiusError | None = None) -> StepOutput | None:
         """End a request between two steps; None if it is not here (any more)."""
         request = self.scheduler.abort(request_id)
         if request is None:
             return None
-        if self._trace:
-            self._trace.abort(request_id, FinishReason.ABORT)
+        self._record(lambda trace: trace.abort(request_id, FinishReason.ABORT))
         return self._ended(request_id, FinishReason.ABORT, error or EngineError("the request was aborted"))
 
     def step(self) -> list[StepOutput]:
         """Compute one step. A failure ends the requests it belongs to and no others."""
+        with self._torch_threads:
+            return self._step()
+
+    def _step(self) -> list[StepOutput]:
         now = self.clock()
         plan = self.scheduler.plan(now)
         if self._trace:
-            self._trace.plan(now, plan)
+            self._record(lambda trace: trace.plan(now, plan))
         late = DeadlineError("the request's deadline passed before it was finished")
         outputs = [self._ended(id, FinishReason.DEADLINE, late) for id in plan.expired]
         if plan.chunks:
@@ -85,6 +92,10 @@ class Engine:
                 results = self._sample(batch, self.runner.execute(batch.inputs))
             except Exception as error:
                 outputs += self._failed_step(plan, error)
+            except BaseException:  # Ctrl-C: the step is made again, should its requests go on
+                self.scheduler.rollback(plan)
+                self._record(TraceWriter.rollback)
+                raise
             else:
                 outputs += self._update(plan, results)
         self._last_step = self.clock()
@@ -112,8 +123,20 @@ class Engine:
         )
 
     def close(self) -> None:
-        if self._trace:
-            self._trace.close()
+        """Finish the trace. The engine itself has nothing to give back."""
+        self._record(TraceWriter.close)
+        self._trace = None
+
+    def _record(self, write: Callable[[TraceWriter], None]) -> None:
+        """Trace something. A trace that cannot be written, as on a full disk, ends there; serving goes on."""
+        if self._trace is None:
+            return
+        try:
+            write(self._trace)
+        except Exception as error:
+            broken, self._trace = self._trace, None
+            say(log.warning, "--trace: tracing stops, serving goes on: %s", error)
+            broken.abandon()
 
     def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
         results, logits_LV = _Results(), self.runner.logits(hidden_TD, batch.sampled_rows)
@@ -124,7 +147,10 @@ class Engine:
                 results.failed[request.id] = outcome
         for rows in batch.prompts:
             if rows.request.id not in results.failed:
-                self._score(rows, hidden_TD, results)
+                try:
+                    self._score(rows, hidden_TD, results)
+                except Exception as error:
+                    results.failed[rows.request.id] = failure("scoring a prompt", error)
         return results
 
     def _score(self, rows: PromptRows, hidden_TD: Tensor, results: _Results) -> None:
@@ -148,19 +174,19 @@ class Engine:
         outputs = []
         requests = [self.scheduler.requests[chunk.request_id] for chunk in plan.chunks]
         for request_id, error in results.failed.items():
-            self.scheduler.fail(request_id)
-            if self._trace:
-                self._trace.fail(request_id)
-            outputs.append(self._ended(request_id, FinishReason.ERROR, error))
+            outputs.append(self._fail(request_id, error))
         tokens = {id: (s.token_id,) for id, s in results.sampled.items() if id not in results.failed}
         self.scheduler.update(plan, tokens)
         if self._trace:
-            self._trace.update(tokens)
+            self._record(lambda trace: trace.update(tokens))
         self._counts["generation_tokens"] += len(tokens)
         for request in requests:
             drawn = tokens.get(request.id, ())
             if drawn or (request.id not in results.failed and (request.finished or results.prompts.get(request.id))):
-                outputs.append(self._output(request, drawn, results))
+                try:
+                    outputs.append(self._output(request, drawn, results))
+                except Exception as error:
+                    outputs.append(self._fail(request.id, failure("handing out a request's tokens", error)))
         return outputs
 
     def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results) -> StepOutput:
@@ -176,21 +202,33 @@ class Engine:
 
     def _failed_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The model itself failed: nothing of the step is kept, its requests end, the engine goes on."""
-        error_id = secrets.token_hex(6)
-        log.exception("step %d failed (error id %s), %d requests end", plan.step, error_id, len(plan.chunks))
+        cause = failure(f"step {plan.step} with {len(plan.chunks)} requests", error)
         self.scheduler.rollback(plan)
-        if self._trace:
-            self._trace.rollback()
-        outputs = []
-        for chunk in plan.chunks:
-            self.scheduler.fail(chunk.request_id)
-            if self._trace:
-                self._trace.fail(chunk.request_id)
-            failure = EngineError(f"the engine failed on this request (error id {error_id})")
-            failure.__cause__ = error
-            outputs.append(self._ended(chunk.request_id, FinishReason.ERROR, failure))
-        return outputs
+        self._record(TraceWriter.rollback)
+        return [self._fail(chunk.request_id, cause) for chunk in plan.chunks]
+
+    def _fail(self, request_id: str, error: MoebiusError) -> StepOutput:
+        """End a request that failed, where it has not ended already; what it published is withdrawn."""
+        if request_id in self.scheduler.requests:
+            self.scheduler.fail(request_id)
+            self._record(lambda trace: trace.fail(request_id))
+        return self._ended(request_id, FinishReason.ERROR, error)
 
     def _ended(self, request_id: str, reason: FinishReason, error: MoebiusError) -> StepOutput:
         self._scored.pop(request_id, None)
         return StepOutput(request_id, finish_reason=reason, error=error)
+
+
+def failure(what: str, error: Exception) -> EngineError:
+    """Log what nobody foresaw under an error id; the error that a client gets names that and nothing of the cause."""
+    error_id = secrets.token_hex(6)
+    say(log.error, "%s failed (error id %s)", what, error_id, exc_info=error)
+    told = EngineError(f"the engine failed on this request (error id {error_id})")
+    told.__cause__ = error
+    return told
+
+
+def say(write: Callable[..., None], message: str, *args: object, **options: Any) -> None:
+    """Log on the engine's thread, which a handler that raises must not end."""
+    with suppress(Exception):
+        write(message, *args, **options)

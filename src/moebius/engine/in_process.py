@@ -4,10 +4,11 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from moebius.engine.client import EngineInfo, EngineStats, StepOutput
-from moebius.engine.engine import Engine
-from moebius.errors import EngineError, MoebiusError
+from moebius.engine.engine import Engine, failure, say
+from moebius.errors import EngineError, MoebiusError, RequestError
 from moebius.schedule.request import FinishReason, Request
 
 log = logging.getLogger(__name__)
@@ -17,15 +18,20 @@ _IDLE_SECONDS = 0.5
 
 
 class InProcessClient:
-    """Runs `engine` on a thread of its own; requests and aborts reach it through one inbox, between steps."""
+    """Runs `engine` on a thread of its own; requests and aborts reach it through one inbox, between steps.
+
+    A request that was taken is in `_unfinished` until its last output is delivered. The lock makes "taken" and
+    "stopped" exclude each other: whoever stops the engine finds every request that `submit` did not refuse.
+    """
 
     def __init__(self, engine: Engine, *, step_deadline: float) -> None:
         self._engine = engine
         self._step_deadline = step_deadline
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._deliver: Deliver | None = None
+        self._lock = threading.Lock()
+        self._unfinished: dict[str, None] = {}
         self._stopping = threading.Event()
-        self._dead = False
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -34,16 +40,28 @@ class InProcessClient:
         return self._engine.info
 
     def start(self, deliver: Deliver) -> None:
-        self._deliver = deliver
-        self._thread.start()
+        """Start the engine, once in its life. Raises EngineError afterwards, and once it has stopped."""
+        with self._lock:
+            self._require_running()
+            if self._deliver is not None:
+                raise EngineError("the engine was started before; it is started once")
+            self._deliver = deliver
+            self._thread.start()
 
     def submit(self, request: Request) -> None:
-        if self._dead or self._stopping.is_set():
-            raise EngineError("the engine has stopped")
-        self._inbox.put(request)
+        """Hand over a request, before or after the start. EngineError once the engine has stopped, RequestError for the
+        id of an unfinished request."""
+        with self._lock:
+            self._require_running()
+            if request.id in self._unfinished:
+                raise RequestError(f"request id {request.id!r} is in use; ids must be unique", param="request_id")
+            self._unfinished[request.id] = None
+            self._inbox.put(request)
 
     def abort(self, request_id: str) -> None:
-        self._inbox.put(request_id)
+        with self._lock:
+            if not self._stopping.is_set():
+                self._inbox.put(request_id)
 
     def stats(self) -> EngineStats:
         """ready: the thread lives, and work pending implies a step within the step deadline."""
@@ -54,37 +72,75 @@ class InProcessClient:
         return EngineStats(**{name: getattr(stats, name) for name in stats.__slots__} | {"ready": ready})
 
     def close(self, timeout: float) -> None:
-        self._stopping.set()
-        self._inbox.put(None)
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                log.error("the engine did not stop within %.1f s", timeout)
+        """Stop the engine. Where a step takes longer than `timeout` seconds, its requests end without it."""
+        with self._lock:
+            self._stopping.set()
+            self._inbox.put(None)
+        if self._thread.ident is None:
+            self._engine.close()
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            log.error("the engine did not stop within %.1f s", timeout)
+            self._end_unfinished()
+
+    def _require_running(self) -> None:
+        if self._stopping.is_set():
+            raise EngineError("the engine has stopped")
 
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                outputs = self._take(block=not self._engine.has_work)
-                if self._engine.has_work:
-                    self._busy_since = self._engine.clock()
-                    outputs += self._engine.step()
-                self._busy_since = None
-                self._send(outputs)
+                self._send(self._turn())
         except Exception:
-            log.exception("the engine thread failed")
+            say(log.exception, "the engine thread failed")
         finally:
-            self._dead = True
-            self._send(self._take(block=False, refuse=EngineError("the engine has stopped")))
-            unfinished = list(self._engine.scheduler.requests)
-            ends = [self._engine.abort(id, EngineError("the engine has stopped")) for id in unfinished]
-            self._send([end for end in ends if end is not None])
+            with self._lock:
+                self._stopping.set()
+            for request_id in list(self._engine.scheduler.requests):
+                self._abort(request_id)
+            self._end_unfinished()
             self._engine.close()
 
-    def _send(self, outputs: list[StepOutput]) -> None:
-        if outputs and self._deliver is not None:
-            self._deliver(outputs)
+    def _turn(self) -> list[StepOutput]:
+        """Take what lies in the inbox, and make a step where there is work."""
+        outputs = self._take(block=not self._engine.has_work)
+        if self._engine.has_work:
+            self._busy_since = self._engine.clock()
+            outputs += self._engine.step()
+        self._busy_since = None
+        return outputs
 
-    def _take(self, *, block: bool, refuse: MoebiusError | None = None) -> list[StepOutput]:
+    def _end_unfinished(self) -> None:
+        error = EngineError("the engine has stopped")
+        self._send([_failed(request_id, error) for request_id in list(self._unfinished)])
+
+    def _send(self, outputs: list[StepOutput]) -> None:
+        """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so its request ends."""
+        heard: list[StepOutput] = []
+        with self._lock:
+            for output in outputs:
+                if output.request_id in self._unfinished:
+                    heard.append(output)
+                    if output.finish_reason is not None:
+                        del self._unfinished[output.request_id]
+        if not heard or self._deliver is None:
+            return
+        try:
+            self._deliver(heard)
+        except Exception as error:
+            self._give_up(heard, failure("delivering a step's outputs", error))
+
+    def _give_up(self, outputs: list[StepOutput], error: MoebiusError) -> None:
+        assert self._deliver is not None
+        for request_id in {output.request_id: None for output in outputs}:
+            self._abort(request_id)
+            with self._lock:
+                self._unfinished.pop(request_id, None)
+            with suppress(Exception):  # the log has the first of them
+                self._deliver([_failed(request_id, error)])
+
+    def _take(self, *, block: bool) -> list[StepOutput]:
         """Apply all that lies in the inbox; wait for something first when there is no other work."""
         outputs: list[StepOutput] = []
         while True:
@@ -94,16 +150,26 @@ class InProcessClient:
                 return outputs
             block = False
             if isinstance(item, Request):
-                outputs += self._admit(item, refuse)
+                outputs += self._admit(item)
             elif isinstance(item, str):
-                ended = self._engine.abort(item)
-                outputs += [ended] if ended else []
+                outputs += self._abort(item)
 
-    def _admit(self, request: Request, refuse: MoebiusError | None) -> list[StepOutput]:
+    def _admit(self, request: Request) -> list[StepOutput]:
         try:
-            if refuse is not None:
-                raise refuse
             self._engine.add(request)
         except MoebiusError as error:
-            return [StepOutput(request.id, finish_reason=FinishReason.ERROR, error=error)]
+            return [_failed(request.id, error)]
+        except Exception as error:
+            return [_failed(request.id, failure("queueing a request", error))]
         return []
+
+    def _abort(self, request_id: str) -> list[StepOutput]:
+        try:
+            ended = self._engine.abort(request_id)
+        except Exception as error:
+            return [_failed(request_id, failure("aborting a request", error))]
+        return [] if ended is None else [ended]
+
+
+def _failed(request_id: str, error: MoebiusError) -> StepOutput:
+    return StepOutput(request_id, finish_reason=FinishReason.ERROR, error=error)

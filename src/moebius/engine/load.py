@@ -1,24 +1,25 @@
 """From a model directory to a running engine: check, plan, load, reserve, warm up."""
 
 import logging
-import os
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from moebius import machine
 from moebius.config import EngineConfig, require
 from moebius.engine.client import EngineInfo
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, bytes_per_token
-from moebius.engine.memory import MemoryPlan, WeightBytes, available_memory, plan_memory
+from moebius.engine.memory import MemoryPlan, WeightBytes, human_bytes, plan_memory
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import ConfigError
 from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
+from moebius.ops.threads import TorchThreads, default_threads
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import ServingLimits
 from moebius.schedule.scheduler import Scheduler
@@ -35,6 +36,11 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     plan: MemoryPlan
+    threads: int
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The plan as a table: (what, how much, remark)."""
+        return [*self.plan.rows(), ("threads", str(self.threads), f"{machine.processors():g} processors may be used")]
 
 
 def prepare(directory: Path, config: EngineConfig) -> Prepared:
@@ -43,26 +49,29 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     why = checkpoint.config.unpublished
     require(not why, f"{directory} can be trained and measured, but not served: no published architecture has {why}")
     device = _device(config.device)
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.threads()
     if config.threads is not None and config.threads > cores:
         log.warning(
-            "--threads %d is more than the %d cores there are; they will wait for each other", config.threads, cores
+            "--threads %d is more than the %d cores that we may use, CPU quota included; they will wait for each other",
+            *(config.threads, cores),
         )
-    dtype = _dtype(config.dtype, checkpoint.dtype)
+    dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
     rows = checkpoint.plan_weights(_name(dtype), device.type)
     mapped = sum(row.nbytes for row in rows if row.mapped)
     total = sum(row.nbytes for row in rows)
+    available, available_of = _available(device)
     plan = plan_memory(
         checkpoint.config,
         config,
-        WeightBytes(mapped, total - mapped, total // dtype.itemsize),
+        WeightBytes(mapped, total - mapped, total // dtype.itemsize, checkpoint.dtype),
         dtype=_name(dtype),
         device=device.type,
         bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
-        available=torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_memory(),
+        available=available,
+        available_of=available_of,
     )
-    return Prepared(checkpoint, ops, device, dtype, plan)
+    return Prepared(checkpoint, ops, device, dtype, plan, config.threads or cores)
 
 
 def load_engine(
@@ -70,12 +79,7 @@ def load_engine(
 ) -> Engine:
     """Load the model and reserve what the plan says. Raises UsageError before anything is allocated."""
     prepared = prepared or prepare(directory, config)
-    if prepared.ops.one_answer:
-        # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
-        torch.set_num_threads(1)
-    elif config.threads is not None:
-        torch.set_num_threads(config.threads)
-    plan, model_config = prepared.plan, prepared.checkpoint.config
+    plan = prepared.plan
     # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
     pool = BlockPool(
         plan.num_blocks,
@@ -85,6 +89,22 @@ def load_engine(
     )
     scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
+    threads = _torch_threads(prepared, config)
+    with TorchThreads(threads):
+        runner = _load_runner(prepared, config)
+    info = EngineInfo(
+        limits=ServingLimits(prepared.checkpoint.config.vocab_size, plan.max_model_len),
+        eos_ids=eos_ids,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        fingerprint=_fingerprint(prepared),
+    )
+    return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
+
+
+def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
+    """Map or copy the weights, reserve the cache, and make the first steps."""
+    plan, model_config = prepared.plan, prepared.checkpoint.config
     model = load_decoder(prepared.checkpoint, prepared.dtype, prepared.device, prepared.ops)
     cache = KVCache(
         model_config,
@@ -96,14 +116,20 @@ def load_engine(
     )
     runner = Runner(model, cache, prepared.device, config.max_num_batched_tokens)
     runner.warm_up()
-    info = EngineInfo(
-        limits=ServingLimits(model_config.vocab_size, plan.max_model_len),
-        eos_ids=eos_ids,
-        block_size=plan.block_size,
-        num_blocks=plan.num_blocks,
-        fingerprint=_fingerprint(prepared),
-    )
-    return Engine(runner, scheduler, info, trace=trace)
+    return runner
+
+
+def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:
+    """What torch computes a step with; None leaves it alone.
+
+    Beside the kernels, which have threads of their own, a little of sampling is torch's: a second pool that spins for
+    it costs both dearly on few cores.
+    """
+    if prepared.device.type != "cpu":
+        return None
+    if prepared.ops.one_answer:
+        return 1
+    return config.threads or default_threads()
 
 
 def _device(wish: str) -> torch.device:
@@ -115,10 +141,23 @@ def _device(wish: str) -> torch.device:
     return torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
 
 
-def _dtype(wish: str, stored: str) -> torch.dtype:
+def _available(device: torch.device) -> tuple[int, str]:
+    """Bytes that are left where the engine will be, and of what."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return free, f"device memory {human_bytes(total)}"
+    memory = machine.memory()
+    return memory.available, f"{memory.owner} {human_bytes(memory.limit)}"
+
+
+def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:
+    """What weights and KV cache are held in; auto is the checkpoint's own.
+
+    A CPU has no fast float16: there float32 takes its place, which holds every float16 exactly.
+    """
     if wish == "auto":
-        wish = "float32" if stored == "float16" else stored
-    return torch.bfloat16 if wish == "bfloat16" else torch.float32
+        wish = "float32" if stored == "float16" and device == "cpu" else stored
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wish]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,9 +4,7 @@ It is made from the configuration and the safetensors headers alone (`moebius pl
 model); the engine reserves what it says at start and nothing that grows later.
 """
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from moebius.config import EngineConfig, ModelConfig, require
 from moebius.errors import MemoryPlanError
@@ -23,19 +21,24 @@ _INT64 = 8
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """Bytes of weights read in place from the files (`mapped`) and of those converted into memory (`copied`)."""
+    """Bytes of weights read in place from the files (`mapped`) and of those converted into memory (`copied`).
+
+    stored is the dtype that most of them have in the files.
+    """
 
     mapped: int
     copied: int
     parameters: int
+    stored: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Sizes in bytes, lengths in tokens.
 
-    available is what the machine and the cgroup left when the plan was made. The default of max_model_len is lowered
-    when one such sequence would not fit; `lowered_from` then says from what.
+    available is what was left when the plan was made, and `available_of` says of what: the machine, the control group
+    that limits it, or a device. The default of max_model_len is lowered when one such sequence would not fit;
+    `lowered_from` then says from what.
     """
 
     weights: WeightBytes
@@ -48,6 +51,7 @@ class MemoryPlan:
     max_num_seqs: int
     dtype: str
     device: str
+    available_of: str = ""
     lowered_from: int | None = None
 
     @property
@@ -66,6 +70,7 @@ class MemoryPlan:
         """(what, how much, remark) for a table."""
         weights, blocks = self.weights, f"{self.num_blocks:,} blocks of {self.block_size} tokens"
         held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
+        changed = f"; {weights.stored} in the files" if weights.stored not in ("", self.dtype) else ""
         context = f"lowered from {self.lowered_from:,}: one sequence must fit" if self.lowered_from else "tokens"
         lengths = sorted({min(n, self.max_model_len) for n in (256, 1024, 4096, self.max_model_len)})
         fits = [(f"sequences of {n:,}", f"{self.sequences(n):,}", "at once in the cache") for n in lengths]
@@ -73,7 +78,8 @@ class MemoryPlan:
             ("weights", human_bytes(weights.mapped + weights.copied), f"{weights.parameters:,} parameters; {held}"),
             ("KV cache", human_bytes(self.kv_cache), f"{blocks}, {self.bytes_per_token:,} B a token"),
             ("workspace", human_bytes(self.workspace), "activations and logits of the largest step"),
-            ("of available", human_bytes(self.available), f"{self.device}, {self.dtype}"),
+            ("of available", human_bytes(self.available), self.available_of),
+            ("computed", self.dtype, f"on {self.device}{changed}"),
             ("context", f"{self.max_model_len:,}", context),
             *fits,
             ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
@@ -88,36 +94,6 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: the smaller of what the machine and what the cgroup leave."""
-    machine = _meminfo_available()
-    group = _cgroup_available(Path("/sys/fs/cgroup"))
-    return machine if group is None else min(machine, group)
-
-
-def _meminfo_available() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _cgroup_available(root: Path) -> int | None:
-    """cgroup v2: limit minus use, where clean page cache does not count as use. None: no limit."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return max(int(limit) - used + int(stat.get("inactive_file", 0)), 0)
-    except (OSError, ValueError):
-        return None
 
 
 def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> int:
@@ -163,23 +139,28 @@ def plan_memory(
     device: str,
     bytes_per_token: int,
     available: int,
+    available_of: str = "",
 ) -> MemoryPlan:
     """Divide `available` bytes. Raises MemoryPlanError or ConfigError with the numbers where the wish cannot be met.
+
+    Mapped weights count like copied ones: each step reads them all, so pages that the kernel gave up for the cache's
+    would come from the disk again and again.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and half of what is
     left after weights and workspace.
     """
-    wanted, most = engine.max_model_len, model.max_position_embeddings
+    wanted, most = engine.max_model_len, model.context
     length = wanted or most
     require(length <= most, f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}")
-    itemsize = 2 if dtype == "bfloat16" else 4
+    itemsize = _FLOAT32 if dtype == "float32" else 2
     workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
-    left = available - weights.copied - workspace
+    left = available - weights.mapped - weights.copied - workspace
+    of = f" ({available_of})" if available_of else ""
     require(
         left > 0,
-        f"weights ({human_bytes(weights.copied)} to copy) and workspace ({human_bytes(workspace)}) need more than "
-        f"the {human_bytes(available)} available; lower --max-num-batched-tokens, keep the checkpoint's --dtype, "
-        "or free memory",
+        f"weights ({human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied) and workspace "
+        f"({human_bytes(workspace)}) need more than the {human_bytes(available)} available{of}; lower "
+        "--max-num-batched-tokens, keep the checkpoint's --dtype, or free memory",
         MemoryPlanError,
     )
     block_bytes = engine.block_size * bytes_per_token
@@ -187,11 +168,12 @@ def plan_memory(
     if budget is None:
         useful = engine.max_num_seqs * -(-length // engine.block_size) * block_bytes
         budget = min(useful, left // 2)
-    elif budget > left:
-        raise MemoryPlanError(
-            f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that "
-            f"weights and workspace leave of {human_bytes(available)}; lower it"
-        )
+    require(
+        budget <= left,
+        f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the {human_bytes(left)} that "
+        f"weights and workspace leave of {human_bytes(available)}{of}; lower it",
+        MemoryPlanError,
+    )
     plan = MemoryPlan(
         weights=weights,
         block_size=engine.block_size,
@@ -199,18 +181,25 @@ def plan_memory(
         num_blocks=budget // block_bytes,
         workspace=workspace,
         available=available,
+        available_of=available_of,
         max_model_len=length,
         max_num_seqs=engine.max_num_seqs,
         dtype=dtype,
         device=device,
     )
+    return _with_room_for_one(plan, shorter=wanted is None)
+
+
+def _with_room_for_one(plan: MemoryPlan, *, shorter: bool) -> MemoryPlan:
+    """The plan, whose context is made shorter, if it may be, until one sequence of that length fits into the cache."""
     if plan.kv_tokens >= plan.max_model_len:
         return plan
     needed = -(-plan.max_model_len // plan.block_size) * plan.block_size * plan.bytes_per_token
-    if wanted is not None or plan.num_blocks < 1:
-        raise MemoryPlanError(
-            f"one sequence of {plan.max_model_len:,} tokens needs {human_bytes(needed)} of KV cache, but it has "
-            f"{human_bytes(plan.kv_cache)} ({plan.kv_tokens:,} tokens); lower --max-model-len or raise "
-            f"--kv-cache-memory-bytes to {needed}"
-        )
+    require(
+        shorter and plan.num_blocks >= 1,
+        f"one sequence of {plan.max_model_len:,} tokens needs {human_bytes(needed)} of KV cache, but it has "
+        f"{human_bytes(plan.kv_cache)} ({plan.kv_tokens:,} tokens); lower --max-model-len or raise "
+        f"--kv-cache-memory-bytes to {needed}",
+        MemoryPlanError,
+    )
     return replace(plan, max_model_len=plan.kv_tokens, lowered_from=plan.max_model_len)

@@ -6,6 +6,7 @@ its decisions are the same under any one-to-one renaming, and a trace does not s
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,6 +66,11 @@ class TraceWriter:
 
     def close(self) -> None:
         self._file.close()
+
+    def abandon(self) -> None:
+        """Close after a failure; what could not be written is lost."""
+        with suppress(OSError, ValueError):
+            self._file.close()
 
     def _write(self, **record: Any) -> None:
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")

@@ -24,6 +24,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.weights import load_decoder
 from moebius.moe.health import max_violation_floor
 from moebius.ops import select_ops
+from moebius.ops.threads import TorchThreads, default_threads
 from moebius.text import Tokenizer
 
 # More cells than these make a page that a browser is slow to show.
@@ -60,17 +61,23 @@ def write_report(
     decoder = _load(checkpoint, config)
     layers, model = list(routers(decoder)), checkpoint.config
     ranks = config.ranks_for(next(iter(routers(decoder).values())).config.num_experts)
-    length = min(config.row_length, model.max_position_embeddings)
+    length = min(config.row_length, model.context)
     rows = make_rows(documents, tokenizer, length, config.max_tokens)
     fits = int(rows.tokens_N.max()) < model.vocab_size
     require(fits, f"the tokenizer gives ids beyond the model's {model.vocab_size}: it is another model's")
     other = None if against is None else _load_other(checkpoint, against, rows, tokenizer, config)
-    tally = collect(decoder, rows, config.step_tokens, other, progress)
+    # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
+    with TorchThreads(1 if decoder.ops.one_answer else config.threads or default_threads()):
+        tally = collect(decoder, rows, config.step_tokens, other, progress)
     check_finite(tally, layers)
     experts = tally.router.num_experts
     report: dict[str, Any] = {
         "model": {"name": name or directory.name, "type": model.model_type, "layers": model.num_layers},
-        "run": {"dtype": checkpoint.dtype, "backend": decoder.ops.name, "steps": len(tally.counts_SME)},
+        "run": {
+            "dtype": _name(decoder.embed_tokens.weight.dtype),
+            "backend": decoder.ops.name,
+            "steps": len(tally.counts_SME),
+        },
         "router": asdict(tally.router) | {"greatest_entropy": round(math.log(experts), 4)},
         "text": rows.facts() | {"step_tokens": int(tally.counts_SME[0][0].sum()) // tally.router.top_k},
         "limits": {"even": 0.5, "uneven": 1.0},
@@ -96,9 +103,11 @@ def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if checkpoint.dtype == "bfloat16" else torch.float32
     ops = select_ops(device, dtype, config.threads)
-    # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
-    torch.set_num_threads(1 if ops.one_answer else config.threads or torch.get_num_threads())
     return load_decoder(checkpoint, dtype, device, ops)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _load_other(mine: Checkpoint, directory: Path, rows: Rows, tokenizer: Tokenizer, config: InspectConfig) -> Decoder:

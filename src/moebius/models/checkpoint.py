@@ -81,11 +81,11 @@ class Checkpoint:
         return max(sizes, key=lambda name: sizes[name])
 
     def plan_weights(self, dtype: str, device: str = "cpu") -> list[PlannedWeight]:
-        """How each parameter will be held as `dtype` (bfloat16 or float32) on `device`, without loading any."""
+        """How each parameter will be held on `device` as `dtype`, bfloat16, float16 or float32; loads none."""
         rows = []
         for source in self.sources:
             stored, kept = self.tensors[source.name], "float32" if source.float32 else dtype
-            item = 2 if kept == "bfloat16" else 4
+            item = 4 if kept == "float32" else 2
             mapped = device == "cpu" and _DTYPES[stored.dtype] == kept and stored.start % item == 0
             rows.append(PlannedWeight(source.parameter, mapped, math.prod(source.shape) * item))
         return rows

@@ -177,7 +177,7 @@ class ConfigReader:
 
 def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max_position: int) -> RopeConfig:
     if kind == "linear":
-        return RopeConfig(theta, "linear", rope.number("factor"))
+        return RopeConfig(theta, "linear", rope.number("factor"), original)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         require(low < high, f"config.json: rope low_freq_factor = {low} must be less than high_freq_factor = {high}")

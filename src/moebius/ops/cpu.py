@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moebius import _cpu
+from moebius import _cpu, machine
 from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
 from moebius.ops.reference import ReferenceOps
@@ -155,7 +155,7 @@ class CpuOps(ReferenceOps):
     def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
         try:
-            self._ops = _cpu.Ops(isa, threads or len(os.sched_getaffinity(0)))
+            self._ops = _cpu.Ops(isa, threads or machine.threads())
         except ValueError as error:
             has = ", ".join(_cpu.available())
             raise ConfigError(f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference") from None

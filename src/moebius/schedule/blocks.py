@@ -217,17 +217,26 @@ class BlockPool:
         return blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
 
     def _hash_blocks(self, request: Request, count: int) -> list[bytes]:
-        """The request's hashes, at least the first `count`, each computed once in its life."""
+        """The request's hashes, at least the first `count`, each computed once: the prompt's for all of its choices."""
         hashes = request.block_hashes
-        done = len(hashes)
-        if done < count:
-            size = self.block_size
+        if len(hashes) < count:
+            shared = self._prompt_hashes(request)
+            hashes.extend(shared[len(hashes) : count])
+            done, size = len(hashes), self.block_size
             parent = hashes[-1] if hashes else self._digest(b"", self._namespace, request.salt)
             tokens = request.tokens(done * size, count * size)
             for i in range(0, len(tokens), size):
                 parent = self._digest(parent, self._pack(*tokens[i : i + size]))
                 hashes.append(parent)
+            shared.extend(hashes[len(shared) : len(request.prompt_ids) // size])
         return hashes
+
+    def _prompt_hashes(self, request: Request) -> list[bytes]:
+        shared = request.prompt_hashes
+        if shared.pool is not self:  # another pool's have another key
+            shared.pool = self
+            shared.hashes = []
+        return shared.hashes
 
     def _take(self) -> int:
         if self._free:

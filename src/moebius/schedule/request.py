@@ -73,6 +73,15 @@ def _check_integer(name: str, value: object, low: int, high: int, *, none: bool 
     _check(ok or (none and value is None), name, f"{name} is {value!r}; it must be an integer from {low} to {high}")
 
 
+def _check_tokens(ids: Sequence[int], vocab_size: int) -> None:
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return  # as a rule; a loop over a long prompt would take ten times as long
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            message = f"token id {token!r} is not an integer from 0 to {vocab_size - 1}"
+            raise RequestError(message, param="prompt")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. Names are the field's; every value is checked here and nowhere else.
@@ -191,6 +200,14 @@ class ServingLimits:
 
 
 @dataclass(slots=True, eq=False)
+class PromptHashes:
+    """Prefix hashes of a prompt's full blocks, worked out once for all its choices by `pool`, with its own key."""
+
+    pool: object = None
+    hashes: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """One sequence on its way through the scheduler. Make it with `Request.create`.
 
@@ -204,6 +221,7 @@ class Request:
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
     block_ids           its blocks, in order of position; replaced, never changed: a plan holds it without a copy
     block_hashes        prefix hashes of its leading full blocks, computed once
+    prompt_hashes       those of the prompt, which its siblings share
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
     num_awaited_blocks  while it waits: how many leading blocks were in the cache when last looked at
     publishes           False once a block it reads was withdrawn: what it computes from then on is suspect
@@ -227,6 +245,7 @@ class Request:
     num_preemptions: int = 0
     block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)
+    prompt_hashes: PromptHashes = field(default_factory=PromptHashes)
     num_published_blocks: int = 0
     num_awaited_blocks: int = 0
     publishes: bool = True
@@ -249,19 +268,24 @@ class Request:
     ) -> Self:
         """The only way in. Raises RequestError naming the field; nothing is kept of a refused request.
 
+        Everything here is about the prompt and what is asked of it. The choices of one prompt differ in id and seed
+        alone: the first is created, the others are its siblings.
+
         eos_ids: the model's end tokens; those beyond its vocabulary can never be drawn, and are left out.
         """
         prompt = tuple(prompt_ids)
         _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
-        for token in (*prompt, *output_ids):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
-                message = f"token id {token!r} is not an integer from 0 to {limits.vocab_size - 1}"
-                raise RequestError(message, param="prompt")
+        _check_tokens(prompt, limits.vocab_size)
+        _check_tokens(output_ids, limits.vocab_size)
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token in ids:
                 message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
                 _check(token < limits.vocab_size, name, message)
         _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
+        _check_number("arrival", arrival, -math.inf, math.inf)
+        if deadline is not None:
+            _check_number("deadline", deadline, -math.inf, math.inf)
+        _check(isinstance(salt, bytes), "cache_salt", f"cache_salt is {type(salt).__name__}; it must be bytes here")
         _check(len(salt) <= LIMITS.salt_bytes, "cache_salt", f"cache_salt has over {LIMITS.salt_bytes} bytes")
         room = limits.max_model_len - len(prompt)
         wanted = params.max_tokens
@@ -286,6 +310,26 @@ class Request:
             deadline=deadline,
             salt=salt,
             output_ids=list(output_ids),
+        )
+
+    def sibling(self, id: str, seed: int) -> Self:
+        """Another choice of the same prompt, nothing of it computed yet.
+
+        It shares what was checked when this one was created: prompt, parameters, limits and times. Its own are id and
+        seed, of which every value is fine.
+        """
+        return type(self)(
+            id=id,
+            prompt_ids=self.prompt_ids,
+            params=self.params,
+            seed=seed % 2**64,
+            stop_ids=self.stop_ids,
+            max_tokens=self.max_tokens,
+            arrival=self.arrival,
+            priority=self.priority,
+            deadline=self.deadline,
+            salt=self.salt,
+            prompt_hashes=self.prompt_hashes,
         )
 
     @property

@@ -137,8 +137,8 @@ class Scheduler:
         self._check_can_run(request)
         self._waiting.check_room(request)
         request.block_hashes.clear()  # another pool's key may have made them
+        self._waiting.push(request)  # first: should it fail, nothing was kept
         self._requests[request.id] = request
-        self._waiting.push(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
 

@@ -78,8 +78,8 @@ def active_width(part: FeedForwardConfig) -> int:
 def check_trainable(config: ModelConfig, recipe: "Recipe") -> None:
     """ConfigError for a model, new or to be fine-tuned, that this recipe cannot train."""
     training, routers = recipe.training, {part.router for part in config.feed_forward if part.router is not None}
-    length, longest = training.row_length, config.max_position_embeddings
-    require(length <= longest, f"training.row_length = {length} exceeds max_position_embeddings = {longest}")
+    length, longest = training.row_length, config.context
+    require(length <= longest, f"training.row_length = {length} exceeds the model's context of {longest} tokens")
     require(len(routers) <= 1, "the model's layers have different routers, which training does not support")
     for router in routers:
         require(

@@ -24,7 +24,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = trainer.data
     save_checkpoint(trainer.decoder, trainer.config_json, folder, dtype=torch.bfloat16)
-    longest = trainer.decoder.config.max_position_embeddings
+    longest = trainer.decoder.config.context
     save_tokenizer(data.tokenizer, folder, longest, tokenizer_folder(trainer.recipe))
     ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
     generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}

@@ -1,0 +1,171 @@
+"""What this process may use: the memory and the processors that its control groups (cgroups) leave of the machine.
+
+A container is a control group with limits. Two generations of them exist, v1 (a tree for each controller) and v2 (one
+tree), and both may be mounted at once. /proc/self/cgroup names the group that we are in, /proc/self/mountinfo says
+where its tree is mounted and from which group on; the limits of every group from ours up to there count.
+
+Each function takes the root of the file system that it reads, for tests.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+ROOT = Path("/")
+# What the kernel escapes in a mount's path: space, tab, line break and backslash.
+_ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that may still be taken (`available`) of a `limit`; `owner` says whose that is."""
+
+    available: int
+    limit: int
+    owner: Literal["machine memory", "cgroup limit"]
+
+
+def memory(root: Path = ROOT) -> Memory:
+    """The tightest of the machine's memory and of the limits of our groups."""
+    return min((_machine_memory(root), *_group_memory(root)), key=lambda bound: bound.available)
+
+
+def processors(root: Path = ROOT) -> float:
+    """Processors' worth of time that we get: those that we may run on (which a cpuset narrows), or less by quota."""
+    return min((float(_allowed_processors()), *_quotas(root)))
+
+
+def threads(root: Path = ROOT) -> int:
+    """How many threads can compute at once without being stopped for using up a quota; at least 1."""
+    return max(1, int(processors(root)))
+
+
+def _allowed_processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # systems other than Linux
+        return os.cpu_count() or 1
+
+
+def _machine_memory(root: Path) -> Memory:
+    """/proc/meminfo; where there is none, half of what is built in counts as available."""
+    fields = _table(root / "proc/meminfo")
+    if "MemAvailable:" in fields and "MemTotal:" in fields:
+        return Memory(fields["MemAvailable:"] * 1024, fields["MemTotal:"] * 1024, "machine memory")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Memory(total // 2, total, "machine memory")
+
+
+def _group_memory(root: Path) -> Iterator[Memory]:
+    for group in _groups(root, "memory"):
+        stat = _table(group / "memory.stat")
+        limits = [
+            _number(group / "memory.max"),
+            _number(group / "memory.high"),  # beyond it the kernel holds us up, rather than ending us
+            _number(group / "memory.limit_in_bytes"),
+            stat.get("hierarchical_memory_limit"),  # v1: of groups above what is mounted, too
+        ]
+        limit = min((value for value in limits if value is not None), default=None)
+        used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
+        if limit is not None:
+            yield Memory(max(0, limit - used + _reclaimable(stat)), limit, "cgroup limit")
+
+
+def _reclaimable(stat: dict[str, int]) -> int:
+    """Bytes of a group's use that the kernel gives up first: files in the page cache that nobody has mapped.
+
+    Mapped ones, such as the code of libraries, are in use. v1 counts groups below ours under names of their own.
+    """
+    total = "total_" if "total_inactive_file" in stat else ""
+    cached = stat.get(f"{total}inactive_file", 0) + stat.get(f"{total}active_file", 0)
+    mapped = stat.get("total_mapped_file", stat.get("file_mapped", 0))
+    return max(0, cached - mapped) + stat.get("slab_reclaimable", 0)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Processors that each of our groups may use at once on average."""
+    for group in _groups(root, "cpu"):
+        words = _text(group / "cpu.max").split()
+        if len(words) == 2:
+            quota, period = words
+        else:
+            quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+        if quota.isdecimal() and period.isdecimal() and int(quota) > 0 and int(period) > 0:
+            yield int(quota) / int(period)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The directories of our group and of all above it that can be seen, in the trees that may hold the controller."""
+    mounts = list(_mounts(root))
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        unified = number == "0" and not controllers
+        if unified or controller in controllers.split(","):
+            trees = [tree for tree in mounts if tree.holds(None if unified else controller)]
+            inside = [(tree, below) for tree in trees if (below := tree.below(path)) is not None]
+            # Where no mount shows our group, a mount's top is the nearest to it that can be seen.
+            for tree, parts in inside or [(tree, ()) for tree in trees]:
+                top = root / tree.point.relative_to("/")
+                for depth in range(len(parts), -1, -1):
+                    yield top.joinpath(*parts[:depth])
+
+
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    """A mounted tree of groups: the group at its top, where that lies, and v1's controllers (None: v2)."""
+
+    top: PurePosixPath
+    point: PurePosixPath
+    controllers: frozenset[str] | None
+
+    def holds(self, controller: str | None) -> bool:
+        """None asks for the tree of v2."""
+        if controller is None or self.controllers is None:
+            return controller is None and self.controllers is None
+        return controller in self.controllers
+
+    def below(self, path: str) -> tuple[str, ...] | None:
+        """The names that lead from the mount's top to a group; None where it lies elsewhere."""
+        group = PurePosixPath(path)
+        if not group.is_relative_to(self.top):
+            return None
+        parts = group.relative_to(self.top).parts
+        return None if ".." in parts else parts
+
+
+def _mounts(root: Path) -> Iterator[_Mount]:
+    """proc(5): id, parent, device, root, mount point, options, any number of tags, "-", type, source, options."""
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        where, what = before.split(), after.split()
+        if len(where) >= 5 and len(what) >= 3 and what[0] in ("cgroup", "cgroup2"):
+            controllers = None if what[0] == "cgroup2" else frozenset(what[2].split(","))
+            yield _Mount(_unescaped(where[3]), _unescaped(where[4]), controllers)
+
+
+def _unescaped(path: str) -> PurePosixPath:
+    for escape, character in _ESCAPES.items():
+        path = path.replace(escape, character)
+    return PurePosixPath(path)
+
+
+def _text(path: Path) -> str:
+    """A file's content, empty where it cannot be read: not every kernel and not every group has every file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where there is none, as `max` stands for no limit."""
+    text = _text(path)
+    return int(text) if text.isdecimal() else None
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    words = (line.split() for line in _text(path).splitlines())
+    return {line[0]: int(line[1]) for line in words if len(line) >= 2 and line[1].isdecimal()}
