@@ -1,12 +1,13 @@
 """A trained decoder as a Hugging Face directory, measured and described: what transformers, and our server, load."""
 
-import gzip
 import json
 import lzma
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moebius.models.decoder import Decoder
@@ -17,6 +18,9 @@ from moebius.train.evaluate import scores
 from moebius.train.recipe import Recipe
 from moebius.train.tokenizer import IM_END, save_tokenizer, tokenizer_folder
 from moebius.train.trainer import Trainer
+
+# Held-out tokens whose text is in memory at a time.
+_TOKENS = 2**16
 
 
 def export(trainer: Trainer, folder: Path) -> None:
@@ -37,20 +41,13 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     Compressors see all documents of a kind as one file, the model sees each row alone: the comparison favours them.
     `all` has the routers' balance too, in order of layers.
     """
-    length, tokenizer = recipe.training.row_length, data.tokenizer
-    texts = {kind: tokenizer.decode(stream.tolist()).encode() for kind, stream in data.heldout.items()}
-    texts["all"] = b"".join(texts.values())
+    length = recipe.training.row_length
     found = scores(decoder, data, length)
-    figures: dict[str, dict[str, Any]] = {
-        kind: {
-            "bytes": s.num_bytes,
-            "tokens": s.num_tokens,
-            "bits_per_byte": s.bits_per_byte,
-            "gzip_bits_per_byte": 8 * len(gzip.compress(texts[kind], 9)) / max(len(texts[kind]), 1),
-            "xz_bits_per_byte": 8 * len(lzma.compress(texts[kind], preset=9)) / max(len(texts[kind]), 1),
-        }
-        for kind, s in found.items()
-    }
+    figures: dict[str, dict[str, Any]] = {}
+    for kind, s in found.items():
+        streams = list(data.heldout.values()) if kind == "all" else [data.heldout[kind]]
+        figures[kind] = {"bytes": s.num_bytes, "tokens": s.num_tokens, "bits_per_byte": s.bits_per_byte}
+        figures[kind] |= _compressed(_texts(streams, data.token_bytes))
     if recipe.routing.eval_capacity_factor is not None:
         for kind, s in scores(decoder, data, length, at_capacity=True).items():
             figures[kind]["bits_per_byte_at_capacity"] = s.bits_per_byte
@@ -59,6 +56,25 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
         figures["all"]["max_violation"] = [round(x, 3) for x in max_violation(loads).tolist()]
         figures["all"]["dead_experts"] = int(dead_experts(loads).sum())
     return figures
+
+
+def _texts(streams: Iterable[np.ndarray], token_bytes: Sequence[bytes]) -> Iterator[bytes]:
+    """The text that the streams' tokens stand for, some at a time."""
+    for stream in streams:
+        for start in range(0, len(stream), _TOKENS):
+            yield b"".join(token_bytes[i] for i in stream[start : start + _TOKENS].tolist())
+
+
+def _compressed(texts: Iterable[bytes]) -> dict[str, float]:
+    """What gzip -9 and xz -9 make of the texts, as one file, in bits a byte."""
+    # 31: the largest window, and gzip's header and trailer.
+    made: dict[str, Any] = {"gzip": zlib.compressobj(9, wbits=31), "xz": lzma.LZMACompressor(preset=9)}
+    sizes, total = dict.fromkeys(made, 0), 0
+    for text in texts:
+        total += len(text)
+        for name, compressor in made.items():
+            sizes[name] += len(compressor.compress(text))
+    return {f"{name}_bits_per_byte": 8 * (sizes[name] + len(made[name].flush())) / max(total, 1) for name in made}
 
 
 def parameter_counts(decoder: Decoder) -> tuple[int, int]:
