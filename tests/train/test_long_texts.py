@@ -19,9 +19,7 @@ from moebius.train.data import CHAT, Batches, PreparedData, bytes_per_token, pac
 from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe
 from text.tiny_tokenizers import FAMILIES, byte_level
 
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LINES = [
     "The quick brown fox jumps over the lazy dog; it's the dog's 42nd day.",
     "Grüße aus Köln,  naïve café: русский текст, 日本語のテキスト。한국어",
@@ -176,9 +174,10 @@ def test_what_is_not_trained_on_is_said(recipe: Recipe, data: PreparedData, tmp_
     assert kinds["held"] == "all of it is held out; none is trained on"
     batches = Batches(made, {"zero": 0}, 3, 48, 1)
     lengths = {kind: len(tokens) for kind, tokens in made.train.items()}
-    assert lengths["short"] < 96 and batches.steps_per_epoch == (
-        (lengths["long"] - 1) // 48 - 1 + (lengths["folder"] - 1) // 48 - 1
-    ) // 3
+    assert (
+        lengths["short"] < 96
+        and batches.steps_per_epoch == ((lengths["long"] - 1) // 48 - 1 + (lengths["folder"] - 1) // 48 - 1) // 3
+    )
 
 
 @pytest.mark.case("C11")
@@ -207,4 +206,4 @@ def test_a_given_tokenizers_truncation_cuts_no_document(recipe: Recipe, data: Pr
     given = TokenizerRecipe(path=str(tmp_path))
     made = prepare(dataclasses.replace(recipe, corpus=files, mixture={}, tokenizer=given), tmp_path / "data")
     sizes = bytes_per_token(data.tokenizer)
-    assert sum(int(sizes[s["book"]].sum()) for s in (made.train, made.heldout)) == len(TEXT.encode())
+    assert sum(int(sizes[s["book"].tolist()].sum()) for s in (made.train, made.heldout)) == len(TEXT.encode())

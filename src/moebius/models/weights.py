@@ -119,7 +119,9 @@ def save_checkpoint(
     partial = directory / f".model.safetensors.{os.getpid()}"
     save_file(_stored_tensors(state, wanted, dtype), partial, metadata={"format": "pt"})
     publish(partial, directory / "model.safetensors")
-    described = {**config_json, "torch_dtype": str(dtype).removeprefix("torch.")}
+    # transformers 5 calls it dtype, and reads the name of old too, which is the only one that version 4 reads.
+    described = {key: value for key, value in config_json.items() if key != "dtype"}
+    described["torch_dtype"] = str(dtype).removeprefix("torch.")
     partial = directory / f".config.json.{os.getpid()}"
     partial.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     publish(partial, directory / "config.json")

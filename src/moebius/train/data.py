@@ -24,7 +24,7 @@ from moebius.models.weights import publish
 from moebius.text import Tokenizer as TextTokenizer
 from moebius.train.corpus import SPLITS, Corpus
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import IM_START, given_tokenizer, special_id, train_tokenizer
+from moebius.train.tokenizer import IM_START, read_tokenizer, special_id, train_tokenizer
 
 # The kind of text whose special tokens count as such.
 CHAT = "chat"
@@ -110,7 +110,8 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
     whatever the recipe says.
     """
     corpus = Corpus(recipe.corpus)
-    given = given_tokenizer(recipe, tokenizer)
+    path = recipe.given_tokenizer() if tokenizer is None else tokenizer / "tokenizer.json"
+    given = None if path is None else read_tokenizer(path)
     spelled = "" if given is None else given.to_str()
     key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()).hexdigest()
     done = folder / "data.json"

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,28 +12,38 @@ import numpy as np
 import torch
 
 from moebius.models.decoder import Decoder
+from moebius.models.hub import BUNDLED
 from moebius.models.weights import save_checkpoint
 from moebius.moe.health import dead_experts, max_violation
 from moebius.train.data import PreparedData
 from moebius.train.evaluate import scores
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import IM_END, save_tokenizer, tokenizer_folder
+from moebius.train.tokenizer import IM_END, copy_files, save_tokenizer
 from moebius.train.trainer import Trainer
 
+# What a checkpoint has beside weights, config.json, tokenizer and card.
+_CARRIED = ("generation_config.json", "custom_generate/*", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "*.py")
 # Held-out tokens whose text is in memory at a time.
 _TOKENS = 2**16
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's files."""
+    """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's files.
+
+    What is fine-tuned keeps what its checkpoint says beside weights: how it ends and samples, its terms of use.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    data = trainer.data
+    data, base = trainer.data, trainer.recipe.base()
     save_checkpoint(trainer.decoder, trainer.config_json, folder, dtype=torch.bfloat16)
     longest = trainer.decoder.config.max_position_embeddings
-    save_tokenizer(data.tokenizer, folder, longest, tokenizer_folder(trainer.recipe))
-    ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
-    generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(data.tokenizer, folder, longest, trainer.recipe.given_tokenizer())
+    if base is not None:
+        copy_files(base, folder, _CARRIED)
+    says_how_it_ends = base is not None and (base / "generation_config.json").exists()
+    if not says_how_it_ends and (base is None or trainer.config_json.get("eos_token_id") is None):
+        ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
+        generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
@@ -113,7 +124,10 @@ def model_card(
         (kind, size["documents"], f"{size['bytes']:,}", f"{size['tokens']:,}", recipe.mixture.get(kind, 1))
         for kind, size in sizes.items()
     ]
+    head, origin = _origin(recipe)
     return template.format(
+        head=head,
+        origin=origin,
         recipe=recipe,
         t=t,
         config=decoder.config,
@@ -128,6 +142,23 @@ def model_card(
         measured=figures_table(summary["figures"], twin),
         **more,
     )
+
+
+def _origin(recipe: Recipe) -> tuple[str, str]:
+    """What a card's head and text say of the checkpoint that was fine-tuned: its licence, its name."""
+    base, start = recipe.base(), recipe.finetune
+    if base is None or start is None:
+        return "", ""
+    card = base / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    front = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    head = [line for line in front.splitlines() if re.match(r"license(_name|_link)?:", line)]
+    local = start.checkpoint == BUNDLED or Path(start.checkpoint).expanduser().is_dir()
+    if not local:
+        head.append(f"base_model: {start.checkpoint}")
+    what = {"all": "all of its parameters", "experts": "its experts", "all_but_experts": "all but its experts"}
+    origin = f"- Fine-tuned from `{base.name if local else start.checkpoint}`: {what[start.train]}.\n"
+    return "".join(f"{line}\n" for line in head), origin
 
 
 def figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> str:

@@ -13,6 +13,7 @@ import pydantic as p
 from moebius.config import FeedForwardConfig, TrainingRouting, require
 from moebius.errors import ConfigError
 from moebius.models import model_config
+from moebius.models.hub import resolve_model
 from moebius.train.architecture import check_trainable, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 
@@ -177,6 +178,19 @@ class Recipe:
         require(one, "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint")
         if self.model is not None:
             check_trainable(model_config(config_json(self, self.tokenizer.vocab_size)), self)
+            return
+        fresh = self.layers or self.training.init_scale or self.training.router_init != 1
+        say = "layers, training.init_scale and training.router_init are for a new model, not for a finetune table"
+        require(not fresh, say)
+
+    def base(self) -> Path | None:
+        """The directory of the checkpoint to fine-tune, None for a new model. Raises: ConfigError."""
+        return None if self.finetune is None else resolve_model(self.finetune.checkpoint)
+
+    def given_tokenizer(self) -> Path | None:
+        """The tokenizer.json to use, its own or the checkpoint's, None where one is to be trained."""
+        path = Path(self.tokenizer.path) if self.tokenizer.path else self.base()
+        return path if path is None or path.is_file() else path / "tokenizer.json"
 
 
 def read_recipe(path: Path) -> Recipe:
