@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from moebius.text.pieces import pieces
+from moebius.text import pieces as pieces_module
+from moebius.text.pieces import CONTEXT, encode_in_pieces, pieces
+from text.tiny_tokenizers import CORPUS, FAMILIES
 
 ALPHABET = st.sampled_from("ab1é字 \n\t.,'。\u0301")
 
@@ -36,3 +38,21 @@ def test_words_are_those_of_the_whole_text(words: list[str]) -> None:
     text, split = "".join(words), pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
     cut = [word for piece in pieces([text], 60) for word, _ in split(piece)]
     assert cut == [word for word, _ in split(text)]
+
+
+@pytest.mark.case("C12")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_in_pieces_are_the_whole_texts(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """No call gets more than a piece and what it is tokenised behind."""
+    backend, text = FAMILIES[family](), "\n".join(CORPUS * 8)
+    lengths = []
+
+    def encode(part: str) -> list[int]:
+        lengths.append(len(part))
+        return backend.encode(part, add_special_tokens=False).ids
+
+    whole = encode(text)
+    lengths.clear()
+    monkeypatch.setattr(pieces_module, "PIECE", 100)
+    assert [token for part in encode_in_pieces(text, encode) for token in part] == whole
+    assert max(lengths) <= 100 + CONTEXT

@@ -1,10 +1,12 @@
 """Long texts in pieces, cut where a tokenizer cuts too, so that memory does not grow with a text."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 PIECE = 2**18
 """Characters of a text that are in memory at a time."""
+CONTEXT = 64
+"""Characters of one piece that the next is tokenised behind."""
 
 # Behind a letter and before white space, or failing that before a mark, no pre-tokenizer of the published models sees
 # one word: GPT-2's expression, Llama 3's, Qwen's, and those that turn spaces into ▁.
@@ -34,3 +36,20 @@ def pieces(blocks: Iterable[str], length: int) -> Iterator[str]:
         rest = rest[start:]
     if rest:
         yield rest
+
+
+def tokens_behind(context: list[int], both: list[int]) -> list[int] | None:
+    """Of the tokens of a context and a piece together those of the piece; None where a token spans the two.
+
+    So a piece's tokens are those that it has within its text, whatever a tokenizer does where a text begins.
+    """
+    return both[len(context) :] if both[: len(context)] == context else None
+
+
+def encode_in_pieces(text: str, encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
+    """The tokens of a text, piece by piece: what `encode` takes for it does not grow with the text."""
+    before = ""
+    for piece in pieces([text], PIECE):
+        own = tokens_behind(encode(before), encode(before + piece)) if before else None
+        yield encode(piece) if own is None else own
+        before = piece[-CONTEXT:]

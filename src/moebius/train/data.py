@@ -22,14 +22,15 @@ from moebius.config import require
 from moebius.errors import ConfigError
 from moebius.models.weights import publish
 from moebius.text import Tokenizer as TextTokenizer
+from moebius.text.pieces import CONTEXT, tokens_behind
 from moebius.train.corpus import SPLITS, Corpus
 from moebius.train.recipe import Recipe
 from moebius.train.tokenizer import IM_START, read_tokenizer, special_id, train_tokenizer
 
 # The kind of text whose special tokens count as such.
 CHAT = "chat"
-# Bytes of text that are tokenised at a time, and characters of a long text that its next piece is tokenised behind.
-_PIECE, _CONTEXT = 2**21, 64
+# Bytes of text that are tokenised at a time.
+_PIECE = 2**21
 
 
 class Batch(NamedTuple):
@@ -196,12 +197,10 @@ def _encoded(texts: Sequence[_Piece], tokenizer: Tokenizer, end_of_text: int, ch
     def encode(batch: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
 
-    # A piece is tokenised behind the end of the one before, whose tokens it then loses: so they are the whole text's,
-    # whatever the tokenizer does at a text's beginning.
     contexts = encode([piece.before for piece in texts])
     for piece, context, ids in zip(texts, contexts, encode([before + text for text, before, _ in texts]), strict=True):
-        joined = ids[: len(context)] == context
-        own = ids[len(context) :] if joined else encode([piece.text])[0]
+        own = tokens_behind(context, ids)
+        own = encode([piece.text])[0] if own is None else own
         yield np.array(own if piece.goes_on else [*own, end_of_text], np.uint32)
 
 
@@ -227,7 +226,7 @@ class _Stream:
     def add(self, text: str, *, goes_on: bool) -> None:
         """A text, or the next piece of one that `goes_on`."""
         self._waiting.append(_Piece(text, self._before, goes_on))
-        self._before = text[-_CONTEXT:] if goes_on else ""
+        self._before = text[-CONTEXT:] if goes_on else ""
         before, self.size["bytes"] = self.size["bytes"], self.size["bytes"] + len(text.encode())
         self.size["documents"] += not goes_on
         if before // _PIECE != self.size["bytes"] // _PIECE:
