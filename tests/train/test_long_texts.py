@@ -164,8 +164,8 @@ def test_what_is_not_trained_on_is_said(recipe: Recipe, data: PreparedData, tmp_
     wanted = dataclasses.replace(recipe, corpus=files, mixture={"zero": 0}, tokenizer=TokenizerRecipe(263))
     made = prepare(wanted, tmp_path / "data")
     told = made.untrained(wanted)
-    assert told[0] == f"1 of the corpus's texts are no UTF-8 text: {tmp_path / 'folder' / 'image'}"
-    assert told[1] == f"1 of the corpus's texts hold nothing but white space: {tmp_path / 'blank.txt'}"
+    assert told[0] == f"passed over, no UTF-8 text: {tmp_path / 'folder' / 'image'}"
+    assert told[1] == f"passed over, nothing but white space: {tmp_path / 'blank.txt'}"
     kinds = {line.split(": ")[0].rpartition(".")[2]: line.split(": ", 1)[1] for line in told[2:]}
     assert kinds.keys() == {"short", "blank", "folder", "held"}, "of `zero` the recipe itself says so"
     assert kinds["short"].endswith("tokens are less than two rows of 48; none is trained on")

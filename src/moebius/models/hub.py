@@ -7,7 +7,18 @@ from moebius.errors import ConfigError
 
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+# What is loaded, and what fine-tuning hands on.
+_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 def resolve_model(name: str) -> Path:

@@ -80,10 +80,10 @@ class PreparedData:
     def untrained(self, recipe: Recipe) -> list[str]:
         """A line each on what of the corpus is not trained on, or not measured, though the recipe does not say so."""
         lines = []
-        for what, key in (("are no UTF-8 text", "skipped_files"), ("hold nothing but white space", "empty_files")):
+        for what, key in (("no UTF-8 text", "skipped_files"), ("nothing but white space", "empty_files")):
             if names := self.facts.get(key):
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                lines.append(f"{len(names)} of the corpus's texts {what}: {', '.join(names[:3])}{more}")
+                lines.append(f"passed over, {what}: {', '.join(names[:3])}{more}")
         found = (self._untrained_of(kind, recipe) for kind in recipe.corpus.files)
         return lines + [line for line in found if line]
 
