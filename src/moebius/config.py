@@ -11,14 +11,22 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from moebius.errors import ConfigError, UsageError
 
 Score = Literal["softmax", "sigmoid", "logits"]
 Weight = Literal["raw", "renorm", "softmax", "sigmoid"]
+GroupScore = Literal["max", "top2"]
+GroupFill = Literal["zero", "never"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QKNorm = Literal["none", "head", "full"]
+
+
+def require_word(name: str, value: Any, words: Any) -> None:
+    """ConfigError where a value is none of the words of a Literal, as `words`."""
+    known = get_args(words)
+    require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 def require(condition: bool, message: str, error: type[UsageError] = ConfigError) -> None:
@@ -53,8 +61,8 @@ class RouterConfig:
     selection_bias: bool = False
     num_groups: int = 1
     groups_kept: int = 1
-    group_score: Literal["max", "top2"] = "max"
-    group_fill: Literal["zero", "never"] = "zero"
+    group_score: GroupScore = "max"
+    group_fill: GroupFill = "zero"
     renorm_eps: float = 0.0
     scale: float = 1.0
     logit_bias: bool = False
@@ -62,6 +70,11 @@ class RouterConfig:
     learned_noise: bool = False
 
     def __post_init__(self) -> None:
+        words_of = {"score": Score, "weight": Weight, "group_score": GroupScore, "group_fill": GroupFill}
+        for name, words in words_of.items():
+            require_word(f"the router's {name}", getattr(self, name), words)
+        cap = self.logit_softcap
+        require(cap is None or cap > 0, f"the router's logit_softcap is {cap}; it must be positive")
         require(self.num_experts >= 1, f"num_experts is {self.num_experts}; it must be at least 1")
         require(
             1 <= self.top_k <= self.num_experts,
@@ -75,8 +88,6 @@ class RouterConfig:
             self.top_k <= self.num_experts // self.num_groups * self.groups_kept,
             f"top_k = {self.top_k} experts cannot come from {self.groups_kept} of {self.num_groups} groups",
         )
-        fills = ("zero", "never")
-        require(self.group_fill in fills, f"group_fill is {self.group_fill!r}; use one of {', '.join(fills)}")
 
     @property
     def masked_score(self) -> float:
@@ -169,6 +180,10 @@ class FeedForwardConfig:
 
     def __post_init__(self) -> None:
         require(self.width >= 1, f"the feed-forward width is {self.width}; it must be at least 1")
+        require_word("the feed-forward's activation", self.activation, Activation)
+        shared = self.router is not None or not self.shared_width
+        require(shared, "a shared expert (shared_width) stands beside those of a router; this feed-forward has none")
+        require(bool(self.shared_width) or not self.shared_gate, "shared_gate gates a shared expert; give shared_width")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +226,7 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"num_attention_heads = {self.num_heads} is no multiple of num_key_value_heads = {self.num_kv_heads}",
         )
+        require_word("qk_norm", self.qk_norm, QKNorm)
         require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary embedding needs an even one")
         require(
             len(self.feed_forward) == self.num_layers == len(self.windows),

@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "intermediate_size": 96,
     "vocab_size": 320,
 }

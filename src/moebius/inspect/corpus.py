@@ -3,10 +3,12 @@
 import codecs
 import os
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from moebius.config import require
 from moebius.errors import ConfigError
 from moebius.text import Tokenizer
+from moebius.text.pieces import encode_in_pieces
 
 # Of a corpus so much is read for each token that will be run, at most, and of a file so much at least.
 _BYTES_PER_TOKEN, _LEAST_BYTES = 16, 2**13
@@ -136,16 +139,17 @@ class Rows:
 def make_rows(documents: Iterable[Document], tokenizer: Tokenizer, length: int, max_tokens: int) -> Rows:
     """Tokenise, put documents one behind the other, cut into rows, and keep a random (always the same) choice."""
     start = tokenizer.encode("")
-    ids: list[int] = []
-    numbers: list[int] = []
+    ids, numbers = array("i"), array("i")
     names = []
     for number, (name, kind, text) in enumerate(documents):
-        ids += start + tokenizer.encode_ordinary(text)
-        numbers += [number] * (len(ids) - len(numbers))
+        ids.extend(start)
+        for piece in encode_in_pieces(text, tokenizer.encode_ordinary):
+            ids.extend(piece)
+        numbers.extend(repeat(number, len(ids) - len(numbers)))
         names.append((name, kind))
         if len(ids) > _BYTES_PER_TOKEN * max_tokens:
             break
-    tokens_N, document_N = torch.tensor(ids, dtype=torch.int32), torch.tensor(numbers, dtype=torch.int32)
+    tokens_N, document_N = (torch.tensor(each, dtype=torch.int32) for each in (ids, numbers))
     require(len(tokens_N) >= 2, "the text is empty: there are no tokens to route")
     length = min(length, len(tokens_N), max_tokens)
     order = torch.randperm(len(tokens_N) // length, generator=torch.Generator().manual_seed(0))

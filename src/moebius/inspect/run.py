@@ -54,9 +54,7 @@ def write_report(
     do not fit together; NumericalError for a router that gives no numbers; StorageError where `out` cannot be written.
     """
     config = config or InspectConfig()
-    make_directory(out)
-    for file_name, ours in _OURS.items():
-        check_target(out / file_name, ours)
+    _check_out(out)
     checkpoint, tokenizer = open_checkpoint(directory), Tokenizer.load(directory)
     decoder = _load(checkpoint, config)
     layers, model = list(routers(decoder)), checkpoint.config
@@ -93,10 +91,16 @@ def write_report(
     if against is not None:
         report["against"]["model"] = against_name or against.name
     report["verdict"] = verdict(report)
-    figures = json_text(report) + "\n"
-    for file_name, content in (("report.json", figures), ("report.html", page(report))):
-        write_file(out / file_name, content, ours=_OURS[file_name])
+    contents = {"report.json": json_text(report) + "\n", "report.html": page(report)}
+    for file_name, ours in _OURS.items():
+        write_file(out / file_name, contents[file_name], ours=ours)
     return report
+
+
+def _check_out(out: Path) -> None:
+    make_directory(out)
+    for file_name, ours in _OURS.items():
+        check_target(out / file_name, ours)
 
 
 def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:

@@ -10,7 +10,18 @@ BUNDLED = "bundled"
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 # What the hub allows: huggingface_hub refuses other names with errors of its own, and so does the hub.
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}")
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+# What is loaded, and what fine-tuning hands on.
+_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 def resolve_model(name: str) -> Path:

@@ -36,7 +36,7 @@ class Layout:
 
 FUSED = Layout(expert=None, gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
 SELECTION_BIAS, SHARED_GATE = "mlp.gate.e_score_correction_bias", "mlp.shared_expert_gate.weight"
-NOISE = "mlp.gate.noise.weight"
+NOISE, ROUTER_BIAS = "mlp.gate.noise.weight", "mlp.gate.bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,8 @@ def _feed_forward(config: ModelConfig, layout: Layout, layer: int, here: str, th
         return
     count = part.router.num_experts
     yield _whole(here + "router.weight", there + layout.router, count, width)
+    if part.router.logit_bias:
+        yield _whole(here + "router.bias", there + ROUTER_BIAS, count)
     if part.router.selection_bias:
         yield Source(here + "router.selection_bias", (count,), there + SELECTION_BIAS, (count,), float32=True)
     if part.router.learned_noise:

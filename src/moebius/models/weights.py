@@ -137,5 +137,7 @@ def save_checkpoint(
     tensors = _stored_tensors(state, wanted, dtype)
     weights = directory / "model.safetensors"
     write_file(weights, lambda to: save_file(tensors, to, metadata={"format": "pt"}), ours=anyone)
-    described = {**config_json, "torch_dtype": str(dtype).removeprefix("torch.")}
+    # transformers 5 calls it dtype, and reads the name of old too, which is the only one that version 4 reads.
+    described = {key: value for key, value in config_json.items() if key != "dtype"}
+    described["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_file(directory / "config.json", json_text(described, indent=2, sort_keys=True) + "\n", ours=anyone)

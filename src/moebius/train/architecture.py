@@ -19,6 +19,21 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings"
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 _WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts", "num_local_experts")
 _KEPT = (*_DEFAULTS, *_SIZES, "rope_scaling", "rope_parameters")
+# Keys of config.json that say nothing of what a model computes, or what training finds out by itself, and where a
+# recipe says it.
+_SAID_ELSEWHERE = {
+    "vocab_size": "tokenizer.vocab_size",
+    "eos_token_id": "tokenizer.end_of_text",
+    "pad_token_id": "tokenizer.end_of_text",
+    "torch_dtype": "training.dtype",
+    "dtype": "training.dtype",
+    "router_aux_loss_coef": "training.load_balance",
+    "router_jitter_noise": "routing.jitter",
+    **dict.fromkeys(
+        ("attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop"),
+        "finetune.dropout, which is for fine-tuning alone",
+    ),
+}
 
 
 def config_json(recipe: "Recipe", vocab_size: int) -> dict[str, Any]:
@@ -81,6 +96,8 @@ def check_trainable(config: ModelConfig, recipe: "Recipe") -> None:
     length, longest = training.row_length, config.context
     require(length <= longest, f"training.row_length = {length} exceeds the model's context of {longest} tokens")
     require(len(routers) <= 1, "the model's layers have different routers, which training does not support")
+    part = recipe.finetune.train if recipe.finetune else "all"
+    require(bool(routers) or part != "experts", 'finetune.train is "experts", but no layer of the model has any')
     for router in routers:
         require(
             router.top_k > 1 or router.weight not in ("renorm", "softmax"),
@@ -92,10 +109,19 @@ def check_trainable(config: ModelConfig, recipe: "Recipe") -> None:
         biased = not training.bias_rate or router.selection_bias
         require(biased, f"training.bias_rate is {training.bias_rate}, but the model's router has no selection bias")
     if recipe.model is not None:
-        meant = bool(routers) or not any("experts" in key for key in recipe.model)
-        require(meant, "model: no layer has experts; lower decoder_sparse_step or first_k_dense_replace")
-        std = recipe.model.get("initializer_range", 1)
-        require(type(std) in (int, float) and std > 0, f"model.initializer_range is {std!r}; it must be positive")
-        widths = {config.hidden_size, *(part.width for part in config.feed_forward)}
-        good = all(width % 8 == 0 for width in widths)
-        require(good, f"model: widths {sorted(widths)} must be multiples of 8, which grouped products need")
+        _check_table(recipe.model, recipe, config)
+
+
+def _check_table(table: dict[str, Any], recipe: "Recipe", config: ModelConfig) -> None:
+    """ConfigError for a model table that says what training would not do."""
+    for key, place in _SAID_ELSEWHERE.items():
+        require(not table.get(key), f"model.{key} changes nothing in a recipe; what it means is {place}")
+    unused = f"{len(recipe.layers)} layers are described, but model.num_hidden_layers is {config.num_layers}"
+    require(len(recipe.layers) <= config.num_layers, unused)
+    meant = any(part.router for part in config.feed_forward) or not any("experts" in key for key in table)
+    require(meant, "model: no layer has experts; lower decoder_sparse_step or first_k_dense_replace")
+    std = table.get("initializer_range", 1)
+    require(type(std) in (int, float) and std > 0, f"model.initializer_range is {std!r}; it must be positive")
+    widths = {config.hidden_size, *(part.width for part in config.feed_forward)}
+    good = all(width % 8 == 0 for width in widths)
+    require(good, f"model: widths {sorted(widths)} must be multiples of 8, which grouped products need")

@@ -3,38 +3,47 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from moebius.config import require
 from moebius.errors import ConfigError
+from moebius.text.pieces import PIECE, pieces, word_end
 from moebius.train.recipe import CorpusRecipe
 
 SPLITS = ("train", "heldout")
+# How far before its share the held-out end of a text may begin, in characters, to begin with a line.
+_REACH = 2**16
 
 
 class Document(NamedTuple):
-    """One text: `split` is one of SPLITS, `path` says where it is from, relative to the folder that was named."""
+    """One text: `split` is one of SPLITS, `path` says where it is from, relative to the folder that was named.
+
+    A long text comes as several in a row, of at most moebius.text.pieces.PIECE characters; all but the last `goes_on`.
+    """
 
     split: str
     kind: str
     path: str
     text: str
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text files, folders of them and .jsonl files, by kind; read anew at every pass, never held as a whole.
+    """Text files, folders of them and .jsonl files, by kind; read anew at every pass, a piece at a time.
 
-    In a folder, files that are no UTF-8 text are passed over and counted in `skipped`, and hidden ones are not looked
-    at. A document is held out by a hash of its path (and line), unless its JSON object has a `split`; of a kind that is
-    one text file, its end is. Raises: ConfigError naming the file, for one that is missing, binary or no JSON.
+    Hidden files in a folder are not looked at; those that are no UTF-8 text are passed over and listed in `skipped`,
+    and what holds nothing but white space in `empty`. A document is held out by a hash of its path (and line), unless
+    its JSON object has a `split`; of a kind that is one text file, its end is. Of a .jsonl file a line is in memory.
+    Raises: ConfigError naming the file, for one that is missing, binary or no JSON.
     """
 
     recipe: CorpusRecipe
     skipped: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
     def key(self) -> str:
         """Fingerprint of every file's path, size and time of change."""
@@ -43,17 +52,17 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped.clear()
+        self.empty.clear()
         kinds = Counter(kind for kind, _, _, _ in self._paths())
         for kind, named, name, path in self._paths():
             if path.suffix == ".jsonl":
                 yield from self._lines(kind, name, path)
-            elif (whole := self._text(path, named)).strip():
-                if kinds[kind] == 1:
-                    cut = whole.rfind("\n", 0, int(len(whole) * (1 - self.recipe.heldout_share))) + 1
-                    yield Document("train", kind, name, whole[:cut])
-                    yield Document("heldout", kind, f"{name}:end", whole[cut:])
-                else:
-                    yield Document(self._split(name), kind, name, whole)
+            elif (length := self._length(path, named)) and kinds[kind] == 1:
+                at = _heldout_start(path, int(length * (1 - self.recipe.heldout_share)))
+                yield from _in_pieces("train", kind, name, _between(_blocks(path), 0, at))
+                yield from _in_pieces("heldout", kind, f"{name}:end", _between(_blocks(path), at, length))
+            elif length:
+                yield from _in_pieces(self._split(name), kind, name, _blocks(path))
 
     def _paths(self) -> Iterator[tuple[str, bool, str, Path]]:
         """Kind, whether the file itself was named, the name, the path; in order."""
@@ -71,17 +80,19 @@ class Corpus:
     def _split(self, path: str) -> str:
         return SPLITS[is_held_out(path, self.recipe.heldout_share)]
 
-    def _text(self, path: Path, named: bool) -> str:
-        """The file's text with Unix line ends; "" for one that is skipped."""
+    def _length(self, path: Path, named: bool) -> int:
+        """How many characters of text a file has; 0 for one that is passed over."""
+        length, blank, binary = 0, True, False
         try:
-            text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+            for block in _blocks(path):
+                length, blank, binary = length + len(block), blank and block.isspace(), binary or "\0" in block
         except UnicodeDecodeError:
-            text = "\0"
-        if "\0" not in text:
-            return text
-        require(not named, f"{path} is binary: it is no UTF-8 text, or holds a zero byte")
-        self.skipped.append(str(path))
-        return ""
+            binary = True
+        require(not (binary and named), f"{path} is binary: it is no UTF-8 text, or holds a zero byte")
+        if binary or blank:
+            (self.skipped if binary else self.empty).append(str(path))
+            return 0
+        return length
 
     def _lines(self, kind: str, name: str, path: Path) -> Iterator[Document]:
         with path.open("rb") as lines:
@@ -92,15 +103,67 @@ class Corpus:
                 try:
                     entry = json.loads(line)
                     text, split = entry[self.recipe.text_key], entry.get("split", self._split(place))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     wanted = f"it must be a JSON object with a text under {self.recipe.text_key!r} (corpus.text_key)"
                     raise ConfigError(f"{where}: {wanted}") from None
                 require(isinstance(text, str), f"{where}: {self.recipe.text_key!r} is no text")
+                require(_is_unicode(text), f"{where}: {self.recipe.text_key!r} holds half a surrogate pair")
                 require(split in SPLITS, f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
                 if text.strip():
-                    yield Document(split, kind, place, text)
+                    yield from _in_pieces(split, kind, place, [text])
+                else:
+                    self.empty.append(where)
 
 
 def is_held_out(path: str, share: float) -> bool:
     """By a hash of the path, so that adding or removing a document moves no other."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64 < share
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """A file's text with Unix line ends, some of it at a time. Raises UnicodeDecodeError."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        while block := file.read(PIECE):
+            # A line end of two characters stays in one block.
+            while block.endswith("\r") and (next_one := file.read(1)):
+                block += next_one
+            yield block.replace("\r\n", "\n")
+
+
+def _between(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
+    """What the blocks hold of the text from character `start` to `stop`."""
+    at = 0
+    for block in blocks:
+        if part := block[max(0, start - at) : max(0, stop - at)]:
+            yield part
+        at += len(block)
+        if at >= stop:
+            return
+
+
+def _heldout_start(path: Path, share: int) -> int:
+    """Where a text's held-out end begins, which is to be at character `share`: with the line there, if it is not too
+    long; else behind a word; else right there."""
+    start = share - min(_REACH, share // 2)
+    near = "".join(_between(_blocks(path), start, share))
+    line = near.rfind("\n") + 1
+    return start + (line or word_end(near, 0, len(near)))
+
+
+def _in_pieces(split: str, kind: str, path: str, blocks: Iterable[str]) -> Iterator[Document]:
+    """A text as a document, or as several where it is long."""
+    before = None
+    for piece in pieces(blocks, PIECE):
+        if before is not None:
+            yield Document(split, kind, path, before, goes_on=True)
+        before = piece
+    if before is not None:
+        yield Document(split, kind, path, before)

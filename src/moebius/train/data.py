@@ -7,23 +7,25 @@ by naming it. Shape suffixes: R rows, L tokens in a row.
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from moebius.config import require
+from moebius.errors import ConfigError
 from moebius.files import anyone, write_file
 from moebius.text import Tokenizer as TextTokenizer
+from moebius.text.pieces import CONTEXT, tokens_behind
 from moebius.train.corpus import SPLITS, Corpus
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import IM_START, given_tokenizer, special_id, train_tokenizer
+from moebius.train.tokenizer import IM_START, read_tokenizer, special_id, train_tokenizer
 
 # The kind of text whose special tokens count as such.
 CHAT = "chat"
@@ -67,8 +69,39 @@ class PreparedData:
         return int(self.facts["vocab_size"])
 
     @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of text that each token id stands for; special tokens for none."""
+        return bytes_of_tokens(self.tokenizer)
+
+    @cached_property
     def bytes_V(self) -> torch.Tensor:
         return bytes_per_token(self.tokenizer)
+
+    def untrained(self, recipe: Recipe) -> list[str]:
+        """A line each on what of the corpus is not trained on, or not measured, though the recipe does not say so."""
+        lines = []
+        for what, key in (("no UTF-8 text", "skipped_files"), ("nothing but white space", "empty_files")):
+            if names := self.facts.get(key):
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                lines.append(f"passed over, {what}: {', '.join(names[:3])}{more}")
+        found = (self._untrained_of(kind, recipe) for kind in recipe.corpus.files)
+        return lines + [line for line in found if line]
+
+    def _untrained_of(self, kind: str, recipe: Recipe) -> str:
+        trained, heldout = (self.facts["sizes"][split].get(kind, {"bytes": 0, "tokens": 0}) for split in SPLITS)
+        length, wanted = recipe.training.row_length, recipe.mixture.get(kind, 1) > 0
+        share = heldout["bytes"] / max(1, trained["bytes"] + heldout["bytes"])
+        which = f"corpus.files.{kind}: "
+        if not trained["bytes"] + heldout["bytes"]:
+            return f"{which}there is no text"
+        if wanted and not trained["bytes"]:
+            return f"{which}all of it is held out; none is trained on"
+        if wanted and not rows_in(trained["tokens"], length):
+            return f"{which}{trained['tokens']} tokens are less than two rows of {length}; none is trained on"
+        if not heldout["bytes"]:
+            return f"{which}none of its documents is held out, so that it is not measured"
+        wish = recipe.corpus.heldout_share
+        return f"{which}{share:.0%} of it is held out, not {wish:.1%}: whole documents are" if share > 0.5 else ""
 
 
 def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> PreparedData:
@@ -78,7 +111,8 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
     whatever the recipe says.
     """
     corpus = Corpus(recipe.corpus)
-    given = given_tokenizer(recipe, tokenizer)
+    path = recipe.given_tokenizer() if tokenizer is None else tokenizer / "tokenizer.json"
+    given = None if path is None else read_tokenizer(path)
     spelled = "" if given is None else given.to_str()
     key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()).hexdigest()
     done = folder / "data.json"
@@ -100,43 +134,50 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
 
 def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
     """Write tokenizer.json and a stream for each split and kind; what the model card says of them."""
-    require(any(document.split == "train" for document in corpus), "the corpus holds no text to train on")
+    _check_splits(corpus)
     texts = (document.text for document in corpus if document.split == "train" and document.kind != CHAT)
     tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size) if given is None else given
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     end, digest = special_id(tokenizer, recipe.tokenizer.end_of_text), hashlib.sha256()
-    sizes: dict[str, dict[str, dict[str, int]]] = {split: {} for split in SPLITS}
-    waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
-
-    def flush(split: str, kind: str) -> None:
-        size = sizes[split][kind]
-        tokens = pack(waiting.pop((split, kind), []), tokenizer, end, chat=kind == CHAT)
-        tokens = tokens[1:] if size["tokens"] else tokens  # the last piece's end is this one's beginning
-        with (folder / f"{split}.{kind}.bin").open("ab" if size["tokens"] else "wb") as file:
-            file.write(tokens.astype(token_dtype(vocab_size)).tobytes())
-        size["tokens"] += len(tokens)
-
-    for document in corpus:
-        for part in document:
-            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
-        split, kind, _, text = document
-        if text:
-            size = sizes[split].setdefault(kind, {"documents": 0, "bytes": 0, "tokens": 0})
-            waiting[split, kind].append(text)
-            before, size["bytes"] = size["bytes"], size["bytes"] + len(text.encode())
-            size["documents"] += 1
-            if before // _PIECE != size["bytes"] // _PIECE:
-                flush(split, kind)
-    for place in list(waiting):
-        flush(*place)
-    require(bool(sizes["heldout"]), "the corpus holds no held-out text; raise corpus.heldout_share")
+    streams: dict[tuple[str, str], _Stream] = {}
+    with ExitStack() as stack:
+        for document in corpus:
+            split, kind, path, text, goes_on = document
+            for part in (split, kind, path, text):
+                digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+            if (split, kind) not in streams:
+                file = folder / f"{split}.{kind}.bin"
+                stream = _Stream(file, tokenizer, end, token_dtype(vocab_size), chat=kind == CHAT)
+                streams[split, kind] = stack.enter_context(stream)
+            streams[split, kind].add(text, goes_on=goes_on)
+    sizes = {split: {kind: made.size for (of, kind), made in streams.items() if of == split} for split in SPLITS}
     facts = {"corpus_sha256": digest.hexdigest(), "vocab_size": vocab_size, "sizes": sizes}
-    return facts | {"skipped_files": corpus.skipped}
+    return facts | {"skipped_files": corpus.skipped, "empty_files": corpus.empty}
+
+
+def _check_splits(corpus: Corpus) -> None:
+    """ConfigError for a corpus without text to train on or without held-out text; reads as far as it takes to know."""
+    found = set()
+    for document in corpus:
+        found.add(document.split)
+        if len(found) == len(SPLITS):
+            return
+    require("train" in found, "the corpus holds no text to train on")
+    advice = "raise corpus.heldout_share, or name a single file as a kind of text: of that the end is held out"
+    raise ConfigError(f"the corpus holds no held-out text; {advice}")
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+class _Piece(NamedTuple):
+    """A text, or a piece of one that goes on from `before` (the end of the piece before it) and may go on itself."""
+
+    text: str
+    before: str = ""
+    goes_on: bool = False
 
 
 def pack(texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int, *, chat: bool = False) -> np.ndarray:
@@ -144,12 +185,59 @@ def pack(texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int, *, chat: 
 
     A special token spelled out in a text is plain text, but in conversations, which the template made.
     """
+    return np.concatenate(([end_of_text], *_encoded([_Piece(text) for text in texts], tokenizer, end_of_text, chat)))
+
+
+def _encoded(texts: Sequence[_Piece], tokenizer: Tokenizer, end_of_text: int, chat: bool) -> Iterator[np.ndarray]:
+    """The tokens of each, and the end-of-text token behind each that does not go on."""
     tokenizer.encode_special_tokens = not chat
-    parts: list[int] = [end_of_text]
-    for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
-        parts.extend(encoding.ids)
-        parts.append(end_of_text)
-    return np.array(parts)
+
+    def encode(batch: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+
+    contexts = encode([piece.before for piece in texts])
+    for piece, context, ids in zip(texts, contexts, encode([before + text for text, before, _ in texts]), strict=True):
+        own = tokens_behind(context, ids)
+        own = encode([piece.text])[0] if own is None else own
+        yield np.array(own if piece.goes_on else [*own, end_of_text], np.uint32)
+
+
+class _Stream:
+    """A file of tokens that is written as texts come, some at a time: within it, `size` is what it holds by now."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, end_of_text: int, dtype: type[Any], *, chat: bool) -> None:
+        self.size = {"documents": 0, "bytes": 0, "tokens": 0}
+        self._file, self._dtype = path.open("wb"), dtype
+        self._tokenizer, self._end, self._chat = tokenizer, end_of_text, chat
+        self._waiting: list[_Piece] = []
+        self._before = ""
+
+    def __enter__(self) -> Self:
+        self._put(np.array([self._end]))
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if not failed:
+                self._flush()
+
+    def add(self, text: str, *, goes_on: bool) -> None:
+        """A text, or the next piece of one that `goes_on`."""
+        self._waiting.append(_Piece(text, self._before, goes_on))
+        self._before = text[-CONTEXT:] if goes_on else ""
+        before, self.size["bytes"] = self.size["bytes"], self.size["bytes"] + len(text.encode())
+        self.size["documents"] += not goes_on
+        if before // _PIECE != self.size["bytes"] // _PIECE:
+            self._flush()
+
+    def _flush(self) -> None:
+        for tokens in _encoded(self._waiting, self._tokenizer, self._end, self._chat):
+            self._put(tokens)
+        self._waiting = []
+
+    def _put(self, tokens: np.ndarray) -> None:
+        self._file.write(tokens.astype(self._dtype).tobytes())
+        self.size["tokens"] += len(tokens)
 
 
 def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int | None) -> torch.Tensor:
@@ -168,6 +256,11 @@ def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int | 
     return starts_RL.cumsum(1)
 
 
+def rows_in(tokens: int, length: int) -> int:
+    """How many rows a pass over a stream of so many tokens has, wherever in its first row's length it begins."""
+    return max(0, (tokens - 1) // length - 1)
+
+
 class Batches:
     """The training batches of a recipe, by step.
 
@@ -182,7 +275,7 @@ class Batches:
         self._streams = [(data.train[kind], mixture.get(kind, 1)) for kind in sorted(data.train)]
         self._rows, self._length, self._seed = rows, length, seed
         self._end, self._im_start = data.end_of_text, data.im_start
-        per_stream = [copies * max(0, (len(t) - 1) // length - 1) for t, copies in self._streams]
+        per_stream = [copies * rows_in(len(t), length) for t, copies in self._streams]
         self.steps_per_epoch = sum(per_stream) // rows
         few = f"the training text has fewer than {rows} rows of {length} tokens, not one batch"
         require(self.steps_per_epoch > 0, few)
@@ -205,7 +298,7 @@ class Batches:
         generator = np.random.default_rng((self._seed, epoch))
         order = []
         for index, (tokens, copies) in enumerate(self._streams):
-            count = max(0, (len(tokens) - 1) // self._length - 1)
+            count = rows_in(len(tokens), self._length)
             for _ in range(copies):
                 starts = generator.integers(self._length) + self._length * np.arange(count)
                 order.append(np.stack([np.full(count, index), starts], axis=1))
@@ -214,19 +307,22 @@ class Batches:
 
 def evaluation_batches(stream: np.ndarray, data: PreparedData, rows: int, length: int) -> Iterator[Batch]:
     """Every token of a stream once, in order, as a target; a short last row is a batch of its own."""
-    tokens = torch.from_numpy(stream.astype(np.int64))
-    full = (len(tokens) - 1) // length
+    full = (len(stream) - 1) // length
     pieces = [(r * length, min(rows, full - r), length) for r in range(0, full, rows)]
-    if (rest := len(tokens) - 1 - full * length) > 0:
+    if (rest := len(stream) - 1 - full * length) > 0:
         pieces.append((full * length, 1, rest))
     for start, count, width in pieces:
-        input_RL = tokens[start : start + count * width].view(count, width)
-        target_RL = tokens[start + 1 : start + 1 + count * width].view(count, width)
+        tokens = torch.from_numpy(stream[start : start + count * width + 1].astype(np.int64))
+        input_RL, target_RL = tokens[:-1].view(count, width), tokens[1:].view(count, width)
         yield Batch(input_RL, target_RL, document_numbers(input_RL, data.end_of_text, data.im_start))
 
 
-def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
-    """How many bytes of text each token id stands for (V,); special tokens for none."""
+def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of text that each token id stands for; special tokens for none."""
     reader = TextTokenizer(tokenizer)
-    ids = range(reader.vocab_size)
-    return torch.tensor([0 if i in reader.special_ids else len(reader.token_bytes(i)) for i in ids])
+    return [b"" if i in reader.special_ids else reader.token_bytes(i) for i in range(reader.vocab_size)]
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
+    """How many bytes of text each token id stands for (V,)."""
+    return torch.tensor([len(each) for each in bytes_of_tokens(tokenizer)])

@@ -1,34 +1,50 @@
 """A trained decoder as a Hugging Face directory, measured and described: what transformers, and our server, load."""
 
-import gzip
-import json
 import lzma
-from collections.abc import Iterable, Mapping
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from moebius.config import json_text
+from moebius.files import anyone, make_directory, write_file
 from moebius.models.decoder import Decoder
+from moebius.models.hub import BUNDLED
 from moebius.models.weights import save_checkpoint
 from moebius.moe.health import dead_experts, max_violation
 from moebius.train.data import PreparedData
 from moebius.train.evaluate import scores
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import IM_END, save_tokenizer, tokenizer_folder
+from moebius.train.tokenizer import IM_END, copy_files, save_tokenizer
 from moebius.train.trainer import Trainer
+
+# What a checkpoint has beside weights, config.json, tokenizer and card.
+_CARRIED = ("generation_config.json", "custom_generate/*", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "*.py")
+# Held-out tokens whose text is in memory at a time.
+_TOKENS = 2**16
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = trainer.data
+    """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's files.
+
+    What is fine-tuned keeps what its checkpoint says beside weights: how it ends and samples, its terms of use.
+    """
+    make_directory(folder)
+    data, base = trainer.data, trainer.recipe.base()
     save_checkpoint(trainer.decoder, trainer.config_json, folder, dtype=torch.bfloat16)
     longest = trainer.decoder.config.context
-    save_tokenizer(data.tokenizer, folder, longest, tokenizer_folder(trainer.recipe))
-    ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
-    generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(data.tokenizer, folder, longest, trainer.recipe.given_tokenizer())
+    if base is not None:
+        copy_files(base, folder, _CARRIED)
+    says_how_it_ends = base is not None and (base / "generation_config.json").exists()
+    if not says_how_it_ends and (base is None or trainer.config_json.get("eos_token_id") is None):
+        ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
+        generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}
+        write_file(folder / "generation_config.json", json_text(generation, indent=2) + "\n", ours=anyone)
 
 
 def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
@@ -37,20 +53,13 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     Compressors see all documents of a kind as one file, the model sees each row alone: the comparison favours them.
     `all` has the routers' balance too, in order of layers.
     """
-    length, tokenizer = recipe.training.row_length, data.tokenizer
-    texts = {kind: tokenizer.decode(stream.tolist()).encode() for kind, stream in data.heldout.items()}
-    texts["all"] = b"".join(texts.values())
+    length = recipe.training.row_length
     found = scores(decoder, data, length)
-    figures: dict[str, dict[str, Any]] = {
-        kind: {
-            "bytes": s.num_bytes,
-            "tokens": s.num_tokens,
-            "bits_per_byte": s.bits_per_byte,
-            "gzip_bits_per_byte": 8 * len(gzip.compress(texts[kind], 9)) / max(len(texts[kind]), 1),
-            "xz_bits_per_byte": 8 * len(lzma.compress(texts[kind], preset=9)) / max(len(texts[kind]), 1),
-        }
-        for kind, s in found.items()
-    }
+    figures: dict[str, dict[str, Any]] = {}
+    for kind, s in found.items():
+        streams = list(data.heldout.values()) if kind == "all" else [data.heldout[kind]]
+        figures[kind] = {"bytes": s.num_bytes, "tokens": s.num_tokens, "bits_per_byte": s.bits_per_byte}
+        figures[kind] |= _compressed(_texts(streams, data.token_bytes))
     if recipe.routing.eval_capacity_factor is not None:
         for kind, s in scores(decoder, data, length, at_capacity=True).items():
             figures[kind]["bits_per_byte_at_capacity"] = s.bits_per_byte
@@ -59,6 +68,25 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
         figures["all"]["max_violation"] = [round(x, 3) for x in max_violation(loads).tolist()]
         figures["all"]["dead_experts"] = int(dead_experts(loads).sum())
     return figures
+
+
+def _texts(streams: Iterable[np.ndarray], token_bytes: Sequence[bytes]) -> Iterator[bytes]:
+    """The text that the streams' tokens stand for, some at a time."""
+    for stream in streams:
+        for start in range(0, len(stream), _TOKENS):
+            yield b"".join(token_bytes[i] for i in stream[start : start + _TOKENS].tolist())
+
+
+def _compressed(texts: Iterable[bytes]) -> dict[str, float]:
+    """What gzip -9 and xz -9 make of the texts, as one file, in bits a byte."""
+    # 31: the largest window, and gzip's header and trailer.
+    made: dict[str, Any] = {"gzip": zlib.compressobj(9, wbits=31), "xz": lzma.LZMACompressor(preset=9)}
+    sizes, total = dict.fromkeys(made, 0), 0
+    for text in texts:
+        total += len(text)
+        for name, compressor in made.items():
+            sizes[name] += len(compressor.compress(text))
+    return {f"{name}_bits_per_byte": 8 * (sizes[name] + len(made[name].flush())) / max(total, 1) for name in made}
 
 
 def parameter_counts(decoder: Decoder) -> tuple[int, int]:
@@ -97,7 +125,10 @@ def model_card(
         (kind, size["documents"], f"{size['bytes']:,}", f"{size['tokens']:,}", recipe.mixture.get(kind, 1))
         for kind, size in sizes.items()
     ]
+    head, origin = _origin(recipe)
     return template.format(
+        head=head,
+        origin=origin,
         recipe=recipe,
         t=t,
         config=decoder.config,
@@ -112,6 +143,23 @@ def model_card(
         measured=figures_table(summary["figures"], twin),
         **more,
     )
+
+
+def _origin(recipe: Recipe) -> tuple[str, str]:
+    """What a card's head and text say of the checkpoint that was fine-tuned: its licence, its name."""
+    base, start = recipe.base(), recipe.finetune
+    if base is None or start is None:
+        return "", ""
+    card = base / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    front = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    head = [line for line in front.splitlines() if re.match(r"license(_name|_link)?:", line)]
+    local = start.checkpoint == BUNDLED or Path(start.checkpoint).expanduser().is_dir()
+    if not local:
+        head.append(f"base_model: {start.checkpoint}")
+    what = {"all": "all of its parameters", "experts": "its experts", "all_but_experts": "all but its experts"}
+    origin = f"- Fine-tuned from `{base.name if local else start.checkpoint}`: {what[start.train]}.\n"
+    return "".join(f"{line}\n" for line in head), origin
 
 
 def figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> str:

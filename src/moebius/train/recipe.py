@@ -13,6 +13,7 @@ import pydantic as p
 from moebius.config import FeedForwardConfig, TrainingRouting, read_text, require
 from moebius.errors import ConfigError
 from moebius.models import model_config
+from moebius.models.hub import resolve_model
 from moebius.train.architecture import check_trainable, check_written, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 
@@ -179,6 +180,19 @@ class Recipe:
             whole = config_json(self, self.tokenizer.vocab_size)
             check_trainable(model_config(whole), self)
             check_written(whole)
+            return
+        fresh = self.layers or self.training.init_scale or self.training.router_init != 1
+        say = "layers, training.init_scale and training.router_init are for a new model, not for a finetune table"
+        require(not fresh, say)
+
+    def base(self) -> Path | None:
+        """The directory of the checkpoint to fine-tune, None for a new model. Raises: ConfigError."""
+        return None if self.finetune is None else resolve_model(self.finetune.checkpoint)
+
+    def given_tokenizer(self) -> Path | None:
+        """The tokenizer.json to use, its own or the checkpoint's, None where one is to be trained."""
+        path = Path(self.tokenizer.path) if self.tokenizer.path else self.base()
+        return path if path is None or path.is_file() else path / "tokenizer.json"
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moebius.config import InspectConfig, json_text, read_json, require
 from moebius.errors import StorageError
+from moebius.files import anyone, write_file
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
 from moebius.models.weights import load_decoder
@@ -44,17 +45,16 @@ def main_from_recipe(
     """
     recipe = read_recipe(recipe_path)
     recipe = twin_of(recipe) if dense_twin else recipe
-    checkpoint = out / "training" / "checkpoint.safetensors"
+    where = _device(device)
     try:
         if evaluate_only:
-            figures = _evaluate(recipe, out)
+            alone = not resume and against is None
+            require(alone, "--evaluate-only trains nothing and writes no card: it takes no --resume and no --against")
+            figures = _evaluate(recipe, out, where)
         else:
-            require(
-                resume or not checkpoint.exists(),
-                f"{out} holds a training run already; continue it with --resume, or choose another --out",
-            )
+            _check_out(recipe, out, resume=resume)
             shown = os.path.relpath(recipe_path) if recipe_path.is_relative_to(Path.cwd()) else recipe_path.name
-            figures = _train(recipe, shown, out, against, _device(device))
+            figures = _train(recipe, shown, out, against, where)
     except OSError as error:
         raise StorageError(f"{error.filename or out} cannot be written or read: {error.strerror or error}") from None
     if figures:
@@ -64,8 +64,24 @@ def main_from_recipe(
 
 def _device(wish: str) -> torch.device:
     has = torch.cuda.is_available()
-    require(wish != "cuda" or has, "--device cuda: torch finds no CUDA device; use --device cpu")
+    require(wish in ("auto", "cpu", "cuda"), f"--device is {wish!r}; use auto, cpu or cuda")
+    install = "use --device cpu, or install a CUDA build of torch"
+    require(wish != "cuda" or has, f"--device cuda: torch finds no CUDA device; {install}")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has and wish != "cpu" else "cpu")
+
+
+def _check_out(recipe: Recipe, out: Path, *, resume: bool) -> None:
+    """ConfigError where training into `out` would replace another run, or files that no run has written."""
+    other = "choose another --out"
+    started = (out / "training" / "checkpoint.safetensors").exists()
+    require(resume or not started, f"{out} holds a training run already; continue it with --resume, or {other}")
+    base = recipe.base()
+    same = base is not None and out.exists() and out.samefile(base)
+    require(not same, f"{out} is the checkpoint that is to be fine-tuned; {other}")
+    names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md")
+    there = [name for name in names if (out / name).exists()]
+    ours = (out / "training").is_dir() or not there
+    require(ours, f"{out} holds {', '.join(there)} already, which training would replace; {other}")
 
 
 def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: torch.device) -> dict[str, Any]:
@@ -76,7 +92,10 @@ def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: 
         if ranks.rank == 0:
             prepare(recipe, folder / "data")
         ranks.wait()
-        trainer = Trainer(recipe, prepare(recipe, folder / "data"), device=device, ranks=ranks)
+        data = prepare(recipe, folder / "data")
+        for line in data.untrained(recipe) if ranks.rank == 0 else ():
+            Console(stderr=True).print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
+        trainer = Trainer(recipe, data, device=device, ranks=ranks)
         _run_with_progress(trainer, folder)
         if ranks.rank:
             return {}
@@ -84,10 +103,10 @@ def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: 
         figures = measure(trainer.decoder, recipe, trainer.data)
         speed = round(trainer.done * recipe.training.tokens_per_step / max(trainer.seconds, 1e-9))
         summary = {"figures": figures, "tokens_per_second": speed, "seconds": trainer.seconds}
-        (folder / "figures.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
+        write_file(folder / "figures.json", json_text(summary, indent=2) + "\n", ours=anyone)
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
         card = model_card(template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown)
-        (out / "README.md").write_text(card, encoding="utf-8")
+        write_file(out / "README.md", card, ours=anyone)
         if routers(trainer.decoder):
             heldout = (Document(d.path, d.kind, d.text) for d in Corpus(recipe.corpus) if d.split == "heldout")
             config = InspectConfig(row_length=recipe.training.row_length)
@@ -125,11 +144,11 @@ def _health(line: Line) -> str:
     return told
 
 
-def _evaluate(recipe: Recipe, out: Path) -> dict[str, Any]:
+def _evaluate(recipe: Recipe, out: Path, device: torch.device) -> dict[str, Any]:
     there = (out / "model.safetensors").exists()
     require(there, f"{out} holds no model to evaluate; train one first, without --evaluate-only")
     ops = TrainingOps(drops=not recipe.routing.dropless)
-    decoder = load_decoder(out, getattr(torch, recipe.training.dtype), ops=ops)
+    decoder = load_decoder(out, getattr(torch, recipe.training.dtype), device, ops)
     for router in routers(decoder):
         router.limits = recipe.routing
     with tempfile.TemporaryDirectory() as folder:

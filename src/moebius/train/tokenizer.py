@@ -1,25 +1,26 @@
 """Training a byte-level BPE tokenizer, and the files that carry it in the Hugging Face layout."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moebius.config import require
 from moebius.errors import ConfigError
-from moebius.models.hub import resolve_model
+from moebius.files import anyone, make_directory, write_file
 from moebius.text.tokenizer import read_tokenizer_json
-
-if TYPE_CHECKING:
-    from moebius.train.recipe import Recipe
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
+# What a tokenizer's files are called in the Hugging Face layout, those of transformers' slow ones too.
+_FILES = (
+    *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
+)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -59,20 +60,13 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     return found
 
 
-def tokenizer_folder(recipe: "Recipe") -> Path | None:
-    """Where the recipe's tokenizer is from, if it is not to be trained: its own path, or the fine-tuned checkpoint."""
-    if recipe.tokenizer.path:
-        path = Path(recipe.tokenizer.path)
-        return path.parent if path.is_file() else path
-    return None if recipe.finetune is None else resolve_model(recipe.finetune.checkpoint)
-
-
-def given_tokenizer(recipe: "Recipe", folder: Path | None = None) -> Tokenizer | None:
-    """The tokenizer in `folder`, else the one that the recipe names, else None. Raises: TokenizerError."""
-    folder = folder or tokenizer_folder(recipe)
-    if folder is None:
-        return None
-    return read_tokenizer_json(folder / "tokenizer.json")
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json, as what makes tokens of whole texts. Raises: TokenizerError."""
+    tokenizer = read_tokenizer_json(path)
+    # Some published files cut every text at so many tokens, or fill it up to so many.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:
@@ -90,13 +84,21 @@ def tokenizer_config(max_length: int) -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int, given: Path | None = None) -> None:
-    """Write tokenizer.json and tokenizer_config.json; of a tokenizer that was `given`, copies of its files."""
+    """Write tokenizer.json and tokenizer_config.json; of a tokenizer.json that was `given`, copies of it and of the
+    tokenizer's files beside it."""
     if given is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (given / name).exists():
-                shutil.copyfile(given / name, folder / name)
+        copy_files(given.parent, folder, _FILES)
+        write_file(folder / "tokenizer.json", given.read_bytes(), ours=anyone)
         return
     tokenizer.encode_special_tokens = False
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True), ours=anyone)
     text = json.dumps(tokenizer_config(max_length), indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    write_file(folder / "tokenizer_config.json", text + "\n", ours=anyone)
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of a directory that the glob patterns name, to the same places below another."""
+    for path in sorted(found for pattern in patterns for found in source.glob(pattern) if found.is_file()):
+        copy = target / path.relative_to(source)
+        make_directory(copy.parent)
+        write_file(copy, path.read_bytes(), ours=anyone)

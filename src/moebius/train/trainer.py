@@ -23,7 +23,6 @@ from moebius.files import anyone, write_file
 from moebius.models import model_config
 from moebius.models.checkpoint import open_checkpoint
 from moebius.models.decoder import Decoder
-from moebius.models.hub import resolve_model
 from moebius.models.weights import load_decoder
 from moebius.moe.losses import chosen_counts, load_balance_loss, present, router_z_loss, updated_bias
 from moebius.moe.router import Routing
@@ -297,9 +296,13 @@ def _start(recipe: Recipe, data: PreparedData) -> tuple[dict[str, Any], ModelCon
         decoder, generator = Decoder(config, TrainingOps()), torch.Generator().manual_seed(recipe.seed)
         decoder.init_weights(generator, raw["initializer_range"], training.init_scale, training.router_init)
     else:
-        assert recipe.finetune is not None
-        checkpoint = open_checkpoint(resolve_model(recipe.finetune.checkpoint))
+        base = recipe.base()
+        assert base is not None
+        checkpoint = open_checkpoint(base)
         raw, config = dict(checkpoint.config_json), checkpoint.config
+        # What is tied was decided by the file's tensors, and is said as it was loaded.
+        if model_config(raw).tie_word_embeddings != config.tie_word_embeddings:
+            raw["tie_word_embeddings"] = config.tie_word_embeddings
         sizes = f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}"
         require(data.vocab_size <= config.vocab_size, f"{sizes}; they do not belong together")
         check_trainable(config, recipe)
