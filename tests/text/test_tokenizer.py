@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -73,15 +73,13 @@ def test_chat_equals_transformers(pair, generate):
     assert ids.count(ours.bos_id) == 1
 
 
-def test_guarded_chat_equals_the_plain_one_without_special_text(pair):
+def test_guarded_chat_equals_the_plain_one_without_special_text(pair, monkeypatch):
     """The second tokenizer, used when contents hold special text, gives the same ids when they hold none."""
     ours, theirs = pair
+    monkeypatch.setattr(ours._guard, "_always", True)
     for end in range(1, len(CHAT) + 1):
-        chat = {"messages": CHAT[:end], "tools": None}
-        marked, marker = ours._guard.mark(chat)
-        rendered = ours._templates["default"].render({**marked, "bos_token": "<s>", "add_generation_prompt": True})
         expected = theirs.apply_chat_template(CHAT[:end], add_generation_prompt=True, return_dict=False)
-        assert ours._guard.encode_marked(rendered, marker) == expected
+        assert ours.encode_chat(CHAT[:end]) == expected
 
 
 @pytest.mark.parametrize("special", SPECIALS)
@@ -159,8 +157,19 @@ def test_private_use_characters_survive_and_forge_nothing(loaded):
     assert content in ours.decode(ids, skip_special_tokens=False)
     assert ids.count(ours.encode("<|im_end|>", False)[0]) == 1
     everything = "".join(map(chr, range(0xE000, 0xF900))) + "<s>"
-    with pytest.raises(RequestError, match="private-use"):
-        ours.encode_chat([{"role": "user", "content": everything}])
+    ids = ours.encode_chat([{"role": "user", "content": everything}])
+    assert everything in ours.decode(ids, skip_special_tokens=False)
+
+
+def test_guarded_text_goes_through_in_windows(loaded, monkeypatch):
+    """A special token across the border of two windows, at their ends, and inside words."""
+    monkeypatch.setattr("moebius.text.guard._WINDOW", 7)
+    ours = loaded["byte_level"]
+    special = ours.encode("<|im_start|>", False)[0]
+    for shift in range(30):
+        content = "x" * shift + "<|im_start|>y<|im_start|><|im_end|>" + "z" * 9
+        ids = ours.encode_chat([{"role": "user", "content": content}, {"role": "user", "content": "\0"}])
+        assert ids.count(special) == 3 and content in ours.decode(ids, skip_special_tokens=False)
 
 
 def test_special_text_in_tools_keys_and_template_variables_is_plain(tmp_path):
@@ -317,6 +326,16 @@ def test_loading_complains(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ConfigError, match="must be a JSON object"):
         Tokenizer.load(tmp_path)
+
+
+def test_what_the_library_cannot_encode_is_the_requests_error(tmp_path):
+    """It panics where an added token is normalised to nothing, and raises where a model has no unknown token."""
+    empty = byte_level()
+    empty.normalizer = normalizers.Strip()
+    for backend, text in ((empty, "☃"), (Backend(models.WordLevel({"a": 0}, unk_token="<unk>")), "b")):
+        with pytest.raises(RequestError, match="prompt: the tokenizer cannot encode this text") as caught:
+            Tokenizer(backend).encode(text)
+        assert caught.value.param == "prompt"
 
 
 def test_lone_surrogates_are_refused(loaded):
