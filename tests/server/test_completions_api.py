@@ -221,6 +221,25 @@ def test_no_stop(stop: Any) -> None:
     run(check, engine(SPOKEN))
 
 
+@pytest.mark.case("A4")
+def test_a_special_token_that_is_no_end_token_may_be_a_stop_string() -> None:
+    async def check(server: Server) -> None:
+        for stop, tokens in (("<|im_end|>", 3), ("<|im_end|>\n", 4)):
+            body = await server.complete(max_tokens=100, stop=stop, logprobs=0, return_token_ids=True)
+            choice = body["choices"][0]
+            assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("ab", "stop", stop)
+            assert body["usage"]["completion_tokens"] == tokens == len(choice["token_ids"])
+            assert len(choice["logprobs"]["tokens"]) == tokens
+            assert joined(await server.stream(COMPLETIONS, max_tokens=100, stop=stop), 0) == "ab"
+            answer = (await server.chat(max_tokens=100, stop=stop))["choices"][0]
+            assert (answer["message"]["content"], answer["stop_reason"]) == ("ab", stop)
+            chunks = await server.stream("/v1/chat/completions", max_tokens=100, stop=stop)
+            assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "ab"
+            assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"
+
+    run(check, engine("ab<|im_end|>\nand on and on"))
+
+
 def test_scoring_a_prompt_as_lm_eval_does() -> None:
     """Token ids, echo, logprobs: one entry a prompt token, the first null, in the prompt's own order."""
     ids = [10, 11, 12, MINUS_INFINITY_TOKEN, 14, 15, 16, 17, 18, 19]

@@ -90,7 +90,11 @@ class SpecialGuard:
         self._always = backend.normalizer is not None and any(t.normalized for t in specials.values())
 
     def split(self, text: str) -> list[str]:
-        """The text as ordinary and special pieces in turn; an ordinary one comes first and last, and may be empty."""
+        """The text as ordinary and special pieces in turn; an ordinary one comes first and last, and may be empty.
+
+        UnicodeEncodeError on text that is not Unicode (a lone surrogate).
+        """
+        text.encode()
         pieces, at = [], 0
         for start, special in self._finder.spans(text):
             pieces += [text[at:start], special]

@@ -43,7 +43,8 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens or {})
         self._templates = dict(templates or {})
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._special_texts = {i: token.content for i, token in added.items() if token.special}
+        self.special_ids = frozenset(self._special_texts)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
@@ -166,6 +167,14 @@ class Tokenizer:
     def _check_size(self, text: str, at_most: int | None, param: str) -> None:
         if at_most is not None and (fewest := self.fewest_tokens(text)) > at_most:
             raise _too_long(f"at least {fewest}", at_most, param)
+
+    def split_special(self, text: str) -> list[str]:
+        """The text as ordinary pieces and special tokens in turn; an ordinary one is first and last, maybe empty."""
+        return self._guard.split(text)
+
+    def special_text(self, token_id: int) -> str:
+        """A special token as `split_special` spells it; KeyError for any other."""
+        return self._special_texts[token_id]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become U+FFFD."""
