@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moebius.errors import ConfigError, RequestError, TokenizerError
 from moebius.text import GenerationDefaults, IncrementalDecoder, Tokenizer, text_offsets
-from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, byte_level, llama, save
+from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, UNFAITHFUL, byte_level, llama, save
 
 TEXTS = [
     *CORPUS[:4],
@@ -289,6 +290,59 @@ def test_leading_space_of_a_continuation(loaded):
         assert "".join(map(continued.push, output)) == " the dog"
         after_special = IncrementalDecoder(ours, [ours.bos_id])
         assert "".join(map(after_special.push, output)) == "the dog"
+
+
+@pytest.fixture(scope="module")
+def all_loaded(loaded) -> dict[str, Tokenizer]:
+    words = Backend(models.WordLevel({"<unk>": 0, "a": 1, "ab": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    unfaithful = {name: Tokenizer(make()) for name, make in UNFAITHFUL.items()}
+    framed = Tokenizer(byte_level(), {"bos_token": "<s>", "eos_token": "</s>"}, add_bos=True, add_eos=True)
+    return {**loaded, **unfaithful, "framed": framed, "words": Tokenizer(words)}
+
+
+@pytest.mark.case("A3")
+@given(st.lists(st.sampled_from(["a", "b", " ", "é", "hello", "☃", "\n", *SPECIALS, "<tool_call>"]), max_size=12))
+@SETTINGS
+def test_offsets_cut_a_text_into_its_tokens(all_loaded, pieces):
+    text = "".join(pieces)
+    for name, ours in all_loaded.items():
+        ids, offsets = ours.encode(text), ours.offsets(text)
+        assert len(offsets) == len(ids) and offsets == sorted(offsets), name
+        cuts = [text[start:end] for start, end in pairwise([*offsets, len(text)])]
+        assert not ids or "".join(cuts) == text, name
+        ordinary = slice(len(ours._prefix), len(ids) - len(ours._suffix))
+        for token_id, cut in zip(ids[ordinary], cuts[ordinary], strict=True):
+            token = ours.token_text(token_id)
+            if "\ufffd" not in token and not (token == "<unk>" or name == "words"):
+                assert cut in (token, token.removeprefix(" ")), name
+            elif name == "words":
+                assert cut.strip() == token or token_id == 0
+
+
+@pytest.mark.case("A3")
+def test_offsets_point_into_the_text_as_it_was_sent(all_loaded):
+    """Worked by hand: what is normalised, composed or taken apart keeps its place."""
+    folding = all_loaded["folding"]
+    text = " \ufb01x e\u0301 \u338f"
+    tokens = [folding.token_text(i) for i in folding.encode(text)]
+    assert tokens == [" f", "i", "x", " ", "é", " ", "k", "g"]
+    assert folding.offsets(text) == [0, 1, 2, 3, 4, 6, 7, 7]
+    prefix = all_loaded["prefix_space"]
+    assert [prefix.token_text(i) for i in prefix.encode("hello world")] == [" hello", " world"]
+    assert prefix.offsets("hello world") == [0, 5] and prefix.offsets(" hello world") == [0, 6]
+    assert all_loaded["framed"].offsets("hello") == [0, 0, 5]
+    assert all_loaded["llama"].offsets("<s> hello") == [0, 0, 3, 3]  # the normaliser puts a ▁ before each part
+
+
+@pytest.mark.case("A3")
+@given(st.text(max_size=20))
+@SETTINGS
+def test_offsets_of_any_text_are_places_in_it(all_loaded, text):
+    for name, ours in all_loaded.items():
+        offsets = ours.offsets(text)
+        assert len(offsets) == len(ours.encode(text)) and offsets == sorted(offsets), name
+        assert all(0 <= offset <= len(text) for offset in offsets), name
 
 
 def test_unfinished_characters_are_held_back(loaded):

@@ -1,12 +1,13 @@
 """Tokenizer: a model directory's tokenizer.json and what stands beside it, as one object."""
 
 import json
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from moebius.config import read_json
@@ -120,6 +121,23 @@ class Tokenizer:
         ids = _encoded(self._backend, text, at_most, "prompt")
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
+    def offsets(self, text: str) -> list[int]:
+        """Where in the text each id of `encode(text)` begins, in characters.
+
+        What normalising changes is counted as it stands in the text. A character of several tokens begins them all.
+        What no token stands for, such as a space that is dropped, belongs to the next one, but an accent that was
+        composed with its letter to the letter's.
+        """
+        # The library's fast way has no offsets.
+        encoding = _library(self._backend.encode_batch, text, "prompt")
+        found, end = [0] * len(self._prefix), 0
+        for start, stop in encoding.offsets:
+            while end < start and unicodedata.category(text[end]).startswith("M"):
+                end += 1
+            found.append(min(start, end))
+            end = max(end, stop)
+        return [*found, *[len(text)] * len(self._suffix)]
+
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text in which special-token text is plain text; nothing is added."""
         _check_unicode(text, "prompt")
@@ -190,17 +208,21 @@ class Tokenizer:
 
 
 def _encoded(backend: Backend, text: str, at_most: int | None = None, param: str = "prompt") -> list[int]:
-    """Ids of a text. Other threads run meanwhile: of the library's functions only those for batches let them."""
-    try:
-        encoding = backend.encode_batch_fast([text], add_special_tokens=False)[0]
-    except BaseException as error:  # a panic in Rust is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise RequestError(f"{param}: the tokenizer cannot encode this text: {error}", param=param) from error
+    encoding = _library(backend.encode_batch_fast, text, param)
     if at_most is not None and len(encoding) > at_most:
         raise _too_long(str(len(encoding)), at_most, param)
     ids: list[int] = encoding.ids
     return ids
+
+
+def _library(encode_batch: Callable[..., list[Encoding]], text: str, param: str) -> Encoding:
+    """One text through one of the library's functions for batches: only these let other threads run meanwhile."""
+    try:
+        return encode_batch([text], add_special_tokens=False)[0]
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"{param}: the tokenizer cannot encode this text: {error}", param=param) from error
 
 
 def _too_long(tokens: str, at_most: int, param: str) -> ContextLengthError:
