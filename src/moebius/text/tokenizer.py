@@ -43,6 +43,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._templates = dict(templates or {})
+        self._facts = {name: template.probe(self._special_tokens) for name, template in self._templates.items()}
         added = backend.get_added_tokens_decoder()
         self._special_texts = {i: token.content for i, token in added.items() if token.special}
         self.special_ids = frozenset(self._special_texts)
@@ -160,14 +161,15 @@ class Tokenizer:
         writes, so never a second BOS. Raises RequestError naming the message, or "messages" where the template is
         missing or refuses; ContextLengthError beyond `at_most` tokens, as `encode` does.
         """
-        template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        template = self._templates.get(name)
         if template is None:
             has = f"; it has templates {sorted(self._templates)} but no default" if self._templates else ""
             raise RequestError(f"this model has no chat template{has}; use /v1/completions", param="messages")
         # Everything in the chat that is not the operator's.
         chat = {
             **(variables or {}),
-            "messages": normalise_messages(messages, knows_developer=template.knows_developer),
+            "messages": normalise_messages(messages, self._facts[name]),
             "tools": list(tools) if tools else None,
         }
         for text in strings_in(chat):
