@@ -33,7 +33,8 @@ class TokenBound:
     vocabularies are runs of spaces and dashes.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, vocab: Mapping[str, int]) -> None:
+        """vocab: the model's own, without the added tokens."""
         normalisers = _flat(backend.normalizer, "normalizers")
         pre_tokenizers = _flat(backend.pre_tokenizer, "pretokenizers")
         added = list(backend.get_added_tokens_decoder().values())
@@ -43,14 +44,14 @@ class TokenBound:
         if not _keeps_text(normalisers, self._strips) or not all(map(_keeps_pieces, pre_tokenizers)):
             return
         kinds = [spec["type"] for spec in (*normalisers, *pre_tokenizers)]
-        longest = _longest_of_model(backend, byte_level="ByteLevel" in kinds)
+        longest = _longest_of_model(backend.model, vocab, byte_level="ByteLevel" in kinds)
         if longest is None:
             return
         normalise = str if backend.normalizer is None else backend.normalizer.normalize_str
         texts = [text for token in added for text in (token.content, normalise(token.content))]
         self._most_bytes = max([longest, *(len(text.encode()) for text in texts)])
         if not any(_letters(spec["pattern"]["String"]) for spec in normalisers if spec["type"] == "Replace"):
-            self._most_letters = _most_letters([*backend.get_vocab(with_added_tokens=False), *texts])
+            self._most_letters = _most_letters([*vocab, *texts])
 
     def fewest(self, text: str) -> int:
         """At least so many tokens, special tokens around the text not counted; 0 where nothing is known."""
@@ -115,15 +116,13 @@ def _keeps_pieces(spec: Spec) -> bool:
     return kind in _LOSSLESS or (kind in _LOSSLESS_UNLESS_REMOVED and spec["behavior"] != "Removed")
 
 
-def _longest_of_model(backend: Backend, *, byte_level: bool) -> int | None:
+def _longest_of_model(model: models.Model, vocab: Mapping[str, int], *, byte_level: bool) -> int | None:
     """The most bytes of text that one token of the model's vocabulary stands for; None where there is no such number.
 
     There is none in models that make one unknown token of a whole word, or drop what they do not know.
     """
-    model = backend.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
-    vocab = backend.get_vocab(with_added_tokens=False)
     if byte_level:
         if not all(char in vocab for char in pre_tokenizers.ByteLevel.alphabet()):
             return None

@@ -80,12 +80,13 @@ class _Finder:
 class SpecialGuard:
     """Knows the special tokens of one tokenizer and how to encode text around them."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, vocab: Mapping[str, int]) -> None:
+        """vocab: the model's own, without the added tokens."""
         added = backend.get_added_tokens_decoder()
         specials = {i: token for i, token in sorted(added.items()) if token.special and token.content}
         self._single_words = {token.content for token in specials.values() if token.single_word}
         self._finder = _Finder([token.content for token in specials.values()])
-        self._aliased = _Aliased(backend, specials)
+        self._aliased = _Aliased(backend, vocab, specials)
         # A special token that is matched after normalising has spellings that a search of the raw text cannot see.
         self._always = backend.normalizer is not None and any(t.normalized for t in specials.values())
 
@@ -167,11 +168,11 @@ def _inside_word(text: str, start: int, end: int) -> bool:
 class _Aliased:
     """The tokenizer whose special tokens bear aliases; `alias` maps a special token's text to its alias."""
 
-    def __init__(self, backend: Backend, specials: Mapping[int, AddedToken]) -> None:
+    def __init__(self, backend: Backend, vocab: Mapping[str, int], specials: Mapping[int, AddedToken]) -> None:
         nonce = secrets.token_hex(16)
         self.alias = {token.content: f"\U000f0000{nonce}.{i}\U000f0001" for i, token in specials.items()}
-        ids = backend.get_vocab(with_added_tokens=False).values()
-        gaps = max(ids, default=-1) >= len(ids)  # the library numbers new tokens from the vocabulary's size on
+        # The library numbers new tokens from the vocabulary's size on.
+        gaps = max(vocab.values(), default=-1) >= len(vocab)
         if gaps or any(_may_form(backend, token.content) for token in specials.values()):
             self.backend = self._renamed(backend)
         else:
@@ -186,14 +187,15 @@ class _Aliased:
         self.original = {mine: i for i, mine in found.items() if mine != i}
 
     def _add_tokens(self, backend: Backend, specials: Mapping[int, AddedToken]) -> None:
-        for i, token in sorted(backend.get_added_tokens_decoder().items()):
-            if i not in specials:
-                self.backend.add_tokens([token])
-                continue
-            # Which of them are to be special was decided already, by SpecialGuard.
-            strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
-            alias = AddedToken(self.alias[token.content], normalized=False, **strips)
-            self.backend.add_special_tokens([alias])
+        added = sorted(backend.get_added_tokens_decoder().items())
+        self.backend.add_tokens([token for i, token in added if i not in specials])
+        # Which of them are to be special was decided already, by SpecialGuard.
+        self.backend.add_special_tokens(
+            [
+                AddedToken(self.alias[token.content], normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
+                for token in specials.values()
+            ]
+        )
 
     def _renamed(self, backend: Backend) -> Backend:
         """A copy whose model has the aliases in its vocabulary and can make no special token out of plain text."""

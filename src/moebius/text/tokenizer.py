@@ -47,13 +47,14 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_texts = {i: token.content for i, token in added.items() if token.special}
         self.special_ids = frozenset(self._special_texts)
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = backend.get_vocab(with_added_tokens=False)  # once: a large one takes its time
+        self.vocab_size = max([*vocab.values(), *added], default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
-        self._guard = SpecialGuard(backend)
-        self._bound = TokenBound(backend)
+        self._guard = SpecialGuard(backend, vocab)
+        self._bound = TokenBound(backend, vocab)
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
