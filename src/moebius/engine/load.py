@@ -97,7 +97,9 @@ def load_engine(
     runner = Runner(model, cache, prepared.device, config.max_num_batched_tokens)
     runner.warm_up()
     info = EngineInfo(
-        limits=ServingLimits(model_config.vocab_size, plan.max_model_len),
+        limits=ServingLimits(
+            model_config.vocab_size, plan.max_model_len, priorities=config.scheduling_policy == "priority"
+        ),
         eos_ids=eos_ids,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,

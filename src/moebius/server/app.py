@@ -24,6 +24,7 @@ from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
 from moebius.errors import RequestError
 from moebius.server.answer import Answer
+from moebius.server.body import decode_body
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.guard import Guard, read_body
@@ -35,7 +36,6 @@ from moebius.server.protocol import (
     DetokenizeRequest,
     GenerationRequest,
     TokenizeRequest,
-    decode_body,
     parse,
 )
 from moebius.server.stream import FrontDoor

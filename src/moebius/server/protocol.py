@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
-from pydantic_core import from_json
 
 from moebius.config import package_table
 from moebius.errors import RequestError
@@ -28,21 +27,6 @@ Prompts = list[str] | list[list[int]]
 def _require(condition: bool, message: str, param: str | None = None) -> None:
     if not condition:
         raise RequestError(message, param=param)
-
-
-def decode_body(body: bytes) -> dict[str, Any]:
-    """A body as one JSON object. RequestError on anything else, NaN and Infinity, or nesting beyond the limit."""
-    try:
-        found = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from error
-    _require(isinstance(found, dict), "the body must be a JSON object")
-    level: list[Any] = [found]
-    for _ in range(LIMITS.json_depth):
-        inner = (child for value in level for child in (value.values() if isinstance(value, dict) else value))
-        level = [child for child in inner if isinstance(child, (dict, list))]
-    _require(not level, f"the body nests deeper than {LIMITS.json_depth} levels")
-    return dict(found)
 
 
 def _refuse_fields(fields: Mapping[str, Any], known: Any, unsupported: Mapping[str, list[Any]], at: str) -> None:
