@@ -163,6 +163,13 @@ def test_special_tokens_inside_a_text_are_skipped_but_counted(tokenizer):
     assert (assembler.released.text, assembler.num_tokens) == ("ab", 3)
 
 
+def test_special_tokens_are_text_where_they_are_not_to_be_skipped(tokenizer):
+    ids = [*pieces(tokenizer, "a"), tokenizer.encode(SPECIALS[3])[0], *pieces(tokenizer, "b")]
+    assembler = SequenceAssembler(tokenizer, SamplingParams(skip_special_tokens=False))
+    assembler.push(step([*ids, EOS], FinishReason.STOP))
+    assert (assembler.released.text, assembler.num_tokens) == ("a<|im_start|>b", 4)  # never the one that ended it
+
+
 def test_no_stop_string_before_min_tokens(tokenizer):
     ids = pieces(tokenizer, *"..a.")
     for minimum, count in [(0, 1), (1, 1), (2, 2), (3, 4), (4, 4)]:

@@ -110,7 +110,7 @@ class SequenceAssembler:
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, prompt_ids: Sequence[int] = ()) -> None:
-        self._decoder = IncrementalDecoder(tokenizer, prompt_ids)
+        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
         self._matcher = StopMatcher(params.stop)
         self._params = params
         self._held: deque[_Held] = deque()

@@ -96,6 +96,7 @@ class SamplingParams:
     seed               None: drawn when the request is made
     stop               strings, matched in the text by the front door; stop_token_ids by the engine
     ignore_eos         do not end at the model's end tokens
+    skip_special_tokens  leave special tokens out of the text; the front door's, as `stop` is
     logprobs           None: none; k: the chosen token's and the k most likely ones' at each position
     prompt_logprobs    the same for the prompt's tokens
     """
@@ -115,6 +116,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     plain: bool = field(init=False, repr=False, compare=False)
@@ -149,6 +151,9 @@ class SamplingParams:
         _check_integer("seed", self.seed, -(2**63), 2**64 - 1, none=True)
         _check_integer("logprobs", self.logprobs, 0, LIMITS.logprobs, none=True)
         _check_integer("prompt_logprobs", self.prompt_logprobs, 0, LIMITS.logprobs, none=True)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            value = getattr(self, name)
+            _check(isinstance(value, bool), name, f"{name} is {value!r}; it must be true or false")
 
     def _check_collections(self) -> None:
         for name in ("stop", "stop_token_ids", "logit_bias"):
