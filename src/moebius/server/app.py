@@ -105,7 +105,8 @@ class _Api:
 
     def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         try:
-            params, prompts = asked.sampling(self.defaults), asked.encode(self.tokenizer)
+            params = asked.sampling(self.defaults)
+            prompts = asked.encode(self.tokenizer, self.door.client.info.limits.max_model_len)
             call = self.door.open(
                 f"{asked.id_prefix}-{secrets.token_hex(12)}",
                 prompts,
@@ -121,16 +122,9 @@ class _Api:
         return Answer(call, form(call, asked, self.tokenizer, model, self.door.client.info.fingerprint), asked.stream)
 
     def tokenize(self, request: Request, asked: TokenizeRequest) -> Response:
-        if (asked.prompt is None) == (asked.messages is None):
-            raise RequestError("give either prompt or messages", param="prompt")
-        if asked.messages is not None:
-            ids = self.tokenizer.encode_chat(
-                asked.messages, add_generation_prompt=asked.add_generation_prompt, variables=asked.chat_template_kwargs
-            )
-        else:
-            ids = self.tokenizer.encode(asked.prompt or "", asked.add_special_tokens)
-        texts = [self.tokenizer.token_text(token_id) for token_id in ids] if asked.return_token_strs else None
         length = self.door.client.info.limits.max_model_len
+        ids = asked.encode(self.tokenizer, length)
+        texts = [self.tokenizer.token_text(token_id) for token_id in ids] if asked.return_token_strs else None
         return _json({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts})
 
     def detokenize(self, request: Request, asked: DetokenizeRequest) -> Response:
@@ -143,11 +137,27 @@ class _Api:
     def _card(self, name: str) -> dict[str, Any]:
         length = self.door.client.info.limits.max_model_len
         facts = {"object": "model", "owned_by": "moebius", "created": self._created, "max_model_len": length}
-        return {"id": name, **facts}
+        family = {"root": self.settings.served_model_names[0], "parent": None}
+        return {"id": name, **facts, **family, "permission": [_permission(name, self._created)]}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.served_model_names:
             raise RequestError(f"the model {name!r} is not served here", param="model", code="model_not_found")
+
+
+def _permission(name: str, created: int) -> dict[str, Any]:
+    """What OpenAI's API once said of every model, and clients written for vLLM may still read."""
+    allowed = {"sampling": True, "logprobs": True, "view": True}
+    refused = {"create_engine": False, "search_indices": False, "fine_tuning": False}
+    return {
+        "id": "modelperm-" + hashlib.blake2b(name.encode(), digest_size=12).hexdigest(),
+        "object": "model_permission",
+        "created": created,
+        **{f"allow_{what}": allows for what, allows in (allowed | refused).items()},
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
 
 
 def _json(value: object) -> Response:
@@ -177,12 +187,13 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await asyncio.to_thread(tokenizer.prepare)
         door.start()
         try:
             yield
         finally:
             api.executor.shutdown(wait=False, cancel_futures=True)
-            await asyncio.to_thread(door.close, _CLOSE_SECONDS)
+            await door.close(_CLOSE_SECONDS)
 
     async def leave_to_guard(request: Request, error: Exception) -> Response:
         raise error  # or Starlette would answer an unknown route by itself

@@ -12,22 +12,24 @@ from moebius.text.detokenize import BYTE_ALPHABET
 
 # From this length on a text is encoded by the call that lets other threads run; for short ones that takes longer.
 _LONG_TEXT = 1024
+# So many ids become a list within the time that one call may take from all others.
+_LONG_LIST = 2**20
 
-# By how much a normaliser can shorten a text, in UTF-8. NFC: the Kelvin sign's three bytes become K, three Korean
-# letters of three bytes each one syllable of three, and nothing does worse.
-_SHRINKS = {"NFC": 3, "ByteLevel": 1, "Prepend": 1}
+# By how much a normaliser can shorten a text, in UTF-8. NFC: an iota of three bytes and two accents of two become one
+# letter of two, and nothing does worse.
+_SHRINKS = {"NFC": 4, "ByteLevel": 1, "Prepend": 1}
 _KEEPING = ("ByteLevel", "Metaspace", "Digits", "Punctuation", "Split")
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 _SPACES = "".join(char for char in map(chr, range(0x3001)) if char.isspace())
 
 
 def encode_text(backend: Backend, text: str, most: int | None = None) -> list[int]:
-    """The ids of a text, nothing added. ContextExceededError where there are more than `most`."""
+    """The ids of a text, nothing added. ContextExceededError where they exceed `most`, and are too many to list."""
     if len(text) < _LONG_TEXT:
         short: list[int] = backend.encode(text, add_special_tokens=False).ids
         return short
     (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-    if most is not None and len(encoding) > most:
+    if most is not None and len(encoding) > max(most, _LONG_LIST):
         raise ContextExceededError(most, len(encoding))
     ids: list[int] = encoding.ids
     return ids
@@ -49,9 +51,10 @@ class TokenBound:
         added = backend.get_added_tokens_decoder().values()
         # A byte-level token has a character for each byte.
         sizes = map(len, vocabulary) if byte_level else (len(token.encode()) for token in vocabulary)
-        longest = max([*sizes, *(len(token.content.encode()) for token in added)], default=0) * _shrink(normalizer)
-        keeps = _is_whole(backend, vocabulary, byte_level) and all(map(_keeps, pre_tokenizer))
-        self.longest = longest if longest and keeps else None
+        self._shrink = _shrink(normalizer)
+        whole = _is_whole(backend, vocabulary, byte_level) and all(map(_keeps, pre_tokenizer))
+        longest = max([*sizes, *(len(token.content.encode()) for token in added)], default=0)
+        self.longest = longest * self._shrink if whole and longest and self._shrink else None
         self._swallows_spaces = any(token.lstrip or token.rstrip for token in added)
 
     def fewest_tokens(self, text: str) -> int:
@@ -61,7 +64,9 @@ class TokenBound:
         size = len(text.encode("utf-8", "surrogatepass"))
         if self._swallows_spaces:
             size -= sum(text.count(space) * len(space.encode()) for space in _SPACES)
-        return -(-size // self.longest)
+        # No normaliser in question shortens ASCII.
+        longest = self.longest // self._shrink if text.isascii() else self.longest
+        return -(-size // longest)
 
 
 def _steps(part: Any) -> list[Mapping[str, Any]]:

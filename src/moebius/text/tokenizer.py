@@ -115,8 +115,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True, *, most: int | None = None) -> list[int]:
         """Ids of a text as the tokenizer encodes by default: special-token text becomes special tokens.
 
-        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and ContextExceededError on
-        one that has more than `most` tokens: before it is tokenised where its length alone says so.
+        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and ContextExceededError,
+        before any work, on one whose length alone shows that it has more than `most` tokens.
         """
         self._check_fits(text, most)
         _check_unicode(text, "prompt")
@@ -148,7 +148,7 @@ class Tokenizer:
 
         `variables` are further ones for the template (enable_thinking, ...). Nothing is added to what the template
         writes, so never a second BOS. Raises RequestError naming the message, or "messages" where the template is
-        missing or refuses, and ContextExceededError where there are more than `most`.
+        missing or refuses, and ContextExceededError where the chat's length alone shows more than `most` tokens.
         """
         template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
         if template is None:
