@@ -300,7 +300,7 @@ def parse(model: type[_Model], fields: Mapping[str, Any]) -> _Model:
     own = {name: value for name, value in given.items() if name in model.model_fields}
     others = {name: value for name, value in given.items() if name not in model.model_fields}
     for name in others:
-        _require(generates and name in UNSUPPORTED, f"{name}: there is no such field", name)
+        _require(generates and name in UNSUPPORTED, f"{name[:200]}: there is no such field", name)
     _refuse_unsupported(others, UNSUPPORTED, "")
     try:
         return model.model_validate(own)

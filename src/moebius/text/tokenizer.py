@@ -163,12 +163,12 @@ class Tokenizer:
         for text in strings_in(chat):
             _check_unicode(text, "messages")
         known = {"documents": None, **self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        rendered = template.render({**chat, **known})
+        self._check_fits(rendered, most)
         if not self._guard.concerns(chat):
-            return self.encode(template.render({**chat, **known}), add_special_tokens=False, most=most)
+            return self.encode(rendered, add_special_tokens=False, most=most)
         marked, marker = self._guard.mark(chat, template.source)
-        rendered = template.render({**marked, **known})
-        self._check_fits(rendered.replace(marker, ""), most)
-        return self._guard.encode_marked(rendered, marker, most)
+        return self._guard.encode_marked(template.render({**marked, **known}), marker, most)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become U+FFFD."""
