@@ -250,7 +250,7 @@ class ChatRequest(GenerationRequest):
         known = effort is None or effort in _EFFORTS
         _require(known, f"reasoning_effort must be one of {', '.join(_EFFORTS)}", "reasoning_effort")
         top, most = self.top_logprobs or 0, LIMITS.logprobs
-        _require(self.logprobs or self.top_logprobs is None, "top_logprobs needs logprobs: true", "top_logprobs")
+        _require(self.logprobs or not self.top_logprobs, "top_logprobs needs logprobs: true", "top_logprobs")
         _require(0 <= top <= most, f"top_logprobs is {top}; it must be an integer from 0 to {most}", "top_logprobs")
         logprobs = top if self.logprobs else None
         return self._sampling(defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
