@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +14,11 @@ class Holding:
 
     A thread of its own asks for the lock again and again; between two times that it got it, the others have computed.
     Where it did not run because the machine was busy, they may have computed at their own pace: several tries help.
+    The heap is frozen as `moebius serve` has it, so that a collection walks what requests made, and nothing else.
     """
 
     def __enter__(self) -> Holding:
+        gc.freeze()
         self.seconds = 0.0
         self._stop = False
         self._thread = threading.Thread(target=self._watch)
@@ -25,6 +28,7 @@ class Holding:
     def __exit__(self, *_: object) -> None:
         self._stop = True
         self._thread.join()
+        gc.unfreeze()
 
     def _watch(self) -> None:
         before = self._now()

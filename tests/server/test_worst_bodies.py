@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -17,15 +15,6 @@ from server.worst_bodies import WorstBody, worst_bodies
 _SIZE = 1_000_000
 _TRIES = 4
 _MOST_SECONDS = 0.050
-
-
-@pytest.fixture
-def frozen_heap() -> Iterator[None]:
-    """As `moebius serve` has it: a collection walks what requests made, and not all that was loaded before."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_there_are_many_kinds() -> None:
@@ -54,7 +43,7 @@ async def cost(server: Server, worst: WorstBody) -> tuple[float, float]:
 
 
 @pytest.mark.case("B1")
-def test_no_body_holds_the_loop_or_the_lock(frozen_heap: None) -> None:
+def test_no_body_holds_the_loop_or_the_lock() -> None:
     async def check(server: Server) -> None:
         slow = {}
         for worst in worst_bodies(_SIZE):

@@ -37,7 +37,7 @@ class Limits:
     header_bytes: int = 16 * 2**10
     json_depth: int = 64
     json_values: int = 2**20
-    json_parts: int = 2**17
+    json_parts: int = 2**16
     priority: int = 2**31 - 1
     salt_bytes: int = 256
 

@@ -129,7 +129,7 @@ class _Api:
 
     def detokenize(self, request: Request, asked: DetokenizeRequest) -> Response:
         vocab_size = self.door.client.info.limits.vocab_size
-        for token_id in asked.tokens:
+        for token_id in set(asked.tokens):
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"tokens: {token_id} is not an id from 0 to {vocab_size - 1}", param="tokens")
         return _json({"prompt": self.tokenizer.decode(asked.tokens, skip_special_tokens=False)})

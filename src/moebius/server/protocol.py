@@ -293,17 +293,16 @@ _Model = TypeVar("_Model", bound=Body)
 def parse(model: type[_Model], fields: Mapping[str, Any]) -> _Model:
     """A checked record of `model`, or RequestError naming the first field that is wrong."""
     given = _without_nulls(fields)
-    generates = issubclass(model, GenerationRequest)
-    if generates:
-        given = {name: value for name, value in given.items() if name not in HARMLESS}
-        given = _without_idle_tools(given)
-    own = {name: value for name, value in given.items() if name in model.model_fields}
-    others = {name: value for name, value in given.items() if name not in model.model_fields}
-    for name in others:
-        _require(generates and name in UNSUPPORTED, f"{name[:200]}: there is no such field", name)
-    _refuse_unsupported(others, UNSUPPORTED, "")
+    own = model.model_fields.keys()
+    others: Mapping[str, list[Any]] = UNSUPPORTED if issubclass(model, GenerationRequest) else {}
+    harmless = HARMLESS if issubclass(model, GenerationRequest) else frozenset()
+    for name in given:
+        known = name in own or name in others or name in harmless
+        _require(known, f"{name[:200]}: there is no such field", name)
+    given = _without_idle_tools(given)
+    _refuse_unsupported({name: value for name, value in given.items() if name not in own}, others, "")
     try:
-        return model.model_validate(own)
+        return model.model_validate({name: value for name, value in given.items() if name in own})
     except ValidationError as error:
         raise first_error(error) from error
 
