@@ -233,3 +233,9 @@ def test_bfloat16_runs_and_the_fingerprint_names_the_kernels(
     ops = select_ops("cpu", torch.bfloat16)
     assert (ops.name == "reference") == (isa == "reference")
     assert one.info.fingerprint.endswith(f"_{ops.name}_bfloat16" if ops.one_answer else "_reference_bfloat16-approx")
+
+
+@pytest.mark.case("B3")
+def test_only_the_operator_allows_priorities(tiny_model: Path) -> None:
+    assert not engine(tiny_model).info.limits.priorities
+    assert engine(tiny_model, scheduling_policy="priority").info.limits.priorities

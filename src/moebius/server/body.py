@@ -76,8 +76,9 @@ def _contents(body: bytes) -> _Contents:
         quotes = codes == ord('"')
         # Odd where a string has begun and not ended. Sums wrap at 256, which keeps them even or odd.
         inside = np.add.accumulate(quotes, dtype=np.uint8) + np.uint8(in_string)
-        outside = codes[(inside & 1) == 0]
-        in_string = int(inside[-1]) & 1
+        inside &= 1
+        outside = codes[inside == 0]
+        in_string = int(inside[-1])
         # ASCII has [ and ] where { and } are, less 32.
         opened = (outside | 32) == ord("{")
         closed = (outside | 32) == ord("}")
@@ -85,7 +86,7 @@ def _contents(body: bytes) -> _Contents:
         found.depth = max(found.depth, level + int(levels.max(initial=0)))
         level += int(levels[-1]) if len(levels) else 0
         found.values += int(np.count_nonzero(outside == ord(","))) + int(np.count_nonzero(opened))
-        found.parts += int(np.count_nonzero(opened)) + int(np.count_nonzero(quotes)) // 2
+        found.parts += int(np.count_nonzero(opened)) + int(np.count_nonzero(quotes & (inside == 1)))
     return found
 
 
