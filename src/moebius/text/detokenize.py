@@ -26,12 +26,12 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
 
 
-BYTE_ALPHABET = _byte_alphabet()
+_ALPHABET = _byte_alphabet()
 
 
 def _byte_level(token: str) -> bytes:
-    if all(c in BYTE_ALPHABET for c in token):
-        return bytes(BYTE_ALPHABET[c] for c in token)
+    if all(c in _ALPHABET for c in token):
+        return bytes(_ALPHABET[c] for c in token)
     return token.encode()
 
 

@@ -18,7 +18,6 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from moebius.errors import RequestError
-from moebius.text.bound import encode_text
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -76,7 +75,7 @@ class SpecialGuard:
 
         return marked(value), marker
 
-    def encode_marked(self, rendered: str, marker: str, most: int | None = None) -> list[int]:
+    def encode_marked(self, rendered: str, marker: str) -> list[int]:
         """Ids of a rendered text: specials between markers as plain text, the others as special tokens."""
         mark = f"(?:{marker}|{re.escape(_escaped(marker))})"
         specials = self._pattern.pattern
@@ -87,15 +86,11 @@ class SpecialGuard:
             return plain if plain is not None else aliased.alias[special] if special is not None else ""
 
         text = re.sub(f"{mark}(?P<plain>{specials}){mark}|(?P<special>{specials})|{mark}", replace, rendered)
-        return aliased.encode(text, most)
+        return aliased.encode(text)
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which nothing is special."""
         return self._tokenizer().encode(text)
-
-    def prepare(self) -> None:
-        """Build the second tokenizer now."""
-        self._tokenizer()
 
     def _tokenizer(self) -> "_Aliased":
         # Built when first needed: it costs as much memory and time as the first tokenizer did.
@@ -146,6 +141,6 @@ class _Aliased:
             pairs = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
             model["merges"] = [[a, b] for a, b in pairs if alias.keys().isdisjoint((a, b, a + b))]
 
-    def encode(self, text: str, most: int | None = None) -> list[int]:
-        ids = encode_text(self._backend, text, most)
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [self._original.get(i, i) for i in ids] if self._original else ids

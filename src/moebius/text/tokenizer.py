@@ -10,8 +10,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from moebius.config import read_json
-from moebius.errors import ContextExceededError, RequestError, TokenizerError
-from moebius.text.bound import TokenBound, encode_text
+from moebius.errors import RequestError, TokenizerError
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
 from moebius.text.guard import SpecialGuard, strings_in
@@ -50,7 +49,6 @@ class Tokenizer:
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         self._guard = SpecialGuard(backend)
-        self._bound = TokenBound(backend)
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
@@ -104,31 +102,14 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
-    def prepare(self) -> None:
-        """Build now what would otherwise be built when first needed, and would then hold everybody up."""
-        self._guard.prepare()
-
-    def fewest_tokens(self, text: str) -> int:
-        """A lower bound on the number of tokens, told by the text's length; 0 where the tokenizer has none."""
-        return self._bound.fewest_tokens(text)
-
-    def encode(self, text: str, add_special_tokens: bool = True, *, most: int | None = None) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text as the tokenizer encodes by default: special-token text becomes special tokens.
 
-        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and ContextExceededError,
-        before any work, on one whose length alone shows that it has more than `most` tokens.
+        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate).
         """
-        self._check_fits(text, most)
         _check_unicode(text, "prompt")
-        ids = encode_text(self._backend, text, most)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
-
-    def _check_fits(self, text: str, most: int | None) -> None:
-        if most is None or len(text) <= most:
-            return
-        fewest = self._bound.fewest_tokens(text)
-        if fewest > most:
-            raise ContextExceededError(most, fewest, at_least=True)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text in which special-token text is plain text; nothing is added."""
@@ -141,14 +122,12 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
-        *,
-        most: int | None = None,
     ) -> list[int]:
         """Ids of a chat. Special tokens are the template's alone: their text in messages, tools and variables is plain.
 
         `variables` are further ones for the template (enable_thinking, ...). Nothing is added to what the template
         writes, so never a second BOS. Raises RequestError naming the message, or "messages" where the template is
-        missing or refuses, and ContextExceededError where the chat's length alone shows more than `most` tokens.
+        missing or refuses.
         """
         template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
         if template is None:
@@ -163,12 +142,10 @@ class Tokenizer:
         for text in strings_in(chat):
             _check_unicode(text, "messages")
         known = {"documents": None, **self._special_tokens, "add_generation_prompt": add_generation_prompt}
-        rendered = template.render({**chat, **known})
-        self._check_fits(rendered, most)
         if not self._guard.concerns(chat):
-            return self.encode(rendered, add_special_tokens=False, most=most)
+            return self.encode(template.render({**chat, **known}), add_special_tokens=False)
         marked, marker = self._guard.mark(chat, template.source)
-        return self._guard.encode_marked(template.render({**marked, **known}), marker, most)
+        return self._guard.encode_marked(template.render({**marked, **known}), marker)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become U+FFFD."""
