@@ -163,6 +163,114 @@ def test_special_tokens_inside_a_text_are_skipped_but_counted(tokenizer):
     assert (assembler.released.text, assembler.num_tokens) == ("ab", 3)
 
 
+def stopped(tokenizer, ids, *stops, finish=None, **params):
+    """The assembler after these tokens, one a step, and the text that its deltas sent."""
+    assembler = SequenceAssembler(tokenizer, SamplingParams(stop=stops, logprobs=0, max_tokens=99, **params))
+    sent = ""
+    for i, token in enumerate(ids):
+        sent += assembler.push(step([token], finish if i == len(ids) - 1 else None, i)).text
+    assert sent == assembler.released.text
+    assert len(assembler.released.token_ids) == len(assembler.released.logprobs)
+    return assembler
+
+
+IM_END = "<|im_end|>"
+
+
+@pytest.mark.case("A4")
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "count", "text"),
+    [
+        (IM_END, 3, "ab"),
+        (f"{IM_END}\n", 4, "ab"),
+        (f"b{IM_END}", 3, "a"),
+        (f"b{IM_END}\nc", 5, "a"),
+        (f"{IM_END}\n{IM_END}", None, None),
+        (f"{IM_END}c", None, None),
+        (f"{IM_END}<s>", None, None),
+        (f"c<s>{IM_END}", 7, f"ab{IM_END}\n"),
+        (f"<s>{IM_END}d", 8, f"ab{IM_END}\nc"),
+        ("</s>", None, None),
+    ],
+)
+def test_a_stop_string_may_name_special_tokens(tokenizers, skip, stop, count, text):
+    for tokenizer in tokenizers.values():
+        special, start = tokenizer.encode(IM_END, False)[-1], tokenizer.encode("<s>", False)[-1]
+        a, b, line, c, d = (tokenizer._backend.token_to_id(x) for x in ("a", "b", "Ċ", "c", "d"))
+        if line is None:
+            line = tokenizer._backend.token_to_id("<0x0A>") or tokenizer._backend.token_to_id("\n")
+        ids = [a, b, special, line, c, start, special, d]
+        if None in ids:
+            continue
+        end = stopped(tokenizer, ids, stop, skip_special_tokens=skip)
+        if count is None:
+            assert not end.finished
+            continue
+        assert (end.finish_reason, end.stop_reason, end.num_tokens) == ("stop", stop, count)
+        assert end.released.token_ids == tuple(ids[:count]) and end.wants_abort
+        assert end.released.text == (text.replace(IM_END, "") if skip else text)
+
+
+@pytest.mark.case("A4")
+def test_special_tokens_and_stop_strings_at_the_edges(tokenizer):
+    special, eos = tokenizer.encode(IM_END)[0], EOS
+    a, b = pieces(tokenizer, "a", "b")
+    # What is inside a special token's text is no text while it is left out.
+    assert not stopped(tokenizer, [a, special, b], "im_end", "|", ">").finished
+    shown = stopped(tokenizer, [a, special, b], "im_end", skip_special_tokens=False)
+    assert (shown.released.text, shown.stop_reason, shown.num_tokens) == ("a<|", "im_end", 2)
+    # The text that is sent holds no stop string either, whatever was left out of it.
+    across = stopped(tokenizer, [a, special, b], "ab")
+    assert (across.released.text, across.stop_reason) == ("", "ab")
+    # The same spelled in ordinary tokens.
+    spelled = stopped(tokenizer, [a, *tokenizer.encode_ordinary(IM_END), b], IM_END)
+    assert (spelled.released.text, spelled.stop_reason) == ("a", IM_END)
+    # min_tokens counts for them as for others.
+    late = stopped(tokenizer, [a, special, b, special, a], IM_END, min_tokens=3)
+    assert (late.released.text, late.num_tokens) == ("ab", 4)
+    # An end token that is named is the stop reason; not named, or named as an id, it is what it was.
+    for stops, ids, reason in (((), (), None), (("</s>",), (), "</s>"), ((), (eos,), eos), (("a",), (), None)):
+        ended = stopped(tokenizer, [b, eos], *stops, finish=FinishReason.STOP, stop_token_ids=ids)
+        assert (ended.released.text, ended.finish_reason, ended.stop_reason) == ("b", "stop", reason)
+        assert not ended.wants_abort and ended.num_tokens == 2
+    cut = stopped(tokenizer, [a, b, eos], "b</s>", finish=FinishReason.STOP)
+    assert (cut.released.text, cut.stop_reason) == ("a", "b</s>")
+    ignored = stopped(tokenizer, [b, eos, a], "</s>", ignore_eos=True)
+    assert (ignored.released.text, ignored.stop_reason, ignored.num_tokens) == ("b", "</s>", 2)
+    # A character that was never finished is at the end of the text.
+    fox = tokenizer.encode("🦊")[:2]
+    assert stopped(tokenizer, [a, *fox, special], IM_END).released.text == "a�"
+
+
+@pytest.mark.case("A4")
+@given(st.data())
+@SETTINGS
+def test_stop_strings_with_special_tokens_equal_the_naive_answer(tokenizers, data):
+    tokenizer = tokenizers["byte_level"]
+    names = ["a", "b", "<s>", IM_END]
+    drawn = data.draw(st.lists(st.sampled_from(names), max_size=14))
+    stops = data.draw(st.lists(st.lists(st.sampled_from(names), min_size=1, max_size=4), min_size=1, max_size=3))
+    ids = [tokenizer.encode(name)[0] for name in drawn]
+
+    def visible(symbols):
+        return [symbol for symbol in symbols if len(symbol) == 1]
+
+    expected = ("".join(visible(drawn)), len(drawn), None)
+    for end in range(1, len(drawn) + 1):
+        seen = drawn[:end]
+        shown = visible(seen) if len(seen[-1]) == 1 else []
+        found = [stop for stop in stops if seen[-len(stop) :] == stop or (shown and shown[-len(stop) :] == stop)]
+        if found:
+            longest = max(found, key=lambda stop: (len(visible(stop)), len("".join(stop))))
+            text = visible(seen)
+            expected = ("".join(text[: len(text) - len(visible(longest))]), end, "".join(longest))
+            break
+    end = stopped(tokenizer, ids, *("".join(stop) for stop in stops))
+    released = end.released.text if end.finished else tokenizer.decode(ids)
+    assert (released, end.num_tokens, end.stop_reason) == expected
+
+
 def test_special_tokens_are_text_where_they_are_not_to_be_skipped(tokenizer):
     ids = [*pieces(tokenizer, "a"), tokenizer.encode(SPECIALS[3])[0], *pieces(tokenizer, "b")]
     assembler = SequenceAssembler(tokenizer, SamplingParams(skip_special_tokens=False))

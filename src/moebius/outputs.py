@@ -24,7 +24,8 @@ class CompletionOutput:
     token_ids       all drawn tokens, the end token or the one that completed a stop string included
     logprobs        one for each of token_ids; None where none were asked for
     finish_reason   None while it is unfinished
-    stop_reason     the stop string or the id of stop_token_ids that ended it; None for an end-of-sequence token
+    stop_reason     the stop string or the id of stop_token_ids that ended it; None for an end-of-sequence token that
+                    no stop string names
     """
 
     index: int
@@ -104,15 +105,16 @@ class SequenceAssembler:
     A token is released with the last of its text, or after it. When a stop string completes at a token, text ends
     before the string, and token ids, log-probabilities and usage end with that token, whatever the engine has drawn
     meanwhile. No stop string is looked for before the min_tokens-th token. The text of the token that made the engine
-    stop is left out.
+    stop is left out. A stop string may name special tokens, which it meets whether or not the text leaves them out.
 
     With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without it stands alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, prompt_ids: Sequence[int] = ()) -> None:
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
-        self._matcher = StopMatcher(params.stop)
+        self._matcher = StopMatcher(params.stop, tokenizer.split_special)
         self._params = params
+        self._tokenizer = tokenizer
         self._held: deque[_Held] = deque()
         self._decoded = self._released = 0
         self._deltas: list[Delta] = []
@@ -158,14 +160,15 @@ class SequenceAssembler:
         self.num_tokens += 1
         held = _Held(token_id, logprob, self._decoded)
         self._held.append(held)
+        special = token_id in self._tokenizer.special_ids
         if ender:
-            if token_id in self._params.stop_token_ids:
-                self.stop_reason = token_id
-            return ""
+            self.stop_reason = token_id if token_id in self._params.stop_token_ids else None
+            return self._match_special(token_id) if special else ""
         text = self._decoder.push(token_id)
         self._decoded += len(text)
         self._settle(text, held)
-        return self._match(text)
+        hidden = special and self._params.skip_special_tokens
+        return self._match_special(token_id) if hidden else self._match(text)
 
     def _settle(self, text: str, newest: _Held) -> None:
         """Set the end of each token whose bytes have become characters: any text settles all bytes held before it."""
@@ -180,7 +183,15 @@ class SequenceAssembler:
     def _match(self, text: str) -> str:
         if self.num_tokens < self._params.min_tokens:
             return text
-        released, stop = self._matcher.push(text)
+        return self._after(*self._matcher.push(text))
+
+    def _match_special(self, token_id: int) -> str:
+        if self.num_tokens < self._params.min_tokens:
+            return ""
+        released = self._after(*self._matcher.push_special(self._tokenizer.special_text(token_id)))
+        return released + self._decoder.flush() if self.finished else released
+
+    def _after(self, released: str, stop: str | None) -> str:
         if stop is not None:
             self.finish_reason, self.stop_reason = "stop", stop
         return released

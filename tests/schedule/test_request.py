@@ -17,7 +17,7 @@ from schedule.making import LIMITS, make_request
         ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("seed", 2**64), ("seed", 1.5),
         ("logprobs", 21), ("prompt_logprobs", -1), ("stop", ["x"] * 17), ("stop", ["x" * 257]), ("stop", [3]),
-        ("ignore_eos", 1), ("skip_special_tokens", None), ("stop_token_ids", [-1]),
+        ("stop", ["\ud800"]), ("ignore_eos", 1), ("skip_special_tokens", None), ("stop_token_ids", [-1]),
         ("stop_token_ids", [1] * 257), ("logit_bias", {1: 101}), ("logit_bias", {-1: 0}),
         ("logit_bias", dict.fromkeys(range(1025), 0)),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Any
 
 import pytest
 
 from moebius.text import Tokenizer
+from server.fake_engine import FakeEngine, constant
 from server.serving import MODEL, Server, engine, run, tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -152,3 +154,25 @@ def test_stop_string_and_stop_token() -> None:
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", token)
 
     run(check, engine(SPOKEN))
+
+
+@pytest.mark.case("C2")
+@pytest.mark.case("C3")
+@pytest.mark.parametrize("arguments", ['{"x": 1}', '{"a": ', "", "[1]"])
+def test_a_tool_call_of_an_earlier_turn(arguments: str) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "done"}]},
+    ]
+    bundled = Tokenizer.load(files("moebius") / "bundled")
+
+    async def check(server: Server) -> None:
+        await server.chat(messages=messages, max_tokens=1)
+        await server.chat(messages=[messages[0], {**messages[1], "content": ""}, messages[2]], max_tokens=1)
+        first, second = server.engine.requests
+        assert first.prompt_ids == second.prompt_ids
+
+    for ours in (tokenizer(), bundled):
+        run(check, FakeEngine(constant([5]), vocab_size=ours.vocab_size), tokenizer=ours)

@@ -214,7 +214,7 @@ def test_what_is_too_long_is_told_in_openais_sentence() -> None:
 
     async def check(server: Server) -> None:
         for path, change, words in (
-            (CHAT, {"messages": [{"role": "user", "content": long}]}, " tokens. However, you requested "),
+            (CHAT, {"messages": [{"role": "user", "content": long}]}, "However, your messages resulted in "),
             (
                 CHAT,
                 {"messages": [{"role": "user", "content": long}], "max_tokens": None},
@@ -226,17 +226,27 @@ def test_what_is_too_long_is_told_in_openais_sentence() -> None:
                 {"max_tokens": 512},
                 " in the messages, 512 in the completion). Please reduce the length of the mess",
             ),
-            (COMPLETIONS, {"prompt": long}, "However, you requested "),
+            (COMPLETIONS, {"prompt": long}, "However, your prompt resulted in "),
             (COMPLETIONS, {"prompt": long * 99}, "your prompt resulted in at least "),
             (COMPLETIONS, {"prompt": [5] * 600}, "your prompt resulted in 600 tokens"),
             (COMPLETIONS, {"max_tokens": 512}, "you requested 513 tokens (1 in the prompt, 512 in the completion)"),
-            ("/tokenize", {"prompt": long * 99}, "your prompt resulted in at least "),
+            ("/tokenize", {"prompt": long * 99}, "prompt has over 2048: no more are counted"),
         ):
             response = await server.post(path, {**GOOD[path], **change})
             error = check_error(response, status=400, param="messages" if path == CHAT else "prompt")
             assert error["code"] == "context_length_exceeded"
             assert error["message"].startswith("This model's maximum context length is 512 tokens. However, ")
             assert words in error["message"], error
+
+    run(check)
+
+
+def test_a_text_beyond_the_context_is_counted() -> None:
+    async def check(server: Server) -> None:
+        chat = [{"role": "user", "content": "hello " * 600}]
+        for fields in ({"prompt": "hello " * 600}, {"messages": chat}):
+            response = await server.post("/tokenize", fields)
+            assert response.status_code == 200 and response.json()["count"] > 512, response.text
 
     run(check)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from moebius.schedule.request import choice_seed
-from moebius.text import GenerationDefaults
-from server.fake_engine import MINUS_INFINITY_TOKEN, constant, logprob
+from moebius.text import GenerationDefaults, Tokenizer
+from server.fake_engine import MINUS_INFINITY_TOKEN, FakeEngine, constant, logprob
 from server.serving import MODEL, Server, engine, run, tokenizer
+from text.tiny_tokenizers import FAMILIES, UNFAITHFUL
 
 COMPLETIONS = "/v1/completions"
 SPOKEN = " world, hello 😀 Grüße"
@@ -221,6 +222,25 @@ def test_no_stop(stop: Any) -> None:
     run(check, engine(SPOKEN))
 
 
+@pytest.mark.case("A4")
+def test_a_special_token_that_is_no_end_token_may_be_a_stop_string() -> None:
+    async def check(server: Server) -> None:
+        for stop, tokens in (("<|im_end|>", 3), ("<|im_end|>\n", 4)):
+            body = await server.complete(max_tokens=100, stop=stop, logprobs=0, return_token_ids=True)
+            choice = body["choices"][0]
+            assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("ab", "stop", stop)
+            assert body["usage"]["completion_tokens"] == tokens == len(choice["token_ids"])
+            assert len(choice["logprobs"]["tokens"]) == tokens
+            assert joined(await server.stream(COMPLETIONS, max_tokens=100, stop=stop), 0) == "ab"
+            answer = (await server.chat(max_tokens=100, stop=stop))["choices"][0]
+            assert (answer["message"]["content"], answer["stop_reason"]) == ("ab", stop)
+            chunks = await server.stream("/v1/chat/completions", max_tokens=100, stop=stop)
+            assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "ab"
+            assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"
+
+    run(check, engine("ab<|im_end|>\nand on and on"))
+
+
 def test_scoring_a_prompt_as_lm_eval_does() -> None:
     """Token ids, echo, logprobs: one entry a prompt token, the first null, in the prompt's own order."""
     ids = [10, 11, 12, MINUS_INFINITY_TOKEN, 14, 15, 16, 17, 18, 19]
@@ -263,6 +283,30 @@ def test_echo_and_offsets_point_into_the_text() -> None:
         assert joined(await server.stream(COMPLETIONS, prompt=prompt, echo=True, max_tokens=100), 0) == prompt + SPOKEN
 
     run(check, engine(SPOKEN))
+
+
+@pytest.mark.case("A3")
+@pytest.mark.parametrize("make", [*FAMILIES.values(), *UNFAITHFUL.values()])
+@pytest.mark.parametrize("prompt", ["hello world", "  hello <s> world", "caf\u0065\u0301 \ufb01 <|im_end|>"])
+def test_echoed_offsets_point_into_the_text_that_is_sent(make: Any, prompt: str) -> None:
+    ours = Tokenizer(make(), {"bos_token": "<s>", "eos_token": "</s>"})
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 2, "seed": 1}
+
+    async def check(server: Server) -> None:
+        for asked in (prompt, ours.encode(prompt)):
+            choice = (await server.complete(prompt=asked, **fields))["choices"][0]
+            sent = prompt if asked is prompt else ours.decode(asked)
+            assert choice["text"].startswith(sent)
+            offsets = choice["logprobs"]["text_offset"]
+            assert len(offsets) == len(choice["logprobs"]["tokens"]) == len(ours.encode(prompt)) + 2
+            assert offsets[-2] == len(sent)  # where the prompt ends, the answer begins
+            chunks = await server.stream(COMPLETIONS, prompt=asked, **fields)
+            assert [o for chunk in chunks for o in chunk["choices"][0]["logprobs"]["text_offset"]] == offsets
+            if asked is prompt:
+                assert offsets[:-2] == ours.offsets(prompt)
+
+    fake = FakeEngine(constant([ours.encode("hello", False)[0]] * 2), vocab_size=ours.vocab_size)
+    run(check, fake, tokenizer=ours)
 
 
 def test_prompt_logprobs_by_token_id() -> None:

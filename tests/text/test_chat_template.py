@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moebius.errors import RequestError, TokenizerError
 from moebius.text.chat import ChatTemplate, normalise_messages
+from moebius.text.probe import TemplateFacts
 from text.tiny_tokenizers import byte_level
 
 MESSAGES = [
@@ -173,8 +174,8 @@ def test_broken_templates_are_the_operators_error():
             ChatTemplate(source, "mine")
 
 
-def normal(*messages, knows_developer=True):
-    return normalise_messages(messages, knows_developer=knows_developer)
+def normal(*messages, **facts):
+    return normalise_messages(messages, TemplateFacts(**facts))
 
 
 def test_messages_become_what_templates_expect():
@@ -184,13 +185,14 @@ def test_messages_become_what_templates_expect():
     assert normal({"role": "assistant", "content": None, "tool_calls": [call]}) == [
         {
             "role": "assistant",
+            "content": "",
             "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}],
         }
     ]
     assert json.loads(call["function"]["arguments"]) == {"x": [1]}  # the client's own object is left alone
     developer = {"role": "developer", "content": "x"}
-    assert normal(developer)[0]["role"] == "developer"
-    assert normal(developer, knows_developer=False)[0]["role"] == "system"
+    assert normal(developer, developer=True)[0]["role"] == "developer"
+    assert normal(developer)[0]["role"] == "system"
     assert developer["role"] == "developer"
 
 
@@ -209,8 +211,10 @@ def test_messages_become_what_templates_expect():
         ({"role": "user", "content": [3]}, "messages[1].content"),
         ({"role": "assistant", "tool_calls": {}}, "messages[1].tool_calls"),
         ({"role": "assistant", "tool_calls": [{}]}, "messages[1].tool_calls[0]"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}, "messages[1].tool_calls[0]"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[]"}}]}, "messages[1].tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [3]}, "messages[1].tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "messages[1].tool_calls[0].function.name"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}, "messages[1].tool_calls[0].function.name"),
+        ({"role": "tool", "tool_call_id": "1"}, "messages[1].content"),
     ],
 )
 def test_wrong_messages_are_named(message, param):

@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from moebius.errors import ConfigError, RequestError, TokenizerError
 from moebius.text import GenerationDefaults, IncrementalDecoder, Tokenizer, text_offsets
-from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, byte_level, llama, save
+from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, UNFAITHFUL, byte_level, llama, save
 
 TEXTS = [
     *CORPUS[:4],
@@ -73,15 +74,13 @@ def test_chat_equals_transformers(pair, generate):
     assert ids.count(ours.bos_id) == 1
 
 
-def test_guarded_chat_equals_the_plain_one_without_special_text(pair):
+def test_guarded_chat_equals_the_plain_one_without_special_text(pair, monkeypatch):
     """The second tokenizer, used when contents hold special text, gives the same ids when they hold none."""
     ours, theirs = pair
+    monkeypatch.setattr(ours._guard, "_always", True)
     for end in range(1, len(CHAT) + 1):
-        chat = {"messages": CHAT[:end], "tools": None}
-        marked, marker = ours._guard.mark(chat)
-        rendered = ours._templates["default"].render({**marked, "bos_token": "<s>", "add_generation_prompt": True})
         expected = theirs.apply_chat_template(CHAT[:end], add_generation_prompt=True, return_dict=False)
-        assert ours._guard.encode_marked(rendered, marker) == expected
+        assert ours.encode_chat(CHAT[:end]) == expected
 
 
 @pytest.mark.parametrize("special", SPECIALS)
@@ -159,8 +158,19 @@ def test_private_use_characters_survive_and_forge_nothing(loaded):
     assert content in ours.decode(ids, skip_special_tokens=False)
     assert ids.count(ours.encode("<|im_end|>", False)[0]) == 1
     everything = "".join(map(chr, range(0xE000, 0xF900))) + "<s>"
-    with pytest.raises(RequestError, match="private-use"):
-        ours.encode_chat([{"role": "user", "content": everything}])
+    ids = ours.encode_chat([{"role": "user", "content": everything}])
+    assert everything in ours.decode(ids, skip_special_tokens=False)
+
+
+def test_guarded_text_goes_through_in_windows(loaded, monkeypatch):
+    """A special token across the border of two windows, at their ends, and inside words."""
+    monkeypatch.setattr("moebius.text.guard._WINDOW", 7)
+    ours = loaded["byte_level"]
+    special = ours.encode("<|im_start|>", False)[0]
+    for shift in range(30):
+        content = "x" * shift + "<|im_start|>y<|im_start|><|im_end|>" + "z" * 9
+        ids = ours.encode_chat([{"role": "user", "content": content}, {"role": "user", "content": "\0"}])
+        assert ids.count(special) == 3 and content in ours.decode(ids, skip_special_tokens=False)
 
 
 def test_special_text_in_tools_keys_and_template_variables_is_plain(tmp_path):
@@ -282,6 +292,59 @@ def test_leading_space_of_a_continuation(loaded):
         assert "".join(map(after_special.push, output)) == "the dog"
 
 
+@pytest.fixture(scope="module")
+def all_loaded(loaded) -> dict[str, Tokenizer]:
+    words = Backend(models.WordLevel({"<unk>": 0, "a": 1, "ab": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    unfaithful = {name: Tokenizer(make()) for name, make in UNFAITHFUL.items()}
+    framed = Tokenizer(byte_level(), {"bos_token": "<s>", "eos_token": "</s>"}, add_bos=True, add_eos=True)
+    return {**loaded, **unfaithful, "framed": framed, "words": Tokenizer(words)}
+
+
+@pytest.mark.case("A3")
+@given(st.lists(st.sampled_from(["a", "b", " ", "é", "hello", "☃", "\n", *SPECIALS, "<tool_call>"]), max_size=12))
+@SETTINGS
+def test_offsets_cut_a_text_into_its_tokens(all_loaded, pieces):
+    text = "".join(pieces)
+    for name, ours in all_loaded.items():
+        ids, offsets = ours.encode(text), ours.offsets(text)
+        assert len(offsets) == len(ids) and offsets == sorted(offsets), name
+        cuts = [text[start:end] for start, end in pairwise([*offsets, len(text)])]
+        assert not ids or "".join(cuts) == text, name
+        ordinary = slice(len(ours._prefix), len(ids) - len(ours._suffix))
+        for token_id, cut in zip(ids[ordinary], cuts[ordinary], strict=True):
+            token = ours.token_text(token_id)
+            if "\ufffd" not in token and not (token == "<unk>" or name == "words"):
+                assert cut in (token, token.removeprefix(" ")), name
+            elif name == "words":
+                assert cut.strip() == token or token_id == 0
+
+
+@pytest.mark.case("A3")
+def test_offsets_point_into_the_text_as_it_was_sent(all_loaded):
+    """Worked by hand: what is normalised, composed or taken apart keeps its place."""
+    folding = all_loaded["folding"]
+    text = " \ufb01x e\u0301 \u338f"
+    tokens = [folding.token_text(i) for i in folding.encode(text)]
+    assert tokens == [" f", "i", "x", " ", "é", " ", "k", "g"]
+    assert folding.offsets(text) == [0, 1, 2, 3, 4, 6, 7, 7]
+    prefix = all_loaded["prefix_space"]
+    assert [prefix.token_text(i) for i in prefix.encode("hello world")] == [" hello", " world"]
+    assert prefix.offsets("hello world") == [0, 5] and prefix.offsets(" hello world") == [0, 6]
+    assert all_loaded["framed"].offsets("hello") == [0, 0, 5]
+    assert all_loaded["llama"].offsets("<s> hello") == [0, 0, 3, 3]  # the normaliser puts a ▁ before each part
+
+
+@pytest.mark.case("A3")
+@given(st.text(max_size=20))
+@SETTINGS
+def test_offsets_of_any_text_are_places_in_it(all_loaded, text):
+    for name, ours in all_loaded.items():
+        offsets = ours.offsets(text)
+        assert len(offsets) == len(ours.encode(text)) and offsets == sorted(offsets), name
+        assert all(0 <= offset <= len(text) for offset in offsets), name
+
+
 def test_unfinished_characters_are_held_back(loaded):
     for name, ids in [("byte_level", None), ("llama", [3 + b for b in "🦊".encode()])]:
         ours = loaded[name]
@@ -317,6 +380,16 @@ def test_loading_complains(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ConfigError, match="must be a JSON object"):
         Tokenizer.load(tmp_path)
+
+
+def test_what_the_library_cannot_encode_is_the_requests_error(tmp_path):
+    """It panics where an added token is normalised to nothing, and raises where a model has no unknown token."""
+    empty = byte_level()
+    empty.normalizer = normalizers.Strip()
+    for backend, text in ((empty, "☃"), (Backend(models.WordLevel({"a": 0}, unk_token="<unk>")), "b")):
+        with pytest.raises(RequestError, match="prompt: the tokenizer cannot encode this text") as caught:
+            Tokenizer(backend).encode(text)
+        assert caught.value.param == "prompt"
 
 
 def test_lone_surrogates_are_refused(loaded):

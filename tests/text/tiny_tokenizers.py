@@ -101,7 +101,24 @@ def metaspace() -> Tokenizer:
     return backend
 
 
+def prefix_space() -> Tokenizer:
+    """Byte-level BPE that begins a text with a space, and leaves spaces out of offsets (RoBERTa, some GPT-2s)."""
+    backend = byte_level()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return backend
+
+
+def folding() -> Tokenizer:
+    """A unigram model whose normaliser changes the text, as sentencepiece's do."""
+    backend = metaspace()
+    backend.normalizer = normalizers.NFKC()
+    return backend
+
+
 FAMILIES = {"byte_level": byte_level, "llama": llama, "mistral": mistral, "metaspace": metaspace}
+# These do not give back every text that they encode.
+UNFAITHFUL = {"prefix_space": prefix_space, "folding": folding}
 
 
 def save(backend: Tokenizer, directory: Path, **config: Any) -> Path:

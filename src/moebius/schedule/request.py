@@ -161,7 +161,10 @@ class SamplingParams:
             _check(size <= most, name, f"{name} has {size} entries; at most {most}")
         for s in self.stop:
             _check(isinstance(s, str), "stop", f"stop holds {s!r}; it must be a string or a list of strings")
-            size = len(s.encode("utf-8", "surrogatepass"))
+            try:
+                size = len(s.encode())
+            except UnicodeEncodeError as error:
+                raise RequestError("stop holds a lone surrogate; it must be valid Unicode", param="stop") from error
             _check(size <= LIMITS.stop_bytes, "stop", f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}")
         for t in self.stop_token_ids:
             _check_integer("stop_token_ids", t, 0, 2**31 - 1)

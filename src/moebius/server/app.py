@@ -187,7 +187,6 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await asyncio.to_thread(tokenizer.prepare)
         door.start()
         try:
             yield

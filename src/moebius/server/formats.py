@@ -6,7 +6,7 @@ What may be long is encoded in pieces: one call of the encoder holds the interpr
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -148,17 +148,36 @@ class Format:
             }
 
 
+@dataclass(frozen=True, slots=True)
+class _Echo:
+    """A prompt that is sent back: its text, and where in it each of its tokens begins if that is asked for."""
+
+    text: str = ""
+    offsets: Sequence[int] = ()
+
+
 class CompletionFormat(Format):
     """/v1/completions."""
 
     kind = chunk_kind = "text_completion"
     _request: CompletionRequest
 
-    @cached_property
-    def _echoed(self) -> list[str]:
-        """What goes before each prompt's choices: its text, as it came or decoded, where it is to be echoed."""
-        prompts, echo = self._request.prompt, self._request.echo
-        return [(p if isinstance(p, str) else self._tokenizer.decode(p)) if echo else "" for p in prompts]
+    def __init__(
+        self, call: Call, request: GenerationRequest, tokenizer: Tokenizer, model: str, fingerprint: str
+    ) -> None:
+        super().__init__(call, request, tokenizer, model, fingerprint)
+        # Here and not later, for a long prompt is handled on a thread of its own, and answered on the event loop.
+        self._echoed = [self._echo(prompt) for prompt in self._request.prompt]
+
+    def _echo(self, prompt: str | list[int]) -> _Echo:
+        """What goes before a prompt's choices: its text as it came, or decoded, where it is to be echoed."""
+        if not self._request.echo:
+            return _Echo()
+        scored, skip = self._top is not None, self._call.params.skip_special_tokens
+        if isinstance(prompt, str):
+            return _Echo(prompt, self._tokenizer.offsets(prompt) if scored else ())
+        offsets = text_offsets(self._tokenizer, prompt, skip) if scored else ()
+        return _Echo(self._tokenizer.decode(prompt, skip), offsets)
 
     def _choice(self, choice: Choice, said: Delta) -> Json:
         return {**self._piece(choice, said, first=True), **self._prompt_logprobs(choice)}
@@ -169,24 +188,23 @@ class CompletionFormat(Format):
     def _piece(self, choice: Choice, delta: Delta, *, first: bool) -> Json:
         prompt = self._echoed[choice.prompt_index]
         return {
-            "text": prompt + delta.text if first else delta.text,
+            "text": prompt.text + delta.text if first else delta.text,
             "logprobs": self._logprobs(choice, delta, prompt, echo=first and self._request.echo),
             **(self._ids("prompt_token_ids", choice.request.prompt_ids) if first else {}),
             **self._common(choice, delta),
         }
 
-    def _logprobs(self, choice: Choice, delta: Delta, prompt: str, *, echo: bool) -> Json | None:
+    def _logprobs(self, choice: Choice, delta: Delta, prompt: _Echo, *, echo: bool) -> Json | None:
         """The k most likely tokens of each position, and the chosen one besides; a prompt's first token has none."""
         if self._top is None:
             return None
         ids: list[int] = list(delta.token_ids)
         entries: list[TokenLogprob | None] = list(delta.logprobs)
-        offsets = [len(prompt) + offset for offset in delta.text_offsets]
+        offsets = [len(prompt.text) + offset for offset in delta.text_offsets]
         if echo:
-            before = text_offsets(self._tokenizer, choice.request.prompt_ids)
             ids = [*choice.request.prompt_ids, *ids]
             entries = [None, *choice.assembler.prompt_logprobs, *entries]
-            offsets = [*(min(offset, len(prompt)) for offset in before), *offsets]
+            offsets = [*prompt.offsets, *offsets]
         tokens = [legacy_token(self._tokenizer, token_id) for token_id in ids]
         chosen = [None if entry is None else max(entry.logprob, FLOOR) for entry in entries]
         tops = encoded_list(map(self._likely, entries))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from moebius.config import package_table
-from moebius.errors import ContextExceededError, RequestError
+from moebius.errors import ContextExceededError, ContextLengthError, RequestError
 from moebius.schedule.request import LIMITS, SamplingParams
 from moebius.text import GenerationDefaults, Tokenizer
 
@@ -21,6 +21,8 @@ UNSUPPORTED: Mapping[str, list[Any]] = _TABLE["unsupported"]
 _MESSAGE_TEXTS, _MESSAGE_UNSUPPORTED = _TABLE["message"]["texts"], _TABLE["message"]["unsupported"]
 _MESSAGE_FIELDS = frozenset([*_MESSAGE_TEXTS, *_TABLE["message"]["others"]])
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# A text beyond the context is still counted up to so many times its length.
+_COUNTED = 4
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 Prompts = list[str] | list[list[int]]
@@ -197,12 +199,12 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool = True
 
     def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
-        """The ids of each prompt. ContextExceededError where one clearly has more than `most`."""
+        """The ids of each prompt. ContextExceededError where one has more than `most`."""
         return [self._ids(tokenizer, prompt, most) for prompt in self.prompt]
 
     def _ids(self, tokenizer: Tokenizer, prompt: str | list[int], most: int) -> list[int]:
         if isinstance(prompt, str):
-            return tokenizer.encode(prompt, self.add_special_tokens, most=most)
+            return tokenizer.encode(prompt, self.add_special_tokens, at_most=most)
         if len(prompt) > most:
             raise ContextExceededError(most, len(prompt))
         return prompt
@@ -240,8 +242,8 @@ class ChatRequest(GenerationRequest):
         return {**effects, **self.chat_template_kwargs}
 
     def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
-        """The ids of the one prompt that the messages are. ContextExceededError where they clearly exceed `most`."""
-        return [tokenizer.encode_chat(self.messages, variables=self.template_variables, most=most)]
+        """The ids of the one prompt that the messages are. ContextExceededError where they exceed `most`."""
+        return [tokenizer.encode_chat(self.messages, variables=self.template_variables, at_most=most)]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -267,20 +269,25 @@ class TokenizeRequest(Body):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def encode(self, tokenizer: Tokenizer, context: int) -> list[int]:
-        """The ids. Text whose length alone shows that it is beyond the context is refused, and not counted."""
+        """The ids, of what has up to _COUNTED times the tokens of the context; ContextLengthError beyond."""
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
+        most = max(context, min(_COUNTED * context, LIMITS.json_values))
         try:
             if self.messages is None:
-                return tokenizer.encode(self.prompt or "", self.add_special_tokens, most=context)
+                return tokenizer.encode(self.prompt or "", self.add_special_tokens, at_most=most)
             return tokenizer.encode_chat(
                 self.messages,
                 add_generation_prompt=self.add_generation_prompt,
                 variables=self.chat_template_kwargs,
-                most=context,
+                at_most=most,
             )
-        except ContextExceededError as error:
-            raise error.named("prompt" if self.messages is None else "messages") from error
+        except ContextLengthError as error:
+            raise ContextLengthError(
+                f"This model's maximum context length is {context} tokens. However, {error.param} has over {most}: "
+                "no more are counted",
+                param=error.param,
+            ) from error
 
 
 class DetokenizeRequest(Body):

@@ -1,6 +1,7 @@
 """Chat templates: which one a model has, what messages they are given, and what they render."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import jinja2
 
 from moebius.config import read_json
 from moebius.errors import RequestError, TokenizerError
+from moebius.text.probe import CONTENTS, TOOL, TemplateFacts, probe
 from moebius.text.sandbox import MAX_CHARACTERS, MAX_SECONDS, TemplateEnvironment
+
+log = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -31,10 +35,10 @@ def _check(condition: bool, param: str, message: str) -> None:
         raise RequestError(f"{param}: {message}", param=param)
 
 
-def _text_of(content: object, param: str) -> str | None:
-    """Content as one string; several text parts are joined by a line break, as other engines do."""
+def _parts_of(content: object, param: str) -> list[str] | None:
+    """The texts of a content; None where there is none."""
     if content is None or isinstance(content, str):
-        return content
+        return None if content is None else [content]
     _check(isinstance(content, (list, tuple)), param, "content must be a string, null, or a list of text parts")
     texts: list[str] = []
     for part in content:  # type: ignore[attr-defined]
@@ -45,28 +49,66 @@ def _text_of(content: object, param: str) -> str | None:
         _check(part.get("type") == "text", param, f"content part {part.get('type')!r} is not supported; only text is")
         _check(isinstance(part.get("text"), str), param, "a text part needs a string under `text`")
         texts.append(part["text"])
-    return "\n".join(texts)
+    return texts
 
 
-def _tool_call(call: object, param: str) -> dict[str, Any]:
-    """A tool call whose arguments are an object: OpenAI's clients send JSON text, templates want the object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    _check(isinstance(function, Mapping), param, "a tool call needs a `function` object")
-    assert isinstance(call, Mapping) and isinstance(function, Mapping)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
+def _content(message: Mapping[str, Any], role: str, facts: TemplateFacts, param: str) -> Mapping[str, Any]:
+    """The field `content` as the template wants it, or no such field where it wants none.
+
+    Several text parts are joined by a line break, as other engines do.
+    """
+    texts = _parts_of(message.get("content"), param)
+    _check(
+        texts is not None or role == "assistant",
+        param,
+        "content is missing; only an assistant's message may do without",
+    )
+    if texts is None:
+        return CONTENTS[facts.no_content if message.get("tool_calls") else "empty"]
+    if role in facts.parts:
+        return {"content": [{"type": "text", "text": text} for text in texts]}
+    return {"content": "\n".join(texts)}
+
+
+def _arguments(given: object, facts: TemplateFacts, param: str) -> object:
+    """A call's arguments as the template wants them.
+
+    A call of an earlier turn may be broken: the model was cut off, and the client sends back what it got. It must not
+    end the conversation.
+    """
+    arguments = given
+    if isinstance(given, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise RequestError(f"{param}: function.arguments is no JSON: {error}", param=param) from error
-    if arguments is not None:
-        _check(isinstance(arguments, Mapping), param, "function.arguments must be a JSON object")
-        function = {**function, "arguments": arguments}
-    return {**call, "function": dict(function)}
+            arguments = json.loads(given.strip() or "{}")
+        except (ValueError, RecursionError):
+            arguments = given
+    if arguments is None:
+        given = arguments = {}
+    if isinstance(arguments, Mapping):
+        if facts.object_arguments:
+            return arguments
+        return given if isinstance(given, str) and given.strip() else json.dumps(arguments, ensure_ascii=False)
+    if facts.any_arguments:
+        return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    log.warning("%s: function.arguments is no JSON object; the chat template is given an empty one", param)
+    return {} if facts.object_arguments else "{}"
 
 
-def normalise_messages(messages: Sequence[Mapping[str, Any]], *, knows_developer: bool) -> list[dict[str, Any]]:
-    """Messages as templates expect them: text contents, tool arguments as objects, no keys that are null.
+def _tool_call(call: object, facts: TemplateFacts, param: str) -> dict[str, Any]:
+    """A tool call with its type, and arguments as the template wants them; keys that are null are left out."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise RequestError(f"{param}: a tool call needs a `function` object", param=param)
+    name = function.get("name")
+    named = isinstance(name, str) and name != ""
+    _check(named, f"{param}.function.name", "a tool call must name its function")
+    fields = {key: value for key, value in call.items() if value is not None}
+    arguments = _arguments(function.get("arguments"), facts, param)
+    return {**fields, "type": fields.get("type", "function"), "function": {**function, "arguments": arguments}}
+
+
+def normalise_messages(messages: Sequence[Mapping[str, Any]], facts: TemplateFacts) -> list[dict[str, Any]]:
+    """Messages as the template with these facts takes them; keys that are null are left out.
 
     The role `developer` becomes `system` where the template does not know it, for most would drop it silently.
     Raises RequestError naming the message.
@@ -78,21 +120,14 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]], *, knows_developer
         _check(isinstance(message, Mapping), param, "a message must be an object with `role` and `content`")
         role = message.get("role")
         _check(role in ROLES, f"{param}.role", f"role is {role!r}; it must be one of {', '.join(ROLES)}")
+        role = "system" if role == "developer" and not facts.developer else str(role)
         fields = {key: value for key, value in message.items() if value is not None}
-        if role == "developer" and not knows_developer:
-            fields["role"] = "system"
-        content = _text_of(message.get("content"), f"{param}.content")
-        calls = message.get("tool_calls")
-        _check(
-            content is not None or role == "assistant",
-            f"{param}.content",
-            "content is missing; only an assistant's message may do without",
-        )
-        if content is not None:
-            fields["content"] = content
+        fields |= {"role": role, **_content(message, role, facts, f"{param}.content")}
+        calls = fields.pop("tool_calls", None)
         if calls is not None:
             _check(isinstance(calls, (list, tuple)), f"{param}.tool_calls", "tool_calls must be a list")
-            fields["tool_calls"] = [_tool_call(call, f"{param}.tool_calls[{j}]") for j, call in enumerate(calls)]
+        if calls:
+            fields["tool_calls"] = [_tool_call(call, facts, f"{param}.tool_calls[{j}]") for j, call in enumerate(calls)]
         normal.append(fields)
     return normal
 
@@ -109,10 +144,14 @@ class ChatTemplate:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise TokenizerError(f"chat template {name!r}{line}: {error}") from error
 
-    @property
-    def knows_developer(self) -> bool:
-        """Whether the template mentions OpenAI's role `developer`."""
-        return "developer" in self.source
+    def probe(self, variables: Mapping[str, Any]) -> TemplateFacts:
+        """What the template takes, tried with these variables beside the messages (the special tokens' names)."""
+        known = {"documents": None, **variables, "tools": [TOOL], "add_generation_prompt": True}
+
+        def render(messages: Sequence[Mapping[str, Any]], seconds: float) -> str:
+            return self.render({**known, "messages": messages}, seconds=seconds)
+
+        return probe(render, self.source)
 
     def render(
         self, variables: Mapping[str, Any], *, seconds: float = MAX_SECONDS, characters: int = MAX_CHARACTERS

@@ -5,21 +5,24 @@ nobody can guess, so no plain text can ever become a special id. Specials inside
 before the template runs; in what it renders, marked ones stay as they are and all others, the template's own, become
 aliases. One pass of the second tokenizer then gives the ids, with every rule of the first (spaces that a special token
 swallows, the space that sentencepiece puts in front) at work.
+
+Time is linear in the text, whatever it holds, and long texts are searched and encoded without the interpreter's lock.
 """
 
 import json
 import re
 import secrets
-import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
-from moebius.errors import RequestError
+# Characters that are searched in one go: the lock is taken between them.
+_WINDOW = 2**20
+_SEPARATOR = "\0"
 
-_PRIVATE_USE = range(0xE000, 0xF900)
+Json = TypeVar("Json")
 
 
 def strings_in(value: object) -> Iterator[str]:
@@ -35,79 +38,130 @@ def strings_in(value: object) -> Iterator[str]:
             yield from strings_in(item)
 
 
+def _with_strings(value: Any, strings: Iterator[str]) -> Any:
+    """The nested JSON with other strings, which come in the order of `strings_in`."""
+    if isinstance(value, str):
+        return next(strings)
+    if isinstance(value, Mapping):
+        return {_with_strings(key, strings): _with_strings(item, strings) for key, item in value.items()}
+    return [_with_strings(item, strings) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Finder:
+    """Finds given strings in a text: leftmost first, of several at one place the longest, none inside another.
+
+    The tokenizers library searches, with one automaton for all strings and without the interpreter's lock.
+    """
+
+    def __init__(self, wanted: list[str]) -> None:
+        rest = models.WordLevel({"": 0}, unk_token="")  # what lies between two of them is one unknown word
+        self._backend = Backend(rest)
+        self._backend.add_tokens([AddedToken(text, normalized=False) for text in wanted])
+        self._wanted = {self._backend.token_to_id(text): text for text in wanted}
+        self._longest = max(map(len, wanted), default=0)
+
+    def spans(self, text: str) -> Iterator[tuple[int, str]]:
+        """(where it begins, which of the strings it is) of each one in the text, in order."""
+        start = 0
+        while start < len(text):
+            end = start + _WINDOW
+            window = text[start : end + self._longest]
+            for token_id in self._backend.encode_batch_fast([window], add_special_tokens=False)[0].ids:
+                if token_id in self._wanted:
+                    found = self._wanted[token_id]
+                    at = text.index(found, start)
+                    if at >= end:
+                        break
+                    yield at, found
+                    start = at + len(found)
+            start = max(start, end)
+
+
 class SpecialGuard:
     """Knows the special tokens of one tokenizer and how to encode text around them."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
         added = backend.get_added_tokens_decoder()
-        self._specials = {i: token for i, token in sorted(added.items()) if token.special and token.content}
-        longest_first = sorted(self._specials.values(), key=lambda token: -len(token.content))
-        self._pattern = re.compile("|".join(map(_as_regex, longest_first)) or "(?!)")
+        specials = {i: token for i, token in sorted(added.items()) if token.special and token.content}
+        self._single_words = {token.content for token in specials.values() if token.single_word}
+        self._finder = _Finder([token.content for token in specials.values()])
+        self._aliased = _Aliased(backend, specials)
         # A special token that is matched after normalising has spellings that a search of the raw text cannot see.
-        self._always = backend.normalizer is not None and any(t.normalized for t in self._specials.values())
-        self._lock = threading.Lock()
-        self._aliased: _Aliased | None = None
+        self._always = backend.normalizer is not None and any(t.normalized for t in specials.values())
 
-    def concerns(self, value: object) -> bool:
-        """Whether a string in nested JSON holds the text of a special token."""
-        return self._always or any(self._pattern.search(text) for text in strings_in(value))
+    def split(self, text: str) -> list[str]:
+        """The text as ordinary and special pieces in turn; an ordinary one comes first and last, and may be empty.
 
-    def mark(self, value: Any, *known: str) -> tuple[Any, str]:
-        """(the nested JSON with every special token between two markers, the marker).
-
-        The marker is a private-use character that occurs neither in the strings nor in the `known` texts.
+        UnicodeEncodeError on text that is not Unicode (a lone surrogate).
         """
-        texts = [*strings_in(value), *known]
-        for code in _PRIVATE_USE:
-            marker = chr(code)
-            if not any(marker in text or _escaped(marker) in text for text in texts):
-                break
-        else:
-            raise RequestError("the messages use every private-use character of Unicode", param="messages")
+        text.encode()
+        pieces, at = [], 0
+        for start, special in self._finder.spans(text):
+            pieces += [text[at:start], special]
+            at = start + len(special)
+        return [*pieces, text[at:]]
 
-        def marked(item: Any) -> Any:
-            if isinstance(item, str):
-                return self._pattern.sub(lambda match: f"{marker}{match[0]}{marker}", item)
-            if isinstance(item, Mapping):
-                return {marked(key): marked(value) for key, value in item.items()}
-            return [marked(x) for x in item] if isinstance(item, (list, tuple)) else item
+    def concerns(self, text: str) -> bool:
+        """Whether the text holds the text of a special token."""
+        return self._always or next(self._finder.spans(text), None) is not None
 
-        return marked(value), marker
+    def mark(self, value: Json) -> tuple[Json, str | None]:
+        """(the nested JSON with every special token between two markers, the marker); None where there are none.
 
-    def encode_marked(self, rendered: str, marker: str) -> list[int]:
-        """Ids of a rendered text: specials between markers as plain text, the others as special tokens."""
-        mark = f"(?:{marker}|{re.escape(_escaped(marker))})"
-        specials = self._pattern.pattern
-        aliased = self._tokenizer()
+        The marker is ASCII without letters: nothing that templates do to text changes it.
+        """
+        texts = list(strings_in(value))
+        joined = _SEPARATOR.join(texts)
+        spans = self._finder.spans(joined)
+        upcoming = next(spans, None)
+        if upcoming is None and not self._always:
+            return value, None
+        marker = f".{secrets.randbelow(10**15):015}."
 
-        def replace(match: re.Match[str]) -> str:
-            plain, special = match["plain"], match["special"]
-            return plain if plain is not None else aliased.alias[special] if special is not None else ""
+        def marked() -> Iterator[str]:
+            nonlocal upcoming
+            at = 0
+            for text in texts:
+                pieces, end = [], at + len(text)
+                while upcoming is not None and upcoming[0] < end:
+                    start, special = upcoming
+                    upcoming = next(spans, None)
+                    pieces += [joined[at:start], marker, special, marker]
+                    at = start + len(special)
+                yield "".join([*pieces, joined[at:end]])
+                at = end + len(_SEPARATOR)
 
-        text = re.sub(f"{mark}(?P<plain>{specials}){mark}|(?P<special>{specials})|{mark}", replace, rendered)
-        return aliased.encode(text)
+        return _with_strings(value, marked()), marker
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is special."""
-        return self._tokenizer().encode(text)
+    def named(self, rendered: str, marker: str) -> str:
+        """A rendered text for `backend`: specials between markers are plain text, the others have their aliases."""
+        pieces: list[str] = []
+        at = 0
+        for start, special in self._finder.spans(rendered):
+            end = start + len(special)
+            opened = rendered.startswith(marker, max(start - len(marker), at), start)
+            if opened and rendered.startswith(marker, end):
+                pieces += [rendered[at : start - len(marker)], special]
+                at = end + len(marker)
+            elif special not in self._single_words or not _inside_word(rendered, start, end):
+                pieces += [rendered[at:start], self._aliased.alias[special]]
+                at = end
+        pieces.append(rendered[at:])
+        return "".join(piece.replace(marker, "") for piece in pieces)
 
-    def _tokenizer(self) -> "_Aliased":
-        # Built when first needed: it costs as much memory and time as the first tokenizer did.
-        with self._lock:
-            if self._aliased is None:
-                self._aliased = _Aliased(self._backend, self._specials)
-            return self._aliased
+    @property
+    def backend(self) -> Backend:
+        """The second tokenizer: nothing is special to it but aliases. Its ids go through `original`."""
+        return self._aliased.backend
+
+    def original(self, ids: list[int]) -> list[int]:
+        """The first tokenizer's ids of the second's."""
+        mine = self._aliased.original
+        return [mine.get(i, i) for i in ids] if mine else ids
 
 
-def _escaped(marker: str) -> str:
-    """How a template's `tojson(ensure_ascii=true)` spells the marker."""
-    return f"\\u{ord(marker):04x}"
-
-
-def _as_regex(token: AddedToken) -> str:
-    text = re.escape(token.content)
-    return rf"(?<!\w){text}(?!\w)" if token.single_word else text
+def _inside_word(text: str, start: int, end: int) -> bool:
+    return any(re.match(r"\w", char) for char in (text[start - 1 : start], text[end : end + 1]))
 
 
 class _Aliased:
@@ -116,20 +170,37 @@ class _Aliased:
     def __init__(self, backend: Backend, specials: Mapping[int, AddedToken]) -> None:
         nonce = secrets.token_hex(16)
         self.alias = {token.content: f"\U000f0000{nonce}.{i}\U000f0001" for i, token in specials.items()}
-        spec = json.loads(backend.to_str())
-        spec |= {"truncation": None, "padding": None, "post_processor": None}
-        self._rename_model(spec["model"])
-        for token in spec["added_tokens"]:
-            if token["content"] in self.alias:
-                # The text around a special token was matched already, by SpecialGuard's patterns.
-                token |= {"content": self.alias[token["content"]], "normalized": False, "single_word": False}
-        self._backend = Backend.from_str(json.dumps(spec))
+        ids = backend.get_vocab(with_added_tokens=False).values()
+        gaps = max(ids, default=-1) >= len(ids)  # the library numbers new tokens from the vocabulary's size on
+        if gaps or any(_may_form(backend, token.content) for token in specials.values()):
+            self.backend = self._renamed(backend)
+        else:
+            self.backend = Backend(backend.model)  # shared: it costs nothing
+            if backend.normalizer is not None:
+                self.backend.normalizer = backend.normalizer
+            if backend.pre_tokenizer is not None:
+                self.backend.pre_tokenizer = backend.pre_tokenizer
+        self._add_tokens(backend, specials)
         added = backend.get_added_tokens_decoder()
-        found = {i: self._backend.token_to_id(self.alias.get(t.content, t.content)) for i, t in added.items()}
-        self._original = {mine: i for i, mine in found.items() if mine != i}
+        found = {i: self.backend.token_to_id(self.alias.get(t.content, t.content)) for i, t in added.items()}
+        self.original = {mine: i for i, mine in found.items() if mine != i}
 
-    def _rename_model(self, model: dict[str, Any]) -> None:
+    def _add_tokens(self, backend: Backend, specials: Mapping[int, AddedToken]) -> None:
+        for i, token in sorted(backend.get_added_tokens_decoder().items()):
+            if i not in specials:
+                self.backend.add_tokens([token])
+                continue
+            # Which of them are to be special was decided already, by SpecialGuard.
+            strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+            alias = AddedToken(self.alias[token.content], normalized=False, **strips)
+            self.backend.add_special_tokens([alias])
+
+    def _renamed(self, backend: Backend) -> Backend:
+        """A copy whose model has the aliases in its vocabulary and can make no special token out of plain text."""
         alias = self.alias
+        spec = json.loads(backend.to_str())
+        spec |= {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}
+        model = spec["model"]
         if isinstance(model["vocab"], dict):
             model["vocab"] = {alias.get(token, token): i for token, i in model["vocab"].items()}
         else:
@@ -140,7 +211,19 @@ class _Aliased:
             # A merge that makes a special token would make it out of plain text.
             pairs = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
             model["merges"] = [[a, b] for a, b in pairs if alias.keys().isdisjoint((a, b, a + b))]
+        return Backend.from_str(json.dumps(spec))
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return [self._original.get(i, i) for i in ids] if self._original else ids
+
+def _may_form(backend: Backend, special: str) -> bool:
+    """Whether the model may make the special token's id out of plain text.
+
+    A BPE that forms a token inside a longer word forms it of its text alone, too: merges inside its borders come in
+    the same order. Other models are not asked.
+    """
+    model = backend.model
+    token_id = model.token_to_id(special)
+    if token_id is None:
+        return False
+    if not isinstance(model, models.BPE) or model.dropout:
+        return True
+    return any(token.id == token_id for token in model.tokenize(special))

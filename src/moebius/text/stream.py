@@ -1,7 +1,8 @@
 """Streams of text: token ids to pieces that concatenate to the whole, and stop strings across pieces."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from moebius.text.tokenizer import Tokenizer
 
@@ -71,11 +72,17 @@ def text_offsets(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: 
 
 
 class _Automaton:
-    """Knuth, Morris and Pratt's matcher of one string: `state` characters of it end the text so far."""
+    """Knuth, Morris and Pratt's matcher of one pattern: `state` symbols of it end what was read so far.
 
-    def __init__(self, pattern: str) -> None:
+    A symbol is a character, or a special token that the text leaves out, by its name. `visible[k]` of the pattern's
+    first k symbols are characters.
+    """
+
+    def __init__(self, stop: str, pattern: Sequence[str]) -> None:
+        self.stop = stop
         self.pattern = pattern
         self.state = 0
+        self.visible = [0, *accumulate(len(symbol) == 1 for symbol in pattern)]
         self._failure = [0] * (len(pattern) + 1)
         k = 0
         for i in range(1, len(pattern)):
@@ -84,23 +91,41 @@ class _Automaton:
             k += pattern[i] == pattern[k]
             self._failure[i + 1] = k
 
-    def advance(self, char: str) -> bool:
-        """Read one character; True when the pattern is complete."""
-        while self.state and char != self.pattern[self.state]:
+    def advance(self, symbol: str) -> bool:
+        """Read one symbol; True when the pattern is complete."""
+        while self.state and symbol != self.pattern[self.state]:
             self.state = self._failure[self.state]
-        self.state += char == self.pattern[self.state]
+        self.state += symbol == self.pattern[self.state]
         return self.state == len(self.pattern)
+
+    @property
+    def held(self) -> int:
+        """How many of the last characters are part of what was matched so far."""
+        return self.visible[self.state]
 
 
 class StopMatcher:
-    """Finds the stop string that completes first (of those that complete together, the longest), over any pieces.
+    """Finds the stop string that completes first, over any pieces of a text; of several, the one that begins first.
 
     Text that could still become a stop string is held back, and no more than that; nothing of a stop string is ever
     released. After a match the matcher is at its end and takes no more text.
+
+    The text may leave special tokens out (`push_special` tells of them). A stop string is found in the text as it is
+    sent, and, where it names special tokens, in the text with these; they match whole and as what they are.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._automata = [_Automaton(stop) for stop in sorted(set(stops), key=len, reverse=True) if stop]
+    def __init__(self, stops: Sequence[str], split: Callable[[str], list[str]] = lambda stop: [stop]) -> None:
+        """split: a stop string as ordinary pieces and special tokens in turn (`Tokenizer.split_special`)."""
+        self._plain = [_Automaton(stop, stop) for stop in dict.fromkeys(stops) if stop]
+        self._with_specials: list[_Automaton] = []
+        for plain in self._plain:
+            ordinary, *more = split(plain.stop)
+            if more:
+                pattern = [*ordinary]
+                for special, text in zip(more[::2], more[1::2], strict=True):
+                    pattern += [_hidden(special), *text]
+                self._with_specials.append(_Automaton(plain.stop, pattern))
+        self._automata = [*self._plain, *self._with_specials]
         self._held = ""
         self._matched = False
 
@@ -113,14 +138,32 @@ class StopMatcher:
         for end, char in enumerate(text, start=len(self._held) + 1):
             complete = [a for a in self._automata if a.advance(char)]
             if complete:
-                self._matched, self._held = True, ""
-                stop = complete[0].pattern
-                return seen[: end - len(stop)], stop
-        keep = len(seen) - max(a.state for a in self._automata)
+                return self._end(seen[:end], complete)
+        keep = len(seen) - max(a.held for a in self._automata)
         self._held = seen[keep:]
         return seen[:keep], None
+
+    def push_special(self, special: str) -> tuple[str, str | None]:
+        """The same for a special token that is no part of the text."""
+        assert not self._matched, "no token may follow a match"
+        complete = [a for a in self._with_specials if a.advance(_hidden(special))]
+        if complete:
+            return self._end(self._held, complete)
+        keep = len(self._held) - max((a.held for a in self._automata), default=0)
+        released, self._held = self._held[:keep], self._held[keep:]
+        return released, None
+
+    def _end(self, seen: str, complete: list[_Automaton]) -> tuple[str, str]:
+        longest = max(complete, key=lambda a: (a.held, len(a.stop)))
+        self._matched, self._held = True, ""
+        return seen[: len(seen) - longest.held], longest.stop
 
     def flush(self) -> str:
         """The end of the text: what was held back and did not become a stop string."""
         held, self._held = self._held, ""
         return held
+
+
+def _hidden(special: str) -> str:
+    """A special token as a symbol: never one character, so that no character equals it."""
+    return f"\0{special}"

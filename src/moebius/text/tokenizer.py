@@ -1,16 +1,18 @@
 """Tokenizer: a model directory's tokenizer.json and what stands beside it, as one object."""
 
 import json
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from moebius.config import read_json
-from moebius.errors import RequestError, TokenizerError
+from moebius.errors import ContextLengthError, RequestError, TokenizerError
+from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
 from moebius.text.guard import SpecialGuard, strings_in
@@ -41,14 +43,17 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._templates = dict(templates or {})
+        self._facts = {name: template.probe(self._special_tokens) for name, template in self._templates.items()}
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._special_texts = {i: token.content for i, token in added.items() if token.special}
+        self.special_ids = frozenset(self._special_texts)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         self._guard = SpecialGuard(backend)
+        self._bound = TokenBound(backend)
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
@@ -87,8 +92,8 @@ class Tokenizer:
         """
         some = (self._backend.id_to_token(i) or "" for i in range(100))
         probes = chain(("a",), some)
-        probe = next((text for text in probes if self._backend.encode(text, add_special_tokens=False).ids), "")
-        plain = self._backend.encode(probe, add_special_tokens=False).ids
+        probe = next((text for text in probes if _encoded(self._backend, text)), "")
+        plain = _encoded(self._backend, probe)
         framed = self._backend.encode(probe, add_special_tokens=True).ids
         start = next(i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
         prefix, suffix = framed[:start], framed[start + len(plain) :]
@@ -102,19 +107,44 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def fewest_tokens(self, text: str) -> int:
+        """At least so many ids `encode` makes of a text, known without tokenising; 0 where nothing is known."""
+        return self._bound.fewest(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, at_most: int | None = None) -> list[int]:
         """Ids of a text as the tokenizer encodes by default: special-token text becomes special tokens.
 
-        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate).
+        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and ContextLengthError on
+        text of more than `at_most` tokens: before tokenising where its size alone tells so.
         """
         _check_unicode(text, "prompt")
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        self._check_size(text, at_most, "prompt")
+        ids = _encoded(self._backend, text, at_most, "prompt")
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def offsets(self, text: str) -> list[int]:
+        """Where in the text each id of `encode(text)` begins, in characters.
+
+        What normalising changes is counted as it stands in the text. A character of several tokens begins them all.
+        What no token stands for, such as a space that is dropped, belongs to the next one, but an accent that was
+        composed with its letter to the letter's.
+        """
+        # The library's fast way has no offsets.
+        encoding = _library(self._backend.encode_batch, text, "prompt")
+        found, end = [0] * len(self._prefix), 0
+        for start, stop in encoding.offsets:
+            while end < start and unicodedata.category(text[end]).startswith("M"):
+                end += 1
+            found.append(min(start, end))
+            end = max(end, stop)
+        return [*found, *[len(text)] * len(self._suffix)]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text in which special-token text is plain text; nothing is added."""
         _check_unicode(text, "prompt")
-        return self._guard.encode_plain(text) if self._guard.concerns(text) else self.encode(text, False)
+        if not self._guard.concerns(text):
+            return self.encode(text, False)
+        return self._guard.original(_encoded(self._guard.backend, text))
 
     def encode_chat(
         self,
@@ -122,30 +152,49 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        *,
+        at_most: int | None = None,
     ) -> list[int]:
         """Ids of a chat. Special tokens are the template's alone: their text in messages, tools and variables is plain.
 
         `variables` are further ones for the template (enable_thinking, ...). Nothing is added to what the template
         writes, so never a second BOS. Raises RequestError naming the message, or "messages" where the template is
-        missing or refuses.
+        missing or refuses; ContextLengthError beyond `at_most` tokens, as `encode` does.
         """
-        template = self._templates.get("tool_use" if tools else "default") or self._templates.get("default")
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        template = self._templates.get(name)
         if template is None:
             has = f"; it has templates {sorted(self._templates)} but no default" if self._templates else ""
             raise RequestError(f"this model has no chat template{has}; use /v1/completions", param="messages")
         # Everything in the chat that is not the operator's.
         chat = {
             **(variables or {}),
-            "messages": normalise_messages(messages, knows_developer=template.knows_developer),
+            "messages": normalise_messages(messages, self._facts[name]),
             "tools": list(tools) if tools else None,
         }
         for text in strings_in(chat):
             _check_unicode(text, "messages")
         known = {"documents": None, **self._special_tokens, "add_generation_prompt": add_generation_prompt}
-        if not self._guard.concerns(chat):
-            return self.encode(template.render({**chat, **known}), add_special_tokens=False)
-        marked, marker = self._guard.mark(chat, template.source)
-        return self._guard.encode_marked(template.render({**marked, **known}), marker)
+        marked, marker = self._guard.mark(chat)
+        rendered = template.render({**marked, **known})
+        if marker is None:
+            self._check_size(rendered, at_most, "messages")
+            return _encoded(self._backend, rendered, at_most, "messages")
+        self._check_size(rendered.replace(marker, ""), at_most, "messages")
+        ids = _encoded(self._guard.backend, self._guard.named(rendered, marker), at_most, "messages")
+        return self._guard.original(ids)
+
+    def _check_size(self, text: str, at_most: int | None, param: str) -> None:
+        if at_most is not None and (fewest := self.fewest_tokens(text)) > at_most:
+            raise _too_long(f"at least {fewest}", at_most, param)
+
+    def split_special(self, text: str) -> list[str]:
+        """The text as ordinary pieces and special tokens in turn; an ordinary one is first and last, maybe empty."""
+        return self._guard.split(text)
+
+    def special_text(self, token_id: int) -> str:
+        """A special token as `split_special` spells it; KeyError for any other."""
+        return self._special_texts[token_id]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become U+FFFD."""
@@ -158,6 +207,32 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The token's own text; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def _encoded(backend: Backend, text: str, at_most: int | None = None, param: str = "prompt") -> list[int]:
+    encoding = _library(backend.encode_batch_fast, text, param)
+    if at_most is not None and len(encoding) > at_most:
+        raise _too_long(str(len(encoding)), at_most, param)
+    ids: list[int] = encoding.ids
+    return ids
+
+
+def _library(encode_batch: Callable[..., list[Encoding]], text: str, param: str) -> Encoding:
+    """One text through one of the library's functions for batches: only these let other threads run meanwhile."""
+    try:
+        return encode_batch([text], add_special_tokens=False)[0]
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"{param}: the tokenizer cannot encode this text: {error}", param=param) from error
+
+
+def _too_long(tokens: str, at_most: int, param: str) -> ContextLengthError:
+    return ContextLengthError(
+        f"This model's maximum context length is {at_most} tokens. However, your {param} resulted in {tokens} tokens. "
+        f"Please reduce the length of the {param}.",
+        param=param,
+    )
 
 
 def _check_unicode(text: str, param: str) -> None:
