@@ -52,6 +52,7 @@ INFORMED = {
     "stripping_llama": lambda: stripping(llama()),
     "nfd": lambda: changed(byte_level(), normalizer=normalizers.NFD()),
     "nfkc": lambda: changed(byte_level(), normalizer=NFKC),
+    "letters_replaced": lambda: changed(byte_level(), normalizer=normalizers.Replace("hello", "     ")),
     "lower": lambda: changed(byte_level(), normalizer=LOWER),
     "nfkc_first": lambda: changed(mistral(), normalizer=sequence(NFKC, normalizers.Replace(" ", "▁"))),
     "unknown_each": lambda: characters(fuse=False),
@@ -94,6 +95,16 @@ def tokenizers() -> dict[str, Tokenizer]:
 def test_no_text_becomes_fewer_tokens(tokenizers, text):
     for name, tokenizer in tokenizers.items():
         assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False)), name
+
+
+@pytest.mark.case("B1")
+def test_runs_of_spaces_in_the_vocabulary_do_not_spoil_the_bound(tokenizers):
+    """Large vocabularies have tokens of 128 spaces or dashes: prose does not consist of these."""
+    backend = byte_level()
+    backend.add_tokens([AddedToken("-" * 200, normalized=False)])
+    text = "quick brown fox; " * 1000
+    assert Tokenizer(backend).fewest_tokens(text) > len(text) / 40
+    assert Tokenizer(backend).fewest_tokens("-" * 4000) == len(Tokenizer(backend).encode("-" * 4000)) == 20
 
 
 @pytest.mark.case("B1")

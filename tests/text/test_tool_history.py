@@ -110,6 +110,15 @@ def test_contents_in_parts_are_contents(probed, name):
 
 
 @pytest.mark.case("C2")
+def test_reasoning_of_earlier_turns_goes_by_all_its_names(theirs):
+    source = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }}\n{% endfor %}"
+    thoughts = [{"reasoning": "a"}, {"reasoning_content": "b"}, {"thinking": "c", "reasoning": "d"}, {"thinking": None}]
+    messages = [{"role": "assistant", "content": "x", **thought} for thought in thoughts]
+    rendered = ChatTemplate(source).render({"messages": normalise_messages(messages, TemplateFacts())})
+    assert rendered == theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+
+
+@pytest.mark.case("C2")
 def test_a_developer_is_a_system_where_nobody_knows_it(probed):
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "x"}]
     assert "<|start|>developer<|message|>Be brief." in render(probed["developer"], messages)

@@ -6,6 +6,7 @@ else it is 0, which says nothing and is never wrong.
 """
 
 import json
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,17 @@ _LOSSLESS_UNLESS_REMOVED = frozenset({"Split", "Punctuation"})
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 _WHITESPACE = _SPACES + "\u2028\u2029\u202f\u205f\u3000"
 
+_LETTERS = string.ascii_letters.encode()
+
 Spec = Mapping[str, Any]
 
 
 class TokenBound:
-    """The fewest tokens that a tokenizer can make of a text."""
+    """The fewest tokens that a tokenizer can make of a text.
+
+    Two counts are made, and the better one is taken: of all bytes, and of ASCII letters, for the longest tokens of most
+    vocabularies are runs of spaces and dashes.
+    """
 
     def __init__(self, backend: Backend) -> None:
         normalisers = _flat(backend.normalizer, "normalizers")
@@ -32,27 +39,48 @@ class TokenBound:
         added = list(backend.get_added_tokens_decoder().values())
         self._folds = any(spec["type"] in _FOLDING for spec in normalisers)
         self._strips = any(token.lstrip or token.rstrip for token in added)
+        self._most_bytes = self._most_letters = 0
+        if not _keeps_text(normalisers, self._strips) or not all(map(_keeps_pieces, pre_tokenizers)):
+            return
         kinds = [spec["type"] for spec in (*normalisers, *pre_tokenizers)]
         longest = _longest_of_model(backend, byte_level="ByteLevel" in kinds)
-        known = _keeps_text(normalisers, self._strips) and all(map(_keeps_pieces, pre_tokenizers))
-        if longest is None or not known:
-            self._longest = 0
+        if longest is None:
             return
         normalise = str if backend.normalizer is None else backend.normalizer.normalize_str
         texts = [text for token in added for text in (token.content, normalise(token.content))]
-        self._longest = max([longest, *(len(text.encode()) for text in texts)])
+        self._most_bytes = max([longest, *(len(text.encode()) for text in texts)])
+        if not any(_letters(spec["pattern"]["String"]) for spec in normalisers if spec["type"] == "Replace"):
+            self._most_letters = _most_letters([*backend.get_vocab(with_added_tokens=False), *texts])
 
     def fewest(self, text: str) -> int:
         """At least so many tokens, special tokens around the text not counted; 0 where nothing is known."""
-        if not self._longest:
+        if not self._most_bytes:
             return 0
         size = len(text.encode())
+        letters = _letters(text) if self._most_letters else 0
         if self._folds and not text.isascii():
             size_ascii = len(text.encode("ascii", "ignore"))
             size = size_ascii + (size - size_ascii) // _FOLDED
+            letters -= len(text) - size_ascii  # each accent may be composed with a letter
         if self._strips:  # a token may swallow all whitespace beside it
             size -= sum(text.count(space) * len(space.encode()) for space in _WHITESPACE)
-        return -(-max(size, 0) // self._longest)
+        counts = [(size, self._most_bytes), (letters, self._most_letters)]
+        return max(-(-max(count, 0) // most) for count, most in counts if most)
+
+
+def _letters(text: str) -> int:
+    """How many ASCII letters there are: byte-level vocabularies spell these as themselves."""
+    plain = text.encode("ascii", "ignore")
+    return len(plain) - len(plain.translate(None, _LETTERS))
+
+
+def _most_letters(tokens: list[str]) -> int:
+    most = 1  # an unknown token's name may have none, though it stands for one
+    for token in sorted(tokens, key=len, reverse=True):
+        if len(token) <= most:
+            break
+        most = max(most, _letters(token))
+    return most
 
 
 def _flat(component: Any, parts: str) -> list[Spec]:

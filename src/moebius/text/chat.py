@@ -107,6 +107,12 @@ def _tool_call(call: object, facts: TemplateFacts, param: str) -> dict[str, Any]
     return {**fields, "type": fields.get("type", "function"), "function": {**function, "arguments": arguments}}
 
 
+def _with_reasoning(fields: dict[str, Any]) -> dict[str, Any]:
+    """Clients and templates have several names for a turn's reasoning: it goes by those that templates read."""
+    found = [fields[name] for name in ("reasoning_content", "thinking", "reasoning") if name in fields]
+    return {"thinking": found[0], **fields, "reasoning_content": found[0]} if found else fields
+
+
 def normalise_messages(messages: Sequence[Mapping[str, Any]], facts: TemplateFacts) -> list[dict[str, Any]]:
     """Messages as the template with these facts takes them; keys that are null are left out.
 
@@ -123,6 +129,7 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]], facts: TemplateFac
         role = "system" if role == "developer" and not facts.developer else str(role)
         fields = {key: value for key, value in message.items() if value is not None}
         fields |= {"role": role, **_content(message, role, facts, f"{param}.content")}
+        fields = _with_reasoning(fields)
         calls = fields.pop("tool_calls", None)
         if calls is not None:
             _check(isinstance(calls, (list, tuple)), f"{param}.tool_calls", "tool_calls must be a list")
