@@ -17,8 +17,12 @@ from moebius.schedule.request import LIMITS
 
 _PIECE = 2**18
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
-_WIDE = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
-_WIDE |= {codecs.BOM_UTF16_BE: "UTF-16"}
+_WIDE = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def decode_body(body: bytes) -> dict[str, Any]:
