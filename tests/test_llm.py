@@ -114,7 +114,7 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> 
         llm.generate(["a", ""], SamplingParams())
     with pytest.raises(RequestError, match="token id 320 is not an integer from 0 to 319"):
         llm.generate([[320]], SamplingParams())
-    with pytest.raises(RequestError, match="context is 512"):
+    with pytest.raises(RequestError, match="context length is 512"):
         llm.generate([[1] * 600], SamplingParams())
     assert llm.engine.scheduler.drained
     with pytest.raises(TypeError, match="no option max_num_seq;"):

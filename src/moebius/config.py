@@ -276,6 +276,9 @@ class EngineConfig:
     enable_chunked_prefill: Annotated[bool, "Compute long prompts in pieces beside running decodes."] = True
     max_queue_requests: Annotated[int, "Most requests that wait."] = 1024
     max_queue_tokens: Annotated[int, "Most tokens that wait."] = 4_194_304
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"], "fcfs: in order of arrival. priority: requests may bring one; lower goes first."
+    ] = "fcfs"
     step_deadline: Annotated[float, "Seconds after which a step without progress is a failure."] = 120.0
     threads: Annotated[int | None, "Compute threads; default: one a core, as far as a CPU quota goes."] = None
     trace: Annotated[str | None, "File that every scheduling decision is written to, as JSON lines."] = None
@@ -285,6 +288,8 @@ class EngineConfig:
             self.dtype in ("auto", "bfloat16", "float32"), f"dtype is {self.dtype!r}; use auto, bfloat16 or float32"
         )
         require(self.device in ("auto", "cpu", "cuda"), f"device is {self.device!r}; use auto, cpu or cuda")
+        policy = self.scheduling_policy
+        require(policy in ("fcfs", "priority"), f"scheduling_policy is {policy!r}; use fcfs or priority")
         require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = {self.max_num_seqs}; "

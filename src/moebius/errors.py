@@ -8,6 +8,7 @@
     │   └── MemoryPlanError          the model, its cache or its workspace does not fit
     ├── RequestError  (ValueError)   one request is wrong: HTTP 400, names the field in `param`
     │   └── ContextLengthError       prompt (plus max_tokens) beyond what the model or the cache can hold
+    │       └── ContextExceededError the model's context, in the words that clients look for
     ├── OverloadError                refused for now: HTTP 503, `retry_after` seconds
     ├── DeadlineError                a request's or a wait's time ran out: HTTP 503
     ├── NumericalError               NaN or infinite logits end that one request, HTTP 500; such a loss the training
@@ -59,6 +60,41 @@ class ContextLengthError(RequestError):
 
     def __init__(self, message: str, *, param: str | None = "prompt") -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class ContextExceededError(ContextLengthError):
+    """More tokens than the model's context has, in the sentences by which clients know OpenAI's error.
+
+    context         the model's, in tokens
+    prompt_tokens   what the prompt has; with `at_least` it has that many or more, and was not tokenised
+    max_tokens      what was asked for beside it; None or 0 where the prompt alone is too long
+    param           the field that holds the prompt, as this client calls it
+    """
+
+    def __init__(
+        self,
+        context: int,
+        prompt_tokens: int,
+        max_tokens: int | None = None,
+        *,
+        at_least: bool = False,
+        param: str = "prompt",
+    ) -> None:
+        self._facts = context, prompt_tokens, max_tokens, at_least
+        some = "at least " if at_least else ""
+        if max_tokens:
+            asked = (
+                f"you requested {some}{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the {param}, "
+                f"{max_tokens} in the completion). Please reduce the length of the {param} or completion."
+            )
+        else:
+            asked = f"your {param} resulted in {some}{prompt_tokens} tokens. Please reduce the length of the {param}."
+        super().__init__(f"This model's maximum context length is {context} tokens. However, {asked}", param=param)
+
+    def named(self, param: str) -> "ContextExceededError":
+        """The same, of a prompt that the client sent as `param`."""
+        context, prompt_tokens, max_tokens, at_least = self._facts
+        return ContextExceededError(context, prompt_tokens, max_tokens, at_least=at_least, param=param)
 
 
 class OverloadError(MoebiusError):

@@ -162,7 +162,7 @@ def test_offline_commands_refuse_in_one_line(refused: Any, tiny_model: Path) -> 
     assert "--num-iters-warmup is -1" in refused("latency", *model, "--num-iters-warmup", "-1")
     assert "--batch-size is 0" in refused("latency", *model, "--batch-size", "0")
     assert "no single batch for --max-num-seqs 64" in refused("latency", *model, "--batch-size", "65")
-    assert "context is 2048" in refused("throughput", *model, "--input-len", "3000", "--num-prompts", "1")
+    assert "context length is 2048" in refused("throughput", *model, "--input-len", "3000", "--num-prompts", "1")
     assert "--num-prompts is 0" in refused("throughput", *model, "--num-prompts", "0")
 
 

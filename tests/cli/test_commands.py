@@ -230,4 +230,4 @@ def test_chat_keeps_the_conversation(
     assert moebius(monkeypatch, *arguments) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) >= 2
-    assert "context is 512" in captured.err
+    assert "context length is 512" in captured.err

@@ -177,9 +177,7 @@ def test_aborts_deadlines_and_refusals(tiny_model: Path) -> None:
     assert ended is not None and ended.finish_reason is FinishReason.ABORT and one.abort("gone") is None
     late = run(one, [make(one, "late", [1, 2], deadline=one.clock() - 1)])["late"]
     assert late[-1].finish_reason is FinishReason.DEADLINE and isinstance(late[-1].error, DeadlineError)
-    with pytest.raises(
-        ContextLengthError, match="511 tokens and max_tokens = 8, 519 in all, but the model's context is 512"
-    ):
+    with pytest.raises(ContextLengthError, match=r"519 tokens \(511 in the prompt, 8 in the completion\)"):
         make(one, "long", [1] * 511)
     assert one.scheduler.drained
 
@@ -235,3 +233,9 @@ def test_bfloat16_runs_and_the_fingerprint_names_the_kernels(
     ops = select_ops("cpu", torch.bfloat16)
     assert (ops.name == "reference") == (isa == "reference")
     assert one.info.fingerprint.endswith(f"_{ops.name}_bfloat16" if ops.one_answer else "_reference_bfloat16-approx")
+
+
+@pytest.mark.case("B3")
+def test_only_the_operator_allows_priorities(tiny_model: Path) -> None:
+    assert not engine(tiny_model).info.limits.priorities
+    assert engine(tiny_model, scheduling_policy="priority").info.limits.priorities

@@ -11,7 +11,7 @@ from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.books import check_books
 
 KEY = bytes(range(32))
-LIMITS = ServingLimits(vocab_size=1000, max_model_len=4096)
+LIMITS = ServingLimits(vocab_size=1000, max_model_len=4096, priorities=True)
 
 
 def make_request(

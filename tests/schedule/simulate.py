@@ -122,7 +122,7 @@ class Episode:
         pool = pool_class(num_blocks, size, enable_prefix_caching=rng.random() < 0.9, key=key)
         self.scheduler = scheduler_class(self.config, pool)
         self.checker = Checker(self.scheduler, key, self.mood.vocab, seed)
-        self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4)
+        self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4, priorities=True)
         self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest)] for _ in range(3)]
         self.done: list[str] = []
 

@@ -77,18 +77,21 @@ def test_a_wrong_request_names_its_field(fields, param):
     assert error.value.param == param
 
 
+@pytest.mark.case("C5")
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "message"),
     [
-        (4096, None, "the prompt has 4096 tokens and but|the prompt has 4096 tokens"),
-        (4090, 7, "4090 tokens and max_tokens = 7, 4097 in all, but the model's context is 4096"),
-        (4097, 0, "4097 tokens"),
+        (4096, None, r"you requested 4097 tokens \(4096 in the prompt, 1 in the completion\)"),
+        (4097, None, "your prompt resulted in 4097 tokens. Please reduce the length of the prompt."),
+        (4090, 7, r"you requested 4097 tokens \(4090 in the prompt, 7 in the completion\)"),
+        (4097, 0, "your prompt resulted in 4097 tokens"),
     ],
 )
 def test_a_request_beyond_the_context_is_refused_with_the_numbers(prompt, max_tokens, message):
     with pytest.raises(ContextLengthError, match=message) as error:
         make([1] * prompt, SamplingParams(max_tokens=max_tokens))
     assert error.value.code == "context_length_exceeded"
+    assert str(error.value).startswith("This model's maximum context length is 4096 tokens. However, ")
 
 
 def test_defaults_are_resolved_when_it_is_made():

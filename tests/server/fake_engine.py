@@ -62,6 +62,7 @@ class FakeEngine:
     vocab_size: int = 400
     max_model_len: int = 512
     eos_ids: frozenset[int] = frozenset({1})
+    priorities: bool = False
     step_seconds: float = 0.0
     step_tokens: int = 1
     prompt_chunk: int = 4
@@ -85,7 +86,7 @@ class FakeEngine:
 
     @property
     def info(self) -> EngineInfo:
-        limits = ServingLimits(self.vocab_size, self.max_model_len)
+        limits = ServingLimits(self.vocab_size, self.max_model_len, self.priorities)
         return EngineInfo(limits, self.eos_ids, block_size=16, num_blocks=64, fingerprint="fp_fake")
 
     def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:

@@ -110,7 +110,14 @@ NAMED_CASES: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     (COMPLETIONS, {"temprature": 1}, "temprature"),
     (COMPLETIONS, {"messages": []}, "messages"),
-    (COMPLETIONS, {"parallel_tool_calls": False}, "parallel_tool_calls"),
+    (COMPLETIONS, {"priority": -1}, "priority"),
+    (COMPLETIONS, {"request_id": "a b"}, "request_id"),
+    (COMPLETIONS, {"reasoning_effort": "low"}, "reasoning_effort"),
+    (COMPLETIONS, {"skip_special_tokens": 0}, "skip_special_tokens"),
+    (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort"),
+    (CHAT, {"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+    (CHAT, {"tools": [{}] * 257, "tool_choice": "none"}, "tools"),
+    (CHAT, {"tools": [5], "tool_choice": "none"}, "tools"),
     (CHAT, {"max_tokens": 0}, "max_tokens"),
     (CHAT, {"max_completion_tokens": -1}, "max_completion_tokens"),
     (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
@@ -161,6 +168,7 @@ def test_neutral_and_harmless_fields_are_served() -> None:
 
 BODIES = [
     b"", b"{", b"[]", b"null", b'"x"', b"1", b"{}x", b"\xff\xfe", b"\xef\xbb\xbf{}", b'{"prompt": NaN}', b"[" * 100_000,
+    b"\xef\xbb\xbf\xef\xbb\xbf{}",
     b'{"prompt": "x", "temperature": Infinity}', b'{"prompt": "x", "temperature": -Infinity}',
     b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "\\ud800"}', b"{'prompt': 'x'}", b'{"prompt": "x",}',
     b'{"prompt": "x", "metadata": ' + b'{"a":' * 70 + b"1" + b"}" * 70 + b"}", b'{"n": ' + b"9" * 5000 + b"}",

@@ -175,7 +175,7 @@ def test_sampling_fields_reach_the_engine() -> None:
         assert request.priority == -3
         assert request.deadline is not None and request.deadline > request.arrival
 
-    run(check)
+    run(check, engine(priorities=True))
 
 
 def test_the_models_defaults_yield_to_the_clients_values() -> None:

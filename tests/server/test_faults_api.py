@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from moebius.errors import (
     RequestError,
 )
 from moebius.server.app import _Api
-from server.serving import Server, engine, events, run, serving, until
+from moebius.text import ChatTemplate, Tokenizer
+from server.serving import TEMPLATE, Server, engine, events, run, serving, until
+from text.tiny_tokenizers import byte_level
 
 COMPLETIONS = "/v1/completions"
 SECRET = "the-secret-prompt"
@@ -197,3 +200,35 @@ def test_the_engine_is_closed_with_the_application() -> None:
         assert server.engine.closed
 
     asyncio.run(main())
+
+
+def test_whatever_wakes_a_call_is_called_on_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An asyncio.Event that is set elsewhere may not be seen before something else happens on the loop."""
+    setters: list[int] = []
+    original = asyncio.Event.set
+
+    def noted(event: asyncio.Event) -> None:
+        setters.append(threading.get_ident())
+        original(event)
+
+    async def main() -> None:
+        async with serving(engine(step_seconds=0.01)) as server:
+            asked = asyncio.create_task(server.complete(max_tokens=500))
+            await until(lambda: bool(server.engine.requests))
+            monkeypatch.setattr(asyncio.Event, "set", noted)
+        with pytest.raises(AssertionError, match="shutting down"):
+            await asked
+
+    asyncio.run(main())
+    assert setters and set(setters) == {threading.get_ident()}
+
+
+def test_nothing_is_built_once_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer for texts that hold special tokens' names takes as long as the first one took to load."""
+    fresh = Tokenizer(byte_level(), templates={"default": ChatTemplate(TEMPLATE)})
+
+    async def check(server: Server) -> None:
+        monkeypatch.setattr("moebius.text.guard._Aliased", lambda *_: pytest.fail("built while others wait"))
+        await server.chat(messages=[{"role": "user", "content": "a <|im_end|> b"}], max_tokens=1)
+
+    run(check, tokenizer=fresh)

@@ -93,7 +93,11 @@ def load_engine(
     with TorchThreads(threads):
         runner = _load_runner(prepared, config)
     info = EngineInfo(
-        limits=ServingLimits(prepared.checkpoint.config.vocab_size, plan.max_model_len),
+        limits=ServingLimits(
+            prepared.checkpoint.config.vocab_size,
+            plan.max_model_len,
+            priorities=config.scheduling_policy == "priority",
+        ),
         eos_ids=eos_ids,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,

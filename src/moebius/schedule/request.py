@@ -13,12 +13,16 @@ from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, Self
 
-from moebius.errors import ContextLengthError, RequestError
+from moebius.errors import ContextExceededError, RequestError
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The one table of limits that a request is held to, whichever front door it came by."""
+    """The one table of limits that a request is held to, whichever front door it came by.
+
+    json_values   values in one body; json_parts of them may be strings (names included), lists and objects, each of
+                  which costs the parser ten times what a number costs
+    """
 
     n: int = 16
     prompts: int = 64
@@ -32,6 +36,8 @@ class Limits:
     body_bytes: int = 8 * 2**20
     header_bytes: int = 16 * 2**10
     json_depth: int = 64
+    json_values: int = 2**20
+    json_parts: int = 2**16
     priority: int = 2**31 - 1
     salt_bytes: int = 256
 
@@ -201,10 +207,14 @@ def choice_seed(seed: int, index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ServingLimits:
-    """What the loaded model and its cache can serve; the engine publishes it, requests are checked against it."""
+    """What the loaded model and its cache can serve; the engine publishes it, requests are checked against it.
+
+    priorities   whether a request may have another priority than 0
+    """
 
     vocab_size: int
     max_model_len: int
+    priorities: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -290,6 +300,8 @@ class Request:
                 message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
                 _check(token < limits.vocab_size, name, message)
         _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
+        refused = f"priority is {priority}; this server takes only 0, unless it runs with --scheduling-policy priority"
+        _check(priority == 0 or limits.priorities, "priority", refused)
         _check_number("arrival", arrival, -math.inf, math.inf)
         if deadline is not None:
             _check_number("deadline", deadline, -math.inf, math.inf)
@@ -298,11 +310,8 @@ class Request:
         room = limits.max_model_len - len(prompt)
         wanted = params.max_tokens
         if room < (1 if wanted is None else wanted):
-            asked = "" if not wanted else f" and max_tokens = {wanted}, {len(prompt) + wanted} in all,"
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens{asked or ' and'} but the model's context is "
-                f"{limits.max_model_len}; shorten the prompt or ask for fewer tokens"
-            )
+            least = 1 if room == 0 else None
+            raise ContextExceededError(limits.max_model_len, len(prompt), least if wanted is None else wanted)
         ends = frozenset() if params.ignore_eos else eos_ids
         stop_ids = frozenset(params.stop_token_ids).union(token for token in ends if 0 <= token < limits.vocab_size)
         fixed_seed = seed if seed is not None else (params.seed or 0)

@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moebius.server.faults import fault_of
-from moebius.server.formats import Format, Json
-from moebius.server.stream import Call, ClientGone
+from moebius.server.formats import Format
+from moebius.server.stream import Batch, Call, ClientGone
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -19,15 +21,15 @@ _STREAM_HEADERS = [
 ]
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
+# About so many bytes of JSON are made on the event loop: handing them to a thread would take longer.
+_SMALL = 64 * 1024
+
+Made = TypeVar("Made")
 
 
 def event(data: bytes) -> bytes:
     """One server-sent event. JSON holds no line break, so one line suffices."""
     return b"data: " + data + b"\n\n"
-
-
-def _events(chunks: Sequence[Json]) -> bytes:
-    return b"".join(event(msgspec.json.encode(chunk)) for chunk in chunks)
 
 
 class Answer(Response):
@@ -53,27 +55,44 @@ class Answer(Response):
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
         while not self.call.finished:
             await self.call.next()
-        body = msgspec.json.encode(self.formatter.whole())
-        await Response(body, media_type="application/json")(scope, receive, send)
+        pieces = await self._made(lambda: list(self.formatter.whole()), self.call.received_bytes)
+        size = b"%d" % sum(map(len, pieces))
+        headers = [(b"content-type", b"application/json"), (b"content-length", size)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if self.call.received_bytes <= _SMALL:
+            pieces = [b"".join(pieces)]
+        for i, piece in enumerate(pieces, 1):
+            await send({"type": "http.response.body", "body": piece, "more_body": i < len(pieces)})
+
+    async def _made(self, make: Callable[[], Made], weight: int) -> Made:
+        """What `make` makes out of about `weight` bytes: on a thread where that takes long."""
+        return make() if weight <= _SMALL else await asyncio.to_thread(make)
+
+    def _events(self, batch: Batch) -> bytes:
+        return b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.chunks(batch))
 
     async def _stream(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
         patience = self.call.keep_alive
         heard = loop.time()
+        told = 0
         batch = await self.call.next()
         while batch and not any(delta for _, delta in batch) and loop.time() - heard < patience:
             batch = await self.call.next()
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             while True:
-                data = _events(self.formatter.chunks(batch))
+                # What a choice begins with may have come in many steps.
+                received = self.call.received_bytes
+                data = await self._made(partial(self._events, batch), received - told)
+                told = received if data else told
                 if self.call.finished:
                     break
                 if data or not batch or loop.time() - heard >= patience:
                     await self._send(send, data or _KEEP_ALIVE)
                     heard = loop.time()
                 batch = await self.call.next()
-            data += _events(self.formatter.closing()) + _DONE
+            data += b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.closing()) + _DONE
         except (ClientGone, asyncio.CancelledError):
             raise
         except Exception as error:

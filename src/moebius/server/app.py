@@ -24,6 +24,7 @@ from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
 from moebius.errors import RequestError
 from moebius.server.answer import Answer
+from moebius.server.body import decode_body
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.guard import Guard, read_body
@@ -35,7 +36,6 @@ from moebius.server.protocol import (
     DetokenizeRequest,
     GenerationRequest,
     TokenizeRequest,
-    decode_body,
     parse,
 )
 from moebius.server.stream import FrontDoor
@@ -105,7 +105,8 @@ class _Api:
 
     def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         try:
-            params, prompts = asked.sampling(self.defaults), asked.encode(self.tokenizer)
+            params = asked.sampling(self.defaults)
+            prompts = asked.encode(self.tokenizer, self.door.client.info.limits.max_model_len)
             call = self.door.open(
                 f"{asked.id_prefix}-{secrets.token_hex(12)}",
                 prompts,
@@ -121,21 +122,14 @@ class _Api:
         return Answer(call, form(call, asked, self.tokenizer, model, self.door.client.info.fingerprint), asked.stream)
 
     def tokenize(self, request: Request, asked: TokenizeRequest) -> Response:
-        if (asked.prompt is None) == (asked.messages is None):
-            raise RequestError("give either prompt or messages", param="prompt")
-        if asked.messages is not None:
-            ids = self.tokenizer.encode_chat(
-                asked.messages, add_generation_prompt=asked.add_generation_prompt, variables=asked.chat_template_kwargs
-            )
-        else:
-            ids = self.tokenizer.encode(asked.prompt or "", asked.add_special_tokens)
-        texts = [self.tokenizer.token_text(token_id) for token_id in ids] if asked.return_token_strs else None
         length = self.door.client.info.limits.max_model_len
+        ids = asked.encode(self.tokenizer, length)
+        texts = [self.tokenizer.token_text(token_id) for token_id in ids] if asked.return_token_strs else None
         return _json({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts})
 
     def detokenize(self, request: Request, asked: DetokenizeRequest) -> Response:
         vocab_size = self.door.client.info.limits.vocab_size
-        for token_id in asked.tokens:
+        for token_id in set(asked.tokens):
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"tokens: {token_id} is not an id from 0 to {vocab_size - 1}", param="tokens")
         return _json({"prompt": self.tokenizer.decode(asked.tokens, skip_special_tokens=False)})
@@ -143,11 +137,27 @@ class _Api:
     def _card(self, name: str) -> dict[str, Any]:
         length = self.door.client.info.limits.max_model_len
         facts = {"object": "model", "owned_by": "moebius", "created": self._created, "max_model_len": length}
-        return {"id": name, **facts}
+        family = {"root": self.settings.served_model_names[0], "parent": None}
+        return {"id": name, **facts, **family, "permission": [_permission(name, self._created)]}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.served_model_names:
             raise RequestError(f"the model {name!r} is not served here", param="model", code="model_not_found")
+
+
+def _permission(name: str, created: int) -> dict[str, Any]:
+    """What OpenAI's API once said of every model, and clients written for vLLM may still read."""
+    allowed = {"sampling": True, "logprobs": True, "view": True}
+    refused = {"create_engine": False, "search_indices": False, "fine_tuning": False}
+    return {
+        "id": "modelperm-" + hashlib.blake2b(name.encode(), digest_size=12).hexdigest(),
+        "object": "model_permission",
+        "created": created,
+        **{f"allow_{what}": allows for what, allows in (allowed | refused).items()},
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
 
 
 def _json(value: object) -> Response:
@@ -182,7 +192,7 @@ def create_app(
             yield
         finally:
             api.executor.shutdown(wait=False, cancel_futures=True)
-            await asyncio.to_thread(door.close, _CLOSE_SECONDS)
+            await door.close(_CLOSE_SECONDS)
 
     async def leave_to_guard(request: Request, error: Exception) -> Response:
         raise error  # or Starlette would answer an unknown route by itself

@@ -1,9 +1,16 @@
-"""The two endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's JSON."""
+"""The two endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's JSON.
+
+What may be long is encoded in pieces: one call of the encoder holds the interpreter's lock from its begin to its end.
+"""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
+
+import msgspec
 
 from moebius.engine.client import TokenLogprob
 from moebius.outputs import Delta
@@ -14,6 +21,16 @@ from moebius.text import Tokenizer, text_offsets
 Json = dict[str, Any]
 # JSON has no -inf; this is what OpenAI sends for it.
 FLOOR = -9999.0
+_PIECE = 256
+
+
+def encoded_list(items: Iterable[object]) -> msgspec.Raw:
+    """A list as JSON, made of pieces of some hundred items."""
+    rest = iter(items)
+    pieces: list[bytes] = []
+    while piece := list(islice(rest, _PIECE)):
+        pieces.append(msgspec.json.encode(piece)[1:-1])
+    return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
 
 
 def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
@@ -23,6 +40,15 @@ def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 class Format:
@@ -39,8 +65,11 @@ class Format:
         self._request = request
         self._tokenizer = tokenizer
         self._top = call.params.logprobs
-        self._head = {"id": call.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+        self._id = call.id if request.request_id is None else f"{request.id_prefix}-{request.request_id}"
+        self._head = {"id": self._id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
         self._begun: set[int] = set()
+        self._sent: Counter[int] = Counter()
+        """How many tokens a stream has sent of each choice."""
 
     def chunks(self, batch: Batch) -> list[Json]:
         """What a stream sends for a batch: whatever says something that the client asked for."""
@@ -56,10 +85,17 @@ class Format:
         """What a stream sends when all choices are finished, before [DONE]."""
         return [self._chunk(usage=self._usage())] if self._request.include_usage else []
 
-    def whole(self) -> Json:
-        """The response that is not streamed, once all choices are finished."""
-        choices = [self._choice(choice, choice.assembler.released) for choice in self._call.choices]
-        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
+    def whole(self) -> Iterator[bytes]:
+        """The response that is not streamed, once all choices are finished, in pieces."""
+        head = {**self._head, "object": self.kind, "usage": self._usage(), **self._beside()}
+        yield msgspec.json.encode(head)[:-1] + b',"choices":['
+        for i, choice in enumerate(self._call.choices):
+            yield b"," * (i > 0) + msgspec.json.encode(self._choice(choice, choice.assembler.released))
+        yield b"]}"
+
+    def _beside(self) -> Json:
+        """What stands beside the choices."""
+        return {}
 
     def _choice(self, choice: Choice, said: Delta) -> Json:
         raise NotImplementedError
@@ -71,6 +107,14 @@ class Format:
         usage = {"usage": None} if self._request.include_usage else {}
         return {**self._head, "object": self.chunk_kind, "choices": choices, **usage, **fields}
 
+    def _running_usage(self, choice: Choice, delta: Delta | None = None) -> Json:
+        """The choice's own, with what `delta` adds to it; where the client wants it in each chunk."""
+        self._sent[choice.index] += 0 if delta is None else len(delta.token_ids)
+        if not self._request.continuous_usage:
+            return {}
+        cached = choice.assembler.num_cached_tokens
+        return {"usage": _usage(len(choice.request.prompt_ids), self._sent[choice.index], cached)}
+
     def _common(self, choice: Choice, delta: Delta) -> Json:
         """The fields of every kind of choice."""
         stop = {"stop_reason": delta.stop_reason} if delta.finish_reason else {}
@@ -79,34 +123,29 @@ class Format:
 
     def _usage(self) -> Json:
         """Each prompt counted once, however many choices; completions summed."""
-        prompt, completion = self._call.prompt_tokens, self._call.completion_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": self._call.cached_tokens},
-        }
+        call = self._call
+        return _usage(call.prompt_tokens, call.completion_tokens, call.cached_tokens)
 
     def _ids(self, field: str, token_ids: Sequence[int]) -> Json:
         return {field: tuple(token_ids)} if self._request.return_token_ids else {}
 
     def _prompt_logprobs(self, choice: Choice) -> Json:
-        """vLLM's field: null for the first token, then id -> logprob, rank and text, the prompt's own included."""
-        k, text = self._request.prompt_logprobs, self._tokenizer.token_text
-        if k is None:
-            return {}
-        found: list[dict[str, Json] | None] = [None]
+        """vLLM's field: null where not asked for; else a list: null for the first token, then id -> logprob, rank and
+        text, the prompt's own included."""
+        k = self._request.prompt_logprobs
+        return {"prompt_logprobs": None if k is None else encoded_list(self._scored(choice, k))}
+
+    def _scored(self, choice: Choice, k: int) -> Iterator[dict[str, Json] | None]:
+        text = self._tokenizer.token_text
+        yield None
         for entry in choice.assembler.prompt_logprobs:
             ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top[:k], 1)]
             if all(token_id != entry.token_id for token_id, _, _ in ranked):
                 ranked.insert(0, (entry.token_id, entry.logprob, entry.rank))
-            found.append(
-                {
-                    str(id): {"logprob": max(logprob, FLOOR), "rank": rank, "decoded_token": text(id)}
-                    for id, logprob, rank in ranked
-                }
-            )
-        return {"prompt_logprobs": found}
+            yield {
+                str(id): {"logprob": max(logprob, FLOOR), "rank": rank, "decoded_token": text(id)}
+                for id, logprob, rank in ranked
+            }
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +183,7 @@ class CompletionFormat(Format):
         return {**self._piece(choice, said, first=True), **self._prompt_logprobs(choice)}
 
     def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
-        yield self._chunk(self._piece(choice, delta, first=first))
+        yield self._chunk(self._piece(choice, delta, first=first), **self._running_usage(choice, delta))
 
     def _piece(self, choice: Choice, delta: Delta, *, first: bool) -> Json:
         prompt = self._echoed[choice.prompt_index]
@@ -168,14 +207,16 @@ class CompletionFormat(Format):
             offsets = [*prompt.offsets, *offsets]
         tokens = [legacy_token(self._tokenizer, token_id) for token_id in ids]
         chosen = [None if entry is None else max(entry.logprob, FLOOR) for entry in entries]
-        tops: list[dict[str, float] | None] = []
-        for entry in entries:
-            top: dict[str, float] = {}
-            if entry is not None:
-                for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
-                    top.setdefault(legacy_token(self._tokenizer, token_id), max(logprob, FLOOR))
-            tops.append(None if entry is None else top)
+        tops = encoded_list(map(self._likely, entries))
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+
+    def _likely(self, entry: TokenLogprob | None) -> dict[str, float] | None:
+        if entry is None:
+            return None
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
+            top.setdefault(legacy_token(self._tokenizer, token_id), max(logprob, FLOOR))
+        return top
 
 
 class ChatFormat(Format):
@@ -184,10 +225,9 @@ class ChatFormat(Format):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def whole(self) -> Json:
+    def _beside(self) -> Json:
         first = self._call.choices[0]
-        prompt_ids = self._ids("prompt_token_ids", first.request.prompt_ids)
-        return {**super().whole(), **prompt_ids, **self._prompt_logprobs(first)}
+        return {**self._ids("prompt_token_ids", first.request.prompt_ids), **self._prompt_logprobs(first)}
 
     def _choice(self, choice: Choice, said: Delta) -> Json:
         message = {"role": "assistant", "content": said.text, "refusal": None}
@@ -197,9 +237,11 @@ class ChatFormat(Format):
         if first:
             role = {"role": "assistant", "content": ""}
             opening = {"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None}
-            yield self._chunk(opening, **self._ids("prompt_token_ids", choice.request.prompt_ids))
+            ids = self._ids("prompt_token_ids", choice.request.prompt_ids)
+            yield self._chunk(opening, **ids, **self._running_usage(choice))
         said = {"content": delta.text} if delta.text else {}
-        yield self._chunk({"delta": said, "logprobs": self._logprobs(delta.logprobs), **self._common(choice, delta)})
+        piece = {"delta": said, "logprobs": self._logprobs(delta.logprobs), **self._common(choice, delta)}
+        yield self._chunk(piece, **self._running_usage(choice, delta))
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
         if self._top is None:
@@ -209,8 +251,8 @@ class ChatFormat(Format):
             raw = self._tokenizer.token_bytes(token_id)
             return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
 
-        content = [
+        content = encoded_list(
             {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*pair) for pair in entry.top[: self._top]]}
             for entry in entries
-        ]
+        )
         return {"content": content, "refusal": None}

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
-from pydantic_core import from_json
 
 from moebius.config import package_table
-from moebius.errors import RequestError
+from moebius.errors import ContextExceededError, ContextLengthError, RequestError
 from moebius.schedule.request import LIMITS, SamplingParams
 from moebius.text import GenerationDefaults, Tokenizer
 
@@ -21,6 +20,10 @@ HARMLESS = frozenset(_TABLE["harmless"])
 UNSUPPORTED: Mapping[str, list[Any]] = _TABLE["unsupported"]
 _MESSAGE_TEXTS, _MESSAGE_UNSUPPORTED = _TABLE["message"]["texts"], _TABLE["message"]["unsupported"]
 _MESSAGE_FIELDS = frozenset([*_MESSAGE_TEXTS, *_TABLE["message"]["others"]])
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# A text beyond the context is still counted up to so many times its length.
+_COUNTED = 4
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 Prompts = list[str] | list[list[int]]
 
@@ -30,28 +33,23 @@ def _require(condition: bool, message: str, param: str | None = None) -> None:
         raise RequestError(message, param=param)
 
 
-def decode_body(body: bytes) -> dict[str, Any]:
-    """A body as one JSON object. RequestError on anything else, NaN and Infinity, or nesting beyond the limit."""
-    try:
-        found = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from error
-    _require(isinstance(found, dict), "the body must be a JSON object")
-    level: list[Any] = [found]
-    for _ in range(LIMITS.json_depth):
-        inner = (child for value in level for child in (value.values() if isinstance(value, dict) else value))
-        level = [child for child in inner if isinstance(child, (dict, list))]
-    _require(not level, f"the body nests deeper than {LIMITS.json_depth} levels")
-    return dict(found)
+def _refuse_unsupported(fields: Mapping[str, Any], unsupported: Mapping[str, list[Any]], at: str) -> None:
+    """Raise on the first field that is not supported, and not neutral."""
+    for name in fields.keys() & unsupported.keys():
+        value = fields[name]
+        neutral = any(type(value) is type(no) and value == no for no in unsupported[name])
+        _require(neutral, f"{at}{name}: this field is not supported here; leave it out", at + name)
 
 
-def _refuse_fields(fields: Mapping[str, Any], known: Any, unsupported: Mapping[str, list[Any]], at: str) -> None:
-    """Raise on the first field that is unknown, or not supported and not neutral."""
-    for name, value in fields.items():
-        if name not in known:
-            _require(name in unsupported, f"{at}{name}: there is no such field", at + name)
-            neutral = any(type(value) is type(no) and value == no for no in unsupported[name])
-            _require(neutral, f"{at}{name}: this field is not supported here; leave it out", at + name)
+def _at_most(name: str) -> BeforeValidator:
+    """Counts a collection before each of its values is looked at."""
+
+    def check(value: Any) -> Any:
+        size, most = len(value) if isinstance(value, (list, dict)) else 0, getattr(LIMITS, name)
+        _require(size <= most, f"{name} has {size} entries; at most {most}", name)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _stop(value: Any) -> Any:
@@ -88,13 +86,16 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     _require(good, "messages must be a list of objects with `role` and `content`, not empty", "messages")
     count = len(value)
     _require(count <= LIMITS.messages, f"messages holds {count} entries; at most {LIMITS.messages}", "messages")
-    for i, message in enumerate(value):
-        fields = _without_nulls(message)
-        _refuse_fields(fields, _MESSAGE_FIELDS, _MESSAGE_UNSUPPORTED, f"messages[{i}].")
-        for name in _MESSAGE_TEXTS:
-            at = f"messages[{i}].{name}"
-            _require(isinstance(fields.get(name, ""), str), f"{at} must be a string", at)
-    return list(value)
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """Its fields that mean something here. Clients add keys of their own and send back what they were sent."""
+    given = _without_nulls(message)
+    _refuse_unsupported(given, _MESSAGE_UNSUPPORTED, f"{at}.")
+    for name in _MESSAGE_TEXTS:
+        _require(isinstance(given.get(name, ""), str), f"{at}.{name} must be a string", f"{at}.{name}")
+    return {name: value for name, value in message.items() if name in _MESSAGE_FIELDS}
 
 
 class Body(BaseModel):
@@ -109,6 +110,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -133,18 +135,27 @@ class GenerationRequest(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_stop)] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: Annotated[list[str], _at_most("stop"), BeforeValidator(_stop)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[int], _at_most("stop_token_ids")] = Field(default_factory=list)
     ignore_eos: bool = False
-    logit_bias: Annotated[dict[str, float], AfterValidator(_logit_bias)] = Field(default_factory=dict)
+    skip_special_tokens: bool = True
+    logit_bias: Annotated[dict[str, float], AfterValidator(_logit_bias), _at_most("logit_bias")] = Field(
+        default_factory=dict
+    )
     prompt_logprobs: int | None = None
     priority: int = 0
     cache_salt: str = ""
     return_token_ids: bool = False
+    request_id: str | None = None
+    """The client's name for the call: the answer's id ends in it, and nothing else is made of it."""
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def length_param(self) -> str:
@@ -155,6 +166,8 @@ class GenerationRequest(Body):
         """The same error, naming prompt and length as this endpoint's client calls them."""
         if error.param == "max_tokens":
             return RequestError(str(error).replace("max_tokens", self.length_param), param=self.length_param)
+        if isinstance(error, ContextExceededError):
+            return error.named(self.prompt_param)
         param = self.prompt_param if error.param == "prompt" else error.param
         return RequestError(str(error), param=param, code=error.code)
 
@@ -164,6 +177,8 @@ class GenerationRequest(Body):
         _require(not (self.stream and scored), "prompt_logprobs is not supported with stream: true", "prompt_logprobs")
         short = len(self.cache_salt.encode()) <= LIMITS.salt_bytes
         _require(short, f"cache_salt has over {LIMITS.salt_bytes} bytes", "cache_salt")
+        good = self.request_id is None or _REQUEST_ID.fullmatch(self.request_id) is not None
+        _require(good, "request_id must be 1 to 128 of the characters A-Z a-z 0-9 . _ -", "request_id")
 
     def _sampling(self, defaults: GenerationDefaults, **endpoint: Any) -> SamplingParams:
         """What the endpoint makes of its own fields, over the client's values, the model's defaults and OpenAI's."""
@@ -181,10 +196,18 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[Prompts, PlainValidator(_prompts)]
     echo: bool = False
     logprobs: int | None = None
+    add_special_tokens: bool = True
 
-    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """The ids of each prompt."""
-        return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompt]
+    def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
+        """The ids of each prompt. ContextExceededError where one has more than `most`."""
+        return [self._ids(tokenizer, prompt, most) for prompt in self.prompt]
+
+    def _ids(self, tokenizer: Tokenizer, prompt: str | list[int], most: int) -> list[int]:
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt, self.add_special_tokens, at_most=most)
+        if len(prompt) > most:
+            raise ContextExceededError(most, len(prompt))
+        return prompt
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         prompt_logprobs = [k for k in (self.logprobs if self.echo else None, self.prompt_logprobs) if k is not None]
@@ -202,20 +225,34 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: str | None = None
 
     @property
     def length_param(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """The ids of the one prompt that the messages are."""
-        return [tokenizer.encode_chat(self.messages, variables=self.chat_template_kwargs)]
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the template hears besides the messages. An effort also switches thinking, by the names it goes by."""
+        effort = self.reasoning_effort
+        if effort is None:
+            return self.chat_template_kwargs
+        thinks = effort != "none"
+        effects = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        return {**effects, **self.chat_template_kwargs}
+
+    def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
+        """The ids of the one prompt that the messages are. ContextExceededError where they exceed `most`."""
+        return [tokenizer.encode_chat(self.messages, variables=self.template_variables, at_most=most)]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         _require(max_tokens != 0, "max_tokens is 0; it must be at least 1", "max_tokens")
+        effort = self.reasoning_effort
+        known = effort is None or effort in _EFFORTS
+        _require(known, f"reasoning_effort must be one of {', '.join(_EFFORTS)}", "reasoning_effort")
         top, most = self.top_logprobs or 0, LIMITS.logprobs
-        _require(self.logprobs or self.top_logprobs is None, "top_logprobs needs logprobs: true", "top_logprobs")
+        _require(self.logprobs or not self.top_logprobs, "top_logprobs needs logprobs: true", "top_logprobs")
         _require(0 <= top <= most, f"top_logprobs is {top}; it must be an integer from 0 to {most}", "top_logprobs")
         logprobs = top if self.logprobs else None
         return self._sampling(defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
@@ -231,6 +268,27 @@ class TokenizeRequest(Body):
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
+    def encode(self, tokenizer: Tokenizer, context: int) -> list[int]:
+        """The ids, of what has up to _COUNTED times the tokens of the context; ContextLengthError beyond."""
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        most = max(context, min(_COUNTED * context, LIMITS.json_values))
+        try:
+            if self.messages is None:
+                return tokenizer.encode(self.prompt or "", self.add_special_tokens, at_most=most)
+            return tokenizer.encode_chat(
+                self.messages,
+                add_generation_prompt=self.add_generation_prompt,
+                variables=self.chat_template_kwargs,
+                at_most=most,
+            )
+        except ContextLengthError as error:
+            raise ContextLengthError(
+                f"This model's maximum context length is {context} tokens. However, {error.param} has over {most}: "
+                "no more are counted",
+                param=error.param,
+            ) from error
+
 
 class DetokenizeRequest(Body):
     tokens: list[int]
@@ -242,13 +300,30 @@ _Model = TypeVar("_Model", bound=Body)
 def parse(model: type[_Model], fields: Mapping[str, Any]) -> _Model:
     """A checked record of `model`, or RequestError naming the first field that is wrong."""
     given = _without_nulls(fields)
-    generates = issubclass(model, GenerationRequest)
-    known = model.model_fields.keys() | (HARMLESS if generates else frozenset())
-    _refuse_fields(given, known, UNSUPPORTED if generates else {}, "")
+    own = model.model_fields.keys()
+    others: Mapping[str, list[Any]] = UNSUPPORTED if issubclass(model, GenerationRequest) else {}
+    harmless = HARMLESS if issubclass(model, GenerationRequest) else frozenset()
+    for name in given:
+        known = name in own or name in others or name in harmless
+        _require(known, f"{name[:200]}: there is no such field", name)
+    given = _without_idle_tools(given)
+    _refuse_unsupported({name: value for name, value in given.items() if name not in own}, others, "")
     try:
-        return model.model_validate({name: value for name, value in given.items() if name in model.model_fields})
+        return model.model_validate({name: value for name, value in given.items() if name in own})
     except ValidationError as error:
         raise first_error(error) from error
+
+
+def _without_idle_tools(given: dict[str, Any]) -> dict[str, Any]:
+    """Tools that the model is told not to call ask for nothing: they are not shown to it, so that it calls none."""
+    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if tools in given and given.get(choice) == "none":
+            found = given[tools]
+            good = isinstance(found, list) and all(isinstance(tool, dict) for tool in found)
+            _require(good, f"{tools} must be a list of objects", tools)
+            _require(len(found) <= LIMITS.tools, f"{tools} has {len(found)} entries; at most {LIMITS.tools}", tools)
+            given = {name: value for name, value in given.items() if name != tools}
+    return given
 
 
 _MESSAGES = {"missing": "this field is required", "extra_forbidden": "there is no such field"}

@@ -62,6 +62,8 @@ class Call:
         self.choices = choices
         self.keep_alive = door.settings.keep_alive
         self.sending = False
+        self.received_bytes = 0
+        """About how many bytes of JSON all that came so far becomes."""
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
         self._inbox: list[tuple[Choice, StepOutput]] = []
@@ -139,7 +141,9 @@ class Call:
         if output.token_ids and not choice.closed:
             self._door.metrics.tokens(choice.times, len(output.token_ids), now)
         self._inbox.append((choice, output))
-        self._waiting_bytes += _weight(output)
+        weight = _weight(output)
+        self._waiting_bytes += weight
+        self.received_bytes += weight
         self._wake.set()
         if self.sending and self._waiting_bytes > self._door.settings.stream_buffer_bytes:
             log.warning("%s: the reader lags by %d bytes and is cut off", self.id, self._waiting_bytes)
@@ -272,11 +276,11 @@ class FrontDoor:
         for call in list(self._calls.values()):
             call.end(DrainingError())
 
-    def close(self, timeout: float) -> None:
+    async def close(self, timeout: float) -> None:
         """End what is in flight and stop the engine within `timeout` seconds."""
         self.drain()
-        self.abort_all()
-        self.client.close(timeout)
+        self.abort_all()  # here, on the loop: what it wakes up is the loop's
+        await asyncio.to_thread(self.client.close, timeout)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """On the engine's thread, once a step: one hop to the loop for all of a step's outputs."""

@@ -145,11 +145,10 @@ class Detokenizer:
 
     def join(self, token_ids: Iterable[int], *, skip_special: bool) -> bytes:
         """All bytes of a text; its leading spaces are stripped as the decoder says."""
-        parts: list[bytes] = []
-        for token_id in token_ids:
-            part = self.piece(token_id, first=not parts, skip_special=skip_special)
-            if part is not None:
-                parts.append(part)
-        text = b"".join(parts)
+        ids = list(token_ids)
+        inner = {token_id: self.piece(token_id, first=False, skip_special=skip_special) for token_id in set(ids)}
+        ids = [token_id for token_id in ids if inner[token_id] is not None]
+        first = [self.piece(token_id, first=True, skip_special=skip_special) or b"" for token_id in ids[:1]]
+        text = b"".join([*first, *(inner[token_id] or b"" for token_id in ids[1:])])
         spaces = len(text) - len(text.lstrip(b" "))
         return text[min(spaces, self.strip) :]

@@ -18,6 +18,8 @@ from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
 from moebius.text.guard import SpecialGuard, strings_in
 
+# From so many characters on a chat is rendered once to see whether it fits, before its special tokens are marked.
+_LONG_CHAT = 2**17
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -181,9 +183,13 @@ class Tokenizer:
             "messages": normalise_messages(messages, self._facts[name]),
             "tools": list(tools) if tools else None,
         }
+        length = 0
         for text in strings_in(chat):
             _check_unicode(text, "messages")
+            length += len(text)
         known = {"documents": None, **self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        if length > _LONG_CHAT:
+            self._check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
         rendered = template.render({**marked, **known})
         if marker is None:
