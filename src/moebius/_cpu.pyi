@@ -89,7 +89,17 @@ class Ops:
         sinks: int,
         out: int,
     ) -> None: ...
-    def route(self, settings: RouterSettings, logits: int, rows: int, bias: int, weights: int, ids: int) -> None: ...
+    def route(
+        self,
+        settings: RouterSettings,
+        logits: int,
+        rows: int,
+        bias: int,
+        weights: int,
+        ids: int,
+        pairs: int,
+        sums: int,
+    ) -> None: ...
     def argmax(self, logits: int, rows: int, vocab: int) -> list[int]: ...
     def log_softmax_top_k(
         self, logits: int, rows: int, vocab: int, temperatures: int, k: int, log_sums: int, ids: int

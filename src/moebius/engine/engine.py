@@ -3,6 +3,7 @@
 import logging
 import secrets
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moebius.engine.batch import Batch, PromptRows, build_batch
-from moebius.engine.client import EngineInfo, EngineStats, StepOutput, TokenLogprob
+from moebius.engine.client import (
+    STEP_TOKENS_BOUNDS,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+    TokenLogprob,
+)
 from moebius.engine.memory import PROMPT_LOGIT_ROWS
 from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite, sample, token_logprobs
@@ -49,6 +57,9 @@ class Engine:
         self.clock = clock
         self._trace = trace
         self._counts: Counter[str] = Counter()
+        self._step_tokens = [0] * (len(STEP_TOKENS_BOUNDS) + 1)
+        # Unfinished requests by id: the scheduler forgets one before its last output is made.
+        self._requests: dict[str, Request] = {}
         self._scored: dict[str, int] = {}
         self._last_step = clock()
 
@@ -59,6 +70,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; RequestError or OverloadError if it cannot be served (ever, or now)."""
         self.scheduler.add(request)
+        self._requests[request.id] = request
         if self._trace:
             self._trace.add(request)
 
@@ -83,6 +95,7 @@ class Engine:
             try:
                 batch = build_batch(plan, self.scheduler.requests, self.info.block_size, self.runner.device)
                 results = self._sample(batch, self.runner.execute(batch.inputs))
+                self._count_step(len(batch.inputs.input_ids_host))
             except Exception as error:
                 outputs += self._failed_step(plan, error)
             else:
@@ -106,14 +119,24 @@ class Engine:
             prompt_tokens=counts["prompt_tokens"],
             prompt_tokens_cached=counts["prompt_tokens_cached"],
             generation_tokens=counts["generation_tokens"],
+            step_tokens=tuple(self._step_tokens),
+            step_tokens_sum=counts["step_tokens"],
             last_step=self._last_step,
             now=self.clock(),
             ready=True,
         )
 
+    def expert_loads(self) -> ExpertLoads:
+        """How the routers of the model spread the tokens of the last steps; as safe as `stats`, and a little dearer."""
+        return self.runner.expert_counts.read()
+
     def close(self) -> None:
         if self._trace:
             self._trace.close()
+
+    def _count_step(self, tokens: int) -> None:
+        self._step_tokens[bisect_left(STEP_TOKENS_BOUNDS, tokens)] += 1
+        self._counts["step_tokens"] += tokens
 
     def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
         results, logits_LV = _Results(), self.runner.logits(hidden_TD, batch.sampled_rows)
@@ -145,7 +168,7 @@ class Engine:
         self._scored[request.id] = max(sent, rows.start + len(rows.token_ids) - 1)
 
     def _update(self, plan: StepPlan, results: _Results) -> list[StepOutput]:
-        outputs = []
+        outputs, now = [], self.clock()
         requests = [self.scheduler.requests[chunk.request_id] for chunk in plan.chunks]
         for request_id, error in results.failed.items():
             self.scheduler.fail(request_id)
@@ -160,19 +183,30 @@ class Engine:
         for request in requests:
             drawn = tokens.get(request.id, ())
             if drawn or (request.id not in results.failed and (request.finished or results.prompts.get(request.id))):
-                outputs.append(self._output(request, drawn, results))
+                outputs.append(self._output(request, drawn, results, now))
         return outputs
 
-    def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results) -> StepOutput:
+    def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results, now: float) -> StepOutput:
         finished, cached = request.finish_reason, request.num_cached_tokens or 0
         if len(request.output_ids) == 1 or (finished and not token_ids):
             self._counts["prompt_tokens"] += len(request.prompt_ids)
             self._counts["prompt_tokens_cached"] += cached
         if finished:
             self._scored.pop(request.id, None)
+            self._requests.pop(request.id, None)
         logprob = results.sampled[request.id].logprob if token_ids else None
         prompts = tuple(results.prompts.get(request.id, ())) if results.prompts else ()
-        return StepOutput(request.id, token_ids, (logprob,) if logprob else (), prompts, finished, cached)
+        return StepOutput(
+            request.id,
+            token_ids,
+            (logprob,) if logprob else (),
+            prompts,
+            finished,
+            cached,
+            at=now,
+            scheduled=request.scheduled,
+            num_preemptions=request.num_preemptions,
+        )
 
     def _failed_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The model itself failed: nothing of the step is kept, its requests end, the engine goes on."""
@@ -193,4 +227,12 @@ class Engine:
 
     def _ended(self, request_id: str, reason: FinishReason, error: MoebiusError) -> StepOutput:
         self._scored.pop(request_id, None)
-        return StepOutput(request_id, finish_reason=reason, error=error)
+        request = self._requests.pop(request_id)
+        return StepOutput(
+            request_id,
+            finish_reason=reason,
+            error=error,
+            at=self.clock(),
+            scheduled=request.scheduled,
+            num_preemptions=request.num_preemptions,
+        )

@@ -15,9 +15,9 @@ import os
 import torch
 
 from moebius.ops.reference import ReferenceOps as Ops
-from moebius.ops.steps import Compute, ExpertWeights, Pair
+from moebius.ops.steps import Compute, ExpertWeights, Pair, RouterTally
 
-__all__ = ["Compute", "ExpertWeights", "Ops", "Pair", "select_ops"]
+__all__ = ["Compute", "ExpertWeights", "Ops", "Pair", "RouterTally", "select_ops"]
 
 log = logging.getLogger(__name__)
 

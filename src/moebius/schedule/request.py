@@ -200,6 +200,7 @@ class Request:
     salt                separates the prefix caches of tenants
     num_computed_tokens how many leading tokens have their keys and values in the cache (or in this step's plan)
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
+    scheduled           when that was, on the same clock as arrival; a preemption does not change it
     block_ids           its blocks, in order of position; replaced, never changed: a plan holds it without a copy
     block_hashes        prefix hashes of its leading full blocks, computed once
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
@@ -222,6 +223,7 @@ class Request:
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
+    scheduled: float | None = None
     num_preemptions: int = 0
     block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)
