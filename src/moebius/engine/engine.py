@@ -196,17 +196,9 @@ class Engine:
             self._requests.pop(request.id, None)
         logprob = results.sampled[request.id].logprob if token_ids else None
         prompts = tuple(results.prompts.get(request.id, ())) if results.prompts else ()
-        return StepOutput(
-            request.id,
-            token_ids,
-            (logprob,) if logprob else (),
-            prompts,
-            finished,
-            cached,
-            at=now,
-            scheduled=request.scheduled,
-            num_preemptions=request.num_preemptions,
-        )
+        logprobs, scheduled, preemptions = (logprob,) if logprob else (), request.scheduled, request.num_preemptions
+        # By position: each step makes one for each of its requests, and names would cost half as much again.
+        return StepOutput(request.id, token_ids, logprobs, prompts, finished, cached, None, now, scheduled, preemptions)
 
     def _failed_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The model itself failed: nothing of the step is kept, its requests end, the engine goes on."""
