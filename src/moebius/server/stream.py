@@ -25,7 +25,11 @@ _GRACE_SECONDS = 30.0
 
 
 class ClientGone(Exception):
-    """The client has left, or was cut off: there is nobody to answer."""
+    """There is nobody to answer: the client has left, or was cut off. `how` is what the log line calls it."""
+
+    def __init__(self, how: str = "client_gone") -> None:
+        super().__init__(how)
+        self.how = how
 
 
 @dataclass(slots=True, eq=False)
@@ -96,16 +100,24 @@ class Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        failed = self.fault is not None or (isinstance(error, Exception) and not isinstance(error, ClientGone))
-        self._end = "failed" if failed else "finished" if kind is None else "client_gone"
+        self._end = self._how_it_ended(error)
         for choice in self.choices:
             if not choice.closed:
                 self._door.client.abort(choice.request.id)
-                self._close(choice, "error" if failed else "abort")
+                self._close(choice, "error" if self._end == "failed" else "abort")
         for first in range(0, len(self.choices), self.params.n):
             group = self.choices[first : first + self.params.n]
             self._door.metrics.prompt_finished(max(choice.assembler.num_tokens for choice in group))
         self._door.forget(self)
+
+    def _how_it_ended(self, error: BaseException | None) -> str:
+        if self.fault is not None:
+            return "failed"
+        if isinstance(error, ClientGone):
+            return error.how
+        if isinstance(error, Exception):
+            return "failed"
+        return "finished" if error is None else "cancelled"
 
     def facts(self) -> dict[str, object]:
         """What a log line says of the call: ids and numbers."""
@@ -148,7 +160,7 @@ class Call:
         self._wake.set()
         if self.sending and self._waiting_bytes > self._door.settings.stream_buffer_bytes:
             log.warning("%s: the reader lags by %d bytes and is cut off", self.id, self._waiting_bytes)
-            self.end(ClientGone())
+            self.end(ClientGone("cut_off"))
             self.on_cut()
 
     def end(self, why: MoebiusError | ClientGone) -> None:
