@@ -219,12 +219,8 @@ class Engine:
 
     def _ended(self, request_id: str, reason: FinishReason, error: MoebiusError) -> StepOutput:
         self._scored.pop(request_id, None)
-        request = self._requests.pop(request_id)
-        return StepOutput(
-            request_id,
-            finish_reason=reason,
-            error=error,
-            at=self.clock(),
-            scheduled=request.scheduled,
-            num_preemptions=request.num_preemptions,
-        )
+        ended = StepOutput(request_id, finish_reason=reason, error=error, at=self.clock())
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return ended
+        return ended._replace(scheduled=request.scheduled, num_preemptions=request.num_preemptions)
