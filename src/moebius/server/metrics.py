@@ -51,7 +51,9 @@ class SequenceTimes:
 
     def computed(self, output: StepOutput) -> None:
         """Note what the engine says with an output."""
-        self.scheduled, self.ended, self.num_preemptions = output.scheduled, output.at, output.num_preemptions
+        self.ended = output.at
+        if output.scheduled is not None:
+            self.scheduled, self.num_preemptions = output.scheduled, output.num_preemptions
         if output.token_ids and self.first_computed is None:
             self.first_computed = output.at
 
