@@ -153,7 +153,7 @@ def test_what_never_became_a_request_has_its_line_too(
         assert (line["status"], line["route"], line["reason"]) == (str(status), "other", "http")
         assert f"x-request-id: {line['request_id']}\r\n".encode() in answer.lower()
         page = door.metrics.exposition().decode()
-        assert f'http_requests_total{{handler="other",method="other",status="{status}"}} 1.0' in page
+        assert 'http_requests_total{handler="other",method="other",status="4xx"} 1.0' in page
         assert re.search(r'moebius_admission_rejections_total\{.*reason="http"} 1.0', page)
 
 

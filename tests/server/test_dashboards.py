@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
 from serving import serving
 
@@ -86,6 +87,35 @@ def test_no_panel_is_empty(samples: list[Sample], panel: Panel) -> None:
             assert any(sample.value > 0 for sample in found), f"{panel.family}{suffix} stays at 0"
         if suffix == "_bucket":
             assert any(sample.labels["le"] == "+Inf" for sample in found)
+
+
+# Bounds that vLLM documents, and that its dashboards offer as targets.
+LATENCIES = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]
+FIRST = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640]
+TOKEN = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
+STEP = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+BOUNDS = {
+    "time_to_first_token_seconds": [*FIRST, 2560],
+    "inter_token_latency_seconds": TOKEN,
+    "request_time_per_output_token_seconds": TOKEN,
+    "iteration_tokens_total": STEP,
+    "e2e_request_latency_seconds": LATENCIES,
+    **{f"request_{name}_time_seconds": LATENCIES for name in ("queue", "prefill", "decode", "inference")},
+}
+
+
+@pytest.mark.case("C21")
+@pytest.mark.parametrize("family", BOUNDS)
+def test_a_share_within_a_target_can_be_asked_for(samples: list[Sample], family: str) -> None:
+    bounds = {sample.labels["le"] for sample in samples if sample.name == f"vllm:{family}_bucket"}
+    assert {floatToGoString(bound) for bound in BOUNDS[family]} <= bounds
+
+
+@pytest.mark.case("C21")
+def test_the_share_of_server_errors_can_be_asked_for(samples: list[Sample]) -> None:
+    answers = [sample for sample in samples if sample.name == "http_requests_total"]
+    assert {sample.labels["status"] for sample in answers} == {"2xx"}, "vLLM counts by class, and asks for 5xx"
+    assert sum(sample.value for sample in answers if sample.labels["method"] == "POST") == 3
 
 
 @pytest.mark.case("C21")

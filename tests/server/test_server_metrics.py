@@ -134,8 +134,8 @@ def test_the_number_of_series_does_not_grow_with_requests() -> None:
         _, after = await scrape(server)
         new = {key for key in after.keys() - before.keys() if not key[0].startswith("http_requests")}
         assert not new, "a label's value came from a request"
-        answers = {("/metrics", "GET", "200"), ("/v1/completions", "POST", "200"), ("/v1/completions", "POST", "400")}
-        answers.add(("other", "GET", "404"))
+        answers = {("/metrics", "GET", "2xx"), ("/v1/completions", "POST", "2xx"), ("/v1/completions", "POST", "4xx")}
+        answers.add(("other", "GET", "4xx"))
         assert {labels for name, labels in after if name == "http_requests_total"} == {
             tuple(sorted(one)) for one in answers
         }
@@ -160,22 +160,21 @@ def test_requests_are_counted_by_route_and_status_refused_ones_too() -> None:
         await http.get("/secret?key=1", headers=key)
         page = (await http.get("/metrics", headers=key)).text
         families = text_string_to_metric_families(page)
+        samples = [sample for family in families for sample in family.samples]
         found = {
-            (s.labels["method"], s.labels["handler"], s.labels["status"])
-            for family in families
-            for s in family.samples
-            if s.name == "http_requests_total" and s.value == 1
+            (s.labels["method"], s.labels["handler"], s.labels["status"]): s.value
+            for s in samples
+            if s.name == "http_requests_total"
         }
         assert found == {
-            ("GET", "/v1/models/{id}", "200"),
-            ("GET", "/v1/models/{id}", "404"),
-            ("GET", "/v1/models", "401"),
-            ("other", "/v1/models", "405"),
-            ("POST", "/v1/completions", "200"),
-            ("POST", "/v1/completions", "415"),
-            ("POST", "/v1/completions", "413"),
-            ("POST", "/v1/completions", "503"),
-            ("GET", "other", "404"),
+            ("GET", "/v1/models/{id}", "2xx"): 1,
+            ("GET", "/v1/models/{id}", "4xx"): 1,
+            ("GET", "/v1/models", "4xx"): 1,
+            ("other", "/v1/models", "4xx"): 1,
+            ("POST", "/v1/completions", "2xx"): 1,
+            ("POST", "/v1/completions", "4xx"): 2,
+            ("POST", "/v1/completions", "5xx"): 1,
+            ("GET", "other", "4xx"): 1,
         }
 
     run(check, api_keys=("key",))

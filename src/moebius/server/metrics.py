@@ -119,9 +119,12 @@ class ServerMetrics:
         self._observe["request_max_num_generation_tokens"](longest)
 
     def answered(self, method: str, handler: str, status: int) -> None:
-        """A request got a response; `handler` is a route's template or OTHER."""
+        """A request got a response; `handler` is a route's template or OTHER.
+
+        Status is counted by its class, 2xx to 5xx, as vLLM does, whose dashboards ask for `5xx`.
+        """
         method = method if method in _METHODS else OTHER
-        self._answered.labels(method, handler, str(status)).inc()
+        self._answered.labels(method, handler, f"{status // 100}xx").inc()
 
     def rejected(self, reason: str) -> None:
         """A call got an error; `reason` is one of REJECTIONS."""
