@@ -147,9 +147,11 @@ NB_MODULE(_cpu, m) {
                               array<const float>(sinks), array<void>(out));
             });
         }, release())
-        .def("route", [](Ops& ops, const RouterSettings& r, Address logits, int rows, Address bias, Address weights, Address ids) {
+        .def("route", [](Ops& ops, const RouterSettings& r, Address logits, int rows, Address bias, Address weights, Address ids,
+                         Address pairs, Address sums) {
+            const RouterTally tally{array<int64_t>(pairs), array<double>(sums)};
             ops.submit(rows, [=, &ops, &r](int n) {
-                ops.route(r, array<const float>(logits), n, array<const float>(bias), array<float>(weights), array<int64_t>(ids));
+                ops.route(r, array<const float>(logits), n, array<const float>(bias), array<float>(weights), array<int64_t>(ids), tally);
             });
         }, release())
         .def("argmax", &Ops::argmax, release())

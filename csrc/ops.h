@@ -62,6 +62,12 @@ struct Logits {
     void check(const std::vector<int32_t>& rows, std::initializer_list<size_t> parameters) const;
 };
 
+// What a layer's router has done since the start, or nulls where nobody counts.
+struct RouterTally {
+    int64_t* pairs;  // (num_experts,): (token, choice) pairs that each expert got
+    double* sums;    // (2,): the tokens' entropies in nats, and how many tokens
+};
+
 // Operations as they were called on a step of one token, to be called again on a step of any length: all else that they
 // were given, addresses above all, stays as it was.
 struct Program {
@@ -104,7 +110,9 @@ public:
                           const int64_t* slots, uint32_t* cache, void* q_out);
     void attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
                    float scale, float softcap, const float* sinks, void* out);
-    void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids);
+    // Adds to the tally what it chose.
+    void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,
+               const RouterTally& tally);
     // Of each of the rows: the lowest id of the largest logit, or -1 where one is not finite.
     std::vector<int64_t> argmax(const Logits& x, const std::vector<int32_t>& rows);
     // Of each of the rows: log of the sum of exp(logit / temperature) (NaN where a logit is not finite), and its `count`

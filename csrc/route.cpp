@@ -17,13 +17,35 @@ void top_k(const float* values, int n, int k, int64_t* out) {
     }
 }
 
-void softmax(float* x, int n) {
+// Returns log(sum exp(x)).
+float softmax(float* x, int n) {
     float largest = *std::max_element(x, x + n), sum = 0;
     for (int i = 0; i < n; i++) sum += x[i] = std::exp(x[i] - largest);
     for (int i = 0; i < n; i++) x[i] /= sum;
+    return largest + std::log(sum);
 }
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+// -sum p ln p in nats of what a router believes, as moe/health.py's router_probabilities has it: p = softmax(logits), whose
+// scores may be at hand (and their log_sum), or p = scores / sum(scores) of sigmoid scores. `spare` may be overwritten.
+double entropy(const RouterSettings& r, const float* logits, const float* scores, float log_sum, std::vector<float>& spare) {
+    const int n = r.num_experts;
+    double mean = 0;
+    if (r.score == 1) {
+        double sum = 0;
+        for (int e = 0; e < n; e++) sum += scores[e];
+        for (int e = 0; e < n; e++) mean += scores[e] != 0 ? scores[e] * std::log(scores[e]) : 0.0f;
+        return std::log(sum) - mean / sum;
+    }
+    if (r.score == 2) {
+        spare.assign(logits, logits + n);
+        log_sum = softmax(spare.data(), n);
+        scores = spare.data();
+    }
+    for (int e = 0; e < n; e++) mean += scores[e] != 0 ? scores[e] * (logits[e] - log_sum) : 0.0f;
+    return -mean;
+}
 
 // Node-limited routing (DeepSeek-V2 and V3, arXiv 2412.19437 section 2.1.2): fill all but the best groups.
 void keep_best_groups(const RouterSettings& r, float* choice, std::vector<float>& scores, std::vector<int64_t>& kept) {
@@ -42,8 +64,10 @@ void keep_best_groups(const RouterSettings& r, float* choice, std::vector<float>
 
 }  // namespace
 
-void Ops::route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids) {
+void Ops::route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,
+                const RouterTally& tally) {
     const int experts = r.num_experts, k = r.top_k, chunk = 16;
+    std::vector<double> entropies(tally.pairs ? rows : 0);
     pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
         std::vector<float> capped(experts), scores(experts), choice(experts), groups;
         std::vector<int64_t> kept;
@@ -53,8 +77,10 @@ void Ops::route(const RouterSettings& r, const float* logits, int rows, const fl
             int64_t* chosen = ids + size_t(t) * k;
             for (int e = 0; e < experts; e++) capped[e] = r.softcap != 0 ? r.softcap * std::tanh(row[e] / r.softcap) : row[e];
             scores = capped;
-            if (r.score == 0) softmax(scores.data(), experts);
+            float log_sum = 0;
+            if (r.score == 0) log_sum = softmax(scores.data(), experts);
             if (r.score == 1) for (float& s : scores) s = sigmoid(s);
+            if (tally.pairs) entropies[t] = entropy(r, capped.data(), scores.data(), log_sum, choice);
             choice = scores;
             if (selection_bias) for (int e = 0; e < experts; e++) choice[e] += selection_bias[e];
             if (r.num_groups > 1) keep_best_groups(r, choice.data(), groups, kept);
@@ -67,6 +93,13 @@ void Ops::route(const RouterSettings& r, const float* logits, int rows, const fl
             for (int i = 0; i < k; i++) w[i] = (r.weight == 1 ? w[i] / (sum + r.renorm_eps) : w[i]) * r.scale;
         }
     });
+    if (!tally.pairs) return;
+    for (int p = 0; p < rows * k; p++) tally.pairs[ids[p]]++;
+    for (double nats : entropies) {
+        if (!std::isfinite(nats)) continue;  // of a token whose numbers went wrong: one must not spoil the sum for good
+        tally.sums[0] += nats;
+        tally.sums[1]++;
+    }
 }
 
 }  // namespace moebius

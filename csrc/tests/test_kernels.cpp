@@ -222,7 +222,15 @@ void test_route(Ops& ops) {
         std::vector<float> weights(size_t(rows) * r.top_k);
         std::vector<int64_t> ids(weights.size());
         const bool biased = turn % 5 == 0 && !(r.group_fill == 0 && r.num_groups > 1);
-        ops.route(r, logits.data(), rows, biased ? bias.data() : nullptr, weights.data(), ids.data());
+        std::vector<int64_t> pairs(r.num_experts), counted(r.num_experts);
+        double sums[2] = {0, 0};
+        const RouterTally tally{turn % 7 ? pairs.data() : nullptr, sums};
+        ops.route(r, logits.data(), rows, biased ? bias.data() : nullptr, weights.data(), ids.data(), tally);
+        for (int64_t id : ids) counted[id] += tally.pairs != nullptr;
+        check(pairs == counted, "route: the tally has other pairs than were chosen");
+        check(sums[1] == (tally.pairs ? rows : 0), "route: the tally has %d tokens", int(sums[1]));
+        const double most = sums[1] * std::log(double(r.num_experts));
+        check(0 <= sums[0] && sums[0] <= most * (1 + 1e-6), "route: an entropy sum of %g nats", sums[0]);
         for (int t = 0; t < rows; t++) {
             auto [chosen, exact] = routed(r, &logits[size_t(t) * r.num_experts], biased ? bias.data() : nullptr);
             for (int k = 0; k < r.top_k; k++) {

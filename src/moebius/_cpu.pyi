@@ -108,7 +108,17 @@ class Ops:
         sinks: int,
         out: int,
     ) -> None: ...
-    def route(self, settings: RouterSettings, logits: int, rows: int, bias: int, weights: int, ids: int) -> None: ...
+    def route(
+        self,
+        settings: RouterSettings,
+        logits: int,
+        rows: int,
+        bias: int,
+        weights: int,
+        ids: int,
+        pairs: int,
+        sums: int,
+    ) -> None: ...
     def argmax(self, logits: Logits, rows: Sequence[int]) -> list[int]: ...
     def log_softmax_top_k(
         self,

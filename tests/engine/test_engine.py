@@ -239,3 +239,56 @@ def test_bfloat16_runs_and_the_fingerprint_names_the_kernels(
 def test_only_the_operator_allows_priorities(tiny_model: Path) -> None:
     assert not engine(tiny_model).info.limits.priorities
     assert engine(tiny_model, scheduling_policy="priority").info.limits.priorities
+
+
+class Ticks:
+    """A clock that goes on by a second each time it is asked."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.case("C21")
+def test_outputs_say_when_a_request_was_first_scheduled_and_how_often_it_was_preempted(tiny_model: Path) -> None:
+    tight = engine(tiny_model, kv_cache_memory_bytes=cache_bytes(160, 4), block_size=4, max_model_len=100)
+    tight.clock = Ticks()
+    many = prompts(8, seed=1, low=30, high=40)
+    got = run(tight, [make(tight, str(i), p, max_tokens=40) for i, p in enumerate(many)])
+    lasts = [steps[-1] for steps in got.values()]
+    assert sum(last.num_preemptions for last in lasts) == tight.stats().preemptions > 0
+    for steps in got.values():
+        assert len({output.scheduled for output in steps}) == 1, "a preemption has moved the first time"
+        ats = [output.at for output in steps]
+        assert steps[0].scheduled is not None and steps[0].scheduled < ats[0]
+        assert ats == sorted(set(ats))
+    assert len({last.scheduled for last in lasts}) > 1, "all fitted at once: nobody waited"
+
+
+@pytest.mark.case("C21")
+def test_requests_that_end_early_say_when_they_were_scheduled_too(tiny_model: Path) -> None:
+    one = engine(tiny_model, max_num_seqs=1, max_num_batched_tokens=4)
+    one.clock = Ticks()
+    late = make(one, "late", [5] * 40, deadline=8.0)
+    one.add(late)
+    one.add(make(one, "waits", [5] * 40))
+    ended = []
+    while not ended:
+        ended = [output for output in one.step() if output.finish_reason is not None]
+    assert ended[0].finish_reason is FinishReason.DEADLINE and ended[0].scheduled == late.scheduled is not None
+    aborted = one.abort("waits")
+    assert aborted is not None and aborted.scheduled is not None and aborted.at > aborted.scheduled
+    one.add(make(one, "never", [5]))
+    never = one.abort("never")
+    assert never is not None and never.scheduled is None and not one._requests
+
+
+@pytest.mark.case("C21")
+def test_steps_are_counted_by_their_tokens(tiny_model: Path) -> None:
+    one = engine(tiny_model, max_num_batched_tokens=48)
+    run(one, [make(one, "a", [5] * 50, max_tokens=4)])  # 48 and 2 tokens of the prompt, then one a step
+    stats = one.stats()
+    assert stats.step_tokens == (3, 1, 0, 0, 1, *[0] * 9) and stats.step_tokens_sum == 48 + 2 + 3

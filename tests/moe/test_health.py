@@ -9,7 +9,7 @@ import torch
 
 from moebius.config import RouterConfig
 from moebius.moe import health
-from moebius.ops.routing import route
+from moebius.ops.routing import route, router_probabilities
 
 EVEN, SKEWED, ONE = torch.tensor([4, 4, 4, 4]), torch.tensor([8, 4, 4, 0]), torch.tensor([16, 0, 0, 0])
 IDS = torch.tensor([[0, 1], [0, 2], [1, 0], [3, 0]])
@@ -64,11 +64,11 @@ def test_confidence_and_mutual_information_by_hand() -> None:
 
 def test_probabilities_of_sigmoid_scores_are_their_shares() -> None:
     logits = torch.tensor([[0.0, math.log(3.0), -100.0]])
-    softmax = health.router_probabilities(logits, RouterConfig(3, 1))
+    softmax = router_probabilities(logits, RouterConfig(3, 1))
     assert softmax.tolist()[0] == pytest.approx([0.25, 0.75, 0])
-    sigmoid = health.router_probabilities(logits, RouterConfig(3, 1, score="sigmoid"))  # 1/2 and 3/4
+    sigmoid = router_probabilities(logits, RouterConfig(3, 1, score="sigmoid"))  # 1/2 and 3/4
     assert sigmoid.tolist()[0] == pytest.approx([0.4, 0.6, 0])
-    capped = health.router_probabilities(torch.tensor([[60.0, 0.0]]), RouterConfig(2, 1, logit_softcap=1.0))
+    capped = router_probabilities(torch.tensor([[60.0, 0.0]]), RouterConfig(2, 1, logit_softcap=1.0))
     assert capped[0, 0].item() == pytest.approx(1 / (1 + math.exp(-1)))
 
 

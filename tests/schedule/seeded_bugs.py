@@ -298,8 +298,8 @@ class _(Scheduler):
 
 @bug("the queue loses count of its tokens")
 class _(Scheduler):
-    def _start(self, request, hit_tokens):
-        super()._start(request, hit_tokens)
+    def _start(self, request, hit_tokens, now):
+        super()._start(request, hit_tokens, now)
         self._waiting.num_tokens += hit_tokens
 
 
@@ -553,8 +553,8 @@ class _(Scheduler):
 
 @bug("running requests are kept in the order of their start")
 class _(Scheduler):
-    def _start(self, request, hit_tokens):
-        super()._start(request, hit_tokens)
+    def _start(self, request, hit_tokens, now):
+        super()._start(request, hit_tokens, now)
         self._running.remove(request)
         self._running.append(request)
 
@@ -569,8 +569,8 @@ class _(Scheduler):
 
 @bug("a request starts behind its hit")
 class _(Scheduler):
-    def _start(self, request, hit_tokens):
-        super()._start(request, hit_tokens)
+    def _start(self, request, hit_tokens, now):
+        super()._start(request, hit_tokens, now)
         if hit_tokens:
             request.num_computed_tokens += 1
 
@@ -594,7 +594,7 @@ class _(Scheduler):
 
 @bug("a preempted request is taken for a new one and draws again")
 class _(Scheduler):
-    def _start(self, request, hit_tokens):
+    def _start(self, request, hit_tokens, now):
         if request.status is RequestStatus.PREEMPTED and len(request.output_ids) > 1:
             request.output_ids.pop()
-        super()._start(request, hit_tokens)
+        super()._start(request, hit_tokens, now)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from moebius.engine.client import EngineInfo, EngineStats, StepOutput, TokenLogprob
+from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.errors import EngineError, MoebiusError
 from moebius.schedule.request import FinishReason, Request, ServingLimits
 
@@ -45,6 +45,7 @@ def logprob(token_id: int, k: int) -> TokenLogprob:
 class _Running:
     request: Request
     tokens: list[int]
+    scheduled: float
     scored: int = 1
     sent: int = 0
 
@@ -56,6 +57,7 @@ class FakeEngine:
     gate      cleared: no step is made, requests and aborts are still taken
     fault     asked before each of a request's steps (counted from 0): an error ends it there
     refuse    raised by submit
+    loads     what its experts are said to have done
     """
 
     script: Script
@@ -67,8 +69,10 @@ class FakeEngine:
     step_tokens: int = 1
     prompt_chunk: int = 4
     cached_tokens: int = 0
+    preemptions: int = 0
     fault: Fault = lambda request, step: None
     refuse: MoebiusError | None = None
+    loads: ExpertLoads = field(default_factory=ExpertLoads)
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     drawn: dict[str, int] = field(default_factory=dict)
@@ -117,8 +121,13 @@ class FakeEngine:
             prompt_tokens=sum(len(r.prompt_ids) for r in self.requests),
             prompt_tokens_cached=7,
             generation_tokens=generated,
+            step_tokens=(0, self.steps, *[0] * 12),
+            step_tokens_sum=8 * self.steps,
             ready=self.ready,
         )
+
+    def expert_loads(self) -> ExpertLoads:
+        return self.loads
 
     def close(self, timeout: float) -> None:
         self.closed = True
@@ -151,7 +160,7 @@ class FakeEngine:
             except queue.Empty:
                 return outputs
             if isinstance(item, Request):
-                self._running[item.id] = _Running(item, list(self.script(item)))
+                self._running[item.id] = _Running(item, list(self.script(item)), time.monotonic())
                 self.drawn[item.id] = 0
             elif isinstance(item, str) and self._running.pop(item, None):
                 outputs.append(_ended(item, FinishReason.ABORT, EngineError("the request was aborted")))
@@ -160,7 +169,11 @@ class FakeEngine:
 
     def _step(self) -> list[StepOutput]:
         self.steps += bool(self._running)
-        outputs = [self._advance(running) for running in list(self._running.values())]
+        now = time.monotonic()
+        outputs = [
+            self._advance(running)._replace(at=now, scheduled=running.scheduled, num_preemptions=self.preemptions)
+            for running in list(self._running.values())
+        ]
         for output in outputs:
             if output.finish_reason is not None:
                 del self._running[output.request_id]

@@ -144,7 +144,8 @@ def test_a_client_that_leaves_before_the_first_token(live: tuple[FakeEngine, int
     wait_until(lambda: fake.idle)
 
 
-def test_a_reader_that_lags_is_cut_off_and_its_neighbour_is_not() -> None:
+def test_a_reader_that_lags_is_cut_off_and_its_neighbour_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "moebius.server.access")
     fake = engine(max_model_len=1_000_000, step_tokens=64, step_seconds=0.002)
     with listening(fake, api_keys=(KEY,), stream_buffer_bytes=64 * 1024) as (port, door):
         body = {"prompt": "x", "stream": True, "max_tokens": 500_000, "ignore_eos": True, "logprobs": 20}
@@ -158,6 +159,7 @@ def test_a_reader_that_lags_is_cut_off_and_its_neighbour_is_not() -> None:
         with slow, pytest.raises(ConnectionResetError):
             while part := slow.recv(2**20):
                 assert b"[DONE]" not in part
+    assert f"call={slow_id.rsplit('-', 1)[0]} end=cut_off" in caplog.text
 
 
 def test_a_client_that_takes_nothing_at_all_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:

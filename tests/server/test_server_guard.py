@@ -11,6 +11,7 @@ import pytest
 from moebius.config import ServerSettings
 from moebius.errors import ConfigError
 from moebius.schedule.request import LIMITS
+from moebius.server.access import AccessLog
 from moebius.server.guard import Guard
 from server.serving import MODEL, Server, run
 
@@ -25,6 +26,7 @@ ROUTES = [
     ("GET", "/health"),
     ("GET", "/health/ready"),
     ("GET", "/metrics"),
+    ("GET", "/v1/moe/stats"),
     ("GET", "/version"),
     ("GET", "/nowhere"),
     ("GET", "/health/live/"),
@@ -170,9 +172,10 @@ def test_a_response_that_breaks_off_is_not_answered_twice() -> None:
 
     class Metrics:
         def rejected(self, reason: str) -> None: ...
+        def answered(self, method: str, handler: str, status: int) -> None: ...
 
     scope = {"type": "http", "headers": [], "raw_path": b"/", "query_string": b""}
-    guard = Guard(app, (), Metrics())  # type: ignore[arg-type]
+    guard = Guard(app, (), AccessLog(Metrics(), ()))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="broke off"):
         asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
     assert len(sent) == 1

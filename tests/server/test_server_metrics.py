@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moebius.errors import EngineError
+from moebius.engine.client import ExpertLoads, LayerLoad
+from moebius.errors import EngineError, OverloadError
 from server.serving import Server, engine, run, tokenizer
 
 GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"}
@@ -28,7 +31,15 @@ HISTOGRAMS = {
     "request_decode_time_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_num_preemptions",
+    "request_max_num_generation_tokens",
+    "iteration_tokens_total",
 }
+PROCESS = {"process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds", "process_start_time_seconds"}
+LOAD = LayerLoad(3, 2, 100, 1.5, 0.25, 0.875, (1, 4), (100, 0, 50, 50, 0), (900, 9, 9, 9, 9))
 
 
 async def scrape(server: Server) -> tuple[dict[str, str], dict[tuple[str, Any], float]]:
@@ -41,7 +52,8 @@ async def scrape(server: Server) -> tuple[dict[str, str], dict[tuple[str, Any], 
         types[family.name] = family.type
         for sample in family.samples:
             labels = dict(sample.labels)
-            assert labels.pop("model_name") == "tiny" and labels.pop("engine") == "0"
+            if sample.name.startswith(("moebius_", "vllm:")):
+                assert labels.pop("model_name") == "tiny" and labels.pop("engine") == "0"
             key = (
                 sample.name,
                 tuple(sorted(labels.values())) if len(labels) > 1 else next(iter(labels.values()), None),
@@ -63,7 +75,11 @@ def test_all_families_under_both_names() -> None:
             assert values[prefix + "kv_cache_usage_perc", None] == 0.25
             assert values[prefix + "prefix_cache_hits_total", None] == 20
             assert values[prefix + "cache_config_info", ("16", "64")] == 1
-        assert len(types) == 2 * len(GAUGES | COUNTERS | HISTOGRAMS)
+        rest = {name for name in types if not name.startswith(("moebius_", "vllm:"))}
+        assert rest >= PROCESS | {"http_requests"} and all(n.startswith(("process_", "http_")) for n in rest)
+        assert len(types) == 2 * len(GAUGES | COUNTERS | HISTOGRAMS) + len(rest)
+        assert values["process_resident_memory_bytes", None] > 2**20
+        assert values["moebius_iteration_tokens_total_count", None] == values["vllm:num_preemptions_total", None] + 13
 
     run(check)
 
@@ -71,7 +87,7 @@ def test_all_families_under_both_names() -> None:
 def test_vllms_names_can_be_left_out() -> None:
     async def check(server: Server) -> None:
         types, _ = await scrape(server)
-        assert types and all(name.startswith("moebius_") for name in types)
+        assert types and all(name.startswith(("moebius_", "process_", "http_")) for name in types)
 
     run(check, vllm_metric_names=False)
 
@@ -116,6 +132,103 @@ def test_the_number_of_series_does_not_grow_with_requests() -> None:
             await server.post("/v1/completions", {"prompt": f"{i}", "model": "alias", "max_tokens": 1})
             await server.http.get(f"/route{i}")
         _, after = await scrape(server)
-        assert before.keys() == after.keys()
+        new = {key for key in after.keys() - before.keys() if not key[0].startswith("http_requests")}
+        assert not new, "a label's value came from a request"
+        answers = {("/metrics", "GET", "2xx"), ("/v1/completions", "POST", "2xx"), ("/v1/completions", "POST", "4xx")}
+        answers.add(("other", "GET", "4xx"))
+        assert {labels for name, labels in after if name == "http_requests_total"} == {
+            tuple(sorted(one)) for one in answers
+        }
+
+    run(check)
+
+
+@pytest.mark.case("C21")
+def test_requests_are_counted_by_route_and_status_refused_ones_too() -> None:
+    async def check(server: Server) -> None:
+        http, key = server.http, {"Authorization": "Bearer key"}
+        await http.get("/v1/models/tiny", headers=key)
+        await http.get("/v1/models/nobody/knows", headers=key)
+        await http.get("/v1/models")
+        await http.request("BREW", "/v1/models", headers=key)
+        await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=key)
+        await http.post("/v1/completions", content=b"{}", headers=key)
+        big = {"Content-Type": "application/json", "Content-Length": str(2**30)}
+        await http.post("/v1/completions", content=b"{}", headers={**key, **big})
+        server.engine.refuse = OverloadError("full", retry_after=1)
+        await http.post("/v1/completions", json={"prompt": "x"}, headers=key)
+        await http.get("/secret?key=1", headers=key)
+        page = (await http.get("/metrics", headers=key)).text
+        families = text_string_to_metric_families(page)
+        samples = [sample for family in families for sample in family.samples]
+        found = {
+            (s.labels["method"], s.labels["handler"], s.labels["status"]): s.value
+            for s in samples
+            if s.name == "http_requests_total"
+        }
+        assert found == {
+            ("GET", "/v1/models/{id}", "2xx"): 1,
+            ("GET", "/v1/models/{id}", "4xx"): 1,
+            ("GET", "/v1/models", "4xx"): 1,
+            ("other", "/v1/models", "4xx"): 1,
+            ("POST", "/v1/completions", "2xx"): 1,
+            ("POST", "/v1/completions", "4xx"): 2,
+            ("POST", "/v1/completions", "5xx"): 1,
+            ("GET", "other", "4xx"): 1,
+        }
+
+    run(check, api_keys=("key",))
+
+
+@pytest.mark.case("C21")
+def test_times_come_from_the_engine_and_preemptions_are_counted_a_request() -> None:
+    async def check(server: Server) -> None:
+        await server.complete(n=2, max_tokens=5, ignore_eos=True, stop=["never"])
+        # Ends by a string, which the engine does not know of.
+        stopped = await server.complete(max_tokens=400, ignore_eos=True, stop=["world"])
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        longest = 5 + stopped["usage"]["completion_tokens"]
+        _, values = await scrape(server)
+        for name in ("queue", "prefill", "decode", "inference"):
+            assert values[f"moebius_request_{name}_time_seconds_count", None] == 3
+        sums = {n: values[f"moebius_request_{n}_time_seconds_sum", None] for n in ("prefill", "decode", "inference")}
+        assert sums["prefill"] + sums["decode"] == pytest.approx(sums["inference"], abs=1e-6)
+        assert values["moebius_request_num_preemptions_sum", None] == 3 * 7
+        assert values["moebius_request_max_num_generation_tokens_sum", None] == longest
+
+    run(check, engine("hello world", preemptions=7))
+
+
+@pytest.mark.case("C21")
+def test_expert_loads_as_metrics_and_as_json() -> None:
+    async def check(server: Server) -> None:
+        _, values = await scrape(server)
+        found = {name: value for (name, layer), value in values.items() if layer == "3" and "vllm" not in name}
+        assert found == {
+            "moebius_expert_load_max_over_mean": 1.5,
+            "moebius_expert_load_cv": 0.25,
+            "moebius_router_entropy": 0.875,
+            "moebius_dead_experts": 2,
+            "moebius_expert_load_tokens": 100,
+        }
+        assert all(math.isnan(values[name, "5"]) for name in found if not name.endswith("tokens"))
+        stats = (await server.http.get("/v1/moe/stats")).json()
+        assert stats["object"] == "moe.stats" and stats["window_steps"] == 40
+        layer, idle = stats["layers"]
+        assert layer["layer"] == 3 and layer["top_k"] == 2 and layer["tokens"] == 100 and layer["dead"] == [1, 4]
+        assert layer["pairs"] == [100, 0, 50, 50, 0] and layer["total_pairs"] == [900, 9, 9, 9, 9]
+        assert idle["max_over_mean"] is None
+
+    nan = math.nan
+    idle = LayerLoad(5, 2, 0, nan, nan, nan, (), (0, 0), (0, 0))
+    run(check, engine(loads=ExpertLoads(40, (LOAD, idle))))
+
+
+@pytest.mark.case("C21")
+def test_a_dense_model_exports_no_experts() -> None:
+    async def check(server: Server) -> None:
+        types, _ = await scrape(server)
+        assert not [name for name in types if "expert" in name or "router" in name]
+        assert (await server.http.get("/v1/moe/stats")).json()["layers"] == []
 
     run(check)

@@ -35,6 +35,9 @@ class StepOutput(NamedTuple):
                      position 1
     num_cached_tokens   prompt tokens that came from the prefix cache
     error            why it ended, for every finish reason but STOP and LENGTH
+    at               when it was computed, in seconds on the engine's clock, that of Request.arrival
+    scheduled        when the request first had a place in a step, on the same clock; None while it had none
+    num_preemptions  how often it has lost its place so far
     """
 
     request_id: str
@@ -44,6 +47,9 @@ class StepOutput(NamedTuple):
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     error: MoebiusError | None = None
+    at: float = 0.0
+    scheduled: float | None = None
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +63,16 @@ class EngineInfo:
     fingerprint: str
 
 
+# Upper bounds, in tokens, of the buckets that steps are counted in.
+STEP_TOKENS_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of the engine's gauges and counters. Counters only grow; tokens and requests are counts.
 
+    step_tokens[i] counts the steps that computed at most STEP_TOKENS_BOUNDS[i] tokens, prompts' and drawn ones alike,
+    and more than the bound before; the last entry counts those beyond all bounds. step_tokens_sum is of all steps.
     last_step and now are on the engine's monotonic clock, in seconds.
     """
 
@@ -75,6 +87,8 @@ class EngineStats:
     prompt_tokens: int = 0
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
+    step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS_BOUNDS) + 1)
+    step_tokens_sum: int = 0
     last_step: float = 0.0
     now: float = 0.0
     ready: bool = False
@@ -83,6 +97,37 @@ class EngineStats:
     def kv_cache_usage(self) -> float:
         """Share of blocks in use, 0 to 1."""
         return self.used_blocks / max(self.total_blocks, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """How one layer's router spread the tokens that were computed in the window of its ExpertLoads.
+
+    tokens           how many; the next three are NaN where there was none, as no figure can be had of nothing
+    max_over_mean    pairs of the busiest expert over the mean, 1 when even (moe/health.py has all formulas)
+    cv               the pairs' standard deviation over their mean, 0 when even
+    router_entropy   mean over tokens of the entropy of the router's probabilities, in nats, 0 to ln E
+    dead             experts with less than a tenth of an even share
+    pairs            (token, choice) pairs that each expert got in the window, total_pairs since the start
+    """
+
+    layer: int
+    top_k: int
+    tokens: int
+    max_over_mean: float
+    cv: float
+    router_entropy: float
+    dead: tuple[int, ...]
+    pairs: tuple[int, ...]
+    total_pairs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoads:
+    """The layers that have a router, over the last `steps` steps; a dense model has none."""
+
+    steps: int = 0
+    layers: tuple[LayerLoad, ...] = ()
 
 
 class EngineClient(Protocol):
@@ -108,6 +153,8 @@ class EngineClient(Protocol):
         """End a request between two steps; unknown or finished ids are no error. Its last StepOutput says ABORT."""
 
     def stats(self) -> EngineStats: ...
+
+    def expert_loads(self) -> ExpertLoads: ...
 
     def close(self, timeout: float) -> None:
         """Stop the engine within `timeout` seconds; what is unfinished ends with EngineError."""

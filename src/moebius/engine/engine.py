@@ -3,6 +3,7 @@
 import logging
 import secrets
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from moebius.engine.batch import Batch, PromptRows, build_batch
-from moebius.engine.client import EngineInfo, EngineStats, StepOutput, TokenLogprob
+from moebius.engine.client import (
+    STEP_TOKENS_BOUNDS,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+    TokenLogprob,
+)
 from moebius.engine.memory import PROMPT_LOGIT_ROWS
 from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite, sample, token_logprobs
@@ -54,6 +62,9 @@ class Engine:
         self._trace = trace
         self._torch_threads = TorchThreads(torch_threads)
         self._counts: Counter[str] = Counter()
+        self._step_tokens = [0] * (len(STEP_TOKENS_BOUNDS) + 1)
+        # Unfinished requests by id: the scheduler forgets one before its last output is made.
+        self._requests: dict[str, Request] = {}
         self._scored: dict[str, int] = {}
         self._last_step = clock()
 
@@ -64,6 +75,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; RequestError or OverloadError if it cannot be served (ever, or now)."""
         self.scheduler.add(request)
+        self._requests[request.id] = request
         self._record(lambda trace: trace.add(request))
 
     def abort(self, request_id: str, error: MoebiusError | None = None) -> StepOutput | None:
@@ -90,6 +102,7 @@ class Engine:
             try:
                 batch = build_batch(plan, self.scheduler.requests, self.info.block_size, self.runner.device)
                 results = self._sample(batch, self.runner.execute(batch.inputs))
+                self._count_step(len(batch.inputs.input_ids_host))
             except Exception as error:
                 outputs += self._failed_step(plan, error)
             except BaseException:  # Ctrl-C: the step is made again, should its requests go on
@@ -117,10 +130,16 @@ class Engine:
             prompt_tokens=counts["prompt_tokens"],
             prompt_tokens_cached=counts["prompt_tokens_cached"],
             generation_tokens=counts["generation_tokens"],
+            step_tokens=tuple(self._step_tokens),
+            step_tokens_sum=counts["step_tokens"],
             last_step=self._last_step,
             now=self.clock(),
             ready=True,
         )
+
+    def expert_loads(self) -> ExpertLoads:
+        """How the routers of the model spread the tokens of the last steps; as safe as `stats`, and a little dearer."""
+        return self.runner.expert_counts.read()
 
     def close(self) -> None:
         """Finish the trace. The engine itself has nothing to give back."""
@@ -137,6 +156,10 @@ class Engine:
             broken, self._trace = self._trace, None
             say(log.warning, "--trace: tracing stops, serving goes on: %s", error)
             broken.abandon()
+
+    def _count_step(self, tokens: int) -> None:
+        self._step_tokens[bisect_left(STEP_TOKENS_BOUNDS, tokens)] += 1
+        self._counts["step_tokens"] += tokens
 
     def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
         results, logits_LV = _Results(), self.runner.logits(hidden_TD, batch.sampled_rows)
@@ -171,7 +194,7 @@ class Engine:
         self._scored[request.id] = max(sent, rows.start + len(rows.token_ids) - 1)
 
     def _update(self, plan: StepPlan, results: _Results) -> list[StepOutput]:
-        outputs = []
+        outputs, now = [], self.clock()
         requests = [self.scheduler.requests[chunk.request_id] for chunk in plan.chunks]
         for request_id, error in results.failed.items():
             outputs.append(self._fail(request_id, error))
@@ -184,21 +207,24 @@ class Engine:
             drawn = tokens.get(request.id, ())
             if drawn or (request.id not in results.failed and (request.finished or results.prompts.get(request.id))):
                 try:
-                    outputs.append(self._output(request, drawn, results))
+                    outputs.append(self._output(request, drawn, results, now))
                 except Exception as error:
                     outputs.append(self._fail(request.id, failure("handing out a request's tokens", error)))
         return outputs
 
-    def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results) -> StepOutput:
+    def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results, now: float) -> StepOutput:
         finished, cached = request.finish_reason, request.num_cached_tokens or 0
         if len(request.output_ids) == 1 or (finished and not token_ids):
             self._counts["prompt_tokens"] += len(request.prompt_ids)
             self._counts["prompt_tokens_cached"] += cached
         if finished:
             self._scored.pop(request.id, None)
+            self._requests.pop(request.id, None)
         logprob = results.sampled[request.id].logprob if token_ids else None
         prompts = tuple(results.prompts.get(request.id, ())) if results.prompts else ()
-        return StepOutput(request.id, token_ids, (logprob,) if logprob else (), prompts, finished, cached)
+        logprobs, scheduled, preemptions = (logprob,) if logprob else (), request.scheduled, request.num_preemptions
+        # By position: each step makes one for each of its requests, and names would cost half as much again.
+        return StepOutput(request.id, token_ids, logprobs, prompts, finished, cached, None, now, scheduled, preemptions)
 
     def _failed_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The model itself failed: nothing of the step is kept, its requests end, the engine goes on."""
@@ -216,7 +242,11 @@ class Engine:
 
     def _ended(self, request_id: str, reason: FinishReason, error: MoebiusError) -> StepOutput:
         self._scored.pop(request_id, None)
-        return StepOutput(request_id, finish_reason=reason, error=error)
+        ended = StepOutput(request_id, finish_reason=reason, error=error, at=self.clock())
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return ended
+        return ended._replace(scheduled=request.scheduled, num_preemptions=request.num_preemptions)
 
 
 def failure(what: str, error: Exception) -> EngineError:

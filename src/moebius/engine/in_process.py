@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from moebius.engine.client import EngineInfo, EngineStats, StepOutput
+from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.engine import Engine, failure, say
 from moebius.errors import EngineError, MoebiusError, RequestError
 from moebius.schedule.request import FinishReason, Request
@@ -70,6 +70,9 @@ class InProcessClient:
         stuck = since is not None and stats.now - since > self._step_deadline
         ready = self._thread.is_alive() and not self._stopping.is_set() and not stuck
         return EngineStats(**{name: getattr(stats, name) for name in stats.__slots__} | {"ready": ready})
+
+    def expert_loads(self) -> ExpertLoads:
+        return self._engine.expert_loads()
 
     def close(self, timeout: float) -> None:
         """Stop the engine. Where a step takes longer than `timeout` seconds, its requests end without it."""

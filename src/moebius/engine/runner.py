@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moebius.engine.expert_loads import ExpertCounts
 from moebius.engine.kv_cache import KVCache
 from moebius.models.decoder import Decoder
 from moebius.nn.attention import PagedAttend
@@ -13,13 +14,15 @@ from moebius.ops.steps import StepInputs
 
 
 class Runner:
-    """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache."""
+    """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache, and counts of what
+    its routers chose."""
 
     def __init__(self, model: Decoder, cache: KVCache, device: torch.device, max_tokens: int = 2048) -> None:
         self.model = model
         self.ops = model.ops
         self.cache = cache
         self.device = device
+        self.expert_counts = ExpertCounts(model, device)
         one = StepInputs.build([[0]], [0], [[0]], cache.block_size, device)
         with torch.inference_mode():
             self._forward, self._logits = self.ops.capture(self._compute, self._compute_logits, one, max_tokens)
@@ -44,6 +47,7 @@ class Runner:
         self.cache.last_used = time.monotonic()
         hidden_TD = self._forward(inputs)
         self.cache.last_used = time.monotonic()
+        self.expert_counts.step()
         return hidden_TD
 
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
@@ -55,3 +59,4 @@ class Runner:
         for zeros in ([], [[0]]):
             inputs = StepInputs.build(zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device)
             self.logits(self.execute(inputs), range(len(zeros)))
+        self.expert_counts.clear()

@@ -19,6 +19,7 @@ from moebius.moe import health
 from moebius.moe.losses import chosen_counts
 from moebius.moe.router import Router, Routing
 from moebius.nn.attention import CausalAttend
+from moebius.ops.routing import router_probabilities
 
 # Counters that the vocabulary may take, two of 4 bytes each: it is tracked as far as they reach, common ids first.
 _VOCABULARY_COUNTERS = 2**25
@@ -104,7 +105,7 @@ class Tally:
         """A forward hook of router m: add what it made of the step's tokens."""
         ids_TK, experts = routing.expert_ids_TK, self.router.num_experts
         self.counts_SME[-1][m] = chosen_counts(routing)[0].cpu()
-        p_TE = health.router_probabilities(routing.logits_TE, module.config)
+        p_TE = router_probabilities(routing.logits_TE, module.config)
         self.p_ME[m] += p_TE.double().sum(0)
         self._add("entropy", m, health.entropy(p_TE))
         self._add("confidence", m, p_TE.amax(-1))
@@ -135,7 +136,7 @@ class Tally:
         for m, (ours, theirs) in enumerate(zip(routings, others, strict=True)):
             self._add("overlap", m, health.overlap(ours.expert_ids_TK, theirs.expert_ids_TK))
             self._add("overlap_first", m, ours.expert_ids_TK[:, 0] == theirs.expert_ids_TK[:, 0])
-            p_TE, q_TE = (health.router_probabilities(r.logits_TE, self.router) for r in (ours, theirs))
+            p_TE, q_TE = (router_probabilities(r.logits_TE, self.router) for r in (ours, theirs))
             self._add("variation", m, health.total_variation(p_TE, q_TE))
             self.other_counts_ME[m] += chosen_counts(theirs)[0].long()
 

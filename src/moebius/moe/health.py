@@ -25,9 +25,14 @@ def coefficient_of_variation(counts_E: Tensor) -> Tensor:
     return load_share(counts_E).std(-1, correction=0) * counts_E.shape[-1]
 
 
+def max_over_mean(counts_E: Tensor) -> Tensor:
+    """max c / mean c, by how much the busiest expert exceeds an even share: 1 even, E for one that serves all (...)."""
+    return load_share(counts_E).amax(-1) * counts_E.shape[-1]
+
+
 def max_violation(counts_E: Tensor) -> Tensor:
     """MaxVio = (max c - mean c) / mean c (arXiv 2408.15664 eq 4): 0 even, E - 1 for one expert that serves all."""
-    return load_share(counts_E).amax(-1) * counts_E.shape[-1] - 1
+    return max_over_mean(counts_E) - 1
 
 
 def max_violation_floor(num_tokens: int, num_experts: int, top_k: int) -> float:
@@ -65,17 +70,6 @@ def entropy(p_E: Tensor) -> Tensor:
 def mutual_information(mean_E: Tensor, mean_entropy: Tensor) -> Tensor:
     """H(mean p) - mean H(p) in nats, 0 to ln E: what the choice of expert tells of the token, or of its class."""
     return entropy(mean_E) - mean_entropy
-
-
-def router_probabilities(logits_TE: Tensor, config: RouterConfig) -> Tensor:
-    """What the router believes, as a distribution: softmax, or sigmoid scores over their sum (DeepSeek-V3)."""
-    logits = logits_TE.float()
-    if config.logit_softcap is not None:
-        logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
-    if config.score != "sigmoid":
-        return torch.softmax(logits, dim=-1)
-    scores = torch.sigmoid(logits)
-    return scores / scores.sum(-1, keepdim=True)
 
 
 def margin(p_TE: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moebius.config import RouterConfig
-from moebius.moe.health import router_probabilities
 from moebius.moe.router import Routing
+from moebius.ops.routing import router_probabilities
 
 
 def present(routings: Sequence[Routing | None]) -> list[Routing]:

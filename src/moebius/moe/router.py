@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebius.config import RouterConfig, TrainingRouting
-from moebius.ops import Ops
+from moebius.ops import Ops, RouterTally
 
 
 class Routing(NamedTuple):
@@ -32,13 +32,14 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """weight (E, D); bias (E,), selection_bias (E,) and noise_weight (E, D) where the architecture has them.
 
-    `limits` is what training does beside; nothing that serves sets it.
+    `limits` is what training does beside; nothing that serves sets it. `tally` counts what was chosen, where it is set.
     """
 
     def __init__(self, ops: Ops, config: RouterConfig, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.ops, self.config = ops, config
         self.limits: TrainingRouting | None = None
+        self.tally: RouterTally | None = None
         self._prepared: Any = None
         self.weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(config.num_experts, dtype=dtype)) if config.logit_bias else None
@@ -58,7 +59,7 @@ class Router(nn.Module):
         if self.noise_weight is not None and self.limits is not None and self.training:
             width_TE = F.softplus(self.ops.logits(x_TD, self.ops.prepare_linear((self.noise_weight, None))))
             logits_TE = logits_TE + torch.randn_like(logits_TE) * width_TE
-        weights_TK, ids_TK = self.ops.route(logits_TE, self.config, self.selection_bias)
+        weights_TK, ids_TK = self.ops.route(logits_TE, self.config, self.selection_bias, self.tally)
         kept_TK = None
         if self.limits is not None:
             kept_TK = kept(weights_TK.detach(), ids_TK, self.config.num_experts, self.limits, self.training)

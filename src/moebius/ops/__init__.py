@@ -16,9 +16,9 @@ import torch
 
 from moebius.ops.reference import ReferenceOps as Ops
 from moebius.ops.sampling import LOWEST, Shaping
-from moebius.ops.steps import Compute, ExpertWeights, Pair
+from moebius.ops.steps import Compute, ExpertWeights, Pair, RouterTally
 
-__all__ = ["LOWEST", "Compute", "ExpertWeights", "Ops", "Pair", "Shaping", "select_ops"]
+__all__ = ["LOWEST", "Compute", "ExpertWeights", "Ops", "Pair", "RouterTally", "Shaping", "select_ops"]
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.sampling import Shaping, TopK
-from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, StepInputs
+from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, RouterTally, StepInputs
 
 # Torch functions that write to a tensor: copy_, __setitem__, __iadd__ and their kind.
 _CHANGES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(?!nt|ndex|nvert)\w+__")
@@ -282,7 +282,13 @@ class CpuOps(ReferenceOps):
         self._ops.rotate_and_store(dtype, shape, _address(qkv_TI), rows, q_heads, *angles, *norms, *places)
         return out
 
-    def route(self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> Pair:
+    def route(
+        self,
+        logits_TE: Tensor,
+        config: RouterConfig,
+        selection_bias_E: Tensor | None = None,
+        tally: RouterTally | None = None,
+    ) -> Pair:
         if config not in self._routers:
             self._routers[config] = _router_settings(config)
         rows = len(logits_TE)
@@ -290,7 +296,9 @@ class CpuOps(ReferenceOps):
         ids = self._empty((rows, config.top_k), torch.int64)
         bias = selection_bias_E.float() if config.selection_bias and selection_bias_E is not None else None
         at, bias_at = _address(logits_TE, torch.float32), _address(bias)
-        self._ops.route(self._routers[config], at, rows, bias_at, weights.data_ptr(), ids.data_ptr())
+        pairs, sums = (None, None) if tally is None else tally
+        counts = _address(pairs, torch.int64), _address(sums, torch.float64)
+        self._ops.route(self._routers[config], at, rows, bias_at, weights.data_ptr(), ids.data_ptr(), *counts)
         return weights, ids
 
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> Any:

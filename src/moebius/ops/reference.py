@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
-from moebius.ops.routing import route
+from moebius.ops.routing import count, route
 from moebius.ops.sampling import SamplingOps
-from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, StepInputs
+from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, RouterTally, StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles of this size.
 TILE = 64
@@ -171,9 +171,19 @@ class ReferenceOps(SamplingOps):
             store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
         return self.rotary(q_THN, cos_TR, sin_TR)
 
-    def route(self, logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> Pair:
-        """Choose experts: weights (T, K) float32 and expert ids (T, K) int64, ties to the lowest id."""
-        return route(logits_TE, config, selection_bias_E)
+    def route(
+        self,
+        logits_TE: Tensor,
+        config: RouterConfig,
+        selection_bias_E: Tensor | None = None,
+        tally: RouterTally | None = None,
+    ) -> Pair:
+        """Choose experts: weights (T, K) float32 and expert ids (T, K) int64, ties to the lowest id. What was chosen is
+        added to the tally, where there is one."""
+        weights_TK, ids_TK = route(logits_TE, config, selection_bias_E)
+        if tally is not None:
+            count(tally, logits_TE, ids_TK, config)
+        return weights_TK, ids_TK
 
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> Any:
         """What `experts` needs to know of one layer's experts, worked out once; the tensors stay where they are."""

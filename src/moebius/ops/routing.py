@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moebius.config import RouterConfig
+from moebius.ops.steps import RouterTally
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
@@ -18,6 +19,27 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     ordered = (bits ^ ((bits >> 31) & 0x7FFF_FFFF)).long()
     keys = (ordered << 32) + torch.arange(count - 1, -1, -1, device=scores_TE.device)
     return torch.topk(keys, k, dim=-1).indices
+
+
+def router_probabilities(logits_TE: Tensor, config: RouterConfig) -> Tensor:
+    """What the router believes, as a distribution: softmax, or sigmoid scores over their sum (DeepSeek-V3)."""
+    logits = logits_TE.float()
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+    if config.score != "sigmoid":
+        return torch.softmax(logits, dim=-1)
+    scores = torch.sigmoid(logits)
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def count(tally: RouterTally, logits_TE: Tensor, expert_ids_TK: Tensor, config: RouterConfig) -> None:
+    """Add a step's choices to a layer's tally. Waits for no device; a token whose numbers went wrong has no entropy."""
+    ids_P = expert_ids_TK.reshape(-1)
+    tally.pairs_E.index_add_(0, ids_P, torch.ones_like(ids_P))
+    nats_T = torch.special.entr(router_probabilities(logits_TE, config).double()).sum(-1)
+    finite_T = torch.isfinite(nats_T)
+    tally.sums[0] += torch.where(finite_T, nats_T, 0.0).sum()
+    tally.sums[1] += finite_T.sum()
 
 
 def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:

@@ -33,6 +33,17 @@ class ExpertWeights(NamedTuple):
     down_bias_D: Sequence[Tensor] = ()
 
 
+class RouterTally(NamedTuple):
+    """What one layer's router has done since the tally was made; `route` adds to it.
+
+    pairs_E   int64, (token, choice) pairs that each expert got
+    sums      float64 (2,): the entropies of the tokens' probabilities, in nats, and how many tokens
+    """
+
+    pairs_E: Tensor
+    sums: Tensor
+
+
 @dataclass(eq=False)
 class StepInputs:
     """A step's B sequences, as integers of the host; as tensors on the model's device once these are asked for.

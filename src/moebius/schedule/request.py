@@ -237,6 +237,7 @@ class Request:
     salt                separates the prefix caches of tenants
     num_computed_tokens how many leading tokens have their keys and values in the cache (or in this step's plan)
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
+    scheduled           when that was, on the same clock as arrival; a preemption does not change it
     block_ids           its blocks, in order of position; replaced, never changed: a plan holds it without a copy
     block_hashes        prefix hashes of its leading full blocks, computed once
     prompt_hashes       those of the prompt, which its siblings share
@@ -260,6 +261,7 @@ class Request:
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
+    scheduled: float | None = None
     num_preemptions: int = 0
     block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)

@@ -78,6 +78,7 @@ class StepPlan:
 class _Draft:
     """A plan in the making."""
 
+    now: float
     budget: int
     chunks: dict[str, Chunk] = field(default_factory=dict)
     preempted: list[str] = field(default_factory=list)
@@ -150,7 +151,7 @@ class Scheduler:
         assert self._pending is None, "the last step was neither updated nor rolled back"
         self._waiting.observe(now)
         expired = self._expire(now)
-        draft = _Draft(self.config.max_num_batched_tokens)
+        draft = _Draft(now, self.config.max_num_batched_tokens)
         self._serve_running(draft)
         self._serve_waiting(draft)
         chunks = tuple(draft.chunks.values())
@@ -317,18 +318,19 @@ class Scheduler:
             return "no_budget"
         if not self.pool.open(request, hit, reserved=promised):
             return "no_blocks"
-        self._start(request, hit_tokens)
+        self._start(request, hit_tokens, draft.now)
         grown = self.pool.extend(request, hit_tokens + num_tokens)
         assert grown, "a request was admitted without room"
         self._compute(request, num_tokens, draft)
         return None
 
-    def _start(self, request: Request, hit_tokens: int) -> None:
+    def _start(self, request: Request, hit_tokens: int, now: float) -> None:
         self._waiting.remove(request)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = hit_tokens
         if request.num_cached_tokens is None:
             request.num_cached_tokens = hit_tokens
+            request.scheduled = now
         if self.pool.enable_prefix_caching and request.params.prompt_logprobs is None:
             self.prefix_queries += request.num_tokens
             self.prefix_hits += hit_tokens

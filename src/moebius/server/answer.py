@@ -10,6 +10,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from moebius.server.access import Visit
 from moebius.server.faults import fault_of
 from moebius.server.formats import Format
 from moebius.server.stream import Batch, Call, ClientGone
@@ -48,9 +49,14 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.call.on_cut = scope.get("moebius.abort", lambda: None)
-        with contextlib.suppress(ClientGone):
-            async with self.call, _watched(self.call, receive):
-                await (self._stream(send) if self.stream else self._collect(scope, receive, send))
+        visit: Visit = scope["moebius.visit"]
+        try:
+            with contextlib.suppress(ClientGone):
+                async with self.call, _watched(self.call, receive):
+                    await (self._stream(send) if self.stream else self._collect(scope, receive, send))
+        finally:
+            visit.facts |= self.call.facts()
+            visit.fault = self.call.fault
 
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
         while not self.call.finished:
@@ -96,9 +102,8 @@ class Answer(Response):
         except (ClientGone, asyncio.CancelledError):
             raise
         except Exception as error:
-            fault = fault_of(error)
-            self.call.failed(fault.reason)
-            data = event(fault.body())
+            self.call.fault = fault_of(error)
+            data = event(self.call.fault.body())
         await self._send(send, data, more=False)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:

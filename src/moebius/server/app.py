@@ -23,9 +23,10 @@ import moebius
 from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
 from moebius.errors import RequestError
+from moebius.server.access import AccessLog
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
-from moebius.server.faults import Fault
+from moebius.server.faults import Fault, routing_fault
 from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.guard import Guard, read_body
 from moebius.server.metrics import ServerMetrics
@@ -81,6 +82,11 @@ class _Api:
 
     async def metrics(self, request: Request) -> Response:
         return Response(self.door.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def moe_stats(self, request: Request) -> Response:
+        """How each layer's router spread the tokens of the last steps; a dense model has no layers."""
+        loads = self.door.client.expert_loads()
+        return _json({"object": "moe.stats", "window_steps": loads.steps, "layers": loads.layers})
 
     async def version(self, request: Request) -> Response:
         return _json({"version": moebius.__version__})
@@ -179,7 +185,7 @@ def create_app(
 ) -> Starlette:
     """The server as an ASGI application. It starts `client` when it starts and closes it when it ends.
 
-    app.state.front_door is its FrontDoor.
+    app.state.front_door is its FrontDoor, app.state.access its AccessLog.
     """
     metrics = ServerMetrics(client, settings.served_model_names[0], vllm_names=settings.vllm_metric_names)
     door = FrontDoor(client, tokenizer, metrics, settings)
@@ -195,26 +201,32 @@ def create_app(
             await door.close(_CLOSE_SECONDS)
 
     async def leave_to_guard(request: Request, error: Exception) -> Response:
-        raise error  # or Starlette would answer an unknown route by itself
+        assert isinstance(error, HTTPException)
+        # Or Starlette would answer an unknown route by itself.
+        raise routing_fault(error, request.method, request.scope["path"])
 
+    routes = [
+        Route("/v1/completions", api.posted(CompletionRequest, api.generate), methods=["POST"]),
+        Route("/v1/chat/completions", api.posted(ChatRequest, api.generate), methods=["POST"]),
+        Route("/tokenize", api.posted(TokenizeRequest, api.tokenize), methods=["POST"]),
+        Route("/detokenize", api.posted(DetokenizeRequest, api.detokenize), methods=["POST"]),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{id:path}", api.model),
+        Route("/health", api.ready),
+        Route("/health/live", api.live),
+        Route("/health/ready", api.ready),
+        Route("/metrics", api.metrics),
+        Route("/v1/moe/stats", api.moe_stats),
+        Route("/version", api.version),
+    ]
+    access = AccessLog(metrics, [route.path for route in routes])
     app = Starlette(
-        routes=[
-            Route("/v1/completions", api.posted(CompletionRequest, api.generate), methods=["POST"]),
-            Route("/v1/chat/completions", api.posted(ChatRequest, api.generate), methods=["POST"]),
-            Route("/tokenize", api.posted(TokenizeRequest, api.tokenize), methods=["POST"]),
-            Route("/detokenize", api.posted(DetokenizeRequest, api.detokenize), methods=["POST"]),
-            Route("/v1/models", api.models),
-            Route("/v1/models/{id:path}", api.model),
-            Route("/health", api.ready),
-            Route("/health/live", api.live),
-            Route("/health/ready", api.ready),
-            Route("/metrics", api.metrics),
-            Route("/version", api.version),
-        ],
+        routes=routes,
         exception_handlers={HTTPException: leave_to_guard},
-        middleware=[Middleware(Guard, api_keys=settings.api_keys, metrics=metrics)],
+        middleware=[Middleware(Guard, api_keys=settings.api_keys, access=access)],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.front_door = door
+    app.state.access = access
     return app

@@ -17,11 +17,15 @@ log = logging.getLogger(__name__)
 
 _MAX_MESSAGE = 500
 _MAX_PARAM = 100
+_MAX_PATH = 200
 
 
 @dataclass(eq=False)
 class Fault(Exception):
-    """One error response, raised where a failure is HTTP's own. `reason` is what metrics call it, of a fixed few."""
+    """One error response, raised where a failure is HTTP's own. `reason` is what metrics call it, of a fixed few.
+
+    error_id   names a failure of ours in the log
+    """
 
     status: int
     message: str
@@ -29,6 +33,7 @@ class Fault(Exception):
     reason: str = "http"
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    error_id: str | None = None
 
     def body(self) -> bytes:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -62,13 +67,26 @@ def _internal(error: BaseException) -> Fault:
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("error id %s: %s\n%s", error_id, type(error).__name__, frames)
     code = "numerical_error" if isinstance(error, NumericalError) else "internal_error"
-    return Fault(500, f"the server failed on this request (error id {error_id})", code, "error")
+    message = f"the server failed on this request (error id {error_id})"
+    return Fault(500, message, code, "error", error_id=error_id)
 
 
-_BY_STATUS = {
-    404: ("there is no such route", "not_found"),
-    405: ("this route has no such method", "method_not_allowed"),
-}
+def _shown(path: str) -> str:
+    """A path as a message may quote it: one line, printable, bounded."""
+    path = path[:_MAX_PATH]
+    return _cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in path), _MAX_PATH)
+
+
+def routing_fault(error: HTTPException, method: str, path: str) -> Fault:
+    """What a client is told when no route serves its request."""
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return Fault(404, f"there is no route {_shown(path)}", "not_found", headers=headers)
+    if error.status_code == 405:
+        allowed = headers.get("Allow", "another method")
+        message = f"{_shown(method)} is no method of {_shown(path)}; use {allowed}"
+        return Fault(405, message, "method_not_allowed", headers=headers)
+    return Fault(error.status_code, "the request cannot be served", "bad_request", headers=headers)
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -87,8 +105,5 @@ def fault_of(error: BaseException) -> Fault:
         case DeadlineError():
             message = "the request's time ran out before it was finished"
             return Fault(503, message, "deadline_exceeded", "deadline", headers=_retry(1))
-        case HTTPException() if error.status_code < 500:
-            message, code = _BY_STATUS.get(error.status_code, ("the request cannot be served", "bad_request"))
-            return Fault(error.status_code, message, code, headers=dict(error.headers or {}))
         case _:
             return _internal(error)

@@ -8,8 +8,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moebius.schedule.request import LIMITS
+from moebius.server.access import AccessLog
 from moebius.server.faults import Fault, fault_of
-from moebius.server.metrics import ServerMetrics
 
 _OPEN_PATH = b"/health/live"
 
@@ -17,35 +17,35 @@ _OPEN_PATH = b"/health/live"
 class Guard:
     """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's shape.
 
-    It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is open).
+    It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is open), and
+    scope["moebius.visit"], to which an answer adds what the request's log line shall say of it.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], access: AccessLog) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in api_keys]
-        self._metrics = metrics
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        visit = scope["moebius.visit"] = self._access.open(scope)
 
         async def watched(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
+            await send(visit.answered(message))
 
         try:
             _check_size(scope)
             scope["moebius.tenant"] = self._tenant(scope)
             await self._app(scope, receive, watched)
         except Exception as error:
-            fault = fault_of(error)
-            self._metrics.rejected(fault.reason)
-            if started:
+            visit.fault = fault_of(error)
+            if visit.status is not None:
                 raise RuntimeError("a response broke off") from None
-            await fault.response()(scope, receive, send)
+            await visit.fault.response()(scope, receive, watched)
+        finally:
+            self._access.close(visit)
 
     def _tenant(self, scope: Scope) -> bytes:
         if not self._digests or scope["raw_path"] == _OPEN_PATH:

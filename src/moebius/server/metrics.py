@@ -1,23 +1,29 @@
 """Prometheus metrics: the engine's own counts at scrape time, and what the front door measures.
 
-Everything is recorded once, under `moebius_`; vLLM's names are the same series again. Label values are fixed when the
-server starts; none comes from a request.
+What vLLM has too is recorded once, under `moebius_`; vLLM's names are the same series again. Label values are fixed
+when the server starts, or of a fixed few; none comes from a request.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from moebius.config import package_table
-from moebius.engine.client import EngineClient
+from moebius.engine.client import STEP_TOKENS_BOUNDS, EngineClient, EngineStats, LayerLoad, StepOutput
 
 _OWN = "moebius_"
 _OWN_NAME = re.compile(rb"^(# HELP |# TYPE )?moebius_", re.MULTILINE)
-_CREATED = re.compile(rb"^(?:# HELP |# TYPE )?moebius_\w+_created[ {].*\n", re.MULTILINE)
+_CREATED = re.compile(rb"^(?:# HELP |# TYPE )?\w+_created[ {].*\n", re.MULTILINE)
 _LABELS = ("model_name", "engine")
+OTHER = "other"
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 _TABLE = package_table("server/metrics.toml")
 
@@ -27,11 +33,29 @@ REJECTIONS = ("invalid_request", "context_length", "overload", "draining", "dead
 
 @dataclass(slots=True)
 class SequenceTimes:
-    """When a sequence arrived and got its first and its latest tokens, on one monotonic clock in seconds."""
+    """When what happened to a sequence, in seconds on one monotonic clock, the engine's.
+
+    first, last      its first and its latest tokens reached the front door
+    scheduled        it first had a place in a step
+    first_computed   its first tokens were computed
+    ended            its latest output was computed
+    """
 
     arrival: float
     first: float | None = None
     last: float | None = None
+    scheduled: float | None = None
+    first_computed: float | None = None
+    ended: float = 0.0
+    num_preemptions: int = 0
+
+    def computed(self, output: StepOutput) -> None:
+        """Note what the engine says with an output."""
+        self.ended = output.at
+        if output.scheduled is not None:
+            self.scheduled, self.num_preemptions = output.scheduled, output.num_preemptions
+        if output.token_ids and self.first_computed is None:
+            self.first_computed = output.at
 
 
 class ServerMetrics:
@@ -43,6 +67,13 @@ class ServerMetrics:
         self._vllm_names = vllm_names
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        # What goes by one name only.
+        self._single = CollectorRegistry(auto_describe=False)
+        self._single.register(_Experts(client, self._labels))
+        ProcessCollector(registry=self._single)
+        self._answered = Counter(
+            "http_requests", "Requests, refused ones too", ("method", "handler", "status"), registry=self._single
+        )
         self._observe = {
             name: Histogram(_OWN + name, text, _LABELS, buckets=_TABLE["buckets"][buckets], registry=self._registry)
             .labels(*self._labels)
@@ -71,11 +102,29 @@ class ServerMetrics:
         self._observe["e2e_request_latency_seconds"](now - times.arrival)
         self._observe["request_prompt_tokens"](prompt_tokens)
         self._observe["request_generation_tokens"](output_tokens)
-        if times.first is not None and times.last is not None:
-            seconds = times.last - times.first
+        self._observe["request_num_preemptions"](times.num_preemptions)
+        if times.scheduled is not None:
+            self._observe["request_queue_time_seconds"](times.scheduled - times.arrival)
+            self._observe["request_inference_time_seconds"](times.ended - times.scheduled)
+            if times.first_computed is not None:
+                self._observe["request_prefill_time_seconds"](times.first_computed - times.scheduled)
+        if times.first_computed is not None:
+            seconds = times.ended - times.first_computed
             self._observe["request_decode_time_seconds"](seconds)
             if output_tokens > 1:
                 self._observe["request_time_per_output_token_seconds"](seconds / (output_tokens - 1))
+
+    def prompt_finished(self, longest: int) -> None:
+        """All choices of a prompt have ended; the longest has so many tokens."""
+        self._observe["request_max_num_generation_tokens"](longest)
+
+    def answered(self, method: str, handler: str, status: int) -> None:
+        """A request got a response; `handler` is a route's template or OTHER.
+
+        Status is counted by its class, 2xx to 5xx, as vLLM does, whose dashboards ask for `5xx`.
+        """
+        method = method if method in _METHODS else OTHER
+        self._answered.labels(method, handler, f"{status // 100}xx").inc()
 
     def rejected(self, reason: str) -> None:
         """A call got an error; `reason` is one of REJECTIONS."""
@@ -85,7 +134,8 @@ class ServerMetrics:
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         own = _CREATED.sub(b"", generate_latest(self._registry))
-        return own + _OWN_NAME.sub(rb"\1vllm:", own) if self._vllm_names else own
+        single = _CREATED.sub(b"", generate_latest(self._single))
+        return own + (_OWN_NAME.sub(rb"\1vllm:", own) if self._vllm_names else b"") + single
 
     def collect(self) -> Iterable[Metric]:
         """The engine's own counts, asked for by the registry at each scrape."""
@@ -95,10 +145,18 @@ class ServerMetrics:
                 family = kind(_OWN + name, text, labels=_LABELS)
                 family.add_metric(self._labels, getattr(stats, field))
                 yield family
+        yield self._step_tokens(stats)
         facts = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks)}
         config = GaugeMetricFamily(_OWN + "cache_config_info", "Facts of the KV cache", labels=(*_LABELS, *facts))
         config.add_metric((*self._labels, *facts.values()), 1)
         yield config
+
+    def _step_tokens(self, stats: EngineStats) -> Metric:
+        bounds = [*map(floatToGoString, STEP_TOKENS_BOUNDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(stats.step_tokens), strict=True))
+        family = HistogramMetricFamily(_OWN + "iteration_tokens_total", "Tokens computed in a step", labels=_LABELS)
+        family.add_metric(self._labels, buckets, stats.step_tokens_sum)
+        return family
 
     def _counter(self, name: str, text: str, label: str, values: Iterable[str]) -> Counter:
         """A counter with a label, at 0 for each of the label's values."""
@@ -106,3 +164,26 @@ class ServerMetrics:
         for value in values:
             counter.labels(*self._labels, value)
         return counter
+
+
+class _Experts(Collector):
+    """How each layer's router spreads the tokens: of the last steps, see EngineClient.expert_loads."""
+
+    def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
+        self._client = client
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        layers = self._client.expert_loads().layers
+        for name, (text, figure) in _TABLE["experts"].items() if layers else ():
+            family = GaugeMetricFamily(_OWN + name, text, labels=(*_LABELS, "layer"))
+            for layer in layers:
+                family.add_metric((*self._labels, str(layer.layer)), _figure(layer, figure))
+            yield family
+
+
+def _figure(layer: LayerLoad, name: str) -> float:
+    """One figure of a layer; of no tokens there is none, not even that no expert is dead."""
+    if name == "dead":
+        return float(len(layer.dead)) if layer.tokens else math.nan
+    return float(getattr(layer, name))

@@ -126,9 +126,12 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer what never became a request, and hang up."""
-        body = Fault(status, message, "bad_request").body()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
+        fault = Fault(status, message, "bad_request", headers={"Content-Type": "application/json"})
+        fault = self.config.app.state.access.refused(fault)  # type: ignore[union-attr]
+        body = fault.body()
+        headers = {**fault.headers, "Content-Length": len(body), "Connection": "close"}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+        self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
         self.transport.close()
 
 

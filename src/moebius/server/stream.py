@@ -14,7 +14,7 @@ from moebius.engine.client import EngineClient, StepOutput
 from moebius.errors import DeadlineError, EngineError, MoebiusError
 from moebius.outputs import Delta, SequenceAssembler, open_choices
 from moebius.schedule.request import Request, SamplingParams
-from moebius.server.faults import DrainingError
+from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.text import Tokenizer
 
@@ -25,7 +25,11 @@ _GRACE_SECONDS = 30.0
 
 
 class ClientGone(Exception):
-    """The client has left, or was cut off: there is nobody to answer."""
+    """There is nobody to answer: the client has left, or was cut off. `how` is what the log line calls it."""
+
+    def __init__(self, how: str = "client_gone") -> None:
+        super().__init__(how)
+        self.how = how
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +57,7 @@ class Call:
     """One API call: `params.n` choices for each prompt.
 
     `async with` submits its choices, and on the way out aborts those that are not finished. keep_alive is the silence,
-    in seconds, that its client is spared.
+    in seconds, that its client is spared; fault is the error that it hears inside its stream.
     """
 
     def __init__(self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[Choice]) -> None:
@@ -64,12 +68,13 @@ class Call:
         self.sending = False
         self.received_bytes = 0
         """About how many bytes of JSON all that came so far becomes."""
+        self.fault: Fault | None = None
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
         self._inbox: list[tuple[Choice, StepOutput]] = []
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
-        self._failed = False
+        self._end = "refused"
         self._ended: MoebiusError | ClientGone | None = None
         self._deadline = choices[0].times.arrival + door.settings.request_timeout + _GRACE_SECONDS
 
@@ -97,18 +102,35 @@ class Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        failed = self._failed or (isinstance(error, Exception) and not isinstance(error, ClientGone))
+        self._end = self._how_it_ended(error)
         for choice in self.choices:
             if not choice.closed:
                 self._door.client.abort(choice.request.id)
-                self._close(choice, "error" if failed else "abort")
+                self._close(choice, "error" if self._end == "failed" else "abort")
+        for first in range(0, len(self.choices), self.params.n):
+            group = self.choices[first : first + self.params.n]
+            self._door.metrics.prompt_finished(max(choice.assembler.num_tokens for choice in group))
         self._door.forget(self)
-        seconds = self._door.clock() - self.choices[0].times.arrival
-        log.info(
-            "%s: %s, %d choices, %d prompt tokens (%d cached), %d completion tokens, %.3f s",
-            *(self.id, "ok" if kind is None else kind.__name__, len(self.choices), self.prompt_tokens),
-            *(self.cached_tokens, self.completion_tokens, seconds),
-        )
+
+    def _how_it_ended(self, error: BaseException | None) -> str:
+        if self.fault is not None:
+            return "failed"
+        if isinstance(error, ClientGone):
+            return error.how
+        if isinstance(error, Exception):
+            return "failed"
+        return "finished" if error is None else "cancelled"
+
+    def facts(self) -> dict[str, object]:
+        """What a log line says of the call: ids and numbers."""
+        return {
+            "call": self.id,
+            "end": self._end,
+            "choices": len(self.choices),
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
 
     async def next(self) -> Batch:
         """What came since the last time, in the order it came; an empty list after `keep_alive` seconds of silence.
@@ -129,11 +151,6 @@ class Call:
         outputs, self._inbox, self._waiting_bytes = self._inbox, [], 0
         return [(choice, self._take(choice, output)) for choice, output in outputs if not choice.closed]
 
-    def failed(self, reason: str) -> None:
-        """Count an error that the client hears inside its stream."""
-        self._failed = True
-        self._door.metrics.rejected(reason)
-
     def receive(self, choice: Choice, output: StepOutput, now: float) -> None:
         """Called on the loop, for each of a step's outputs. Never blocks, never raises."""
         if self._ended is not None:
@@ -147,7 +164,7 @@ class Call:
         self._wake.set()
         if self.sending and self._waiting_bytes > self._door.settings.stream_buffer_bytes:
             log.warning("%s: the reader lags by %d bytes and is cut off", self.id, self._waiting_bytes)
-            self.end(ClientGone())
+            self.end(ClientGone("cut_off"))
             self.on_cut()
 
     def end(self, why: MoebiusError | ClientGone) -> None:
@@ -162,6 +179,7 @@ class Call:
         self._wake.set()
 
     def _take(self, choice: Choice, output: StepOutput) -> Delta:
+        choice.times.computed(output)
         delta = choice.assembler.push(output)
         if choice.assembler.wants_abort:
             self._door.client.abort(choice.request.id)
@@ -243,8 +261,7 @@ class FrontDoor:
         try:
             for choice in call.choices:
                 self.client.submit(choice.request)
-        except BaseException as error:
-            log.info("%s: %s", call.id, type(error).__name__)
+        except BaseException:
             for choice in call.choices:
                 self.client.abort(choice.request.id)
             self.forget(call)
