@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moebius.cli import options as o
-from moebius.config import EngineConfig, require
+from moebius.config import EngineConfig, host_and_port, require
 from moebius.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -151,7 +151,9 @@ def serve(
     dataset = Dataset(dataset_name, dataset_path, random_input_len, random_output_len, random_range_ratio)
     due = arrival_times(num_prompts, request_rate, burstiness, seed)
     body = {"temperature": temperature, **({"ignore_eos": True} if ignore_eos else {})}
-    target = introduce(Target(base_url or f"http://{host}:{port}", endpoint, model or "", api_key, body, timeout))
+    target = introduce(
+        Target(base_url or f"http://{host_and_port(host, port)}", endpoint, model or "", api_key, body, timeout)
+    )
     # Chat takes text, so its random prompts have about the length that was asked for.
     found = None if target.chat and dataset_path is None else _tokenizer(tokenizer, target.model)
     if num_warmups > 0:

@@ -18,7 +18,10 @@ from moebius.errors import ContextLengthError, RequestError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The one table of limits that a request is held to, whichever front door it came by."""
+    """The one table of limits that a request is held to, whichever front door it came by.
+
+    bodies_bytes bounds the bodies of all requests together that a server has in memory.
+    """
 
     n: int = 16
     prompts: int = 64
@@ -30,6 +33,7 @@ class Limits:
     messages: int = 4096
     tools: int = 256
     body_bytes: int = 8 * 2**20
+    bodies_bytes: int = 64 * 2**20
     header_bytes: int = 16 * 2**10
     json_depth: int = 64
     priority: int = 2**31 - 1

@@ -202,7 +202,7 @@ def create_app(
             Route("/version", api.version),
         ],
         exception_handlers={HTTPException: leave_to_guard},
-        middleware=[Middleware(Guard, api_keys=settings.api_keys, metrics=metrics)],
+        middleware=[Middleware(Guard, api_keys=settings.api_keys, metrics=metrics, cors_origins=settings.cors_origins)],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

@@ -1,4 +1,4 @@
-"""What stands before every route, as pure ASGI: API keys, limits on headers and bodies, and the last catch."""
+"""What stands before every route, as pure ASGI: API keys, limits on headers and bodies, CORS, and the last catch."""
 
 import asyncio
 import hashlib
@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moebius.schedule.request import LIMITS
+from moebius.server.cors import Cors
 from moebius.server.faults import Fault, fault_of
 from moebius.server.metrics import ServerMetrics
 
@@ -20,8 +21,11 @@ class Guard:
     It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is open).
     """
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], metrics: ServerMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, api_keys: tuple[str, ...], metrics: ServerMetrics, cors_origins: tuple[str, ...] = ()
+    ) -> None:
         self._app = app
+        self._cors = Cors(cors_origins)
         self._digests = [_digest(key.encode()) for key in api_keys]
         self._metrics = metrics
 
@@ -29,6 +33,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = self._cors.sender(scope, send)
         started = False
 
         async def watched(message: Message) -> None:
@@ -38,6 +43,10 @@ class Guard:
 
         try:
             _check_size(scope)
+            preflight = self._cors.preflight(scope)
+            if preflight is not None:
+                await preflight(scope, receive, watched)
+                return
             scope["moebius.tenant"] = self._tenant(scope)
             await self._app(scope, receive, watched)
         except Exception as error:
