@@ -17,9 +17,6 @@ class Closable(Protocol):
     def close(self) -> None:
         """Hang up once what was written has gone out."""
 
-    def finish(self) -> None:
-        """Hang up as soon as no request is being answered."""
-
     def cut(self) -> None:
         """Hang up at once."""
 
@@ -30,10 +27,10 @@ class Capacity:
     most      connections at once
     rest      seconds that a connection may rest between requests, as clients are told
     ending    responses say that their connection closes: the server is about to end
-    refused   called with every fault that never became a request, and so has no other witness
+    refused   called with every fault that never became a request, and so has no other witness; gives what is sent
     """
 
-    def __init__(self, most: int, rest: int, refused: Callable[[Fault], None] = lambda fault: None) -> None:
+    def __init__(self, most: int, rest: int, refused: Callable[[Fault], Fault] = lambda fault: fault) -> None:
         self.most = most
         self.rest = rest
         self.refused = refused
@@ -80,17 +77,6 @@ class Capacity:
     def works(self, connection: Closable) -> None:
         """A connection has a request under way."""
         self._waiting.pop(connection, None)
-
-    def finish(self) -> None:
-        """Have every connection end after what it is answering."""
-        self.ending = True
-        for connection in list(self._connections):
-            connection.finish()
-
-    def cut(self) -> None:
-        """End every connection at once."""
-        for connection in [*self._connections, *self._leaving]:
-            connection.cut()
 
     def take_body(self, size: int) -> None:
         """Take room for `size` bytes of a body. Raises OverloadError where there is none."""
