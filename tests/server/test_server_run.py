@@ -80,7 +80,8 @@ def test_the_first_signal_drains_with_the_port_open_and_ends_with_0(number: int)
         sock = streaming(port, max_tokens=40)
         child.send_signal(number)
         wait_until(lambda: get(port, "/health/ready") == 503)
-        assert get(port, "/health/live") == 200
+        live = httpx.get(f"http://127.0.0.1:{port}/health/live")
+        assert live.status_code == 200 and live.headers["connection"] == "close"
         refused = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         assert b"data: [DONE]" in rest(sock)

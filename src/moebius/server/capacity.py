@@ -30,10 +30,10 @@ class Capacity:
     most      connections at once
     rest      seconds that a connection may rest between requests, as clients are told
     ending    responses say that their connection closes: the server is about to end
-    refused   called with every fault that never became a request, and so has no other witness
+    refused   called with every fault that never became a request, and so has no other witness; gives what is sent
     """
 
-    def __init__(self, most: int, rest: int, refused: Callable[[Fault], None] = lambda fault: None) -> None:
+    def __init__(self, most: int, rest: int, refused: Callable[[Fault], Fault] = lambda fault: fault) -> None:
         self.most = most
         self.rest = rest
         self.refused = refused

@@ -331,7 +331,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, fault: Fault) -> None:
         """Answer what never became a request, and hang up."""
-        self.capacity.refused(fault)
+        fault = self.capacity.refused(fault)
         if not self._transport.is_closing():
             self._transport.write(refusal(fault))
         self.close(linger=True)

@@ -125,9 +125,10 @@ class Server:
         else:
             self._stopped_early = True
 
-    def _refused(self, fault: Fault) -> None:
+    def _refused(self, fault: Fault) -> Fault:
         self._door.metrics.rejected(fault.reason)
         log.info("a connection was refused: %d %s", fault.status, fault.code)
+        return fault
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
