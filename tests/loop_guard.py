@@ -13,6 +13,7 @@ import gc
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,11 +28,7 @@ slow: list[str] = []
 _collecting = threading.local()
 
 
-class _TestsOwn(threading.local):
-    task: asyncio.Task[Any] | None = None
-
-
-_tests_own = _TestsOwn()
+_tests_own: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
 
 def _watch_collector(phase: str, info: dict[str, int]) -> None:
@@ -52,14 +49,14 @@ def _now() -> float:
 
 def timed(callback: Callable[..., T], *args: Any) -> T:
     """Call it, and note it in `slow` where it took long."""
-    if getattr(callback, "__self__", None) is _tests_own.task:
-        return callback(*args)
     before = _now()
     try:
         return callback(*args)
     finally:
         seconds = _now() - before
-        if seconds > MOST_SECONDS and sys.gettrace() is None:
+        task = getattr(callback, "__self__", None)
+        exempt = isinstance(task, asyncio.Task) and task in _tests_own
+        if seconds > MOST_SECONDS and not exempt and sys.gettrace() is None:
             slow.append(f"{_name(callback)} took the event loop for {1000 * seconds:.0f} ms")
 
 
@@ -103,12 +100,10 @@ def run(coroutine: Any, *, of_server: bool = True) -> Any:
     """asyncio.run on a guarded loop. A coroutine that is a test's own may take as long as it likes."""
 
     async def main() -> Any:
-        if not of_server:
-            _tests_own.task = asyncio.current_task()
-        try:
-            return await coroutine
-        finally:
-            _tests_own.task = None
+        task = asyncio.current_task()
+        if task is not None and not of_server:
+            _tests_own.add(task)
+        return await coroutine
 
     with asyncio.Runner(loop_factory=GuardedLoop) as runner:
         return runner.run(main())

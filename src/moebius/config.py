@@ -317,7 +317,7 @@ def _check_origin(origin: str) -> None:
     """ConfigError unless this is how a browser names an origin: a wrong one would match none, and nobody would hear."""
     if origin in ("*", "null"):
         return
-    match = re.fullmatch(r"(\w[\w+.-]*)://([^\s/?#@]+)", origin)
+    match = re.fullmatch(r"(\w[\w+.-]*)://[^\s/?#@*]+", origin)
     example = "write scheme://host[:port] as browsers do, such as https://chat.example.com"
     require(match is not None and origin.isascii(), f"cors_origin is {origin!r}; {example}, or '*' for any")
     require(origin == origin.lower(), f"cors_origin is {origin!r}; browsers write it {origin.lower()!r}")

@@ -110,6 +110,7 @@ def test_serve_refuses_in_one_line(refused: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     assert f"no server answers at http://127.0.0.1:{port}" in refused("serve", "--port", port)
+    assert f"no server answers at http://[::1]:{port}" in refused("serve", "--host", "::1", "--port", port)
     assert "'ttft:x' is no limit" in refused("serve", "--goodput", "ttft:x")
     assert "'fast' is no limit" in refused("serve", "--goodput", "ttft:5", "fast")
     assert "'ttft:5' belongs to no option" in refused("serve", "ttft:5")

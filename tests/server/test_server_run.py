@@ -80,7 +80,8 @@ def test_the_first_signal_drains_with_the_port_open_and_ends_with_0(number: int)
         sock = streaming(port, max_tokens=40)
         child.send_signal(number)
         wait_until(lambda: get(port, "/health/ready") == 503)
-        assert get(port, "/health/live") == 200
+        live = httpx.get(f"http://127.0.0.1:{port}/health/live")
+        assert live.status_code == 200 and live.headers["connection"] == "close"
         refused = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         assert b"data: [DONE]" in rest(sock)
@@ -153,6 +154,68 @@ def test_with_a_key_any_address_of_this_machine_will_do() -> None:
         pass
     assert "cannot bind 192.0.2.1:0" in refused("192.0.2.1", 0, api_keys=("k",))
     assert "cannot be resolved" in refused("no-such-host.invalid", 0, api_keys=("k",))
+
+
+def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """What the name service says, whichever name is asked."""
+    real = socket.getaddrinfo
+
+    def answer(host: str, *more: Any, **options: Any) -> Any:
+        return [row for address in addresses for row in real(address, *more, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as sock:
+        try:
+            sock.bind(("::1", 0))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.mark.case("C18")
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_host_of_two_addresses_is_served_at_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """localhost is ::1 to some clients and 127.0.0.1 to others."""
+    resolves_to(monkeypatch, "::1", "127.0.0.1")
+    with reserve("localhost", 0) as sockets:
+        port = sockets[0].getsockname()[1]
+        for sock in sockets:
+            sock.listen()
+        for address in ("::1", "127.0.0.1"):
+            socket.create_connection((address, port), timeout=5).close()
+        assert refused("localhost", port) == (
+            f"cannot bind localhost:{port}: Address already in use; choose another --port or --host"
+        )
+
+
+@pytest.mark.case("C18")
+def test_an_address_that_the_machine_lacks_is_left_out_where_another_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ::1 of localhost, on a machine without IPv6."""
+    resolves_to(monkeypatch, "127.0.0.1", "192.0.2.1")
+    with reserve("some-name", 0, api_keys=("k",)) as sockets:
+        assert [sock.getsockname()[0] for sock in sockets] == ["127.0.0.1"]
+
+
+@pytest.mark.case("C18")
+def test_a_localhost_that_is_elsewhere_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolves_to(monkeypatch, "192.0.2.1")
+    assert "192.0.2.1" in refused("localhost", 0) and "api-key" in refused("localhost", 0)
+
+
+@pytest.mark.case("C18")
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_addresses_of_ipv6_stand_in_brackets() -> None:
+    with reserve("::1", 0) as (first,):
+        first.listen()
+        port = first.getsockname()[1]
+        assert f"cannot bind [::1]:{port}: " in refused("::1", port)
+    with reserve("::", 0, api_keys=("k",)) as (both,):
+        both.listen()
+        for address in ("::1", "127.0.0.1"):
+            socket.create_connection((address, both.getsockname()[1]), timeout=5).close()
 
 
 @pytest.mark.parametrize("port", [-1, 65536])

@@ -24,6 +24,9 @@ _HEADER_SECONDS = 30.0
 _STALL_SECONDS = 60.0
 _LINGER_SECONDS = 2.0
 
+# So much may come in while the application takes nothing of it: what uvicorn keeps, and the rest of a read.
+_UNREAD_BYTES = 512 * 1024
+
 _KEY = "moebius.connection"
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _REQUEST_LINE = re.compile(rb"[A-Z-]+ \S+ HTTP/1\.[01]\r?")
@@ -54,13 +57,14 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._inner: asyncio.Protocol | None = None
         self._feeding = False
-        # Bytes that came in since no request has been with the application.
+        # Bytes that came in since the application last got anything of a request.
         self._loose_bytes = 0
         # What uvicorn gets later: the first request's beginning, or what follows the request being answered.
         self._held = b""
         self._answering = False
         self._received = False
         self._started = False
+        self._over = asyncio.Event()
         self._closing = False
         self._deadline: TimerHandle | None = None
         self._stall: TimerHandle | None = None
@@ -81,6 +85,7 @@ class Connection(asyncio.Protocol):
         self._capacity.forget(self)
         self._set_deadline(None)
         self._set_stall(None)
+        self._over.set()
         if self._inner is not None:
             self._inner.connection_lost(exc)
 
@@ -106,16 +111,22 @@ class Connection(asyncio.Protocol):
 
     # What the application's side tells
 
-    def begin(self, headers: Headers) -> None:
-        """The application has a request."""
+    def begin(self, headers: Headers) -> asyncio.Event:
+        """The application has a request; what is set when it is answered, or its client gone."""
         self._answering, self._started = True, False
         self._received = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        self._loose_bytes = 0
+        self._over = asyncio.Event()
+        if self._closing:
+            self._over.set()
         self._set_deadline(None)
         self._capacity.works(self)
+        return self._over
 
-    def receive_end(self) -> None:
-        """The application has the request's whole body."""
-        self._received = True
+    def receive(self, *, whole: bool) -> None:
+        """The application has a part of the request's body, or the last of it."""
+        self._received = whole
+        self._loose_bytes = 0
 
     def start(self, headers: MutableHeaders, *, persistent: bool) -> None:
         """A response begins: say in its headers whether, and how long, the connection may be used again."""
@@ -130,6 +141,7 @@ class Connection(asyncio.Protocol):
         """The response is complete."""
         self._answering = False
         self._loose_bytes = 0
+        self._over.set()
         if self._closing or self._transport.is_closing():
             return
         self._capacity.waits(self)
@@ -156,10 +168,8 @@ class Connection(asyncio.Protocol):
             return
         if not self._feeding:
             self._transport.write(data)
-        elif self._started:
-            self.cut()
         else:
-            self._refuse(Fault(400, "this is no valid HTTP request", "bad_request"))
+            self._complain(Fault(400, "this is no valid HTTP request", "bad_request"))
 
     def close(self) -> None:
         """Hang up once what was written has gone out.
@@ -171,6 +181,7 @@ class Connection(asyncio.Protocol):
             return
         self._closing = True
         self._held = b""
+        self._set_stall(_STALL_SECONDS)
         if not self._capacity.leaves(self):
             self.cut()
         elif (self._answering or self._loose_bytes) and not self._received and not self._transport.is_closing():
@@ -188,10 +199,9 @@ class Connection(asyncio.Protocol):
     # How bytes reach uvicorn
 
     def _feed(self, data: bytes) -> None:
-        if not self._answering:
-            if self._deadline is None:
-                self._set_deadline(_HEADER_SECONDS)
-            self._loose_bytes += len(data)
+        if not self._answering and self._deadline is None:
+            self._set_deadline(_HEADER_SECONDS)
+        self._loose_bytes += len(data)
         if self._inner is None:
             data, self._held = self._held + data, b""
             if not _END_OF_HEAD.search(data) and _may_be_head(data) and self._loose_bytes <= LIMITS.header_bytes:
@@ -205,13 +215,22 @@ class Connection(asyncio.Protocol):
             self._inner.data_received(data)
         finally:
             self._feeding = False
-        # By then the application has what became a request.
-        self._loop.call_soon(self._check_head)
+        # By then the application has what became a request, or a part of one.
+        self._loop.call_soon(self._check_size)
 
-    def _check_head(self) -> None:
-        if not self._answering and not self._closing and self._loose_bytes > LIMITS.header_bytes:
+    def _check_size(self) -> None:
+        """Headers, and what frames a body without being of it (chunks' extensions, trailers), must come to an end."""
+        most = _UNREAD_BYTES if self._answering else LIMITS.header_bytes
+        if self._loose_bytes > most and not self._closing:
             message = f"request line and headers are larger than {LIMITS.header_bytes} bytes"
-            self._refuse(Fault(431, message, "headers_too_large"))
+            self._complain(Fault(431, message, "headers_too_large"))
+
+    def _complain(self, fault: Fault) -> None:
+        """What comes in is no HTTP: say so, unless that would stand in the middle of an answer."""
+        if self._answering and self._started:
+            self.cut()
+        else:
+            self._refuse(fault)
 
     def _refuse(self, fault: Fault) -> None:
         """Answer what never became a request, and hang up."""
@@ -283,12 +302,19 @@ def tracked(app: ASGIApp) -> ASGIApp:
         asked = Headers(scope=scope)
         persistent = scope["http_version"] == "1.1" and "close" not in asked.get("connection", "").lower()
         scope["moebius.abort"] = connection.cut
-        connection.begin(asked)
+        over = connection.begin(asked)
+        whole = False
 
         async def heard() -> Message:
+            nonlocal whole
+            if whole:
+                # uvicorn, which looks at the last of pipelined requests alone, would let a client's leaving pass.
+                await over.wait()
+                return {"type": "http.disconnect"}
             message = await receive()
-            if message["type"] == "http.request" and not message.get("more_body", False):
-                connection.receive_end()
+            if message["type"] == "http.request":
+                whole = not message.get("more_body", False)
+                connection.receive(whole=whole)
             return message
 
         async def told(message: Message) -> None:
