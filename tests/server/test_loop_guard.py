@@ -100,4 +100,4 @@ def test_it_watches_the_servers_of_tests(monkeypatch: pytest.MonkeyPatch, caught
     assert len(caught) == 1
     with listening(engine()) as (port, _):
         assert b" 200 " in exchange(port, b"GET /metrics HTTP/1.1\r\nConnection: close\r\n\r\n")
-    assert len(caught) == 2 and "Exchange.run" in caught[1]
+    assert len(caught) == 2 and "RequestResponseCycle.run_asgi" in caught[1]

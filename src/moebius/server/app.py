@@ -24,9 +24,10 @@ from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
 from moebius.errors import RequestError
 from moebius.server.answer import Answer
+from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.guard import Guard, read_body
+from moebius.server.guard import Guard, body_of
 from moebius.server.metrics import ServerMetrics
 from moebius.server.protocol import (
     Body,
@@ -60,6 +61,7 @@ class _Api:
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
+        self.room = BodyRoom()
         self._created = int(time.time())
 
     async def models(self, request: Request) -> Response:
@@ -96,10 +98,10 @@ class _Api:
             return answer(request, asked)
 
         async def route(request: Request) -> Response:
-            body = await read_body(request, self.settings.body_timeout)
-            if len(body) <= _SMALL_BODY:
-                return handle(request, body)
-            return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
+            async with body_of(request, self.settings.body_timeout, self.room) as body:
+                if len(body) <= _SMALL_BODY:
+                    return handle(request, body)
+                return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
 
         return route
 

@@ -1,13 +1,13 @@
 """What all connections of a server share: how many there may be, and how much of their bodies is in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from moebius.errors import OverloadError
 from moebius.schedule.request import LIMITS
 from moebius.server.faults import Fault
 
-# A body up to this size always has room: how many of these there are is bounded by the number of connections.
 SMALL_BODY = 64 * 1024
 
 
@@ -35,7 +35,6 @@ class Capacity:
         self.rest = rest
         self.refused = refused
         self.ending = False
-        self._body_bytes = 0
         self._connections: set[Closable] = set()
         self._leaving: set[Closable] = set()
         # In the order in which they began to wait.
@@ -78,15 +77,35 @@ class Capacity:
         """A connection has a request under way."""
         self._waiting.pop(connection, None)
 
-    def take_body(self, size: int) -> None:
-        """Take room for `size` bytes of a body. Raises OverloadError where there is none."""
-        if self._body_bytes + size > LIMITS.bodies_bytes:
-            raise OverloadError(
-                f"request bodies of {self._body_bytes} bytes are being worked on; with this one they would pass "
-                f"{LIMITS.bodies_bytes} bytes"
-            )
-        self._body_bytes += size
 
-    def give_body(self, size: int) -> None:
-        """Give back what `take_body` took."""
-        self._body_bytes -= size
+class BodyRoom:
+    """How much of all requests' bodies a server has in memory: at most LIMITS.bodies_bytes."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Room for one body, given back at the end: call what is yielded with the size that it has, or will have.
+
+        That raises OverloadError where there is no room. A body up to SMALL_BODY always has some: how many of these
+        there are is bounded by the number of connections.
+        """
+        mine = 0
+
+        def grow(size: int) -> None:
+            nonlocal mine
+            if size <= max(SMALL_BODY, mine):
+                return
+            if self._taken - mine + size > LIMITS.bodies_bytes:
+                raise OverloadError(
+                    f"request bodies of {self._taken - mine} bytes are being worked on; with this one they would "
+                    f"pass {LIMITS.bodies_bytes} bytes"
+                )
+            self._taken += size - mine
+            mine = size
+
+        try:
+            yield grow
+        finally:
+            self._taken -= mine

@@ -3,11 +3,14 @@
 import asyncio
 import hashlib
 import hmac
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moebius.schedule.request import LIMITS
+from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors
 from moebius.server.faults import Fault, fault_of
 from moebius.server.metrics import ServerMetrics
@@ -91,11 +94,21 @@ def _check_size(scope: Scope) -> None:
             raise too_large()
 
 
-async def read_body(request: Request, timeout: float) -> bytes:
-    """The request's whole body. Fault where it is no JSON by its type, too large, slow or broken off."""
+@asynccontextmanager
+async def body_of(request: Request, timeout: float, room: BodyRoom) -> AsyncIterator[bytes]:
+    """The request's whole body, which holds its share of `room` for as long as the block lasts.
+
+    Raises Fault where it is no JSON by its type, too large, slow or broken off; OverloadError where there is no room.
+    """
     kinds = [value.split(b";")[0].strip().lower() for name, value in request.headers.raw if name == b"content-type"]
     if kinds != [b"application/json"]:
         raise Fault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
+    with room.share() as grow:
+        grow(int(request.headers.get("content-length", 0)))
+        yield await _read(request, timeout, grow)
+
+
+async def _read(request: Request, timeout: float, grow: Callable[[int], None]) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(timeout):
@@ -103,6 +116,7 @@ async def read_body(request: Request, timeout: float) -> bytes:
                 body += part
                 if len(body) > LIMITS.body_bytes:
                     raise too_large()
+                grow(len(body))
     except ClientDisconnect:
         raise Fault(400, "the client left before its body was complete", "incomplete_body") from None
     except TimeoutError:
