@@ -250,8 +250,9 @@ def test_a_client_that_pipelines_and_leaves_is_noticed() -> None:
     fake = engine(step_seconds=0.02)
     with listening(fake) as (port, door):
         sock = socket.create_connection(("127.0.0.1", port), timeout=5)
-        sock.sendall(request("/v1/completions", {**STREAM, "max_tokens": 400}) + request(LIVE, method="GET") * 2)
+        sock.sendall(request("/v1/completions", {**STREAM, "max_tokens": 400}))
         wait_until(lambda: fake.steps >= 2)
+        sock.sendall(request(LIVE, method="GET") * 700)
         sock.close()
         wait_until(lambda: door.in_flight == 0 and fake.idle)
         assert max(fake.drawn.values()) < 100
@@ -304,6 +305,8 @@ class Stuck(asyncio.Transport):
 
     def write(self, data: bytes) -> None: ...  # type: ignore[override]
 
+    def write_eof(self) -> None: ...
+
     def is_closing(self) -> bool:
         return self.closing
 
@@ -312,6 +315,25 @@ class Stuck(asyncio.Transport):
 
     def abort(self) -> None:
         self.aborted = True
+
+
+def test_what_trails_after_a_body_is_no_header() -> None:
+    """Or it would be one that nobody has checked."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert await receive() == {"type": "http.request", "body": b"x", "more_body": False}
+        seen.extend(scope["headers"])
+
+    async def check() -> None:
+        connection = Connection(app, Capacity(8, 75), set(), {})
+        connection.connection_made(Stuck())
+        head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.data_received(head + b"1\r\nx\r\n0\r\nAuthorization: Bearer k\r\n\r\n")
+        await until(lambda: bool(seen))
+
+    asyncio.run(check())
+    assert seen == [(b"transfer-encoding", b"chunked")]
 
 
 def test_an_answer_that_nobody_takes_is_given_up_after_its_connection_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
 """What all connections of a server share: how many there may be, and how much of their bodies is in memory."""
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 from moebius.errors import OverloadError
 from moebius.schedule.request import LIMITS
 from moebius.server.faults import Fault
+
+log = logging.getLogger(__name__)
 
 # A body up to this size always has room: how many of these there are is bounded by the number of connections.
 SMALL_BODY = 64 * 1024
@@ -39,6 +42,7 @@ class Capacity:
         self.refused = refused
         self.ending = False
         self._body_bytes = 0
+        self._told = False
         self._connections: set[Closable] = set()
         self._leaving: set[Closable] = set()
         # In the order in which they began to wait.
@@ -53,6 +57,9 @@ class Capacity:
         A new client is worth more than one that has asked for nothing the longest: that one gives way.
         """
         while len(self._connections) >= self.most and self._waiting:
+            if not self._told:
+                self._told = True
+                log.warning("all %d connections are open: idle ones are closed for new ones", self.most)
             next(iter(self._waiting)).close()
         if len(self._connections) >= self.most:
             return False

@@ -228,6 +228,8 @@ class Connection(asyncio.Protocol):
             self._feed(piece)
             self._advance()
         self._advance()
+        if not self._ahead:
+            self._ahead = _NOTHING  # an empty view keeps all that it is a view of
 
     def _feed(self, piece: memoryview) -> None:
         self._loose_bytes += len(piece)
