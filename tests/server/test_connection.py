@@ -19,9 +19,13 @@ import pytest
 
 from moebius.schedule.request import LIMITS
 from moebius.server import connection as connection_module
+from moebius.server import run as run_module
+from moebius.server.app import create_app
 from moebius.server.capacity import Capacity
 from moebius.server.connection import Connection
-from server.serving import MODEL, engine, events, exchange, listening, until, wait_until
+from moebius.server.run import Server
+from moebius.text import GenerationDefaults
+from server.serving import MODEL, engine, events, exchange, listening, settings, tokenizer, until, wait_until
 
 STREAM: dict[str, Any] = {"prompt": "x", "stream": True, "max_tokens": 5, "seed": 1, "ignore_eos": True}
 LIVE = "/health/live"
@@ -302,8 +306,10 @@ class Stuck(asyncio.Transport):
 
     aborted = False
     closing = False
+    written = b""
 
-    def write(self, data: bytes) -> None: ...  # type: ignore[override]
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        self.written += data
 
     def write_eof(self) -> None: ...
 
@@ -326,10 +332,8 @@ def test_what_trails_after_a_body_is_no_header() -> None:
         seen.extend(scope["headers"])
 
     async def check() -> None:
-        connection = Connection(app, Capacity(8, 75), set(), {})
-        connection.connection_made(Stuck())
         head = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
-        connection.data_received(head + b"1\r\nx\r\n0\r\nAuthorization: Bearer k\r\n\r\n")
+        stuck(Capacity(8, 75), app, head + b"1\r\nx\r\n0\r\nAuthorization: Bearer k\r\n\r\n")
         await until(lambda: bool(seen))
 
     asyncio.run(check())
@@ -340,20 +344,88 @@ def test_an_answer_that_nobody_takes_is_given_up_after_its_connection_closed(mon
     """Also where it is too small to hold the server's writing up."""
     monkeypatch.setattr(connection_module, "_STALL_SECONDS", 0.1)
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"x"})
-
     async def check() -> None:
-        capacity, transport = Capacity(8, 75), Stuck()
-        connection = Connection(app, capacity, set(), {})
-        connection.connection_made(transport)
-        connection.data_received(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        capacity = Capacity(8, 75)
+        connection, transport = stuck(capacity, one_byte, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
         await until(lambda: transport.closing)
         assert not transport.aborted and len(capacity) == 1
         await until(lambda: transport.aborted)
         connection.connection_lost(None)
         assert len(capacity) == 0
+
+    asyncio.run(check())
+
+
+def stuck(capacity: Capacity, app: Any, data: bytes) -> tuple[Connection, Stuck]:
+    """A connection that has received bytes, and its transport."""
+    connection, transport = Connection(app, capacity, set(), {}), Stuck()
+    connection.connection_made(transport)
+    connection.data_received(data)
+    return connection, transport
+
+
+async def one_byte(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"x"})
+
+
+def test_an_answer_that_breaks_off_does_not_look_whole() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        raise RuntimeError("secret")
+
+    async def check() -> None:
+        _, transport = stuck(Capacity(8, 75), app, b"GET / HTTP/1.1\r\n\r\n")
+        await until(lambda: transport.closing)
+        assert transport.written.endswith(b"\r\n\r\n1\r\nx\r\n") and b"secret" not in transport.written
+
+    asyncio.run(check())
+
+
+def test_headers_that_begin_while_another_request_is_answered_have_a_deadline_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection_module, "_HEADER_SECONDS", 0.1)
+
+    async def check() -> None:
+        _, transport = stuck(Capacity(8, 75), one_byte, b"GET / HTTP/1.1\r\n\r\nGET / HT")
+        await until(lambda: transport.closing)
+
+    asyncio.run(check())
+
+
+def test_how_many_take_their_time_to_leave_is_bounded() -> None:
+    async def check() -> None:
+        capacity = Capacity(3, 75)
+        found = [stuck(capacity, one_byte, b"no HTTP\r\n\r\n")[1] for _ in range(5)]
+        assert [transport.aborted for transport in found] == [False] * 3 + [True] * 2
+        assert len(capacity) == 3
+
+    asyncio.run(check())
+
+
+def test_an_answer_without_end_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_module, "_LAST_SECONDS", 0.1)
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        await asyncio.Event().wait()
+
+    async def check() -> None:
+        server = Server(create_app(engine(), tokenizer(), GenerationDefaults(), settings()))
+        serving = asyncio.create_task(server.serve([]))
+        await until(lambda: server.started)
+        _, resting = stuck(server._capacity, one_byte, b"")
+        _, busy = stuck(server._capacity, endless, b"GET / HTTP/1.1\r\n\r\n")
+        await until(lambda: busy.written.endswith(b"x\r\n"))
+        server.stop()
+        await asyncio.wait_for(serving, 5)
+        assert resting.closing and busy.aborted
+        assert "2 connections were cut" in caplog.text
 
     asyncio.run(check())
 
