@@ -196,3 +196,26 @@ def test_options_stay_few() -> None:
         assert command.callback is not None
         counts[command.callback.__name__] = len(inspect.signature(command.callback).parameters)
     assert set(counts) == {"latency", "throughput", "serve", "ablate"} and max(counts.values()) < 40
+
+
+@pytest.mark.case("C13")
+def test_figures_never_replace_what_is_not_figures(refused: Any, tmp_path: Path) -> None:
+    """It is said before the run, which may take hours; the file stays as it is."""
+    notes = tmp_path / "notes.png"
+    notes.write_text("a year of notes")
+    for option in ("--output-json", "--plot"):
+        assert "holds something else" in refused("serve", "--port", "1", option, str(notes))
+    assert notes.read_text() == "a year of notes"
+
+
+@pytest.mark.case("C13")
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_figures_replace_earlier_ones(tmp_path: Path, suffix: str) -> None:
+    from moebius.bench import report
+
+    figures, chart = tmp_path / "figures.json", tmp_path / f"chart.{suffix}"
+    for round in (1, 2):
+        report.check_outputs(figures, chart)
+        report.save_json(figures, {"round": round})
+        report.plot_bars(chart, "a title", ["a"], [("heading", [float(round)], None)])
+    assert json.loads(figures.read_text())["round"] == 2
