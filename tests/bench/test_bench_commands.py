@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from bench.fake_openai import FakeOpenAI, answer, running
+from moebius.bench.metrics import Record
+from moebius.bench.report import plot_serving
 from moebius.cli.bench import bench
 from moebius.cli.main import main
 from moebius.text import Tokenizer
@@ -72,6 +74,13 @@ def test_serve_counts_every_token_of_our_server(
     assert found["p50_e2el_ms"] == found["median_e2el_ms"] == pytest.approx(median(r["e2el"] for r in requests) * 1e3)
     assert f"Total generated tokens: {found['total_output_tokens']:>26}" in out and "P50 E2EL (ms):" in out
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_that_arrive_in_one_part_are_drawn_too(tmp_path: Path) -> None:
+    """There is no time between their tokens, and no logarithm of it."""
+    record = Record(0.0, 5, arrivals=[0.5, 0.5, 0.5], output_tokens=3, e2el=0.5)
+    plot_serving(tmp_path / "chart.png", "one part", [record], {})
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_serve_chats_and_reads_files(
