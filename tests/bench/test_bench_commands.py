@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from bench.fake_openai import FakeOpenAI, answer, running
+from moebius.bench.metrics import Record
+from moebius.bench.report import plot_serving
 from moebius.cli.bench import bench
 from moebius.cli.main import main
 from moebius.text import Tokenizer
@@ -72,6 +74,13 @@ def test_serve_counts_every_token_of_our_server(
     assert found["p50_e2el_ms"] == found["median_e2el_ms"] == pytest.approx(median(r["e2el"] for r in requests) * 1e3)
     assert f"Total generated tokens: {found['total_output_tokens']:>26}" in out and "P50 E2EL (ms):" in out
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_that_arrive_in_one_part_are_drawn_too(tmp_path: Path) -> None:
+    """There is no time between their tokens, and no logarithm of it."""
+    record = Record(0.0, 5, arrivals=[0.5, 0.5, 0.5], output_tokens=3, e2el=0.5)
+    plot_serving(tmp_path / "chart.png", "one part", [record], {})
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_serve_chats_and_reads_files(
@@ -196,3 +205,26 @@ def test_options_stay_few() -> None:
         assert command.callback is not None
         counts[command.callback.__name__] = len(inspect.signature(command.callback).parameters)
     assert set(counts) == {"latency", "throughput", "serve", "ablate"} and max(counts.values()) < 40
+
+
+@pytest.mark.case("C13")
+def test_figures_never_replace_what_is_not_figures(refused: Any, tmp_path: Path) -> None:
+    """It is said before the run, which may take hours; the file stays as it is."""
+    notes = tmp_path / "notes.png"
+    notes.write_text("a year of notes")
+    for option in ("--output-json", "--plot"):
+        assert "holds something else" in refused("serve", "--port", "1", option, str(notes))
+    assert notes.read_text() == "a year of notes"
+
+
+@pytest.mark.case("C13")
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_figures_replace_earlier_ones(tmp_path: Path, suffix: str) -> None:
+    from moebius.bench import report
+
+    figures, chart = tmp_path / "figures.json", tmp_path / f"chart.{suffix}"
+    for round in (1, 2):
+        report.check_outputs(figures, chart)
+        report.save_json(figures, {"round": round})
+        report.plot_bars(chart, "a title", ["a"], [("heading", [float(round)], None)])
+    assert json.loads(figures.read_text())["round"] == 2

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
 from moebius.config import InspectConfig
-from moebius.errors import ConfigError, NumericalError, UsageError
+from moebius.errors import ConfigError, NumericalError, StorageError, UsageError
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import page, verdict, write_report
 from tiny import write_model, write_tokenizer
@@ -192,15 +192,29 @@ def test_ranks() -> None:
 
 def test_a_place_that_cannot_be_written(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file cannot be written: File exists; name another directory with --out"):
+    with pytest.raises(StorageError, match="file cannot be made a directory: File exists"):
         write_report(tiny_model, DOCUMENTS, tmp_path / "file", SETTINGS)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+    with pytest.raises(StorageError, match=r"report\.json cannot be written: No space left on device"):
         write_report(tiny_model, DOCUMENTS, tmp_path / "out", SETTINGS)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.case("C13")
+def test_only_reports_are_replaced(tiny_model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        write_report(tiny_model, DOCUMENTS, tmp_path, SETTINGS)
+    for name in ("report.json", "report.html"):
+        report = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("my own report")
+        with pytest.raises(ConfigError, match=f"{name} holds something else"):
+            write_report(tiny_model, DOCUMENTS, tmp_path, SETTINGS)
+        assert (tmp_path / name).read_text() == "my own report"
+        (tmp_path / name).write_text(report)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

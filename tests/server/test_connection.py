@@ -16,12 +16,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 
 from moebius.schedule.request import LIMITS
 from moebius.server import connection as connection_module
 from moebius.server import run as run_module
 from moebius.server.capacity import Capacity
-from moebius.server.connection import Connection
+from moebius.server.connection import Connection, tracked
 from server.serving import MODEL, engine, events, exchange, listening, until, wait_until
 
 STREAM: dict[str, Any] = {"prompt": "x", "stream": True, "max_tokens": 5, "seed": 1, "ignore_eos": True}
@@ -287,8 +288,12 @@ class Stuck(asyncio.Transport):
 
     aborted = False
     closing = False
+    written = b""
 
-    def write(self, data: bytes) -> None: ...  # type: ignore[override]
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        self.written += data
+
+    def write_eof(self) -> None: ...
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return default
@@ -296,9 +301,6 @@ class Stuck(asyncio.Transport):
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
-
-    def write_eof(self) -> None:
-        self.closing = True
 
     def is_closing(self) -> bool:
         return self.closing
@@ -310,33 +312,64 @@ class Stuck(asyncio.Transport):
         self.aborted = True
 
 
+def stuck(capacity: Capacity, app: Any, data: bytes) -> tuple[Connection, Stuck]:
+    """A connection that has received bytes, and its transport."""
+    config = uvicorn.Config(tracked(app), http="httptools", ws="none", lifespan="off", log_config=None)
+    config.load()
+    shared = uvicorn.Server(config).server_state
+
+    def framing(*, h11: bool, state: dict[str, Any]) -> asyncio.Protocol:
+        make: Any = config.http_protocol_class
+        protocol: asyncio.Protocol = make(config=config, server_state=shared, app_state=state)
+        return protocol
+
+    connection, transport = Connection(framing, capacity, {}), Stuck()
+    connection.connection_made(transport)
+    connection.data_received(data)
+    return connection, transport
+
+
+async def one_byte(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"x"})
+
+
 def test_an_answer_that_nobody_takes_is_given_up_after_its_connection_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is too small to hold the server's writing up."""
     monkeypatch.setattr(connection_module, "_STALL_SECONDS", 0.1)
 
-    class Framed(asyncio.Protocol):
-        """Answers and hangs up, as uvicorn does."""
-
-        def connection_made(self, transport: Any) -> None:
-            self.transport = transport
-
-        def data_received(self, data: bytes) -> None:
-            asyncio.get_running_loop().call_soon(self.answer)
-
-        def answer(self) -> None:
-            self.transport.write(b"x")
-            self.transport.close()
-
     async def check() -> None:
-        capacity, transport = Capacity(8, 75), Stuck()
-        connection = Connection(lambda **_: Framed(), capacity, {})
-        connection.connection_made(transport)
-        connection.data_received(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        capacity = Capacity(8, 75)
+        connection, transport = stuck(capacity, one_byte, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
         await until(lambda: transport.closing)
         assert not transport.aborted and len(capacity) == 1
         await until(lambda: transport.aborted)
         connection.connection_lost(None)
         assert len(capacity) == 0
+
+    asyncio.run(check())
+
+
+def test_an_answer_that_breaks_off_does_not_look_whole() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        raise RuntimeError("secret")
+
+    async def check() -> None:
+        _, transport = stuck(Capacity(8, 75), app, b"GET / HTTP/1.1\r\n\r\n")
+        await until(lambda: transport.closing)
+        assert transport.written.endswith(b"\r\n\r\n1\r\nx\r\n") and b"secret" not in transport.written
+
+    asyncio.run(check())
+
+
+def test_how_many_take_their_time_to_leave_is_bounded() -> None:
+    async def check() -> None:
+        capacity = Capacity(3, 75)
+        found = [stuck(capacity, one_byte, b"no HTTP\r\n\r\n")[1] for _ in range(5)]
+        assert [transport.aborted for transport in found] == [False] * 3 + [True] * 2
+        assert len(capacity) == 3
 
     asyncio.run(check())
 

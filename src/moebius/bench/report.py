@@ -1,16 +1,21 @@
 """What a benchmark leaves behind: the printed report in vLLM's layout, JSON, and charts."""
 
 import json
-import os
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import moebius
 from moebius.bench.metrics import METRICS, Record, in_flight, latencies, tokens_by_second
 from moebius.config import require
+from moebius.files import begins_with, check_target, signed, write_file
 
 _WIDTH = 50
+_MAKER = "moebius"
+_OUR_FIGURES = begins_with(f'{{\n  "{_MAKER}":'.encode())
+_OUR_CHARTS = signed(_MAKER.encode())
 _PLOTS = (".png", ".svg", ".pdf")
 _SERVING = {
     "completed": "Successful requests:",
@@ -30,21 +35,21 @@ _SERVING = {
 
 
 def check_outputs(output_json: Path | None, plot: Path | None = None) -> None:
-    """Refuse before the run what could not be written after it: ConfigError."""
-    for path in (output_json, plot):
-        require(
-            path is None or (not path.is_dir() and os.access(path.parent, os.W_OK)),
-            f"{path} cannot be written: name a file in a directory that exists and is writable",
-        )
+    """Refuse before the run what could not be written after it: ConfigError or StorageError."""
     good = plot is None or plot.suffix in _PLOTS
     require(good, f"--plot {plot}: the name must end in {', '.join(_PLOTS)}")
+    if output_json is not None:
+        check_target(output_json, _OUR_FIGURES)
+    if plot is not None:
+        check_target(plot, _OUR_CHARTS)
 
 
 def save_json(path: Path | None, result: Mapping[str, Any]) -> None:
-    """One line a key, so that the figures can be read beside long lists."""
+    """One line a key, so that the figures can be read beside long lists; the first says who wrote it."""
     if path is not None:
-        lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in result.items())
-        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        named = {_MAKER: moebius.__version__, **result}
+        lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in named.items())
+        write_file(path, "{\n" + ",\n".join(lines) + "\n}\n", ours=_OUR_FIGURES)
 
 
 def serving_report(result: Mapping[str, Any], metrics: Iterable[str], percentiles: Iterable[float]) -> str:
@@ -77,13 +82,16 @@ def _chart(path: Path, title: str, rows: int, columns: int, size: tuple[float, f
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     yield axes
-    figure.savefig(path, dpi=150)
+    maker = {"Software" if path.suffix == ".png" else "Creator": _MAKER}
+    write_file(path, lambda to: figure.savefig(to, dpi=150, metadata=maker), ours=_OUR_CHARTS)
 
 
 def _log_scale(axis: Any) -> None:
     """Logarithmic, with plain numbers at it."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    if math.isinf(axis.dataLim.minposx):
+        return  # nothing lies above 0, as where every answer arrived in one part
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 60 * low else (1, 2, 5)))

@@ -11,9 +11,11 @@ import typer
 
 from moebius.cli import options as o
 from moebius.config import EngineConfig, host_and_port, require
-from moebius.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moebius.bench.client import Target
+    from moebius.bench.metrics import Record
+    from moebius.bench.workload import Dataset
     from moebius.text import Tokenizer
 
 bench = typer.Typer(
@@ -139,41 +141,24 @@ def serve(
 ) -> None:
     """Send requests to an OpenAI-compatible server and report latencies, throughput and goodput."""
     from moebius.bench import metrics, report
-    from moebius.bench.client import Target, introduce, run_load, warm_up
+    from moebius.bench.client import Target, introduce
     from moebius.bench.workload import Dataset, arrival_times, require_positive
 
-    if more_goodput and not goodput:
-        raise ConfigError(f"{more_goodput[0]!r} belongs to no option; limits go behind --goodput, such as ttft:500")
+    stray = next(iter((more_goodput or ()) if not goodput else ()), None)
+    require(stray is None, f"{stray!r} belongs to no option; limits go behind --goodput, such as ttft:500")
     limits = metrics.parse_goodput([*(goodput or ()), *(more_goodput or ())])
-    shown, percentiles = metrics.parse_metrics(percentile_metrics), metrics.parse_percentiles(metric_percentiles)
+    shown = metrics.parse_metrics(percentile_metrics)
+    percentiles = metrics.parse_percentiles(metric_percentiles)
     require_positive(max_concurrency=1 if max_concurrency is None else max_concurrency)
     report.check_outputs(output_json, plot)
     dataset = Dataset(dataset_name, dataset_path, random_input_len, random_output_len, random_range_ratio)
     due = arrival_times(num_prompts, request_rate, burstiness, seed)
     body = {"temperature": temperature, **({"ignore_eos": True} if ignore_eos else {})}
-    target = introduce(
-        Target(base_url or f"http://{host_and_port(host, port)}", endpoint, model or "", api_key, body, timeout)
-    )
-    # Chat takes text, so its random prompts have about the length that was asked for.
-    found = None if target.chat and dataset_path is None else _tokenizer(tokenizer, target.model)
-    if num_warmups > 0:
-        # Other prompts where these are random, so that no prefix cache knows the run's.
-        asyncio.run(warm_up(target, dataset.samples(num_warmups, seed + 1, found)))
-    samples = dataset.samples(num_prompts, seed, found)
-    if len(samples) < num_prompts:
-        typer.echo(f"the dataset has {len(samples)} prompts; that many are sent", err=True)
-    with o.progress_bar("requests", len(samples)) as advance:
-        load = run_load(target, samples, due[: len(samples)], max_concurrency=max_concurrency, on_done=advance)
-        records, seconds = asyncio.run(load)
+    root = base_url or f"http://{host_and_port(host, port)}"
+    target = introduce(Target(root, endpoint, model or "", api_key, body, timeout))
+    records, seconds = _send(target, dataset, due, tokenizer, num_warmups, max_concurrency, seed)
     result = {
-        "date": datetime.now().isoformat(timespec="seconds"),
-        "base_url": target.root,
-        "endpoint": endpoint,
-        "model_id": target.model,
-        "num_prompts": len(records),
-        "request_rate": None if math.isinf(request_rate) else request_rate,
-        "burstiness": burstiness,
-        "max_concurrency": max_concurrency,
+        **_run_facts(target, len(records), request_rate, burstiness, max_concurrency),
         **metrics.summarise(records, seconds, percentiles=percentiles, goodput=limits),
     }
     typer.echo(report.serving_report(result, shown, percentiles))
@@ -183,6 +168,47 @@ def serve(
     if plot:
         title = f"{target.model}: {result['completed']} requests, {result['failed']} failed"
         report.plot_serving(plot, title, records, limits)
+
+
+def _send(
+    target: "Target",
+    dataset: "Dataset",
+    due: list[float],
+    tokenizer: str | None,
+    num_warmups: int,
+    max_concurrency: int | None,
+    seed: int,
+) -> "tuple[list[Record], float]":
+    """Warm the server up, then send one request at each of the times `due`; records and the run's seconds."""
+    from moebius.bench.client import run_load, warm_up
+
+    # Chat takes text, so its random prompts have about the length that was asked for.
+    found = None if target.chat and dataset.path is None else _tokenizer(tokenizer, target.model)
+    if num_warmups > 0:
+        # Other prompts where these are random, so that no prefix cache knows the run's.
+        asyncio.run(warm_up(target, dataset.samples(num_warmups, seed + 1, found)))
+    samples = dataset.samples(len(due), seed, found)
+    if len(samples) < len(due):
+        typer.echo(f"the dataset has {len(samples)} prompts; that many are sent", err=True)
+    with o.progress_bar("requests", len(samples)) as advance:
+        load = run_load(target, samples, due[: len(samples)], max_concurrency=max_concurrency, on_done=advance)
+        return asyncio.run(load)
+
+
+def _run_facts(
+    target: "Target", num_prompts: int, request_rate: float, burstiness: float, max_concurrency: int | None
+) -> dict[str, object]:
+    """What was measured, and when."""
+    return {
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "base_url": target.root,
+        "endpoint": target.endpoint,
+        "model_id": target.model,
+        "num_prompts": num_prompts,
+        "request_rate": None if math.isinf(request_rate) else request_rate,
+        "burstiness": burstiness,
+        "max_concurrency": max_concurrency,
+    }
 
 
 @bench.command()

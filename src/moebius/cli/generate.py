@@ -63,18 +63,12 @@ def _print(model: str, config: EngineConfig, prompts: list[str] | None, **sampli
 
 
 def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
-    from moebius.server.batch import answered, read_batch
+    from moebius.server.batch import open_results, read_batch
 
     calls = read_batch(batch)
-    try:
-        done = answered(output)
-        out = output.open("a", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
-    left = [call for call in calls if call.custom_id not in done]
-    if done:
-        typer.echo(f"{len(done)} answered before, {len(left)} to go", err=True)
-    with out:
+    with open_results(output, batch, calls) as (out, left):
+        if len(left) < len(calls):
+            typer.echo(f"{len(calls) - len(left)} answered before, {len(left)} to go", err=True)
         failures = asyncio.run(_answer(model, config, left, out)) if left else 0
     typer.echo(f"{len(left) - failures} answered, {failures} refused or failed: {output}", err=True)
 

@@ -12,15 +12,14 @@ import typer
 
 from moebius.cli import options as o
 from moebius.cli.bench import bench
+from moebius.cli.border import report
 from moebius.cli.generate import chat, generate
 from moebius.cli.serve import plan, serve
 from moebius.cli.train import train
 from moebius.config import InspectConfig
-from moebius.errors import MoebiusError
 
 app = typer.Typer(
     name="moebius",
-    help="Train, inspect and serve Mixture-of-Experts language models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -54,9 +53,9 @@ def inspect(
     documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
     directory, other = resolve_model(model), None if against is None else resolve_model(against)
     names = {"name": model, "against_name": against}
-    report = write_report(directory, documents, out, config, against=other, progress=o.progress_bar, **names)
+    found = write_report(directory, documents, out, config, against=other, progress=o.progress_bar, **names)
     console, colors = Console(), {"good": "green", "fair": "yellow", "poor": "red", "note": "blue"}
-    for finding in report["verdict"]:
+    for finding in found["verdict"]:
         console.print(Text("● ", colors[finding["state"]]).append(finding["text"], "default"))
     console.print(Text(f"{out / 'report.html'} and report.json hold the details"))
 
@@ -66,11 +65,11 @@ def replay(file: Annotated[Path, typer.Argument(help="A file that --trace wrote.
     """Re-run a trace's scheduling decisions and say whether they are the same (exit code 1 if not)."""
     from moebius.engine.trace import replay as run
 
-    report = run(file)
-    if report.difference is None:
-        typer.echo(f"the same: {report.steps} steps of {report.requests} requests, every decision")
+    found = run(file)
+    if found.difference is None:
+        typer.echo(f"the same: {found.steps} steps of {found.requests} requests, every decision")
         return
-    typer.echo(f"different at {report.difference}")
+    typer.echo(f"different at {found.difference}")
     raise typer.Exit(1)
 
 
@@ -82,15 +81,32 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train, inspect and serve Mixture-of-Experts language models."""
+
+
 def main() -> None:
-    """Run a command; an error raised on purpose is one line on stderr and exit code 2."""
+    """Run a command. Whatever ends it early is one line on stderr: exit code 2 for what was asked for wrongly."""
     try:
-        app()
-    except MoebiusError as error:
-        print(f"moebius: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.exit(report(error))
 
 
 def script() -> None:
@@ -102,5 +118,4 @@ def script() -> None:
         if not isinstance(end.code, int | None) or not all(thread.daemon for thread in threading.enumerate()[1:]):
             raise
         atexit._run_exitfuncs()
-        sys.stdout.flush()
         os._exit(end.code or 0)

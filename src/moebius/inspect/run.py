@@ -5,9 +5,7 @@ The report is JSON; verdict.j2 makes sentences of it, report.html.j2 a page, wit
 
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from moebius.config import InspectConfig, require
-from moebius.errors import ConfigError
+from moebius.files import begins_with, check_target, make_directory, signed, write_file
 from moebius.inspect.collect import Progress, collect, routers, silent
 from moebius.inspect.corpus import Document, Rows, make_rows
 from moebius.inspect.summary import check_finite, distinct, drift, layer_figures, placement, tastes, together
@@ -31,6 +29,11 @@ from moebius.text import Tokenizer
 
 # More cells than these make a page that a browser is slow to show.
 _CELLS = 24_000
+# By what earlier reports are known, which may be replaced.
+_OURS = {
+    "report.json": begins_with(b'{"model": {"name": '),
+    "report.html": signed(b'<meta name="generator" content="Moebius">'),
+}
 
 
 def write_report(
@@ -48,12 +51,12 @@ def write_report(
 
     `against` is another checkpoint of the same shape, run on the same tokens; names are what the report calls the two.
     Returns what report.json holds. Raises UsageError for a dense model, for text that is none, and for checkpoints that
-    do not fit together; NumericalError for a router that gives no numbers.
+    do not fit together; NumericalError for a router that gives no numbers; StorageError where `out` cannot be written.
     """
     config = config or InspectConfig()
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    require(os.access(out, os.W_OK), f"{out} cannot be written; name another directory with --out")
+    make_directory(out)
+    for file_name, ours in _OURS.items():
+        check_target(out / file_name, ours)
     checkpoint, tokenizer = open_checkpoint(directory), Tokenizer.load(directory)
     decoder = _load(checkpoint, config)
     layers, model = list(routers(decoder)), checkpoint.config
@@ -84,19 +87,10 @@ def write_report(
     if against is not None:
         report["against"]["model"] = against_name or against.name
     report["verdict"] = verdict(report)
-    with _writing(out):
-        (out / "report.json").write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(page(report), encoding="utf-8")
+    figures = json.dumps(report, allow_nan=False) + "\n"
+    for file_name, content in (("report.json", figures), ("report.html", page(report))):
+        write_file(out / file_name, content, ours=_OURS[file_name])
     return report
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """What the system says against writing there, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror}; name another directory with --out") from None
 
 
 def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:

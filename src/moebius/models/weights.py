@@ -3,7 +3,6 @@
 import json
 import math
 import mmap
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moebius.errors import WeightsError
+from moebius.files import anyone, make_directory, write_file
 from moebius.models import checkpoint_layouts, model_config
 from moebius.models.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from moebius.models.decoder import Decoder
@@ -108,29 +108,16 @@ def save_checkpoint(
     """Write model.safetensors and config.json in the published layout of config_json's model_type.
 
     model is a decoder or its state dict; dtype None keeps the embedding's, and is written into config.json. Each file
-    is complete or not there: it is written beside its name, flushed to the disk, then renamed.
+    is complete or as it was before. Raises StorageError.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     state = model.state_dict() if isinstance(model, Decoder) else model
     dtype = dtype or state["embed_tokens.weight"].dtype
     config = model_config(config_json)
     wanted = sources(config, checkpoint_layouts(config.model_type)[0])
-    partial = directory / f".model.safetensors.{os.getpid()}"
-    save_file(_stored_tensors(state, wanted, dtype), partial, metadata={"format": "pt"})
-    publish(partial, directory / "model.safetensors")
+    tensors = _stored_tensors(state, wanted, dtype)
+    weights = directory / "model.safetensors"
+    write_file(weights, lambda to: save_file(tensors, to, metadata={"format": "pt"}), ours=anyone)
     described = {**config_json, "torch_dtype": str(dtype).removeprefix("torch.")}
-    partial = directory / f".config.json.{os.getpid()}"
-    partial.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    publish(partial, directory / "config.json")
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Flush a finished file to the disk and give it its name: `final` holds the old content or all of the new."""
-    partial.chmod(0o644)  # safetensors writes for its owner alone, but a model is there to be read
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(partial, final)
+    write_file(directory / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n", ours=anyone)

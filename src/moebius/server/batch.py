@@ -3,23 +3,31 @@
 A line of the input is {"custom_id", "method": "POST", "url", "body"}; one of the output is {"id", "custom_id",
 "response": {"status_code", "request_id", "body"}, "error"}. Results are written as they finish. A second run with the
 same files goes on where the first was interrupted: what was answered for good stays, what failed on our side (5xx) is
-asked again.
+asked again. A file that holds anything else than results of these calls is refused and left as it is.
 """
 
 import asyncio
+import fcntl
+import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp
 
 from moebius.config import require
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, StorageError
+from moebius.files import anyone, check_target, write_file
 from moebius.server.protocol import first_error
+
+_RESULT = "batch_req_"
+_BEGINNING = json.dumps({"id": _RESULT})[:-2].encode()
+"""How each line begins that we write."""
 
 
 class BatchCall(BaseModel):
@@ -32,11 +40,17 @@ class BatchCall(BaseModel):
     url: Literal["/v1/completions", "/v1/chat/completions"]
     body: dict[str, Any]
 
+    @property
+    def result_id(self) -> str:
+        """Names the result, and says of which call: a second run must not take another call's answer for this one's."""
+        asked = json.dumps([self.url, self.body], sort_keys=True).encode()
+        return _RESULT + hashlib.blake2b(asked, digest_size=12).hexdigest()
+
 
 def read_batch(path: Path) -> list[BatchCall]:
     """All lines, checked before the first is run. ConfigError names the line and what is wrong with it."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     calls: dict[str, BatchCall] = {}
@@ -62,30 +76,100 @@ def _call(line: str, where: str) -> BatchCall:
     return call
 
 
-def answered(path: Path) -> set[str]:
-    """The custom_ids that an earlier run answered for good; what it left half-written or failed is cut out."""
-    if not path.exists():
-        return set()
-    kept: list[str] = []
+@contextmanager
+def open_results(path: Path, source: Path, calls: list[BatchCall]) -> Iterator[tuple[FileIO, list[BatchCall]]]:
+    """The file for the results of `calls`, which came from `source`, and those of them that are still to be answered.
+
+    What an earlier run left half-written or failed is cut out. Raises ConfigError, before anything is changed, where
+    the file holds what is no result of these calls or another run is writing to it; StorageError where it cannot be
+    written.
+    """
+    same = path.exists() and path.samefile(source)
+    require(not same, f"--output {path} is the batch file itself; name another file for its results")
+    check_target(path, anyone)
+    done = set() if _is_new(path) else _keep_answers(path, calls)
+    try:
+        out = FileIO(path, "ab")  # not buffered: what could not be written must not be tried again on closing
+    except OSError as error:
+        raise StorageError(f"--output {path} cannot be written: {error.strerror}") from error
+    with out:
+        _lock(out, path)
+        yield out, [call for call in calls if call.custom_id not in done]
+
+
+def _is_new(path: Path) -> bool:
+    """Nothing is there yet, or what keeps nothing: a device, a pipe."""
+    return not path.is_file() or path.stat().st_size == 0
+
+
+def _keep_answers(path: Path, calls: list[BatchCall]) -> set[str]:
+    """The custom_ids that an earlier run answered for good; all other results are cut out of the file."""
+    known = {call.custom_id: call.result_id for call in calls}
     done: set[str] = set()
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-            final = record["response"]["status_code"] < 500
-            custom_id = record["custom_id"]
-        except (ValueError, KeyError, TypeError):
+    dropped: set[int] = set()
+    for number, line in _lines(path):
+        record = _record(line)
+        if record is None:
+            require(_is_broken_off(line), f"--output {path}, line {number}: {_FOREIGN}")
+            dropped.add(number)
             continue
-        if final and custom_id not in done:
-            done.add(custom_id)
-            kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+        name = record["custom_id"]
+        asked = known.get(name) == record["id"]
+        require(asked, f"--output {path}, line {number}: the answer to another batch's call {name!r}; {_LEFT}")
+        if record["response"]["status_code"] >= 500 or name in done:
+            dropped.add(number)
+        else:
+            done.add(name)
+
+    def copy(to: Path) -> None:
+        with to.open("wb") as file:
+            file.writelines(line for number, line in _lines(path) if number not in dropped)
+
+    if dropped:
+        write_file(path, copy, ours=anyone)
     return done
 
 
+_LEFT = "the file is left as it is; choose another name"
+_FOREIGN = f"no result of a batch; {_LEFT}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            yield from enumerate(file, 1)
+    except OSError as error:
+        raise StorageError(f"--output {path} cannot be read: {error.strerror}") from error
+
+
+def _record(line: bytes) -> Mapping[str, Any] | None:
+    """A result that we wrote, whole; None for anything else."""
+    if not (line.startswith(_BEGINNING) and line.endswith(b"\n")):
+        return None
+    try:
+        record = json.loads(line)
+        whole = isinstance(record["custom_id"], str) and isinstance(record["response"]["status_code"], int)
+    except (ValueError, LookupError, TypeError):
+        return None
+    return record if whole else None
+
+
+def _is_broken_off(line: bytes) -> bool:
+    """The beginning of a result, at the end of the file: the run that wrote it was killed."""
+    begins = line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+    return begins and not line.endswith(b"\n")
+
+
+def _lock(out: FileIO, path: Path) -> None:
+    """For as long as the file is open: two runs at once would answer every call twice."""
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"--output {path} is being written by another run; wait for its end") from None
+
+
 async def run_batch(
-    app: ASGIApp, calls: list[BatchCall], out: IO[str], *, concurrency: int, on_result: Callable[[], None]
+    app: ASGIApp, calls: list[BatchCall], out: FileIO, *, concurrency: int, on_result: Callable[[], None]
 ) -> int:
     """Answer `calls`, at most `concurrency` at a time, `on_result` after each; how many were refused or failed."""
     waiting = iter(calls)
@@ -98,13 +182,12 @@ async def run_batch(
             status, body = response.status_code, response.json()
             failures += status != 200
             record = {
-                "id": f"batch_req_{call.custom_id}",
+                "id": call.result_id,
                 "custom_id": call.custom_id,
                 "response": {"status_code": status, "request_id": body.get("id"), "body": body},
                 "error": body.get("error"),
             }
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            out.flush()
+            _write(out, record)
             on_result()
 
     headers = {"Content-Type": "application/json"}
@@ -113,3 +196,14 @@ async def run_batch(
         for _ in range(min(concurrency, len(calls))):
             group.create_task(worker())
     return failures
+
+
+def _write(out: FileIO, record: Mapping[str, Any]) -> None:
+    rest = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    try:
+        while rest:
+            rest = rest[out.write(rest) :]
+    except OSError as error:
+        raise StorageError(
+            f"--output {out.name} cannot be written: {error.strerror}; what was answered is kept, run again to go on"
+        ) from error

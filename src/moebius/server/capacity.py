@@ -1,5 +1,6 @@
 """What all connections of a server share: how many there may be, and how much of their bodies is in memory."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -7,6 +8,8 @@ from typing import Protocol
 from moebius.errors import OverloadError
 from moebius.schedule.request import LIMITS
 from moebius.server.faults import Fault
+
+log = logging.getLogger(__name__)
 
 SMALL_BODY = 64 * 1024
 
@@ -35,6 +38,7 @@ class Capacity:
         self.rest = rest
         self.refused = refused
         self.ending = False
+        self._told = False
         self._connections: set[Closable] = set()
         self._leaving: set[Closable] = set()
         # In the order in which they began to wait.
@@ -49,6 +53,9 @@ class Capacity:
         A new client is worth more than one that has asked for nothing the longest: that one gives way.
         """
         while len(self._connections) >= self.most and self._waiting:
+            if not self._told:
+                self._told = True
+                log.warning("all %d connections are open: idle ones are closed for new ones", self.most)
             next(iter(self._waiting)).close()
         if len(self._connections) >= self.most:
             return False

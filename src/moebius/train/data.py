@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from moebius.config import require
-from moebius.models.weights import publish
+from moebius.files import anyone, write_file
 from moebius.text import Tokenizer as TextTokenizer
 from moebius.train.corpus import SPLITS, Corpus
 from moebius.train.recipe import Recipe
@@ -86,9 +86,7 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
         facts = _write(recipe, corpus, given, folder)
-        partial = folder / ".data.json"
-        partial.write_text(json.dumps({"key": key, "facts": facts}, indent=2) + "\n")
-        publish(partial, done)
+        write_file(done, json.dumps({"key": key, "facts": facts}, indent=2) + "\n", ours=anyone)
     facts = json.loads(done.read_text())["facts"]
     made = Tokenizer.from_file(str(folder / "tokenizer.json"))
     dtype = token_dtype(facts["vocab_size"])

@@ -19,11 +19,12 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from moebius.config import ModelConfig, require
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
+from moebius.files import anyone, write_file
 from moebius.models import model_config
 from moebius.models.checkpoint import open_checkpoint
 from moebius.models.decoder import Decoder
 from moebius.models.hub import resolve_model
-from moebius.models.weights import load_decoder, publish
+from moebius.models.weights import load_decoder
 from moebius.moe.losses import chosen_counts, load_balance_loss, present, router_z_loss, updated_bias
 from moebius.moe.router import Routing
 from moebius.nn.attention import CausalAttend
@@ -235,14 +236,12 @@ class Trainer:
         """
         if self.ranks.rank:
             return
-        partial = path.with_suffix(".partial")
         header = {"step": self.done, "fingerprint": self.fingerprint(), "seconds": self.seconds, "pending": pending}
+        tensors, described = self.tensors(), {"moebius": json.dumps(header)}
         try:
-            save_file(self.tensors(), partial, metadata={"moebius": json.dumps(header)})
-            publish(partial, path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise StorageError(f"step {self.done}: the checkpoint cannot be written ({error})") from None
+            write_file(path, lambda to: save_file(tensors, to, metadata=described), ours=anyone)
+        except StorageError as error:
+            raise StorageError(f"step {self.done}: {error}") from error
 
     def restore(self, path: Path) -> Any:
         """Continue from what `save` wrote, and return its `pending`.

@@ -1,0 +1,137 @@
+"""Files that we write: whole or not there, through links, and never over what somebody else put there."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from moebius.errors import ConfigError, StorageError
+
+Content = str | bytes | Callable[[Path], object]
+"""Text, bytes, or a function that writes the file at a path that it is given."""
+
+Ours = Callable[[Path], bool]
+"""Whether a file that exists is one that we wrote before, and may replace."""
+
+_HEAD_BYTES = 64 * 1024
+_NEW_FILE_MODE = 0o644
+
+
+def anyone(path: Path) -> bool:
+    """For files in a directory that is ours alone: whatever has the name may be replaced."""
+    return True
+
+
+def begins_with(*beginnings: bytes) -> Ours:
+    """Recognises our files by their first bytes."""
+
+    def ours(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(max(map(len, beginnings))).startswith(beginnings)
+
+    return ours
+
+
+def signed(mark: bytes) -> Ours:
+    """Recognises our files by a mark near their beginning or end, where formats keep the name of their maker."""
+
+    def ours(path: Path) -> bool:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+            file.seek(max(0, path.stat().st_size - _HEAD_BYTES))
+            return mark in head or mark in file.read()
+
+    return ours
+
+
+def make_directory(path: Path) -> None:
+    """With its parents, unless it is there. Raises StorageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be made a directory: {error.strerror}") from error
+
+
+def check_target(path: Path, ours: Ours) -> None:
+    """Say before the work what `write_file` would say after it.
+
+    Raises ConfigError where `path` is a directory or holds what is not ours, StorageError where it cannot be written.
+    """
+    final = _target(path)
+    if not final.exists():
+        if not os.access(final.parent, os.W_OK | os.X_OK):
+            raise StorageError(f"{path} cannot be written: name a file in a directory that exists and is writable")
+        return
+    if final.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a directory; name a file")
+    if not _is_regular(final):
+        return
+    if final.stat().st_size and not ours(final):
+        raise ConfigError(f"{path} holds something else and is left as it is; choose another name, or remove it")
+    if not os.access(final.parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} cannot be written: its directory is read-only")
+
+
+def write_file(path: Path | str, content: Content, *, ours: Ours) -> None:
+    """Make `path` hold `content`: all of it, or what was there before, whatever happens meanwhile.
+
+    It is written beside its place, flushed to the disk and renamed. A link stays and its target is replaced; a device
+    or a pipe, which cannot be, is written to. Raises what `check_target` raises.
+    """
+    path = Path(path)
+    check_target(path, ours)
+    final = _target(path)
+    try:
+        if final.exists() and not _is_regular(final):
+            _fill(final, content)
+            return
+        # The suffix stays: what writes charts or archives goes by it.
+        descriptor, name = tempfile.mkstemp(final.suffix, f".{final.stem}.", final.parent)
+        os.close(descriptor)
+        partial = Path(name)
+        try:
+            _fill(partial, content)
+            mode = stat.S_IMODE(final.stat().st_mode) if final.exists() else _NEW_FILE_MODE
+            partial.chmod(mode)
+            _flush(partial)
+            partial.replace(final)
+        finally:
+            partial.unlink(missing_ok=True)
+        _flush(final.parent)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise StorageError(f"{path} cannot be written: {error}") from error
+
+
+def _target(path: Path) -> Path:
+    """Where a file of this name really lies, or would."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"{path} cannot be written: {error}") from error
+
+
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(path.stat().st_mode)
+
+
+def _fill(path: Path, content: Content) -> None:
+    if callable(content):
+        content(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8", newline="\n")
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a file's content, or a directory's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

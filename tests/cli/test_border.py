@@ -1,0 +1,107 @@
+"""Whatever ends a command, a person sees one line; a traceback only when asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moebius.cli import main as command_line
+from moebius.cli.border import report
+from moebius.errors import ConfigError, StorageError
+
+
+def ended_by(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = report(error)
+    out, err = capsys.readouterr()
+    assert out == ""
+    return code, err
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moebius", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def test_an_error_on_purpose_is_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended_by(ConfigError("threads is 0; use 1"), capsys) == (2, "moebius: threads is 0; use 1\n")
+    assert ended_by(StorageError("the disk is full"), capsys) == (2, "moebius: the disk is full\n")
+
+
+def test_the_system_s_errors_name_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "none").read_text()
+    line = f"moebius: {tmp_path / 'none'}: No such file or directory\n"
+    assert ended_by(caught.value, capsys) == (1, line)
+
+
+def test_what_nobody_foresaw_is_one_bounded_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        int("many\nlines\n" * 500)
+    code, err = ended_by(caught.value, capsys)
+    assert code == 1 and err.startswith("moebius: unexpected ValueError: ") and err.count("\n") == 1
+    assert len(err) < 800 and "MOEBIUS_TRACEBACK=1" in err
+
+
+def test_of_a_group_of_tasks_the_one_that_failed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    group = BaseExceptionGroup(
+        "tasks", [asyncio.CancelledError(), ExceptionGroup("inner", [OSError(28, "No space left on device", "out")])]
+    )
+    assert ended_by(group, capsys) == (1, "moebius: out: No space left on device\n")
+
+
+def test_an_interruption_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended_by(KeyboardInterrupt(), capsys) == (130, "")
+
+
+def test_foreign_errors_pass_the_border(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def foreign() -> None:
+        raise KeyError("what a library dropped")
+
+    monkeypatch.setattr(command_line, "app", foreign)
+    with pytest.raises(SystemExit) as end:
+        command_line.main()
+    assert end.value.code == 1
+    assert "unexpected KeyError: 'what a library dropped' (at moebius/cli/main.py:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "chat", "plan", "train", "inspect", "replay"])
+def test_no_command_lets_a_foreign_error_through(command: str, tmp_path: Path) -> None:
+    """A file with a name that no path may have makes each of them fail inside Python itself."""
+    path = "x" * 300  # longer than a file's name may be
+    options = {
+        "generate": ["hello", "--model", path],
+        "train": [path, "--out", str(tmp_path / "out")],
+        "inspect": [path, "--text", path],
+    }.get(command, [path])
+    done = python(command, *options)
+    assert done.returncode in (1, 2), done
+    assert "Traceback" not in done.stderr and done.stderr.count("moebius: ") == 1, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_traceback_on_request() -> None:
+    done = python("replay", "/proc/self/mem", MOEBIUS_TRACEBACK="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr and "moebius: " in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"'{sys.executable}' -m moebius plan bundled --json | head -c 10; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+
+
+@pytest.mark.case("C25")
+def test_the_version_is_told() -> None:
+    import moebius
+
+    assert python("--version").stdout == f"{moebius.__version__}\n" == python("version").stdout
