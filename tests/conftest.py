@@ -1,7 +1,9 @@
-"""What all tests share: one compute thread, and a tiny model saved once a session."""
+"""What all tests share: one compute thread, a tiny model saved once a session, and a guard of servers' event loops."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,17 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_callback_holds_a_loop() -> Iterator[None]:
+    """Fails a test whose server's event loop was held by one callback for more than 50 ms of processor time."""
+    yield
+    guard = sys.modules.get("loop_guard")
+    if guard is not None:
+        found = list(guard.slow)
+        guard.slow.clear()
+        assert not found, "; ".join(found)
 
 
 @pytest.fixture(scope="session")

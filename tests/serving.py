@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import loop_guard
 from moebius.config import EngineConfig, ServerSettings
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.load import load_engine
 from moebius.server.app import create_app
-from moebius.server.run import make_server
+from moebius.server.run import Server
 from moebius.text.defaults import GenerationDefaults
 from moebius.text.tokenizer import Tokenizer
 
@@ -26,13 +27,13 @@ def serving(directory: Path, name: str, **options: Any) -> Iterator[str]:
     defaults = GenerationDefaults.load(directory, tokenizer)
     config = EngineConfig(kv_cache_memory_bytes=2**24, **options)
     client = InProcessClient(load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=60)
-    server = make_server(create_app(client, tokenizer, defaults, ServerSettings((name,))))
+    server = Server(create_app(client, tokenizer, defaults, ServerSettings((name,))))
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread = threading.Thread(target=lambda: loop_guard.run(server.serve([sock])))
         thread.start()
         while not server.started:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        server.should_exit = True
+        server.stop()
         thread.join(10)
         assert not thread.is_alive()

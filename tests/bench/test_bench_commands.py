@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from bench.fake_openai import FakeOpenAI, answer, running
+from moebius.bench.metrics import Record
+from moebius.bench.report import plot_serving
 from moebius.cli.bench import bench
 from moebius.cli.main import main
 from moebius.text import Tokenizer
@@ -74,6 +76,13 @@ def test_serve_counts_every_token_of_our_server(
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_answers_that_arrive_in_one_part_are_drawn_too(tmp_path: Path) -> None:
+    """There is no time between their tokens, and no logarithm of it."""
+    record = Record(0.0, 5, arrivals=[0.5, 0.5, 0.5], output_tokens=3, e2el=0.5)
+    plot_serving(tmp_path / "chart.png", "one part", [record], {})
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_serve_chats_and_reads_files(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +119,7 @@ def test_serve_refuses_in_one_line(refused: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     assert f"no server answers at http://127.0.0.1:{port}" in refused("serve", "--port", port)
+    assert f"no server answers at http://[::1]:{port}" in refused("serve", "--host", "::1", "--port", port)
     assert "'ttft:x' is no limit" in refused("serve", "--goodput", "ttft:x")
     assert "'fast' is no limit" in refused("serve", "--goodput", "ttft:5", "fast")
     assert "'ttft:5' belongs to no option" in refused("serve", "ttft:5")

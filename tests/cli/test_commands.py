@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
@@ -213,6 +215,61 @@ def test_bad_models_are_one_line(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     assert "gpt2" in line()
+
+
+@pytest.mark.case("C25")
+@pytest.mark.case("C18")
+@pytest.mark.parametrize("host, shown", [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_serve_says_where_once_it_answers_there(model: Path, host: str, shown: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        try:
+            free.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+    command = [sys.executable, "-m", "moebius", "serve", str(model), "--host", host, "--port", "0"]
+    command += ["--log-level", "debug", "--kv-cache-memory-bytes", "4000000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        lines: list[str] = []
+        while "serving on" not in (line := child.stderr.readline()):
+            assert line != "", lines
+            lines.append(line)
+        try:
+            found = re.fullmatch(r"serving on (http://(.+):(\d+))/v1 as .+\n", line)
+            assert found is not None and found[2] == shown
+            with socket.create_connection((host, int(found[3])), timeout=5) as sock:
+                sock.sendall(b"GET /health/live HTTP/1.1\r\n\r\n")
+                assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+        finally:
+            child.send_signal(signal.SIGTERM)
+        lines += child.stderr.readlines()
+    assert child.returncode == 0
+    assert "moebius.server.run: draining: 0 calls in flight" in "".join(lines)
+    loggers = re.findall(r"^\d{4}-\S+ \S+ [A-Z]+ ([\w.]+): ", "".join(lines), re.MULTILINE)
+    assert loggers and all(name.startswith("moebius.") for name in loggers), loggers
+
+
+@pytest.mark.case("C25")
+def test_serve_says_nothing_of_a_port_that_it_did_not_get(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process takes the port while the model is loaded."""
+    from moebius.engine import load
+
+    loads = load.load_engine
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            other.listen()
+            return loads(*arguments, **options)
+
+        monkeypatch.setattr(load, "load_engine", late)
+        assert moebius(monkeypatch, "serve", str(model), "--port", str(port)) == 2
+    err = capsys.readouterr().err
+    assert f"moebius: cannot listen on 127.0.0.1:{port}: " in err and "serving on" not in err
 
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 import httpx
 
+import loop_guard
 from moebius.config import ServerSettings
 from moebius.server.app import create_app
-from moebius.server.run import make_server, reserve_socket
+from moebius.server.listen import reserve
+from moebius.server.run import Server as RealServer
 from moebius.text import ChatTemplate, GenerationDefaults, Tokenizer
 from server.fake_engine import FakeEngine, constant, hashed
 from text.tiny_tokenizers import byte_level, llama
@@ -95,7 +97,7 @@ async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterat
     app = create_app(
         fake, chosen.get("tokenizer", tokenizer()), chosen.get("defaults", GenerationDefaults()), settings(**options)
     )
-    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    transport = httpx.ASGITransport(loop_guard.apart(app), raise_app_exceptions=True)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as http,
@@ -113,7 +115,7 @@ def run(test: Callable[[Server], Awaitable[T]], fake: FakeEngine | None = None, 
             assert server.door.in_flight == 0
             return result
 
-    return asyncio.run(main())
+    return loop_guard.run(main(), of_server=False)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -131,18 +133,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 def listening(fake: FakeEngine, **options: Any) -> Iterator[tuple[int, Any]]:
     """A real server on a free port in a thread: (port, front door)."""
     app = create_app(fake, tokenizer(), GenerationDefaults(), settings(**options))
-    sock = reserve_socket("127.0.0.1", 0)
-    port = sock.getsockname()[1]
-    server = make_server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield port, app.state.front_door
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
+    server = RealServer(app)
+    with reserve("127.0.0.1", 0) as sockets:
+        port = sockets[0].getsockname()[1]
+        thread = threading.Thread(target=lambda: loop_guard.run(server.serve(sockets)), daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            yield port, app.state.front_door
+        finally:
+            server.stop()
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def http_request(path: str, body: Any, method: str = "POST", **headers: str) -> bytes:

@@ -24,7 +24,7 @@ ROUTES = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny"),
     ("GET", "/health"),
-    ("GET", "/health/ready"),
+    ("GET", "/health/ready/"),
     ("GET", "/metrics"),
     ("GET", "/v1/moe/stats"),
     ("GET", "/version"),
@@ -38,7 +38,7 @@ ROUTES = [
 ]
 
 
-def test_every_route_but_one_needs_a_key_on_the_raw_path() -> None:
+def test_every_route_but_two_needs_a_key_on_the_raw_path() -> None:
     async def check(server: Server) -> None:
         for method, path in ROUTES:
             for headers in (
@@ -55,7 +55,8 @@ def test_every_route_but_one_needs_a_key_on_the_raw_path() -> None:
                 assert response.headers["www-authenticate"] == "Bearer"
         twice = [("Authorization", "Bearer wrong"), ("Authorization", "Bearer key-one")]
         assert (await server.http.get("/v1/models", headers=twice)).status_code == 401
-        assert (await server.http.get("/health/live")).status_code == 200
+        for path in ("/health/live", "/health/ready"):
+            assert (await server.http.get(path)).status_code == 200
 
     run(check, api_keys=KEYS)
 

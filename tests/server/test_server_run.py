@@ -11,25 +11,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from moebius.errors import ConfigError
-from moebius.server.run import reserve_socket
+from moebius.server.listen import reserve
 from server.serving import http_request, wait_until
 
 SERVER = """
 import sys
 from server.serving import engine, settings, tokenizer
 from moebius.server.app import create_app
-from moebius.server.run import reserve_socket, run_server
+from moebius.server.listen import reserve
+from moebius.server.run import run_server
 from moebius.text import GenerationDefaults
 
-sock = reserve_socket("127.0.0.1", 0)
-print(sock.getsockname()[1], flush=True)
 fake = engine(step_seconds=float(sys.argv[1]))
-run_server(create_app(fake, tokenizer(), GenerationDefaults(), settings(drain_timeout=float(sys.argv[2]))), sock)
+with reserve("127.0.0.1", 0) as sockets:
+    app = create_app(fake, tokenizer(), GenerationDefaults(), settings(drain_timeout=float(sys.argv[2])))
+    run_server(app, sockets, on_start=lambda: print(sockets[0].getsockname()[1], flush=True))
 assert fake.closed
 print("ended", flush=True)
 """
@@ -44,7 +46,7 @@ def process(step_seconds: float, drain_timeout: float = 30) -> Iterator[tuple[su
     try:
         assert child.stdout is not None
         port = int(child.stdout.readline())
-        wait_until(lambda: get(port, "/health/live") == 200, 20)
+        assert get(port, "/health/live") == 200  # at once: the port is told only when it is open
         yield child, port
     finally:
         child.kill()
@@ -78,7 +80,8 @@ def test_the_first_signal_drains_with_the_port_open_and_ends_with_0(number: int)
         sock = streaming(port, max_tokens=40)
         child.send_signal(number)
         wait_until(lambda: get(port, "/health/ready") == 503)
-        assert get(port, "/health/live") == 200
+        live = httpx.get(f"http://127.0.0.1:{port}/health/live")
+        assert live.status_code == 200 and live.headers["connection"] == "close"
         refused = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         assert b"data: [DONE]" in rest(sock)
@@ -109,16 +112,23 @@ def test_the_second_signal_ends_at_once() -> None:
         sock.close()
 
 
+def refused(host: str, port: int, **options: Any) -> str:
+    """Why an address is not to be had."""
+    with pytest.raises(ConfigError) as error, reserve(host, port, **options):
+        pass
+    return str(error.value)
+
+
 def test_a_port_in_use_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"cannot bind 127.0.0.1:{port}: .*in use; choose another --port"):
-            reserve_socket("127.0.0.1", port)
+        message = refused("127.0.0.1", port)
+        assert message == f"cannot bind 127.0.0.1:{port}: Address already in use; choose another --port or --host"
 
 
 def test_a_reserved_port_does_not_answer_yet() -> None:
-    with reserve_socket("localhost", 0) as sock, pytest.raises(ConnectionRefusedError):
-        socket.create_connection(sock.getsockname()[:2], timeout=5).close()
+    with reserve("localhost", 0) as sockets, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(sockets[0].getsockname()[:2], timeout=5).close()
 
 
 def test_a_port_taken_while_the_model_loaded() -> None:
@@ -128,27 +138,86 @@ def test_a_port_taken_while_the_model_loaded() -> None:
     from moebius.text import GenerationDefaults
     from server.serving import engine, settings, tokenizer
 
-    with reserve_socket("127.0.0.1", 0) as first, reserve_socket("127.0.0.1", first.getsockname()[1]) as second:
+    with reserve("127.0.0.1", 0) as (first,), reserve("127.0.0.1", first.getsockname()[1]) as second:
         first.listen()
-        with pytest.raises(ConfigError, match="cannot listen on"):
+        with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:"):
             run_server(create_app(engine(), tokenizer(), GenerationDefaults(), settings()), second)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "10.0.0.1", "example.com"])
 def test_an_address_that_others_reach_needs_a_key(host: str) -> None:
-    with pytest.raises(ConfigError, match="api-key"):
-        reserve_socket(host, 0)
+    assert "api-key" in refused(host, 0)
 
 
 def test_with_a_key_any_address_of_this_machine_will_do() -> None:
-    reserve_socket("0.0.0.0", 0, api_keys=("k",)).close()
-    with pytest.raises(ConfigError, match="cannot bind"):
-        reserve_socket("192.0.2.1", 0, api_keys=("k",))
-    with pytest.raises(ConfigError, match="cannot be resolved"):
-        reserve_socket("no-such-host.invalid", 0, api_keys=("k",))
+    with reserve("0.0.0.0", 0, api_keys=("k",)):
+        pass
+    assert "cannot bind 192.0.2.1:0" in refused("192.0.2.1", 0, api_keys=("k",))
+    assert "cannot be resolved" in refused("no-such-host.invalid", 0, api_keys=("k",))
+
+
+def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """What the name service says, whichever name is asked."""
+    real = socket.getaddrinfo
+
+    def answer(host: str, *more: Any, **options: Any) -> Any:
+        return [row for address in addresses for row in real(address, *more, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as sock:
+        try:
+            sock.bind(("::1", 0))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.mark.case("C18")
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_host_of_two_addresses_is_served_at_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """localhost is ::1 to some clients and 127.0.0.1 to others."""
+    resolves_to(monkeypatch, "::1", "127.0.0.1")
+    with reserve("localhost", 0) as sockets:
+        port = sockets[0].getsockname()[1]
+        for sock in sockets:
+            sock.listen()
+        for address in ("::1", "127.0.0.1"):
+            socket.create_connection((address, port), timeout=5).close()
+        assert refused("localhost", port) == (
+            f"cannot bind localhost:{port}: Address already in use; choose another --port or --host"
+        )
+
+
+@pytest.mark.case("C18")
+def test_an_address_that_the_machine_lacks_is_left_out_where_another_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ::1 of localhost, on a machine without IPv6."""
+    resolves_to(monkeypatch, "127.0.0.1", "192.0.2.1")
+    with reserve("some-name", 0, api_keys=("k",)) as sockets:
+        assert [sock.getsockname()[0] for sock in sockets] == ["127.0.0.1"]
+
+
+@pytest.mark.case("C18")
+def test_a_localhost_that_is_elsewhere_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolves_to(monkeypatch, "192.0.2.1")
+    assert "192.0.2.1" in refused("localhost", 0) and "api-key" in refused("localhost", 0)
+
+
+@pytest.mark.case("C18")
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_addresses_of_ipv6_stand_in_brackets() -> None:
+    with reserve("::1", 0) as (first,):
+        first.listen()
+        port = first.getsockname()[1]
+        assert f"cannot bind [::1]:{port}: " in refused("::1", port)
+    with reserve("::", 0, api_keys=("k",)) as (both,):
+        both.listen()
+        for address in ("::1", "127.0.0.1"):
+            socket.create_connection((address, both.getsockname()[1]), timeout=5).close()
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_ports_out_of_range(port: int) -> None:
-    with pytest.raises(ConfigError, match="between 0 and 65535"):
-        reserve_socket("127.0.0.1", port)
+    assert "between 0 and 65535" in refused("127.0.0.1", port)

@@ -1,5 +1,6 @@
 """What a benchmark leaves behind: the printed report in vLLM's layout, JSON, and charts."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,8 @@ def _log_scale(axis: Any) -> None:
     """Logarithmic, with plain numbers at it."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    if math.isinf(axis.dataLim.minposx):
+        return  # nothing lies above 0, as where every answer arrived in one part
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 60 * low else (1, 2, 5)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moebius.cli import options as o
-from moebius.config import EngineConfig, require
+from moebius.config import EngineConfig, host_and_port, require
 
 if TYPE_CHECKING:
     from moebius.bench.client import Target
@@ -154,7 +154,8 @@ def serve(
     dataset = Dataset(dataset_name, dataset_path, random_input_len, random_output_len, random_range_ratio)
     due = arrival_times(num_prompts, request_rate, burstiness, seed)
     body = {"temperature": temperature, **({"ignore_eos": True} if ignore_eos else {})}
-    target = introduce(Target(base_url or f"http://{host}:{port}", endpoint, model or "", api_key, body, timeout))
+    root = base_url or f"http://{host_and_port(host, port)}"
+    target = introduce(Target(root, endpoint, model or "", api_key, body, timeout))
     records, seconds = _send(target, dataset, due, tokenizer, num_warmups, max_concurrency, seed)
     result = {
         **_run_facts(target, len(records), request_rate, burstiness, max_concurrency),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moebius.cli import options as o
-from moebius.config import EngineConfig, ServerSettings, json_text, require
+from moebius.config import EngineConfig, ServerSettings, host_and_port, json_text, require
 
 
 @o.takes_engine_config(*o.ALL)
@@ -31,6 +31,14 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get to finish at SIGTERM.")
     ] = 30.0,
+    keep_alive_timeout: Annotated[
+        int, typer.Option(help="Seconds that a connection may rest between two requests.")
+    ] = 75,
+    max_connections: Annotated[int, typer.Option(help="Most connections at once.")] = 2048,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web pages from this origin may call the server; may be repeated; *: from any."),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model over OpenAI's API."""
@@ -42,16 +50,19 @@ def serve(
         api_keys=tuple(api_key or ()),
         vllm_metric_names=vllm_metric_names,
         drain_timeout=drain_timeout,
+        keep_alive_timeout=keep_alive_timeout,
+        max_connections=max_connections,
+        cors_origins=tuple(cors_origin or ()),
     )
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    from moebius.server.run import reserve_socket
+    from moebius.server.listen import reserve
 
-    with reserve_socket(host, port, api_keys=settings.api_keys) as sock:
-        _serve_on(sock, model, config, settings, host, defaults=generation_config == "auto")
+    with reserve(host, port, api_keys=settings.api_keys) as sockets:
+        _serve_on(sockets, model, config, settings, host, defaults=generation_config == "auto")
 
 
 def _serve_on(
-    sock: socket, model: str, config: EngineConfig, settings: ServerSettings, host: str, *, defaults: bool
+    sockets: list[socket], model: str, config: EngineConfig, settings: ServerSettings, host: str, *, defaults: bool
 ) -> None:
     """Everything that can be refused is refused before the weights are read; the port opens when tokens can flow."""
     from rich.console import Console
@@ -77,11 +88,10 @@ def _serve_on(
     console.print(f"sampling defaults: {shown}")
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     app = create_app(client, tokenizer, generation, settings)
-    console.print(
-        f"serving on http://{host}:{sock.getsockname()[1]}/v1 as {settings.served_model_names[0]}", highlight=False
-    )
+    address = host_and_port(host, sockets[0].getsockname()[1])
+    line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
     gc.freeze()  # or a collection, while requests wait, walks all that was loaded: a tenth of a second
-    run_server(app, sock)
+    run_server(app, sockets, on_start=lambda: console.print(line, highlight=False, markup=False, soft_wrap=True))
 
 
 @o.takes_engine_config(*o.SIZES)

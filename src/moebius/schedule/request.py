@@ -20,6 +20,7 @@ from moebius.errors import ContextExceededError, RequestError
 class Limits:
     """The one table of limits that a request is held to, whichever front door it came by.
 
+    bodies_bytes  the bodies of all requests together that a server has in memory
     json_values   values in one body; json_parts of them may be strings (names included), lists and objects, each of
                   which costs the parser ten times what a number costs
     """
@@ -34,6 +35,7 @@ class Limits:
     messages: int = 4096
     tools: int = 256
     body_bytes: int = 8 * 2**20
+    bodies_bytes: int = 64 * 2**20
     header_bytes: int = 16 * 2**10
     json_depth: int = 64
     json_values: int = 2**20

@@ -26,9 +26,10 @@ from moebius.errors import RequestError
 from moebius.server.access import AccessLog
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
+from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault, routing_fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.guard import Guard, read_body
+from moebius.server.guard import Guard, body_of
 from moebius.server.metrics import ServerMetrics
 from moebius.server.protocol import (
     Body,
@@ -61,6 +62,7 @@ class _Api:
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
+        self.room = BodyRoom()
         self._created = int(time.time())
 
     async def models(self, request: Request) -> Response:
@@ -102,10 +104,10 @@ class _Api:
             return answer(request, asked)
 
         async def route(request: Request) -> Response:
-            body = await read_body(request, self.settings.body_timeout)
-            if len(body) <= _SMALL_BODY:
-                return handle(request, body)
-            return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
+            async with body_of(request, self.settings.body_timeout, self.room) as body:
+                if len(body) <= _SMALL_BODY:
+                    return handle(request, body)
+                return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
 
         return route
 
@@ -223,7 +225,7 @@ def create_app(
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: leave_to_guard},
-        middleware=[Middleware(Guard, api_keys=settings.api_keys, access=access)],
+        middleware=[Middleware(Guard, api_keys=settings.api_keys, access=access, cors_origins=settings.cors_origins)],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

@@ -1,17 +1,22 @@
-"""What stands before every route, as pure ASGI: API keys, limits on headers and bodies, and the last catch."""
+"""What stands before every route, as pure ASGI: API keys, limits on headers and bodies, CORS, and the last catch."""
 
 import asyncio
 import hashlib
 import hmac
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moebius.schedule.request import LIMITS
 from moebius.server.access import AccessLog
+from moebius.server.capacity import BodyRoom
+from moebius.server.cors import Cors
 from moebius.server.faults import Fault, fault_of
 
-_OPEN_PATH = b"/health/live"
+# What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing else.
+_OPEN_PATHS = (b"/health/live", b"/health/ready")
 
 
 class Guard:
@@ -21,8 +26,11 @@ class Guard:
     scope["moebius.visit"], to which an answer adds what the request's log line shall say of it.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], access: AccessLog) -> None:
+    def __init__(
+        self, app: ASGIApp, api_keys: tuple[str, ...], access: AccessLog, cors_origins: tuple[str, ...] = ()
+    ) -> None:
         self._app = app
+        self._cors = Cors(cors_origins)
         self._digests = [_digest(key.encode()) for key in api_keys]
         self._access = access
 
@@ -30,6 +38,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = self._cors.sender(scope, send)
         visit = scope["moebius.visit"] = self._access.open(scope)
 
         async def watched(message: Message) -> None:
@@ -37,6 +46,10 @@ class Guard:
 
         try:
             _check_size(scope)
+            preflight = self._cors.preflight(scope)
+            if preflight is not None:
+                await preflight(scope, receive, watched)
+                return
             scope["moebius.tenant"] = self._tenant(scope)
             await self._app(scope, receive, watched)
         except Exception as error:
@@ -48,7 +61,7 @@ class Guard:
             self._access.close(visit)
 
     def _tenant(self, scope: Scope) -> bytes:
-        if not self._digests or scope["raw_path"] == _OPEN_PATH:
+        if not self._digests or scope["raw_path"] in _OPEN_PATHS:
             return b""
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = shown[0].partition(b" ") if len(shown) == 1 else (b"", b"", b"")
@@ -82,11 +95,21 @@ def _check_size(scope: Scope) -> None:
             raise too_large()
 
 
-async def read_body(request: Request, timeout: float) -> bytes:
-    """The request's whole body. Fault where it is no JSON by its type, too large, slow or broken off."""
+@asynccontextmanager
+async def body_of(request: Request, timeout: float, room: BodyRoom) -> AsyncIterator[bytes]:
+    """The request's whole body, which holds its share of `room` for as long as the block lasts.
+
+    Raises Fault where it is no JSON by its type, too large, slow or broken off; OverloadError where there is no room.
+    """
     kinds = [value.split(b";")[0].strip().lower() for name, value in request.headers.raw if name == b"content-type"]
     if kinds != [b"application/json"]:
         raise Fault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
+    with room.share() as grow:
+        grow(int(request.headers.get("content-length", 0)))
+        yield await _read(request, timeout, grow)
+
+
+async def _read(request: Request, timeout: float, grow: Callable[[int], None]) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(timeout):
@@ -94,6 +117,7 @@ async def read_body(request: Request, timeout: float) -> bytes:
                 body += part
                 if len(body) > LIMITS.body_bytes:
                     raise too_large()
+                grow(len(body))
     except ClientDisconnect:
         raise Fault(400, "the client left before its body was complete", "incomplete_body") from None
     except TimeoutError:

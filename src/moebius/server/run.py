@@ -1,153 +1,81 @@
-"""From a socket to a process that serves: binding, connections with deadlines, signals, and a clean end."""
+"""From bound sockets to a process that serves: uvicorn with our connections, signals, and a clean end."""
 
 import asyncio
-import ipaddress
 import logging
 import os
+import resource
 import socket
-import struct
-from asyncio import TimerHandle
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from moebius.config import host_and_port
 from moebius.errors import ConfigError
-from moebius.schedule.request import LIMITS
-from moebius.server.faults import Fault
-from moebius.server.stream import FrontDoor
+from moebius.server.capacity import Capacity
+from moebius.server.connection import Connection, tracked
 
 log = logging.getLogger(__name__)
 
-_HEADER_SECONDS = 30.0
-_STALL_SECONDS = 60.0
 _LAST_SECONDS = 5.0
 _BACKLOG = 2048
+# So much longer than clients are told a connection may rest: a request that is sent in the last moment is served.
+_REST_MARGIN = 5
+# Files that the process has open besides connections: the model's, logs, the loop's own.
+_OTHER_FILES = 256
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def reserve_socket(host: str, port: int, *, api_keys: tuple[str, ...] = ()) -> socket.socket:
-    """Bind before anything is loaded. The port opens (listens) when the server starts; 0 takes a free one.
-
-    Raises ConfigError where the port is in use or the address is no address of this machine, and for an address that
-    others can reach when there is no API key.
-    """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port is {port}; it must lie between 0 and 65535")
-    if not _is_loopback(host) and not api_keys:
-        raise ConfigError(f"host {host!r} can be reached from other machines; give an --api-key, or use 127.0.0.1")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"host {host!r} cannot be resolved: {error}") from error
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"cannot bind {host}:{port}: {error.strerror}; choose another --port or --host") from error
-    return sock
-
-
-def _cancel(timer: TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
-
-
-class Connection(HttpToolsProtocol):
-    """One client's connection, with what uvicorn leaves open: limits in bytes and time, errors in OpenAI's shape.
-
-    A client must complete its request's headers within _HEADER_SECONDS and LIMITS.header_bytes, and take what waits
-    for it within _STALL_SECONDS. Requests find scope["moebius.abort"], which cuts the connection.
+class Server(uvicorn.Server):
+    """uvicorn's server with our connections and our end: the first signal drains while the port stays open, the
+    second ends at once.
     """
 
-    _header_timer: TimerHandle | None = None
-    _stall_timer: TimerHandle | None = None
-    _header_bytes = 0
-    _in_headers = True
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._expect_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        _cancel(self._header_timer)
-        _cancel(self._stall_timer)
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        was_in_headers = self._in_headers
-        super().data_received(data)
-        if was_in_headers and self._in_headers:
-            self._header_bytes += len(data)
-            if self._header_bytes > LIMITS.header_bytes and not self.transport.is_closing():
-                self._refuse(431, f"request line and headers are larger than {LIMITS.header_bytes} bytes")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["moebius.abort"] = self.cut  # type: ignore[typeddict-unknown-key]
-        self._expect_headers()
-
-    def on_headers_complete(self) -> None:
-        self._in_headers = False
-        _cancel(self._header_timer)
-        super().on_headers_complete()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self.cut)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        _cancel(self._stall_timer)
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no valid HTTP request")
-
-    def cut(self) -> None:
-        """Hang up at once; what the client has not taken is dropped, in the kernel's buffer too."""
-        sock = self.transport.get_extra_info("socket")
-        if sock is not None and not self.transport.is_closing():
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
-
-    def _expect_headers(self) -> None:
-        _cancel(self._header_timer)
-        self._in_headers, self._header_bytes = True, 0
-        self._header_timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
-
-    def _refuse(self, status: int, message: str) -> None:
-        """Answer what never became a request, and hang up."""
-        fault = Fault(status, message, "bad_request", headers={"Content-Type": "application/json"})
-        fault = self.config.app.state.access.refused(fault)  # type: ignore[union-attr]
-        body = fault.body()
-        headers = {**fault.headers, "Content-Length": len(body), "Connection": "close"}
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
-        self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
-        self.transport.close()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server with our end: the first signal drains while the port stays open, the second ends at once."""
-
-    def __init__(self, config: uvicorn.Config, door: FrontDoor) -> None:
-        super().__init__(config)
-        self._door = door
+    def __init__(self, app: Starlette, on_start: Callable[[], None] = lambda: None) -> None:
+        """on_start   called when the ports are open"""
+        self._door, self._access = app.state.front_door, app.state.access
+        self._on_start = on_start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
+        settings = self._door.settings
+        self._capacity = Capacity(
+            _openable(settings.max_connections), settings.keep_alive_timeout, self._access.refused
+        )
+        told = tracked(app)
+        self._by_httptools = _config(told, settings.keep_alive_timeout, "httptools")
+        self._by_h11 = _config(told, settings.keep_alive_timeout, "h11")
+        super().__init__(_config(told, settings.keep_alive_timeout, self._connect))
+
+    def _connect(
+        self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: object = None
+    ) -> Connection:
+        """What uvicorn calls for each new connection."""
+
+        def framing(*, h11: bool, state: dict[str, Any]) -> asyncio.Protocol:
+            chosen = self._by_h11 if h11 else self._by_httptools
+            make: Any = chosen.http_protocol_class
+            protocol: asyncio.Protocol = make(config=chosen, server_state=server_state, app_state=state)
+            return protocol
+
+        return Connection(framing, self._capacity, app_state)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        for config in (self._by_httptools, self._by_h11):
+            config.load()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and not self.should_exit:
+            self._on_start()
+
+    def stop(self) -> None:
+        """Stop serving, from any thread: answers under way get some seconds to finish."""
+        self._capacity.ending = True
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._signalled:
@@ -159,7 +87,9 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
     def begin_drain(self) -> None:
+        """Take no new work; stop when what is in flight is finished, or its time is over."""
         self._door.drain()
+        self._capacity.ending = True
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
@@ -170,11 +100,13 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: Starlette) -> _Server:
-    """A server for the application; call `run(sockets=[...])`."""
-    config = uvicorn.Config(
+def _config(app: Any, rest: int, http: Any) -> uvicorn.Config:
+    """What we want of uvicorn. Its log says nothing that ours does not say."""
+    for name in ("uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).disabled = True
+    return uvicorn.Config(
         app,
-        http=Connection,
+        http=http,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -182,16 +114,37 @@ def make_server(app: Starlette) -> _Server:
         server_header=False,
         proxy_headers=False,
         backlog=_BACKLOG,
+        timeout_keep_alive=rest + _REST_MARGIN,
         timeout_graceful_shutdown=int(_LAST_SECONDS),
     )
-    return _Server(config, app.state.front_door)
 
 
-def run_server(app: Starlette, sock: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. Raises ConfigError where another took the port."""
-    try:
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        name = sock.getsockname()
-        raise ConfigError(f"cannot listen on {name[0]}:{name[1]}: {error.strerror}; choose another --port") from error
-    make_server(app).run(sockets=[sock])
+def _openable(connections: int) -> int:
+    """How many of so many connections the process may have open, after asking for as many files as that takes.
+
+    As many again may be hanging up.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    possible = max(1, (wanted - _OTHER_FILES) // 2)
+    if possible < connections:
+        log.warning("at most %d connections, not %d: the process may open %d files", possible, connections, wanted)
+    return min(connections, possible)
+
+
+def run_server(app: Starlette, sockets: list[socket.socket], on_start: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return. Calls `on_start` when the ports are open.
+
+    Raises ConfigError where another took a port.
+    """
+    for sock in sockets:
+        try:
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            name = host_and_port(*sock.getsockname()[:2])
+            raise ConfigError(f"cannot listen on {name}: {error.strerror}; choose another --port") from error
+    Server(app, on_start).run(sockets)
