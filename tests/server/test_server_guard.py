@@ -30,7 +30,7 @@ ROUTES = [
     ("GET", "/version"),
     ("GET", "/nowhere"),
     ("GET", "/health/live/"),
-    ("GET", "/health/live/../ready"),
+    ("GET", "/health/live/../metrics"),
     ("GET", "//health/live"),
     ("GET", "/health%2Flive"),
     ("GET", "/health/liv%65"),
