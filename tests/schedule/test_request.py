@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 
@@ -187,3 +188,10 @@ def test_times_that_no_order_can_hold_are_refused(when):
         Request.create("a", [1], SamplingParams(), LIMITS, arrival=when)
     with pytest.raises(RequestError, match="deadline"):
         make(deadline=when)
+
+
+def test_ids_may_be_integers_of_a_kind_of_their_own():
+    class Special(enum.IntEnum):
+        END = 3
+
+    assert make(prompt=(1, Special.END)).prompt_ids == (1, 3)
