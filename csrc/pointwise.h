@@ -133,6 +133,19 @@ float exp_row(const float* x, int n, float shift, float factor, float* out) {
     return reduce_add(sum);
 }
 
+// The index of the first of the values that is `wanted`, which is their largest: blocks that do not hold it are passed over.
+INLINE int first_equal(const float* x, int n, float wanted) {
+    constexpr int BLOCK = 8 * 16;
+    int at = 0;
+    for (; at + BLOCK <= n; at += BLOCK) {
+        V top = load(x + at);
+        for (int i = 16; i < BLOCK; i += 16) top = maximum(top, load(x + at + i));
+        if (reduce_max(top) == wanted) break;
+    }
+    while (x[at] != wanted) at++;
+    return at;
+}
+
 void softmax_stats(const float* x, int n, float factor, float* largest, int* at, double* sum) {
     // x - x is 0 for finite values and NaN for all others; maximum alone could lose a NaN.
     V top = all(-__builtin_inff()), poison = zero();
@@ -146,7 +159,7 @@ void softmax_stats(const float* x, int n, float factor, float* largest, int* at,
         *largest = __builtin_nanf("");
         return;
     }
-    while (x[*at] != *largest) ++*at;
+    *at = first_equal(x, n, *largest);
     if (!sum) return;
     float ignored[SUM_BLOCK];
     *sum = 0;
