@@ -9,7 +9,7 @@ import pytest
 
 from engine.test_engine import cache_bytes, engine, make, prompts, run
 from moebius.engine.trace import replay
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, StorageError
 
 
 @pytest.fixture
@@ -77,5 +77,16 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 def test_a_missing_file_and_an_unwritable_one(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read as a trace"):
         replay(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         engine(tiny_model, trace=str(tmp_path / "no" / "such" / "folder"))
+
+
+@pytest.mark.case("C13")
+def test_only_a_trace_is_written_over(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "trace"
+    for _ in range(2):
+        engine(tiny_model, trace=str(path)).close()
+    path.write_text("a year of notes")
+    with pytest.raises(ConfigError, match="holds something else and is left as it is"):
+        engine(tiny_model, trace=str(path))
+    assert path.read_text() == "a year of notes"

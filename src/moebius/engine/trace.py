@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from moebius.config import EngineConfig, require
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, StorageError
+from moebius.files import begins_with, check_target
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import FinishReason, Request, SamplingParams
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
 VERSION = 1
+_OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline")
 """Fields that a trace holds as they are; the others are renamed or shortened."""
@@ -27,10 +29,12 @@ class TraceWriter:
     """Writes the calls that a scheduler gets, and the plans it answers with; one line each, flushed a step."""
 
     def __init__(self, path: str | Path, config: EngineConfig, pool: BlockPool) -> None:
+        """Raises ConfigError where the file holds something else than a trace, StorageError where it cannot be written."""
+        check_target(Path(path), _OUR_TRACES)
         try:
             self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise ConfigError(f"--trace {path} cannot be written: {error.strerror}") from error
+            raise StorageError(f"--trace {path} cannot be written: {error.strerror}") from error
         self._names: dict[int, int] = {}
         sizes = {name: getattr(pool, name) for name in _POOL}
         self._write(event="start", version=VERSION, scheduler=asdict(config), pool=sizes)
