@@ -29,7 +29,7 @@ class TraceWriter:
     """Writes the calls that a scheduler gets, and the plans it answers with; one line each, flushed a step."""
 
     def __init__(self, path: str | Path, config: EngineConfig, pool: BlockPool) -> None:
-        """Raises ConfigError where the file holds something else than a trace, StorageError where it cannot be written."""
+        """Raises ConfigError where the file holds something else, StorageError where it cannot be written."""
         check_target(Path(path), _OUR_TRACES)
         try:
             self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
