@@ -32,6 +32,7 @@ from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.guard import Guard, body_of
 from moebius.server.metrics import ServerMetrics
 from moebius.server.protocol import (
+    TIMEOUT_HEADER,
     Body,
     ChatRequest,
     CompletionRequest,
@@ -114,12 +115,15 @@ class _Api:
     def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         try:
             params = asked.sampling(self.defaults)
+            timeout = asked.seconds(request.headers.getlist(TIMEOUT_HEADER))
             prompts = asked.encode(self.tokenizer, self.door.client.info.limits.max_model_len)
             call = self.door.open(
                 f"{asked.id_prefix}-{secrets.token_hex(12)}",
                 prompts,
                 params,
                 continues=asked.continues,
+                since=request.scope["moebius.visit"].started,
+                timeout=timeout,
                 priority=asked.priority,
                 salt=_salt(request, asked),
             )
