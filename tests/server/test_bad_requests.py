@@ -226,6 +226,9 @@ def test_routes_and_methods() -> None:
     async def check(server: Server) -> None:
         for path in ("/", "/v1", "/v1/models/", "/docs", "/openapi.json", "/v1/completions/", "//v1/models", "/%00"):
             check_error(await server.http.get(path), status=404)
+        for method in ("GET", "POST"):
+            error = check_error(await server.http.request(method, "/v1/embeddings", json={"input": "x"}), status=404)
+            assert "generates" in error["message"] and error["code"] == "not_found"
         for method, path in (("GET", COMPLETIONS), ("DELETE", "/v1/models"), ("PUT", CHAT), ("POST", "/metrics")):
             response = await server.http.request(method, path)
             check_error(response, status=405)

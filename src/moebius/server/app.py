@@ -29,7 +29,7 @@ from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault, routing_fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.guard import Guard, body_of
+from moebius.server.guard import METRICS, Guard, body_of
 from moebius.server.metrics import ServerMetrics
 from moebius.server.protocol import (
     TIMEOUT_HEADER,
@@ -91,6 +91,9 @@ class _Api:
         loads = self.door.client.expert_loads()
         return _json({"object": "moe.stats", "window_steps": loads.steps, "layers": loads.layers})
 
+    async def embeddings(self, request: Request) -> Response:
+        raise Fault(404, "this server generates text; it makes no embeddings", "not_found")
+
     async def version(self, request: Request) -> Response:
         return _json({"version": moebius.__version__})
 
@@ -100,7 +103,8 @@ class _Api:
         """A route that reads the body, parses it as `kind` and answers: on a thread where that takes long."""
 
         def handle(request: Request, body: bytes) -> Response:
-            asked = parse(kind, decode_body(body))
+            ignore = request.scope["moebius.visit"].ignore if self.settings.unknown_fields == "warn" else None
+            asked = parse(kind, decode_body(body), ignore)
             self._check_model(asked.model)
             return answer(request, asked)
 
@@ -221,15 +225,24 @@ def create_app(
         Route("/health", api.ready),
         Route("/health/live", api.live),
         Route("/health/ready", api.ready),
-        Route("/metrics", api.metrics),
+        Route(METRICS, api.metrics),
         Route("/v1/moe/stats", api.moe_stats),
         Route("/version", api.version),
+        Route("/v1/embeddings", api.embeddings, methods=["GET", "POST"]),
     ]
     access = AccessLog(metrics, [route.path for route in routes])
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: leave_to_guard},
-        middleware=[Middleware(Guard, api_keys=settings.api_keys, access=access, cors_origins=settings.cors_origins)],
+        middleware=[
+            Middleware(
+                Guard,
+                api_keys=settings.api_keys,
+                access=access,
+                cors_origins=settings.cors_origins,
+                metrics_api_key=settings.metrics_api_key,
+            )
+        ],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

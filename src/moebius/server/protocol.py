@@ -1,12 +1,13 @@
 """The OpenAI request types: what a body may hold, and what it means as SamplingParams.
 
 Every field of a body is one of four: ours (in a model below), harmless (accepted and without effect), known but not
-supported (accepted only at its neutral value), or unknown. The last two are refused by name. Null means "not given".
+supported (accepted only at its neutral value), or unknown. The last two are refused by name, unknown ones unless the
+operator wants them ignored. Null means "not given".
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
@@ -313,15 +314,22 @@ class DetokenizeRequest(Body):
 _Model = TypeVar("_Model", bound=Body)
 
 
-def parse(model: type[_Model], fields: Mapping[str, Any]) -> _Model:
-    """A checked record of `model`, or RequestError naming the first field that is wrong."""
+def parse(
+    model: type[_Model], fields: Mapping[str, Any], ignore: Callable[[Sequence[str]], None] | None = None
+) -> _Model:
+    """A checked record of `model`, or RequestError naming the first field that is wrong.
+
+    ignore   gets the names of unknown fields, which then count for nothing; without it the first is refused
+    """
     given = _without_nulls(fields)
     own = model.model_fields.keys()
     others: Mapping[str, list[Any]] = UNSUPPORTED if issubclass(model, GenerationRequest) else {}
     harmless = HARMLESS if issubclass(model, GenerationRequest) else frozenset()
-    for name in given:
-        known = name in own or name in others or name in harmless
-        _require(known, f"{name[:200]}: there is no such field", name)
+    unknown = [name for name in given if name not in own and name not in others and name not in harmless]
+    if unknown and ignore is None:
+        raise RequestError(f"{unknown[0][:200]}: there is no such field", param=unknown[0])
+    if unknown and ignore is not None:
+        ignore(unknown)
     given = _without_idle_tools(given)
     _refuse_unsupported({name: value for name, value in given.items() if name not in own}, others, "")
     try:
