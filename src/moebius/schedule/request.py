@@ -304,7 +304,7 @@ class Request:
                 message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
                 _check(token < limits.vocab_size, name, message)
         _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
-        refused = f"priority is {priority}; this server takes only 0, unless it runs with --scheduling-policy priority"
+        refused = f"priority is {priority}; only 0 is taken without --scheduling-policy (scheduling_policy) priority"
         _check(priority == 0 or limits.priorities, "priority", refused)
         _check_number("arrival", arrival, -math.inf, math.inf)
         if deadline is not None:
