@@ -207,9 +207,7 @@ def _each(name: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
     if not isinstance(given, Sequence):
         return [given] * len(prompts)
     if len(given) != len(prompts):
-        raise RequestError(
-            f"{len(prompts)} prompts but {len(given)} {name}; give one for all, or one each", param=name
-        )
+        raise RequestError(f"{len(prompts)} prompts but {len(given)} {name}; give one for all, or one each", param=name)
     return given
 
 

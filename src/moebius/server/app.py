@@ -23,6 +23,7 @@ import moebius
 from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
 from moebius.errors import RequestError
+from moebius.schedule.request import check_asked
 from moebius.server.access import AccessLog
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
@@ -120,7 +121,9 @@ class _Api:
         try:
             params = asked.sampling(self.defaults)
             timeout = asked.seconds(request.headers.getlist(TIMEOUT_HEADER))
-            prompts = asked.encode(self.tokenizer, self.door.client.info.limits.max_model_len)
+            limits = self.door.client.info.limits
+            check_asked(params, limits, asked.priority)
+            prompts = asked.encode(self.tokenizer, limits.max_model_len)
             call = self.door.open(
                 f"{asked.id_prefix}-{secrets.token_hex(12)}",
                 prompts,
