@@ -119,6 +119,7 @@ class Engine:
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            deferred=scheduler.num_deferred,
             used_blocks=pool.num_used,
             total_blocks=pool.num_blocks,
             steps=counts["steps"],
