@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from typing import Any
 
 import openai
 import pytest
 
+from moebius.text import Tokenizer
 from server.serving import MODEL, Server, engine, events, listening, run, until
 from server.test_bad_requests import CHAT, COMPLETIONS, GOOD, check_error
 
@@ -128,3 +130,28 @@ def test_the_official_client_sends_and_hears_it() -> None:
                 client.completions.create(model=MODEL, prompt="x", **extra)
             assert error.value.status_code == 503 and error.value.code == "deadline_exceeded"
         fake.gate.set()
+
+
+def test_whoever_waits_for_a_thread_to_be_tokenised_on_has_a_deadline_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts are encoded on two threads, while a third waits for its turn."""
+    gate = threading.Event()
+    honest = Tokenizer.encode
+
+    def held(self: Tokenizer, text: str, *rest: Any, **options: Any) -> list[int]:
+        assert len(text) < 1000 or gate.wait(20)
+        return honest(self, text, *rest, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", held)
+
+    async def check(server: Server) -> None:
+        long = {"model": MODEL, "prompt": "x" * 20_000}
+        try:
+            responses = await asyncio.gather(*(server.post(COMPLETIONS, long) for _ in range(3)))
+        finally:
+            gate.set()
+        for response in responses:
+            assert response.status_code == 503 and response.json()["error"]["code"] == "deadline_exceeded"
+        assert server.engine.requests == []
+        await server.complete(max_tokens=1)
+
+    run(check, request_timeout=0.3)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,7 +23,7 @@ from starlette.routing import Route
 import moebius
 from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
-from moebius.errors import RequestError
+from moebius.errors import DeadlineError, RequestError
 from moebius.schedule.request import check_asked
 from moebius.server.access import AccessLog
 from moebius.server.answer import Answer
@@ -113,9 +114,18 @@ class _Api:
             async with body_of(request, self.settings.body_timeout, self.room) as body:
                 if len(body) <= _SMALL_BODY:
                     return handle(request, body)
-                return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
+                return await self._on_thread(request, partial(handle, request, body))
 
         return route
+
+    async def _on_thread(self, request: Request, make: Callable[[], Response]) -> Response:
+        """What `make` makes on one of a few threads, for which others may be waiting. DeadlineError when it is late."""
+        late = request.scope["moebius.visit"].started + self.settings.request_timeout
+        try:
+            async with asyncio.timeout(late - self.door.clock()):
+                return await asyncio.get_running_loop().run_in_executor(self.executor, make)
+        except TimeoutError:
+            raise DeadlineError("the request's deadline passed before it was read") from None
 
     def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         try:

@@ -327,7 +327,8 @@ def parse(
     harmless = HARMLESS if issubclass(model, GenerationRequest) else frozenset()
     unknown = [name for name in given if name not in own and name not in others and name not in harmless]
     if unknown and ignore is None:
-        raise RequestError(f"{unknown[0][:200]}: there is no such field", param=unknown[0])
+        message = f"{unknown[0][:200]}: there is no such field (--unknown-fields warn has the server ignore such)"
+        raise RequestError(message, param=unknown[0])
     if unknown and ignore is not None:
         ignore(unknown)
     given = _without_idle_tools(given)
