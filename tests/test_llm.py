@@ -359,6 +359,7 @@ def test_a_step_has_torch_threads_of_its_own(
     assert torch.get_num_threads() == 1  # as the tests are set to
 
 
+@pytest.mark.case("B3")
 def test_priorities_decide_who_is_served_first(tiny_model: Path) -> None:
     options: dict[str, Any] = {"kv_cache_memory_bytes": 2**21, "max_model_len": 512, "max_num_seqs": 1}
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

@@ -251,6 +251,7 @@ def test_what_fails_on_the_loop_is_logged_without_its_words(caplog: pytest.LogCa
     assert not any(record.exc_info for record in caplog.records)
 
 
+@pytest.mark.case("C20")
 def test_a_call_is_found_by_the_id_that_its_client_reads(caplog: pytest.LogCaptureFixture) -> None:
     async def check(server: Server) -> None:
         answer = await server.complete(max_tokens=1, request_id="mine-1")

@@ -125,6 +125,7 @@ def test_an_unforeseen_exception_is_a_500_with_an_id_and_logs_no_prompt(
     assert SECRET not in caplog.text
 
 
+@pytest.mark.case("C20")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_of_the_engine_has_one_id_from_its_log_to_the_client(
     stream: bool, caplog: pytest.LogCaptureFixture

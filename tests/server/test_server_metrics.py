@@ -240,6 +240,7 @@ def test_a_dense_model_exports_no_experts() -> None:
     run(check)
 
 
+@pytest.mark.case("C21")
 @pytest.mark.parametrize("deferred, capacity", [(0, 2), (1, 1), (2, 0), (9, 0)])
 def test_all_that_wait_do_so_for_a_reason(deferred: int, capacity: int) -> None:
     """The engine counts both between two scrapes, not at one instant; together they are what waits."""
