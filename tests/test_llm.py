@@ -357,3 +357,41 @@ def test_a_step_has_torch_threads_of_its_own(
         one.generate("a", GREEDY)
         assert seen == {expected} and torch.get_num_threads() == 3
     assert torch.get_num_threads() == 1  # as the tests are set to
+
+
+@pytest.mark.case("B3")
+def test_priorities_decide_who_is_served_first(tiny_model: Path) -> None:
+    options: dict[str, Any] = {"kv_cache_memory_bytes": 2**21, "max_model_len": 512, "max_num_seqs": 1}
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    texts = [f"x{i}" for i in range(6)]
+    with LLM(str(tiny_model), scheduling_policy="priority", **options) as one:
+        served: list[str] = []
+        start = one.engine.scheduler._start
+
+        def noted(request: Any, *rest: Any) -> None:
+            served.append(one.tokenizer.decode(list(request.prompt_ids)))
+            start(request, *rest)
+
+        one.engine.scheduler._start = noted  # type: ignore[method-assign]
+        outputs = one.generate(texts, params, priority=[3, 1, 2, 0, 1, -5])
+        assert served == ["x5", "x3", "x1", "x4", "x2", "x0"]
+        assert [output.prompt for output in outputs] == texts
+        served.clear()
+        one.generate(texts[:2], params, priority=7)
+        assert served == texts[:2]
+        assert one.generate(texts, params) == outputs
+        chats = [[{"role": "user", "content": text}] for text in texts[:2]]
+        assert len(one.chat(chats, params, priority=[1, 0])) == 2
+        for wrong in ([1], [1] * 7):
+            with pytest.raises(RequestError, match="6 prompts but") as error:
+                one.generate(texts, params, priority=wrong)
+            assert error.value.param == "priority"
+        with pytest.raises(RequestError, match="integer"):
+            one.generate(texts, params, priority=[0.5] * 6)  # type: ignore[list-item]
+
+
+def test_a_priority_needs_the_policy(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2)
+    with pytest.raises(RequestError, match=r"scheduling_policy"):
+        llm.generate("x", params, priority=1)
+    assert llm.generate("x", params, priority=0) == llm.generate("x", params, priority=None)

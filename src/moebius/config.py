@@ -22,6 +22,7 @@ GroupScore = Literal["max", "top2"]
 GroupFill = Literal["zero", "never"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QKNorm = Literal["none", "head", "full"]
+UnknownFields = Literal["refuse", "warn"]
 
 
 def require_word(name: str, value: Any, words: Any) -> None:
@@ -310,19 +311,22 @@ class ServerSettings:
 
     served_model_names    names that clients may call the model by; the first is what responses carry
     api_keys              any of these opens every route; none: the server is open
+    metrics_api_key       opens /metrics and nothing else; where there is one, no other key opens that
     vllm_metric_names     export the metrics under vLLM's names too
     keep_alive            silence in a stream after which a comment line is sent
     drain_timeout         how long in-flight work may take after SIGTERM
-    request_timeout       a request's deadline, from its arrival
+    request_timeout       a request's deadline, from its arrival; its own timeout may be shorter
     body_timeout          how long a client may take to send its body
     stream_buffer_bytes   output that may wait for a reader that lags, before the reader is cut off
     max_connections       connections at once: beyond, those that rest the longest are closed, and then none is taken
     keep_alive_timeout    how long a connection may rest between two requests, in whole seconds
     cors_origins          web pages from these origins may call the server from a browser; `*`: from any
+    unknown_fields        of a request's body: refuse it, or ignore them and name them in its log line, a warning
     """
 
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
+    metrics_api_key: str | None = None
     vllm_metric_names: bool = True
     keep_alive: float = 15.0
     drain_timeout: float = 30.0
@@ -332,13 +336,15 @@ class ServerSettings:
     max_connections: int = 2048
     keep_alive_timeout: int = 75
     cors_origins: tuple[str, ...] = ()
+    unknown_fields: UnknownFields = "refuse"
 
     def __post_init__(self) -> None:
         named = bool(self.served_model_names) and all(self.served_model_names)
         require(named, "served_model_name is empty; give the model at least one name")
-        for key in self.api_keys:
+        for key in self.api_keys if self.metrics_api_key is None else (*self.api_keys, self.metrics_api_key):
             good = key.isascii() and key.isprintable() and key != "" and " " not in key
             require(good, "an API key must be printable ASCII without spaces, at least one character")
+        require_word("unknown_fields", self.unknown_fields, UnknownFields)
         for name in ("keep_alive", "drain_timeout", "request_timeout", "body_timeout"):
             require_seconds(name, getattr(self, name))
         size = self.stream_buffer_bytes

@@ -18,6 +18,8 @@
 `assert` is for what can only be our own fault; these classes are for everything else.
 """
 
+import traceback
+
 
 class MoebiusError(Exception):
     """Root of all errors raised on purpose."""
@@ -118,4 +120,22 @@ class StorageError(MoebiusError):
 
 
 class EngineError(MoebiusError):
-    """The engine failed or has stopped."""
+    """The engine failed or has stopped. `error_id` names the failure in the log, where it is there already."""
+
+    def __init__(self, message: str, *, error_id: str | None = None) -> None:
+        super().__init__(message)
+        self.error_id = error_id
+
+
+def frames(error: BaseException) -> str:
+    """What a log says of an exception: its kind and the places it came from, those of its causes first.
+
+    It holds none of its words, as these may quote what a request said.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    told = (f"{type(each).__name__}\n{''.join(traceback.format_tb(each.__traceback__))}" for each in reversed(chain))
+    return "".join(told).rstrip()

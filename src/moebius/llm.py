@@ -85,26 +85,31 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, each a text or a list of token ids; outputs come in the order of the prompts.
 
-        params: one for all, or one each; None: the model's defaults. progress None shows a bar when it takes long.
-        Raises RequestError before anything is computed.
+        params: one for all, or one each; None: the model's defaults. priority, likewise: lower is served first, under
+        scheduling_policy="priority". progress None shows a bar when it takes long. Raises RequestError before anything
+        is computed.
         """
         many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        return self._all(map(self._job, count(), many, self._each(params, many)), len(many), progress)
+        jobs = map(self._job, count(), many, self._params(params, many), _each("priority", priority or 0, many))
+        return self._all(jobs, len(many), progress)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: lists of {"role", "content"}. Needs a model with a chat template."""
         many: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
-        return self._all(map(self._chat_job, count(), many, self._each(params, many)), len(many), progress)
+        jobs = map(self._chat_job, count(), many, self._params(params, many), _each("priority", priority or 0, many))
+        return self._all(jobs, len(many), progress)
 
     def stream(self, jobs: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
         """Complete prompts from an iterator, which is read only as fast as the queue empties; outputs come as they
@@ -129,36 +134,28 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _each(
+    def _params(
         self, params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Any]
-    ) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or self.default_params()] * len(prompts)
-        if len(params) != len(prompts):
-            raise RequestError(
-                f"{len(prompts)} prompts but {len(params)} params; give one for all, or one each", param="params"
-            )
-        return list(params)
+    ) -> Sequence[SamplingParams]:
+        return _each("params", self.default_params() if params is None else params, prompts)
 
-    def _job(self, index: int, prompt: Prompt, params: SamplingParams) -> _Job:
-        if isinstance(prompt, str):
-            return self._open(index, prompt, self.tokenizer.encode(prompt), params, continues=True)
-        return self._open(index, None, prompt, params, continues=True)
+    def _job(self, index: int, prompt: Prompt, params: SamplingParams, priority: int = 0) -> _Job:
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._open(index, text, ids, params, continues=True, priority=priority)
 
-    def _chat_job(self, index: int, messages: Sequence[Message], params: SamplingParams) -> _Job:
-        return self._open(index, None, self.tokenizer.encode_chat(messages), params, continues=False)
+    def _chat_job(self, index: int, messages: Sequence[Message], params: SamplingParams, priority: int = 0) -> _Job:
+        ids = self.tokenizer.encode_chat(messages)
+        return self._open(index, None, ids, params, continues=False, priority=priority)
 
-    def _open(
-        self, index: int, prompt: str | None, ids: Sequence[int], params: SamplingParams, *, continues: bool
-    ) -> _Job:
+    def _open(self, index: int, prompt: str | None, ids: Sequence[int], params: SamplingParams, **request: Any) -> _Job:
         names, arrival = map(str, self._ids), self.engine.clock()
-        choices = open_choices(
-            self.tokenizer, self.engine.info, ids, params, names, continues=continues, arrival=arrival
-        )
+        choices = open_choices(self.tokenizer, self.engine.info, ids, params, names, arrival=arrival, **request)
         return _Job(index, prompt, list(choices))
 
     def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
-        checked = list(jobs)  # all of them, before the first one runs
+        # All of them, before the first one runs.
+        checked = sorted(jobs, key=lambda job: job.choices[0][0].priority)
         return sorted(_with_progress(self._run(checked), total, progress), key=lambda output: int(output.request_id))
 
     def _run(self, jobs: Iterable[_Job]) -> Iterator[RequestOutput]:
@@ -203,6 +200,15 @@ class LLM:
             del live[step.request_id]
         if choice.finished and job.finished:
             yield job.output()
+
+
+def _each(name: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
+    """One value for each prompt: what was given, as it is where it is a sequence, and for all where it is not."""
+    if not isinstance(given, Sequence):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts but {len(given)} {name}; give one for all, or one each", param=name)
+    return given
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

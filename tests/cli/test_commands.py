@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
+from moebius.config import ServerSettings
 from moebius.ops import select_ops
 
 
@@ -220,7 +222,7 @@ def test_bad_models_are_one_line(
 @pytest.mark.case("C25")
 @pytest.mark.case("C18")
 @pytest.mark.parametrize("host, shown", [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
-def test_serve_says_where_once_it_answers_there(model: Path, host: str, shown: str) -> None:
+def test_serve_says_where_once_it_answers_there(model: Path, tmp_path: Path, host: str, shown: str) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
         try:
             free.bind((host, 0))
@@ -228,7 +230,9 @@ def test_serve_says_where_once_it_answers_there(model: Path, host: str, shown: s
             pytest.skip(f"this machine has no {host}")
     command = [sys.executable, "-m", "moebius", "serve", str(model), "--host", host, "--port", "0"]
     command += ["--log-level", "debug", "--kv-cache-memory-bytes", "4000000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+    (tmp_path / "scratch").mkdir()
+    env = os.environ | {"TMPDIR": str(tmp_path / "scratch")}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
         lines: list[str] = []
         while "serving on" not in (line := child.stderr.readline()):
@@ -244,6 +248,7 @@ def test_serve_says_where_once_it_answers_there(model: Path, host: str, shown: s
             child.send_signal(signal.SIGTERM)
         lines += child.stderr.readlines()
     assert child.returncode == 0
+    assert list((tmp_path / "scratch").iterdir()) == [], "nothing stays"
     assert "moebius.server.run: draining: 0 calls in flight" in "".join(lines)
     loggers = re.findall(r"^\d{4}-\S+ \S+ [A-Z]+ ([\w.]+): ", "".join(lines), re.MULTILINE)
     assert loggers and all(name.startswith("moebius.") for name in loggers), loggers
@@ -288,3 +293,33 @@ def test_chat_keeps_the_conversation(
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) >= 2
     assert "context length is 512" in captured.err
+
+
+def test_what_an_operator_chooses_reaches_the_server(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen: list[ServerSettings] = []
+    monkeypatch.setattr("moebius.cli.serve._serve_on", lambda *given, **options: chosen.append(given[3]))
+    serve = ("serve", str(model), "--port", "0")
+    assert moebius(monkeypatch, *serve) == 0
+    options = ("--unknown-fields", "warn", "--request-timeout", "9", "--metrics-api-key", "scraper", "--api-key", "a")
+    assert moebius(monkeypatch, *serve, *options) == 0
+    monkeypatch.setenv("MOEBIUS_METRICS_API_KEY", "of-the-environment")
+    monkeypatch.setenv("MOEBIUS_API_KEY", "one two")
+    assert moebius(monkeypatch, *serve) == 0
+    names = ("unknown_fields", "request_timeout", "metrics_api_key", "api_keys")
+    assert [tuple(getattr(settings, name) for name in names) for settings in chosen] == [
+        ("refuse", 3600.0, None, ()),
+        ("warn", 9.0, "scraper", ("a",)),
+        ("refuse", 3600.0, "of-the-environment", ("one", "two")),
+    ]
+    capsys.readouterr()
+    for option, value, word in (
+        ("--unknown-fields", "ignore", "it must be one of refuse, warn"),
+        ("--request-timeout", "0", "positive number of seconds"),
+        ("--metrics-api-key", "a b", "without spaces"),
+    ):
+        assert word in refused(monkeypatch, capsys, *serve, option, value)
+    # Whoever may read the metrics is not whoever may generate.
+    monkeypatch.delenv("MOEBIUS_API_KEY")
+    assert "give an --api-key" in refused(monkeypatch, capsys, *serve, "--host", "0.0.0.0")

@@ -120,6 +120,45 @@ def test_an_error_at_the_nth_call_never_ends_the_engine(
             break
 
 
+SECRET = "the prompt that nobody may log"
+
+
+@pytest.mark.parametrize(("owner", "name"), [one for one in PER_REQUEST if one != (TraceWriter, "fail")], ids=str)
+def test_what_fails_is_logged_without_a_word_of_the_exception(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner: Any,
+    name: str,
+) -> None:
+    """Under the id that the client is told, with the places it came from."""
+    one = engine(tiny_model, trace=str(tmp_path / "trace.jsonl"))
+    fault = RaisesAt(getattr(owner, name), 1, ValueError(SECRET))
+    monkeypatch.setattr(owner, name, fault)
+    collector = Collector()
+    with caplog.at_level(logging.DEBUG):
+        serve(InProcessClient(one, step_deadline=60.0), collector)
+    assert fault.calls and "ValueError" in caplog.text
+    assert SECRET not in caplog.text and not any(record.exc_info for record in caplog.records)
+    ended = [steps[-1].error for id, steps in collector.outputs.items() if id != "gone"]
+    ids = {error.error_id for error in ended if isinstance(error, EngineError)}
+    assert all(id is not None and id in caplog.text for id in ids)
+
+
+def test_an_engine_thread_that_fails_is_logged_without_a_word_of_the_exception(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Scheduler, "plan", RaisesAt(Scheduler.plan, 1, ValueError(SECRET)))
+    client, collector = InProcessClient(engine(tiny_model), step_deadline=60.0), Collector()
+    client.start(collector)
+    client.submit(make(client._engine, "a", [1, 2, 3], max_tokens=2))
+    collector.wait(lambda: collector.ended("a"))
+    client.close(5)
+    assert "the engine thread failed" in caplog.text and "ValueError" in caplog.text and "in _turn" in caplog.text
+    assert SECRET not in caplog.text
+
+
 def test_scoring_that_fails_ends_its_own_request_only(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Collector()
     serve(InProcessClient(engine(tiny_model), step_deadline=60.0), expected)

@@ -121,6 +121,18 @@ def test_a_common_prompt_that_arrives_32_times_is_computed_once():
     assert set(plans[1].waiting.values()) == {"prefix_in_flight"} and len(plans[1].waiting) == 31
 
 
+def test_who_waits_for_a_prefix_is_counted_apart():
+    scheduler = make_scheduler(budget=8, seqs=2)
+    same = [make_request(name, range(1, 30), arrival=i) for i, name in enumerate(("owner", "waiter"))]
+    add(scheduler, *same, *(make_request(f"other{i}", [500 + i] * 20, arrival=9.0 + i) for i in range(3)))
+    counted: list[int] = []
+    while scheduler.has_work:
+        plan, _ = step(scheduler)
+        counted.append(scheduler.num_deferred)
+        assert counted[-1] == list(plan.waiting.values()).count("prefix_in_flight")
+    assert max(counted) == 1 and counted[-1] == 0
+
+
 @pytest.mark.parametrize("how", ["abort", "fail"])
 def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_gone(how):
     scheduler = make_scheduler(budget=8)

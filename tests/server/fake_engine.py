@@ -70,6 +70,7 @@ class FakeEngine:
     prompt_chunk: int = 4
     cached_tokens: int = 0
     preemptions: int = 0
+    deferred: int = 0
     fault: Fault = lambda request, step: None
     refuse: MoebiusError | None = None
     loads: ExpertLoads = field(default_factory=ExpertLoads)
@@ -112,6 +113,7 @@ class FakeEngine:
         return EngineStats(
             running=len(self._running),
             waiting=2,
+            deferred=self.deferred,
             used_blocks=16,
             total_blocks=64,
             steps=self.steps,

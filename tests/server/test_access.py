@@ -229,6 +229,41 @@ def test_the_clients_id_comes_back_if_it_is_fit_to_be_shown(caplog: pytest.LogCa
     run(check)
 
 
+def test_what_fails_on_the_loop_is_logged_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio itself would show the arguments of a callback, and of an exception all that it says."""
+
+    def broken(said: str) -> None:
+        raise ValueError(said)
+
+    async def forgotten(said: str) -> None:
+        broken(said)
+
+    def run_both(loop: asyncio.AbstractEventLoop) -> None:
+        loop.create_task(forgotten(SECRET))
+        broken(SECRET)
+
+    with listening(engine()) as (_, door):
+        loop = door._loop
+        loop.call_soon_threadsafe(run_both, loop)
+        wait_until(lambda: len(re.findall("in broken", caplog.text)) == 2)
+    assert caplog.text.count("on the event loop: ValueError") == 2 and SECRET not in caplog.text
+    assert {record.name for record in caplog.records} == {"moebius.server.run"}
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.case("C20")
+def test_a_call_is_found_by_the_id_that_its_client_reads(caplog: pytest.LogCaptureFixture) -> None:
+    async def check(server: Server) -> None:
+        answer = await server.complete(max_tokens=1, request_id="mine-1")
+        (line,) = lines(caplog)
+        assert line["answer"] == answer["id"] == "cmpl-mine-1"
+        assert line["call"] == server.engine.requests[0].id.removesuffix("-0000"), "ids are the server's"
+        await server.complete(max_tokens=1)
+        assert "answer" not in lines(caplog)[0]
+
+    run(check)
+
+
 def test_logfmt_quotes_what_would_break_a_line() -> None:
     texts = {"a": "plain/1.0", "b": "two words", "c": 'q"=\\', "d": "\n\r\x00\x7f\u2028é", "e": ""}
     line = logfmt({**texts, "f": None, "g": 1.23456})

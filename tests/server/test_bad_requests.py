@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moebius.server.protocol import HARMLESS, UNSUPPORTED, ChatRequest, CompletionRequest, DetokenizeRequest
+from moebius.text import Tokenizer
 from server.serving import MODEL, Server, engine, run, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -226,6 +227,9 @@ def test_routes_and_methods() -> None:
     async def check(server: Server) -> None:
         for path in ("/", "/v1", "/v1/models/", "/docs", "/openapi.json", "/v1/completions/", "//v1/models", "/%00"):
             check_error(await server.http.get(path), status=404)
+        for method in ("GET", "POST"):
+            error = check_error(await server.http.request(method, "/v1/embeddings", json={"input": "x"}), status=404)
+            assert "generates" in error["message"] and error["code"] == "not_found"
         for method, path in (("GET", COMPLETIONS), ("DELETE", "/v1/models"), ("PUT", CHAT), ("POST", "/metrics")):
             response = await server.http.request(method, path)
             check_error(response, status=405)
@@ -303,5 +307,20 @@ def test_logprobs_are_finite_json() -> None:
         body = await server.complete(prompt=[20, 13, 21], echo=True, logprobs=0, max_tokens=0)
         assert body["choices"][0]["logprobs"]["token_logprobs"][1] == -9999.0
         assert all(math.isfinite(v) for v in body["choices"][0]["logprobs"]["token_logprobs"][1:])
+
+    run(check)
+
+
+def test_limits_are_checked_before_anything_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prompt costs is paid for no request that another field, or too many of something, refuses anyway."""
+    about_the_prompt = ("prompt", "messages", "tokens", "messages[0].role")
+
+    async def check(server: Server) -> None:
+        for name in ("encode", "encode_chat"):
+            monkeypatch.setattr(Tokenizer, name, lambda *_, **__: pytest.fail("tokenised"))
+        for path, change, param in NAMED_CASES:
+            too_many = isinstance(change.get("messages", change.get("prompt")), list) and "[" not in param
+            if param not in about_the_prompt or too_many:
+                check_error(await server.post(path, {**GOOD[path], **change}), status=400, param=param)
 
     run(check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from typing import Any
 
 import openai
@@ -101,6 +102,49 @@ def test_fields_of_other_servers_that_ask_for_nothing() -> None:
             assert response.status_code == 200, response.text
 
     run(check)
+
+
+@pytest.mark.parametrize("path", list(GOOD))
+def test_unknown_fields_are_ignored_with_a_line_where_the_operator_says_so(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "the value that nobody may log"
+    unknown = {"zzz": secret, "a b\n=": secret, "n" * 5000: secret, "m" * 5000: 1, "l" * 5000: 1, "nothing": None} | {
+        f"x{i}": 1 for i in range(50)
+    }
+
+    async def warned(server: Server) -> None:
+        plain = (await server.post(path, GOOD[path])).json()
+        caplog.clear()
+        response = await server.post(path, {**unknown, **GOOD[path]})
+        assert response.status_code == 200, response.text
+        assert (response.json().keys(), response.json().get("usage")) == (plain.keys(), plain.get("usage"))
+        (record,) = [record for record in caplog.records if record.name == "moebius.server.access"]
+        line = record.getMessage()
+        assert record.levelno == logging.WARNING
+        assert (
+            "ignored_fields=" in line
+            and "zzz" in line
+            and "and 50 more" in line
+            and response.headers["x-request-id"] in line
+        )
+        assert secret not in line and "nothing" not in line and line.isprintable() and len(line) < 700
+        caplog.clear()
+        assert (await server.post(path, {**GOOD[path], "zzz": None})).status_code == 200
+        assert "ignored_fields" not in caplog.text
+        bad = {**GOOD[path], "zzz": 1, "model": 5}
+        check_error(await server.post(path, bad), status=400, param="model")
+        if path in (COMPLETIONS, CHAT):
+            for known in ({"best_of": 2}, {"guided_json": {}}, {"timeout": 0}):
+                response = await server.post(path, {**GOOD[path], "zzz": 1, **known})
+                check_error(response, status=400, param=next(iter(known)))
+
+    async def refused(server: Server) -> None:
+        check_error(await server.post(path, {**GOOD[path], "zzz": 1}), status=400, param="zzz")
+
+    with caplog.at_level(logging.INFO, "moebius"):
+        run(warned, unknown_fields="warn")
+    run(refused)
 
 
 @pytest.mark.case("C6")
@@ -258,7 +302,7 @@ def test_a_priority_is_the_operators_to_allow() -> None:
             for priority in (-1, 1):
                 response = await server.post(path, {**GOOD[path], "priority": priority})
                 error = check_error(response, status=400, param="priority")
-                assert "--scheduling-policy priority" in error["message"]
+                assert "only 0" in error["message"] and "--scheduling-policy" in error["message"]
             assert (await server.post(path, {**GOOD[path], "priority": 0})).status_code == 200
 
     async def allowed(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -65,6 +66,49 @@ def test_every_route_but_two_needs_a_key_on_the_raw_path() -> None:
 def test_each_key_opens(header: str) -> None:
     async def check(server: Server) -> None:
         assert (await server.http.get("/v1/models", headers={"Authorization": header})).status_code == 200
+
+    run(check, api_keys=KEYS)
+
+
+@pytest.mark.parametrize("keys", [(), KEYS])
+def test_a_key_of_its_own_opens_the_metrics_and_nothing_else(keys: tuple[str, ...]) -> None:
+    """However the path is spelled: the router decodes it, and lets a line break pass at its end."""
+    spelled = ("/metrics", "/metric%73", "/%6Detrics", "/metrics?x=/health/live", "/metrics%0A", "/metrics%0a?y")
+
+    async def status(server: Server, path: str, key: str | None) -> int:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return (await server.http.get(path, headers=headers)).status_code
+
+    async def check(server: Server) -> None:
+        assert await status(server, "/metrics", "scraper") == 200
+        for path in spelled:
+            for key in (None, "wrong", "scrape", "scraperr", *keys):
+                assert await status(server, path, key) == 401, (path, key)
+        for method, path in ROUTES:
+            if keys and path != "/metrics":
+                response = await server.http.request(method, path, headers={"Authorization": "Bearer scraper"})
+                assert response.status_code == 401, path
+        assert await status(server, "/v1/models", keys[0] if keys else None) == 200
+        assert await status(server, "/health/live", None) == 200
+
+    run(check, api_keys=keys, metrics_api_key="scraper")
+
+
+def test_every_known_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+    honest = hmac.compare_digest
+
+    def noted(a: bytes, b: bytes) -> bool:
+        compared.append((len(a), len(b)))
+        return honest(a, b)
+
+    monkeypatch.setattr("moebius.server.guard.hmac.compare_digest", noted)
+
+    async def check(server: Server) -> None:
+        for key in ("key-one", "key-two", "x", "key-onf", "k" * 500):
+            compared.clear()
+            await server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert compared == [(32, 32)] * len(KEYS)
 
     run(check, api_keys=KEYS)
 
@@ -190,6 +234,9 @@ def test_a_response_that_breaks_off_is_not_answered_twice() -> None:
         {"api_keys": ("",)},
         {"api_keys": ("a b",)},
         {"api_keys": ("ü",)},
+        {"metrics_api_key": ""},
+        {"metrics_api_key": "a b"},
+        {"unknown_fields": "ignore"},
         {"keep_alive": 0},
         {"request_timeout": float("inf")},
         {"stream_buffer_bytes": 10},

@@ -12,7 +12,13 @@ from moebius.engine.client import ExpertLoads, LayerLoad
 from moebius.errors import EngineError, OverloadError
 from server.serving import Server, engine, run, tokenizer
 
-GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"}
+GAUGES = {
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_waiting_by_reason",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+}
 COUNTERS = {
     "prefix_cache_queries",
     "prefix_cache_hits",
@@ -232,3 +238,17 @@ def test_a_dense_model_exports_no_experts() -> None:
         assert (await server.http.get("/v1/moe/stats")).json()["layers"] == []
 
     run(check)
+
+
+@pytest.mark.case("C21")
+@pytest.mark.parametrize("deferred, capacity", [(0, 2), (1, 1), (2, 0), (9, 0)])
+def test_all_that_wait_do_so_for_a_reason(deferred: int, capacity: int) -> None:
+    """The engine counts both between two scrapes, not at one instant; together they are what waits."""
+
+    async def check(server: Server) -> None:
+        _, values = await scrape(server)
+        assert values["vllm:num_requests_waiting", None] == 2
+        assert values["vllm:num_requests_waiting_by_reason", "capacity"] == capacity
+        assert values["vllm:num_requests_waiting_by_reason", "deferred"] == 2 - capacity
+
+    run(check, engine(deferred=deferred))

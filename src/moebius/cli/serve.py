@@ -21,6 +21,10 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(envvar="MOEBIUS_API_KEY", help="A key that clients must send; may be repeated.")
     ] = None,
+    metrics_api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MOEBIUS_METRICS_API_KEY", help="The key that opens /metrics, and nothing else."),
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name(s) of the model in the API; default: MODEL.")
     ] = None,
@@ -28,6 +32,11 @@ def serve(
         str, typer.Option(help="auto: sampling defaults from generation_config.json; none: OpenAI's.")
     ] = "auto",
     vllm_metric_names: Annotated[bool, typer.Option(help="Export vLLM's metric names beside our own.")] = True,
+    unknown_fields: Annotated[
+        str,
+        typer.Option(help="refuse: a request with a field that nobody knows fails; warn: it is ignored and logged."),
+    ] = "refuse",
+    request_timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 3600.0,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get to finish at SIGTERM.")
     ] = 30.0,
@@ -48,7 +57,10 @@ def serve(
     settings = ServerSettings(
         served_model_names=tuple(served_model_name or (model,)),
         api_keys=tuple(api_key or ()),
+        metrics_api_key=metrics_api_key,
         vllm_metric_names=vllm_metric_names,
+        unknown_fields=unknown_fields,  # type: ignore[arg-type]  # checked there
+        request_timeout=request_timeout,
         drain_timeout=drain_timeout,
         keep_alive_timeout=keep_alive_timeout,
         max_connections=max_connections,

@@ -73,11 +73,13 @@ class EngineStats:
 
     step_tokens[i] counts the steps that computed at most STEP_TOKENS_BOUNDS[i] tokens, prompts' and drawn ones alike,
     and more than the bound before; the last entry counts those beyond all bounds. step_tokens_sum is of all steps.
+    deferred of those that waited at the last step did so for a prefix that another was computing, not for room.
     last_step and now are on the engine's monotonic clock, in seconds.
     """
 
     running: int = 0
     waiting: int = 0
+    deferred: int = 0
     used_blocks: int = 0
     total_blocks: int = 0
     steps: int = 0

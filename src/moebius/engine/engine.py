@@ -1,14 +1,11 @@
 """The loop: plan, execute, sample, update. One thread owns an engine; EngineClient is how others reach it."""
 
 import logging
-import secrets
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -21,11 +18,12 @@ from moebius.engine.client import (
     StepOutput,
     TokenLogprob,
 )
+from moebius.engine.faults import failure, say
 from moebius.engine.memory import PROMPT_LOGIT_ROWS
 from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite, sample, token_logprobs
 from moebius.engine.trace import TraceWriter
-from moebius.errors import DeadlineError, EngineError, MoebiusError
+from moebius.errors import DeadlineError, EngineError, MoebiusError, frames
 from moebius.ops.threads import TorchThreads
 from moebius.schedule.request import FinishReason, Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
@@ -121,6 +119,7 @@ class Engine:
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            deferred=scheduler.num_deferred,
             used_blocks=pool.num_used,
             total_blocks=pool.num_blocks,
             steps=counts["steps"],
@@ -154,7 +153,8 @@ class Engine:
             write(self._trace)
         except Exception as error:
             broken, self._trace = self._trace, None
-            say(log.warning, "--trace: tracing stops, serving goes on: %s", error)
+            cause = error if isinstance(error, OSError) else frames(error)
+            say(log.warning, "--trace: tracing stops, serving goes on: %s", cause)
             broken.abandon()
 
     def _count_step(self, tokens: int) -> None:
@@ -247,18 +247,3 @@ class Engine:
         if request is None:
             return ended
         return ended._replace(scheduled=request.scheduled, num_preemptions=request.num_preemptions)
-
-
-def failure(what: str, error: Exception) -> EngineError:
-    """Log what nobody foresaw under an error id; the error that a client gets names that and nothing of the cause."""
-    error_id = secrets.token_hex(6)
-    say(log.error, "%s failed (error id %s)", what, error_id, exc_info=error)
-    told = EngineError(f"the engine failed on this request (error id {error_id})")
-    told.__cause__ = error
-    return told
-
-
-def say(write: Callable[..., None], message: str, *args: object, **options: Any) -> None:
-    """Log on the engine's thread, which a handler that raises must not end."""
-    with suppress(Exception):
-        write(message, *args, **options)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
-from moebius.engine.engine import Engine, failure, say
-from moebius.errors import EngineError, MoebiusError, RequestError
+from moebius.engine.engine import Engine
+from moebius.engine.faults import failure, say
+from moebius.errors import EngineError, MoebiusError, RequestError, frames
 from moebius.schedule.request import FinishReason, Request
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class InProcessClient:
         try:
             while not self._stopping.is_set():
                 self._send(self._turn())
-        except Exception:
-            say(log.exception, "the engine thread failed")
+        except Exception as error:
+            say(log.error, "the engine thread failed: %s", frames(error))
         finally:
             with self._lock:
                 self._stopping.set()

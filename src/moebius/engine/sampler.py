@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius.engine.client import TokenLogprob
+from moebius.engine.faults import failure, say
 from moebius.engine.memory import SAMPLED_IDS
-from moebius.errors import EngineError, MoebiusError, NumericalError
+from moebius.errors import MoebiusError, NumericalError, frames
 from moebius.ops import LOWEST, Ops, Shaping
 from moebius.schedule.request import Request, SamplingParams
 
@@ -66,8 +67,8 @@ def sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sam
     """
     try:
         return _sample(logits_LV, requests, ops)
-    except Exception:
-        log.exception("sampling failed for %d requests; each is tried alone", len(requests))
+    except Exception as error:
+        say(log.warning, "sampling failed for %d requests; each is tried alone: %s", len(requests), frames(error))
         return [_sample_alone(logits_LV[row : row + 1], request, ops) for row, request in enumerate(requests)]
 
 
@@ -75,9 +76,7 @@ def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | Mo
     try:
         return _sample(logits_1V, [request], ops)[0]
     except Exception as error:
-        failure = EngineError("the engine failed to draw a token for this request")
-        failure.__cause__ = error
-        return failure
+        return failure("drawing a token", error)
 
 
 def _sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:

@@ -219,6 +219,17 @@ class ServingLimits:
     priorities: bool = False
 
 
+def check_asked(params: SamplingParams, limits: ServingLimits, priority: int = 0) -> None:
+    """RequestError where these limits refuse what is asked, whatever the prompt: worth knowing before it is encoded."""
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids:
+            message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
+            _check(token < limits.vocab_size, name, message)
+    _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
+    refused = f"priority is {priority}; only 0 is taken without --scheduling-policy (scheduling_policy) priority"
+    _check(priority == 0 or limits.priorities, "priority", refused)
+
+
 @dataclass(slots=True, eq=False)
 class PromptHashes:
     """Prefix hashes of a prompt's full blocks, worked out once for all its choices by `pool`, with its own key."""
@@ -299,13 +310,7 @@ class Request:
         _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
         _check_tokens(prompt, limits.vocab_size)
         _check_tokens(output_ids, limits.vocab_size)
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for token in ids:
-                message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
-                _check(token < limits.vocab_size, name, message)
-        _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
-        refused = f"priority is {priority}; this server takes only 0, unless it runs with --scheduling-policy priority"
-        _check(priority == 0 or limits.priorities, "priority", refused)
+        check_asked(params, limits, priority)
         _check_number("arrival", arrival, -math.inf, math.inf)
         if deadline is not None:
             _check_number("deadline", deadline, -math.inf, math.inf)

@@ -89,7 +89,8 @@ class Scheduler:
     """Decides which tokens of which requests each step computes, and in which blocks.
 
     Of `config` it reads the bounds of a step and of the queue; max_model_len must be given. prefix_queries and
-    prefix_hits count tokens looked up and found in the prefix cache; preemptions counts requests.
+    prefix_hits count tokens looked up and found in the prefix cache; preemptions counts requests; num_deferred is how
+    many the last plan let wait for a prefix in flight.
     """
 
     def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
@@ -100,6 +101,7 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.preemptions = 0
+        self.num_deferred = 0
         self._step = 0
         self._pending: int | None = None
         self._requests: dict[str, Request] = {}
@@ -153,6 +155,7 @@ class Scheduler:
         expired = self._expire(now)
         draft = _Draft(now, self.config.max_num_batched_tokens)
         self._serve_running(draft)
+        self.num_deferred = 0
         self._serve_waiting(draft)
         chunks = tuple(draft.chunks.values())
         self._step += 1
@@ -286,6 +289,7 @@ class Scheduler:
             reason = self._admit(request, promised, draft)
             if reason == "prefix_in_flight":
                 draft.waiting[request.id] = reason
+                self.num_deferred += 1
             elif reason is not None:
                 draft.waiting.update((behind.id, reason) for behind in queue[position:])
                 return

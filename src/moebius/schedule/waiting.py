@@ -31,9 +31,9 @@ class DrainRate:
         self._requests += requests
         self._tokens += tokens
 
-    def observe(self, now: float, *, backlog: bool) -> None:
-        """Let the time since the last call pass; it counts only where there was a backlog to drain."""
-        elapsed = 0.0 if self._last is None else max(0.0, now - self._last)
+    def observe(self, now: float, *, backlog: bool, since: float = -math.inf) -> None:
+        """Let the time since the last call pass; it counts only where there was a backlog to drain, from `since` on."""
+        elapsed = 0.0 if self._last is None else max(0.0, now - max(self._last, since))
         self._last = now
         if backlog:
             fade = math.exp(-elapsed / MEMORY_SECONDS)
@@ -61,6 +61,7 @@ class WaitingQueue:
         self._max_tokens = max_tokens
         self._requests: list[Request] = []
         self._drain = DrainRate()
+        self._backlog_since = -math.inf
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class WaitingQueue:
         return iter(self._requests)
 
     def observe(self, now: float) -> None:
-        self._drain.observe(now, backlog=bool(self._requests))
+        self._drain.observe(now, backlog=bool(self._requests), since=self._backlog_since)
 
     def check_room(self, request: Request) -> None:
         """OverloadError if the queue is full. An empty queue takes any request, or a long one would never be served."""
@@ -85,6 +86,8 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         """Put the request at its place in the order; a preempted one is never refused."""
+        if not self._requests:
+            self._backlog_since = request.arrival
         insort(self._requests, request, key=_order)
         self.num_tokens += request.num_tokens
         if request.status is RequestStatus.PREEMPTED:

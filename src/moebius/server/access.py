@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from starlette.routing import compile_path
@@ -24,6 +24,7 @@ REQUEST_ID = "X-Request-Id"
 
 _MAX_ID = 128
 _MAX_VALUE = 200
+_MAX_NAMES, _MAX_NAME = 5, 32
 _BARE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII without space, quote, equals sign and backslash
 # What a client that left before its answer began is counted under, as nginx does.
 _CLIENT_GONE = 499
@@ -51,6 +52,7 @@ class Visit:
     status    of the response, once that has begun
     fault     what a client was told, where it got no whole answer
     facts     what the line says beside
+    ignored   fields of the body that nobody knows, as far as the line names them
     """
 
     id: str
@@ -61,6 +63,13 @@ class Visit:
     status: int | None = None
     fault: Fault | None = None
     facts: dict[str, object] = field(default_factory=dict)
+    ignored: str | None = None
+
+    def ignore(self, names: Sequence[str]) -> None:
+        """Note the names of fields that were ignored; of a few of them as much as shows which they are."""
+        self.ignored = ",".join(name[:_MAX_NAME] for name in names[:_MAX_NAMES])
+        if len(names) > _MAX_NAMES:
+            self.ignored += f" and {len(names) - _MAX_NAMES} more"
 
     def answered(self, message: Message) -> Message:
         """Note the response's beginning, and put the id into its headers."""
@@ -95,8 +104,9 @@ class AccessLog:
         # A template says it all but where a part of it is the client's.
         path = visit.path if visit.route == OTHER or "{" in visit.route else None
         line = {"status": status, "method": visit.method, "route": visit.route, "path": path, **_told(fault)}
-        line |= {"request_id": visit.id, "seconds": self._clock() - visit.started, **visit.facts}
-        log.log(_level(status, visit.method, fault), "%s", logfmt(line))
+        line |= {"request_id": visit.id, "seconds": self._clock() - visit.started, "ignored_fields": visit.ignored}
+        level = _level(status, visit.method, fault) if visit.ignored is None else logging.WARNING
+        log.log(level, "%s", logfmt(line | visit.facts))
 
     def refused(self, fault: Fault) -> Fault:
         """Of what never became a request: its line, its count, and the fault with an id among its headers."""

@@ -56,6 +56,8 @@ class Answer(Response):
                     await (self._stream(send) if self.stream else self._collect(scope, receive, send))
         finally:
             visit.facts |= self.call.facts()
+            if self.formatter.id != self.call.id:
+                visit.facts["answer"] = self.formatter.id
             visit.fault = self.call.fault
 
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,16 +23,18 @@ from starlette.routing import Route
 import moebius
 from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
-from moebius.errors import RequestError
+from moebius.errors import DeadlineError, RequestError
+from moebius.schedule.request import check_asked
 from moebius.server.access import AccessLog
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault, routing_fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.guard import Guard, body_of
+from moebius.server.guard import METRICS, Guard, body_of
 from moebius.server.metrics import ServerMetrics
 from moebius.server.protocol import (
+    TIMEOUT_HEADER,
     Body,
     ChatRequest,
     CompletionRequest,
@@ -90,6 +93,9 @@ class _Api:
         loads = self.door.client.expert_loads()
         return _json({"object": "moe.stats", "window_steps": loads.steps, "layers": loads.layers})
 
+    async def embeddings(self, request: Request) -> Response:
+        raise Fault(404, "this server generates text; it makes no embeddings", "not_found")
+
     async def version(self, request: Request) -> Response:
         return _json({"version": moebius.__version__})
 
@@ -99,7 +105,8 @@ class _Api:
         """A route that reads the body, parses it as `kind` and answers: on a thread where that takes long."""
 
         def handle(request: Request, body: bytes) -> Response:
-            asked = parse(kind, decode_body(body))
+            ignore = request.scope["moebius.visit"].ignore if self.settings.unknown_fields == "warn" else None
+            asked = parse(kind, decode_body(body), ignore)
             self._check_model(asked.model)
             return answer(request, asked)
 
@@ -107,19 +114,33 @@ class _Api:
             async with body_of(request, self.settings.body_timeout, self.room) as body:
                 if len(body) <= _SMALL_BODY:
                     return handle(request, body)
-                return await asyncio.get_running_loop().run_in_executor(self.executor, handle, request, body)
+                return await self._on_thread(request, partial(handle, request, body))
 
         return route
+
+    async def _on_thread(self, request: Request, make: Callable[[], Response]) -> Response:
+        """What `make` makes on one of a few threads, for which others may be waiting. DeadlineError when it is late."""
+        late = request.scope["moebius.visit"].started + self.settings.request_timeout
+        try:
+            async with asyncio.timeout(late - self.door.clock()):
+                return await asyncio.get_running_loop().run_in_executor(self.executor, make)
+        except TimeoutError:
+            raise DeadlineError("the request's deadline passed before it was read") from None
 
     def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         try:
             params = asked.sampling(self.defaults)
-            prompts = asked.encode(self.tokenizer, self.door.client.info.limits.max_model_len)
+            timeout = asked.seconds(request.headers.getlist(TIMEOUT_HEADER))
+            limits = self.door.client.info.limits
+            check_asked(params, limits, asked.priority)
+            prompts = asked.encode(self.tokenizer, limits.max_model_len)
             call = self.door.open(
                 f"{asked.id_prefix}-{secrets.token_hex(12)}",
                 prompts,
                 params,
                 continues=asked.continues,
+                since=request.scope["moebius.visit"].started,
+                timeout=timeout,
                 priority=asked.priority,
                 salt=_salt(request, asked),
             )
@@ -217,15 +238,24 @@ def create_app(
         Route("/health", api.ready),
         Route("/health/live", api.live),
         Route("/health/ready", api.ready),
-        Route("/metrics", api.metrics),
+        Route(METRICS, api.metrics),
         Route("/v1/moe/stats", api.moe_stats),
         Route("/version", api.version),
+        Route("/v1/embeddings", api.embeddings, methods=["GET", "POST"]),
     ]
     access = AccessLog(metrics, [route.path for route in routes])
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: leave_to_guard},
-        middleware=[Middleware(Guard, api_keys=settings.api_keys, access=access, cors_origins=settings.cors_origins)],
+        middleware=[
+            Middleware(
+                Guard,
+                api_keys=settings.api_keys,
+                access=access,
+                cors_origins=settings.cors_origins,
+                metrics_api_key=settings.metrics_api_key,
+            )
+        ],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

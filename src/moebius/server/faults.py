@@ -3,7 +3,6 @@
 import logging
 import math
 import secrets
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from moebius.errors import DeadlineError, NumericalError, OverloadError, RequestError
+from moebius.errors import DeadlineError, EngineError, NumericalError, OverloadError, RequestError, frames
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +61,11 @@ def _retry(seconds: float) -> dict[str, str]:
 
 
 def _internal(error: BaseException) -> Fault:
-    """Fixed text and an id; the log has the frames, not the exception's words, which might quote a prompt."""
-    error_id = secrets.token_hex(6)
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    log.error("error id %s: %s\n%s", error_id, type(error).__name__, frames)
+    """Fixed text and an id, under which the log says what happened; it may be there already, by the engine's word."""
+    error_id = error.error_id if isinstance(error, EngineError) else None
+    if error_id is None:
+        error_id = secrets.token_hex(6)
+        log.error("error id %s: %s", error_id, frames(error))
     code = "numerical_error" if isinstance(error, NumericalError) else "internal_error"
     message = f"the server failed on this request (error id {error_id})"
     return Fault(500, message, code, "error", error_id=error_id)

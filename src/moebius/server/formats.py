@@ -65,8 +65,8 @@ class Format:
         self._request = request
         self._tokenizer = tokenizer
         self._top = call.params.logprobs
-        self._id = call.id if request.request_id is None else f"{request.id_prefix}-{request.request_id}"
-        self._head = {"id": self._id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+        self.id = call.id if request.request_id is None else f"{request.id_prefix}-{request.request_id}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
         self._begun: set[int] = set()
         self._sent: Counter[int] = Counter()
         """How many tokens a stream has sent of each choice."""

@@ -17,6 +17,8 @@ from moebius.server.faults import Fault, fault_of
 
 # What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing else.
 _OPEN_PATHS = (b"/health/live", b"/health/ready")
+METRICS = "/metrics"
+"""The route that may have a key of its own."""
 
 
 class Guard:
@@ -27,11 +29,17 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, api_keys: tuple[str, ...], access: AccessLog, cors_origins: tuple[str, ...] = ()
+        self,
+        app: ASGIApp,
+        api_keys: tuple[str, ...],
+        access: AccessLog,
+        cors_origins: tuple[str, ...] = (),
+        metrics_api_key: str | None = None,
     ) -> None:
         self._app = app
         self._cors = Cors(cors_origins)
         self._digests = [_digest(key.encode()) for key in api_keys]
+        self._of_metrics = self._digests if metrics_api_key is None else [_digest(metrics_api_key.encode())]
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +58,8 @@ class Guard:
             if preflight is not None:
                 await preflight(scope, receive, watched)
                 return
-            scope["moebius.tenant"] = self._tenant(scope)
+            # By the route, which may be spelled in many ways: what a key protects is what the router would serve.
+            scope["moebius.tenant"] = _tenant(scope, self._of_metrics if visit.route == METRICS else self._digests)
             await self._app(scope, receive, watched)
         except Exception as error:
             visit.fault = fault_of(error)
@@ -60,18 +69,20 @@ class Guard:
         finally:
             self._access.close(visit)
 
-    def _tenant(self, scope: Scope) -> bytes:
-        if not self._digests or scope["raw_path"] in _OPEN_PATHS:
-            return b""
-        shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, key = shown[0].partition(b" ") if len(shown) == 1 else (b"", b"", b"")
-        digest = _digest(key.strip())
-        # Every key is compared, whichever matches, so that the time taken says nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != b"bearer" or not any(matches):
-            message = "this server needs an API key that it knows, as `Authorization: Bearer KEY`"
-            raise Fault(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        return digest
+
+def _tenant(scope: Scope, digests: list[bytes]) -> bytes:
+    """The digest of the key that was shown, which is one of these; b"" where none is needed. Raises Fault."""
+    if not digests or scope["raw_path"] in _OPEN_PATHS:
+        return b""
+    shown = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, key = shown[0].partition(b" ") if len(shown) == 1 else (b"", b"", b"")
+    digest = _digest(key.strip())
+    # Every key is compared, whichever matches, so that the time taken says nothing.
+    matches = [hmac.compare_digest(digest, known) for known in digests]
+    if scheme.lower() != b"bearer" or not any(matches):
+        message = "this server needs an API key that it knows, as `Authorization: Bearer KEY`"
+        raise Fault(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    return digest
 
 
 def _digest(key: bytes) -> bytes:

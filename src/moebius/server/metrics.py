@@ -145,11 +145,21 @@ class ServerMetrics:
                 family = kind(_OWN + name, text, labels=_LABELS)
                 family.add_metric(self._labels, getattr(stats, field))
                 yield family
+        yield self._waiting_by_reason(stats)
         yield self._step_tokens(stats)
         facts = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks)}
         config = GaugeMetricFamily(_OWN + "cache_config_info", "Facts of the KV cache", labels=(*_LABELS, *facts))
         config.add_metric((*self._labels, *facts.values()), 1)
         yield config
+
+    def _waiting_by_reason(self, stats: EngineStats) -> Metric:
+        """With vLLM's two reasons, which together are all that wait."""
+        text = "Sequences that wait for room (capacity), or for a prefix that another computes (deferred)"
+        family = GaugeMetricFamily(_OWN + "num_requests_waiting_by_reason", text, labels=(*_LABELS, "reason"))
+        deferred = min(stats.deferred, stats.waiting)
+        for reason, count in (("capacity", stats.waiting - deferred), ("deferred", deferred)):
+            family.add_metric((*self._labels, reason), count)
+        return family
 
     def _step_tokens(self, stats: EngineStats) -> Metric:
         bounds = [*map(floatToGoString, STEP_TOKENS_BOUNDS), "+Inf"]

@@ -1,11 +1,13 @@
 """The OpenAI request types: what a body may hold, and what it means as SamplingParams.
 
 Every field of a body is one of four: ours (in a model below), harmless (accepted and without effect), known but not
-supported (accepted only at its neutral value), or unknown. The last two are refused by name. Null means "not given".
+supported (accepted only at its neutral value), or unknown. The last two are refused by name, unknown ones unless the
+operator wants them ignored. Null means "not given".
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
@@ -24,6 +26,8 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # A text beyond the context is still counted up to so many times its length.
 _COUNTED = 4
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+TIMEOUT_HEADER = "X-Request-Timeout"
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 Prompts = list[str] | list[list[int]]
 
@@ -146,8 +150,20 @@ class GenerationRequest(Body):
     priority: int = 0
     cache_salt: str = ""
     return_token_ids: bool = False
+    timeout: float | None = None
+    """Seconds after which the client wants no answer any more; the server's own deadline stays."""
     request_id: str | None = None
     """The client's name for the call: the answer's id ends in it, and nothing else is made of it."""
+
+    def seconds(self, in_headers: Sequence[str]) -> float:
+        """How long the client will wait, by its body or by its headers: the shorter; infinity where it does not say.
+
+        RequestError where its headers, the values of X-Request-Timeout, are no number of seconds.
+        """
+        shown = in_headers[0].strip() if len(in_headers) == 1 else ""
+        good = not in_headers or (_SECONDS.fullmatch(shown) is not None and float(shown) > 0)
+        _require(good, f"{TIMEOUT_HEADER} must be one number of seconds above 0, such as 2.5", TIMEOUT_HEADER)
+        return min(float(shown) if in_headers else math.inf, self.timeout or math.inf)
 
     @property
     def include_usage(self) -> bool:
@@ -177,6 +193,7 @@ class GenerationRequest(Body):
         _require(not (self.stream and scored), "prompt_logprobs is not supported with stream: true", "prompt_logprobs")
         short = len(self.cache_salt.encode()) <= LIMITS.salt_bytes
         _require(short, f"cache_salt has over {LIMITS.salt_bytes} bytes", "cache_salt")
+        _require(self.timeout is None or self.timeout > 0, "timeout must be a number of seconds above 0", "timeout")
         good = self.request_id is None or _REQUEST_ID.fullmatch(self.request_id) is not None
         _require(good, "request_id must be 1 to 128 of the characters A-Z a-z 0-9 . _ -", "request_id")
 
@@ -297,15 +314,23 @@ class DetokenizeRequest(Body):
 _Model = TypeVar("_Model", bound=Body)
 
 
-def parse(model: type[_Model], fields: Mapping[str, Any]) -> _Model:
-    """A checked record of `model`, or RequestError naming the first field that is wrong."""
+def parse(
+    model: type[_Model], fields: Mapping[str, Any], ignore: Callable[[Sequence[str]], None] | None = None
+) -> _Model:
+    """A checked record of `model`, or RequestError naming the first field that is wrong.
+
+    ignore   gets the names of unknown fields, which then count for nothing; without it the first is refused
+    """
     given = _without_nulls(fields)
     own = model.model_fields.keys()
     others: Mapping[str, list[Any]] = UNSUPPORTED if issubclass(model, GenerationRequest) else {}
     harmless = HARMLESS if issubclass(model, GenerationRequest) else frozenset()
-    for name in given:
-        known = name in own or name in others or name in harmless
-        _require(known, f"{name[:200]}: there is no such field", name)
+    unknown = [name for name in given if name not in own and name not in others and name not in harmless]
+    if unknown and ignore is None:
+        message = f"{unknown[0][:200]}: there is no such field (--unknown-fields warn has the server ignore such)"
+        raise RequestError(message, param=unknown[0])
+    if unknown and ignore is not None:
+        ignore(unknown)
     given = _without_idle_tools(given)
     _refuse_unsupported({name: value for name, value in given.items() if name not in own}, others, "")
     try:

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from moebius.config import host_and_port
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, frames
 from moebius.server.capacity import Capacity
 from moebius.server.connection import Connection, tracked
 
@@ -63,6 +63,7 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_log_failure)
         for config in (self._by_httptools, self._by_h11):
             config.load()
         await super().serve(sockets)
@@ -98,6 +99,13 @@ class Server(uvicorn.Server):
             log.warning("%d calls were not finished within the drain time", self._door.in_flight)
             self._door.abort_all()
         self.should_exit = True
+
+
+def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What fails on the loop with nobody to hear of it. asyncio would log what was said and handed over, too."""
+    error = context.get("exception")
+    what = "a task or a callback failed" if error is None else frames(error)
+    log.error("on the event loop: %s", what)
 
 
 def _config(app: Any, rest: int, http: Any) -> uvicorn.Config:

@@ -1,7 +1,9 @@
 """Engine <-> asyncio: one API call is a `Call` of several choices, fed by the engine's thread, read by one task."""
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,9 +21,6 @@ from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
-
-# The engine ends a late request itself; this long after the deadline the front door stops waiting for it to.
-_GRACE_SECONDS = 30.0
 
 
 class ClientGone(Exception):
@@ -76,7 +75,8 @@ class Call:
         self._wake = asyncio.Event()
         self._end = "refused"
         self._ended: MoebiusError | ClientGone | None = None
-        self._deadline = choices[0].times.arrival + door.settings.request_timeout + _GRACE_SECONDS
+        # The engine ends a late request between two steps. Its client hears of it at once, however long a step takes.
+        self._deadline = choices[0].request.deadline or math.inf
 
     @property
     def finished(self) -> bool:
@@ -137,15 +137,15 @@ class Call:
 
         Raises the error that ended a choice, DeadlineError, or ClientGone.
         """
-        if not self._inbox and self._ended is None:
+        until = min(self._deadline, self._door.clock() + self.keep_alive)
+        # More than once where a timer goes off early, as some do by a part of a millisecond.
+        while not self._inbox and self._ended is None and (left := until - self._door.clock()) > 0:
             self._wake.clear()
-            left = max(0.0, self._deadline - self._door.clock())
-            try:
-                async with asyncio.timeout(min(self.keep_alive, left)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
                     await self._wake.wait()
-            except TimeoutError:
-                if self._door.clock() >= self._deadline:
-                    raise DeadlineError("the engine has not answered within the request's deadline") from None
+        if not self._inbox and self._ended is None and self._door.clock() >= self._deadline:
+            raise DeadlineError("the request's deadline passed before it was finished")
         if self._ended is not None:
             raise self._ended
         outputs, self._inbox, self._waiting_bytes = self._inbox, [], 0
@@ -227,19 +227,29 @@ class FrontDoor:
         self.client.start(self._deliver)
 
     def open(
-        self, id: str, prompts: Iterable[Sequence[int]], params: SamplingParams, *, continues: bool, **request: Any
+        self,
+        id: str,
+        prompts: Iterable[Sequence[int]],
+        params: SamplingParams,
+        *,
+        continues: bool,
+        since: float | None = None,
+        timeout: float = math.inf,
+        **request: Any,
     ) -> Call:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
         continues   the text continues the prompt's (completions), rather than standing alone (chat)
+        since       when the client began to ask, in seconds on `clock`: its deadline counts from there; default: now
+        timeout     seconds that the client gives it, at most request_timeout
         request     further arguments of Request.create
         """
         if self.draining:
             raise DrainingError
         now = self.clock()
+        deadline = (now if since is None else since) + min(self.settings.request_timeout, timeout)
         numbers, ids = count(), (f"{id}-{index:04d}" for index in count())
         choices: list[Choice] = []
-        deadline = now + self.settings.request_timeout
         request |= {"arrival": now, "deadline": deadline}
         for p, prompt_ids in enumerate(prompts):
             opened = open_choices(
