@@ -302,7 +302,7 @@ def test_a_priority_is_the_operators_to_allow() -> None:
             for priority in (-1, 1):
                 response = await server.post(path, {**GOOD[path], "priority": priority})
                 error = check_error(response, status=400, param="priority")
-                assert "only 0" in error["message"] and "--scheduling-policy" in error["message"]
+                assert "it must be 0" in error["message"] and "--scheduling-policy" in error["message"]
             assert (await server.post(path, {**GOOD[path], "priority": 0})).status_code == 200
 
     async def allowed(server: Server) -> None:

@@ -226,7 +226,7 @@ def check_asked(params: SamplingParams, limits: ServingLimits, priority: int = 0
             message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
             _check(token < limits.vocab_size, name, message)
     _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
-    refused = f"priority is {priority}; it must be 0, unless the engine runs with --scheduling-policy priority"
+    refused = f"priority is {priority}; it must be 0, unless scheduling_policy (--scheduling-policy) is priority"
     _check(priority == 0 or limits.priorities, "priority", refused)
 
 
