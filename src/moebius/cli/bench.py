@@ -145,10 +145,7 @@ def serve(
     output_json: OutputJson = None,
     plot: Plot = None,
 ) -> None:
-    """Send requests to any OpenAI-compatible server.
-
-    Reports latencies, throughput and goodput.
-    """
+    """Measure latencies, throughput and goodput of any server."""
     from moebius.bench import metrics, report
     from moebius.bench.client import Target, introduce
     from moebius.bench.workload import Dataset, arrival_times, require_positive
