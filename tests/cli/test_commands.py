@@ -60,6 +60,25 @@ def test_plan_prints_what_the_headers_say(
     assert "copied" in capsys.readouterr().out
 
 
+def test_a_plan_in_a_log_file_is_not_folded(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moebius(monkeypatch, "plan", str(model)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(re.match(r"\S", line) for line in lines[1:]), "each line begins with what it is about"
+    assert max(len(line) for line in lines) > 80 and not any(line.endswith(" ") for line in lines)
+
+
+@pytest.mark.parametrize("group", [(), ("bench",)])
+def test_the_list_of_commands_says_each_in_a_whole_sentence(
+    group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert moebius(monkeypatch, *group, "--help") == 0
+    commands = capsys.readouterr().out.partition("\nCommands:\n")[2].splitlines()
+    assert len(commands) > 3 and all(re.fullmatch(r"  \w+ +[A-Z].*[^.]\.", line) for line in commands), commands
+
+
 def test_the_process_ends_with_its_code_and_loses_no_output(model: Path) -> None:
     def run(*arguments: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "moebius", *arguments]

@@ -281,6 +281,8 @@ def test_what_is_too_long_is_told_in_openais_sentence() -> None:
             assert error["code"] == "context_length_exceeded"
             assert error["message"].startswith("This model's maximum context length is 512 tokens. However, ")
             assert words in error["message"], error
+            # openai-python shows nothing but the message, and LangChain looks there for the code.
+            assert error["message"].endswith(" (context_length_exceeded)"), error
 
     run(check)
 
@@ -334,6 +336,28 @@ def test_a_byte_order_mark_is_read_and_other_encodings_are_named() -> None:
             response = await server.http.post(COMPLETIONS, content=text.encode(encoding), headers=headers)
             message = check_error(response, status=400)["message"]
             assert encoding[:6].upper() in message and "must be sent as UTF-8" in message
+
+    run(check)
+
+
+def test_a_refusal_says_what_would_be_right() -> None:
+    async def check(server: Server) -> None:
+        for change, param, words in (
+            ({"model": "gpt-4"}, "model", f"'gpt-4' is not served here; use '{MODEL}' or 'alias'"),
+            ({"tools": [TOOL]}, "tools", 'leave it out, or send "tool_choice": "none" beside it'),
+            ({"functions": [TOOL]}, "functions", 'leave it out, or send "function_call": "none" beside it'),
+        ):
+            response = await server.post(CHAT, {**GOOD[CHAT], **change})
+            error = check_error(response, status=404 if param == "model" else 400, param=param)
+            assert words in error["message"], error
+
+    run(check)
+
+
+def test_the_list_of_models_may_end_in_a_slash() -> None:
+    async def check(server: Server) -> None:
+        response = await server.http.get("/v1/models/")
+        assert response.status_code == 200 and response.json() == (await server.http.get("/v1/models")).json()
 
     run(check)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hmac
 from collections.abc import AsyncIterator
 from typing import Any
@@ -184,7 +185,12 @@ def test_only_json_is_read() -> None:
         for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
             response = await server.http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
             assert response.status_code == 415
-        headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+        for coding in ("gzip", "br, gzip", "deflate", "zstd"):
+            headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+            response = await server.http.post("/v1/completions", content=gzip.compress(b"{}"), headers=headers)
+            assert response.status_code == 415 and response.headers["accept-encoding"] == "identity"
+            assert "sent as it is, not compressed" in response.json()["error"]["message"]
+        headers = {"Content-Type": "Application/JSON; charset=utf-8", "Content-Encoding": "identity"}
         response = await server.http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
         assert response.status_code == 200
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moebius.text import Tokenizer
 
 bench = typer.Typer(
-    name="bench", help="Measure latency, throughput, a server, or what each technique is worth.", no_args_is_help=True
+    name="bench", help="Measure latency, throughput, a server, or each technique.", no_args_is_help=True
 )
 
 OutputJson = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")]
@@ -52,7 +52,10 @@ def latency(
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
-    """Time one batch from its prompts to its last token, again and again; the prefix cache is off."""
+    """Time one batch from its prompts to its last token.
+
+    It runs --num-iters times, with the prefix cache off.
+    """
     from moebius.bench.offline import latency_figures, timed
     from moebius.bench.report import check_outputs, save_json
     from moebius.bench.workload import Dataset, require_positive
@@ -90,7 +93,10 @@ def throughput(
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
-    """Answer many prompts, all there from the start, with the engine in this process."""
+    """Answer many prompts, all there from the start.
+
+    The engine runs in this process.
+    """
     from moebius.bench.offline import timed
     from moebius.bench.report import check_outputs, save_json
     from moebius.bench.workload import Dataset
@@ -139,7 +145,7 @@ def serve(
     output_json: OutputJson = None,
     plot: Plot = None,
 ) -> None:
-    """Send requests to an OpenAI-compatible server and report latencies, throughput and goodput."""
+    """Measure latencies, throughput and goodput of any server."""
     from moebius.bench import metrics, report
     from moebius.bench.client import Target, introduce
     from moebius.bench.workload import Dataset, arrival_times, require_positive
@@ -224,10 +230,10 @@ def ablate(
     output_json: OutputJson = None,
     plot: Plot = None,
 ) -> None:
-    """Take away each technique in turn, on one model and one request list, and compare.
+    """Take away each technique in turn, and compare.
 
-    Requests are sized by --max-model-len, by default at most 1024. Every engine has the same KV cache memory, by
-    default for --max-num-seqs / 4 of the longest sequences.
+    All runs have one model and one list of requests. These are sized by --max-model-len, by default at most 1024.
+    Every engine has the same KV cache memory, by default for --max-num-seqs / 4 of the longest sequences.
     """
     from moebius.bench import ablate as ablation
     from moebius.bench import report

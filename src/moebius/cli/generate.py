@@ -31,7 +31,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     n: Annotated[int, typer.Option("-n", help="Completions a prompt.")] = 1,
 ) -> None:
-    """Complete prompts and print them as they finish, or answer a batch file into another."""
+    """Complete prompts, or answer a batch file into another."""
     if batch is not None:
         if prompts or output is None:
             raise ConfigError("--batch FILE answers a file: give it --output FILE and no prompts")

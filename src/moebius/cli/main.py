@@ -42,7 +42,10 @@ def inspect(
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of report.html and report.json.")] = Path("inspection"),
 ) -> None:
-    """Run text through a mixture of experts and report, as HTML and JSON, how its routers spread the work."""
+    """Report how a model's routers spread the tokens of a text.
+
+    The text runs through the model; the findings are printed, and written as HTML and JSON.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -62,7 +65,10 @@ def inspect(
 
 @app.command()
 def replay(file: Annotated[Path, typer.Argument(help="A file that --trace wrote.")]) -> None:
-    """Re-run a trace's scheduling decisions and say whether they are the same (exit code 1 if not)."""
+    """Check that a trace's scheduling decisions come out the same.
+
+    The exit code is 1 where one of them does not.
+    """
     from moebius.engine.trace import replay as run
 
     found = run(file)

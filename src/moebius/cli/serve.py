@@ -3,6 +3,7 @@
 import gc
 import logging
 from dataclasses import asdict, replace
+from functools import partial
 from socket import socket
 from typing import Annotated
 
@@ -77,8 +78,6 @@ def _serve_on(
     sockets: list[socket], model: str, config: EngineConfig, settings: ServerSettings, host: str, *, defaults: bool
 ) -> None:
     """Everything that can be refused is refused before the weights are read; the port opens when tokens can flow."""
-    from rich.console import Console
-
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import load_engine, prepare
     from moebius.models.hub import resolve_model
@@ -90,20 +89,20 @@ def _serve_on(
     tokenizer = Tokenizer.load(directory)
     generation = GenerationDefaults.load(directory, tokenizer)
     prepared = prepare(directory, config)
-    console = Console(stderr=True)
-    _print_plan(console, model, prepared.rows())
+    say = partial(typer.echo, err=True)
+    say(_plan_text(model, prepared.rows()))
     engine = load_engine(directory, config, eos_ids=generation.eos_ids, prepared=prepared)
     if not defaults:
         generation = replace(generation, sampling={})
     shown = ", ".join(f"{name} {value}" for name, value in generation.sampling.items()) or "OpenAI's"
-    console.print(f"one answer: {'on' if prepared.ops.one_answer else 'off'} ({prepared.ops.name} kernels)")
-    console.print(f"sampling defaults: {shown}")
+    say(f"one answer: {'on' if prepared.ops.one_answer else 'off'} ({prepared.ops.name} kernels)")
+    say(f"sampling defaults: {shown}")
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     app = create_app(client, tokenizer, generation, settings)
     address = host_and_port(host, sockets[0].getsockname()[1])
     line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
     gc.freeze()  # or a collection, while requests wait, walks all that was loaded: a tenth of a second
-    run_server(app, sockets, on_start=lambda: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    run_server(app, sockets, on_start=lambda: say(line))
 
 
 @o.takes_engine_config(*o.SIZES)
@@ -115,10 +114,10 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Print what weights, KV cache and workspace take, and how many sequences fit; loads nothing."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print what a model takes and how many sequences fit.
 
+    Weights, KV cache and workspace are counted from the headers of its files; nothing is loaded.
+    """
     from moebius.engine.load import prepare
     from moebius.models.hub import resolve_model
 
@@ -130,21 +129,20 @@ def plan(
             record["tensors"] = [{"name": row.name, "bytes": row.nbytes, "mapped": row.mapped} for row in weights]
         typer.echo(json_text(record, indent=2))
         return
-    console = Console()
     if tensors:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table("tensor", "bytes", "", box=None, pad_edge=False)
         for row in weights:
             table.add_row(row.name, f"{row.nbytes:,}", "mapped" if row.mapped else "copied")
-        console.print(table)
-    _print_plan(console, model, prepared.rows())
+        Console().print(table)
+    typer.echo(_plan_text(model, prepared.rows()))
 
 
-def _print_plan(console: object, model: str, rows: list[tuple[str, str, str]]) -> None:
-    """One table: what, how much, remark."""
-    from rich.table import Table
-
-    table = Table("", model, "", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, soft_wrap=True)  # type: ignore[attr-defined]
+def _plan_text(model: str, rows: list[tuple[str, str, str]]) -> str:
+    """A line a row: what, how much, remark. None is folded, for it may go to a log."""
+    table = [("", model, ""), *rows]
+    first, second = (max(len(row[column]) for row in table) for column in (0, 1))
+    lines = (f"{what:<{first}}  {size:>{second}}  {remark}".rstrip() for what, size, remark in table)
+    return "\n".join(lines)

@@ -23,7 +23,9 @@ def train(
     ] = False,
     device: Annotated[str, typer.Option(help="auto (cuda when torch has it), cpu or cuda.")] = "auto",
 ) -> None:
-    """Train a recipe's model into a directory in the Hugging Face layout.
+    """Train a recipe's model, or go on with one.
+
+    --out becomes a directory in the Hugging Face layout, which `moebius serve` serves.
 
     With several processes: torchrun --nproc-per-node 4 -m moebius train RECIPE --out DIR.
     """

@@ -38,6 +38,8 @@ def resolve_model(name: str) -> Path:
         if path.is_dir():
             return path
         raise ConfigError("this installation carries no bundled model; name a model directory or a hub id (org/name)")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"there is no directory {name}; name a model directory, a hub id (org/name) or {BUNDLED!r}")
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(
             f"{name!r} is neither a directory that is here nor a hub id (org/name, each of letters, digits, '-', '_' "

@@ -171,7 +171,9 @@ class _Api:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.served_model_names:
-            raise RequestError(f"the model {name!r} is not served here", param="model", code="model_not_found")
+            served = " or ".join(map(repr, self.settings.served_model_names))
+            message = f"the model {name[:200]!r} is not served here; use {served}"
+            raise RequestError(message, param="model", code="model_not_found")
 
 
 def _permission(name: str, created: int) -> dict[str, Any]:
@@ -234,6 +236,7 @@ def create_app(
         Route("/tokenize", api.posted(TokenizeRequest, api.tokenize), methods=["POST"]),
         Route("/detokenize", api.posted(DetokenizeRequest, api.detokenize), methods=["POST"]),
         Route("/v1/models", api.models),
+        Route("/v1/models/", api.models),
         Route("/v1/models/{id:path}", api.model),
         Route("/health", api.ready),
         Route("/health/live", api.live),

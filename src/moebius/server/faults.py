@@ -97,7 +97,11 @@ def fault_of(error: BaseException) -> Fault:
             return error
         case RequestError():
             status = 404 if error.code == "model_not_found" else 400
-            reason = "context_length" if error.code == "context_length_exceeded" else "invalid_request"
+            reason = "invalid_request"
+            if error.code == "context_length_exceeded":
+                reason = "context_length"
+                # openai-python shows the message alone, and frameworks look for the code in what it shows.
+                message = f"{message} ({error.code})"
             return Fault(status, message, error.code, reason, error.param and _cut(error.param, _MAX_PARAM))
         case OverloadError():
             code, reason = ("draining",) * 2 if isinstance(error, DrainingError) else ("overloaded", "overload")

@@ -110,11 +110,15 @@ def _check_size(scope: Scope) -> None:
 async def body_of(request: Request, timeout: float, room: BodyRoom) -> AsyncIterator[bytes]:
     """The request's whole body, which holds its share of `room` for as long as the block lasts.
 
-    Raises Fault where it is no JSON by its type, too large, slow or broken off; OverloadError where there is no room.
+    Raises Fault where it is no JSON by its type, compressed, too large, slow or broken off; OverloadError where there
+    is no room.
     """
     kinds = [value.split(b";")[0].strip().lower() for name, value in request.headers.raw if name == b"content-type"]
     if kinds != [b"application/json"]:
         raise Fault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        message = "the body must be sent as it is, not compressed: leave Content-Encoding out"
+        raise Fault(415, message, "unsupported_media_type", headers={"Accept-Encoding": "identity"})
     with room.share() as grow:
         grow(int(request.headers.get("content-length", 0)))
         yield await _read(request, timeout, grow)

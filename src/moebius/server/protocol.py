@@ -20,6 +20,7 @@ from moebius.text import GenerationDefaults, Tokenizer
 _TABLE = package_table("server/fields.toml")
 HARMLESS = frozenset(_TABLE["harmless"])
 UNSUPPORTED: Mapping[str, list[Any]] = _TABLE["unsupported"]
+_INSTEAD: Mapping[str, str] = _TABLE["instead"]
 _MESSAGE_TEXTS, _MESSAGE_UNSUPPORTED = _TABLE["message"]["texts"], _TABLE["message"]["unsupported"]
 _MESSAGE_FIELDS = frozenset([*_MESSAGE_TEXTS, *_TABLE["message"]["others"]])
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -42,7 +43,8 @@ def _refuse_unsupported(fields: Mapping[str, Any], unsupported: Mapping[str, lis
     for name in fields.keys() & unsupported.keys():
         value = fields[name]
         neutral = any(type(value) is type(no) and value == no for no in unsupported[name])
-        _require(neutral, f"{at}{name}: this field is not supported here; leave it out", at + name)
+        instead = _INSTEAD.get(name, "leave it out")
+        _require(neutral, f"{at}{name}: this field is not supported here; {instead}", at + name)
 
 
 def _at_most(name: str) -> BeforeValidator:

@@ -1,0 +1,38 @@
+"""The programs of docs/clients.md for the official client, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moebius.models.hub import resolve_model
+from serving import serving
+
+PAGE = Path(__file__).parents[2] / "docs/clients.md"
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.mark.case("C2")
+@pytest.mark.case("C3")
+@pytest.mark.case("C5")
+def test_the_official_clients_programs_run() -> None:
+    section = PAGE.read_text().partition("\n## openai for Python\n")[2].partition("\n## ")[0]
+    programs = re.findall("```python\n(.*?)```", section, re.DOTALL)
+    assert len(programs) == 4 and all(ADDRESS in program for program in programs)
+    with serving(resolve_model("bundled"), "bundled") as address:
+        command = [sys.executable, "-c", "\n".join(programs).replace(ADDRESS, address)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # What the model says depends on the kernels; these lines do not.
+    for line in (
+        " 12 tokens",
+        "0 35 0",
+        "context_length_exceeded messages req-",
+        "However, your messages resulted in 10010 tokens. Please reduce the length of the messages.",
+        "{'finished: length': 32, 'left': 32}",
+    ):
+        assert line in done.stdout and line in section, done.stdout
