@@ -6,14 +6,18 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+from moebius.cli.main import main
 from moebius.errors import ConfigError
+from moebius.models import weights as weights_module
 from moebius.models.weights import load_decoder
 from moebius.nn.attention import CausalAttend
 from moebius.train.data import PreparedData, bytes_per_token
@@ -194,3 +198,33 @@ def test_the_deepseek_recipe_runs_to_its_end(text: Path, tmp_path: Path) -> None
     assert router["selection_bias"] and router["num_experts"] == 8
     for file in (tmp_path / "out").rglob("*.json"):
         json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.case("C19")
+def test_a_full_disk_at_the_end_is_one_line_and_the_run_is_kept(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("library", "docs", "chat"):
+        shutil.copy(text / f"{kind}.jsonl", tmp_path)
+    (tmp_path / "tiny.toml").write_text(TOML)
+    arguments = ["moebius", "train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out")]
+
+    def full(tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half a model")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def train(*more: str) -> object:
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code
+
+    with monkeypatch.context() as disk:
+        disk.setattr(weights_module, "save_file", full)
+        assert train() == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("moebius: ") and "model.safetensors cannot be written" in last and "No space left" in last
+    assert (tmp_path / "out" / "training" / "checkpoint.safetensors").exists()
+    assert not any(path.name.endswith(".safetensors") for path in (tmp_path / "out").iterdir())
+    assert train("--resume") == 0
+    assert load_decoder(tmp_path / "out", torch.bfloat16).config.model_type == "qwen3_moe"
