@@ -136,7 +136,7 @@ MEMORY_TREES: dict[str, tuple[str, list[str], dict[str, str], int]] = {
 def test_memory_is_what_the_tightest_group_leaves(write: Callable[..., Path], name: str) -> None:
     groups, mounts, files, expected = MEMORY_TREES[name]
     found = machine.memory(write(groups, mounts, files))
-    assert found.available == expected * MIB and found.owner == "cgroup limit"
+    assert found.available == expected * MIB and found.owner == "cgroup"
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ def test_memory_is_what_the_tightest_group_leaves(write: Callable[..., Path], na
 def test_without_a_limit_memory_is_the_machines(
     write: Callable[..., Path], groups: str, mounts: list[str], files: dict[str, str]
 ) -> None:
-    assert machine.memory(write(groups, mounts, files)) == machine.Memory(6 * 2**30, 8 * 2**30, "machine memory")
+    assert machine.memory(write(groups, mounts, files)) == machine.Memory(6 * 2**30, 8 * 2**30, "machine")
 
 
 def test_a_limit_beyond_the_machine_does_not_bind(write: Callable[..., Path]) -> None:
     root = write("0::/app", [V2], v2_group("app", mib(64 * 1024)))
-    assert machine.memory(root).owner == "machine memory"
+    assert machine.memory(root).owner == "machine"
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -175,7 +175,7 @@ def test_cached_files_are_free_but_for_those_in_use(write: Callable[..., Path], 
 
 def test_without_proc_there_is_still_an_answer(tmp_path: Path) -> None:
     found = machine.memory(tmp_path)
-    assert found.owner == "machine memory" and 0 < found.available < found.limit
+    assert found.owner == "machine" and 0 < found.available < found.limit
 
 
 def v1_quota(path: str, quota: int) -> dict[str, str]:

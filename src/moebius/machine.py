@@ -24,7 +24,7 @@ class Memory:
 
     available: int
     limit: int
-    owner: Literal["machine memory", "cgroup limit"]
+    owner: Literal["machine", "cgroup"]
 
 
 def memory(root: Path = ROOT) -> Memory:
@@ -53,9 +53,9 @@ def _machine_memory(root: Path) -> Memory:
     """/proc/meminfo; where there is none, half of what is built in counts as available."""
     fields = _table(root / "proc/meminfo")
     if "MemAvailable:" in fields and "MemTotal:" in fields:
-        return Memory(fields["MemAvailable:"] * 1024, fields["MemTotal:"] * 1024, "machine memory")
+        return Memory(fields["MemAvailable:"] * 1024, fields["MemTotal:"] * 1024, "machine")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Memory(total // 2, total, "machine memory")
+    return Memory(total // 2, total, "machine")
 
 
 def _group_memory(root: Path) -> Iterator[Memory]:
@@ -70,7 +70,7 @@ def _group_memory(root: Path) -> Iterator[Memory]:
         limit = min((value for value in limits if value is not None), default=None)
         used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
         if limit is not None:
-            yield Memory(max(0, limit - used + _reclaimable(stat)), limit, "cgroup limit")
+            yield Memory(max(0, limit - used + _reclaimable(stat)), limit, "cgroup")
 
 
 def _reclaimable(stat: dict[str, int]) -> int:

@@ -157,7 +157,7 @@ def test_mapped_weights_must_stay_resident() -> None:
         available=500 * 2**20,
     )
     assert made.kv_cache <= (500 * 2**20 - mapped - made.workspace) // 2
-    with pytest.raises(MemoryPlanError, match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(cgroup"):
+    with pytest.raises(MemoryPlanError, match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(left of the cgroup"):
         plan_memory(
             MODEL,
             EngineConfig(),
@@ -166,17 +166,17 @@ def test_mapped_weights_must_stay_resident() -> None:
             device="cpu",
             bytes_per_token=PER_TOKEN,
             available=300 * 2**20,
-            available_of="cgroup limit 700.0 MiB",
+            available_of="the cgroup's 700.0 MiB",
         )
 
 
 @pytest.mark.case("B2")
 def test_the_table_names_the_limit_that_bound(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(402 * 2**20, 700 * 2**20, "cgroup limit"))
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(402 * 2**20, 700 * 2**20, "cgroup"))
     monkeypatch.setattr(machine, "processors", lambda *_: 0.5)
     prepared = prepare(tiny_model, EngineConfig())
     rows = {name: (amount, remark) for name, amount, remark in prepared.rows()}
-    assert rows["of available"] == ("402.0 MiB", "cgroup limit 700.0 MiB")
+    assert rows["available"] == ("402.0 MiB", "left of the cgroup's 700.0 MiB")
     assert rows["threads"] == ("1", "0.5 processors may be used")
     assert prepared.plan.available == 402 * 2**20 and prepared.plan.kv_cache < 201 * 2**20
 

@@ -149,9 +149,9 @@ def _available(device: torch.device) -> tuple[int, str]:
     """Bytes that are left where the engine will be, and of what."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return free, f"device memory {human_bytes(total)}"
+        return free, f"the device's {human_bytes(total)}"
     memory = machine.memory()
-    return memory.available, f"{memory.owner} {human_bytes(memory.limit)}"
+    return memory.available, f"the {memory.owner}'s {human_bytes(memory.limit)}"
 
 
 def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:

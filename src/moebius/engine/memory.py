@@ -78,7 +78,7 @@ class MemoryPlan:
             ("weights", human_bytes(weights.mapped + weights.copied), f"{weights.parameters:,} parameters; {held}"),
             ("KV cache", human_bytes(self.kv_cache), f"{blocks}, {self.bytes_per_token:,} B a token"),
             ("workspace", human_bytes(self.workspace), "activations and logits of the largest step"),
-            ("of available", human_bytes(self.available), self.available_of),
+            ("available", human_bytes(self.available), f"left of {self.available_of}"),
             ("computed", self.dtype, f"on {self.device}{changed}"),
             ("context", f"{self.max_model_len:,}", context),
             *fits,
@@ -155,7 +155,7 @@ def plan_memory(
     itemsize = _FLOAT32 if dtype == "float32" else 2
     workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
     left = available - weights.mapped - weights.copied - workspace
-    of = f" ({available_of})" if available_of else ""
+    of = f" (left of {available_of})" if available_of else ""
     require(
         left > 0,
         f"weights ({human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied) and workspace "
