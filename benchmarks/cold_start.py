@@ -21,6 +21,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from moebius.files import json_record, write_file
+
 MOEBIUS = [sys.executable, "-m", "moebius"]
 
 
@@ -73,7 +75,7 @@ def main() -> None:
         record[name] = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
         print(f"{name}: median {statistics.median(seconds):.2f} s, {min(seconds):.2f} to {max(seconds):.2f}")
     if given.json:
-        given.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_file(given.json, json.dumps(record, indent=2) + "\n", ours=json_record)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import moebius  # noqa: E402
+from moebius.files import json_record, write_file  # noqa: E402
 from moebius.models.weights import load_decoder  # noqa: E402
 from moebius.ops.cpu import CpuOps  # noqa: E402
 from oracle import FAMILY, save_tiny  # noqa: E402
@@ -60,7 +61,7 @@ def main() -> int:
         result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
     print(json.dumps(result))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_file(args.json, json.dumps(result, indent=2) + "\n", ours=json_record)
     return 1 if result["different"] else 0
 
 

@@ -23,6 +23,7 @@ import torch
 
 from moebius import _cpu
 from moebius.config import RouterConfig
+from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights
 from moebius.ops.cpu import CpuOps
 from moebius.ops.steps import StepInputs
@@ -207,7 +208,7 @@ def main() -> None:
     show(rows, measure(free_cases(), "torch", bandwidth, peak, args.repeats))
     if args.json:
         found = {"threads": args.threads, "bandwidth_gbs": bandwidth, "matrix_gflops": round(peak, 1), "rows": rows}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_file(args.json, json.dumps(found, indent=1) + "\n", ours=json_record)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moebius.engine.sampler import sample
+from moebius.files import json_record, write_file
 from moebius.ops.cpu import CpuOps
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
 
@@ -75,7 +76,7 @@ def main() -> None:
         print(f"{name:42} {milliseconds:8.2f} ms")
     if args.json:
         record = {"kernels": ops.name, "vocab": args.vocab, "threads": args.threads, "milliseconds": medians}
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 from moebius.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
+from moebius.files import json_record, write_file
 from moebius.models.hub import resolve_model
 from moebius.ops.cpu import Recording
 from moebius.schedule.request import Request, SamplingParams
@@ -92,7 +93,9 @@ def main() -> None:
             "{sequences} sequences: {step_ms:.2f} ms a step, {python_ms:.2f} ms of it Python: {share:.1%}".format(**one)
         )
     if args.json:
-        args.json.write_text(json.dumps({"model": Path(args.model).name, "steps": found}, indent=2) + "\n")
+        write_file(
+            args.json, json.dumps({"model": Path(args.model).name, "steps": found}, indent=2) + "\n", ours=json_record
+        )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from moebius.files import json_record, write_file
 from server.worst_bodies import WorstBody, worst_bodies
 
 GOAL_MS = 100.0
@@ -173,7 +174,7 @@ def main() -> None:
     if given.json:
         record = {"model": given.model, "python": platform.python_version(), "machine": platform.machine()}
         record |= {"cores": os.cpu_count(), "rounds": given.rounds, "goal_ms": GOAL_MS, "slowest_ms": slowest}
-        given.json.write_text(json.dumps(record | {"kinds_ms": kinds}, indent=1) + "\n")
+        write_file(given.json, json.dumps(record | {"kinds_ms": kinds}, indent=1) + "\n", ours=json_record)
 
 
 if __name__ == "__main__":

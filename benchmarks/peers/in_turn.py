@@ -29,6 +29,7 @@ from workloads import Workload, workload
 
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
+from moebius.files import json_record, write_file
 from moebius.schedule.request import Request, SamplingParams
 
 # Seconds of steps between two passes. A pass takes some 0.07 s.
@@ -107,7 +108,7 @@ def main() -> None:
                 flush=True,
             )
     if given.json:
-        given.json.write_text(json.dumps({"threads": given.threads, "rows": rows}, indent=1) + "\n")
+        write_file(given.json, json.dumps({"threads": given.threads, "rows": rows}, indent=1) + "\n", ours=json_record)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ def begins_with(*beginnings: bytes) -> Ours:
     return ours
 
 
+json_record: Ours = begins_with(b"{", b"[")
+"""For records of measurements, which scripts write again and again: what is no JSON is not one of them."""
+
+
 def signed(mark: bytes) -> Ours:
     """Recognises our files by a mark near their beginning or end, where formats keep the name of their maker."""
 
