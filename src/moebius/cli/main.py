@@ -12,7 +12,7 @@ import typer
 
 from moebius.cli import options as o
 from moebius.cli.bench import bench
-from moebius.cli.border import report
+from moebius.cli.border import open_streams, report
 from moebius.cli.generate import chat, generate
 from moebius.cli.serve import plan, serve
 from moebius.cli.train import train
@@ -105,6 +105,7 @@ def every_command(
 def main() -> None:
     """Run a command. Whatever ends it early is one line on stderr: exit code 2 for what was asked for wrongly."""
     try:
+        open_streams()
         try:
             app()
         finally:
