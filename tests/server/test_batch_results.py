@@ -72,6 +72,7 @@ def test_the_batch_itself_is_never_the_output(tmp_path: Path, source: Path, kind
         "[1, 2]\n",
         '{"custom_id": "a", "response": {"status_code": 200}}\n',
         '{"id": "batch_req_1", "custom_id": "a"}\n',
+        '{"id": "batch_req_1", "custom_id": ' + "[" * 100_000 + "\n",
         "\n\n",
         '{"a',
     ],

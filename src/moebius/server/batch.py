@@ -148,7 +148,7 @@ def _record(line: bytes) -> Mapping[str, Any] | None:
     try:
         record = json.loads(line)
         whole = isinstance(record["custom_id"], str) and isinstance(record["response"]["status_code"], int)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return record if whole else None
 
