@@ -64,11 +64,30 @@ def test_an_interruption_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended_by(KeyboardInterrupt(), capsys) == (130, "")
 
 
+@pytest.mark.parametrize("module", ["typer", "moebius.cli.bench", "moebius.config"])
+def test_an_interruption_while_it_starts_is_silent(module: str) -> None:
+    """Most of a short command's time goes into imports."""
+    code = f"""
+import signal, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["moebius", "version"]
+from moebius.cli.main import script
+script()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_foreign_errors_pass_the_border(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def foreign() -> None:
         raise KeyError("what a library dropped")
 
-    monkeypatch.setattr(command_line, "app", foreign)
+    monkeypatch.setattr("moebius.cli.commands.app", foreign)
     with pytest.raises(SystemExit) as end:
         command_line.main()
     assert end.value.code == 1

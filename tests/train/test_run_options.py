@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moebius.cli.main import app
+from moebius.cli.commands import app
 from moebius.errors import ConfigError
 from moebius.train.run import main_from_recipe
 
