@@ -132,7 +132,7 @@ TORCHRUN = {"WORLD_SIZE", "LOCAL_RANK"}
 
 def test_options_are_counted() -> None:
     """Under 60 for serve and LLM together, the environment's among them; fewer for every other command, bench's too."""
-    from moebius.cli.main import app
+    from moebius.cli.commands import app
     from moebius.config import EngineConfig
 
     found = commands(typer.main.get_command(app))
@@ -147,7 +147,7 @@ def test_light_imports_stay_light() -> None:
     """The package, its command line's help and the scheduler do not wait for torch."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
-        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.client, moebius.cli.main\n"
+        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.client, moebius.cli.commands\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.errors import ConfigError, StorageError
-from moebius.files import Content, anyone, begins_with, check_target, signed, write_file
+from moebius.files import Content, anyone, begins_with, check_apart, check_target, signed, write_file
 
 OURS = begins_with(b"ours")
 
@@ -161,3 +161,26 @@ def test_a_mark_is_found_at_either_end(tmp_path: Path) -> None:
         assert ours(tmp_path / "chart")
     (tmp_path / "chart").write_bytes(bytes(10**6) + b"Moebius" + bytes(10**6))
     assert not ours(tmp_path / "chart")
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    for name in ("n" * 255, f"n.{'s' * 253}"):
+        write_file(tmp_path / name, b"ours", ours=OURS)
+        assert (tmp_path / name).read_bytes() == b"ours"
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.case("C13")
+def test_two_outputs_are_two_files(tmp_path: Path) -> None:
+    there, link, hard, new = (tmp_path / name for name in ("there", "link", "hard", "new"))
+    there.write_text("ours")
+    link.symlink_to(there)
+    hard.hardlink_to(there)
+    (tmp_path / "to_new").symlink_to(new)
+    (tmp_path / "folder").mkdir()
+    roundabout = tmp_path / "folder" / ".." / "new"
+    for one, other in ((there, link), (hard, there), (new, new), (new, roundabout), (tmp_path / "to_new", new)):
+        with pytest.raises(ConfigError, match=r"--output-json and --trace are one file, .*; name two"):
+            check_apart(output_json=one, plot=None, trace=other)
+    check_apart(output_json=there, plot=new, trace=None)
+    check_apart(output_json=Path("/dev/null"), plot=Path("/dev/null"))

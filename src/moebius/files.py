@@ -4,6 +4,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ Ours = Callable[[Path], bool]
 
 _HEAD_BYTES = 64 * 1024
 _NEW_FILE_MODE = 0o644
+_SHORT = 32
 
 
 def anyone(path: Path) -> bool:
@@ -79,6 +81,18 @@ def check_target(path: Path, ours: Ours) -> None:
         raise StorageError(f"{path} cannot be written: its directory is read-only")
 
 
+def check_apart(**named: Path | None) -> None:
+    """ConfigError where two outputs, by their options' names, are one file: the later would be written over the former.
+
+    A device or a pipe takes both.
+    """
+    targets = {f"--{name.replace('_', '-')}": _target(path) for name, path in named.items() if path is not None}
+    files = {option: path for option, path in targets.items() if not path.exists() or path.is_file()}
+    for (one, first), (other, second) in combinations(files.items(), 2):
+        if first == second or (first.exists() and second.exists() and first.samefile(second)):
+            raise ConfigError(f"{one} and {other} are one file, {second}; name two")
+
+
 def write_file(path: Path | str, content: Content, *, ours: Ours) -> None:
     """Make `path` hold `content`: all of it, or what was there before, whatever happens meanwhile.
 
@@ -92,8 +106,8 @@ def write_file(path: Path | str, content: Content, *, ours: Ours) -> None:
         if final.exists() and not _is_regular(final):
             _fill(final, content)
             return
-        # The suffix stays: what writes charts or archives goes by it.
-        descriptor, name = tempfile.mkstemp(final.suffix, f".{final.stem}.", final.parent)
+        # The suffix stays: what writes charts or archives goes by it. A name may be as long as names can be.
+        descriptor, name = tempfile.mkstemp(final.suffix[-_SHORT:], f".{final.stem[:_SHORT]}.", final.parent)
         os.close(descriptor)
         partial = Path(name)
         try:

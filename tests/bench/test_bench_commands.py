@@ -218,6 +218,14 @@ def test_figures_never_replace_what_is_not_figures(refused: Any, tmp_path: Path)
 
 
 @pytest.mark.case("C13")
+def test_figures_and_chart_are_two_files(refused: Any, tmp_path: Path) -> None:
+    both = str(tmp_path / "both.png")
+    for name in ("serve", "ablate"):
+        assert "--output-json and --plot are one file" in refused(name, "--output-json", both, "--plot", both)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.case("C13")
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_figures_replace_earlier_ones(tmp_path: Path, suffix: str) -> None:
     from moebius.bench import report

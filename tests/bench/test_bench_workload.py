@@ -106,6 +106,7 @@ def test_files_in_both_shapes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     [
         ("", "is empty"),
         ("{", "does not hold one JSON object a line"),
+        ("[" * 100_000, "does not hold one JSON object a line"),
         ('{"prompt": "x", "output_tokens": 1}\n"x"', "entry 2: no `prompt` text"),
         ('{"prompt": ""}', "entry 1: no `prompt` text"),
         ('{"conversations": []}', "entry 1: no `prompt` text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -63,11 +64,30 @@ def test_an_interruption_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended_by(KeyboardInterrupt(), capsys) == (130, "")
 
 
+@pytest.mark.parametrize("module", ["typer", "moebius.cli.bench", "moebius.config"])
+def test_an_interruption_while_it_starts_is_silent(module: str) -> None:
+    """Most of a short command's time goes into imports."""
+    code = f"""
+import signal, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["moebius", "version"]
+from moebius.cli.main import script
+script()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_foreign_errors_pass_the_border(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def foreign() -> None:
         raise KeyError("what a library dropped")
 
-    monkeypatch.setattr(command_line, "app", foreign)
+    monkeypatch.setattr("moebius.cli.commands.app", foreign)
     with pytest.raises(SystemExit) as end:
         command_line.main()
     assert end.value.code == 1
@@ -105,3 +125,40 @@ def test_the_version_is_told() -> None:
     import moebius
 
     assert python("--version").stdout == f"{moebius.__version__}\n" == python("version").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("version >&-", 0),
+        ("plan bundled >&-", 0),
+        ("plan bundled --json >&- 2>&- <&-", 0),
+        ("generate 'a b' --max-tokens 2 <&- >&-", 0),
+        ("chat <&-", 0),
+        ("plan no/where/at/all 2>&-", 2),
+    ],
+)
+def test_streams_that_came_closed_are_empty_ones(command: str, code: int) -> None:
+    line = f"'{sys.executable}' -m moebius {command}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert "moebius: " not in done.stdout  # an error goes to stderr or nowhere
+
+
+def test_a_closed_stdin_is_an_empty_prompt() -> None:
+    closed, empty = (
+        subprocess.run(
+            ["bash", "-c", f"'{sys.executable}' -m moebius generate {stdin}"], capture_output=True, text=True
+        )
+        for stdin in ("<&-", "</dev/null")
+    )
+    assert (closed.returncode, closed.stderr) == (empty.returncode, empty.stderr) and "at least" in empty.stderr
+
+
+@pytest.mark.case("C13")
+def test_results_and_trace_are_two_files(tmp_path: Path) -> None:
+    calls, both = tmp_path / "calls.jsonl", tmp_path / "both.jsonl"
+    calls.write_text(json.dumps({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}}))
+    done = python("generate", "--batch", str(calls), "--output", str(both), "--trace", str(both))
+    assert (done.returncode, done.stderr) == (2, f"moebius: --output and --trace are one file, {both}; name two\n")
+    assert not both.exists()

@@ -65,6 +65,9 @@ def test_a_line_cut_short_by_a_crash_ends_the_replay(trace: Path) -> None:
         ('{"event":"plan"}\n', "does not begin with the start line"),
         ("no json\n{}\n", "line 1: not JSON"),
         ("[1]\n", "no trace event"),
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"event":"start","version":1}\n', "not as this version writes it"),
+        ('{"event":"start","version":1,"scheduler":{"of_tomorrow":1},"pool":{}}\n', "not as this version writes it"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -72,6 +75,16 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         replay(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"max_tokens":', '"most":'), ('"prompt":[', '"prompt":5,"was":['), ('"waiting":', '"stepx":')],
+)
+def test_a_trace_with_a_broken_line_is_refused(old: str, new: str, trace: Path) -> None:
+    trace.write_text(trace.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match="not as this version writes it"):
+        replay(trace)
 
 
 def test_a_missing_file_and_an_unwritable_one(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,5 +1,6 @@
 """Text in: what is read, how it is sampled, and one clear line for what is no text."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,9 @@ def test_many_kinds_become_twelve(tiny_model: Path) -> None:
     rows = make_rows(texts, Tokenizer.load(tiny_model), 8, 10_000)
     assert len(rows.kinds) == 12 and rows.kinds[-1] == "other" and rows.kinds[0] == "kind 14"
     assert rows.kind_N[rows.document_N == 0].unique().tolist() in ([11], [])
+
+
+def test_a_pipe_is_no_text_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is neither a file nor a directory; name text files"):
+        read_documents([tmp_path / "pipe"], 2000)

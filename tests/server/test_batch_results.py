@@ -72,6 +72,7 @@ def test_the_batch_itself_is_never_the_output(tmp_path: Path, source: Path, kind
         "[1, 2]\n",
         '{"custom_id": "a", "response": {"status_code": 200}}\n',
         '{"id": "batch_req_1", "custom_id": "a"}\n',
+        '{"id": "batch_req_1", "custom_id": ' + "[" * 100_000 + "\n",
         "\n\n",
         '{"a',
     ],
@@ -134,3 +135,24 @@ def test_a_full_disk_ends_the_batch_in_one_line(
         "moebius: --output /dev/full cannot be written: No space left on device; "
         "what was answered is kept, run again to go on"
     )
+
+
+@pytest.mark.case("C13")
+def test_a_second_run_cuts_nothing_out_while_the_first_is_writing(tmp_path: Path, source: Path) -> None:
+    """A result half-written is then no trace of a run that was killed."""
+    out = tmp_path / "out.jsonl"
+    calls = read_batch(source)
+    with open_results(out, source, calls) as (file, _):
+        half = result(call("a")).encode()
+        file.write(half[:30])
+        with pytest.raises(ConfigError, match="another run"), open_results(out, source, calls):
+            pass
+        file.write(half[30:])
+    assert out.read_text() == result(call("a"))
+    out.write_text(result(call("a"), 500))
+    with open_results(out, source, calls) as (file, _):
+        assert out.read_bytes() == b""
+        with pytest.raises(ConfigError, match="another run"), open_results(out, source, calls):
+            pass
+        file.write(half)
+    assert out.read_text() == result(call("a"))

@@ -166,7 +166,7 @@ def test_from_recipe_to_directory_and_back(text: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
-    from moebius.cli.main import app
+    from moebius.cli.commands import app
 
     (tmp_path / "tiny.toml").write_text(TOML)
     arguments = ["train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path), "--evaluate-only"]

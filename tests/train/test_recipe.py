@@ -240,3 +240,25 @@ def test_the_recipes_that_come_along(name: str, kind: str | None) -> None:
 def test_no_recipe_is_left_out() -> None:
     names = {"tiny", "bundled", "switch", "gshard", "st_moe", "olmoe", "deepseek", "finetune"}
     assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == names
+
+
+@pytest.mark.case("C13")
+@pytest.mark.parametrize("kind", ["", "a/b", "../../up", "k" * 300, "all", "a\\nb", "."])
+def test_a_kind_of_text_can_be_part_of_a_file_s_name(kind: str, tmp_path: Path) -> None:
+    """Streams are called by their kinds: one with a slash in it would be written somewhere else."""
+    with pytest.raises(ConfigError, match=r"^corpus\.files"):
+        _read(MINIMAL.replace("library =", f'"{kind}" ='), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("a.txt", "~nobodyatall/a.txt", "'~nobodyatall/a.txt' is no path: Could not determine home directory"),
+        ("a.txt", "a\\u0000.txt", "is no path: it holds a zero byte"),
+        ('name = "r"', f"name = {'[' * 3000}{']' * 3000}", "nested too deeply"),
+        ('name = "r"', 'name = "r"\nseed = -5', "seed is -5; it must be greater than or equal to 0"),
+    ],
+)
+def test_what_only_fails_later_is_refused_when_it_is_read(old: str, new: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=why):
+        _read(MINIMAL.replace(old, new), tmp_path)

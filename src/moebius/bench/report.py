@@ -9,7 +9,7 @@ from typing import Any
 import moebius
 from moebius.bench.metrics import METRICS, Record, in_flight, latencies, tokens_by_second
 from moebius.config import json_text, require
-from moebius.files import begins_with, check_target, signed, write_file
+from moebius.files import begins_with, check_apart, check_target, signed, write_file
 
 _WIDTH = 50
 _MAKER = "moebius"
@@ -37,6 +37,7 @@ def check_outputs(output_json: Path | None, plot: Path | None = None) -> None:
     """Refuse before the run what could not be written after it: ConfigError or StorageError."""
     good = plot is None or plot.suffix in _PLOTS
     require(good, f"--plot {plot}: the name must end in {', '.join(_PLOTS)}")
+    check_apart(output_json=output_json, plot=plot)
     if output_json is not None:
         check_target(output_json, _OUR_FIGURES)
     if plot is not None:

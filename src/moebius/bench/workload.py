@@ -92,7 +92,7 @@ class Dataset:
             entries = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line]
         except OSError as error:
             raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--dataset-path {path} does not hold one JSON object a line: {error}") from error
         require(bool(entries), f"--dataset-path {path} is empty")
         numbered = enumerate(entries[:count], 1)

@@ -19,6 +19,23 @@ _LONGEST = 600
 _PACKAGE = Path(__file__).parent.parent
 
 
+def open_streams() -> None:
+    """Put /dev/null in the place of stdin, stdout and stderr where they came closed.
+
+    Python has None for them then, and the next file that is opened gets their number: what a library writes to the
+    terminal would end up in it.
+    """
+    streams = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_WRONLY, "w"), ("stderr", os.O_WRONLY, "w"))
+    for number, (name, flags, mode) in enumerate(streams):
+        if getattr(sys, name) is not None:
+            continue
+        opened = os.open(os.devnull, flags)
+        if opened != number:
+            os.dup2(opened, number)
+            os.close(opened)
+        setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
 def report(error: BaseException) -> int:
     """Say on stderr what ended a command, in one line; the exit code.
 

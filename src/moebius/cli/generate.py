@@ -63,8 +63,10 @@ def _print(model: str, config: EngineConfig, prompts: list[str] | None, **sampli
 
 
 def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
+    from moebius.files import check_apart
     from moebius.server.batch import open_results, read_batch
 
+    check_apart(batch=batch, output=output, trace=None if config.trace is None else Path(config.trace))
     calls = read_batch(batch)
     with open_results(output, batch, calls) as (out, left):
         if len(left) < len(calls):

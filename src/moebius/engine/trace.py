@@ -113,6 +113,18 @@ def replay(path: str | Path) -> ReplayReport:
     A last line cut short by a crash ends the replay; anything else that is not a trace is a ConfigError.
     """
     lines = _records(Path(path))
+    try:
+        return _replay(lines, path)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{path}: a line is not as this version writes it, or not after what it needs ({what})"
+        ) from error
+
+
+def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
     scheduler = _scheduler(next(lines, None), path)
     steps = requests = 0
     plan: StepPlan | None = None
@@ -149,8 +161,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 return
             where = f"{path}, line {number}"
             raise ConfigError(f"{where}: not JSON ({error}); is this a file that --trace wrote?") from error

@@ -62,6 +62,7 @@ def read_documents(paths: Sequence[Path], max_tokens: int) -> list[Document]:
 
 def _files(path: Path) -> Iterator[Path]:
     require(path.exists(), f"--text {path}: there is no such file or directory")
+    require(path.is_dir() or path.is_file(), f"--text {path} is neither a file nor a directory; name text files")
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file())
         yield from (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))

@@ -10,8 +10,9 @@ import asyncio
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -87,13 +88,11 @@ def open_results(path: Path, source: Path, calls: list[BatchCall]) -> Iterator[t
     same = path.exists() and path.samefile(source)
     require(not same, f"--output {path} is the batch file itself; name another file for its results")
     check_target(path, anyone)
-    done = set() if _is_new(path) else _keep_answers(path, calls)
-    try:
-        out = FileIO(path, "ab")  # not buffered: what could not be written must not be tried again on closing
-    except OSError as error:
-        raise StorageError(f"--output {path} cannot be written: {error.strerror}") from error
-    with out:
-        _lock(out, path)
+    with ExitStack() as stack:
+        out = stack.enter_context(_open_locked(path))
+        done = set() if _is_new(path) else _keep_answers(path, calls)
+        if _is_another(out, path):  # what was cut out left a new file
+            out = stack.enter_context(_open_locked(path))
         yield out, [call for call in calls if call.custom_id not in done]
 
 
@@ -149,7 +148,7 @@ def _record(line: bytes) -> Mapping[str, Any] | None:
     try:
         record = json.loads(line)
         whole = isinstance(record["custom_id"], str) and isinstance(record["response"]["status_code"], int)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return record if whole else None
 
@@ -160,12 +159,30 @@ def _is_broken_off(line: bytes) -> bool:
     return begins and not line.endswith(b"\n")
 
 
-def _lock(out: FileIO, path: Path) -> None:
-    """For as long as the file is open: two runs at once would answer every call twice."""
+def _open_locked(path: Path) -> FileIO:
+    """The file, at its end, which no other run opens meanwhile.
+
+    Two runs at once would answer every call twice, and one would cut out what the other is just writing.
+    """
+    busy = ConfigError(f"--output {path} is being written by another run; wait for its end")
+    try:
+        out = FileIO(path, "ab")  # not buffered: what could not be written must not be tried again on closing
+    except OSError as error:
+        raise StorageError(f"--output {path} cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"--output {path} is being written by another run; wait for its end") from None
+        out.close()
+        raise busy from None
+    if _is_another(out, path):
+        out.close()
+        raise busy
+    return out
+
+
+def _is_another(out: FileIO, path: Path) -> bool:
+    """Whether the file of this name has been replaced since it was opened."""
+    return not path.exists() or not os.path.samestat(os.fstat(out.fileno()), path.stat())
 
 
 async def run_batch(

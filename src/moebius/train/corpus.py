@@ -69,12 +69,15 @@ class Corpus:
         for kind, roots in self.recipe.files.items():
             for root in map(Path, roots):
                 require(root.exists(), f"corpus.files.{kind}: {root} does not exist")
+                # It is read several times over, which a pipe or a device is not.
+                again = root.is_dir() or root.is_file()
+                require(again, f"corpus.files.{kind}: {root} is neither a file nor a directory")
                 if not root.is_dir():
                     yield kind, True, root.name, root
                     continue
                 for path in sorted(p for p in root.rglob("*") if p.is_file()):
                     relative = path.relative_to(root)
-                    if not any(part.startswith(".") for part in relative.parts):
+                    if not _is_hidden(relative):
                         yield kind, False, relative.as_posix(), path
 
     def _split(self, path: str) -> str:
@@ -113,6 +116,16 @@ class Corpus:
                     yield from _in_pieces(split, kind, place, [text])
                 else:
                     self.empty.append(where)
+
+
+def reads_below(root: Path, folder: Path) -> bool:
+    """Whether what is in `folder` would be read as part of `root`."""
+    folder, root = folder.resolve(), root.resolve()
+    return folder.is_relative_to(root) and not _is_hidden(folder.relative_to(root))
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
 
 
 def is_held_out(path: str, share: float) -> bool:

@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer
 
 from moebius.config import require
-from moebius.errors import ConfigError
-from moebius.files import anyone, write_file
+from moebius.errors import ConfigError, TokenizerError
+from moebius.files import anyone, begins_with, write_file
 from moebius.text import Tokenizer as TextTokenizer
 from moebius.text.pieces import CONTEXT, tokens_behind
 from moebius.train.corpus import SPLITS, Corpus
@@ -31,6 +31,8 @@ from moebius.train.tokenizer import IM_START, read_tokenizer, special_id, train_
 CHAT = "chat"
 # Bytes of text that are tokenised at a time.
 _PIECE = 2**21
+# The file of facts, and how ours begins.
+_FACTS, _OUR_FACTS = "data.json", begins_with(b'{\n  "key": "')
 
 
 class Batch(NamedTuple):
@@ -115,21 +117,53 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
     given = None if path is None else read_tokenizer(path)
     spelled = "" if given is None else given.to_str()
     key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()).hexdigest()
-    done = folder / "data.json"
-    if not (done.exists() and json.loads(done.read_text())["key"] == key):
+    facts = _facts(folder, key)
+    if facts is None:
         folder.mkdir(parents=True, exist_ok=True)
-        done.unlink(missing_ok=True)
+        # It is the first file there, which says whose the others are, and the last.
+        _write_facts(folder, "", {})
         facts = _write(recipe, corpus, given, folder)
-        write_file(done, json.dumps({"key": key, "facts": facts}, indent=2) + "\n", ours=anyone)
-    facts = json.loads(done.read_text())["facts"]
-    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        _write_facts(folder, key, facts)
+    made = read_tokenizer(folder / "tokenizer.json")
     dtype = token_dtype(facts["vocab_size"])
     streams: dict[str, dict[str, np.ndarray]] = {
-        split: {kind: np.memmap(folder / f"{split}.{kind}.bin", dtype, "r") for kind in facts["sizes"][split]}
+        split: {kind: np.memmap(_stream_path(folder, split, kind), dtype, "r") for kind in facts["sizes"][split]}
         for split in SPLITS
     }
     end = special_id(made, recipe.tokenizer.end_of_text)
     return PreparedData(made, **streams, facts=facts, end_of_text=end, im_start=made.token_to_id(IM_START))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether `prepare` has written into a folder, to the end or not."""
+    path = folder / _FACTS
+    return path.is_file() and _OUR_FACTS(path)
+
+
+def _write_facts(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
+    write_file(folder / _FACTS, json.dumps({"key": key, "facts": facts}, indent=2) + "\n", ours=anyone)
+
+
+def _facts(folder: Path, key: str) -> dict[str, Any] | None:
+    """What `_write` said of the files in a folder; None where they are others, or not all there and whole."""
+    try:
+        found = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        if found["key"] != key:
+            return None
+        facts: dict[str, Any] = found["facts"]
+        width = np.dtype(token_dtype(facts["vocab_size"])).itemsize
+        for split in SPLITS:
+            for kind, size in facts["sizes"][split].items():
+                if _stream_path(folder, split, kind).stat().st_size != size["tokens"] * width:
+                    return None
+        read_tokenizer(folder / "tokenizer.json")
+    except (FileNotFoundError, TokenizerError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return facts
+
+
+def _stream_path(folder: Path, split: str, kind: str) -> Path:
+    return folder / f"{split}.{kind}.bin"
 
 
 def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
@@ -147,7 +181,7 @@ def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path
             for part in (split, kind, path, text):
                 digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
             if (split, kind) not in streams:
-                file = folder / f"{split}.{kind}.bin"
+                file = _stream_path(folder, split, kind)
                 stream = _Stream(file, tokenizer, end, token_dtype(vocab_size), chat=kind == CHAT)
                 streams[split, kind] = stack.enter_context(stream)
             streams[split, kind].add(text, goes_on=goes_on)

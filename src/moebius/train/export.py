@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebius.config import json_text
+from moebius.config import json_text, read_json, require
+from moebius.errors import ConfigError
 from moebius.files import anyone, make_directory, write_file
 from moebius.models.decoder import Decoder
 from moebius.models.hub import BUNDLED
@@ -19,7 +20,7 @@ from moebius.moe.health import dead_experts, max_violation
 from moebius.train.data import PreparedData
 from moebius.train.evaluate import scores
 from moebius.train.recipe import Recipe
-from moebius.train.tokenizer import IM_END, copy_files, save_tokenizer
+from moebius.train.tokenizer import IM_END, copy_files, matching, save_tokenizer, tokenizer_files
 from moebius.train.trainer import Trainer
 
 # What a checkpoint has beside weights, config.json, tokenizer and card.
@@ -45,6 +46,16 @@ def export(trainer: Trainer, folder: Path) -> None:
         ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
         generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}
         write_file(folder / "generation_config.json", json_text(generation, indent=2) + "\n", ours=anyone)
+
+
+def would_replace(recipe: Recipe, folder: Path) -> list[str]:
+    """What is in `folder` already of the names that an export and its card have, and weights under any name: whoever
+    loads a directory takes the shards that an index beside them names."""
+    base = recipe.base()
+    carried = [] if base is None else matching(base, _CARRIED)
+    names = [Path("README.md"), Path("config.json"), Path("generation_config.json"), *carried]
+    names += tokenizer_files(recipe.given_tokenizer()) + matching(folder, ("*.safetensors*",))
+    return sorted({str(name) for name in names if (folder / name).exists()})
 
 
 def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
@@ -160,6 +171,20 @@ def _origin(recipe: Recipe) -> tuple[str, str]:
     what = {"all": "all of its parameters", "experts": "its experts", "all_but_experts": "all but its experts"}
     origin = f"- Fine-tuned from `{base.name if local else start.checkpoint}`: {what[start.train]}.\n"
     return "".join(f"{line}\n" for line in head), origin
+
+
+def read_twin(out: Path, data: PreparedData) -> dict[str, Any]:
+    """The figures of a dense twin's run. Raises ConfigError where there are none, or not of this held-out text."""
+    path = out / "training" / "figures.json"
+    found = read_json(path)
+    figures, speed = found.get("figures"), found.get("tokens_per_second")
+    if not isinstance(figures, dict) or not isinstance(speed, int | float):
+        raise ConfigError(f"--against {out}: {path} holds no figures of a training run")
+    for kind in (*data.heldout, "all"):
+        theirs = figures.get(kind)
+        measured = isinstance(theirs, dict) and isinstance(theirs.get("bits_per_byte"), int | float)
+        require(measured, f"--against {out}: no figures of held-out {kind} text; its twin trains on the same corpus")
+    return found
 
 
 def figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> str:

@@ -23,7 +23,13 @@ Below1 = Annotated[float, p.Field(ge=0, lt=1)]
 
 def _absolute(name: str, info: p.ValidationInfo) -> str:
     """A path that starts at the recipe's folder."""
-    return str((Path(info.context or ".") / Path(name).expanduser()).resolve()) if name else ""
+    if not name:
+        return ""
+    require("\0" not in name, f"{name!r} is no path: it holds a zero byte")
+    try:
+        return str((Path(info.context or ".") / Path(name).expanduser()).resolve())
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{name!r} is no path: {error}") from None
 
 
 def _model(name: str, info: p.ValidationInfo) -> str:
@@ -39,13 +45,21 @@ LocalPaths = Annotated[tuple[LocalPath, ...], p.BeforeValidator(lambda x: tuple(
 class CorpusRecipe:
     """Where the text comes from, and which share of it is held out.
 
-    files     paths by kind of text: text files, folders of them, or .jsonl whose objects have `text_key`. In texts of
-              the kind `chat` special tokens count as such, and a new tokenizer is not trained on them
+    files     paths by kind of text: text files, folders of them, or .jsonl whose objects have `text_key`. A kind's name
+              is part of file names. In texts of the kind `chat` special tokens count as such, and a new tokenizer is
+              not trained on them
     """
 
     files: Annotated[dict[str, LocalPaths], p.Field(min_length=1)]
     text_key: str = "text"
     heldout_share: Annotated[float, p.Field(gt=0, lt=0.5)] = 0.045
+
+    def __post_init__(self) -> None:
+        for kind in self.files:
+            named = re.fullmatch(r"[\w-]{1,64}", kind) is not None
+            wanted = "letters, digits, '-' and '_', 64 of them at most"
+            require(named, f"corpus.files: a kind of text is called {kind!r}; its name must be {wanted}")
+            require(kind != "all", "corpus.files.all: `all` is what all kinds together are called; choose another name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +174,7 @@ class Recipe:
     corpus: CorpusRecipe
     model: dict[str, Any] | None = None
     layers: tuple[FeedForwardConfig, ...] = ()
-    seed: int = 1
+    seed: p.NonNegativeInt = 1
     mixture: dict[str, p.NonNegativeInt] = field(default_factory=dict)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     routing: TrainingRouting = field(default_factory=TrainingRouting)
@@ -206,6 +220,8 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the recipe {path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"the recipe {path} is not read: its lists or tables are nested too deeply") from None
     try:
         # As JSON, where strict means: an integer is a number too and a list a tuple, but nothing else is converted.
         return p.TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), context=path.parent)

@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moebius.config import InspectConfig, json_text, read_json, require
+from moebius.config import InspectConfig, json_text, require
 from moebius.errors import StorageError
 from moebius.files import anyone, write_file
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
 from moebius.models.weights import load_decoder
 from moebius.train.architecture import dense_twin as twin_of
-from moebius.train.corpus import Corpus
-from moebius.train.data import prepare
+from moebius.train.corpus import Corpus, reads_below
+from moebius.train.data import holds_run, prepare
 from moebius.train.evaluate import routers
-from moebius.train.export import export, figures_table, measure, model_card
+from moebius.train.export import export, figures_table, measure, model_card, read_twin, would_replace
 from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
@@ -78,21 +78,29 @@ def _check_out(recipe: Recipe, out: Path, *, resume: bool) -> None:
     base = recipe.base()
     same = base is not None and out.exists() and out.samefile(base)
     require(not same, f"{out} is the checkpoint that is to be fine-tuned; {other}")
-    names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md")
-    there = [name for name in names if (out / name).exists()]
-    ours = (out / "training").is_dir() or not there
-    require(ours, f"{out} holds {', '.join(there)} already, which training would replace; {other}")
+    if not holds_run(out / "training" / "data") and not started:
+        there = would_replace(recipe, out) + (["training"] if _has_entries(out / "training") else [])
+        require(not there, f"{out} holds {', '.join(there)} already, which training would replace; {other}")
+    for kind, roots in recipe.corpus.files.items():
+        inside = next((root for root in map(Path, roots) if reads_below(root, out)), None)
+        advice = "what is written there would be trained on"
+        require(inside is None, f"{out} lies in {inside}, which is read as corpus.files.{kind}: {advice}; {other}")
+
+
+def _has_entries(path: Path) -> bool:
+    """Whether something is there, but for an empty directory."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: torch.device) -> dict[str, Any]:
     folder = out / "training"
-    twin = None if against is None else read_json(against / "training" / "figures.json")
     ranks = Ranks.join(device)
     try:
         if ranks.rank == 0:
             prepare(recipe, folder / "data")
         ranks.wait()
         data = prepare(recipe, folder / "data")
+        twin = None if against is None else read_twin(against, data)
         for line in data.untrained(recipe) if ranks.rank == 0 else ():
             Console(stderr=True).print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
         trainer = Trainer(recipe, data, device=device, ranks=ranks)

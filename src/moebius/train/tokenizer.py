@@ -96,9 +96,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int, given: P
     write_file(folder / "tokenizer_config.json", text + "\n", ours=anyone)
 
 
+def tokenizer_files(given: Path | None) -> list[Path]:
+    """What `save_tokenizer` writes, relative to its folder."""
+    copied = [] if given is None else matching(given.parent, _FILES)
+    return sorted({Path("tokenizer.json"), Path("tokenizer_config.json"), *copied})
+
+
+def matching(source: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a directory that the glob patterns name, relative to it."""
+    found = (path for pattern in patterns for path in source.glob(pattern) if path.is_file())
+    return sorted({path.relative_to(source) for path in found})
+
+
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
     """Copy the files of a directory that the glob patterns name, to the same places below another."""
-    for path in sorted(found for pattern in patterns for found in source.glob(pattern) if found.is_file()):
-        copy = target / path.relative_to(source)
+    for name in matching(source, patterns):
+        copy = target / name
         make_directory(copy.parent)
-        write_file(copy, path.read_bytes(), ours=anyone)
+        write_file(copy, (source / name).read_bytes(), ours=anyone)
