@@ -166,9 +166,7 @@ class ConfigReader:
         rope = ConfigReader(given, Keys(dict.fromkeys(read[kind])), f"config.json: {name} of type {kind}: ")
         rope.computed |= {"rope_type", "type"}
         nested = [key for key, value in given.items() if isinstance(value, Mapping)]
-        require(
-            not nested, f"{rope.where}{nested} are objects; all layers of this type have the same frequencies"
-        )
+        require(not nested, f"{rope.where}{nested} are objects; all layers of this type have the same frequencies")
         self._check_partial(rope)
         key = "original_max_position_embeddings"
         original = self.integer(key, rope.integer(key, max_position))
