@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moebius.errors import ConfigError, RequestError, TokenizerError
 from moebius.text import GenerationDefaults, IncrementalDecoder, Tokenizer, text_offsets
-from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, UNFAITHFUL, byte_level, llama, save
+from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, UNFAITHFUL, byte_level, llama, save, word_piece
 
 TEXTS = [
     *CORPUS[:4],
@@ -373,8 +373,8 @@ def test_loading_complains(tmp_path):
     with pytest.raises(TokenizerError, match="chat_template must be"):
         Tokenizer.load(tmp_path)
     backend = byte_level()
-    backend.decoder = decoders.WordPiece()
-    with pytest.raises(TokenizerError, match="WordPiece"):
+    backend.decoder = decoders.BPEDecoder()
+    with pytest.raises(TokenizerError, match="BPEDecoder"):
         Tokenizer.load(save(backend, tmp_path))
     save(byte_level(), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
@@ -499,3 +499,28 @@ def test_which_of_two_files_names_the_end(tmp_path, listed):
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert Tokenizer.load(tmp_path).eos_id == theirs.eos_token_id == (1 if listed else 4)
+
+
+@pytest.mark.parametrize("cleanup", [True, False])
+def test_word_pieces_are_words_as_the_library_joins_them(tmp_path, cleanup):
+    backend = word_piece()
+    backend.add_tokens([" ' ", "a do not b", "##n't", " n't"])
+    backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=cleanup), decoders.Fuse()])
+    ours = Tokenizer.load(save(backend, tmp_path))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("The quick brown fox, it jumps . over hello ' world!", "<s>hello</s> lazy", "", "x a do not b n't"):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids and len(ours.offsets(text)) == len(ids)
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+    every = list(range(ours.vocab_size))
+    assert ours.decode(every) == theirs.decode(every, skip_special_tokens=True)
+    decoder = IncrementalDecoder(ours)
+    assert "".join(decoder.push(i) for i in every) + decoder.flush() == ours.decode(every)
+
+
+def test_a_byte_level_decoder_in_a_sequence_is_one(loaded, tmp_path):
+    backend = byte_level()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    ids = loaded["byte_level"].encode("Gr\u00fc\u00dfe \U0001f600\n")
+    assert Tokenizer.load(save(backend, tmp_path)).decode(ids) == "Gr\u00fc\u00dfe \U0001f600\n"
