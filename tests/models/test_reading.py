@@ -240,6 +240,8 @@ def test_a_name_that_the_class_does_not_know_is_none() -> None:
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
         ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, ["['yarn']", "unknown"]),
         ("llama", {"rms_norm_eps": float("inf")}, ["rms_norm_eps", "finite"]),
+        ("llama", {"rms_norm_eps": float("nan")}, ["rms_norm_eps", "finite"]),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, ["rope_theta", "finite"]),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["linear", "factor"]),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, ["factor", "number"]),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["factor", "0.5"]),

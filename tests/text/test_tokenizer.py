@@ -524,3 +524,11 @@ def test_a_byte_level_decoder_in_a_sequence_is_one(loaded, tmp_path):
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
     ids = loaded["byte_level"].encode("Gr\u00fc\u00dfe \U0001f600\n")
     assert Tokenizer.load(save(backend, tmp_path)).decode(ids) == "Gr\u00fc\u00dfe \U0001f600\n"
+
+
+@pytest.mark.parametrize(
+    "records", [{"x": {"content": "a"}}, {"-3": {"content": "a"}}, {"3": "a"}, {"3": {}}, {"3": {"content": 5}}]
+)
+def test_broken_records_of_added_tokens_are_named(tmp_path, records):
+    with pytest.raises(TokenizerError, match=r"added_tokens_decoder holds '.*content"):
+        Tokenizer.load(save(byte_level(), tmp_path, added_tokens_decoder=records))

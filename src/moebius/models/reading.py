@@ -7,7 +7,7 @@ without keys that equal it. Which is which stands in config_keys.json, made from
 of transformers 4 and 5 are both read.
 """
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +96,9 @@ class ConfigReader:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._checked(key, default, (int, float), "a number")
-        require(math.isfinite(value), f"{self.where}{key} is {value}; it must be a finite number")
+        # An integer may be too long for any float.
+        finite = abs(value) <= sys.float_info.max
+        require(finite, f"{self.where}{key} is {value}; it must be a finite number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:

@@ -285,6 +285,21 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     return specials
 
 
+def _added_records(config: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """The records of added_tokens_decoder by id, each with a `content`. Raises TokenizerError naming what is none."""
+    records = config.get("added_tokens_decoder")
+    found = []
+    for key, record in records.items() if isinstance(records, Mapping) else ():
+        good = key.isdecimal() and isinstance(record, Mapping) and isinstance(record.get("content"), str)
+        if not good:
+            raise TokenizerError(
+                f"tokenizer_config.json: added_tokens_decoder holds {key!r}: {record!r}; "
+                'it must map token ids to records such as {"content": "<s>", "special": true}'
+            )
+        found.append((int(key), record))
+    return sorted(found, key=lambda entry: entry[0])
+
+
 def _added_token(record: Mapping[str, Any], known: AddedToken | None) -> AddedToken:
     """A record of added_tokens_decoder. Flags that it leaves out are the known token's, which stays special if it is.
 
@@ -303,10 +318,8 @@ def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[s
 
     A name without a token is left alone: an id beyond the model's embeddings helps nobody.
     """
-    records = config.get("added_tokens_decoder")
     known = backend.get_added_tokens_decoder()
-    for key, record in sorted(records.items(), key=lambda kv: int(kv[0])) if isinstance(records, Mapping) else ():
-        token_id = int(key)
+    for token_id, record in _added_records(config):
         same = known.get(token_id)
         if same is not None and same.content != record["content"]:
             continue
