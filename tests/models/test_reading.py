@@ -16,7 +16,7 @@ from moebius.errors import ConfigError
 from moebius.models import MODEL_TYPES, model_config, read_config
 from moebius.models.checkpoint import open_checkpoint
 from moebius.models.weights import load_decoder
-from oracle import FAMILY, TINY, Server, assert_close, tiny_of
+from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_of
 
 PUBLISHED = {path.stem: path for path in sorted((Path(__file__).parent / "published").glob("*.json"))}
 """config.json files as they are on the hub, of transformers 4, by the last part of the repository's name."""
@@ -92,6 +92,32 @@ def test_published_files_give_the_logits_of_transformers(name: str, tmp_path: Pa
     server.step([(0, ids)])
     with torch.inference_mode():
         assert_close(server.all_logits(0), model(torch.tensor([ids])).logits[0])
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.case("C1")
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen3", {"rope_scaling": {**YARN, "truncate": None}}),
+        ("qwen3", {"rope_scaling": {**YARN, "beta_fast": None, "beta_slow": None, "attention_factor": None}}),
+        ("llama", {"partial_rotary_factor": 0.5}),
+        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}}),
+        ("qwen3_moe", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+def test_edited_files_give_the_logits_of_transformers(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny(tmp_path, model_type)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    new = {key: value for key, value in raw.items() if key not in ("rope_parameters", "layer_types")}
+    (tmp_path / "config.json").write_text(json.dumps({**new, "rope_theta": 99.0, **changes}))
+    ids = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2]
+    server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=4)
+    server.step([(0, ids)])
+    with torch.inference_mode():
+        assert_close(server.all_logits(0), load_theirs(tmp_path)(torch.tensor([ids])).logits[0])
 
 
 @pytest.mark.case("C1")
@@ -214,10 +240,19 @@ def test_a_name_that_the_class_does_not_know_is_none() -> None:
         ("llama", {"rope_parameters": {"rope_type": "spiral"}}, ["spiral", "yarn"]),
         ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, ["['yarn']", "unknown"]),
         ("llama", {"rms_norm_eps": float("inf")}, ["rms_norm_eps", "finite"]),
+        ("llama", {"rms_norm_eps": float("nan")}, ["rms_norm_eps", "finite"]),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, ["rope_theta", "finite"]),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["linear", "factor"]),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, ["factor", "number"]),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["factor", "0.5"]),
-        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+         ["partial_rotary_factor", "0.5"]),
+        ("llama", {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+         ["partial_rotary_factor", "0.5"]),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 99.0}}}, ["full_attention", "all layers"]),
+        ("qwen3", {"is_causal": None}, ["is_causal", "None"]),
+        ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True,
+                       "layer_types": ["sliding_attention", "full_attention"]}, ["layer_types[1]"]),
         ("llama", {"rope_parameters": [1]}, ["rope_parameters", "object"]),
         ("mixtral", {"num_experts_per_tok": 6}, ["top_k", "6", "5"]),
         ("qwen3_moe", {"mlp_only_layers": "0"}, ["mlp_only_layers"]),

@@ -132,3 +132,15 @@ def test_what_is_saved_is_what_was_loaded(tmp_path: Path, heads: Callable[[Tenso
         assert torch.equal(mine, stored), name
     stored = json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
     assert stored == checkpoint.config.tie_word_embeddings == (heads is not APART["another"])
+
+
+@pytest.mark.case("A1")
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_a_model_that_was_saved_without_a_head_has_shorter_names(tmp_path: Path, model_type: str, head: bool) -> None:
+    save_tiny(tmp_path, model_type, num_hidden_layers=1, tie_word_embeddings=not head)
+    tensors = load_file(tmp_path / "model.safetensors")
+    shorter = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(shorter, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert (HEAD in shorter) == head
+    assert_as_transformers(tmp_path)

@@ -19,6 +19,7 @@ from schedule.making import LIMITS, make_request
     [
         ("n", 0), ("n", 17), ("n", True), ("n", 1.0), ("max_tokens", -1), ("min_tokens", -1), ("min_tokens", 17),
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
+        ("temperature", 10**400), ("presence_penalty", -(10**400)), ("logit_bias", {1: 10**400}),
         ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("seed", 2**64), ("seed", 1.5),
         ("logprobs", 21), ("prompt_logprobs", -1), ("stop", ["x"] * 17), ("stop", ["x" * 257]), ("stop", [3]),

@@ -78,6 +78,8 @@ def test_end_ids_of_other_files_and_a_vocabulary_of_a_text_config(tmp_path, capl
         ("temperature", 1000.0, False),
         ("temperature", math.inf, False),
         ("top_k", math.inf, False),
+        ("top_k", 10**400, False),
+        ("temperature", 10**400, False),
         ("min_p", 1.01, False),
         ("repetition_penalty", 0, False),
         ("repetition_penalty", math.nan, False),

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moebius.errors import ConfigError, RequestError, TokenizerError
 from moebius.text import GenerationDefaults, IncrementalDecoder, Tokenizer, text_offsets
-from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, UNFAITHFUL, byte_level, llama, save
+from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, UNFAITHFUL, byte_level, llama, save, word_piece
 
 TEXTS = [
     *CORPUS[:4],
@@ -373,8 +373,8 @@ def test_loading_complains(tmp_path):
     with pytest.raises(TokenizerError, match="chat_template must be"):
         Tokenizer.load(tmp_path)
     backend = byte_level()
-    backend.decoder = decoders.WordPiece()
-    with pytest.raises(TokenizerError, match="WordPiece"):
+    backend.decoder = decoders.BPEDecoder()
+    with pytest.raises(TokenizerError, match="BPEDecoder"):
         Tokenizer.load(save(backend, tmp_path))
     save(byte_level(), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
@@ -446,3 +446,89 @@ def test_generation_defaults(tmp_path: Path):
         (tmp_path / "generation_config.json").write_text(json.dumps(broken))
         with pytest.raises(ConfigError, match=next(iter(broken))):
             GenerationDefaults.load(tmp_path)
+
+
+@pytest.mark.case("A4")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"extra_special_tokens": ["<tool_call>", "hello"]},
+        {"extra_special_tokens": {"call_token": "<tool_call>"}},
+        {"model_specific_special_tokens": {"call_token": "<tool_call>"}},
+        {"call_token": "<tool_call>"},
+        {"additional_special_tokens": ["<tool_call>", "hello"]},
+    ],
+)
+def test_special_tokens_under_each_name_that_transformers_has_for_them(tmp_path, config):
+    template = "{{ call_token }}{{ messages[0].content }}"
+    ours = Tokenizer.load(save(byte_level(), tmp_path, chat_template=template, **config))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "x"}]
+    ids = theirs.encode("hello <tool_call> world")
+    assert ours.encode("hello <tool_call> world") == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.encode_chat(chat) == theirs.apply_chat_template(chat, return_dict=False)
+
+
+@pytest.mark.case("A4")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"rstrip": True, "special": True},
+        {"lstrip": True, "special": True},
+        {"special": False},
+        {"single_word": True, "special": True},
+    ],
+)
+def test_flags_of_tokenizer_config_count_for_more_than_those_of_tokenizer_json(tmp_path, flags):
+    off = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    record = {"3": {"content": "<|im_start|>", **off, **flags}}
+    ours = Tokenizer.load(save(byte_level(), tmp_path, added_tokens_decoder=record))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "hello <|im_start|> \n world<|im_start|>hello"
+    ids = theirs.encode(text)
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.case("A4")
+@pytest.mark.parametrize("listed", [True, False])
+def test_which_of_two_files_names_the_end(tmp_path, listed):
+    tokens = {"added_tokens_decoder": {"4": {"content": "<|im_end|>", "special": True}}} if listed else {}
+    save(byte_level(), tmp_path, **tokens)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.load(tmp_path).eos_id == theirs.eos_token_id == (1 if listed else 4)
+
+
+@pytest.mark.parametrize("cleanup", [True, False])
+def test_word_pieces_are_words_as_the_library_joins_them(tmp_path, cleanup):
+    backend = word_piece()
+    backend.add_tokens([" ' ", "a do not b", "##n't", " n't"])
+    backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=cleanup), decoders.Fuse()])
+    ours = Tokenizer.load(save(backend, tmp_path))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("The quick brown fox, it jumps . over hello ' world!", "<s>hello</s> lazy", "", "x a do not b n't"):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids and len(ours.offsets(text)) == len(ids)
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+    every = list(range(ours.vocab_size))
+    assert ours.decode(every) == theirs.decode(every, skip_special_tokens=True)
+    decoder = IncrementalDecoder(ours)
+    assert "".join(decoder.push(i) for i in every) + decoder.flush() == ours.decode(every)
+
+
+def test_a_byte_level_decoder_in_a_sequence_is_one(loaded, tmp_path):
+    backend = byte_level()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    ids = loaded["byte_level"].encode("Gr\u00fc\u00dfe \U0001f600\n")
+    assert Tokenizer.load(save(backend, tmp_path)).decode(ids) == "Gr\u00fc\u00dfe \U0001f600\n"
+
+
+@pytest.mark.parametrize(
+    "records", [{"x": {"content": "a"}}, {"-3": {"content": "a"}}, {"3": "a"}, {"3": {}}, {"3": {"content": 5}}]
+)
+def test_broken_records_of_added_tokens_are_named(tmp_path, records):
+    with pytest.raises(TokenizerError, match=r"added_tokens_decoder holds '.*content"):
+        Tokenizer.load(save(byte_level(), tmp_path, added_tokens_decoder=records))

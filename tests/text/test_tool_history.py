@@ -186,3 +186,27 @@ def test_a_probe_that_never_ends_is_given_up(monkeypatch):
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"
     assert ChatTemplate(endless).probe({}) == TemplateFacts()
     assert ChatTemplate("{{ raise_exception('no') }}").probe({}) == TemplateFacts()
+
+
+@pytest.mark.case("C3")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_a_character_in_earlier_arguments_does_not_end_the_conversation(probed, name):
+    template, facts = probed[name]
+    given = '{"city": "K\\ud83dln", "whole": "\\ud83d\\ude00"}'
+    text = render(probed[name], chat({"content": None, "tool_calls": [call(given)]}))
+    text.encode()
+    arguments = normalise_messages(chat({"content": None, "tool_calls": [call(given)]}), facts)[1]["tool_calls"]
+    found = arguments[0]["function"]["arguments"]
+    assert found == ({"city": "K\ufffdln", "whole": "\U0001f600"} if facts.object_arguments else given)
+
+
+@pytest.mark.case("C2")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_refusal_is_what_an_assistant_said(probed, name):
+    question = {"role": "user", "content": "Hello"}
+    said = [{"type": "text", "text": "Well. "}, {"type": "refusal", "refusal": "I cannot."}]
+    joined = [question, {"role": "assistant", "content": "Well. \nI cannot."}, question]
+    parts = [question, {"role": "assistant", "content": said}, question]
+    if "assistant" not in probed[name][1].parts:
+        assert render(probed[name], parts) == render(probed[name], joined)
+    assert "I cannot." in render(probed[name], parts)

@@ -116,6 +116,19 @@ def folding() -> Tokenizer:
     return backend
 
 
+def word_piece() -> Tokenizer:
+    """BERT's way: lower case, words with their continuations marked, and a frame from the post-processor."""
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIALS, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    frame = [("<s>", 0), ("</s>", 1)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=frame)
+    return backend
+
+
 FAMILIES = {"byte_level": byte_level, "llama": llama, "mistral": mistral, "metaspace": metaspace}
 # These do not give back every text that they encode.
 UNFAITHFUL = {"prefix_space": prefix_space, "folding": folding}

@@ -18,7 +18,7 @@ from typing import Any
 from moebius.config import ModelConfig, read_json, require
 from moebius.errors import ConfigError, WeightsError
 from moebius.models import checkpoint_layouts, read_config
-from moebius.models.layout import EMBEDDING, HEAD, Source, sources
+from moebius.models.layout import EMBEDDING, HEAD, PREFIX, Source, sources
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +186,13 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _named_in_full(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors under their names in a model with a head; one that was saved without has no `model.` before them."""
+    if any(name.startswith(PREFIX) for name in tensors):
+        return tensors
+    return {name if name == HEAD else PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
 def _harmless(name: str, config: ModelConfig) -> bool:
     """Buffers that old checkpoints carry, and the copy of a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
@@ -273,7 +280,7 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     config, ignored, _ = read_config(config_json)
     if ignored:
         log.info("config.json: no %s model reads %s, which changes nothing", config.model_type, ", ".join(ignored))
-    tensors = read_tensors(directory)
+    tensors = _named_in_full(read_tensors(directory))
     config = replace(config, tie_word_embeddings=_tied(directory, config, tensors))
     return Checkpoint(directory, config_json, config, tensors, _match(directory, config, tensors))
 

@@ -83,8 +83,7 @@ def _qwen3_moe(reader: ConfigReader) -> ModelConfig:
     """Qwen3's attention over fine-grained experts without a shared one. Our own models are of this type."""
     experts, dense = _experts(reader, "num_experts", "moe_intermediate_size"), _dense(reader)
     # All layers slide, or none: published configurations carry max_window_layers, transformers does not read it.
-    kind = "sliding_attention" if slides(reader) else "full_attention"
-    windows = sliding_windows(reader, [kind] * reader.num_layers)
+    windows = reader.integer("sliding_window") if slides(reader) else None
     parts = [experts if sparse else dense for sparse in sparse_layers(reader)]
     return decoder(reader, parts, windows=windows, qk_norm="head", **_biases(reader))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moebius.config import FeedForwardConfig, ModelConfig
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PREFIX = "model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -7,7 +7,7 @@ without keys that equal it. Which is which stands in config_keys.json, made from
 of transformers 4 and 5 are both read.
 """
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +96,9 @@ class ConfigReader:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._checked(key, default, (int, float), "a number")
-        require(math.isfinite(value), f"{self.where}{key} is {value}; it must be a finite number")
+        # An integer may be too long for any float.
+        finite = abs(value) <= sys.float_info.max
+        require(finite, f"{self.where}{key} is {value}; it must be a finite number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -136,10 +138,11 @@ class ConfigReader:
         """Sort out the keys that were not computed. Raises ConfigError naming one that counts."""
         model = f" for model_type {self.raw['model_type']!r}" if "model_type" in self.raw else ""
         for key, value in self.raw.items():
-            if key in self.computed or key in _HARMLESS or value is None:
+            default = self.keys.read.get(key)
+            if key in self.computed or key in _HARMLESS or (value is None and default is None):
                 continue
             counts = self.keys.closed or key in self.keys.read
-            neutral = value in ([], {}) or value == self.keys.read.get(key)
+            neutral = value in ([], {}) or value == default
             require(
                 not counts or neutral,
                 f"{self.where}{key} = {value!r} is not supported{model}; "
@@ -164,8 +167,9 @@ class ConfigReader:
         require(known, f"config.json: rope type {kind!r} is unknown; {', '.join(read)} are supported")
         rope = ConfigReader(given, Keys(dict.fromkeys(read[kind])), f"config.json: {name} of type {kind}: ")
         rope.computed |= {"rope_type", "type"}
-        partial = rope.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
-        require(partial == 1.0, "config.json: partial_rotary_factor is not 1, which this model_type does not know")
+        nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+        require(not nested, f"{rope.where}{nested} are objects; all layers of this type have the same frequencies")
+        self._check_partial(rope)
         key = "original_max_position_embeddings"
         original = self.integer(key, rope.integer(key, max_position))
         theta = rope.number("rope_theta", self.number("rope_theta"))
@@ -173,6 +177,16 @@ class ConfigReader:
         rope.finish()
         self.ignored += [f"{name}.{ignored}" for ignored in rope.ignored]
         return config
+
+    def _check_partial(self, rope: "ConfigReader") -> None:
+        """Heads are turned as a whole; not every type of frequencies reads which part of them is to be."""
+        key = "partial_rotary_factor"
+        everywhere = self.number(key, 1.0)
+        if key in rope.keys.read:
+            partial = rope.number(key, everywhere)
+            require(partial == 1.0, f"{rope.where}{key} is {partial}; only 1 is supported")
+        elif everywhere != 1.0:
+            self.ignored.append(key)
 
 
 def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max_position: int) -> RopeConfig:
@@ -193,7 +207,8 @@ def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max
             attention_factor=rope.optional_number("attention_factor"),
             mscale=rope.optional_number("mscale"),
             mscale_all_dim=rope.optional_number("mscale_all_dim"),
-            truncate=rope.flag("truncate", True),
+            # Null is false here.
+            truncate=rope.flag("truncate", "truncate" not in rope.raw),
         )
     return RopeConfig(theta)
 

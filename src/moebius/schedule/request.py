@@ -5,7 +5,7 @@ preemption or on a replay): positions, penalties, min and max tokens are pure fu
 """
 
 import enum
-import math
+import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,7 +70,8 @@ def _check(condition: bool, param: str, message: str) -> None:
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """low and high are finite, so that neither NaN nor infinity is within; an integer may be beyond every float."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     ok = ok and (low < value if open_low else low <= value) and value <= high  # type: ignore[operator]
     bracket = "(" if open_low else "["
     _check(ok, name, f"{name} is {value!r}; it must be a number in {bracket}{low:g}, {high:g}]")
@@ -311,9 +312,9 @@ class Request:
         _check_tokens(prompt, limits.vocab_size)
         _check_tokens(output_ids, limits.vocab_size)
         check_asked(params, limits, priority)
-        _check_number("arrival", arrival, -math.inf, math.inf)
+        _check_number("arrival", arrival, -sys.float_info.max, sys.float_info.max)
         if deadline is not None:
-            _check_number("deadline", deadline, -math.inf, math.inf)
+            _check_number("deadline", deadline, -sys.float_info.max, sys.float_info.max)
         _check(isinstance(salt, bytes), "cache_salt", f"cache_salt is {type(salt).__name__}; it must be bytes here")
         _check(len(salt) <= LIMITS.salt_bytes, "cache_salt", f"cache_salt has over {LIMITS.salt_bytes} bytes")
         room = limits.max_model_len - len(prompt)

@@ -46,9 +46,11 @@ def _parts_of(content: object, param: str) -> list[str] | None:
             texts.append(part)
             continue
         _check(isinstance(part, Mapping), param, 'a content part must be {"type": "text", "text": ...}')
-        _check(part.get("type") == "text", param, f"content part {part.get('type')!r} is not supported; only text is")
-        _check(isinstance(part.get("text"), str), param, "a text part needs a string under `text`")
-        texts.append(part["text"])
+        kind = part.get("type")
+        # What an assistant said when it refused is what it said.
+        _check(kind in ("text", "refusal"), param, f"content part {kind!r} is not supported; only text is")
+        _check(isinstance(part.get(kind), str), param, f"a {kind} part needs a string under `{kind}`")
+        texts.append(part[kind])
     return texts
 
 
@@ -70,6 +72,18 @@ def _content(message: Mapping[str, Any], role: str, facts: TemplateFacts, param:
     return {"content": "\n".join(texts)}
 
 
+def _loaded(arguments: str) -> object:
+    """The JSON of a call's arguments; half a character, written as \\ud83d alone, becomes U+FFFD.
+
+    Raises ValueError or RecursionError.
+    """
+    found = json.loads(arguments.strip() or "{}")
+    if "\\ud" not in arguments.lower():
+        return found
+    written = json.dumps(found, ensure_ascii=False)
+    return json.loads(written.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
 def _arguments(given: object, facts: TemplateFacts, param: str) -> object:
     """A call's arguments as the template wants them.
 
@@ -79,7 +93,7 @@ def _arguments(given: object, facts: TemplateFacts, param: str) -> object:
     arguments = given
     if isinstance(given, str):
         try:
-            arguments = json.loads(given.strip() or "{}")
+            arguments = _loaded(given)
         except (ValueError, RecursionError):
             arguments = given
     if arguments is None:

@@ -1,7 +1,7 @@
 """What a model directory says about ending and sampling: generation_config.json, config.json, the tokenizer."""
 
 import logging
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +118,7 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ConfigError(f"{_GENERATION}: {name} is {value!r}; it must be a number")
-        if math.isfinite(value):
+        if abs(value) <= sys.float_info.max:  # an integer may be longer than any float
             if kind(value) != value:
                 raise ConfigError(f"{_GENERATION}: {name} is {value!r}; it must be a whole number")
             value = kind(value)

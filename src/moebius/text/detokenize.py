@@ -1,10 +1,10 @@
 """From token ids to bytes: every token has bytes of its own, and a text is their concatenation, read as UTF-8.
 
 This is what makes a stream equal to the whole, always, at a constant cost a token. The byte values come from the
-decoder that tokenizer.json names: byte-level BPE (GPT-2, Qwen, Llama 3), or sentencepiece's metaspace with byte
-fallback (Llama 2, Mistral, Gemma). Bytes that are no UTF-8 become U+FFFD by the rule of the Unicode standard, section
-3.9 (one for each maximal ill-formed part), where Hugging Face's ByteFallback gives up the whole run of byte tokens;
-on well-formed text both agree.
+decoder that tokenizer.json names: byte-level BPE (GPT-2, Qwen, Llama 3), sentencepiece's metaspace with byte fallback
+(Llama 2, Mistral, Gemma), or WordPiece's words and their continuations (BERT). Bytes that are no UTF-8 become U+FFFD
+by the rule of the Unicode standard, section 3.9 (one for each maximal ill-formed part), where Hugging Face's
+ByteFallback gives up the whole run of byte tokens; on well-formed text both agree.
 """
 
 import re
@@ -73,8 +73,8 @@ def _fallback_chain(specs: list[Mapping[str, Any]]) -> _Steps:
             strip += int(spec["start"])
         else:
             raise TokenizerError(
-                f"tokenizer.json: decoder {kind!r} is not supported here; supported are ByteLevel, Metaspace, and a "
-                "Sequence of Replace, ByteFallback, Fuse, Strip"
+                f"tokenizer.json: decoder {kind!r} is not supported here; supported are ByteLevel, Metaspace, "
+                "WordPiece, and a Sequence of Replace, ByteFallback, Fuse, Strip"
             )
 
     def token_bytes(token: str) -> bytes:
@@ -99,16 +99,44 @@ def _metaspace(spec: Mapping[str, Any]) -> _Steps:
     return _Steps(inner, first)
 
 
+# What WordPiece's decoder makes of a space in front, in this order, token by token.
+_CLEANED = (
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    *((f" {ending}", ending) for ending in ("'s", "'ve", "'re")),
+)
+
+
+def _word_piece(spec: Mapping[str, Any]) -> _Steps:
+    prefix, cleans = str(spec.get("prefix", "##")), spec.get("cleanup", True)
+
+    def first(token: str) -> bytes:
+        for spaced, close in _CLEANED if cleans else ():
+            token = token.replace(spaced, close)
+        return token.encode()
+
+    def inner(token: str) -> bytes:
+        return first(token.removeprefix(prefix) if token.startswith(prefix) else f" {token}")
+
+    return _Steps(inner, first)
+
+
 def _steps(spec: Mapping[str, Any] | None) -> _Steps:
     if spec is None:
         return _Steps(str.encode, str.encode, joiner=b" ")
     if spec["type"] == "Sequence":
         decoders = list(spec["decoders"])
-        return _steps(decoders[0]) if len(decoders) == 1 else _fallback_chain(decoders)
+        alone = all(decoder["type"] == "Fuse" for decoder in decoders[1:])  # which joins, as we do anyway
+        return _steps(decoders[0]) if decoders and alone else _fallback_chain(decoders)
     if spec["type"] == "ByteLevel":
         return _Steps(_byte_level, _byte_level)
     if spec["type"] == "Metaspace":
         return _metaspace(spec)
+    if spec["type"] == "WordPiece":
+        return _word_piece(spec)
     return _fallback_chain([spec])
 
 

@@ -20,7 +20,6 @@ from moebius.text.guard import SpecialGuard, strings_in
 
 # From so many characters on a chat is rendered once to see whether it fits, before its special tokens are marked.
 _LONG_CHAT = 2**17
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_tokenizer_json(path: Path) -> Backend:
@@ -82,7 +81,10 @@ class Tokenizer:
             )
         backend = read_tokenizer_json(path)
         config = read_json(directory / "tokenizer_config.json", default={})
-        specials = _special_tokens({**read_json(directory / "special_tokens_map.json", default={}), **config})
+        names = read_json(directory / "special_tokens_map.json", default={})
+        # As in transformers: the older file counts for more, but where the newer lists its tokens by id.
+        names = {**names, **config} if "added_tokens_decoder" in config else {**config, **names}
+        specials = _special_tokens(names)
         _add_tokens(backend, config, specials)
         return cls(
             backend,
@@ -260,43 +262,81 @@ def _check_unicode(text: str, param: str) -> None:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The named special tokens as text; entries may be strings or AddedToken records."""
+    """The special tokens with names, as text by name, and those without in `additional_special_tokens`.
+
+    Entries may be strings or AddedToken records. As in transformers any key that ends in `_token` is such a name, and
+    so are those under `model_specific_special_tokens`, and under `extra_special_tokens` where that is an object. A
+    list there is what older versions call additional_special_tokens.
+    """
 
     def text(entry: object) -> str | None:
         found = entry.get("content") if isinstance(entry, Mapping) else entry
         return found if isinstance(found, str) else None
 
-    named = {name: text(config.get(name)) for name in _NAMED}
-    specials: dict[str, Any] = {name: found for name, found in named.items() if found is not None}
-    more = config.get("additional_special_tokens")
-    if isinstance(more, list):
-        specials["additional_special_tokens"] = [found for entry in more if (found := text(entry)) is not None]
+    extra = config.get("extra_special_tokens")
+    named = {name: entry for name, entry in config.items() if name.endswith("_token")}
+    for more_names in (config.get("model_specific_special_tokens"), extra):
+        named |= more_names if isinstance(more_names, Mapping) else {}
+    specials: dict[str, Any] = {name: found for name, entry in named.items() if (found := text(entry)) is not None}
+    lists = [found for found in (config.get("additional_special_tokens"), extra) if isinstance(found, list)]
+    if lists:
+        texts = (text(entry) for entry in chain(*lists))
+        specials["additional_special_tokens"] = [found for found in dict.fromkeys(texts) if found is not None]
     return specials
 
 
+def _added_records(config: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """The records of added_tokens_decoder by id, each with a `content`. Raises TokenizerError naming what is none."""
+    records = config.get("added_tokens_decoder")
+    found = []
+    for key, record in records.items() if isinstance(records, Mapping) else ():
+        good = key.isdecimal() and isinstance(record, Mapping) and isinstance(record.get("content"), str)
+        if not good:
+            raise TokenizerError(
+                f"tokenizer_config.json: added_tokens_decoder holds {key!r}: {record!r}; "
+                'it must map token ids to records such as {"content": "<s>", "special": true}'
+            )
+        found.append((int(key), record))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _added_token(record: Mapping[str, Any], known: AddedToken | None) -> AddedToken:
+    """A record of added_tokens_decoder. Flags that it leaves out are the known token's, which stays special if it is.
+
+    None is known where tokenizer.json does not have the token.
+    """
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {name: bool(record[name]) for name in names if name in record}
+    if known is not None:
+        flags = {**{name: getattr(known, name) for name in names}, **flags}
+        flags["special"] |= known.special
+    return AddedToken(record["content"], **flags)
+
+
 def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[str, Any]) -> None:
-    """Tokens that only tokenizer_config.json knows, and the mark `special` for those that have a special name.
+    """Tokens that only tokenizer_config.json knows, its flags of the others, and the mark `special` where it is due.
 
     A name without a token is left alone: an id beyond the model's embeddings helps nobody.
     """
-    records = config.get("added_tokens_decoder")
     known = backend.get_added_tokens_decoder()
-    for key, record in sorted(records.items(), key=lambda kv: int(kv[0])) if isinstance(records, Mapping) else ():
-        token_id = int(key)
-        if token_id in known:
+    for token_id, record in _added_records(config):
+        same = known.get(token_id)
+        if same is not None and same.content != record["content"]:
             continue
-        flags = {
-            k: bool(record[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in record
-        }
-        token = AddedToken(record["content"], **flags)
+        token = _added_token(record, same)
+        if same == token:
+            continue
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != token_id:
             raise TokenizerError(
                 f"tokenizer_config.json gives {token.content!r} the id {token_id}, "
                 f"tokenizer.json {backend.token_to_id(token.content)}"
             )
-    special_texts = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    named = [text for name in _NAMED if (text := specials.get(name)) is not None]
-    for text in [*named, *specials.get("additional_special_tokens", [])]:
-        if text not in special_texts and backend.token_to_id(text) is not None:
+    # As in transformers, one without a name stays visible where the file has it as an added token that is visible.
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    plain = {text for text, special in added.items() if not special}
+    named = [text for text in specials.values() if isinstance(text, str)]
+    unnamed = [text for text in specials.get("additional_special_tokens", []) if text not in plain]
+    for text in [*named, *unnamed]:
+        if not added.get(text) and backend.token_to_id(text) is not None:
             backend.add_special_tokens([text])
