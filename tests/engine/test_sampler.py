@@ -281,6 +281,21 @@ def test_greedy_takes_the_lowest_of_equal_logits() -> None:
     assert draw(logits, request(temperature=100, top_p=0, top_k=5, logit_bias={2: 6.0})) == 2
 
 
+@pytest.mark.case("B4")
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-10, 1e-7, 1e-5])
+def test_a_cold_nucleus_holds_as_many_ties_as_its_mass_says(ops: Ops, temperature: float) -> None:
+    """Three ids share the mass; a nucleus of half of it is two of them, one of nearly all is all three."""
+    logits = torch.linspace(-13, 11, 2000)
+    logits[[7, 70, 700]] = 12.3
+    for top_p, expected in ((0.3, {7}), (0.5, {7, 70}), (0.97, {7, 70, 700})):
+        ones = [
+            request(vocab=2000, seed=seed, temperature=temperature, top_p=top_p, max_tokens=9) for seed in range(40)
+        ]
+        drawn = sample(logits.expand(40, 2000), ones, ops)
+        assert {one.token_id for one in drawn} == expected, top_p
+
+
 def test_nucleus_beyond_the_first_candidates() -> None:
     """A flat distribution over more ids than the first guess holds: top_p = 0.5 keeps exactly half of them."""
     limits = ServingLimits(vocab_size=4096, max_model_len=10)

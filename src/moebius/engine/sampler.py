@@ -222,11 +222,11 @@ def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) 
     params = row.params
     values: Float64 = values_K.astype(np.float64)
     weights = np.exp((values - values[0]) / row.temperature)
-    if params.top_k > 0:
+    if params.top_k > 0 or len(ids_K) == vocab or weights[-1] == 0:  # what is behind the last weighs no more than it
         total = weights.sum()
     else:
-        # Between 1 and V; but of a cold row two huge quotients are subtracted, and rounding may leave anything.
-        total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab) + 1.0))
+        # Between 1 and V, whatever the rounding of two large quotients leaves.
+        total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab)))
     kept = (np.cumsum(weights) - weights < params.top_p * total) & (weights >= params.min_p * weights[0])
     if kept[-1] and params.top_k <= 0 and len(ids_K) < vocab:
         return None
