@@ -157,7 +157,9 @@ def test_mapped_weights_must_stay_resident() -> None:
         available=500 * 2**20,
     )
     assert made.kv_cache <= (500 * 2**20 - mapped - made.workspace) // 2
-    with pytest.raises(MemoryPlanError, match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(left of the cgroup"):
+    with pytest.raises(
+        MemoryPlanError, match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(left of the cgroup"
+    ):
         plan_memory(
             MODEL,
             EngineConfig(),

@@ -338,6 +338,17 @@ def test_a_bad_row_is_its_own_error_and_no_other(bad: float) -> None:
     assert first == third == Sampled(0)
 
 
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_log_probability_is_nan_where_a_bad_logit_is_banned(ops: Ops, bad: float) -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[0, 0] = bad  # the end token's
+    wish = {"temperature": 0, "min_tokens": 3, "logprobs": 2}
+    broken, good = sample(logits, [request(**wish), request(**wish)], ops)
+    assert isinstance(broken, NumericalError)
+    assert isinstance(good, Sampled)
+
+
 def test_nothing_left_to_draw_is_an_error() -> None:
     one = request(min_tokens=1, max_tokens=2, stop_token_ids=tuple(range(50)))
     assert isinstance(sample(torch.zeros(1, 50), [one])[0], NumericalError)

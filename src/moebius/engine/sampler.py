@@ -249,6 +249,8 @@ def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: Ops) -> None:
         tokens, tops = [row.token_id or 0 for row in asked], [row.params.logprobs or 0 for row in asked]
         for row, logprob in zip(asked, _logprobs(logits_LV, _indices(asked), tokens, tops, ops), strict=True):
             row.logprob = logprob
+            if math.isnan(logprob.logprob):  # a logit that is not finite, hidden from the draw by min_tokens
+                row.token_id = None
 
 
 def not_finite() -> NumericalError:
