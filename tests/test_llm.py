@@ -422,6 +422,38 @@ def test_a_step_has_torch_threads_of_its_own(
     assert torch.get_num_threads() == 1  # as the tests are set to
 
 
+@pytest.mark.case("C24")
+@pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()], ids=repr)
+def test_an_llm_that_cannot_be_loaded_leaves_no_file_open(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moebius.engine.load.load_decoder", fails)
+    trace = tmp_path / "trace.jsonl"
+    with pytest.raises(type(error)):
+        LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, trace=str(trace))
+    assert trace.resolve() not in [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+
+
+@pytest.mark.case("B3")
+def test_an_empty_list_of_priorities_is_not_one_for_all(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="2 prompts but 0 priority"):
+        llm.generate(["a", "b"], GREEDY, priority=[])
+
+
+@pytest.mark.case("C22")
+def test_what_an_iterator_cannot_take_is_named(llm: LLM) -> None:
+    wrong: Any = {"max_tokens": 3}
+    with pytest.raises(RequestError, match="params is dict; it must be SamplingParams"):
+        llm.generate("a", wrong)
+    with pytest.raises(RequestError, match="params is NoneType"):
+        next(llm.stream([("a", None)]))  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="n is 3; stream_chat has one choice"):
+        next(llm.stream_chat(HELLO, GREEDY.with_(n=3)))
+
+
 @pytest.mark.case("B3")
 def test_priorities_decide_who_is_served_first(tiny_model: Path) -> None:
     options: dict[str, Any] = {"kv_cache_memory_bytes": 2**21, "max_model_len": 512, "max_num_seqs": 1}

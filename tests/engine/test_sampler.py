@@ -349,6 +349,15 @@ def test_no_log_probability_is_nan_where_a_bad_logit_is_banned(ops: Ops, bad: fl
     assert isinstance(good, Sampled)
 
 
+@pytest.mark.case("C14")
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+def test_the_least_repetition_penalty_repeats_and_is_no_error(ops: Ops) -> None:
+    logits = torch.linspace(0.5, 9, VOCAB)
+    for penalty in (5e-324, 1e-40, 1e-20, 1e-3):
+        outcome = sample(logits[None], [request([4, 9], repetition_penalty=penalty)], ops)[0]
+        assert isinstance(outcome, Sampled) and outcome.token_id == 9, penalty
+
+
 def test_nothing_left_to_draw_is_an_error() -> None:
     one = request(min_tokens=1, max_tokens=2, stop_token_ids=tuple(range(50)))
     assert isinstance(sample(torch.zeros(1, 50), [one])[0], NumericalError)

@@ -42,6 +42,8 @@ _T = TypeVar("_T")
 _NUCLEUS_CANDIDATES = 256
 # Below, every difference of float32 logits is beyond exp's range: greedy, but for exact ties.
 _COLDEST = 1e-20
+# Below, ids that were there before are beyond exp's range from all others. A float32 still holds their logits.
+_LEAST_REPETITION = 1e-20
 
 
 class Sampled(NamedTuple):
@@ -162,7 +164,7 @@ def _shaping(request: Request) -> Shaping | None:
         bias=params.logit_bias,
         seen=request.prompt_ids if repetition else (),
         drawn=request.output_ids if counts else (),
-        repetition=params.repetition_penalty,
+        repetition=max(params.repetition_penalty, _LEAST_REPETITION),
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
         banned=sorted(request.stop_ids) if too_short else (),
