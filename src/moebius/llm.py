@@ -1,12 +1,13 @@
 """LLM: the offline front door, with the engine in this process and on this thread."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, Self
 
 from moebius.config import EngineConfig
 from moebius.engine.client import StepOutput
+from moebius.engine.interrupts import Uninterrupted
 from moebius.engine.load import load_engine
 from moebius.engine.sessions import Session, Sessions
 from moebius.errors import OverloadError, RequestError
@@ -160,15 +161,18 @@ class LLM:
     def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
         # All of them, before the first one runs.
         checked = sorted(jobs, key=lambda job: job.choices[0][0].priority)
-        return sorted(_with_progress(self._run(checked), total, progress), key=lambda output: int(output.request_id))
+        with Uninterrupted() as held:
+            outputs = _with_progress(self._run(checked, held.run_noted), total, progress)
+            return sorted(outputs, key=lambda output: int(output.request_id))
 
-    def _run(self, jobs: Iterable[_Job]) -> Iterator[RequestOutput]:
+    def _run(self, jobs: Iterable[_Job], between_steps: Callable[[], None] = lambda: None) -> Iterator[RequestOutput]:
         """Feed the engine as fast as its queue empties; outputs come as soon as all of a job's choices are done."""
         waiting = ((job, request, choice) for job in jobs for request, choice in job.choices)
         following: tuple[_Job, Request, SequenceAssembler] | None = None
         live: dict[str, tuple[_Job, SequenceAssembler]] = {}
         with self._sessions.open() as session:
             while True:
+                between_steps()
                 while self.engine.scheduler.num_waiting <= self.config.max_num_seqs:
                     following = following or next(waiting, None)
                     if following is None or not self._add(session, following[1]):
