@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import random
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -291,6 +294,66 @@ def test_an_error_reaches_the_reader_whose_request_it_is(llm: LLM, monkeypatch: 
     assert llm.engine.scheduler.drained
 
 
+class InterruptsAt:
+    """Traces the engine and its scheduler, and sends a signal to this process at their n-th line."""
+
+    def __init__(self, n: int, number: signal.Signals) -> None:
+        self.n, self.number, self.lines = n, number, 0
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        name = frame.f_code.co_filename
+        return self.line if "moebius/schedule/" in name or "moebius/engine/" in name else None
+
+    def line(self, frame: FrameType, event: str, arg: object) -> Any:
+        self.lines += event == "line"
+        if self.lines == self.n:
+            self.lines += 1
+            signal.raise_signal(self.number)
+        return self.line
+
+
+def traced(trace: InterruptsAt, call: Callable[[], object]) -> int:
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return trace.lines
+
+
+@pytest.mark.case("C22")
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGALRM, TimeoutError)], ids=["Ctrl-C", "alarm"]
+)
+def test_an_interrupt_at_any_line_leaves_an_llm_that_goes_on(
+    tiny_model: Path, number: signal.Signals, error: type[BaseException]
+) -> None:
+    """And the other reader's stream with it; a step that is under way is finished first."""
+    llm = LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, max_num_seqs=3)
+    wishes = [GREEDY.with_(n=2), SamplingParams(max_tokens=9, seed=1, logprobs=1, prompt_logprobs=0)]
+
+    def ask() -> list[Any]:
+        return [output.outputs for output in llm.generate(["one", "two"], wishes)]
+
+    def late(*_: object) -> None:
+        raise error
+
+    expected, lines = ask(), traced(InterruptsAt(0, number), ask)
+    other = llm.stream([("other", GREEDY.with_(max_tokens=200, ignore_eos=True))])
+    before = signal.signal(number, late)
+    try:
+        for n in random.Random(0).sample(range(1, lines), 40):
+            with pytest.raises(error):
+                traced(InterruptsAt(n, number), ask)
+            assert signal.getsignal(number) is late
+            assert ask() == expected
+    finally:
+        signal.signal(number, before)
+    assert len(next(other).outputs[0].token_ids) == 200
+    assert llm.engine.scheduler.drained
+
+
 ALONE = """
 import gc, logging, os, signal, threading, warnings
 import torch
@@ -357,6 +420,38 @@ def test_a_step_has_torch_threads_of_its_own(
         one.generate("a", GREEDY)
         assert seen == {expected} and torch.get_num_threads() == 3
     assert torch.get_num_threads() == 1  # as the tests are set to
+
+
+@pytest.mark.case("C24")
+@pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()], ids=repr)
+def test_an_llm_that_cannot_be_loaded_leaves_no_file_open(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moebius.engine.load.load_decoder", fails)
+    trace = tmp_path / "trace.jsonl"
+    with pytest.raises(type(error)):
+        LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, trace=str(trace))
+    assert trace.resolve() not in [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+
+
+@pytest.mark.case("B3")
+def test_an_empty_list_of_priorities_is_not_one_for_all(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="2 prompts but 0 priority"):
+        llm.generate(["a", "b"], GREEDY, priority=[])
+
+
+@pytest.mark.case("C22")
+def test_what_an_iterator_cannot_take_is_named(llm: LLM) -> None:
+    wrong: Any = {"max_tokens": 3}
+    with pytest.raises(RequestError, match="params is dict; it must be SamplingParams"):
+        llm.generate("a", wrong)
+    with pytest.raises(RequestError, match="params is NoneType"):
+        next(llm.stream([("a", None)]))  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="n is 3; stream_chat has one choice"):
+        next(llm.stream_chat(HELLO, GREEDY.with_(n=3)))
 
 
 @pytest.mark.case("B3")

@@ -173,6 +173,54 @@ def test_cached_files_are_free_but_for_those_in_use(write: Callable[..., Path], 
     assert machine.memory(root).available == (700 - 500 + 300 - 80) * MIB
 
 
+@pytest.mark.parametrize(
+    "name", [b"a ", b"a\xff", b"a\x0bb", "a\u2028b".encode(), "a\u00a0b".encode(), b"a:b"], ids=ascii
+)
+def test_a_group_may_have_any_name(write: Callable[..., Path], name: bytes) -> None:
+    root = write("", [V2.replace("/sys/fs/cgroup", "/mnt/" + "c\u00a0g")], {})
+    (root / "proc/self/cgroup").write_bytes(b"0::/" + name + b"\n")
+    group = root / "mnt" / "c\u00a0g" / os.fsdecode(name)
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text(mib(700))
+    assert machine.memory(root) == machine.Memory(700 * MIB, 700 * MIB, "cgroup")
+
+
+def test_lines_that_nobody_knows_are_passed_over(write: Callable[..., Path]) -> None:
+    root = write("a kernel of its own\n1:memory\n0::/app", ["nothing", V2], v2_group("app", mib(700)))
+    assert machine.memory(root).available == 600 * MIB
+
+
+def test_no_more_is_left_than_the_limit(write: Callable[..., Path]) -> None:
+    """Counters of a group are not read at the same moment."""
+    root = write("0::/app", [V2], v2_group("app", mib(700), 100, f"inactive_file {mib(200)}"))
+    assert machine.memory(root).available == 700 * MIB
+
+
+LIMITS = """
+Limit                     Soft Limit           Hard Limit           Units
+Max cpu time              unlimited            unlimited            seconds
+Max data size             {data:<20} unlimited            bytes
+Max address space         {space:<20} unlimited            bytes
+"""
+UNLIMITED = "unlimited"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"space": mib(3000), "data": UNLIMITED}, machine.Memory(1000 * MIB, 3000 * MIB, "process")),
+        ({"space": UNLIMITED, "data": mib(900)}, machine.Memory(400 * MIB, 900 * MIB, "process")),
+        ({"space": mib(3000), "data": mib(400)}, machine.Memory(0, 400 * MIB, "process")),
+        ({"space": UNLIMITED, "data": UNLIMITED}, machine.Memory(6 * 2**30, 8 * 2**30, "machine")),
+        ({"space": mib(2**20), "data": mib(2**20)}, machine.Memory(6 * 2**30, 8 * 2**30, "machine")),
+    ],
+)
+def test_limits_of_the_process_count(write: Callable[..., Path], limits: dict[str, str], expected: Any) -> None:
+    used = f"Name:\tpython\nVmSize:\t{2000 * 1024} kB\nVmData:\t{500 * 1024} kB"
+    files = {"proc/self/limits": LIMITS.format(**limits).strip(), "proc/self/status": used}
+    assert machine.memory(write("", [], files)) == expected
+
+
 def test_without_proc_there_is_still_an_answer(tmp_path: Path) -> None:
     found = machine.memory(tmp_path)
     assert found.owner == "machine" and 0 < found.available < found.limit

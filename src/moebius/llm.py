@@ -1,12 +1,13 @@
 """LLM: the offline front door, with the engine in this process and on this thread."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, Self
 
 from moebius.config import EngineConfig
 from moebius.engine.client import StepOutput
+from moebius.engine.interrupts import Uninterrupted
 from moebius.engine.load import load_engine
 from moebius.engine.sessions import Session, Sessions
 from moebius.errors import OverloadError, RequestError
@@ -95,7 +96,7 @@ class LLM:
         is computed.
         """
         many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        jobs = map(self._job, count(), many, self._params(params, many), _each("priority", priority or 0, many))
+        jobs = map(self._job, count(), many, self._params(params, many), _priorities(priority, many))
         return self._all(jobs, len(many), progress)
 
     def chat(
@@ -108,7 +109,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: lists of {"role", "content"}. Needs a model with a chat template."""
         many: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
-        jobs = map(self._chat_job, count(), many, self._params(params, many), _each("priority", priority or 0, many))
+        jobs = map(self._chat_job, count(), many, self._params(params, many), _priorities(priority, many))
         return self._all(jobs, len(many), progress)
 
     def stream(self, jobs: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
@@ -118,7 +119,9 @@ class LLM:
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
-        request, choice = self._chat_job(0, messages, params or self.default_params()).choices[0]
+        [(request, choice), *others] = self._chat_job(0, messages, params or self.default_params()).choices
+        if others:
+            raise RequestError(f"n is {1 + len(others)}; stream_chat has one choice, chat takes any n", param="n")
         with self._sessions.open() as session:
             session.add(request)
             while not choice.finished:
@@ -149,6 +152,8 @@ class LLM:
         return self._open(index, None, ids, params, continues=False, priority=priority)
 
     def _open(self, index: int, prompt: str | None, ids: Sequence[int], params: SamplingParams, **request: Any) -> _Job:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {type(params).__name__}; it must be SamplingParams", param="params")
         names, arrival = map(str, self._ids), self.engine.clock()
         choices = open_choices(self.tokenizer, self.engine.info, ids, params, names, arrival=arrival, **request)
         return _Job(index, prompt, list(choices))
@@ -156,15 +161,18 @@ class LLM:
     def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
         # All of them, before the first one runs.
         checked = sorted(jobs, key=lambda job: job.choices[0][0].priority)
-        return sorted(_with_progress(self._run(checked), total, progress), key=lambda output: int(output.request_id))
+        with Uninterrupted() as held:
+            outputs = _with_progress(self._run(checked, held.run_noted), total, progress)
+            return sorted(outputs, key=lambda output: int(output.request_id))
 
-    def _run(self, jobs: Iterable[_Job]) -> Iterator[RequestOutput]:
+    def _run(self, jobs: Iterable[_Job], between_steps: Callable[[], None] = lambda: None) -> Iterator[RequestOutput]:
         """Feed the engine as fast as its queue empties; outputs come as soon as all of a job's choices are done."""
         waiting = ((job, request, choice) for job in jobs for request, choice in job.choices)
         following: tuple[_Job, Request, SequenceAssembler] | None = None
         live: dict[str, tuple[_Job, SequenceAssembler]] = {}
         with self._sessions.open() as session:
             while True:
+                between_steps()
                 while self.engine.scheduler.num_waiting <= self.config.max_num_seqs:
                     following = following or next(waiting, None)
                     if following is None or not self._add(session, following[1]):
@@ -209,6 +217,10 @@ def _each(name: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
     if len(given) != len(prompts):
         raise RequestError(f"{len(prompts)} prompts but {len(given)} {name}; give one for all, or one each", param=name)
     return given
+
+
+def _priorities(given: int | Sequence[int] | None, prompts: Sequence[Any]) -> Sequence[int]:
+    return _each("priority", 0 if given is None else given, prompts)
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

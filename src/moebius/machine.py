@@ -1,8 +1,9 @@
-"""What this process may use: the memory and the processors that its control groups (cgroups) leave of the machine.
+"""What this process may use: the memory and the processors that control groups (cgroups) and its own limits leave it.
 
 A container is a control group with limits. Two generations of them exist, v1 (a tree for each controller) and v2 (one
 tree), and both may be mounted at once. /proc/self/cgroup names the group that we are in, /proc/self/mountinfo says
-where its tree is mounted and from which group on; the limits of every group from ours up to there count.
+where its tree is mounted and from which group on; the limits of every group from ours up to there count. A process
+has limits of its own (`ulimit`), as many batch systems set them.
 
 Each function takes the root of the file system that it reads, for tests.
 """
@@ -16,6 +17,8 @@ from typing import Literal
 ROOT = Path("/")
 # What the kernel escapes in a mount's path: space, tab, line break and backslash.
 _ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
+# Limits of a process, as /proc/self/limits names them, and what /proc/self/status calls what it uses of each.
+_ULIMITS = {"Max address space": "VmSize:", "Max data size": "VmData:"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,13 @@ class Memory:
 
     available: int
     limit: int
-    owner: Literal["machine", "cgroup"]
+    owner: Literal["machine", "cgroup", "process"]
 
 
 def memory(root: Path = ROOT) -> Memory:
-    """The tightest of the machine's memory and of the limits of our groups."""
-    return min((_machine_memory(root), *_group_memory(root)), key=lambda bound: bound.available)
+    """The tightest of the machine's memory, of the limits of our groups and of those of this process."""
+    bounds = (_machine_memory(root), *_group_memory(root), *_process_memory(root))
+    return min(bounds, key=lambda bound: bound.available)
 
 
 def processors(root: Path = ROOT) -> float:
@@ -58,6 +62,17 @@ def _machine_memory(root: Path) -> Memory:
     return Memory(total // 2, total, "machine")
 
 
+def _process_memory(root: Path) -> Iterator[Memory]:
+    """What `ulimit -v` and `ulimit -d` leave: the address space, and the part of it that is ours to write."""
+    used = _table(root / "proc/self/status")
+    for line in _text(root / "proc/self/limits").splitlines():
+        for name, field in _ULIMITS.items():
+            soft = line.removeprefix(name).split(maxsplit=1)[0] if line.startswith(name) else ""
+            if soft.isdecimal():
+                limit = int(soft)
+                yield Memory(max(0, limit - 1024 * used.get(field, 0)), limit, "process")
+
+
 def _group_memory(root: Path) -> Iterator[Memory]:
     for group in _groups(root, "memory"):
         stat = _table(group / "memory.stat")
@@ -70,7 +85,7 @@ def _group_memory(root: Path) -> Iterator[Memory]:
         limit = min((value for value in limits if value is not None), default=None)
         used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
         if limit is not None:
-            yield Memory(max(0, limit - used + _reclaimable(stat)), limit, "cgroup")
+            yield Memory(min(limit, max(0, limit - used + _reclaimable(stat))), limit, "cgroup")
 
 
 def _reclaimable(stat: dict[str, int]) -> int:
@@ -99,8 +114,9 @@ def _quotas(root: Path) -> Iterator[float]:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The directories of our group and of all above it that can be seen, in the trees that may hold the controller."""
     mounts = list(_mounts(root))
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
+    for line in _lines(root / "proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         unified = number == "0" and not controllers
         if unified or controller in controllers.split(","):
             trees = [tree for tree in mounts if tree.holds(None if unified else controller)]
@@ -137,9 +153,9 @@ class _Mount:
 
 def _mounts(root: Path) -> Iterator[_Mount]:
     """proc(5): id, parent, device, root, mount point, options, any number of tags, "-", type, source, options."""
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
-        where, what = before.split(), after.split()
+        where, what = before.split(" "), after.split(" ")
         if len(where) >= 5 and len(what) >= 3 and what[0] in ("cgroup", "cgroup2"):
             controllers = None if what[0] == "cgroup2" else frozenset(what[2].split(","))
             yield _Mount(_unescaped(where[3]), _unescaped(where[4]), controllers)
@@ -153,10 +169,15 @@ def _unescaped(path: str) -> PurePosixPath:
 
 def _text(path: Path) -> str:
     """A file's content, empty where it cannot be read: not every kernel and not every group has every file."""
+    return "\n".join(_lines(path)).strip()
+
+
+def _lines(path: Path) -> list[str]:
+    """A file's lines as they are: names of groups are any bytes but a line break's and a slash's."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return os.fsdecode(path.read_bytes()).split("\n")
     except OSError:
-        return ""
+        return []
 
 
 def _number(path: Path) -> int | None:

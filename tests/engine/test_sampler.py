@@ -281,6 +281,21 @@ def test_greedy_takes_the_lowest_of_equal_logits() -> None:
     assert draw(logits, request(temperature=100, top_p=0, top_k=5, logit_bias={2: 6.0})) == 2
 
 
+@pytest.mark.case("B4")
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-10, 1e-7, 1e-5])
+def test_a_cold_nucleus_holds_as_many_ties_as_its_mass_says(ops: Ops, temperature: float) -> None:
+    """Three ids share the mass; a nucleus of half of it is two of them, one of nearly all is all three."""
+    logits = torch.linspace(-13, 11, 2000)
+    logits[[7, 70, 700]] = 12.3
+    for top_p, expected in ((0.3, {7}), (0.5, {7, 70}), (0.97, {7, 70, 700})):
+        ones = [
+            request(vocab=2000, seed=seed, temperature=temperature, top_p=top_p, max_tokens=9) for seed in range(40)
+        ]
+        drawn = sample(logits.expand(40, 2000), ones, ops)
+        assert {one.token_id for one in drawn} == expected, top_p
+
+
 def test_nucleus_beyond_the_first_candidates() -> None:
     """A flat distribution over more ids than the first guess holds: top_p = 0.5 keeps exactly half of them."""
     limits = ServingLimits(vocab_size=4096, max_model_len=10)
@@ -321,6 +336,26 @@ def test_a_bad_row_is_its_own_error_and_no_other(bad: float) -> None:
     first, second, third = sample(logits, [request(temperature=0), request(), request(temperature=0)])
     assert isinstance(second, NumericalError)
     assert first == third == Sampled(0)
+
+
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_log_probability_is_nan_where_a_bad_logit_is_banned(ops: Ops, bad: float) -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[0, 0] = bad  # the end token's
+    wish = {"temperature": 0, "min_tokens": 3, "logprobs": 2}
+    broken, good = sample(logits, [request(**wish), request(**wish)], ops)
+    assert isinstance(broken, NumericalError)
+    assert isinstance(good, Sampled)
+
+
+@pytest.mark.case("C14")
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+def test_the_least_repetition_penalty_repeats_and_is_no_error(ops: Ops) -> None:
+    logits = torch.linspace(0.5, 9, VOCAB)
+    for penalty in (5e-324, 1e-40, 1e-20, 1e-3):
+        outcome = sample(logits[None], [request([4, 9], repetition_penalty=penalty)], ops)[0]
+        assert isinstance(outcome, Sampled) and outcome.token_id == 9, penalty
 
 
 def test_nothing_left_to_draw_is_an_error() -> None:

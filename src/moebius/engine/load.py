@@ -90,8 +90,13 @@ def load_engine(
     scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
     threads = _torch_threads(prepared, config)
-    with TorchThreads(threads):
-        runner = _load_runner(prepared, config)
+    try:
+        with TorchThreads(threads):
+            runner = _load_runner(prepared, config)
+    except BaseException:
+        if trace:
+            trace.abandon()
+        raise
     info = EngineInfo(
         limits=ServingLimits(
             prepared.checkpoint.config.vocab_size,

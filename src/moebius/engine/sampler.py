@@ -42,6 +42,8 @@ _T = TypeVar("_T")
 _NUCLEUS_CANDIDATES = 256
 # Below, every difference of float32 logits is beyond exp's range: greedy, but for exact ties.
 _COLDEST = 1e-20
+# Below, ids that were there before are beyond exp's range from all others. A float32 still holds their logits.
+_LEAST_REPETITION = 1e-20
 
 
 class Sampled(NamedTuple):
@@ -162,7 +164,7 @@ def _shaping(request: Request) -> Shaping | None:
         bias=params.logit_bias,
         seen=request.prompt_ids if repetition else (),
         drawn=request.output_ids if counts else (),
-        repetition=params.repetition_penalty,
+        repetition=max(params.repetition_penalty, _LEAST_REPETITION),
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
         banned=sorted(request.stop_ids) if too_short else (),
@@ -222,11 +224,11 @@ def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) 
     params = row.params
     values: Float64 = values_K.astype(np.float64)
     weights = np.exp((values - values[0]) / row.temperature)
-    if params.top_k > 0:
+    if params.top_k > 0 or len(ids_K) == vocab or weights[-1] == 0:  # what is behind the last weighs no more than it
         total = weights.sum()
     else:
-        # Between 1 and V; but of a cold row two huge quotients are subtracted, and rounding may leave anything.
-        total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab) + 1.0))
+        # Between 1 and V, whatever the rounding of two large quotients leaves.
+        total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab)))
     kept = (np.cumsum(weights) - weights < params.top_p * total) & (weights >= params.min_p * weights[0])
     if kept[-1] and params.top_k <= 0 and len(ids_K) < vocab:
         return None
@@ -249,6 +251,8 @@ def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: Ops) -> None:
         tokens, tops = [row.token_id or 0 for row in asked], [row.params.logprobs or 0 for row in asked]
         for row, logprob in zip(asked, _logprobs(logits_LV, _indices(asked), tokens, tops, ops), strict=True):
             row.logprob = logprob
+            if math.isnan(logprob.logprob):  # a logit that is not finite, hidden from the draw by min_tokens
+                row.token_id = None
 
 
 def not_finite() -> NumericalError:

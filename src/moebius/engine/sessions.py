@@ -9,6 +9,7 @@ from typing import Self
 
 from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
+from moebius.engine.interrupts import Uninterrupted
 from moebius.schedule.request import Request
 
 
@@ -75,7 +76,10 @@ class Sessions:
 
 
 class Session:
-    """One reader's requests. `with` aborts those that are unfinished on the way out."""
+    """One reader's requests. `with` aborts those that are unfinished on the way out.
+
+    Ctrl-C waits until a call here is done, which is a step at most: then the engine is whole for whoever goes on.
+    """
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
@@ -84,23 +88,27 @@ class Session:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises what Engine.add raises."""
-        self._sessions.add(request, self)
-        self._requests.add(request.id)
+        with Uninterrupted():
+            self._sessions.add(request, self)
+            self._requests.add(request.id)
 
     def abort(self, request_id: str) -> None:
         """End a request; what it has waiting here is still handed out."""
-        self._requests.discard(request_id)
-        self._sessions.abort(request_id)
+        with Uninterrupted():
+            self._requests.discard(request_id)
+            self._sessions.abort(request_id)
 
     def outputs(self) -> list[StepOutput]:
         """The next outputs of this session's requests; empty where a step brought it none, or where no work is left."""
-        outputs = self._sessions.outputs_for(self)
-        self._requests.difference_update(o.request_id for o in outputs if o.finish_reason is not None)
+        with Uninterrupted():
+            outputs = self._sessions.outputs_for(self)
+            self._requests.difference_update(o.request_id for o in outputs if o.finish_reason is not None)
         return outputs
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for request_id in list(self._requests):
-            self.abort(request_id)
+        with Uninterrupted():
+            for request_id in list(self._requests):
+                self.abort(request_id)
