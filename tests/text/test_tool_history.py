@@ -191,7 +191,7 @@ def test_a_probe_that_never_ends_is_given_up(monkeypatch):
 @pytest.mark.case("C3")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_half_a_character_in_earlier_arguments_does_not_end_the_conversation(probed, name):
-    template, facts = probed[name]
+    facts = probed[name][1]
     given = '{"city": "K\\ud83dln", "whole": "\\ud83d\\ude00"}'
     text = render(probed[name], chat({"content": None, "tool_calls": [call(given)]}))
     text.encode()
