@@ -44,6 +44,10 @@ def request(path: str, body: Any = None, *, version: str = "1.1", method: str = 
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
 
 
+CHUNKED = request("/tokenize", Content_Type="application/json", Transfer_Encoding="chunked")
+CHUNKED += b'f\r\n{"prompt": "x"}\r\n0\r\n\r\n'
+
+
 def parted(answer: bytes) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and all that follows of an answer."""
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -425,4 +429,60 @@ def test_a_reader_of_the_standard_library(port: int) -> None:
         answer = connection.getresponse()
         assert text_of(answer.read())
         assert answer.will_close == (version == 10)
-    connection.close()
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (request("/tokenize", {}, Transfer_Encoding="chunked"), 400),
+        (request("/tokenize", {}, Transfer_Encoding="chunked", Upgrade="h2c"), 400),
+        (CHUNKED.replace(b"chunked", b"gzip, chunked"), 501),
+        (request(LIVE, method="GET", version="2.0"), 505),
+        (b"GET /health/live\r\n\r\n", 505),
+    ],
+)
+def test_framing_that_can_be_read_in_two_ways_is_refused(port: int, data: bytes, status: int) -> None:
+    found, headers, body = parted(exchange(port, data))
+    assert (found, headers["connection"]) == (status, "close")
+    assert json.loads(body)["error"]["code"] == "bad_request"
+
+
+@pytest.mark.case("B1")
+def test_many_small_chunks_keep_nobody_waiting() -> None:
+    """h11 works through all that it is given before anyone else has a turn."""
+    fed: list[int] = []
+    connection: Connection
+
+    class Counting(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            fed.append(len(data))
+            connection.receive(whole=False)
+
+    async def check() -> None:
+        nonlocal connection
+        connection = Connection(lambda **_: Counting(), Capacity(8, 75), {})
+        connection.connection_made(Stuck())
+        data = CHUNKED.replace(b"Host", b"Upgrade: h2c\r\nHost") + b"1\r\nx\r\n" * 20_000
+        connection.data_received(data)
+        assert sum(fed) < 5000
+        await until(lambda: sum(fed) == len(data))
+        assert max(fed) < 5000
+
+    asyncio.run(check())
+
+
+@pytest.mark.case("C9")
+@pytest.mark.parametrize(
+    "second",
+    [
+        request("/v1/completions", STREAM, version="1.0"),
+        request("/tokenize", {"prompt": "hello"}, Connection="Upgrade", Upgrade="h2c"),
+    ],
+)
+def test_what_needs_another_framing_is_refused_behind_other_requests(port: int, second: bytes) -> None:
+    """Or its answer would have chunk sizes in it, or its body be lost and read as the next request."""
+    with Talk(port) as talk:
+        assert talk.ask(request(LIVE, method="GET"))[0] == 200
+        status, headers, _ = talk.ask(second)
+        assert (status, headers["connection"]) == (400, "close") and talk.closed()

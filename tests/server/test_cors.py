@@ -9,7 +9,7 @@ import pytest
 
 from moebius.config import ServerSettings
 from moebius.errors import ConfigError
-from server.serving import MODEL, Server, engine, listening, run, wait_until
+from server.serving import MODEL, Server, engine, exchange, listening, run, wait_until
 
 PAGE = "https://chat.example.com"
 OTHER = "https://other.example.com"
@@ -163,3 +163,15 @@ def test_an_origin_that_no_browser_sends_is_refused_at_the_start(origin: str, hi
 @pytest.mark.parametrize("origin", ["http://localhost:3000", "http://[::1]:8080", "app://obsidian.md", "null", "*"])
 def test_origins_that_browsers_send(origin: str) -> None:
     assert ServerSettings(("m",), cors_origins=(origin,)).cors_origins == (origin,)
+
+
+@pytest.mark.case("C7")
+@pytest.mark.parametrize(("origins", "expected"), [(("*",), b"*"), (("https://page.example",), None)])
+def test_a_page_reads_why_it_never_had_a_request(origins: tuple[str, ...], expected: bytes | None) -> None:
+    """Where any page may; of a refusal without a request it is not known which page asked."""
+    with listening(engine(), cors_origins=origins) as (port, _):
+        head, _, _ = exchange(port, b"no HTTP\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    assert fields.get(b"access-control-allow-origin") == expected
+    assert (b"access-control-expose-headers" in fields) == (expected is not None)

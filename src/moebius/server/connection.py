@@ -27,6 +27,9 @@ _LINGER_SECONDS = 2.0
 # So much may come in while the application takes nothing of it: what uvicorn keeps, and the rest of a read.
 _UNREAD_BYTES = 512 * 1024
 
+# h11 takes some 40 microseconds for each chunk of a body, which may be as small as 6 bytes: others get their turn.
+_H11_PIECE = 4096
+
 _KEY = "moebius.connection"
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _REQUEST_LINE = re.compile(rb"[A-Z-]+ \S+ HTTP/1\.[01]\r?")
@@ -56,7 +59,11 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self._inner: asyncio.Protocol | None = None
+        self._by_h11 = False
         self._feeding = False
+        # Whether more of what is held goes to uvicorn on the loop's next turn; whether uvicorn wants none for now.
+        self._in_pieces = False
+        self._paused = False
         # Bytes that came in since the application last got anything of a request.
         self._loose_bytes = 0
         # What uvicorn gets later: the first request's beginning, or what follows the request being answered.
@@ -92,7 +99,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return  # it is read so that the client reads our answer, instead of failing to send
-        if self._answering and self._received:
+        if self._in_pieces or (self._answering and self._received):
             self._held += data
             if len(self._held) > LIMITS.header_bytes:
                 self._transport.pause_reading()
@@ -111,8 +118,13 @@ class Connection(asyncio.Protocol):
 
     # What the application's side tells
 
-    def begin(self, headers: Headers) -> asyncio.Event:
-        """The application has a request; what is set when it is answered, or its client gone."""
+    def begin(self, headers: Headers, version: str) -> asyncio.Event | None:
+        """The application has a request; what is set when it is answered, or its client gone. None: it is refused."""
+        if not self._by_h11 and (version == "1.0" or "upgrade" in headers):
+            # httptools has framed it wrongly, or has lost its body.
+            message = "HTTP/1.0 or an offer of another protocol must not follow other requests on one connection"
+            self._refuse(Fault(400, message, "bad_request"))
+            return None
         self._answering, self._started = True, False
         self._received = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
         self._loose_bytes = 0
@@ -145,10 +157,7 @@ class Connection(asyncio.Protocol):
         if self._closing or self._transport.is_closing():
             return
         self._capacity.waits(self)
-        held, self._held = self._held, b""
-        if held:
-            self._transport.resume_reading()
-            self._feed(held)
+        self._feed_held()
 
     def cut(self) -> None:
         """Hang up at once; what the client has not taken is dropped, in the kernel's buffer too."""
@@ -158,6 +167,15 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     # uvicorn's calls, by way of its transport
+
+    def pause_reading(self) -> None:
+        self._paused = True
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._paused = False
+        if not self.closing and not self._in_pieces:
+            self._transport.resume_reading()
 
     def write(self, data: bytes) -> None:
         """Send what uvicorn writes.
@@ -208,8 +226,14 @@ class Connection(asyncio.Protocol):
                 self._held = data
                 return
             state = {**self._state, _KEY: self}
-            self._inner = self._framing(h11=_NEEDS_H11.search(data) is not None, state=state)
+            self._by_h11 = _NEEDS_H11.search(data) is not None
+            self._inner = self._framing(h11=self._by_h11, state=state)
             self._inner.connection_made(_Transport(self, self._transport))
+        if self._by_h11 and len(data) > _H11_PIECE:
+            data, self._held = data[:_H11_PIECE], data[_H11_PIECE:]
+            self._in_pieces = True
+            self._transport.pause_reading()
+            self._loop.call_soon(self._feed_next_piece)
         self._feeding = True
         try:
             self._inner.data_received(data)
@@ -217,6 +241,21 @@ class Connection(asyncio.Protocol):
             self._feeding = False
         # By then the application has what became a request, or a part of one.
         self._loop.call_soon(self._check_size)
+
+    def _feed_next_piece(self) -> None:
+        self._in_pieces = False
+        # Behind a request that has been received, the rest is the next one's, and waits.
+        if not (self._answering and self._received):
+            self._feed_held()
+
+    def _feed_held(self) -> None:
+        held, self._held = self._held, b""
+        if self.closing:
+            return
+        if held:
+            self._feed(held)
+        if not self._in_pieces and not self._paused:
+            self._transport.resume_reading()
 
     def _check_size(self) -> None:
         """Headers, and what frames a body without being of it (chunks' extensions, trailers), must come to an end."""
@@ -261,16 +300,12 @@ class _Transport(asyncio.Transport):
     def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
         super().__init__()
         self._connection = connection
-        self._transport = transport
         self.write = connection.write  # type: ignore[method-assign, assignment]
         self.close = connection.close  # type: ignore[method-assign]
         self.abort = transport.abort  # type: ignore[method-assign]
-        self.pause_reading = transport.pause_reading  # type: ignore[method-assign]
+        self.pause_reading = connection.pause_reading  # type: ignore[method-assign]
+        self.resume_reading = connection.resume_reading  # type: ignore[method-assign]
         self.get_extra_info = transport.get_extra_info  # type: ignore[method-assign]
-
-    def resume_reading(self) -> None:
-        if not self._connection.closing:
-            self._transport.resume_reading()
 
     def is_closing(self) -> bool:
         return self._connection.closing
@@ -302,7 +337,9 @@ def tracked(app: ASGIApp) -> ASGIApp:
         asked = Headers(scope=scope)
         persistent = scope["http_version"] == "1.1" and "close" not in asked.get("connection", "").lower()
         scope["moebius.abort"] = connection.cut
-        over = connection.begin(asked)
+        over = connection.begin(asked, scope["http_version"])
+        if over is None:
+            return
         whole = False
 
         async def heard() -> Message:

@@ -46,6 +46,12 @@ class Cors:
             headers["Access-Control-Allow-Private-Network"] = "true"
         return Response(status_code=204, headers=headers)
 
+    def of_no_request(self) -> dict[str, str]:
+        """What is said on the refusal of what never became a request, whose origin is not known: any may read it."""
+        if "*" not in self._origins:
+            return {}
+        return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": _EXPOSED}
+
     def sender(self, scope: Scope, send: Send) -> Send:
         """`send`, or one that adds to each response what the request's origin may do with it."""
         origin = _header(scope, b"origin")

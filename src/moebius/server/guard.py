@@ -17,6 +17,7 @@ from moebius.server.faults import Fault, fault_of
 
 # What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing else.
 _OPEN_PATHS = (b"/health/live", b"/health/ready")
+_FRAMING = (b"transfer-encoding", b"content-length")
 METRICS = "/metrics"
 """The route that may have a key of its own."""
 
@@ -53,6 +54,7 @@ class Guard:
             await send(visit.answered(message))
 
         try:
+            _check_framing(scope)
             _check_size(scope)
             preflight = self._cors.preflight(scope)
             if preflight is not None:
@@ -93,6 +95,19 @@ def too_large() -> Fault:
     """The body is over the limit; the connection is closed rather than read to its end."""
     message = f"the body is larger than {LIMITS.body_bytes} bytes"
     return Fault(413, message, "request_too_large", headers={"Connection": "close"})
+
+
+def _check_framing(scope: Scope) -> None:
+    """Refuse what a proxy before us may have read in another way, or we would read wrongly. Raises Fault."""
+    if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
+        raise Fault(505, "this server speaks HTTP/1.1", "bad_request", headers={"Connection": "close"})
+    framing = [(name, value) for name, value in scope["headers"] if name in _FRAMING]
+    if len({name for name, _ in framing}) > 1:
+        message = "a request has either Content-Length or Transfer-Encoding, not both"
+        raise Fault(400, message, "bad_request", headers={"Connection": "close"})
+    if any(name == _FRAMING[0] and value.strip().lower() != b"chunked" for name, value in framing):
+        message = "the body must be sent as it is, or in chunks: no other Transfer-Encoding is understood"
+        raise Fault(501, message, "bad_request", headers={"Connection": "close"})
 
 
 def _check_size(scope: Scope) -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,8 @@ from moebius.config import host_and_port
 from moebius.errors import ConfigError, frames
 from moebius.server.capacity import Capacity
 from moebius.server.connection import Connection, tracked
+from moebius.server.cors import Cors
+from moebius.server.faults import Fault
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +43,16 @@ class Server(uvicorn.Server):
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
         settings = self._door.settings
-        self._capacity = Capacity(
-            _openable(settings.max_connections), settings.keep_alive_timeout, self._access.refused
-        )
+        self._readable = Cors(settings.cors_origins).of_no_request()
+        self._capacity = Capacity(_openable(settings.max_connections), settings.keep_alive_timeout, self._refused)
         told = tracked(app)
         self._by_httptools = _config(told, settings.keep_alive_timeout, "httptools")
         self._by_h11 = _config(told, settings.keep_alive_timeout, "h11")
         super().__init__(_config(told, settings.keep_alive_timeout, self._connect))
+
+    def _refused(self, fault: Fault) -> Fault:
+        told: Fault = self._access.refused(fault)
+        return replace(told, headers={**told.headers, **self._readable})
 
     def _connect(
         self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: object = None
