@@ -144,7 +144,7 @@ def test_an_empty_corpus_is_refused(text: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "picture.png").write_bytes(b"\x89PNG\x00")
     recipe = read_recipe(text / "tiny.toml")
-    for folder in ("none", "picture"):
+    for folder in ("data", "again"):
         corpus = dataclasses.replace(recipe.corpus, files={"code": (str(tmp_path / "none"),)})
         with pytest.raises(ConfigError, match="the corpus holds no text"):
             prepare(dataclasses.replace(recipe, corpus=corpus), tmp_path / folder)
