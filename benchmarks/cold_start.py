@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/cold_start.py [--model bundled] [--runs 5] [--json FILE]
 
-Two ways to a token are timed: `moebius generate` (until its output is there), and `moebius serve` (until the first
-chunk of a streamed completion).
+Two ways to a token are timed: `moebius generate` (until its output is there), and `moebius serve`
+(until the first chunk of a streamed completion).
 """
 
 from __future__ import annotations
@@ -29,20 +29,26 @@ MOEBIUS = [sys.executable, "-m", "moebius"]
 def generate(model: str) -> float:
     start = time.perf_counter()
     command = [*MOEBIUS, "generate", "--model", model, "--max-tokens", "1", "def fibonacci(n):"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120
+    )
     return time.perf_counter() - start
 
 
 def serve(model: str) -> float:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    body = json.dumps({"model": model, "prompt": "def fibonacci(n):", "max_tokens": 2, "stream": True}).encode()
+    body = json.dumps(
+        {"model": model, "prompt": "def fibonacci(n):", "max_tokens": 2, "stream": True}
+    ).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", body, {"content-type": "application/json"}
     )
     start = time.perf_counter()
     server = subprocess.Popen(
-        [*MOEBIUS, "serve", model, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*MOEBIUS, "serve", model, "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         while True:
@@ -51,7 +57,9 @@ def serve(model: str) -> float:
                     assert response.readline().startswith(b"data: {")
                 return time.perf_counter() - start
             except urllib.error.URLError:
-                assert server.poll() is None and time.perf_counter() - start < 120, "the server did not start"
+                assert server.poll() is None and time.perf_counter() - start < 120, (
+                    "the server did not start"
+                )
                 time.sleep(0.01)
     finally:
         server.send_signal(signal.SIGTERM)
@@ -72,8 +80,15 @@ def main() -> None:
     for name, measure in (("generate", generate), ("serve", serve)):
         measure(given.model)
         seconds = [round(measure(given.model), 3) for _ in range(given.runs)]
-        record[name] = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
-        print(f"{name}: median {statistics.median(seconds):.2f} s, {min(seconds):.2f} to {max(seconds):.2f}")
+        record[name] = {
+            "median": statistics.median(seconds),
+            "min": min(seconds),
+            "max": max(seconds),
+        }
+        print(
+            f"{name}: median {statistics.median(seconds):.2f} s, {min(seconds):.2f} to "
+            f"{max(seconds):.2f}"
+        )
     if given.json:
         write_file(given.json, json.dumps(record, indent=2) + "\n", ours=json_record)
 

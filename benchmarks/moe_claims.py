@@ -1,11 +1,16 @@
-"""The papers' claims at small scale: train the runs, judge the rows by pass marks that were set beforehand.
+"""The papers' claims at small scale: train the runs, judge the rows by pass marks that were set
+beforehand.
 
-    python benchmarks/moe_claims.py --processes 2        trains what is missing, the first seed of every run first
-    python benchmarks/moe_claims.py --pair               row 2, on a quiet machine: two models trained in turn
-    python benchmarks/moe_claims.py --report             tables, verdicts and the chart, from what there is
+    python benchmarks/moe_claims.py --processes 2        trains what is missing, the first seed of
+                                                         every run first
+    python benchmarks/moe_claims.py --pair               row 2, on a quiet machine: two models
+                                                         trained in turn
+    python benchmarks/moe_claims.py --report             tables, verdicts and the chart, from what
+                                                         there is
 
-A run is a process with one thread; its figures are written to benchmarks/claims/runs when it ends, and it is not run
-again while they are there. The corpus is the standard library of the Python that runs this.
+A run is a process with one thread; its figures are written to benchmarks/claims/runs when it ends,
+and it is not run again while they are there. The corpus is the standard library of the Python that
+runs this.
 """
 
 import argparse
@@ -32,7 +37,11 @@ def one(name: str, seed: int, work: Path, steps: int, results: Path) -> None:
 
     torch.set_flush_denormal(True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    result = train_pair(seed, work, steps) if name == "pair" else train(name, RUNS[name], seed, work, steps)
+    result = (
+        train_pair(seed, work, steps)
+        if name == "pair"
+        else train(name, RUNS[name], seed, work, steps)
+    )
     results.mkdir(parents=True, exist_ok=True)
     partial = results / f"{name}-{seed}.partial"
     partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -40,7 +49,13 @@ def one(name: str, seed: int, work: Path, steps: int, results: Path) -> None:
 
 
 def make(
-    names: list[str], seeds: list[int], work: Path, steps: int, processes: int, results: Path, threads: int
+    names: list[str],
+    seeds: list[int],
+    work: Path,
+    steps: int,
+    processes: int,
+    results: Path,
+    threads: int,
 ) -> int:
     """Every run that is missing, in processes of their own; how many failed."""
     from moebius.train.data import prepare
@@ -63,15 +78,23 @@ def make(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=[*RUNS, "pair"], help="some of them only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", nargs="*", default=list(RUNS), choices=[*RUNS, "pair"], help="some of them only"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=ROOT.parent / "build" / "claims", help="corpus and tokens")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT.parent / "build" / "claims", help="corpus and tokens"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--pair", action="store_true", help="row 2 alone, on all cores")
-    parser.add_argument("--report", action="store_true", help="train nothing; tables and docs/claims.png")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing; tables and docs/claims.png"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,10 +2,11 @@
 
     python benchmarks/one_answer.py --schedules 10000 --json benchmarks/one_answer.json
 
-Every schedule serves 1 to 64 requests in bfloat16 with random batch sizes, chunk sizes, block sizes, cache sizes (some
-force preemptions), arrivals, thread counts and cold or warm prefix caches, and compares every token's
-log-probabilities with those of the request served alone. Models: the bundled one (one schedule in twenty) and a random
-one of every supported architecture. Ends with exit code 1 at the first difference, naming the schedule.
+Every schedule serves 1 to 64 requests in bfloat16 with random batch sizes, chunk sizes, block
+sizes, cache sizes (some force preemptions), arrivals, thread counts and cold or warm prefix caches,
+and compares every token's log-probabilities with those of the request served alone. Models: the
+bundled one (one schedule in twenty) and a random one of every supported architecture. Ends with
+exit code 1 at the first difference, naming the schedule.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -
         for found in seen.rounds:
             for wish in some:
                 if found[wish.id] != subject.expected[wish.id]:
-                    where = f"schedule {number} of {subject.name}: {wish.id} differs under {schedule}"
+                    where = (
+                        f"schedule {number} of {subject.name}: {wish.id} differs under {schedule}"
+                    )
                     return counts | {"different": where}
                 counts["answers"] += 1
                 counts["tokens"] += len(found[wish.id][0])
@@ -85,7 +88,11 @@ def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -
         counts["preemptions"] += seen.preemptions
         counts["prefix_hit_tokens"] += seen.prefix_hits
         if number % 100 == 99:
-            print(f"{number + 1} schedules, {counts['answers']} answers, {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{number + 1} schedules, {counts['answers']} answers, "
+                f"{time.monotonic() - start:.0f} s",
+                flush=True,
+            )
     return counts | {"different": None, "seconds": round(time.monotonic() - start)}
 
 

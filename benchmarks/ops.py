@@ -1,10 +1,12 @@
-"""Each operation of the CPU backend alone: GB/s or GFLOP/s, and the share of what this machine was just seen to reach.
+"""Each operation of the CPU backend alone: GB/s or GFLOP/s, and the share of what this machine was
+just seen to reach.
 
     python benchmarks/ops.py --json benchmarks/ops.json            # all instruction sets: --isa all
 
-The floor of an operation is the larger of its bytes over the memory bandwidth (a plain read loop over anonymous huge
-pages, as many threads) and its operations over the matrix peak (torch's product of two 2,048-wide matrices).
-Weights are cycled through so many copies that none is in a cache when its turn comes again.
+The floor of an operation is the larger of its bytes over the memory bandwidth (a plain read loop
+over anonymous huge pages, as many threads) and its operations over the matrix peak (torch's product
+of two 2,048-wide matrices). Weights are cycled through so many copies that none is in a cache when
+its turn comes again.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def linear_cases(ops: CpuOps) -> Iterator[Case]:
 
 
 def free_cases() -> Iterator[Case]:
-    """What promise P1 costs: torch's product, which chooses an algorithm by the number of rows, in its faster dtype."""
+    """What promise P1 costs: torch's product, which chooses an algorithm by the number of rows, in
+    its faster dtype."""
     dtype = ceilings.faster_dtype()
     for rows in (1, 32, 512, 2048):
         weights = [torch.randn(1024, 1024).to(dtype) for _ in range(max(1, COLD_BYTES // 2**21))]
@@ -89,7 +92,12 @@ def free_cases() -> Iterator[Case]:
                 torch.nn.functional.linear(x, weight)
 
         nbytes = len(used) * used[0].nbytes
-        yield Case(f"torch's linear {rows} x 1024 -> 1024, {dtype}", call, nbytes, 2.0 * rows * 2**20 * len(used))
+        yield Case(
+            f"torch's linear {rows} x 1024 -> 1024, {dtype}",
+            call,
+            nbytes,
+            2.0 * rows * 2**20 * len(used),
+        )
 
 
 def expert_cases(ops: CpuOps) -> Iterator[Case]:
@@ -116,7 +124,12 @@ def expert_cases(ops: CpuOps) -> Iterator[Case]:
 
             hit = sum(len(ids.unique()) for ids in turns)
             flops = 2.0 * rows * top_k * each / 2 * len(turns)
-            yield Case(f"experts {top_k} of {experts}, {rows} x {hidden}, width {width}", call, hit * each, flops)
+            yield Case(
+                f"experts {top_k} of {experts}, {rows} x {hidden}, width {width}",
+                call,
+                hit * each,
+                flops,
+            )
 
 
 def attention_cases(ops: CpuOps) -> Iterator[Case]:
@@ -150,8 +163,14 @@ def small_cases(ops: CpuOps) -> Iterator[Case]:
             0,
         )
         logits = torch.randn(rows, 32)
-        yield Case(f"route {rows} x 32", lambda t=logits: ops.route(t, router), 4.0 * logits.numel(), 0)
-    rows, logits, uniform = range(32), torch.randn(32, 49152), torch.rand(32, dtype=torch.float64).tolist()
+        yield Case(
+            f"route {rows} x 32", lambda t=logits: ops.route(t, router), 4.0 * logits.numel(), 0
+        )
+    rows, logits, uniform = (
+        range(32),
+        torch.randn(32, 49152),
+        torch.rand(32, dtype=torch.float64).tolist(),
+    )
     for k in (1, 20):
         yield Case(
             f"log_softmax_top_k 32 x 49152, k {k}",
@@ -159,7 +178,12 @@ def small_cases(ops: CpuOps) -> Iterator[Case]:
             4.0 * logits.numel(),
             0,
         )
-    yield Case("draw 32 x 49152", lambda: ops.draw(logits, rows, [0.7] * 32, uniform), 4.0 * logits.numel(), 0)
+    yield Case(
+        "draw 32 x 49152",
+        lambda: ops.draw(logits, rows, [0.7] * 32, uniform),
+        4.0 * logits.numel(),
+        0,
+    )
 
 
 def measure(
@@ -183,8 +207,8 @@ def show(rows: list[dict[str, object]], found: Iterator[dict[str, object]]) -> N
     for row in found:
         rows.append(row)
         print(
-            f"{row['kernels']:16} {row['operation']:48} {row['microseconds']:>10} us {row['gbs']:>7} GB/s "
-            f"{row['gflops']:>7} GFLOP/s {row['of_floor']:>7.0%} of the floor",
+            f"{row['kernels']:16} {row['operation']:48} {row['microseconds']:>10} us "
+            f"{row['gbs']:>7} GB/s {row['gflops']:>7} GFLOP/s {row['of_floor']:>7.0%} of the floor",
             flush=True,
         )
 
@@ -197,7 +221,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    bandwidth, peak = ceilings.bandwidth(args.threads)["anonymous_gbs"], ceilings.matrix_peak(args.threads)
+    bandwidth, peak = (
+        ceilings.bandwidth(args.threads)["anonymous_gbs"],
+        ceilings.matrix_peak(args.threads),
+    )
     print(f"{args.threads} threads: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s")
     rows: list[dict[str, object]] = []
     for isa in _cpu.available() if args.isa == "all" else [args.isa]:
@@ -207,7 +234,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     show(rows, measure(free_cases(), "torch", bandwidth, peak, args.repeats))
     if args.json:
-        found = {"threads": args.threads, "bandwidth_gbs": bandwidth, "matrix_gflops": round(peak, 1), "rows": rows}
+        found = {
+            "threads": args.threads,
+            "bandwidth_gbs": bandwidth,
+            "matrix_gflops": round(peak, 1),
+            "rows": rows,
+        }
         write_file(args.json, json.dumps(found, indent=1) + "\n", ours=json_record)
 
 

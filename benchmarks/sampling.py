@@ -1,8 +1,10 @@
 """What one step's sampling takes, for batches in which one request asks for more than the others.
 
-    .venv/bin/python benchmarks/sampling.py [--vocab 150000] [--threads 2] [--repeats 15] [--json FILE]
+    .venv/bin/python benchmarks/sampling.py [--vocab 150000] [--threads 2] [--repeats 15] [--json
+    FILE]
 
-The batches take turns, so that a busy machine slows all of them alike; printed are medians, in milliseconds.
+The batches take turns, so that a busy machine slows all of them alike; printed are medians, in
+milliseconds.
 """
 
 import argparse
@@ -28,14 +30,19 @@ BATCHES: dict[str, tuple[int, dict[str, Any] | None]] = {
     "31 greedy, one whole vocabulary": (31, {}),
     "31 greedy, one with 20 log-probabilities": (31, {"temperature": 0, "logprobs": 20}),
     "64 greedy": (64, None),
-    "63 greedy, one penalised": (63, {"temperature": 0, "repetition_penalty": 1.1, "presence_penalty": 0.5}),
+    "63 greedy, one penalised": (
+        63,
+        {"temperature": 0, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+    ),
     "64 penalised": (0, {"temperature": 0, "repetition_penalty": 1.1, "presence_penalty": 0.5}),
     "64 top_p 0.95": (0, {"top_p": 0.95}),
 }
 
 
 def requests(greedy: int, other: dict[str, Any] | None, vocab: int) -> list[Request]:
-    tokens = torch.randint(0, vocab, (CONTEXT,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(
+        0, vocab, (CONTEXT,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     wishes: list[dict[str, Any]] = [{"temperature": 0}] * greedy
     if other is not None:
         wishes += [other] * (64 if greedy == 0 else 1)
@@ -55,7 +62,9 @@ def requests(greedy: int, other: dict[str, Any] | None, vocab: int) -> list[Requ
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
@@ -64,7 +73,9 @@ def main() -> None:
     torch.set_num_threads(1)  # as the engine does beside the kernels' own threads
     ops = CpuOps(args.threads)
     logits = 3 * torch.randn(64, args.vocab, generator=torch.Generator().manual_seed(0))
-    batches = {name: requests(greedy, other, args.vocab) for name, (greedy, other) in BATCHES.items()}
+    batches = {
+        name: requests(greedy, other, args.vocab) for name, (greedy, other) in BATCHES.items()
+    }
     found: dict[str, list[float]] = {name: [] for name in batches}
     for _ in range(args.repeats + 1):  # the first warms up
         for name, batch in batches.items():
@@ -75,7 +86,12 @@ def main() -> None:
     for name, milliseconds in medians.items():
         print(f"{name:42} {milliseconds:8.2f} ms")
     if args.json:
-        record = {"kernels": ops.name, "vocab": args.vocab, "threads": args.threads, "milliseconds": medians}
+        record = {
+            "kernels": ops.name,
+            "vocab": args.vocab,
+            "threads": args.threads,
+            "milliseconds": medians,
+        }
         write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
 
 

@@ -1,6 +1,8 @@
-"""What scheduler and Python take of a decoding step: its time less that of the recorded kernels and of the arg-max.
+"""What scheduler and Python take of a decoding step: its time less that of the recorded kernels and
+of the arg-max.
 
-    .venv/bin/python benchmarks/step_overhead.py [--model bundled] [--sequences 32 256] [--steps 60] [--json FILE]
+    .venv/bin/python benchmarks/step_overhead.py [--model bundled] [--sequences 32 256] [--steps 60]
+    [--json FILE]
 
 Every sequence has a prompt of 200 tokens and decodes greedily; the first steps are not timed.
 """
@@ -15,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
@@ -64,7 +66,9 @@ def measure(directory: Path, sequences: int, steps: int, threads: int) -> dict[s
     )
     with closing(load_engine(directory, config)) as engine:
         submit(engine, sequences, steps)
-        while any(request.num_computed_tokens < PROMPT for request in engine.scheduler.requests.values()):
+        while any(
+            request.num_computed_tokens < PROMPT for request in engine.scheduler.requests.values()
+        ):
             engine.step()
         kernels = Kernels()
         kernels.wrap(Recording, "__call__")
@@ -80,21 +84,28 @@ def measure(directory: Path, sequences: int, steps: int, threads: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--sequences", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = [measure(resolve_model(args.model), n, args.steps, args.threads) for n in args.sequences]
+    found = [
+        measure(resolve_model(args.model), n, args.steps, args.threads) for n in args.sequences
+    ]
     for one in found:
         print(
-            "{sequences} sequences: {step_ms:.2f} ms a step, {python_ms:.2f} ms of it Python: {share:.1%}".format(**one)
+            "{sequences} sequences: {step_ms:.2f} ms a step, {python_ms:.2f} ms of it Python: "
+            "{share:.1%}".format(**one)
         )
     if args.json:
         write_file(
-            args.json, json.dumps({"model": Path(args.model).name, "steps": found}, indent=2) + "\n", ours=json_record
+            args.json,
+            json.dumps({"model": Path(args.model).name, "steps": found}, indent=2) + "\n",
+            ours=json_record,
         )
 
 

@@ -1,11 +1,13 @@
 """How long a stream and /health/live wait while the worst bodies arrive beside them.
 
-    .venv/bin/python benchmarks/worst_bodies.py [--model bundled] [--rounds 3] [--only WORD] [--json FILE]
+    .venv/bin/python benchmarks/worst_bodies.py [--model bundled] [--rounds 3] [--only WORD] [--json
+    FILE]
 
-The server runs in a process of its own. For each kind of tests/server/worst_bodies.py a stream is started, then the
-body is sent, and until it is answered two things are timed: the longest pause between two events of the stream, and
-the slowest answer of /health/live, which is asked all the time. Each figure is the median of the rounds, in
-milliseconds; the first kind, "nothing", is half a second without a body. The goal is 100 ms, on two cores.
+The server runs in a process of its own. For each kind of tests/server/worst_bodies.py a stream is
+started, then the body is sent, and until it is answered two things are timed: the longest pause
+between two events of the stream, and the slowest answer of /health/live, which is asked all the
+time. Each figure is the median of the rounds, in milliseconds; the first kind, "nothing", is half a
+second without a body. The goal is 100 ms, on two cores.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ class Watch:
         self.slowest = 0.0
         self._stop = threading.Event()
         self._begun = threading.Event()
-        self._threads = [threading.Thread(target=self._stream), threading.Thread(target=self._health)]
+        self._threads = [
+            threading.Thread(target=self._stream),
+            threading.Thread(target=self._health),
+        ]
 
     def __enter__(self) -> Watch:
         for thread in self._threads:
@@ -89,7 +94,13 @@ class Watch:
         return max((b - a for a, b in pairs if b >= start and a <= end), default=float("inf"))
 
     def _stream(self) -> None:
-        body = {"model": self._model, "prompt": "def f(", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        body = {
+            "model": self._model,
+            "prompt": "def f(",
+            "max_tokens": 2000,
+            "ignore_eos": True,
+            "stream": True,
+        }
         with socket.create_connection(("127.0.0.1", self._port), timeout=60) as sock:
             sock.sendall(request("/v1/completions", json.dumps(body | {"temperature": 0}).encode()))
             while not self._stop.is_set() and b"[DONE]" not in (data := _received(sock)):
@@ -123,14 +134,26 @@ def measure(port: int, model: str, worst: WorstBody) -> tuple[float, float, floa
                 assert good, f"{worst.name}: {status} {answer[:300]!r}"
         end = time.perf_counter()
         time.sleep(0.1)
-    return tuple(1000 * value for value in (watch.longest_pause(start, end), watch.slowest, end - start))
+    return tuple(
+        1000 * value for value in (watch.longest_pause(start, end), watch.slowest, end - start)
+    )
 
 
 @contextmanager
 def serving(model: str) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moebius", "serve", model, "--port", str(port), "--log-level", "error"]
+    command = [
+        sys.executable,
+        "-m",
+        "moebius",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
@@ -139,7 +162,9 @@ def serving(model: str) -> Iterator[int]:
                 socket.create_connection(("127.0.0.1", port), timeout=5).close()
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    "the server did not start"
+                )
                 time.sleep(0.05)
         yield port
     finally:
@@ -148,7 +173,9 @@ def serving(model: str) -> Iterator[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="kinds whose name holds this")
@@ -161,20 +188,39 @@ def main() -> None:
             if worst is not NOTHING and given.only not in worst.name:
                 continue
             rounds = [measure(port, given.model, worst) for _ in range(given.rounds)]
-            pause, health, answer = (round(statistics.median(values), 1) for values in zip(*rounds, strict=True))
+            pause, health, answer = (
+                round(statistics.median(values), 1) for values in zip(*rounds, strict=True)
+            )
             kinds.append(
-                {"kind": worst.name, "bytes": len(worst.body), "pause": pause, "health": health} | {"answer": answer}
+                {"kind": worst.name, "bytes": len(worst.body), "pause": pause, "health": health}
+                | {"answer": answer}
             )
             mark = " over" if max(pause, health) > GOAL_MS else ""
             print(
-                f"{worst.name:34} pause {pause:7.1f}  health {health:7.1f}  answer {answer:8.1f} ms{mark}", flush=True
+                f"{worst.name:34} pause {pause:7.1f}  health {health:7.1f}  answer {answer:8.1f} "
+                f"ms{mark}",
+                flush=True,
             )
     slowest = {name: max(kind[name] for kind in kinds) for name in ("pause", "health")}
-    print(f"longest pause {slowest['pause']} ms, slowest health {slowest['health']} ms; the goal is {GOAL_MS:g} ms")
+    print(
+        f"longest pause {slowest['pause']} ms, slowest health {slowest['health']} ms; the goal is "
+        f"{GOAL_MS:g} ms"
+    )
     if given.json:
-        record = {"model": given.model, "python": platform.python_version(), "machine": platform.machine()}
-        record |= {"cores": os.cpu_count(), "rounds": given.rounds, "goal_ms": GOAL_MS, "slowest_ms": slowest}
-        write_file(given.json, json.dumps(record | {"kinds_ms": kinds}, indent=1) + "\n", ours=json_record)
+        record = {
+            "model": given.model,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        }
+        record |= {
+            "cores": os.cpu_count(),
+            "rounds": given.rounds,
+            "goal_ms": GOAL_MS,
+            "slowest_ms": slowest,
+        }
+        write_file(
+            given.json, json.dumps(record | {"kinds_ms": kinds}, indent=1) + "\n", ours=json_record
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What all tests share: one compute thread, a tiny model saved once a session, and a guard of servers' event loops."""
+"""What all tests share: one compute thread, a tiny model saved once a session, and a guard of
+servers' event loops."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_callback_holds_a_loop() -> Iterator[None]:
-    """Fails a test whose server's event loop was held by one callback for more than 50 ms of processor time."""
+    """Fails a test whose server's event loop was held by one callback for more than 50 ms of
+    processor time."""
     yield
     guard = sys.modules.get("loop_guard")
     if guard is not None:

@@ -1,8 +1,10 @@
-"""Watches the event loop of every test server: no callback may take its thread's processor for long.
+"""Watches the event loop of every test server: no callback may take its thread's processor for
+long.
 
-GuardedLoop is uvloop's loop, as the product runs it, with a clock around whatever it calls: what it is given by
-call_soon and its kin (the steps of tasks among them), and the methods of the protocols of its servers, which uvloop
-calls by itself. The clock is the thread's processor time, so a busy machine alone makes nothing slow.
+GuardedLoop is uvloop's loop, as the product runs it, with a clock around whatever it calls: what it
+is given by call_soon and its kin (the steps of tasks among them), and the methods of the protocols
+of its servers, which uvloop calls by itself. The clock is the thread's processor time, so a busy
+machine alone makes nothing slow.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def _watch_collector(phase: str, info: dict[str, int]) -> None:
     if phase == "start":
         _collecting.since = now
     else:
-        _collecting.seconds = getattr(_collecting, "seconds", 0.0) + now - getattr(_collecting, "since", now)
+        _collecting.seconds = (
+            getattr(_collecting, "seconds", 0.0) + now - getattr(_collecting, "since", now)
+        )
 
 
 gc.callbacks.append(_watch_collector)
@@ -82,7 +86,9 @@ class GuardedLoop(uvloop.Loop):
         return super().call_at(when, timed, callback, *args, context=context)
 
     async def create_server(self, protocol_factory: Any, *args: Any, **kwargs: Any) -> Any:
-        return await super().create_server(lambda: _TimedProtocol(protocol_factory()), *args, **kwargs)
+        return await super().create_server(
+            lambda: _TimedProtocol(protocol_factory()), *args, **kwargs
+        )
 
 
 class _TimedProtocol(asyncio.Protocol):
@@ -97,7 +103,8 @@ class _TimedProtocol(asyncio.Protocol):
 
 
 def run(coroutine: Any, *, of_server: bool = True) -> Any:
-    """asyncio.run on a guarded loop. A coroutine that is a test's own may take as long as it likes."""
+    """asyncio.run on a guarded loop. A coroutine that is a test's own may take as long as it
+    likes."""
 
     async def main() -> Any:
         task = asyncio.current_task()
@@ -110,7 +117,8 @@ def run(coroutine: Any, *, of_server: bool = True) -> Any:
 
 
 def apart(app: Any) -> Any:
-    """An ASGI application whose requests are answered by tasks of their own, apart from the test that waits."""
+    """An ASGI application whose requests are answered by tasks of their own, apart from the test
+    that waits."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.create_task(app(scope, receive, send))

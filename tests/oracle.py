@@ -1,4 +1,5 @@
-"""transformers as the oracle: tiny random models in every shape we claim to read, and how ours is run beside them."""
+"""transformers as the oracle: tiny random models in every shape we claim to read, and how ours is
+run beside them."""
 
 from __future__ import annotations
 
@@ -76,14 +77,19 @@ FAMILY: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
-    """A random float32 model of transformers, its norms and biases random too, in its plainest implementation."""
-    return tiny_of(AutoConfig.for_model(model_type, **{**TINY, **FAMILY[model_type], **overrides}), seed)
+    """A random float32 model of transformers, its norms and biases random too, in its plainest
+    implementation."""
+    return tiny_of(
+        AutoConfig.for_model(model_type, **{**TINY, **FAMILY[model_type], **overrides}), seed
+    )
 
 
 def tiny_of(config: Any, seed: int = 0) -> Any:
     """The same of any configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -101,7 +107,8 @@ def save_tiny(directory: Path, model_type: str, seed: int = 0, **overrides: Any)
 
 
 def load_theirs(directory: Path) -> Any:
-    """transformers' own reading of a directory, in float32, which must find every tensor in its place."""
+    """transformers' own reading of a directory, in float32, which must find every tensor in its
+    place."""
     model, report = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -109,7 +116,9 @@ def load_theirs(directory: Path) -> Any:
         experts_implementation="eager",
         output_loading_info=True,
     )
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        report
+    )
     return model.eval()
 
 
@@ -129,14 +138,25 @@ class Server:
         config, dtype = decoder.config, decoder.embed_tokens.weight.dtype
         self.decoder, self.block_size = decoder, block_size
         self.ops = decoder.ops
-        size = self.ops.kv_cache_bytes_per_block(block_size, config.num_kv_heads, config.head_dim, dtype) * num_blocks
+        size = (
+            self.ops.kv_cache_bytes_per_block(
+                block_size, config.num_kv_heads, config.head_dim, dtype
+            )
+            * num_blocks
+        )
         self.caches = [
             self.ops.make_kv_cache(
-                torch.full((size,), 255, dtype=torch.uint8), block_size, config.num_kv_heads, config.head_dim, dtype
+                torch.full((size,), 255, dtype=torch.uint8),
+                block_size,
+                config.num_kv_heads,
+                config.head_dim,
+                dtype,
             )
             for _ in range(config.num_layers)
         ]
-        self.free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+        self.free = torch.randperm(
+            num_blocks, generator=torch.Generator().manual_seed(seed)
+        ).tolist()
         self.blocks: dict[int, list[int]] = {}
         self.done: dict[int, int] = {}
         self.logits: dict[int, list[Tensor]] = {}
@@ -156,7 +176,9 @@ class Server:
         attend = PagedAttend(self.ops, self.decoder.config, self.caches, inputs, self.block_size)
         hidden, _ = self.decoder(inputs.input_ids, inputs.positions, attend)
         logits = self.decoder.logits(hidden)
-        for (sequence, _), part in zip(work, logits.split([len(ids) for _, ids in work]), strict=True):
+        for (sequence, _), part in zip(
+            work, logits.split([len(ids) for _, ids in work]), strict=True
+        ):
             self.logits.setdefault(sequence, []).append(part)
 
     def greedy(self, sequence: int) -> int:

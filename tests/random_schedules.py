@@ -1,4 +1,5 @@
-"""Random schedules of the same requests, for promise P1: whatever happens around a request, its bits are the same."""
+"""Random schedules of the same requests, for promise P1: whatever happens around a request, its
+bits are the same."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moebius.config import EngineConfig
 from moebius.engine.client import EngineInfo, TokenLogprob
+from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
@@ -33,7 +34,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What may change around a request without changing it. arrivals[i] is the step in which wish i comes."""
+    """What may change around a request without changing it. arrivals[i] is the step in which wish i
+    comes."""
 
     block_size: int
     num_blocks: int
@@ -58,7 +60,8 @@ class Seen:
 
 
 def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
-    """Prompts of 1 to 150 tokens, some with a common beginning; greedy and drawn; some score their prompt."""
+    """Prompts of 1 to 150 tokens, some with a common beginning; greedy and drawn; some score their
+    prompt."""
     common = [rng.randrange(vocab_size) for _ in range(90)]
     made = []
     for i in range(count):
@@ -72,12 +75,20 @@ def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
             logprobs=3,
             prompt_logprobs=rng.choice((None, None, 2)),
         )
-        made.append(Wish(f"r{i}", tuple(common[: rng.choice((0, 0, 40, 90))] + own), params, rng.getrandbits(60)))
+        made.append(
+            Wish(
+                f"r{i}",
+                tuple(common[: rng.choice((0, 0, 40, 90))] + own),
+                params,
+                rng.getrandbits(60),
+            )
+        )
     return made
 
 
 def random_schedule(count: int, rng: random.Random) -> Schedule:
-    """Batches of 1 to 64, chunks of 1 to 2,048 tokens, blocks of 8 to 64, and caches too small for all at once."""
+    """Batches of 1 to 64, chunks of 1 to 2,048 tokens, blocks of 8 to 64, and caches too small for
+    all at once."""
     block_size = rng.choice((8, 12, 16, 24, 32, 64))
     budget = rng.choice((1, 2, 5, 17, 64, 300, 2048))
     one = -(-MAX_MODEL_LEN // block_size)
@@ -96,7 +107,10 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
     """An engine around a decoder that is already loaded."""
     config = decoder.config
     pool = BlockPool(
-        schedule.num_blocks, schedule.block_size, enable_prefix_caching=schedule.prefix_caching, key=bytes(16)
+        schedule.num_blocks,
+        schedule.block_size,
+        enable_prefix_caching=schedule.prefix_caching,
+        key=bytes(16),
     )
     settings = EngineConfig(
         max_num_seqs=schedule.max_num_seqs,
@@ -120,7 +134,8 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
 
 
 def answers(decoder: Decoder, asked: Sequence[Wish], schedule: Schedule) -> Seen:
-    """Serve the wishes `rounds` times over (the second time with a warm cache), and collect every round's answers."""
+    """Serve the wishes `rounds` times over (the second time with a warm cache), and collect every
+    round's answers."""
     engine = build(decoder, schedule)
     rounds = []
     for _ in range(schedule.rounds):
@@ -132,7 +147,14 @@ def answers(decoder: Decoder, asked: Sequence[Wish], schedule: Schedule) -> Seen
                 wish = asked[coming.pop(0)[1]]
                 limits = engine.info.limits
                 engine.add(
-                    Request.create(wish.id, wish.prompt, wish.params, limits, arrival=engine.clock(), seed=wish.seed)
+                    Request.create(
+                        wish.id,
+                        wish.prompt,
+                        wish.params,
+                        limits,
+                        arrival=engine.clock(),
+                        seed=wish.seed,
+                    )
                 )
             for output in engine.step():
                 assert output.error is None, output.error

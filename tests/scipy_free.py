@@ -6,7 +6,8 @@ import math
 
 
 def chi_square_limit(degrees: int, z: float = 4.5) -> float:
-    """Value that a chi-square variable exceeds about as often as a normal one exceeds z (Wilson and Hilferty 1931)."""
+    """Value that a chi-square variable exceeds about as often as a normal one exceeds z (Wilson and
+    Hilferty 1931)."""
     if degrees < 1:
         return 1e-9
     spread = 2 / (9 * degrees)

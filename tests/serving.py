@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import loop_guard
-from moebius.config import EngineConfig, ServerSettings
+from moebius.engine.config import EngineConfig
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.load import load_engine
 from moebius.server.app import create_app
 from moebius.server.run import Server
+from moebius.server.settings import ServerSettings
 from moebius.text.defaults import GenerationDefaults
 from moebius.text.tokenizer import Tokenizer
 
@@ -26,7 +27,9 @@ def serving(directory: Path, name: str, **options: Any) -> Iterator[str]:
     tokenizer = Tokenizer.load(directory)
     defaults = GenerationDefaults.load(directory, tokenizer)
     config = EngineConfig(kv_cache_memory_bytes=2**24, **options)
-    client = InProcessClient(load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=60)
+    client = InProcessClient(
+        load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=60
+    )
     server = Server(create_app(client, tokenizer, defaults, ServerSettings((name,))))
     with socket.create_server(("127.0.0.1", 0)) as sock:
         thread = threading.Thread(target=lambda: loop_guard.run(server.serve([sock])))

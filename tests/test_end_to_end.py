@@ -1,4 +1,5 @@
-"""From a checkpoint to streamed tokens: the real server and engine on a tiny model, through the official client."""
+"""From a checkpoint to streamed tokens: the real server and engine on a tiny model, through the
+official client."""
 
 from __future__ import annotations
 
@@ -41,10 +42,19 @@ def metric(url: str, name: str) -> float:
 
 
 def test_streaming_with_everything_at_once(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": "tiny", "prompt": "def f(", "n": 3, "seed": 7, "max_tokens": 12, "logprobs": 2}
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "def f(",
+        "n": 3,
+        "seed": 7,
+        "max_tokens": 12,
+        "logprobs": 2,
+    }
     fields["stop"] = ["zzz", "\n"]
     texts, ends, tokens, usage = ["", "", ""], [None] * 3, 0, None
-    for chunk in client.completions.create(**fields, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.completions.create(
+        **fields, stream=True, stream_options={"include_usage": True}
+    ):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             texts[choice.index] += choice.text
@@ -61,7 +71,11 @@ def test_streaming_with_everything_at_once(client: openai.OpenAI) -> None:
 
 
 def test_a_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "naïve 😀"}], "seed": 3}
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "naïve 😀"}],
+        "seed": 3,
+    }
     fields |= {"max_completion_tokens": 20, "logprobs": True, "top_logprobs": 2, "n": 2}
     streamed = ["", ""]
     for chunk in client.chat.completions.create(**fields, stream=True):
@@ -76,12 +90,18 @@ def test_a_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
 def test_a_scored_prompt_has_transformers_numbers(client: openai.OpenAI, reference: Any) -> None:
     """As lm-eval's local-completions asks: token ids in, echo, logprobs, no new token."""
     prompts = [[5, 6, 7, 8, 9, 200], list(range(20, 90))]
-    answer = client.completions.create(model="tiny", prompt=prompts, echo=True, logprobs=1, max_tokens=0, temperature=0)
+    answer = client.completions.create(
+        model="tiny", prompt=prompts, echo=True, logprobs=1, max_tokens=0, temperature=0
+    )
     for prompt, choice in zip(prompts, sorted(answer.choices, key=lambda c: c.index), strict=True):
         with torch.no_grad():
             expected = torch.log_softmax(reference(torch.tensor([prompt])).logits[0].double(), -1)
         scores = choice.logprobs
-        assert scores is not None and scores.token_logprobs is not None and scores.top_logprobs is not None
+        assert (
+            scores is not None
+            and scores.token_logprobs is not None
+            and scores.top_logprobs is not None
+        )
         assert scores.token_logprobs[0] is None
         want = [float(expected[i, token]) for i, token in enumerate(prompt[1:])]
         assert scores.token_logprobs[1:] == pytest.approx(want, abs=1e-4)
@@ -95,8 +115,15 @@ def test_64_concurrent_requests_get_what_each_gets_alone(client: openai.OpenAI) 
     prompts = [torch.randint(3, 320, (length,), generator=generator).tolist() for length in lengths]
 
     def ask(i: int) -> tuple[str, int]:
-        fields: dict[str, Any] = {"model": "tiny", "prompt": prompts[i], "max_tokens": 1 + i % 30, "temperature": 0}
-        answer = client.completions.create(**fields, extra_body={"ignore_eos": True, "cache_salt": f"{i}"})
+        fields: dict[str, Any] = {
+            "model": "tiny",
+            "prompt": prompts[i],
+            "max_tokens": 1 + i % 30,
+            "temperature": 0,
+        }
+        answer = client.completions.create(
+            **fields, extra_body={"ignore_eos": True, "cache_salt": f"{i}"}
+        )
         assert answer.usage is not None
         return answer.choices[0].text, answer.usage.completion_tokens
 
@@ -111,7 +138,9 @@ def test_a_common_prefix_sent_together_is_computed_once(client: openai.OpenAI, u
     hits = metric(url, "vllm:prefix_cache_hits_total")
 
     def ask(i: int) -> int:
-        answer = client.completions.create(model="tiny", prompt=[*prefix, 5 + i, 6, 7, 8], max_tokens=4)
+        answer = client.completions.create(
+            model="tiny", prompt=[*prefix, 5 + i, 6, 7, 8], max_tokens=4
+        )
         assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
         return answer.usage.prompt_tokens_details.cached_tokens or 0
 

@@ -1,4 +1,5 @@
-"""Files are written whole or not at all, through links, and never over what somebody else put there."""
+"""Files are written whole or not at all, through links, and never over what somebody else put
+there."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.errors import ConfigError, StorageError
-from moebius.files import Content, anyone, begins_with, check_apart, check_target, signed, write_file
+from moebius.files import (
+    Content,
+    anyone,
+    begins_with,
+    check_apart,
+    check_target,
+    signed,
+    write_file,
+)
 
 OURS = begins_with(b"ours")
 
@@ -88,7 +97,8 @@ def test_directories_are_no_files(tmp_path: Path) -> None:
 
 
 def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
-    """A rename over /dev/null, which the administrator may do, would take the device from everybody."""
+    """A rename over /dev/null, which the administrator may do, would take the device from
+    everybody."""
     write_file("/dev/null", "ours", ours=OURS)
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     pipe = tmp_path / "pipe"
@@ -101,7 +111,8 @@ def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
 
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond `size` bytes: what a full disk does, where there is none."""
+    """No file of this process may grow beyond `size` bytes: what a full disk does, where there is
+    none."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -117,7 +128,10 @@ def test_without_room_the_old_file_stays_and_nothing_is_left_over(tmp_path: Path
     large = {"a": torch.zeros(10_000)}
     contents: list[Content] = [lambda at: save_file(large, at), bytes(40_000), "x" * 40_000]
     for content in contents:
-        with room_for(2_000), pytest.raises(StorageError, match=r"model\.safetensors cannot be .*too large"):
+        with (
+            room_for(2_000),
+            pytest.raises(StorageError, match=r"model\.safetensors cannot be .*too large"),
+        ):
             write_file(path, content, ours=anyone)
         assert load_file(path)["a"].tolist() == [1.0, 1.0]
         assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
@@ -179,8 +193,16 @@ def test_two_outputs_are_two_files(tmp_path: Path) -> None:
     (tmp_path / "to_new").symlink_to(new)
     (tmp_path / "folder").mkdir()
     roundabout = tmp_path / "folder" / ".." / "new"
-    for one, other in ((there, link), (hard, there), (new, new), (new, roundabout), (tmp_path / "to_new", new)):
-        with pytest.raises(ConfigError, match=r"--output-json and --trace are one file, .*; name two"):
+    for one, other in (
+        (there, link),
+        (hard, there),
+        (new, new),
+        (new, roundabout),
+        (tmp_path / "to_new", new),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"--output-json and --trace are one file, .*; name two"
+        ):
             check_apart(output_json=one, plot=None, trace=other)
     check_apart(output_json=there, plot=new, trace=None)
     check_apart(output_json=Path("/dev/null"), plot=Path("/dev/null"))

@@ -1,4 +1,5 @@
-"""LLM against transformers, and what its callers rely on: order, n, seeds, stops, log-probabilities, errors."""
+"""LLM against transformers, and what its callers rely on: order, n, seeds, stops,
+log-probabilities, errors."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def llm(tiny_model: Path) -> LLM:
 def reference(tiny_model: Path) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model).eval(), AutoTokenizer.from_pretrained(tiny_model)
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval(), AutoTokenizer.from_pretrained(
+        tiny_model
+    )
 
 
 def test_greedy_text_equals_transformers(llm: LLM, reference: Any) -> None:
@@ -50,7 +53,9 @@ def test_text_and_token_prompts_one_or_many(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=5)
     ids = llm.tokenizer.encode("def f(")
     alone = llm.generate("def f(", params)[0]
-    assert [o.outputs for o in llm.generate([ids, "def f("], [params, params])] == [alone.outputs] * 2
+    assert [o.outputs for o in llm.generate([ids, "def f("], [params, params])] == [
+        alone.outputs
+    ] * 2
     assert llm.generate(ids, params)[0].outputs == alone.outputs
     assert llm.generate([], params) == []
 
@@ -92,7 +97,9 @@ def test_chat_renders_the_template(llm: LLM, reference: Any) -> None:
     _, tokenizer = reference
     messages = [{"role": "user", "content": "hello"}]
     output = llm.chat(messages, SamplingParams(temperature=0, max_tokens=4))[0]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert list(output.prompt_token_ids) == expected
     assert len(llm.chat([messages, messages], SamplingParams(max_tokens=2))) == 2
     params = SamplingParams(temperature=0, max_tokens=4)
@@ -100,11 +107,15 @@ def test_chat_renders_the_template(llm: LLM, reference: Any) -> None:
 
 
 def test_an_abandoned_stream_leaves_nothing_behind(llm: LLM) -> None:
-    stream = llm.stream((f"p{i}", SamplingParams(max_tokens=30, ignore_eos=True)) for i in range(20))
+    stream = llm.stream(
+        (f"p{i}", SamplingParams(max_tokens=30, ignore_eos=True)) for i in range(20)
+    )
     next(stream)
     stream.close()
     assert llm.engine.scheduler.drained
-    chat = llm.stream_chat([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=50, ignore_eos=True))
+    chat = llm.stream_chat(
+        [{"role": "user", "content": "hello"}], SamplingParams(max_tokens=50, ignore_eos=True)
+    )
     next(chat)
     chat.close()
     assert llm.engine.scheduler.drained
@@ -134,10 +145,14 @@ def expected_logprobs(reference: Any, ids: list[int]) -> list[float]:
 
 @pytest.mark.case("A2")
 @pytest.mark.parametrize("top", [0, 2])
-def test_prompt_logprobs_have_an_entry_for_each_token_the_first_none(llm: LLM, reference: Any, top: int) -> None:
+def test_prompt_logprobs_have_an_entry_for_each_token_the_first_none(
+    llm: LLM, reference: Any, top: int
+) -> None:
     ids = [7, 30, 100, 31, 9, 200]
     for n in (1, 3):
-        output = llm.generate(ids, SamplingParams(n=n, max_tokens=2, prompt_logprobs=top, seed=1))[0]
+        output = llm.generate(ids, SamplingParams(n=n, max_tokens=2, prompt_logprobs=top, seed=1))[
+            0
+        ]
         assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 6
         first, *others = output.prompt_logprobs
         assert first is None
@@ -154,13 +169,17 @@ def test_prompt_logprobs_of_one_token_of_a_chat_and_of_none_asked_for(llm: LLM) 
     assert llm.generate([[5]], scored)[0].prompt_logprobs == (None,)
     assert llm.generate([[5]], scored.with_(max_tokens=0))[0].prompt_logprobs == (None,)
     chat = llm.chat([{"role": "user", "content": "hello"}], scored)[0]
-    assert chat.prompt_logprobs is not None and len(chat.prompt_logprobs) == len(chat.prompt_token_ids)
+    assert chat.prompt_logprobs is not None and len(chat.prompt_logprobs) == len(
+        chat.prompt_token_ids
+    )
     assert chat.prompt_logprobs[0] is None and None not in chat.prompt_logprobs[1:]
     assert llm.generate([[5, 6]], SamplingParams(max_tokens=1))[0].prompt_logprobs is None
 
 
 @pytest.mark.case("A2")
-def test_prompt_logprobs_in_chunks_after_preemptions_and_beside_a_warm_cache(tiny_model: Path, reference: Any) -> None:
+def test_prompt_logprobs_in_chunks_after_preemptions_and_beside_a_warm_cache(
+    tiny_model: Path, reference: Any
+) -> None:
     many = [[(i * 7 + j * 3) % 300 + 5 for j in range(40)] for i in range(4)]
     tight = LLM(
         str(tiny_model),
@@ -193,9 +212,13 @@ def test_open_iterators_interleave_and_each_gets_its_own(llm: LLM) -> None:
     chat = llm.stream_chat(HELLO, GREEDY)
     got = [next(first), next(second)]
     said = next(chat)
-    assert llm.generate("p3", GREEDY)[0].outputs == expected["p3"], "generate() while streams are open"
+    assert llm.generate("p3", GREEDY)[0].outputs == expected["p3"], (
+        "generate() while streams are open"
+    )
     said += next(chat)
-    assert "".join(llm.stream_chat(HELLO, GREEDY)) == answer, "a second conversation beside the first"
+    assert "".join(llm.stream_chat(HELLO, GREEDY)) == answer, (
+        "a second conversation beside the first"
+    )
     open_ones: list[Iterator[Any]] = [first, second]
     while open_ones:
         for stream in list(open_ones):
@@ -244,9 +267,12 @@ def test_prompts_that_ask_the_model_themselves(llm: LLM) -> None:
 def test_an_iterator_that_the_collector_closes_in_the_middle_of_a_step(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forgotten iterator in a cycle is closed whenever Python collects garbage: here while a step is computed."""
+    """A forgotten iterator in a cycle is closed whenever Python collects garbage: here while a step
+    is computed."""
     expected = llm.generate("kept", GREEDY)[0].outputs
-    forgotten: list[Any] = [llm.stream([("a", GREEDY.with_(max_tokens=1)), ("b", GREEDY.with_(max_tokens=300))])]
+    forgotten: list[Any] = [
+        llm.stream([("a", GREEDY.with_(max_tokens=1)), ("b", GREEDY.with_(max_tokens=300))])
+    ]
     forgotten.append(forgotten)
     next(forgotten[0])
     assert llm.engine.has_work
@@ -269,7 +295,9 @@ def test_threads_of_one_program_share_an_llm(llm: LLM) -> None:
     found: dict[int, Any] = {}
 
     def ask(part: int) -> None:
-        found[part] = [output.outputs for output in llm.generate(names[part * 3 : part * 3 + 3], GREEDY)]
+        found[part] = [
+            output.outputs for output in llm.generate(names[part * 3 : part * 3 + 3], GREEDY)
+        ]
 
     threads = [threading.Thread(target=ask, args=(part,)) for part in range(3)]
     for thread in threads:
@@ -280,7 +308,9 @@ def test_threads_of_one_program_share_an_llm(llm: LLM) -> None:
 
 
 @pytest.mark.case("C22")
-def test_an_error_reaches_the_reader_whose_request_it_is(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_reaches_the_reader_whose_request_it_is(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = llm.generate("good", GREEDY)[0].outputs
     bad = llm.stream_chat(HELLO, GREEDY)
     next(bad)
@@ -295,7 +325,8 @@ def test_an_error_reaches_the_reader_whose_request_it_is(llm: LLM, monkeypatch: 
 
 
 class InterruptsAt:
-    """Traces the engine and its scheduler, and sends a signal to this process at their n-th line."""
+    """Traces the engine and its scheduler, and sends a signal to this process at their n-th
+    line."""
 
     def __init__(self, n: int, number: signal.Signals) -> None:
         self.n, self.number, self.lines = n, number, 0
@@ -324,14 +355,19 @@ def traced(trace: InterruptsAt, call: Callable[[], object]) -> int:
 
 @pytest.mark.case("C22")
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGALRM, TimeoutError)], ids=["Ctrl-C", "alarm"]
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGALRM, TimeoutError)],
+    ids=["Ctrl-C", "alarm"],
 )
 def test_an_interrupt_at_any_line_leaves_an_llm_that_goes_on(
     tiny_model: Path, number: signal.Signals, error: type[BaseException]
 ) -> None:
     """And the other reader's stream with it; a step that is under way is finished first."""
     llm = LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, max_num_seqs=3)
-    wishes = [GREEDY.with_(n=2), SamplingParams(max_tokens=9, seed=1, logprobs=1, prompt_logprobs=0)]
+    wishes = [
+        GREEDY.with_(n=2),
+        SamplingParams(max_tokens=9, seed=1, logprobs=1, prompt_logprobs=0),
+    ]
 
     def ask() -> list[Any]:
         return [output.outputs for output in llm.generate(["one", "two"], wishes)]
@@ -392,7 +428,9 @@ assert state() == before, "after close()"
 
 @pytest.mark.case("C24")
 @pytest.mark.parametrize("isa", ["", "reference"])
-def test_an_llm_leaves_the_program_as_it_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+def test_an_llm_leaves_the_program_as_it_is(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str
+) -> None:
     monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
     code = ALONE.replace("DIRECTORY", repr(str(tiny_model)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -400,11 +438,14 @@ def test_an_llm_leaves_the_program_as_it_is(tiny_model: Path, monkeypatch: pytes
 
 
 @pytest.mark.case("C24")
-@pytest.mark.parametrize(("isa", "asked", "expected"), [("reference", 2, 2), ("reference", None, 1), ("", 2, 1)])
+@pytest.mark.parametrize(
+    ("isa", "asked", "expected"), [("reference", 2, 2), ("reference", None, 1), ("", 2, 1)]
+)
 def test_a_step_has_torch_threads_of_its_own(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str, asked: int | None, expected: int
 ) -> None:
-    """As many as asked for where torch computes, within a CPU quota; one beside kernels, which have their own."""
+    """As many as asked for where torch computes, within a CPU quota; one beside kernels, which have
+    their own."""
     monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
     monkeypatch.setattr(machine, "processors", lambda *_: 0.5)
     with TorchThreads(3):
@@ -456,7 +497,11 @@ def test_what_an_iterator_cannot_take_is_named(llm: LLM) -> None:
 
 @pytest.mark.case("B3")
 def test_priorities_decide_who_is_served_first(tiny_model: Path) -> None:
-    options: dict[str, Any] = {"kv_cache_memory_bytes": 2**21, "max_model_len": 512, "max_num_seqs": 1}
+    options: dict[str, Any] = {
+        "kv_cache_memory_bytes": 2**21,
+        "max_model_len": 512,
+        "max_num_seqs": 1,
+    }
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     texts = [f"x{i}" for i in range(6)]
     with LLM(str(tiny_model), scheduling_policy="priority", **options) as one:

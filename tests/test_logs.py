@@ -1,4 +1,5 @@
-"""Logs name ids and numbers, never prompts: not by the words of an exception either, which may quote what failed."""
+"""Logs name ids and numbers, never prompts: not by the words of an exception either, which may
+quote what failed."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ import pytest
 from moebius.errors import EngineError, frames
 
 SOURCE = Path(__file__).parent.parent / "src" / "moebius"
-# What runs while requests are served. The rest is an operator's own command, on the operator's own data.
+# What runs while requests are served. The rest is an operator's own command, on the operator's own
+# data.
 SERVING = ("engine", "schedule", "server", "text", "ops", "nn", "moe", "outputs.py", "llm.py")
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] in SERVING)
+FILES = sorted(
+    path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] in SERVING
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -1,4 +1,5 @@
-"""What the limits of control groups leave, read from made-up trees of v1, v2 and both, and from a real group."""
+"""What the limits of control groups leave, read from made-up trees of v1, v2 and both, and from a
+real group."""
 
 from __future__ import annotations
 
@@ -22,12 +23,16 @@ NO_LIMIT = "9223372036854771712"
 
 
 def v1(controllers: str, root: str = "/", number: int = 40) -> str:
-    return f"{number} 31 0:{number} {root} /sys/fs/cgroup/{controllers} rw shared:9 - cgroup cgroup rw,{controllers}"
+    return (
+        f"{number} 31 0:{number} {root} /sys/fs/cgroup/{controllers} rw shared:9 - cgroup cgroup "
+        f"rw,{controllers}"
+    )
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a root of a file system with 8 GiB of memory, the groups and mounts named, and further files."""
+    """Makes a root of a file system with 8 GiB of memory, the groups and mounts named, and further
+    files."""
 
     def make(groups: str, mounts: list[str], files: dict[str, str]) -> Path:
         proc = {
@@ -44,13 +49,19 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def v2_group(path: str, limit: str = "max", used: int = 100, stat: str = "", **more: str) -> dict[str, str]:
+def v2_group(
+    path: str, limit: str = "max", used: int = 100, stat: str = "", **more: str
+) -> dict[str, str]:
     files = {"memory.max": limit, "memory.current": str(used * MIB), "memory.stat": stat, **more}
     return {f"{SYS}/{path}/{name}": text for name, text in files.items()}
 
 
 def v1_group(path: str, limit: str = NO_LIMIT, used: int = 100, stat: str = "") -> dict[str, str]:
-    files = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": str(used * MIB), "memory.stat": stat}
+    files = {
+        "memory.limit_in_bytes": limit,
+        "memory.usage_in_bytes": str(used * MIB),
+        "memory.stat": stat,
+    }
     return {f"{SYS}/memory/{path}/{name}": text for name, text in files.items()}
 
 
@@ -59,7 +70,12 @@ def mib(count: int) -> str:
 
 
 MEMORY_TREES: dict[str, tuple[str, list[str], dict[str, str], int]] = {
-    "v2, the group is what the container sees as its root": ("0::/", [V2], v2_group("", mib(700)), 600),
+    "v2, the group is what the container sees as its root": (
+        "0::/",
+        [V2],
+        v2_group("", mib(700)),
+        600,
+    ),
     "v2, our own group among others": (
         "0::/user.slice/app",
         [V2],
@@ -85,7 +101,12 @@ MEMORY_TREES: dict[str, tuple[str, list[str], dict[str, str], int]] = {
         160,
     ),
     "v2, a group outside of what is mounted": ("0::/../other", [V2], v2_group("", mib(300)), 200),
-    "v2, the group was removed since": ("0::/slice/gone (deleted)", [V2], v2_group("slice", mib(300)), 200),
+    "v2, the group was removed since": (
+        "0::/slice/gone (deleted)",
+        [V2],
+        v2_group("slice", mib(300)),
+        200,
+    ),
     "v1, a container that sees its own group only": (
         "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc",
         [v1("memory", "/docker/abc"), v1("cpu,cpuacct", "/docker/abc", 41)],
@@ -106,7 +127,10 @@ MEMORY_TREES: dict[str, tuple[str, list[str], dict[str, str], int]] = {
     ),
     "v1, a group beside others' mounts": (
         "4:memory:/docker/abc",
-        [v1("memory", "/docker/other").replace("/sys/fs/cgroup/memory", "/mnt/other"), v1("memory", "/docker/abc", 42)],
+        [
+            v1("memory", "/docker/other").replace("/sys/fs/cgroup/memory", "/mnt/other"),
+            v1("memory", "/docker/abc", 42),
+        ],
         v1_group("", mib(700)) | {"mnt/other/memory.limit_in_bytes": mib(1)},
         600,
     ),
@@ -125,7 +149,10 @@ MEMORY_TREES: dict[str, tuple[str, list[str], dict[str, str], int]] = {
     "a mount point with a space": (
         "0::/app",
         [V2.replace("/sys/fs/cgroup ", "/sys/fs/c\\040group ")],
-        {name.replace("fs/cgroup", "fs/c group"): text for name, text in v2_group("app", mib(700)).items()},
+        {
+            name.replace("fs/cgroup", "fs/c group"): text
+            for name, text in v2_group("app", mib(700)).items()
+        },
         600,
     ),
     "more is used than allowed": ("0::/app", [V2], v2_group("app", mib(700), 800), 0),
@@ -152,7 +179,9 @@ def test_memory_is_what_the_tightest_group_leaves(write: Callable[..., Path], na
 def test_without_a_limit_memory_is_the_machines(
     write: Callable[..., Path], groups: str, mounts: list[str], files: dict[str, str]
 ) -> None:
-    assert machine.memory(write(groups, mounts, files)) == machine.Memory(6 * 2**30, 8 * 2**30, "machine")
+    assert machine.memory(write(groups, mounts, files)) == machine.Memory(
+        6 * 2**30, 8 * 2**30, "machine"
+    )
 
 
 def test_a_limit_beyond_the_machine_does_not_bind(write: Callable[..., Path]) -> None:
@@ -161,10 +190,15 @@ def test_a_limit_beyond_the_machine_does_not_bind(write: Callable[..., Path]) ->
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_cached_files_are_free_but_for_those_in_use(write: Callable[..., Path], version: int) -> None:
+def test_cached_files_are_free_but_for_those_in_use(
+    write: Callable[..., Path], version: int
+) -> None:
     """700 MiB, of which 500 are used: 300 are files, of which 80 are mapped, such as libraries."""
     if version == 2:
-        stat = f"anon {mib(200)}\ninactive_file {mib(120)}\nactive_file {mib(180)}\nfile_mapped {mib(80)}"
+        stat = (
+            f"anon {mib(200)}\ninactive_file {mib(120)}\nactive_file {mib(180)}\nfile_mapped "
+            f"{mib(80)}"
+        )
         root = write("0::/app", [V2], v2_group("app", mib(700), 500, stat))
     else:
         stat = f"inactive_file 1\ntotal_inactive_file {mib(120)}\ntotal_active_file {mib(180)}\n"
@@ -174,7 +208,9 @@ def test_cached_files_are_free_but_for_those_in_use(write: Callable[..., Path], 
 
 
 @pytest.mark.parametrize(
-    "name", [b"a ", b"a\xff", b"a\x0bb", "a\u2028b".encode(), "a\u00a0b".encode(), b"a:b"], ids=ascii
+    "name",
+    [b"a ", b"a\xff", b"a\x0bb", "a\u2028b".encode(), "a\u00a0b".encode(), b"a:b"],
+    ids=ascii,
 )
 def test_a_group_may_have_any_name(write: Callable[..., Path], name: bytes) -> None:
     root = write("", [V2.replace("/sys/fs/cgroup", "/mnt/" + "c\u00a0g")], {})
@@ -186,7 +222,9 @@ def test_a_group_may_have_any_name(write: Callable[..., Path], name: bytes) -> N
 
 
 def test_lines_that_nobody_knows_are_passed_over(write: Callable[..., Path]) -> None:
-    root = write("a kernel of its own\n1:memory\n0::/app", ["nothing", V2], v2_group("app", mib(700)))
+    root = write(
+        "a kernel of its own\n1:memory\n0::/app", ["nothing", V2], v2_group("app", mib(700))
+    )
     assert machine.memory(root).available == 600 * MIB
 
 
@@ -208,14 +246,22 @@ UNLIMITED = "unlimited"
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        ({"space": mib(3000), "data": UNLIMITED}, machine.Memory(1000 * MIB, 3000 * MIB, "process")),
+        (
+            {"space": mib(3000), "data": UNLIMITED},
+            machine.Memory(1000 * MIB, 3000 * MIB, "process"),
+        ),
         ({"space": UNLIMITED, "data": mib(900)}, machine.Memory(400 * MIB, 900 * MIB, "process")),
         ({"space": mib(3000), "data": mib(400)}, machine.Memory(0, 400 * MIB, "process")),
         ({"space": UNLIMITED, "data": UNLIMITED}, machine.Memory(6 * 2**30, 8 * 2**30, "machine")),
-        ({"space": mib(2**20), "data": mib(2**20)}, machine.Memory(6 * 2**30, 8 * 2**30, "machine")),
+        (
+            {"space": mib(2**20), "data": mib(2**20)},
+            machine.Memory(6 * 2**30, 8 * 2**30, "machine"),
+        ),
     ],
 )
-def test_limits_of_the_process_count(write: Callable[..., Path], limits: dict[str, str], expected: Any) -> None:
+def test_limits_of_the_process_count(
+    write: Callable[..., Path], limits: dict[str, str], expected: Any
+) -> None:
     used = f"Name:\tpython\nVmSize:\t{2000 * 1024} kB\nVmData:\t{500 * 1024} kB"
     files = {"proc/self/limits": LIMITS.format(**limits).strip(), "proc/self/status": used}
     assert machine.memory(write("", [], files)) == expected
@@ -227,7 +273,10 @@ def test_without_proc_there_is_still_an_answer(tmp_path: Path) -> None:
 
 
 def v1_quota(path: str, quota: int) -> dict[str, str]:
-    return {f"{SYS}/cpu/{path}/cpu.cfs_quota_us": str(quota), f"{SYS}/cpu/{path}/cpu.cfs_period_us": "100000"}
+    return {
+        f"{SYS}/cpu/{path}/cpu.cfs_quota_us": str(quota),
+        f"{SYS}/cpu/{path}/cpu.cfs_period_us": "100000",
+    }
 
 
 @pytest.mark.parametrize(
@@ -236,12 +285,22 @@ def v1_quota(path: str, quota: int) -> dict[str, str]:
         ("0::/", [V2], {f"{SYS}/cpu.max": "50000 100000"}, 0.5),
         ("0::/app", [V2], {f"{SYS}/app/cpu.max": "max 100000"}, 8),
         ("0::/app", [V2], {f"{SYS}/app/cpu.max": "1200000 100000"}, 8),
-        ("0::/a/b", [V2], {f"{SYS}/a/b/cpu.max": "max 100000", f"{SYS}/a/cpu.max": "30000 10000"}, 3),
+        (
+            "0::/a/b",
+            [V2],
+            {f"{SYS}/a/b/cpu.max": "max 100000", f"{SYS}/a/cpu.max": "30000 10000"},
+            3,
+        ),
         ("3:cpu:/app", [v1("cpu")], v1_quota("app", 50_000), 0.5),
         ("3:cpu,cpuacct:/app", [v1("cpu")], v1_quota("app", 250_000) | v1_quota("", -1), 2.5),
         ("3:cpu:/a/b", [v1("cpu")], v1_quota("a/b", 400_000) | v1_quota("a", 200_000), 2),
         ("3:cpu:/docker/abc", [v1("cpu", "/docker/abc")], v1_quota("", 150_000), 1.5),
-        ("3:cpu:/app\n0::/app", [v1("cpu"), V2.replace("cgroup ", "cgroup/unified ", 1)], v1_quota("app", 100_000), 1),
+        (
+            "3:cpu:/app\n0::/app",
+            [v1("cpu"), V2.replace("cgroup ", "cgroup/unified ", 1)],
+            v1_quota("app", 100_000),
+            1,
+        ),
         ("3:cpuset:/app", [v1("cpuset")], v1_quota("app", 100_000), 8),
         ("0::/app", [V2], {f"{SYS}/app/cpu.max": "nonsense"}, 8),
     ],
@@ -260,11 +319,18 @@ def test_processors_are_those_allowed_or_less_by_quota(
     assert machine.threads(root) == max(1, int(expected))
 
 
-REPORT = "import json; from moebius import machine as m; print(json.dumps([m.memory().available, m.processors()]))"
+REPORT = (
+    "import json; from moebius import machine as m; print(json.dumps([m.memory().available, "
+    "m.processors()]))"
+)
 
 
 def report(code: str = REPORT) -> Any:
-    return json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120).stdout)
+    return json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, timeout=120
+        ).stdout
+    )
 
 
 def test_a_narrowed_affinity_counts() -> None:
@@ -278,7 +344,10 @@ def group() -> Iterator[Callable[[str, dict[str, str]], Path]]:
     made: list[Path] = []
 
     def make(controller: str, limits: dict[str, str]) -> Path:
-        line = next((x for x in Path("/proc/self/cgroup").read_text().split() if f":{controller}:" in x), None)
+        line = next(
+            (x for x in Path("/proc/self/cgroup").read_text().split() if f":{controller}:" in x),
+            None,
+        )
         tree = Path("/sys/fs/cgroup", controller if line else "")
         path = (line or Path("/proc/self/cgroup").read_text().split()[-1]).split(":", 2)[2]
         directory = tree / path.lstrip("/") / f"moebius-test-{os.getpid()}"
@@ -298,12 +367,17 @@ def group() -> Iterator[Callable[[str, dict[str, str]], Path]]:
         directory.rmdir()
 
 
-ENTER = "import os, sys; [open(d + '/cgroup.procs', 'w').write(str(os.getpid())) for d in sys.argv[1:]]; "
+ENTER = (
+    "import os, sys; [open(d + '/cgroup.procs', 'w').write(str(os.getpid())) for d in "
+    "sys.argv[1:]]; "
+)
 
 
 def inside(directories: list[Path], code: str) -> Any:
     command = [sys.executable, "-c", ENTER + code, *map(str, directories)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout)
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout
+    )
 
 
 def test_in_a_real_group_its_limits_count(group: Callable[[str, dict[str, str]], Path]) -> None:
@@ -328,8 +402,11 @@ print(json.dumps([llm.engine.runner.cache.nbytes, llm.engine.stats().total_block
 """
 
 
-def test_an_engine_in_a_real_group_keeps_to_it(group: Callable[[str, dict[str, str]], Path]) -> None:
-    """60 sequences of 608 tokens want more cache than 450 MiB leave; they take turns, and all end."""
+def test_an_engine_in_a_real_group_keeps_to_it(
+    group: Callable[[str, dict[str, str]], Path],
+) -> None:
+    """60 sequences of 608 tokens want more cache than 450 MiB leave; they take turns, and all
+    end."""
     directory = group("memory", {"memory.max": mib(450), "memory.limit_in_bytes": mib(450)})
     cache, tokens = inside([directory], GENERATE)
     assert cache > 10 * MIB and tokens < 60 * 608

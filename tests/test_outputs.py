@@ -20,7 +20,10 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Tokenizer]:
-    return {name: Tokenizer(make(), {"bos_token": "<s>", "eos_token": "</s>"}) for name, make in FAMILIES.items()}
+    return {
+        name: Tokenizer(make(), {"bos_token": "<s>", "eos_token": "</s>"})
+        for name, make in FAMILIES.items()
+    }
 
 
 @pytest.fixture
@@ -81,14 +84,20 @@ def test_deltas_equal_the_naive_answer(tokenizers, data):
 
     expected_text, count, stop = naive(tokenizer, ids, stops, by_eos)
     assert "".join(delta.text for delta in deltas) == expected_text == assembler.released.text
-    assert [i for delta in deltas for i in delta.token_ids] == ids[:count] == list(assembler.released.token_ids)
+    assert (
+        [i for delta in deltas for i in delta.token_ids]
+        == ids[:count]
+        == list(assembler.released.token_ids)
+    )
     released = [one for delta in deltas for one in delta.logprobs]
     expected = [logprob(token, i) for i, token in enumerate(ids[:count])]
     assert released == expected == list(assembler.released.logprobs)
     assert assembler.num_tokens == count
     assert assembler.stop_reason == stop
     assert assembler.finish_reason == ("stop" if stop or by_eos else "length")
-    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [assembler.finish_reason]
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [
+        assembler.finish_reason
+    ]
 
 
 @given(st.data())
@@ -165,7 +174,9 @@ def test_special_tokens_inside_a_text_are_skipped_but_counted(tokenizer):
 
 def stopped(tokenizer, ids, *stops, finish=None, **params):
     """The assembler after these tokens, one a step, and the text that its deltas sent."""
-    assembler = SequenceAssembler(tokenizer, SamplingParams(stop=stops, logprobs=0, max_tokens=99, **params))
+    assembler = SequenceAssembler(
+        tokenizer, SamplingParams(stop=stops, logprobs=0, max_tokens=99, **params)
+    )
     sent = ""
     for i, token in enumerate(ids):
         sent += assembler.push(step([token], finish if i == len(ids) - 1 else None, i)).text
@@ -229,10 +240,20 @@ def test_special_tokens_and_stop_strings_at_the_edges(tokenizer):
     # min_tokens counts for them as for others.
     late = stopped(tokenizer, [a, special, b, special, a], IM_END, min_tokens=3)
     assert (late.released.text, late.num_tokens) == ("ab", 4)
-    # An end token that is named is the stop reason; not named, or named as an id, it is what it was.
-    for stops, ids, reason in (((), (), None), (("</s>",), (), "</s>"), ((), (eos,), eos), (("a",), (), None)):
+    # An end token that is named is the stop reason; not named, or named as an id, it is what it
+    # was.
+    for stops, ids, reason in (
+        ((), (), None),
+        (("</s>",), (), "</s>"),
+        ((), (eos,), eos),
+        (("a",), (), None),
+    ):
         ended = stopped(tokenizer, [b, eos], *stops, finish=FinishReason.STOP, stop_token_ids=ids)
-        assert (ended.released.text, ended.finish_reason, ended.stop_reason) == ("b", "stop", reason)
+        assert (ended.released.text, ended.finish_reason, ended.stop_reason) == (
+            "b",
+            "stop",
+            reason,
+        )
         assert not ended.wants_abort and ended.num_tokens == 2
     cut = stopped(tokenizer, [a, b, eos], "b</s>", finish=FinishReason.STOP)
     assert (cut.released.text, cut.stop_reason) == ("a", "b</s>")
@@ -250,7 +271,9 @@ def test_stop_strings_with_special_tokens_equal_the_naive_answer(tokenizers, dat
     tokenizer = tokenizers["byte_level"]
     names = ["a", "b", "<s>", IM_END]
     drawn = data.draw(st.lists(st.sampled_from(names), max_size=14))
-    stops = data.draw(st.lists(st.lists(st.sampled_from(names), min_size=1, max_size=4), min_size=1, max_size=3))
+    stops = data.draw(
+        st.lists(st.lists(st.sampled_from(names), min_size=1, max_size=4), min_size=1, max_size=3)
+    )
     ids = [tokenizer.encode(name)[0] for name in drawn]
 
     def visible(symbols):
@@ -260,7 +283,11 @@ def test_stop_strings_with_special_tokens_equal_the_naive_answer(tokenizers, dat
     for end in range(1, len(drawn) + 1):
         seen = drawn[:end]
         shown = visible(seen) if len(seen[-1]) == 1 else []
-        found = [stop for stop in stops if seen[-len(stop) :] == stop or (shown and shown[-len(stop) :] == stop)]
+        found = [
+            stop
+            for stop in stops
+            if seen[-len(stop) :] == stop or (shown and shown[-len(stop) :] == stop)
+        ]
         if found:
             longest = max(found, key=lambda stop: (len(visible(stop)), len("".join(stop))))
             text = visible(seen)
@@ -275,7 +302,10 @@ def test_special_tokens_are_text_where_they_are_not_to_be_skipped(tokenizer):
     ids = [*pieces(tokenizer, "a"), tokenizer.encode(SPECIALS[3])[0], *pieces(tokenizer, "b")]
     assembler = SequenceAssembler(tokenizer, SamplingParams(skip_special_tokens=False))
     assembler.push(step([*ids, EOS], FinishReason.STOP))
-    assert (assembler.released.text, assembler.num_tokens) == ("a<|im_start|>b", 4)  # never the one that ended it
+    assert (assembler.released.text, assembler.num_tokens) == (
+        "a<|im_start|>b",
+        4,
+    )  # never the one that ended it
 
 
 def test_no_stop_string_before_min_tokens(tokenizer):

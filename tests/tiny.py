@@ -1,4 +1,5 @@
-"""Tiny random models in the Hugging Face layout, made by transformers, with a byte-level tokenizer of our own."""
+"""Tiny random models in the Hugging Face layout, made by transformers, with a byte-level tokenizer
+of our own."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ TEXT = [
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 320) -> None:
-    """A byte-level BPE of `vocab_size` entries with the three special tokens of the bundled model."""
+    """A byte-level BPE of `vocab_size` entries with the three special tokens of the bundled
+    model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,7 +36,11 @@ def write_tokenizer(directory: Path, vocab_size: int = 320) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         json.dumps(
-            {"eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+            {
+                "eos_token": "<|endoftext|>",
+                "chat_template": CHAT_TEMPLATE,
+                "tokenizer_class": "PreTrainedTokenizerFast",
+            }
         )
     )
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))

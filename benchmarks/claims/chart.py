@@ -15,7 +15,9 @@ def draw(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    for axis, panel in zip(axes, (_curves, _experts, _alphas, _z, _capacities, _saturation), strict=True):
+    for axis, panel in zip(
+        axes, (_curves, _experts, _alphas, _z, _capacities, _saturation), strict=True
+    ):
         panel(axis, results)
         axis.set_visible(axis.has_data())
         axis.spines[["top", "right"]].set_visible(False)
@@ -27,7 +29,9 @@ def draw(results: Results, path: Path) -> None:
 
 def _band(axis: Any, xs: Sequence[Any], columns: Sequence[Sequence[float]], label: str) -> None:
     """A line of means and its band; `columns` has the seeds' values at each x."""
-    (line,) = axis.plot(xs, [fmean(column) for column in columns], marker="o", markersize=3, label=label)
+    (line,) = axis.plot(
+        xs, [fmean(column) for column in columns], marker="o", markersize=3, label=label
+    )
     low, high = [min(column) for column in columns], [max(column) for column in columns]
     axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
@@ -36,11 +40,23 @@ def _curves(axis: Any, results: Results) -> None:
     for name, label in (("dense", "dense"), ("e8", "8 experts"), ("e16", "16 experts")):
         if runs := list(results.get(name, {}).values()):
             points = list(zip(*(run["curve"] for run in runs), strict=True))[3:]
-            _band(axis, [p[0]["step"] for p in points], [[q["loss"] for q in p] for p in points], label)
-    axis.set(title="Held-out loss at equal operations a token", xlabel="step", ylabel="nats a byte", xlim=(0, STEPS))
+            _band(
+                axis,
+                [p[0]["step"] for p in points],
+                [[q["loss"] for q in p] for p in points],
+                label,
+            )
+    axis.set(
+        title="Held-out loss at equal operations a token",
+        xlabel="step",
+        ylabel="nats a byte",
+        xlim=(0, STEPS),
+    )
 
 
-def _across(axis: Any, results: Results, names: dict[str, str], value: Callable[[Result], float], label: str) -> None:
+def _across(
+    axis: Any, results: Results, names: dict[str, str], value: Callable[[Result], float], label: str
+) -> None:
     """One value of several runs side by side: `names` has what stands at each on the axis."""
     there = {name: text for name, text in names.items() if results.get(name)}
     columns = [[value(run) for run in results[name].values()] for name in there]
@@ -81,11 +97,18 @@ def _capacities(axis: Any, results: Results) -> None:
         factors = list(runs[0]["at_capacity"])
         columns = [[run["at_capacity"][factor] for run in runs] for factor in factors]
         _band(axis, [*factors, "dropless"], [*columns, [run["loss"]["all"] for run in runs]], "")
-    axis.set(title="Capacity in evaluation, 8 experts", xlabel="capacity factor", ylabel="nats a byte")
+    axis.set(
+        title="Capacity in evaluation, 8 experts", xlabel="capacity factor", ylabel="nats a byte"
+    )
 
 
 def _saturation(axis: Any, results: Results) -> None:
     if runs := list(results.get("e8", {}).values()):
         steps = [point["step"] for point in runs[0]["curve"]]
         _band(axis, steps, list(zip(*(run["saturation"] for run in runs), strict=True)), "")
-    axis.set(title="Tokens routed as at the end, 8 experts", xlabel="step", ylabel="share", ylim=(0, 1.02))
+    axis.set(
+        title="Tokens routed as at the end, 8 experts",
+        xlabel="step",
+        ylabel="share",
+        ylim=(0, 1.02),
+    )

@@ -1,9 +1,11 @@
-"""Corpus, model and runs of the claims, as data: what a run changes against the first mixture of experts.
+"""Corpus, model and runs of the claims, as data: what a run changes against the first mixture of
+experts.
 
-Model: a pre-norm decoder of 4 layers, 64 wide, 2 heads, every feed-forward of two matrices with ReLU, 128 wide; a
-mixture has E of them in every layer and sends a token to one, with capacity 1.25, balance weight 0.01 and no z loss
-unless a run says otherwise. Its dense twin has the same operations a token. 1,024 tokens a step, AdamW, constant
-learning rate after 100 steps, so that a curve's points can be compared between runs.
+Model: a pre-norm decoder of 4 layers, 64 wide, 2 heads, every feed-forward of two matrices with
+ReLU, 128 wide; a mixture has E of them in every layer and sends a token to one, with capacity 1.25,
+balance weight 0.01 and no z loss unless a run says otherwise. Its dense twin has the same
+operations a token. 1,024 tokens a step, AdamW, constant learning rate after 100 steps, so that a
+curve's points can be compared between runs.
 """
 
 import json
@@ -13,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moebius.config import FeedForwardConfig, RouterConfig, TrainingRouting
+from moebius.config import FeedForwardConfig, RouterConfig
+from moebius.moe.config import TrainingRouting
 from moebius.train.architecture import dense_twin
 from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
 
@@ -26,7 +29,8 @@ _CODE_BYTES = 4_000_000
 
 
 def write_corpus(folder: Path, root: Path | None = None) -> None:
-    """The standard library's modules, its help topics and texts, and its tables of encodings, as code, docs, tables."""
+    """The standard library's modules, its help topics and texts, and its tables of encodings, as
+    code, docs, tables."""
     library = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     folder.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
@@ -37,9 +41,18 @@ def write_corpus(folder: Path, root: Path | None = None) -> None:
 
 
 def _texts(library: Path, domain: str) -> Iterator[str]:
-    """Code stops at _CODE_BYTES, so that it has its share; long documents are cut where lines end, into many."""
+    """Code stops at _CODE_BYTES, so that it has its share; long documents are cut where lines end,
+    into many."""
     patterns = {
-        "code": ("*.py", "asyncio/*.py", "email/*.py", "http/*.py", "importlib/*.py", "json/*.py", "logging/*.py"),
+        "code": (
+            "*.py",
+            "asyncio/*.py",
+            "email/*.py",
+            "http/*.py",
+            "importlib/*.py",
+            "json/*.py",
+            "logging/*.py",
+        ),
         "docs": ("pydoc_data/topics.py", "idlelib/*.txt", "idlelib/*.html"),
         "tables": ("encodings/*.py",),
     }[domain]
@@ -62,7 +75,8 @@ def _pieces(text: str, size: int = 20_000) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has of its own. `experts` 0 is the dense twin; `pure`: micro-batches of one kind of text each."""
+    """What a run has of its own. `experts` 0 is the dense twin; `pure`: micro-batches of one kind
+    of text each."""
 
     experts: int = 8
     score: str = "softmax"
@@ -85,14 +99,24 @@ RUNS: dict[str, Run] = {
     "alpha0.1": Run(training={"load_balance": 0.1}),
     # Row 6: dropless, so that only the balance differs.
     "aux-softmax": Run(dropless=True),
-    "bias-softmax-0.001": Run(selection_bias=True, dropless=True, training={"load_balance": 0.0, "bias_rate": 0.001}),
-    "bias-softmax-0.01": Run(selection_bias=True, dropless=True, training={"load_balance": 0.0, "bias_rate": 0.01}),
+    "bias-softmax-0.001": Run(
+        selection_bias=True, dropless=True, training={"load_balance": 0.0, "bias_rate": 0.001}
+    ),
+    "bias-softmax-0.01": Run(
+        selection_bias=True, dropless=True, training={"load_balance": 0.0, "bias_rate": 0.01}
+    ),
     "aux-sigmoid": Run(score="sigmoid", dropless=True),
     "bias-sigmoid-0.001": Run(
-        score="sigmoid", selection_bias=True, dropless=True, training={"load_balance": 0.0, "bias_rate": 0.001}
+        score="sigmoid",
+        selection_bias=True,
+        dropless=True,
+        training={"load_balance": 0.0, "bias_rate": 0.001},
     ),
     "bias-sigmoid-0.01": Run(
-        score="sigmoid", selection_bias=True, dropless=True, training={"load_balance": 0.0, "bias_rate": 0.01}
+        score="sigmoid",
+        selection_bias=True,
+        dropless=True,
+        training={"load_balance": 0.0, "bias_rate": 0.01},
     ),
     # Row 5.
     "z0.001": Run(training={"z_loss": 0.001}),
@@ -113,14 +137,36 @@ def recipe_of(name: str, run: Run, seed: int, corpus: Path, steps: int = STEPS) 
     router = RouterConfig(run.experts or 2, 1, run.score, "raw", run.selection_bias)  # type: ignore[arg-type]
     part = FeedForwardConfig(2 * run.width, router, "relu", gated=False)
     limits = {"dropless": False, "capacity_factor": 1.25, "eval_capacity_factor": 2.0}
-    common: dict[str, Any] = {"steps": steps, "rows_per_step": 8, "row_length": 128, "learning_rate": 4e-3}
-    common |= {"warmup_steps": min(100, steps // 2), "final_share": 1.0, "weight_decay": 0.0, "init_scale": 1.0}
-    model = {"model_type": "moebius", "hidden_size": run.width, "num_hidden_layers": 4, "num_attention_heads": 2}
+    common: dict[str, Any] = {
+        "steps": steps,
+        "rows_per_step": 8,
+        "row_length": 128,
+        "learning_rate": 4e-3,
+    }
+    common |= {
+        "warmup_steps": min(100, steps // 2),
+        "final_share": 1.0,
+        "weight_decay": 0.0,
+        "init_scale": 1.0,
+    }
+    model = {
+        "model_type": "moebius",
+        "hidden_size": run.width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+    }
     recipe = Recipe(
         name,
         TrainingRecipe(**common | {"z_loss": 0.0, "dtype": "float32"} | run.training),
-        CorpusRecipe({domain: (str(corpus / f"{domain}.jsonl"),) for domain in DOMAINS}, heldout_share=0.08),
-        model | {"num_key_value_heads": 2, "max_position_embeddings": 256, "unpublished": "experts of two matrices"},
+        CorpusRecipe(
+            {domain: (str(corpus / f"{domain}.jsonl"),) for domain in DOMAINS}, heldout_share=0.08
+        ),
+        model
+        | {
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "unpublished": "experts of two matrices",
+        },
         (part,),
         seed,
         tokenizer=TokenizerRecipe(BYTES),

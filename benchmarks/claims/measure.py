@@ -1,4 +1,5 @@
-"""One run: train it with moebius.train, and measure what the claims speak of. Nats a byte throughout.
+"""One run: train it with moebius.train, and measure what the claims speak of. Nats a byte
+throughout.
 
 Shape legend: S layers with a router, E experts, K experts a token, T tokens.
 """
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 
 from claims.experiments import DOMAINS, PAIR_WIDTH, Run, facts, recipe_of
-from moebius.config import TrainingRouting
 from moebius.moe import health
+from moebius.moe.config import TrainingRouting
 from moebius.moe.losses import present
 from moebius.moe.router import Router, Routing
 from moebius.nn.attention import CausalAttend
@@ -30,13 +31,18 @@ _PROBE_ROWS, _CURVE_ROWS, _FINAL_ROWS = 32, 48, 200
 
 
 class PureBatches(Batches):
-    """Batches whose micro-batches are of one kind of text each: rows are shuffled within a kind, then in groups."""
+    """Batches whose micro-batches are of one kind of text each: rows are shuffled within a kind,
+    then in groups."""
 
     parts = 4
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         order, size = super()._shuffled(epoch), self._rows // self.parts
-        groups = [rows for kind in np.unique(order[:, 0]) for rows in _groups(order[order[:, 0] == kind], size)]
+        groups = [
+            rows
+            for kind in np.unique(order[:, 0])
+            for rows in _groups(order[order[:, 0] == kind], size)
+        ]
         chosen = np.random.default_rng((self._seed, epoch, 1)).permutation(len(groups))
         return np.concatenate([groups[i] for i in chosen])
 
@@ -65,7 +71,9 @@ class Probe:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, length = trainer, trainer.recipe.training.row_length
-        stream = np.concatenate([stream[: _PROBE_ROWS // 2 * length] for stream in trainer.data.heldout.values()])
+        stream = np.concatenate(
+            [stream[: _PROBE_ROWS // 2 * length] for stream in trainer.data.heldout.values()]
+        )
         self._batch = next(evaluation_batches(stream, trainer.data, _PROBE_ROWS, length))
 
     @torch.no_grad()
@@ -83,14 +91,19 @@ class Probe:
     def logits(self) -> dict[str, float]:
         """Mean logsumexp squared, and the largest absolute logit, over all layers."""
         found = torch.stack([routing.logits_TE for routing in self.look()])
-        return {"z": torch.logsumexp(found, -1).square().mean().item(), "largest_logit": found.abs().max().item()}
+        return {
+            "z": torch.logsumexp(found, -1).square().mean().item(),
+            "largest_logit": found.abs().max().item(),
+        }
 
     def flipped(self) -> float:
         """Which share of tokens would meet other experts if the router ran in bfloat16."""
         changed: list[torch.Tensor] = []
 
         def look(router: Router, inputs: tuple[torch.Tensor], routing: Routing) -> None:
-            ids = health.routed_in_bfloat16(inputs[0], router.weight, router.bias, router.config, router.selection_bias)
+            ids = health.routed_in_bfloat16(
+                inputs[0], router.weight, router.bias, router.config, router.selection_bias
+            )
             changed.append((health.overlap(routing.expert_ids_TK, ids) < 1).double().mean())
 
         hooks = [router.register_forward_hook(look) for router in routers(self._trainer.decoder)]
@@ -118,7 +131,13 @@ def train(name: str, run: Run, seed: int, folder: Path, steps: int) -> dict[str,
         spent += time.process_time() - before
         counts = counts + report.counts if trainer.done > steps - 100 else counts
         if trainer.done % CURVE_EVERY == 0 or trainer.done == steps:
-            curve.append({"step": trainer.done, "loss": losses(trainer, _CURVE_ROWS)["all"], "seconds": spent})
+            curve.append(
+                {
+                    "step": trainer.done,
+                    "loss": losses(trainer, _CURVE_ROWS)["all"],
+                    "seconds": spent,
+                }
+            )
             seen += [probe.ids()] if probe else []
     result = {"name": name, **facts(run, seed, steps), "curve": curve, "cpu_seconds": spent}
     result["tokens"] = steps * recipe.training.tokens_per_step
@@ -126,9 +145,14 @@ def train(name: str, run: Run, seed: int, folder: Path, steps: int) -> dict[str,
     found = _scores(trainer, _FINAL_ROWS)
     result |= {"loss": _nats(found)}
     if probe is not None:
-        result |= {"routing": _health(counts, found), "bfloat16_changed": probe.flipped(), **probe.logits()}
+        result |= {
+            "routing": _health(counts, found),
+            "bfloat16_changed": probe.flipped(),
+            **probe.logits(),
+        }
         result["saturation"] = [
-            health.overlap(a, b).mean().item() for a, b in ((_flat(s), _flat(seen[-1])) for s in seen)
+            health.overlap(a, b).mean().item()
+            for a, b in ((_flat(s), _flat(seen[-1])) for s in seen)
         ]
         result["at_capacity"] = {str(factor): value for factor, value in _sweep(trainer)}
     return result
@@ -139,7 +163,8 @@ def _flat(ids_STK: torch.Tensor) -> torch.Tensor:
 
 
 def _health(counts_SE: torch.Tensor, found: dict[str, Score]) -> dict[str, Any]:
-    """Balance over the last hundred steps; how differently the kinds of held-out text are spread, 0 to 1."""
+    """Balance over the last hundred steps; how differently the kinds of held-out text are spread, 0
+    to 1."""
     loads = {kind: health.load_share(torch.as_tensor(found[kind].counts_SE)) for kind in DOMAINS}
     apart = [health.total_variation(loads[a], loads[b]) for a, b in combinations(DOMAINS, 2)]
     return {
@@ -160,7 +185,10 @@ def _sweep(trainer: Trainer) -> Iterator[tuple[float, float]]:
 @contextmanager
 def _limited(trainer: Trainer, factor: float) -> Iterator[None]:
     limits = TrainingRouting(dropless=False, capacity_factor=factor, eval_capacity_factor=factor)
-    before, drops = [router.limits for router in routers(trainer.decoder)], trainer.decoder.ops.drops
+    before, drops = (
+        [router.limits for router in routers(trainer.decoder)],
+        trainer.decoder.ops.drops,
+    )
     trainer.decoder.ops.drops = True
     for router in routers(trainer.decoder):
         router.limits = limits
@@ -173,7 +201,8 @@ def _limited(trainer: Trainer, factor: float) -> Iterator[None]:
 
 
 def train_pair(seed: int, folder: Path, steps: int) -> dict[str, Any]:
-    """Row 2: a mixture and its dense twin, wider than the others, trained in turn in one process, five steps each."""
+    """Row 2: a mixture and its dense twin, wider than the others, trained in turn in one process,
+    five steps each."""
     arms = {"dense": Run(experts=0, width=PAIR_WIDTH), "e8": Run(width=PAIR_WIDTH)}
     trainers: dict[str, Trainer] = {}
     for name, run in arms.items():
@@ -190,7 +219,12 @@ def train_pair(seed: int, folder: Path, steps: int) -> dict[str, Any]:
             if trainer.done % CURVE_EVERY == 0:
                 point = {"step": trainer.done, "loss": losses(trainer, _CURVE_ROWS)["all"]}
                 curves[name].append(point)
-    return {"name": "pair", **facts(replace(arms["e8"]), seed, steps), "curves": curves, "step_seconds": seconds}
+    return {
+        "name": "pair",
+        **facts(replace(arms["e8"]), seed, steps),
+        "curves": curves,
+        "step_seconds": seconds,
+    }
 
 
 def _data(trainers: dict[str, Trainer]) -> PreparedData | None:

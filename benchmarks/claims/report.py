@@ -1,4 +1,5 @@
-"""What the runs say together: a verdict a claim, by pass marks that were set before any run, tables and a chart."""
+"""What the runs say together: a verdict a claim, by pass marks that were set before any run, tables
+and a chart."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +40,15 @@ def together(results: Results, *names: str) -> list[tuple[Result, ...]]:
     """The named runs side by side, a tuple for every seed that all have."""
     seeds = set.intersection(*(set(results.get(name, {})) for name in names))
     if not seeds:
-        raise Incomplete(", ".join(name for name in names if not results.get(name)) or "no seed in common")
+        raise Incomplete(
+            ", ".join(name for name in names if not results.get(name)) or "no seed in common"
+        )
     return [tuple(results[name][seed] for name in names) for seed in sorted(seeds)]
 
 
 def first_step(curve: Sequence[Mapping[str, float]], loss: float) -> float:
-    """The step at which a curve first reaches a loss, between its points along a line; infinite if it never does."""
+    """The step at which a curve first reaches a loss, between its points along a line; infinite if
+    it never does."""
     before: Mapping[str, float] | None = None
     for point in curve:
         if point["loss"] <= loss:
@@ -56,12 +60,16 @@ def first_step(curve: Sequence[Mapping[str, float]], loss: float) -> float:
     return float("inf")
 
 
-def steps_ratio(dense: Sequence[Mapping[str, float]], sparse: Sequence[Mapping[str, float]]) -> float:
+def steps_ratio(
+    dense: Sequence[Mapping[str, float]], sparse: Sequence[Mapping[str, float]]
+) -> float:
     """How many times fewer steps the sparse model took to the dense one's last loss."""
     return dense[-1]["step"] / first_step(sparse, dense[-1]["loss"])
 
 
-def judged(values: Sequence[float], good: Callable[[float], bool], bad: Callable[[float], bool]) -> str:
+def judged(
+    values: Sequence[float], good: Callable[[float], bool], bad: Callable[[float], bool]
+) -> str:
     """Confirmed where every seed's value is good, refuted where any is bad."""
     return CONFIRMED if all(map(good, values)) else REFUTED if any(map(bad, values)) else OPEN
 
@@ -80,14 +88,19 @@ def mean_violation(result: Result) -> float:
 
 def fewer_steps(results: Results) -> Verdict:
     ratios = [steps_ratio(d["curve"], e["curve"]) for d, e in together(results, "dense", "e8")]
-    return Verdict(judged(ratios, lambda x: x >= 1.3, lambda x: x <= 1.0), f"steps ratio {told(ratios)}")
+    return Verdict(
+        judged(ratios, lambda x: x >= 1.3, lambda x: x <= 1.0), f"steps ratio {told(ratios)}"
+    )
 
 
 def less_time(results: Results) -> Verdict:
     steps, times = [], []
     for (pair,) in together(results, "pair"):
         steps.append(steps_ratio(pair["curves"]["dense"], pair["curves"]["e8"]))
-        cost = median(e / d for d, e in zip(pair["step_seconds"]["dense"], pair["step_seconds"]["e8"], strict=True))
+        cost = median(
+            e / d
+            for d, e in zip(pair["step_seconds"]["dense"], pair["step_seconds"]["e8"], strict=True)
+        )
         times.append(steps[-1] / cost)
     figures = f"time ratio {told(times)} (steps {told(steps)})"
     return Verdict(judged(times, lambda x: x > 1.1, lambda x: x < 1.0), figures)
@@ -98,11 +111,14 @@ def more_experts(results: Results) -> Verdict:
     losses = [[run["loss"]["all"] for run in column] for column in columns]
     means = [fmean(column) for column in losses]
     rises = [
-        (b - a, max(spread(x), spread(y))) for a, b, x, y in zip(means, means[1:], losses, losses[1:], strict=False)
+        (b - a, max(spread(x), spread(y)))
+        for a, b, x, y in zip(means, means[1:], losses, losses[1:], strict=False)
     ]
     falls = all(rise < 0 for rise, _ in rises)
     word = CONFIRMED if falls else REFUTED if any(rise > noise for rise, noise in rises) else OPEN
-    return Verdict(word, "mean loss at E = 1, 2, 4, 8, 16: " + ", ".join(f"{mean:.4f}" for mean in means))
+    return Verdict(
+        word, "mean loss at E = 1, 2, 4, 8, 16: " + ", ".join(f"{mean:.4f}" for mean in means)
+    )
 
 
 def balance(results: Results) -> Verdict:
@@ -110,9 +126,13 @@ def balance(results: Results) -> Verdict:
     for without, with_loss in together(results, "alpha0", "e8"):
         ratios.append(mean_violation(without) / mean_violation(with_loss))
         gains.append(without["at_capacity"]["1.25"] - with_loss["at_capacity"]["1.25"])
-    both = [min(ratio / 2, 1.0) if gain > 0 else 0.0 for ratio, gain in zip(ratios, gains, strict=True)]
+    both = [
+        min(ratio / 2, 1.0) if gain > 0 else 0.0 for ratio, gain in zip(ratios, gains, strict=True)
+    ]
     word = CONFIRMED if min(both) >= 1 else REFUTED if max(ratios) < 1.1 else OPEN
-    return Verdict(word, f"MaxVio falls {told(ratios)} times; loss at capacity 1.25 falls by {told(gains)}")
+    return Verdict(
+        word, f"MaxVio falls {told(ratios)} times; loss at capacity 1.25 falls by {told(gains)}"
+    )
 
 
 def collapse(results: Results) -> Verdict:
@@ -124,7 +144,10 @@ def collapse(results: Results) -> Verdict:
 
 def z_loss(results: Results) -> Verdict:
     words, figures = [], []
-    for where, without, with_loss in (("", "e8", "z0.001"), ("router init x 30: ", "stress-z0", "stress-z0.001")):
+    for where, without, with_loss in (
+        ("", "e8", "z0.001"),
+        ("router init x 30: ", "stress-z0", "stress-z0.001"),
+    ):
         pairs = together(results, without, with_loss)
         z = [a["z"] / b["z"] for a, b in pairs]
         logit = [a["largest_logit"] / b["largest_logit"] for a, b in pairs]
@@ -133,7 +156,8 @@ def z_loss(results: Results) -> Verdict:
         falls = min(*z, *logit) >= 2 and worse <= noise
         words.append(CONFIRMED if falls else REFUTED if worse > noise else OPEN)
         figures.append(
-            f"{where}z falls {told(z)}, largest logit {told(logit)} times; loss {worse:+.4f}, noise {noise:.4f}"
+            f"{where}z falls {told(z)}, largest logit {told(logit)} times; loss {worse:+.4f}, "
+            f"noise {noise:.4f}"
         )
     word = next((word for word in (REFUTED, OPEN) if word in words), CONFIRMED)
     return Verdict(word, "; ".join(figures))
@@ -145,12 +169,18 @@ def loss_free(results: Results) -> Verdict:
         best = False
         for rate in ("0.001", "0.01"):
             pairs = together(results, f"aux-{score}", f"bias-{score}-{rate}")
-            violation = fmean(mean_violation(b) for _, b in pairs) - fmean(mean_violation(a) for a, _ in pairs)
-            loss = fmean(b["loss"]["all"] for _, b in pairs) - fmean(a["loss"]["all"] for a, _ in pairs)
+            violation = fmean(mean_violation(b) for _, b in pairs) - fmean(
+                mean_violation(a) for a, _ in pairs
+            )
+            loss = fmean(b["loss"]["all"] for _, b in pairs) - fmean(
+                a["loss"]["all"] for a, _ in pairs
+            )
             best = best or (violation <= 0 and loss <= 0)
             figures.append(f"{score} u = {rate}: MaxVio {violation:+.3f}, loss {loss:+.4f}")
         good.append(best)
-    return Verdict(CONFIRMED if all(good) else REFUTED if not any(good) else OPEN, "; ".join(figures))
+    return Verdict(
+        CONFIRMED if all(good) else REFUTED if not any(good) else OPEN, "; ".join(figures)
+    )
 
 
 def capacity(results: Results) -> Verdict:
@@ -171,14 +201,18 @@ def precision(results: Results) -> Verdict:
     flips = [run["bfloat16_changed"] for (run,) in together(results, "e8")]
     word = CONFIRMED if (round(wide, 3), round(narrow, 3)) == (0.142, 0.091) else REFUTED
     return Verdict(
-        word, f"{wide:.3f} to {narrow:.3f}; tokens that change experts: {told([100 * x for x in flips], ' %')}"
+        word,
+        f"{wide:.3f} to {narrow:.3f}; tokens that change experts: "
+        f"{told([100 * x for x in flips], ' %')}",
     )
 
 
 def global_balance(results: Results) -> Verdict:
     variation, loss = [], []
     for local, whole in together(results, "local", "global"):
-        variation.append(whole["routing"]["domain_variation"] - local["routing"]["domain_variation"])
+        variation.append(
+            whole["routing"]["domain_variation"] - local["routing"]["domain_variation"]
+        )
         loss.append(whole["loss"]["all"] - local["loss"]["all"])
     good = fmean(variation) > 0 and fmean(loss) <= 0
     both_wrong = fmean(variation) <= 0 and fmean(loss) > 0
@@ -251,9 +285,15 @@ ROWS = (
         tuple(name for name in RUNS if name.startswith(("aux", "bias"))),
     ),
     Row(
-        "7", "evaluation capacity is a knob (ST-MoE table 8)", "loss falls with it, dropless is best", capacity, ("e8",)
+        "7",
+        "evaluation capacity is a knob (ST-MoE table 8)",
+        "loss falls with it, dropless is best",
+        capacity,
+        ("e8",),
     ),
-    Row("8", "selective precision (Switch, ST-MoE note 7)", ".142 becomes .091", precision, ("e8",)),
+    Row(
+        "8", "selective precision (Switch, ST-MoE note 7)", ".142 becomes .091", precision, ("e8",)
+    ),
     Row(
         "9",
         "balance over the global batch (Qwen)",
@@ -261,17 +301,30 @@ ROWS = (
         global_balance,
         ("local", "global"),
     ),
-    Row("11", "routing saturates (OLMoE)", "overlap with the last rises over training", saturation, ("e8",)),
+    Row(
+        "11",
+        "routing saturates (OLMoE)",
+        "overlap with the last rises over training",
+        saturation,
+        ("e8",),
+    ),
 )
 
 
 def report(results: Results) -> str:
     """Two Markdown tables, a row a claim and a row a run."""
-    lines = ["| # | claim | confirmed if | measured, a value a seed | verdict |", "| - | - | - | - | - |"]
+    lines = [
+        "| # | claim | confirmed if | measured, a value a seed | verdict |",
+        "| - | - | - | - | - |",
+    ]
     for row in ROWS:
         word, figures = _judged(row, results)
         lines.append(f"| {row.number} | {row.claim} | {row.mark} | {figures} | {word} |")
-    lines += ["", "| run | seeds | loss (range) | MaxVio | dead | at capacity 1.25 | CPU s |", "| - |" + " -: |" * 6]
+    lines += [
+        "",
+        "| run | seeds | loss (range) | MaxVio | dead | at capacity 1.25 | CPU s |",
+        "| - |" + " -: |" * 6,
+    ]
     lines += [_line(name, list(results[name].values())) for name in RUNS if name in results]
     return "\n".join(lines)
 
@@ -282,7 +335,9 @@ def _judged(row: Row, results: Results) -> Verdict:
     except Incomplete as missing:
         return Verdict("not run", f"missing: {missing}")
     there = min(len(results[name]) for name in row.runs)
-    return Verdict(word if there >= len(SEEDS) else f"{word} in {there} of {len(SEEDS)} seeds", figures)
+    return Verdict(
+        word if there >= len(SEEDS) else f"{word} in {there} of {len(SEEDS)} seeds", figures
+    )
 
 
 def _line(name: str, runs: Sequence[Result]) -> str:

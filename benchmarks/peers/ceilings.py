@@ -2,8 +2,9 @@
 
     python ceilings.py --threads 2 --file PEERS/models/m1/model.safetensors [--ask]
 
-Prints one JSON object. The best pass counts, for all three: what slows a pass down is no property of the machine.
-With --ask, one object for each line of standard input, of one pass: what the machine gives at that moment.
+Prints one JSON object. The best pass counts, for all three: what slows a pass down is no property
+of the machine. With --ask, one object for each line of standard input, of one pass: what the
+machine gives at that moment.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 SIDE = 2048
-# A pass in turn with other work: short, but not so short that threads that have just woken up set its pace.
+# A pass in turn with other work: short, but not so short that threads that have just woken up set
+# its pace.
 ASKED_SIDE, ASKED_PRODUCTS = 1024, 3
 READS, PRODUCTS = 12, 20
-# Small products tell which dtype is the faster: a processor without bfloat16 products takes minutes for large ones.
+# Small products tell which dtype is the faster: a processor without bfloat16 products takes minutes
+# for large ones.
 TRIAL_SIDE = 256
 
 
@@ -32,7 +35,9 @@ class Asked:
 
     def __init__(self, *command: Any) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen([str(part) for part in command], text=True, bufsize=1, **pipes)
+        self._process = subprocess.Popen(
+            [str(part) for part in command], text=True, bufsize=1, **pipes
+        )
 
     def __call__(self) -> dict[str, float]:
         self._process.stdin.write("\n")
@@ -45,14 +50,17 @@ class Asked:
 
 @contextmanager
 def reader(threads: int, file: Path | None = None) -> Iterator[Asked]:
-    """One pass of probe.cpp for each call, over huge pages and over the mapped file (default: a new one). Needs g++."""
+    """One pass of probe.cpp for each call, over huge pages and over the mapped file (default: a new
+    one). Needs g++."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "probe"
         if file is None:
             file = Path(folder) / "file"
             file.write_bytes(bytes(2**26))
         options = ["-std=c++17", "-O3", "-march=native", "-pthread"]
-        subprocess.run(["g++", *options, Path(__file__).with_name("probe.cpp"), "-o", program], check=True)
+        subprocess.run(
+            ["g++", *options, Path(__file__).with_name("probe.cpp"), "-o", program], check=True
+        )
         asked = Asked(program, threads, file)
         try:
             yield asked
@@ -61,14 +69,16 @@ def reader(threads: int, file: Path | None = None) -> Iterator[Asked]:
 
 
 def bandwidth(threads: int, file: Path | None = None) -> dict[str, float]:
-    """GB/s of a plain read loop: `anonymous_gbs` over huge pages, `mapped_gbs` over the file (default: a new one)."""
+    """GB/s of a plain read loop: `anonymous_gbs` over huge pages, `mapped_gbs` over the file
+    (default: a new one)."""
     with reader(threads, file) as read:
         passes = [read() for _ in range(READS)]
     return {key: max(one[key] for one in passes) for key in passes[0]}
 
 
 def matrix_peak(threads: int) -> float:
-    """GFLOP/s of a product of two 2048 x 2048 matrices, in bfloat16 or float32, whichever is faster here."""
+    """GFLOP/s of a product of two 2048 x 2048 matrices, in bfloat16 or float32, whichever is faster
+    here."""
     import torch
 
     before = torch.get_num_threads()
@@ -105,12 +115,16 @@ def _answer(threads: int, file: Path) -> None:
     with reader(threads, file) as read:
         for _ in sys.stdin:
             found = read()  # first: torch's threads go on spinning for a while after a product
-            found["matrix_gflops"] = round(2 * ASKED_SIDE**3 / _seconds(ASKED_SIDE, dtype, ASKED_PRODUCTS) / 1e9, 1)
+            found["matrix_gflops"] = round(
+                2 * ASKED_SIDE**3 / _seconds(ASKED_SIDE, dtype, ASKED_PRODUCTS) / 1e9, 1
+            )
             print(json.dumps(found), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--ask", action="store_true")

@@ -1,10 +1,11 @@
 """What the drivers share: a clock, time stamps, memory, and the loop that answers run.py.
 
-A driver is a process that loads one model in one engine. It reads requests from standard input and answers on standard
-output, one JSON object a line; whatever libraries print goes to standard error.
+A driver is a process that loads one model in one engine. It reads requests from standard input and
+answers on standard output, one JSON object a line; whatever libraries print goes to standard error.
 
     -> (started)                        <- {"ready": {"load_s": ..., "version": ..., ...}}
-    -> {"workload": "w1", "draw": 0}    <- {"wall": ..., "first": [...], "last": [...], "memory": {...}}
+    -> {"workload": "w1", "draw": 0}    <- {"wall": ..., "first": [...], "last": [...], "memory":
+                                        {...}}
     -> end of file                         the driver ends
 """
 
@@ -48,7 +49,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds since the requests were handed over: to the end, and of each request's first and last token.
+    """Seconds since the requests were handed over: to the end, and of each request's first and last
+    token.
 
     The lists are empty where an engine does not show its tokens as they come.
     """
@@ -60,7 +62,8 @@ class Timing:
 
 @dataclass(slots=True)
 class Engine:
-    """A loaded engine: `run` computes all requests of a workload; `details` say what it is and how it was set up.
+    """A loaded engine: `run` computes all requests of a workload; `details` say what it is and how
+    it was set up.
 
     `memory` adds figures of its own to the process's.
     """
@@ -113,7 +116,8 @@ class Stamps:
         self.counts[index] += count
 
     def finish(self) -> Timing:
-        """Everything is there. Raises RuntimeError if an engine made more or fewer tokens than asked."""
+        """Everything is there. Raises RuntimeError if an engine made more or fewer tokens than
+        asked."""
         wall = clock() - self._start
         wanted = [request.output for request in self.work.requests]
         if self.counts != wanted:
@@ -123,8 +127,8 @@ class Stamps:
 
 @dataclass(slots=True)
 class Peak:
-    """Most resident memory so far, in GB, of a process and its children. `total` is the peak of the sum; `anonymous`
-    and `file` (mapped files and shared memory) are each the peak of its own."""
+    """Most resident memory so far, in GB, of a process and its children. `total` is the peak of the
+    sum; `anonymous` and `file` (mapped files and shared memory) are each the peak of its own."""
 
     total: float = 0.0
     anonymous: float = 0.0
@@ -146,7 +150,9 @@ def resident() -> tuple[float, float]:
         except OSError:
             continue  # it has ended since
         sizes = {
-            name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value
+            name: int(value.split()[0])
+            for name, _, value in (line.partition(":") for line in lines)
+            if "kB" in value
         }
         anonymous += sizes.get("RssAnon", 0)
         file += sizes.get("RssFile", 0) + sizes.get("RssShmem", 0)
@@ -175,7 +181,8 @@ def watch_memory(peak: Peak, interval: float = 0.2) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is gone, also if it is stopped then (Linux)."""
+    """Have the kernel end this process when the one that started it is gone, also if it is stopped
+    then (Linux)."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
@@ -184,13 +191,20 @@ def serve(load: Load) -> None:
     """A driver's main program: load, then answer until standard input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True, choices=SIZES)
-    parser.add_argument("--models", type=Path, default=None, help="folder of the checkpoints (default: PEERS/models)")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=None,
+        help="folder of the checkpoints (default: PEERS/models)",
+    )
     parser.add_argument("--max-seqs", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix-cache", action="store_true")
     given = parser.parse_args()
     models = given.models or peers_folder() / "models"
-    options = Options(given.model, models / given.model, given.max_seqs, given.threads, given.prefix_cache)
+    options = Options(
+        given.model, models / given.model, given.max_seqs, given.threads, given.prefix_cache
+    )
 
     end_with_parent()
     # Where memory runs out, the engine that took too much is to end, not its neighbours.
@@ -214,7 +228,8 @@ def serve(load: Load) -> None:
 
 
 def peers_folder() -> Path:
-    """The folder of the environment variable PEERS: models/, one virtual environment per peer, builds."""
+    """The folder of the environment variable PEERS: models/, one virtual environment per peer,
+    builds."""
     if "PEERS" not in os.environ:
         sys.exit("set PEERS to the folder of the models and the peers' environments (README.md)")
     return Path(os.environ["PEERS"]).resolve()

@@ -1,4 +1,5 @@
-"""llama.cpp's llama-server, asked over loopback HTTP (PEERS/llama-build, PEERS/models/NAME-bf16.gguf)."""
+"""llama.cpp's llama-server, asked over loopback HTTP (PEERS/llama-build,
+PEERS/models/NAME-bf16.gguf)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,20 @@ import threading
 import time
 from typing import Any
 
-from common import MAX_STEP_TOKENS, Engine, Options, Stamps, Timing, end_with_parent, peers_folder, serve
+from common import (
+    MAX_STEP_TOKENS,
+    Engine,
+    Options,
+    Stamps,
+    Timing,
+    end_with_parent,
+    peers_folder,
+    serve,
+)
 from workloads import Request, Workload
 
-# Tokens of all sequences together, in one buffer that they share: enough for every workload's running requests.
+# Tokens of all sequences together, in one buffer that they share: enough for every workload's
+# running requests.
 CONTEXT = 18_432
 START_SECONDS = 300
 
@@ -65,7 +76,11 @@ def load(options: Options) -> Engine:
         # Only a single request is streamed; the others' tokens are seen when they are all there.
         return timing if len(work.requests) == 1 else Timing(timing.wall, [], [])
 
-    details = {"version": "vendored in llama-cpp-python 0.3.36", "threads": options.threads, "settings": settings}
+    details = {
+        "version": "vendored in llama-cpp-python 0.3.36",
+        "threads": options.threads,
+        "settings": settings,
+    }
     return Engine(run, details, close=lambda: _stop(server))
 
 
@@ -83,7 +98,9 @@ def _complete(port: int, request: Request, prefix_cache: bool, stamps: Stamps, i
         "return_tokens": True,
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3600)
-    connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+    connection.request(
+        "POST", "/completion", json.dumps(body), {"Content-Type": "application/json"}
+    )
     response = connection.getresponse()
     if response.status != 200:
         raise RuntimeError(f"llama-server: {response.status} {response.read()[:500]!r}")

@@ -1,4 +1,5 @@
-"""Our own engine, in this process: requests straight into `LLM.engine`, one step after the other."""
+"""Our own engine, in this process: requests straight into `LLM.engine`, one step after the
+other."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from workloads import Workload
 
 
 def engine_config(max_seqs: int, threads: int, prefix_cache: bool) -> Any:
-    """The engine's settings; moebius comes only now, as what it takes beyond `import torch` is measured."""
-    from moebius.config import EngineConfig
+    """The engine's settings; moebius comes only now, as what it takes beyond `import torch` is
+    measured."""
+    from moebius.engine.config import EngineConfig
 
     return EngineConfig(
         dtype="bfloat16",
@@ -51,8 +53,9 @@ def load(options: Options) -> Engine:
     engine, numbers = llm.engine, count()
 
     def run(work: Workload) -> Timing:
-        # run.py stops an engine while it waits its turn, so that ours would never find the rest in which it touches its
-        # KV cache; the other engines touch theirs while they load. The first token after the start waits for nothing.
+        # run.py stops an engine while it waits its turn, so that ours would never find the rest in
+        # which it touches its KV cache; the other engines touch theirs while they load. The first
+        # token after the start waits for nothing.
         for thread in threading.enumerate() if work.name != "token" else ():
             if thread.name == "populate":
                 thread.join()
@@ -62,7 +65,11 @@ def load(options: Options) -> Engine:
             params = SamplingParams(temperature=0, max_tokens=wanted.output, ignore_eos=True)
             name = str(next(numbers))
             index[name] = i
-            engine.add(Request.create(name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0))
+            engine.add(
+                Request.create(
+                    name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0
+                )
+            )
         while engine.has_work:
             for output in engine.step():
                 if output.error is not None:
@@ -71,7 +78,8 @@ def load(options: Options) -> Engine:
         return stamps.finish()
 
     def memory(peak: Peak) -> dict[str, float]:
-        """What we take beyond `import torch`, the weights mapped from the file and the planned KV cache."""
+        """What we take beyond `import torch`, the weights mapped from the file and the planned KV
+        cache."""
         mapped, cache = plan.weights.mapped / 1e9, plan.kv_cache / 1e9
         return {
             "import_torch": baseline,
@@ -81,7 +89,11 @@ def load(options: Options) -> Engine:
             "beyond": peak.total - baseline - mapped - cache,
         }
 
-    details = {"version": __version__, "torch": torch.__version__, "fingerprint": engine.info.fingerprint}
+    details = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "fingerprint": engine.info.fingerprint,
+    }
     return Engine(run, {**details, "threads": options.threads}, memory, llm.close)
 
 

@@ -44,11 +44,18 @@ def load(options: Options) -> Engine:
             pipeline.step()
             for i, handle in enumerate(handles):
                 while stamps.counts[i] < work.requests[i].output and handle.can_read():
-                    stamps.saw(i, sum(len(output.generated_ids) for output in handle.read().values()))
+                    stamps.saw(
+                        i, sum(len(output.generated_ids) for output in handle.read().values())
+                    )
         return stamps.finish()
 
     return Engine(
-        run, {"version": genai.__version__, "weights": f"fp16 file, {precision} products", "threads": options.threads}
+        run,
+        {
+            "version": genai.__version__,
+            "weights": f"fp16 file, {precision} products",
+            "threads": options.threads,
+        },
     )
 
 

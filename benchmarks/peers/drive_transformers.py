@@ -1,4 +1,5 @@
-"""transformers' generate, in static batches padded on the left: the baseline (its continuous batching is slower)."""
+"""transformers' generate, in static batches padded on the left: the baseline (its continuous
+batching is slower)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ def load(options: Options) -> Engine:
 
     torch.set_num_threads(options.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.directory, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
+        options.directory,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
+        experts_implementation="grouped_mm",
     ).eval()
     model.generation_config.eos_token_id = None
 
@@ -64,7 +68,15 @@ def load(options: Options) -> Engine:
         return Timing(clock() - start, [], [])
 
     versions = {"version": transformers.__version__, "torch": torch.__version__}
-    return Engine(run, {**versions, "experts": "grouped_mm", "attention": "sdpa", "threads": torch.get_num_threads()})
+    return Engine(
+        run,
+        {
+            **versions,
+            "experts": "grouped_mm",
+            "attention": "sdpa",
+            "threads": torch.get_num_threads(),
+        },
+    )
 
 
 if __name__ == "__main__":

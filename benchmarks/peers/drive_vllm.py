@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 from itertools import count
 
-from common import KV_CACHE_BYTES, MAX_MODEL_LEN, MAX_STEP_TOKENS, Engine, Options, Stamps, Timing, serve
+from common import (
+    KV_CACHE_BYTES,
+    MAX_MODEL_LEN,
+    MAX_STEP_TOKENS,
+    Engine,
+    Options,
+    Stamps,
+    Timing,
+    serve,
+)
 from workloads import Workload
 
 
@@ -54,7 +63,14 @@ def load(options: Options) -> Engine:
                 stamps.saw(index[output.request_id], len(output.outputs[0].token_ids))
         return stamps.finish()
 
-    return Engine(run, {"version": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()})
+    return Engine(
+        run,
+        {
+            "version": vllm.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Driver processes from the outside: which peers there are, and how one is started, asked, parked and ended."""
+"""Driver processes from the outside: which peers there are, and how one is started, asked, parked
+and ended."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ ANSWER_SECONDS = 1800
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A driver script, the virtual environment under PEERS that runs it (None: that of run.py), and what it reads."""
+    """A driver script, the virtual environment under PEERS that runs it (None: that of run.py), and
+    what it reads."""
 
     script: str
     venv: str | None
@@ -56,7 +58,8 @@ class Setting:
 
 
 class Driver:
-    """One running driver. Parked, its process group is stopped, so that it cannot disturb another's turn."""
+    """One running driver. Parked, its process group is stopped, so that it cannot disturb another's
+    turn."""
 
     def __init__(self, name: str, setting: Setting, folder: Path) -> None:
         peer = PEERS[name]
@@ -65,7 +68,14 @@ class Driver:
         self.log.parent.mkdir(exist_ok=True)
         self.pauses = PauseClock(folder / f".clock-{os.getpid()}-{name}")
         python = sys.executable if peer.venv is None else str(folder / peer.venv / "bin" / "python")
-        command = [python, str(HERE / peer.script), "--model", setting.model, "--models", str(folder / "models")]
+        command = [
+            python,
+            str(HERE / peer.script),
+            "--model",
+            setting.model,
+            "--models",
+            str(folder / "models"),
+        ]
         command += ["--max-seqs", str(setting.max_seqs), "--threads", str(setting.threads)]
         command += ["--prefix-cache"] * setting.prefix_cache
         _read_through(peer.files(folder / "models", setting.model))
@@ -122,7 +132,9 @@ class Driver:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]:
-            raise DriverError(f"{self.name} did not answer within {ANSWER_SECONDS} s; see {self.log}")
+            raise DriverError(
+                f"{self.name} did not answer within {ANSWER_SECONDS} s; see {self.log}"
+            )
         line = self._process.stdout.readline()
         if not line:
             raise DriverError(f"{self.name} ended; see {self.log}")
@@ -134,16 +146,25 @@ class Driver:
 
 
 def _environment(folder: Path, peer: Peer, pauses: PauseClock) -> dict[str, str]:
-    environment = dict(os.environ, PEERS=str(folder), PEERS_CLOCK=str(pauses.path), PYTHONUNBUFFERED="1")
+    environment = dict(
+        os.environ, PEERS=str(folder), PEERS_CLOCK=str(pauses.path), PYTHONUNBUFFERED="1"
+    )
     if peer.venv == "venv-vllm":
-        # What vLLM's documentation asks for on CPUs, where it is installed. Without, it decodes a fifth slower.
-        openmp, allocator = folder / "venv-vllm" / "lib" / "libiomp5.so", find_library("tcmalloc_minimal")
-        environment["LD_PRELOAD"] = ":".join([str(openmp)] * openmp.exists() + ([allocator] if allocator else []))
+        # What vLLM's documentation asks for on CPUs, where it is installed. Without, it decodes a
+        # fifth slower.
+        openmp, allocator = (
+            folder / "venv-vllm" / "lib" / "libiomp5.so",
+            find_library("tcmalloc_minimal"),
+        )
+        environment["LD_PRELOAD"] = ":".join(
+            [str(openmp)] * openmp.exists() + ([allocator] if allocator else [])
+        )
     return environment
 
 
 def _read_through(path: Path) -> None:
-    """Bring a model's files into the page cache, so that every start finds them there. Raises DriverError."""
+    """Bring a model's files into the page cache, so that every start finds them there. Raises
+    DriverError."""
     if not path.exists():
         raise DriverError(f"{path} is missing; README.md says how to make it")
     for file in [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]:

@@ -1,8 +1,10 @@
-"""Measuring on a machine that others use too: pause a driver while they do, and know how much slipped through.
+"""Measuring on a machine that others use too: pause a driver while they do, and know how much
+slipped through.
 
-While a driver works, a thread looks four times a second at the CPU time that other processes took. When it was more
-than BUSY_SHARE of the cores, the driver's process group is stopped until the machine has been calm for half a second.
-The stopped time goes into a small shared file, and `common.clock` in the driver leaves it out.
+While a driver works, a thread looks four times a second at the CPU time that other processes took.
+When it was more than BUSY_SHARE of the cores, the driver's process group is stopped until the
+machine has been calm for half a second. The stopped time goes into a small shared file, and
+`common.clock` in the driver leaves it out.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ CLEAN_SHARE = 0.05
 
 @dataclass(slots=True)
 class Disturbance:
-    """What others did during one repetition: shares of all cores while the driver ran, seconds it stood still."""
+    """What others did during one repetition: shares of all cores while the driver ran, seconds it
+    stood still."""
 
     foreign: float = 0.0
     steal: float = 0.0
@@ -104,7 +107,8 @@ def _own(group: int | None) -> float:
 
 
 def wait_until_calm(limit: float = 300.0) -> bool:
-    """Wait until others leave the machine alone for a second; False if they did not within `limit` seconds."""
+    """Wait until others leave the machine alone for a second; False if they did not within `limit`
+    seconds."""
     end, calm, before = time.monotonic() + limit, 0, _Sample.take(None)
     while time.monotonic() < end:
         time.sleep(2 * INTERVAL)
@@ -119,7 +123,8 @@ def wait_until_calm(limit: float = 300.0) -> bool:
 
 @contextlib.contextmanager
 def watch(group: int, pauses: PauseClock, patience: float) -> Iterator[Disturbance]:
-    """Guard a driver's process group for the time of the block; the result is complete when the block ends.
+    """Guard a driver's process group for the time of the block; the result is complete when the
+    block ends.
 
     It stands still for at most `patience` seconds in all; then it runs on, disturbed.
     """
@@ -133,7 +138,9 @@ def watch(group: int, pauses: PauseClock, patience: float) -> Iterator[Disturban
         thread.join()
 
 
-def _guard(group: int, pauses: PauseClock, patience: float, result: Disturbance, done: threading.Event) -> None:
+def _guard(
+    group: int, pauses: PauseClock, patience: float, result: Disturbance, done: threading.Event
+) -> None:
     before = _Sample.take(group)
     foreign_total = ran = 0.0
     stolen = before.stolen
@@ -154,7 +161,8 @@ def _guard(group: int, pauses: PauseClock, patience: float, result: Disturbance,
 
 
 def _stand_still(group: int, limit: float, done: threading.Event) -> float:
-    """Stop the group until the machine is calm or `limit` seconds are over; returns how long it stood still."""
+    """Stop the group until the machine is calm or `limit` seconds are over; returns how long it
+    stood still."""
     start = time.perf_counter()
     os.killpg(group, signal.SIGSTOP)
     while not done.is_set() and time.perf_counter() - start < limit:

@@ -1,10 +1,12 @@
-"""What share of the floor our engine reaches, when the machine's ceilings are measured in turn with its steps.
+"""What share of the floor our engine reaches, when the machine's ceilings are measured in turn with
+its steps.
 
     PEERS=FOLDER python in_turn.py [--models m1,m2] [--workloads w1,w2,w4] [--reps 3] [--json FILE]
 
-On a machine whose memory and cores others share, run.py's floor (the best pass of the whole run) is that of its best
-moment, and the engine's time is that of all its moments. Here a pass of ceilings.py follows steps all along, so that
-both see the same moments: the floor is that of the passes' medians, the share that floor over the steps' time.
+On a machine whose memory and cores others share, run.py's floor (the best pass of the whole run) is
+that of its best moment, and the engine's time is that of all its moments. Here a pass of
+ceilings.py follows steps all along, so that both see the same moments: the floor is that of the
+passes' medians, the share that floor over the steps' time.
 """
 
 from __future__ import annotations
@@ -52,7 +54,11 @@ def steps(engine: Engine, work: Workload, ask: Asked) -> tuple[list[float], list
     for number, wanted in enumerate(work.requests):
         params = SamplingParams(temperature=0, max_tokens=wanted.output, ignore_eos=True)
         name = f"{work.name} {number}"
-        engine.add(Request.create(name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0))
+        engine.add(
+            Request.create(
+                name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0
+            )
+        )
     seconds, found, since = [], [ask()], 0.0
     while engine.has_work:
         start = time.perf_counter()
@@ -65,7 +71,9 @@ def steps(engine: Engine, work: Workload, ask: Asked) -> tuple[list[float], list
     return seconds, found
 
 
-def share(model: str, work: Workload, seconds: list[float], found: list[dict[str, float]]) -> dict[str, float]:
+def share(
+    model: str, work: Workload, seconds: list[float], found: list[dict[str, float]]
+) -> dict[str, float]:
     """W1's first step, the prefill, is left out on both sides: it is compared by its decoding."""
     result = {key: statistics.median(one[key] for one in found) for key in CEILINGS}
     skip = 1 if work.name == "w1" else 0
@@ -87,11 +95,18 @@ def measure(model: str, names: list[str], reps: int, threads: int) -> Iterator[d
                 work = workload(name, SIZES[model].vocab, rep)
                 seconds, found = steps(engine, work, ask)
                 if rep:
-                    yield {"model": model, "workload": name, "draw": rep, **share(model, work, seconds, found)}
+                    yield {
+                        "model": model,
+                        "workload": name,
+                        "draw": rep,
+                        **share(model, work, seconds, found),
+                    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default="m1,m2", type=lambda text: text.split(","))
     parser.add_argument("--workloads", default="w1,w2,w4", type=lambda text: text.split(","))
     parser.add_argument("--reps", type=int, default=3)
@@ -103,12 +118,17 @@ def main() -> None:
         for row in measure(model, given.workloads, given.reps, given.threads):
             rows.append(row)
             print(
-                "{model} {workload}: {seconds:.2f} s; {mapped_gbs:.1f} GB/s mapped, {anonymous_gbs:.1f} anonymous, "
-                "{matrix_gflops:.0f} GFLOP/s; {share_mapped:.0%}, {share_anonymous:.0%} of the floor".format(**row),
+                "{model} {workload}: {seconds:.2f} s; {mapped_gbs:.1f} GB/s mapped, "
+                "{anonymous_gbs:.1f} anonymous, {matrix_gflops:.0f} GFLOP/s; {share_mapped:.0%}, "
+                "{share_anonymous:.0%} of the floor".format(**row),
                 flush=True,
             )
     if given.json:
-        write_file(given.json, json.dumps({"threads": given.threads, "rows": rows}, indent=1) + "\n", ours=json_record)
+        write_file(
+            given.json,
+            json.dumps({"threads": given.threads, "rows": rows}, indent=1) + "\n",
+            ours=json_record,
+        )
 
 
 if __name__ == "__main__":

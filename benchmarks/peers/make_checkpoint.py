@@ -1,10 +1,11 @@
-"""Write a benchmark model in the Hugging Face layout: seeded random bfloat16 weights and a byte-level BPE tokenizer.
+"""Write a benchmark model in the Hugging Face layout: seeded random bfloat16 weights and a
+byte-level BPE tokenizer.
 
     python make_checkpoint.py --model m1 [--out PEERS/models]
 
-Weights are drawn and written one shard at a time, so a model of 14 GB takes 3 GB of memory. Needs torch, safetensors
-and transformers. The tokenizer is trained on Python's standard library; benchmarks hand over token ids, it is there
-because engines ask for one.
+Weights are drawn and written one shard at a time, so a model of 14 GB takes 3 GB of memory. Needs
+torch, safetensors and transformers. The tokenizer is trained on Python's standard library;
+benchmarks hand over token ids, it is there because engines ask for one.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from transformers import PreTrainedTokenizerFast
 SHARD_BYTES = 2 * 2**30
 STANDARD_DEVIATION = 0.02
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>")
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
+)
 
 
 def config(sizes: Sizes) -> dict[str, object]:
-    """config.json under the names that transformers 4 and 5, vLLM, OpenVINO and llama.cpp's converter all read."""
+    """config.json under the names that transformers 4 and 5, vLLM, OpenVINO and llama.cpp's
+    converter all read."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -75,7 +79,12 @@ def shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (sizes.vocab, hidden)
     for layer in range(sizes.layers):
         prefix = f"model.layers.{layer}"
-        for name, shape in (("q", (query, hidden)), ("k", (kv, hidden)), ("v", (kv, hidden)), ("o", (hidden, query))):
+        for name, shape in (
+            ("q", (query, hidden)),
+            ("k", (kv, hidden)),
+            ("v", (kv, hidden)),
+            ("o", (hidden, query)),
+        ):
             yield f"{prefix}.self_attn.{name}_proj.weight", shape
         yield f"{prefix}.self_attn.q_norm.weight", (sizes.head_dim,)
         yield f"{prefix}.self_attn.k_norm.weight", (sizes.head_dim,)
@@ -116,7 +125,11 @@ def write_weights(sizes: Sizes, out: Path, seed: int) -> int:
     groups, parameters = shards(sizes), 0
     index: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        )
         tensors = {name: draw(name, shape, generator) for name, shape in group}
         save_file(tensors, out / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
@@ -157,7 +170,9 @@ def _texts() -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, choices=SIZES)
     parser.add_argument("--out", type=Path, help="folder of the models (default: PEERS/models)")
     parser.add_argument("--seed", type=int, default=0)
@@ -167,7 +182,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     parameters = write_weights(sizes, out, given.seed)
     write_tokenizer(sizes.vocab, out)
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 3}))
+    (out / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 3})
+    )
     (out / "config.json").write_text(json.dumps(config(sizes), indent=2) + "\n")
     print(f"{out}: {parameters:,} parameters, {2 * parameters / 1e9:.2f} GB")
 

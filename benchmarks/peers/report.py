@@ -24,7 +24,9 @@ CEILINGS = ("anonymous_gbs", "mapped_gbs", "matrix_gflops")
 UNITS = {"decode_tps": "decode tok/s", "output_tps": "output tok/s", "prefill_tps": "prefill tok/s"}
 
 
-def figures(work: Workload, wall: float, first: Sequence[float], last: Sequence[float]) -> dict[str, float]:
+def figures(
+    work: Workload, wall: float, first: Sequence[float], last: Sequence[float]
+) -> dict[str, float]:
     """Rates in tokens/s, times in seconds, of one repetition (or of the roofline's ideal one)."""
     found = {"wall": wall, "output_tps": work.output_tokens / wall}
     if first:
@@ -40,13 +42,19 @@ def figures(work: Workload, wall: float, first: Sequence[float], last: Sequence[
 
 def spread(values: Iterable[float]) -> dict[str, float]:
     values = list(values)
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """model -> workload -> figures of each peer, ours over the best peer, shares of the floor.
 
-    The floor is that of the best ceilings seen in the whole run, so that a probe in a noisy moment flatters nobody.
+    The floor is that of the best ceilings seen in the whole run, so that a probe in a noisy moment
+    flatters nobody.
     """
     if not record["ceilings"]:
         return {}
@@ -58,8 +66,11 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _compare(runs: list[dict[str, Any]], ceilings: dict[str, float], model: str, name: str) -> dict[str, Any]:
-    """Clean repetitions count; where a peer has none, all of its repetitions do, and `clean` says 0."""
+def _compare(
+    runs: list[dict[str, Any]], ceilings: dict[str, float], model: str, name: str
+) -> dict[str, Any]:
+    """Clean repetitions count; where a peer has none, all of its repetitions do, and `clean` says
+    0."""
     work = workload(name, SIZES[model].vocab, 1)
     peers: dict[str, dict[str, Any]] = {}
     for peer in dict.fromkeys(run["peer"] for run in runs):
@@ -72,7 +83,12 @@ def _compare(runs: list[dict[str, Any]], ceilings: dict[str, float], model: str,
     medians = {peer: row[headline]["median"] for peer, row in peers.items() if headline in row}
     others = {peer: value for peer, value in medians.items() if peer != OURS}
     best = max(others, key=others.__getitem__, default=None)
-    result: dict[str, Any] = {"headline": headline, "peers": peers, "best_peer": best, "roofline": {}}
+    result: dict[str, Any] = {
+        "headline": headline,
+        "peers": peers,
+        "best_peer": best,
+        "roofline": {},
+    }
     if best and OURS in medians:
         result["ours_over_best"] = medians[OURS] / medians[best]
     for kind in ("anonymous", "mapped"):
@@ -90,7 +106,8 @@ def _ideal_figures(work: Workload, ideal: Floor) -> dict[str, float]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """All workloads, then starts and memory, as a Markdown table. A share of the floor is `anonymous / mapped`."""
+    """All workloads, then starts and memory, as a Markdown table. A share of the floor is
+    `anonymous / mapped`."""
     names = list(record["settings"]["peers"])
     rows = [["", *names, "best peer", "ours / best", "floor", "ours of floor"]]
     for model, workloads in record["summary"].items():
@@ -99,13 +116,16 @@ def table(record: dict[str, Any]) -> str:
         rows += _process_rows(model, record, names)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
-def _workload_rows(model: str, name: str, summary: dict[str, Any], names: list[str]) -> list[list[str]]:
+def _workload_rows(
+    model: str, name: str, summary: dict[str, Any], names: list[str]
+) -> list[list[str]]:
     label = f"{model.upper()} {name.upper()}"
     headline, peers, ideal = summary["headline"], summary["peers"], summary["roofline"]
     shares = [ideal[kind]["share"].get(OURS) for kind in ("anonymous", "mapped")]
@@ -133,19 +153,25 @@ def _figure(peers: dict[str, Any], peer: str, key: str) -> str:
 
 
 def _process_rows(model: str, record: dict[str, Any], names: list[str]) -> list[list[str]]:
-    """Starting and memory: the fastest start, the largest peak of all of a peer's processes on this model."""
+    """Starting and memory: the fastest start, the largest peak of all of a peer's processes on this
+    model."""
     starts = [start for start in record["starts"] if start["model"] == model]
     runs = [run for run in record["runs"] if run["model"] == model]
 
     def cells(values: dict[str, list[float]], pick: Any) -> list[str]:
-        return [f"{pick(values[peer]):.3g}" if values.get(peer) else "-" for peer in names] + [""] * 4
+        return [f"{pick(values[peer]):.3g}" if values.get(peer) else "-" for peer in names] + [
+            ""
+        ] * 4
 
     def of(rows: list[dict[str, Any]], value: Any) -> dict[str, list[float]]:
         return {peer: [value(row) for row in rows if row["peer"] == peer] for peer in names}
 
     result = [
         [f"{model.upper()} load s", *cells(of(starts, lambda s: s["load_s"]), min)],
-        [f"{model.upper()} start to first token s", *cells(of(starts, lambda s: s["first_token_s"]), min)],
+        [
+            f"{model.upper()} start to first token s",
+            *cells(of(starts, lambda s: s["first_token_s"]), min),
+        ],
         [f"{model.upper()} peak memory GB", *cells(of(runs, lambda r: r["memory"]["total"]), max)],
     ]
     beyond = {OURS: [run["memory"]["beyond"] for run in runs if "beyond" in run["memory"]]}

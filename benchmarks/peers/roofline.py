@@ -1,13 +1,15 @@
-"""The least time a workload can take on a machine: per step, bytes over bandwidth or operations over the matrix peak.
+"""The least time a workload can take on a machine: per step, bytes over bandwidth or operations
+over the matrix peak.
 
     python roofline.py --bandwidth 28 --matrix 2000
 
-Steps are those of an ideal continuous batching: every running request advances by one token, whole prompts join while
-the step holds at most MAX_STEP_TOKENS tokens. A step reads the weights of attention and router, the experts that its
-tokens are expected to hit, the output head, and the KV cache of its requests, all in bfloat16.
+Steps are those of an ideal continuous batching: every running request advances by one token, whole
+prompts join while the step holds at most MAX_STEP_TOKENS tokens. A step reads the weights of
+attention and router, the experts that its tokens are expected to hit, the output head, and the KV
+cache of its requests, all in bfloat16.
 
-Random weights make greedy decoding repeat itself, so sequences may share experts and the expected number is an upper
-bound: in W3 an engine can come out above 100 %.
+Random weights make greedy decoding repeat itself, so sequences may share experts and the expected
+number is an upper bound: in W3 an engine can come out above 100 %.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Chunk:
 
 @dataclass(slots=True)
 class Floor:
-    """Seconds at least, of the whole workload and of its first step; how much is moved and computed in all."""
+    """Seconds at least, of the whole workload and of its first step; how much is moved and computed
+    in all."""
 
     seconds: float = 0.0
     first_seconds: float = 0.0
@@ -43,7 +46,9 @@ class Floor:
     teraflop: float = 0.0
 
 
-def floor(sizes: Sizes, work: Workload, *, bandwidth: float, matrix: float, prefix_cache: bool) -> Floor:
+def floor(
+    sizes: Sizes, work: Workload, *, bandwidth: float, matrix: float, prefix_cache: bool
+) -> Floor:
     """bandwidth in GB/s, matrix in GFLOP/s; prefix_cache: the common prefix is computed once."""
     result = Floor()
     for step in _steps(work, work.shared_prefix if prefix_cache else 0):
@@ -66,7 +71,9 @@ def _steps(work: Workload, cached: int) -> Iterator[list[Chunk]]:
         step = [Chunk(1, length + 1) for length, _ in running]
         running = [(length + 1, left - 1) for length, left in running if left > 1]
         budget = MAX_STEP_TOKENS - len(step)
-        while waiting and len(running) < work.concurrency and len(waiting[0].prompt) - skip <= budget:
+        while (
+            waiting and len(running) < work.concurrency and len(waiting[0].prompt) - skip <= budget
+        ):
             request = waiting.popleft()
             new = len(request.prompt) - skip
             step.append(Chunk(new, len(request.prompt)))
@@ -88,21 +95,30 @@ def _bytes(sizes: Sizes, step: list[Chunk]) -> float:
 def _operations(sizes: Sizes, step: list[Chunk]) -> float:
     tokens = sum(chunk.new for chunk in step)
     layer = sizes.attention + sizes.router + sizes.top_k * sizes.expert
-    # A token attends to those before it: a chunk's tokens to context - new / 2 on average; scores and values.
+    # A token attends to those before it: a chunk's tokens to context - new / 2 on average; scores
+    # and values.
     attended = sum(chunk.new * (chunk.context - chunk.new / 2) for chunk in step)
     scores = 4 * attended * sizes.heads * sizes.head_dim * sizes.layers
     return 2 * tokens * sizes.layers * layer + 2 * len(step) * sizes.head + scores
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bandwidth", type=float, required=True, help="GB/s")
     parser.add_argument("--matrix", type=float, required=True, help="GFLOP/s")
     given = parser.parse_args()
     for model, sizes in SIZES.items():
         for name in NAMES:
             work = workload(name, sizes.vocab, 1)
-            result = floor(sizes, work, bandwidth=given.bandwidth, matrix=given.matrix, prefix_cache=name == "w3")
+            result = floor(
+                sizes,
+                work,
+                bandwidth=given.bandwidth,
+                matrix=given.matrix,
+                prefix_cache=name == "w3",
+            )
             print(model, name, {key: round(value, 4) for key, value in asdict(result).items()})
 
 

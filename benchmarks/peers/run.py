@@ -1,10 +1,12 @@
 """Run our engine and its peers on the same models and workloads, in turn, on this machine, now.
 
-    PEERS=FOLDER python run.py [--peers moebius,vllm,...] [--models m1,m2] [--workloads w1,w2,w4,w3] [--reps 3]
+    PEERS=FOLDER python run.py [--peers moebius,vllm,...] [--models m1,m2] [--workloads w1,w2,w4,w3]
+    [--reps 3]
 
-For each workload the machine's ceilings are measured first. Where all engines fit into memory they stay loaded, and the
-repetitions take turns; otherwise one engine after the other is loaded for the workload. A repetition that other
-processes disturbed is made again, on other token ids. The JSON has every raw run; the table is printed at the end.
+For each workload the machine's ceilings are measured first. Where all engines fit into memory they
+stay loaded, and the repetitions take turns; otherwise one engine after the other is loaded for the
+workload. A repetition that other processes disturbed is made again, on other token ids. The JSON
+has every raw run; the table is printed at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from report import summarize, table
 from sizes import SIZES
 from workloads import NAMES, workload
 
-# Memory that a loaded engine is taken to need: so much of its weights, and so much beside them, in GB.
+# Memory that a loaded engine is taken to need: so much of its weights, and so much beside them, in
+# GB.
 WEIGHTS_FACTOR, BESIDE_GB = 1.5, 2.5
 # Further draws of a repetition that was disturbed.
 RETRIES = 2
@@ -48,7 +51,9 @@ class Bench:
         self.record: dict[str, Any] = {
             "machine": _machine(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": {key: v.name if isinstance(v, Path) else v for key, v in vars(given).items()},
+            "settings": {
+                key: v.name if isinstance(v, Path) else v for key, v in vars(given).items()
+            },
             "ceilings": [],
             "starts": [],
             "runs": [],
@@ -60,7 +65,9 @@ class Bench:
         """Workloads that share one setting of the engines."""
         seqs = max(workload(name, SIZES[model].vocab, 1).concurrency for name in names)
         setting = Setting(model, seqs, self.given.threads, prefix_cache)
-        together = self.given.together == "yes" or (self.given.together == "auto" and self._fit(model))
+        together = self.given.together == "yes" or (
+            self.given.together == "auto" and self._fit(model)
+        )
         self._read_afresh(model)
         for name in names:
             self._ceilings(model, name)
@@ -72,8 +79,9 @@ class Bench:
         self.stop()
 
     def _read_afresh(self, model: str) -> None:
-        """Have the files in the page cache as they are after a restart: in large pages, where the kernel makes such of
-        what it reads. What a program has just written lies there in small ones, and memory is slower for that."""
+        """Have the files in the page cache as they are after a restart: in large pages, where the
+        kernel makes such of what it reads. What a program has just written lies there in small
+        ones, and memory is slower for that."""
         for path in sorted((self.folder / "models").glob(f"{model}*")):
             for file in filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]):
                 with file.open("rb", buffering=0) as opened:
@@ -91,10 +99,16 @@ class Bench:
     def _fit(self, model: str) -> bool:
         """Whether all engines can stay loaded beside each other."""
         each = WEIGHTS_FACTOR * SIZES[model].parameters * 2 / 1e9 + BESIDE_GB
-        return len(self.given.peers) * each < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        return (
+            len(self.given.peers) * each
+            < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        )
 
     def _ceilings(self, model: str, name: str) -> None:
-        weights = max((self.folder / "models" / model).glob("*.safetensors"), key=lambda file: file.stat().st_size)
+        weights = max(
+            (self.folder / "models" / model).glob("*.safetensors"),
+            key=lambda file: file.stat().st_size,
+        )
         calm = wait_until_calm(self.given.patience)
         command = [sys.executable, str(HERE / "ceilings.py")]
         command += ["--threads", str(self.given.threads), "--file", str(weights)]
@@ -114,7 +128,10 @@ class Bench:
                 self.drivers[peer] = Driver(peer, setting, self.folder)
                 details = self.drivers[peer].details
                 self.record["starts"].append({"peer": peer, **asdict(setting), **details})
-                _say(f"{setting.model} {peer} started: first token after {details['first_token_s']:.1f} s")
+                _say(
+                    f"{setting.model} {peer} started: first token after "
+                    f"{details['first_token_s']:.1f} s"
+                )
             driver = self.drivers[peer]
             if name not in driver.warm:
                 driver.ask({"workload": name, "draw": 0})
@@ -162,7 +179,12 @@ class Bench:
 
 
 def _row(
-    peer: str, setting: Setting, name: str, draw: int, answer: dict[str, Any], disturbed: Disturbance
+    peer: str,
+    setting: Setting,
+    name: str,
+    draw: int,
+    answer: dict[str, Any],
+    disturbed: Disturbance,
 ) -> dict[str, Any]:
     return {
         "peer": peer,
@@ -177,7 +199,10 @@ def _row(
 
 
 def _machine() -> dict[str, Any]:
-    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    info = dict(
+        line.split(":", 1)
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    )
     info = {key.strip(): value.strip() for key, value in info.items()}
     wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
     return {
@@ -199,22 +224,37 @@ def _names(allowed: Any) -> Any:
         names = text.split(",")
         unknown = sorted(set(names) - set(allowed))
         if unknown:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(allowed)}")
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(unknown)}; there are {', '.join(allowed)}"
+            )
         return names
 
     return parse
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=_names(PEERS), default=["moebius", "vllm", "openvino", "llama.cpp"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peers", type=_names(PEERS), default=["moebius", "vllm", "openvino", "llama.cpp"]
+    )
     parser.add_argument("--models", type=_names(SIZES), default=["m1", "m2"])
     parser.add_argument("--workloads", type=_names(NAMES), default=["w1", "w2", "w4", "w3"])
     parser.add_argument("--reps", type=int, default=3, help="repetitions of each workload")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--together", choices=("auto", "yes", "no"), default="auto", help="keep all engines loaded")
-    parser.add_argument("--patience", type=float, default=300, help="seconds that a repetition may wait; 0: no guard")
-    parser.add_argument("--json", type=Path, help="where the record goes (default: PEERS/results.json)")
+    parser.add_argument(
+        "--together", choices=("auto", "yes", "no"), default="auto", help="keep all engines loaded"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=300,
+        help="seconds that a repetition may wait; 0: no guard",
+    )
+    parser.add_argument(
+        "--json", type=Path, help="where the record goes (default: PEERS/results.json)"
+    )
     given = parser.parse_args()
     given.json = given.json or peers_folder() / "results.json"
     # A terminated run ends its drivers too.

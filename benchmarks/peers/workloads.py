@@ -23,7 +23,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that arrive at once. At most `concurrency` run; the first `shared_prefix` tokens are common to all."""
+    """Requests that arrive at once. At most `concurrency` run; the first `shared_prefix` tokens are
+    common to all."""
 
     name: str
     requests: list[Request]
@@ -36,9 +37,11 @@ class Workload:
 
 
 def workload(name: str, vocab: int, draw: int) -> Workload:
-    """Draw number `draw` of a workload: the same lengths, other token ids, so that no earlier draw's cache helps.
+    """Draw number `draw` of a workload: the same lengths, other token ids, so that no earlier
+    draw's cache helps.
 
-    Draw 0 is the warm-up: the first requests that run together, with few output tokens. Raises ValueError.
+    Draw 0 is the warm-up: the first requests that run together, with few output tokens. Raises
+    ValueError.
     """
     full = _full(name, vocab, random.Random(f"{name}-tok-{draw}"))
     if draw:
@@ -57,10 +60,17 @@ def _full(name: str, vocab: int, ids: random.Random) -> Workload:
     if name == "w2":
         lengths = random.Random(_LENGTHS_SEED)
         pairs = [(lengths.randint(32, 256), lengths.randint(16, 256)) for _ in range(64)]
-        return Workload(name, [Request(tokens(prompt), output) for prompt, output in pairs], concurrency=32)
+        return Workload(
+            name, [Request(tokens(prompt), output) for prompt, output in pairs], concurrency=32
+        )
     if name == "w3":
         prefix = tokens(1024)
-        return Workload(name, [Request(prefix + tokens(32), 32) for _ in range(32)], 16, shared_prefix=len(prefix))
+        return Workload(
+            name,
+            [Request(prefix + tokens(32), 32) for _ in range(32)],
+            16,
+            shared_prefix=len(prefix),
+        )
     if name == "w4":
         return Workload(name, [Request(tokens(2048), 1)], concurrency=1)
     raise ValueError(f"there is no workload {name!r}; there are {', '.join(NAMES)}")

@@ -83,7 +83,9 @@ class NGrams:
         """Of each context of n - 1 words: how many words followed it, and how many distinct ones."""
         contexts = self._keys[n - 1] // self._vocab
         size = 1 if n == 1 else len(self._keys[n - 2])
-        return np.bincount(contexts, self._counts[n - 1], size), np.bincount(contexts, minlength=size)
+        return np.bincount(contexts, self._counts[n - 1], size), np.bincount(
+            contexts, minlength=size
+        )
 
 
 def with_ngrams(figures: dict[str, Any], data: PreparedData) -> dict[str, Any]:
@@ -92,18 +94,26 @@ def with_ngrams(figures: dict[str, Any], data: PreparedData) -> dict[str, Any]:
     nats = {kind: grams.nats(stream) for kind, stream in data.heldout.items()}
     nats["all"] = sum(nats.values())
     return {
-        kind: f | {"5_gram_bits_per_byte": nats[kind] / max(f["bytes"], 1) / math.log(2)} for kind, f in figures.items()
+        kind: f | {"5_gram_bits_per_byte": nats[kind] / max(f["bytes"], 1) / math.log(2)}
+        for kind, f in figures.items()
     }
 
 
 def beside_twin(out: Path, twin: Path) -> str:
     """A table of both runs' held-out bits per byte, as far as the shorter one went."""
     mine, theirs = (_lines(folder / "training" / "metrics.jsonl") for folder in (out, twin))
-    speed, their_speed = (median(line["tokens_per_second"] for line in lines.values()) for lines in (mine, theirs))
+    speed, their_speed = (
+        median(line["tokens_per_second"] for line in lines.values()) for lines in (mine, theirs)
+    )
     measured = [
-        step for step in mine if all("heldout_bits_per_byte" in lines.get(step, {}) for lines in (mine, theirs))
+        step
+        for step in mine
+        if all("heldout_bits_per_byte" in lines.get(step, {}) for lines in (mine, theirs))
     ]
-    rows = [(step, *(lines[step]["heldout_bits_per_byte"]["all"] for lines in (mine, theirs))) for step in measured]
+    rows = [
+        (step, *(lines[step]["heldout_bits_per_byte"]["all"] for lines in (mine, theirs)))
+        for step in measured
+    ]
     return "\n".join(
         [
             "Beside its dense twin, which has as many parameters as a token uses here and saw the same batches at the",
@@ -123,7 +133,10 @@ def _marked(value: float, better: bool) -> str:
 
 
 def _lines(path: Path) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    return {
+        line["step"]: line
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    }
 
 
 def samples(out: Path) -> str:
@@ -141,7 +154,12 @@ def card(recipe: Recipe, out: Path, data: PreparedData, twin: Path | None = None
     decoder = load_decoder(out, torch.bfloat16, ops=ReferenceOps())
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     part, chats = decoder.config.feed_forward[0], data.facts["sizes"]["train"]["chat"]["documents"]
-    more = {"chats": chats, "python": platform.python_version(), "experts": part, "sample_tokens": SAMPLE_TOKENS}
+    more = {
+        "chats": chats,
+        "python": platform.python_version(),
+        "experts": part,
+        "sample_tokens": SAMPLE_TOKENS,
+    }
     more |= {"samples": samples(out), "beside": "" if twin is None else beside_twin(out, twin)}
     return model_card(template, decoder, recipe, data.facts, summary, **more)
 
@@ -149,9 +167,13 @@ def card(recipe: Recipe, out: Path, data: PreparedData, twin: Path | None = None
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the bundled model's card.")
     parser.add_argument("out", type=Path, metavar="DIR")
-    parser.add_argument("--twin", type=Path, metavar="TWIN", help="where its dense twin was trained")
+    parser.add_argument(
+        "--twin", type=Path, metavar="TWIN", help="where its dense twin was trained"
+    )
     args = parser.parse_args()
     recipe = read_recipe(Path(__file__).parents[1] / "bundled.toml")
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(recipe, Path(folder), tokenizer=args.out)
-        (args.out / "README.md").write_text(card(recipe, args.out, data, args.twin), encoding="utf-8")
+        (args.out / "README.md").write_text(
+            card(recipe, args.out, data, args.twin), encoding="utf-8"
+        )

@@ -26,8 +26,12 @@ KINDS = ("library", "tests", "docs", "chat")
 HELDOUT_SHARE, CHATS, SEED = 0.045, 4000, 1
 
 Message = dict[str, str]
-_EXCLUDED_TOP = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "lib-dynload"})
-_EXCLUDED_FOLDERS = frozenset({"__pycache__", "data", "cjkencodings", "encoded_modules", "tokenizedata"})
+_EXCLUDED_TOP = frozenset(
+    {"site-packages", "dist-packages", "encodings", "pydoc_data", "lib-dynload"}
+)
+_EXCLUDED_FOLDERS = frozenset(
+    {"__pycache__", "data", "cjkencodings", "encoded_modules", "tokenizedata"}
+)
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _WINDOW = 5
 _MAX_SHARED_WINDOWS = 0.2
@@ -45,9 +49,14 @@ def read_library(heldout_share: float = HELDOUT_SHARE, root: Path | None = None)
     texts: dict[str, tuple[str, str]] = {}
     for path, kind, text in (*_modules(folder), *_topics(folder)):
         texts.setdefault(text, (path, kind))
-    documents = [Document(SPLITS[is_held_out(p, heldout_share)], kind, p, text) for text, (p, kind) in texts.items()]
+    documents = [
+        Document(SPLITS[is_held_out(p, heldout_share)], kind, p, text)
+        for text, (p, kind) in texts.items()
+    ]
     known = {window for d in documents if d.split == "train" for window in _windows(d.text)}
-    kept = [d for d in documents if d.split == "train" or _shared(d.text, known) <= _MAX_SHARED_WINDOWS]
+    kept = [
+        d for d in documents if d.split == "train" or _shared(d.text, known) <= _MAX_SHARED_WINDOWS
+    ]
     if {d.split for d in kept} != set(SPLITS):
         raise ConfigError(
             f"{folder} holds {len(documents)} usable documents; training needs the standard library's .py sources"
@@ -124,7 +133,10 @@ def conversations(documents: Iterable[Document], limit: int, seed: int) -> list[
             for question, answer in makers[document.kind](document):
                 if _MIN_ANSWER <= len(answer) <= _MAX_ANSWER:
                     key = hashlib.sha256(f"{seed}\0{question}\0{answer}".encode()).hexdigest()
-                    found[key] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                    found[key] = [
+                        {"role": "user", "content": question},
+                        {"role": "assistant", "content": answer},
+                    ]
     return [found[key] for key in sorted(found)[:limit]]
 
 
@@ -150,7 +162,11 @@ def _about_functions(document: Document) -> Iterator[tuple[str, str]]:
 
 def _about_topic(document: Document) -> Iterator[tuple[str, str]]:
     name = document.path.rsplit("/", 1)[-1]
-    paragraphs = [p for p in document.text.split("\n\n") if len(p) >= _MIN_ANSWER and not set(p) <= set("*=-~\n ")]
+    paragraphs = [
+        p
+        for p in document.text.split("\n\n")
+        if len(p) >= _MIN_ANSWER and not set(p) <= set("*=-~\n ")
+    ]
     if paragraphs:
         yield f"Explain the Python topic `{name}`.", paragraphs[0]
 
@@ -169,11 +185,15 @@ def write(documents: list[Document], folder: Path, chats: int = CHATS, seed: int
         with (folder / f"{kind}.jsonl").open("w", encoding="utf-8") as file:
             for d in (*documents, *talks):
                 if d.kind == kind:
-                    file.write(json.dumps({"path": d.path, "split": d.split, "text": d.text}) + "\n")
+                    file.write(
+                        json.dumps({"path": d.path, "split": d.split, "text": d.text}) + "\n"
+                    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Python's standard library as JSON lines to train on.")
+    parser = argparse.ArgumentParser(
+        description="Python's standard library as JSON lines to train on."
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("text"))
     arguments = parser.parse_args()
     library = read_library()

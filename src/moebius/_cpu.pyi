@@ -1,4 +1,5 @@
-"""The kernels of csrc, as csrc/bindings.cpp shows them to ops/cpu.py. Arrays are addresses (0 for none)."""
+"""The kernels of csrc, as csrc/bindings.cpp shows them to ops/cpu.py. Arrays are addresses, 0 for
+none."""
 
 from collections.abc import Sequence
 
@@ -6,15 +7,24 @@ def available() -> list[str]: ...
 
 class Linear:
     def __init__(
-        self, dtype: int, in_size: int, weights: Sequence[int], biases: Sequence[int], sizes: Sequence[int]
+        self,
+        dtype: int,
+        in_size: int,
+        weights: Sequence[int],
+        biases: Sequence[int],
+        sizes: Sequence[int],
     ) -> None: ...
 
 class Experts:
-    def __init__(self, dtype: int, hidden: int, width: int, activation: int, *tables: Sequence[int]) -> None: ...
+    def __init__(
+        self, dtype: int, hidden: int, width: int, activation: int, *tables: Sequence[int]
+    ) -> None: ...
 
 class StepAttention:
     def __init__(self, window: int) -> None: ...
-    def set(self, query_start: int, seq_lens: int, block_table: int, batch: int, width: int) -> None: ...
+    def set(
+        self, query_start: int, seq_lens: int, block_table: int, batch: int, width: int
+    ) -> None: ...
 
 class Program:
     def __init__(self, inputs: list[int]) -> None: ...
@@ -55,11 +65,23 @@ class Ops:
     def threads(self) -> int: ...
     def record(self, program: Program | None) -> None: ...
     def embed(
-        self, dtype: int, table: int, count: int, ids: int, rows: int, size: int, multiplier: float, out: int
+        self,
+        dtype: int,
+        table: int,
+        count: int,
+        ids: int,
+        rows: int,
+        size: int,
+        multiplier: float,
+        out: int,
     ) -> None: ...
     def linear(self, layers: Linear, x: int, rows: int, out: int, wide: bool) -> None: ...
-    def experts(self, experts: Experts, x: int, rows: int, weights: int, ids: int, top_k: int, out: int) -> None: ...
-    def add_gated(self, dtype: int, a: int, b: int, gate: int, rows: int, size: int, out: int) -> None: ...
+    def experts(
+        self, experts: Experts, x: int, rows: int, weights: int, ids: int, top_k: int, out: int
+    ) -> None: ...
+    def add_gated(
+        self, dtype: int, a: int, b: int, gate: int, rows: int, size: int, out: int
+    ) -> None: ...
     def rms_norm(
         self,
         dtype: int,
@@ -131,7 +153,11 @@ class Ops:
         ids: int,
     ) -> None: ...
     def draw(
-        self, logits: Logits, rows: Sequence[int], temperatures: Sequence[float], uniforms: Sequence[float]
+        self,
+        logits: Logits,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[float],
     ) -> list[int]: ...
     def ranks(self, logits: Logits, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]: ...
     def shape(self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping]) -> Shaped: ...

@@ -1,15 +1,20 @@
-"""Files that we write: whole or not there, through links, and never over what somebody else put there."""
+"""Files: how tables and JSON are read, and how anything is written: whole or not there, through
+links, and never over what somebody else put there."""
 
+import json
+import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from moebius.errors import ConfigError, StorageError
+from moebius.errors import ConfigError, StorageError, UsageError
 
 Content = str | bytes | Callable[[Path], object]
 """Text, bytes, or a function that writes the file at a path that it is given."""
@@ -38,11 +43,13 @@ def begins_with(*beginnings: bytes) -> Ours:
 
 
 json_record: Ours = begins_with(b"{", b"[")
-"""For records of measurements, which scripts write again and again: what is no JSON is not one of them."""
+"""For records of measurements, which scripts write again and again: what is no JSON is not one of
+them."""
 
 
 def signed(mark: bytes) -> Ours:
-    """Recognises our files by a mark near their beginning or end, where formats keep the name of their maker."""
+    """Recognises our files by a mark near their beginning or end, where formats keep the name of
+    their maker."""
 
     def ours(path: Path) -> bool:
         with path.open("rb") as file:
@@ -64,30 +71,42 @@ def make_directory(path: Path) -> None:
 def check_target(path: Path, ours: Ours) -> None:
     """Say before the work what `write_file` would say after it.
 
-    Raises ConfigError where `path` is a directory or holds what is not ours, StorageError where it cannot be written.
+    Raises ConfigError where `path` is a directory or holds what is not ours, StorageError where it
+    cannot be written.
     """
     final = _target(path)
     if not final.exists():
         if not os.access(final.parent, os.W_OK | os.X_OK):
-            raise StorageError(f"{path} cannot be written: name a file in a directory that exists and is writable")
+            raise StorageError(
+                f"{path} cannot be written: name a file in a directory that exists and is writable"
+            )
         return
     if final.is_dir():
         raise ConfigError(f"{path} cannot be written: it is a directory; name a file")
     if not _is_regular(final):
         return
     if final.stat().st_size and not ours(final):
-        raise ConfigError(f"{path} holds something else and is left as it is; choose another name, or remove it")
+        raise ConfigError(
+            f"{path} holds something else and is left as it is; choose another name, or remove it"
+        )
     if not os.access(final.parent, os.W_OK | os.X_OK):
         raise StorageError(f"{path} cannot be written: its directory is read-only")
 
 
 def check_apart(**named: Path | None) -> None:
-    """ConfigError where two outputs, by their options' names, are one file: the later would be written over the former.
+    """ConfigError where two outputs, by their options' names, are one file: the later would be
+    written over the former.
 
     A device or a pipe takes both.
     """
-    targets = {f"--{name.replace('_', '-')}": _target(path) for name, path in named.items() if path is not None}
-    files = {option: path for option, path in targets.items() if not path.exists() or path.is_file()}
+    targets = {
+        f"--{name.replace('_', '-')}": _target(path)
+        for name, path in named.items()
+        if path is not None
+    }
+    files = {
+        option: path for option, path in targets.items() if not path.exists() or path.is_file()
+    }
     for (one, first), (other, second) in combinations(files.items(), 2):
         if first == second or (first.exists() and second.exists() and first.samefile(second)):
             raise ConfigError(f"{one} and {other} are one file, {second}; name two")
@@ -96,8 +115,8 @@ def check_apart(**named: Path | None) -> None:
 def write_file(path: Path | str, content: Content, *, ours: Ours) -> None:
     """Make `path` hold `content`: all of it, or what was there before, whatever happens meanwhile.
 
-    It is written beside its place, flushed to the disk and renamed. A link stays and its target is replaced; a device
-    or a pipe, which cannot be, is written to. Raises what `check_target` raises.
+    It is written beside its place, flushed to the disk and renamed. A link stays and its target is
+    replaced; a device or a pipe, which cannot be, is written to. Raises what `check_target` raises.
     """
     path = Path(path)
     check_target(path, ours)
@@ -106,8 +125,11 @@ def write_file(path: Path | str, content: Content, *, ours: Ours) -> None:
         if final.exists() and not _is_regular(final):
             _fill(final, content)
             return
-        # The suffix stays: what writes charts or archives goes by it. A name may be as long as names can be.
-        descriptor, name = tempfile.mkstemp(final.suffix[-_SHORT:], f".{final.stem[:_SHORT]}.", final.parent)
+        # The suffix stays: what writes charts or archives goes by it. A name may be as long as
+        # names can be.
+        descriptor, name = tempfile.mkstemp(
+            final.suffix[-_SHORT:], f".{final.stem[:_SHORT]}.", final.parent
+        )
         os.close(descriptor)
         partial = Path(name)
         try:
@@ -153,3 +175,49 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def package_table(name: str) -> dict[str, Any]:
+    """A TOML file of this package: tables that are data, kept beside the code that reads them."""
+    return tomllib.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without the byte order mark that Windows' editors put before it. Raises
+    OSError, or UnicodeDecodeError for what is no UTF-8."""
+    return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(
+    path: Path, *, default: dict[str, Any] | None = None, error: type[UsageError] = ConfigError
+) -> dict[str, Any]:
+    """The JSON object in a file; `default`, where given, if there is no file. Raises `error` naming
+    what is wrong."""
+    try:
+        found = json.loads(read_text(path))
+    except FileNotFoundError:
+        if default is None:
+            raise error(f"{path} does not exist") from None
+        return default
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"{path} cannot be read as JSON: {cause}") from None
+    if not isinstance(found, dict):
+        raise error(f"{path} holds a {type(found).__name__}; it must be a JSON object")
+    return found
+
+
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """JSON that every parser reads. It has no infinity and no NaN: null stands for a number that is
+    either."""
+    try:
+        return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, Self
 
-from moebius.config import EngineConfig
 from moebius.engine.client import StepOutput
+from moebius.engine.config import EngineConfig
 from moebius.engine.interrupts import Uninterrupted
 from moebius.engine.load import load_engine
 from moebius.engine.sessions import Session, Sessions
@@ -22,7 +22,8 @@ Message = Mapping[str, Any]
 
 @dataclass(slots=True)
 class _Job:
-    """One prompt on its way: its choices' requests and assemblers, which are filled step by step."""
+    """One prompt on its way: its choices' requests and assemblers, which are filled step by
+    step."""
 
     index: int
     prompt: str | None
@@ -39,7 +40,9 @@ class _Job:
             prompt=self.prompt,
             prompt_token_ids=request.prompt_ids,
             # The first token has none before it that could have told how likely it is.
-            prompt_logprobs=None if request.params.prompt_logprobs is None else (None, *first.prompt_logprobs),
+            prompt_logprobs=None
+            if request.params.prompt_logprobs is None
+            else (None, *first.prompt_logprobs),
             outputs=tuple(choice.completion(i) for i, (_, choice) in enumerate(self.choices)),
             num_cached_tokens=first.num_cached_tokens,
             finished=True,
@@ -49,12 +52,14 @@ class _Job:
 class LLM:
     """A loaded model.
 
-    model: a directory in the Hugging Face layout, a hub id, or "bundled" for the small model in the package. Options
-    are the fields of EngineConfig. Raises UsageError before anything is allocated. Iterators that are not read to their
-    end may wait while others are read: each gets its own outputs. What torch is set to in this process stays.
+    model: a directory in the Hugging Face layout, a hub id, or "bundled" for the small model in the
+    package. Options are the fields of EngineConfig. Raises UsageError before anything is allocated.
+    Iterators that are not read to their end may wait while others are read: each gets its own
+    outputs. What torch is set to in this process stays.
 
         llm = LLM()
-        for output in llm.generate(["def fibonacci(n):"], SamplingParams(temperature=0, max_tokens=64)):
+        for output in llm.generate(["def fibonacci(n):"], SamplingParams(temperature=0,
+        max_tokens=64)):
             print(output.outputs[0].text)
     """
 
@@ -62,7 +67,8 @@ class LLM:
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
             raise TypeError(
-                f"LLM has no option {', '.join(unknown)}; it has {', '.join(EngineConfig.__dataclass_fields__)}"
+                f"LLM has no option {', '.join(unknown)}; it has "
+                f"{', '.join(EngineConfig.__dataclass_fields__)}"
             )
         self.config = EngineConfig(**options)
         directory = resolve_model(model)
@@ -89,14 +95,17 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts, each a text or a list of token ids; outputs come in the order of the prompts.
+        """Complete prompts, each a text or a list of token ids; outputs come in the order of the
+        prompts.
 
-        params: one for all, or one each; None: the model's defaults. priority, likewise: lower is served first, under
-        scheduling_policy="priority". progress None shows a bar when it takes long. Raises RequestError before anything
-        is computed.
+        params: one for all, or one each; None: the model's defaults. priority, likewise: lower is
+        served first, under scheduling_policy="priority". progress None shows a bar when it takes
+        long. Raises RequestError before anything is computed.
         """
         many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        jobs = map(self._job, count(), many, self._params(params, many), _priorities(priority, many))
+        jobs = map(
+            self._job, count(), many, self._params(params, many), _priorities(priority, many)
+        )
         return self._all(jobs, len(many), progress)
 
     def chat(
@@ -107,21 +116,34 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several: lists of {"role", "content"}. Needs a model with a chat template."""
-        many: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
-        jobs = map(self._chat_job, count(), many, self._params(params, many), _priorities(priority, many))
+        """Answer one conversation, or several: lists of {"role", "content"}. Needs a model with a
+        chat template."""
+        many: list[Any] = (
+            [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
+        )
+        jobs = map(
+            self._chat_job, count(), many, self._params(params, many), _priorities(priority, many)
+        )
         return self._all(jobs, len(many), progress)
 
     def stream(self, jobs: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
-        """Complete prompts from an iterator, which is read only as fast as the queue empties; outputs come as they
-        finish, `request_id` is the prompt's number."""
-        return self._run(self._job(index, prompt, params) for index, (prompt, params) in enumerate(jobs))
+        """Complete prompts from an iterator, which is read only as fast as the queue empties;
+        outputs come as they finish, `request_id` is the prompt's number."""
+        return self._run(
+            self._job(index, prompt, params) for index, (prompt, params) in enumerate(jobs)
+        )
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[str]:
         """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
-        [(request, choice), *others] = self._chat_job(0, messages, params or self.default_params()).choices
+        [(request, choice), *others] = self._chat_job(
+            0, messages, params or self.default_params()
+        ).choices
         if others:
-            raise RequestError(f"n is {1 + len(others)}; stream_chat has one choice, chat takes any n", param="n")
+            raise RequestError(
+                f"n is {1 + len(others)}; stream_chat has one choice, chat takes any n", param="n"
+            )
         with self._sessions.open() as session:
             session.add(request)
             while not choice.finished:
@@ -147,15 +169,28 @@ class LLM:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self._open(index, text, ids, params, continues=True, priority=priority)
 
-    def _chat_job(self, index: int, messages: Sequence[Message], params: SamplingParams, priority: int = 0) -> _Job:
+    def _chat_job(
+        self, index: int, messages: Sequence[Message], params: SamplingParams, priority: int = 0
+    ) -> _Job:
         ids = self.tokenizer.encode_chat(messages)
         return self._open(index, None, ids, params, continues=False, priority=priority)
 
-    def _open(self, index: int, prompt: str | None, ids: Sequence[int], params: SamplingParams, **request: Any) -> _Job:
+    def _open(
+        self,
+        index: int,
+        prompt: str | None,
+        ids: Sequence[int],
+        params: SamplingParams,
+        **request: Any,
+    ) -> _Job:
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"params is {type(params).__name__}; it must be SamplingParams", param="params")
+            raise RequestError(
+                f"params is {type(params).__name__}; it must be SamplingParams", param="params"
+            )
         names, arrival = map(str, self._ids), self.engine.clock()
-        choices = open_choices(self.tokenizer, self.engine.info, ids, params, names, arrival=arrival, **request)
+        choices = open_choices(
+            self.tokenizer, self.engine.info, ids, params, names, arrival=arrival, **request
+        )
         return _Job(index, prompt, list(choices))
 
     def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
@@ -165,8 +200,11 @@ class LLM:
             outputs = _with_progress(self._run(checked, held.run_noted), total, progress)
             return sorted(outputs, key=lambda output: int(output.request_id))
 
-    def _run(self, jobs: Iterable[_Job], between_steps: Callable[[], None] = lambda: None) -> Iterator[RequestOutput]:
-        """Feed the engine as fast as its queue empties; outputs come as soon as all of a job's choices are done."""
+    def _run(
+        self, jobs: Iterable[_Job], between_steps: Callable[[], None] = lambda: None
+    ) -> Iterator[RequestOutput]:
+        """Feed the engine as fast as its queue empties; outputs come as soon as all of a job's
+        choices are done."""
         waiting = ((job, request, choice) for job in jobs for request, choice in job.choices)
         following: tuple[_Job, Request, SequenceAssembler] | None = None
         live: dict[str, tuple[_Job, SequenceAssembler]] = {}
@@ -185,7 +223,8 @@ class LLM:
                     yield from self._take(session, step, live)
 
     def _add(self, session: Session, request: Request) -> bool:
-        """Whether the engine takes the request now; where it has no work, nothing could change that."""
+        """Whether the engine takes the request now; where it has no work, nothing could change
+        that."""
         try:
             session.add(request)
         except OverloadError:
@@ -211,11 +250,15 @@ class LLM:
 
 
 def _each(name: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
-    """One value for each prompt: what was given, as it is where it is a sequence, and for all where it is not."""
+    """One value for each prompt: what was given, as it is where it is a sequence, and for all where
+    it is not."""
     if not isinstance(given, Sequence):
         return [given] * len(prompts)
     if len(given) != len(prompts):
-        raise RequestError(f"{len(prompts)} prompts but {len(given)} {name}; give one for all, or one each", param=name)
+        raise RequestError(
+            f"{len(prompts)} prompts but {len(given)} {name}; give one for all, or one each",
+            param=name,
+        )
     return given
 
 
@@ -227,7 +270,9 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
 
 
-def _with_progress(outputs: Iterator[RequestOutput], total: int, wanted: bool | None) -> Iterator[RequestOutput]:
+def _with_progress(
+    outputs: Iterator[RequestOutput], total: int, wanted: bool | None
+) -> Iterator[RequestOutput]:
     """Show a bar for long runs on a terminal (wanted None), always (True) or never (False)."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -238,7 +283,9 @@ def _with_progress(outputs: Iterator[RequestOutput], total: int, wanted: bool | 
         return
     counts = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[rate]}"))
     tokens = 0
-    with Progress(*Progress.get_default_columns(), *counts, console=console, transient=wanted is None) as bar:
+    with Progress(
+        *Progress.get_default_columns(), *counts, console=console, transient=wanted is None
+    ) as bar:
         task = bar.add_task("requests", total=total, rate="")
         for output in outputs:
             tokens += output.completion_tokens

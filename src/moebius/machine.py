@@ -1,9 +1,11 @@
-"""What this process may use: the memory and the processors that control groups (cgroups) and its own limits leave it.
+"""What this process may use: the memory and the processors that control groups (cgroups) and its
+own limits leave it.
 
-A container is a control group with limits. Two generations of them exist, v1 (a tree for each controller) and v2 (one
-tree), and both may be mounted at once. /proc/self/cgroup names the group that we are in, /proc/self/mountinfo says
-where its tree is mounted and from which group on; the limits of every group from ours up to there count. A process
-has limits of its own (`ulimit`), as many batch systems set them.
+A container is a control group with limits. Two generations of them exist, v1 (a tree for each
+controller) and v2 (one tree), and both may be mounted at once. /proc/self/cgroup names the group
+that we are in, /proc/self/mountinfo says where its tree is mounted and from which group on; the
+limits of every group from ours up to there count. A process has limits of its own (`ulimit`), as
+many batch systems set them.
 
 Each function takes the root of the file system that it reads, for tests.
 """
@@ -17,7 +19,8 @@ from typing import Literal
 ROOT = Path("/")
 # What the kernel escapes in a mount's path: space, tab, line break and backslash.
 _ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
-# Limits of a process, as /proc/self/limits names them, and what /proc/self/status calls what it uses of each.
+# Limits of a process, as /proc/self/limits names them, and what /proc/self/status calls what it
+# uses of each.
 _ULIMITS = {"Max address space": "VmSize:", "Max data size": "VmData:"}
 
 
@@ -31,18 +34,21 @@ class Memory:
 
 
 def memory(root: Path = ROOT) -> Memory:
-    """The tightest of the machine's memory, of the limits of our groups and of those of this process."""
+    """The tightest of the machine's memory, of the limits of our groups and of those of this
+    process."""
     bounds = (_machine_memory(root), *_group_memory(root), *_process_memory(root))
     return min(bounds, key=lambda bound: bound.available)
 
 
 def processors(root: Path = ROOT) -> float:
-    """Processors' worth of time that we get: those that we may run on (which a cpuset narrows), or less by quota."""
+    """Processors' worth of time that we get: those that we may run on (which a cpuset narrows), or
+    less by quota."""
     return min((float(_allowed_processors()), *_quotas(root)))
 
 
 def threads(root: Path = ROOT) -> int:
-    """How many threads can compute at once without being stopped for using up a quota; at least 1."""
+    """How many threads can compute at once without being stopped for using up a quota; at least
+    1."""
     return max(1, int(processors(root)))
 
 
@@ -63,7 +69,8 @@ def _machine_memory(root: Path) -> Memory:
 
 
 def _process_memory(root: Path) -> Iterator[Memory]:
-    """What `ulimit -v` and `ulimit -d` leave: the address space, and the part of it that is ours to write."""
+    """What `ulimit -v` and `ulimit -d` leave: the address space, and the part of it that is ours to
+    write."""
     used = _table(root / "proc/self/status")
     for line in _text(root / "proc/self/limits").splitlines():
         for name, field in _ULIMITS.items():
@@ -78,7 +85,9 @@ def _group_memory(root: Path) -> Iterator[Memory]:
         stat = _table(group / "memory.stat")
         limits = [
             _number(group / "memory.max"),
-            _number(group / "memory.high"),  # beyond it the kernel holds us up, rather than ending us
+            _number(
+                group / "memory.high"
+            ),  # beyond it the kernel holds us up, rather than ending us
             _number(group / "memory.limit_in_bytes"),
             stat.get("hierarchical_memory_limit"),  # v1: of groups above what is mounted, too
         ]
@@ -89,9 +98,11 @@ def _group_memory(root: Path) -> Iterator[Memory]:
 
 
 def _reclaimable(stat: dict[str, int]) -> int:
-    """Bytes of a group's use that the kernel gives up first: files in the page cache that nobody has mapped.
+    """Bytes of a group's use that the kernel gives up first: files in the page cache that nobody
+    has mapped.
 
-    Mapped ones, such as the code of libraries, are in use. v1 counts groups below ours under names of their own.
+    Mapped ones, such as the code of libraries, are in use. v1 counts groups below ours under names
+    of their own.
     """
     total = "total_" if "total_inactive_file" in stat else ""
     cached = stat.get(f"{total}inactive_file", 0) + stat.get(f"{total}active_file", 0)
@@ -112,7 +123,8 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The directories of our group and of all above it that can be seen, in the trees that may hold the controller."""
+    """The directories of our group and of all above it that can be seen, in the trees that may hold
+    the controller."""
     mounts = list(_mounts(root))
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -130,7 +142,8 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A mounted tree of groups: the group at its top, where that lies, and v1's controllers (None: v2)."""
+    """A mounted tree of groups: the group at its top, where that lies, and v1's controllers (None:
+    v2)."""
 
     top: PurePosixPath
     point: PurePosixPath
@@ -152,7 +165,8 @@ class _Mount:
 
 
 def _mounts(root: Path) -> Iterator[_Mount]:
-    """proc(5): id, parent, device, root, mount point, options, any number of tags, "-", type, source, options."""
+    """proc(5): id, parent, device, root, mount point, options, any number of tags, "-", type,
+    source, options."""
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         where, what = before.split(" "), after.split(" ")
@@ -168,12 +182,14 @@ def _unescaped(path: str) -> PurePosixPath:
 
 
 def _text(path: Path) -> str:
-    """A file's content, empty where it cannot be read: not every kernel and not every group has every file."""
+    """A file's content, empty where it cannot be read: not every kernel and not every group has
+    every file."""
     return "\n".join(_lines(path)).strip()
 
 
 def _lines(path: Path) -> list[str]:
-    """A file's lines as they are: names of groups are any bytes but a line break's and a slash's."""
+    """A file's lines as they are: names of groups are any bytes but a line break's and a
+    slash's."""
     try:
         return os.fsdecode(path.read_bytes()).split("\n")
     except OSError:

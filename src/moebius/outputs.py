@@ -1,4 +1,5 @@
-"""From an engine's tokens to what a front door hands out: text, and the token ids and log-probabilities behind it."""
+"""From an engine's tokens to what a front door hands out: text, and the token ids and
+log-probabilities behind it."""
 
 import secrets
 from collections import deque
@@ -13,7 +14,10 @@ from moebius.schedule.request import FinishReason, Request, SamplingParams, choi
 from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
 
 EndReason = Literal["stop", "length"]
-_END_REASONS: dict[FinishReason, EndReason] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+_END_REASONS: dict[FinishReason, EndReason] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +28,8 @@ class CompletionOutput:
     token_ids       all drawn tokens, the end token or the one that completed a stop string included
     logprobs        one for each of token_ids; None where none were asked for
     finish_reason   None while it is unfinished
-    stop_reason     the stop string or the id of stop_token_ids that ended it; None for an end-of-sequence token that
-                    no stop string names
+    stop_reason     the stop string or the id of stop_token_ids that ended it; None for an
+                    end-of-sequence token that no stop string names
     """
 
     index: int
@@ -41,7 +45,8 @@ class RequestOutput:
     """One prompt and its choices.
 
     prompt               the prompt's text, None where it came as token ids
-    prompt_logprobs      one for each prompt token, None for the first; None where none were asked for
+    prompt_logprobs      one for each prompt token, None for the first; None where none were asked
+                         for
     num_cached_tokens    prompt tokens that came from the prefix cache
     """
 
@@ -68,7 +73,8 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step adds to a choice: text, and the tokens whose text is thereby out (or never will be).
+    """What one step adds to a choice: text, and the tokens whose text is thereby out (or never will
+    be).
 
     logprobs        one for each of token_ids, empty where none were asked for
     text_offsets    where each token's text begins in the choice's whole text, in characters
@@ -88,7 +94,8 @@ class Delta:
 
 @dataclass(slots=True)
 class _Held:
-    """A token that waits for its text, which begins at character `start` and is out once `end` characters are.
+    """A token that waits for its text, which begins at character `start` and is out once `end`
+    characters are.
 
     `end` is None while the token's last bytes are part of an unfinished character.
     """
@@ -100,17 +107,22 @@ class _Held:
 
 
 class SequenceAssembler:
-    """Turns one request's StepOutputs into Deltas: decodes, looks for stop strings, keeps text and tokens together.
+    """Turns one request's StepOutputs into Deltas: decodes, looks for stop strings, keeps text and
+    tokens together.
 
-    A token is released with the last of its text, or after it. When a stop string completes at a token, text ends
-    before the string, and token ids, log-probabilities and usage end with that token, whatever the engine has drawn
-    meanwhile. No stop string is looked for before the min_tokens-th token. The text of the token that made the engine
-    stop is left out. A stop string may name special tokens, which it meets whether or not the text leaves them out.
+    A token is released with the last of its text, or after it. When a stop string completes at a
+    token, text ends before the string, and token ids, log-probabilities and usage end with that
+    token, whatever the engine has drawn meanwhile. No stop string is looked for before the
+    min_tokens-th token. The text of the token that made the engine stop is left out. A stop string
+    may name special tokens, which it meets whether or not the text leaves them out.
 
-    With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without it stands alone.
+    With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without
+    it stands alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, *, prompt_ids: Sequence[int] = ()
+    ) -> None:
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
         self._matcher = StopMatcher(params.stop, tokenizer.split_special)
         self._params = params
@@ -119,7 +131,8 @@ class SequenceAssembler:
         self._decoded = self._released = 0
         self._deltas: list[Delta] = []
         self.num_tokens = 0
-        """Tokens drawn so far, for usage; after a stop string none beyond the one that completed it."""
+        """Tokens drawn so far, for usage; after a stop string none beyond the one that completed
+        it."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.num_cached_tokens = 0
         self.finish_reason: EndReason | None = None
@@ -133,8 +146,8 @@ class SequenceAssembler:
     def push(self, step: StepOutput) -> Delta:
         """Take one step's output. Anything after the end is dropped.
 
-        Raises the step's error (EngineError where it has none) if the engine ended the request with anything but
-        STOP or LENGTH before this assembler did.
+        Raises the step's error (EngineError where it has none) if the engine ended the request with
+        anything but STOP or LENGTH before this assembler did.
         """
         if self.finished:
             return Delta()
@@ -151,7 +164,9 @@ class SequenceAssembler:
                 return self._delta("".join(texts))
         if step.finish_reason is not None:
             if step.finish_reason not in _END_REASONS:
-                raise step.error or EngineError(f"the request ended early: {step.finish_reason.value}")
+                raise step.error or EngineError(
+                    f"the request ended early: {step.finish_reason.value}"
+                )
             texts.append(self._finish(_END_REASONS[step.finish_reason]))
         return self._delta("".join(texts))
 
@@ -171,7 +186,8 @@ class SequenceAssembler:
         return self._match_special(token_id) if hidden else self._match(text)
 
     def _settle(self, text: str, newest: _Held) -> None:
-        """Set the end of each token whose bytes have become characters: any text settles all bytes held before it."""
+        """Set the end of each token whose bytes have become characters: any text settles all bytes
+        held before it."""
         for held in reversed(self._held):
             if held is newest:
                 held.end = None if self._decoder.num_pending else self._decoded
@@ -210,7 +226,9 @@ class SequenceAssembler:
         """Record the text and release the tokens that go with it."""
         self._released += len(text)
         out: list[_Held] = []
-        while self._held and (self.finished or (self._held[0].end is not None and self._held[0].end <= self._released)):
+        while self._held and (
+            self.finished or (self._held[0].end is not None and self._held[0].end <= self._released)
+        ):
             out.append(self._held.popleft())
         delta = Delta(
             text,
@@ -237,7 +255,9 @@ class SequenceAssembler:
         """The choice as released so far."""
         d = self.released
         logprobs = None if self._params.logprobs is None else d.logprobs
-        return CompletionOutput(index, d.text, d.token_ids, logprobs, d.finish_reason, d.stop_reason)
+        return CompletionOutput(
+            index, d.text, d.token_ids, logprobs, d.finish_reason, d.stop_reason
+        )
 
 
 def open_choices(
@@ -250,17 +270,27 @@ def open_choices(
     continues: bool,
     **request: Any,
 ) -> Iterator[tuple[Request, SequenceAssembler]]:
-    """The `params.n` choices of one prompt: each one's request, checked, and what its StepOutputs go to.
+    """The `params.n` choices of one prompt: each one's request, checked, and what its StepOutputs
+    go to.
 
-    The prompt is checked once, and all choices share it. `ids` names the requests, `request` holds further arguments
-    of Request.create, which raises RequestError. A seed that is given serves every prompt alike, so that an answer does
-    not depend on the prompt's place in a call; where none is given each prompt draws its own. `continues`: the text
-    continues the prompt's.
+    The prompt is checked once, and all choices share it. `ids` names the requests, `request` holds
+    further arguments of Request.create, which raises RequestError. A seed that is given serves
+    every prompt alike, so that an answer does not depend on the prompt's place in a call; where
+    none is given each prompt draws its own. `continues`: the text continues the prompt's.
     """
     seed = secrets.randbits(64) if params.seed is None else params.seed
     first = Request.create(
-        next(ids), prompt_ids, params, info.limits, eos_ids=info.eos_ids, seed=choice_seed(seed, 0), **request
+        next(ids),
+        prompt_ids,
+        params,
+        info.limits,
+        eos_ids=info.eos_ids,
+        seed=choice_seed(seed, 0),
+        **request,
     )
     others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
     for made in chain((first,), others):
-        yield made, SequenceAssembler(tokenizer, params, prompt_ids=made.prompt_ids if continues else ())
+        yield (
+            made,
+            SequenceAssembler(tokenizer, params, prompt_ids=made.prompt_ids if continues else ()),
+        )

@@ -11,9 +11,12 @@ _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 
 
-def populate(address: int, nbytes: int, *, write: bool, keep: object, idle: Callable[[], bool] = lambda: True) -> None:
-    """Fault in the pages of a mapping, on a thread of its own, without changing what they hold, while it is `idle`:
-    a virtual machine's host may take seconds to find a gigabyte, and steps that run meanwhile would wait.
+def populate(
+    address: int, nbytes: int, *, write: bool, keep: object, idle: Callable[[], bool] = lambda: True
+) -> None:
+    """Fault in the pages of a mapping, on a thread of its own, without changing what they hold,
+    while it is `idle`: a virtual machine's host may take seconds to find a gigabyte, and steps that
+    run meanwhile would wait.
 
     address is page-aligned; `keep` holds the mapping alive until it is done.
     """

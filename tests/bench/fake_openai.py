@@ -33,7 +33,9 @@ DONE = event("[DONE]")
 
 
 def usage(prompt: int, completion: int) -> bytes:
-    return event({"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion}})
+    return event(
+        {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion}}
+    )
 
 
 def answer(first: float, gaps: Sequence[float], prompt: int = 7) -> list[Step]:
@@ -45,10 +47,13 @@ def answer(first: float, gaps: Sequence[float], prompt: int = 7) -> list[Step]:
 class FakeOpenAI:
     """`script(number, body)` gives the steps of request `number`, or (status, body) for a refusal.
 
-    bodies, keys    of every request so far, in order of arrival      most_at_once   requests under way together
+    bodies, keys    of every request so far, in order of arrival      most_at_once   requests under
+                    way together
     """
 
-    def __init__(self, script: Callable[[int, dict[str, Any]], list[Step] | tuple[int, bytes]]) -> None:
+    def __init__(
+        self, script: Callable[[int, dict[str, Any]], list[Step] | tuple[int, bytes]]
+    ) -> None:
         self.script = script
         self.models: list[str] | None = ["fake", "other"]
         self.bodies: list[dict[str, Any]] = []
@@ -76,21 +81,29 @@ class FakeOpenAI:
             await self._answer(writer, fields, body)
             self._now -= 1
 
-    async def _answer(self, writer: asyncio.StreamWriter, fields: dict[str, str], body: dict[str, Any]) -> None:
+    async def _answer(
+        self, writer: asyncio.StreamWriter, fields: dict[str, str], body: dict[str, Any]
+    ) -> None:
         self.bodies.append(body)
         self.keys.append(fields.get("authorization"))
         steps = self.script(len(self.bodies) - 1, body)
         if isinstance(steps, tuple):
             self._send(writer, *steps)
             return
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+        )
         for wait, data in steps:
             await asyncio.sleep(wait)
             writer.write(data)
         await writer.drain()
 
     def _send(self, writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
-        writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % (status, len(body)) + body)
+        writer.write(
+            b"HTTP/1.1 %d X\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+            % (status, len(body))
+            + body
+        )
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Each technique taken away from a tiny model's engine: that it is really away, and that the answers stay."""
+"""Each technique taken away from a tiny model's engine: that it is really away, and that the
+answers stay."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from moebius.bench.ablate import (
 )
 from moebius.bench.report import plot_bars, table
 from moebius.bench.workload import Sample, mixed_samples
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
 from moebius.errors import ConfigError
 from tiny import write_model
@@ -39,9 +40,14 @@ COUNT = 16
 @pytest.fixture(scope="module")
 def outcomes(tiny_model: Path) -> dict[str, Outcome]:
     heard: list[str] = []
-    rate, config, found = ablate(tiny_model, CONFIG, num_prompts=COUNT, seed=2, progress=heard.append)
+    rate, config, found = ablate(
+        tiny_model, CONFIG, num_prompts=COUNT, seed=2, progress=heard.append
+    )
     assert rate > 0 and config.max_model_len == 128
-    assert heard == ["finding the request rate", *(f"round 1 of 1: {name}" for name in variants(config))]
+    assert heard == [
+        "finding the request rate",
+        *(f"round 1 of 1: {name}" for name in variants(config)),
+    ]
     return {outcome["name"]: outcome for outcome in found}
 
 
@@ -49,7 +55,9 @@ def test_answers_are_the_same_where_the_model_is(outcomes: dict[str, Outcome]) -
     same = {name: outcome["same"] for name, outcome in outcomes.items()}
     twins = {name: same.pop(name) for name in list(same) if name.startswith("dense")}
     assert set(same.values()) == {COUNT} and list(twins.values()) == [None, None]
-    lengths = [s.output_tokens for s in mixed_samples(COUNT, vocab_size=320, max_model_len=128, seed=2)]
+    lengths = [
+        s.output_tokens for s in mixed_samples(COUNT, vocab_size=320, max_model_len=128, seed=2)
+    ]
     for outcome in outcomes.values():
         assert [len(tokens) for tokens in outcome["tokens"]] == lengths
         assert outcome["completed"] == COUNT and outcome["total_output_tokens"] == sum(lengths)
@@ -57,13 +65,20 @@ def test_answers_are_the_same_where_the_model_is(outcomes: dict[str, Outcome]) -
 
 
 def test_each_technique_is_really_away(outcomes: dict[str, Outcome], tiny_model: Path) -> None:
-    """The cache holds 2 sequences of 128 tokens: that many fit when each reserves all it might need."""
+    """The cache holds 2 sequences of 128 tokens: that many fit when each reserves all it might
+    need."""
     config, prepared = settle(tiny_model, CONFIG, COUNT)
     budget = config.kv_cache_memory_bytes
     assert budget == 2 * 128 * prepared.plan.bytes_per_token
     assert all(outcome["kv_held"] <= budget for outcome in outcomes.values())
     assert outcomes[CONTIGUOUS]["most_running"] == 2 < outcomes[FULL]["most_running"]
-    assert outcomes[CONTIGUOUS]["fill"] < 0.6 < outcomes["no prefix cache"]["fill"] <= 1.0 < outcomes[FULL]["fill"]
+    assert (
+        outcomes[CONTIGUOUS]["fill"]
+        < 0.6
+        < outcomes["no prefix cache"]["fill"]
+        <= 1.0
+        < outcomes[FULL]["fill"]
+    )
 
 
 def test_weights_of_the_twins(tiny_model: Path, tmp_path: Path) -> None:
@@ -71,7 +86,10 @@ def test_weights_of_the_twins(tiny_model: Path, tmp_path: Path) -> None:
     model = prepared.checkpoint.config
     assert (dense_width(model, "total"), dense_width(model, "active")) == (4 * 24, 2 * 24)
     write_twin(prepared, "total", tmp_path)
-    twin, weights = load_file(tmp_path / "model.safetensors"), load_file(tiny_model / "model.safetensors")
+    twin, weights = (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(tiny_model / "model.safetensors"),
+    )
 
     def size(tensors: dict[str, Any], part: str) -> int:
         return sum(tensor.numel() for name, tensor in tensors.items() if part in name)
@@ -79,23 +97,38 @@ def test_weights_of_the_twins(tiny_model: Path, tmp_path: Path) -> None:
     # The experts are stored stacked or apart; routers alone have no counterpart.
     routers = sum(t.numel() for name, t in weights.items() if name.endswith("mlp.gate.weight"))
     assert size(twin, "mlp") == size(weights, "mlp") - routers
-    assert size(twin, "self_attn") == size(weights, "self_attn") and size(twin, "embed") == size(weights, "embed")
+    assert size(twin, "self_attn") == size(weights, "self_attn") and size(twin, "embed") == size(
+        weights, "embed"
+    )
     assert all(tensor.float().std() > 0 for name, tensor in twin.items() if "norm" not in name)
 
 
 def computed(tiny_model: Path, tmp_path: Path, name: str) -> list[tuple[int, int, int]]:
-    """Each chunk that a variant's engine computes for COUNT requests at once: (request, first position, tokens)."""
+    """Each chunk that a variant's engine computes for COUNT requests at once: (request, first
+    position, tokens)."""
     config, _ = settle(tiny_model, CONFIG, COUNT)
     variant = variants(config)[name]
-    engine = load_engine(tiny_model, replace(config, trace=str(tmp_path / "trace"), **variant.config))
+    engine = load_engine(
+        tiny_model, replace(config, trace=str(tmp_path / "trace"), **variant.config)
+    )
     samples = mixed_samples(COUNT, vocab_size=320, max_model_len=128, seed=2)
     Replay(engine, samples, [0.0] * COUNT, variant).run()
     engine.close()
-    plans = [event for event in map(json.loads, (tmp_path / "trace").read_text().splitlines()) if "chunks" in event]
-    return [(int(id.partition(".")[0]), start, size) for plan in plans for id, start, size, *_ in plan["chunks"]]
+    plans = [
+        event
+        for event in map(json.loads, (tmp_path / "trace").read_text().splitlines())
+        if "chunks" in event
+    ]
+    return [
+        (int(id.partition(".")[0]), start, size)
+        for plan in plans
+        for id, start, size, *_ in plan["chunks"]
+    ]
 
 
-def test_without_a_kv_cache_every_token_computes_all_before_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_without_a_kv_cache_every_token_computes_all_before_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     samples = mixed_samples(COUNT, vocab_size=320, max_model_len=128, seed=2)
     every = sum(s.input_tokens + i for s in samples for i in range(s.output_tokens))
     assert sum(size for _, _, size in computed(tiny_model, tmp_path, "no KV cache")) == every
@@ -109,7 +142,9 @@ def test_without_chunks_a_prompt_is_computed_whole(tiny_model: Path, tmp_path: P
     def split(name: str) -> set[int]:
         """Requests of which some chunk ends within the prompt."""
         chunks = computed(tiny_model, tmp_path, name)
-        return {index for index, start, size in chunks if start + size < samples[index].input_tokens}
+        return {
+            index for index, start, size in chunks if start + size < samples[index].input_tokens
+        }
 
     assert split("no chunked prefill") == set() and len(split(FULL)) > 2
 
@@ -122,7 +157,8 @@ def test_a_static_batch_starts_when_the_last_one_is_over(tiny_model: Path, batch
     duration = replay.run()
     begins, ends = [r.ttft for r in replay.records], [r.e2el for r in replay.records]
     assert duration >= max(ends) and replay.most_running == 2
-    # Two at a time: 0 with 1, 2 with 3, then 4. Continuous batching gives 0's seat to 2 before 1 is finished.
+    # Two at a time: 0 with 1, 2 with 3, then 4. Continuous batching gives 0's seat to 2 before 1 is
+    # finished.
     assert (begins[2] > max(ends[:2])) is not batching
     assert (begins[4] > max(ends[2:4])) is not batching
     assert engine.scheduler.drained
@@ -132,7 +168,9 @@ def test_a_static_batch_holds_no_more_than_the_cache(tiny_model: Path) -> None:
     plan = prepare(tiny_model, replace(CONFIG, kv_cache_memory_bytes=2**20)).plan
     config = replace(CONFIG, max_model_len=64, kv_cache_memory_bytes=8 * 8 * plan.bytes_per_token)
     engine = load_engine(tiny_model, config)
-    samples = [Sample(tuple(range(24 * i, 24 * i + 24)), 24, 8) for i in range(4)]  # 4 of 8 blocks each
+    samples = [
+        Sample(tuple(range(24 * i, 24 * i + 24)), 24, 8) for i in range(4)
+    ]  # 4 of 8 blocks each
     replay = Replay(engine, samples, [0.0] * 4, Variant(batching=False))
     replay.run()
     assert replay.most_running == 2 and engine.stats().preemptions == 0
@@ -149,7 +187,13 @@ def test_rounds_and_a_choice(tiny_model: Path) -> None:
     chosen = ["static batching", "no prefix cache"]
     heard: list[str] = []
     rate, _, found = ablate(
-        tiny_model, CONFIG, num_prompts=4, request_rate=500.0, names=chosen, repeat=2, progress=heard.append
+        tiny_model,
+        CONFIG,
+        num_prompts=4,
+        request_rate=500.0,
+        names=chosen,
+        repeat=2,
+        progress=heard.append,
     )
     assert rate == 500.0 and [outcome["name"] for outcome in found] == [FULL, *chosen]
     assert len(heard) == 6 and [outcome["same"] for outcome in found] == [4, 4, 4]
@@ -161,11 +205,17 @@ def test_rounds_and_a_choice(tiny_model: Path) -> None:
         (CONFIG, {"names": ["no luck"]}, "there is no no luck; there are full engine, no KV cache"),
         (CONFIG, {"num_prompts": 0}, "--num-prompts is 0"),
         (CONFIG, {"repeat": 0}, "--repeat is 0"),
-        (replace(CONFIG, max_model_len=1100), {}, "'contiguous reservation' needs at most 1024, or leave it out"),
+        (
+            replace(CONFIG, max_model_len=1100),
+            {},
+            "'contiguous reservation' needs at most 1024, or leave it out",
+        ),
         (CONFIG, {"request_rate": 0.0}, "--request-rate is 0.0"),
     ],
 )
-def test_bad_choices(tiny_model: Path, config: EngineConfig, options: dict[str, Any], message: str) -> None:
+def test_bad_choices(
+    tiny_model: Path, config: EngineConfig, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         ablate(tiny_model, config, **options)
 
@@ -180,10 +230,18 @@ def test_table_and_chart(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     found = list(outcomes.values())
     shown = rows(found)
     assert all(len(row) == len(HEAD) for row in shown)
-    assert shown[0][2] == "1.00" and shown[0][-1] == f"{COUNT}/{COUNT}" and shown[-1][-1] == "other model"
+    assert (
+        shown[0][2] == "1.00"
+        and shown[0][-1] == f"{COUNT}/{COUNT}"
+        and shown[-1][-1] == "other model"
+    )
     lines = table(HEAD, shown).splitlines()
     assert len(lines) == 2 + len(shown) and {line.count("|") for line in lines} == {len(HEAD) + 1}
-    assert len({len(line) for line in lines}) == 1 and lines[1].startswith("| ---") and lines[1].endswith("-: |")
+    assert (
+        len({len(line) for line in lines}) == 1
+        and lines[1].startswith("| ---")
+        and lines[1].endswith("-: |")
+    )
     plot_bars(tmp_path / "chart.svg", "a title", [o["name"] for o in found], panels(found))
     svg = (tmp_path / "chart.svg").read_text()
     assert svg.startswith("<?xml") and "a title" in svg and "contiguous reservation" in svg

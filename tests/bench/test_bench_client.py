@@ -1,4 +1,5 @@
-"""The load generator against a scripted server: times, every kind of failure, concurrency, what it sends."""
+"""The load generator against a scripted server: times, every kind of failure, concurrency, what it
+sends."""
 
 from __future__ import annotations
 
@@ -19,10 +20,14 @@ SAMPLE = Sample("hello", 1, 4)
 SLACK = 0.25  # other work shares the machine
 
 
-def load(fake: FakeOpenAI, count: int = 1, due: Sequence[float] = (), **options: Any) -> tuple[list[Record], float]:
+def load(
+    fake: FakeOpenAI, count: int = 1, due: Sequence[float] = (), **options: Any
+) -> tuple[list[Record], float]:
     target = options.pop("target", {})
     with running(fake) as url:
-        where = Target(**{"base_url": url, "endpoint": "/v1/completions", "model": "fake", **target})
+        where = Target(
+            **{"base_url": url, "endpoint": "/v1/completions", "model": "fake", **target}
+        )
         return asyncio.run(run_load(where, [SAMPLE] * count, list(due) or [0.0] * count, **options))
 
 
@@ -46,7 +51,8 @@ def test_times_are_those_of_the_script() -> None:
 
 
 def test_what_counts_as_a_token() -> None:
-    """Roles, empty texts, comments and usage are no tokens; the end is the last chunk of the answer."""
+    """Roles, empty texts, comments and usage are no tokens; the end is the last chunk of the
+    answer."""
     parts = [
         (0.1, chat(role="assistant", content="")),
         (0.2, b": keep-alive\n\n"),
@@ -65,7 +71,10 @@ def test_what_counts_as_a_token() -> None:
 
 def test_reads_may_end_anywhere() -> None:
     stream = b"".join(data for _, data in answer(0, (0, 0)))
-    whole, bytewise = fed([(0.1, stream)]), fed([(0.1, stream[i : i + 1]) for i in range(len(stream))])
+    whole, bytewise = (
+        fed([(0.1, stream)]),
+        fed([(0.1, stream[i : i + 1]) for i in range(len(stream))]),
+    )
     assert whole == bytewise and whole.output_tokens == 3
     assert fed([(0.1, stream.replace(b"\n", b"\r\n"))]) == whole
 
@@ -75,9 +84,18 @@ def test_reads_may_end_anywhere() -> None:
     [
         ([(0.0, text("a"))], "the stream ended before the answer did"),
         ([], "the stream ended before the answer did"),
-        ([(0.0, text("a")), (0.0, event({"error": {"message": "it broke"}})), (0.0, DONE)], "in the stream: it broke"),
-        ([(0.0, text("a")), (0.0, event("{nonsense")), (0.0, DONE)], "the stream holds what is no chunk of an answer"),
-        ([(0.0, text("a")), (0.0, event("[1]")), (0.0, DONE)], "the stream holds what is no chunk of an answer"),
+        (
+            [(0.0, text("a")), (0.0, event({"error": {"message": "it broke"}})), (0.0, DONE)],
+            "in the stream: it broke",
+        ),
+        (
+            [(0.0, text("a")), (0.0, event("{nonsense")), (0.0, DONE)],
+            "the stream holds what is no chunk of an answer",
+        ),
+        (
+            [(0.0, text("a")), (0.0, event("[1]")), (0.0, DONE)],
+            "the stream holds what is no chunk of an answer",
+        ),
         ([(0.0, b"Content-Length"), (9.0, b"")], "ReadTimeout"),
     ],
 )
@@ -88,7 +106,12 @@ def test_broken_answers_keep_their_reason(steps: list[tuple[float, bytes]], reas
 
 def test_refusals_and_lost_connections_are_counted_beside_successes() -> None:
     def script(number: int, body: dict[str, Any]) -> Any:
-        kinds = (answer(0, (0,)), (503, b'{"error": {"message": "the queue is full"}}'), (500, b"Oops"), (502, b""))
+        kinds = (
+            answer(0, (0,)),
+            (503, b'{"error": {"message": "the queue is full"}}'),
+            (500, b"Oops"),
+            (502, b""),
+        )
         return kinds[number % 4]
 
     records, _ = load(FakeOpenAI(script), 8)
@@ -121,7 +144,12 @@ def test_what_is_sent() -> None:
     load(fake, target={"api_key": "k", "body": {"temperature": 0.0, "ignore_eos": True}})
     load(fake, target={"endpoint": "/v1/chat/completions"})
     completion, conversation = fake.bodies
-    common = {"model": "fake", "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
+    common = {
+        "model": "fake",
+        "max_tokens": 4,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     assert completion == {"prompt": "hello", "temperature": 0.0, "ignore_eos": True, **common}
     assert conversation == {"messages": [{"role": "user", "content": "hello"}], **common}
     assert fake.keys == ["bearer k", None]
@@ -146,7 +174,8 @@ def test_the_model_is_asked_for() -> None:
 def test_a_server_that_will_not_do_is_one_line() -> None:
     fake = FakeOpenAI(lambda number, body: (404, b'{"error": {"message": "no such model"}}'))
     with pytest.raises(
-        ConfigError, match="first request failed: HTTP 404: no such model; the server lists fake, other"
+        ConfigError,
+        match="first request failed: HTTP 404: no such model; the server lists fake, other",
     ):
         met(fake, "mine")
     start = time.monotonic()

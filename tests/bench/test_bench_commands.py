@@ -55,24 +55,62 @@ def test_serve_counts_every_token_of_our_server(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
-    arguments = ("serve", "--base-url", url, "--random-input-len", "20", "--random-output-len", "6", "--ignore-eos")
-    more = ("--num-prompts", "12", "--request-rate", "60", "--max-concurrency", "4", "--random-range-ratio", "0.5")
+    arguments = (
+        "serve",
+        "--base-url",
+        url,
+        "--random-input-len",
+        "20",
+        "--random-output-len",
+        "6",
+        "--ignore-eos",
+    )
+    more = (
+        "--num-prompts",
+        "12",
+        "--request-rate",
+        "60",
+        "--max-concurrency",
+        "4",
+        "--random-range-ratio",
+        "0.5",
+    )
     limits = ("--goodput", "ttft:60000", "e2el:60000", "--metric-percentiles", "50,99")
     files = ("--output-json", str(figures), "--plot", str(chart))
     assert moebius(monkeypatch, *arguments, *more, *limits, *files) == 0
     out = capsys.readouterr().out
     found = json.loads(figures.read_text())
-    assert (found["completed"], found["failed"], found["max_concurrent_requests"] <= 4) == (12, 0, True)
+    assert (found["completed"], found["failed"], found["max_concurrent_requests"] <= 4) == (
+        12,
+        0,
+        True,
+    )
     requests = found["requests"]
-    assert found["total_input_tokens"] == sum(r["input_tokens"] for r in requests) and len(requests) == 12
-    assert {r["input_tokens"] for r in requests} <= set(range(10, 31)) and all(r["arrivals"] for r in requests)
-    assert {r["output_tokens"] for r in requests} <= set(range(3, 10)) and not any(r["error"] for r in requests)
+    assert (
+        found["total_input_tokens"] == sum(r["input_tokens"] for r in requests)
+        and len(requests) == 12
+    )
+    assert {r["input_tokens"] for r in requests} <= set(range(10, 31)) and all(
+        r["arrivals"] for r in requests
+    )
+    assert {r["output_tokens"] for r in requests} <= set(range(3, 10)) and not any(
+        r["error"] for r in requests
+    )
     assert found["request_goodput"] == found["request_throughput"] > 0
     # An answer may arrive in one part, and then begins when it ends.
     assert all(r["e2el"] >= r["arrivals"][-1] >= r["arrivals"][0] > 0 for r in requests)
-    assert found["median_ttft_ms"] == pytest.approx(median(r["arrivals"][0] for r in requests) * 1e3)
-    assert found["p50_e2el_ms"] == found["median_e2el_ms"] == pytest.approx(median(r["e2el"] for r in requests) * 1e3)
-    assert f"Total generated tokens: {found['total_output_tokens']:>26}" in out and "P50 E2EL (ms):" in out
+    assert found["median_ttft_ms"] == pytest.approx(
+        median(r["arrivals"][0] for r in requests) * 1e3
+    )
+    assert (
+        found["p50_e2el_ms"]
+        == found["median_e2el_ms"]
+        == pytest.approx(median(r["e2el"] for r in requests) * 1e3)
+    )
+    assert (
+        f"Total generated tokens: {found['total_output_tokens']:>26}" in out
+        and "P50 E2EL (ms):" in out
+    )
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
@@ -119,7 +157,9 @@ def test_serve_refuses_in_one_line(refused: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     assert f"no server answers at http://127.0.0.1:{port}" in refused("serve", "--port", port)
-    assert f"no server answers at http://[::1]:{port}" in refused("serve", "--host", "::1", "--port", port)
+    assert f"no server answers at http://[::1]:{port}" in refused(
+        "serve", "--host", "::1", "--port", port
+    )
     assert "'ttft:x' is no limit" in refused("serve", "--goodput", "ttft:x")
     assert "'fast' is no limit" in refused("serve", "--goodput", "ttft:5", "fast")
     assert "'ttft:5' belongs to no option" in refused("serve", "ttft:5")
@@ -128,35 +168,73 @@ def test_serve_refuses_in_one_line(refused: Any, tmp_path: Path) -> None:
     assert "use random or jsonl" in refused("serve", "--dataset-name", "sonnet")
     assert "go together" in refused("serve", "--dataset-name", "jsonl")
     assert "the name must end in .png" in refused("serve", "--plot", str(tmp_path / "x.gif"))
-    assert "cannot be written" in refused("serve", "--output-json", str(tmp_path / "none" / "x.json"))
+    assert "cannot be written" in refused(
+        "serve", "--output-json", str(tmp_path / "none" / "x.json")
+    )
     with running(FakeOpenAI(lambda number, body: answer(0, ()))) as base:
-        assert "--tokenizer 'nowhere' is no directory" in refused("serve", "--base-url", base, "--tokenizer", "nowhere")
+        assert "--tokenizer 'nowhere' is no directory" in refused(
+            "serve", "--base-url", base, "--tokenizer", "nowhere"
+        )
 
 
 def test_latency(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     figures = tmp_path / "figures.json"
-    arguments = ("latency", "--model", str(tiny_model), "--input-len", "8", "--output-len", "4", "--batch-size", "3")
+    arguments = (
+        "latency",
+        "--model",
+        str(tiny_model),
+        "--input-len",
+        "8",
+        "--output-len",
+        "4",
+        "--batch-size",
+        "3",
+    )
     more = ("--num-iters", "3", "--num-iters-warmup", "1", "-n", "2", "--output-json", str(figures))
     assert moebius(monkeypatch, *arguments, *more) == 0
     found = json.loads(figures.read_text())
-    assert len(found["latencies"]) == 3 and found["avg_latency"] == pytest.approx(sum(found["latencies"]) / 3)
+    assert len(found["latencies"]) == 3 and found["avg_latency"] == pytest.approx(
+        sum(found["latencies"]) / 3
+    )
     assert found["percentiles"]["50"] == sorted(found["latencies"])[1]
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"Avg latency: {found['avg_latency']:.4f} seconds" and out[-1].startswith("99% percentile latency")
+    assert out[0] == f"Avg latency: {found['avg_latency']:.4f} seconds" and out[-1].startswith(
+        "99% percentile latency"
+    )
 
 
 def test_throughput(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     figures = tmp_path / "figures.json"
-    arguments = ("throughput", "--model", str(tiny_model), "--num-prompts", "5", "--output-json", str(figures))
+    arguments = (
+        "throughput",
+        "--model",
+        str(tiny_model),
+        "--num-prompts",
+        "5",
+        "--output-json",
+        str(figures),
+    )
     assert moebius(monkeypatch, *arguments, "--input-len", "8", "--output-len", "4") == 0
     found = json.loads(figures.read_text())
-    assert (found["num_requests"], found["total_prompt_tokens"], found["total_output_tokens"]) == (5, 40, 20)
+    assert (found["num_requests"], found["total_prompt_tokens"], found["total_output_tokens"]) == (
+        5,
+        40,
+        20,
+    )
     assert found["tokens_per_second"] == pytest.approx(60 / found["elapsed_time"])
-    assert capsys.readouterr().out.startswith(f"Throughput: {found['requests_per_second']:.2f} requests/s, ")
+    assert capsys.readouterr().out.startswith(
+        f"Throughput: {found['requests_per_second']:.2f} requests/s, "
+    )
     talk = {"conversations": [{"value": "def f("}, {"value": "return n"}]}
     (tmp_path / "talk.jsonl").write_text(json.dumps(talk) + "\n")
     file = ("--dataset-name", "jsonl", "--dataset-path", str(tmp_path / "talk.jsonl"))
@@ -171,31 +249,57 @@ def test_offline_commands_refuse_in_one_line(refused: Any, tiny_model: Path) -> 
     assert "--num-iters is 0" in refused("latency", *model, "--num-iters", "0")
     assert "--num-iters-warmup is -1" in refused("latency", *model, "--num-iters-warmup", "-1")
     assert "--batch-size is 0" in refused("latency", *model, "--batch-size", "0")
-    assert "no single batch for --max-num-seqs 64" in refused("latency", *model, "--batch-size", "65")
-    assert "context length is 2048" in refused("throughput", *model, "--input-len", "3000", "--num-prompts", "1")
+    assert "no single batch for --max-num-seqs 64" in refused(
+        "latency", *model, "--batch-size", "65"
+    )
+    assert "context length is 2048" in refused(
+        "throughput", *model, "--input-len", "3000", "--num-prompts", "1"
+    )
     assert "--num-prompts is 0" in refused("throughput", *model, "--num-prompts", "0")
 
 
 def test_ablate(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
-    sizes = ("--num-prompts", "4", "--max-model-len", "128", "--max-num-seqs", "4", "--variants", "static batching")
+    sizes = (
+        "--num-prompts",
+        "4",
+        "--max-model-len",
+        "128",
+        "--max-num-seqs",
+        "4",
+        "--variants",
+        "static batching",
+    )
     files = ("--output-json", str(figures), "--plot", str(chart))
     assert moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files) == 0
     out = capsys.readouterr().out
-    assert "full engine" in out and "static batching" in out and "4/4" in out and "no prefix cache" not in out
+    assert (
+        "full engine" in out
+        and "static batching" in out
+        and "4/4" in out
+        and "no prefix cache" not in out
+    )
     found = json.loads(figures.read_text())
     assert found["config"]["max_model_len"] == 128 and found["static batching"]["same"] == 4
     assert chart.read_bytes().startswith(b"\x89PNG")
-    assert moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files, "--request-rate", "inf") == 0
+    assert (
+        moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files, "--request-rate", "inf")
+        == 0
+    )
     out = capsys.readouterr().out
     assert "4 requests at once" in out and "| static batching |" in out
     assert json.loads(figures.read_text())["request_rate"] is None
 
 
 def test_ablate_refuses_in_one_line(refused: Any, tiny_model: Path) -> None:
-    assert "there is no luck; there are full engine" in refused("ablate", str(tiny_model), "--variants", "luck")
+    assert "there is no luck; there are full engine" in refused(
+        "ablate", str(tiny_model), "--variants", "luck"
+    )
     assert "no/such/model" in refused("ablate", "./no/such/model")
 
 
@@ -221,7 +325,9 @@ def test_figures_never_replace_what_is_not_figures(refused: Any, tmp_path: Path)
 def test_figures_and_chart_are_two_files(refused: Any, tmp_path: Path) -> None:
     both = str(tmp_path / "both.png")
     for name in ("serve", "ablate"):
-        assert "--output-json and --plot are one file" in refused(name, "--output-json", both, "--plot", both)
+        assert "--output-json and --plot are one file" in refused(
+            name, "--output-json", both, "--plot", both
+        )
     assert list(tmp_path.iterdir()) == []
 
 

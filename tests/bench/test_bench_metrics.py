@@ -21,7 +21,9 @@ from moebius.bench.report import serving_report
 from moebius.errors import ConfigError
 
 
-def record(start: float, arrivals: list[float], tokens: int | None = None, **more: object) -> Record:
+def record(
+    start: float, arrivals: list[float], tokens: int | None = None, **more: object
+) -> Record:
     return Record(start, 10, tokens or len(arrivals), arrivals, arrivals[-1], **more)  # type: ignore[arg-type]
 
 
@@ -53,16 +55,23 @@ def test_percentiles_are_interpolated_and_std_is_of_the_population() -> None:
 
 
 def test_a_run() -> None:
-    found = summarise([FAST, SLOW, FAILED, ONE, FAILED], 4.0, percentiles=[50], goodput={"ttft": 300, "tpot": 120})
+    found = summarise(
+        [FAST, SLOW, FAILED, ONE, FAILED], 4.0, percentiles=[50], goodput={"ttft": 300, "tpot": 120}
+    )
     assert (found["completed"], found["failed"], found["failures"]) == (3, 2, {"HTTP 503: full": 2})
     assert found["total_input_tokens"] == 30 and found["total_output_tokens"] == 10
     assert found["request_throughput"] == 0.75 and found["output_throughput"] == 2.5
     assert found["total_token_throughput"] == 10.0
     assert found["mean_ttft_ms"] == pytest.approx((100 + 1000 + 250) / 3)
-    assert found["mean_tpot_ms"] == pytest.approx((150 + 100) / 2), "an answer of one token has no TPOT"
+    assert found["mean_tpot_ms"] == pytest.approx((150 + 100) / 2), (
+        "an answer of one token has no TPOT"
+    )
     assert found["p50_itl_ms"] == pytest.approx(200), "of 100, 200, 300 and 200"
     assert found["request_goodput"] == 0.25, "FAST breaks TPOT, SLOW breaks TTFT, ONE keeps both"
-    assert summarise([FAILED], 1.0)["mean_e2el_ms"] is None and summarise([FAST], 1.0)["request_goodput"] is None
+    assert (
+        summarise([FAILED], 1.0)["mean_e2el_ms"] is None
+        and summarise([FAST], 1.0)["request_goodput"] is None
+    )
 
 
 def test_peaks() -> None:
@@ -80,14 +89,19 @@ def test_goodput_holds_its_limits_exactly() -> None:
     assert parse_goodput(["ttft:500", "e2el:2.5"]) == {"ttft": 500.0, "e2el": 2.5}
 
 
-@pytest.mark.parametrize("spec", ["ttft", "ttft:", "ttft:fast", "ttft:-1", "ttft:nan", "itl:5", "500", ":5"])
+@pytest.mark.parametrize(
+    "spec", ["ttft", "ttft:", "ttft:fast", "ttft:-1", "ttft:nan", "itl:5", "500", ":5"]
+)
 def test_bad_goodput(spec: str) -> None:
     with pytest.raises(ConfigError, match=r"--goodput .* is no limit; write METRIC:MILLISECONDS"):
         parse_goodput([spec])
 
 
 def test_lists() -> None:
-    assert parse_percentiles("50,99.9") == [50.0, 99.9] and parse_metrics("itl,ttft") == ["itl", "ttft"]
+    assert parse_percentiles("50,99.9") == [50.0, 99.9] and parse_metrics("itl,ttft") == [
+        "itl",
+        "ttft",
+    ]
     for text in ("", "50,", "101", "-1", "nan", "p99"):
         with pytest.raises(ConfigError, match="--metric-percentiles"):
             parse_percentiles(text)
@@ -96,13 +110,26 @@ def test_lists() -> None:
 
 
 def test_the_printed_report() -> None:
-    found = {"request_rate": None, "max_concurrency": 8, **summarise([FAST, ONE, FAILED], 2.0, percentiles=[99.9])}
+    found = {
+        "request_rate": None,
+        "max_concurrency": 8,
+        **summarise([FAST, ONE, FAILED], 2.0, percentiles=[99.9]),
+    }
     lines = serving_report(found, ["ttft", "tpot"], [99.9]).splitlines()
-    assert lines[0].strip("=") == " Serving Benchmark Result " and {len(line) for line in lines[:-1]} == {50}
+    assert lines[0].strip("=") == " Serving Benchmark Result " and {
+        len(line) for line in lines[:-1]
+    } == {50}
     shown = dict(line.rsplit(maxsplit=1) for line in lines if line.split()[-1][0].isdigit())
     assert shown["Successful requests:"] == "2" and shown["Failed requests:"] == "1"
-    assert shown["Maximum request concurrency:"] == "8" and shown["Output token throughput (tok/s):"] == "2.00"
-    assert shown["Mean TTFT (ms):"] == "175.00" and "P99.9 TPOT (ms):" in shown and "Mean ITL (ms):" not in shown
+    assert (
+        shown["Maximum request concurrency:"] == "8"
+        and shown["Output token throughput (tok/s):"] == "2.00"
+    )
+    assert (
+        shown["Mean TTFT (ms):"] == "175.00"
+        and "P99.9 TPOT (ms):" in shown
+        and "Mean ITL (ms):" not in shown
+    )
     assert "Request rate configured (RPS):" not in shown and lines[-1] == "1 failed: HTTP 503: full"
     assert "Mean TPOT (ms):                                  -" in serving_report(
         {**found, **summarise([FAILED], 1.0, percentiles=[99.9])}, ["tpot"], [99.9]

@@ -38,11 +38,17 @@ def test_burstiness_one_is_a_poisson_process() -> None:
     for t in (0.02, 0.1, 0.3):
         assert (gaps > t).mean() == pytest.approx(math.exp(-10.0 * t), abs=0.01)
     counts = np.bincount(times.astype(int), minlength=4000)
-    assert counts.var() / counts.mean() == pytest.approx(1.0, abs=0.08), "arrivals in a second: variance = mean"
+    assert counts.var() / counts.mean() == pytest.approx(1.0, abs=0.08), (
+        "arrivals in a second: variance = mean"
+    )
 
 
 def test_arrivals_repeat_with_their_seed() -> None:
-    assert arrival_times(50, 2.0, seed=1) == arrival_times(50, 2.0, seed=1) != arrival_times(50, 2.0, seed=2)
+    assert (
+        arrival_times(50, 2.0, seed=1)
+        == arrival_times(50, 2.0, seed=1)
+        != arrival_times(50, 2.0, seed=2)
+    )
     assert arrival_times(3, math.inf) == [0.0, 0.0, 0.0]
     for count, rate, burstiness in (
         (5, 0.0, 1.0),
@@ -65,12 +71,16 @@ def test_random_lengths_reach_both_ends_of_their_range(tokenizer: Tokenizer) -> 
     assert used == set(range(tokenizer.vocab_size)) - tokenizer.special_ids
     assert samples == dataset.samples(2000, 1, tokenizer)
     fixed = Dataset(input_len=10, output_len=4).samples(9, 0, tokenizer)
-    assert {(s.input_tokens, s.output_tokens) for s in fixed} == {(10, 4)} and len({s.prompt for s in fixed}) == 9
+    assert {(s.input_tokens, s.output_tokens) for s in fixed} == {(10, 4)} and len(
+        {s.prompt for s in fixed}
+    ) == 9
 
 
 def test_random_texts_without_a_tokenizer() -> None:
     samples = Dataset(input_len=12, output_len=4).samples(5)
-    assert all(isinstance(s.prompt, str) and len(s.prompt.split()) == s.input_tokens == 12 for s in samples)
+    assert all(
+        isinstance(s.prompt, str) and len(s.prompt.split()) == s.input_tokens == 12 for s in samples
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,15 +100,24 @@ def test_bad_random_requests(options: dict[str, float], message: str) -> None:
 
 def test_files_in_both_shapes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     plain = {"prompt": "def f(", "output_tokens": 9}
-    talk = {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "return n"}]}
+    talk = {
+        "conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "return n"}]
+    }
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in (plain, talk, plain)) + "\n")
     first, second = Dataset("jsonl", path).samples(2, 0, tokenizer)
-    assert (first.prompt, first.output_tokens, first.input_tokens) == ("def f(", 9, len(tokenizer.encode("def f(")))
+    assert (first.prompt, first.output_tokens, first.input_tokens) == (
+        "def f(",
+        9,
+        len(tokenizer.encode("def f(")),
+    )
     assert (second.prompt, second.output_tokens) == ("hello", len(tokenizer.encode("return n")))
     assert [s.output_tokens for s in Dataset("jsonl", path, output_len=5).samples(99)] == [5, 5, 5]
     path.write_text(json.dumps([talk, plain]))
-    assert [s.prompt for s in Dataset("jsonl", path, output_len=1).samples(9)] == ["hello", "def f("]
+    assert [s.prompt for s in Dataset("jsonl", path, output_len=1).samples(9)] == [
+        "hello",
+        "def f(",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -135,4 +154,6 @@ def test_the_ablations_requests() -> None:
     assert (shared, len(short), len(longest)) == (32, 24, 8)
     assert all(s.input_tokens + s.output_tokens <= m * 3 // 4 for s in samples)
     outputs = sorted(s.output_tokens for s in samples)
-    assert outputs[0] >= 2 and outputs[-1] <= m // 8 and outputs[-1] > 3 * outputs[32], "a few long answers"
+    assert outputs[0] >= 2 and outputs[-1] <= m // 8 and outputs[-1] > 3 * outputs[32], (
+        "a few long answers"
+    )

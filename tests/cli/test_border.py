@@ -34,11 +34,16 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_an_error_on_purpose_is_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended_by(ConfigError("threads is 0; use 1"), capsys) == (2, "moebius: threads is 0; use 1\n")
+    assert ended_by(ConfigError("threads is 0; use 1"), capsys) == (
+        2,
+        "moebius: threads is 0; use 1\n",
+    )
     assert ended_by(StorageError("the disk is full"), capsys) == (2, "moebius: the disk is full\n")
 
 
-def test_the_system_s_errors_name_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_system_s_errors_name_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with pytest.raises(OSError) as caught:
         (tmp_path / "none").read_text()
     line = f"moebius: {tmp_path / 'none'}: No such file or directory\n"
@@ -53,9 +58,15 @@ def test_what_nobody_foresaw_is_one_bounded_line(capsys: pytest.CaptureFixture[s
     assert len(err) < 800 and "MOEBIUS_TRACEBACK=1" in err
 
 
-def test_of_a_group_of_tasks_the_one_that_failed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_group_of_tasks_the_one_that_failed_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     group = BaseExceptionGroup(
-        "tasks", [asyncio.CancelledError(), ExceptionGroup("inner", [OSError(28, "No space left on device", "out")])]
+        "tasks",
+        [
+            asyncio.CancelledError(),
+            ExceptionGroup("inner", [OSError(28, "No space left on device", "out")]),
+        ],
     )
     assert ended_by(group, capsys) == (1, "moebius: out: No space left on device\n")
 
@@ -64,7 +75,7 @@ def test_an_interruption_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended_by(KeyboardInterrupt(), capsys) == (130, "")
 
 
-@pytest.mark.parametrize("module", ["typer", "moebius.cli.bench", "moebius.config"])
+@pytest.mark.parametrize("module", ["typer", "moebius.cli.bench", "moebius.schedule.config"])
 def test_an_interruption_while_it_starts_is_silent(module: str) -> None:
     """Most of a short command's time goes into imports."""
     code = f"""
@@ -83,7 +94,9 @@ script()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_foreign_errors_pass_the_border(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_errors_pass_the_border(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def foreign() -> None:
         raise KeyError("what a library dropped")
 
@@ -91,10 +104,15 @@ def test_foreign_errors_pass_the_border(monkeypatch: pytest.MonkeyPatch, capsys:
     with pytest.raises(SystemExit) as end:
         command_line.main()
     assert end.value.code == 1
-    assert "unexpected KeyError: 'what a library dropped' (at moebius/cli/main.py:" in capsys.readouterr().err
+    assert (
+        "unexpected KeyError: 'what a library dropped' (at moebius/cli/main.py:"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "chat", "plan", "train", "inspect", "replay"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "chat", "plan", "train", "inspect", "replay"]
+)
 def test_no_command_lets_a_foreign_error_through(command: str, tmp_path: Path) -> None:
     """A file with a name that no path may have makes each of them fail inside Python itself."""
     path = "x" * 300  # longer than a file's name may be
@@ -115,7 +133,9 @@ def test_a_traceback_on_request() -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    command = f"'{sys.executable}' -m moebius plan bundled --json | head -c 10; echo ${{PIPESTATUS[0]}}"
+    command = (
+        f"'{sys.executable}' -m moebius plan bundled --json | head -c 10; echo ${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
 
@@ -148,17 +168,27 @@ def test_streams_that_came_closed_are_empty_ones(command: str, code: int) -> Non
 def test_a_closed_stdin_is_an_empty_prompt() -> None:
     closed, empty = (
         subprocess.run(
-            ["bash", "-c", f"'{sys.executable}' -m moebius generate {stdin}"], capture_output=True, text=True
+            ["bash", "-c", f"'{sys.executable}' -m moebius generate {stdin}"],
+            capture_output=True,
+            text=True,
         )
         for stdin in ("<&-", "</dev/null")
     )
-    assert (closed.returncode, closed.stderr) == (empty.returncode, empty.stderr) and "at least" in empty.stderr
+    assert (closed.returncode, closed.stderr) == (
+        empty.returncode,
+        empty.stderr,
+    ) and "at least" in empty.stderr
 
 
 @pytest.mark.case("C13")
 def test_results_and_trace_are_two_files(tmp_path: Path) -> None:
     calls, both = tmp_path / "calls.jsonl", tmp_path / "both.jsonl"
-    calls.write_text(json.dumps({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}}))
+    calls.write_text(
+        json.dumps({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}})
+    )
     done = python("generate", "--batch", str(calls), "--output", str(both), "--trace", str(both))
-    assert (done.returncode, done.stderr) == (2, f"moebius: --output and --trace are one file, {both}; name two\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"moebius: --output and --trace are one file, {both}; name two\n",
+    )
     assert not both.exists()

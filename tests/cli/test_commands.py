@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
-from moebius.config import ServerSettings
 from moebius.ops import select_ops
+from moebius.server.settings import ServerSettings
 
 
 def moebius(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -36,7 +36,9 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
     """The one line on stderr of a command that ends with 2."""
     assert moebius(monkeypatch, *arguments) == 2
     out, err = capsys.readouterr()
@@ -47,7 +49,18 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_plan_prints_what_the_headers_say(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert moebius(monkeypatch, "plan", str(model), "--json", "--tensors", "--kv-cache-memory-bytes", "1000000") == 0
+    assert (
+        moebius(
+            monkeypatch,
+            "plan",
+            str(model),
+            "--json",
+            "--tensors",
+            "--kv-cache-memory-bytes",
+            "1000000",
+        )
+        == 0
+    )
     plan = json.loads(capsys.readouterr().out)
     weights = load_file(model / "model.safetensors")
     assert plan["weights"]["mapped"] == sum(w.numel() * 4 for w in weights.values())
@@ -65,7 +78,9 @@ def test_a_plan_in_a_log_file_is_not_folded(
 ) -> None:
     assert moebius(monkeypatch, "plan", str(model)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(re.match(r"\S", line) for line in lines[1:]), "each line begins with what it is about"
+    assert all(re.match(r"\S", line) for line in lines[1:]), (
+        "each line begins with what it is about"
+    )
     assert max(len(line) for line in lines) > 80 and not any(line.endswith(" ") for line in lines)
 
 
@@ -76,13 +91,19 @@ def test_the_list_of_commands_says_each_in_a_whole_sentence(
     monkeypatch.setenv("COLUMNS", "80")
     assert moebius(monkeypatch, *group, "--help") == 0
     commands = capsys.readouterr().out.partition("\nCommands:\n")[2].splitlines()
-    assert len(commands) > 3 and all(re.fullmatch(r"  \w+ +[A-Z].*[^.]\.", line) for line in commands), commands
+    assert len(commands) > 3 and all(
+        re.fullmatch(r"  \w+ +[A-Z].*[^.]\.", line) for line in commands
+    ), commands
 
 
 def test_the_process_ends_with_its_code_and_loses_no_output(model: Path) -> None:
-    def run(*arguments: str, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, stdout: int | IO[str] = subprocess.PIPE
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "moebius", *arguments]
-        return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+        return subprocess.run(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120
+        )
 
     done = run("plan", str(model), "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["num_blocks"] > 0 and done.stderr == ""
@@ -104,7 +125,9 @@ def test_generate_prints_completions(
     assert both.count("--- prompt 1, completion") == 2 and first.strip() in both
 
 
-def test_generate_reads_stdin(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_reads_stdin(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
@@ -116,9 +139,13 @@ def calls(path: Path, count: int) -> list[dict[str, object]]:
     lines: list[dict[str, object]] = []
     for i in range(count):
         body = {"model": "m", "max_tokens": 4, "temperature": 0, "prompt": f"x{i}"}
-        lines.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions", "body": body})
+        lines.append(
+            {"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions", "body": body}
+        )
     chat = {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
-    lines.append({"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat})
+    lines.append(
+        {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat}
+    )
     lines.append(
         {
             "custom_id": "bad",
@@ -143,7 +170,10 @@ def test_a_batch_file_is_answered_and_resumed(
     assert len(results) == 8
     assert results["c3"]["response"]["status_code"] == 200 and results["c3"]["error"] is None
     assert results["chat"]["response"]["body"]["object"] == "chat.completion"
-    assert results["bad"]["response"]["status_code"] == 400 and results["bad"]["error"]["param"] == "top_p"
+    assert (
+        results["bad"]["response"]["status_code"] == 400
+        and results["bad"]["error"]["param"] == "top_p"
+    )
     lines = target.read_text().splitlines()
     kept = "\n".join(lines[:5]) + "\n" + lines[5][:30]
     target.write_text(kept)
@@ -152,7 +182,11 @@ def test_a_batch_file_is_answered_and_resumed(
     again = {r["custom_id"]: r for r in map(json.loads, target.read_text().splitlines())}
     assert target.read_text().startswith("\n".join(lines[:5])) and set(again) == set(results)
     texts = [
-        {id: r["response"]["body"]["choices"][0]["text"] for id, r in one.items() if id[1:].isdigit()}
+        {
+            id: r["response"]["body"]["choices"][0]["text"]
+            for id, r in one.items()
+            if id[1:].isdigit()
+        }
         for one in (results, again)
     ]
     assert texts[0] == texts[1]
@@ -165,7 +199,10 @@ def test_a_batch_file_is_answered_and_resumed(
     [
         ("nonsense", "line 2: Invalid JSON"),
         ("[]", "line 2: Input should be an object"),
-        ('{"custom_id": "c0", "url": "/v1/completions", "body": {}}', "custom_id 'c0' was used before"),
+        (
+            '{"custom_id": "c0", "url": "/v1/completions", "body": {}}',
+            "custom_id 'c0' was used before",
+        ),
         (
             '{"custom_id": "a", "url": "/v1/embeddings", "body": {}}',
             "url: Input should be '/v1/completions' or '/v1/chat/completions'",
@@ -174,18 +211,30 @@ def test_a_batch_file_is_answered_and_resumed(
             '{"custom_id": "", "url": "/v1/completions", "body": {}}',
             "custom_id: String should have at least 1 character",
         ),
-        ('{"custom_id": "a", "url": "/v1/completions", "body": 3}', "body: Input should be an object"),
-        ('{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}', "stream must be false"),
+        (
+            '{"custom_id": "a", "url": "/v1/completions", "body": 3}',
+            "body: Input should be an object",
+        ),
+        (
+            '{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}',
+            "stream must be false",
+        ),
     ],
 )
 def test_a_broken_batch_is_refused_whole(
-    tmp_path: Path, line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    line: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = tmp_path / "in.jsonl"
     first = '{"custom_id": "c0", "url": "/v1/completions", "body": {"prompt": "x"}}\n'
     source.write_text(first + line + "\n")
     out = str(tmp_path / "out.jsonl")
-    assert message in refused(monkeypatch, capsys, "generate", "--batch", str(source), "--output", out)
+    assert message in refused(
+        monkeypatch, capsys, "generate", "--batch", str(source), "--output", out
+    )
     assert "give it --output" in refused(monkeypatch, capsys, "generate", "--batch", str(source))
     assert not Path(out).exists()
 
@@ -195,7 +244,18 @@ def test_replay_says_whether_it_is_the_same(
 ) -> None:
     trace = tmp_path / "trace.jsonl"
     assert (
-        moebius(monkeypatch, "generate", "--model", str(model), "--max-tokens", "5", "--trace", str(trace), "a", "b")
+        moebius(
+            monkeypatch,
+            "generate",
+            "--model",
+            str(model),
+            "--max-tokens",
+            "5",
+            "--trace",
+            str(trace),
+            "a",
+            "b",
+        )
         == 0
     )
     capsys.readouterr()
@@ -212,14 +272,18 @@ def test_bad_models_are_one_line(
     def line(*more: str) -> str:
         return refused(monkeypatch, capsys, "serve", str(model), "--port", "0", *more)
 
-    assert "no/such/model" in refused(monkeypatch, capsys, "serve", "./no/such/model", "--port", "0")
+    assert "no/such/model" in refused(
+        monkeypatch, capsys, "serve", "./no/such/model", "--port", "0"
+    )
     assert "--max-model-len" in line("--kv-cache-memory-bytes", "300000", "--max-model-len", "2048")
     assert "block_size is 0" in line("--block-size", "0")
     assert "use auto or none" in line("--generation-config", "some")
     assert "give an --api-key" in line("--host", "0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port}" in refused(monkeypatch, capsys, "serve", str(model), "--port", port)
+        assert f"127.0.0.1:{port}" in refused(
+            monkeypatch, capsys, "serve", str(model), "--port", port
+        )
     (model / "tokenizer.json").rename(model / "kept.json")
     assert "tokenizer.json" in line()
     (model / "kept.json").rename(model / "tokenizer.json")
@@ -241,7 +305,9 @@ def test_bad_models_are_one_line(
 @pytest.mark.case("C25")
 @pytest.mark.case("C18")
 @pytest.mark.parametrize("host, shown", [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
-def test_serve_says_where_once_it_answers_there(model: Path, tmp_path: Path, host: str, shown: str) -> None:
+def test_serve_says_where_once_it_answers_there(
+    model: Path, tmp_path: Path, host: str, shown: str
+) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
         try:
             free.bind((host, 0))
@@ -296,10 +362,14 @@ def test_serve_says_nothing_of_a_port_that_it_did_not_get(
     assert f"moebius: cannot listen on 127.0.0.1:{port}: " in err and "serving on" not in err
 
 
-def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert moebius(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("serve", "generate", "chat", "plan", "replay", "train", "version"))
+    assert all(
+        name in out for name in ("serve", "generate", "chat", "plan", "replay", "train", "version")
+    )
 
 
 def test_chat_keeps_the_conversation(
@@ -307,7 +377,16 @@ def test_chat_keeps_the_conversation(
 ) -> None:
     lines = iter(["hello", "", "/new", "again", "x" * 5000, "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    arguments = ("chat", str(model), "--max-tokens", "4", "--temperature", "0", "--max-model-len", "512")
+    arguments = (
+        "chat",
+        str(model),
+        "--max-tokens",
+        "4",
+        "--temperature",
+        "0",
+        "--max-model-len",
+        "512",
+    )
     assert moebius(monkeypatch, *arguments) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) >= 2
@@ -318,10 +397,21 @@ def test_what_an_operator_chooses_reaches_the_server(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen: list[ServerSettings] = []
-    monkeypatch.setattr("moebius.cli.serve._serve_on", lambda *given, **options: chosen.append(given[3]))
+    monkeypatch.setattr(
+        "moebius.cli.serve._serve_on", lambda *given, **options: chosen.append(given[3])
+    )
     serve = ("serve", str(model), "--port", "0")
     assert moebius(monkeypatch, *serve) == 0
-    options = ("--unknown-fields", "warn", "--request-timeout", "9", "--metrics-api-key", "scraper", "--api-key", "a")
+    options = (
+        "--unknown-fields",
+        "warn",
+        "--request-timeout",
+        "9",
+        "--metrics-api-key",
+        "scraper",
+        "--api-key",
+        "a",
+    )
     assert moebius(monkeypatch, *serve, *options) == 0
     monkeypatch.setenv("MOEBIUS_METRICS_API_KEY", "of-the-environment")
     monkeypatch.setenv("MOEBIUS_API_KEY", "one two")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.config import EngineConfig
 from moebius.engine.client import StepOutput
+from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
@@ -20,17 +20,26 @@ from schedule.books import check_books
 
 
 def engine(directory: Path, **options: Any) -> Engine:
-    defaults: dict[str, Any] = {"kv_cache_memory_bytes": 2**20, "max_model_len": 512, "max_num_seqs": 32}
-    return load_engine(directory, EngineConfig(**{**defaults, **options}), eos_ids=frozenset({0, 2}))
+    defaults: dict[str, Any] = {
+        "kv_cache_memory_bytes": 2**20,
+        "max_model_len": 512,
+        "max_num_seqs": 32,
+    }
+    return load_engine(
+        directory, EngineConfig(**{**defaults, **options}), eos_ids=frozenset({0, 2})
+    )
 
 
 def cache_bytes(tokens: int, block_size: int) -> int:
-    """What so many of tiny_model's tokens take in the cache, in float32, with the operations that serve here."""
+    """What so many of tiny_model's tokens take in the cache, in float32, with the operations that
+    serve here."""
     ops = select_ops("cpu", torch.float32)
     return tokens // block_size * 2 * ops.kv_cache_bytes_per_block(block_size, 2, 8, torch.float32)
 
 
-def make(one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any) -> Request:
+def make(
+    one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any
+) -> Request:
     defaults: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
     info = one.info
     return Request.create(
@@ -85,7 +94,9 @@ def greedy(reference: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_64_mixed_requests_equal_transformers_and_themselves_alone(tiny_model: Path, reference: Any) -> None:
+def test_64_mixed_requests_equal_transformers_and_themselves_alone(
+    tiny_model: Path, reference: Any
+) -> None:
     one = engine(tiny_model, max_num_batched_tokens=48, block_size=5)
     many = prompts(64)
     together = run(one, [make(one, str(i), p) for i, p in enumerate(many)])
@@ -93,7 +104,9 @@ def test_64_mixed_requests_equal_transformers_and_themselves_alone(tiny_model: P
     for i, prompt in enumerate(many):
         fresh = engine(tiny_model) if i < 4 else None
         if fresh:
-            assert tokens(run(fresh, [make(fresh, "alone", prompt)])["alone"]) == tokens(together[str(i)])
+            assert tokens(run(fresh, [make(fresh, "alone", prompt)])["alone"]) == tokens(
+                together[str(i)]
+            )
         if i < 12:
             assert tokens(together[str(i)]) == greedy(reference, prompt, 8)
         assert together[str(i)][-1].finish_reason is FinishReason.LENGTH
@@ -103,14 +116,18 @@ def test_preempted_requests_get_the_tokens_they_get_alone(tiny_model: Path) -> N
     roomy = engine(tiny_model)
     many = prompts(8, seed=1, low=30, high=40)
     expected = run(roomy, [make(roomy, str(i), p, max_tokens=40) for i, p in enumerate(many)])
-    tight = engine(tiny_model, kv_cache_memory_bytes=cache_bytes(160, 4), block_size=4, max_model_len=100)
+    tight = engine(
+        tiny_model, kv_cache_memory_bytes=cache_bytes(160, 4), block_size=4, max_model_len=100
+    )
     got = run(tight, [make(tight, str(i), p, max_tokens=40) for i, p in enumerate(many)])
     assert tight.stats().preemptions > 0
     assert {id: tokens(s) for id, s in got.items()} == {id: tokens(s) for id, s in expected.items()}
 
 
 def test_a_common_prefix_is_computed_once(tiny_model: Path) -> None:
-    one = engine(tiny_model, max_model_len=1200, kv_cache_memory_bytes=2**23, max_num_batched_tokens=256)
+    one = engine(
+        tiny_model, max_model_len=1200, kv_cache_memory_bytes=2**23, max_num_batched_tokens=256
+    )
     prefix = prompts(1, seed=3, low=1024, high=1025)[0]
     many = [[*prefix, *own] for own in prompts(32, seed=4, low=8, high=9)]
     outputs = run(one, [make(one, str(i), p) for i, p in enumerate(many)])
@@ -124,7 +141,9 @@ def test_a_common_prefix_is_computed_once(tiny_model: Path) -> None:
     assert tokens(again) == tokens(outputs["5"]) and again[-1].num_cached_tokens == 1024
 
 
-def test_prompt_logprobs_equal_transformers_in_chunks_and_after_preemption(tiny_model: Path, reference: Any) -> None:
+def test_prompt_logprobs_equal_transformers_in_chunks_and_after_preemption(
+    tiny_model: Path, reference: Any
+) -> None:
     prompt = prompts(1, seed=5, low=150, high=151)[0]
     with torch.no_grad():
         expected = torch.log_softmax(reference(torch.tensor([prompt])).logits[0].double(), -1)
@@ -151,7 +170,9 @@ def test_prompt_logprobs_are_sent_once_despite_preemption(tiny_model: Path) -> N
         max_num_batched_tokens=33,
     )
     many = prompts(3, seed=9, low=40, high=41)
-    outputs = run(one, [make(one, str(i), p, max_tokens=50, prompt_logprobs=0) for i, p in enumerate(many)])
+    outputs = run(
+        one, [make(one, str(i), p, max_tokens=50, prompt_logprobs=0) for i, p in enumerate(many)]
+    )
     assert one.stats().preemptions > 0
     for i, prompt in enumerate(many):
         assert [s.token_id for step in outputs[str(i)] for s in step.prompt_logprobs] == prompt[1:]
@@ -165,7 +186,9 @@ def test_end_stop_and_minimum(tiny_model: Path) -> None:
     first = free.index(stop)
     steps = run(one, [make(one, "stop", prompt, max_tokens=12, stop_token_ids=(stop,))])["stop"]
     assert tokens(steps) == free[: first + 1] and steps[-1].finish_reason is FinishReason.STOP
-    late = run(one, [make(one, "late", prompt, max_tokens=12, stop_token_ids=(stop,), min_tokens=10)])["late"]
+    late = run(
+        one, [make(one, "late", prompt, max_tokens=12, stop_token_ids=(stop,), min_tokens=10)]
+    )["late"]
     assert len(tokens(late)) >= 10 and stop not in tokens(late)[:10]
 
 
@@ -174,15 +197,25 @@ def test_aborts_deadlines_and_refusals(tiny_model: Path) -> None:
     one.add(make(one, "gone", [1, 2, 3], max_tokens=100))
     one.step()
     ended = one.abort("gone")
-    assert ended is not None and ended.finish_reason is FinishReason.ABORT and one.abort("gone") is None
+    assert (
+        ended is not None
+        and ended.finish_reason is FinishReason.ABORT
+        and one.abort("gone") is None
+    )
     late = run(one, [make(one, "late", [1, 2], deadline=one.clock() - 1)])["late"]
-    assert late[-1].finish_reason is FinishReason.DEADLINE and isinstance(late[-1].error, DeadlineError)
-    with pytest.raises(ContextLengthError, match=r"519 tokens \(511 in the prompt, 8 in the completion\)"):
+    assert late[-1].finish_reason is FinishReason.DEADLINE and isinstance(
+        late[-1].error, DeadlineError
+    )
+    with pytest.raises(
+        ContextLengthError, match=r"519 tokens \(511 in the prompt, 8 in the completion\)"
+    ):
         make(one, "long", [1] * 511)
     assert one.scheduler.drained
 
 
-def test_bad_logits_end_one_request_and_leave_the_others(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_logits_end_one_request_and_leave_the_others(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = engine(tiny_model)
     many = prompts(4, seed=8, low=20, high=21)
     expected = run(one, [make(one, str(i), p) for i, p in enumerate(many)])
@@ -217,7 +250,9 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     one.add(make(one, "first", [1, 2, 3]))
     monkeypatch.setattr(one.runner, "execute", broken)
     failed = one.step()
-    assert [type(s.error) for s in failed] == [EngineError] and "out of luck" not in str(failed[0].error)
+    assert [type(s.error) for s in failed] == [EngineError] and "out of luck" not in str(
+        failed[0].error
+    )
     monkeypatch.setattr(one.runner, "execute", honest)
     assert one.scheduler.drained
     assert len(tokens(run(one, [make(one, "second", [1, 2, 3])])["second"])) == 8
@@ -232,7 +267,9 @@ def test_bfloat16_runs_and_the_fingerprint_names_the_kernels(
     assert len(tokens(run(one, [make(one, "a", [5, 6, 7])])["a"])) == 8
     ops = select_ops("cpu", torch.bfloat16)
     assert (ops.name == "reference") == (isa == "reference")
-    assert one.info.fingerprint.endswith(f"_{ops.name}_bfloat16" if ops.one_answer else "_reference_bfloat16-approx")
+    assert one.info.fingerprint.endswith(
+        f"_{ops.name}_bfloat16" if ops.one_answer else "_reference_bfloat16-approx"
+    )
 
 
 @pytest.mark.case("B3")
@@ -253,15 +290,21 @@ class Ticks:
 
 
 @pytest.mark.case("C21")
-def test_outputs_say_when_a_request_was_first_scheduled_and_how_often_it_was_preempted(tiny_model: Path) -> None:
-    tight = engine(tiny_model, kv_cache_memory_bytes=cache_bytes(160, 4), block_size=4, max_model_len=100)
+def test_outputs_say_when_a_request_was_first_scheduled_and_how_often_it_was_preempted(
+    tiny_model: Path,
+) -> None:
+    tight = engine(
+        tiny_model, kv_cache_memory_bytes=cache_bytes(160, 4), block_size=4, max_model_len=100
+    )
     tight.clock = Ticks()
     many = prompts(8, seed=1, low=30, high=40)
     got = run(tight, [make(tight, str(i), p, max_tokens=40) for i, p in enumerate(many)])
     lasts = [steps[-1] for steps in got.values()]
     assert sum(last.num_preemptions for last in lasts) == tight.stats().preemptions > 0
     for steps in got.values():
-        assert len({output.scheduled for output in steps}) == 1, "a preemption has moved the first time"
+        assert len({output.scheduled for output in steps}) == 1, (
+            "a preemption has moved the first time"
+        )
         ats = [output.at for output in steps]
         assert steps[0].scheduled is not None and steps[0].scheduled < ats[0]
         assert ats == sorted(set(ats))
@@ -278,7 +321,10 @@ def test_requests_that_end_early_say_when_they_were_scheduled_too(tiny_model: Pa
     ended = []
     while not ended:
         ended = [output for output in one.step() if output.finish_reason is not None]
-    assert ended[0].finish_reason is FinishReason.DEADLINE and ended[0].scheduled == late.scheduled is not None
+    assert (
+        ended[0].finish_reason is FinishReason.DEADLINE
+        and ended[0].scheduled == late.scheduled is not None
+    )
     aborted = one.abort("waits")
     assert aborted is not None and aborted.scheduled is not None and aborted.at > aborted.scheduled
     one.add(make(one, "never", [5]))
@@ -289,6 +335,8 @@ def test_requests_that_end_early_say_when_they_were_scheduled_too(tiny_model: Pa
 @pytest.mark.case("C21")
 def test_steps_are_counted_by_their_tokens(tiny_model: Path) -> None:
     one = engine(tiny_model, max_num_batched_tokens=48)
-    run(one, [make(one, "a", [5] * 50, max_tokens=4)])  # 48 and 2 tokens of the prompt, then one a step
+    run(
+        one, [make(one, "a", [5] * 50, max_tokens=4)]
+    )  # 48 and 2 tokens of the prompt, then one a step
     stats = one.stats()
     assert stats.step_tokens == (3, 1, 0, 0, 1, *[0] * 9) and stats.step_tokens_sum == 48 + 2 + 3

@@ -1,4 +1,5 @@
-"""Whatever fails in code that serves one request, or only watches: the engine goes on and every request ends.
+"""Whatever fails in code that serves one request, or only watches: the engine goes on and every
+request ends.
 
 A function raises at its n-th call, for every n that four requests of a few tokens come to.
 """
@@ -48,7 +49,8 @@ class RaisesAt:
 
 
 def work(one: Engine) -> list[Request]:
-    """A greedy request, a drawn one, one with log-probabilities of its prompt, and one to be aborted."""
+    """A greedy request, a drawn one, one with log-probabilities of its prompt, and one to be
+    aborted."""
     greedy, drawn, scored, gone = prompts(4, seed=3, low=5, high=20)
     return [
         make(one, "greedy", greedy, max_tokens=3),
@@ -58,8 +60,11 @@ def work(one: Engine) -> list[Request]:
     ]
 
 
-def serve(client: InProcessClient, collector: Collector, *, quiet: Callable[[], None] = lambda: None) -> None:
-    """Everything that is asked ends, once; then (after `quiet`) the engine serves a later request as ever."""
+def serve(
+    client: InProcessClient, collector: Collector, *, quiet: Callable[[], None] = lambda: None
+) -> None:
+    """Everything that is asked ends, once; then (after `quiet`) the engine serves a later request
+    as ever."""
     client.start(collector)
     asked = work(client._engine)
     for request in asked:
@@ -68,7 +73,9 @@ def serve(client: InProcessClient, collector: Collector, *, quiet: Callable[[], 
     client.abort("gone")
     collector.wait(lambda: all(collector.ended(request.id) for request in asked))
     for request in asked:
-        assert sum(output.finish_reason is not None for output in collector.outputs[request.id]) == 1
+        assert (
+            sum(output.finish_reason is not None for output in collector.outputs[request.id]) == 1
+        )
     quiet()
     client.submit(make(client._engine, "after", [1, 2, 3], max_tokens=2))
     collector.wait(lambda: collector.ended("after"))
@@ -123,7 +130,9 @@ def test_an_error_at_the_nth_call_never_ends_the_engine(
 SECRET = "the prompt that nobody may log"
 
 
-@pytest.mark.parametrize(("owner", "name"), [one for one in PER_REQUEST if one != (TraceWriter, "fail")], ids=str)
+@pytest.mark.parametrize(
+    ("owner", "name"), [one for one in PER_REQUEST if one != (TraceWriter, "fail")], ids=str
+)
 def test_what_fails_is_logged_without_a_word_of_the_exception(
     tiny_model: Path,
     tmp_path: Path,
@@ -155,11 +164,17 @@ def test_an_engine_thread_that_fails_is_logged_without_a_word_of_the_exception(
     client.submit(make(client._engine, "a", [1, 2, 3], max_tokens=2))
     collector.wait(lambda: collector.ended("a"))
     client.close(5)
-    assert "the engine thread failed" in caplog.text and "ValueError" in caplog.text and "in _turn" in caplog.text
+    assert (
+        "the engine thread failed" in caplog.text
+        and "ValueError" in caplog.text
+        and "in _turn" in caplog.text
+    )
     assert SECRET not in caplog.text
 
 
-def test_scoring_that_fails_ends_its_own_request_only(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_that_fails_ends_its_own_request_only(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Collector()
     serve(InProcessClient(engine(tiny_model), step_deadline=60.0), expected)
     monkeypatch.setattr(Engine, "_score", RaisesAt(Engine._score, 1, ValueError("out of luck")))
@@ -172,7 +187,8 @@ def test_scoring_that_fails_ends_its_own_request_only(tiny_model: Path, monkeypa
 
 
 def test_a_reader_that_raises_loses_its_requests_and_no_others(tiny_model: Path) -> None:
-    """What was not delivered leaves a gap in its requests' outputs, so these end; the next ones are served."""
+    """What was not delivered leaves a gap in its requests' outputs, so these end; the next ones are
+    served."""
     for n in range(1, 8):
         collector = Collector()
         fault = RaisesAt(collector, n, ValueError("out of luck"))
@@ -181,7 +197,9 @@ def test_a_reader_that_raises_loses_its_requests_and_no_others(tiny_model: Path)
         asked = work(client._engine)[:3]
         for request in asked:
             client.submit(request)
-        collector.wait(lambda collector=collector, asked=asked: all(collector.ended(r.id) for r in asked))
+        collector.wait(
+            lambda collector=collector, asked=asked: all(collector.ended(r.id) for r in asked)
+        )
         for request in asked:
             steps = collector.outputs[request.id]
             whole = len(tokens(steps)) == request.max_tokens
@@ -201,9 +219,16 @@ def test_a_log_handler_that_raises_does_not_end_the_engine(
     handler, logger = Broken(), logging.getLogger("moebius")
     logger.addHandler(handler)
     try:
-        for owner, name in ((Scheduler, "add"), (loop, "build_batch"), (TraceWriter, "plan"), (Engine, "_output")):
+        for owner, name in (
+            (Scheduler, "add"),
+            (loop, "build_batch"),
+            (TraceWriter, "plan"),
+            (Engine, "_output"),
+        ):
             with monkeypatch.context() as patch:
-                patch.setattr(owner, name, RaisesAt(getattr(owner, name), 2, ValueError("out of luck")))
+                patch.setattr(
+                    owner, name, RaisesAt(getattr(owner, name), 2, ValueError("out of luck"))
+                )
                 one = engine(tiny_model, trace=str(tmp_path / "trace.jsonl"))
                 serve(InProcessClient(one, step_deadline=60.0), Collector())
     finally:
@@ -221,7 +246,9 @@ def test_a_full_disk_ends_the_trace_with_a_warning_and_serving_goes_on(
     serve(InProcessClient(one, step_deadline=60.0), collector)
     for id in ("greedy", "drawn", "scored"):
         assert tokens(collector.outputs[id]) == tokens(expected.outputs[id])
-    warnings = [record.getMessage() for record in caplog.records if "tracing stops" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "tracing stops" in record.getMessage()
+    ]
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
 
 
@@ -229,13 +256,17 @@ def test_what_was_traced_before_the_disk_was_full_can_be_replayed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "trace.jsonl"
-    monkeypatch.setattr(TraceWriter, "update", RaisesAt(TraceWriter.update, 3, OSError(errno.ENOSPC, "no space")))
+    monkeypatch.setattr(
+        TraceWriter, "update", RaisesAt(TraceWriter.update, 3, OSError(errno.ENOSPC, "no space"))
+    )
     serve(InProcessClient(engine(tiny_model, trace=str(path)), step_deadline=60.0), Collector())
     report = replay(path)
     assert report.difference is None and report.steps >= 3
 
 
-def test_ctrl_c_in_a_step_leaves_an_engine_that_can_go_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_a_step_leaves_an_engine_that_can_go_on(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = engine(tiny_model), engine(tiny_model)
     other.add(make(other, "a", [1, 2, 3]))
     expected = [token for _ in range(8) for step in other.step() for token in step.token_ids]

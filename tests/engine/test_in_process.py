@@ -1,4 +1,5 @@
-"""The engine on its own thread: every submitted request ends exactly once, whatever happens to it."""
+"""The engine on its own thread: every submitted request ends exactly once, whatever happens to
+it."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class Collector:
 
 @pytest.fixture
 def client(tiny_model: Path) -> InProcessClient:
-    return InProcessClient(engine(tiny_model, max_queue_requests=40, max_num_seqs=4), step_deadline=5.0)
+    return InProcessClient(
+        engine(tiny_model, max_queue_requests=40, max_num_seqs=4), step_deadline=5.0
+    )
 
 
 def test_requests_from_many_threads_all_end_once(client: InProcessClient) -> None:
@@ -70,7 +73,12 @@ def test_abort_and_refusal_come_back_as_outputs(client: InProcessClient) -> None
         client.submit(request)
     client.start(collector)
     collector.wait(lambda: any(tokens(s) for s in collector.outputs.values()))
-    refused = [s for steps in collector.outputs.values() for s in steps if isinstance(s.error, OverloadError)]
+    refused = [
+        s
+        for steps in collector.outputs.values()
+        for s in steps
+        if isinstance(s.error, OverloadError)
+    ]
     assert len(refused) >= 10 and refused[0].error.retry_after > 0  # type: ignore[union-attr]
     for request in long:
         client.abort(request.id)
@@ -111,7 +119,9 @@ def test_a_dead_engine_ends_every_request_and_is_not_ready(
     assert not client.stats().ready
 
 
-def test_a_stuck_step_is_not_ready(client: InProcessClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stuck_step_is_not_ready(
+    client: InProcessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client._step_deadline = 0.05
     release, honest = threading.Event(), client._engine.step
 
@@ -165,8 +175,11 @@ def dies_when(released: threading.Event) -> Callable[[], list[StepOutput]]:
 
 
 @pytest.mark.case("B8")
-def test_a_submit_while_the_engine_dies_is_answered(client: InProcessClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request is found good, then the engine dies and looks into its inbox for the last time, then it is put there.
+def test_a_submit_while_the_engine_dies_is_answered(
+    client: InProcessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is found good, then the engine dies and looks into its inbox for the last time,
+    then it is put there.
 
     Where both exclude each other the engine waits for it instead, and the hook for nothing.
     """
@@ -205,7 +218,10 @@ def test_a_dead_engine_takes_nothing_and_keeps_nothing(
     assert collector.ended("victim")
     client.abort("victim")
     assert client._inbox.empty(), "nobody will ever read it"
-    for again in (lambda: client.submit(make(client._engine, "after", [1])), lambda: client.start(Collector())):
+    for again in (
+        lambda: client.submit(make(client._engine, "after", [1])),
+        lambda: client.start(Collector()),
+    ):
         with pytest.raises(EngineError, match="has stopped"):
             again()
     client.close(1)
@@ -221,7 +237,9 @@ def test_outputs_of_a_step_that_broke_the_engine_are_not_lost(
     released.set()
     monkeypatch.setattr(client._engine, "step", dies_when(released))
     collector = Collector()
-    good = [make(client._engine, f"good{i}", [1]) for i in range(41)]  # one more than the queue takes
+    good = [
+        make(client._engine, f"good{i}", [1]) for i in range(41)
+    ]  # one more than the queue takes
     for request in good:
         client.submit(request)
     client.start(collector)
@@ -230,7 +248,9 @@ def test_outputs_of_a_step_that_broke_the_engine_are_not_lost(
 
 
 @pytest.mark.case("B8")
-def test_an_engine_is_started_once_and_not_after_its_end(tiny_model: Path, client: InProcessClient) -> None:
+def test_an_engine_is_started_once_and_not_after_its_end(
+    tiny_model: Path, client: InProcessClient
+) -> None:
     first = Collector()
     client.start(first)
     with pytest.raises(EngineError, match="started once"):
@@ -247,7 +267,9 @@ def test_an_engine_is_started_once_and_not_after_its_end(tiny_model: Path, clien
 
 
 @pytest.mark.case("B8")
-def test_requests_end_though_a_step_never_does(client: InProcessClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_end_though_a_step_never_does(
+    client: InProcessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     release, honest = threading.Event(), client._engine.step
 
     def stuck() -> list[StepOutput]:

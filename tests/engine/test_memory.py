@@ -12,8 +12,9 @@ import torch
 
 from engine.test_engine import cache_bytes, make, run
 from moebius import machine
-from moebius.config import EngineConfig, FeedForwardConfig, ModelConfig, RopeConfig
+from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig
 from moebius.engine import load
+from moebius.engine.config import EngineConfig
 from moebius.engine.load import choose_dtype, load_engine, prepare
 from moebius.engine.memory import (
     MemoryPlan,
@@ -79,7 +80,10 @@ def test_the_default_context_is_lowered_to_what_fits_and_a_given_one_refused() -
     size = 16 * PER_TOKEN * 10
     made = plan(kv_cache_memory_bytes=size)
     assert (made.max_model_len, made.lowered_from) == (160, 1024)
-    with pytest.raises(MemoryPlanError, match=f"one sequence of 1,024 tokens needs 256.0 KiB .* to {1024 * PER_TOKEN}"):
+    with pytest.raises(
+        MemoryPlanError,
+        match=f"one sequence of 1,024 tokens needs 256.0 KiB .* to {1024 * PER_TOKEN}",
+    ):
         plan(kv_cache_memory_bytes=size, max_model_len=1024)
     with pytest.raises(MemoryPlanError, match="one sequence"):
         plan(kv_cache_memory_bytes=1)
@@ -87,7 +91,8 @@ def test_the_default_context_is_lowered_to_what_fits_and_a_given_one_refused() -
 
 @pytest.mark.case("B4")
 def test_sampling_is_a_part_of_the_workspace() -> None:
-    """64 rows of logits, 4 bytes each; 8 rows of 64 bytes an id, and 64 bytes for 65,536 ids or the vocabulary."""
+    """64 rows of logits, 4 bytes each; 8 rows of 64 bytes an id, and 64 bytes for 65,536 ids or the
+    vocabulary."""
     sizes = {vocab: workspace_bytes(replace(MODEL, vocab_size=vocab), EngineConfig(max_num_seqs=64), 2)
              for vocab in (1000, 2000, 100_000, 101_000)}  # fmt: skip
     assert sampling_bytes(1000, 1024) == 64 * 65_536 + 8 * 64 * 1000
@@ -98,14 +103,20 @@ def test_sampling_is_a_part_of_the_workspace() -> None:
 def test_too_little_memory_and_too_long_a_context() -> None:
     with pytest.raises(MemoryPlanError, match=r"need more than the 1\.0 MiB available"):
         plan(available=2**20)
-    with pytest.raises(MemoryPlanError, match=r"--kv-cache-memory-bytes 2147483648 \(2\.0 GiB\) is more than"):
+    with pytest.raises(
+        MemoryPlanError, match=r"--kv-cache-memory-bytes 2147483648 \(2\.0 GiB\) is more than"
+    ):
         plan(kv_cache_memory_bytes=2 * GIB)
-    with pytest.raises(ConfigError, match="max_model_len = 2000 is beyond the model's 1024 positions"):
+    with pytest.raises(
+        ConfigError, match="max_model_len = 2000 is beyond the model's 1024 positions"
+    ):
         plan(max_model_len=2000)
 
 
 def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
-    engine = load_engine(tiny_model, EngineConfig(kv_cache_memory_bytes=100_000, max_model_len=64, block_size=8))
+    engine = load_engine(
+        tiny_model, EngineConfig(kv_cache_memory_bytes=100_000, max_model_len=64, block_size=8)
+    )
     per_token = cache_bytes(8, 8) // 8
     assert engine.info.num_blocks == 100_000 // (8 * per_token) == engine.scheduler.pool.num_blocks
     assert engine.runner.cache.nbytes == engine.info.num_blocks * 8 * per_token
@@ -119,7 +130,10 @@ def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"block_size": 0}, "block_size is 0; it must be at least 1"),
         ({"block_size": 2048}, "at most 1024"),
-        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "each running sequence needs at least one token"),
+        (
+            {"max_num_seqs": 64, "max_num_batched_tokens": 32},
+            "each running sequence needs at least one token",
+        ),
         ({"step_deadline": float("nan")}, "step_deadline"),
         ({"max_queue_tokens": -1}, "max_queue_tokens is -1"),
     ],
@@ -132,10 +146,17 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 def test_rows_name_every_part() -> None:
     text = str(replace(plan(), lowered_from=4096).rows())
     assert "lowered from 4,096" in text and "1000 B mapped, 0 B copied" in text
-    assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 TiB"]
+    assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "3.0 TiB",
+    ]
 
 
-def test_more_threads_than_cores_are_a_warning(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_more_threads_than_cores_are_a_warning(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cores = len(os.sched_getaffinity(0))
     prepare(tiny_model, EngineConfig(threads=cores))
     assert not caplog.text
@@ -145,7 +166,8 @@ def test_more_threads_than_cores_are_a_warning(tiny_model: Path, caplog: pytest.
 
 @pytest.mark.case("B2")
 def test_mapped_weights_must_stay_resident() -> None:
-    """A cache that takes the room of weights would have them read from the disk again at each step."""
+    """A cache that takes the room of weights would have them read from the disk again at each
+    step."""
     mapped = 400 * 2**20
     made = plan_memory(
         MODEL,
@@ -158,7 +180,8 @@ def test_mapped_weights_must_stay_resident() -> None:
     )
     assert made.kv_cache <= (500 * 2**20 - mapped - made.workspace) // 2
     with pytest.raises(
-        MemoryPlanError, match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(left of the cgroup"
+        MemoryPlanError,
+        match=r"400\.0 MiB mapped, 0 B copied.*300\.0 MiB available \(left of the cgroup",
     ):
         plan_memory(
             MODEL,
@@ -173,8 +196,12 @@ def test_mapped_weights_must_stay_resident() -> None:
 
 
 @pytest.mark.case("B2")
-def test_the_table_names_the_limit_that_bound(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(402 * 2**20, 700 * 2**20, "cgroup"))
+def test_the_table_names_the_limit_that_bound(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        machine, "memory", lambda: machine.Memory(402 * 2**20, 700 * 2**20, "cgroup")
+    )
     monkeypatch.setattr(machine, "processors", lambda *_: 0.5)
     prepared = prepare(tiny_model, EngineConfig())
     rows = {name: (amount, remark) for name, amount, remark in prepared.rows()}
@@ -204,8 +231,11 @@ def test_float16_stays_float16_where_the_device_has_it(
 
 
 @pytest.mark.case("C23")
-def test_an_engine_of_float16_says_so_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU would hold in float16, on plain PyTorch here; beside it, what a CPU makes of the same file."""
+def test_an_engine_of_float16_says_so_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU would hold in float16, on plain PyTorch here; beside it, what a CPU makes of the
+    same file."""
     write_model(tmp_path, dtype=torch.float16)
     on_cpu = prepare(tmp_path, EngineConfig())
     assert ("computed", "float32", "on cpu; float16 in the files") in on_cpu.rows()
@@ -215,7 +245,10 @@ def test_an_engine_of_float16_says_so_and_answers(tmp_path: Path, monkeypatch: p
     half = load_engine(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=128))
     prepared = prepare(tmp_path, EngineConfig())
     assert ("computed", "float16", "on cpu") in prepared.rows()
-    assert prepared.plan.weights.mapped + prepared.plan.weights.copied < 0.6 * on_cpu.plan.weights.copied
+    assert (
+        prepared.plan.weights.mapped + prepared.plan.weights.copied
+        < 0.6 * on_cpu.plan.weights.copied
+    )
     assert half.runner.model.embed_tokens.weight.dtype == torch.float16
     prompt = list(range(3, 60))
     scores = []

@@ -1,4 +1,5 @@
-"""Promise P1 through the whole engine: one answer, bit for bit, whatever else is served and however it is scheduled.
+"""Promise P1 through the whole engine: one answer, bit for bit, whatever else is served and however
+it is scheduled.
 
 benchmarks/one_answer.py runs the same with ten thousand schedules.
 """
@@ -17,7 +18,16 @@ from moebius.models.decoder import Decoder
 from moebius.models.weights import load_decoder
 from moebius.ops.reference import ReferenceOps
 from oracle import FAMILY, save_tiny
-from random_schedules import MAX_MODEL_LEN, Answer, Schedule, Wish, alone, answers, random_schedule, wishes
+from random_schedules import (
+    MAX_MODEL_LEN,
+    Answer,
+    Schedule,
+    Wish,
+    alone,
+    answers,
+    random_schedule,
+    wishes,
+)
 
 cpu = pytest.importorskip("moebius.ops.cpu")
 BUNDLED = Path(moebius.__file__).parent / "bundled"
@@ -67,7 +77,9 @@ def test_plain_pytorch_does_not_pass_and_so_the_comparison_can_fail() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(FAMILY))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def test_every_architecture_gives_one_answer(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_architecture_gives_one_answer(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     save_tiny(tmp_path, model_type, max_position_embeddings=MAX_MODEL_LEN, vocab_size=300)
     decoders = [load_decoder(tmp_path, dtype, ops=ops) for ops in KERNELS.values()]
     rng = random.Random(model_type)

@@ -1,4 +1,5 @@
-"""The sampler against naive loops, the documented order of its steps, and the statistics of its draws."""
+"""The sampler against naive loops, the documented order of its steps, and the statistics of its
+draws."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def naive_shares(logits: list[float], one: Request) -> dict[int, float]:
     for token, bias in p.logit_bias.items():
         x[token] += bias
     for token in set(one.prompt_ids) | set(one.output_ids):
-        x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        x[token] = (
+            x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+        )
     for token in set(one.output_ids):
         x[token] -= p.presence_penalty + p.frequency_penalty * one.output_ids.count(token)
     if len(one.output_ids) < p.min_tokens:
@@ -114,7 +117,9 @@ def test_draws_follow_the_naive_distribution(params: dict[str, Any], ops: Ops) -
     logits = torch.randn(12, generator=generator) * 2
     logits[4] = logits[9]
     count = 3000
-    ones = [request([1, 2, 2], [3, 3, 4], seed=seed, max_tokens=20, **params) for seed in range(count)]
+    ones = [
+        request([1, 2, 2], [3, 3, 4], seed=seed, max_tokens=20, **params) for seed in range(count)
+    ]
     drawn = sample(logits.expand(count, 12), ones, ops)
     shares = naive_shares(logits.tolist(), ones[0])
     expected = [shares.get(token, 0.0) for token in range(12)]
@@ -173,16 +178,21 @@ def random_request(rng: random.Random, vocab: int) -> Request:
 @pytest.mark.case("B5")
 @pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
 def test_each_draw_is_the_one_that_the_uniform_number_picks(ops: Ops) -> None:
-    """Rows of all kinds in one batch; float32 sums of the kernels leave a seam of 1e-5 between two shares."""
+    """Rows of all kinds in one batch; float32 sums of the kernels leave a seam of 1e-5 between two
+    shares."""
     rng = random.Random(4)
     for vocab in (1, 2, 3, 16, 17, 50, 257, 700) * 3:
         ones = [random_request(rng, vocab) for _ in range(25)]
         rows = [random_row(rng, vocab) for _ in ones]
-        for outcome, logits, one in zip(sample(torch.stack(rows), ones, ops), rows, ones, strict=True):
+        for outcome, logits, one in zip(
+            sample(torch.stack(rows), ones, ops), rows, ones, strict=True
+        ):
             if not logits.isfinite().all() and not (len(one.output_ids) < one.params.min_tokens):
                 assert isinstance(outcome, NumericalError), one.params
                 continue
-            if isinstance(outcome, NumericalError):  # every id is banned, or one that is not finite is not
+            if isinstance(
+                outcome, NumericalError
+            ):  # every id is banned, or one that is not finite is not
                 assert vocab == 1 or not logits.isfinite().all(), one.params
                 continue
             shares = naive_shares(logits.tolist(), one)
@@ -214,23 +224,31 @@ def seconds(call: Callable[[], object]) -> float:
     ],
 )
 def test_one_requests_parameters_cost_that_request(params: dict[str, Any]) -> None:
-    """Beside 31 greedy rows it takes what it takes alone and what they take alone, with room for twice that."""
+    """Beside 31 greedy rows it takes what it takes alone and what they take alone, with room for
+    twice that."""
     vocab, ops = 100_000, CpuOps(threads=1)
     logits = torch.randn(32, vocab, generator=torch.Generator().manual_seed(0))
     one = request(output=[3, 5], vocab=vocab, max_tokens=20, **params)
     others = [request(temperature=0, vocab=vocab)] * 31
-    alone = seconds(lambda: sample(logits[:1], [one], ops)) + seconds(lambda: sample(logits[1:], others, ops))
+    alone = seconds(lambda: sample(logits[:1], [one], ops)) + seconds(
+        lambda: sample(logits[1:], others, ops)
+    )
     assert seconds(lambda: sample(logits, [one, *others], ops)) < 3 * alone
 
 
 @pytest.mark.case("B4")
 @pytest.mark.case("B5")
-@pytest.mark.parametrize(("ops", "count"), [(OPS, 128), (ReferenceOps(), 24)], ids=["kernels", "reference"])
+@pytest.mark.parametrize(
+    ("ops", "count"), [(OPS, 128), (ReferenceOps(), 24)], ids=["kernels", "reference"]
+)
 def test_sampling_takes_no_more_memory_than_the_plan_says(ops: Ops, count: int) -> None:
     vocab = 60_000
     rng = random.Random(0)
     prompt = [rng.randrange(vocab) for _ in range(2000)]
-    wishes: list[dict[str, Any]] = [{"top_k": 50_000}, {"repetition_penalty": 1.3, "top_k": 50_000, "logprobs": 20}]
+    wishes: list[dict[str, Any]] = [
+        {"top_k": 50_000},
+        {"repetition_penalty": 1.3, "top_k": 50_000, "logprobs": 20},
+    ]
     ones = [request(prompt, vocab=vocab, seed=i, **wishes[i % 2]) for i in range(count)]
     logits = torch.randn(count, vocab)
     sample(logits[:2], ones[:2], ops)
@@ -242,7 +260,11 @@ def peak_growth(call: Callable[[], object]) -> int:
     """Bytes by which the process' resident memory at its highest is above what it was before."""
 
     def resident(name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        line = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(name)
+        )
         return 1024 * int(line.split()[1])
 
     try:
@@ -256,14 +278,17 @@ def peak_growth(call: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
 def test_rows_of_all_kinds_together_and_alone(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the ids that they ask for are too many for one part, and the logits are in the end what they were."""
+    """Also where the ids that they ask for are too many for one part, and the logits are in the end
+    what they were."""
     rng = random.Random(5)
     for vocab in (17, 700):
         ones = [random_request(rng, vocab) for _ in range(40)]
         logits = torch.stack([random_row(rng, vocab) for _ in ones])
         before = logits.clone().view(torch.int32)
         together = [str(outcome) for outcome in sample(logits, ones, ops)]
-        alone = [str(sample(logits[i : i + 1].clone(), [one], ops)[0]) for i, one in enumerate(ones)]
+        alone = [
+            str(sample(logits[i : i + 1].clone(), [one], ops)[0]) for i, one in enumerate(ones)
+        ]
         assert together == alone
         monkeypatch.setattr(sampler, "SAMPLED_IDS", 300)
         assert [str(outcome) for outcome in sample(logits, ones, ops)] == together
@@ -285,23 +310,28 @@ def test_greedy_takes_the_lowest_of_equal_logits() -> None:
 @pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
 @pytest.mark.parametrize("temperature", [1e-20, 1e-10, 1e-7, 1e-5])
 def test_a_cold_nucleus_holds_as_many_ties_as_its_mass_says(ops: Ops, temperature: float) -> None:
-    """Three ids share the mass; a nucleus of half of it is two of them, one of nearly all is all three."""
+    """Three ids share the mass; a nucleus of half of it is two of them, one of nearly all is all
+    three."""
     logits = torch.linspace(-13, 11, 2000)
     logits[[7, 70, 700]] = 12.3
     for top_p, expected in ((0.3, {7}), (0.5, {7, 70}), (0.97, {7, 70, 700})):
         ones = [
-            request(vocab=2000, seed=seed, temperature=temperature, top_p=top_p, max_tokens=9) for seed in range(40)
+            request(vocab=2000, seed=seed, temperature=temperature, top_p=top_p, max_tokens=9)
+            for seed in range(40)
         ]
         drawn = sample(logits.expand(40, 2000), ones, ops)
         assert {one.token_id for one in drawn} == expected, top_p
 
 
 def test_nucleus_beyond_the_first_candidates() -> None:
-    """A flat distribution over more ids than the first guess holds: top_p = 0.5 keeps exactly half of them."""
+    """A flat distribution over more ids than the first guess holds: top_p = 0.5 keeps exactly half
+    of them."""
     limits = ServingLimits(vocab_size=4096, max_model_len=10)
     seen = set()
     for seed in range(4000):
-        one = Request.create("r", [1], SamplingParams(top_p=0.5, max_tokens=1), limits, arrival=0.0, seed=seed)
+        one = Request.create(
+            "r", [1], SamplingParams(top_p=0.5, max_tokens=1), limits, arrival=0.0, seed=seed
+        )
         seen.add(draw(torch.zeros(4096), one))
     assert max(seen) < 2048
     assert len(seen) > 1500
@@ -309,7 +339,10 @@ def test_nucleus_beyond_the_first_candidates() -> None:
 
 def test_a_draw_depends_on_nothing_but_its_own_request() -> None:
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(3))
-    ones = [request(seed=seed, output=[4] * seed, max_tokens=20, top_p=0.9, presence_penalty=1.0) for seed in range(8)]
+    ones = [
+        request(seed=seed, output=[4] * seed, max_tokens=20, top_p=0.9, presence_penalty=1.0)
+        for seed in range(8)
+    ]
     together = sample(logits, ones)
     alone = [sample(logits[i : i + 1], [ones[i]])[0] for i in range(8)]
     assert together == alone
@@ -333,7 +366,9 @@ def test_extreme_temperatures_do_not_overflow() -> None:
 def test_a_bad_row_is_its_own_error_and_no_other(bad: float) -> None:
     logits = torch.zeros(3, 50)
     logits[1, 7] = bad
-    first, second, third = sample(logits, [request(temperature=0), request(), request(temperature=0)])
+    first, second, third = sample(
+        logits, [request(temperature=0), request(), request(temperature=0)]
+    )
     assert isinstance(second, NumericalError)
     assert first == third == Sampled(0)
 
@@ -404,7 +439,9 @@ def test_logprobs_are_the_models_own_before_any_sampler() -> None:
     best = sorted(range(50), key=lambda i: (-float(expected[i]), i))[:4]
     assert [i for i, _ in outcome.logprob.top] == best
     assert best[:2] == [10, 20]
-    assert [v for _, v in outcome.logprob.top] == pytest.approx([float(expected[i]) for i in best], abs=1e-6)
+    assert [v for _, v in outcome.logprob.top] == pytest.approx(
+        [float(expected[i]) for i in best], abs=1e-6
+    )
 
 
 def test_prompt_logprobs() -> None:
@@ -412,7 +449,9 @@ def test_prompt_logprobs() -> None:
     scored = sampler.token_logprobs(logits, [4, 5, 6], 1, OPS)
     expected = torch.log_softmax(logits.double(), -1)
     assert scored is not None
-    assert [s.logprob for s in scored] == pytest.approx([float(expected[i, 4 + i]) for i in range(3)], abs=1e-6)
+    assert [s.logprob for s in scored] == pytest.approx(
+        [float(expected[i, 4 + i]) for i in range(3)], abs=1e-6
+    )
     assert [s.top[0][0] for s in scored] == expected.argmax(-1).tolist()
     logits[1, 1] = math.nan
     assert sampler.token_logprobs(logits, [4, 5, 6], 1, OPS) is None

@@ -19,7 +19,13 @@ def trace(tiny_model: Path, tmp_path: Path) -> Path:
     one = engine(tiny_model, trace=str(path), **options)
     shared = prompts(1, low=24, high=25)[0]
     many = [[*shared, *own] for own in prompts(12, seed=1, low=5, high=30)]
-    run(one, [make(one, f"r{i}", p, max_tokens=20, stop_token_ids=(7,), temperature=1.0) for i, p in enumerate(many)])
+    run(
+        one,
+        [
+            make(one, f"r{i}", p, max_tokens=20, stop_token_ids=(7,), temperature=1.0)
+            for i, p in enumerate(many)
+        ],
+    )
     one.add(make(one, "aborted", [1, 2, 3], max_tokens=50))
     one.step()
     one.abort("aborted")
@@ -36,7 +42,9 @@ def test_the_same_decisions(trace: Path) -> None:
 
 def test_a_changed_decision_is_found(trace: Path) -> None:
     lines = trace.read_text().splitlines()
-    number = next(i for i, line in enumerate(lines) if '"plan"' in line and json.loads(line)["chunks"])
+    number = next(
+        i for i, line in enumerate(lines) if '"plan"' in line and json.loads(line)["chunks"]
+    )
     record = json.loads(lines[number])
     record["chunks"][0][2] -= 1
     lines[number] = json.dumps(record)
@@ -66,8 +74,11 @@ def test_a_line_cut_short_by_a_crash_ends_the_replay(trace: Path) -> None:
         ("no json\n{}\n", "line 1: not JSON"),
         ("[1]\n", "no trace event"),
         ("[" * 100_000, "line 1: not JSON"),
-        ('{"event":"start","version":1}\n', "not as this version writes it"),
-        ('{"event":"start","version":1,"scheduler":{"of_tomorrow":1},"pool":{}}\n', "not as this version writes it"),
+        ('{"event":"start","version":2}\n', "not as this version writes it"),
+        (
+            '{"event":"start","version":2,"scheduler":{"of_tomorrow":1},"pool":{}}\n',
+            "not as this version writes it",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -79,7 +90,11 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"max_tokens":', '"most":'), ('"prompt":[', '"prompt":5,"was":['), ('"waiting":', '"stepx":')],
+    [
+        ('"max_tokens":', '"most":'),
+        ('"prompt":[', '"prompt":5,"was":['),
+        ('"waiting":', '"stepx":'),
+    ],
 )
 def test_a_trace_with_a_broken_line_is_refused(old: str, new: str, trace: Path) -> None:
     trace.write_text(trace.read_text().replace(old, new))

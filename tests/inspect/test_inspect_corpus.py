@@ -47,7 +47,9 @@ def test_a_large_corpus_is_read_in_pieces(tmp_path: Path) -> None:
         ("empty.txt", b"", "there is no text in"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_what_is_no_text_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
@@ -63,14 +65,23 @@ def test_nothing_named_is_refused(tmp_path: Path) -> None:
 
 def test_rows_are_a_bounded_choice_of_whole_rows(tiny_model: Path) -> None:
     tokenizer = Tokenizer.load(tiny_model)
-    texts = [Document("one", "a", "abc def\n" * 50), Document("two", "b", "<|endoftext|>" * 3 + "ghi jkl\n" * 80)]
+    texts = [
+        Document("one", "a", "abc def\n" * 50),
+        Document("two", "b", "<|endoftext|>" * 3 + "ghi jkl\n" * 80),
+    ]
     everything = [tokenizer.encode_ordinary(d.text) for d in texts]
-    stream, owner = everything[0] + everything[1], [0] * len(everything[0]) + [1] * len(everything[1])
+    stream, owner = (
+        everything[0] + everything[1],
+        [0] * len(everything[0]) + [1] * len(everything[1]),
+    )
     rows = make_rows(texts, tokenizer, 16, max_tokens=160)
     assert rows.read == len(stream) and len(rows.tokens_N) == 160 and rows.length == 16
     pieces = {tuple(stream[i : i + 16]): owner[i : i + 16] for i in range(0, len(stream) - 15, 16)}
     for at in range(0, 160, 16):
-        assert rows.document_N[at : at + 16].tolist() == pieces[tuple(rows.tokens_N[at : at + 16].tolist())]
+        assert (
+            rows.document_N[at : at + 16].tolist()
+            == pieces[tuple(rows.tokens_N[at : at + 16].tolist())]
+        )
     assert 0 not in rows.tokens_N, "special-token text inside a document is plain text"
 
 
@@ -101,5 +112,7 @@ def test_many_kinds_become_twelve(tiny_model: Path) -> None:
 
 def test_a_pipe_is_no_text_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="pipe is neither a file nor a directory; name text files"):
+    with pytest.raises(
+        ConfigError, match="pipe is neither a file nor a directory; name text files"
+    ):
         read_documents([tmp_path / "pipe"], 2000)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moebius.config import InspectConfig
+from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Rows, make_rows, read_documents
 from moebius.inspect.run import write_report
 from moebius.text import Tokenizer
@@ -59,7 +59,9 @@ def test_load_and_router_figures(report: dict[str, Any], logits: list[torch.Tens
     for found, logits_TE in zip(report["layers"], logits, strict=True):
         counts = Counter(e for ids in chosen(logits_TE) for e in ids)
         assert found["counts"] == [counts[e] for e in range(E)]
-        assert found["max_violation"] == pytest.approx(max(counts.values()) / (counts.total() / E) - 1, abs=1e-4)
+        assert found["max_violation"] == pytest.approx(
+            max(counts.values()) / (counts.total() / E) - 1, abs=1e-4
+        )
         p = logits_TE.softmax(-1).double()
         entropy = sum(-x * math.log(x) for row in p.tolist() for x in row) / len(p)
         mean = sum(-x * math.log(x) for x in p.mean(0).tolist())
@@ -67,7 +69,9 @@ def test_load_and_router_figures(report: dict[str, Any], logits: list[torch.Tens
         assert found["mutual_information"] == pytest.approx(mean - entropy, abs=1e-3)
         ordered = [sorted(row, reverse=True) for row in p.tolist()]
         assert found["confidence"] == pytest.approx(sum(r[0] for r in ordered) / len(p), abs=1e-3)
-        assert found["margin"] == pytest.approx(sum(r[0] - r[1] for r in ordered) / len(p), abs=1e-3)
+        assert found["margin"] == pytest.approx(
+            sum(r[0] - r[1] for r in ordered) / len(p), abs=1e-3
+        )
         assert found["largest_logit"] == pytest.approx(logits_TE.abs().max().item(), abs=1e-3)
         assert found["z"] == pytest.approx(logits_TE.logsumexp(-1).square().mean().item(), abs=1e-3)
 
@@ -84,7 +88,9 @@ def test_steps_pairs_and_capacity(report: dict[str, Any], logits: list[torch.Ten
                 over = sum(max(0, count - int(factor * even)) for count in counts.values())
                 dropped[factor].append(over / counts.total())
         found = report["layers"][m]
-        assert found["max_violation_step"] == pytest.approx(sum(violations) / len(violations), abs=1e-4)
+        assert found["max_violation_step"] == pytest.approx(
+            sum(violations) / len(violations), abs=1e-4
+        )
         means = [sum(each) / len(each) for each in dropped.values()]
         assert found["dropped"] == pytest.approx(means, abs=1e-4) and means[0] > 0
         met, alone = Counter(frozenset(row) for row in ids), Counter(e for row in ids for e in row)
@@ -94,7 +100,9 @@ def test_steps_pairs_and_capacity(report: dict[str, Any], logits: list[torch.Ten
             assert share[i] == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_experts_like(report: dict[str, Any], rows: Rows, logits: list[torch.Tensor], tiny_model: Path) -> None:
+def test_what_experts_like(
+    report: dict[str, Any], rows: Rows, logits: list[torch.Tensor], tiny_model: Path
+) -> None:
     tokens, tokenizer = rows.tokens_N.tolist(), Tokenizer.load(tiny_model)
     kinds = [rows.documents[d][1] for d in rows.document_N.tolist()]
     assert report["text"]["kinds"] == dict(Counter(kinds).most_common())
@@ -108,7 +116,8 @@ def test_what_experts_like(report: dict[str, Any], rows: Rows, logits: list[torc
             of_expert.update(ids)
         often = {token for token, count in Counter(tokens).items() if count >= 10}
         tracked_share = {
-            e: sum(of_token[e, t] for t in often) / sum(Counter(tokens)[t] for t in often) for e in range(E)
+            e: sum(of_token[e, t] for t in often) / sum(Counter(tokens)[t] for t in often)
+            for e in range(E)
         }
         for taste in report["tastes"][m]["experts"]:
             e = taste["expert"]
@@ -118,14 +127,21 @@ def test_what_experts_like(report: dict[str, Any], rows: Rows, logits: list[torc
             for token in taste["tokens"]:
                 number = Counter(tokens)[token["id"]]
                 assert token["id"] in often and token["count"] == of_token[e, token["id"]]
-                assert token["lift"] == pytest.approx(token["count"] / number / tracked_share[e], abs=0.01)
+                assert token["lift"] == pytest.approx(
+                    token["count"] / number / tracked_share[e], abs=0.01
+                )
                 assert token["lift"] >= 1.5
                 came = [i for i, t in enumerate(tokens) if t == token["id"] and e in ids_of[i]]
-                places = {(*rows.context(i, tokenizer), rows.documents[int(rows.document_N[i])][0]) for i in came}
+                places = {
+                    (*rows.context(i, tokenizer), rows.documents[int(rows.document_N[i])][0])
+                    for i in came
+                }
                 assert (*token["example"], token["document"]) in places
                 liked += 1
         best = [max(of_token[e, t] for e in range(E)) / Counter(tokens)[t] for t in often]
-        assert report["tastes"][m]["vocabulary_specialisation"] == pytest.approx(sum(best) / len(best), abs=1e-3)
+        assert report["tastes"][m]["vocabulary_specialisation"] == pytest.approx(
+            sum(best) / len(best), abs=1e-3
+        )
     assert liked >= 20
 
 
@@ -139,12 +155,16 @@ def test_distinct_experts(report: dict[str, Any], logits: list[torch.Tensor]) ->
         found = []
         for logits_TE in logits:
             ids = chosen(logits_TE)
-            found += [len({e for r in ids[i : i + batch] for e in r}) for i in range(0, len(ids), batch)]
+            found += [
+                len({e for r in ids[i : i + batch] for e in r}) for i in range(0, len(ids), batch)
+            ]
         assert row["one_text"] == pytest.approx(sum(found) / len(found), abs=1e-3)
     assert report["distinct"][0]["load"] == pytest.approx(K)
 
 
-def test_placement_is_judged_on_other_steps(report: dict[str, Any], logits: list[torch.Tensor]) -> None:
+def test_placement_is_judged_on_other_steps(
+    report: dict[str, Any], logits: list[torch.Tensor]
+) -> None:
     (row,) = report["placement"]
     assert row["ranks"] == 2 and row["slots"] == 6
     for m, logits_TE in enumerate(logits):
@@ -153,7 +173,9 @@ def test_placement_is_judged_on_other_steps(report: dict[str, Any], logits: list
         for way in ("plain", "balanced", "replicated"):
             held = row[f"{way}_experts"][m]
             copies = Counter(e for rank in held for e in rank)
-            assert set(copies) == set(range(E)) and copies.total() == (6 if way == "replicated" else E)
+            assert set(copies) == set(range(E)) and copies.total() == (
+                6 if way == "replicated" else E
+            )
             each = []
             for counts in steps[1::2]:
                 loads = [sum(counts[e] / copies[e] for e in rank) for rank in held]
@@ -168,15 +190,21 @@ def test_another_checkpoint(
     other = tmp_path / "other"
     write_model(other, seed=1)
     documents = read_documents([corpus], 2000)
-    found = write_report(tiny_model, documents, tmp_path / "out", SETTINGS, against=other)["against"]
-    for m, (ours, theirs) in enumerate(zip(logits, routed_by_transformers(other, rows), strict=True)):
+    found = write_report(tiny_model, documents, tmp_path / "out", SETTINGS, against=other)[
+        "against"
+    ]
+    for m, (ours, theirs) in enumerate(
+        zip(logits, routed_by_transformers(other, rows), strict=True)
+    ):
         same = [len(set(a) & set(b)) / K for a, b in zip(chosen(ours), chosen(theirs), strict=True)]
         first = [a[0] == b[0] for a, b in zip(chosen(ours), chosen(theirs), strict=True)]
         moved = (ours.softmax(-1) - theirs.softmax(-1)).abs().sum(-1).mean() / 2
         assert found["saturation"][m] == pytest.approx(sum(same) / len(same), abs=1e-4)
         assert found["saturation_first"][m] == pytest.approx(sum(first) / len(first), abs=1e-4)
         assert found["variation"][m] == pytest.approx(moved.item(), abs=1e-3)
-    itself = write_report(tiny_model, documents, tmp_path / "out", SETTINGS, against=tiny_model)["against"]
+    itself = write_report(tiny_model, documents, tmp_path / "out", SETTINGS, against=tiny_model)[
+        "against"
+    ]
     assert itself["saturation"] == itself["saturation_first"] == [1.0, 1.0]
     assert itself["variation"] == itself["load_variation"] == itself["router_change"] == [0.0, 0.0]
 
@@ -185,7 +213,9 @@ def test_the_figures_do_not_depend_on_the_step(
     tiny_model: Path, corpus: Path, report: dict[str, Any], tmp_path: Path
 ) -> None:
     documents = read_documents([corpus], 2000)
-    whole = write_report(tiny_model, documents, tmp_path, InspectConfig(2000, L, step_tokens=10_000))
+    whole = write_report(
+        tiny_model, documents, tmp_path, InspectConfig(2000, L, step_tokens=10_000)
+    )
     assert whole["run"]["steps"] == 1 and report["run"]["steps"] > 4
     for a, b in zip(whole["layers"], report["layers"], strict=True):
         assert a["counts"] == b["counts"]

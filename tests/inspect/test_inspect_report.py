@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
-from moebius.config import InspectConfig
 from moebius.errors import ConfigError, NumericalError, StorageError, UsageError
+from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document, read_documents
 from moebius.inspect.run import page, verdict, write_report
 from oracle import save_tiny
@@ -38,7 +38,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
-        self.loads += [str(v) for k, v in attrs if k in ("src", "href") and not str(v).startswith("#")]
+        self.loads += [
+            str(v) for k, v in attrs if k in ("src", "href") and not str(v).startswith("#")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -92,7 +94,9 @@ def test_other_sizes_make_a_page_too(sizes: dict[str, Any], tmp_path: Path) -> N
 def test_layers_without_a_router_are_left_out(tmp_path: Path) -> None:
     write_model(tmp_path / "model", mlp_only_layers=[0], num_hidden_layers=3)
     report = write_report(tmp_path / "model", DOCUMENTS, tmp_path, SETTINGS)
-    assert [layer["layer"] for layer in report["layers"]] == [1, 2] and report["model"]["layers"] == 3
+    assert [layer["layer"] for layer in report["layers"]] == [1, 2] and report["model"][
+        "layers"
+    ] == 3
 
 
 def findings(report: dict[str, Any], **changes: Any) -> dict[str, str]:
@@ -100,15 +104,29 @@ def findings(report: dict[str, Any], **changes: Any) -> dict[str, str]:
     layers = [{**layer, **changes} for layer in report["layers"]]
     found = verdict({**report, "layers": layers, "floor": changes.get("floor", 0.01)})
     return {
-        state: " ".join(f["text"] for f in found if f["state"] == state) for state in ("good", "fair", "poor", "note")
+        state: " ".join(f["text"] for f in found if f["state"] == state)
+        for state in ("good", "fair", "poor", "note")
     }
 
 
 def test_the_verdict_says_what_is_wrong(report: dict[str, Any]) -> None:
-    good = findings(report, max_violation=0.2, dead=[], mutual_information=0.7, largest_logit=8.0, bfloat16_changed=0)
-    assert good["fair"] == good["poor"] == "" and "load is even" in good["good"] and "No expert is dead" in good["good"]
+    good = findings(
+        report,
+        max_violation=0.2,
+        dead=[],
+        mutual_information=0.7,
+        largest_logit=8.0,
+        bfloat16_changed=0,
+    )
+    assert (
+        good["fair"] == good["poor"] == ""
+        and "load is even" in good["good"]
+        and "No expert is dead" in good["good"]
+    )
     assert "1.70 times an even share" in findings(report, max_violation=0.7)["fair"]
-    bad = findings(report, max_violation=2.5, dead=[1, 3], mutual_information=0.001, largest_logit=300.0)
+    bad = findings(
+        report, max_violation=2.5, dead=[1, 3], mutual_information=0.001, largest_logit=300.0
+    )
     assert "unbalanced" in bad["poor"] and "4 of 8 experts are dead" in bad["poor"]
     assert "layer 0: 1, 3; layer 1: 1, 3" in bad["poor"] and "hardly looks" in bad["poor"]
     assert "z-loss" in bad["fair"]
@@ -147,7 +165,9 @@ def single(folder: Path) -> None:
         (broken, NumericalError, "layer 1: the router's logits"),
     ],
 )
-def test_models_that_cannot_be_inspected(make: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_inspected(
+    make: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
     make(tmp_path / "model")
     with pytest.raises(error, match=message):
         write_report(tmp_path / "model", DOCUMENTS, tmp_path / "out", SETTINGS)
@@ -163,7 +183,9 @@ def test_models_that_cannot_be_inspected(make: Any, error: type[Exception], mess
         ({"num_experts_per_tok": 1}, "another shape in its experts or routers"),
     ],
 )
-def test_checkpoints_of_another_shape(tiny_model: Path, changes: Any, message: str, tmp_path: Path) -> None:
+def test_checkpoints_of_another_shape(
+    tiny_model: Path, changes: Any, message: str, tmp_path: Path
+) -> None:
     write_model(tmp_path / "other", **changes)
     with pytest.raises(ConfigError, match=message):
         write_report(tiny_model, DOCUMENTS, tmp_path, SETTINGS, against=tmp_path / "other")
@@ -188,11 +210,15 @@ def test_impossible_settings(settings: dict[str, Any]) -> None:
 def test_ranks() -> None:
     assert InspectConfig().ranks_for(8) == [2, 4] and InspectConfig().ranks_for(60) == [2, 4]
     assert InspectConfig().ranks_for(3) == [] and InspectConfig(ranks=(3, 2)).ranks_for(8) == [2, 3]
-    with pytest.raises(ConfigError, match=r"ranks is \[9\]; 8 experts can be spread over 2 to 8 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"ranks is \[9\]; 8 experts can be spread over 2 to 8 ranks"
+    ):
         InspectConfig(ranks=(9,)).ranks_for(8)
 
 
-def test_a_place_that_cannot_be_written(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file cannot be made a directory: File exists"):
         write_report(tiny_model, DOCUMENTS, tmp_path / "file", SETTINGS)
@@ -201,7 +227,9 @@ def test_a_place_that_cannot_be_written(tiny_model: Path, tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(StorageError, match=r"report\.json cannot be written: No space left on device"):
+    with pytest.raises(
+        StorageError, match=r"report\.json cannot be written: No space left on device"
+    ):
         write_report(tiny_model, DOCUMENTS, tmp_path / "out", SETTINGS)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -229,11 +257,24 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_the_command(
-    tiny_model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     files = [str(corpus / "fib.py"), str(corpus / "notes.txt")]
     out = tmp_path / "a" / "b"
-    sizes = ("--max-tokens", "500", "--row-length", "32", "--ranks", "3", "--capacity-factor", "1.1")
+    sizes = (
+        "--max-tokens",
+        "500",
+        "--row-length",
+        "32",
+        "--ranks",
+        "3",
+        "--capacity-factor",
+        "1.1",
+    )
     assert run(monkeypatch, str(tiny_model), "--text", *files, "--out", str(out), *sizes) == 0
     printed = capsys.readouterr().out
     assert "The load is" in printed and "report.html" in printed
@@ -241,16 +282,23 @@ def test_the_command(
     assert "in rows of 32" in (out / "report.html").read_text()
     assert run(monkeypatch, str(tiny_model), "--out", str(out)) == 2
     captured = capsys.readouterr()
-    assert captured.err == "moebius: name the text to run through the model: --text FILES or directories\n"
+    assert (
+        captured.err
+        == "moebius: name the text to run through the model: --text FILES or directories\n"
+    )
 
 
 @pytest.mark.case("C10")
 def test_a_router_that_masks_groups_is_reported(corpus: Path, tmp_path: Path) -> None:
     """dots1's scores of masked groups are minus infinity, which JSON has not."""
-    model = save_tiny(tmp_path, "dots1", vocab_size=320, n_routed_experts=6, n_group=3, topk_group=2)
+    model = save_tiny(
+        tmp_path, "dots1", vocab_size=320, n_routed_experts=6, n_group=3, topk_group=2
+    )
     write_tokenizer(tmp_path)
     write_report(tmp_path, read_documents([corpus], 500), tmp_path / "out", SETTINGS)
     text = (tmp_path / "out" / "report.json").read_text()
-    router = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["router"]
+    router = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))[
+        "router"
+    ]
     assert (router["num_groups"], router["group_fill"]) == (model.config.n_group, "never")
     assert "dots1" in (tmp_path / "out" / "report.html").read_text()

@@ -1,12 +1,14 @@
-"""Which keys of config.json transformers reads, and what absent ones mean: src/moebius/models/config_keys.json.
+"""Which keys of config.json transformers reads, and what absent ones mean:
+src/moebius/models/config_keys.json.
 
     PYTHONPATH=src:tests python -m models.config_keys
 
-writes that file anew from the transformers that is installed, the one that constraints.txt pins; a test compares the
-two. The package reads the file alone. For each supported model_type it holds
+writes that file anew from the transformers that is installed, the one that constraints.txt pins; a
+test compares the two. The package reads the file alone. For each supported model_type it holds
 
-    read        what the model, or code that it shares with all others, looks up in its configuration: by syntax, in
-                the sources below. Its value is what an absent key means there: the field's default, or getattr's
+    read        what the model, or code that it shares with all others, looks up in its
+                configuration: by syntax, in the sources below. Its value is what an absent key
+                means there: the field's default, or getattr's
     never_null  fields whose annotation does not admit null; elsewhere null is a value of its own
     aliases     other names of fields (the class's attribute_map)
 
@@ -35,7 +37,8 @@ TABLE = Path(__file__).parent.parent.parent / "src" / "moebius" / "models" / "co
 OURS = {"moebius"}
 """Types that transformers does not know."""
 
-# What a decoder meets beside its own two files, from reading the configuration to the next token's logits.
+# What a decoder meets beside its own two files, from reading the configuration to the next token's
+# logits.
 SHARED = {
     "configuration_utils": ["PreTrainedConfig.__post_init__", "PreTrainedConfig.get_text_config"],
     "modeling_rope_utils": [
@@ -45,8 +48,15 @@ SHARED = {
         "_compute_llama3_parameters",
         "_compute_yarn_parameters",
     ],
-    "modeling_utils": ["PreTrainedModel.__init__", "PreTrainedModel.get_expanded_tied_weights_keys"],
-    "masking_utils": ["create_causal_mask", "create_sliding_window_causal_mask", "create_masks_for_generate"],
+    "modeling_utils": [
+        "PreTrainedModel.__init__",
+        "PreTrainedModel.get_expanded_tied_weights_keys",
+    ],
+    "masking_utils": [
+        "create_causal_mask",
+        "create_sliding_window_causal_mask",
+        "create_masks_for_generate",
+    ],
     "cache_utils": ["get_layer_types_and_kwargs", "DynamicCache.__init__"],
     "integrations.moe": ["use_experts_implementation"],
     "quantizers.auto": ["get_hf_quantizer"],
@@ -57,7 +67,14 @@ ROPE_TYPES = {
     "llama3": "_compute_llama3_parameters",
     "yarn": "_compute_yarn_parameters",
 }
-_CONFIGS = {"config", "self.config", "model.config", "layer_config", "effective_config", "decoder_config"}
+_CONFIGS = {
+    "config",
+    "self.config",
+    "model.config",
+    "layer_config",
+    "effective_config",
+    "decoder_config",
+}
 
 
 def derive() -> dict[str, Any]:
@@ -81,13 +98,22 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
     modeling = importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
     own = dataclasses.fields(config)
     defaults = {field.name: field.default for field in own} | {"rope_theta": config.default_theta}
-    aliases = {a if b in defaults else b: b if b in defaults else a for a, b in config.attribute_map.items()}
+    aliases = {
+        a if b in defaults else b: b if b in defaults else a
+        for a, b in config.attribute_map.items()
+    }
     looked_up = dict(shared)
     _merge(looked_up, _reads(_tree(modeling), _CONFIGS))
     _merge(looked_up, _reads(_tree(config), {"self"}))
     names = {aliases.get(name, name): meaning for name, meaning in looked_up.items()}
-    read = {name: defaults.get(name, meaning) for name, meaning in names.items() if _is_key(name, defaults)}
-    never_null = [field.name for field in own if field.name in read and "None" not in str(field.type)]
+    read = {
+        name: defaults.get(name, meaning)
+        for name, meaning in names.items()
+        if _is_key(name, defaults)
+    }
+    never_null = [
+        field.name for field in own if field.name in read and "None" not in str(field.type)
+    ]
     return {"read": read, "never_null": sorted(never_null), "aliases": aliases}
 
 
@@ -97,7 +123,10 @@ def _shared() -> dict[str, Any]:
         loaded = importlib.import_module(f"transformers.{module}")
         for name in names:
             node = _named(_tree(loaded), name.split("."))
-            _merge(found, _reads(node, {"self", *_CONFIGS} if "Config" in name.split(".")[0] else _CONFIGS))
+            _merge(
+                found,
+                _reads(node, {"self", *_CONFIGS} if "Config" in name.split(".")[0] else _CONFIGS),
+            )
     return found
 
 
@@ -120,11 +149,16 @@ def _rope_types() -> dict[str, list[str]]:
 
 
 def _reads(node: ast.AST, receivers: set[str]) -> Iterator[tuple[str, Any]]:
-    """Each name that is looked up in a configuration, and what stands for it where it is absent, if that is said."""
+    """Each name that is looked up in a configuration, and what stands for it where it is absent, if
+    that is said."""
     if "self" in receivers:
         yield from _entries(node, {"kwargs"})
     for each in ast.walk(node):
-        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Load) and ast.unparse(each.value) in receivers:
+        if (
+            isinstance(each, ast.Attribute)
+            and isinstance(each.ctx, ast.Load)
+            and ast.unparse(each.value) in receivers
+        ):
             yield each.attr, None
         elif isinstance(each, ast.Call) and ast.unparse(each.func) in ("getattr", "hasattr"):
             if ast.unparse(each.args[0]) not in receivers:
@@ -132,17 +166,23 @@ def _reads(node: ast.AST, receivers: set[str]) -> Iterator[tuple[str, Any]]:
             name, default = each.args[1], each.args[-1]
             if isinstance(name, ast.Constant):
                 given = len(each.args) > 2 and isinstance(default, ast.Constant)
-                yield name.value, default.value if given and isinstance(default, ast.Constant) else None
+                yield (
+                    name.value,
+                    default.value if given and isinstance(default, ast.Constant) else None,
+                )
             else:
                 yield from ((listed, None) for listed in _listed(node))
 
 
 def _listed(node: ast.AST) -> Iterator[str]:
-    """Names in literal tuples and lists: what a function may look up that takes a name from a variable."""
+    """Names in literal tuples and lists: what a function may look up that takes a name from a
+    variable."""
     for each in ast.walk(node):
         if isinstance(each, (ast.Tuple, ast.List)):
             yield from (
-                item.value for item in each.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)
+                item.value
+                for item in each.elts
+                if isinstance(item, ast.Constant) and isinstance(item.value, str)
             )
 
 
@@ -152,9 +192,17 @@ def _entries(node: ast.AST, tables: set[str]) -> Iterator[tuple[str, Any]]:
         table = key = None
         if isinstance(each, ast.Subscript):
             table, key = each.value, each.slice
-        elif isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in ("get", "pop"):
+        elif (
+            isinstance(each, ast.Call)
+            and isinstance(each.func, ast.Attribute)
+            and each.func.attr in ("get", "pop")
+        ):
             table, key = each.func.value, each.args[0]
-        if isinstance(key, ast.Constant) and isinstance(key.value, str) and ast.unparse(table) in tables:
+        if (
+            isinstance(key, ast.Constant)
+            and isinstance(key.value, str)
+            and ast.unparse(table) in tables
+        ):
             yield key.value, None
 
 
@@ -162,14 +210,18 @@ def _named(tree: ast.AST, names: list[str]) -> ast.AST:
     """The definition of a function, or of a class's method."""
     for name in names:
         kinds = (ast.ClassDef, ast.FunctionDef)
-        tree = next(node for node in ast.walk(tree) if isinstance(node, kinds) and node.name == name)
+        tree = next(
+            node for node in ast.walk(tree) if isinstance(node, kinds) and node.name == name
+        )
     return tree
 
 
 def _is_key(name: str, fields: dict[str, Any]) -> bool:
     """No method, no constant of the class, and nothing that only transformers itself sets."""
     known = getattr(PreTrainedConfig, name, None)
-    return name in fields or (not name.startswith("_") and (known is None or isinstance(known, property)))
+    return name in fields or (
+        not name.startswith("_") and (known is None or isinstance(known, property))
+    )
 
 
 if __name__ == "__main__":

@@ -25,8 +25,11 @@ def test_the_table_is_what_the_sources_say() -> None:
 
 @pytest.mark.case("C1")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_table_has_every_key_that_a_running_model_reads(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Building a model, a prompt, and a step with its cache: nothing is looked up that the table lacks."""
+def test_the_table_has_every_key_that_a_running_model_reads(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building a model, a prompt, and a step with its cache: nothing is looked up that the table
+    lacks."""
     entry = json.loads(TABLE.read_text(encoding="utf-8"))["model_types"][kind]
     config = AutoConfig.for_model(kind, **{**TINY, **FAMILY[kind]})
     looked_up: set[str] = set()

@@ -1,4 +1,5 @@
-"""How long a sequence may be: what published config.json files say, with a rotary embedding that was stretched.
+"""How long a sequence may be: what published config.json files say, with a rotary embedding that
+was stretched.
 
 The numbers are those that the models' cards name, and what vLLM derives from the same files.
 """
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from engine.test_engine import make, run, tokens
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
 from moebius.errors import ConfigError
 from moebius.models import model_config
@@ -37,11 +38,19 @@ LLAMA3 = {
 
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen2.5 as its card says": (
-        {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", **YARN}},
+        {
+            "model_type": "qwen2",
+            "max_position_embeddings": 32768,
+            "rope_scaling": {"type": "yarn", **YARN},
+        },
         131072,
     ),
     "Qwen3 as its card says, its context a little beyond the original": (
-        {"model_type": "qwen3", "max_position_embeddings": 40960, "rope_scaling": {"rope_type": "yarn", **YARN}},
+        {
+            "model_type": "qwen3",
+            "max_position_embeddings": 40960,
+            "rope_scaling": {"rope_type": "yarn", **YARN},
+        },
         131072,
     ),
     "the same saved by transformers 5": (
@@ -53,7 +62,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         131072,
     ),
     "yarn, the context includes the factor": (
-        {"model_type": "qwen2", "max_position_embeddings": 131072, "rope_scaling": {"type": "yarn", **YARN}},
+        {
+            "model_type": "qwen2",
+            "max_position_embeddings": 131072,
+            "rope_scaling": {"type": "yarn", **YARN},
+        },
         131072,
     ),
     "yarn, the factor is what lies between the two lengths": (
@@ -65,33 +78,60 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         131072,
     ),
     "yarn without an original length": (
-        {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {
+            "model_type": "qwen2",
+            "max_position_embeddings": 32768,
+            "rope_scaling": {"type": "yarn", "factor": 4.0},
+        },
         131072,
     ),
     "vicuna-7b-v1.5-16k": (
-        {"model_type": "llama", "max_position_embeddings": 4096, "rope_scaling": {"factor": 4.0, "type": "linear"}},
+        {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rope_scaling": {"factor": 4.0, "type": "linear"},
+        },
         16384,
     ),
     "linear, the context includes the factor": (
         {
             "model_type": "llama",
             "max_position_embeddings": 16384,
-            "rope_scaling": {"factor": 4.0, "type": "linear", "original_max_position_embeddings": 4096},
+            "rope_scaling": {
+                "factor": 4.0,
+                "type": "linear",
+                "original_max_position_embeddings": 4096,
+            },
         },
         16384,
     ),
     "linear with half a factor more": (
-        {"model_type": "llama", "max_position_embeddings": 2048, "rope_scaling": {"factor": 2.5, "type": "linear"}},
+        {
+            "model_type": "llama",
+            "max_position_embeddings": 2048,
+            "rope_scaling": {"factor": 2.5, "type": "linear"},
+        },
         5120,
     ),
-    "Llama 3.1": ({"model_type": "llama", "max_position_embeddings": 131072, "rope_scaling": LLAMA3}, 131072),
+    "Llama 3.1": (
+        {"model_type": "llama", "max_position_embeddings": 131072, "rope_scaling": LLAMA3},
+        131072,
+    ),
     "Llama 3.2, whose factor is 32": (
-        {"model_type": "llama", "max_position_embeddings": 131072, "rope_scaling": {**LLAMA3, "factor": 32.0}},
+        {
+            "model_type": "llama",
+            "max_position_embeddings": 131072,
+            "rope_scaling": {**LLAMA3, "factor": 32.0},
+        },
         131072,
     ),
     "no scaling": ({"model_type": "llama", "max_position_embeddings": 4096}, 4096),
     "scaling of the default type": (
-        {"model_type": "llama", "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}},
+        {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default"},
+        },
         4096,
     ),
 }
@@ -111,7 +151,9 @@ def test_published_configurations(name: str) -> None:
     ],
     ids=lambda scaling: str(scaling["rope_type"]),
 )
-def test_a_stretched_model_serves_its_whole_context(tmp_path: Path, scaling: dict[str, Any]) -> None:
+def test_a_stretched_model_serves_its_whole_context(
+    tmp_path: Path, scaling: dict[str, Any]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     write_model(tmp_path, max_position_embeddings=256)
@@ -120,7 +162,9 @@ def test_a_stretched_model_serves_its_whole_context(tmp_path: Path, scaling: dic
     config.pop("rope_parameters", None)
     path.write_text(json.dumps(config | {"rope_theta": 10_000.0, "rope_scaling": scaling}))
     assert prepare(tmp_path, EngineConfig()).plan.max_model_len == 1024
-    with pytest.raises(ConfigError, match="max_model_len = 1025 is beyond the model's 1024 positions"):
+    with pytest.raises(
+        ConfigError, match="max_model_len = 1025 is beyond the model's 1024 positions"
+    ):
         prepare(tmp_path, EngineConfig(max_model_len=1025))
     one = load_engine(tmp_path, EngineConfig(max_model_len=1024, kv_cache_memory_bytes=2**21))
     prompt = torch.randint(3, 320, (1000,), generator=torch.Generator().manual_seed(2)).tolist()

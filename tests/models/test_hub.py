@@ -1,4 +1,5 @@
-"""Model names: directories, the bundled model, hub ids from the local cache; everything else says what is right."""
+"""Model names: directories, the bundled model, hub ids from the local cache; everything else says
+what is right."""
 
 from __future__ import annotations
 
@@ -62,19 +63,40 @@ def test_what_can_be_no_hub_id_is_refused_here(
 
 @pytest.mark.parametrize(
     "name",
-    ["missing", "/no/such/dir", "./a/b", "a/b/c", "~/nowhere-at-all", "", "org/na me", "org/näme", "a\0b", "org/name/"],
+    [
+        "missing",
+        "/no/such/dir",
+        "./a/b",
+        "a/b/c",
+        "~/nowhere-at-all",
+        "",
+        "org/na me",
+        "org/näme",
+        "a\0b",
+        "org/name/",
+    ],
 )
-def test_what_is_neither_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert "hub id" in refused(name)
 
 
 @pytest.mark.case("C16")
-@pytest.mark.parametrize("name", ["org/name", "a/b", "_x/y_", "Qwen/Qwen3-30B-A3B", "rednote-hilab/dots.llm1.inst"])
-def test_what_may_be_a_hub_id_is_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["org/name", "a/b", "_x/y_", "Qwen/Qwen3-30B-A3B", "rednote-hilab/dots.llm1.inst"]
+)
+def test_what_may_be_a_hub_id_is_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     validate_repo_id(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda asked, **_: str(model_at(tmp_path / "c" / asked)))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda asked, **_: str(model_at(tmp_path / "c" / asked)),
+    )
     assert resolve_model(name) == tmp_path / "c" / name
 
 
@@ -122,7 +144,10 @@ def _http(kind: type[errors.HfHubHTTPError], status: int) -> Callable[[], Except
 
 FAILURES: list[tuple[Callable[[], Exception], str]] = [
     (_http(errors.GatedRepoError, 403), "accept its terms"),
-    (_http(errors.RepositoryNotFoundError, 404), "no such model on the hub; if it is private, set HF_TOKEN"),
+    (
+        _http(errors.RepositoryNotFoundError, 404),
+        "no such model on the hub; if it is private, set HF_TOKEN",
+    ),
     (_http(errors.HfHubHTTPError, 401), "401; look at the token in HF_TOKEN"),
     (_http(errors.HfHubHTTPError, 503), "refused"),
     (_http(errors.RevisionNotFoundError, 404), "refused"),
@@ -134,7 +159,10 @@ FAILURES: list[tuple[Callable[[], Exception], str]] = [
     (lambda: errors.XetDownloadError(), "XetDownloadError"),
     (lambda: errors.HFValidationError("Repo id must be\nother"), "Repo id must be"),
     (lambda: OSError(errno.ENOSPC, "No space left on device"), "disk under .* is full.* HF_HOME"),
-    (lambda: PermissionError(errno.EACCES, "Permission denied", "/cache/x"), "/cache/x cannot be written; set HF_HOME"),
+    (
+        lambda: PermissionError(errno.EACCES, "Permission denied", "/cache/x"),
+        "/cache/x cannot be written; set HF_HOME",
+    ),
 ]
 
 
@@ -154,9 +182,13 @@ def test_whatever_the_hub_says_is_one_line(
 
 
 @pytest.mark.case("C16")
-def test_a_repository_without_a_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_a_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one that holds GGUF files alone, nothing is downloaded, and no directory made."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(tmp_path / "nothing"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo_id, **_: str(tmp_path / "nothing")
+    )
     said = refused("org/name-GGUF")
     assert "org/name-GGUF" in said and "config.json" in said

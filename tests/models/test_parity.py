@@ -1,4 +1,5 @@
-"""Every model type against transformers: logits of prefill, chunked prefill and each decode step, and gradients."""
+"""Every model type against transformers: logits of prefill, chunked prefill and each decode step,
+and gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -75,7 +81,8 @@ PROMPTS = ([5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1], [9, 9, 33, 50, 64, 3
 
 
 def _serve(server: Server) -> list[list[int]]:
-    """Two prompts, the first in chunks beside the second's decodes, then both decode: token ids of each."""
+    """Two prompts, the first in chunks beside the second's decodes, then both decode: token ids of
+    each."""
     first, second = (list(prompt) for prompt in PROMPTS)
     server.step([(0, first[:4]), (1, second[:1])])
     server.step([(1, second[1:]), (0, first[4:5])])
@@ -92,7 +99,9 @@ OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 
 
 @pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
-@pytest.mark.parametrize(("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES]
+)
 def test_served_logits_equal_transformers(
     tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any], ops: Ops
 ) -> None:
@@ -183,4 +192,6 @@ def test_bfloat16_serves_close_to_its_float32_self(tmp_path: Path) -> None:
         theirs = load_theirs(tmp_path)(torch.tensor([PROMPTS[0]])).logits[0]
     assert_close(logits[torch.float32], theirs)
     assert_close(logits[torch.bfloat16], theirs, 0.2)
-    assert not torch.equal(logits[torch.bfloat16].bfloat16().float(), logits[torch.bfloat16]), "logits were rounded"
+    assert not torch.equal(logits[torch.bfloat16].bfloat16().float(), logits[torch.bfloat16]), (
+        "logits were rounded"
+    )

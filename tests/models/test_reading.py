@@ -18,8 +18,11 @@ from moebius.models.checkpoint import open_checkpoint
 from moebius.models.weights import load_decoder
 from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_of
 
-PUBLISHED = {path.stem: path for path in sorted((Path(__file__).parent / "published").glob("*.json"))}
-"""config.json files as they are on the hub, of transformers 4, by the last part of the repository's name."""
+PUBLISHED = {
+    path.stem: path for path in sorted((Path(__file__).parent / "published").glob("*.json"))
+}
+"""config.json files as they are on the hub, of transformers 4, by the last part of the repository's
+name."""
 
 
 def published(name: str) -> dict[str, Any]:
@@ -36,15 +39,24 @@ def test_published_mixtral() -> None:
     config = model_config(published("Mixtral-8x7B-v0.1"))
     router = config.feed_forward[0].router
     assert router is not None
-    assert (router.num_experts, router.top_k, router.score, router.weight) == (8, 2, "softmax", "renorm")
-    assert config.head_dim == 128 and config.rope == RopeConfig(1e6) and config.windows == (None,) * 32
+    assert (router.num_experts, router.top_k, router.score, router.weight) == (
+        8,
+        2,
+        "softmax",
+        "renorm",
+    )
+    assert (
+        config.head_dim == 128 and config.rope == RopeConfig(1e6) and config.windows == (None,) * 32
+    )
 
 
 def test_published_qwen3_moe() -> None:
     config = model_config(published("Qwen3-30B-A3B"))
     router = config.feed_forward[-1].router
     assert router is not None and router.weight == "renorm" and router.num_experts == 128
-    assert config.q_size == 4096 and config.qk_norm == "head" and config.feed_forward[0].width == 768
+    assert (
+        config.q_size == 4096 and config.qk_norm == "head" and config.feed_forward[0].width == 768
+    )
 
 
 def test_published_llama_with_long_context() -> None:
@@ -72,10 +84,13 @@ SMALL: dict[str, Any] = {
 
 
 def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
-    """The same keys with small sizes: a file that was published, for a model that a test can run."""
+    """The same keys with small sizes: a file that was published, for a model that a test can
+    run."""
     heads = {"num_attention_heads": 4}
     if "num_key_value_heads" in raw:
-        heads["num_key_value_heads"] = 4 if raw["num_key_value_heads"] == raw["num_attention_heads"] else 2
+        heads["num_key_value_heads"] = (
+            4 if raw["num_key_value_heads"] == raw["num_attention_heads"] else 2
+        )
     window = {"sliding_window": 4} if raw.get("sliding_window") else {}
     return raw | {key: value for key, value in SMALL.items() if raw.get(key)} | heads | window
 
@@ -102,16 +117,39 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ("model_type", "changes"),
     [
         ("qwen3", {"rope_scaling": {**YARN, "truncate": None}}),
-        ("qwen3", {"rope_scaling": {**YARN, "beta_fast": None, "beta_slow": None, "attention_factor": None}}),
+        (
+            "qwen3",
+            {
+                "rope_scaling": {
+                    **YARN,
+                    "beta_fast": None,
+                    "beta_slow": None,
+                    "attention_factor": None,
+                }
+            },
+        ),
         ("llama", {"partial_rotary_factor": 0.5}),
-        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}}),
+        (
+            "qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 99.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+        ),
         ("qwen3_moe", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
     ],
 )
-def test_edited_files_give_the_logits_of_transformers(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_edited_files_give_the_logits_of_transformers(
+    model_type: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     save_tiny(tmp_path, model_type)
     raw = json.loads((tmp_path / "config.json").read_text())
-    new = {key: value for key, value in raw.items() if key not in ("rope_parameters", "layer_types")}
+    new = {
+        key: value for key, value in raw.items() if key not in ("rope_parameters", "layer_types")
+    }
     (tmp_path / "config.json").write_text(json.dumps({**new, "rope_theta": 99.0, **changes}))
     ids = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2]
     server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=4)
@@ -124,7 +162,10 @@ def test_edited_files_give_the_logits_of_transformers(model_type: str, changes: 
 @pytest.mark.parametrize(
     ("name", "ignored"),
     [
-        ("Qwen3-Coder-30B-A3B-Instruct", "max_window_layers qkv_bias shared_expert_intermediate_size use_qk_norm"),
+        (
+            "Qwen3-Coder-30B-A3B-Instruct",
+            "max_window_layers qkv_bias shared_expert_intermediate_size use_qk_norm",
+        ),
         ("SmolLM2-135M-Instruct", "is_llama_config rope_interleaved transformers.js_config"),
         ("unsloth-finetuned-Llama-3.2-1B", "unsloth_fixed unsloth_version"),
         ("dots.llm1.inst", "moe_layer_freq scoring_func topk_method use_sliding_window"),
@@ -144,7 +185,9 @@ def test_keys_that_change_nothing_are_named_in_one_line(
         open_checkpoint(tmp_path)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == bool(ignored)
-    assert all(f"reads {', '.join(ignored.split())}, which changes nothing" in line for line in lines)
+    assert all(
+        f"reads {', '.join(ignored.split())}, which changes nothing" in line for line in lines
+    )
 
 
 @pytest.mark.case("C1")
@@ -170,15 +213,25 @@ def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     config = AutoConfig.for_model(**needed)
     ours = model_config(needed)
     assert ours == model_config(config.to_dict())
-    assert ours.num_kv_heads == config.num_key_value_heads and ours.num_layers == config.num_hidden_layers
-    assert ours.rope.theta == config.rope_parameters["rope_theta"] and ours.norm_eps == config.rms_norm_eps
+    assert (
+        ours.num_kv_heads == config.num_key_value_heads
+        and ours.num_layers == config.num_hidden_layers
+    )
+    assert (
+        ours.rope.theta == config.rope_parameters["rope_theta"]
+        and ours.norm_eps == config.rms_norm_eps
+    )
     assert ours.tie_word_embeddings == config.tie_word_embeddings
     assert ours.max_position_embeddings == config.max_position_embeddings
 
 
 @pytest.mark.case("C1")
 def test_null_is_not_absent() -> None:
-    absent = {key: value for key, value in tiny("mistral").items() if key not in ("sliding_window", "layer_types")}
+    absent = {
+        key: value
+        for key, value in tiny("mistral").items()
+        if key not in ("sliding_window", "layer_types")
+    }
     assert model_config(absent).windows == (4096, 4096)
     assert model_config({**absent, "sliding_window": None}).windows == (None, None)
     assert model_config(tiny("llama", num_key_value_heads=None)).num_kv_heads == 4
@@ -199,7 +252,9 @@ def test_other_names_of_the_number_of_experts(model_type: str, name: str, other:
     for each in (name, other):
         raw.pop(each, None)
     assert model_config({**raw, other: 4}) == model_config({**raw, name: 4})
-    assert model_config(AutoConfig.for_model(**{**raw, other: 4}).to_dict()) == model_config({**raw, name: 4})
+    assert model_config(AutoConfig.for_model(**{**raw, other: 4}).to_dict()) == model_config(
+        {**raw, name: 4}
+    )
     with pytest.raises(ConfigError, match=f"{name} is .* by its other name"):
         model_config({**raw, other: 4, name: 5})
 
@@ -271,14 +326,21 @@ def test_refusals_name_the_key(model_type: str, changes: dict[str, Any], words: 
 
 @pytest.mark.case("C1")
 def test_what_counts_may_have_the_value_that_changes_nothing() -> None:
-    neutral = {"is_causal": True, "attention_chunk_size": None, "per_layer_config": {}, "sliding_window": None}
+    neutral = {
+        "is_causal": True,
+        "attention_chunk_size": None,
+        "per_layer_config": {},
+        "sliding_window": None,
+    }
     found = read_config(tiny("llama", layer_types=["full_attention", "attention"], **neutral))
     assert found.config == model_config(tiny("llama")) and not found.ignored
 
 
 def test_a_key_that_no_model_reads_changes_nothing() -> None:
     extra = {"attention_sinks": 4, "use_moe": True, "_name_or_path": "x", "logit_cap": None}
-    found = read_config(tiny("llama", rope_parameters={"rope_type": "default", "twist": 3}, **extra))
+    found = read_config(
+        tiny("llama", rope_parameters={"rope_type": "default", "twist": 3}, **extra)
+    )
     assert found.config == model_config(tiny("llama"))
     assert sorted(found.ignored) == ["attention_sinks", "rope_parameters.twist", "use_moe"]
 

@@ -1,4 +1,5 @@
-"""Whether the head is the embedding: what the file holds counts for more than config.json, as in transformers."""
+"""Whether the head is the embedding: what the file holds counts for more than config.json, as in
+transformers."""
 
 from __future__ import annotations
 
@@ -21,10 +22,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
 Heads = dict[str, Callable[[Tensor], dict[str, Tensor]]]
 
-# What a file holds of an embedding and a head, from the embedding that was saved; and whether the two are one.
+# What a file holds of an embedding and a head, from the embedding that was saved; and whether the
+# two are one.
 APART: Heads = {
     "another": lambda embedding: {EMBEDDING: embedding, HEAD: embedding.flip(0).contiguous()},
-    "one-number": lambda embedding: {EMBEDDING: embedding, HEAD: torch.cat((embedding[:-1], embedding[-1:] + 1))},
+    "one-number": lambda embedding: {
+        EMBEDDING: embedding,
+        HEAD: torch.cat((embedding[:-1], embedding[-1:] + 1)),
+    },
 }
 ONE: Heads = {
     "copy": lambda embedding: {EMBEDDING: embedding, HEAD: embedding.clone()},
@@ -34,7 +39,8 @@ ONE: Heads = {
 
 
 def tied(directory: Path, model_type: str, heads: Callable[[Tensor], dict[str, Tensor]]) -> None:
-    """A tiny model whose config.json says tie_word_embeddings, and whose file holds what `heads` says."""
+    """A tiny model whose config.json says tie_word_embeddings, and whose file holds what `heads`
+    says."""
     save_tiny(directory, model_type, tie_word_embeddings=True)
     tensors = load_file(directory / "model.safetensors")
     tensors |= heads(tensors.pop(EMBEDDING))
@@ -53,25 +59,38 @@ def assert_as_transformers(directory: Path) -> None:
 @pytest.mark.parametrize("heads", APART.values(), ids=APART)
 @pytest.mark.parametrize("model_type", FAMILY)
 def test_a_head_that_differs_is_used(
-    tmp_path: Path, model_type: str, heads: Callable[[Tensor], dict[str, Tensor]], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    model_type: str,
+    heads: Callable[[Tensor], dict[str, Tensor]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     tied(tmp_path, model_type, heads)
     assert_as_transformers(tmp_path)
-    assert [r.levelno for r in caplog.records if "tie_word_embeddings" in r.getMessage()] == [logging.WARNING]
+    assert [r.levelno for r in caplog.records if "tie_word_embeddings" in r.getMessage()] == [
+        logging.WARNING
+    ]
     rows = {row.name: row for row in open_checkpoint(tmp_path).plan_weights("float32")}
-    assert rows["lm_head.weight"].mapped and rows["lm_head.weight"].nbytes == rows["embed_tokens.weight"].nbytes
+    assert (
+        rows["lm_head.weight"].mapped
+        and rows["lm_head.weight"].nbytes == rows["embed_tokens.weight"].nbytes
+    )
 
 
 @pytest.mark.case("A1")
 @pytest.mark.parametrize("heads", ONE.values(), ids=ONE)
 @pytest.mark.parametrize("model_type", FAMILY)
 def test_one_tensor_serves_as_both(
-    tmp_path: Path, model_type: str, heads: Callable[[Tensor], dict[str, Tensor]], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    model_type: str,
+    heads: Callable[[Tensor], dict[str, Tensor]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     tied(tmp_path, model_type, heads)
     assert_as_transformers(tmp_path)
     assert not [record for record in caplog.records if "tie_word_embeddings" in record.getMessage()]
-    assert "lm_head.weight" not in {row.name for row in open_checkpoint(tmp_path).plan_weights("float32")}
+    assert "lm_head.weight" not in {
+        row.name for row in open_checkpoint(tmp_path).plan_weights("float32")
+    }
 
 
 @pytest.mark.case("A1")
@@ -83,8 +102,11 @@ def test_a_copy_of_another_dtype_is_no_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.case("A1")
-def test_heads_are_compared_to_their_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces that do not divide them, over two files; the fingerprint, which takes samples, tells them apart."""
+def test_heads_are_compared_to_their_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces that do not divide them, over two files; the fingerprint, which takes samples,
+    tells them apart."""
     monkeypatch.setattr("moebius.models.checkpoint._COMPARED_AT_ONCE", 1000)
     found = {}
     for name, heads in (("copy", ONE["copy"]), ("one-number", APART["one-number"])):
@@ -96,7 +118,9 @@ def test_heads_are_compared_to_their_last_byte(tmp_path: Path, monkeypatch: pyte
         for file, part in files.items():
             save_file(part, directory / file)
         weight_map = {tensor: file for file, part in files.items() for tensor in part}
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
         checkpoint = open_checkpoint(directory)
         found[checkpoint.config.tie_word_embeddings] = fingerprint(checkpoint)
     assert found.keys() == {True, False} and found[True] != found[False]
@@ -113,22 +137,31 @@ def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_no_head_where_one_is_needed_says_which_key_to_set(tmp_path: Path) -> None:
     tied(tmp_path, "llama", ONE["embedding-alone"])
     raw = json.loads((tmp_path / "config.json").read_text())
-    for changed in ({**raw, "tie_word_embeddings": False}, {k: v for k, v in raw.items() if "tie" not in k}):
+    for changed in (
+        {**raw, "tie_word_embeddings": False},
+        {k: v for k, v in raw.items() if "tie" not in k},
+    ):
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(WeightsError, match=r"'lm_head.weight' is missing; .* tie_word_embeddings = true"):
+        with pytest.raises(
+            WeightsError, match=r"'lm_head.weight' is missing; .* tie_word_embeddings = true"
+        ):
             open_checkpoint(tmp_path)
 
 
 @pytest.mark.case("A1")
 @pytest.mark.parametrize("heads", [APART["another"], *ONE.values()], ids=["another", *ONE])
-def test_what_is_saved_is_what_was_loaded(tmp_path: Path, heads: Callable[[Tensor], dict[str, Tensor]]) -> None:
+def test_what_is_saved_is_what_was_loaded(
+    tmp_path: Path, heads: Callable[[Tensor], dict[str, Tensor]]
+) -> None:
     tied(tmp_path / "model", "qwen3", heads)
     checkpoint = open_checkpoint(tmp_path / "model")
     decoder = load_decoder(checkpoint, torch.float32)
     save_checkpoint(decoder, checkpoint.config_json, tmp_path / "saved")
     assert_as_transformers(tmp_path / "saved")
     again = load_decoder(tmp_path / "saved", torch.float32)
-    for (name, mine), (_, stored) in zip(decoder.named_parameters(), again.named_parameters(), strict=True):
+    for (name, mine), (_, stored) in zip(
+        decoder.named_parameters(), again.named_parameters(), strict=True
+    ):
         assert torch.equal(mine, stored), name
     stored = json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
     assert stored == checkpoint.config.tie_word_embeddings == (heads is not APART["another"])
@@ -137,7 +170,9 @@ def test_what_is_saved_is_what_was_loaded(tmp_path: Path, heads: Callable[[Tenso
 @pytest.mark.case("A1")
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("model_type", FAMILY)
-def test_a_model_that_was_saved_without_a_head_has_shorter_names(tmp_path: Path, model_type: str, head: bool) -> None:
+def test_a_model_that_was_saved_without_a_head_has_shorter_names(
+    tmp_path: Path, model_type: str, head: bool
+) -> None:
     save_tiny(tmp_path, model_type, num_hidden_layers=1, tie_word_embeddings=not head)
     tensors = load_file(tmp_path / "model.safetensors")
     shorter = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}

@@ -1,4 +1,5 @@
-"""Loading complains: every way in which a checkpoint can be wrong is refused, naming file and tensor."""
+"""Loading complains: every way in which a checkpoint can be wrong is refused, naming file and
+tensor."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def edit_header(directory: Path, change: Callable[[dict[str, Any]], None]) -> No
     header = json.loads(raw[8 : 8 + length])
     change(header)
     text = json.dumps(header).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    (directory / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + raw[8 + length :]
+    )
 
 
 def refused(directory: Path, *words: str) -> None:
@@ -117,7 +120,8 @@ def test_bytes_appended(broken: Path) -> None:
 
 
 def test_flipped_header_bytes_never_load_wrong_weights(good: Path, tmp_path: Path) -> None:
-    """Each corrupted header is refused, or says the very same as before (a flip within the metadata)."""
+    """Each corrupted header is refused, or says the very same as before (a flip within the
+    metadata)."""
     raw = bytearray((good / "model.safetensors").read_bytes())
     length = struct.unpack("<Q", raw[:8])[0]
     shutil.copy(good / "config.json", tmp_path)
@@ -147,15 +151,25 @@ def test_flipped_header_bytes_never_load_wrong_weights(good: Path, tmp_path: Pat
         (lambda h: h[EXPERT].pop("shape"), "shape"),
         (lambda h: h[EXPERT].update(data_offsets=[0]), "data_offsets"),
         (lambda h: h[EXPERT].update(data_offsets=[8, 4]), "bytes stored"),
-        (lambda h: h[EXPERT].update(data_offsets=[x - 4 for x in h[EXPERT]["data_offsets"]]), "overlap"),
-        (lambda h: h[EXPERT].update(data_offsets=[x + 10**12 for x in h[EXPERT]["data_offsets"]]), "gap"),
+        (
+            lambda h: h[EXPERT].update(data_offsets=[x - 4 for x in h[EXPERT]["data_offsets"]]),
+            "overlap",
+        ),
+        (
+            lambda h: h[EXPERT].update(
+                data_offsets=[x + 10**12 for x in h[EXPERT]["data_offsets"]]
+            ),
+            "gap",
+        ),
         (lambda h: h[EXPERT].update(dtype="F31"), "dtype"),
         (lambda h: h[EXPERT].update(dtype=7), "dtype"),
         (lambda h: h.update({EXPERT: 5}), "no valid shape"),
         (lambda h: h.pop(EXPERT), "gap"),
     ],
 )
-def test_bad_header_entries(broken: Path, change: Callable[[dict[str, Any]], None], word: str) -> None:
+def test_bad_header_entries(
+    broken: Path, change: Callable[[dict[str, Any]], None], word: str
+) -> None:
     edit_header(broken, change)
     refused(broken, "model.safetensors", word)
 
@@ -177,7 +191,9 @@ def shard(directory: Path, count: int = 3) -> None:
         file = f"model-{i + 1:05}-of-{count:05}.safetensors"
         save_file({name: tensors[name] for name in part}, directory / file)
         weight_map.update(dict.fromkeys(part, file))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def test_sharded_equals_single(good: Path, broken: Path) -> None:
@@ -225,13 +241,16 @@ def test_tolerated_left_overs(tmp_path: Path) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     edit_tensors(tmp_path, old_style)
-    for ours, theirs in zip(load_decoder(tmp_path, torch.float32).parameters(), before.parameters(), strict=True):
+    for ours, theirs in zip(
+        load_decoder(tmp_path, torch.float32).parameters(), before.parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.case("A6")
 def test_no_parameter_may_be_left_without_values(good: Path) -> None:
-    """What no tensor is the source of would stay on the meta device, which the kernels take for absent."""
+    """What no tensor is the source of would stay on the meta device, which the kernels take for
+    absent."""
     checkpoint = open_checkpoint(good)
     short = replace(checkpoint, sources=checkpoint.sources[:-2])
     left = [source.parameter for source in checkpoint.sources[-2:]]
@@ -242,7 +261,9 @@ def test_no_parameter_may_be_left_without_values(good: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"])
-def test_stacked_layout_of_transformers_5_equals_the_published_one(tmp_path: Path, model_type: str) -> None:
+def test_stacked_layout_of_transformers_5_equals_the_published_one(
+    tmp_path: Path, model_type: str
+) -> None:
     model = save_tiny(tmp_path / "published", model_type)
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
     names = set(load_file(tmp_path / "stacked" / "model.safetensors"))
@@ -255,7 +276,9 @@ def test_stacked_layout_of_transformers_5_equals_the_published_one(tmp_path: Pat
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_mapped_or_copied_as_reported(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+def test_mapped_or_copied_as_reported(
+    tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
+) -> None:
     model = save_tiny(tmp_path, "granitemoe").to(stored)
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -311,7 +334,10 @@ def test_saved_checkpoint_is_read_by_transformers(tmp_path: Path, model_type: st
     decoder = Decoder(checkpoint.config, select_ops("cpu", torch.float32))
     decoder.init_weights(torch.Generator().manual_seed(3), std=0.2)
     save_checkpoint(decoder, checkpoint.config_json, tmp_path / "ours")
-    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     with torch.inference_mode():
         theirs = load_theirs(tmp_path / "ours")(torch.tensor([PROMPT])).logits[0]
     assert_close(logits(tmp_path / "ours"), theirs)
@@ -325,7 +351,9 @@ def test_saved_dtype_is_written_and_read_back(good: Path, tmp_path: Path) -> Non
     again = open_checkpoint(tmp_path)
     assert again.dtype == "bfloat16" and again.config == checkpoint.config
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert torch.equal(load_decoder(again, torch.float32).norm.weight, decoder.norm.weight.bfloat16().float())
+    assert torch.equal(
+        load_decoder(again, torch.float32).norm.weight, decoder.norm.weight.bfloat16().float()
+    )
 
 
 @pytest.mark.parametrize("model_type", list(FAMILY))
@@ -336,7 +364,9 @@ def test_sources_cover_exactly_the_decoder(tmp_path: Path, model_type: str) -> N
     shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     assert {source.parameter: source.shape for source in checkpoint.sources} == shapes
     assert len(checkpoint.sources) == len(shapes)
-    assert set(sources(checkpoint.config, checkpoint_layouts(model_type)[0])) == set(checkpoint.sources)
+    assert set(sources(checkpoint.config, checkpoint_layouts(model_type)[0])) == set(
+        checkpoint.sources
+    )
 
 
 def test_fingerprint_tells_checkpoints_apart(good: Path, broken: Path) -> None:

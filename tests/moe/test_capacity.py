@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.config import FeedForwardConfig, RouterConfig, TrainingRouting
+from moebius.config import FeedForwardConfig, RouterConfig
+from moebius.moe.config import TrainingRouting
 from moebius.moe.layer import FeedForward, LocalDispatcher
 from moebius.moe.router import arrival, capacity, jittered, kept
 from moebius.ops.reference import ReferenceOps
@@ -26,7 +27,9 @@ def queue(ids: Tensor, room: int, counted: Tensor) -> Tensor:
 
 
 def chosen(tokens: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    logits = torch.randn(tokens, E, generator=torch.Generator().manual_seed(seed)) + torch.tensor([1.5, 0, 0, 0])
+    logits = torch.randn(tokens, E, generator=torch.Generator().manual_seed(seed)) + torch.tensor(
+        [1.5, 0, 0, 0]
+    )
     weights, ids = torch.softmax(logits, -1).topk(k)
     return weights, ids
 
@@ -35,7 +38,9 @@ def chosen(tokens: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 100.0])
 def test_first_choices_fill_first(k: int, factor: float) -> None:
     weights, ids = chosen(37, k, seed=k)
-    limits = TrainingRouting(dropless=False, capacity_factor=factor, eval_capacity_factor=factor, min_capacity=0)
+    limits = TrainingRouting(
+        dropless=False, capacity_factor=factor, eval_capacity_factor=factor, min_capacity=0
+    )
     expected = queue(ids, int(factor * 37 * k / E), torch.ones_like(ids, dtype=torch.bool))
     for training in (True, False):
         found = kept(weights, ids, E, limits, training)
@@ -44,10 +49,15 @@ def test_first_choices_fill_first(k: int, factor: float) -> None:
 
 
 def test_capacity_hand_worked() -> None:
-    """Switch eq 3: 1,024 tokens over 8 experts at 1.25 are 160; top-2 twice that; at least 4, if there are as many."""
+    """Switch eq 3: 1,024 tokens over 8 experts at 1.25 are 160; top-2 twice that; at least 4, if
+    there are as many."""
     assert capacity(1024, 8, 1, 1.25, 4) == 160
     assert capacity(1024, 8, 2, 1.25, 4) == 320
-    assert (capacity(10, 8, 1, 1.0, 4), capacity(3, 8, 1, 1.0, 4), capacity(10, 8, 1, 1.0, 0)) == (4, 3, 1)
+    assert (capacity(10, 8, 1, 1.0, 4), capacity(3, 8, 1, 1.0, 4), capacity(10, 8, 1, 1.0, 0)) == (
+        4,
+        3,
+        1,
+    )
     assert arrival(torch.tensor([[0, 1], [0, 1], [1, 0]]), 2).tolist() == [[0, 1], [1, 2], [0, 2]]
 
 
@@ -61,8 +71,12 @@ def test_evaluation_has_a_factor_of_its_own_or_none() -> None:
 
 
 def test_the_second_policy() -> None:
-    """Shares of .9 and .1 of the weights: below the threshold of .2; at random half of them stay (.1 / .2)."""
-    weights, ids = torch.tensor([[0.45, 0.05], [0.3, 0.2]]).repeat(4000, 1), torch.tensor([[0, 1]] * 8000)
+    """Shares of .9 and .1 of the weights: below the threshold of .2; at random half of them stay
+    (.1 / .2)."""
+    weights, ids = (
+        torch.tensor([[0.45, 0.05], [0.3, 0.2]]).repeat(4000, 1),
+        torch.tensor([[0, 1]] * 8000),
+    )
     threshold = kept(weights, ids, E, TrainingRouting(second_policy="threshold"), True)
     assert threshold is not None and threshold[:2].tolist() == [[True, False], [True, True]]
     torch.manual_seed(0)
@@ -70,7 +84,9 @@ def test_the_second_policy() -> None:
     assert random is not None and random[:, 0].all() and random[1::2, 1].all()
     assert random[0::2, 1].float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert kept(weights, ids, E, TrainingRouting(second_policy="random"), False) is None
-    limits = TrainingRouting(second_policy="threshold", dropless=False, capacity_factor=0.5, min_capacity=0)
+    limits = TrainingRouting(
+        second_policy="threshold", dropless=False, capacity_factor=0.5, min_capacity=0
+    )
     both = kept(weights, ids, E, limits, True)
     assert threshold is not None and both is not None
     assert torch.equal(both, queue(ids, 2000, threshold)), "who does not go takes no room"
@@ -92,7 +108,9 @@ def part(config: FeedForwardConfig, limits: TrainingRouting) -> FeedForward:
 @pytest.mark.parametrize("width", [8, 6])
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_dropped_choice_adds_nothing_and_learns_nothing(width: int, grad: bool) -> None:
-    limits = TrainingRouting(dropless=False, capacity_factor=0.5, eval_capacity_factor=0.25, min_capacity=0)
+    limits = TrainingRouting(
+        dropless=False, capacity_factor=0.5, eval_capacity_factor=0.25, min_capacity=0
+    )
     layer = part(FeedForwardConfig(width, RouterConfig(E, 2, weight="renorm")), limits)
     x_TD = torch.randn(24, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(grad)
     with torch.set_grad_enabled(grad):
@@ -103,11 +121,17 @@ def test_a_dropped_choice_adds_nothing_and_learns_nothing(width: int, grad: bool
         for k in range(2):
             if routing.kept_TK[t, k]:
                 e, x = routing.expert_ids_TK[t, k], x_TD[t]
-                hidden = torch.nn.functional.silu(experts.gate_proj[e] @ x) * (experts.up_proj[e] @ x)
-                expected[t] = expected[t] + routing.weights_TK[t, k] * (experts.down_proj[e] @ hidden)
+                hidden = torch.nn.functional.silu(experts.gate_proj[e] @ x) * (
+                    experts.up_proj[e] @ x
+                )
+                expected[t] = expected[t] + routing.weights_TK[t, k] * (
+                    experts.down_proj[e] @ hidden
+                )
     torch.testing.assert_close(out, expected)
     if grad:
-        mine = torch.autograd.grad(out.square().sum(), [x_TD, *layer.parameters()], retain_graph=True)
+        mine = torch.autograd.grad(
+            out.square().sum(), [x_TD, *layer.parameters()], retain_graph=True
+        )
         naive = torch.autograd.grad(expected.square().sum(), [x_TD, *layer.parameters()])
         for a, b in zip(mine, naive, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -117,12 +141,18 @@ def test_jitter_moves_the_routers_input_alone_and_only_in_training() -> None:
     torch.manual_seed(0)
     factors = jittered(torch.ones(1000, 8), 0.01)
     assert (
-        factors.min() >= 0.99 and factors.max() <= 1.01 and factors.std().item() == pytest.approx(0.02 / 12**0.5, 0.1)
+        factors.min() >= 0.99
+        and factors.max() <= 1.01
+        and factors.std().item() == pytest.approx(0.02 / 12**0.5, 0.1)
     )
     layer = part(FeedForwardConfig(8, RouterConfig(E, E)), TrainingRouting(jitter=0.5))
     x_TD = torch.randn(6, 8)
     noisy, clean = layer(x_TD)[1], layer.eval()(x_TD)[1]
-    assert noisy is not None and clean is not None and not torch.equal(noisy.logits_TE, clean.logits_TE)
+    assert (
+        noisy is not None
+        and clean is not None
+        and not torch.equal(noisy.logits_TE, clean.logits_TE)
+    )
     layer.router.limits = None  # type: ignore[union-attr]
     assert torch.equal(layer.train()(x_TD)[1].logits_TE, clean.logits_TE)
 

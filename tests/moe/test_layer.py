@@ -15,7 +15,9 @@ from moebius.ops.reference import ReferenceOps
 D = 16
 
 
-def layer(config: FeedForwardConfig, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> FeedForward:
+def layer(
+    config: FeedForwardConfig, dtype: torch.dtype = torch.float32, ops: Ops | None = None
+) -> FeedForward:
     built = FeedForward(config, D, ops or select_ops("cpu", dtype), LocalDispatcher(), dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -40,7 +42,11 @@ def naive(part: FeedForward, x_TD: Tensor) -> Tensor:
         chosen = sorted(range(len(p)), key=lambda e: (-p[e].item(), e))[:k]
         out = sum(p[e] / sum(p[c] for c in chosen) * mlp(x_D, part, e) for e in chosen)
         if part.shared is not None:
-            gate = torch.sigmoid(part.shared_gate.weight[0] @ x_D) if part.shared_gate is not None else 1.0
+            gate = (
+                torch.sigmoid(part.shared_gate.weight[0] @ x_D)
+                if part.shared_gate is not None
+                else 1.0
+            )
             out = out + gate * mlp(x_D, part, 0, shared=True)
         rows.append(out)
     return torch.stack(rows)
@@ -49,15 +55,23 @@ def naive(part: FeedForward, x_TD: Tensor) -> Tensor:
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (4, 1), (6, 2), (8, 8)])
 @pytest.mark.parametrize("width", [8, 10])
 @pytest.mark.parametrize("shared", [0, 6])
-def test_equals_the_loop_with_and_without_gradients(experts: int, k: int, width: int, shared: int) -> None:
-    """Width 8 takes the grouped products when gradients are wanted, width 10 the loop over experts."""
+def test_equals_the_loop_with_and_without_gradients(
+    experts: int, k: int, width: int, shared: int
+) -> None:
+    """Width 8 takes the grouped products when gradients are wanted, width 10 the loop over
+    experts."""
     config = FeedForwardConfig(
-        width, RouterConfig(experts, k, weight="renorm"), shared_width=shared, shared_gate=shared > 0
+        width,
+        RouterConfig(experts, k, weight="renorm"),
+        shared_width=shared,
+        shared_gate=shared > 0,
     )
     part = layer(config, ops=ReferenceOps())
     x_TD = torch.randn(13, D, generator=torch.Generator().manual_seed(1))
     expected = naive(part, x_TD)
-    part_grads = torch.autograd.grad(expected.square().sum(), list(part.parameters()), allow_unused=True)
+    part_grads = torch.autograd.grad(
+        expected.square().sum(), list(part.parameters()), allow_unused=True
+    )
 
     out, routing = part(x_TD)
     assert routing is not None and routing.expert_ids_TK.shape == (13, k)
@@ -88,7 +102,9 @@ def test_dense_is_one_expert_without_a_router() -> None:
     x_TD = torch.randn(3, D)
     out, routing = part(x_TD)
     assert routing is None and part.router is None
-    torch.testing.assert_close(out, torch.stack([mlp(x, part, 0) for x in x_TD]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        out, torch.stack([mlp(x, part, 0) for x in x_TD]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_expert_biases() -> None:
@@ -110,7 +126,12 @@ def test_expert_biases() -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_activations(activation: str) -> None:
     part = layer(FeedForwardConfig(8, activation=activation))  # type: ignore[arg-type]
-    functions = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+    functions = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "relu": F.relu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
     x_TD, w = torch.randn(3, D), part.experts
     hidden = functions[activation](x_TD @ w.gate_proj[0].T) * (x_TD @ w.up_proj[0].T)
     torch.testing.assert_close(part(x_TD)[0], hidden @ w.down_proj[0].T)
@@ -126,7 +147,8 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_expert_outputs_are_rounded_before_the_weighted_sum() -> None:
-    """In bfloat16 the sum runs in float32 over rounded outputs, in routing order: exactly reproducible by hand."""
+    """In bfloat16 the sum runs in float32 over rounded outputs, in routing order: exactly
+    reproducible by hand."""
     part = layer(FeedForwardConfig(8, RouterConfig(5, 3)), torch.bfloat16)
     x_TD = torch.randn(7, D).bfloat16()
     with torch.inference_mode():
@@ -134,7 +156,9 @@ def test_expert_outputs_are_rounded_before_the_weighted_sum() -> None:
         assert routing is not None
         for t in range(7):
             total = torch.zeros(D)
-            for weight, e in zip(routing.weights_TK[t], routing.expert_ids_TK[t].tolist(), strict=True):
+            for weight, e in zip(
+                routing.weights_TK[t], routing.expert_ids_TK[t].tolist(), strict=True
+            ):
                 total = total + weight * mlp(x_TD[t], part, e).float()
             torch.testing.assert_close(out[t].float(), total, rtol=0.02, atol=0.02)
     assert out.dtype == torch.bfloat16

@@ -26,24 +26,29 @@ def balance(*routings: Routing | None, **options: object) -> Tensor:
 
 
 def test_balance_is_one_when_even_and_the_number_of_experts_when_collapsed() -> None:
-    assert balance(routing(torch.full((8, 8), -20.0).fill_diagonal_(20.0))).item() == pytest.approx(1.0)
+    assert balance(routing(torch.full((8, 8), -20.0).fill_diagonal_(20.0))).item() == pytest.approx(
+        1.0
+    )
     logits = torch.full((5, 8), -30.0)
     logits[:, 3] = 30.0
     assert balance(routing(logits)).item() == pytest.approx(8.0)
 
 
 def test_balance_hand_worked() -> None:
-    """Three tokens, two experts, p = (.8,.2), (.6,.4), (.3,.7): f = (2/3, 1/3), P = (17/30, 13/30)."""
+    """Three tokens, two experts, p = (.8,.2), (.6,.4), (.3,.7): f = (2/3, 1/3), P = (17/30,
+    13/30)."""
     p = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
     expected = 2 * (2 / 3 * 17 / 30 + 1 / 3 * 13 / 30)
     assert balance(routing(p.log())).item() == pytest.approx(expected)
-    # With both experts chosen the load is even whatever the probabilities; but first choices are as above.
+    # With both experts chosen the load is even whatever the probabilities; but first choices are as
+    # above.
     assert balance(routing(p.log(), 2)).item() == pytest.approx(1.0)
     assert balance(routing(p.log(), 2), first_only=True).item() == pytest.approx(expected)
 
 
 def test_balance_of_sequences_hand_worked() -> None:
-    """DeepSeek-V3's: the first two tokens, f = (1, 0), P = (.7, .3), give 1.4; the others, f = (.5, .5), give 1."""
+    """DeepSeek-V3's: the first two tokens, f = (1, 0), P = (.7, .3), give 1.4; the others, f = (.5,
+    .5), give 1."""
     p = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]])
     assert balance(routing(p.log()), sequences=2).item() == pytest.approx((1.4 + 1.0) / 2)
     assert balance(routing(p.log())).item() == pytest.approx(2 * (0.75 * 0.65 + 0.25 * 0.35))
@@ -65,7 +70,11 @@ def test_the_parts_of_a_global_batch_make_its_loss_and_its_gradient() -> None:
     losses = [balance(routing(part), counts=counts) for part in parts]
     (sum(losses) / 2).backward()  # type: ignore[union-attr]
     balance(routing(whole)).backward()
-    assert sum(x.item() for x in losses) / 2 == pytest.approx(balance(routing(whole)).item()) == pytest.approx(1.0)
+    assert (
+        sum(x.item() for x in losses) / 2
+        == pytest.approx(balance(routing(whole)).item())
+        == pytest.approx(1.0)
+    )
     torch.testing.assert_close(torch.cat([part.grad for part in parts]), whole.grad)
     assert balance(routing(halves[0])).item() > 1.9
 
@@ -73,12 +82,15 @@ def test_the_parts_of_a_global_batch_make_its_loss_and_its_gradient() -> None:
 def test_mean_over_layers_skips_dense_ones() -> None:
     one, two = routing(torch.randn(9, 4), 2), routing(torch.randn(9, 4), 2)
     torch.testing.assert_close(balance(None, one, None, two), (balance(one) + balance(two)) / 2)
-    torch.testing.assert_close(router_z_loss([one, None, two]), (router_z_loss([one]) + router_z_loss([two])) / 2)
+    torch.testing.assert_close(
+        router_z_loss([one, None, two]), (router_z_loss([one]) + router_z_loss([two])) / 2
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_transformers_normalisation(k: int) -> None:
-    """Mixtral's function: K at balance, and all layers in one pool, where opposite imbalances cancel out."""
+    """Mixtral's function: K at balance, and all layers in one pool, where opposite imbalances
+    cancel out."""
     logits = torch.randn(50, 8)
     theirs = torch.as_tensor(load_balancing_loss_func((logits,), 8, k))
     torch.testing.assert_close(balance(routing(logits, k)) * k, theirs)
@@ -91,15 +103,20 @@ def test_switch_transformers_of_transformers() -> None:
     logits = torch.randn(3, 20, 6)
     p = torch.softmax(logits, -1)
     theirs = switch.load_balancing_loss_func(p, p.argmax(-1))
-    torch.testing.assert_close(balance(routing(logits.flatten(0, 1)), sequences=3), torch.as_tensor(theirs))
-    torch.testing.assert_close(router_z_loss([routing(logits.flatten(0, 1))]), switch.router_z_loss_func(logits))
+    torch.testing.assert_close(
+        balance(routing(logits.flatten(0, 1)), sequences=3), torch.as_tensor(theirs)
+    )
+    torch.testing.assert_close(
+        router_z_loss([routing(logits.flatten(0, 1))]), switch.router_z_loss_func(logits)
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_deepspeed_and_megatron_normalisations(k: int) -> None:
-    """DeepSpeed's top1gating and top2gating: me = mean of gates, ce = mean of the first choices' mask,
-    l_aux = sum(me * ce) * E. Its topkgating: ce over all choices' masks, divided by k.
-    Megatron's switch_load_balancing_loss_func, coefficient 1: sum(sum_t p * counts) * E / (k T^2), summed over layers.
+    """DeepSpeed's top1gating and top2gating: me = mean of gates, ce = mean of the first choices'
+    mask, l_aux = sum(me * ce) * E. Its topkgating: ce over all choices' masks, divided by k.
+    Megatron's switch_load_balancing_loss_func, coefficient 1: sum(sum_t p * counts) * E / (k T^2),
+    summed over layers.
     """
     tokens, experts = 40, 8
     layers = [torch.randn(tokens, experts) for _ in range(2)]
@@ -111,7 +128,9 @@ def test_deepspeed_and_megatron_normalisations(k: int) -> None:
         masks = torch.nn.functional.one_hot(r.expert_ids_TK, experts).float().sum(1)
         first.append((gates.mean(0) * mask1.mean(0)).sum() * experts)
         every.append((gates.mean(0) * masks.mean(0)).mean() * experts * experts / k)
-        megatron = megatron + (gates.sum(0) * masks.sum(0)).sum() * (experts / (tokens * tokens * k))
+        megatron = megatron + (gates.sum(0) * masks.sum(0)).sum() * (
+            experts / (tokens * tokens * k)
+        )
     torch.testing.assert_close(balance(*routings, first_only=True), torch.stack(first).mean())
     torch.testing.assert_close(balance(*routings), torch.stack(every).mean())
     torch.testing.assert_close(balance(*routings) * len(layers), megatron)

@@ -1,4 +1,5 @@
-"""Each row of the published routers is a RouterConfig: compared with transformers' own block for that architecture."""
+"""Each row of the published routers is a RouterConfig: compared with transformers' own block for
+that architecture."""
 
 from __future__ import annotations
 
@@ -62,10 +63,14 @@ ROWS: list[tuple[str, str, RouterConfig, dict[str, Any]]] = [
 
 def dense(weights_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """(T, E): a token's weight for each expert, NaN for those it is not sent to."""
-    return torch.full((weights_TK.shape[0], E), float("nan")).scatter(1, expert_ids_TK, weights_TK.float())
+    return torch.full((weights_TK.shape[0], E), float("nan")).scatter(
+        1, expert_ids_TK, weights_TK.float()
+    )
 
 
-def theirs(architecture: str, name: str, changes: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Any, Tensor]:
+def theirs(
+    architecture: str, name: str, changes: dict[str, Any], x_TD: Tensor
+) -> tuple[Tensor, Any, Tensor]:
     """transformers' dense weights, its router and its selection bias, with random parameters."""
     module = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
     router = getattr(module, name)(SimpleNamespace(**{**SIZES, **changes}))
@@ -86,9 +91,13 @@ def theirs(architecture: str, name: str, changes: dict[str, Any], x_TD: Tensor) 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "name", "config", "changes"), ROWS, ids=[f"{r[0]}-{i}" for i, r in enumerate(ROWS)]
+    ("architecture", "name", "config", "changes"),
+    ROWS,
+    ids=[f"{r[0]}-{i}" for i, r in enumerate(ROWS)],
 )
-def test_row_equals_transformers(architecture: str, name: str, config: RouterConfig, changes: dict[str, Any]) -> None:
+def test_row_equals_transformers(
+    architecture: str, name: str, config: RouterConfig, changes: dict[str, Any]
+) -> None:
     torch.manual_seed(len(name))
     x_TD = torch.randn(T, D)
     with torch.no_grad():
@@ -102,12 +111,16 @@ def test_row_equals_transformers(architecture: str, name: str, config: RouterCon
             ours.selection_bias.copy_(bias_E)
         routing = ours(x_TD)
     torch.testing.assert_close(dense(*routing[:2]), expected, rtol=1e-6, atol=1e-7, equal_nan=True)
-    assert (routing.weights_TK[:, :-1] >= routing.weights_TK[:, 1:]).all() or config.selection_bias, "best first"
+    assert (
+        routing.weights_TK[:, :-1] >= routing.weights_TK[:, 1:]
+    ).all() or config.selection_bias, "best first"
 
 
 def test_switch_top1() -> None:
     """Switch keeps the raw probability of its one expert."""
-    module = importlib.import_module("transformers.models.switch_transformers.modeling_switch_transformers")
+    module = importlib.import_module(
+        "transformers.models.switch_transformers.modeling_switch_transformers"
+    )
     router = module.SwitchTransformersTop1Router(SimpleNamespace(**SIZES))
     ours = Router(select_ops("cpu", torch.float32), RouterConfig(E, 1), D, torch.float32)
     x_TD = torch.randn(T, D)
@@ -153,23 +166,36 @@ def test_soft_cap_hand_worked() -> None:
     config = RouterConfig(2, 1, logit_softcap=30.0)
     weights, ids = select_ops("cpu", torch.float32).route(torch.tensor([[0.0, 60.0]]), config)
     assert ids.item() == 1 and weights.item() == pytest.approx(1.0, abs=1e-9)
-    weights, _ = select_ops("cpu", torch.float32).route(torch.tensor([[0.0, 3.0]]), replace(config, logit_softcap=1.0))
+    weights, _ = select_ops("cpu", torch.float32).route(
+        torch.tensor([[0.0, 3.0]]), replace(config, logit_softcap=1.0)
+    )
     assert weights.item() == pytest.approx(1 / (1 + 2.718281828**-0.995054754), rel=1e-6)
 
 
 def test_router_runs_in_float32() -> None:
-    """ST-MoE footnote 7: beside ten logits of 128, one of 128.5 has probability .142, rounded to bfloat16 .091."""
+    """ST-MoE footnote 7: beside ten logits of 128, one of 128.5 has probability .142, rounded to
+    bfloat16 .091."""
     logits = torch.tensor([[128.0] * 10 + [128.5]])
-    assert torch.softmax(logits.bfloat16().float(), -1)[0, -1].item() == pytest.approx(0.0909, abs=1e-3)
+    assert torch.softmax(logits.bfloat16().float(), -1)[0, -1].item() == pytest.approx(
+        0.0909, abs=1e-3
+    )
     router = Router(select_ops("cpu", torch.bfloat16), RouterConfig(11, 1), 2, torch.bfloat16)
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[1.0, 0.0]] * 10 + [[1.0, 1.0]]))
         routing = router(torch.tensor([[128.0, 0.5]], dtype=torch.bfloat16))
     assert routing.logits_TE.dtype == routing.weights_TK.dtype == torch.float32
-    assert routing.weights_TK.item() == pytest.approx(0.1415, abs=1e-3) and routing.expert_ids_TK.item() == 10
+    assert (
+        routing.weights_TK.item() == pytest.approx(0.1415, abs=1e-3)
+        and routing.expert_ids_TK.item() == 10
+    )
 
 
 def test_impossible_routers_are_refused() -> None:
-    for bad in ({"top_k": 9}, {"top_k": 0}, {"num_groups": 3}, {"num_groups": 4, "groups_kept": 1, "top_k": 3}):
+    for bad in (
+        {"top_k": 9},
+        {"top_k": 0},
+        {"num_groups": 3},
+        {"num_groups": 4, "groups_kept": 1, "top_k": 3},
+    ):
         with pytest.raises(ConfigError):
             RouterConfig(**{"num_experts": 8, "top_k": 2, **bad})

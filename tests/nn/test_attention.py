@@ -1,4 +1,5 @@
-"""Attention in packed rows against a loop over tokens, and its gradients against that loop's in float64."""
+"""Attention in packed rows against a loop over tokens, and its gradients against that loop's in
+float64."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from moebius.ops.reference import ReferenceOps
 HEADS, GROUPS, SIZE, ROWS = 4, 2, 6, 3
 
 
-def naive(qkv_TI: Tensor, length: int, scale: float, window: int | None, documents: Tensor | None) -> Tensor:
+def naive(
+    qkv_TI: Tensor, length: int, scale: float, window: int | None, documents: Tensor | None
+) -> Tensor:
     heads = qkv_TI.view(len(qkv_TI), -1, SIZE)
     q, k, v = heads[:, :HEADS], heads[:, HEADS : HEADS + GROUPS], heads[:, HEADS + GROUPS :]
     out = []
@@ -32,12 +35,18 @@ def naive(qkv_TI: Tensor, length: int, scale: float, window: int | None, documen
 @pytest.mark.parametrize("length", [1, 7, 16, 37])
 @pytest.mark.parametrize("window", [None, 5, 50])
 @pytest.mark.parametrize("packed", [False, True])
-def test_causal_attention(monkeypatch: pytest.MonkeyPatch, length: int, window: int | None, packed: bool) -> None:
+def test_causal_attention(
+    monkeypatch: pytest.MonkeyPatch, length: int, window: int | None, packed: bool
+) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
     generator = torch.Generator().manual_seed(0)
     tokens = ROWS * length
     qkv = torch.randn(tokens, (HEADS + 2 * GROUPS) * SIZE, generator=generator).requires_grad_()
-    documents = (torch.rand(ROWS, length, generator=generator) < 0.3).long().cumsum(1).flatten() if packed else None
+    documents = (
+        (torch.rand(ROWS, length, generator=generator) < 0.3).long().cumsum(1).flatten()
+        if packed
+        else None
+    )
     config: Any = SimpleNamespace(windows=(None, window), scale=0.4)
     still = torch.ones(tokens, SIZE // 2), torch.zeros(tokens, SIZE // 2)
     rotation = Rotation(ReferenceOps(), *still, kv_heads=GROUPS, head_dim=SIZE)
@@ -47,6 +56,7 @@ def test_causal_attention(monkeypatch: pytest.MonkeyPatch, length: int, window: 
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
     found, wanted = (
-        torch.autograd.grad((x.double() * weights).sum(), y)[0] for x, y in ((out, qkv), (expected, exact))
+        torch.autograd.grad((x.double() * weights).sum(), y)[0]
+        for x, y in ((out, qkv), (expected, exact))
     )
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)

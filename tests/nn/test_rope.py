@@ -1,4 +1,5 @@
-"""Rotary frequencies against transformers' own functions, and rotation against complex multiplication."""
+"""Rotary frequencies against transformers' own functions, and rotation against complex
+multiplication."""
 
 from __future__ import annotations
 
@@ -32,8 +33,12 @@ CASES: list[tuple[RopeConfig, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("head_dim", [6, 64, 128])
-@pytest.mark.parametrize(("ours", "theirs"), CASES, ids=[f"{c[0].scaling}-{i}" for i, c in enumerate(CASES)])
-def test_frequencies_equal_transformers(ours: RopeConfig, theirs: dict[str, Any], head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"), CASES, ids=[f"{c[0].scaling}-{i}" for i, c in enumerate(CASES)]
+)
+def test_frequencies_equal_transformers(
+    ours: RopeConfig, theirs: dict[str, Any], head_dim: int
+) -> None:
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
@@ -47,7 +52,9 @@ def test_frequencies_equal_transformers(ours: RopeConfig, theirs: dict[str, Any]
     assert attention_factor == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("ops", [ReferenceOps(), select_ops("cpu", torch.float32)], ids=lambda ops: ops.name)
+@pytest.mark.parametrize(
+    "ops", [ReferenceOps(), select_ops("cpu", torch.float32)], ids=lambda ops: ops.name
+)
 @pytest.mark.parametrize("partial", [1.0, 0.5])
 def test_rotation_is_complex_multiplication(partial: float, ops: Ops) -> None:
     head_dim, theta = 8, 100.0
@@ -58,7 +65,9 @@ def test_rotation_is_complex_multiplication(partial: float, ops: Ops) -> None:
     half = rotated // 2
     for t, position in enumerate((0, 1, 7, 1000)):
         for i in range(half):
-            turn = torch.polar(torch.tensor(1.0), torch.tensor(position * theta ** (-2 * i / rotated)))
+            turn = torch.polar(
+                torch.tensor(1.0), torch.tensor(position * theta ** (-2 * i / rotated))
+            )
             pair = torch.complex(x[t, :, i], x[t, :, i + half]) * turn
             torch.testing.assert_close(out[t, :, i], pair.real, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(out[t, :, i + half], pair.imag, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
-"""Fixtures of the kernels' tests: every instruction set, both dtypes, the same random numbers, no gradients."""
+"""Fixtures of the kernels' tests: every instruction set, both dtypes, the same random numbers, no
+gradients."""
 
 from __future__ import annotations
 

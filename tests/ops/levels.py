@@ -1,4 +1,5 @@
-"""What the tests of the compiled kernels share: the instruction sets to test, and how close is close enough."""
+"""What the tests of the compiled kernels share: the instruction sets to test, and how close is
+close enough."""
 
 from __future__ import annotations
 

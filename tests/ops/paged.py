@@ -1,4 +1,5 @@
-"""Random sequences in a paged cache full of NaN, for the tests of attention: any backend, dtype and block size."""
+"""Random sequences in a paged cache full of NaN, for the tests of attention: any backend, dtype and
+block size."""
 
 from __future__ import annotations
 
@@ -24,15 +25,20 @@ def as_is(ops: Ops, cache: Any, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -
     ops.rotate_and_store(side_by_side(k_TGN, k_TGN, v_TGN), nothing, nothing, cache, slots_T)
 
 
-def empty_cache(ops: Ops, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
+def empty_cache(
+    ops: Ops, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> Any:
     """A layer's cache in which every value that nobody wrote is NaN, in bfloat16 and in float32."""
     size = ops.kv_cache_bytes_per_block(block_size, kv_heads, head_dim, dtype) * blocks
-    return ops.make_kv_cache(torch.full((size,), 255, dtype=torch.uint8), block_size, kv_heads, head_dim, dtype)
+    return ops.make_kv_cache(
+        torch.full((size,), 255, dtype=torch.uint8), block_size, kv_heads, head_dim, dtype
+    )
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Keys and values (S, G, N) of some sequences; a step computes the last `new` tokens of each."""
+    """Keys and values (S, G, N) of some sequences; a step computes the last `new` tokens of
+    each."""
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
@@ -41,7 +47,9 @@ class Sequences:
     def scatter(self, block_size: int, seed: int, spare: int = 3) -> tuple[list[list[int]], int]:
         """Each sequence's blocks, in random places, and how many blocks there are in all."""
         counts = [-(-len(k) // block_size) for k in self.keys]
-        order = torch.randperm(sum(counts) + spare, generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(
+            sum(counts) + spare, generator=torch.Generator().manual_seed(seed)
+        ).tolist()
         return [[order.pop() for _ in range(count)] for count in counts], sum(counts) + spare
 
     def attend(
@@ -59,8 +67,14 @@ class Sequences:
         tables, blocks = self.scatter(block_size, seed)
         _, kv_heads, head_dim = self.keys[0].shape
         cache = empty_cache(ops, blocks, block_size, kv_heads, head_dim, q_THN.dtype)
-        whole = StepInputs.build([[0] * len(k) for k in self.keys], [0] * len(tables), tables, block_size)
-        as_is(ops, cache, torch.cat(list(self.keys)), torch.cat(list(self.values)), whole.slot_mapping)
+        whole = StepInputs.build(
+            [[0] * len(k) for k in self.keys], [0] * len(tables), tables, block_size
+        )
+        as_is(
+            ops, cache, torch.cat(list(self.keys)), torch.cat(list(self.values)), whole.slot_mapping
+        )
         starts = [len(k) - n for k, n in zip(self.keys, self.new, strict=True)]
         step = StepInputs.build([[0] * n for n in self.new], starts, tables, block_size)
-        return ops.paged_attention(q_THN, cache, ops.plan_attention(step, block_size, window), scale, **options)
+        return ops.paged_attention(
+            q_THN, cache, ops.plan_attention(step, block_size, window), scale, **options
+        )

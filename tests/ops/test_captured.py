@@ -1,4 +1,5 @@
-"""A recorded step is the step: the same bits, whatever came before; and what cannot be recorded runs as it is."""
+"""A recorded step is the step: the same bits, whatever came before; and what cannot be recorded
+runs as it is."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
 
 
 def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
-    """New tokens of some of the sequences, none of all of them now and then; sequence s has blocks 10 s to 10 s + 9."""
+    """New tokens of some of the sequences, none of all of them now and then; sequence s has blocks
+    10 s to 10 s + 9."""
     some = [s for s in range(len(computed)) if rng.random() < 0.7]
     counts = [rng.randint(1, MAX_TOKENS // 4) for _ in some]
     starts = [computed[s] for s in some]
@@ -47,7 +49,9 @@ def test_recorded_steps_keep_every_bit(tmp_path: Path, model_type: str, dtype: t
     save_tiny(tmp_path, model_type)
     recorded, plain = (runner(tmp_path, CpuOps(1), dtype) for _ in range(2))
     assert recorded._forward != recorded._compute, "this architecture calls torch in between"
-    plain._forward, plain._logits = ReferenceOps().capture(plain._compute, plain._compute_logits, STEP, MAX_TOKENS)
+    plain._forward, plain._logits = ReferenceOps().capture(
+        plain._compute, plain._compute_logits, STEP, MAX_TOKENS
+    )
     rng, computed = random.Random(model_type), [0, 0, 0, 0]
     for _ in range(6):
         step = random_step(rng, computed)

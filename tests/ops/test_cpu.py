@@ -1,8 +1,9 @@
-"""Every kernel at every instruction set that this processor has, against the reference operations in float64.
+"""Every kernel at every instruction set that this processor has, against the reference operations
+in float64.
 
-Tolerances come from the number formats: a value is rounded to its dtype a counted number of times (unit roundoff 2^-8
-in bfloat16, 2^-24 in float32), and float32 sums of n terms are off by at most n 2^-24 times the sum of their sizes.
-Attention has a file of its own.
+Tolerances come from the number formats: a value is rounded to its dtype a counted number of times
+(unit roundoff 2^-8 in bfloat16, 2^-24 in float32), and float32 sums of n terms are off by at most n
+2^-24 times the sum of their sizes. Attention has a file of its own.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def test_linear_layers(ops: CpuOps, dtype: torch.dtype) -> None:
 
 
 def test_results_are_rounded_to_nearest_even(ops: CpuOps) -> None:
-    """A product of one term is exact in float32: what is stored must be its rounding, to the bit."""
+    """A product of one term is exact in float32: what is stored must be its rounding, to the
+    bit."""
     x = torch.randn(70, 1).bfloat16()
     special = torch.tensor([[0.0], [-0.0], [torch.inf], [torch.nan]])
     weight = torch.cat((torch.randn(999, 1), special)).bfloat16()
@@ -68,7 +70,11 @@ def test_results_are_rounded_to_nearest_even(ops: CpuOps) -> None:
     out = ops.linear(x, ops.prepare_linear((weight, None)))
     torch.testing.assert_close(out, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
     halfway = torch.tensor([[1 + 2.0**-8], [1 + 3 * 2.0**-8], [-1 - 2.0**-8]])
-    assert ops.add_gated(halfway.bfloat16() * 0, halfway.bfloat16()).flatten().tolist() == [1.0, 1 + 2.0**-6, -1.0]
+    assert ops.add_gated(halfway.bfloat16() * 0, halfway.bfloat16()).flatten().tolist() == [
+        1.0,
+        1 + 2.0**-6,
+        -1.0,
+    ]
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.4])
@@ -79,13 +85,17 @@ def test_norms(ops: CpuOps, dtype: torch.dtype, multiplier: float) -> None:
         weight = torch.randn(size).to(dtype)
         total, normed = ops.add_rms_norm(x, update, multiplier, weight, 1e-5)
         terms = x.double().abs() + (multiplier * update.double()).abs()
-        assert_within(total, x.double() + multiplier * update.double(), u * terms + 2.0**-23 * terms)
+        assert_within(
+            total, x.double() + multiplier * update.double(), u * terms + 2.0**-23 * terms
+        )
         for out, of in ((normed, total), (ops.rms_norm(x, weight, 1e-5), x)):
             of = of.double()
             exact = of * torch.rsqrt(of.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
             assert_within(out, exact, (2.1 * u + (size / 32 + 8) * 2.0**-24) * exact.abs())
     wide, part = torch.randn(5, 100).to(dtype), torch.randn(33).to(dtype)
-    expected = torch.cat((wide[:, :20], ops.rms_norm(wide[:, 20:53].contiguous(), part, 0.1), wide[:, 53:]), dim=1)
+    expected = torch.cat(
+        (wide[:, :20], ops.rms_norm(wide[:, 20:53].contiguous(), part, 0.1), wide[:, 53:]), dim=1
+    )
     assert torch.equal(ops.rms_norm_part(wide.clone(), 20, part, 0.1), expected)
     heads = torch.randn(5, 3, 33).to(dtype)
     flat = ops.rms_norm(heads.view(15, 33), heads[0, 0], 0.1)
@@ -116,7 +126,11 @@ def test_route(config: RouterConfig, rows: int) -> None:
     expected = router_weights(*REF.route(logits, config, bias), config.num_experts)
     assert weights.dtype == torch.float32 and ids.dtype == torch.int64
     torch.testing.assert_close(
-        router_weights(weights, ids, config.num_experts), expected, rtol=1e-5, atol=1e-7, equal_nan=True
+        router_weights(weights, ids, config.num_experts),
+        expected,
+        rtol=1e-5,
+        atol=1e-7,
+        equal_nan=True,
     )
 
 
@@ -132,12 +146,16 @@ def test_route_ties_and_what_is_no_number() -> None:
         assert torch.equal(weights[::2], ops.route(logits[::2].contiguous(), config)[0])
 
 
-def make_experts(count: int, width: int, hidden: int, dtype: torch.dtype, bias: bool) -> ExpertWeights:
+def make_experts(
+    count: int, width: int, hidden: int, dtype: torch.dtype, bias: bool
+) -> ExpertWeights:
     def tensors(*shape: int) -> tuple[Tensor, ...]:
         return tuple((torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for _ in range(count))
 
     biases = [tensors(n) for n in (width, width, hidden)] if bias else [(), (), ()]
-    return ExpertWeights(tensors(width, hidden), tensors(width, hidden), tensors(hidden, width), *biases)
+    return ExpertWeights(
+        tensors(width, hidden), tensors(width, hidden), tensors(hidden, width), *biases
+    )
 
 
 def expert_terms(x_D: Tensor, w: ExpertWeights, e: int, activation: Any) -> Tensor:
@@ -146,20 +164,29 @@ def expert_terms(x_D: Tensor, w: ExpertWeights, e: int, activation: Any) -> Tens
     gate_bias, up_bias, down_bias = (biases[e] if biases else 0.0 for biases in w[3:])
     gate = w.gate_FD[e].abs() @ x_D.abs() + abs(gate_bias)
     up = w.up_FD[e].abs() @ x_D.abs() + abs(up_bias)
-    return w.down_DF[e].abs() @ (activate(gate, activation).maximum(gate.abs()) * up) + abs(down_bias)
+    return w.down_DF[e].abs() @ (activate(gate, activation).maximum(gate.abs()) * up) + abs(
+        down_bias
+    )
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize(
-    ("count", "k", "width", "hidden"), [(1, 1, 31, 17), (4, 1, 100, 33), (6, 2, 48, 64), (9, 9, 7, 1)]
+    ("count", "k", "width", "hidden"),
+    [(1, 1, 31, 17), (4, 1, 100, 33), (6, 2, 48, 64), (9, 9, 7, 1)],
 )
-def test_experts(ops: CpuOps, dtype: torch.dtype, activation: Any, count: int, k: int, width: int, hidden: int) -> None:
+def test_experts(
+    ops: CpuOps, dtype: torch.dtype, activation: Any, count: int, k: int, width: int, hidden: int
+) -> None:
     u = ROUNDOFF[dtype]
     for tokens, bias in ((0, False), (1, True), (5, False), (70, True)):
         w = make_experts(count, width, hidden, dtype, bias)
         prepared = ops.prepare_experts(w, activation)
         x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, k)
-        ids = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)]) if tokens else torch.zeros(0, k).long()
+        ids = (
+            torch.stack([torch.randperm(count)[:k] for _ in range(tokens)])
+            if tokens
+            else torch.zeros(0, k).long()
+        )
         everyone_to_the_last = torch.full_like(ids, count - 1)
         for chosen in (ids, everyone_to_the_last):
             exact = REF.experts(x.double(), weights, chosen, (double(w), activation))
@@ -169,21 +196,31 @@ def test_experts(ops: CpuOps, dtype: torch.dtype, activation: Any, count: int, k
                     terms[t] += weights[t, j] * expert_terms(x[t].double(), w, e, activation)
             out = ops.experts(x, weights, chosen, prepared)
             # Rounded: the gated values, each expert's output, their sum.
-            assert_within(out[::9], exact[::9], (3.1 * u + (hidden + width + 40) * 2.0**-24) * terms[::9])
+            assert_within(
+                out[::9], exact[::9], (3.1 * u + (hidden + width + 40) * 2.0**-24) * terms[::9]
+            )
     x = torch.randn(33, hidden).to(dtype)
     one = ExpertWeights(*(tensors[:1] for tensors in w))
     dense = ops.experts(x, None, None, ops.prepare_experts(one, activation))
-    everyone = ops.experts(x, torch.ones(33, 1), torch.zeros(33, 1).long(), ops.prepare_experts(w, activation))
+    everyone = ops.experts(
+        x, torch.ones(33, 1), torch.zeros(33, 1).long(), ops.prepare_experts(w, activation)
+    )
     assert torch.equal(dense, everyone)
 
 
 def test_add_gated(ops: CpuOps, dtype: torch.dtype) -> None:
     for rows, size in ((0, 5), (1, 1), (17, 33), (70, 1000)):
-        a, b, gate = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype), 3 * torch.randn(rows, 1)
+        a, b, gate = (
+            torch.randn(rows, size).to(dtype),
+            torch.randn(rows, size).to(dtype),
+            3 * torch.randn(rows, 1),
+        )
         for g in (gate, None):
             exact = REF.add_gated(a.double(), b.double(), None if g is None else g.double())
             terms = a.double().abs() + b.double().abs()
-            assert_within(ops.add_gated(a, b, g), exact, ROUNDOFF[dtype] * exact.abs() + 2.0**-21 * terms)
+            assert_within(
+                ops.add_gated(a, b, g), exact, ROUNDOFF[dtype] * exact.abs() + 2.0**-21 * terms
+            )
 
 
 @pytest.mark.parametrize("temperatures", [False, True])
@@ -193,7 +230,9 @@ def test_log_softmax_top_k(ops: CpuOps, temperatures: bool) -> None:
     for rows, vocab in ((0, 5), (1, 1), (2, 16), (70, 33), (9, 1000), (20, 5001), (8, 50_001)):
         logits, heat = 5 * torch.randn(rows, vocab), None
         some = rng.sample(range(rows), rows - rows // 4)
-        counts = [(vocab, 0, 1, 2, 21, 512, 513, vocab - 1, vocab + 3)[i % 9] for i in range(len(some))]
+        counts = [
+            (vocab, 0, 1, 2, 21, 512, 513, vocab - 1, vocab + 3)[i % 9] for i in range(len(some))
+        ]
         logits[:, ::3] = logits[:, ::3].round()
         if temperatures:
             heat = [rng.uniform(0.1, 1.1) for _ in some]
@@ -202,7 +241,8 @@ def test_log_softmax_top_k(ops: CpuOps, temperatures: bool) -> None:
         exact = REF.log_softmax_top_k(logits, some, counts, heat)
         assert found.log_sums_R.dtype == torch.float64
         assert torch.equal(found.ids, exact.ids) and torch.equal(found.values, exact.values)
-        # Exponents up to 300 have a relative error of 2^-23; at most 256 terms are summed in a lane.
+        # Exponents up to 300 have a relative error of 2^-23; at most 256 terms are summed in a
+        # lane.
         assert_within(found.log_sums_R, exact.log_sums_R, 300 * 2.0**-23 + 256 * 2.0**-24)
 
 
@@ -217,15 +257,24 @@ def test_logits_that_are_not_finite_are_reported_for_their_row(ops: CpuOps, bad:
                 found = ops.log_softmax_top_k(logits, rows, [k] * 3)
                 assert found.log_sums_R.isnan().tolist() == [False, True, False]
                 assert [id < 0 for id in ops.argmax(logits)] == [False, True, False]
-                assert [id < 0 for id in ops.draw(logits, rows, heat, uniform)] == [False, True, False]
-                assert [id < 0 for id in REF.draw(logits, rows, heat, uniform)] == [False, True, False]
+                assert [id < 0 for id in ops.draw(logits, rows, heat, uniform)] == [
+                    False,
+                    True,
+                    False,
+                ]
+                assert [id < 0 for id in REF.draw(logits, rows, heat, uniform)] == [
+                    False,
+                    True,
+                    False,
+                ]
                 assert ((found.ids >= 0) & (found.ids < vocab)).all()
                 others = REF.log_softmax_top_k(logits, [0, 2], [k, k])
                 assert torch.equal(found.ids.view(3, k)[::2].flatten(), others.ids)
 
 
 def test_draws_split_the_unit_interval(ops: CpuOps) -> None:
-    """The drawn id is the one whose share of the cumulative sum holds the uniform number, up to rounding."""
+    """The drawn id is the one whose share of the cumulative sum holds the uniform number, up to
+    rounding."""
     for rows, vocab in ((0, 3), (1, 1), (70, 16), (40, 33), (9, 50_001)):
         logits, heat = 3 * torch.randn(rows, vocab), torch.rand(rows) + 0.2
         uniform = torch.rand(rows, dtype=torch.float64)
@@ -241,7 +290,12 @@ def test_draws_split_the_unit_interval(ops: CpuOps) -> None:
     lonely[:, 7] = 0.0
     for u in (0.0, 0.5, 1 - 2.0**-53):
         assert ops.draw(lonely, range(3), [1.0] * 3, [u] * 3) == [7, 7, 7]
-    assert ops.draw(torch.zeros(4, 4), range(4), [1.0] * 4, [0.0, 0.25, 0.499, 1 - 2.0**-53]) == [0, 1, 1, 3]
+    assert ops.draw(torch.zeros(4, 4), range(4), [1.0] * 4, [0.0, 0.25, 0.499, 1 - 2.0**-53]) == [
+        0,
+        1,
+        1,
+        3,
+    ]
 
 
 def test_ranks(ops: CpuOps) -> None:
@@ -250,7 +304,9 @@ def test_ranks(ops: CpuOps) -> None:
         logits = torch.randn(12, vocab).round(decimals=1)
         rows = [3, 3, 0, 11, 7]
         tokens = [vocab - 1, 0, vocab // 2, vocab // 3, vocab - 1]
-        orders = [sorted(range(vocab), key=lambda i, x=logits[row]: (-float(x[i]), i)) for row in rows]
+        orders = [
+            sorted(range(vocab), key=lambda i, x=logits[row]: (-float(x[i]), i)) for row in rows
+        ]
         expected = [1 + order.index(token) for order, token in zip(orders, tokens, strict=True)]
         assert ops.ranks(logits, rows, tokens) == REF.ranks(logits, rows, tokens) == expected
 
@@ -270,7 +326,8 @@ def naive_shaping(logits: Tensor, shaping: Shaping) -> Tensor:
 
 @pytest.mark.case("B5")
 def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None:
-    """To the bit what numpy makes of it, here and in plain PyTorch; other rows untouched, and all in the end."""
+    """To the bit what numpy makes of it, here and in plain PyTorch; other rows untouched, and all
+    in the end."""
     rng = random.Random(0)
     for vocab in (1, 2, 17, 300, 4000):
         logits = 4 * torch.randn(9, vocab)
@@ -300,16 +357,22 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None
             with each.shaped(logits, rows, shapings):
                 assert torch.equal(bits(logits), bits(expected))
             assert torch.equal(bits(logits), before)
-            with pytest.raises(RuntimeError, match="drawing failed"), each.shaped(logits, rows, shapings):
+            with (
+                pytest.raises(RuntimeError, match="drawing failed"),
+                each.shaped(logits, rows, shapings),
+            ):
                 raise RuntimeError("drawing failed")
             assert torch.equal(bits(logits), before)
 
 
 @pytest.mark.parametrize("routed", [True, False])
 def test_experts_of_two_matrices_are_computed_by_the_reference(ops: CpuOps, routed: bool) -> None:
-    """Nothing serves them, but inspection runs them; the kernels would read a third matrix that is not there."""
+    """Nothing serves them, but inspection runs them; the kernels would read a third matrix that is
+    not there."""
     generator = torch.Generator().manual_seed(0)
-    gate, down = (tuple(torch.randn(*s, generator=generator) for _ in range(4)) for s in ((24, 16), (16, 24)))
+    gate, down = (
+        tuple(torch.randn(*s, generator=generator) for _ in range(4)) for s in ((24, 16), (16, 24))
+    )
     x = torch.randn(5, 16, generator=generator)
     weights = torch.rand(5, 2, generator=generator) if routed else None
     ids = torch.tensor([[0, 1], [1, 3], [3, 2], [0, 3], [2, 1]]) if routed else None

@@ -1,4 +1,5 @@
-"""Rotation, the KV cache and paged attention of the kernels, at every instruction set, against float64."""
+"""Rotation, the KV cache and paged attention of the kernels, at every instruction set, against
+float64."""
 
 from __future__ import annotations
 
@@ -30,18 +31,28 @@ def test_angles(ops: CpuOps) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "half"), [(4, 2, 64, 32), (3, 1, 6, 1), (7, 7, 80, 20), (2, 1, 33, 16)]
+    ("heads", "kv_heads", "head_dim", "half"),
+    [(4, 2, 64, 32), (3, 1, 6, 1), (7, 7, 80, 20), (2, 1, 33, 16)],
 )
 @pytest.mark.parametrize("norms", [False, True])
 def test_rotate_and_store(
-    ops: CpuOps, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, half: int, norms: bool
+    ops: CpuOps,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    half: int,
+    norms: bool,
 ) -> None:
-    """Queries against float64. Keys are made like queries: attention finds them, to the bit, as if stored so."""
+    """Queries against float64. Keys are made like queries: attention finds them, to the bit, as if
+    stored so."""
     tokens, u = 37, ROUNDOFF[dtype]
     q, k, v = (torch.randn(tokens, n, head_dim).to(dtype) for n in (heads, kv_heads, kv_heads))
     angles = torch.randn(tokens, half)
     turn = (angles.cos(), angles.sin())
-    weights = [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)] if norms else [None, None]
+    weights = (
+        [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)] if norms else [None, None]
+    )
     for block_size in (1, 3, 16, 24):
         blocks = -(-tokens // block_size)
         step = StepInputs.build([[0] * tokens], [0], [torch.randperm(blocks).tolist()], block_size)
@@ -50,25 +61,38 @@ def test_rotate_and_store(
         for part in (slice(0, 9), slice(9, 10), slice(10, tokens)):
             rows = side_by_side(q[part], k[part], v[part])
             cos, sin = (x[part].contiguous() for x in turn)
-            rotated.append(ops.rotate_and_store(rows, cos, sin, caches[0], step.slot_mapping[part], *weights, 1e-6))
+            rotated.append(
+                ops.rotate_and_store(
+                    rows, cos, sin, caches[0], step.slot_mapping[part], *weights, 1e-6
+                )
+            )
         oracle = empty_cache(REF, blocks, block_size, kv_heads, head_dim, torch.float64)
         wide = [None if w is None else w.double() for w in weights]
-        exact = REF.rotate_and_store(side_by_side(q, k, v).double(), *turn, oracle, step.slot_mapping, *wide, 1e-6)
+        exact = REF.rotate_and_store(
+            side_by_side(q, k, v).double(), *turn, oracle, step.slot_mapping, *wide, 1e-6
+        )
         size = head_dim**0.5 * 1.5 if norms else q.double().norm(dim=-1, keepdim=True)
         assert_within(torch.cat(rotated), exact, (3 * u + 2.0**-20) * size)
 
         rows = side_by_side(k, k, v)
-        keys = ops.rotate_and_store(rows, *turn, caches[1], step.slot_mapping, weights[1], weights[1], 1e-6)
+        keys = ops.rotate_and_store(
+            rows, *turn, caches[1], step.slot_mapping, weights[1], weights[1], 1e-6
+        )
         as_is(ops, caches[2], keys, v, step.slot_mapping)
         plan = ops.plan_attention(step, block_size)
         found = [ops.paged_attention(q, cache, plan, 0.2) for cache in caches]
         assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
 
 
-def assert_attends(ops: CpuOps, dtype: torch.dtype, case: dict[str, Any], lengths: list[int], new: list[int]) -> None:
-    """Against float64 over the same keys; the bound is of the sum of the values' sizes, by attending to those."""
+def assert_attends(
+    ops: CpuOps, dtype: torch.dtype, case: dict[str, Any], lengths: list[int], new: list[int]
+) -> None:
+    """Against float64 over the same keys; the bound is of the sum of the values' sizes, by
+    attending to those."""
     heads, kv_heads, head_dim = case["heads"]
-    keys, values = ([torch.randn(n, kv_heads, head_dim).to(dtype) for n in lengths] for _ in range(2))
+    keys, values = (
+        [torch.randn(n, kv_heads, head_dim).to(dtype) for n in lengths] for _ in range(2)
+    )
     q = 2 * torch.randn(sum(new), heads, head_dim).to(dtype)
     options = {"window": case["window"], "softcap": case["softcap"]}
     options["sinks_H"] = torch.randn(heads) if case["sinks"] else None
@@ -76,14 +100,18 @@ def assert_attends(ops: CpuOps, dtype: torch.dtype, case: dict[str, Any], length
     out = Sequences(keys, values, new).attend(ops, q, scale, case["block_size"], **options)
     keys, values = [k.double() for k in keys], [v.double() for v in values]
     exact = Sequences(keys, values, new).attend(REF, q.double(), scale, 16, **options)
-    terms = Sequences(keys, [v.abs() for v in values], new).attend(REF, q.double(), scale, 16, **options)
+    terms = Sequences(keys, [v.abs() for v in values], new).attend(
+        REF, q.double(), scale, 16, **options
+    )
     assert out.dtype == dtype
-    # Rounded: each weight, and the result. Scores are below 64, and so exp's argument is off by 64 * 2^-23 at most.
+    # Rounded: each weight, and the result. Scores are below 64, and so exp's argument is off by 64
+    # * 2^-23 at most.
     assert_within(out, exact, (2.1 * ROUNDOFF[dtype] + 64 * 2.0**-23) * terms)
 
 
 def test_paged_attention(ops: CpuOps, dtype: torch.dtype) -> None:
-    """Random mixes of chunks and decodes, with lengths around block, tile and split ends, in a cache full of NaN."""
+    """Random mixes of chunks and decodes, with lengths around block, tile and split ends, in a
+    cache full of NaN."""
     rng = random.Random(0)
     shapes = [(4, 4, 6), (8, 2, 64), (7, 1, 80), (71, 1, 64), (4, 1, 128), (1, 1, 8), (6, 3, 33)]
     for i in range(42):
@@ -96,7 +124,9 @@ def test_paged_attention(ops: CpuOps, dtype: torch.dtype) -> None:
         }
         b = case["block_size"]
         lengths = rng.sample([1, 2, b, b + 1, 2 * b - 1, 63, 64, 65, 128, 130, 33, 200], 4)
-        assert_attends(ops, dtype, case, lengths, [rng.choice((1, n, rng.randint(1, n))) for n in lengths])
+        assert_attends(
+            ops, dtype, case, lengths, [rng.choice((1, n, rng.randint(1, n))) for n in lengths]
+        )
 
 
 @pytest.mark.parametrize("window", [None, 1500])
@@ -104,12 +134,16 @@ def test_long_contexts(ops: CpuOps, dtype: torch.dtype, window: int | None) -> N
     """Around the ends of the splits, which are combined in order."""
     for length, block_size in ((1023, 16), (1024, 24), (1025, 64), (2049, 7), (3100, 16)):
         case = {"heads": (4, 1, 64), "block_size": block_size, "window": window}
-        assert_attends(ops, dtype, {**case, "softcap": None, "sinks": window is None}, [length, 50], [5, 1])
+        assert_attends(
+            ops, dtype, {**case, "softcap": None, "sinks": window is None}, [length, 50], [5, 1]
+        )
 
 
 def test_an_empty_step(ops: CpuOps, dtype: torch.dtype) -> None:
     step = StepInputs.build([], [], [], 4)
     cache = empty_cache(ops, 4, 4, 1, 2, dtype)
     as_is(ops, cache, *torch.zeros(2, 0, 1, 2, dtype=dtype), step.slot_mapping)
-    out = ops.paged_attention(torch.zeros(0, 2, 2, dtype=dtype), cache, ops.plan_attention(step, 4), 1.0)
+    out = ops.paged_attention(
+        torch.zeros(0, 2, 2, dtype=dtype), cache, ops.plan_attention(step, 4), 1.0
+    )
     assert out.shape == (0, 2, 2)

@@ -19,7 +19,9 @@ OPS = CpuOps(threads=1)
 X = torch.ones(3, 8)
 BF16, HALF = X.bfloat16(), X.half()
 LAYER = OPS.prepare_linear((torch.ones(4, 8), None))
-EXPERTS = OPS.prepare_experts(ExpertWeights((torch.ones(2, 8),), (torch.ones(2, 8),), (torch.ones(8, 2),)), "silu")
+EXPERTS = OPS.prepare_experts(
+    ExpertWeights((torch.ones(2, 8),), (torch.ones(2, 8),), (torch.ones(8, 2),)), "silu"
+)
 IDS, WEIGHTS = torch.zeros(3, 1).long(), torch.ones(3, 1)
 CACHE = empty_cache(OPS, 2, 4, 1, 4, torch.float32)
 QKV, ANGLES, SLOTS = torch.ones(3, 12), torch.ones(3, 2), torch.arange(3)
@@ -30,7 +32,10 @@ ROUTER = RouterConfig(8, 2)
     ("call", "message"),
     [
         (lambda: OPS.prepare_linear((X.T, None)), "contiguous"),
-        (lambda: OPS.linear(torch.ones(8, 3).T, LAYER), r"contiguous tensors, not strides \(1, 3\) for shape \(3, 8\)"),
+        (
+            lambda: OPS.linear(torch.ones(8, 3).T, LAYER),
+            r"contiguous tensors, not strides \(1, 3\) for shape \(3, 8\)",
+        ),
         (lambda: OPS.rms_norm(torch.ones(8, 3).T, torch.ones(8), 0.1), "contiguous"),
         (lambda: OPS.add_gated(X, torch.ones(8, 3).T), "contiguous"),
         (lambda: OPS.route(torch.ones(8, 3).T, ROUTER), "contiguous"),
@@ -45,16 +50,28 @@ def test_not_contiguous(call: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: OPS.prepare_linear((HALF, None)), "compute in bfloat16 and float32, not in torch.float16"),
-        (lambda: OPS.prepare_linear((X, None), (BF16, None)), "one dtype, not torch.float32 and torch.bfloat16"),
+        (
+            lambda: OPS.prepare_linear((HALF, None)),
+            "compute in bfloat16 and float32, not in torch.float16",
+        ),
+        (
+            lambda: OPS.prepare_linear((X, None), (BF16, None)),
+            "one dtype, not torch.float32 and torch.bfloat16",
+        ),
         (lambda: OPS.prepare_linear((X, torch.ones(3).bfloat16())), "one dtype"),
-        (lambda: OPS.linear(BF16, LAYER), r"layer of 8 torch.float32 values got \(3, 8\) of torch.bfloat16"),
+        (
+            lambda: OPS.linear(BF16, LAYER),
+            r"layer of 8 torch.float32 values got \(3, 8\) of torch.bfloat16",
+        ),
         (lambda: OPS.linear(torch.ones(3, 9), LAYER), r"layer of 8 .* got \(3, 9\)"),
         (lambda: OPS.rms_norm(HALF, HALF[0], 0.1), "float16"),
         (lambda: OPS.rms_norm(X, BF16[0], 0.1), "one dtype"),
         (lambda: OPS.add_rms_norm(X, BF16, 1.0, X[0], 0.1), "one dtype"),
         (lambda: OPS.add_gated(BF16, X), "one dtype"),
-        (lambda: OPS.add_gated(BF16, BF16, BF16[:, :1].contiguous()), "want torch.float32 here, not torch.bfloat16"),
+        (
+            lambda: OPS.add_gated(BF16, BF16, BF16[:, :1].contiguous()),
+            "want torch.float32 here, not torch.bfloat16",
+        ),
         (lambda: OPS.experts(BF16, WEIGHTS, IDS, EXPERTS), "one dtype"),
         (lambda: OPS.experts(X, WEIGHTS.double(), IDS, EXPERTS), "want torch.float32"),
         (lambda: OPS.experts(X, WEIGHTS, IDS.int(), EXPERTS), "want torch.int64"),
@@ -64,7 +81,10 @@ def test_not_contiguous(call: Callable[[], object], message: str) -> None:
         (lambda: OPS.argmax(X.double()), "want torch.float32"),
         (lambda: OPS.rotation(SLOTS.int(), X[0], 1.0), "want torch.int64"),
         (lambda: OPS.rotate_and_store(QKV.half(), ANGLES, ANGLES, CACHE, SLOTS), "float16"),
-        (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES.double(), CACHE, SLOTS), "want torch.float32"),
+        (
+            lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES.double(), CACHE, SLOTS),
+            "want torch.float32",
+        ),
         (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS.int()), "want torch.int64"),
         (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS, BF16[0]), "one dtype"),
     ],
@@ -77,7 +97,10 @@ def test_another_dtype(call: Callable[[], object], message: str) -> None:
 def test_gradients() -> None:
     weight = torch.nn.Parameter(torch.ones(4, 8))
     parameters = ExpertWeights((weight,), (weight,), (torch.ones(8, 4),))
-    for call in (lambda: OPS.prepare_linear((weight, None)), lambda: OPS.prepare_experts(parameters, "silu")):
+    for call in (
+        lambda: OPS.prepare_linear((weight, None)),
+        lambda: OPS.prepare_experts(parameters, "silu"),
+    ):
         with pytest.raises(ValueError, match="compute no gradients; train with ReferenceOps"):
             call()
         with torch.no_grad():
@@ -87,11 +110,16 @@ def test_gradients() -> None:
 @pytest.mark.parametrize("isa", ["sse9", "AVX2", "amx-int8", "reference "])
 def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
-    with pytest.raises(ConfigError, match=rf"MOEBIUS_CPU_ISA={isa}: unknown .*; here there are: portable.*, reference"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"MOEBIUS_CPU_ISA={isa}: unknown .*; here there are: portable.*, reference",
+    ):
         select_ops("cpu", torch.float32)
 
 
-def test_the_instruction_set_and_the_threads_are_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_instruction_set_and_the_threads_are_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MOEBIUS_CPU_ISA", "portable")
     assert select_ops("cpu", torch.float32, 3).name == "cpu-portable"
     monkeypatch.setenv("MOEBIUS_CPU_ISA", "reference")

@@ -29,8 +29,11 @@ def naive_attention(q_HN: Tensor, k_SGN: Tensor, v_SGN: Tensor, scale: float) ->
 @pytest.mark.parametrize("window", [None, 1, 5, TILE, TILE + 3])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 6), (8, 1, 10), (6, 2, 16)])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-def test_paged_attention(window: int | None, heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
-    """Chunks, whole prompts and decodes of lengths on both sides of a tile, in one step over a cache full of NaN."""
+def test_paged_attention(
+    window: int | None, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    """Chunks, whole prompts and decodes of lengths on both sides of a tile, in one step over a
+    cache full of NaN."""
     torch.manual_seed(0)
     lengths = [1, 7, TILE, TILE + 1, 2 * TILE + 5, 33, TILE - 1]
     new = [1, 7, 1, 1, 1, 4, TILE - 1]
@@ -71,12 +74,18 @@ def test_rms_norm_hand_worked() -> None:
     out = OPS.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 0.0)
     torch.testing.assert_close(out, torch.tensor([[3 / math.sqrt(12.5), 8 / math.sqrt(12.5)]]))
     tiny = OPS.rms_norm(torch.full((1, 64), 1e-3).bfloat16(), torch.ones(64).bfloat16(), 1e-6)
-    assert tiny.dtype == torch.bfloat16 and tiny[0, 0].item() == pytest.approx(1 / math.sqrt(2), rel=1e-2)
+    assert tiny.dtype == torch.bfloat16 and tiny[0, 0].item() == pytest.approx(
+        1 / math.sqrt(2), rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("rows", [5, LOGITS_ROWS + 7])
 def test_logits_are_float32_and_never_rounded(rows: int) -> None:
-    x, weight, bias = torch.randn(3, 8).bfloat16(), torch.randn(rows, 8).bfloat16(), torch.randn(rows).bfloat16()
+    x, weight, bias = (
+        torch.randn(3, 8).bfloat16(),
+        torch.randn(rows, 8).bfloat16(),
+        torch.randn(rows).bfloat16(),
+    )
     exact = x.double() @ weight.double().T
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -84,7 +93,9 @@ def test_logits_are_float32_and_never_rounded(rows: int) -> None:
             out = OPS.logits(x, plain)
             with torch.autocast("cpu", torch.bfloat16):
                 assert torch.equal(OPS.logits(x, plain), out)
-            torch.testing.assert_close(OPS.logits(x, biased).double(), exact + bias.double(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                OPS.logits(x, biased).double(), exact + bias.double(), rtol=1e-5, atol=1e-5
+            )
         assert out.dtype == torch.float32
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 

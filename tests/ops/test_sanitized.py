@@ -1,4 +1,5 @@
-"""csrc's test programs under AddressSanitizer and UndefinedBehaviorSanitizer: `pytest -m sanitize`, some minutes."""
+"""csrc's test programs under AddressSanitizer and UndefinedBehaviorSanitizer: `pytest -m sanitize`,
+some minutes."""
 
 from __future__ import annotations
 
@@ -11,13 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = next(
-    (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), ""
+    (
+        found
+        for name in (os.environ.get("CXX"), "c++", "g++", "clang++")
+        if name and (found := shutil.which(name))
+    ),
+    "",
 )
 
 
 def run(*command: str | Path, seconds: float = 1200) -> str:
     """Its output; the test fails with all of it where the command fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+    )
     assert done.returncode == 0, f"{command[0]} returned {done.returncode}:\n{done.stdout}"
     return done.stdout
 
@@ -55,5 +63,7 @@ def test_kernels(programs: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_emulated_amx(programs: Path) -> None:
     if not (programs / "test_amx").exists():
-        pytest.skip("this compiler or processor has no AVX-512, which the emulated tiles are built on")
+        pytest.skip(
+            "this compiler or processor has no AVX-512, which the emulated tiles are built on"
+        )
     run(programs / "test_amx")

@@ -1,7 +1,9 @@
-"""Watches a scheduler from outside and proves it right or wrong, step by step: invariants I1 to I12 of TRUST.md.
+"""Watches a scheduler from outside and proves it right or wrong, step by step: invariants I1 to I12
+of TRUST.md.
 
-Counts alone do not see wrong content, so this keeps an oracle: it remembers what was truly written to each block, and
-computes every expected prefix hash and every expected token a second time, from the request alone.
+Counts alone do not see wrong content, so this keeps an oracle: it remembers what was truly written
+to each block, and computes every expected prefix hash and every expected token a second time, from
+the request alone.
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ def _violation(invariant: str, message: str, seed: int, step: int) -> Violation:
 
 
 def advance(value: int, token: int) -> int:
-    """What the fake model's cache holds at a position, from what it holds at the one before and its token."""
+    """What the fake model's cache holds at a position, from what it holds at the one before and its
+    token."""
     return hash((value, token))
 
 
 def draw(secret: int, value: int, vocab_size: int) -> int:
-    """The fake model's next token after a position whose cache holds `value`, for a request with this secret."""
+    """The fake model's next token after a position whose cache holds `value`, for a request with
+    this secret."""
     return hash((secret, value)) % vocab_size
 
 
@@ -55,7 +59,8 @@ def draw(secret: int, value: int, vocab_size: int) -> int:
 class Track:
     """What is known of one unfinished request without asking the scheduler.
 
-    values    values[p] is what the cache must hold at position p: a function of the salt and of tokens 0 to p
+    values    values[p] is what the cache must hold at position p: a function of the salt and of
+              tokens 0 to p
     hashes    the prefix hashes of its full blocks
     expected  all tokens that it will ever draw, and with what reason it then ends
     start     where its next chunk has to begin; None while it does not run
@@ -74,7 +79,8 @@ class Track:
 
 
 class Checker:
-    """One scheduler's observer. Tell it what happens; it raises Violation as soon as something is wrong."""
+    """One scheduler's observer. Tell it what happens; it raises Violation as soon as something is
+    wrong."""
 
     def __init__(self, scheduler: Scheduler, key: bytes, vocab_size: int, seed: int) -> None:
         self.scheduler = scheduler
@@ -103,7 +109,8 @@ class Checker:
         self._learn(track)
 
     def solo(self, request: Request, secret: int) -> tuple[list[int], FinishReason]:
-        """The whole output when the request runs alone, by the plainest loop: the answer to compare with."""
+        """The whole output when the request runs alone, by the plainest loop: the answer to compare
+        with."""
         value = int.from_bytes(request.salt, "little")
         for token in (*request.prompt_ids, *request.output_ids):
             value = advance(value, token)
@@ -117,7 +124,8 @@ class Checker:
         return output, FinishReason.LENGTH
 
     def planned(self, plan: StepPlan, now: float) -> None:
-        """`plan(now)` returned this: budget, order, reasons (I7), progress (I8), victims (I9), deadlines."""
+        """`plan(now)` returned this: budget, order, reasons (I7), progress (I8), victims (I9),
+        deadlines."""
         for request_id in plan.expired:
             track = self.tracks.get(request_id)
             if track is None or track.request.deadline is None or track.request.deadline > now:
@@ -133,12 +141,15 @@ class Checker:
             track.blocks = len(track.request.block_ids)
 
     def _check_chunks(self, plan: StepPlan) -> list[Request]:
-        """Each chunk goes on where the last one ended, within a step's bounds; returns the requests that started."""
+        """Each chunk goes on where the last one ended, within a step's bounds; returns the requests
+        that started."""
         config = self.scheduler.config
         if plan.num_tokens > config.max_num_batched_tokens:
             self.broken("budget", f"{plan.num_tokens} tokens of {config.max_num_batched_tokens}")
         running = sum(t.request.status is RequestStatus.RUNNING for t in self.tracks.values())
-        if running > config.max_num_seqs or len({c.request_id for c in plan.chunks}) != len(plan.chunks):
+        if running > config.max_num_seqs or len({c.request_id for c in plan.chunks}) != len(
+            plan.chunks
+        ):
             self.broken("budget", f"{running} sequences of {config.max_num_seqs}")
         started = []
         for chunk in plan.chunks:
@@ -150,38 +161,62 @@ class Checker:
                 started.append(request)
                 self._check_hit(request, chunk.start)
             elif chunk.start != track.start:
-                self.broken("I10", f"{request.id} goes on at {chunk.start} instead of {track.start}")
+                self.broken(
+                    "I10", f"{request.id} goes on at {chunk.start} instead of {track.start}"
+                )
             wanted = request.num_tokens - chunk.start
             if not 1 <= chunk.num_tokens <= wanted or request.num_computed_tokens != chunk.end:
                 self.broken("I10", f"{request.id} computes {chunk.num_tokens} of {wanted} tokens")
-            if not config.enable_chunked_prefill and chunk.num_tokens < wanted <= config.max_num_batched_tokens:
+            if (
+                not config.enable_chunked_prefill
+                and chunk.num_tokens < wanted <= config.max_num_batched_tokens
+            ):
                 self.broken("budget", f"{request.id} was split without chunked prefill")
-            if chunk.samples != (chunk.num_tokens == wanted and len(request.output_ids) < request.max_tokens):
+            if chunk.samples != (
+                chunk.num_tokens == wanted and len(request.output_ids) < request.max_tokens
+            ):
                 self.broken("I10", f"{request.id} samples at the wrong time")
-            if chunk.block_ids != request.block_ids or len(chunk.block_ids) != -(-chunk.end // self.pool.block_size):
-                self.broken("I6", f"{request.id} has {len(chunk.block_ids)} blocks for {chunk.end} tokens")
+            if chunk.block_ids != request.block_ids or len(chunk.block_ids) != -(
+                -chunk.end // self.pool.block_size
+            ):
+                self.broken(
+                    "I6", f"{request.id} has {len(chunk.block_ids)} blocks for {chunk.end} tokens"
+                )
             track.start = chunk.end
         return started
 
     def _check_hit(self, request: Request, start: int) -> None:
         size = self.pool.block_size
         if start % size or start > (request.num_tokens - 1) // size * size:
-            self.broken("I5", f"the hit of {request.id} covers {start} of {request.num_tokens} tokens")
-        if start and (request.params.prompt_logprobs is not None or not self.pool.enable_prefix_caching):
+            self.broken(
+                "I5", f"the hit of {request.id} covers {start} of {request.num_tokens} tokens"
+            )
+        if start and (
+            request.params.prompt_logprobs is not None or not self.pool.enable_prefix_caching
+        ):
             self.broken("I10", f"{request.id} read the cache, but may not")
 
     def _check_victims(self, plan: StepPlan) -> None:
-        """The victims are the last in the order, never the first, and none is preempted without need (I9)."""
+        """The victims are the last in the order, never the first, and none is preempted without
+        need (I9)."""
         if not plan.preempted:
             return
         tracks = [self.tracks.get(request_id) for request_id in plan.preempted]
-        victims = [track for track in tracks if track and track.request.status is RequestStatus.PREEMPTED]
+        victims = [
+            track for track in tracks if track and track.request.status is RequestStatus.PREEMPTED
+        ]
         if len(victims) != len(tracks):
             self.broken("I9", "a victim is not preempted")
-        served = [self.tracks[c.request_id].request.order for c in plan.chunks if c.request_id in self.tracks]
+        served = [
+            self.tracks[c.request_id].request.order
+            for c in plan.chunks
+            if c.request_id in self.tracks
+        ]
         if not served or min(track.request.order for track in victims) < max(served):
             self.broken("I9", "a victim comes before one that is served")
-        stalled = [self.tracks[i].request for i, reason in plan.waiting.items() if reason == "no_blocks"]
+        stalled = [
+            self.tracks[i].request for i, reason in plan.waiting.items() if reason == "no_blocks"
+        ]
         still_short = any(request.status is RequestStatus.RUNNING for request in stalled)
         if self.pool.num_free >= victims[-1].blocks and not still_short:
             self.broken("I9", f"{victims[-1].request.id} was preempted without need")
@@ -189,15 +224,23 @@ class Checker:
             track.start = None
 
     def _check_reasons(self, plan: StepPlan, started: Iterable[Request]) -> None:
-        """Every unfinished request has a chunk or a true reason (I7); the first gets on, none is overtaken (I8)."""
+        """Every unfinished request has a chunk or a true reason (I7); the first gets on, none is
+        overtaken (I8)."""
         computed = {chunk.request_id for chunk in plan.chunks}
         if self.tracks.keys() != self.scheduler.requests.keys():
-            self.broken("I10", f"{self.tracks.keys() ^ self.scheduler.requests.keys()} are lost, or not gone")
+            self.broken(
+                "I10",
+                f"{self.tracks.keys() ^ self.scheduler.requests.keys()} are lost, or not gone",
+            )
         if computed & plan.waiting.keys() or computed | plan.waiting.keys() != self.tracks.keys():
             self.broken("I7", "some requests have neither chunk nor reason, or both")
         if self.tracks and not computed:
-            self.broken("I8", f"nothing is computed for {len(self.tracks)} requests: {dict(plan.waiting)}")
-        running = [t.request for t in self.tracks.values() if t.request.status is RequestStatus.RUNNING]
+            self.broken(
+                "I8", f"nothing is computed for {len(self.tracks)} requests: {dict(plan.waiting)}"
+            )
+        running = [
+            t.request for t in self.tracks.values() if t.request.status is RequestStatus.RUNNING
+        ]
         if running and min(running, key=lambda r: r.order).id not in computed:
             self.broken("I8", "the first running request gets nothing")
         blocked = []
@@ -223,7 +266,8 @@ class Checker:
         self.broken("I7", f"{waiting.request.id} waits for a prefix that nobody computes")
 
     def computed(self, plan: StepPlan) -> dict[str, int]:
-        """The step ran: read all tables, then write all chunks. Returns what the last position of each chunk holds."""
+        """The step ran: read all tables, then write all chunks. Returns what the last position of
+        each chunk holds."""
         size, contents = self.pool.block_size, self._contents
         holders = Counter(chain.from_iterable(t.request.block_ids for t in self.tracks.values()))
         cached = set(self.pool.cached.values())
@@ -232,7 +276,11 @@ class Checker:
             for i in range(-(-chunk.start // size)):
                 wanted = values[i * size : min((i + 1) * size, chunk.start)]
                 if contents[chunk.block_ids[i]][: len(wanted)] != wanted:
-                    self.broken("I4", f"block {chunk.block_ids[i]} holds something else than {chunk.request_id} reads")
+                    self.broken(
+                        "I4",
+                        f"block {chunk.block_ids[i]} holds something else than {chunk.request_id} "
+                        "reads",
+                    )
         for chunk in plan.chunks:
             values = self.tracks[chunk.request_id].values
             first = chunk.start // size
@@ -241,7 +289,9 @@ class Checker:
                 lineage |= self._writers[chunk.block_ids[first - 1]]
             for i, block in enumerate(chunk.block_ids[first:], first):
                 if holders[block] != 1 or block in cached:
-                    self.broken("I5", f"{chunk.request_id} writes to block {block}, which is shared")
+                    self.broken(
+                        "I5", f"{chunk.request_id} writes to block {block}, which is shared"
+                    )
                 contents[block] = values[i * size : min((i + 1) * size, chunk.end)]
                 self._writers[block] = lineage
         return {chunk.request_id: contents[chunk.block_ids[-1]][-1] for chunk in plan.chunks}
@@ -256,8 +306,11 @@ class Checker:
             if chunk.request_id in self.tracks:
                 self.tracks[chunk.request_id].start = chunk.start
 
-    def updated(self, plan: StepPlan, drawn: Mapping[str, Sequence[int]], finished: Sequence[Request]) -> None:
-        """`update(plan, drawn)` returned `finished`: tokens come without gap or repeat, and end where they should."""
+    def updated(
+        self, plan: StepPlan, drawn: Mapping[str, Sequence[int]], finished: Sequence[Request]
+    ) -> None:
+        """`update(plan, drawn)` returned `finished`: tokens come without gap or repeat, and end
+        where they should."""
         ended = {request.id: request for request in finished}
         for chunk in plan.chunks:
             track = self.tracks.get(chunk.request_id)
@@ -266,12 +319,20 @@ class Checker:
             request = track.request
             got = min(track.outputs + len(drawn.get(request.id, ())), len(track.expected))
             if request.output_ids != track.expected[:got]:
-                self.broken("I10", f"{request.id} has tokens {request.output_ids}, not {track.expected[:got]}")
+                self.broken(
+                    "I10",
+                    f"{request.id} has tokens {request.output_ids}, not {track.expected[:got]}",
+                )
             if chunk.samples and not drawn.get(request.id):
                 track.start = chunk.end - 1
-            over = got == len(track.expected) and chunk.end == len(request.prompt_ids) + track.outputs
+            over = (
+                got == len(track.expected) and chunk.end == len(request.prompt_ids) + track.outputs
+            )
             if over != (request.id in ended):
-                self.broken("I10", f"{request.id} {'goes on after' if over else 'ends before'} its last token")
+                self.broken(
+                    "I10",
+                    f"{request.id} {'goes on after' if over else 'ends before'} its last token",
+                )
             track.outputs = got
             self._learn(track)
         for request in finished:
@@ -284,16 +345,22 @@ class Checker:
         if request.id in self.ends:
             self.broken("I10", f"{request.id} ends with {reason} after {self.ends[request.id]}")
         if request.finish_reason is not reason or not request.finished:
-            self.broken("I10", f"{request.id} ends with {request.finish_reason} instead of {reason}")
+            self.broken(
+                "I10", f"{request.id} ends with {request.finish_reason} instead of {reason}"
+            )
         if request.block_ids or request.id in self.scheduler.requests:
-            self.broken("I12", f"{request.id} is over, but has {len(request.block_ids)} blocks or is in the books")
+            self.broken(
+                "I12",
+                f"{request.id} is over, but has {len(request.block_ids)} blocks or is in the books",
+            )
         if reason is FinishReason.ERROR:
             self._failed.add(request.id)
         self.ends[request.id] = reason
         del self.tracks[request.id]
 
     def books(self) -> None:
-        """I1 to I6 by recount, I4 by content, and no cached block derives from a request whose numbers went wrong."""
+        """I1 to I6 by recount, I4 by content, and no cached block derives from a request whose
+        numbers went wrong."""
         try:
             check_books(self.scheduler)
         except AssertionError as error:
@@ -303,10 +370,13 @@ class Checker:
             if self._truth.get(digest) != self._contents[block]:
                 self.broken("I4", f"block {block} does not hold what its hash says")
             if self._failed and not self._writers[block].isdisjoint(self._failed):
-                self.broken("I4", f"block {block} is cached, but derives from a request that failed")
+                self.broken(
+                    "I4", f"block {block} is cached, but derives from a request that failed"
+                )
 
     def quiet(self) -> None:
-        """All requests are over: everything equals the start (I12), each had its one event (I10)."""
+        """All requests are over: everything equals the start (I12), each had its one event
+        (I10)."""
         self.books()
         if self.tracks:
             self.broken("I10", f"{sorted(self.tracks)} never ended")
@@ -314,7 +384,8 @@ class Checker:
             self.broken("I12", f"{self.pool.num_used} blocks are held by nobody")
 
     def _learn(self, track: Track) -> None:
-        """Take in the request's new tokens: what the cache has to hold for them, and under which hashes."""
+        """Take in the request's new tokens: what the cache has to hold for them, and under which
+        hashes."""
         request, values, size = track.request, track.values, self.pool.block_size
         value = values[-1] if values else int.from_bytes(request.salt, "little")
         for token in request.tokens(len(values), request.num_tokens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
 from moebius.schedule.scheduler import Scheduler, StepPlan
@@ -24,7 +24,9 @@ def make_request(
     arrival: float = 0.0,
     **fields,
 ) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
+    params = SamplingParams(
+        max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs
+    )
     return Request.create(request_id, prompt, params, LIMITS, arrival=arrival, **fields)
 
 
@@ -39,15 +41,20 @@ def make_scheduler(
     **config,
 ) -> Scheduler:
     pool = BlockPool(blocks, size, key=KEY, enable_prefix_caching=caching)
-    bounds = EngineConfig(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, **config)
+    bounds = EngineConfig(
+        max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, **config
+    )
     return Scheduler(bounds, pool)
 
 
 def step(scheduler: Scheduler, now: float = 0.0, token: int = 5) -> tuple[StepPlan, list[Request]]:
-    """One step in which every chunk that samples draws `token`; the books are checked after each half."""
+    """One step in which every chunk that samples draws `token`; the books are checked after each
+    half."""
     plan = scheduler.plan(now)
     check_books(scheduler)
-    finished = scheduler.update(plan, {chunk.request_id: [token] for chunk in plan.chunks if chunk.samples})
+    finished = scheduler.update(
+        plan, {chunk.request_id: [token] for chunk in plan.chunks if chunk.samples}
+    )
     check_books(scheduler)
     return plan, finished
 

@@ -1,4 +1,5 @@
-"""Bugs seeded one at a time into the scheduler and the block pool: the simulation has to find every one of them.
+"""Bugs seeded one at a time into the scheduler and the block pool: the simulation has to find every
+one of them.
 
 Each is a subclass with one method done wrong, the way it could be written by mistake.
 """
@@ -113,7 +114,9 @@ class _(BlockPool):
 class _(BlockPool):
     def match(self, request):
         limit = self._readable_blocks(request)
-        return [self._cached[h] for h in self._hash_blocks(request, limit)[:limit] if h in self._cached]
+        return [
+            self._cached[h] for h in self._hash_blocks(request, limit)[:limit] if h in self._cached
+        ]
 
 
 @bug("a request with prompt log-probabilities reads the cache")
@@ -137,7 +140,9 @@ class _(BlockPool):
         for i in range(first, request.num_published_blocks):
             digest, block = request.block_hashes[i], request.block_ids[i]
             self._cached[digest] = block
-            self._entries[block] = _Entry(digest, request.block_hashes[i - 1] if i else None, request.id)
+            self._entries[block] = _Entry(
+                digest, request.block_hashes[i - 1] if i else None, request.id
+            )
 
 
 @bug("what a failed request published stays")
@@ -411,7 +416,11 @@ class _(Scheduler):
 class _(Scheduler):
     def _admit(self, request, promised, draft):
         self.asleep = getattr(self, "asleep", set())
-        reason = "prefix_in_flight" if request.id in self.asleep else super()._admit(request, promised, draft)
+        reason = (
+            "prefix_in_flight"
+            if request.id in self.asleep
+            else super()._admit(request, promised, draft)
+        )
         if reason == "prefix_in_flight":
             self.asleep.add(request.id)
         return reason
@@ -421,7 +430,11 @@ class _(Scheduler):
 class _(Scheduler):
     def _admit(self, request, promised, draft):
         computing = self.pool.claimant(request)
-        return "prefix_in_flight" if computing is not None else super()._admit(request, promised, draft)
+        return (
+            "prefix_in_flight"
+            if computing is not None
+            else super()._admit(request, promised, draft)
+        )
 
 
 @bug("a failed step is not rolled back")
@@ -512,7 +525,10 @@ class _(Scheduler):
 @bug("one seat too many")
 class _(Scheduler):
     def _serve_waiting(self, draft):
-        config, self.config = self.config, replace(self.config, max_num_seqs=self.config.max_num_seqs + 1)
+        config, self.config = (
+            self.config,
+            replace(self.config, max_num_seqs=self.config.max_num_seqs + 1),
+        )
         super()._serve_waiting(draft)
         self.config = config
 

@@ -1,9 +1,11 @@
-"""The real scheduler and pool under a virtual clock, with a fake model and random, hostile work, checked at each step.
+"""The real scheduler and pool under a virtual clock, with a fake model and random, hostile work,
+checked at each step.
 
 `make simulate STEPS=1000000 SEED=1` runs episodes with seeds 1, 2, 3, ...: each a new random
-configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off) and workload (shared prefixes, tenants,
-priorities, deadlines, aborts in every state, failed steps, numerical failures, several tokens a step), ending when all
-is drained. A violation names the invariant, the episode's seed and the step, and comes again from that seed.
+configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off) and workload (shared
+prefixes, tenants, priorities, deadlines, aborts in every state, failed steps, numerical failures,
+several tokens a step), ending when all is drained. A violation names the invariant, the episode's
+seed and the step, and comes again from that seed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from random import Random
 from timeit import default_timer  # the command's stop watch; the simulation's own clock is virtual
 
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 from moebius.errors import OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import FinishReason, Request, SamplingParams, ServingLimits
@@ -127,7 +129,8 @@ class Episode:
         self.done: list[str] = []
 
     def run(self, steps: int) -> Stats:
-        """At most `steps` steps with new work, then as many as it takes to drain; all of them are counted."""
+        """At most `steps` steps with new work, then as many as it takes to drain; all of them are
+        counted."""
         checker = self.checker
         try:
             while checker.step < steps:
@@ -141,7 +144,9 @@ class Episode:
             checker.quiet()
         except Violation:
             raise
-        except Exception as error:  # the scheduler's own assertions, and whatever a bug makes it stumble on
+        except (
+            Exception
+        ) as error:  # the scheduler's own assertions, and whatever a bug makes it stumble on
             checker.broken("crash", f"{type(error).__name__}: {error}")
         self.stats.steps = checker.step
         self.stats.preemptions = self.scheduler.preemptions
@@ -149,7 +154,8 @@ class Episode:
         return self.stats
 
     def _turn(self) -> None:
-        """One step: plan, disturb, compute, disturb, update or roll back; everything is checked in between."""
+        """One step: plan, disturb, compute, disturb, update or roll back; everything is checked in
+        between."""
         rng, checker, scheduler = self.rng, self.checker, self.scheduler
         checker.step += 1
         self.now += rng.random() * 0.1
@@ -158,7 +164,9 @@ class Episode:
         checker.planned(plan, self.now)
         checker.books()
         self.stats.expired += len(plan.expired)
-        self.stats.prefix_waits += sum(reason == "prefix_in_flight" for reason in plan.waiting.values())
+        self.stats.prefix_waits += sum(
+            reason == "prefix_in_flight" for reason in plan.waiting.values()
+        )
         if plan.chunks and rng.random() < self.mood.rollback:
             self._maybe_abort()
             scheduler.rollback(plan)
@@ -173,7 +181,11 @@ class Episode:
         self._maybe_abort()
         if plan.chunks and self.rng.random() < self.mood.failure:
             self._fail(self.rng.choice(plan.chunks).request_id)
-        drawn = {chunk.request_id: self._draw(chunk.request_id, values) for chunk in plan.chunks if chunk.samples}
+        drawn = {
+            chunk.request_id: self._draw(chunk.request_id, values)
+            for chunk in plan.chunks
+            if chunk.samples
+        }
         finished = self.scheduler.update(plan, drawn)
         self.checker.updated(plan, drawn, finished)
         self.done += [request.id for request in finished]
@@ -181,7 +193,8 @@ class Episode:
         self.stats.computed_tokens += plan.num_tokens
 
     def _draw(self, request_id: str, values: dict[str, int]) -> list[int]:
-        """One token, now and then several or none; from what the cache holds and from the request's secret."""
+        """One token, now and then several or none; from what the cache holds and from the request's
+        secret."""
         track = self.checker.tracks.get(request_id)
         if track is None or self.rng.random() < self.mood.nothing_drawn:
             return []
@@ -209,7 +222,10 @@ class Episode:
                 self.checker.broken("I8", f"refused without cause: {error}")
         else:
             if hopeless or full:
-                self.checker.broken("I8", f"{request.id} was let in, but {'cannot run' if hopeless else 'is too much'}")
+                self.checker.broken(
+                    "I8",
+                    f"{request.id} was let in, but {'cannot run' if hopeless else 'is too much'}",
+                )
             self.checker.admitted(request, secret)
             self.stats.requests += 1
             return
@@ -249,7 +265,9 @@ class Episode:
     def _hopeless(self, request: Request) -> bool:
         """Whether the request, alone in an empty pool, could not be served to its end."""
         config, pool, prompt = self.config, self.scheduler.pool, len(request.prompt_ids)
-        if prompt > config.max_model_len or (prompt == config.max_model_len and request.max_tokens > 0):
+        if prompt > config.max_model_len or (
+            prompt == config.max_model_len and request.max_tokens > 0
+        ):
             return True
         if not config.enable_chunked_prefill and prompt > config.max_num_batched_tokens:
             return True
@@ -260,14 +278,20 @@ class Episode:
         queue = [t.request.num_tokens for t in self.checker.tracks.values() if t.start is None]
         config = self.config
         too_many = len(queue) >= config.max_queue_requests
-        return bool(queue) and (too_many or sum(queue) + request.num_tokens > config.max_queue_tokens)
+        return bool(queue) and (
+            too_many or sum(queue) + request.num_tokens > config.max_queue_tokens
+        )
 
     def _maybe_abort(self) -> None:
         """End some request by force: waiting, running, preempted or, to no effect, over."""
         if self.rng.random() >= self.mood.abort:
             return
         over = not self.checker.tracks or self.rng.random() < 0.1
-        request_id = self.rng.choice((*self.done[-5:], "nobody")) if over else self.rng.choice([*self.checker.tracks])
+        request_id = (
+            self.rng.choice((*self.done[-5:], "nobody"))
+            if over
+            else self.rng.choice([*self.checker.tracks])
+        )
         request = self.scheduler.abort(request_id)
         if (request is None) != (request_id not in self.checker.tracks):
             self.checker.broken("I10", f"abort of {request_id} returned {request}")
@@ -296,14 +320,18 @@ def simulate(
     """At least `steps` checked steps, in episodes with seeds from `seed` on. Raises Violation."""
     total = Stats()
     while total.steps < steps:
-        episode = Episode(seed + total.episodes, scheduler_class=scheduler_class, pool_class=pool_class)
+        episode = Episode(
+            seed + total.episodes, scheduler_class=scheduler_class, pool_class=pool_class
+        )
         total.add(episode.run(min(EPISODE_STEPS, steps - total.steps)))
     return total
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m schedule.simulate", description=__doc__)
-    parser.add_argument("--steps", type=int, default=100_000, help="steps in all, over all processes")
+    parser.add_argument(
+        "--steps", type=int, default=100_000, help="steps in all, over all processes"
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of the first episode")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args(argv)

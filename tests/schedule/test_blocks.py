@@ -48,11 +48,16 @@ def test_hash_is_keyed_chained_and_length_prefixed():
     compute(pool, request)
 
     def digest(*parts: bytes) -> bytes:
-        return blake2b(b"".join(struct.pack("<Q", len(p)) + p for p in parts), digest_size=16, key=KEY).digest()
+        return blake2b(
+            b"".join(struct.pack("<Q", len(p)) + p for p in parts), digest_size=16, key=KEY
+        ).digest()
 
     root = digest(b"", b"model", b"tenant")
     first = digest(root, struct.pack("<2I", 1, 2))
-    assert pool.cached == {first: request.block_ids[0], digest(first, struct.pack("<2I", 3, 4)): request.block_ids[1]}
+    assert pool.cached == {
+        first: request.block_ids[0],
+        digest(first, struct.pack("<2I", 3, 4)): request.block_ids[1],
+    }
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,9 @@ def test_the_least_recently_used_chain_is_evicted_first():
         release(pool, request)
     taker = make_request("t", [99] * 12)
     assert pool.open(taker, []) and pool.extend(taker, 12)
-    assert pool.match(make_request("a3", range(10, 15))) and not pool.match(make_request("b3", range(20, 25)))
+    assert pool.match(make_request("a3", range(10, 15))) and not pool.match(
+        make_request("b3", range(20, 25))
+    )
 
 
 def test_extend_and_open_change_nothing_when_there_is_no_room():
@@ -153,12 +160,19 @@ def test_an_idle_hit_is_not_counted_as_free_room():
     two = make_request("b", range(1, 14))  # four blocks, two of them idle in a pool of three
     assert len(pool.match(two)) == 2 and not pool.open(two, pool.match(two))
     three = make_request("c", range(1, 13))
-    assert not pool.open(three, pool.match(three), reserved=1) and pool.open(three, pool.match(three))
+    assert not pool.open(three, pool.match(three), reserved=1) and pool.open(
+        three, pool.match(three)
+    )
 
 
 def test_fits_is_the_one_rule():
     pool = pool_of(blocks=3)
-    assert pool.fits(12) and not pool.fits(13) and pool.fits(13, held=1) and not pool.fits(9, held=1, free=1)
+    assert (
+        pool.fits(12)
+        and not pool.fits(13)
+        and pool.fits(13, held=1)
+        and not pool.fits(9, held=1, free=1)
+    )
 
 
 def test_a_second_publisher_keeps_its_block_private():
@@ -263,7 +277,9 @@ def test_withdraw_takes_what_hangs_on_an_evicted_block():
     middle = make_request("middle", range(1, 10))
     compute(pool, bad)
     compute(pool, middle)
-    private = make_request("private", range(1, 14), prompt_logprobs=1)  # recomputes all: its third block hangs on
+    private = make_request(
+        "private", range(1, 14), prompt_logprobs=1
+    )  # recomputes all: its third block hangs on
     compute(pool, private)  # the hash of the second, which `middle` holds
     last = private.block_ids[2]
     release(pool, middle)
@@ -332,7 +348,10 @@ def test_check_sees_a_free_block_with_a_hash_and_a_shared_block_being_written():
 
 
 @settings(derandomize=True, deadline=None, max_examples=60, database=None)
-@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=8), st.integers(1, 4))
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=8),
+    st.integers(1, 4),
+)
 def test_match_finds_the_longest_prefix_that_a_naive_search_finds(prompts, size):
     pool = BlockPool(200, size, key=KEY)
     seen: list[list[int]] = []
@@ -354,7 +373,9 @@ def test_the_choices_of_a_prompt_share_its_hashes_and_no_others(monkeypatch):
     alone = make_request("alone", range(1, 19), max_tokens=20)
     made = []
     honest = BlockPool._digest
-    monkeypatch.setattr(BlockPool, "_digest", lambda self, *parts: made.append(self) or honest(self, *parts))
+    monkeypatch.setattr(
+        BlockPool, "_digest", lambda self, *parts: made.append(self) or honest(self, *parts)
+    )
     for i, request in enumerate((first, *siblings, alone)):
         request.output_ids.extend([50 + i] * 6)
     hashes = [list(pool._hash_blocks(request, 6)) for request in (first, *siblings)]

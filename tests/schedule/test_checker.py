@@ -34,7 +34,11 @@ class Story:
 
     def drawn(self, plan: StepPlan) -> dict[str, list[int]]:
         values = self.checker.computed(plan)
-        return {chunk.request_id: [draw(3, values[chunk.request_id], VOCAB)] for chunk in plan.chunks if chunk.samples}
+        return {
+            chunk.request_id: [draw(3, values[chunk.request_id], VOCAB)]
+            for chunk in plan.chunks
+            if chunk.samples
+        }
 
     def step(self) -> StepPlan:
         plan = self.plan()
@@ -45,7 +49,8 @@ class Story:
 
     def contradicts(self, invariant: str, message: str):
         return pytest.raises(
-            Violation, match=f"{invariant} violated in step 0 of the episode with seed 77: .*{message}"
+            Violation,
+            match=f"{invariant} violated in step 0 of the episode with seed 77: .*{message}",
         )
 
 
@@ -135,7 +140,10 @@ def test_no_request_is_lost():
 
 def test_no_block_is_written_by_two_or_while_it_is_cached():
     story = Story()
-    one, two = story.add(make_request("a", range(1, 8))), story.add(make_request("b", range(50, 57), arrival=1.0))
+    one, two = (
+        story.add(make_request("a", range(1, 8))),
+        story.add(make_request("b", range(50, 57), arrival=1.0)),
+    )
     plan = story.plan()
     two.block_ids = one.block_ids
     with story.contradicts("I5", "a writes to block 0, which is shared"):

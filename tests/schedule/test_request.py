@@ -84,7 +84,11 @@ def test_a_wrong_request_names_its_field(fields, param):
     ("prompt", "max_tokens", "message"),
     [
         (4096, None, r"you requested 4097 tokens \(4096 in the prompt, 1 in the completion\)"),
-        (4097, None, "your prompt resulted in 4097 tokens. Please reduce the length of the prompt."),
+        (
+            4097,
+            None,
+            "your prompt resulted in 4097 tokens. Please reduce the length of the prompt.",
+        ),
         (4090, 7, r"you requested 4097 tokens \(4090 in the prompt, 7 in the completion\)"),
         (4097, 0, "your prompt resulted in 4097 tokens"),
     ],
@@ -93,14 +97,22 @@ def test_a_request_beyond_the_context_is_refused_with_the_numbers(prompt, max_to
     with pytest.raises(ContextLengthError, match=message) as error:
         make([1] * prompt, SamplingParams(max_tokens=max_tokens))
     assert error.value.code == "context_length_exceeded"
-    assert str(error.value).startswith("This model's maximum context length is 4096 tokens. However, ")
+    assert str(error.value).startswith(
+        "This model's maximum context length is 4096 tokens. However, "
+    )
 
 
 def test_defaults_are_resolved_when_it_is_made():
-    request = make([1] * 96, SamplingParams(max_tokens=None, seed=-1, stop_token_ids=(3,)), eos_ids=frozenset({2}))
+    request = make(
+        [1] * 96,
+        SamplingParams(max_tokens=None, seed=-1, stop_token_ids=(3,)),
+        eos_ids=frozenset({2}),
+    )
     assert request.max_tokens == 4000 and request.seed == 2**64 - 1 and request.stop_ids == {2, 3}
     assert make(seed=5).seed == 5 and make().seed == 0
-    assert make(params=SamplingParams(ignore_eos=True), eos_ids=frozenset({2})).stop_ids == frozenset()
+    assert (
+        make(params=SamplingParams(ignore_eos=True), eos_ids=frozenset({2})).stop_ids == frozenset()
+    )
     assert make([1] * 4096, SamplingParams(max_tokens=0)).max_tokens == 0
 
 
@@ -149,7 +161,11 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
 
     checks = []
     honest = request_module._check_tokens
-    monkeypatch.setattr(request_module, "_check_tokens", lambda ids, size: checks.append(len(ids)) or honest(ids, size))
+    monkeypatch.setattr(
+        request_module,
+        "_check_tokens",
+        lambda ids, size: checks.append(len(ids)) or honest(ids, size),
+    )
     ids = CountedIds([5, 6, 7] * 1000)
     params = SamplingParams(n=16, seed=3, max_tokens=8, stop_token_ids=(9,), logit_bias={4: 1.0})
     tokenizer, names = Tokenizer.load(tiny_model), map(str, itertools.count())
@@ -161,7 +177,9 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
     assert [request.id for request in made] == [str(i) for i in range(16)]
     for i, request in enumerate(made):
         seed = choice_seed(3, i)
-        alone = Request.create(str(i), ids, params, LIMITS, eos_ids=Info.eos_ids, seed=seed, **fields)
+        alone = Request.create(
+            str(i), ids, params, LIMITS, eos_ids=Info.eos_ids, seed=seed, **fields
+        )
         for name in set(Request.__dataclass_fields__) - {"prompt_hashes"}:
             assert getattr(request, name) == getattr(alone, name), name
 
@@ -171,13 +189,20 @@ def test_a_sibling_begins_anew_whatever_became_of_the_first():
     first.status, first.num_computed_tokens = RequestStatus.RUNNING, 2
     first.block_hashes.append(b"x")
     other = first.sibling("b", -1)
-    assert (other.id, other.seed, other.output_ids, other.num_computed_tokens) == ("b", 2**64 - 1, [], 0)
+    assert (other.id, other.seed, other.output_ids, other.num_computed_tokens) == (
+        "b",
+        2**64 - 1,
+        [],
+        0,
+    )
     assert other.status is RequestStatus.WAITING and other.block_hashes == []
     other.output_ids.append(5)
     assert first.output_ids == [4]
 
 
-@pytest.mark.parametrize("ids", [[1, 2, -1], [1, 2, 1000], [1, 2.0], [1, None], [1, True], [1, "2"]])
+@pytest.mark.parametrize(
+    "ids", [[1, 2, -1], [1, 2, 1000], [1, 2.0], [1, None], [1, True], [1, "2"]]
+)
 def test_one_wrong_id_among_many_is_named(ids):
     with pytest.raises(RequestError, match=f"token id {ids[-1]!r} is not an integer from 0 to 999"):
         make([5] * 100 + ids)

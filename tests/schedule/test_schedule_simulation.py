@@ -22,7 +22,10 @@ PROCESSES = 2
 
 def test_200_000_steps_without_a_violation(capsys):
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as executor:
-        jobs = [executor.submit(simulate, STEPS // PROCESSES, SEED + i * 10**6) for i in range(PROCESSES)]
+        jobs = [
+            executor.submit(simulate, STEPS // PROCESSES, SEED + i * 10**6)
+            for i in range(PROCESSES)
+        ]
         total = Stats()
         for job in jobs:
             total.add(job.result())
@@ -30,7 +33,10 @@ def test_200_000_steps_without_a_violation(capsys):
         print(f"\n  from seed {SEED}: {total}")
     assert total.steps >= STEPS
     # Work of every kind must have been there, or the run proves nothing about it.
-    assert min(total.preemptions, total.prefix_waits, total.failed, total.expired, total.rollbacks) > 300
+    assert (
+        min(total.preemptions, total.prefix_waits, total.failed, total.expired, total.rollbacks)
+        > 300
+    )
     assert total.requests == total.finished + total.aborted + total.failed + total.expired
     assert total.prefix_hits > 10_000 and total.refused > 1000
 
@@ -48,7 +54,9 @@ def test_episodes_follow_each_other_until_the_steps_are_done():
 
 def test_a_request_that_does_not_end_is_a_violation():
     episode = Episode(1)
-    episode._compute = lambda plan: episode.scheduler.rollback(plan) or episode.checker.rolled_back(plan)
+    episode._compute = lambda plan: (
+        episode.scheduler.rollback(plan) or episode.checker.rolled_back(plan)
+    )
     with pytest.raises(Violation, match="do not end") as violation:
         episode.run(100)
     assert violation.value.invariant == "I8"
@@ -72,8 +80,20 @@ def test_a_violation_crosses_processes():
 def test_command_prints_its_figures():
     paths = (Path(moebius.__file__).parents[1], Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, "-m", "schedule.simulate", "--steps", "2000", "--seed", "4", "--processes", "2"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "schedule.simulate",
+        "--steps",
+        "2000",
+        "--seed",
+        "4",
+        "--processes",
+        "2",
+    ]
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
     assert "no violation" in run.stdout and "steps/s" in run.stdout and "preemptions" in run.stdout
 
 

@@ -9,7 +9,7 @@ from time import process_time
 
 import pytest
 
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError, ContextLengthError, OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import FinishReason, RequestStatus
@@ -64,7 +64,12 @@ def test_a_plan_is_plain_data():
     add(scheduler, make_request("a", range(1, 7)), make_request("b", [1], arrival=1.0))
     plan = scheduler.plan(0.0)
     (chunk,) = plan.chunks
-    assert (chunk.request_id, chunk.end, len(chunk.block_ids), chunk.num_cached_tokens) == ("a", 6, 2, 0)
+    assert (chunk.request_id, chunk.end, len(chunk.block_ids), chunk.num_cached_tokens) == (
+        "a",
+        6,
+        2,
+        0,
+    )
     assert dict(plan.waiting) == {"b": "no_seats"} and plan.preempted == plan.expired == ()
     with pytest.raises(TypeError):
         plan.waiting["b"] = "no_blocks"
@@ -93,7 +98,9 @@ def test_an_urgent_newcomer_is_served_first_among_the_running():
     step(scheduler)
     add(scheduler, make_request("urgent", [1, 2], priority=-1, arrival=1.0))
     plan, _ = step(scheduler)
-    assert [c.request_id for c in plan.chunks] == ["slow"]  # the running ones first: no budget is left
+    assert [c.request_id for c in plan.chunks] == [
+        "slow"
+    ]  # the running ones first: no budget is left
     assert dict(plan.waiting) == {"urgent": "no_budget"}
     scheduler.abort("slow")
     add(scheduler, make_request("slow2", range(1, 60), arrival=2.0))
@@ -109,7 +116,10 @@ def test_an_urgent_newcomer_is_served_first_among_the_running():
 def test_a_common_prompt_that_arrives_32_times_is_computed_once():
     common = [i % 997 for i in range(1024)]
     scheduler = make_scheduler(blocks=2048, size=16, seqs=32, budget=768, length=2048)
-    add(scheduler, *(make_request(f"r{i}", [*common, *[i] * 10], max_tokens=1, arrival=i) for i in range(32)))
+    add(
+        scheduler,
+        *(make_request(f"r{i}", [*common, *[i] * 10], max_tokens=1, arrival=i) for i in range(32)),
+    )
     plans = drain(scheduler)
     computed = Counter()
     for plan in plans:
@@ -123,8 +133,14 @@ def test_a_common_prompt_that_arrives_32_times_is_computed_once():
 
 def test_who_waits_for_a_prefix_is_counted_apart():
     scheduler = make_scheduler(budget=8, seqs=2)
-    same = [make_request(name, range(1, 30), arrival=i) for i, name in enumerate(("owner", "waiter"))]
-    add(scheduler, *same, *(make_request(f"other{i}", [500 + i] * 20, arrival=9.0 + i) for i in range(3)))
+    same = [
+        make_request(name, range(1, 30), arrival=i) for i, name in enumerate(("owner", "waiter"))
+    ]
+    add(
+        scheduler,
+        *same,
+        *(make_request(f"other{i}", [500 + i] * 20, arrival=9.0 + i) for i in range(3)),
+    )
     counted: list[int] = []
     while scheduler.has_work:
         plan, _ = step(scheduler)
@@ -136,7 +152,11 @@ def test_who_waits_for_a_prefix_is_counted_apart():
 @pytest.mark.parametrize("how", ["abort", "fail"])
 def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_gone(how):
     scheduler = make_scheduler(budget=8)
-    add(scheduler, make_request("owner", range(1, 30)), make_request("waiter", range(1, 30), arrival=1.0))
+    add(
+        scheduler,
+        make_request("owner", range(1, 30)),
+        make_request("waiter", range(1, 30), arrival=1.0),
+    )
     add(scheduler, make_request("stranger", range(1, 4), arrival=2.0, salt=b"other"))
     plan, _ = step(scheduler)
     assert plan.waiting["waiter"] == "no_budget"  # nothing is left, so no need to look
@@ -150,7 +170,11 @@ def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_gone(how):
 
 def test_other_tenants_do_not_wait_for_a_prefix():
     scheduler = make_scheduler()
-    add(scheduler, make_request("a", range(1, 20)), make_request("b", range(1, 20), arrival=1.0, salt=b"other"))
+    add(
+        scheduler,
+        make_request("a", range(1, 20)),
+        make_request("b", range(1, 20), arrival=1.0, salt=b"other"),
+    )
     plan, _ = step(scheduler)
     assert [c.num_tokens for c in plan.chunks] == [19, 19] and not plan.waiting
 
@@ -160,7 +184,9 @@ def test_who_waits_for_a_prefix_is_passed_by():
     add(scheduler, make_request("a", range(1, 20)), make_request("b", range(1, 20), arrival=1.0))
     add(scheduler, make_request("c", range(40, 50), arrival=2.0))
     plan, _ = step(scheduler)
-    assert [c.request_id for c in plan.chunks] == ["a", "c"] and dict(plan.waiting) == {"b": "prefix_in_flight"}
+    assert [c.request_id for c in plan.chunks] == ["a", "c"] and dict(plan.waiting) == {
+        "b": "prefix_in_flight"
+    }
     plan, _ = step(scheduler)
     assert [(c.request_id, c.start, c.num_cached_tokens) for c in plan.chunks][2] == ("b", 16, 16)
 
@@ -198,7 +224,8 @@ def test_a_replay_goes_on_behind_its_output():
     assert request.output_ids == [7, 8, 5, 5, 5]
 
 
-# -------------------------------------------------------------------------------------------------- blocks and victims
+# --------------------------------------------------------------------------------------------------
+# blocks and victims
 
 
 def test_the_last_in_the_order_is_preempted_and_comes_back():
@@ -214,7 +241,9 @@ def test_the_last_in_the_order_is_preempted_and_comes_back():
     assert first.output_ids == last.output_ids == [5] * 8
     resumed = [c for plan in plans for c in plan.chunks if c.request_id == "last"]
     restart = next(
-        i for i in range(1, len(resumed)) if resumed[i].num_tokens > 1 or resumed[i].start < resumed[i - 1].end
+        i
+        for i in range(1, len(resumed))
+        if resumed[i].num_tokens > 1 or resumed[i].start < resumed[i - 1].end
     )
     assert resumed[restart].num_cached_tokens == 0  # as when it first ran
 
@@ -225,7 +254,11 @@ def test_a_preempted_request_finds_its_published_blocks():
     (last,) = add(scheduler, make_request("last", [4, 5, 6, 7, 8], max_tokens=9, arrival=1.0))
     while not last.num_preemptions:
         step(scheduler)
-    assert last.status is RequestStatus.PREEMPTED and not last.block_ids and last.num_computed_tokens == 0
+    assert (
+        last.status is RequestStatus.PREEMPTED
+        and not last.block_ids
+        and last.num_computed_tokens == 0
+    )
     scheduler.abort("first")
     plan, _ = step(scheduler)
     assert plan.chunks[0].start > 0
@@ -254,11 +287,17 @@ def test_the_last_running_request_waits_with_its_blocks():
 def test_nothing_starts_beside_what_is_promised():
     scheduler = make_scheduler(blocks=6, size=4, budget=8, length=24)
     add(scheduler, make_request("long", range(1, 19), max_tokens=4))
-    add(scheduler, make_request("next", range(50, 57), arrival=1.0), make_request("small", [9], arrival=2.0))
+    add(
+        scheduler,
+        make_request("next", range(50, 57), arrival=1.0),
+        make_request("small", [9], arrival=2.0),
+    )
     for _ in range(2):
         plan, _ = step(scheduler)
         assert [c.request_id for c in plan.chunks] == ["long"]
-    plan, _ = step(scheduler)  # budget is left now, but the blocks are promised; and nobody passes the first
+    plan, _ = step(
+        scheduler
+    )  # budget is left now, but the blocks are promised; and nobody passes the first
     assert dict(plan.waiting) == {"next": "no_blocks", "small": "no_blocks"}
     drain(scheduler)
 
@@ -335,13 +374,15 @@ def test_retry_after_comes_from_the_drain_rate():
     assert refusal.value.retry_after == pytest.approx(5.0, rel=0.5)
 
 
-# --------------------------------------------------------------------------------------------- without chunked prefill
+# ---------------------------------------------------------------------------------------------
+# without chunked prefill
 
 
 def test_without_chunked_prefill_a_prompt_is_computed_whole():
     scheduler = make_scheduler(budget=16, enable_chunked_prefill=False)
     with pytest.raises(
-        ContextLengthError, match=r"17 tokens, but without chunked prefill .* max_num_batched_tokens = 16"
+        ContextLengthError,
+        match=r"17 tokens, but without chunked prefill .* max_num_batched_tokens = 16",
     ):
         scheduler.add(make_request("huge", [1] * 17))
     add(scheduler, make_request("a", range(1, 11)), make_request("b", range(50, 61), arrival=1.0))
@@ -354,7 +395,12 @@ def test_without_chunked_prefill_a_prompt_is_computed_whole():
 def test_without_chunked_prefill_only_what_exceeds_a_step_is_split():
     scheduler = make_scheduler(budget=8, enable_chunked_prefill=False)
     (replayed,) = add(scheduler, make_request("a", [1] * 8, max_tokens=12, output_ids=[2] * 10))
-    assert [[c.num_tokens for c in plan.chunks] for plan in drain(scheduler)] == [[8], [8], [2], [1]]
+    assert [[c.num_tokens for c in plan.chunks] for plan in drain(scheduler)] == [
+        [8],
+        [8],
+        [2],
+        [1],
+    ]
     assert len(replayed.output_ids) == 12
 
 
@@ -379,7 +425,12 @@ def update_with(request, tokens, **config):
         ({"eos_ids": frozenset({8}), "min_tokens": 2}, [8, 8, 9], [8, 8, 9], None),
         ({"eos_ids": frozenset({8}), "min_tokens": 2}, [8, 8, 8, 9], [8, 8, 8], FinishReason.STOP),
         ({"eos_ids": frozenset({8}), "max_tokens": 1}, [8], [8], FinishReason.STOP),
-        ({"max_tokens": 30}, list(range(20)), list(range(14)), FinishReason.LENGTH),  # the context's end
+        (
+            {"max_tokens": 30},
+            list(range(20)),
+            list(range(14)),
+            FinishReason.LENGTH,
+        ),  # the context's end
     ],
 )
 def test_where_tokens_stop(fields, drawn, kept, reason):
@@ -405,7 +456,9 @@ def test_a_step_that_drew_nothing_computes_its_last_position_again(prompt):
     (request,) = add(scheduler, make_request("a", range(1, prompt + 1)))
     scheduler.update(scheduler.plan(0.0), {})
     check_books(scheduler)
-    assert len(scheduler.pool.cached) == (prompt - 1) // 4  # the block to be written again is not published
+    assert (
+        len(scheduler.pool.cached) == (prompt - 1) // 4
+    )  # the block to be written again is not published
     plan, _ = step(scheduler)
     assert [(c.start, c.num_tokens, c.samples) for c in plan.chunks] == [(prompt - 1, 1, True)]
     assert request.output_ids == [5]
@@ -451,7 +504,11 @@ def test_abort_in_every_state():
     assert scheduler.abort("waiting") is waiting and waiting.finish_reason is FinishReason.ABORT
     while not last.num_preemptions:
         step(scheduler)
-    assert scheduler.abort("last") is last and scheduler.abort("last") is None and scheduler.abort("nobody") is None
+    assert (
+        scheduler.abort("last") is last
+        and scheduler.abort("last") is None
+        and scheduler.abort("nobody") is None
+    )
     plan = scheduler.plan(0.0)
     assert scheduler.abort("first", FinishReason.ERROR) is first
     output = list(first.output_ids)
@@ -485,7 +542,9 @@ def test_rollback_computes_the_step_again():
     assert request.num_computed_tokens == 8 and scheduler.pool.num_used == used
     assert len(scheduler.pool.cached) == 2
     again = scheduler.plan(0.0)
-    assert [(c.start, c.num_tokens) for c in again.chunks] == [(c.start, c.num_tokens) for c in plan.chunks]
+    assert [(c.start, c.num_tokens) for c in again.chunks] == [
+        (c.start, c.num_tokens) for c in plan.chunks
+    ]
     scheduler.abort("a")
     scheduler.rollback(again)
     assert scheduler.drained
@@ -506,7 +565,11 @@ def test_a_numerical_failure_takes_its_blocks_from_the_cache():
     step(scheduler)
     add(scheduler, make_request("reader", [*range(1, 14), 50, 51, 52, 53], arrival=1.0))
     step(scheduler)
-    assert scheduler.fail("bad") is bad and bad.finish_reason is FinishReason.ERROR and scheduler.fail("bad") is None
+    assert (
+        scheduler.fail("bad") is bad
+        and bad.finish_reason is FinishReason.ERROR
+        and scheduler.fail("bad") is None
+    )
     assert not scheduler.pool.cached
     check_books(scheduler)
     drain(scheduler)
@@ -526,7 +589,10 @@ def test_deadlines_end_waiting_and_running_requests():
     assert step(scheduler, now=0.5)[0].expired == ()
     assert step(scheduler, now=1.0)[0].expired == ("waiting",)
     assert step(scheduler, now=3.0)[0].expired == ("running",)
-    assert running.finish_reason is waiting.finish_reason is FinishReason.DEADLINE and scheduler.drained
+    assert (
+        running.finish_reason is waiting.finish_reason is FinishReason.DEADLINE
+        and scheduler.drained
+    )
 
 
 def test_old_deadlines_do_no_harm_and_are_forgotten():
@@ -564,7 +630,8 @@ def test_check_names_the_broken_invariant(harm, invariant):
 
 
 def cheapest_step_of_decodes(num: int) -> float:
-    """CPU seconds of planning and updating `num` decodes: the least of 30 steps, so that other work hardly shows."""
+    """CPU seconds of planning and updating `num` decodes: the least of 30 steps, so that other work
+    hardly shows."""
     scheduler = Scheduler(
         EngineConfig(max_num_seqs=num, max_num_batched_tokens=65_536, max_model_len=4096),
         BlockPool(60_000, 16, key=KEY),
@@ -584,13 +651,21 @@ def cheapest_step_of_decodes(num: int) -> float:
 
 
 def test_a_step_costs_in_proportion_to_its_requests():
-    # Eight times the requests, and no more than fourteen times the work: one scan of all requests for each of them
-    # would make it sixty-four. In a process of its own, for measuring coverage takes ten times what a step does.
+    # Eight times the requests, and no more than fourteen times the work: one scan of all requests
+    # for each of them would make it sixty-four. In a process of its own, for measuring coverage
+    # takes ten times what a step does.
     code = "from schedule.test_scheduler import cheapest_step_of_decodes as f; print(f(256), f(32))"
     env = {k: v for k, v in os.environ.items() if not k.startswith("COV")} | {
         "PYTHONPATH": str(Path(__file__).parents[1])
     }
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     most, few = map(float, run.stdout.split())
     assert most < 14 * few
     assert most < 0.006  # about 0.5 ms on an idle core

@@ -1,4 +1,5 @@
-"""The checker, checked: the simulation finds every bug that is seeded into the scheduler or the pool."""
+"""The checker, checked: the simulation finds every bug that is seeded into the scheduler or the
+pool."""
 
 from __future__ import annotations
 
@@ -36,11 +37,16 @@ def test_simulation_finds_every_seeded_bug(capsys):
         with capsys.disabled():
             print(f"\n  {description}: {violation or 'MISSED'}", end="")
     with capsys.disabled():
-        print(f"\n  found {len(BUGS) - len(missed)} of {len(BUGS)} seeded bugs within {MAX_STEPS} steps each")
+        print(
+            f"\n  found {len(BUGS) - len(missed)} of {len(BUGS)} seeded bugs within {MAX_STEPS} "
+            "steps each"
+        )
     assert not missed
 
 
-@pytest.mark.parametrize("description", ["the salt is left out of the hash", "a failed step is not rolled back"])
+@pytest.mark.parametrize(
+    "description", ["the salt is left out of the hash", "a failed step is not rolled back"]
+)
 def test_violation_comes_again_from_its_seed(description):
     cls = BUGS[description]
     first = find(cls)

@@ -10,7 +10,10 @@ from schedule.making import make_request
 
 def test_order_and_token_count():
     queue = WaitingQueue(10, 1000)
-    requests = [make_request(name, [1] * n, arrival=a) for name, n, a in (("c", 3, 3.0), ("a", 1, 1.0), ("b", 2, 2.0))]
+    requests = [
+        make_request(name, [1] * n, arrival=a)
+        for name, n, a in (("c", 3, 3.0), ("a", 1, 1.0), ("b", 2, 2.0))
+    ]
     for request in requests:
         queue.push(request)
     assert [r.id for r in queue] == ["a", "b", "c"] and queue.num_tokens == 6
@@ -68,7 +71,9 @@ def test_a_full_queue_refuses():
         queue.check_room(make_request("b", [1]))
 
 
-def burst(queue: WaitingQueue, count: int, now: float, size: int = 1, first: int = 0) -> list[Request]:
+def burst(
+    queue: WaitingQueue, count: int, now: float, size: int = 1, first: int = 0
+) -> list[Request]:
     requests = [make_request(f"r{now}-{first + i}", [1] * size, arrival=now) for i in range(count)]
     for request in requests:
         queue.push(request)
@@ -83,7 +88,8 @@ def told(queue: WaitingQueue, size: int = 1) -> float:
 
 @pytest.mark.parametrize("idle", [0.0, 30.0, 3600.0])
 def test_an_idle_hour_says_nothing_of_how_fast_a_queue_drains(idle: float):
-    """The engine makes no step while there is no work: the time between the last step and the next request."""
+    """The engine makes no step while there is no work: the time between the last step and the next
+    request."""
     queue = WaitingQueue(100, 10**6)
     (alone,) = burst(queue, 1, 0.0)
     queue.observe(0.01)
@@ -101,7 +107,8 @@ def test_an_idle_hour_says_nothing_of_how_fast_a_queue_drains(idle: float):
 
 
 def test_tokens_are_told_by_tokens():
-    """Room for 300 more tokens, of requests of 100 that leave one a second, is there in three seconds."""
+    """Room for 300 more tokens, of requests of 100 that leave one a second, is there in three
+    seconds."""
     queue = WaitingQueue(1000, 1000)
     waiting = burst(queue, 10, 0.0, size=100)
     for second in range(1, 31):

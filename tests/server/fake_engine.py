@@ -1,4 +1,5 @@
-"""An EngineClient without a model: a thread that hands out scripted tokens, and remembers what it was asked."""
+"""An EngineClient without a model: a thread that hands out scripted tokens, and remembers what it
+was asked."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def hashed(vocab_size: int) -> Script:
     def script(request: Request) -> list[int]:
         key = repr((request.prompt_ids, request.seed)).encode()
         digest = blake2b(key, digest_size=64).digest()
-        return [10 + digest[i % 64] * (i + 1) % (vocab_size - 10) for i in range(request.max_tokens)]
+        return [
+            10 + digest[i % 64] * (i + 1) % (vocab_size - 10) for i in range(request.max_tokens)
+        ]
 
     return script
 
@@ -38,7 +41,9 @@ def constant(ids: Sequence[int]) -> Script:
 def logprob(token_id: int, k: int) -> TokenLogprob:
     """A token's made-up log-probability, and the top k: ids 100, 101, ... at -0.5, -1.0, ..."""
     own = float("-inf") if token_id == MINUS_INFINITY_TOKEN else -1.0 - token_id / 8
-    return TokenLogprob(token_id, own, rank=token_id + 1, top=tuple((100 + i, -0.5 * (i + 1)) for i in range(k)))
+    return TokenLogprob(
+        token_id, own, rank=token_id + 1, top=tuple((100 + i, -0.5 * (i + 1)) for i in range(k))
+    )
 
 
 @dataclass
@@ -52,7 +57,8 @@ class _Running:
 
 @dataclass
 class FakeEngine:
-    """Each step gives every running request `step_tokens` tokens, or `prompt_chunk` prompt log-probabilities first.
+    """Each step gives every running request `step_tokens` tokens, or `prompt_chunk` prompt
+    log-probabilities first.
 
     gate      cleared: no step is made, requests and aborts are still taken
     fault     asked before each of a request's steps (counted from 0): an error ends it there
@@ -152,20 +158,28 @@ class FakeEngine:
                 self._deliver(outputs)
             time.sleep(self.step_seconds if self.gate.is_set() else 0.001)
         error = EngineError("closed")
-        self._deliver([StepOutput(id, finish_reason=FinishReason.ERROR, error=error) for id in self._running])
+        self._deliver(
+            [StepOutput(id, finish_reason=FinishReason.ERROR, error=error) for id in self._running]
+        )
 
     def _take(self) -> list[StepOutput]:
         outputs: list[StepOutput] = []
         while True:
             try:
-                item = self._inbox.get(block=not self._running, timeout=0.05) if not outputs else self._inbox.get(False)
+                item = (
+                    self._inbox.get(block=not self._running, timeout=0.05)
+                    if not outputs
+                    else self._inbox.get(False)
+                )
             except queue.Empty:
                 return outputs
             if isinstance(item, Request):
                 self._running[item.id] = _Running(item, list(self.script(item)), time.monotonic())
                 self.drawn[item.id] = 0
             elif isinstance(item, str) and self._running.pop(item, None):
-                outputs.append(_ended(item, FinishReason.ABORT, EngineError("the request was aborted")))
+                outputs.append(
+                    _ended(item, FinishReason.ABORT, EngineError("the request was aborted"))
+                )
             elif item is None:
                 return outputs
 
@@ -173,7 +187,9 @@ class FakeEngine:
         self.steps += bool(self._running)
         now = time.monotonic()
         outputs = [
-            self._advance(running)._replace(at=now, scheduled=running.scheduled, num_preemptions=self.preemptions)
+            self._advance(running)._replace(
+                at=now, scheduled=running.scheduled, num_preemptions=self.preemptions
+            )
             for running in list(self._running.values())
         ]
         for output in outputs:
@@ -196,7 +212,9 @@ class FakeEngine:
         tokens, reason = self._draw(running)
         k = request.params.logprobs
         chosen = () if k is None else tuple(logprob(t, k) for t in tokens)
-        return StepOutput(request.id, tokens, chosen, prompt, reason, num_cached_tokens=self.cached_tokens)
+        return StepOutput(
+            request.id, tokens, chosen, prompt, reason, num_cached_tokens=self.cached_tokens
+        )
 
     def _draw(self, running: _Running) -> tuple[tuple[int, ...], FinishReason | None]:
         request, tokens, reason = running.request, [], None
@@ -204,7 +222,11 @@ class FakeEngine:
             if running.sent >= request.max_tokens:
                 reason = FinishReason.LENGTH
                 break
-            token = running.tokens[running.sent] if running.sent < len(running.tokens) else min(self.eos_ids)
+            token = (
+                running.tokens[running.sent]
+                if running.sent < len(running.tokens)
+                else min(self.eos_ids)
+            )
             tokens.append(token)
             running.sent += 1
             if token in request.stop_ids and running.sent >= request.params.min_tokens:

@@ -1,4 +1,5 @@
-"""How long work in this process keeps others waiting, in processor time, so that a busy machine changes nothing."""
+"""How long work in this process keeps others waiting, in processor time, so that a busy machine
+changes nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from collections.abc import Callable
 
 
 class Holding:
-    """While it is entered, notes the longest time that the interpreter's lock was held without a break.
+    """While it is entered, notes the longest time that the interpreter's lock was held without a
+    break.
 
-    A thread of its own asks for the lock again and again; between two times that it got it, the others have computed.
-    Where it did not run because the machine was busy, they may have computed at their own pace: several tries help.
-    The heap is frozen as `moebius serve` has it, so that a collection walks what requests made, and nothing else.
+    A thread of its own asks for the lock again and again; between two times that it got it, the
+    others have computed. Where it did not run because the machine was busy, they may have computed
+    at their own pace: several tries help. The heap is frozen as `moebius serve` has it, so that a
+    collection walks what requests made, and nothing else.
     """
 
     def __enter__(self) -> Holding:
@@ -43,7 +46,8 @@ class Holding:
 
 
 async def longest_turn(done: Callable[[], bool]) -> float:
-    """The most processor time that the running event loop spends between two turns, until `done`."""
+    """The most processor time that the running event loop spends between two turns, until
+    `done`."""
     longest, before = 0.0, time.thread_time()
     while not done():
         await asyncio.sleep(0)

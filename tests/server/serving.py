@@ -1,4 +1,5 @@
-"""What the server's tests share: a tokenizer, an application on the fake engine, and ways to call it."""
+"""What the server's tests share: a tokenizer, an application on the fake engine, and ways to call
+it."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from typing import Any, TypeVar
 import httpx
 
 import loop_guard
-from moebius.config import ServerSettings
 from moebius.server.app import create_app
 from moebius.server.listen import reserve
 from moebius.server.run import Server as RealServer
+from moebius.server.settings import ServerSettings
 from moebius.text import ChatTemplate, GenerationDefaults, Tokenizer
 from server.fake_engine import FakeEngine, constant, hashed
 from text.tiny_tokenizers import byte_level, llama
@@ -35,11 +36,14 @@ T = TypeVar("T")
 def tokenizer(family: str = "byte_level", *, chat: bool = True) -> Tokenizer:
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     templates = {"default": ChatTemplate(TEMPLATE)} if chat else None
-    return Tokenizer({"byte_level": byte_level, "llama": llama}[family](), names, templates=templates)
+    return Tokenizer(
+        {"byte_level": byte_level, "llama": llama}[family](), names, templates=templates
+    )
 
 
 def engine(text: str | None = None, **options: Any) -> FakeEngine:
-    """A fake engine that says `text` and ends, or tokens that depend on the request where there is no text."""
+    """A fake engine that says `text` and ends, or tokens that depend on the request where there is
+    no text."""
     vocab_size = tokenizer().vocab_size
     script = hashed(vocab_size) if text is None else constant(tokenizer().encode(text, False))
     return FakeEngine(script, vocab_size=vocab_size, **options)
@@ -73,7 +77,12 @@ class Server:
     async def stream(self, path: str, **fields: Any) -> list[dict[str, Any]]:
         """All chunks of a stream that ends with [DONE]."""
         chat = {"messages": [{"role": "user", "content": "hello"}]}
-        body = {"model": MODEL, "stream": True, **(chat if "chat" in path else {"prompt": "hello"}), **fields}
+        body = {
+            "model": MODEL,
+            "stream": True,
+            **(chat if "chat" in path else {"prompt": "hello"}),
+            **fields,
+        }
         response = await self.post(path, body)
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -86,7 +95,9 @@ def events(raw: bytes) -> list[str]:
     """The data of each server-sent event; comments are checked and left out."""
     blocks = raw.decode().split("\n\n")
     assert blocks.pop() == ""
-    assert all(block.startswith(("data: ", ": keep-alive")) and "\n" not in block for block in blocks)
+    assert all(
+        block.startswith(("data: ", ": keep-alive")) and "\n" not in block for block in blocks
+    )
     return [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
 
 
@@ -95,7 +106,10 @@ async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterat
     fake = fake or engine()
     chosen = {name: options.pop(name) for name in ("tokenizer", "defaults") if name in options}
     app = create_app(
-        fake, chosen.get("tokenizer", tokenizer()), chosen.get("defaults", GenerationDefaults()), settings(**options)
+        fake,
+        chosen.get("tokenizer", tokenizer()),
+        chosen.get("defaults", GenerationDefaults()),
+        settings(**options),
     )
     transport = httpx.ASGITransport(loop_guard.apart(app), raise_app_exceptions=True)
     async with (
@@ -105,7 +119,9 @@ async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterat
         yield Server(app, fake, http)
 
 
-def run(test: Callable[[Server], Awaitable[T]], fake: FakeEngine | None = None, **options: Any) -> T:
+def run(
+    test: Callable[[Server], Awaitable[T]], fake: FakeEngine | None = None, **options: Any
+) -> T:
     """Run a test's coroutine against a server of its own."""
 
     async def main() -> T:
@@ -151,7 +167,10 @@ def http_request(path: str, body: Any, method: str = "POST", **headers: str) -> 
     """A request as bytes, for a socket."""
     data = json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1", "Host: test", "Content-Type: application/json"]
-    lines += [f"Content-Length: {len(data)}", *(f"{name}: {value}" for name, value in headers.items())]
+    lines += [
+        f"Content-Length: {len(data)}",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
 
 

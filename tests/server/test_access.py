@@ -29,7 +29,8 @@ def _info(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def parsed(line: str) -> dict[str, str]:
-    """A logfmt line as its readers take it: bare values, and quoted ones with the escapes that JSON has."""
+    """A logfmt line as its readers take it: bare values, and quoted ones with the escapes that JSON
+    has."""
     pairs = re.findall(r'(?:^| )(\w+)=("(?:[^"\\]|\\.)*"|[^ "=]+)', line)
     assert " ".join(f"{key}={value}" for key, value in pairs) == line, line
     assert line.isascii() and line.isprintable() and len(line) < 1000
@@ -55,14 +56,34 @@ KEY = {"Authorization": "Bearer key"}
 REFUSED: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "no such field": ({"json": {"prompt": SECRET, SECRET: 1}}, 400, COMPLETIONS, None),
     "no JSON": ({"content": SECRET, "headers": JSON}, 400, COMPLETIONS, None),
-    "no key": ({"json": {}, "headers": {"Authorization": "Bearer x"}}, 401, COMPLETIONS, "invalid_api_key"),
-    "no such model": ({"json": {"prompt": SECRET, "model": SECRET}}, 404, COMPLETIONS, "model_not_found"),
+    "no key": (
+        {"json": {}, "headers": {"Authorization": "Bearer x"}},
+        401,
+        COMPLETIONS,
+        "invalid_api_key",
+    ),
+    "no such model": (
+        {"json": {"prompt": SECRET, "model": SECRET}},
+        404,
+        COMPLETIONS,
+        "model_not_found",
+    ),
     "no such route": ({"url": "/nowhere", "json": {}}, 404, "other", "not_found"),
     "no such method": ({"method": "GET"}, 405, COMPLETIONS, "method_not_allowed"),
     "slow": ({"content": slow(), "headers": JSON}, 408, COMPLETIONS, "body_timeout"),
-    "large": ({"content": b" " * (LIMITS.body_bytes + 1), "headers": JSON}, 413, COMPLETIONS, "request_too_large"),
+    "large": (
+        {"content": b" " * (LIMITS.body_bytes + 1), "headers": JSON},
+        413,
+        COMPLETIONS,
+        "request_too_large",
+    ),
     "no JSON by its type": ({"content": SECRET}, 415, COMPLETIONS, "unsupported_media_type"),
-    "large headers": ({"headers": {"X": "x" * LIMITS.header_bytes}}, 431, COMPLETIONS, "headers_too_large"),
+    "large headers": (
+        {"headers": {"X": "x" * LIMITS.header_bytes}},
+        431,
+        COMPLETIONS,
+        "headers_too_large",
+    ),
 }
 
 
@@ -72,13 +93,20 @@ def test_a_refused_request_has_its_line(case: str, caplog: pytest.LogCaptureFixt
     asked, status, route, code = REFUSED[case]
 
     async def check(server: Server) -> None:
-        asking = {"method": "POST", "url": COMPLETIONS, **asked, "headers": {**KEY, **asked.get("headers", {})}}
+        asking = {
+            "method": "POST",
+            "url": COMPLETIONS,
+            **asked,
+            "headers": {**KEY, **asked.get("headers", {})},
+        }
         response = await server.http.request(**asking)
         assert response.status_code == status
         (line,) = lines(caplog)
         assert (line["status"], line["route"], line.get("code")) == (str(status), route, code)
         assert response.json()["error"]["code"] == code
-        assert line["reason"] == ("invalid_request" if code in (None, "model_not_found") else "http")
+        assert line["reason"] == (
+            "invalid_request" if code in (None, "model_not_found") else "http"
+        )
         assert line["method"] == asking["method"] and float(line["seconds"]) >= 0
         assert line["request_id"] == response.headers["x-request-id"]
 
@@ -112,7 +140,10 @@ def test_overload_failure_and_a_server_that_is_not_ready(caplog: pytest.LogCaptu
 @pytest.mark.case("C20")
 def test_an_error_inside_a_stream_and_a_client_that_left(caplog: pytest.LogCaptureFixture) -> None:
     fault = EngineError("x")
-    fake = engine(step_seconds=0.01, fault=lambda request, step: fault if request.max_tokens == step + 4 else None)
+    fake = engine(
+        step_seconds=0.01,
+        fault=lambda request, step: fault if request.max_tokens == step + 4 else None,
+    )
     body = {"prompt": SECRET, "stream": True, "ignore_eos": True}
 
     def last_line() -> dict[str, str]:
@@ -127,7 +158,9 @@ def test_an_error_inside_a_stream_and_a_client_that_left(caplog: pytest.LogCaptu
         assert (line["status"], line["code"], line["end"]) == ("200", "internal_error", "failed")
         for stream, status in ((True, "200"), (False, "499")):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
-                sock.sendall(http_request(COMPLETIONS, {**body, "max_tokens": 300, "stream": stream}))
+                sock.sendall(
+                    http_request(COMPLETIONS, {**body, "max_tokens": 300, "stream": stream})
+                )
                 wait_until(lambda: door.in_flight == 1)
                 if stream:
                     sock.recv(100)
@@ -140,7 +173,10 @@ def test_an_error_inside_a_stream_and_a_client_that_left(caplog: pytest.LogCaptu
 @pytest.mark.case("C20")
 @pytest.mark.parametrize(
     ("data", "status"),
-    [(b"\x00\x01 nonsense\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nX: " + b"x" * (LIMITS.header_bytes + 1), 431)],
+    [
+        (b"\x00\x01 nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * (LIMITS.header_bytes + 1), 431),
+    ],
     ids=["no HTTP", "endless headers"],
 )
 def test_what_never_became_a_request_has_its_line_too(
@@ -158,13 +194,18 @@ def test_what_never_became_a_request_has_its_line_too(
 
 
 @pytest.mark.case("C20")
-def test_answered_calls_have_the_same_form_and_probes_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_answered_calls_have_the_same_form_and_probes_are_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def check(server: Server) -> None:
         answer = await server.complete(prompt=SECRET, n=2, max_tokens=5, ignore_eos=True)
         (line,) = lines(caplog)
         assert line["call"] == answer["id"] and line["end"] == "finished"
         assert (line["status"], line["method"], line["route"]) == ("200", "POST", COMPLETIONS)
-        counts = {name: int(line[name]) for name in ("choices", "prompt_tokens", "cached_tokens", "completion_tokens")}
+        counts = {
+            name: int(line[name])
+            for name in ("choices", "prompt_tokens", "cached_tokens", "completion_tokens")
+        }
         usage = answer["usage"]
         assert counts == {
             "choices": 2,
@@ -185,15 +226,21 @@ def test_answered_calls_have_the_same_form_and_probes_are_not_logged(caplog: pyt
 
 
 @pytest.mark.case("C20")
-@pytest.mark.parametrize("path", ["/nowhere", "/v1/completion", "/a%0Astatus=200%1b[2J%22%5C", "/x/" + "long" * 200])
-def test_a_404_names_its_path_on_one_bounded_line(path: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "path", ["/nowhere", "/v1/completion", "/a%0Astatus=200%1b[2J%22%5C", "/x/" + "long" * 200]
+)
+def test_a_404_names_its_path_on_one_bounded_line(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def check(server: Server) -> None:
         response = await server.http.get(f"{path}?key={SECRET}")
         message = response.json()["error"]["message"]
         assert response.status_code == 404 and message.isprintable() and len(message) < 250
         (line,) = lines(caplog)
         start = {"/a": "/a\nstatus=200\x1b[2J", "/x": "/x/longlong"}.get(path[:2], path)
-        assert line["path"].startswith(start) and len(line["path"]) <= 200 and line["status"] == "404"
+        assert (
+            line["path"].startswith(start) and len(line["path"]) <= 200 and line["status"] == "404"
+        )
         assert path[:4].removesuffix("%0") in message
         wrong = await server.http.put("/v1/models")
         assert wrong.status_code == 405 and "PUT" in wrong.json()["error"]["message"]
@@ -203,10 +250,14 @@ def test_a_404_names_its_path_on_one_bounded_line(path: str, caplog: pytest.LogC
 
 
 @pytest.mark.case("C20")
-def test_the_clients_id_comes_back_if_it_is_fit_to_be_shown(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_clients_id_comes_back_if_it_is_fit_to_be_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def check(server: Server) -> None:
         async def given(*ids: str | bytes, path: str = "/v1/nowhere") -> str:
-            headers = [(b"X-Request-Id", id if isinstance(id, bytes) else id.encode()) for id in ids]
+            headers = [
+                (b"X-Request-Id", id if isinstance(id, bytes) else id.encode()) for id in ids
+            ]
             response = await server.http.get(path, headers=headers)  # type: ignore[arg-type]
             assert response.headers.get_list("x-request-id") == [response.headers["x-request-id"]]
             if response.status_code != 200:
@@ -216,21 +267,29 @@ def test_the_clients_id_comes_back_if_it_is_fit_to_be_shown(caplog: pytest.LogCa
         for fit in ("abc-123", "x" * 128, 'a "b" = c\\n', "0"):
             assert await given(fit) == fit
             assert await given(fit, path="/health/live") == fit
-        made = {await given(*ids) for ids in ((), ("x" * 129,), ("",), ("caf\u00e9",), (b"a\x7f",), ("a", "b"))}
+        made = {
+            await given(*ids)
+            for ids in ((), ("x" * 129,), ("",), ("caf\u00e9",), (b"a\x7f",), ("a", "b"))
+        }
         assert len(made) == 6 and all(re.fullmatch(r"req-[0-9a-f]{24}", id) for id in made)
         headers = {"X-Request-Id": "mine"}
         for stream in (False, True):
             body = {"prompt": "x", "max_tokens": 2, "stream": stream}
             response = await server.post(COMPLETIONS, body, headers=headers)
             assert response.headers["x-request-id"] == "mine"
-        assert {request.id[:5] for request in server.engine.requests} == {"cmpl-"}, "ids are the server's"
+        assert {request.id[:5] for request in server.engine.requests} == {"cmpl-"}, (
+            "ids are the server's"
+        )
         assert {line["request_id"] for line in lines(caplog)} == {"mine"}
 
     run(check)
 
 
-def test_what_fails_on_the_loop_is_logged_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio itself would show the arguments of a callback, and of an exception all that it says."""
+def test_what_fails_on_the_loop_is_logged_without_its_words(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """asyncio itself would show the arguments of a callback, and of an exception all that it
+    says."""
 
     def broken(said: str) -> None:
         raise ValueError(said)
@@ -257,7 +316,9 @@ def test_a_call_is_found_by_the_id_that_its_client_reads(caplog: pytest.LogCaptu
         answer = await server.complete(max_tokens=1, request_id="mine-1")
         (line,) = lines(caplog)
         assert line["answer"] == answer["id"] == "cmpl-mine-1"
-        assert line["call"] == server.engine.requests[0].id.removesuffix("-0000"), "ids are the server's"
+        assert line["call"] == server.engine.requests[0].id.removesuffix("-0000"), (
+            "ids are the server's"
+        )
         await server.complete(max_tokens=1)
         assert "answer" not in lines(caplog)[0]
 

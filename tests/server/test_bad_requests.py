@@ -12,7 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moebius.server.protocol import HARMLESS, UNSUPPORTED, ChatRequest, CompletionRequest, DetokenizeRequest
+from moebius.server.protocol import (
+    HARMLESS,
+    UNSUPPORTED,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+)
 from moebius.text import Tokenizer
 from server.serving import MODEL, Server, engine, run, serving
 
@@ -36,7 +42,9 @@ EXTREMES: list[Any] = [
 ]  # fmt: skip
 
 
-def check_error(response: httpx.Response, *, status: int | None = None, param: str | None = None) -> dict[str, Any]:
+def check_error(
+    response: httpx.Response, *, status: int | None = None, param: str | None = None
+) -> dict[str, Any]:
     """A 4xx of OpenAI's shape; returns the error."""
     assert 400 <= response.status_code < 500, response.text
     assert status is None or response.status_code == status, response.text
@@ -51,7 +59,11 @@ def check_error(response: httpx.Response, *, status: int | None = None, param: s
 
 def fields_of(path: str) -> list[str]:
     models = {COMPLETIONS: CompletionRequest, CHAT: ChatRequest, "/detokenize": DetokenizeRequest}
-    own = sorted(models[path].model_fields) if path in models else ["prompt", "messages", "return_token_strs"]
+    own = (
+        sorted(models[path].model_fields)
+        if path in models
+        else ["prompt", "messages", "return_token_strs"]
+    )
     return own + (sorted(HARMLESS | UNSUPPORTED.keys()) if path in (COMPLETIONS, CHAT) else [])
 
 
@@ -62,7 +74,9 @@ def test_every_field_at_every_extreme_is_served_or_refused_by_name(path: str) ->
         for field in fields_of(path):
             for value in EXTREMES:
                 body = json.dumps({**GOOD[path], field: value}).encode()
-                response = await server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+                response = await server.http.post(
+                    path, content=body, headers={"Content-Type": "application/json"}
+                )
                 if response.status_code == 200:
                     served += 1
                     assert field != "model" or value is None
@@ -71,7 +85,11 @@ def test_every_field_at_every_extreme_is_served_or_refused_by_name(path: str) ->
                 error = check_error(response)
                 if value != 10**400:
                     known = (field, "max_tokens", "min_tokens", "messages", "prompt")
-                    assert error["param"].split("[")[0].split(".")[0] in known, (field, value, error)
+                    assert error["param"].split("[")[0].split(".")[0] in known, (
+                        field,
+                        value,
+                        error,
+                    )
         assert refused > 2 * served or path == "/tokenize"
 
     run(check)
@@ -128,7 +146,11 @@ NAMED_CASES: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logprobs": 1}, "logprobs"),
     (CHAT, {"messages": [{"role": "user", "content": "x"}] * 4097}, "messages"),
     (CHAT, {"messages": [{"role": "elf", "content": "x"}]}, "messages[0].role"),
-    (CHAT, {"messages": [{"role": "user", "content": "x", "audio": {"id": "1"}}]}, "messages[0].audio"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "x", "audio": {"id": "1"}}]},
+        "messages[0].audio",
+    ),
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
@@ -156,7 +178,12 @@ def test_the_error_names_the_field() -> None:
 def test_neutral_and_harmless_fields_are_served() -> None:
     neutral = {name: values[0] for name, values in UNSUPPORTED.items() if values}
     null = dict.fromkeys(UNSUPPORTED)
-    harmless = dict.fromkeys(HARMLESS, "x") | {"metadata": {"a": "b"}, "store": True, "logit_bias": {}, "stop": []}
+    harmless = dict.fromkeys(HARMLESS, "x") | {
+        "metadata": {"a": "b"},
+        "store": True,
+        "logit_bias": {},
+        "stop": [],
+    }
 
     async def check(server: Server) -> None:
         for fields in (neutral, null, harmless):
@@ -171,9 +198,12 @@ BODIES = [
     b"", b"{", b"[]", b"null", b'"x"', b"1", b"{}x", b"\xff\xfe", b"\xef\xbb\xbf{}", b'{"prompt": NaN}', b"[" * 100_000,
     b"\xef\xbb\xbf\xef\xbb\xbf{}",
     b'{"prompt": "x", "temperature": Infinity}', b'{"prompt": "x", "temperature": -Infinity}',
-    b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "\\ud800"}', b"{'prompt': 'x'}", b'{"prompt": "x",}',
-    b'{"prompt": "x", "metadata": ' + b'{"a":' * 70 + b"1" + b"}" * 70 + b"}", b'{"n": ' + b"9" * 5000 + b"}",
-    b'{"prompt": "x", "n": 1e0}', b"\x00" * 100, b'{"prompt": "a\nb"}', b'{"' + b"k" * 50_000 + b'": 1}',
+    b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": '
+b'"\\ud800"}', b"{'prompt': 'x'}", b'{"prompt": "x",}',
+    b'{"prompt": "x", '
+b'"metadata": ' + b'{"a":' * 70 + b"1" + b"}" * 70 + b"}", b'{"n": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "x", "n": '
+b'1e0}', b"\x00" * 100, b'{"prompt": "a\nb"}', b'{"' + b"k" * 50_000 + b'": 1}',
 ]  # fmt: skip
 
 
@@ -181,7 +211,9 @@ def test_bodies_that_are_no_request() -> None:
     async def check(server: Server) -> None:
         for path in GOOD:
             for body in BODIES:
-                response = await server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+                response = await server.http.post(
+                    path, content=body, headers={"Content-Type": "application/json"}
+                )
                 check_error(response, status=400)
         assert server.engine.requests == []
 
@@ -191,7 +223,9 @@ def test_bodies_that_are_no_request() -> None:
 def test_duplicate_keys_take_the_last_value() -> None:
     async def check(server: Server) -> None:
         content = b'{"prompt": "x", "max_tokens": "bad", "max_tokens": 3}'
-        response = await server.http.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+        response = await server.http.post(
+            COMPLETIONS, content=content, headers={"Content-Type": "application/json"}
+        )
         assert response.json()["usage"]["completion_tokens"] == 3
 
     run(check)
@@ -208,7 +242,9 @@ def test_a_prompt_beyond_the_context() -> None:
             response = await server.post(path, {**GOOD[path], **change})
             error = check_error(response, status=400)
             assert error["code"] == "context_length_exceeded" and "512" in error["message"]
-        assert (await server.complete(prompt=[5] * 511, max_tokens=1))["usage"]["total_tokens"] == 512
+        assert (await server.complete(prompt=[5] * 511, max_tokens=1))["usage"][
+            "total_tokens"
+        ] == 512
 
     run(check)
 
@@ -216,7 +252,9 @@ def test_a_prompt_beyond_the_context() -> None:
 def test_an_unknown_model() -> None:
     async def check(server: Server) -> None:
         for path, body in GOOD.items():
-            error = check_error(await server.post(path, {**body, "model": "gpt"}), status=404, param="model")
+            error = check_error(
+                await server.post(path, {**body, "model": "gpt"}), status=404, param="model"
+            )
             assert error["code"] == "model_not_found"
         check_error(await server.http.get("/v1/models/gpt"), status=404)
 
@@ -225,12 +263,27 @@ def test_an_unknown_model() -> None:
 
 def test_routes_and_methods() -> None:
     async def check(server: Server) -> None:
-        for path in ("/", "/v1", "/docs", "/openapi.json", "/v1/completions/", "//v1/models", "/%00"):
+        for path in (
+            "/",
+            "/v1",
+            "/docs",
+            "/openapi.json",
+            "/v1/completions/",
+            "//v1/models",
+            "/%00",
+        ):
             check_error(await server.http.get(path), status=404)
         for method in ("GET", "POST"):
-            error = check_error(await server.http.request(method, "/v1/embeddings", json={"input": "x"}), status=404)
+            error = check_error(
+                await server.http.request(method, "/v1/embeddings", json={"input": "x"}), status=404
+            )
             assert "generates" in error["message"] and error["code"] == "not_found"
-        for method, path in (("GET", COMPLETIONS), ("DELETE", "/v1/models"), ("PUT", CHAT), ("POST", "/metrics")):
+        for method, path in (
+            ("GET", COMPLETIONS),
+            ("DELETE", "/v1/models"),
+            ("PUT", CHAT),
+            ("POST", "/metrics"),
+        ):
             response = await server.http.request(method, path)
             check_error(response, status=405)
             assert response.headers["allow"]
@@ -240,13 +293,16 @@ def test_routes_and_methods() -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=10,
 )
 
 
 def test_random_bodies_never_fail_the_server() -> None:
-    """Random values for random fields: 200 or a 4xx. The engine stays well, a neighbour's answer unchanged."""
+    """Random values for random fields: 200 or a 4xx. The engine stays well, a neighbour's answer
+    unchanged."""
     import asyncio
 
     loop = asyncio.new_event_loop()
@@ -254,10 +310,14 @@ def test_random_bodies_never_fail_the_server() -> None:
     server = loop.run_until_complete(context.__aenter__())
     before = loop.run_until_complete(server.complete(seed=1))["choices"]
 
-    @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(st.sampled_from([COMPLETIONS, CHAT]), st.data())
     def check(path: str, data: st.DataObject) -> None:
-        names = data.draw(st.lists(st.sampled_from(fields_of(path)) | st.text(max_size=8), min_size=1, max_size=3))
+        names = data.draw(
+            st.lists(st.sampled_from(fields_of(path)) | st.text(max_size=8), min_size=1, max_size=3)
+        )
         body = {**GOOD[path], **{name: data.draw(json_values) for name in names}}
         content = json.dumps(body).encode("utf-8", "surrogatepass")
         headers = {"Content-Type": "application/json"}
@@ -282,7 +342,9 @@ def test_mutated_bodies_never_fail_the_server() -> None:
         statuses = []
         for _ in range(600):
             path = rng.choice([COMPLETIONS, CHAT])
-            body = bytearray(json.dumps({**GOOD[path], "stop": ["a"], "logit_bias": {"5": 1.5}}).encode())
+            body = bytearray(
+                json.dumps({**GOOD[path], "stop": ["a"], "logit_bias": {"5": 1.5}}).encode()
+            )
             for _ in range(rng.randint(1, 4)):
                 at = rng.randrange(len(body))
                 match rng.randrange(3):
@@ -312,15 +374,20 @@ def test_logprobs_are_finite_json() -> None:
 
 
 def test_limits_are_checked_before_anything_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a prompt costs is paid for no request that another field, or too many of something, refuses anyway."""
+    """What a prompt costs is paid for no request that another field, or too many of something,
+    refuses anyway."""
     about_the_prompt = ("prompt", "messages", "tokens", "messages[0].role")
 
     async def check(server: Server) -> None:
         for name in ("encode", "encode_chat"):
             monkeypatch.setattr(Tokenizer, name, lambda *_, **__: pytest.fail("tokenised"))
         for path, change, param in NAMED_CASES:
-            too_many = isinstance(change.get("messages", change.get("prompt")), list) and "[" not in param
+            too_many = (
+                isinstance(change.get("messages", change.get("prompt")), list) and "[" not in param
+            )
             if param not in about_the_prompt or too_many:
-                check_error(await server.post(path, {**GOOD[path], **change}), status=400, param=param)
+                check_error(
+                    await server.post(path, {**GOOD[path], **change}), status=400, param=param
+                )
 
     run(check)

@@ -77,13 +77,18 @@ def test_the_batch_itself_is_never_the_output(tmp_path: Path, source: Path, kind
         '{"a',
     ],
 )
-def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, source: Path, held: str) -> None:
+def test_a_file_that_holds_something_else_is_refused(
+    tmp_path: Path, source: Path, held: str
+) -> None:
     out = tmp_path / "notes.txt"
     for text in (held, result(call("a")) + held):
         if held == '{"id": "batch_req_':
             text += "\n" + result(call("b"))
         out.write_text(text)
-        with pytest.raises(ConfigError, match=r"notes\.txt, line \d+: no result of a batch; the file is left as it is"):
+        with pytest.raises(
+            ConfigError,
+            match=r"notes\.txt, line \d+: no result of a batch; the file is left as it is",
+        ):
             left(out, source)
         assert out.read_text() == text
 
@@ -109,7 +114,10 @@ def test_results_go_through_a_link(tmp_path: Path, source: Path) -> None:
 
 def test_two_runs_do_not_share_an_output(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with open_results(out, source, read_batch(source)), pytest.raises(ConfigError, match="another run"):
+    with (
+        open_results(out, source, read_batch(source)),
+        pytest.raises(ConfigError, match="another run"),
+    ):
         left(out, source)
     assert left(out, source) == ["a", "b", "c"]
 
@@ -122,7 +130,10 @@ def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path: Path, source
 
 
 def test_a_full_disk_ends_the_batch_in_one_line(
-    tiny_model: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--model", str(tiny_model), "--kv-cache-memory-bytes", "4000000", "--threads", "1"]
     arguments = ["moebius", "generate", "--batch", str(source), "--output", "/dev/full", *options]
@@ -132,13 +143,15 @@ def test_a_full_disk_ends_the_batch_in_one_line(
     assert end.value.code == 2
     err = capsys.readouterr().err
     assert err.splitlines()[-1] == (
-        "moebius: --output /dev/full cannot be written: No space left on device; "
-        "what was answered is kept, run again to go on"
+        "moebius: --output /dev/full cannot be written: No space left on device; what was answered "
+        "is kept, run again to go on"
     )
 
 
 @pytest.mark.case("C13")
-def test_a_second_run_cuts_nothing_out_while_the_first_is_writing(tmp_path: Path, source: Path) -> None:
+def test_a_second_run_cuts_nothing_out_while_the_first_is_writing(
+    tmp_path: Path, source: Path
+) -> None:
     """A result half-written is then no trace of a run that was killed."""
     out = tmp_path / "out.jsonl"
     calls = read_batch(source)

@@ -16,13 +16,17 @@ from moebius.server.body import decode_body
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('\\"[]{},:aé😀\n', max_size=12),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('\\"[,a', max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text('\\"[,a', max_size=5), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
 
 def counted(value: Any) -> tuple[int, int, int]:
-    """(values, empty lists and objects counted twice; strings, lists and objects; depth), the naive way."""
+    """(values, empty lists and objects counted twice; strings, lists and objects; depth), the naive
+    way."""
     if isinstance(value, str):
         return 1, 1, 0
     if not isinstance(value, (list, dict)):
@@ -45,7 +49,13 @@ def test_counts_are_those_of_the_parsed_value(value: Any, ascii: bool, piece: in
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.dictionaries(st.text(max_size=5), json_values | st.floats(allow_nan=False, allow_infinity=False), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        json_values | st.floats(allow_nan=False, allow_infinity=False),
+        max_size=4,
+    )
+)
 def test_bodies_are_read_as_json_reads_them(value: dict[str, Any]) -> None:
     assert decode_body(json.dumps(value).encode()) == value
 

@@ -27,7 +27,9 @@ def clients(port: int, count: int, data: bytes = b"") -> Iterator[list[socket.so
     with contextlib.ExitStack() as stack:
         found = []
         for _ in range(count):
-            found.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)))
+            found.append(
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            )
             found[-1].sendall(data)
         yield found
 
@@ -40,11 +42,17 @@ def read_end(sock: socket.socket) -> bytes:
 def hung_up(socks: list[socket.socket]) -> list[int]:
     """Which of them the server has closed, without a word."""
     readable, _, _ = select.select(socks, [], [], 0)
-    return [i for i, sock in enumerate(socks) if sock in readable and sock.recv(1, socket.MSG_PEEK) == b""]
+    return [
+        i
+        for i, sock in enumerate(socks)
+        if sock in readable and sock.recv(1, socket.MSG_PEEK) == b""
+    ]
 
 
 @pytest.mark.case("B7")
-@pytest.mark.parametrize("start", [b"", b"GET /health/live HTTP/1.1\r\nX: "], ids=["silent", "within headers"])
+@pytest.mark.parametrize(
+    "start", [b"", b"GET /health/live HTTP/1.1\r\nX: "], ids=["silent", "within headers"]
+)
 def test_idle_connections_give_way_the_oldest_first(start: bytes) -> None:
     with listening(engine(), max_connections=40) as (port, _), clients(port, 70, start) as idle:
         for _ in range(3):
@@ -69,11 +77,17 @@ def test_a_connection_that_was_used_rests_from_then_on() -> None:
 def test_where_all_connections_are_busy_a_new_one_is_told_so_at_once() -> None:
     fake = engine()
     fake.gate.clear()
-    asked = http_request("/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 2}, Connection="close")
+    asked = http_request(
+        "/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 2}, Connection="close"
+    )
     with listening(fake, max_connections=4) as (port, door), clients(port, 4, asked) as busy:
         wait_until(lambda: door.in_flight == 4)
         head, _, body = exchange(port, LIVE).partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head and b"connection: close" in head
+        assert (
+            head.startswith(b"HTTP/1.1 503 ")
+            and b"retry-after: 1" in head
+            and b"connection: close" in head
+        )
         assert json.loads(body)["error"]["code"] == "overloaded"
         assert b'reason="overload"} 1.0' in door.metrics.exposition()
         fake.gate.set()
@@ -93,7 +107,9 @@ def test_as_many_files_are_asked_for_as_connections_need(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1256))
     assert run_module._openable(2048) == 500
     assert asked[1:] == [(1256, 1256)] and "at most 500 connections, not 2048" in caplog.text
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    )
     assert run_module._openable(2048) == 2048 and len(asked) == 2
 
 
@@ -123,7 +139,9 @@ def test_bodies_that_find_no_room_are_refused_before_they_are_read() -> None:
             assert answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in answer
             assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
         small = {"prompt": "hello", "max_tokens": 1, "user": "x" * 50_000}
-        assert b" 200 " in exchange(port, http_request("/v1/completions", small, Connection="close"))
+        assert b" 200 " in exchange(
+            port, http_request("/v1/completions", small, Connection="close")
+        )
         waiting = [sock for sock in socks if sock not in refused]
         waiting.pop().close()
         wait_until(lambda: exchange(port, head + body).startswith(b"HTTP/1.1 200 "))
@@ -159,9 +177,14 @@ def test_a_body_without_a_length_takes_room_as_it_grows() -> None:
 @pytest.mark.usefixtures("tight")
 def test_only_who_has_a_key_takes_room() -> None:
     head = COMPLETIONS + b"Content-Length: %d\r\n" % 2**18
-    with listening(engine(), api_keys=("k",)) as (port, _), clients(port, 8, head + b"\r\n") as socks:
+    with (
+        listening(engine(), api_keys=("k",)) as (port, _),
+        clients(port, 8, head + b"\r\n") as socks,
+    ):
         assert all(sock.recv(1000).startswith(b"HTTP/1.1 401 ") for sock in socks)
-        answer = exchange(port, head + b"Authorization: Bearer k\r\nConnection: close\r\n\r\n" + body_of(2**18))
+        answer = exchange(
+            port, head + b"Authorization: Bearer k\r\nConnection: close\r\n\r\n" + body_of(2**18)
+        )
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 

@@ -22,12 +22,18 @@ def deltas(chunks: list[dict[str, Any]], index: int) -> list[dict[str, Any]]:
 def test_an_answer() -> None:
     async def check(server: Server) -> None:
         body = await server.chat()
-        assert (body["object"], body["model"], body["id"][:9]) == ("chat.completion", MODEL, "chatcmpl-")
+        assert (body["object"], body["model"], body["id"][:9]) == (
+            "chat.completion",
+            MODEL,
+            "chatcmpl-",
+        )
         (choice,) = body["choices"]
         assert choice["message"] == {"role": "assistant", "content": SPOKEN, "refusal": None}
         assert (choice["finish_reason"], choice["logprobs"]) == ("stop", None)
         (request,) = server.engine.requests
-        assert list(request.prompt_ids) == tokenizer().encode_chat([{"role": "user", "content": "hello"}])
+        assert list(request.prompt_ids) == tokenizer().encode_chat(
+            [{"role": "user", "content": "hello"}]
+        )
         assert request.max_tokens == 512 - len(request.prompt_ids)
         assert body["usage"]["prompt_tokens"] == len(request.prompt_ids)
 
@@ -44,9 +50,15 @@ def test_a_stream_begins_with_the_role_and_has_one_finish_reason_a_choice() -> N
         assert chunks[0]["object"] == "chat.completion.chunk"
         for choice in whole:
             first, *rest = deltas(chunks, choice["index"])
-            assert first["delta"] == {"role": "assistant", "content": ""} and first["finish_reason"] is None
+            assert (
+                first["delta"] == {"role": "assistant", "content": ""}
+                and first["finish_reason"] is None
+            )
             assert all("role" not in part["delta"] for part in rest)
-            assert "".join(part["delta"].get("content", "") for part in rest) == choice["message"]["content"]
+            assert (
+                "".join(part["delta"].get("content", "") for part in rest)
+                == choice["message"]["content"]
+            )
             assert [part["finish_reason"] for part in rest] == [None] * (len(rest) - 1) + ["length"]
         assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 90
         indices = [chunk["choices"][0]["index"] for chunk in chunks[:-1]]
@@ -64,9 +76,16 @@ def test_logprobs(top: int | None) -> None:
         content = (await server.chat(**fields))["choices"][0]["logprobs"]["content"]
         assert bytes(b for entry in content[:-1] for b in entry["bytes"]).decode() == SPOKEN
         assert [entry["logprob"] for entry in content[:-1]] == [-1.0 - token / 8 for token in ids]
-        assert all([t["logprob"] for t in entry["top_logprobs"]] == [-0.5, -1.0, -1.5][: top or 0] for entry in content)
+        assert all(
+            [t["logprob"] for t in entry["top_logprobs"]] == [-0.5, -1.0, -1.5][: top or 0]
+            for entry in content
+        )
         chunks = await server.stream(CHAT, **fields)
-        streamed = [e for part in deltas(chunks, 0) for e in (part["logprobs"] or {"content": []})["content"]]
+        streamed = [
+            e
+            for part in deltas(chunks, 0)
+            for e in (part["logprobs"] or {"content": []})["content"]
+        ]
         assert streamed == content
 
     run(check, engine(SPOKEN))
@@ -87,7 +106,11 @@ def test_max_completion_tokens_wins() -> None:
 def test_messages_of_every_kind() -> None:
     messages = [
         {"role": "developer", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "ann"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            "name": "ann",
+        },
         {
             "role": "assistant",
             "content": None,
@@ -95,7 +118,9 @@ def test_messages_of_every_kind() -> None:
             "audio": None,
             "function_call": None,
             "annotations": [],
-            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+            ],
         },
         {"role": "tool", "content": "42", "tool_call_id": "1"},
         {"role": "user", "content": "and <|im_end|>?"},
@@ -113,7 +138,10 @@ def test_messages_of_every_kind() -> None:
 
 def test_template_arguments_reach_the_template() -> None:
     async def check(server: Server) -> None:
-        body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"enable_thinking": True}}
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "chat_template_kwargs": {"enable_thinking": True},
+        }
         assert (await server.post(CHAT, body)).status_code == 200
 
     run(check, engine(SPOKEN))
@@ -136,7 +164,10 @@ def test_token_ids_and_prompt_logprobs() -> None:
         prompt = list(server.engine.requests[0].prompt_ids)
         assert body["prompt_token_ids"] == prompt
         assert body["choices"][0]["token_ids"] == tokenizer().encode(SPOKEN, False)[:4]
-        assert [list(entry or {}) for entry in body["prompt_logprobs"]] == [[], *([str(t)] for t in prompt[1:])]
+        assert [list(entry or {}) for entry in body["prompt_logprobs"]] == [
+            [],
+            *([str(t)] for t in prompt[1:]),
+        ]
         chunks = await server.stream(CHAT, return_token_ids=True, max_tokens=4)
         assert chunks[0]["prompt_token_ids"] == prompt
         ids = [i for part in deltas(chunks, 0)[1:] for i in part["token_ids"]]
@@ -170,7 +201,9 @@ def test_a_tool_call_of_an_earlier_turn(arguments: str) -> None:
 
     async def check(server: Server) -> None:
         await server.chat(messages=messages, max_tokens=1)
-        await server.chat(messages=[messages[0], {**messages[1], "content": ""}, messages[2]], max_tokens=1)
+        await server.chat(
+            messages=[messages[0], {**messages[1], "content": ""}, messages[2]], max_tokens=1
+        )
         first, second = server.engine.requests
         assert first.prompt_ids == second.prompt_ids
 

@@ -32,7 +32,8 @@ def test_the_official_clients_programs_run() -> None:
         " 12 tokens",
         "0 35 0",
         "context_length_exceeded messages req-",
-        "However, your messages resulted in 10010 tokens. Please reduce the length of the messages.",
+        "However, your messages resulted in 10010 tokens. Please reduce the length of the "
+        "messages.",
         "{'finished: length': 32, 'left': 32}",
     ):
         assert line in done.stdout and line in section, done.stdout

@@ -1,4 +1,5 @@
-"""What real clients send beside the prompt: what asks for nothing is taken, and what is taken has its effect."""
+"""What real clients send beside the prompt: what asks for nothing is taken, and what is taken has
+its effect."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 from openai.resources.chat.completions import Completions as ChatResource
 from openai.resources.completions import Completions as CompletionResource
 
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.text import ChatTemplate, Tokenizer
 from server.fake_engine import FakeEngine, constant
@@ -21,9 +22,13 @@ from server.test_bad_requests import CHAT, COMPLETIONS, GOOD, check_error
 from text.tiny_tokenizers import byte_level
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {}}},
+}
 
-# A value for each field of the client's create(): what agents and frameworks send by default, or that asks for nothing.
+# A value for each field of the client's create(): what agents and frameworks send by default, or
+# that asks for nothing.
 SHARED: dict[str, Any] = {
     "frequency_penalty": 0.5,
     "logit_bias": {"20": 1},
@@ -63,22 +68,42 @@ CHAT_FIELDS: dict[str, Any] = SHARED | {
     "verbosity": "low",
     "web_search_options": None,
 }
-COMPLETION_FIELDS: dict[str, Any] = SHARED | {"best_of": 1, "echo": True, "logprobs": 1, "suffix": ""}
-TRANSPORT = {"self", "model", "messages", "prompt", "extra_headers", "extra_query", "extra_body", "timeout"}
+COMPLETION_FIELDS: dict[str, Any] = SHARED | {
+    "best_of": 1,
+    "echo": True,
+    "logprobs": 1,
+    "suffix": "",
+}
+TRANSPORT = {
+    "self",
+    "model",
+    "messages",
+    "prompt",
+    "extra_headers",
+    "extra_query",
+    "extra_body",
+    "timeout",
+}
 
 
 @pytest.mark.case("C6")
 def test_every_field_that_the_official_client_can_send() -> None:
     with (
         listening(engine()) as (port, _),
-        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=20) as client,
+        openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=20
+        ) as client,
     ):
         for resource, fields, prompt in (
             (ChatResource, CHAT_FIELDS, {"messages": MESSAGES}),
             (CompletionResource, COMPLETION_FIELDS, {"prompt": "hello"}),
         ):
             assert inspect.signature(resource.create).parameters.keys() - TRANSPORT <= fields.keys()
-            create = client.chat.completions.create if resource is ChatResource else client.completions.create
+            create = (
+                client.chat.completions.create
+                if resource is ChatResource
+                else client.completions.create
+            )
             answer = create(model=MODEL, **prompt, **fields)
             assert len(answer.choices) == 2 and answer.usage.completion_tokens == 6
             for name, value in fields.items():
@@ -109,16 +134,24 @@ def test_unknown_fields_are_ignored_with_a_line_where_the_operator_says_so(
     path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = "the value that nobody may log"
-    unknown = {"zzz": secret, "a b\n=": secret, "n" * 5000: secret, "m" * 5000: 1, "l" * 5000: 1, "nothing": None} | {
-        f"x{i}": 1 for i in range(50)
-    }
+    unknown = {
+        "zzz": secret,
+        "a b\n=": secret,
+        "n" * 5000: secret,
+        "m" * 5000: 1,
+        "l" * 5000: 1,
+        "nothing": None,
+    } | {f"x{i}": 1 for i in range(50)}
 
     async def warned(server: Server) -> None:
         plain = (await server.post(path, GOOD[path])).json()
         caplog.clear()
         response = await server.post(path, {**unknown, **GOOD[path]})
         assert response.status_code == 200, response.text
-        assert (response.json().keys(), response.json().get("usage")) == (plain.keys(), plain.get("usage"))
+        assert (response.json().keys(), response.json().get("usage")) == (
+            plain.keys(),
+            plain.get("usage"),
+        )
         (record,) = [record for record in caplog.records if record.name == "moebius.server.access"]
         line = record.getMessage()
         assert record.levelno == logging.WARNING
@@ -128,7 +161,9 @@ def test_unknown_fields_are_ignored_with_a_line_where_the_operator_says_so(
             and "and 50 more" in line
             and response.headers["x-request-id"] in line
         )
-        assert secret not in line and "nothing" not in line and line.isprintable() and len(line) < 700
+        assert (
+            secret not in line and "nothing" not in line and line.isprintable() and len(line) < 700
+        )
         caplog.clear()
         assert (await server.post(path, {**GOOD[path], "zzz": None})).status_code == 200
         assert "ignored_fields" not in caplog.text
@@ -152,9 +187,24 @@ def test_unknown_keys_inside_messages_are_dropped() -> None:
     template = "{% for m in messages %}{{ m.keys() | sort | join(',') }};{% endfor %}"
     shows = Tokenizer(byte_level(), templates={"default": ChatTemplate(template)})
     messages = [
-        {"role": "user", "content": "x", "zzz": {"a": [1]}, "provider_specific_fields": {}, "id": "m1"},
-        {"role": "assistant", "content": "y", "refusal": None, "reasoning_details": [{}], "phase": "final"},
-        {"role": "user", "content": [{"type": "text", "text": "z", "prompt_cache_breakpoint": True}]},
+        {
+            "role": "user",
+            "content": "x",
+            "zzz": {"a": [1]},
+            "provider_specific_fields": {},
+            "id": "m1",
+        },
+        {
+            "role": "assistant",
+            "content": "y",
+            "refusal": None,
+            "reasoning_details": [{}],
+            "phase": "final",
+        },
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "z", "prompt_cache_breakpoint": True}],
+        },
     ]
 
     async def check(server: Server) -> None:
@@ -187,7 +237,10 @@ def test_tools_that_must_not_be_called_are_not_shown() -> None:
         ({}, "--"),
         ({"reasoning_effort": "none"}, "none-False-False"),
         ({"reasoning_effort": "high"}, "high-True-True"),
-        ({"reasoning_effort": "none", "chat_template_kwargs": {"thinking": True}}, "none-False-True"),
+        (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"thinking": True}},
+            "none-False-True",
+        ),
     ],
 )
 def test_a_reasoning_effort_reaches_the_template(fields: dict[str, Any], rendered: str) -> None:
@@ -236,14 +289,20 @@ def test_usage_in_every_chunk(path: str, last: bool) -> None:
     options = {"include_usage": last, "continuous_usage_stats": True}
 
     async def check(server: Server) -> None:
-        chunks = await server.stream(path, stream_options=options, max_tokens=9, n=2, return_token_ids=True)
+        chunks = await server.stream(
+            path, stream_options=options, max_tokens=9, n=2, return_token_ids=True
+        )
         prompt = len(server.engine.requests[0].prompt_ids)
         sent = {0: 0, 1: 0}
         for chunk in chunks[:-1] if last else chunks:
             (choice,) = chunk["choices"]
             sent[choice["index"]] += len(choice.get("token_ids", ()))
             completion = sent[choice["index"]]
-            total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+            total = {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            }
             assert chunk["usage"] == total | {"prompt_tokens_details": {"cached_tokens": 5}}
         assert sent == {0: 9, 1: 9}
         if last:
@@ -258,13 +317,21 @@ def test_what_is_too_long_is_told_in_openais_sentence() -> None:
 
     async def check(server: Server) -> None:
         for path, change, words in (
-            (CHAT, {"messages": [{"role": "user", "content": long}]}, "However, your messages resulted in "),
+            (
+                CHAT,
+                {"messages": [{"role": "user", "content": long}]},
+                "However, your messages resulted in ",
+            ),
             (
                 CHAT,
                 {"messages": [{"role": "user", "content": long}], "max_tokens": None},
                 "However, your messages resu",
             ),
-            (CHAT, {"messages": [{"role": "user", "content": long * 99}]}, "your messages resulted in at least "),
+            (
+                CHAT,
+                {"messages": [{"role": "user", "content": long * 99}]},
+                "your messages resulted in at least ",
+            ),
             (
                 CHAT,
                 {"max_tokens": 512},
@@ -273,13 +340,21 @@ def test_what_is_too_long_is_told_in_openais_sentence() -> None:
             (COMPLETIONS, {"prompt": long}, "However, your prompt resulted in "),
             (COMPLETIONS, {"prompt": long * 99}, "your prompt resulted in at least "),
             (COMPLETIONS, {"prompt": [5] * 600}, "your prompt resulted in 600 tokens"),
-            (COMPLETIONS, {"max_tokens": 512}, "you requested 513 tokens (1 in the prompt, 512 in the completion)"),
+            (
+                COMPLETIONS,
+                {"max_tokens": 512},
+                "you requested 513 tokens (1 in the prompt, 512 in the completion)",
+            ),
             ("/tokenize", {"prompt": long * 99}, "prompt has over 2048: no more are counted"),
         ):
             response = await server.post(path, {**GOOD[path], **change})
-            error = check_error(response, status=400, param="messages" if path == CHAT else "prompt")
+            error = check_error(
+                response, status=400, param="messages" if path == CHAT else "prompt"
+            )
             assert error["code"] == "context_length_exceeded"
-            assert error["message"].startswith("This model's maximum context length is 512 tokens. However, ")
+            assert error["message"].startswith(
+                "This model's maximum context length is 512 tokens. However, "
+            )
             assert words in error["message"], error
             # openai-python shows nothing but the message, and LangChain looks there for the code.
             assert error["message"].endswith(" (context_length_exceeded)"), error
@@ -304,7 +379,9 @@ def test_a_priority_is_the_operators_to_allow() -> None:
             for priority in (-1, 1):
                 response = await server.post(path, {**GOOD[path], "priority": priority})
                 error = check_error(response, status=400, param="priority")
-                assert "it must be 0" in error["message"] and "--scheduling-policy" in error["message"]
+                assert (
+                    "it must be 0" in error["message"] and "--scheduling-policy" in error["message"]
+                )
             assert (await server.post(path, {**GOOD[path], "priority": 0})).status_code == 200
 
     async def allowed(server: Server) -> None:
@@ -328,12 +405,16 @@ def test_a_byte_order_mark_is_read_and_other_encodings_are_named() -> None:
         text = json.dumps({**GOOD[COMPLETIONS], "prompt": "naïve"}, ensure_ascii=False)
         headers = {"Content-Type": "application/json"}
         for encoding in ("utf-8", "utf-8-sig"):
-            response = await server.http.post(COMPLETIONS, content=text.encode(encoding), headers=headers)
+            response = await server.http.post(
+                COMPLETIONS, content=text.encode(encoding), headers=headers
+            )
             assert response.status_code == 200, response.text
         ids = [request.prompt_ids for request in server.engine.requests]
         assert ids[0] == ids[1] == tuple(tokenizer().encode("naïve"))
         for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
-            response = await server.http.post(COMPLETIONS, content=text.encode(encoding), headers=headers)
+            response = await server.http.post(
+                COMPLETIONS, content=text.encode(encoding), headers=headers
+            )
             message = check_error(response, status=400)["message"]
             assert encoding[:6].upper() in message and "must be sent as UTF-8" in message
 
@@ -345,7 +426,11 @@ def test_a_refusal_says_what_would_be_right() -> None:
         for change, param, words in (
             ({"model": "gpt-4"}, "model", f"'gpt-4' is not served here; use '{MODEL}' or 'alias'"),
             ({"tools": [TOOL]}, "tools", 'leave it out, or send "tool_choice": "none" beside it'),
-            ({"functions": [TOOL]}, "functions", 'leave it out, or send "function_call": "none" beside it'),
+            (
+                {"functions": [TOOL]},
+                "functions",
+                'leave it out, or send "function_call": "none" beside it',
+            ),
         ):
             response = await server.post(CHAT, {**GOOD[CHAT], **change})
             error = check_error(response, status=404 if param == "model" else 400, param=param)
@@ -357,7 +442,10 @@ def test_a_refusal_says_what_would_be_right() -> None:
 def test_the_list_of_models_may_end_in_a_slash() -> None:
     async def check(server: Server) -> None:
         response = await server.http.get("/v1/models/")
-        assert response.status_code == 200 and response.json() == (await server.http.get("/v1/models")).json()
+        assert (
+            response.status_code == 200
+            and response.json() == (await server.http.get("/v1/models")).json()
+        )
 
     run(check)
 
@@ -371,7 +459,9 @@ def test_what_clients_of_vllm_read_is_there() -> None:
         for card in cards:
             assert (card["root"], card["parent"], card["max_model_len"]) == (MODEL, None, 512)
             (permission,) = card["permission"]
-            assert permission["object"] == "model_permission" and permission["allow_sampling"] is True
+            assert (
+                permission["object"] == "model_permission" and permission["allow_sampling"] is True
+            )
         assert [card["id"] for card in cards] == [MODEL, "alias"]
 
     run(check)

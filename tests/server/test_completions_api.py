@@ -27,7 +27,11 @@ def test_a_completion_says_what_the_engine_said() -> None:
         choice = body["choices"][0]
         assert choice["text"] == SPOKEN
         assert (choice["finish_reason"], choice["logprobs"]) == ("stop", None)
-        assert (body["object"], body["model"], body["system_fingerprint"]) == ("text_completion", MODEL, "fp_fake")
+        assert (body["object"], body["model"], body["system_fingerprint"]) == (
+            "text_completion",
+            MODEL,
+            "fp_fake",
+        )
         drawn = len(tokenizer().encode(SPOKEN, False)) + 1
         prompt = len(tokenizer().encode("hello"))
         assert body["usage"] == {
@@ -56,7 +60,14 @@ def test_a_stream_equals_the_answer_that_is_not_streamed(step_tokens: int) -> No
 
     async def check(server: Server) -> None:
         for prompt in ("a", "b", "c", "d", "e", "f"):
-            fields = {"prompt": prompt, "n": 3, "seed": 5, "max_tokens": 40, "logprobs": 2, "return_token_ids": True}
+            fields = {
+                "prompt": prompt,
+                "n": 3,
+                "seed": 5,
+                "max_tokens": 40,
+                "logprobs": 2,
+                "return_token_ids": True,
+            }
             whole = (await server.complete(**fields))["choices"]
             chunks = await server.stream(COMPLETIONS, **fields)
             parts = [c for chunk in chunks for c in chunk["choices"]]
@@ -66,7 +77,9 @@ def test_a_stream_equals_the_answer_that_is_not_streamed(step_tokens: int) -> No
                 assert [i for part in own for i in part["token_ids"]] == choice["token_ids"]
                 for field, values in choice["logprobs"].items():
                     assert [v for part in own for v in part["logprobs"][field]] == values
-                assert [part["finish_reason"] for part in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+                assert [part["finish_reason"] for part in own] == [None] * (len(own) - 1) + [
+                    choice["finish_reason"]
+                ]
 
     run(check, engine(step_tokens=step_tokens))
 
@@ -75,8 +88,18 @@ def test_chunks_share_id_and_created_and_usage_comes_only_when_asked_for() -> No
     async def check(server: Server) -> None:
         plain = await server.stream(COMPLETIONS, max_tokens=5)
         assert all("usage" not in chunk for chunk in plain)
-        chunks = await server.stream(COMPLETIONS, n=2, max_tokens=5, stream_options={"include_usage": True})
-        assert len({(c["id"], c["created"], c["object"], c["model"], c["system_fingerprint"]) for c in chunks}) == 1
+        chunks = await server.stream(
+            COMPLETIONS, n=2, max_tokens=5, stream_options={"include_usage": True}
+        )
+        assert (
+            len(
+                {
+                    (c["id"], c["created"], c["object"], c["model"], c["system_fingerprint"])
+                    for c in chunks
+                }
+            )
+            == 1
+        )
         assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks[:-1])
         assert chunks[-1]["choices"] == []
         assert chunks[-1]["usage"]["completion_tokens"] == 10
@@ -92,13 +115,19 @@ def test_chunks_share_id_and_created_and_usage_comes_only_when_asked_for() -> No
 )
 def test_every_form_of_prompt(prompt: Any) -> None:
     items = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    expected = [tuple(tokenizer().encode(item) if isinstance(item, str) else item) for item in items]
+    expected = [
+        tuple(tokenizer().encode(item) if isinstance(item, str) else item) for item in items
+    ]
 
     async def check(server: Server) -> None:
         body = await server.complete(prompt=prompt, n=2, max_tokens=3, return_token_ids=True)
-        assert [request.prompt_ids for request in server.engine.requests] == [ids for ids in expected for _ in "12"]
+        assert [request.prompt_ids for request in server.engine.requests] == [
+            ids for ids in expected for _ in "12"
+        ]
         assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(items)))
-        assert [tuple(c["prompt_token_ids"]) for c in body["choices"]] == [ids for ids in expected for _ in "12"]
+        assert [tuple(c["prompt_token_ids"]) for c in body["choices"]] == [
+            ids for ids in expected for _ in "12"
+        ]
         assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
         assert body["usage"]["completion_tokens"] == 6 * len(items)
         assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == len(items)
@@ -185,7 +214,9 @@ def test_the_models_defaults_yield_to_the_clients_values() -> None:
         await server.complete()
         await server.complete(temperature=None, top_k=None)
         await server.complete(temperature=0, top_k=5)
-        found = [(r.params.temperature, r.params.top_k, r.params.top_p) for r in server.engine.requests]
+        found = [
+            (r.params.temperature, r.params.top_k, r.params.top_p) for r in server.engine.requests
+        ]
         assert found == [(0.3, 20, 1.0), (0.3, 20, 1.0), (0.0, 5, 1.0)]
 
     run(check, defaults=defaults)
@@ -226,35 +257,48 @@ def test_no_stop(stop: Any) -> None:
 def test_a_special_token_that_is_no_end_token_may_be_a_stop_string() -> None:
     async def check(server: Server) -> None:
         for stop, tokens in (("<|im_end|>", 3), ("<|im_end|>\n", 4)):
-            body = await server.complete(max_tokens=100, stop=stop, logprobs=0, return_token_ids=True)
+            body = await server.complete(
+                max_tokens=100, stop=stop, logprobs=0, return_token_ids=True
+            )
             choice = body["choices"][0]
-            assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("ab", "stop", stop)
+            assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (
+                "ab",
+                "stop",
+                stop,
+            )
             assert body["usage"]["completion_tokens"] == tokens == len(choice["token_ids"])
             assert len(choice["logprobs"]["tokens"]) == tokens
             assert joined(await server.stream(COMPLETIONS, max_tokens=100, stop=stop), 0) == "ab"
             answer = (await server.chat(max_tokens=100, stop=stop))["choices"][0]
             assert (answer["message"]["content"], answer["stop_reason"]) == ("ab", stop)
             chunks = await server.stream("/v1/chat/completions", max_tokens=100, stop=stop)
-            assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "ab"
+            assert (
+                "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "ab"
+            )
             assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"
 
     run(check, engine("ab<|im_end|>\nand on and on"))
 
 
 def test_scoring_a_prompt_as_lm_eval_does() -> None:
-    """Token ids, echo, logprobs: one entry a prompt token, the first null, in the prompt's own order."""
+    """Token ids, echo, logprobs: one entry a prompt token, the first null, in the prompt's own
+    order."""
     ids = [10, 11, 12, MINUS_INFINITY_TOKEN, 14, 15, 16, 17, 18, 19]
 
     async def check(server: Server) -> None:
         for max_tokens in (0, 1):
-            body = await server.complete(prompt=[ids, ids[:3]], echo=True, logprobs=1, max_tokens=max_tokens)
+            body = await server.complete(
+                prompt=[ids, ids[:3]], echo=True, logprobs=1, max_tokens=max_tokens
+            )
             for choice, own in zip(body["choices"], (ids, ids[:3]), strict=True):
                 found = choice["logprobs"]
                 expected = [max(logprob(t, 1).logprob, -9999.0) for t in own[1:]]
                 assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
                 assert found["token_logprobs"][1 : len(own)] == expected
                 assert all(len(values) == len(own) + max_tokens for values in found.values())
-                assert all(-0.5 in top.values() and len(top) == 2 for top in found["top_logprobs"][1:])
+                assert all(
+                    -0.5 in top.values() and len(top) == 2 for top in found["top_logprobs"][1:]
+                )
                 assert found["text_offset"] == sorted(found["text_offset"])
                 assert choice["finish_reason"] == "length"
             assert body["usage"]["completion_tokens"] == 2 * max_tokens
@@ -279,15 +323,22 @@ def test_echo_and_offsets_point_into_the_text() -> None:
             if not token.startswith("bytes:") and token != "</s>":
                 assert choice["text"][offset:].startswith(token)
         assert all(len(top) == 1 for top in found["top_logprobs"][1:])
-        assert (await server.complete(prompt=prompt, echo=True, max_tokens=0))["choices"][0]["text"] == prompt
-        assert joined(await server.stream(COMPLETIONS, prompt=prompt, echo=True, max_tokens=100), 0) == prompt + SPOKEN
+        assert (await server.complete(prompt=prompt, echo=True, max_tokens=0))["choices"][0][
+            "text"
+        ] == prompt
+        assert (
+            joined(await server.stream(COMPLETIONS, prompt=prompt, echo=True, max_tokens=100), 0)
+            == prompt + SPOKEN
+        )
 
     run(check, engine(SPOKEN))
 
 
 @pytest.mark.case("A3")
 @pytest.mark.parametrize("make", [*FAMILIES.values(), *UNFAITHFUL.values()])
-@pytest.mark.parametrize("prompt", ["hello world", "  hello <s> world", "caf\u0065\u0301 \ufb01 <|im_end|>"])
+@pytest.mark.parametrize(
+    "prompt", ["hello world", "  hello <s> world", "caf\u0065\u0301 \ufb01 <|im_end|>"]
+)
 def test_echoed_offsets_point_into_the_text_that_is_sent(make: Any, prompt: str) -> None:
     ours = Tokenizer(make(), {"bos_token": "<s>", "eos_token": "</s>"})
     fields = {"echo": True, "logprobs": 0, "max_tokens": 2, "seed": 1}
@@ -301,7 +352,9 @@ def test_echoed_offsets_point_into_the_text_that_is_sent(make: Any, prompt: str)
             assert len(offsets) == len(choice["logprobs"]["tokens"]) == len(ours.encode(prompt)) + 2
             assert offsets[-2] == len(sent)  # where the prompt ends, the answer begins
             chunks = await server.stream(COMPLETIONS, prompt=asked, **fields)
-            assert [o for chunk in chunks for o in chunk["choices"][0]["logprobs"]["text_offset"]] == offsets
+            assert [
+                o for chunk in chunks for o in chunk["choices"][0]["logprobs"]["text_offset"]
+            ] == offsets
             if asked is prompt:
                 assert offsets[:-2] == ours.offsets(prompt)
 
@@ -317,7 +370,11 @@ def test_prompt_logprobs_by_token_id() -> None:
         first, second, third = body["choices"][0]["prompt_logprobs"]
         assert first is None
         assert list(second) == ["31", "100", "101", "102"]
-        assert second["31"] == {"logprob": -1 - 31 / 8, "rank": 32, "decoded_token": tokenizer().token_text(31)}
+        assert second["31"] == {
+            "logprob": -1 - 31 / 8,
+            "rank": 32,
+            "decoded_token": tokenizer().token_text(31),
+        }
         assert list(third) == ["100", "101", "102"] and third["102"]["rank"] == 3
 
     run(check)

@@ -25,7 +25,13 @@ from moebius.server.capacity import Capacity
 from moebius.server.connection import Connection, tracked
 from server.serving import MODEL, engine, events, exchange, listening, until, wait_until
 
-STREAM: dict[str, Any] = {"prompt": "x", "stream": True, "max_tokens": 5, "seed": 1, "ignore_eos": True}
+STREAM: dict[str, Any] = {
+    "prompt": "x",
+    "stream": True,
+    "max_tokens": 5,
+    "seed": 1,
+    "ignore_eos": True,
+}
 LIVE = "/health/live"
 
 
@@ -35,7 +41,9 @@ def port() -> Iterator[int]:
         yield port
 
 
-def request(path: str, body: Any = None, *, version: str = "1.1", method: str = "POST", **headers: str) -> bytes:
+def request(
+    path: str, body: Any = None, *, version: str = "1.1", method: str = "POST", **headers: str
+) -> bytes:
     """A request as bytes; one without a body where there is none."""
     data = b"" if body is None else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/{version}", "Host: test"]
@@ -87,7 +95,11 @@ class Talk:
         while (line := self.file.readline()) not in (b"\r\n", b""):
             lines.append(line)
         status, headers, _ = parted(b"".join(lines).removesuffix(b"\r\n") + b"\r\n\r\n")
-        return status, headers, self.file.read(int(headers.get("content-length", 0))) if body else b""
+        return (
+            status,
+            headers,
+            self.file.read(int(headers.get("content-length", 0))) if body else b"",
+        )
 
     def closed(self) -> bool:
         return self.file.read(1) == b""
@@ -102,7 +114,9 @@ def test_a_stream_over_http_1_0_has_no_chunk_sizes_and_ends_with_the_connection(
     port: int, connection: dict[str, str]
 ) -> None:
     with httpx.Client() as client:
-        expected = text_of(client.post(f"http://127.0.0.1:{port}/v1/completions", json=STREAM).content)
+        expected = text_of(
+            client.post(f"http://127.0.0.1:{port}/v1/completions", json=STREAM).content
+        )
     answer = exchange(port, request("/v1/completions", STREAM, version="1.0", **connection))
     status, headers, body = parted(answer)
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
@@ -115,7 +129,14 @@ def test_a_stream_over_http_1_0_has_no_chunk_sizes_and_ends_with_the_connection(
 def test_curl_reads_the_same_stream_over_both_versions(port: int) -> None:
     said = [
         subprocess.run(
-            ["curl", "-sN", version, f"http://127.0.0.1:{port}/v1/completions", "--json", json.dumps(STREAM)],
+            [
+                "curl",
+                "-sN",
+                version,
+                f"http://127.0.0.1:{port}/v1/completions",
+                "--json",
+                json.dumps(STREAM),
+            ],
             capture_output=True,
             check=True,
         ).stdout
@@ -128,12 +149,20 @@ def test_curl_reads_the_same_stream_over_both_versions(port: int) -> None:
 def test_http_1_0_with_keep_alive_is_answered_and_closed(port: int) -> None:
     """As ab -k asks: the answer says that it will not be, and how long it is."""
     with Talk(port) as talk:
-        status, headers, body = talk.ask(request(LIVE, method="GET", version="1.0", Connection="Keep-Alive"))
-        assert (status, headers["connection"], body) == (200, "close", b'{"status":"live"}') and talk.closed()
+        status, headers, body = talk.ask(
+            request(LIVE, method="GET", version="1.0", Connection="Keep-Alive")
+        )
+        assert (status, headers["connection"], body) == (
+            200,
+            "close",
+            b'{"status":"live"}',
+        ) and talk.closed()
 
 
 def test_a_chunked_body_of_an_http_1_0_client_ends_its_connection(port: int) -> None:
-    data = b"POST /tokenize HTTP/1.0\r\nConnection: keep-alive\r\nContent-Type: application/json\r\n"
+    data = (
+        b"POST /tokenize HTTP/1.0\r\nConnection: keep-alive\r\nContent-Type: application/json\r\n"
+    )
     data += b'Transfer-Encoding: chunked\r\n\r\nf\r\n{"prompt": "x"}\r\n0\r\n\r\n'
     status, headers, _ = parted(exchange(port, data))
     assert (status, headers["connection"]) == (200, "close")
@@ -158,7 +187,9 @@ def test_options_says_which_methods_there_are(port: int) -> None:
         assert talk.ask(request("*", method="OPTIONS"))[0] == 404
 
 
-@pytest.mark.parametrize("target", ["http://other.example:80/health/live?x=1", "http://h/health/live"])
+@pytest.mark.parametrize(
+    "target", ["http://other.example:80/health/live?x=1", "http://h/health/live"]
+)
 def test_a_target_may_be_a_whole_url(port: int, target: str) -> None:
     status, _, body = parted(exchange(port, request(target, method="GET", Connection="close")))
     assert (status, body) == (200, b'{"status":"live"}')
@@ -170,7 +201,9 @@ def test_a_body_is_asked_for_only_where_it_is_wanted(port: int) -> None:
     head, _, data = whole.partition(b"\r\n\r\n")
     with Talk(port) as talk:
         talk.sock.sendall(head + b"\r\n\r\n")
-        assert talk.file.readline() == b"HTTP/1.1 100 Continue\r\n" and talk.file.readline() == b"\r\n"
+        assert (
+            talk.file.readline() == b"HTTP/1.1 100 Continue\r\n" and talk.file.readline() == b"\r\n"
+        )
         assert talk.ask(data)[0] == 200
         refused = head.replace(b"application/json", b"text/plain")
         status, headers, _ = talk.ask(refused + b"\r\n\r\n")
@@ -180,7 +213,11 @@ def test_a_body_is_asked_for_only_where_it_is_wanted(port: int) -> None:
 @pytest.mark.parametrize(
     "offer",
     [
-        {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"},
+        {
+            "Connection": "Upgrade, HTTP2-Settings",
+            "Upgrade": "h2c",
+            "HTTP2-Settings": "AAMAAABkAAQAAP__",
+        },
         {"Connection": "Upgrade", "Upgrade": "websocket"},
         {"Upgrade": "h2c"},
     ],
@@ -209,7 +246,9 @@ def test_connect_is_refused(port: int) -> None:
 
 
 def test_a_request_may_come_byte_by_byte(port: int) -> None:
-    data = request("/tokenize", method="POST", Content_Type="application/json", Transfer_Encoding="chunked")
+    data = request(
+        "/tokenize", method="POST", Content_Type="application/json", Transfer_Encoding="chunked"
+    )
     data += b'2;x=y\r\n{"\r\nd\r\nprompt": "x"}\r\n0\r\nTrailer: z\r\n\r\n'
     with Talk(port) as talk:
         talk.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -221,7 +260,8 @@ def test_a_request_may_come_byte_by_byte(port: int) -> None:
 
 
 def test_what_comes_behind_a_stream_waits_for_its_end() -> None:
-    """Requests that are pipelined, and bytes that are none: nothing gets into the middle of a stream."""
+    """Requests that are pipelined, and bytes that are none: nothing gets into the middle of a
+    stream."""
     fake = engine(step_seconds=0.005)
     with listening(fake) as (port, door):
         stream = request("/v1/completions", {**STREAM, "max_tokens": 20})
@@ -239,7 +279,10 @@ def test_a_client_that_pipelines_and_leaves_is_noticed() -> None:
     fake = engine(step_seconds=0.02)
     with listening(fake) as (port, door):
         sock = socket.create_connection(("127.0.0.1", port), timeout=5)
-        sock.sendall(request("/v1/completions", {**STREAM, "max_tokens": 400}) + request(LIVE, method="GET") * 2)
+        sock.sendall(
+            request("/v1/completions", {**STREAM, "max_tokens": 400})
+            + request(LIVE, method="GET") * 2
+        )
         wait_until(lambda: fake.steps >= 2)
         sock.close()
         wait_until(lambda: door.in_flight == 0 and fake.idle)
@@ -260,8 +303,10 @@ def test_a_body_that_goes_wrong_under_way_is_a_bad_request(port: int) -> None:
     [
         b"",
         b"GET / HTTP/1.1\r\nX: ",
-        b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2;",
-        b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+        b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: "
+        b"chunked\r\n\r\n2;",
+        b"POST /tokenize HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: "
+        b"chunked\r\n\r\n0\r\nX: ",
     ],
     ids=["empty lines", "a header", "a chunk's extension", "a trailer"],
 )
@@ -276,7 +321,10 @@ def test_nothing_comes_without_end(port: int, start: bytes) -> None:
 
 def test_who_is_refused_while_sending_still_reads_why(port: int) -> None:
     """Closing at once would reset the connection, under a client that is still busy sending."""
-    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 50000000\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: "
+        b"50000000\r\n\r\n"
+    )
     with Talk(port) as talk:
         talk.sock.sendall(head)
         for _ in range(16):
@@ -318,7 +366,9 @@ class Stuck(asyncio.Transport):
 
 def stuck(capacity: Capacity, app: Any, data: bytes) -> tuple[Connection, Stuck]:
     """A connection that has received bytes, and its transport."""
-    config = uvicorn.Config(tracked(app), http="httptools", ws="none", lifespan="off", log_config=None)
+    config = uvicorn.Config(
+        tracked(app), http="httptools", ws="none", lifespan="off", log_config=None
+    )
     config.load()
     shared = uvicorn.Server(config).server_state
 
@@ -338,13 +388,17 @@ async def one_byte(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"x"})
 
 
-def test_an_answer_that_nobody_takes_is_given_up_after_its_connection_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_nobody_takes_is_given_up_after_its_connection_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Also where it is too small to hold the server's writing up."""
     monkeypatch.setattr(connection_module, "_STALL_SECONDS", 0.1)
 
     async def check() -> None:
         capacity = Capacity(8, 75)
-        connection, transport = stuck(capacity, one_byte, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        connection, transport = stuck(
+            capacity, one_byte, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
+        )
         await until(lambda: transport.closing)
         assert not transport.aborted and len(capacity) == 1
         await until(lambda: transport.aborted)
@@ -363,7 +417,9 @@ def test_an_answer_that_breaks_off_does_not_look_whole() -> None:
     async def check() -> None:
         _, transport = stuck(Capacity(8, 75), app, b"GET / HTTP/1.1\r\n\r\n")
         await until(lambda: transport.closing)
-        assert transport.written.endswith(b"\r\n\r\n1\r\nx\r\n") and b"secret" not in transport.written
+        assert (
+            transport.written.endswith(b"\r\n\r\n1\r\nx\r\n") and b"secret" not in transport.written
+        )
 
     asyncio.run(check())
 
@@ -409,7 +465,9 @@ def test_no_post_is_lost_as_a_pooled_connection_grows_old(monkeypatch: pytest.Mo
 
         def twice(rest: float) -> int:
             pool = httpx.Client(limits=httpx.Limits(keepalive_expiry=1.0))
-            with openai.OpenAI(base_url=url, api_key="k", max_retries=0, http_client=pool) as client:
+            with openai.OpenAI(
+                base_url=url, api_key="k", max_retries=0, http_client=pool
+            ) as client:
                 for _ in range(2):
                     done = client.completions.create(model=MODEL, prompt="x", max_tokens=2).usage
                     time.sleep(rest)
@@ -424,8 +482,13 @@ def test_a_reader_of_the_standard_library(port: int) -> None:
     """http.client frames by what the head says, and complains where it is not so."""
     connection = HTTPConnection("127.0.0.1", port, timeout=10)
     for version in (11, 10):
-        connection._http_vsn, connection._http_vsn_str = version, f"HTTP/{version // 10}.{version % 10}"  # type: ignore[attr-defined]
-        connection.request("POST", "/v1/completions", json.dumps(STREAM), {"Content-Type": "application/json"})
+        connection._http_vsn, connection._http_vsn_str = (
+            version,
+            f"HTTP/{version // 10}.{version % 10}",
+        )  # type: ignore[attr-defined]
+        connection.request(
+            "POST", "/v1/completions", json.dumps(STREAM), {"Content-Type": "application/json"}
+        )
         answer = connection.getresponse()
         assert text_of(answer.read())
         assert answer.will_close == (version == 10)
@@ -442,7 +505,9 @@ def test_a_reader_of_the_standard_library(port: int) -> None:
         (b"GET /health/live\r\n\r\n", 505),
     ],
 )
-def test_framing_that_can_be_read_in_two_ways_is_refused(port: int, data: bytes, status: int) -> None:
+def test_framing_that_can_be_read_in_two_ways_is_refused(
+    port: int, data: bytes, status: int
+) -> None:
     found, headers, body = parted(exchange(port, data))
     assert (found, headers["connection"]) == (status, "close")
     assert json.loads(body)["error"]["code"] == "bad_request"
@@ -480,8 +545,11 @@ def test_many_small_chunks_keep_nobody_waiting() -> None:
         request("/tokenize", {"prompt": "hello"}, Connection="Upgrade", Upgrade="h2c"),
     ],
 )
-def test_what_needs_another_framing_is_refused_behind_other_requests(port: int, second: bytes) -> None:
-    """Or its answer would have chunk sizes in it, or its body be lost and read as the next request."""
+def test_what_needs_another_framing_is_refused_behind_other_requests(
+    port: int, second: bytes
+) -> None:
+    """Or its answer would have chunk sizes in it, or its body be lost and read as the next
+    request."""
     with Talk(port) as talk:
         assert talk.ask(request(LIVE, method="GET"))[0] == 200
         status, headers, _ = talk.ask(second)

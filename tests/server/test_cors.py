@@ -1,4 +1,5 @@
-"""Web pages of other origins: what a browser asks before it lets a page call, and what it wants to see after."""
+"""Web pages of other origins: what a browser asks before it lets a page call, and what it wants to
+see after."""
 
 from __future__ import annotations
 
@@ -7,18 +8,23 @@ from typing import Any
 import httpx
 import pytest
 
-from moebius.config import ServerSettings
 from moebius.errors import ConfigError
+from moebius.server.settings import ServerSettings
 from server.serving import MODEL, Server, engine, exchange, listening, run, wait_until
 
 PAGE = "https://chat.example.com"
 OTHER = "https://other.example.com"
 COMPLETIONS = "/v1/completions"
 BODY = {"model": MODEL, "prompt": "x", "max_tokens": 2}
-PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
 
 
-async def preflight(server: Server, origin: str, path: str = COMPLETIONS, **more: str) -> httpx.Response:
+async def preflight(
+    server: Server, origin: str, path: str = COMPLETIONS, **more: str
+) -> httpx.Response:
     return await server.http.options(path, headers={"Origin": origin, **PREFLIGHT, **more})
 
 
@@ -34,7 +40,10 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key() -> None:
             assert response.status_code == 204 and response.content == b""
             assert response.headers["access-control-allow-origin"] == PAGE
             assert {"get", "post"} <= names(response.headers["access-control-allow-methods"])
-            assert names(response.headers["access-control-allow-headers"]) == {"authorization", "content-type"}
+            assert names(response.headers["access-control-allow-headers"]) == {
+                "authorization",
+                "content-type",
+            }
             assert {"origin", "access-control-request-headers"} <= names(response.headers["vary"])
             assert "access-control-allow-credentials" not in response.headers
         # The official client for browsers sends these.
@@ -43,7 +52,9 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key() -> None:
         assert names(response.headers["access-control-allow-headers"]) == names(asked)
         response = await server.http.options(COMPLETIONS, headers={"Origin": PAGE})
         assert response.status_code == 204
-        response = await preflight(server, PAGE, **{"Access-Control-Request-Private-Network": "true"})
+        response = await preflight(
+            server, PAGE, **{"Access-Control-Request-Private-Network": "true"}
+        )
         assert response.headers["access-control-allow-private-network"] == "true"
 
     run(check, api_keys=("k",), cors_origins=(PAGE, "http://localhost:3000"))
@@ -51,8 +62,12 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key() -> None:
 
 @pytest.mark.case("C7")
 @pytest.mark.parametrize("origins", [(), (PAGE,)])
-@pytest.mark.parametrize("origin", [OTHER, "null", PAGE + ".evil.com", PAGE.upper(), "http://chat.example.com", ""])
-def test_the_refusal_of_any_other_origin_names_the_option(origins: tuple[str, ...], origin: str) -> None:
+@pytest.mark.parametrize(
+    "origin", [OTHER, "null", PAGE + ".evil.com", PAGE.upper(), "http://chat.example.com", ""]
+)
+def test_the_refusal_of_any_other_origin_names_the_option(
+    origins: tuple[str, ...], origin: str
+) -> None:
     async def check(server: Server) -> None:
         response = await preflight(server, origin)
         error = response.json()["error"]
@@ -88,7 +103,10 @@ def test_every_answer_to_an_allowed_origin_says_so() -> None:
             assert "retry-after" in names(response.headers["access-control-expose-headers"])
         for origin in ({"Origin": OTHER}, {}):
             response = await server.http.get("/v1/models", headers={**key, **origin})
-            assert response.status_code == 200 and "access-control-allow-origin" not in response.headers
+            assert (
+                response.status_code == 200
+                and "access-control-allow-origin" not in response.headers
+            )
             assert response.headers["vary"] == "Origin"
 
     run(check, api_keys=("k",), cors_origins=(PAGE,))
@@ -121,7 +139,9 @@ def test_nothing_is_added_where_the_option_is_not_given() -> None:
     async def check(server: Server) -> None:
         response = await server.post(COMPLETIONS, BODY, headers={"Origin": PAGE})
         assert response.status_code == 200
-        assert not {name for name in response.headers if name.startswith("access-control") or name == "vary"}
+        assert not {
+            name for name in response.headers if name.startswith("access-control") or name == "vary"
+        }
 
     run(check)
 
@@ -160,14 +180,20 @@ def test_an_origin_that_no_browser_sends_is_refused_at_the_start(origin: str, hi
 
 
 @pytest.mark.case("C7")
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "http://[::1]:8080", "app://obsidian.md", "null", "*"])
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:3000", "http://[::1]:8080", "app://obsidian.md", "null", "*"]
+)
 def test_origins_that_browsers_send(origin: str) -> None:
     assert ServerSettings(("m",), cors_origins=(origin,)).cors_origins == (origin,)
 
 
 @pytest.mark.case("C7")
-@pytest.mark.parametrize(("origins", "expected"), [(("*",), b"*"), (("https://page.example",), None)])
-def test_a_page_reads_why_it_never_had_a_request(origins: tuple[str, ...], expected: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("origins", "expected"), [(("*",), b"*"), (("https://page.example",), None)]
+)
+def test_a_page_reads_why_it_never_had_a_request(
+    origins: tuple[str, ...], expected: bytes | None
+) -> None:
     """Where any page may; of a refusal without a request it is not known which page asked."""
     with listening(engine(), cors_origins=origins) as (port, _):
         head, _, _ = exchange(port, b"no HTTP\r\n\r\n").partition(b"\r\n\r\n")

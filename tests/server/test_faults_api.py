@@ -1,4 +1,5 @@
-"""What fails after the checks: refusals, engine faults, deadlines; before the first token and inside a stream."""
+"""What fails after the checks: refusals, engine faults, deadlines; before the first token and
+inside a stream."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def test_a_refused_submission_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("error, status, code", CASES, ids=lambda case: type(case).__name__)
-def test_an_error_inside_a_stream_is_its_last_event(error: MoebiusError, status: int, code: str | None) -> None:
+def test_an_error_inside_a_stream_is_its_last_event(
+    error: MoebiusError, status: int, code: str | None
+) -> None:
     async def check(server: Server) -> None:
         response = await server.post(COMPLETIONS, body(n=2, stream=True))
         assert response.status_code == 200
@@ -83,7 +86,13 @@ def test_an_error_inside_a_stream_is_its_last_event(error: MoebiusError, status:
         assert SECRET not in response.text and "[DONE]" not in response.text
         assert {request.id for request in server.engine.requests} <= set(server.engine.aborted)
 
-    run(check, engine(step_seconds=0.002, fault=lambda r, step: error if step == 5 and r.id.endswith("1") else None))
+    run(
+        check,
+        engine(
+            step_seconds=0.002,
+            fault=lambda r, step: error if step == 5 and r.id.endswith("1") else None,
+        ),
+    )
 
 
 def test_without_a_stream_a_late_error_is_plain_http() -> None:
@@ -101,7 +110,12 @@ def test_one_calls_fault_is_no_neighbours() -> None:
         assert [r.status_code for r in responses] == [500 if i in bad else 200 for i in range(10)]
 
     fault = EngineError("x")
-    run(check, engine(fault=lambda r, step: fault if (r.prompt_ids[0] - 20) % 3 == 0 and step == 4 else None))
+    run(
+        check,
+        engine(
+            fault=lambda r, step: fault if (r.prompt_ids[0] - 20) % 3 == 0 and step == 4 else None
+        ),
+    )
 
 
 def test_an_unforeseen_exception_is_a_500_with_an_id_and_logs_no_prompt(
@@ -133,7 +147,9 @@ def test_a_failure_of_the_engine_has_one_id_from_its_log_to_the_client(
     async def check(server: Server) -> None:
         response = await server.post(COMPLETIONS, body(stream=stream))
         (error_id,) = re.findall(r"\(error id ([0-9a-f]+)\)", response.text)
-        found = [record.getMessage() for record in caplog.records if error_id in record.getMessage()]
+        found = [
+            record.getMessage() for record in caplog.records if error_id in record.getMessage()
+        ]
         first, last = found  # the engine's, with the places, and the request's line
         assert "ValueError" in first and "in broken" in first and f"error_id={error_id}" in last
 
@@ -231,7 +247,8 @@ def test_the_engine_is_closed_with_the_application() -> None:
 
 
 def test_whatever_wakes_a_call_is_called_on_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An asyncio.Event that is set elsewhere may not be seen before something else happens on the loop."""
+    """An asyncio.Event that is set elsewhere may not be seen before something else happens on the
+    loop."""
     setters: list[int] = []
     original = asyncio.Event.set
 
@@ -252,11 +269,14 @@ def test_whatever_wakes_a_call_is_called_on_its_loop(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_built_once_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizer for texts that hold special tokens' names takes as long as the first one took to load."""
+    """The tokenizer for texts that hold special tokens' names takes as long as the first one took
+    to load."""
     fresh = Tokenizer(byte_level(), templates={"default": ChatTemplate(TEMPLATE)})
 
     async def check(server: Server) -> None:
-        monkeypatch.setattr("moebius.text.guard._Aliased", lambda *_: pytest.fail("built while others wait"))
+        monkeypatch.setattr(
+            "moebius.text.guard._Aliased", lambda *_: pytest.fail("built while others wait")
+        )
         await server.chat(messages=[{"role": "user", "content": "a <|im_end|> b"}], max_tokens=1)
 
     run(check, tokenizer=fresh)

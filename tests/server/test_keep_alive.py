@@ -21,7 +21,9 @@ def opening_later(fake: FakeEngine, seconds: float) -> FakeEngine:
 
 
 async def raw_stream(server: Server, **fields: Any) -> Any:
-    return await server.post(COMPLETIONS, {"prompt": "x", "stream": True, "max_tokens": 3, **fields})
+    return await server.post(
+        COMPLETIONS, {"prompt": "x", "stream": True, "max_tokens": 3, **fields}
+    )
 
 
 def test_a_long_wait_for_the_first_token_is_bridged_by_comments() -> None:
@@ -73,7 +75,8 @@ def test_tokens_without_text_are_silence_too() -> None:
 
 
 def test_scoring_a_long_prompt_delays_the_headers_not_beyond_the_silence() -> None:
-    """Prompt log-probabilities arrive in chunks before any token; a failure in between is plain HTTP."""
+    """Prompt log-probabilities arrive in chunks before any token; a failure in between is plain
+    HTTP."""
 
     async def check(server: Server) -> None:
         fields = {"prompt": [20] * 80, "echo": True, "logprobs": 1}
@@ -101,7 +104,9 @@ def test_one_hop_to_the_loop_a_step() -> None:
 
         server.door._loop.call_soon_threadsafe = counted
         try:
-            await asyncio.gather(*(server.complete(prompt=[20 + i], max_tokens=10, n=4) for i in range(8)))
+            await asyncio.gather(
+                *(server.complete(prompt=[20 + i], max_tokens=10, n=4) for i in range(8))
+            )
         finally:
             del server.door._loop.call_soon_threadsafe
         assert 10 <= hops == server.engine.deliveries

@@ -1,4 +1,5 @@
-"""Answers of many choices and log-probabilities: the loop goes on while they are made, and streams lose nothing."""
+"""Answers of many choices and log-probabilities: the loop goes on while they are made, and streams
+lose nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MOST_SECONDS = 0.050
 TRIES = 4
 
-ECHO = {"prompt": [[7] * 500] * 12, "echo": True, "logprobs": 20, "max_tokens": 1, "prompt_logprobs": 20}
+ECHO = {
+    "prompt": [[7] * 500] * 12,
+    "echo": True,
+    "logprobs": 20,
+    "max_tokens": 1,
+    "prompt_logprobs": 20,
+}
 MANY = {
     "messages": [{"role": "user", "content": "x"}],
     "n": 16,
@@ -39,7 +46,11 @@ async def cost(server: Server, path: str, fields: dict[str, Any]) -> tuple[float
 @pytest.mark.case("B1")
 @pytest.mark.parametrize(
     ("path", "fields"),
-    [(COMPLETIONS, ECHO), (COMPLETIONS, {**ECHO, "stream": True, "prompt_logprobs": None}), (CHAT, MANY)],
+    [
+        (COMPLETIONS, ECHO),
+        (COMPLETIONS, {**ECHO, "stream": True, "prompt_logprobs": None}),
+        (CHAT, MANY),
+    ],
     ids=["echo", "streamed echo", "many choices"],
 )
 def test_the_loop_goes_on_while_a_long_answer_is_made(path: str, fields: dict[str, Any]) -> None:
@@ -62,8 +73,12 @@ def check_whole(fields: dict[str, Any], response: httpx.Response) -> None:
         *chunks, last = events(response.content)
         assert last == "[DONE]"
         pieces = [choice for chunk in chunks for choice in json.loads(chunk)["choices"]]
-        found = {index: [p["logprobs"] for p in pieces if p["index"] == index] for index in range(12)}
-        assert all(sum(len(part["top_logprobs"]) for part in parts) == 501 for parts in found.values())
+        found = {
+            index: [p["logprobs"] for p in pieces if p["index"] == index] for index in range(12)
+        }
+        assert all(
+            sum(len(part["top_logprobs"]) for part in parts) == 501 for parts in found.values()
+        )
         return
     assert int(response.headers["content-length"]) == len(response.content)
     choices = response.json()["choices"]
@@ -72,5 +87,11 @@ def check_whole(fields: dict[str, Any], response: httpx.Response) -> None:
         if "n" in fields:
             assert len(choice["logprobs"]["content"]) == 400
         else:
-            assert len(choice["logprobs"]["top_logprobs"]) == 501 and len(choice["prompt_logprobs"]) == 500
-            assert choice["logprobs"]["top_logprobs"][0] is None and len(choice["prompt_logprobs"][9]) == 21
+            assert (
+                len(choice["logprobs"]["top_logprobs"]) == 501
+                and len(choice["prompt_logprobs"]) == 500
+            )
+            assert (
+                choice["logprobs"]["top_logprobs"][0] is None
+                and len(choice["prompt_logprobs"][9]) == 21
+            )

@@ -72,7 +72,9 @@ async def by_protocol() -> None:
 def test_it_fires_on_a_tenth_of_a_second(how: Callable[[], Any], caught: list[str]) -> None:
     loop_guard.run(how())
     (message,) = caught
-    assert "took the event loop for 1" in message and ("busy" in message or "step" in message or "data_" in message)
+    assert "took the event loop for 1" in message and (
+        "busy" in message or "step" in message or "data_" in message
+    )
 
 
 def test_it_is_blind_to_waiting_and_to_the_collector(caught: list[str]) -> None:
@@ -86,7 +88,9 @@ def test_it_is_blind_to_waiting_and_to_the_collector(caught: list[str]) -> None:
     assert caught == []
 
 
-def test_it_watches_the_servers_of_tests(monkeypatch: pytest.MonkeyPatch, caught: list[str]) -> None:
+def test_it_watches_the_servers_of_tests(
+    monkeypatch: pytest.MonkeyPatch, caught: list[str]
+) -> None:
     """Behind a socket and without one: the same route holds the loop in both."""
     from moebius.server.metrics import ServerMetrics
 

@@ -27,7 +27,9 @@ def live() -> Iterator[tuple[FakeEngine, int]]:
 
 @pytest.fixture
 def client(live: tuple[FakeEngine, int]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{live[1]}/v1", api_key=KEY, max_retries=0, timeout=20) as client:
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{live[1]}/v1", api_key=KEY, max_retries=0, timeout=20
+    ) as client:
         yield client
 
 
@@ -35,12 +37,20 @@ MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 def test_openai_chat_stream_with_n_stop_logprobs_seed_and_usage(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "n": 3, "seed": 11, "max_tokens": 25}
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "n": 3,
+        "seed": 11,
+        "max_tokens": 25,
+    }
     fields |= {"logprobs": True, "top_logprobs": 2, "stop": ["zzzz"]}
     whole = client.chat.completions.create(**fields)
     texts, ends, entries = ["", "", ""], [[], [], []], [[], [], []]
     usage = None
-    for chunk in client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.chat.completions.create(
+        **fields, stream=True, stream_options={"include_usage": True}
+    ):
         usage = chunk.usage or usage
         assert chunk.system_fingerprint == whole.system_fingerprint == "fp_fake"
         for choice in chunk.choices:
@@ -56,11 +66,15 @@ def test_openai_chat_stream_with_n_stop_logprobs_seed_and_usage(client: openai.O
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:
-    whole = client.completions.create(model=MODEL, prompt=["a", "b"], n=2, seed=1, logprobs=1, echo=True)
+    whole = client.completions.create(
+        model=MODEL, prompt=["a", "b"], n=2, seed=1, logprobs=1, echo=True
+    )
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
     assert [choice.text[0] for choice in whole.choices] == ["a", "a", "b", "b"]
     texts = [""] * 4
-    for chunk in client.completions.create(model=MODEL, prompt=["a", "b"], n=2, seed=1, echo=True, stream=True):
+    for chunk in client.completions.create(
+        model=MODEL, prompt=["a", "b"], n=2, seed=1, echo=True, stream=True
+    ):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [choice.text for choice in whole.choices]
@@ -87,7 +101,9 @@ def test_openai_errors(client: openai.OpenAI, live: tuple[FakeEngine, int]) -> N
         client.with_options(api_key="wrong").models.list()
 
 
-def test_openai_sees_an_error_inside_a_stream(client: openai.OpenAI, live: tuple[FakeEngine, int]) -> None:
+def test_openai_sees_an_error_inside_a_stream(
+    client: openai.OpenAI, live: tuple[FakeEngine, int]
+) -> None:
     from moebius.errors import EngineError
 
     live[0].fault = lambda request, step: EngineError("x") if step == 5 else None
@@ -112,10 +128,16 @@ def ask(fake: FakeEngine, port: int, body: dict[str, Any]) -> tuple[socket.socke
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("farewell", ["close", "shutdown", "reset"])
-def test_a_client_that_goes_away_costs_at_most_a_few_steps(stream: bool, n: int, farewell: str) -> None:
+def test_a_client_that_goes_away_costs_at_most_a_few_steps(
+    stream: bool, n: int, farewell: str
+) -> None:
     fake = engine(step_seconds=0.05)
     with listening(fake, api_keys=(KEY,)) as (port, door):
-        sock, id = ask(fake, port, {"prompt": "x", "stream": stream, "max_tokens": 400, "ignore_eos": True, "n": n})
+        sock, id = ask(
+            fake,
+            port,
+            {"prompt": "x", "stream": stream, "max_tokens": 400, "ignore_eos": True, "n": n},
+        )
         wait_until(lambda: fake.drawn.get(id, 0) >= 2)
         if farewell == "shutdown":
             sock.shutdown(socket.SHUT_WR)
@@ -144,14 +166,26 @@ def test_a_client_that_leaves_before_the_first_token(live: tuple[FakeEngine, int
     wait_until(lambda: fake.idle)
 
 
-def test_a_reader_that_lags_is_cut_off_and_its_neighbour_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reader_that_lags_is_cut_off_and_its_neighbour_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO", "moebius.server.access")
     fake = engine(max_model_len=1_000_000, step_tokens=64, step_seconds=0.002)
     with listening(fake, api_keys=(KEY,), stream_buffer_bytes=64 * 1024) as (port, door):
-        body = {"prompt": "x", "stream": True, "max_tokens": 500_000, "ignore_eos": True, "logprobs": 20}
+        body = {
+            "prompt": "x",
+            "stream": True,
+            "max_tokens": 500_000,
+            "ignore_eos": True,
+            "logprobs": 20,
+        }
         slow, slow_id = ask(fake, port, body)
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0) as client:
-            chunks = list(client.completions.create(model=MODEL, prompt="y", max_tokens=5000, stream=True))
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0
+        ) as client:
+            chunks = list(
+                client.completions.create(model=MODEL, prompt="y", max_tokens=5000, stream=True)
+            )
             assert chunks[-1].choices[0].finish_reason == "length"
         wait_until(lambda: slow_id in fake.aborted and fake.idle, 20)
         assert fake.drawn[slow_id] < 500_000
@@ -184,7 +218,11 @@ RAW: list[tuple[bytes, int]] = [
     (b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
-    (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
+    (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
+        b"99999999999999999999999\r\n\r\n",
+        400,
+    ),
     (b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000, 431),
     (b"GET /" + b"x" * 40_000, 431),
     (b"GET / HTTP/1.1\r\nConnection: close\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 431),
@@ -205,7 +243,10 @@ def test_bytes_that_are_no_request(live: tuple[FakeEngine, int], data: bytes, st
 
 
 def test_two_content_lengths_and_smuggling_are_refused(live: tuple[FakeEngine, int]) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a-key\r\nConnection: close\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+        b"a-key\r\nConnection: close\r\n"
+    )
     for extra in (
         b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
         b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
@@ -224,20 +265,29 @@ def test_headers_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_body_larger_than_the_limit_is_not_read(live: tuple[FakeEngine, int]) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a-key\r\nContent-Length: 900000000\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+        b"a-key\r\nContent-Length: 900000000\r\n"
+    )
     answer = exchange(live[1], head + b"Content-Type: application/json\r\n\r\n{")
     assert b" 413 " in answer.split(b"\r\n")[0]
 
 
 def test_pipelined_requests_are_answered_in_order(live: tuple[FakeEngine, int]) -> None:
-    one = http_request("/v1/completions", {"prompt": "x", "max_tokens": 3, "seed": 1}, Authorization=f"Bearer {KEY}")
+    one = http_request(
+        "/v1/completions",
+        {"prompt": "x", "max_tokens": 3, "seed": 1},
+        Authorization=f"Bearer {KEY}",
+    )
     last = b"GET /version HTTP/1.1\r\nAuthorization: Bearer a-key\r\nConnection: close\r\n\r\n"
     answer = exchange(live[1], one + one + last)
     assert answer.count(b"HTTP/1.1 200") == 3 and answer.rstrip().endswith(b"}")
     assert answer.index(b"text_completion") < answer.index(b'"version"')
 
 
-def test_special_text_survives_the_socket(client: openai.OpenAI, live: tuple[FakeEngine, int]) -> None:
+def test_special_text_survives_the_socket(
+    client: openai.OpenAI, live: tuple[FakeEngine, int]
+) -> None:
     text = "😀 Grüße 日本語 \u2028\r\n\x00 end"
     ids = tokenizer().encode(text, False)
     fake, script = live[0], live[0].script

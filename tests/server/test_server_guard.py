@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from moebius.config import ServerSettings
 from moebius.errors import ConfigError
 from moebius.schedule.request import LIMITS
 from moebius.server.access import AccessLog
 from moebius.server.guard import Guard
+from moebius.server.settings import ServerSettings
 from server.serving import MODEL, Server, run
 
 KEYS = ("key-one", "key-two")
@@ -66,7 +66,9 @@ def test_every_route_but_two_needs_a_key_on_the_raw_path() -> None:
 @pytest.mark.parametrize("header", ["Bearer key-one", "Bearer key-two", "bearer  key-two"])
 def test_each_key_opens(header: str) -> None:
     async def check(server: Server) -> None:
-        assert (await server.http.get("/v1/models", headers={"Authorization": header})).status_code == 200
+        assert (
+            await server.http.get("/v1/models", headers={"Authorization": header})
+        ).status_code == 200
 
     run(check, api_keys=KEYS)
 
@@ -74,7 +76,14 @@ def test_each_key_opens(header: str) -> None:
 @pytest.mark.parametrize("keys", [(), KEYS])
 def test_a_key_of_its_own_opens_the_metrics_and_nothing_else(keys: tuple[str, ...]) -> None:
     """However the path is spelled: the router decodes it, and lets a line break pass at its end."""
-    spelled = ("/metrics", "/metric%73", "/%6Detrics", "/metrics?x=/health/live", "/metrics%0A", "/metrics%0a?y")
+    spelled = (
+        "/metrics",
+        "/metric%73",
+        "/%6Detrics",
+        "/metrics?x=/health/live",
+        "/metrics%0A",
+        "/metrics%0a?y",
+    )
 
     async def status(server: Server, path: str, key: str | None) -> int:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -87,7 +96,9 @@ def test_a_key_of_its_own_opens_the_metrics_and_nothing_else(keys: tuple[str, ..
                 assert await status(server, path, key) == 401, (path, key)
         for method, path in ROUTES:
             if keys and path != "/metrics":
-                response = await server.http.request(method, path, headers={"Authorization": "Bearer scraper"})
+                response = await server.http.request(
+                    method, path, headers={"Authorization": "Bearer scraper"}
+                )
                 assert response.status_code == 401, path
         assert await status(server, "/v1/models", keys[0] if keys else None) == 200
         assert await status(server, "/health/live", None) == 200
@@ -127,7 +138,9 @@ def test_tenants_and_salts_have_caches_of_their_own() -> None:
                     found = server.engine.requests[-1].salt
                     assert salts.setdefault((key, salt), found) == found
         assert len(set(salts.values())) == 6
-        assert all(salts.values()) and not any(key.encode() in salt for salt in salts.values() for key in KEYS)
+        assert all(salts.values()) and not any(
+            key.encode() in salt for salt in salts.values() for key in KEYS
+        )
 
     run(check, api_keys=KEYS)
 
@@ -182,16 +195,29 @@ def test_a_large_body_within_the_limit_is_read() -> None:
 
 def test_only_json_is_read() -> None:
     async def check(server: Server) -> None:
-        for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
-            response = await server.http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+        for headers in (
+            {},
+            {"Content-Type": "text/plain"},
+            {"Content-Type": "application/x-www-form-urlencoded"},
+        ):
+            response = await server.http.post(
+                "/v1/completions", content=b'{"prompt": "x"}', headers=headers
+            )
             assert response.status_code == 415
         for coding in ("gzip", "br, gzip", "deflate", "zstd"):
             headers = {"Content-Type": "application/json", "Content-Encoding": coding}
-            response = await server.http.post("/v1/completions", content=gzip.compress(b"{}"), headers=headers)
+            response = await server.http.post(
+                "/v1/completions", content=gzip.compress(b"{}"), headers=headers
+            )
             assert response.status_code == 415 and response.headers["accept-encoding"] == "identity"
             assert "sent as it is, not compressed" in response.json()["error"]["message"]
-        headers = {"Content-Type": "Application/JSON; charset=utf-8", "Content-Encoding": "identity"}
-        response = await server.http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+        headers = {
+            "Content-Type": "Application/JSON; charset=utf-8",
+            "Content-Encoding": "identity",
+        }
+        response = await server.http.post(
+            "/v1/completions", content=b'{"prompt": "x"}', headers=headers
+        )
         assert response.status_code == 200
 
     run(check)

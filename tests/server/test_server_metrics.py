@@ -44,12 +44,18 @@ HISTOGRAMS = {
     "request_max_num_generation_tokens",
     "iteration_tokens_total",
 }
-PROCESS = {"process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds", "process_start_time_seconds"}
+PROCESS = {
+    "process_resident_memory_bytes",
+    "process_cpu_seconds",
+    "process_open_fds",
+    "process_start_time_seconds",
+}
 LOAD = LayerLoad(3, 2, 100, 1.5, 0.25, 0.875, (1, 4), (100, 0, 50, 50, 0), (900, 9, 9, 9, 9))
 
 
 async def scrape(server: Server) -> tuple[dict[str, str], dict[tuple[str, Any], float]]:
-    """Types by family, values by sample name and label values other than the two that never change."""
+    """Types by family, values by sample name and label values other than the two that never
+    change."""
     response = await server.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     types, values = {}, {}
@@ -62,7 +68,9 @@ async def scrape(server: Server) -> tuple[dict[str, str], dict[tuple[str, Any], 
                 assert labels.pop("model_name") == "tiny" and labels.pop("engine") == "0"
             key = (
                 sample.name,
-                tuple(sorted(labels.values())) if len(labels) > 1 else next(iter(labels.values()), None),
+                tuple(sorted(labels.values()))
+                if len(labels) > 1
+                else next(iter(labels.values()), None),
             )
             assert key not in values
             values[key] = sample.value
@@ -74,7 +82,11 @@ def test_all_families_under_both_names() -> None:
         await server.complete()
         types, values = await scrape(server)
         for prefix in ("moebius_", "vllm:"):
-            found = {name.removeprefix(prefix): kind for name, kind in types.items() if name.startswith(prefix)}
+            found = {
+                name.removeprefix(prefix): kind
+                for name, kind in types.items()
+                if name.startswith(prefix)
+            }
             assert {name for name, kind in found.items() if kind == "gauge"} == GAUGES
             assert {name for name, kind in found.items() if kind == "counter"} == COUNTERS
             assert {name for name, kind in found.items() if kind == "histogram"} == HISTOGRAMS
@@ -82,10 +94,15 @@ def test_all_families_under_both_names() -> None:
             assert values[prefix + "prefix_cache_hits_total", None] == 20
             assert values[prefix + "cache_config_info", ("16", "64")] == 1
         rest = {name for name in types if not name.startswith(("moebius_", "vllm:"))}
-        assert rest >= PROCESS | {"http_requests"} and all(n.startswith(("process_", "http_")) for n in rest)
+        assert rest >= PROCESS | {"http_requests"} and all(
+            n.startswith(("process_", "http_")) for n in rest
+        )
         assert len(types) == 2 * len(GAUGES | COUNTERS | HISTOGRAMS) + len(rest)
         assert values["process_resident_memory_bytes", None] > 2**20
-        assert values["moebius_iteration_tokens_total_count", None] == values["vllm:num_preemptions_total", None] + 13
+        assert (
+            values["moebius_iteration_tokens_total_count", None]
+            == values["vllm:num_preemptions_total", None] + 13
+        )
 
     run(check)
 
@@ -114,9 +131,15 @@ def test_what_the_front_door_counts() -> None:
             assert values["moebius_" + name, label] == values["vllm:" + name, label]
             return values["vllm:" + name, label]
 
-        finished = {reason: value("request_success_total", reason) for reason in ("stop", "length", "abort", "error")}
+        finished = {
+            reason: value("request_success_total", reason)
+            for reason in ("stop", "length", "abort", "error")
+        }
         assert finished == {"stop": 1, "length": 3, "abort": 0, "error": 1}
-        rejected = {r: value("admission_rejections_total", r) for r in ("invalid_request", "context_length", "error")}
+        rejected = {
+            r: value("admission_rejections_total", r)
+            for r in ("invalid_request", "context_length", "error")
+        }
         assert rejected == {"invalid_request": 2, "context_length": 1, "error": 1}
         assert value("admission_rejections_total", "http") == 1
         assert value("time_to_first_token_seconds_count") == 4
@@ -124,7 +147,9 @@ def test_what_the_front_door_counts() -> None:
         assert value("e2e_request_latency_seconds_count") == 5
         assert value("request_generation_tokens_sum") == 15 + chat_tokens
         assert value("request_decode_time_seconds_count") == 4
-        assert 0 < value("time_to_first_token_seconds_sum") < value("e2e_request_latency_seconds_sum")
+        assert (
+            0 < value("time_to_first_token_seconds_sum") < value("e2e_request_latency_seconds_sum")
+        )
         assert value("generation_tokens_total") == 15 + chat_tokens
 
     run(check, engine("hello world"))
@@ -134,13 +159,23 @@ def test_the_number_of_series_does_not_grow_with_requests() -> None:
     async def check(server: Server) -> None:
         _, before = await scrape(server)
         for i in range(20):
-            await server.post("/v1/completions", {"prompt": "x", f"field{i}": 1, "user": f"user{i}"})
-            await server.post("/v1/completions", {"prompt": f"{i}", "model": "alias", "max_tokens": 1})
+            await server.post(
+                "/v1/completions", {"prompt": "x", f"field{i}": 1, "user": f"user{i}"}
+            )
+            await server.post(
+                "/v1/completions", {"prompt": f"{i}", "model": "alias", "max_tokens": 1}
+            )
             await server.http.get(f"/route{i}")
         _, after = await scrape(server)
-        new = {key for key in after.keys() - before.keys() if not key[0].startswith("http_requests")}
+        new = {
+            key for key in after.keys() - before.keys() if not key[0].startswith("http_requests")
+        }
         assert not new, "a label's value came from a request"
-        answers = {("/metrics", "GET", "2xx"), ("/v1/completions", "POST", "2xx"), ("/v1/completions", "POST", "4xx")}
+        answers = {
+            ("/metrics", "GET", "2xx"),
+            ("/v1/completions", "POST", "2xx"),
+            ("/v1/completions", "POST", "4xx"),
+        }
         answers.add(("other", "GET", "4xx"))
         assert {labels for name, labels in after if name == "http_requests_total"} == {
             tuple(sorted(one)) for one in answers
@@ -197,7 +232,10 @@ def test_times_come_from_the_engine_and_preemptions_are_counted_a_request() -> N
         _, values = await scrape(server)
         for name in ("queue", "prefill", "decode", "inference"):
             assert values[f"moebius_request_{name}_time_seconds_count", None] == 3
-        sums = {n: values[f"moebius_request_{n}_time_seconds_sum", None] for n in ("prefill", "decode", "inference")}
+        sums = {
+            n: values[f"moebius_request_{n}_time_seconds_sum", None]
+            for n in ("prefill", "decode", "inference")
+        }
         assert sums["prefill"] + sums["decode"] == pytest.approx(sums["inference"], abs=1e-6)
         assert values["moebius_request_num_preemptions_sum", None] == 3 * 7
         assert values["moebius_request_max_num_generation_tokens_sum", None] == longest
@@ -209,7 +247,11 @@ def test_times_come_from_the_engine_and_preemptions_are_counted_a_request() -> N
 def test_expert_loads_as_metrics_and_as_json() -> None:
     async def check(server: Server) -> None:
         _, values = await scrape(server)
-        found = {name: value for (name, layer), value in values.items() if layer == "3" and "vllm" not in name}
+        found = {
+            name: value
+            for (name, layer), value in values.items()
+            if layer == "3" and "vllm" not in name
+        }
         assert found == {
             "moebius_expert_load_max_over_mean": 1.5,
             "moebius_expert_load_cv": 0.25,
@@ -221,7 +263,12 @@ def test_expert_loads_as_metrics_and_as_json() -> None:
         stats = (await server.http.get("/v1/moe/stats")).json()
         assert stats["object"] == "moe.stats" and stats["window_steps"] == 40
         layer, idle = stats["layers"]
-        assert layer["layer"] == 3 and layer["top_k"] == 2 and layer["tokens"] == 100 and layer["dead"] == [1, 4]
+        assert (
+            layer["layer"] == 3
+            and layer["top_k"] == 2
+            and layer["tokens"] == 100
+            and layer["dead"] == [1, 4]
+        )
         assert layer["pairs"] == [100, 0, 50, 50, 0] and layer["total_pairs"] == [900, 9, 9, 9, 9]
         assert idle["max_over_mean"] is None
 
@@ -243,7 +290,8 @@ def test_a_dense_model_exports_no_experts() -> None:
 @pytest.mark.case("C21")
 @pytest.mark.parametrize("deferred, capacity", [(0, 2), (1, 1), (2, 0), (9, 0)])
 def test_all_that_wait_do_so_for_a_reason(deferred: int, capacity: int) -> None:
-    """The engine counts both between two scrapes, not at one instant; together they are what waits."""
+    """The engine counts both between two scrapes, not at one instant; together they are what
+    waits."""
 
     async def check(server: Server) -> None:
         _, values = await scrape(server)

@@ -38,11 +38,15 @@ print("ended", flush=True)
 
 
 @contextmanager
-def process(step_seconds: float, drain_timeout: float = 30) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def process(
+    step_seconds: float, drain_timeout: float = 30
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'tests'}"}
     command = [sys.executable, "-W", "error", "-c", SERVER, str(step_seconds), str(drain_timeout)]
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert child.stdout is not None
         port = int(child.stdout.readline())
@@ -123,7 +127,11 @@ def test_a_port_in_use_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = refused("127.0.0.1", port)
-        assert message == f"cannot bind 127.0.0.1:{port}: Address already in use; choose another --port or --host"
+        assert (
+            message
+            == f"cannot bind 127.0.0.1:{port}: Address already in use; choose another --port or "
+            "--host"
+        )
 
 
 def test_a_reserved_port_does_not_answer_yet() -> None:
@@ -138,7 +146,10 @@ def test_a_port_taken_while_the_model_loaded() -> None:
     from moebius.text import GenerationDefaults
     from server.serving import engine, settings, tokenizer
 
-    with reserve("127.0.0.1", 0) as (first,), reserve("127.0.0.1", first.getsockname()[1]) as second:
+    with (
+        reserve("127.0.0.1", 0) as (first,),
+        reserve("127.0.0.1", first.getsockname()[1]) as second,
+    ):
         first.listen()
         with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:"):
             run_server(create_app(engine(), tokenizer(), GenerationDefaults(), settings()), second)
@@ -192,7 +203,9 @@ def test_a_host_of_two_addresses_is_served_at_both(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.case("C18")
-def test_an_address_that_the_machine_lacks_is_left_out_where_another_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_the_machine_lacks_is_left_out_where_another_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As ::1 of localhost, on a machine without IPv6."""
     resolves_to(monkeypatch, "127.0.0.1", "192.0.2.1")
     with reserve("some-name", 0, api_keys=("k",)) as sockets:

@@ -1,4 +1,5 @@
-"""A request's own deadline, by field or header: at most the server's, and told as any deadline is."""
+"""A request's own deadline, by field or header: at most the server's, and told as any deadline
+is."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ HEADER = "X-Request-Timeout"
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@pytest.mark.parametrize("asked", [({"timeout": 0.1}, {}), ({}, {HEADER: "0.1"}), ({"timeout": 60}, {HEADER: ".1"})])
+@pytest.mark.parametrize(
+    "asked", [({"timeout": 0.1}, {}), ({}, {HEADER: "0.1"}), ({"timeout": 60}, {HEADER: ".1"})]
+)
 def test_who_waits_beyond_its_deadline_is_told_so(
     asked: tuple[dict[str, float], dict[str, str]], path: str, stream: bool
 ) -> None:
@@ -29,7 +32,9 @@ def test_who_waits_beyond_its_deadline_is_told_so(
     async def check(server: Server) -> None:
         server.engine.gate.clear()
         started = time.monotonic()
-        response = await server.post(path, {**GOOD[path], **fields, "stream": stream, "n": 2}, headers=headers)
+        response = await server.post(
+            path, {**GOOD[path], **fields, "stream": stream, "n": 2}, headers=headers
+        )
         assert 0.1 <= time.monotonic() - started < 10
         assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
         error = response.json()["error"]
@@ -49,7 +54,9 @@ def test_inside_a_stream_it_is_the_last_event(path: str) -> None:
         server.engine.gate.clear()
         response = await asked
         *chunks, last = map(json.loads, events(response.content))
-        assert response.status_code == 200 and chunks and all("error" not in chunk for chunk in chunks)
+        assert (
+            response.status_code == 200 and chunks and all("error" not in chunk for chunk in chunks)
+        )
         assert last["error"]["code"] == "deadline_exceeded" and "[DONE]" not in response.text
         server.engine.gate.set()
 
@@ -67,7 +74,9 @@ def test_the_engine_hears_the_earliest_of_all_deadlines() -> None:
             ({"timeout": 1e6}, {HEADER: "1000000"}, 50.0),
         ):
             before = time.monotonic()
-            response = await server.post(COMPLETIONS, {**GOOD[COMPLETIONS], **fields}, headers=headers)
+            response = await server.post(
+                COMPLETIONS, {**GOOD[COMPLETIONS], **fields}, headers=headers
+            )
             after = time.monotonic()
             assert response.status_code == 200, response.text
             deadline = server.engine.requests[-1].deadline
@@ -98,7 +107,11 @@ def test_the_time_that_a_body_takes_counts() -> None:
 def test_a_wrong_field_is_named(value: Any) -> None:
     async def check(server: Server) -> None:
         for path in (COMPLETIONS, CHAT):
-            error = check_error(await server.post(path, {**GOOD[path], "timeout": value}), status=400, param="timeout")
+            error = check_error(
+                await server.post(path, {**GOOD[path], "timeout": value}),
+                status=400,
+                param="timeout",
+            )
             assert "timeout" in error["message"]
 
     run(check)
@@ -106,13 +119,27 @@ def test_a_wrong_field_is_named(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [("0",), ("-1",), ("",), ("x",), ("nan",), ("inf",), ("1e3",), ("1 s",), ("9" * 400,), ("0.000",), ("5", "5")],
+    [
+        ("0",),
+        ("-1",),
+        ("",),
+        ("x",),
+        ("nan",),
+        ("inf",),
+        ("1e3",),
+        ("1 s",),
+        ("9" * 400,),
+        ("0.000",),
+        ("5", "5"),
+    ],
 )
 def test_a_wrong_header_is_named(values: tuple[str, ...]) -> None:
     async def check(server: Server) -> None:
         headers = [(HEADER, value) for value in values]
         for path in (COMPLETIONS, CHAT):
-            error = check_error(await server.post(path, GOOD[path], headers=headers), status=400, param=HEADER)
+            error = check_error(
+                await server.post(path, GOOD[path], headers=headers), status=400, param=HEADER
+            )
             assert HEADER in error["message"]
 
     run(check)
@@ -123,7 +150,9 @@ def test_the_official_client_sends_and_hears_it() -> None:
     fake.gate.clear()
     with (
         listening(fake) as (port, _),
-        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=20) as client,
+        openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=20
+        ) as client,
     ):
         for extra in ({"extra_body": {"timeout": 0.1}}, {"extra_headers": {HEADER: "0.1"}}):
             with pytest.raises(openai.InternalServerError) as error:
@@ -132,7 +161,9 @@ def test_the_official_client_sends_and_hears_it() -> None:
         fake.gate.set()
 
 
-def test_whoever_waits_for_a_thread_to_be_tokenised_on_has_a_deadline_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_waits_for_a_thread_to_be_tokenised_on_has_a_deadline_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Long prompts are encoded on two threads, while a third waits for its turn."""
     gate = threading.Event()
     honest = Tokenizer.encode
@@ -150,7 +181,10 @@ def test_whoever_waits_for_a_thread_to_be_tokenised_on_has_a_deadline_too(monkey
         finally:
             gate.set()
         for response in responses:
-            assert response.status_code == 503 and response.json()["error"]["code"] == "deadline_exceeded"
+            assert (
+                response.status_code == 503
+                and response.json()["error"]["code"] == "deadline_exceeded"
+            )
         assert server.engine.requests == []
         await server.complete(max_tokens=1)
 

@@ -27,13 +27,17 @@ def check_answer(worst: WorstBody, response: httpx.Response) -> None:
         assert response.status_code == 200, (worst.name, response.text[:300])
     elif worst.status:
         error = check_error(response, status=worst.status)
-        assert worst.param in (None, error["param"]) and worst.code in (None, error["code"]), (worst.name, error)
+        assert worst.param in (None, error["param"]) and worst.code in (None, error["code"]), (
+            worst.name,
+            error,
+        )
     else:
         assert response.status_code == 200 or check_error(response)
 
 
 async def cost(server: Server, worst: WorstBody) -> tuple[float, float]:
-    """Send it: the longest hold of the interpreter's lock, and the longest turn of the loop, in processor seconds."""
+    """Send it: the longest hold of the interpreter's lock, and the longest turn of the loop, in
+    processor seconds."""
     headers = {"Content-Type": "application/json"}
     asked = asyncio.create_task(server.http.post(worst.path, content=worst.body, headers=headers))
     with Holding() as holding:

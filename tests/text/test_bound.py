@@ -37,7 +37,9 @@ def characters(fuse: bool, unknown: str | None = "<unk>") -> Backend:
 
 def words(model: type) -> Backend:
     vocab = {"<unk>": 0, "a": 1, "##b": 2, "ab": 3}
-    return changed(Backend(model(vocab, unk_token="<unk>")), pre_tokenizer=pre_tokenizers.Whitespace())
+    return changed(
+        Backend(model(vocab, unk_token="<unk>")), pre_tokenizer=pre_tokenizers.Whitespace()
+    )
 
 
 def sequence(*parts):
@@ -45,16 +47,22 @@ def sequence(*parts):
 
 
 NFKC, LOWER = normalizers.NFKC(), normalizers.Lowercase()
-DROPS = pre_tokenizers.Sequence([pre_tokenizers.Split("a", "removed"), pre_tokenizers.ByteLevel(False)])
+DROPS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split("a", "removed"), pre_tokenizers.ByteLevel(False)]
+)
 INFORMED = {
     **{name: FAMILIES[name] for name in ("byte_level", "llama", "mistral")},
     "stripping": lambda: stripping(byte_level()),
     "stripping_llama": lambda: stripping(llama()),
     "nfd": lambda: changed(byte_level(), normalizer=normalizers.NFD()),
     "nfkc": lambda: changed(byte_level(), normalizer=NFKC),
-    "letters_replaced": lambda: changed(byte_level(), normalizer=normalizers.Replace("hello", "     ")),
+    "letters_replaced": lambda: changed(
+        byte_level(), normalizer=normalizers.Replace("hello", "     ")
+    ),
     "lower": lambda: changed(byte_level(), normalizer=LOWER),
-    "nfkc_first": lambda: changed(mistral(), normalizer=sequence(NFKC, normalizers.Replace(" ", "▁"))),
+    "nfkc_first": lambda: changed(
+        mistral(), normalizer=sequence(NFKC, normalizers.Replace(" ", "▁"))
+    ),
     "unknown_each": lambda: characters(fuse=False),
 }
 SILENT = {
@@ -64,7 +72,9 @@ SILENT = {
     "word_piece": lambda: words(models.WordPiece),
     "word_level": lambda: words(models.WordLevel),
     "strip": lambda: changed(mistral(), normalizer=normalizers.Strip()),
-    "accents": lambda: changed(byte_level(), normalizer=sequence(normalizers.NFD(), normalizers.StripAccents())),
+    "accents": lambda: changed(
+        byte_level(), normalizer=sequence(normalizers.NFD(), normalizers.StripAccents())
+    ),
     "bert": lambda: changed(byte_level(), normalizer=normalizers.BertNormalizer()),
     "shrinks": lambda: changed(byte_level(), normalizer=normalizers.Replace("aaaa", "a")),
     "regex": lambda: changed(byte_level(), normalizer=normalizers.Replace(Regex("a+"), "aa")),
@@ -73,11 +83,26 @@ SILENT = {
     "drops": lambda: changed(byte_level(), pre_tokenizer=DROPS),
 }
 
-# What shrinks: characters that fold, that compose, that a token swallows, and tokens longer than the vocabulary's.
+# What shrinks: characters that fold, that compose, that a token swallows, and tokens longer than
+# the vocabulary's.
 PIECES = st.one_of(
     st.text(max_size=6),
-    st.sampled_from([*SPECIALS, "<w>", "<|pad|>", "<tool_call>", "quick brown", "hello", "\u212a", "\U0001d400", "ﷺ"]),
-    st.sampled_from(["A\u030a\u0301", "\u1112\u1161\u11ab", "\u2126", "\u1fef", "\uff21", "☃", "a\u0323\u0302"]),
+    st.sampled_from(
+        [
+            *SPECIALS,
+            "<w>",
+            "<|pad|>",
+            "<tool_call>",
+            "quick brown",
+            "hello",
+            "\u212a",
+            "\U0001d400",
+            "ﷺ",
+        ]
+    ),
+    st.sampled_from(
+        ["A\u030a\u0301", "\u1112\u1161\u11ab", "\u2126", "\u1fef", "\uff21", "☃", "a\u0323\u0302"]
+    ),
     st.sampled_from([" ", "\n", "\u2000", "\xa0", "a", "ab", "▁"]).flatmap(
         lambda char: st.integers(1, 200).map(lambda n: char * n)
     ),
@@ -94,7 +119,9 @@ def tokenizers() -> dict[str, Tokenizer]:
 @SETTINGS
 def test_no_text_becomes_fewer_tokens(tokenizers, text):
     for name, tokenizer in tokenizers.items():
-        assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False)), name
+        assert tokenizer.fewest_tokens(text) <= len(
+            tokenizer.encode(text, add_special_tokens=False)
+        ), name
 
 
 @pytest.mark.case("B1")
@@ -104,7 +131,11 @@ def test_runs_of_spaces_in_the_vocabulary_do_not_spoil_the_bound(tokenizers):
     backend.add_tokens([AddedToken("-" * 200, normalized=False)])
     text = "quick brown fox; " * 1000
     assert Tokenizer(backend).fewest_tokens(text) > len(text) / 40
-    assert Tokenizer(backend).fewest_tokens("-" * 4000) == len(Tokenizer(backend).encode("-" * 4000)) == 20
+    assert (
+        Tokenizer(backend).fewest_tokens("-" * 4000)
+        == len(Tokenizer(backend).encode("-" * 4000))
+        == 20
+    )
 
 
 @pytest.mark.case("B1")
@@ -116,7 +147,11 @@ def test_the_bound_says_something_where_it_can(tokenizers):
     assert [name for name in SILENT if tokenizers[name].fewest_tokens(text)] == []
 
 
-CHANGING = [c for c in map(chr, range(0x110000)) if unicodedata.decomposition(c) or 0xAC00 <= ord(c) < 0xD7A4]
+CHANGING = [
+    c
+    for c in map(chr, range(0x110000))
+    if unicodedata.decomposition(c) or 0xAC00 <= ord(c) < 0xD7A4
+]
 
 
 def left(char: str) -> float:
@@ -126,7 +161,8 @@ def left(char: str) -> float:
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_normal_forms_leave_what_the_bound_counts_on(form):
-    """Whatever stands beside it: each part of a character gets a share, and no composed one has more than fits."""
+    """Whatever stands beside it: each part of a character gets a share, and no composed one has
+    more than fits."""
     apart = form.replace("C", "D")
     share: dict[str, float] = {}
     for char in CHANGING:
@@ -135,7 +171,9 @@ def test_normal_forms_leave_what_the_bound_counts_on(form):
     for char in {*CHANGING, *share}:
         if unicodedata.normalize(form, char) == char:
             parts = unicodedata.normalize(apart, char)
-            assert sum(max(share.get(part, 0), left(part)) for part in parts) <= len(char.encode()), ascii(char)
+            assert sum(max(share.get(part, 0), left(part)) for part in parts) <= len(
+                char.encode()
+            ), ascii(char)
 
 
 def test_lower_case_leaves_what_the_bound_counts_on():
@@ -156,9 +194,13 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_tokenised(monkeypatch, 
 
     count = len(encode(600, 1000))
     assert len(encode(600, count)) == count
-    with pytest.raises(ContextLengthError, match=rf"is {count - 1} tokens\. .* {count} tokens") as caught:
+    with pytest.raises(
+        ContextLengthError, match=rf"is {count - 1} tokens\. .* {count} tokens"
+    ) as caught:
         encode(600, count - 1)
     assert caught.value.param == ("messages" if chat else "prompt")
-    monkeypatch.setattr("moebius.text.tokenizer._encoded", lambda *_: pytest.fail("it was tokenised"))
+    monkeypatch.setattr(
+        "moebius.text.tokenizer._encoded", lambda *_: pytest.fail("it was tokenised")
+    )
     with pytest.raises(ContextLengthError, match=r"is 100 tokens\. .* at least \d+ tokens"):
         encode(120_000, 100)

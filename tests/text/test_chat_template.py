@@ -17,34 +17,41 @@ MESSAGES = [
     {"role": "assistant", "content": "yes"},
     {"role": "user", "content": "last"},
 ]
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"x": "é<>&"}, "list": [1, 2.5, None, True]}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"x": "é<>&"}, "list": [1, 2.5, None, True]},
+    }
+]
 
 # What real templates use: each is rendered by transformers too.
 TEMPLATES = [
-    "{%- for m in messages -%}\n  {{- m.role }}: {{ m['content'] | trim }}\n{% endfor %}{{ eos_token }}",
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% set x = 1 %}{{ m.content }}{{ eos_token }}"
-    "{% endgeneration %}{% else %}{{ m.content }}{{ x }}{% endif %}{% endfor %}",
-    "{% set ns = namespace(n=0, last='') %}{% for m in messages[::-1] %}{% set ns.n = ns.n + loop.index0 * 2 %}"
-    "{% set ns.last = ns.last ~ m.role ~ loop.last %}{% endfor %}{{ ns.n }}{{ ns.last }}{{ 7 % 4 }}"
-    "{{ 2 ** 5 }}{{ '-' * 3 }}",
-    "{{ tools | tojson(indent=2) }}{{ tools | tojson }}{{ tools | map(attribute='type') | join(',') }}",
-    "{% macro show(m, depth=0) %}{{ m.role ~ depth }}"
-    "{% if depth < 3 %}{{ show(m, depth + 1) }}{% endif %}{% endmacro %}"
-    "{% for m in messages %}{{ show(m) }}{% endfor %}",
-    "{% macro wrap() %}[{{ caller('a') }}]{% endmacro %}"
-    "{% call(v) wrap() %}{{ v }}{{ messages[0].content }}{% endcall %}",
-    "{% filter upper | replace('A', 'b' ~ 'c') %}{{ messages[0].content }}aa{% endfilter %}"
-    "{% set block | trim %}  {{ messages[1].content }} {% endset %}{{ block }}",
-    "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% elif loop.last %}{% break %}{% endif %}"
-    "{{ m.content }}{% else %}none{% endfor %}",
-    "{% for item in [1, [2, [3]]] recursive %}{% if item is iterable %}"
-    "({{ loop(item) }}){% else %}{{ item }}{% endif %}{% endfor %}",
-    "{{ strftime_now('%Y') }}{{ 'abc'.split('b')[1] }}{{ '%s-%03d' % ('a', 7) }}"
-    "{{ missing is defined }}{{ dict(a=1).items() | list }}"
-    "{{ '{:>4}'.format('x') }}{{ loop is undefined }}{{ messages | length }}{{ range(3) | list }}",
-    "{% if tools is not none and documents is none %}{{ bos_token }}{% endif %}"
-    "{{ messages[0]['content'].startswith('Be') }}"
-    "{{ messages | selectattr('role', 'equalto', 'user') | list | tojson }}{{ messages[5].content }}",
+    "{%- for m in messages -%}\n  {{- m.role }}: {{ m['content'] | trim }}\n{% endfor %}{{ "
+    "eos_token }}",
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% set x = 1 %}{{ "
+    "m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ x }}{% endif %}{% "
+    "endfor %}",
+    "{% set ns = namespace(n=0, last='') %}{% for m in messages[::-1] %}{% set ns.n = ns.n + "
+    "loop.index0 * 2 %}{% set ns.last = ns.last ~ m.role ~ loop.last %}{% endfor %}{{ ns.n }}{{ "
+    "ns.last }}{{ 7 % 4 }}{{ 2 ** 5 }}{{ '-' * 3 }}",
+    "{{ tools | tojson(indent=2) }}{{ tools | tojson }}{{ tools | map(attribute='type') | "
+    "join(',') }}",
+    "{% macro show(m, depth=0) %}{{ m.role ~ depth }}{% if depth < 3 %}{{ show(m, depth + 1) }}{% "
+    "endif %}{% endmacro %}{% for m in messages %}{{ show(m) }}{% endfor %}",
+    "{% macro wrap() %}[{{ caller('a') }}]{% endmacro %}{% call(v) wrap() %}{{ v }}{{ "
+    "messages[0].content }}{% endcall %}",
+    "{% filter upper | replace('A', 'b' ~ 'c') %}{{ messages[0].content }}aa{% endfilter %}{% set "
+    "block | trim %}  {{ messages[1].content }} {% endset %}{{ block }}",
+    "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% elif loop.last %}{% break "
+    "%}{% endif %}{{ m.content }}{% else %}none{% endfor %}",
+    "{% for item in [1, [2, [3]]] recursive %}{% if item is iterable %}({{ loop(item) }}){% else "
+    "%}{{ item }}{% endif %}{% endfor %}",
+    "{{ strftime_now('%Y') }}{{ 'abc'.split('b')[1] }}{{ '%s-%03d' % ('a', 7) }}{{ missing is "
+    "defined }}{{ dict(a=1).items() | list }}{{ '{:>4}'.format('x') }}{{ loop is undefined }}{{ "
+    "messages | length }}{{ range(3) | list }}",
+    "{% if tools is not none and documents is none %}{{ bos_token }}{% endif %}{{ "
+    "messages[0]['content'].startswith('Be') }}{{ messages | selectattr('role', 'equalto', 'user') "
+    "| list | tojson }}{{ messages[5].content }}",
 ]
 
 
@@ -122,16 +129,23 @@ DOUBLE = "{% for i in range(99) %}"
         LOOP + "{% set x = a %}" + END,
         LOOP + "{% if a %}{% endif %}" + END,
         "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(500) }}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) "
+        "}}",
         "{% set ns = namespace(x='aa') %}" + DOUBLE + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% set ns = namespace(x='aa') %}" + DOUBLE + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% set ns = namespace(x=['a']) %}" + DOUBLE + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='aa') %}" + DOUBLE + "{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}",
-        "{% set ns = namespace(x='aa') %}" + DOUBLE + "{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}",
+        "{% set ns = namespace(x='aa') %}"
+        + DOUBLE
+        + "{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}",
+        "{% set ns = namespace(x='aa') %}"
+        + DOUBLE
+        + "{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}",
         "{% set ns = namespace(x='aa') %}"
         + DOUBLE
         + "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
-        "{% set ns = namespace(x='aa') %}" + DOUBLE + "{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}",
+        "{% set ns = namespace(x='aa') %}"
+        + DOUBLE
+        + "{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}",
         "{{ 'x' * 10 ** 12 }}",
         "{{ 10 ** 12 * [1] }}",
         "{{ 9 ** (9 ** 9) }}",
@@ -153,14 +167,22 @@ def test_a_runaway_template_is_stopped(source):
 
 
 def test_limits_leave_a_large_chat_alone():
-    messages = [{"role": "user", "content": "word " * 400}] * 4096  # as many as a request may hold, 8 MB
-    source = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content | trim }}<|im_end|>\n{% endfor %}"
+    messages = [
+        {"role": "user", "content": "word " * 400}
+    ] * 4096  # as many as a request may hold, 8 MB
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content | trim "
+        "}}<|im_end|>\n{% endfor %}"
+    )
     text = ChatTemplate(source).render(variables(messages))
     assert text.count("word") == 400 * 4096
 
 
 def test_the_templates_own_words_reach_the_client():
-    source = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must\n alternate') }}{% endif %}ok"
+    source = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('roles must\n alternate') }}{% "
+        "endif %}ok"
+    )
     with pytest.raises(RequestError, match=r"refuses these messages: roles must alternate$"):
         ChatTemplate(source).render(variables())
     assert ChatTemplate(source).render(variables(MESSAGES[1:])) == "ok"
@@ -180,16 +202,22 @@ def normal(*messages, **facts):
 
 def test_messages_become_what_templates_expect():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert normal({"role": "user", "content": parts, "name": None}) == [{"role": "user", "content": "a\nb"}]
+    assert normal({"role": "user", "content": parts, "name": None}) == [
+        {"role": "user", "content": "a\nb"}
+    ]
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
     assert normal({"role": "assistant", "content": None, "tool_calls": [call]}) == [
         {
             "role": "assistant",
             "content": "",
-            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}],
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}
+            ],
         }
     ]
-    assert json.loads(call["function"]["arguments"]) == {"x": [1]}  # the client's own object is left alone
+    assert json.loads(call["function"]["arguments"]) == {
+        "x": [1]
+    }  # the client's own object is left alone
     developer = {"role": "developer", "content": "x"}
     assert normal(developer, developer=True)[0]["role"] == "developer"
     assert normal(developer)[0]["role"] == "system"
@@ -206,14 +234,23 @@ def test_messages_become_what_templates_expect():
         ({"role": "user"}, "messages[1].content"),
         ({"role": "user", "content": None}, "messages[1].content"),
         ({"role": "user", "content": 3}, "messages[1].content"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+            "messages[1].content",
+        ),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content"),
         ({"role": "user", "content": [3]}, "messages[1].content"),
         ({"role": "assistant", "tool_calls": {}}, "messages[1].tool_calls"),
         ({"role": "assistant", "tool_calls": [{}]}, "messages[1].tool_calls[0]"),
         ({"role": "assistant", "tool_calls": [3]}, "messages[1].tool_calls[0]"),
-        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "messages[1].tool_calls[0].function.name"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}, "messages[1].tool_calls[0].function.name"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {}}]},
+            "messages[1].tool_calls[0].function.name",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": ""}}]},
+            "messages[1].tool_calls[0].function.name",
+        ),
         ({"role": "tool", "tool_call_id": "1"}, "messages[1].content"),
     ],
 )

@@ -1,4 +1,5 @@
-"""What a model's own files say about ending and sampling never breaks a request; what has no effect is said once."""
+"""What a model's own files say about ending and sampling never breaks a request; what has no effect
+is said once."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def test_end_ids_that_the_logits_do_not_reach_are_ignored(tmp_path, caplog, eos,
     assert found.eos_ids == kept
     assert len(caplog.records) == (named is not None)
     if named:
-        assert f"generation_config.json: end token id {named} is not in the model's vocabulary of 100" in caplog.text
+        assert (
+            f"generation_config.json: end token id {named} is not in the model's vocabulary of 100"
+            in caplog.text
+        )
 
 
 @pytest.mark.case("C14")
@@ -86,7 +90,8 @@ def test_end_ids_of_other_files_and_a_vocabulary_of_a_text_config(tmp_path, capl
     ],
 )
 def test_a_sampling_default_never_breaks_a_request(tmp_path, caplog, name, value, taken):
-    """What SamplingParams takes is taken; the rest is named in the log, and the client's own values still work."""
+    """What SamplingParams takes is taken; the rest is named in the log, and the client's own values
+    still work."""
     found = load_defaults(tmp_path, {name: value, "do_sample": True})
     transformers_accepts(tmp_path)
     SamplingParams(**found.sampling)
@@ -100,7 +105,12 @@ def test_a_model_with_such_files_answers(tiny_model: Path, tmp_path: Path) -> No
     """top_p = 0 as transformers treats it: the best token stays, at any temperature."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    generation = {"top_p": 0.0, "temperature": 1.5, "eos_token_id": [0, 99_999], "repetition_penalty": 0}
+    generation = {
+        "top_p": 0.0,
+        "temperature": 1.5,
+        "eos_token_id": [0, 99_999],
+        "repetition_penalty": 0,
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation))
     llm = LLM(str(folder), max_model_len=64, kv_cache_memory_bytes=2**20)
     drawn, greedy = (
@@ -115,15 +125,36 @@ def test_a_model_with_such_files_answers(tiny_model: Path, tmp_path: Path) -> No
 
 @pytest.mark.case("C14")
 def test_what_is_not_done_is_named_in_one_line(tmp_path, caplog):
-    neutral = {"typical_p": 1.0, "num_beams": 1, "stop_strings": None, "no_repeat_ngram_size": 0, "max_length": 20}
-    assert load_defaults(tmp_path, neutral | {"do_sample": True, "temperature": 0.5}).sampling == {"temperature": 0.5}
+    neutral = {
+        "typical_p": 1.0,
+        "num_beams": 1,
+        "stop_strings": None,
+        "no_repeat_ngram_size": 0,
+        "max_length": 20,
+    }
+    assert load_defaults(tmp_path, neutral | {"do_sample": True, "temperature": 0.5}).sampling == {
+        "temperature": 0.5
+    }
     assert not caplog.records
-    asked = {"typical_p": 0.9, "num_beams": 4, "stop_strings": ["END"], "suppress_tokens": [3], "do_sample": False}
+    asked = {
+        "typical_p": 0.9,
+        "num_beams": 4,
+        "stop_strings": ["END"],
+        "suppress_tokens": [3],
+        "do_sample": False,
+    }
     load_defaults(tmp_path, asked | {"max_new_tokens": 64, "top_p": 1.5})
     (record,) = caplog.records
     transformers_accepts(tmp_path)
-    for part in ("typical_p = 0.9", "num_beams = 4", "stop_strings = ['END']", "suppress_tokens = [3]", "do_sample",
-                 "max_new_tokens = 64", "top_p = 1.5 (it must be"):  # fmt: skip
+    for part in (
+        "typical_p = 0.9",
+        "num_beams = 4",
+        "stop_strings = ['END']",
+        "suppress_tokens = [3]",
+        "do_sample",
+        "max_new_tokens = 64",
+        "top_p = 1.5 (it must be",
+    ):
         assert part in record.getMessage()
 
 

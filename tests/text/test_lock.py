@@ -1,4 +1,5 @@
-"""A long text must not stop the other threads of a server: nothing holds the interpreter's lock while it is encoded."""
+"""A long text must not stop the other threads of a server: nothing holds the interpreter's lock
+while it is encoded."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from text.tiny_tokenizers import byte_level
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(byte_level(), templates={"default": ChatTemplate("{{ messages[0].content }}<|im_end|>")})
+    return Tokenizer(
+        byte_level(), templates={"default": ChatTemplate("{{ messages[0].content }}<|im_end|>")}
+    )
 
 
 def longest_wait(call) -> tuple[float, float]:
-    """(how long the call took, the longest time that another thread did not get to run meanwhile), in seconds."""
+    """(how long the call took, the longest time that another thread did not get to run meanwhile),
+    in seconds."""
     done = threading.Event()
     waits: list[float] = []
 
@@ -56,7 +60,8 @@ def test_other_threads_run_while_a_text_is_encoded(tokenizer, special):
 
 @pytest.mark.case("B1")
 def test_special_text_without_end_takes_linear_time(tokenizer):
-    """What resembles special tokens, or is nothing else: processor time grows with the text, not with its square."""
+    """What resembles special tokens, or is nothing else: processor time grows with the text, not
+    with its square."""
     for unit in ("<|im_en", "<|im_end|>", "<s>x"):
         times = []
         for count in (10_000, 40_000):
@@ -64,4 +69,6 @@ def test_special_text_without_end_takes_linear_time(tokenizer):
             marked, marker = tokenizer._guard.mark({"messages": [unit * count]})
             tokenizer._guard.named(marked["messages"][0], marker or "no marker")
             times.append(time.process_time() - start)
-        assert times[1] < 9 * max(times[0], 0.005), unit  # four times the text; the square would be 16
+        assert times[1] < 9 * max(times[0], 0.005), (
+            unit
+        )  # four times the text; the square would be 16

@@ -32,9 +32,14 @@ def test_pieces_end_with_a_word() -> None:
 
 @pytest.mark.case("C12")
 @settings(max_examples=200, deadline=None)
-@given(words=st.lists(st.text(ALPHABET, max_size=4).map(lambda word: f"{word}xyz "), min_size=20, max_size=40))
+@given(
+    words=st.lists(
+        st.text(ALPHABET, max_size=4).map(lambda word: f"{word}xyz "), min_size=20, max_size=40
+    )
+)
 def test_words_are_those_of_the_whole_text(words: list[str]) -> None:
-    """Where some word ends in each piece, GPT-2's expression finds the same words: a vocabulary is made of them."""
+    """Where some word ends in each piece, GPT-2's expression finds the same words: a vocabulary is
+    made of them."""
     text, split = "".join(words), pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
     cut = [word for piece in pieces([text], 60) for word, _ in split(piece)]
     assert cut == [word for word, _ in split(text)]

@@ -37,7 +37,11 @@ def split(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)] or [""]
 
 
-@given(st.lists(WORDS, max_size=4), st.text(alphabet="abc", max_size=30), st.lists(st.integers(0, 30), max_size=8))
+@given(
+    st.lists(WORDS, max_size=4),
+    st.text(alphabet="abc", max_size=30),
+    st.lists(st.integers(0, 30), max_size=8),
+)
 @SETTINGS
 def test_any_split_finds_what_a_search_of_the_whole_finds(stops, text, cuts):
     assert feed(stops, split(text, cuts)) == naive(text, stops)
@@ -70,7 +74,8 @@ def test_stops_across_pieces():
 
 
 def test_a_long_stop_costs_no_more_a_character_than_a_short_one():
-    """'aaaa...b' against 'aaaa...': a search that starts anew at each character would need 10^9 comparisons."""
+    """'aaaa...b' against 'aaaa...': a search that starts anew at each character would need 10^9
+    comparisons."""
     matcher = StopMatcher(["a" * 255 + "b"])
     released = "".join(matcher.push("a" * 50)[0] for _ in range(4000))
     assert len(released) == 200_000 - 255

@@ -13,7 +13,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moebius.errors import ConfigError, RequestError, TokenizerError
 from moebius.text import GenerationDefaults, IncrementalDecoder, Tokenizer, text_offsets
-from text.tiny_tokenizers import CORPUS, FAMILIES, SPECIALS, UNFAITHFUL, byte_level, llama, save, word_piece
+from text.tiny_tokenizers import (
+    CORPUS,
+    FAMILIES,
+    SPECIALS,
+    UNFAITHFUL,
+    byte_level,
+    llama,
+    save,
+    word_piece,
+)
 
 TEXTS = [
     *CORPUS[:4],
@@ -44,7 +53,10 @@ def pair(request, tmp_path_factory) -> tuple[Tokenizer, PreTrainedTokenizerFast]
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory) -> dict[str, Tokenizer]:
-    return {name: Tokenizer.load(save(make(), tmp_path_factory.mktemp(name))) for name, make in FAMILIES.items()}
+    return {
+        name: Tokenizer.load(save(make(), tmp_path_factory.mktemp(name)))
+        for name, make in FAMILIES.items()
+    }
 
 
 def test_encode_and_decode_equal_transformers(pair):
@@ -70,16 +82,21 @@ def test_facts_equal_transformers(pair):
 def test_chat_equals_transformers(pair, generate):
     ours, theirs = pair
     ids = ours.encode_chat(CHAT, add_generation_prompt=generate)
-    assert ids == theirs.apply_chat_template(CHAT, add_generation_prompt=generate, return_dict=False)
+    assert ids == theirs.apply_chat_template(
+        CHAT, add_generation_prompt=generate, return_dict=False
+    )
     assert ids.count(ours.bos_id) == 1
 
 
 def test_guarded_chat_equals_the_plain_one_without_special_text(pair, monkeypatch):
-    """The second tokenizer, used when contents hold special text, gives the same ids when they hold none."""
+    """The second tokenizer, used when contents hold special text, gives the same ids when they hold
+    none."""
     ours, theirs = pair
     monkeypatch.setattr(ours._guard, "_always", True)
     for end in range(1, len(CHAT) + 1):
-        expected = theirs.apply_chat_template(CHAT[:end], add_generation_prompt=True, return_dict=False)
+        expected = theirs.apply_chat_template(
+            CHAT[:end], add_generation_prompt=True, return_dict=False
+        )
         assert ours.encode_chat(CHAT[:end]) == expected
 
 
@@ -91,7 +108,9 @@ def test_special_text_inside_contents_is_plain_text(pair, special, place):
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "ok"}]
     ids = ours.encode_chat(messages)
     own = theirs.apply_chat_template(
-        [{"role": "user", "content": "a b"}, messages[1]], add_generation_prompt=True, return_dict=False
+        [{"role": "user", "content": "a b"}, messages[1]],
+        add_generation_prompt=True,
+        return_dict=False,
     )
     assert [i for i in ids if i in ours.special_ids and i != theirs.unk_token_id] == [
         i for i in own if i in ours.special_ids and i != theirs.unk_token_id
@@ -114,7 +133,10 @@ def test_byte_level_special_text_has_the_ids_of_a_tokenizer_without_specials(tmp
         *bare.encode(text),
         *ours.encode("<|im_end|>\n\n", False),
     ]
-    assert ours.encode_chat([{"role": "user", "content": text}], add_generation_prompt=False) == expected
+    assert (
+        ours.encode_chat([{"role": "user", "content": text}], add_generation_prompt=False)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "metaspace"])
@@ -148,7 +170,10 @@ def test_a_special_token_inside_the_merges_is_unlearnt(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "zqj"}))
     ours = Tokenizer.load(tmp_path)
     assert ours.encode("zqj") == [ours.eos_id]
-    assert ours.eos_id not in ours.encode_ordinary("zqj") and ours.decode(ours.encode_ordinary("zqj")) == "zqj"
+    assert (
+        ours.eos_id not in ours.encode_ordinary("zqj")
+        and ours.decode(ours.encode_ordinary("zqj")) == "zqj"
+    )
 
 
 def test_private_use_characters_survive_and_forge_nothing(loaded):
@@ -169,18 +194,22 @@ def test_guarded_text_goes_through_in_windows(loaded, monkeypatch):
     special = ours.encode("<|im_start|>", False)[0]
     for shift in range(30):
         content = "x" * shift + "<|im_start|>y<|im_start|><|im_end|>" + "z" * 9
-        ids = ours.encode_chat([{"role": "user", "content": content}, {"role": "user", "content": "\0"}])
+        ids = ours.encode_chat(
+            [{"role": "user", "content": content}, {"role": "user", "content": "\0"}]
+        )
         assert ids.count(special) == 3 and content in ours.decode(ids, skip_special_tokens=False)
 
 
 def test_special_text_in_tools_keys_and_template_variables_is_plain(tmp_path):
     template = (
-        "{{ tools | tojson(ensure_ascii=true) }}{{ note }}<|im_end|>"
-        "{% for m in messages %}{{ m.content.split('</s>') | join('|') }}{% endfor %}"
+        "{{ tools | tojson(ensure_ascii=true) }}{{ note }}<|im_end|>{% for m in messages %}{{ "
+        "m.content.split('</s>') | join('|') }}{% endfor %}"
     )
     ours = Tokenizer.load(save(byte_level(), tmp_path, chat_template=template))
     tools = [{"<|im_end|>": ["<s>", {"x": "</s>"}]}]
-    ids = ours.encode_chat([{"role": "user", "content": "p</s>q"}], tools, variables={"note": "<|im_start|>"})
+    ids = ours.encode_chat(
+        [{"role": "user", "content": "p</s>q"}], tools, variables={"note": "<|im_start|>"}
+    )
     assert [i for i in ids if i in ours.special_ids] == ours.encode("<|im_end|>", False)
     expected = json.dumps(tools) + "<|im_start|><|im_end|>p|q"
     assert ours.decode(ids, skip_special_tokens=False) == expected
@@ -214,23 +243,36 @@ def test_bos_and_eos_flags(tmp_path):
     assert Tokenizer.load(save(llama(), tmp_path)).encode("hello") == with_bos and with_bos[0] == 0
     for flag in (True, False):  # the post-processor decides, as in transformers 5
         ours = Tokenizer.load(save(llama(), tmp_path, add_bos_token=flag))
-        assert ours.encode("hello") == PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("hello") == with_bos
+        assert (
+            ours.encode("hello")
+            == PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("hello")
+            == with_bos
+        )
 
 
 def test_tokens_of_tokenizer_config_are_read(tmp_path):
     backend = byte_level()
     size = backend.get_vocab_size()
     records = {str(size): {"content": "<|new|>", "special": True, "normalized": False}}
-    config = {"added_tokens_decoder": records, "eos_token": {"content": "<|new|>"}, "pad_token": "<|nowhere|>"}
+    config = {
+        "added_tokens_decoder": records,
+        "eos_token": {"content": "<|new|>"},
+        "pad_token": "<|nowhere|>",
+    }
     ours = Tokenizer.load(save(backend, tmp_path, **config))
-    assert ours.eos_id == size and ours.encode("a<|new|>")[-1] == size and ours.vocab_size == size + 1
+    assert (
+        ours.eos_id == size and ours.encode("a<|new|>")[-1] == size and ours.vocab_size == size + 1
+    )
     records[str(size + 7)] = records.pop(str(size))
     with pytest.raises(TokenizerError, match=r"<\|new\|>.*id"):
         Tokenizer.load(save(backend, tmp_path, **config))
 
 
 def test_token_bytes_and_text(loaded):
-    assert loaded["llama"].token_bytes(3 + 0xE2) == b"\xe2" and loaded["llama"].token_text(3 + 0xE2) == "�"
+    assert (
+        loaded["llama"].token_bytes(3 + 0xE2) == b"\xe2"
+        and loaded["llama"].token_text(3 + 0xE2) == "�"
+    )
     for tokenizer in loaded.values():
         assert tokenizer.token_text(1) == "</s>" and tokenizer.token_bytes(1) == b"</s>"
         for beyond in (-1, tokenizer.vocab_size, 10**9):
@@ -244,7 +286,8 @@ def test_token_bytes_and_text(loaded):
 @given(st.data())
 @SETTINGS
 def test_decode_equals_the_backend_on_random_ids(loaded, data):
-    """On well-formed text all agree with the tokenizers library; the byte-level decoder on any ids."""
+    """On well-formed text all agree with the tokenizers library; the byte-level decoder on any
+    ids."""
     for name, ours in loaded.items():
         ids = data.draw(st.lists(st.integers(0, ours.vocab_size + 3), max_size=20), label=name)
         for skip in (True, False):
@@ -271,7 +314,9 @@ def test_streamed_pieces_concatenate_to_the_whole(loaded, data, skip):
 def test_a_stream_continues_its_prompt(loaded, data):
     for name, ours in loaded.items():
         prompt, output = (
-            data.draw(st.lists(st.integers(0, ours.vocab_size - 1), min_size=n, max_size=15), label=name)
+            data.draw(
+                st.lists(st.integers(0, ours.vocab_size - 1), min_size=n, max_size=15), label=name
+            )
             for n in (1, 0)
         )
         before = IncrementalDecoder(ours)
@@ -297,12 +342,19 @@ def all_loaded(loaded) -> dict[str, Tokenizer]:
     words = Backend(models.WordLevel({"<unk>": 0, "a": 1, "ab": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     unfaithful = {name: Tokenizer(make()) for name, make in UNFAITHFUL.items()}
-    framed = Tokenizer(byte_level(), {"bos_token": "<s>", "eos_token": "</s>"}, add_bos=True, add_eos=True)
+    framed = Tokenizer(
+        byte_level(), {"bos_token": "<s>", "eos_token": "</s>"}, add_bos=True, add_eos=True
+    )
     return {**loaded, **unfaithful, "framed": framed, "words": Tokenizer(words)}
 
 
 @pytest.mark.case("A3")
-@given(st.lists(st.sampled_from(["a", "b", " ", "é", "hello", "☃", "\n", *SPECIALS, "<tool_call>"]), max_size=12))
+@given(
+    st.lists(
+        st.sampled_from(["a", "b", " ", "é", "hello", "☃", "\n", *SPECIALS, "<tool_call>"]),
+        max_size=12,
+    )
+)
 @SETTINGS
 def test_offsets_cut_a_text_into_its_tokens(all_loaded, pieces):
     text = "".join(pieces)
@@ -332,7 +384,12 @@ def test_offsets_point_into_the_text_as_it_was_sent(all_loaded):
     assert [prefix.token_text(i) for i in prefix.encode("hello world")] == [" hello", " world"]
     assert prefix.offsets("hello world") == [0, 5] and prefix.offsets(" hello world") == [0, 6]
     assert all_loaded["framed"].offsets("hello") == [0, 0, 5]
-    assert all_loaded["llama"].offsets("<s> hello") == [0, 0, 3, 3]  # the normaliser puts a ▁ before each part
+    assert all_loaded["llama"].offsets("<s> hello") == [
+        0,
+        0,
+        3,
+        3,
+    ]  # the normaliser puts a ▁ before each part
 
 
 @pytest.mark.case("A3")
@@ -383,11 +440,17 @@ def test_loading_complains(tmp_path):
 
 
 def test_what_the_library_cannot_encode_is_the_requests_error(tmp_path):
-    """It panics where an added token is normalised to nothing, and raises where a model has no unknown token."""
+    """It panics where an added token is normalised to nothing, and raises where a model has no
+    unknown token."""
     empty = byte_level()
     empty.normalizer = normalizers.Strip()
-    for backend, text in ((empty, "☃"), (Backend(models.WordLevel({"a": 0}, unk_token="<unk>")), "b")):
-        with pytest.raises(RequestError, match="prompt: the tokenizer cannot encode this text") as caught:
+    for backend, text in (
+        (empty, "☃"),
+        (Backend(models.WordLevel({"a": 0}, unk_token="<unk>")), "b"),
+    ):
+        with pytest.raises(
+            RequestError, match="prompt: the tokenizer cannot encode this text"
+        ) as caught:
             Tokenizer(backend).encode(text)
         assert caught.value.param == "prompt"
 
@@ -406,7 +469,10 @@ def test_named_templates_and_their_files(tmp_path):
     save(
         byte_level(),
         tmp_path,
-        chat_template=[{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}],
+        chat_template=[
+            {"name": "default", "template": "plain"},
+            {"name": "tool_use", "template": "tools"},
+        ],
     )
     ask, tools = [{"role": "user", "content": "x"}], [{"type": "function"}]
 
@@ -436,13 +502,26 @@ def test_a_model_without_a_template_says_so(tmp_path):
 def test_generation_defaults(tmp_path: Path):
     assert GenerationDefaults.load(tmp_path) == GenerationDefaults()
     tokenizer = Tokenizer.load(save(byte_level(), tmp_path, eos_token="<|im_end|>"))
-    generation = {"eos_token_id": [5, 7], "temperature": 0.6, "top_k": 20, "do_sample": False, "top_p": None}
+    generation = {
+        "eos_token_id": [5, 7],
+        "temperature": 0.6,
+        "top_k": 20,
+        "do_sample": False,
+        "top_p": None,
+    }
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "text_config": {"eos_token_id": 9}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"eos_token_id": 2, "text_config": {"eos_token_id": 9}})
+    )
     found = GenerationDefaults.load(tmp_path, tokenizer)
     assert found.eos_ids == {5, 7, 2, 9, tokenizer.eos_id} and tokenizer.eos_id == 4
     assert dict(found.sampling) == {"temperature": 0.6, "top_k": 20}
-    for broken in ({"eos_token_id": "x"}, {"eos_token_id": [True]}, {"top_k": 1.5}, {"top_p": "0.9"}):
+    for broken in (
+        {"eos_token_id": "x"},
+        {"eos_token_id": [True]},
+        {"top_k": 1.5},
+        {"top_p": "0.9"},
+    ):
         (tmp_path / "generation_config.json").write_text(json.dumps(broken))
         with pytest.raises(ConfigError, match=next(iter(broken))):
             GenerationDefaults.load(tmp_path)
@@ -494,7 +573,11 @@ def test_flags_of_tokenizer_config_count_for_more_than_those_of_tokenizer_json(t
 @pytest.mark.case("A4")
 @pytest.mark.parametrize("listed", [True, False])
 def test_which_of_two_files_names_the_end(tmp_path, listed):
-    tokens = {"added_tokens_decoder": {"4": {"content": "<|im_end|>", "special": True}}} if listed else {}
+    tokens = (
+        {"added_tokens_decoder": {"4": {"content": "<|im_end|>", "special": True}}}
+        if listed
+        else {}
+    )
     save(byte_level(), tmp_path, **tokens)
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -508,7 +591,12 @@ def test_word_pieces_are_words_as_the_library_joins_them(tmp_path, cleanup):
     backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=cleanup), decoders.Fuse()])
     ours = Tokenizer.load(save(backend, tmp_path))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("The quick brown fox, it jumps . over hello ' world!", "<s>hello</s> lazy", "", "x a do not b n't"):
+    for text in (
+        "The quick brown fox, it jumps . over hello ' world!",
+        "<s>hello</s> lazy",
+        "",
+        "x a do not b n't",
+    ):
         ids = theirs.encode(text)
         assert ours.encode(text) == ids and len(ours.offsets(text)) == len(ids)
         for skip in (True, False):
@@ -527,7 +615,14 @@ def test_a_byte_level_decoder_in_a_sequence_is_one(loaded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "records", [{"x": {"content": "a"}}, {"-3": {"content": "a"}}, {"3": "a"}, {"3": {}}, {"3": {"content": 5}}]
+    "records",
+    [
+        {"x": {"content": "a"}},
+        {"-3": {"content": "a"}},
+        {"3": "a"},
+        {"3": {}},
+        {"3": {"content": 5}},
+    ],
 )
 def test_broken_records_of_added_tokens_are_named(tmp_path, records):
     with pytest.raises(TokenizerError, match=r"added_tokens_decoder holds '.*content"):

@@ -18,7 +18,12 @@ from text.family_templates import FAMILIES, Family
 from text.tiny_tokenizers import byte_level
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 ARGUMENTS = {"city": 'Köln "am" <Rhein>', "days": [1, 2.5, None], "deep": {"x": True}}
 
 
@@ -40,7 +45,12 @@ def render(probed: tuple[ChatTemplate, TemplateFacts], messages: list[dict[str, 
 
 
 def call(arguments: Any, **more: Any) -> dict[str, Any]:
-    return {"id": "abcdef123", "type": "function", "function": {"name": "weather", "arguments": arguments}, **more}
+    return {
+        "id": "abcdef123",
+        "type": "function",
+        "function": {"name": "weather", "arguments": arguments},
+        **more,
+    }
 
 
 def chat(first: dict[str, Any], content: Any = "warm") -> list[dict[str, Any]]:
@@ -54,12 +64,16 @@ def chat(first: dict[str, Any], content: Any = "warm") -> list[dict[str, Any]]:
     ]
 
 
-def as_wanted(family: Family, content: str | None, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def as_wanted(
+    family: Family, content: str | None, arguments: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The same chat as the family's own documentation would write it for transformers."""
     given = arguments if family.objects else json.dumps(arguments, ensure_ascii=False)
     says = {"content": content}
     if content is None:
-        says = {"absent": {}, "null": {"content": None}, "empty": {"content": ""}}[family.no_content]
+        says = {"absent": {}, "null": {"content": None}, "empty": {"content": ""}}[
+            family.no_content
+        ]
     messages = chat({**says, "tool_calls": [call(given)]})
     for message in messages:
         if message["role"] in family.parts and "content" in message:
@@ -71,7 +85,9 @@ def as_wanted(family: Family, content: str | None, arguments: dict[str, Any]) ->
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_probe_finds_what_a_template_takes(probed, name):
     family = FAMILIES[name]
-    facts = TemplateFacts(family.no_content, family.objects, family.any_arguments, family.parts, family.developer)
+    facts = TemplateFacts(
+        family.no_content, family.objects, family.any_arguments, family.parts, family.developer
+    )
     assert probed[name][1] == facts
 
 
@@ -83,16 +99,24 @@ def test_a_tool_call_renders_as_transformers_renders_it(theirs, probed, name):
 
     def expected(content: str | None) -> str:
         messages = as_wanted(family, content, ARGUMENTS)
-        if family.no_content == "null":  # apply_chat_template leaves null out; its environment does not
+        if (
+            family.no_content == "null"
+        ):  # apply_chat_template leaves null out; its environment does not
             return compiled(family.source).render(messages=messages, **options, **SPECIALS)
-        return theirs.apply_chat_template(messages, chat_template=family.source, tokenize=False, **options)
+        return theirs.apply_chat_template(
+            messages, chat_template=family.source, tokenize=False, **options
+        )
 
     text = json.dumps(ARGUMENTS, ensure_ascii=False)
     for arguments in (text, ARGUMENTS):  # clients send the one, old ones the other
         for first in ({"content": None}, {}, {"content": ""}, {"content": "Let me see."}):
             content = first.get("content")
-            assert render(probed[name], chat({**first, "tool_calls": [call(arguments)]})) == expected(content)
-    assert expected(None).count("None") == expected("Let me see.").count("None")  # it prints no null
+            assert render(
+                probed[name], chat({**first, "tool_calls": [call(arguments)]})
+            ) == expected(content)
+    assert expected(None).count("None") == expected("Let me see.").count(
+        "None"
+    )  # it prints no null
 
 
 @pytest.mark.case("C2")
@@ -111,10 +135,20 @@ def test_contents_in_parts_are_contents(probed, name):
 
 @pytest.mark.case("C2")
 def test_reasoning_of_earlier_turns_goes_by_all_its_names(theirs):
-    source = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }}\n{% endfor %}"
-    thoughts = [{"reasoning": "a"}, {"reasoning_content": "b"}, {"thinking": "c", "reasoning": "d"}, {"thinking": None}]
+    source = (
+        "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning "
+        "}}\n{% endfor %}"
+    )
+    thoughts = [
+        {"reasoning": "a"},
+        {"reasoning_content": "b"},
+        {"thinking": "c", "reasoning": "d"},
+        {"thinking": None},
+    ]
     messages = [{"role": "assistant", "content": "x", **thought} for thought in thoughts]
-    rendered = ChatTemplate(source).render({"messages": normalise_messages(messages, TemplateFacts())})
+    rendered = ChatTemplate(source).render(
+        {"messages": normalise_messages(messages, TemplateFacts())}
+    )
     assert rendered == theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
 
 
@@ -143,7 +177,10 @@ def test_broken_arguments_of_an_earlier_turn_do_not_end_the_conversation(probed,
         else:
             assert text == empty
             (record,) = caplog.records
-            assert "messages[1].tool_calls[0]: function.arguments is no JSON object" in record.getMessage()
+            assert (
+                "messages[1].tool_calls[0]: function.arguments is no JSON object"
+                in record.getMessage()
+            )
 
 
 @pytest.mark.case("C3")
@@ -151,7 +188,9 @@ def test_broken_arguments_of_an_earlier_turn_do_not_end_the_conversation(probed,
 def test_no_arguments_are_an_empty_object(probed, name, caplog):
     empty = render(probed[name], chat({"content": None, "tool_calls": [call({})]}))
     for arguments in NOTHING:
-        assert render(probed[name], chat({"content": None, "tool_calls": [call(arguments)]})) == empty
+        assert (
+            render(probed[name], chat({"content": None, "tool_calls": [call(arguments)]})) == empty
+        )
     missing = call({})
     del missing["function"]["arguments"]
     assert render(probed[name], chat({"content": None, "tool_calls": [missing]})) == empty
@@ -161,11 +200,15 @@ def test_no_arguments_are_an_empty_object(probed, name, caplog):
 @pytest.mark.case("C3")
 def test_what_else_clients_leave_out_or_repeat(probed):
     complete = render(probed["deepseek"], chat({"content": None, "tool_calls": [call("{}")]}))
-    assert complete == render(probed["deepseek"], chat({"content": None, "tool_calls": [call("{}", type=None)]}))
+    assert complete == render(
+        probed["deepseek"], chat({"content": None, "tool_calls": [call("{}", type=None)]})
+    )
     for name in ("hermes", "qwen3", "deepseek"):
         twice = chat({"content": None, "tool_calls": [call("{}"), call("{}")]})  # of one id
         assert render(probed[name], twice).count("weather") >= 2
-        without = [{**message} for message in chat({"content": None, "tool_calls": [call("{}", id=None)]})]
+        without = [
+            {**message} for message in chat({"content": None, "tool_calls": [call("{}", id=None)]})
+        ]
         del without[2]["tool_call_id"]
         assert "warm" in render(probed[name], without)
     for calls in ([], None):
@@ -174,10 +217,14 @@ def test_what_else_clients_leave_out_or_repeat(probed):
 
 
 @pytest.mark.case("C3")
-@pytest.mark.parametrize("function", [{}, {"name": None}, {"name": ""}, {"name": 3, "arguments": "{}"}])
+@pytest.mark.parametrize(
+    "function", [{}, {"name": None}, {"name": ""}, {"name": 3, "arguments": "{}"}]
+)
 def test_a_call_without_a_name_is_refused(function):
     with pytest.raises(RequestError, match="must name its function") as caught:
-        normalise_messages(chat({"tool_calls": [{"id": "1", "function": function}]}), TemplateFacts())
+        normalise_messages(
+            chat({"tool_calls": [{"id": "1", "function": function}]}), TemplateFacts()
+        )
     assert caught.value.param == "messages[1].tool_calls[0].function.name"
 
 
@@ -195,9 +242,13 @@ def test_half_a_character_in_earlier_arguments_does_not_end_the_conversation(pro
     given = '{"city": "K\\ud83dln", "whole": "\\ud83d\\ude00"}'
     text = render(probed[name], chat({"content": None, "tool_calls": [call(given)]}))
     text.encode()
-    arguments = normalise_messages(chat({"content": None, "tool_calls": [call(given)]}), facts)[1]["tool_calls"]
+    arguments = normalise_messages(chat({"content": None, "tool_calls": [call(given)]}), facts)[1][
+        "tool_calls"
+    ]
     found = arguments[0]["function"]["arguments"]
-    assert found == ({"city": "K\ufffdln", "whole": "\U0001f600"} if facts.object_arguments else given)
+    assert found == (
+        {"city": "K\ufffdln", "whole": "\U0001f600"} if facts.object_arguments else given
+    )
 
 
 @pytest.mark.case("C2")

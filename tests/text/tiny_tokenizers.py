@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; the dog sleeps. user assistant system tool",
@@ -25,7 +34,8 @@ SPECIALS = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 
 
 def byte_level() -> Tokenizer:
-    """Byte-level BPE with an added token that is not special, and runs of spaces as added tokens (GPT-NeoX)."""
+    """Byte-level BPE with an added token that is not special, and runs of spaces as added tokens
+    (GPT-NeoX)."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,12 +49,15 @@ def byte_level() -> Tokenizer:
             show_progress=False,
         ),
     )
-    backend.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("    ", normalized=True)])
+    backend.add_tokens(
+        [AddedToken("<tool_call>", normalized=False), AddedToken("    ", normalized=True)]
+    )
     return backend
 
 
 def _fallback_model(scheme: str | None) -> Tokenizer:
-    """A BPE that falls back to byte tokens, with specials and bytes inside the vocabulary as in Llama's."""
+    """A BPE that falls back to byte tokens, with specials and bytes inside the vocabulary as in
+    Llama's."""
     base = Tokenizer(models.BPE(unk_token="<unk>"))
     base.pre_tokenizer = pre_tokenizers.Metaspace()
     latin = [line.encode("ascii", "ignore").decode() for line in CORPUS]
@@ -56,16 +69,30 @@ def _fallback_model(scheme: str | None) -> Tokenizer:
     order[3:3] = [f"<0x{b:02X}>" for b in range(256)]
     merges = [tuple(merge) for merge in model["merges"]]
     vocab = {token: i for i, token in enumerate(order)}
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     if scheme is None:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
         backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
     backend.add_special_tokens(SPECIALS)
     return backend
@@ -74,7 +101,9 @@ def _fallback_model(scheme: str | None) -> Tokenizer:
 def llama() -> Tokenizer:
     """Llama 2's way: a normaliser puts ▁ in front; BOS from the post-processor."""
     backend = _fallback_model(None)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     return backend
 
 
@@ -102,7 +131,8 @@ def metaspace() -> Tokenizer:
 
 
 def prefix_space() -> Tokenizer:
-    """Byte-level BPE that begins a text with a space, and leaves spaces out of offsets (RoBERTa, some GPT-2s)."""
+    """Byte-level BPE that begins a text with a space, and leaves spaces out of offsets (RoBERTa,
+    some GPT-2s)."""
     backend = byte_level()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -117,15 +147,20 @@ def folding() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """BERT's way: lower case, words with their continuations marked, and a frame from the post-processor."""
+    """BERT's way: lower case, words with their continuations marked, and a frame from the
+    post-processor."""
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIALS, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=SPECIALS, show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     frame = [("<s>", 0), ("</s>", 1)]
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=frame)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=frame
+    )
     return backend
 
 
@@ -135,7 +170,8 @@ UNFAITHFUL = {"prefix_space": prefix_space, "folding": folding}
 
 
 def save(backend: Tokenizer, directory: Path, **config: Any) -> Path:
-    """A model directory with this tokenizer, ChatML as its template unless `chat_template` says otherwise."""
+    """A model directory with this tokenizer, ChatML as its template unless `chat_template` says
+    otherwise."""
     backend.save(str(directory / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHATML}
     text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named, **config})

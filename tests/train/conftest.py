@@ -1,4 +1,5 @@
-"""A small standard library (some real modules, two help topics) and a recipe that trains on it in seconds."""
+"""A small standard library (some real modules, two help topics) and a recipe that trains on it in
+seconds."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, Training
 from stdlib.prepare import read_library, write
 
 MODULES = (
-    "abc bisect calendar cmd code contextlib copy csv dis fnmatch glob heapq io keyword numbers operator pprint queue "
-    "random reprlib sched shlex string textwrap timeit token"
+    "abc bisect calendar cmd code contextlib copy csv dis fnmatch glob heapq io keyword numbers "
+    "operator pprint queue random reprlib sched shlex string textwrap timeit token"
 )
 
 
@@ -32,8 +33,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODULES.split():
         shutil.copy(source / f"{name}.py", root / f"{name}.py")
     (root / "pydoc_data").mkdir()
-    topics = {"assert": "Assert\n\nAssert statements are a convenient way to insert\nchecks.", "if": "If"}
-    (root / "pydoc_data" / "topics.py").write_text(f"# made\ntopics = {topics!r}\n", encoding="utf-8")
+    topics = {
+        "assert": "Assert\n\nAssert statements are a convenient way to insert\nchecks.",
+        "if": "If",
+    }
+    (root / "pydoc_data" / "topics.py").write_text(
+        f"# made\ntopics = {topics!r}\n", encoding="utf-8"
+    )
     return root
 
 
@@ -50,7 +56,9 @@ def recipe(text: Path) -> Recipe:
     return Recipe(
         name="tiny",
         seed=3,
-        corpus=CorpusRecipe({kind: (str(text / f"{kind}.jsonl"),) for kind in ("library", "docs", "chat")}),
+        corpus=CorpusRecipe(
+            {kind: (str(text / f"{kind}.jsonl"),) for kind in ("library", "docs", "chat")}
+        ),
         mixture={"library": 2, "docs": 0},
         tokenizer=TokenizerRecipe(vocab_size=320),
         model={

@@ -42,7 +42,12 @@ def test_it_is_the_recipes_model() -> None:
     recipe = read_recipe(RECIPE)
     stored = json.loads((BUNDLED / "config.json").read_text())
     assert recipe.model is not None
-    ends = {"eos_token_id": 0, "pad_token_id": 0, "router_aux_loss_coef": 0.03, "torch_dtype": "bfloat16"}
+    ends = {
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "router_aux_loss_coef": 0.03,
+        "torch_dtype": "bfloat16",
+    }
     assert model_config(stored) == model_config(config_json(recipe, 4096))
     assert ends.items() <= stored.items()
     assert json.loads((BUNDLED / "tokenizer_config.json").read_text()) == tokenizer_config(2048)
@@ -55,7 +60,8 @@ def test_it_is_the_recipes_model() -> None:
 
 
 def test_it_predicts_held_out_modules_about_as_its_card_says() -> None:
-    """A few held-out modules of this Python, whichever it is; the card's figure is of all of one version's."""
+    """A few held-out modules of this Python, whichever it is; the card's figure is of all of one
+    version's."""
     library = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path.name for path in library.glob("*.py") if is_held_out(path.name, 0.045))
     texts = [(library / name).read_text(encoding="utf-8")[:6000] for name in names[:4]]
@@ -64,6 +70,8 @@ def test_it_predicts_held_out_modules_about_as_its_card_says() -> None:
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     data = PreparedData(tokenizer, {}, {}, {}, end_of_text=0, im_start=1)
     measured = score(load_decoder(BUNDLED, torch.float32), pack(texts, tokenizer, 0), data, 512)
-    row = re.search(r"\| library \| [\d,]+ \| \*\*([\d.]+)\*\*", (BUNDLED / "README.md").read_text())
+    row = re.search(
+        r"\| library \| [\d,]+ \| \*\*([\d.]+)\*\*", (BUNDLED / "README.md").read_text()
+    )
     assert row is not None
     assert measured.bits_per_byte == pytest.approx(float(row[1]), rel=0.35)

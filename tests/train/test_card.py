@@ -1,4 +1,5 @@
-"""recipes/stdlib/card.py: the 5-gram model against counts in dictionaries, and by hand; the card."""
+"""recipes/stdlib/card.py: the 5-gram model against counts in dictionaries, and by hand; the
+card."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from stdlib.card import NGrams, beside_twin, card
 def test_hand_worked() -> None:
     """Trained on 0 0 1 over 4 words, asked for a 1 after a 0.
 
-    Unigrams: c(1) = 1 of 3, 2 kinds: (1 + 2/4) / 5 = .3. After a 0 came 0 and 1, once each: (1 + 2 * .3) / 4 = .4.
+    Unigrams: c(1) = 1 of 3, 2 kinds: (1 + 2/4) / 5 = .3. After a 0 came 0 and 1, once each: (1 + 2
+    * .3) / 4 = .4.
     """
     grams = NGrams([np.array([0, 0, 1])], 4)
     assert grams.nats(np.array([0, 1])) == pytest.approx(-math.log(0.4))
@@ -72,7 +74,9 @@ def test_the_card_has_all_figures(recipe: Recipe, data: PreparedData, tmp_path: 
     )
     assert f"```\nclass Stack:{said[0].outputs[0].text}\n```" in text
     assert "PSF-2.0" in text and "2 minutes at 1,234 tokens/s" in text
-    assert "4 experts of width 16 in every layer, top-2" in text and "40 short\nconversations" in text
+    assert (
+        "4 experts of width 16 in every layer, top-2" in text and "40 short\nconversations" in text
+    )
 
 
 def test_the_twin_stands_beside_it_as_far_as_it_went(tmp_path: Path) -> None:
@@ -80,12 +84,22 @@ def test_the_twin_stands_beside_it_as_far_as_it_went(tmp_path: Path) -> None:
         ("out", 1000, {500: 1.75, 1000: 1.5, 1500: 1.25}),
         ("twin", 1500, {500: 1.5, 1000: 1.75}),
     ):
-        lines = [{"step": step, "tokens_per_second": speed} for step in range(250, max(heldout) + 1, 250)]
         lines = [
-            x | ({"heldout_bits_per_byte": {"all": heldout[x["step"]]}} if x["step"] in heldout else {}) for x in lines
+            {"step": step, "tokens_per_second": speed} for step in range(250, max(heldout) + 1, 250)
+        ]
+        lines = [
+            x
+            | (
+                {"heldout_bits_per_byte": {"all": heldout[x["step"]]}}
+                if x["step"] in heldout
+                else {}
+            )
+            for x in lines
         ]
         (tmp_path / name / "training").mkdir(parents=True)
-        (tmp_path / name / "training" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "training" / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     text = beside_twin(tmp_path / "out", tmp_path / "twin")
     assert text.endswith("| 500 | 1.750 | **1.500** |\n| 1,000 | **1.500** | 1.750 |")
     assert "1,000 steps of it" in text and "1,000 and 1,500 tokens/s" in text

@@ -1,4 +1,5 @@
-"""What fine-tuning does not train is carried over: as transformers reads the checkpoint before and after."""
+"""What fine-tuning does not train is carried over: as transformers reads the checkpoint before and
+after."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ from moebius.train.run import main_from_recipe
 from moebius.train.trainer import Trainer
 from oracle import assert_close, load_theirs, save_tiny
 
-GENERATION = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "eos_token_id": [266, 267], "pad_token_id": 266}
+GENERATION = {
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "do_sample": True,
+    "eos_token_id": [266, 267],
+    "pad_token_id": 266,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {
         "rope_parameters": {
@@ -62,26 +69,33 @@ FILES = {
     "NOTICE": "a notice",
     "USE_POLICY.md": "a policy",
     "tokenization_own.py": "raise SystemExit('never run')",
-    "README.md": "---\nlicense: other\nlicense_name: own\ntags: [a]\n---\n# Base\nlicense: in the text\n",
+    "README.md": "---\nlicense: other\nlicense_name: own\ntags: [a]\n---\n# Base\nlicense: in the "
+    "text\n",
 }
 
 
 def base(folder: Path, data: PreparedData, model_type: str, **more: Any) -> Path:
     """A checkpoint as transformers 5 saves it, with all that published ones have beside."""
-    save_tiny(folder, model_type, vocab_size=320, eos_token_id=[266, 267], **(FAMILIES[model_type] | more))
+    save_tiny(
+        folder, model_type, vocab_size=320, eos_token_id=[266, 267], **(FAMILIES[model_type] | more)
+    )
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     (folder / "optimizer.pt").write_text("not to be copied")
     data.tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "model_max_length": 77}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "model_max_length": 77})
+    )
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     return folder
 
 
 def tuned(recipe: Recipe, data: PreparedData, checkpoint: Path, out: Path) -> Trainer:
     training = dataclasses.replace(recipe.training, learning_rate=0.01)
-    start = dataclasses.replace(recipe, model=None, finetune=FinetuneRecipe(str(checkpoint)), training=training)
+    start = dataclasses.replace(
+        recipe, model=None, finetune=FinetuneRecipe(str(checkpoint)), training=training
+    )
     trainer = Trainer(start, data)
     for _ in range(2):
         trainer.step()
@@ -99,7 +113,9 @@ def test_transformers_reads_the_same_beside_the_weights(
     read = transformers.GenerationConfig.from_pretrained
     assert read(after).to_dict() == read(before).to_dict()
     assert read(after).eos_token_id == [266, 267] and read(after).temperature == 0.6
-    configs = [transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (before, after)]
+    configs = [
+        transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (before, after)
+    ]
     ours, theirs = (config | {"dtype": None, "_name_or_path": None} for config in configs[::-1])
     assert ours == theirs
     stored = json.loads((after / "config.json").read_text())
@@ -133,7 +149,8 @@ def test_the_files_beside_are_there(recipe: Recipe, data: PreparedData, tmp_path
 def test_without_a_generation_config_the_ends_stay(
     recipe: Recipe, data: PreparedData, tmp_path: Path, said: str
 ) -> None:
-    """Where the checkpoint says no end at all, it is the token that training put between documents."""
+    """Where the checkpoint says no end at all, it is the token that training put between
+    documents."""
     before, after = base(tmp_path / "base", data, "llama"), tmp_path / "tuned"
     (before / "generation_config.json").unlink()
     config = json.loads((before / "config.json").read_text())
@@ -144,9 +161,14 @@ def test_without_a_generation_config_the_ends_stay(
 
 
 @pytest.mark.case("A5")
-def test_a_head_stays_tied_or_not_as_it_was_loaded(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
+def test_a_head_stays_tied_or_not_as_it_was_loaded(
+    recipe: Recipe, data: PreparedData, tmp_path: Path
+) -> None:
     for tie in (True, False):
-        before, after = base(tmp_path / f"base{tie}", data, "llama", tie_word_embeddings=tie), tmp_path / f"tuned{tie}"
+        before, after = (
+            base(tmp_path / f"base{tie}", data, "llama", tie_word_embeddings=tie),
+            tmp_path / f"tuned{tie}",
+        )
         trainer = tuned(recipe, data, before, after)
         assert (trainer.decoder.lm_head is None) == tie
         assert json.loads((after / "config.json").read_text())["tie_word_embeddings"] == tie
@@ -154,12 +176,20 @@ def test_a_head_stays_tied_or_not_as_it_was_loaded(recipe: Recipe, data: Prepare
 
 
 @pytest.mark.case("A5")
-def test_the_card_names_what_it_was_made_from(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
+def test_the_card_names_what_it_was_made_from(
+    recipe: Recipe, data: PreparedData, tmp_path: Path
+) -> None:
     before = base(tmp_path / "base", data, "llama")
     trainer = tuned(recipe, data, before, tmp_path / "tuned")
-    summary = {"figures": measure(trainer.decoder, trainer.recipe, data), "tokens_per_second": 1, "seconds": 1.0}
+    summary = {
+        "figures": measure(trainer.decoder, trainer.recipe, data),
+        "tokens_per_second": 1,
+        "seconds": 1.0,
+    }
     template = (Path(model_card.__code__.co_filename).parent / "card.md").read_text()
-    card = model_card(template, trainer.decoder, trainer.recipe, data.facts, summary, recipe_path="r.toml")
+    card = model_card(
+        template, trainer.decoder, trainer.recipe, data.facts, summary, recipe_path="r.toml"
+    )
     head, body = card.split("---\n")[1:3]
     assert head.splitlines()[2:] == ["license: other", "license_name: own"]
     assert "Fine-tuned from `base`: all of its parameters" in body
@@ -187,21 +217,31 @@ def test_the_checkpoint_itself_is_never_overwritten(data: PreparedData, tmp_path
     base(tmp_path / "base", data, "llama")
     (tmp_path / "book.txt").write_text("some words\n" * 300)
     (tmp_path / "tuned.toml").write_text(RECIPE)
-    with pytest.raises(ConfigError, match="base is the checkpoint that is to be fine-tuned; choose another --out"):
+    with pytest.raises(
+        ConfigError, match="base is the checkpoint that is to be fine-tuned; choose another --out"
+    ):
         main_from_recipe(tmp_path / "tuned.toml", tmp_path / "base")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").write_text("of something else")
-    with pytest.raises(ConfigError, match=r"other holds README\.md already, which training would replace"):
+    with pytest.raises(
+        ConfigError, match=r"other holds README\.md already, which training would replace"
+    ):
         main_from_recipe(tmp_path / "tuned.toml", tmp_path / "other")
     assert (tmp_path / "other" / "README.md").read_text() == "of something else"
     main_from_recipe(tmp_path / "tuned.toml", tmp_path / "new")
     assert "Fine-tuned from `base`" in (tmp_path / "new" / "README.md").read_text()
 
 
-def test_experts_of_a_dense_model_are_none_to_train(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
+def test_experts_of_a_dense_model_are_none_to_train(
+    recipe: Recipe, data: PreparedData, tmp_path: Path
+) -> None:
     before = base(tmp_path / "base", data, "llama")
     start = dataclasses.replace(recipe, model=None, finetune=FinetuneRecipe(str(before), "experts"))
-    with pytest.raises(ConfigError, match=r'finetune\.train is "experts", but no layer of the model has any'):
+    with pytest.raises(
+        ConfigError, match=r'finetune\.train is "experts", but no layer of the model has any'
+    ):
         check_trainable(load_decoder(before, torch.float32).config, start)
-    with pytest.raises(ConfigError, match=r"layers, training\.init_scale and .* are for a new model"):
+    with pytest.raises(
+        ConfigError, match=r"layers, training\.init_scale and .* are for a new model"
+    ):
         dataclasses.replace(start, training=dataclasses.replace(recipe.training, init_scale=0.1))

@@ -1,4 +1,5 @@
-"""The claims' pass marks against curves worked by hand, and one miniature run from corpus to report."""
+"""The claims' pass marks against curves worked by hand, and one miniature run from corpus to
+report."""
 
 import sys
 from pathlib import Path
@@ -21,9 +22,16 @@ def curve(*losses: float) -> list[dict[str, float]]:
 
 
 def result(**figures: Any) -> dict[str, Any]:
-    routing = {"max_violation": [figures.pop("violation", 1.0)], "dead_experts": [figures.pop("dead", 0)]}
+    routing = {
+        "max_violation": [figures.pop("violation", 1.0)],
+        "dead_experts": [figures.pop("dead", 0)],
+    }
     routing["domain_variation"] = figures.pop("variation", 0.0)
-    return {"loss": {"all": figures.pop("loss", 1.0)}, "routing": routing, "cpu_seconds": 1.0} | figures
+    return {
+        "loss": {"all": figures.pop("loss", 1.0)},
+        "routing": routing,
+        "cpu_seconds": 1.0,
+    } | figures
 
 
 def seeds(*results: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -56,7 +64,10 @@ def test_time_counts_what_a_step_costs() -> None:
 def test_more_experts_must_help_beyond_the_seeds_spread() -> None:
     def row(*means: float) -> str:
         names = ("dense", "e2", "e4", "e8", "e16")
-        runs = {n: seeds(*(result(loss=m + d) for d in (-0.01, 0.01))) for n, m in zip(names, means, strict=True)}
+        runs = {
+            n: seeds(*(result(loss=m + d) for d in (-0.01, 0.01)))
+            for n, m in zip(names, means, strict=True)
+        }
         return report.more_experts(runs)[0]
 
     assert row(5.0, 4.0, 3.0, 2.0, 1.0) == CONFIRMED
@@ -68,15 +79,31 @@ def test_balance_needs_both_halves() -> None:
     def row(violation: float, loss: float) -> str:
         without = result(violation=violation, at_capacity={"1.25": loss})
         return report.balance(
-            {"alpha0": seeds(without), "e8": seeds(result(violation=0.5, at_capacity={"1.25": 1.0}))}
+            {
+                "alpha0": seeds(without),
+                "e8": seeds(result(violation=0.5, at_capacity={"1.25": 1.0})),
+            }
         )[0]
 
-    assert (row(1.0, 1.1), row(0.9, 1.1), row(1.0, 0.9), row(0.5, 1.1)) == (CONFIRMED, OPEN, OPEN, REFUTED)
+    assert (row(1.0, 1.1), row(0.9, 1.1), row(1.0, 0.9), row(0.5, 1.1)) == (
+        CONFIRMED,
+        OPEN,
+        OPEN,
+        REFUTED,
+    )
 
 
 def test_z_loss_and_loss_free_and_global() -> None:
-    small, large = result(z=1.0, largest_logit=2.0, loss=1.0), result(z=2.0, largest_logit=4.0, loss=1.0)
-    both = {"e8": seeds(large), "z0.001": seeds(small), "stress-z0": seeds(large), "stress-z0.001": seeds(small)}
+    small, large = (
+        result(z=1.0, largest_logit=2.0, loss=1.0),
+        result(z=2.0, largest_logit=4.0, loss=1.0),
+    )
+    both = {
+        "e8": seeds(large),
+        "z0.001": seeds(small),
+        "stress-z0": seeds(large),
+        "stress-z0.001": seeds(small),
+    }
     assert report.z_loss(both)[0] == CONFIRMED
     assert report.z_loss(both | {"z0.001": seeds(small | {"loss": {"all": 1.5}})})[0] == REFUTED
     assert report.z_loss(both | {"stress-z0.001": seeds(large)})[0] == OPEN
@@ -111,7 +138,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (root / folder).mkdir(exist_ok=True)
         for i in range(40):
-            (root / folder / name.format(i)).write_text(f"# {folder} {i}\n" + f"value_{i} = {i}\n" * 150)
+            (root / folder / name.format(i)).write_text(
+                f"# {folder} {i}\n" + f"value_{i} = {i}\n" * 150
+            )
     work = tmp_path_factory.mktemp("work")
     write_corpus(work / "corpus", root)
     return work
@@ -125,7 +154,9 @@ def test_micro_batches_are_of_one_kind(work: Path) -> None:
     assert (kinds[:, 0] == kinds[:, 1]).all() and len(set(kinds[:, 0].tolist())) == len(DOMAINS)
 
 
-def test_a_run_from_corpus_to_report(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_from_corpus_to_report(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import moe_claims
 
     monkeypatch.setattr(measure, "CURVE_EVERY", 2)
@@ -138,5 +169,7 @@ def test_a_run_from_corpus_to_report(work: Path, tmp_path: Path, monkeypatch: py
     assert list(run["at_capacity"]) == [str(factor) for factor in measure.CAPACITIES]
     text = report.report(found)
     chart.draw(found, tmp_path / "claims.png")
-    assert text.count("not run") == 6 and text.count("in 1 of 3 seeds") == 5 and "| e8 | 1 |" in text
+    assert (
+        text.count("not run") == 6 and text.count("in 1 of 3 seeds") == 5 and "| e8 | 1 |" in text
+    )
     assert (tmp_path / "claims.png").stat().st_size > 10_000

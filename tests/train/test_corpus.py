@@ -42,7 +42,10 @@ def test_files_folders_and_json_lines(tmp_path: Path) -> None:
     found = list(corpus)
     assert found == list(corpus), "a second pass reads the same"
     texts = {d.path: (d.kind, d.text) for d in found}
-    assert texts.pop("b.txt") == ("notes", "two\nlines") and texts.pop("deep/a.md") == ("notes", "é")
+    assert texts.pop("b.txt") == ("notes", "two\nlines") and texts.pop("deep/a.md") == (
+        "notes",
+        "é",
+    )
     assert texts == {f"data.jsonl:{i + 1}": ("data", f"line {i}") for i in range(30)}
     assert sorted(Path(name).name for name in corpus.skipped) == ["image.png", "zero.txt"]
     for document in found:

@@ -45,7 +45,9 @@ def test_streams_are_the_documents_with_ends_between(data: PreparedData, library
         assert size["bytes"] == int(bytes_per_token(data.tokenizer)[stream].sum())
 
 
-def test_prepared_files_are_used_again_and_remade_for_other_text(recipe: Recipe, text: Path, tmp_path: Path) -> None:
+def test_prepared_files_are_used_again_and_remade_for_other_text(
+    recipe: Recipe, text: Path, tmp_path: Path
+) -> None:
     prepare(recipe, tmp_path / "data")
     marked = tmp_path / "data" / "train.library.bin"
     written = marked.stat().st_mtime_ns
@@ -72,7 +74,9 @@ def test_a_text_of_many_pieces_is_one_stream(
 def test_document_numbers_against_a_loop() -> None:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, 4, (20, 30), generator=generator)
-    for row, numbers in zip(tokens.tolist(), document_numbers(tokens, END, START).tolist(), strict=True):
+    for row, numbers in zip(
+        tokens.tolist(), document_numbers(tokens, END, START).tolist(), strict=True
+    ):
         current, expected = 0, []
         for i, token in enumerate(row):
             chat_follows = i + 1 < len(row) and row[i + 1] == START
@@ -87,7 +91,10 @@ def test_document_numbers_against_a_loop() -> None:
 
 def _streams(data: PreparedData, **lengths: int) -> PreparedData:
     """Streams whose tokens tell where they are from: 1000 * kind + position."""
-    made = {kind: (1000 * (i + 1) + np.arange(n)).astype(np.uint16) for i, (kind, n) in enumerate(lengths.items())}
+    made = {
+        kind: (1000 * (i + 1) + np.arange(n)).astype(np.uint16)
+        for i, (kind, n) in enumerate(lengths.items())
+    }
     return dataclasses.replace(data, train=made)
 
 
@@ -119,7 +126,9 @@ def test_an_epoch_passes_over_each_stream_as_the_mixture_says(data: PreparedData
 
 
 def test_batches_refuse_what_is_not_there(data: PreparedData) -> None:
-    with pytest.raises(ConfigError, match=r"mixture\.poems names no training stream; there are library"):
+    with pytest.raises(
+        ConfigError, match=r"mixture\.poems names no training stream; there are library"
+    ):
         Batches(data, {"poems": 1}, 1, 16, 1)
     with pytest.raises(ConfigError, match="not one batch"):
         Batches(_streams(data, library=40), {"library": 1}, 4, 16, 1)
@@ -137,7 +146,11 @@ def test_evaluation_takes_every_target_once(data: PreparedData, size: int) -> No
 
 def test_pack_of_nothing_is_one_end(data: PreparedData) -> None:
     assert pack([], data.tokenizer, END).tolist() == [END]
-    assert pack(["a"], data.tokenizer, END).tolist() == [END, data.tokenizer.encode("a").ids[0], END]
+    assert pack(["a"], data.tokenizer, END).tolist() == [
+        END,
+        data.tokenizer.encode("a").ids[0],
+        END,
+    ]
 
 
 def test_special_tokens_spelled_out_are_text_but_in_conversations(data: PreparedData) -> None:

@@ -77,7 +77,9 @@ def oracle(exported: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def test_transformers_and_the_decoder_agree_on_it(exported: Path, oracle: torch.nn.Module, data: PreparedData) -> None:
+def test_transformers_and_the_decoder_agree_on_it(
+    exported: Path, oracle: torch.nn.Module, data: PreparedData
+) -> None:
     ids = torch.tensor(data.tokenizer.encode("def f(x):\n    return x + 1\n").ids)
     expected = oracle(ids.unsqueeze(0)).logits[0]
     decoder = load_decoder(exported, torch.float32)
@@ -150,7 +152,9 @@ def test_from_recipe_to_directory_and_back(text: Path, tmp_path: Path) -> None:
     weighted = sum(f["bits_per_byte"] * f["bytes"] for f in parts) / total["bytes"]
     assert total["bits_per_byte"] == pytest.approx(weighted)
     assert 0 < total["xz_bits_per_byte"] < total["gzip_bits_per_byte"] * 1.5 < 8
-    with pytest.raises(ConfigError, match="holds a training run already; continue it with --resume"):
+    with pytest.raises(
+        ConfigError, match="holds a training run already; continue it with --resume"
+    ):
         main_from_recipe(tmp_path / "tiny.toml", out)
     twin = tmp_path / "twin"
     dense = main_from_recipe(tmp_path / "tiny.toml", twin, dense_twin=True)
@@ -161,7 +165,10 @@ def test_from_recipe_to_directory_and_back(text: Path, tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert f"**{total['bits_per_byte']:.3f}** | {dense['all']['bits_per_byte']:.3f} |" in card
     assert "(the dense twin: " in card
-    assert f"MaxVio {total['max_violation'][0]:.2f} by layer; dead experts: {total['dead_experts']}." in card
+    assert (
+        f"MaxVio {total['max_violation'][0]:.2f} by layer; dead experts: {total['dead_experts']}."
+        in card
+    )
     assert len(total["max_violation"]) == 1 and 0 <= total["max_violation"][0] <= 3
 
 
@@ -181,20 +188,28 @@ def test_the_deepseek_recipe_runs_to_its_end(text: Path, tmp_path: Path) -> None
     """recipes/deepseek.toml, smaller: its last step writes a report of its routers."""
     recipe = (Path(__file__).parent.parent.parent / "recipes" / "deepseek.toml").read_text()
     smaller = {
-        "stdlib/text": str(text), "hidden_size = 256": "hidden_size = 32", "head_dim = 64": "head_dim = 8",
-        "num_hidden_layers = 4": "num_hidden_layers = 2", "intermediate_size = 488": "intermediate_size = 64",
-        "n_routed_experts = 32": "n_routed_experts = 8", "moe_intermediate_size = 96": "moe_intermediate_size = 16",
-        "steps = 2000": "steps = 3\nwarmup_steps = 1", "rows_per_step = 16": "rows_per_step = 2",
-        "row_length = 256": "row_length = 64", "[training]": "[tokenizer]\nvocab_size = 320\n[training]",
+        "stdlib/text": str(text),
+        "hidden_size = 256": "hidden_size = 32",
+        "head_dim = 64": "head_dim = 8",
+        "num_hidden_layers = 4": "num_hidden_layers = 2",
+        "intermediate_size = 488": "intermediate_size = 64",
+        "n_routed_experts = 32": "n_routed_experts = 8",
+        "moe_intermediate_size = 96": "moe_intermediate_size = 16",
+        "steps = 2000": "steps = 3\nwarmup_steps = 1",
+        "rows_per_step = 16": "rows_per_step = 2",
+        "row_length = 256": "row_length = 64",
+        "[training]": "[tokenizer]\nvocab_size = 320\n[training]",
         'tests = "': '# tests = "',
-    }  # fmt: skip
+    }
     for old, new in smaller.items():
         assert old in recipe
         recipe = recipe.replace(old, new)
     (tmp_path / "deepseek.toml").write_text(recipe)
     main_from_recipe(tmp_path / "deepseek.toml", tmp_path / "out")
     report = (tmp_path / "out" / "training" / "inspection" / "report.json").read_text()
-    router = json.loads(report, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["router"]
+    router = json.loads(report, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))[
+        "router"
+    ]
     assert router["selection_bias"] and router["num_experts"] == 8
     for file in (tmp_path / "out").rglob("*.json"):
         json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -211,7 +226,9 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_run_is_kept(
 
     def full(tensors: object, path: Path, **_: object) -> None:
         path.write_bytes(b"half a model")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     def train(*more: str) -> object:
         monkeypatch.setattr(sys, "argv", [*arguments, *more])
@@ -223,7 +240,11 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_run_is_kept(
         disk.setattr(weights_module, "save_file", full)
         assert train() == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("moebius: ") and "model.safetensors cannot be written" in last and "No space left" in last
+    assert (
+        last.startswith("moebius: ")
+        and "model.safetensors cannot be written" in last
+        and "No space left" in last
+    )
     assert (tmp_path / "out" / "training" / "checkpoint.safetensors").exists()
     assert not any(path.name.endswith(".safetensors") for path in (tmp_path / "out").iterdir())
     assert train("--resume") == 0

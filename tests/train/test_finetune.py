@@ -27,12 +27,22 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def start(recipe: Recipe, data: PreparedData, folder: Path, model_type: str, **finetune: Any) -> tuple[Recipe, Path]:
+def start(
+    recipe: Recipe, data: PreparedData, folder: Path, model_type: str, **finetune: Any
+) -> tuple[Recipe, Path]:
     """A random model of transformers over the tests' vocabulary, and a recipe that continues it."""
     folder.mkdir(exist_ok=True)
-    save_tiny(folder, model_type, vocab_size=320, max_position_embeddings=64, **CHANGES.get(model_type, {}))
+    save_tiny(
+        folder,
+        model_type,
+        vocab_size=320,
+        max_position_embeddings=64,
+        **CHANGES.get(model_type, {}),
+    )
     data.tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "mine": True}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", "mine": True})
+    )
     training = dataclasses.replace(recipe.training, learning_rate=0.003, steps=20)
     tuned = FinetuneRecipe(str(folder), **finetune)
     return dataclasses.replace(recipe, model=None, finetune=tuned, training=training), folder
@@ -49,11 +59,15 @@ def test_it_begins_where_the_checkpoint_is_and_learns(
     before = trainer.evaluate(4)["all"]
     reports = [trainer.step() for _ in range(20)]
     assert trainer.evaluate(4)["all"] < before - 0.05
-    assert all((r.balance > 0.5) == (model_type != "qwen2") for r in reports), "the auxiliary losses stay on"
+    assert all((r.balance > 0.5) == (model_type != "qwen2") for r in reports), (
+        "the auxiliary losses stay on"
+    )
     out = tmp_path / "tuned"
     export(trainer, out)
     stored = json.loads((out / "config.json").read_text())
-    assert stored | {"torch_dtype": 0, "dtype": 0} == json.loads((folder / "config.json").read_text()) | {
+    assert stored | {"torch_dtype": 0, "dtype": 0} == json.loads(
+        (folder / "config.json").read_text()
+    ) | {
         "torch_dtype": 0,
         "dtype": 0,
     }
@@ -62,7 +76,9 @@ def test_it_begins_where_the_checkpoint_is_and_learns(
 
 
 @pytest.mark.parametrize("part", ["experts", "all_but_experts"])
-def test_what_is_frozen_stays(recipe: Recipe, data: PreparedData, tmp_path: Path, part: str) -> None:
+def test_what_is_frozen_stays(
+    recipe: Recipe, data: PreparedData, tmp_path: Path, part: str
+) -> None:
     tuned, _ = start(recipe, data, tmp_path, "dots1", train=part)
     trainer = Trainer(tuned, data)
     before = {name: x.clone() for name, x in trainer.tensors().items()}
@@ -79,10 +95,15 @@ def test_dropout_is_drawn_anew_each_step_but_the_same_in_each_run(
     recipe: Recipe, data: PreparedData, tmp_path: Path
 ) -> None:
     tuned, _ = start(recipe, data, tmp_path, "mixtral")
-    losses = [[trainer.step().loss for _ in range(3)] for trainer in (Trainer(tuned, data), Trainer(tuned, data))]
+    losses = [
+        [trainer.step().loss for _ in range(3)]
+        for trainer in (Trainer(tuned, data), Trainer(tuned, data))
+    ]
     assert losses[0] == losses[1]
     assert tuned.finetune is not None
-    plain = dataclasses.replace(tuned, finetune=dataclasses.replace(tuned.finetune, dropout=0.0, expert_dropout=0.0))
+    plain = dataclasses.replace(
+        tuned, finetune=dataclasses.replace(tuned.finetune, dropout=0.0, expert_dropout=0.0)
+    )
     assert Trainer(plain, data).step().loss != losses[0][0]
 
 
@@ -92,7 +113,9 @@ def test_its_own_tokenizer_is_used(recipe: Recipe, data: PreparedData, tmp_path:
     corpus = CorpusRecipe({"book": (str(tmp_path / "book.txt"),)}, heldout_share=0.1)
     tuned = dataclasses.replace(tuned, corpus=corpus, mixture={})
     prepared = prepare(tuned, tmp_path / "data")
-    assert prepared.tokenizer.to_str() == data.tokenizer.to_str() and prepared.train.keys() == {"book"}
+    assert prepared.tokenizer.to_str() == data.tokenizer.to_str() and prepared.train.keys() == {
+        "book"
+    }
     with pytest.raises(ConfigError, match=r"the tokenizer lacks <eos>, .* tokenizer\.end_of_text"):
         tokenizer = dataclasses.replace(tuned.tokenizer, end_of_text="<eos>")
         prepare(dataclasses.replace(tuned, tokenizer=tokenizer), tmp_path / "data")
@@ -103,7 +126,9 @@ def test_what_does_not_fit_is_refused(recipe: Recipe, data: PreparedData, tmp_pa
     path = folder / "config.json"
     config = json.loads(path.read_text())
 
-    def refused(error: type[Exception], message: str, recipe: Recipe = tuned, **changes: Any) -> None:
+    def refused(
+        error: type[Exception], message: str, recipe: Recipe = tuned, **changes: Any
+    ) -> None:
         path.write_text(json.dumps({**config, **changes}))
         with pytest.raises(error, match=message):
             Trainer(recipe, data)
@@ -124,7 +149,8 @@ def test_what_does_not_fit_is_refused(recipe: Recipe, data: PreparedData, tmp_pa
 def test_a_head_that_differs_from_its_embedding_is_tuned_as_one_of_its_own(
     recipe: Recipe, data: PreparedData, tmp_path: Path
 ) -> None:
-    """config.json says tie_word_embeddings, but the file holds two matrices: two are trained, and exported."""
+    """config.json says tie_word_embeddings, but the file holds two matrices: two are trained, and
+    exported."""
     tuned, folder = start(recipe, data, tmp_path / "base", "qwen3", dropout=0.0)
     tensors = load_file(folder / "model.safetensors")
     head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]

@@ -1,4 +1,5 @@
-"""Every option of a recipe's model: exported and loaded back to the same logits, or refused before training."""
+"""Every option of a recipe's model: exported and loaded back to the same logits, or refused before
+training."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.config import FeedForwardConfig, ModelConfig, RouterConfig, TrainingRouting
+from moebius.config import FeedForwardConfig, ModelConfig, RouterConfig
 from moebius.errors import ConfigError
 from moebius.models.weights import load_decoder
+from moebius.moe.config import TrainingRouting
 from moebius.nn.attention import CausalAttend
 from moebius.train.architecture import config_json
 from moebius.train.data import PreparedData
@@ -27,7 +29,11 @@ REFUSED = "REFUSED"
 # Options by record: the values to try, each with what it needs beside; what is refused says so.
 ROUTERS: dict[str, list[dict[str, Any]]] = {
     "num_experts": [{"num_experts": 6}],
-    "top_k": [{"top_k": 1}, {"top_k": 4}, {"top_k": 5, REFUSED: "it must lie between 1 and num_experts = 4"}],
+    "top_k": [
+        {"top_k": 1},
+        {"top_k": 4},
+        {"top_k": 5, REFUSED: "it must lie between 1 and num_experts = 4"},
+    ],
     "score": [
         {"score": "sigmoid"},
         {"score": "logits", "weight": "softmax"},
@@ -36,14 +42,24 @@ ROUTERS: dict[str, list[dict[str, Any]]] = {
     "weight": [{"weight": w} for w in ("renorm", "softmax", "sigmoid")]
     + [
         {"weight": "renorm", "top_k": 1, REFUSED: "a renormalised top-1 router"},
-        {"weight": "none", REFUSED: "weight is 'none'; it must be one of raw, renorm, softmax, sigmoid"},
+        {
+            "weight": "none",
+            REFUSED: "weight is 'none'; it must be one of raw, renorm, softmax, sigmoid",
+        },
     ],
     "selection_bias": [{"selection_bias": True}],
     "num_groups": [GROUPS, {"num_groups": 3, REFUSED: "do not divide"}],
-    "groups_kept": [{"num_groups": 4, "groups_kept": 3}, {"groups_kept": 2, REFUSED: "2 of 1 expert groups"}],
+    "groups_kept": [
+        {"num_groups": 4, "groups_kept": 3},
+        {"groups_kept": 2, REFUSED: "2 of 1 expert groups"},
+    ],
     "group_score": [
         {**GROUPS, "group_score": "top2"},
-        {**GROUPS, "group_score": "mean", REFUSED: "group_score is 'mean'; it must be one of max, top2"},
+        {
+            **GROUPS,
+            "group_score": "mean",
+            REFUSED: "group_score is 'mean'; it must be one of max, top2",
+        },
     ],
     "group_fill": [
         {**GROUPS, "group_fill": "never"},
@@ -51,33 +67,63 @@ ROUTERS: dict[str, list[dict[str, Any]]] = {
     ],
     "renorm_eps": [{"weight": "renorm", "renorm_eps": 0.5}],
     "scale": [{"scale": 3.0}],
-    "logit_bias": [{"logit_bias": True}, {"logit_bias": True, "selection_bias": True, "learned_noise": True}],
-    "logit_softcap": [{"logit_softcap": 0.1}, {"logit_softcap": 0.0, REFUSED: "logit_softcap is 0.0; it must be pos"}],
+    "logit_bias": [
+        {"logit_bias": True},
+        {"logit_bias": True, "selection_bias": True, "learned_noise": True},
+    ],
+    "logit_softcap": [
+        {"logit_softcap": 0.1},
+        {"logit_softcap": 0.0, REFUSED: "logit_softcap is 0.0; it must be pos"},
+    ],
     "learned_noise": [{"learned_noise": True}],
 }
 PARTS: dict[str, list[dict[str, Any]]] = {
     "width": [{"width": 24}, {"width": 12, REFUSED: "must be multiples of 8"}],
     "router": [{"router": None}],
     "activation": [{"activation": a} for a in ("gelu", "gelu_tanh", "relu")]
-    + [{"activation": "tanh", REFUSED: "activation is 'tanh'; it must be one of silu, gelu, gelu_tanh, relu"}],
-    "bias": [{"bias": True}, {"bias": True, "gated": False, "shared_width": 8, "shared_gate": True}],
-    "shared_width": [{"shared_width": 8}, {"shared_width": 8, "router": None, REFUSED: "this feed-forward has none"}],
-    "shared_gate": [{"shared_width": 8, "shared_gate": True}, {"shared_gate": True, REFUSED: "give shared_width"}],
+    + [
+        {
+            "activation": "tanh",
+            REFUSED: "activation is 'tanh'; it must be one of silu, gelu, gelu_tanh, relu",
+        }
+    ],
+    "bias": [
+        {"bias": True},
+        {"bias": True, "gated": False, "shared_width": 8, "shared_gate": True},
+    ],
+    "shared_width": [
+        {"shared_width": 8},
+        {"shared_width": 8, "router": None, REFUSED: "this feed-forward has none"},
+    ],
+    "shared_gate": [
+        {"shared_width": 8, "shared_gate": True},
+        {"shared_gate": True, REFUSED: "give shared_width"},
+    ],
     "gated": [{"gated": False}],
 }
 TABLES: dict[str, list[dict[str, Any]]] = {
-    "model_type": [{"model_type": "qwen3", "intermediate_size": 16, REFUSED: "know no feed_forward"}],
+    "model_type": [
+        {"model_type": "qwen3", "intermediate_size": 16, REFUSED: "know no feed_forward"}
+    ],
     "hidden_size": [{"hidden_size": 40, "head_dim": 8}],
     "num_layers": [{"num_hidden_layers": 2}],
     "num_heads": [{"num_attention_heads": 2}],
     "num_kv_heads": [{"num_key_value_heads": 4}],
     "head_dim": [{"head_dim": 16}, {"head_dim": 7, REFUSED: "needs an even one"}],
-    "vocab_size": [{"vocab_size": 500, REFUSED: "model.vocab_size changes nothing .* tokenizer.vocab_size"}],
+    "vocab_size": [
+        {"vocab_size": 500, REFUSED: "model.vocab_size changes nothing .* tokenizer.vocab_size"}
+    ],
     "max_position_embeddings": [{"max_position_embeddings": 96}],
     "rope": [
         {"rope_theta": 500.0},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
         {"rope_scaling": {"rope_type": "fancy"}, REFUSED: "fancy"},
     ],
     "feed_forward": [{"num_hidden_layers": 0, REFUSED: "num_hidden_layers is 0"}],
@@ -99,9 +145,18 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "unpublished": [{"unpublished": "this"}],
     # Keys that no field has: of training, or none at all.
     "": [
-        {"attention_dropout": 0.1, REFUSED: "model.attention_dropout changes nothing .* finetune.dropout"},
-        {"router_aux_loss_coef": 0.1, REFUSED: "model.router_aux_loss_coef changes nothing .* training.load_balance"},
-        {"router_jitter_noise": 0.1, REFUSED: "model.router_jitter_noise changes nothing .* routing.jitter"},
+        {
+            "attention_dropout": 0.1,
+            REFUSED: "model.attention_dropout changes nothing .* finetune.dropout",
+        },
+        {
+            "router_aux_loss_coef": 0.1,
+            REFUSED: "model.router_aux_loss_coef changes nothing .* training.load_balance",
+        },
+        {
+            "router_jitter_noise": 0.1,
+            REFUSED: "model.router_jitter_noise changes nothing .* routing.jitter",
+        },
         {"torch_dtype": "float32", REFUSED: "model.torch_dtype changes nothing .* training.dtype"},
         {"eos_token_id": 5, REFUSED: "model.eos_token_id changes nothing .* tokenizer.end_of_text"},
         {"hidden_act": "relu", REFUSED: "hidden_act = 'relu' is not supported"},
@@ -110,7 +165,11 @@ TABLES: dict[str, list[dict[str, Any]]] = {
 
 
 def test_every_option_is_walked() -> None:
-    for record, walked in ((RouterConfig, ROUTERS), (FeedForwardConfig, PARTS), (ModelConfig, TABLES)):
+    for record, walked in (
+        (RouterConfig, ROUTERS),
+        (FeedForwardConfig, PARTS),
+        (ModelConfig, TABLES),
+    ):
         assert {field.name for field in dataclasses.fields(record)} == walked.keys() - {""}
 
 
@@ -126,12 +185,22 @@ def described(recipe: Recipe, which: str, case: dict[str, Any]) -> Recipe:
     """A recipe whose model differs from a plain one by this case."""
     changes = {key: value for key, value in case.items() if key != REFUSED}
     assert recipe.model is not None
-    ours = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    ours = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    )
     table = {"model_type": "moebius", "num_hidden_layers": 1, "initializer_range": 0.2}
     table |= {key: recipe.model[key] for key in ours}
     router = dataclasses.replace(ROUTER, **changes) if which == "router" else ROUTER
-    part = FeedForwardConfig(**({"width": 16, "router": router} | (changes if which == "part" else {})))
-    training = dataclasses.replace(recipe.training, bias_rate=0.1 if router.selection_bias else 0.0, warmup_steps=0)
+    part = FeedForwardConfig(
+        **({"width": 16, "router": router} | (changes if which == "part" else {}))
+    )
+    training = dataclasses.replace(
+        recipe.training, bias_rate=0.1 if router.selection_bias else 0.0, warmup_steps=0
+    )
     table |= changes if which == "table" else {}
     return dataclasses.replace(recipe, model=table, layers=(part,), training=training)
 
@@ -169,21 +238,28 @@ def test_an_option_comes_back_or_is_refused(
 
 
 @pytest.mark.case("A6")
-@pytest.mark.parametrize("case", [case for cases in ROUTERS.values() for case in cases if REFUSED not in case])
+@pytest.mark.parametrize(
+    "case", [case for cases in ROUTERS.values() for case in cases if REFUSED not in case]
+)
 def test_a_routers_option_changes_what_is_computed(recipe: Recipe, case: dict[str, Any]) -> None:
-    """Or the walk above would prove nothing of it: config.json says the option, and it is read back."""
+    """Or the walk above would prove nothing of it: config.json says the option, and it is read
+    back."""
     plain = config_json(described(recipe, "router", {}), 320)["feed_forward"]
     assert config_json(described(recipe, "router", case), 320)["feed_forward"] != plain
 
 
 def test_layers_that_no_layer_takes_are_refused(recipe: Recipe) -> None:
     plain = described(recipe, "router", {})
-    with pytest.raises(ConfigError, match=r"3 layers are described, but model\.num_hidden_layers is 1"):
+    with pytest.raises(
+        ConfigError, match=r"3 layers are described, but model\.num_hidden_layers is 1"
+    ):
         dataclasses.replace(plain, layers=plain.layers * 3)
 
 
 def test_what_is_for_training_alone_is_not_in_the_model(recipe: Recipe) -> None:
     """A model is served without any of it, as its docstring promises."""
-    limits = TrainingRouting(dropless=False, capacity_factor=1.0, jitter=0.1, second_policy="random")
+    limits = TrainingRouting(
+        dropless=False, capacity_factor=1.0, jitter=0.1, second_policy="random"
+    )
     plain = described(recipe, "router", {})
     assert config_json(dataclasses.replace(plain, routing=limits), 320) == config_json(plain, 320)

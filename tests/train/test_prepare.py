@@ -1,4 +1,5 @@
-"""recipes/stdlib/prepare.py: which of the standard library's files are documents, and which are held out."""
+"""recipes/stdlib/prepare.py: which of the standard library's files are documents, and which are
+held out."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def _write(root: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def _module(n: int) -> str:
-    return "".join(CODE.format(n=f"{'abcdefghij'[n % 10]}{'klmnopqrst'[n // 10]}{i}x") for i in "abcdefgh")
+    return "".join(
+        CODE.format(n=f"{'abcdefghij'[n % 10]}{'klmnopqrst'[n // 10]}{i}x") for i in "abcdefgh"
+    )
 
 
 def _fraction(path: str) -> float:
@@ -37,7 +40,10 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_every_document_is_on_the_side_its_path_hashes_to(root: Path) -> None:
-    found = {split: [d.path for d in read_library(0.3, root) if d.split == split] for split in ("train", "heldout")}
+    found = {
+        split: [d.path for d in read_library(0.3, root) if d.split == split]
+        for split in ("train", "heldout")
+    }
     assert set(found["heldout"]) == {f"m{n}.py" for n in range(40) if _fraction(f"m{n}.py") < 0.3}
     assert set(found["train"]) == {f"m{n}.py" for n in range(40) if _fraction(f"m{n}.py") >= 0.3}
     assert found["train"] == sorted(found["train"])
@@ -46,7 +52,9 @@ def test_every_document_is_on_the_side_its_path_hashes_to(root: Path) -> None:
 def test_what_is_written_is_what_training_reads(root: Path, tmp_path: Path) -> None:
     documents = read_library(0.3, root)
     write(documents, tmp_path / "text")
-    corpus = Corpus(CorpusRecipe({"library": (str(tmp_path / "text" / "library.jsonl"),)}, "text", 0.5))
+    corpus = Corpus(
+        CorpusRecipe({"library": (str(tmp_path / "text" / "library.jsonl"),)}, "text", 0.5)
+    )
     found = [d._replace(path=documents[i].path) for i, d in enumerate(corpus)]
     assert found == documents and isinstance(found[0], Document)
 
@@ -79,7 +87,9 @@ def test_what_is_left_out(root: Path) -> None:
 def test_a_near_copy_of_a_training_document_is_not_held_out(root: Path) -> None:
     trained = next(n for n in range(40) if _fraction(f"m{n}.py") >= 0.3)
     name = next(f"near{n}.py" for n in range(100) if _fraction(f"near{n}.py") < 0.3)
-    indented = "class Wrapped:\n" + "".join(f"    {line}\n" for line in _module(trained).split("\n"))
+    indented = "class Wrapped:\n" + "".join(
+        f"    {line}\n" for line in _module(trained).split("\n")
+    )
     _write(root, {name: indented})
     assert name not in {d.path for d in read_library(0.3, root) if d.split == "heldout"}
     _write(root, {name: _module(77)})

@@ -1,4 +1,5 @@
-"""Whole runs in processes of their own: killed at any moment, on several ranks, and refused in one line."""
+"""Whole runs in processes of their own: killed at any moment, on several ranks, and refused in one
+line."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ from moebius.train.run import main_from_recipe
 from train.test_export import TOML
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-RUN = TOML.replace("steps = 3\n", "steps = 14\ncheckpoint_seconds = 0\nlog_every = 3\nrows_per_step = 4\n").replace(
-    "rows_per_step = 2\n", ""
-)
+RUN = TOML.replace(
+    "steps = 3\n", "steps = 14\ncheckpoint_seconds = 0\nlog_every = 3\nrows_per_step = 4\n"
+).replace("rows_per_step = 2\n", "")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,12 +53,18 @@ def state(out: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(out: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: x for key, x in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+    lines = [
+        json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {key: x for key, x in line.items() if key not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(text: Path) -> None:
-    """kill -9 twice, at whatever moment: early, then later; checkpoints are written at each step."""
+    """kill -9 twice, at whatever moment: early, then later; checkpoints are written at each
+    step."""
     whole, out = text / "whole", text / "killed"
     main_from_recipe(text / "tiny.toml", whole)
     for wanted in (1, 6):
@@ -75,7 +82,9 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(text: Path) -> None:
         assert process.wait() == -signal.SIGKILL, "it was still running"
     main_from_recipe(text / "tiny.toml", out, resume=True)
     first, second = state(whole), state(out)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
     assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert metrics(whole) == metrics(out)
 
@@ -95,27 +104,42 @@ run.main_from_recipe(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 def test_two_ranks_are_one(text: Path) -> None:
-    """The same micro-batches in one process and in torchrun's two: within rounding, and on both the same bits."""
-    recipe = (text / "tiny.toml").read_text().replace("rows_per_step = 4", "rows_per_step = 4\naccumulation = 2")
-    recipe = recipe.replace("[training]", '[training]\nbalance = "global"\ndtype = "float32"').replace("= 14", "= 6")
+    """The same micro-batches in one process and in torchrun's two: within rounding, and on both the
+    same bits."""
+    recipe = (
+        (text / "tiny.toml")
+        .read_text()
+        .replace("rows_per_step = 4", "rows_per_step = 4\naccumulation = 2")
+    )
+    recipe = recipe.replace(
+        "[training]", '[training]\nbalance = "global"\ndtype = "float32"'
+    ).replace("= 14", "= 6")
     (text / "ranks.toml").write_text(recipe)
     (text / "spy.py").write_text(SPY)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [text / "spy.py", text / "ranks.toml", text / "both"]
     subprocess.run([*torchrun, *map(str, arguments)], check=True, env=ENVIRONMENT, timeout=120)
     main_from_recipe(text / "ranks.toml", text / "alone")
-    alone, both = state(text / "alone"), [load_file(text / "both" / f"rank{i}.safetensors") for i in range(2)]
+    alone, both = (
+        state(text / "alone"),
+        [load_file(text / "both" / f"rank{i}.safetensors") for i in range(2)],
+    )
     for name, tensor in alone.items():
         assert torch.equal(both[0][name], both[1][name]), name
         torch.testing.assert_close(both[0][name], tensor, rtol=1e-3, atol=1e-4)
     lines = [metrics(text / name) for name in ("alone", "both")]
     for key in ("loss", "balance", "z"):
-        assert [line[key] for line in lines[0]] == pytest.approx([line[key] for line in lines[1]], rel=1e-3)
+        assert [line[key] for line in lines[0]] == pytest.approx(
+            [line[key] for line in lines[1]], rel=1e-3
+        )
 
 
 def test_ranks_that_cannot_share_evenly() -> None:
     assert [list(Ranks(rank, 2).share(4)) for rank in (0, 1)] == [[0, 2], [1, 3]]
-    with pytest.raises(ConfigError, match="accumulation = 3 micro-batches cannot be shared by 2 ranks evenly; make it"):
+    with pytest.raises(
+        ConfigError,
+        match="accumulation = 3 micro-batches cannot be shared by 2 ranks evenly; make it",
+    ):
         Ranks(0, 2).share(3)
 
 
@@ -127,13 +151,21 @@ def test_ranks_that_cannot_share_evenly() -> None:
             "top_k (num_experts_per_tok) is 9; it must lie between",
         ),
         (("code = ", "other = 3\ncode = "), "corpus.files.other is 3; it must be a valid string"),
-        (("heldout_share = 0.2", "heldout_share = 0.000001"), "the corpus holds no held-out text; raise"),
-        (("rows_per_step = 4", "rows_per_step = 400000"), "the training text has fewer than 400000 rows of 32 tokens"),
+        (
+            ("heldout_share = 0.2", "heldout_share = 0.000001"),
+            "the corpus holds no held-out text; raise",
+        ),
+        (
+            ("rows_per_step = 4", "rows_per_step = 400000"),
+            "the training text has fewer than 400000 rows of 32 tokens",
+        ),
         (("[tokenizer]", '[tokenizer]\npath = "nowhere"'), "nowhere/tokenizer.json cannot be read"),
     ],
     ids=lambda x: x[1][:20] if isinstance(x, tuple) else "",
 )
-def test_bad_input_is_one_line(text: Path, change: tuple[str, str], message: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(
+    text: Path, change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
     (text / "bad.toml").write_text((text / "tiny.toml").read_text().replace(*change))
     with pytest.raises(MoebiusError) as caught:
         main_from_recipe(text / "bad.toml", tmp_path / "out")

@@ -1,4 +1,5 @@
-"""Every kind of model a recipe can describe: saved, loaded by transformers, served by us or refused."""
+"""Every kind of model a recipe can describe: saved, loaded by transformers, served by us or
+refused."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.config import EngineConfig, FeedForwardConfig, RouterConfig
+from moebius.config import FeedForwardConfig, RouterConfig
+from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
 from moebius.errors import ConfigError
 from moebius.models import model_config
@@ -29,14 +31,28 @@ DOTS1 = {"n_routed_experts": 4, "n_shared_experts": 2, "routed_scaling_factor": 
 DENSE = {"num_experts": None, "intermediate_size": 48}
 PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("olmoe", {"norm_topk_prob": False, "intermediate_size": 16}),
-    ("olmoe", {"norm_topk_prob": False, "num_experts_per_tok": 1, "hidden_act": "gelu", "intermediate_size": 16}),
+    (
+        "olmoe",
+        {
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 1,
+            "hidden_act": "gelu",
+            "intermediate_size": 16,
+        },
+    ),
     ("qwen3_moe", {}),
     ("qwen3_moe", {"norm_topk_prob": False, "decoder_sparse_step": 2, "intermediate_size": 32}),
     ("qwen3_moe", {"mlp_only_layers": [0], "intermediate_size": 24}),
     ("qwen2_moe", {"shared_expert_intermediate_size": 32, "intermediate_size": 48}),
-    ("qwen2_moe", {"shared_expert_intermediate_size": 32, "intermediate_size": 48, "decoder_sparse_step": 2}),
+    (
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 32, "intermediate_size": 48, "decoder_sparse_step": 2},
+    ),
     ("dots1", {**DOTS1, "intermediate_size": 48}),
-    ("dots1", {**DOTS1, "intermediate_size": 48, "first_k_dense_replace": 1, "norm_topk_prob": False}),
+    (
+        "dots1",
+        {**DOTS1, "intermediate_size": 48, "first_k_dense_replace": 1, "norm_topk_prob": False},
+    ),
     ("mixtral", {"num_local_experts": 4, "num_experts": None, "intermediate_size": 16}),
     ("granitemoe", {"num_local_experts": 4, "num_experts": None, "intermediate_size": 16}),
     ("qwen3", DENSE),
@@ -47,18 +63,42 @@ RELU = FeedForwardConfig(16, ROUTER, "relu", gated=False)
 UNPUBLISHED: list[tuple[str, tuple[FeedForwardConfig, ...], dict[str, Any]]] = [
     ("feed-forwards of two matrices", (RELU,), {}),
     ("feed-forwards of two matrices", (dataclasses.replace(RELU, width=48, router=None),), {}),
-    ("softmax scores with an ungated shared expert", (FeedForwardConfig(16, ROUTER, shared_width=32),), {}),
+    (
+        "softmax scores with an ungated shared expert",
+        (FeedForwardConfig(16, ROUTER, shared_width=32),),
+        {},
+    ),
     (
         "softmax scores with a selection bias",
         (FeedForwardConfig(16, dataclasses.replace(ROUTER, selection_bias=True)),),
         {},
     ),
-    ("softmax weights with a scale", (FeedForwardConfig(16, dataclasses.replace(ROUTER, scale=2.0)),), {}),
-    ("learned jitter", (FeedForwardConfig(16, dataclasses.replace(ROUTER, learned_noise=True)),), {}),
-    ("sigmoid scores alone", (FeedForwardConfig(16, dataclasses.replace(ROUTER, score="sigmoid")),), {}),
-    ("a dense layer after one with experts", (FeedForwardConfig(16, ROUTER), FeedForwardConfig(32)), {}),
+    (
+        "softmax weights with a scale",
+        (FeedForwardConfig(16, dataclasses.replace(ROUTER, scale=2.0)),),
+        {},
+    ),
+    (
+        "learned jitter",
+        (FeedForwardConfig(16, dataclasses.replace(ROUTER, learned_noise=True)),),
+        {},
+    ),
+    (
+        "sigmoid scores alone",
+        (FeedForwardConfig(16, dataclasses.replace(ROUTER, score="sigmoid")),),
+        {},
+    ),
+    (
+        "a dense layer after one with experts",
+        (FeedForwardConfig(16, ROUTER), FeedForwardConfig(32)),
+        {},
+    ),
     ("OLMoE's attention in a dense model", (FeedForwardConfig(48),), {"qk_norm": "full"}),
-    ("no norms, but biases", (FeedForwardConfig(16, ROUTER),), {"qk_norm": "none", "qkv_bias": True}),
+    (
+        "no norms, but biases",
+        (FeedForwardConfig(16, ROUTER),),
+        {"qk_norm": "none", "qkv_bias": True},
+    ),
 ]
 
 
@@ -67,7 +107,12 @@ def model(recipe: Recipe, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     assert recipe.model is not None
     table = {**recipe.model, "initializer_range": 0.1, "model_type": kind, **changes}
     if kind in ("moebius", "qwen2", "qwen3", "dots1", "mixtral", "granitemoe"):
-        own = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"} - changes.keys()
+        own = {
+            "num_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "norm_topk_prob",
+        } - changes.keys()
         kept = {"num_experts_per_tok"} if kind not in ("moebius", "qwen2", "qwen3") else set()
         kept |= {"moe_intermediate_size", "norm_topk_prob"} if kind == "dots1" else set()
         table = {key: value for key, value in table.items() if key not in own - kept}
@@ -78,7 +123,9 @@ def model(recipe: Recipe, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def trained(recipe: Recipe, data: PreparedData, folder: Path) -> Trainer:
     """Two steps, so that biases and routers are not as they began."""
-    routers = {part.router for part in model_config(config_json(recipe, 320)).feed_forward if part.router}
+    routers = {
+        part.router for part in model_config(config_json(recipe, 320)).feed_forward if part.router
+    }
     biased = any(router.selection_bias for router in routers)
     training = dataclasses.replace(recipe.training, bias_rate=0.1 if biased else 0.0)
     trainer = Trainer(dataclasses.replace(recipe, training=training), data)
@@ -95,13 +142,17 @@ def logits(folder: Path, ids: torch.Tensor, ops: Any = None) -> torch.Tensor:
     return decoder.logits(hidden)
 
 
-@pytest.mark.parametrize(("kind", "changes"), PUBLISHED, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(PUBLISHED)])
+@pytest.mark.parametrize(
+    ("kind", "changes"), PUBLISHED, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(PUBLISHED)]
+)
 def test_transformers_and_the_kernels_agree(
     recipe: Recipe, data: PreparedData, tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
     trained(dataclasses.replace(recipe, model=model(recipe, kind, changes)), data, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["model_type"] == kind and stored["architectures"][0].lower().startswith(kind.replace("_", ""))
+    assert stored["model_type"] == kind and stored["architectures"][0].lower().startswith(
+        kind.replace("_", "")
+    )
     ids = torch.tensor(data.tokenizer.encode("def f(x):\n    return x + 1\n").ids)
     with torch.no_grad():
         theirs = load_theirs(tmp_path)(ids.unsqueeze(0)).logits[0]

@@ -66,7 +66,11 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps = 200", "stepps = 200", r"unknown recipe key training\.stepps; known are steps, rows_per_step"),
+        (
+            "steps = 200",
+            "stepps = 200",
+            r"unknown recipe key training\.stepps; known are steps, rows_per_step",
+        ),
         (
             "[training]",
             "[routing]\ncapacity = 1\n[training]",
@@ -75,15 +79,35 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
         ("steps = 200\n", "", r"the recipe lacks training\.steps"),
         ('[corpus.files]\nlibrary = "a.txt"', "", "the recipe lacks corpus"),
         ('library = "a.txt"', "", r"corpus\.files is \{\}; it must have at least 1 item"),
-        ('name = "r"', 'name = "r"\nmagic = 1', r"unknown recipe key magic; known are name, training"),
+        (
+            'name = "r"',
+            'name = "r"\nmagic = 1',
+            r"unknown recipe key magic; known are name, training",
+        ),
         ("steps = 200", "steps = 2.5", r"training\.steps is 2\.5; it must be a valid integer"),
         ("steps = 200", "steps = true", r"training\.steps is True; it must be a valid integer"),
         ("steps = 200", 'steps = "200"', r"training\.steps is '200'; it must be a valid integer"),
-        ("steps = 200", "steps = 2026-01-01", r"training\.steps is '2026-01-01'; it must be a valid integer"),
+        (
+            "steps = 200",
+            "steps = 2026-01-01",
+            r"training\.steps is '2026-01-01'; it must be a valid integer",
+        ),
         ("steps = 200", "steps = 0", r"training\.steps is 0; it must be greater than 0"),
-        ("steps = 200", "steps = 50", r"warmup_steps is 100; it must be less than training\.steps = 50"),
-        ("learning_rate = 0.01", "learning_rate = inf", r"learning_rate is inf; it must be a finite number"),
-        ("learning_rate = 0.01", "learning_rate = 0.01\nbeta2 = 1.0", r"beta2 is 1\.0; it must be less than 1"),
+        (
+            "steps = 200",
+            "steps = 50",
+            r"warmup_steps is 100; it must be less than training\.steps = 50",
+        ),
+        (
+            "learning_rate = 0.01",
+            "learning_rate = inf",
+            r"learning_rate is inf; it must be a finite number",
+        ),
+        (
+            "learning_rate = 0.01",
+            "learning_rate = 0.01\nbeta2 = 1.0",
+            r"beta2 is 1\.0; it must be less than 1",
+        ),
         (
             "learning_rate = 0.01",
             "learning_rate = 0.01\nz_loss = -1",
@@ -94,23 +118,67 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
             "learning_rate = 0.01\nfinal_share = 2",
             r"final_share is 2; it must be less than or eq",
         ),
-        ("row_length = 32", "row_length = 65", r"row_length = 65 exceeds the model.s context of 64"),
-        ("moe_intermediate_size = 16", "moe_intermediate_size = 12", r"widths \[12, 32\] must be multiples of 8"),
-        ("num_experts_per_tok = 2", "num_experts_per_tok = 5", r"top_k .* is 5; .* num_experts = 4"),
-        ("num_hidden_layers = 1", "num_hidden_layers = 0", r"model: num_hidden_layers is 0; it must be an integer of"),
+        (
+            "row_length = 32",
+            "row_length = 65",
+            r"row_length = 65 exceeds the model.s context of 64",
+        ),
+        (
+            "moe_intermediate_size = 16",
+            "moe_intermediate_size = 12",
+            r"widths \[12, 32\] must be multiples of 8",
+        ),
+        (
+            "num_experts_per_tok = 2",
+            "num_experts_per_tok = 5",
+            r"top_k .* is 5; .* num_experts = 4",
+        ),
+        (
+            "num_hidden_layers = 1",
+            "num_hidden_layers = 0",
+            r"model: num_hidden_layers is 0; it must be an integer of",
+        ),
         ("num_hidden_layers = 1", "layers = 1", r"model: num_hidden_layers is missing"),
-        ("head_dim = 8", "head_dim = 8\nsize = 1", r"model: models of type qwen3_moe know no size; correct it"),
-        ('"qwen3_moe"', '"gpt5"', r"model: model_type 'gpt5' is not supported; supported are dots1"),
-        ("head_dim = 8", "initializer_range = 0", r"model\.initializer_range is 0; it must be positive"),
-        ("num_attention_heads = 4", "num_attention_heads = 3", r"num_attention_heads = 3 is no multiple"),
-        ("[training]", "[mixture]\nlibrary = -1\n[training]", r"mixture\.library is -1; it must be greater than or eq"),
-        ("[training]", "[mixture]\nlibrary = 0\n[training]", "every kind of text is passed over 0 times"),
+        (
+            "head_dim = 8",
+            "head_dim = 8\nsize = 1",
+            r"model: models of type qwen3_moe know no size; correct it",
+        ),
+        (
+            '"qwen3_moe"',
+            '"gpt5"',
+            r"model: model_type 'gpt5' is not supported; supported are dots1",
+        ),
+        (
+            "head_dim = 8",
+            "initializer_range = 0",
+            r"model\.initializer_range is 0; it must be positive",
+        ),
+        (
+            "num_attention_heads = 4",
+            "num_attention_heads = 3",
+            r"num_attention_heads = 3 is no multiple",
+        ),
+        (
+            "[training]",
+            "[mixture]\nlibrary = -1\n[training]",
+            r"mixture\.library is -1; it must be greater than or eq",
+        ),
+        (
+            "[training]",
+            "[mixture]\nlibrary = 0\n[training]",
+            "every kind of text is passed over 0 times",
+        ),
         (
             "[training]",
             "[corpus]\nheldout_share = 0.9\n[training]",
             r"heldout_share is 0\.9; it must be less than 0\.5",
         ),
-        ("[training]", "[tokenizer]\nvocab_size = 100000\n[training]", r"vocab_size is 100000; it must be less than"),
+        (
+            "[training]",
+            "[tokenizer]\nvocab_size = 100000\n[training]",
+            r"vocab_size is 100000; it must be less than",
+        ),
         (
             "[training]",
             "[tokenizer]\nvocab_size = 100\n[training]",
@@ -123,27 +191,63 @@ def test_defaults_and_an_integer_for_a_number(tmp_path: Path) -> None:
             r"mixture\.poems names no kind of text .*; there are library",
         ),
         ('name = "r"', "name = ", "is not TOML"),
-        ("num_experts_per_tok = 2", "num_experts_per_tok = 1", "renormalised top-1 .* no gradient; use raw weights"),
-        ("[training]", "[routing]\ncapacity_factor = 1.25\n[training]", "dropless router has no capacity; set"),
-        ("[training]", "[routing]\ndropless = false\n[training]", "dropless is false; give capacity_factor"),
+        (
+            "num_experts_per_tok = 2",
+            "num_experts_per_tok = 1",
+            "renormalised top-1 .* no gradient; use raw weights",
+        ),
+        (
+            "[training]",
+            "[routing]\ncapacity_factor = 1.25\n[training]",
+            "dropless router has no capacity; set",
+        ),
+        (
+            "[training]",
+            "[routing]\ndropless = false\n[training]",
+            "dropless is false; give capacity_factor",
+        ),
         (
             "[training]",
             '[routing]\nchoice = "token"\n[training]',
             "unknown recipe key routing.choice; known are dropless",
         ),
         ("moe_intermediate_size = 16", "", "model: moe_intermediate_size is missing"),
-        ("[training]", "[routing]\njitter = 1\n[training]", r"jitter is 1\.0; it must be at least 0 and less than 1"),
-        ("[training]", '[routing]\nsecond_policy = "none"\n[training]', "it must be 'all', 'threshold' or 'random'"),
+        (
+            "[training]",
+            "[routing]\njitter = 1\n[training]",
+            r"jitter is 1\.0; it must be at least 0 and less than 1",
+        ),
+        (
+            "[training]",
+            '[routing]\nsecond_policy = "none"\n[training]',
+            "it must be 'all', 'threshold' or 'random'",
+        ),
         (
             MINIMAL[MINIMAL.index("num_experts_per_tok") : MINIMAL.index("[training]")],
             "moe_intermediate_size = 16\nnum_experts_per_tok = 1\nmax_position_embeddings = 64\n"
             '[routing]\nsecond_policy = "random"\n',
             "routing.second_policy needs 2 experts a token or more",
         ),
-        ("head_dim = 8", "decoder_sparse_step = 2", "no layer has experts; lower decoder_sparse_step"),
-        ("learning_rate = 0.01", "learning_rate = 0.01\naccumulation = 3", "no multiple of training.accumulation = 3"),
-        ("learning_rate = 0.01", "learning_rate = 0.01\nbias_rate = 0.1", "the model's router has no selection bias"),
-        ("[training]", '[finetune]\ncheckpoint = "x"\n[training]', "either a model table, .* or a finetune table"),
+        (
+            "head_dim = 8",
+            "decoder_sparse_step = 2",
+            "no layer has experts; lower decoder_sparse_step",
+        ),
+        (
+            "learning_rate = 0.01",
+            "learning_rate = 0.01\naccumulation = 3",
+            "no multiple of training.accumulation = 3",
+        ),
+        (
+            "learning_rate = 0.01",
+            "learning_rate = 0.01\nbias_rate = 0.1",
+            "the model's router has no selection bias",
+        ),
+        (
+            "[training]",
+            '[finetune]\ncheckpoint = "x"\n[training]',
+            "either a model table, .* or a finetune table",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -163,7 +267,8 @@ def decoder(recipe: Recipe) -> ModelConfig:
 
 
 def test_the_model_is_the_recipes(tmp_path: Path) -> None:
-    """qwen3_moe in full: every layer sparse, weights of the chosen experts renormalised, heads normalised, tied."""
+    """qwen3_moe in full: every layer sparse, weights of the chosen experts renormalised, heads
+    normalised, tied."""
     assert decoder(_read(MINIMAL, tmp_path)) == ModelConfig(
         model_type="qwen3_moe",
         hidden_size=32,
@@ -174,7 +279,11 @@ def test_the_model_is_the_recipes(tmp_path: Path) -> None:
         vocab_size=4096,
         max_position_embeddings=64,
         rope=RopeConfig(theta=10_000.0),
-        feed_forward=(FeedForwardConfig(width=16, router=RouterConfig(num_experts=4, top_k=2, weight="renorm")),),
+        feed_forward=(
+            FeedForwardConfig(
+                width=16, router=RouterConfig(num_experts=4, top_k=2, weight="renorm")
+            ),
+        ),
         windows=(None,),
         tie_word_embeddings=True,
         qk_norm="head",
@@ -187,9 +296,21 @@ def test_layers_of_our_own_take_turns(tmp_path: Path) -> None:
     dense, sparse = FeedForwardConfig(24), FeedForwardConfig(16, RouterConfig(4, 2), gated=False)
     assert (config.feed_forward, config.qk_norm) == ((dense, sparse, dense), "head")
     for old, new, message in (
-        ("width = 24", "width = 24\nrouter = { num_experts = 8, top_k = 2 }", "have different routers, which training"),
-        ("top_k = 2", 'top_k = 2, score = "best"', "layers.router.score is 'best'; it must be 'softmax', 'sigmoid' or"),
-        ("top_k = 2", "top_k = 2, scores = 1", "unknown recipe key layers.router.scores; known are num_experts, top_k"),
+        (
+            "width = 24",
+            "width = 24\nrouter = { num_experts = 8, top_k = 2 }",
+            "have different routers, which training",
+        ),
+        (
+            "top_k = 2",
+            'top_k = 2, score = "best"',
+            "layers.router.score is 'best'; it must be 'softmax', 'sigmoid' or",
+        ),
+        (
+            "top_k = 2",
+            "top_k = 2, scores = 1",
+            "unknown recipe key layers.router.scores; known are num_experts, top_k",
+        ),
         ("width = 24", "", "the recipe lacks layers.width"),
         (
             "num_hidden_layers = 3",
@@ -253,12 +374,22 @@ def test_a_kind_of_text_can_be_part_of_a_file_s_name(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
-        ("a.txt", "~nobodyatall/a.txt", "'~nobodyatall/a.txt' is no path: Could not determine home directory"),
+        (
+            "a.txt",
+            "~nobodyatall/a.txt",
+            "'~nobodyatall/a.txt' is no path: Could not determine home directory",
+        ),
         ("a.txt", "a\\u0000.txt", "is no path: it holds a zero byte"),
         ('name = "r"', f"name = {'[' * 3000}{']' * 3000}", "nested too deeply"),
-        ('name = "r"', 'name = "r"\nseed = -5', "seed is -5; it must be greater than or equal to 0"),
+        (
+            'name = "r"',
+            'name = "r"\nseed = -5',
+            "seed is -5; it must be greater than or equal to 0",
+        ),
     ],
 )
-def test_what_only_fails_later_is_refused_when_it_is_read(old: str, new: str, why: str, tmp_path: Path) -> None:
+def test_what_only_fails_later_is_refused_when_it_is_read(
+    old: str, new: str, why: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=why):
         _read(MINIMAL.replace(old, new), tmp_path)

@@ -18,7 +18,9 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.toml"
 
 
 def refused(tmp_path: Path, *options: str) -> str:
-    result = CliRunner().invoke(app, ["train", str(RECIPE), "--out", str(tmp_path / "out"), *options])
+    result = CliRunner().invoke(
+        app, ["train", str(RECIPE), "--out", str(tmp_path / "out"), *options]
+    )
     assert isinstance(result.exception, ConfigError), result.exception
     assert not (tmp_path / "out").exists()
     return str(result.exception)
@@ -28,11 +30,16 @@ def refused(tmp_path: Path, *options: str) -> str:
 @pytest.mark.parametrize("more", [[], ["--evaluate-only"], ["--dense-twin"]])
 @pytest.mark.parametrize("device", ["xyz", "cuda:1", "CPU", "gpu", ""])
 def test_an_unknown_device_is_refused(tmp_path: Path, device: str, more: list[str]) -> None:
-    assert refused(tmp_path, "--device", device, *more) == f"--device is {device!r}; use auto, cpu or cuda"
+    assert (
+        refused(tmp_path, "--device", device, *more)
+        == f"--device is {device!r}; use auto, cpu or cuda"
+    )
 
 
 @pytest.mark.case("C17")
-def test_cuda_without_cuda_is_refused_as_serving_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_cuda_is_refused_as_serving_refuses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     served = CliRunner().invoke(app, ["plan", "bundled", "--device", "cuda"])
     assert isinstance(served.exception, ConfigError)
@@ -90,13 +97,23 @@ def train(recipe: Path, out: Path, *options: str) -> Exception | None:
 @pytest.mark.case("C13")
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "tokenizer_config.json", "model-00001-of-00002.safetensors", "training/notes", "training/data/a.txt"],
+    [
+        "README.md",
+        "tokenizer_config.json",
+        "model-00001-of-00002.safetensors",
+        "training/notes",
+        "training/data/a.txt",
+    ],
 )
-def test_training_replaces_nothing_that_no_run_wrote(name: str, small: Path, tmp_path: Path) -> None:
+def test_training_replaces_nothing_that_no_run_wrote(
+    name: str, small: Path, tmp_path: Path
+) -> None:
     held = tmp_path / "out" / name
     held.parent.mkdir(parents=True)
     held.write_text("a year of notes")
-    (tmp_path / "out" / "training").mkdir(exist_ok=True)  # of somebody else's: the name is a common one
+    (tmp_path / "out" / "training").mkdir(
+        exist_ok=True
+    )  # of somebody else's: the name is a common one
     for options in ([], ["--resume"]):
         said = str(train(small, tmp_path / "out", *options))
         assert f"holds {Path(name).parts[0]} already, which training would replace" in said
@@ -108,7 +125,9 @@ def test_a_run_that_ended_while_it_prepared_its_text_goes_on(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("moebius.train.data._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "moebius.train.data._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             main_from_recipe(small, out)
     assert any((out / "training" / "data").iterdir())
@@ -129,13 +148,19 @@ def test_a_pipe_is_no_corpus(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["facts", "no facts", "stream", "no stream", "tokenizer"])
-def test_prepared_files_that_are_damaged_are_made_anew(damage: str, small: Path, tmp_path: Path) -> None:
+def test_prepared_files_that_are_damaged_are_made_anew(
+    damage: str, small: Path, tmp_path: Path
+) -> None:
     from moebius.train.data import prepare
     from moebius.train.recipe import read_recipe
 
     recipe, folder = read_recipe(small), tmp_path / "data"
     whole = prepare(recipe, folder)
-    file = {"stream": "train.prose.bin", "no stream": "train.prose.bin", "tokenizer": "tokenizer.json"}
+    file = {
+        "stream": "train.prose.bin",
+        "no stream": "train.prose.bin",
+        "tokenizer": "tokenizer.json",
+    }
     path = folder / file.get(damage, "data.json")
     if damage == "no stream":
         path.unlink()
@@ -154,8 +179,14 @@ def test_prepared_files_that_are_damaged_are_made_anew(damage: str, small: Path,
     [
         ({}, "holds no figures of a training run"),
         ({"figures": {"all": {"bits_per_byte": 1.0}}}, "holds no figures of a training run"),
-        ({"figures": {"all": {"bits_per_byte": 1.0}}, "tokens_per_second": 1}, "no figures of held-out prose text"),
-        ({"figures": {"all": 1, "prose": {"bits_per_byte": 1}}, "tokens_per_second": 1}, "no figures of held-out all"),
+        (
+            {"figures": {"all": {"bits_per_byte": 1.0}}, "tokens_per_second": 1},
+            "no figures of held-out prose text",
+        ),
+        (
+            {"figures": {"all": 1, "prose": {"bits_per_byte": 1}}, "tokens_per_second": 1},
+            "no figures of held-out all",
+        ),
     ],
 )
 def test_a_twin_that_does_not_fit_is_refused_before_training(

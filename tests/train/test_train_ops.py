@@ -30,7 +30,9 @@ def test_norm_and_rotation_are_the_references() -> None:
     torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(_gradients(mine, x_TD, weight_D), _gradients(theirs, x_TD, weight_D))
     x_THN, angles = _random(9, 2, 8).detach().bfloat16(), _random(9, 4, seed=2).detach()
-    rotated = [each.rotary(x_THN, angles.cos(), angles.sin()) for each in (TrainingOps(), ReferenceOps())]
+    rotated = [
+        each.rotary(x_THN, angles.cos(), angles.sin()) for each in (TrainingOps(), ReferenceOps())
+    ]
     assert torch.equal(*rotated)
 
 
@@ -68,6 +70,8 @@ def test_dropout_only_while_training_and_harder_within_experts() -> None:
     for routed, rate in ((False, 0.1), (True, 0.4)):
         out = ops_.dropout(x, routed=routed)
         assert (out == 0).float().mean().item() == pytest.approx(rate, abs=0.01)
-        assert out.max().item() == pytest.approx(1 / (1 - rate)) and out.mean().item() == pytest.approx(1, abs=0.02)
+        assert out.max().item() == pytest.approx(
+            1 / (1 - rate)
+        ) and out.mean().item() == pytest.approx(1, abs=0.02)
     stream, _ = ops_.add_rms_norm(torch.zeros(200, 8), torch.ones(200, 8), 1.0, torch.ones(8), 1e-6)
     assert (stream == 0).float().mean().item() == pytest.approx(0.1, abs=0.03)

@@ -1,4 +1,5 @@
-"""The tokenizer, the chat template and the conversations, against transformers and the texts themselves."""
+"""The tokenizer, the chat template and the conversations, against transformers and the texts
+themselves."""
 
 from __future__ import annotations
 
@@ -82,7 +83,10 @@ def test_which_conversations_depends_on_the_seed_alone(library: Path) -> None:
     chosen = conversations(documents, 20, seed=1)
     assert conversations(documents[::-1], 20, seed=1) == chosen
     assert conversations(documents, 20, seed=2) != chosen
-    others = [Document("train", "chat", "x", "text"), Document("train", "tests", "y", "def f(): pass")]
+    others = [
+        Document("train", "chat", "x", "text"),
+        Document("train", "tests", "y", "def f(): pass"),
+    ]
     assert conversations(others, 5, seed=1) == []
     heldout = [d._replace(split="heldout") for d in documents]
     assert conversations(heldout, 5, seed=1) == []

@@ -1,4 +1,5 @@
-"""One model, one request list, and the engine with each technique taken away in turn, on the same KV cache memory."""
+"""One model, one request list, and the engine with each technique taken away in turn, on the same
+KV cache memory."""
 
 import tempfile
 import time
@@ -13,11 +14,13 @@ import torch
 
 from moebius.bench.metrics import Record, summarise
 from moebius.bench.workload import Sample, arrival_times, mixed_samples, require_positive
-from moebius.config import EngineConfig, ModelConfig, require
+from moebius.config import ModelConfig
 from moebius.engine.client import StepOutput
+from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import Prepared, load_engine, prepare
 from moebius.engine.memory import human_bytes
+from moebius.errors import require
 from moebius.models import model_config
 from moebius.models.checkpoint import open_checkpoint
 from moebius.models.decoder import Decoder
@@ -33,8 +36,10 @@ class Variant:
     """What is different from the full engine.
 
     config    fields of EngineConfig
-    cached    keep keys and values from token to token; else each token is a new request of all tokens before it
-    batching  join and leave at any step; else a batch starts when the whole previous one is finished
+    cached    keep keys and values from token to token; else each token is a new request of all
+              tokens before it
+    batching  join and leave at any step; else a batch starts when the whole previous one is
+              finished
     twin      a dense model with random weights, with the size of all experts or of a token's
     """
 
@@ -47,9 +52,10 @@ class Variant:
 def variants(config: EngineConfig) -> dict[str, Variant]:
     """All comparisons by name, the full engine first.
 
-    Contiguous reservation is one block a sequence, as long as the longest allowed; what cannot be split cannot be
-    shared, so it has no prefix cache either. A static batch is treated kindly: it has no padding, and its tokens count
-    when they are computed, not when the batch ends. Without chunked prefill a step must hold the longest prompt.
+    Contiguous reservation is one block a sequence, as long as the longest allowed; what cannot be
+    split cannot be shared, so it has no prefix cache either. A static batch is treated kindly: it
+    has no padding, and its tokens count when they are computed, not when the batch ends. Without
+    chunked prefill a step must hold the longest prompt.
     """
     longest = config.max_model_len
     assert longest is not None
@@ -59,7 +65,9 @@ def variants(config: EngineConfig) -> dict[str, Variant]:
         "no KV cache": Variant({"enable_prefix_caching": False}, cached=False),
         CONTIGUOUS: Variant({"block_size": longest}),
         "static batching": Variant(batching=False),
-        "no chunked prefill": Variant({"enable_chunked_prefill": False, "max_num_batched_tokens": budget}),
+        "no chunked prefill": Variant(
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
+        ),
         "no prefix cache": Variant({"enable_prefix_caching": False}),
         "dense: equal total": Variant(twin="total"),
         "dense: equal active": Variant(twin="active"),
@@ -67,17 +75,24 @@ def variants(config: EngineConfig) -> dict[str, Variant]:
 
 
 def dense_width(model: ModelConfig, twin: str) -> int:
-    """Width of a dense feed-forward with the parameters of all of a layer's experts ("total") or of those that one
-    token uses ("active"); the mean where layers differ."""
+    """Width of a dense feed-forward with the parameters of all of a layer's experts ("total") or of
+    those that one token uses ("active"); the mean where layers differ."""
     widths = []
     for part in model.feed_forward:
-        experts = 1 if part.router is None else part.router.num_experts if twin == "total" else part.router.top_k
+        experts = (
+            1
+            if part.router is None
+            else part.router.num_experts
+            if twin == "total"
+            else part.router.top_k
+        )
         widths.append(experts * part.width + part.shared_width)
     return round(sum(widths) / len(widths))
 
 
 def write_twin(prepared: Prepared, twin: str, directory: Path) -> None:
-    """A qwen3 checkpoint with the model's sizes, a dense feed-forward and random weights from a fixed seed."""
+    """A qwen3 checkpoint with the model's sizes, a dense feed-forward and random weights from a
+    fixed seed."""
     model = prepared.checkpoint.config
     config_json = {
         "model_type": "qwen3",
@@ -99,10 +114,13 @@ def write_twin(prepared: Prepared, twin: str, directory: Path) -> None:
 class Replay:
     """Hands a request list to an engine on the engine's clock and notes what each step brings.
 
-    fill   tokens in the cache over the slots held for them, over all steps; sharing brings it above 1
+    fill   tokens in the cache over the slots held for them, over all steps; sharing brings it above
+           1
     """
 
-    def __init__(self, engine: Engine, samples: Sequence[Sample], due: Sequence[float], variant: Variant) -> None:
+    def __init__(
+        self, engine: Engine, samples: Sequence[Sample], due: Sequence[float], variant: Variant
+    ) -> None:
         self._engine, self._samples, self._due, self._variant = engine, samples, due, variant
         self._start = engine.clock()
         self._waiting = deque(range(len(samples)))
@@ -136,7 +154,8 @@ class Replay:
         return self.now
 
     def _admit(self) -> None:
-        """Hand over what has arrived; a static batch only to an idle engine, and no more than runs at once."""
+        """Hand over what has arrived; a static batch only to an idle engine, and no more than runs
+        at once."""
         if not self._variant.batching and self._engine.has_work:
             return
         pool, seats = self._engine.scheduler.pool, self._engine.scheduler.config.max_num_seqs
@@ -152,11 +171,15 @@ class Replay:
     def _submit(self, index: int) -> None:
         sample, drawn = self._samples[index], self.tokens[index]
         params = SamplingParams(
-            max_tokens=sample.output_tokens if self._variant.cached else 1, temperature=0, ignore_eos=True
+            max_tokens=sample.output_tokens if self._variant.cached else 1,
+            temperature=0,
+            ignore_eos=True,
         )
         limits, arrival = self._engine.info.limits, self._start + self._due[index]
         prompt = (*sample.prompt, *drawn)
-        self._engine.add(Request.create(f"{index}.{len(drawn)}", prompt, params, limits, arrival=arrival))
+        self._engine.add(
+            Request.create(f"{index}.{len(drawn)}", prompt, params, limits, arrival=arrival)
+        )
 
     def _take(self, index: int, token_ids: Sequence[int], now: float) -> None:
         record = self.records[index]
@@ -172,13 +195,16 @@ class Replay:
         self.most_running = max(self.most_running, stats.running + ended)
         self.most_blocks = max(self.most_blocks, stats.used_blocks)
         self._held += stats.used_blocks * self._engine.info.block_size
-        self._filled += sum(request.num_computed_tokens for request in requests.values() if request.block_ids)
+        self._filled += sum(
+            request.num_computed_tokens for request in requests.values() if request.block_ids
+        )
 
 
 Outcome = dict[str, Any]
 """One variant's run: the figures of `summarise`, and with them, memory in bytes,
 
-name, tokens   the variant and its answers      weights   the model's       most_running   sequences at once
+name, tokens   the variant and its answers      weights   the model's       most_running   sequences
+               at once
 kv_held        in the blocks in use between two steps, at most
 fill           tokens in the cache over the slots held for them
 same           answers equal to the full engine's; None where the model is another
@@ -186,12 +212,19 @@ same           answers equal to the full engine's; None where the model is anoth
 
 
 def measure(
-    name: str, variant: Variant, directory: Path, config: EngineConfig, samples: Sequence[Sample], due: Sequence[float]
+    name: str,
+    variant: Variant,
+    directory: Path,
+    config: EngineConfig,
+    samples: Sequence[Sample],
+    due: Sequence[float],
 ) -> Outcome:
     """Load, warm up on other prompts, replay."""
     config = replace(config, **variant.config)
     prepared = prepare(directory, config)
-    warm_up = [replace(sample, prompt=sample.prompt[::-1], output_tokens=2) for sample in samples[:4]]
+    warm_up = [
+        replace(sample, prompt=sample.prompt[::-1], output_tokens=2) for sample in samples[:4]
+    ]
     with closing(load_engine(directory, config, prepared=prepared)) as engine:
         Replay(engine, warm_up, [0.0] * len(warm_up), variant).run()
         replay = Replay(engine, samples, due, variant)
@@ -220,28 +253,39 @@ def ablate(
     seed: int = 0,
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[float, EngineConfig, list[Outcome]]:
-    """Run the full engine and the named variants (None: all) `repeat` times in turn and keep each one's median run:
-    (request rate, configuration, outcomes).
+    """Run the full engine and the named variants (None: all) `repeat` times in turn and keep each
+    one's median run: (request rate, configuration, outcomes).
 
-    Without a request rate the requests arrive in a quarter of the time that the full engine takes for all of them at
-    once, so that every variant is at its limit.
+    Without a request rate the requests arrive in a quarter of the time that the full engine takes
+    for all of them at once, so that every variant is at its limit.
     """
     config, prepared = settle(directory, config, num_prompts)
     length, vocab_size = config.max_model_len or 0, prepared.checkpoint.config.vocab_size
     known = variants(config)
     unknown = sorted(set(names or ()) - set(known))
-    require(not unknown, f"--variants: there is no {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = {name: variant for name, variant in known.items() if names is None or name in names or name == FULL}
+    require(
+        not unknown, f"--variants: there is no {', '.join(unknown)}; there are {', '.join(known)}"
+    )
+    chosen = {
+        name: variant
+        for name, variant in known.items()
+        if names is None or name in names or name == FULL
+    }
     require(
         CONTIGUOUS not in chosen or length <= MAX_MODEL_LEN,
-        f"--max-model-len is {length}; {CONTIGUOUS!r} needs at most {MAX_MODEL_LEN}, or leave it out of --variants",
+        f"--max-model-len is {length}; {CONTIGUOUS!r} needs at most {MAX_MODEL_LEN}, or leave it "
+        "out of --variants",
     )
     require_positive(num_prompts=num_prompts, repeat=repeat)
     samples = mixed_samples(num_prompts, vocab_size=vocab_size, max_model_len=length, seed=seed)
     if request_rate is None:
         progress("finding the request rate")
-        # The better of two: the first also warms the machine up, and a rate too low would hide all differences.
-        trials = [measure(FULL, known[FULL], directory, config, samples, [0.0] * num_prompts) for _ in range(2)]
+        # The better of two: the first also warms the machine up, and a rate too low would hide all
+        # differences.
+        trials = [
+            measure(FULL, known[FULL], directory, config, samples, [0.0] * num_prompts)
+            for _ in range(2)
+        ]
         request_rate = 4 * max(trial["request_throughput"] for trial in trials)
     due = arrival_times(num_prompts, request_rate, seed=seed)
     rounds: list[list[Outcome]] = []
@@ -264,30 +308,49 @@ def _median(runs: Sequence[Outcome], full: Outcome) -> Outcome:
     return outcome | {"same": None if outcome["same"] is None else same}
 
 
-def settle(directory: Path, config: EngineConfig, num_prompts: int) -> tuple[EngineConfig, Prepared]:
-    """Fill in what depends on the model: max_model_len is its context, at most MAX_MODEL_LEN; the KV cache holds as
-    many sequences of that length as a quarter of max_num_seqs."""
+def settle(
+    directory: Path, config: EngineConfig, num_prompts: int
+) -> tuple[EngineConfig, Prepared]:
+    """Fill in what depends on the model: max_model_len is its context, at most MAX_MODEL_LEN; the
+    KV cache holds as many sequences of that length as a quarter of max_num_seqs."""
     positions = open_checkpoint(directory).config.context
     length = config.max_model_len or min(MAX_MODEL_LEN, positions)
-    config = replace(config, max_model_len=length, max_queue_requests=max(num_prompts, config.max_queue_requests))
+    config = replace(
+        config, max_model_len=length, max_queue_requests=max(num_prompts, config.max_queue_requests)
+    )
     prepared = prepare(directory, config)
     if config.kv_cache_memory_bytes is not None:
         return config, prepared
     sequences = max(config.max_num_seqs // 4, 1)
-    config = replace(config, kv_cache_memory_bytes=sequences * length * prepared.plan.bytes_per_token)
+    config = replace(
+        config, kv_cache_memory_bytes=sequences * length * prepared.plan.bytes_per_token
+    )
     return config, prepared
 
 
-HEAD = ("engine", "tokens/s", "× full", "TTFT ms", "ITL ms", "E2E s", "running", "KV held", "filled", "weights", "same")
+HEAD = (
+    "engine",
+    "tokens/s",
+    "× full",
+    "TTFT ms",
+    "ITL ms",
+    "E2E s",
+    "running",
+    "KV held",
+    "filled",
+    "weights",
+    "same",
+)
 LEGEND = (
-    "Output tokens/s; latencies as median / p99. Running: most sequences at once. KV held: most blocks in use between "
-    "steps; filled: tokens cached over slots held, where sharing brings it above 100%. Same: answers equal to the full "
-    "engine's, token for token."
+    "Output tokens/s; latencies as median / p99. Running: most sequences at once. KV held: most "
+    "blocks in use between steps; filled: tokens cached over slots held, where sharing brings it "
+    "above 100%. Same: answers equal to the full engine's, token for token."
 )
 
 
 def panels(outcomes: Sequence[Outcome]) -> list[tuple[str, list[float], list[float] | None]]:
-    """The chart's (title, values, ends of ranges): throughput, then latencies from median to 99th percentile."""
+    """The chart's (title, values, ends of ranges): throughput, then latencies from median to 99th
+    percentile."""
 
     def values(key: str) -> list[float]:
         return [outcome[key] for outcome in outcomes]
@@ -295,7 +358,10 @@ def panels(outcomes: Sequence[Outcome]) -> list[tuple[str, list[float], list[flo
     latencies = {"ttft": "time to first token", "itl": "between tokens", "e2el": "end to end"}
     return [
         ("output tokens/s", values("output_throughput"), None),
-        *((f"{t}, ms: median to p99", values(f"p50_{n}_ms"), values(f"p99_{n}_ms")) for n, t in latencies.items()),
+        *(
+            (f"{t}, ms: median to p99", values(f"p50_{n}_ms"), values(f"p99_{n}_ms"))
+            for n, t in latencies.items()
+        ),
     ]
 
 
@@ -308,7 +374,12 @@ def rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
             f"{o['p50_ttft_ms']:,.0f} / {o['p99_ttft_ms']:,.0f}",
             f"{o['p50_itl_ms']:,.1f} / {o['p99_itl_ms']:,.1f}",
             f"{o['p50_e2el_ms'] / 1000:.2f} / {o['p99_e2el_ms'] / 1000:.2f}",
-            *(str(o["most_running"]), human_bytes(o["kv_held"]), f"{o['fill']:.0%}", human_bytes(o["weights"])),
+            *(
+                str(o["most_running"]),
+                human_bytes(o["kv_held"]),
+                f"{o['fill']:.0%}",
+                human_bytes(o["weights"]),
+            ),
             "other model" if o["same"] is None else f"{o['same']}/{len(o['tokens'])}",
         ]
         for o in outcomes

@@ -1,4 +1,5 @@
-"""Load on an OpenAI-compatible server: requests sent when they are due, answers streamed, every outcome recorded."""
+"""Load on an OpenAI-compatible server: requests sent when they are due, answers streamed, every
+outcome recorded."""
 
 import asyncio
 import json
@@ -11,13 +12,13 @@ import httpx
 
 from moebius.bench.metrics import Record
 from moebius.bench.workload import Sample
-from moebius.config import require
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, require
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to ask and how. `body` goes into every request beside its prompt; timeout is of silence, in seconds."""
+    """Where to ask and how. `body` goes into every request beside its prompt; timeout is of
+    silence, in seconds."""
 
     base_url: str
     endpoint: str
@@ -58,21 +59,26 @@ class Target:
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(self.timeout, pool=None), limits=limits)
+        return httpx.AsyncClient(
+            headers=headers, timeout=httpx.Timeout(self.timeout, pool=None), limits=limits
+        )
 
 
 async def served_models(target: Target) -> list[str]:
-    """What the server lists at /v1/models; [] if it lists nothing. ConfigError if nobody answers, or not to us."""
+    """What the server lists at /v1/models; [] if it lists nothing. ConfigError if nobody answers,
+    or not to us."""
     try:
         async with target.session() as http:
             response = await http.get(f"{target.root}/v1/models")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
-            f"no server answers at {target.root} ({_reason(error)}); start one with `moebius serve`, or name another "
-            "with --base-url or --host and --port"
+            f"no server answers at {target.root} ({_reason(error)}); start one with `moebius "
+            "serve`, or name another with --base-url or --host and --port"
         ) from error
     if response.status_code in (401, 403):
-        raise ConfigError(f"the server at {target.root} wants a key: give --api-key, or set OPENAI_API_KEY")
+        raise ConfigError(
+            f"the server at {target.root} wants a key: give --api-key, or set OPENAI_API_KEY"
+        )
     try:
         return [str(model["id"]) for model in response.json()["data"]]
     except (ValueError, LookupError, TypeError):
@@ -80,21 +86,28 @@ async def served_models(target: Target) -> list[str]:
 
 
 def introduce(target: Target) -> Target:
-    """The target, its model's name filled in where none was given. ConfigError where the server will not do."""
+    """The target, its model's name filled in where none was given. ConfigError where the server
+    will not do."""
     listed = asyncio.run(served_models(target))
     require(
-        bool(target.model or listed), f"the server at {target.root} does not list its models; name one with --model"
+        bool(target.model or listed),
+        f"the server at {target.root} does not list its models; name one with --model",
     )
     return replace(target, model=target.model or listed[0])
 
 
 async def warm_up(target: Target, samples: Sequence[Sample]) -> None:
-    """Send samples one after the other. ConfigError with the server's own reason where one fails."""
+    """Send samples one after the other. ConfigError with the server's own reason where one
+    fails."""
     records, _ = await run_load(target, samples, [0.0] * len(samples), max_concurrency=1)
     for record in records:
         if record.error:
             listed = await served_models(target)
-            others = "" if target.model in listed or not listed else f"; the server lists {', '.join(listed)}"
+            others = (
+                ""
+                if target.model in listed or not listed
+                else f"; the server lists {', '.join(listed)}"
+            )
             raise ConfigError(f"the first request failed: {record.error}{others}")
 
 
@@ -106,9 +119,11 @@ async def run_load(
     max_concurrency: int | None = None,
     on_done: Callable[[Record], None] = lambda record: None,
 ) -> tuple[list[Record], float]:
-    """Send samples[i] due[i] seconds after the start, at most `max_concurrency` at a time; (records, seconds).
+    """Send samples[i] due[i] seconds after the start, at most `max_concurrency` at a time;
+    (records, seconds).
 
-    A request that waits for others to end is timed from when it is sent. Records come in the order of the samples.
+    A request that waits for others to end is timed from when it is sent. Records come in the order
+    of the samples.
     """
     gate = asyncio.Semaphore(max_concurrency or len(samples) or 1)
     async with target.session() as http:
@@ -131,7 +146,9 @@ async def ask(http: httpx.AsyncClient, target: Target, sample: Sample, begin: fl
     record = Record(start - begin, sample.input_tokens)
     parts: list[tuple[float, bytes]] = []
     try:
-        async with http.stream("POST", target.root + target.endpoint, json=target.request(sample)) as response:
+        async with http.stream(
+            "POST", target.root + target.endpoint, json=target.request(sample)
+        ) as response:
             if response.status_code != 200:
                 record.error = _refusal(response.status_code, await response.aread())
                 return record
@@ -144,7 +161,8 @@ async def ask(http: httpx.AsyncClient, target: Target, sample: Sample, begin: fl
 
 
 def read_stream(record: Record, parts: Sequence[tuple[float, bytes]]) -> None:
-    """Fill a record from server-sent events: bytes with the seconds after which they came; they may end anywhere.
+    """Fill a record from server-sent events: bytes with the seconds after which they came; they may
+    end anywhere.
 
     Without a usage report every arrival of text counts as one token.
     """
@@ -155,7 +173,9 @@ def read_stream(record: Record, parts: Sequence[tuple[float, bytes]]) -> None:
             try:
                 ended = data == b"[DONE]" or _event(record, json.loads(data), now) or ended
             except (ValueError, LookupError, TypeError, AttributeError):
-                record.error = record.error or f"the stream holds what is no chunk of an answer: {data[:80]!r}"
+                record.error = (
+                    record.error or f"the stream holds what is no chunk of an answer: {data[:80]!r}"
+                )
     if not ended:
         record.error = record.error or "the stream ended before the answer did"
     record.output_tokens = record.output_tokens or len(record.arrivals)
@@ -174,7 +194,9 @@ def _event(record: Record, event: Mapping[str, Any], now: float) -> bool:
         record.e2el = now
         ended = ended or choice.get("finish_reason") is not None
         # A role, or an empty text, is sent before there is a token.
-        if choice.get("text") or any(delta.get(k) for k in ("content", "reasoning_content", "reasoning", "tool_calls")):
+        if choice.get("text") or any(
+            delta.get(k) for k in ("content", "reasoning_content", "reasoning", "tool_calls")
+        ):
             record.arrivals.append(now)
     return ended
 

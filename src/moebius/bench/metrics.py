@@ -1,4 +1,5 @@
-"""What a run's requests say together: latencies and their percentiles, throughput, goodput. Names and keys are vLLM's.
+"""What a run's requests say together: latencies and their percentiles, throughput, goodput. Names
+and keys are vLLM's.
 
 TTFT   time to first token          ITL    time between two arrivals of text
 E2EL   time to the last token       TPOT   (E2EL - TTFT) / (output tokens - 1)
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moebius.config import require
+from moebius.errors import require
 
 METRICS = {
     "ttft": "Time to First Token",
@@ -30,7 +31,8 @@ class Record:
     """One request as its client saw it, in seconds; a non-empty error says why it failed.
 
     start       when it was sent, counted from the beginning of the run
-    arrivals    when text arrived, counted from the request's start; one arrival may carry several tokens
+    arrivals    when text arrived, counted from the request's start; one arrival may carry several
+                tokens
     e2el        when the answer's end was known, counted from the start
     """
 
@@ -43,7 +45,8 @@ class Record:
 
     @property
     def ttft(self) -> float:
-        """An answer of special tokens alone shows no text; its end is the first that is seen of it."""
+        """An answer of special tokens alone shows no text; its end is the first that is seen of
+        it."""
         return self.arrivals[0] if self.arrivals else self.e2el
 
     @property
@@ -53,18 +56,23 @@ class Record:
     @property
     def tpot(self) -> float | None:
         """None where there is no second token."""
-        return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+        return (
+            (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+        )
 
 
 def parse_goodput(specs: Iterable[str]) -> dict[str, float]:
-    """['ttft:500', 'tpot:50'] -> limits in milliseconds. ConfigError says what is wrong with a spec."""
+    """['ttft:500', 'tpot:50'] -> limits in milliseconds. ConfigError says what is wrong with a
+    spec."""
     limits: dict[str, float] = {}
     known = ", ".join(_GOODPUT)
     for spec in specs:
         name, _, limit = spec.partition(":")
         good = name in _GOODPUT and re.fullmatch(r"\d+(\.\d*)?", limit) is not None
         require(
-            good, f"--goodput {spec!r} is no limit; write METRIC:MILLISECONDS with one of {known}, such as ttft:500"
+            good,
+            f"--goodput {spec!r} is no limit; write METRIC:MILLISECONDS with one of {known}, such "
+            "as ttft:500",
         )
         limits[name] = float(limit)
     return limits
@@ -84,22 +92,32 @@ def parse_percentiles(text: str) -> list[float]:
 def parse_metrics(text: str) -> list[str]:
     """'ttft,itl' -> ['ttft', 'itl']."""
     found = text.split(",")
-    require(set(found) <= set(METRICS), f"--percentile-metrics is {text!r}; name some of {','.join(METRICS)}")
+    require(
+        set(found) <= set(METRICS),
+        f"--percentile-metrics is {text!r}; name some of {','.join(METRICS)}",
+    )
     return found
 
 
 def is_good(record: Record, limits: Mapping[str, float]) -> bool:
-    """Whether a request that succeeded kept every limit (milliseconds); one token alone keeps any limit on TPOT."""
+    """Whether a request that succeeded kept every limit (milliseconds); one token alone keeps any
+    limit on TPOT."""
     values = {"ttft": record.ttft, "tpot": record.tpot or 0.0, "e2el": record.e2el}
     return all(1000 * values[name] <= limit for name, limit in limits.items())
 
 
-def statistics(seconds: Sequence[float], name: str, percentiles: Iterable[float]) -> dict[str, float | None]:
-    """mean, median, std (of the population) and linearly interpolated percentiles, in ms; None where there are none."""
+def statistics(
+    seconds: Sequence[float], name: str, percentiles: Iterable[float]
+) -> dict[str, float | None]:
+    """mean, median, std (of the population) and linearly interpolated percentiles, in ms; None
+    where there are none."""
     figures: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
     figures |= {f"p{p:g}": partial(np.percentile, q=p) for p in percentiles}
     values = np.asarray(seconds) * 1000
-    return {f"{key}_{name}_ms": float(figure(values)) if seconds else None for key, figure in figures.items()}
+    return {
+        f"{key}_{name}_ms": float(figure(values)) if seconds else None
+        for key, figure in figures.items()
+    }
 
 
 def latencies(records: Iterable[Record]) -> dict[str, list[float]]:
@@ -114,7 +132,8 @@ def latencies(records: Iterable[Record]) -> dict[str, list[float]]:
 
 
 def tokens_by_second(records: Iterable[Record]) -> list[float]:
-    """Output tokens in each second of the run; a request's tokens are spread evenly over its arrivals."""
+    """Output tokens in each second of the run; a request's tokens are spread evenly over its
+    arrivals."""
     seconds: defaultdict[int, float] = defaultdict(float)
     for record in records:
         for at in record.arrivals:
@@ -123,8 +142,11 @@ def tokens_by_second(records: Iterable[Record]) -> list[float]:
 
 
 def in_flight(records: Iterable[Record]) -> list[tuple[float, int]]:
-    """(second, requests in flight from then on) at each start and end; an end comes before a start at its moment."""
-    ends = sorted((at, step) for r in records for at, step in ((r.start, 1), (r.start + r.e2el, -1)))
+    """(second, requests in flight from then on) at each start and end; an end comes before a start
+    at its moment."""
+    ends = sorted(
+        (at, step) for r in records for at, step in ((r.start, 1), (r.start + r.e2el, -1))
+    )
     return list(zip((at for at, _ in ends), accumulate(step for _, step in ends), strict=True))
 
 
@@ -135,7 +157,8 @@ def summarise(
     percentiles: Sequence[float] = (50, 99),
     goodput: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """All figures of a run of `duration` seconds. Failed requests count as failed, under their reason, and no more."""
+    """All figures of a run of `duration` seconds. Failed requests count as failed, under their
+    reason, and no more."""
     done = [record for record in records if not record.error]
     inputs, outputs = sum(r.input_tokens for r in done), sum(r.output_tokens for r in done)
     result: dict[str, Any] = {

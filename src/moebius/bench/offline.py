@@ -11,19 +11,28 @@ from moebius.llm import LLM
 from moebius.schedule.request import SamplingParams
 
 
-def timed(llm: LLM, samples: Sequence[Sample], *, n: int = 1, progress: bool | None = None) -> dict[str, Any]:
-    """From handing over all prompts at once to the last token: what vLLM's benchmark writes of one run.
+def timed(
+    llm: LLM, samples: Sequence[Sample], *, n: int = 1, progress: bool | None = None
+) -> dict[str, Any]:
+    """From handing over all prompts at once to the last token: what vLLM's benchmark writes of one
+    run.
 
-    Every answer has exactly the tokens asked for; temperature 1, so that random weights do not repeat themselves.
+    Every answer has exactly the tokens asked for; temperature 1, so that random weights do not
+    repeat themselves.
     """
     params = [
-        SamplingParams(n=n, max_tokens=sample.output_tokens, temperature=1.0, ignore_eos=True, seed=i)
+        SamplingParams(
+            n=n, max_tokens=sample.output_tokens, temperature=1.0, ignore_eos=True, seed=i
+        )
         for i, sample in enumerate(samples)
     ]
     start = perf_counter()
     outputs = llm.generate([sample.prompt for sample in samples], params, progress=progress)
     seconds = perf_counter() - start
-    inputs, answers = sum(o.prompt_tokens for o in outputs), sum(o.completion_tokens for o in outputs)
+    inputs, answers = (
+        sum(o.prompt_tokens for o in outputs),
+        sum(o.completion_tokens for o in outputs),
+    )
     return {
         "elapsed_time": seconds,
         "num_requests": len(samples),
@@ -39,4 +48,8 @@ def timed(llm: LLM, samples: Sequence[Sample], *, n: int = 1, progress: bool | N
 def latency_figures(seconds: Sequence[float]) -> dict[str, Any]:
     """What vLLM's benchmark writes of several runs' times."""
     percentiles = {str(p): float(np.percentile(seconds, p)) for p in (10, 25, 50, 75, 90, 99)}
-    return {"avg_latency": sum(seconds) / len(seconds), "latencies": seconds, "percentiles": percentiles}
+    return {
+        "avg_latency": sum(seconds) / len(seconds),
+        "latencies": seconds,
+        "percentiles": percentiles,
+    }

@@ -8,8 +8,8 @@ from typing import Any
 
 import moebius
 from moebius.bench.metrics import METRICS, Record, in_flight, latencies, tokens_by_second
-from moebius.config import json_text, require
-from moebius.files import begins_with, check_apart, check_target, signed, write_file
+from moebius.errors import require
+from moebius.files import begins_with, check_apart, check_target, json_text, signed, write_file
 
 _WIDTH = 50
 _MAKER = "moebius"
@@ -45,20 +45,29 @@ def check_outputs(output_json: Path | None, plot: Path | None = None) -> None:
 
 
 def save_json(path: Path | None, result: Mapping[str, Any]) -> None:
-    """One line a key, so that the figures can be read beside long lists; the first says who wrote it."""
+    """One line a key, so that the figures can be read beside long lists; the first says who wrote
+    it."""
     if path is not None:
         named = {_MAKER: moebius.__version__, **result}
         lines = (f"  {json_text(key)}: {json_text(value)}" for key, value in named.items())
         write_file(path, "{\n" + ",\n".join(lines) + "\n}\n", ours=_OUR_FIGURES)
 
 
-def serving_report(result: Mapping[str, Any], metrics: Iterable[str], percentiles: Iterable[float]) -> str:
+def serving_report(
+    result: Mapping[str, Any], metrics: Iterable[str], percentiles: Iterable[float]
+) -> str:
     """The figures that `summarise` found, a line each, and under them why requests failed."""
     lines = [f"{' Serving Benchmark Result ':=^{_WIDTH}}"]
-    lines += [_line(label, result[key]) for key, label in _SERVING.items() if result.get(key) is not None]
+    lines += [
+        _line(label, result[key]) for key, label in _SERVING.items() if result.get(key) is not None
+    ]
     for name in metrics:
         lines.append(f"{METRICS[name]:-^{_WIDTH}}")
-        for label, key in (("Mean", "mean"), ("Median", "median"), *((f"P{p:g}", f"p{p:g}") for p in percentiles)):
+        for label, key in (
+            ("Mean", "mean"),
+            ("Median", "median"),
+            *((f"P{p:g}", f"p{p:g}") for p in percentiles),
+        ):
             lines.append(_line(f"{label} {name.upper()} (ms):", result[f"{key}_{name}_ms"]))
     lines.append("=" * _WIDTH)
     lines += [f"{count} failed: {reason}" for reason, count in result["failures"].items()]
@@ -71,7 +80,9 @@ def _line(label: str, value: float | None) -> str:
 
 
 @contextmanager
-def _chart(path: Path, title: str, rows: int, columns: int, size: tuple[float, float] = (10, 6)) -> Iterator[Any]:
+def _chart(
+    path: Path, title: str, rows: int, columns: int, size: tuple[float, float] = (10, 6)
+) -> Iterator[Any]:
     """A figure's axes, to be drawn on without a display; written at the end."""
     from matplotlib.figure import Figure
 
@@ -99,12 +110,18 @@ def _log_scale(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def plot_serving(path: Path, title: str, records: Sequence[Record], limits: Mapping[str, float]) -> None:
-    """Shares of requests by latency, goodput's limits as dotted lines, and what went on over time."""
+def plot_serving(
+    path: Path, title: str, records: Sequence[Record], limits: Mapping[str, float]
+) -> None:
+    """Shares of requests by latency, goodput's limits as dotted lines, and what went on over
+    time."""
     good = [record for record in records if not record.error]
     with _chart(path, title, 2, 2) as (whole, between, tokens, flying):
         for name, seconds in latencies(good).items():
-            axis, color = whole if name in ("ttft", "e2el") else between, "C0" if name in ("ttft", "itl") else "C1"
+            axis, color = (
+                whole if name in ("ttft", "e2el") else between,
+                "C0" if name in ("ttft", "itl") else "C1",
+            )
             if seconds:
                 axis.ecdf([1000 * value for value in seconds], color=color, label=name.upper())
             if name in limits:
@@ -116,20 +133,30 @@ def plot_serving(path: Path, title: str, records: Sequence[Record], limits: Mapp
         tokens.stairs(tokens_by_second(good), fill=True, alpha=0.7)
         tokens.set(xlabel="s", ylabel="output tokens/s", ylim=(0, None))
         moments = in_flight(good)
-        flying.step([at for at, _ in moments], [count for _, count in moments], where="post", color="C2")
+        flying.step(
+            [at for at, _ in moments], [count for _, count in moments], where="post", color="C2"
+        )
         flying.set(xlabel="s", ylabel="requests in flight", ylim=(0, None))
         flying.yaxis.get_major_locator().set_params(integer=True)
 
 
 def plot_bars(
-    path: Path, title: str, names: Sequence[str], panels: Sequence[tuple[str, list[float], list[float] | None]]
+    path: Path,
+    title: str,
+    names: Sequence[str],
+    panels: Sequence[tuple[str, list[float], list[float] | None]],
 ) -> None:
-    """Side by side, a line a name, the first set off: bars, or ranges on a logarithmic scale where there are ends."""
+    """Side by side, a line a name, the first set off: bars, or ranges on a logarithmic scale where
+    there are ends."""
     lines, colors = range(len(names)), ["C0"] + ["0.6"] * (len(names) - 1)
-    with _chart(path, title, 1, len(panels), (4 + 3 * len(panels), 1.2 + 0.38 * len(names))) as axes:
+    with _chart(
+        path, title, 1, len(panels), (4 + 3 * len(panels), 1.2 + 0.38 * len(names))
+    ) as axes:
         for axis, (heading, values, ends) in zip(axes, panels, strict=True):
             if ends is None:
-                axis.bar_label(axis.barh(lines, values, color=colors), fmt="{:,.0f}", padding=3, fontsize=8)
+                axis.bar_label(
+                    axis.barh(lines, values, color=colors), fmt="{:,.0f}", padding=3, fontsize=8
+                )
                 axis.margins(x=0.18)
             else:
                 axis.hlines(lines, values, ends, color=colors, linewidth=5)
@@ -148,6 +175,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         first, *others = zip(cells, widths, strict=True)
-        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+        padded = [first[0].ljust(first[1])]
+        padded += [cell.rjust(width) for cell, width in others]
+        return f"| {' | '.join(padded)} |"
 
     return "\n".join(map(line, [head, rule, *rows]))

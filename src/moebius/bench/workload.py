@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from moebius.config import read_text, require
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, require
+from moebius.files import read_text
 from moebius.text import Tokenizer
 
 # One token each, with the space before it, in the vocabularies of the models that are served today.
 _WORDS = (
-    "the of and to in is that for it as was with on be at by this from are have or an they which one you had not but "
-    "what all were when we there can use your each she do how their if will up other about out many then them these so"
+    "the of and to in is that for it as was with on be at by this from are have or an they which "
+    "one you had not but what all were when we there can use your each she do how their if will up "
+    "other about out many then them these so"
 )
 
 
@@ -23,7 +24,8 @@ _WORDS = (
 class Sample:
     """One request: a text or token ids, and the most tokens to answer with.
 
-    input_tokens is the prompt's length as far as it is known here; what a server reports goes before it.
+    input_tokens is the prompt's length as far as it is known here; what a server reports goes
+    before it.
     """
 
     prompt: str | tuple[int, ...]
@@ -40,12 +42,14 @@ def require_positive(**options: int) -> None:
 class Dataset:
     """Which requests to send: `random` ones, or those of a file (`jsonl`). Lengths are in tokens.
 
-    Random lengths are uniform in [(1 - range_ratio) * len, (1 + range_ratio) * len]. output_len None is 128 for random
-    requests and what the file says for its own; where given it is the length of all.
+    Random lengths are uniform in [(1 - range_ratio) * len, (1 + range_ratio) * len]. output_len
+    None is 128 for random requests and what the file says for its own; where given it is the length
+    of all.
 
-    A file holds one JSON object a line (or one array of them), in one of two shapes: {"prompt": "...", "output_tokens":
-    128}, or ShareGPT's {"conversations": [{"value": "..."}, {"value": "..."}]}, whose first turn is the prompt and
-    whose second, counted by the tokenizer, is the answer's length.
+    A file holds one JSON object a line (or one array of them), in one of two shapes: {"prompt":
+    "...", "output_tokens": 128}, or ShareGPT's {"conversations": [{"value": "..."}, {"value":
+    "..."}]}, whose first turn is the prompt and whose second, counted by the tokenizer, is the
+    answer's length.
     """
 
     name: str = "random"
@@ -55,32 +59,56 @@ class Dataset:
     range_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.name in ("random", "jsonl"), f"--dataset-name is {self.name!r}; use random or jsonl")
+        require(
+            self.name in ("random", "jsonl"),
+            f"--dataset-name is {self.name!r}; use random or jsonl",
+        )
         together = (self.name == "jsonl") == (self.path is not None)
         require(together, "--dataset-name jsonl and --dataset-path FILE go together")
-        require(0 <= self.range_ratio < 1, f"--random-range-ratio is {self.range_ratio}; it must lie in [0, 1)")
-        require_positive(input_len=self.input_len, output_len=1 if self.output_len is None else self.output_len)
+        require(
+            0 <= self.range_ratio < 1,
+            f"--random-range-ratio is {self.range_ratio}; it must lie in [0, 1)",
+        )
+        require_positive(
+            input_len=self.input_len, output_len=1 if self.output_len is None else self.output_len
+        )
 
-    def samples(self, count: int, seed: int = 0, tokenizer: Tokenizer | None = None) -> list[Sample]:
+    def samples(
+        self, count: int, seed: int = 0, tokenizer: Tokenizer | None = None
+    ) -> list[Sample]:
         """The file's first `count` requests, or as many random ones.
 
-        With a tokenizer random prompts are ordinary token ids of exactly the length asked for; without one they are
-        texts of as many short words. Raises ConfigError naming the file's line.
+        With a tokenizer random prompts are ordinary token ids of exactly the length asked for;
+        without one they are texts of as many short words. Raises ConfigError naming the file's
+        line.
         """
         require_positive(num_prompts=count)
-        return self._random(count, seed, tokenizer) if self.path is None else self._read(self.path, count, tokenizer)
+        return (
+            self._random(count, seed, tokenizer)
+            if self.path is None
+            else self._read(self.path, count, tokenizer)
+        )
 
     def _random(self, count: int, seed: int, tokenizer: Tokenizer | None) -> list[Sample]:
         rng = np.random.default_rng(seed)
-        ids = None if tokenizer is None else [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
+        ids = (
+            None
+            if tokenizer is None
+            else [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
+        )
         words = np.array(ids or _WORDS.split())
 
         def lengths(mean: int) -> list[int]:
-            low, high = max(1, math.floor(mean * (1 - self.range_ratio))), math.ceil(mean * (1 + self.range_ratio))
+            low, high = (
+                max(1, math.floor(mean * (1 - self.range_ratio))),
+                math.ceil(mean * (1 + self.range_ratio)),
+            )
             return list(rng.integers(low, high, count, endpoint=True).tolist())
 
         samples = []
-        for inputs, outputs in zip(lengths(self.input_len), lengths(self.output_len or 128), strict=True):
+        for inputs, outputs in zip(
+            lengths(self.input_len), lengths(self.output_len or 128), strict=True
+        ):
             drawn = rng.choice(words, inputs).tolist()
             samples.append(Sample(tuple(drawn) if ids else " ".join(drawn), inputs, outputs))
         return samples
@@ -89,14 +117,23 @@ class Dataset:
         try:
             text = read_text(path)
             array = text.lstrip().startswith("[")
-            entries = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line]
+            entries = (
+                json.loads(text)
+                if array
+                else [json.loads(line) for line in text.split("\n") if line]
+            )
         except OSError as error:
             raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"--dataset-path {path} does not hold one JSON object a line: {error}") from error
+            raise ConfigError(
+                f"--dataset-path {path} does not hold one JSON object a line: {error}"
+            ) from error
         require(bool(entries), f"--dataset-path {path} is empty")
         numbered = enumerate(entries[:count], 1)
-        return [_sample(entry, f"{path}, entry {i}", self.output_len, tokenizer) for i, entry in numbered]
+        return [
+            _sample(entry, f"{path}, entry {i}", self.output_len, tokenizer)
+            for i, entry in numbered
+        ]
 
 
 def _sample(line: Any, where: str, output_len: int | None, tokenizer: Tokenizer | None) -> Sample:
@@ -107,41 +144,59 @@ def _sample(line: Any, where: str, output_len: int | None, tokenizer: Tokenizer 
         prompt = turns[0].get("value")
         if wanted is None and len(turns) > 1 and tokenizer is not None:
             wanted = len(tokenizer.encode(str(turns[1].get("value"))))
-    require(isinstance(prompt, str) and prompt != "", f"{where}: no `prompt` text and no `conversations`")
+    require(
+        isinstance(prompt, str) and prompt != "",
+        f"{where}: no `prompt` text and no `conversations`",
+    )
     require(
         isinstance(wanted, int) and wanted >= 1,
-        f"{where}: how many tokens to answer with is not said; give it output_tokens, or the command an output length",
+        f"{where}: how many tokens to answer with is not said; give it output_tokens, or the "
+        "command an output length",
     )
     assert isinstance(prompt, str) and isinstance(wanted, int)
-    return Sample(prompt, len(tokenizer.encode(prompt)) if tokenizer else len(prompt.split()), wanted)
+    return Sample(
+        prompt, len(tokenizer.encode(prompt)) if tokenizer else len(prompt.split()), wanted
+    )
 
 
 def arrival_times(count: int, rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
     """Seconds at which requests arrive: gamma intervals of mean 1 / rate and shape `burstiness`.
 
-    Burstiness 1 is a Poisson process, less comes in bursts, more evenly. The intervals are scaled so that the last
-    request arrives at count / rate: seeds differ in when, not in how much. An infinite rate: all at once.
+    Burstiness 1 is a Poisson process, less comes in bursts, more evenly. The intervals are scaled
+    so that the last request arrives at count / rate: seeds differ in when, not in how much. An
+    infinite rate: all at once.
     """
     require_positive(num_prompts=count)
-    require(rate > 0, f"--request-rate is {rate}; it must be a positive number of requests a second, or inf")
-    require(0 < burstiness < math.inf, f"--burstiness is {burstiness}; it must be a positive number")
+    require(
+        rate > 0,
+        f"--request-rate is {rate}; it must be a positive number of requests a second, or inf",
+    )
+    require(
+        0 < burstiness < math.inf, f"--burstiness is {burstiness}; it must be a positive number"
+    )
     if math.isinf(rate):
         return [0.0] * count
     times = np.cumsum(np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), count))
     return list((times * (count / rate / times[-1])).tolist()) if times[-1] > 0 else [0.0] * count
 
 
-def mixed_samples(count: int, *, vocab_size: int, max_model_len: int, seed: int = 0) -> list[Sample]:
-    """The ablation's requests: of every eight, four share a prefix, three are short and one is long, in random order.
+def mixed_samples(
+    count: int, *, vocab_size: int, max_model_len: int, seed: int = 0
+) -> list[Sample]:
+    """The ablation's requests: of every eight, four share a prefix, three are short and one is
+    long, in random order.
 
-    With M = max_model_len the prefix is M / 4 tokens and followed by up to M / 16 own ones; short prompts have M / 64
-    to M / 8, long ones M / 2 to 5 M / 8; answers M / 128 to M / 8, log-uniform: most are short, some are not.
+    With M = max_model_len the prefix is M / 4 tokens and followed by up to M / 16 own ones; short
+    prompts have M / 64 to M / 8, long ones M / 2 to 5 M / 8; answers M / 128 to M / 8, log-uniform:
+    most are short, some are not.
     """
     require_positive(num_prompts=count)
     rng = np.random.default_rng(seed)
     m = max_model_len
     prefix = rng.integers(0, vocab_size, m // 4).tolist()
-    kinds = [(prefix, m // 128, m // 16)] * 4 + [([], m // 64, m // 8)] * 3 + [([], m // 2, m * 5 // 8)]
+    kinds = (
+        [(prefix, m // 128, m // 16)] * 4 + [([], m // 64, m // 8)] * 3 + [([], m // 2, m * 5 // 8)]
+    )
     samples = []
     for kind in rng.permutation([i % 8 for i in range(count)]).tolist():
         shared, low, high = kinds[kind]

@@ -1,4 +1,5 @@
-"""moebius bench: latency and throughput of the engine, load on any server, and what each technique is worth."""
+"""moebius bench: latency and throughput of the engine, load on any server, and what each technique
+is worth."""
 
 import asyncio
 import math
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moebius.cli import options as o
-from moebius.config import EngineConfig, host_and_port, require
+from moebius.engine.config import EngineConfig
+from moebius.errors import require
+from moebius.server.settings import host_and_port
 
 if TYPE_CHECKING:
     from moebius.bench.client import Target
@@ -19,22 +22,36 @@ if TYPE_CHECKING:
     from moebius.text import Tokenizer
 
 bench = typer.Typer(
-    name="bench", help="Measure latency, throughput, a server, or each technique.", no_args_is_help=True
+    name="bench",
+    help="Measure latency, throughput, a server, or each technique.",
+    no_args_is_help=True,
 )
 
 OutputJson = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")]
 Seed = Annotated[int, typer.Option(help="The same seed, the same requests.")]
 NumPrompts = Annotated[int, typer.Option(help="Requests in all.")]
-DatasetName = Annotated[str, typer.Option(help="random, or jsonl: prompts of --dataset-path, one JSON object a line.")]
-DatasetPath = Annotated[Path | None, typer.Option(help="Lines of {prompt, output_tokens}, or of ShareGPT.")]
-RangeRatio = Annotated[float, typer.Option(help="Random lengths differ by up to this share, 0 to 1.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart: .png, .svg or .pdf.")]
+DatasetName = Annotated[
+    str, typer.Option(help="random, or jsonl: prompts of --dataset-path, one JSON object a line.")
+]
+DatasetPath = Annotated[
+    Path | None, typer.Option(help="Lines of {prompt, output_tokens}, or of ShareGPT.")
+]
+RangeRatio = Annotated[
+    float, typer.Option(help="Random lengths differ by up to this share, 0 to 1.")
+]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw a chart: .png, .svg or .pdf.")
+]
 
 
-InputLen = Annotated[int, typer.Option("--random-input-len", "--input-len", help="Tokens of a random prompt.")]
+InputLen = Annotated[
+    int, typer.Option("--random-input-len", "--input-len", help="Tokens of a random prompt.")
+]
 OutputLen = Annotated[
     int | None,
-    typer.Option("--random-output-len", "--output-len", help="Tokens an answer; default 128, or the file's."),
+    typer.Option(
+        "--random-output-len", "--output-len", help="Tokens an answer; default 128, or the file's."
+    ),
 ]
 
 
@@ -62,12 +79,20 @@ def latency(
     from moebius.llm import LLM
 
     require_positive(batch_size=batch_size, num_iters=num_iters, n=n)
-    require(num_iters_warmup >= 0, f"--num-iters-warmup is {num_iters_warmup}; it must be at least 0")
+    require(
+        num_iters_warmup >= 0, f"--num-iters-warmup is {num_iters_warmup}; it must be at least 0"
+    )
     most, sequences = config.max_num_seqs, batch_size * n
-    require(sequences <= most, f"{sequences} sequences are no single batch for --max-num-seqs {most}; raise it")
+    require(
+        sequences <= most,
+        f"{sequences} sequences are no single batch for --max-num-seqs {most}; raise it",
+    )
     check_outputs(output_json)
     dataset, seconds = Dataset(input_len=input_len, output_len=output_len), []
-    with LLM.from_config(model, config) as llm, o.progress_bar("batches", num_iters_warmup + num_iters) as advance:
+    with (
+        LLM.from_config(model, config) as llm,
+        o.progress_bar("batches", num_iters_warmup + num_iters) as advance,
+    ):
         samples = dataset.samples(batch_size, seed, llm.tokenizer)
         for _ in range(num_iters_warmup + num_iters):
             seconds.append(timed(llm, samples, n=n, progress=False)["elapsed_time"])
@@ -106,8 +131,13 @@ def throughput(
     dataset = Dataset(dataset_name, dataset_path, input_len, output_len, random_range_ratio)
     with LLM.from_config(model, config) as llm:
         result = timed(llm, dataset.samples(num_prompts, seed, llm.tokenizer))
-    requests, total, output = (result[f"{name}_per_second"] for name in ("requests", "tokens", "output_tokens"))
-    typer.echo(f"Throughput: {requests:.2f} requests/s, {total:.2f} total tokens/s, {output:.2f} output tokens/s")
+    requests, total, output = (
+        result[f"{name}_per_second"] for name in ("requests", "tokens", "output_tokens")
+    )
+    typer.echo(
+        f"Throughput: {requests:.2f} requests/s, {total:.2f} total tokens/s, {output:.2f} output "
+        "tokens/s"
+    )
     typer.echo(f"Total num prompt tokens:  {result['total_prompt_tokens']}")
     typer.echo(f"Total num output tokens:  {result['total_output_tokens']}")
     save_json(output_json, result)
@@ -116,12 +146,20 @@ def throughput(
 @bench.command()
 def serve(
     more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    base_url: Annotated[str | None, typer.Option(help="The server's address; default: from --host and --port.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="The server's address; default: from --host and --port.")
+    ] = None,
     host: Annotated[str, typer.Option(help="The server's host.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The server's port.")] = 8000,
-    endpoint: Annotated[str, typer.Option(help="/v1/completions or /v1/chat/completions.")] = "/v1/completions",
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The key the server wants.")] = None,
-    model: Annotated[str | None, typer.Option(help="Its name there; default: the first that the server lists.")] = None,
+    endpoint: Annotated[
+        str, typer.Option(help="/v1/completions or /v1/chat/completions.")
+    ] = "/v1/completions",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="The key the server wants.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Its name there; default: the first that the server lists.")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Directory of one, for exact prompts; default: --model.")
     ] = None,
@@ -131,16 +169,32 @@ def serve(
     random_output_len: OutputLen = None,
     random_range_ratio: RangeRatio = 0.0,
     num_prompts: NumPrompts = 1000,
-    request_rate: Annotated[float, typer.Option(help="Requests a second (Poisson); inf: all at once.")] = float("inf"),
-    burstiness: Annotated[float, typer.Option(help="1: Poisson; less: in bursts; more: evenly (gamma).")] = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(help="Most requests under way at once.")] = None,
-    num_warmups: Annotated[int, typer.Option(help="Requests before the run, one after the other.")] = 1,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Ask for answers of full length.")] = False,
+    request_rate: Annotated[
+        float, typer.Option(help="Requests a second (Poisson); inf: all at once.")
+    ] = float("inf"),
+    burstiness: Annotated[
+        float, typer.Option(help="1: Poisson; less: in bursts; more: evenly (gamma).")
+    ] = 1.0,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="Most requests under way at once.")
+    ] = None,
+    num_warmups: Annotated[
+        int, typer.Option(help="Requests before the run, one after the other.")
+    ] = 1,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Ask for answers of full length.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Seconds of silence after which a request has failed.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds of silence after which a request has failed.")
+    ] = 600.0,
     seed: Seed = 0,
-    goodput: Annotated[list[str] | None, typer.Option(help="Limits in ms, such as ttft:500 tpot:50 e2el:3000.")] = None,
-    percentile_metrics: Annotated[str, typer.Option(help="Metrics to print.")] = "ttft,tpot,itl,e2el",
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="Limits in ms, such as ttft:500 tpot:50 e2el:3000.")
+    ] = None,
+    percentile_metrics: Annotated[
+        str, typer.Option(help="Metrics to print.")
+    ] = "ttft,tpot,itl,e2el",
     metric_percentiles: Annotated[str, typer.Option(help="Percentiles to print.")] = "99",
     output_json: OutputJson = None,
     plot: Plot = None,
@@ -151,13 +205,18 @@ def serve(
     from moebius.bench.workload import Dataset, arrival_times, require_positive
 
     stray = next(iter((more_goodput or ()) if not goodput else ()), None)
-    require(stray is None, f"{stray!r} belongs to no option; limits go behind --goodput, such as ttft:500")
+    require(
+        stray is None,
+        f"{stray!r} belongs to no option; limits go behind --goodput, such as ttft:500",
+    )
     limits = metrics.parse_goodput([*(goodput or ()), *(more_goodput or ())])
     shown = metrics.parse_metrics(percentile_metrics)
     percentiles = metrics.parse_percentiles(metric_percentiles)
     require_positive(max_concurrency=1 if max_concurrency is None else max_concurrency)
     report.check_outputs(output_json, plot)
-    dataset = Dataset(dataset_name, dataset_path, random_input_len, random_output_len, random_range_ratio)
+    dataset = Dataset(
+        dataset_name, dataset_path, random_input_len, random_output_len, random_range_ratio
+    )
     due = arrival_times(num_prompts, request_rate, burstiness, seed)
     body = {"temperature": temperature, **({"ignore_eos": True} if ignore_eos else {})}
     root = base_url or f"http://{host_and_port(host, port)}"
@@ -185,7 +244,8 @@ def _send(
     max_concurrency: int | None,
     seed: int,
 ) -> "tuple[list[Record], float]":
-    """Warm the server up, then send one request at each of the times `due`; records and the run's seconds."""
+    """Warm the server up, then send one request at each of the times `due`; records and the run's
+    seconds."""
     from moebius.bench.client import run_load, warm_up
 
     # Chat takes text, so its random prompts have about the length that was asked for.
@@ -197,12 +257,18 @@ def _send(
     if len(samples) < len(due):
         typer.echo(f"the dataset has {len(samples)} prompts; that many are sent", err=True)
     with o.progress_bar("requests", len(samples)) as advance:
-        load = run_load(target, samples, due[: len(samples)], max_concurrency=max_concurrency, on_done=advance)
+        load = run_load(
+            target, samples, due[: len(samples)], max_concurrency=max_concurrency, on_done=advance
+        )
         return asyncio.run(load)
 
 
 def _run_facts(
-    target: "Target", num_prompts: int, request_rate: float, burstiness: float, max_concurrency: int | None
+    target: "Target",
+    num_prompts: int,
+    request_rate: float,
+    burstiness: float,
+    max_concurrency: int | None,
 ) -> dict[str, object]:
     """What was measured, and when."""
     return {
@@ -223,17 +289,24 @@ def ablate(
     config: EngineConfig,
     model: o.Model = "bundled",
     num_prompts: NumPrompts = 48,
-    request_rate: Annotated[float | None, typer.Option(help="Default: four times what the full engine serves.")] = None,
-    variants: Annotated[str | None, typer.Option(help="Some of them only, separated by commas; default: all.")] = None,
-    repeat: Annotated[int, typer.Option(help="Rounds through all of them; the median run of each counts.")] = 1,
+    request_rate: Annotated[
+        float | None, typer.Option(help="Default: four times what the full engine serves.")
+    ] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Some of them only, separated by commas; default: all.")
+    ] = None,
+    repeat: Annotated[
+        int, typer.Option(help="Rounds through all of them; the median run of each counts.")
+    ] = 1,
     seed: Seed = 0,
     output_json: OutputJson = None,
     plot: Plot = None,
 ) -> None:
     """Take away each technique in turn, and compare.
 
-    All runs have one model and one list of requests. These are sized by --max-model-len, by default at most 1024.
-    Every engine has the same KV cache memory, by default for --max-num-seqs / 4 of the longest sequences.
+    All runs have one model and one list of requests. These are sized by --max-model-len, by default
+    at most 1024. Every engine has the same KV cache memory, by default for --max-num-seqs / 4 of
+    the longest sequences.
     """
     from moebius.bench import ablate as ablation
     from moebius.bench import report
@@ -253,17 +326,27 @@ def ablate(
     )
     when = "at once" if math.isinf(rate) else f"at {rate:.2f}/s"
     memory = human_bytes(config.kv_cache_memory_bytes or 0)
-    title = f"{model}: {num_prompts} requests {when}, at most {config.max_num_seqs} running, KV cache {memory}"
-    typer.echo(f"{title}\n\n{report.table(ablation.HEAD, ablation.rows(outcomes))}\n\n{ablation.LEGEND}")
+    title = (
+        f"{model}: {num_prompts} requests {when}, at most {config.max_num_seqs} running, KV cache "
+        f"{memory}"
+    )
+    typer.echo(
+        f"{title}\n\n{report.table(ablation.HEAD, ablation.rows(outcomes))}\n\n{ablation.LEGEND}"
+    )
     runs = {outcome["name"]: outcome for outcome in outcomes}
-    facts = {"model": model, "request_rate": None if math.isinf(rate) else rate, "config": asdict(config)}
+    facts = {
+        "model": model,
+        "request_rate": None if math.isinf(rate) else rate,
+        "config": asdict(config),
+    }
     report.save_json(output_json, facts | runs)
     if plot:
         report.plot_bars(plot, title, list(runs), ablation.panels(outcomes))
 
 
 def _tokenizer(wanted: str | None, served: str) -> "Tokenizer | None":
-    """The wanted model's tokenizer, or the served one's where its name is a directory here; nothing is downloaded."""
+    """The wanted model's tokenizer, or the served one's where its name is a directory here; nothing
+    is downloaded."""
     from moebius.models.hub import BUNDLED, resolve_model
     from moebius.text import Tokenizer
 
@@ -272,5 +355,8 @@ def _tokenizer(wanted: str | None, served: str) -> "Tokenizer | None":
         return Tokenizer.load(Path(name))
     if name == BUNDLED:
         return Tokenizer.load(resolve_model(name))
-    require(wanted is None, f"--tokenizer {wanted!r} is no directory; name one that holds a tokenizer.json")
+    require(
+        wanted is None,
+        f"--tokenizer {wanted!r} is no directory; name one that holds a tokenizer.json",
+    )
     return None

@@ -1,4 +1,5 @@
-"""The border of the command line: whatever ends a command reaches the terminal as one line and an exit code."""
+"""The border of the command line: whatever ends a command reaches the terminal as one line and an
+exit code."""
 
 import asyncio
 import os
@@ -22,10 +23,14 @@ _PACKAGE = Path(__file__).parent.parent
 def open_streams() -> None:
     """Put /dev/null in the place of stdin, stdout and stderr where they came closed.
 
-    Python has None for them then, and the next file that is opened gets their number: what a library writes to the
-    terminal would end up in it.
+    Python has None for them then, and the next file that is opened gets their number: what a
+    library writes to the terminal would end up in it.
     """
-    streams = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_WRONLY, "w"), ("stderr", os.O_WRONLY, "w"))
+    streams = (
+        ("stdin", os.O_RDONLY, "r"),
+        ("stdout", os.O_WRONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    )
     for number, (name, flags, mode) in enumerate(streams):
         if getattr(sys, name) is not None:
             continue

@@ -10,7 +10,7 @@ from moebius.cli.bench import bench
 from moebius.cli.generate import chat, generate
 from moebius.cli.serve import plan, serve
 from moebius.cli.train import train
-from moebius.config import InspectConfig
+from moebius.inspect.config import InspectConfig
 
 app = typer.Typer(
     name="moebius",
@@ -29,12 +29,19 @@ app.add_typer(bench)
 def inspect(
     config: InspectConfig,
     model: o.Model,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...", help="More of --text.")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Text files, or directories of them.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="An earlier checkpoint of the model: how far routing has moved since.")
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILES]...", help="More of --text.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory of report.html and report.json.")] = Path("inspection"),
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text files, or directories of them.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="An earlier checkpoint of the model: how far routing has moved since."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory of report.html and report.json.")] = Path(
+        "inspection"
+    ),
 ) -> None:
     """Report how a model's routers spread the tokens of a text.
 
@@ -50,7 +57,9 @@ def inspect(
     documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
     directory, other = resolve_model(model), None if against is None else resolve_model(against)
     names = {"name": model, "against_name": against}
-    found = write_report(directory, documents, out, config, against=other, progress=o.progress_bar, **names)
+    found = write_report(
+        directory, documents, out, config, against=other, progress=o.progress_bar, **names
+    )
     console, colors = Console(), {"good": "green", "fair": "yellow", "poor": "red", "note": "blue"}
     for finding in found["verdict"]:
         console.print(Text("● ", colors[finding["state"]]).append(finding["text"], "default"))
@@ -90,7 +99,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def every_command(
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     """Train, inspect and serve Mixture-of-Experts language models."""

@@ -1,4 +1,5 @@
-"""moebius generate: completions in the terminal, or a batch file answered offline; moebius chat: a conversation."""
+"""moebius generate: completions in the terminal, or a batch file answered offline; moebius chat: a
+conversation."""
 
 import asyncio
 import sys
@@ -8,27 +9,43 @@ from typing import Annotated, Any
 import typer
 
 from moebius.cli import options as o
-from moebius.config import EngineConfig, require
-from moebius.errors import ConfigError
+from moebius.engine.config import EngineConfig
+from moebius.errors import ConfigError, require
 
 
 @o.takes_engine_config(*o.SIZES, "threads", "trace")
 def generate(
     config: EngineConfig,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: one prompt, read from stdin.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; none: one prompt, read from stdin.")
+    ] = None,
     model: o.ModelOption = "bundled",
     batch: Annotated[
-        Path | None, typer.Option(help="Answer a file in OpenAI's batch format (JSON lines) instead of prompts.")
+        Path | None,
+        typer.Option(
+            help="Answer a file in OpenAI's batch format (JSON lines) instead of prompts."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where a batch's results go; run again with the same files to resume.")
+        Path | None,
+        typer.Option(help="Where a batch's results go; run again with the same files to resume."),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens a prompt; default: up to the context.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many most likely tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens a prompt; default: up to the context.")
+    ] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default: the model's.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the most likely tokens of this mass.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from this many most likely tokens.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="Completions a prompt.")] = 1,
 ) -> None:
     """Complete prompts, or answer a batch file into another."""
@@ -40,7 +57,16 @@ def generate(
     require(output is None, "--output goes with --batch; the text of prompts is printed to stdout")
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {name: value for name, value in given.items() if value is not None}
-    _print(model, config, prompts, max_tokens=max_tokens, seed=seed, stop=tuple(stop or ()), n=n, **sampling)
+    _print(
+        model,
+        config,
+        prompts,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=tuple(stop or ()),
+        n=n,
+        **sampling,
+    )
 
 
 def _print(model: str, config: EngineConfig, prompts: list[str] | None, **sampling: Any) -> None:
@@ -66,7 +92,9 @@ def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
     from moebius.files import check_apart
     from moebius.server.batch import open_results, read_batch
 
-    check_apart(batch=batch, output=output, trace=None if config.trace is None else Path(config.trace))
+    check_apart(
+        batch=batch, output=output, trace=None if config.trace is None else Path(config.trace)
+    )
     calls = read_batch(batch)
     with open_results(output, batch, calls) as (out, left):
         if len(left) < len(calls):
@@ -76,21 +104,27 @@ def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
 
 
 async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) -> int:
-    from moebius.config import ServerSettings
     from moebius.engine.in_process import InProcessClient
     from moebius.llm import LLM
     from moebius.server.app import create_app
     from moebius.server.batch import run_batch
+    from moebius.server.settings import ServerSettings
 
     llm = LLM.from_config(model, config)
     client = InProcessClient(llm.engine, step_deadline=config.step_deadline)
     # A batch was written for some model's name; here there is but one model.
-    names = tuple(dict.fromkeys([model, *(str(call.body["model"]) for call in calls if call.body.get("model"))]))
+    names = tuple(
+        dict.fromkeys(
+            [model, *(str(call.body["model"]) for call in calls if call.body.get("model"))]
+        )
+    )
     settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)
     app = create_app(client, llm.tokenizer, llm.defaults, settings)
     async with app.router.lifespan_context(app):
         with o.progress_bar("calls", len(calls)) as advance:
-            return await run_batch(app, calls, out, concurrency=2 * config.max_num_seqs, on_result=advance)
+            return await run_batch(
+                app, calls, out, concurrency=2 * config.max_num_seqs, on_result=advance
+            )
 
 
 @o.takes_engine_config("dtype", "max_model_len", "threads", max_num_seqs=1)
@@ -99,15 +133,20 @@ def chat(
     model: o.Model = "bundled",
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 512,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default: the model's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answers.")] = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer; Ctrl-D or an empty /quit leaves; /new starts over."""
+    """Talk to a model. Ctrl-C stops an answer; Ctrl-D or an empty /quit leaves; /new starts
+    over."""
     from moebius.llm import LLM
 
     llm = LLM.from_config(model, config)
     if not llm.tokenizer.has_chat_template:
-        raise typer.BadParameter(f"{model} has no chat template; use `moebius generate` instead", param_hint="MODEL")
+        raise typer.BadParameter(
+            f"{model} has no chat template; use `moebius generate` instead", param_hint="MODEL"
+        )
     warmth = {} if temperature is None else {"temperature": temperature}
     params = llm.default_params(max_tokens=max_tokens, seed=seed, **warmth)
     start = [{"role": "system", "content": system}] if system else []

@@ -1,10 +1,12 @@
-"""The `moebius` command. Whatever it imports, it imports where an interruption already ends it in order."""
+"""The `moebius` command. Whatever it imports, it imports where an interruption already ends it in
+order."""
 
 import sys
 
 
 def main() -> None:
-    """Run a command. Whatever ends it early is one line on stderr: exit code 2 for what was asked for wrongly."""
+    """Run a command. Whatever ends it early is one line on stderr: exit code 2 for what was asked
+    for wrongly."""
     try:
         _run()
     except SystemExit:
@@ -28,17 +30,22 @@ def _run() -> None:
 
 
 def script() -> None:
-    """`main`, and out: with torch loaded, Python's dismantling of its modules takes most of a second."""
+    """`main`, and out: with torch loaded, Python's dismantling of its modules takes most of a
+    second."""
     import atexit
     import gc
     import os
     import threading
 
-    gc.set_threshold(100_000)  # walking torch's million objects again and again, while they are made, takes half of one
+    gc.set_threshold(
+        100_000
+    )  # walking torch's million objects again and again, while they are made, takes half of one
     try:
         main()
     except SystemExit as end:
-        if not isinstance(end.code, int | None) or not all(thread.daemon for thread in threading.enumerate()[1:]):
+        if not isinstance(end.code, int | None) or not all(
+            thread.daemon for thread in threading.enumerate()[1:]
+        ):
             raise
         atexit._run_exitfuncs()
         os._exit(end.code or 0)

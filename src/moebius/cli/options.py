@@ -1,4 +1,5 @@
-"""What several commands share: options, of which the engine's are the fields of EngineConfig, and a progress bar."""
+"""What several commands share: options, of which the engine's are the fields of EngineConfig, and a
+progress bar."""
 
 import inspect
 import sys
@@ -10,21 +11,30 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from moebius.config import EngineConfig
+from moebius.engine.config import EngineConfig
 
 _MODEL_HELP = "A directory in the Hugging Face layout, a hub id, or 'bundled'."
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=_MODEL_HELP)]
 
-ALL = tuple(EngineConfig.__dataclass_fields__)
-SIZES = ALL[: ALL.index("kv_cache_memory_bytes") + 1]
+SIZES = (
+    "dtype",
+    "device",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_memory_bytes",
+)
 """What the memory plan depends on."""
+ALL = (*SIZES, *(name for name in EngineConfig.__dataclass_fields__ if name not in SIZES))
 
 
 def takes_config(
     record: type[Any], *names: str, **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command: these fields of a configuration become its options and arrive as one argument, `config`.
+    """Decorates a command: these fields of a configuration become its options and arrive as one
+    argument, `config`.
 
     `defaults` are values that differ from the record's own, for options and for other fields.
     """
@@ -64,6 +74,8 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+    with Progress(
+        console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
+    ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda *_: progress.advance(task)

@@ -8,20 +8,34 @@ import typer
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in TOML, such as recipes/bundled.toml.")],
-    out: Annotated[Path, typer.Option(help="Directory of the model and, in its `training`, of the run.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the model and, in its `training`, of the run.")
+    ],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint, if there is one.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --out from its last checkpoint, if there is one."
+        ),
     ] = False,
     dense_twin: Annotated[
-        bool, typer.Option("--dense-twin", help="Train the dense model of equal active parameters in its place.")
+        bool,
+        typer.Option(
+            "--dense-twin", help="Train the dense model of equal active parameters in its place."
+        ),
     ] = False,
     against: Annotated[
-        Path | None, typer.Option(help="The dense twin's --out, whose figures stand in the model card beside.")
+        Path | None,
+        typer.Option(help="The dense twin's --out, whose figures stand in the model card beside."),
     ] = None,
     evaluate_only: Annotated[
-        bool, typer.Option("--evaluate-only", help="Measure the model in --out on held-out text; train nothing.")
+        bool,
+        typer.Option(
+            "--evaluate-only", help="Measure the model in --out on held-out text; train nothing."
+        ),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto (cuda when torch has it), cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (cuda when torch has it), cpu or cuda.")
+    ] = "auto",
 ) -> None:
     """Train a recipe's model, or go on with one.
 
@@ -31,8 +45,8 @@ def train(
     """
     import torch
 
-    # Before the first parallel operation: threads inherit the setting when they start. Subnormals in Adam's moments
-    # of rare tokens would slow every step several times over.
+    # Before the first parallel operation: threads inherit the setting when they start. Subnormals
+    # in Adam's moments of rare tokens would slow every step several times over.
     torch.set_flush_denormal(True)
 
     from moebius.ops.threads import default_threads
@@ -40,5 +54,11 @@ def train(
 
     torch.set_num_threads(default_threads())
     main_from_recipe(
-        recipe, out, resume=resume, evaluate_only=evaluate_only, dense_twin=dense_twin, against=against, device=device
+        recipe,
+        out,
+        resume=resume,
+        evaluate_only=evaluate_only,
+        dense_twin=dense_twin,
+        against=against,
+        device=device,
     )

@@ -12,7 +12,8 @@ from moebius.schedule.scheduler import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Rows of a step, from `first` on, that score a prompt's `token_ids`, the first of them at position `start`."""
+    """Rows of a step, from `first` on, that score a prompt's `token_ids`, the first of them at
+    position `start`."""
 
     request: Request
     first: int
@@ -22,7 +23,8 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """inputs for the runner; `sampled[i]` draws from the step's row `sampled_rows[i]`; `prompts` are scored."""
+    """inputs for the runner; `sampled[i]` draws from the step's row `sampled_rows[i]`; `prompts`
+    are scored."""
 
     inputs: StepInputs
     sampled: list[Request]
@@ -31,7 +33,10 @@ class Batch:
 
 
 def build_batch(
-    plan: StepPlan, requests: Mapping[str, Request], block_size: int, device: torch.device | str = "cpu"
+    plan: StepPlan,
+    requests: Mapping[str, Request],
+    block_size: int,
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """Translate a plan; what is sampled comes in its order."""
     token_ids, starts, blocks, sampled_rows, sampled = [], [], [], [], []
@@ -46,9 +51,18 @@ def build_batch(
         if request.params.prompt_logprobs is not None:
             last_scored = min(stop, len(request.prompt_ids) - 1)
             if start < last_scored:
-                prompts.append(PromptRows(request, row, start + 1, request.prompt_ids[start + 1 : last_scored + 1]))
+                prompts.append(
+                    PromptRows(
+                        request, row, start + 1, request.prompt_ids[start + 1 : last_scored + 1]
+                    )
+                )
         row += num_tokens
         if samples:
             sampled.append(request)
             sampled_rows.append(row - 1)
-    return Batch(StepInputs.build(token_ids, starts, blocks, block_size, device), sampled, sampled_rows, prompts)
+    return Batch(
+        StepInputs.build(token_ids, starts, blocks, block_size, device),
+        sampled,
+        sampled_rows,
+        prompts,
+    )

@@ -1,7 +1,8 @@
 """EngineClient: what a front door may ask of an engine, wherever that engine runs.
 
-Across this boundary go token ids, sampling parameters, cache salt and deadline (a `Request`); back come token ids and
-log-probabilities (`StepOutput`). Text never crosses it. Nothing here imports torch.
+Across this boundary go token ids, sampling parameters, cache salt and deadline (a `Request`); back
+come token ids and log-probabilities (`StepOutput`). Text never crosses it. Nothing here imports
+torch.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from moebius.schedule.request import FinishReason, Request, ServingLimits
 class TokenLogprob:
     """One position's log-probabilities (natural log, of the model's own softmax).
 
-    rank is the token's place among all of the vocabulary, 1 for the most likely. top holds the k most likely
-    (token id, log-probability) pairs, most likely first, ties to the lowest id; the token itself need not be in it.
+    rank is the token's place among all of the vocabulary, 1 for the most likely. top holds the k
+    most likely (token id, log-probability) pairs, most likely first, ties to the lowest id; the
+    token itself need not be in it.
     """
 
     token_id: int
@@ -31,12 +33,13 @@ class StepOutput(NamedTuple):
 
     token_ids        drawn in this step, in order
     logprobs         one for each of token_ids, where the request asked for them
-    prompt_logprobs  of prompt positions computed in this step, in order; position 0 has none, so the first is of
-                     position 1
+    prompt_logprobs  of prompt positions computed in this step, in order; position 0 has none, so
+                     the first is of position 1
     num_cached_tokens   prompt tokens that came from the prefix cache
     error            why it ended, for every finish reason but STOP and LENGTH
     at               when it was computed, in seconds on the engine's clock, that of Request.arrival
-    scheduled        when the request first had a place in a step, on the same clock; None while it had none
+    scheduled        when the request first had a place in a step, on the same clock; None while it
+                     had none
     num_preemptions  how often it has lost its place so far
     """
 
@@ -54,7 +57,8 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts of a loaded engine that never change. fingerprint names weights, configuration and kernels."""
+    """Facts of a loaded engine that never change. fingerprint names weights, configuration and
+    kernels."""
 
     limits: ServingLimits
     eos_ids: frozenset[int]
@@ -69,12 +73,14 @@ STEP_TOKENS_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's gauges and counters. Counters only grow; tokens and requests are counts.
+    """A snapshot of the engine's gauges and counters. Counters only grow; tokens and requests are
+    counts.
 
-    step_tokens[i] counts the steps that computed at most STEP_TOKENS_BOUNDS[i] tokens, prompts' and drawn ones alike,
-    and more than the bound before; the last entry counts those beyond all bounds. step_tokens_sum is of all steps.
-    deferred of those that waited at the last step did so for a prefix that another was computing, not for room.
-    last_step and now are on the engine's monotonic clock, in seconds.
+    step_tokens[i] counts the steps that computed at most STEP_TOKENS_BOUNDS[i] tokens, prompts' and
+    drawn ones alike, and more than the bound before; the last entry counts those beyond all bounds.
+    step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
+    prefix that another was computing, not for room. last_step and now are on the engine's monotonic
+    clock, in seconds.
     """
 
     running: int = 0
@@ -105,12 +111,16 @@ class EngineStats:
 class LayerLoad:
     """How one layer's router spread the tokens that were computed in the window of its ExpertLoads.
 
-    tokens           how many; the next three are NaN where there was none, as no figure can be had of nothing
-    max_over_mean    pairs of the busiest expert over the mean, 1 when even (moe/health.py has all formulas)
+    tokens           how many; the next three are NaN where there was none, as no figure can be had
+                     of nothing
+    max_over_mean    pairs of the busiest expert over the mean, 1 when even (moe/health.py has all
+                     formulas)
     cv               the pairs' standard deviation over their mean, 0 when even
-    router_entropy   mean over tokens of the entropy of the router's probabilities, in nats, 0 to ln E
+    router_entropy   mean over tokens of the entropy of the router's probabilities, in nats, 0 to ln
+                     E
     dead             experts with less than a tenth of an even share
-    pairs            (token, choice) pairs that each expert got in the window, total_pairs since the start
+    pairs            (token, choice) pairs that each expert got in the window, total_pairs since the
+                     start
     """
 
     layer: int
@@ -133,26 +143,31 @@ class ExpertLoads:
 
 
 class EngineClient(Protocol):
-    """An engine, in this process or elsewhere. All methods are safe to call from any thread and never block long."""
+    """An engine, in this process or elsewhere. All methods are safe to call from any thread and
+    never block long."""
 
     @property
     def info(self) -> EngineInfo: ...
 
     def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
-        """Start the engine, once; `deliver` is called from its thread, once a step, with that step's outputs.
+        """Start the engine, once; `deliver` is called from its thread, once a step, with that
+        step's outputs.
 
-        Outputs that `deliver` raises over are lost, so their requests end with EngineError. Raises EngineError for a
-        second start, and once the engine has stopped.
+        Outputs that `deliver` raises over are lost, so their requests end with EngineError. Raises
+        EngineError for a second start, and once the engine has stopped.
         """
 
     def submit(self, request: Request) -> None:
-        """Hand over a request. Every outcome, refusals too, arrives as a StepOutput with a finish reason.
+        """Hand over a request. Every outcome, refusals too, arrives as a StepOutput with a finish
+        reason.
 
-        Raises EngineError once the engine has stopped, RequestError for the id of an unfinished request.
+        Raises EngineError once the engine has stopped, RequestError for the id of an unfinished
+        request.
         """
 
     def abort(self, request_id: str) -> None:
-        """End a request between two steps; unknown or finished ids are no error. Its last StepOutput says ABORT."""
+        """End a request between two steps; unknown or finished ids are no error. Its last
+        StepOutput says ABORT."""
 
     def stats(self) -> EngineStats: ...
 

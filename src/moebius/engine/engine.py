@@ -1,4 +1,5 @@
-"""The loop: plan, execute, sample, update. One thread owns an engine; EngineClient is how others reach it."""
+"""The loop: plan, execute, sample, update. One thread owns an engine; EngineClient is how others
+reach it."""
 
 import logging
 import time
@@ -82,7 +83,9 @@ class Engine:
         if request is None:
             return None
         self._record(lambda trace: trace.abort(request_id, FinishReason.ABORT))
-        return self._ended(request_id, FinishReason.ABORT, error or EngineError("the request was aborted"))
+        return self._ended(
+            request_id, FinishReason.ABORT, error or EngineError("the request was aborted")
+        )
 
     def step(self) -> list[StepOutput]:
         """Compute one step. A failure ends the requests it belongs to and no others."""
@@ -98,7 +101,9 @@ class Engine:
         outputs = [self._ended(id, FinishReason.DEADLINE, late) for id in plan.expired]
         if plan.chunks:
             try:
-                batch = build_batch(plan, self.scheduler.requests, self.info.block_size, self.runner.device)
+                batch = build_batch(
+                    plan, self.scheduler.requests, self.info.block_size, self.runner.device
+                )
                 results = self._sample(batch, self.runner.execute(batch.inputs))
                 self._count_step(len(batch.inputs.input_ids_host))
             except Exception as error:
@@ -137,7 +142,8 @@ class Engine:
         )
 
     def expert_loads(self) -> ExpertLoads:
-        """How the routers of the model spread the tokens of the last steps; as safe as `stats`, and a little dearer."""
+        """How the routers of the model spread the tokens of the last steps; as safe as `stats`, and
+        a little dearer."""
         return self.runner.expert_counts.read()
 
     def close(self) -> None:
@@ -146,7 +152,8 @@ class Engine:
         self._trace = None
 
     def _record(self, write: Callable[[TraceWriter], None]) -> None:
-        """Trace something. A trace that cannot be written, as on a full disk, ends there; serving goes on."""
+        """Trace something. A trace that cannot be written, as on a full disk, ends there; serving
+        goes on."""
         if self._trace is None:
             return
         try:
@@ -163,7 +170,9 @@ class Engine:
 
     def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
         results, logits_LV = _Results(), self.runner.logits(hidden_TD, batch.sampled_rows)
-        for request, outcome in zip(batch.sampled, sample(logits_LV, batch.sampled, self.runner.ops), strict=True):
+        for request, outcome in zip(
+            batch.sampled, sample(logits_LV, batch.sampled, self.runner.ops), strict=True
+        ):
             if isinstance(outcome, Sampled):
                 results.sampled[request.id] = outcome
             else:
@@ -185,7 +194,9 @@ class Engine:
             tokens = rows.token_ids[offset : offset + PROMPT_LOGIT_ROWS]
             first = rows.first + offset
             logits = self.runner.logits(hidden_TD, range(first, first + len(tokens)))
-            part = token_logprobs(logits, tokens, request.params.prompt_logprobs or 0, self.runner.ops)
+            part = token_logprobs(
+                logits, tokens, request.params.prompt_logprobs or 0, self.runner.ops
+            )
             if part is None:
                 results.failed[request.id] = not_finite()
                 return
@@ -198,21 +209,30 @@ class Engine:
         requests = [self.scheduler.requests[chunk.request_id] for chunk in plan.chunks]
         for request_id, error in results.failed.items():
             outputs.append(self._fail(request_id, error))
-        tokens = {id: (s.token_id,) for id, s in results.sampled.items() if id not in results.failed}
+        tokens = {
+            id: (s.token_id,) for id, s in results.sampled.items() if id not in results.failed
+        }
         self.scheduler.update(plan, tokens)
         if self._trace:
             self._record(lambda trace: trace.update(tokens))
         self._counts["generation_tokens"] += len(tokens)
         for request in requests:
             drawn = tokens.get(request.id, ())
-            if drawn or (request.id not in results.failed and (request.finished or results.prompts.get(request.id))):
+            if drawn or (
+                request.id not in results.failed
+                and (request.finished or results.prompts.get(request.id))
+            ):
                 try:
                     outputs.append(self._output(request, drawn, results, now))
                 except Exception as error:
-                    outputs.append(self._fail(request.id, failure("handing out a request's tokens", error)))
+                    outputs.append(
+                        self._fail(request.id, failure("handing out a request's tokens", error))
+                    )
         return outputs
 
-    def _output(self, request: Request, token_ids: tuple[int, ...], results: _Results, now: float) -> StepOutput:
+    def _output(
+        self, request: Request, token_ids: tuple[int, ...], results: _Results, now: float
+    ) -> StepOutput:
         finished, cached = request.finish_reason, request.num_cached_tokens or 0
         if len(request.output_ids) == 1 or (finished and not token_ids):
             self._counts["prompt_tokens"] += len(request.prompt_ids)
@@ -222,19 +242,37 @@ class Engine:
             self._requests.pop(request.id, None)
         logprob = results.sampled[request.id].logprob if token_ids else None
         prompts = tuple(results.prompts.get(request.id, ())) if results.prompts else ()
-        logprobs, scheduled, preemptions = (logprob,) if logprob else (), request.scheduled, request.num_preemptions
-        # By position: each step makes one for each of its requests, and names would cost half as much again.
-        return StepOutput(request.id, token_ids, logprobs, prompts, finished, cached, None, now, scheduled, preemptions)
+        logprobs, scheduled, preemptions = (
+            (logprob,) if logprob else (),
+            request.scheduled,
+            request.num_preemptions,
+        )
+        # By position: each step makes one for each of its requests, and names would cost half as
+        # much again.
+        return StepOutput(
+            request.id,
+            token_ids,
+            logprobs,
+            prompts,
+            finished,
+            cached,
+            None,
+            now,
+            scheduled,
+            preemptions,
+        )
 
     def _failed_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
-        """The model itself failed: nothing of the step is kept, its requests end, the engine goes on."""
+        """The model itself failed: nothing of the step is kept, its requests end, the engine goes
+        on."""
         cause = failure(f"step {plan.step} with {len(plan.chunks)} requests", error)
         self.scheduler.rollback(plan)
         self._record(TraceWriter.rollback)
         return [self._fail(chunk.request_id, cause) for chunk in plan.chunks]
 
     def _fail(self, request_id: str, error: MoebiusError) -> StepOutput:
-        """End a request that failed, where it has not ended already; what it published is withdrawn."""
+        """End a request that failed, where it has not ended already; what it published is
+        withdrawn."""
         if request_id in self.scheduler.requests:
             self.scheduler.fail(request_id)
             self._record(lambda trace: trace.fail(request_id))

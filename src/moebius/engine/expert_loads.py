@@ -1,4 +1,5 @@
-"""How a decoder's routers spread the tokens that it computes: counted by the routing operation, read when asked for."""
+"""How a decoder's routers spread the tokens that it computes: counted by the routing operation,
+read when asked for."""
 
 import math
 from collections import deque
@@ -12,7 +13,8 @@ from moebius.models.decoder import Decoder, Layer
 from moebius.moe import health
 from moebius.ops import RouterTally
 
-# Figures are of the last 1 to 2 times so many steps: enough to mean something, few enough to show what is going on.
+# Figures are of the last 1 to 2 times so many steps: enough to mean something, few enough to show
+# what is going on.
 WINDOW_STEPS = 1000
 
 
@@ -25,13 +27,18 @@ class _Mark(NamedTuple):
 
 
 class ExpertCounts:
-    """The tallies of all of a model's routers in two tensors; making it gives every router its part.
+    """The tallies of all of a model's routers in two tensors; making it gives every router its
+    part.
 
     One thread computes steps; others may read meanwhile, and then see a part of the step under way.
     """
 
     def __init__(self, model: Decoder, device: torch.device) -> None:
-        found = [(i, layer.mlp.router) for i, layer in enumerate(model.layers) if isinstance(layer, Layer)]
+        found = [
+            (i, layer.mlp.router)
+            for i, layer in enumerate(model.layers)
+            if isinstance(layer, Layer)
+        ]
         self._routers = [(i, router) for i, router in found if router is not None]
         self._sizes = [router.config.num_experts for _, router in self._routers]
         # All layers' experts side by side, and two sums a layer: see RouterTally.
@@ -60,10 +67,17 @@ class ExpertCounts:
         """The figures of the steps since the older mark."""
         now, since = self._mark(), self._marks[0]
         pairs, sums = now.pairs - since.pairs, now.sums - since.sums
-        columns = zip(torch.split(pairs, self._sizes), torch.split(now.pairs, self._sizes), sums.tolist(), strict=True)
+        columns = zip(
+            torch.split(pairs, self._sizes),
+            torch.split(now.pairs, self._sizes),
+            sums.tolist(),
+            strict=True,
+        )
         layers = [
             _layer_load(layer, router.config.top_k, pairs_E, total_E, nats, tokens)
-            for (layer, router), (pairs_E, total_E, (nats, tokens)) in zip(self._routers, columns, strict=True)
+            for (layer, router), (pairs_E, total_E, (nats, tokens)) in zip(
+                self._routers, columns, strict=True
+            )
         ]
         return ExpertLoads(now.steps - since.steps, tuple(layers))
 
@@ -71,8 +85,11 @@ class ExpertCounts:
         return _Mark(self._steps, self._pairs.to("cpu", copy=True), self._sums.to("cpu", copy=True))
 
 
-def _layer_load(layer: int, top_k: int, pairs_E: Tensor, total_E: Tensor, nats: float, tokens: float) -> LayerLoad:
-    """nats is the sum of the entropies of `tokens` tokens: of all but those whose numbers went wrong."""
+def _layer_load(
+    layer: int, top_k: int, pairs_E: Tensor, total_E: Tensor, nats: float, tokens: float
+) -> LayerLoad:
+    """nats is the sum of the entropies of `tokens` tokens: of all but those whose numbers went
+    wrong."""
     pairs = tuple(pairs_E.tolist())
     some = sum(pairs) > 0
     return LayerLoad(

@@ -1,4 +1,5 @@
-"""What nobody foresaw, while an engine serves: logged once under an id, and what the client is told of it."""
+"""What nobody foresaw, while an engine serves: logged once under an id, and what the client is told
+of it."""
 
 import logging
 import secrets
@@ -11,10 +12,13 @@ log = logging.getLogger(__name__)
 
 
 def failure(what: str, error: Exception) -> EngineError:
-    """Log what happened under an error id; the error that a client gets names that and nothing of the cause."""
+    """Log what happened under an error id; the error that a client gets names that and nothing of
+    the cause."""
     error_id = secrets.token_hex(6)
     say(log.error, "error id %s: %s failed: %s", error_id, what, frames(error))
-    told = EngineError(f"the engine failed on this request (error id {error_id})", error_id=error_id)
+    told = EngineError(
+        f"the engine failed on this request (error id {error_id})", error_id=error_id
+    )
     told.__cause__ = error
     return told
 

@@ -19,10 +19,12 @@ _IDLE_SECONDS = 0.5
 
 
 class InProcessClient:
-    """Runs `engine` on a thread of its own; requests and aborts reach it through one inbox, between steps.
+    """Runs `engine` on a thread of its own; requests and aborts reach it through one inbox, between
+    steps.
 
-    A request that was taken is in `_unfinished` until its last output is delivered. The lock makes "taken" and
-    "stopped" exclude each other: whoever stops the engine finds every request that `submit` did not refuse.
+    A request that was taken is in `_unfinished` until its last output is delivered. The lock makes
+    "taken" and "stopped" exclude each other: whoever stops the engine finds every request that
+    `submit` did not refuse.
     """
 
     def __init__(self, engine: Engine, *, step_deadline: float) -> None:
@@ -41,7 +43,8 @@ class InProcessClient:
         return self._engine.info
 
     def start(self, deliver: Deliver) -> None:
-        """Start the engine, once in its life. Raises EngineError afterwards, and once it has stopped."""
+        """Start the engine, once in its life. Raises EngineError afterwards, and once it has
+        stopped."""
         with self._lock:
             self._require_running()
             if self._deliver is not None:
@@ -50,12 +53,14 @@ class InProcessClient:
             self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Hand over a request, before or after the start. EngineError once the engine has stopped, RequestError for the
-        id of an unfinished request."""
+        """Hand over a request, before or after the start. EngineError once the engine has stopped,
+        RequestError for the id of an unfinished request."""
         with self._lock:
             self._require_running()
             if request.id in self._unfinished:
-                raise RequestError(f"request id {request.id!r} is in use; ids must be unique", param="request_id")
+                raise RequestError(
+                    f"request id {request.id!r} is in use; ids must be unique", param="request_id"
+                )
             self._unfinished[request.id] = None
             self._inbox.put(request)
 
@@ -70,13 +75,16 @@ class InProcessClient:
         since = self._busy_since
         stuck = since is not None and stats.now - since > self._step_deadline
         ready = self._thread.is_alive() and not self._stopping.is_set() and not stuck
-        return EngineStats(**{name: getattr(stats, name) for name in stats.__slots__} | {"ready": ready})
+        return EngineStats(
+            **{name: getattr(stats, name) for name in stats.__slots__} | {"ready": ready}
+        )
 
     def expert_loads(self) -> ExpertLoads:
         return self._engine.expert_loads()
 
     def close(self, timeout: float) -> None:
-        """Stop the engine. Where a step takes longer than `timeout` seconds, its requests end without it."""
+        """Stop the engine. Where a step takes longer than `timeout` seconds, its requests end
+        without it."""
         with self._lock:
             self._stopping.set()
             self._inbox.put(None)
@@ -120,7 +128,8 @@ class InProcessClient:
         self._send([_failed(request_id, error) for request_id in list(self._unfinished)])
 
     def _send(self, outputs: list[StepOutput]) -> None:
-        """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so its request ends."""
+        """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so
+        its request ends."""
         heard: list[StepOutput] = []
         with self._lock:
             for output in outputs:
@@ -145,7 +154,8 @@ class InProcessClient:
                 self._deliver([_failed(request_id, error)])
 
     def _take(self, *, block: bool) -> list[StepOutput]:
-        """Apply all that lies in the inbox; wait for something first when there is no other work."""
+        """Apply all that lies in the inbox; wait for something first when there is no other
+        work."""
         outputs: list[StepOutput] = []
         while True:
             try:

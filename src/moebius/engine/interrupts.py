@@ -6,15 +6,20 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-# Those whose handlers programs let raise: Ctrl-C (KeyboardInterrupt), an orderly end, and a time limit.
-_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
+# Those whose handlers programs let raise: Ctrl-C (KeyboardInterrupt), an orderly end, and a time
+# limit.
+_SIGNALS = [
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)
+]
 
 
 class Uninterrupted:
-    """Within it the program's own handlers of these signals wait; on the way out those that were called for run.
+    """Within it the program's own handlers of these signals wait; on the way out those that were
+    called for run.
 
-    Python runs handlers on its main thread only, so on any other nothing is to be done. Within another one the outer
-    has them already, and nothing is changed: a call of many steps enters one around all, and asks it after each.
+    Python runs handlers on its main thread only, so on any other nothing is to be done. Within
+    another one the outer has them already, and nothing is changed: a call of many steps enters one
+    around all, and asks it after each.
     """
 
     def __init__(self) -> None:
@@ -26,13 +31,18 @@ class Uninterrupted:
             return self
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            if callable(handler) and not isinstance(getattr(handler, "__self__", None), Uninterrupted):
+            if callable(handler) and not isinstance(
+                getattr(handler, "__self__", None), Uninterrupted
+            ):
                 self._handlers[number] = handler
                 signal.signal(number, self._note)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

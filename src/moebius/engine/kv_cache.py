@@ -1,4 +1,5 @@
-"""The tensors behind the blocks: one anonymous mapping for all layers, in huge pages, touched in the background."""
+"""The tensors behind the blocks: one anonymous mapping for all layers, in huge pages, touched in
+the background."""
 
 import mmap
 import sys
@@ -18,7 +19,8 @@ _IDLE_SECONDS = 0.2
 
 
 class KVCache:
-    """Every layer's cache of `num_blocks` blocks. `layers[i]` is opaque: only the operations' backend reads it."""
+    """Every layer's cache of `num_blocks` blocks. `layers[i]` is opaque: only the operations'
+    backend reads it."""
 
     def __init__(
         self,
@@ -30,16 +32,24 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        per_block = ops.kv_cache_bytes_per_block(block_size, model.num_kv_heads, model.head_dim, dtype)
+        per_block = ops.kv_cache_bytes_per_block(
+            block_size, model.num_kv_heads, model.head_dim, dtype
+        )
         per_layer = num_blocks * per_block
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.nbytes = per_layer * model.num_layers
         self.last_used = 0.0
-        buffer = _reserve(self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS)
+        buffer = _reserve(
+            self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS
+        )
         self.layers: list[Any] = [
             ops.make_kv_cache(
-                buffer[i * per_layer : (i + 1) * per_layer], block_size, model.num_kv_heads, model.head_dim, dtype
+                buffer[i * per_layer : (i + 1) * per_layer],
+                block_size,
+                model.num_kv_heads,
+                model.head_dim,
+                dtype,
             )
             for i in range(model.num_layers)
         ]
@@ -54,7 +64,9 @@ def bytes_per_token(model: ModelConfig, ops: Ops, block_size: int, dtype: torch.
 def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> torch.Tensor:
     if device.type != "cpu" or sys.platform != "linux":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    region = mmap.mmap(-1, -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region = mmap.mmap(
+        -1, -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
     region.madvise(mmap.MADV_HUGEPAGE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from moebius import machine
-from moebius.config import EngineConfig, require
 from moebius.engine.client import EngineInfo
+from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, bytes_per_token
 from moebius.engine.memory import MemoryPlan, WeightBytes, human_bytes, plan_memory
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, require
 from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
@@ -40,19 +40,28 @@ class Prepared:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
-        return [*self.plan.rows(), ("threads", str(self.threads), f"{machine.processors():g} processors may be used")]
+        return [
+            *self.plan.rows(),
+            ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
+        ]
 
 
 def prepare(directory: Path, config: EngineConfig) -> Prepared:
-    """Read configuration and safetensors headers, check them, and plan the memory. Raises UsageError."""
+    """Read configuration and safetensors headers, check them, and plan the memory. Raises
+    UsageError."""
     checkpoint = open_checkpoint(directory)
     why = checkpoint.config.unpublished
-    require(not why, f"{directory} can be trained and measured, but not served: no published architecture has {why}")
+    require(
+        not why,
+        f"{directory} can be trained and measured, but not served: no published architecture has "
+        f"{why}",
+    )
     device = _device(config.device)
     cores = machine.threads()
     if config.threads is not None and config.threads > cores:
         log.warning(
-            "--threads %d is more than the %d cores that we may use, CPU quota included; they will wait for each other",
+            "--threads %d is more than the %d cores that we may use, CPU quota included; they will "
+            "wait for each other",
             *(config.threads, cores),
         )
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
@@ -75,9 +84,14 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
 
 
 def load_engine(
-    directory: Path, config: EngineConfig, *, eos_ids: frozenset[int] = frozenset(), prepared: Prepared | None = None
+    directory: Path,
+    config: EngineConfig,
+    *,
+    eos_ids: frozenset[int] = frozenset(),
+    prepared: Prepared | None = None,
 ) -> Engine:
-    """Load the model and reserve what the plan says. Raises UsageError before anything is allocated."""
+    """Load the model and reserve what the plan says. Raises UsageError before anything is
+    allocated."""
     prepared = prepared or prepare(directory, config)
     plan = prepared.plan
     # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
@@ -131,8 +145,8 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
 def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:
     """What torch computes a step with; None leaves it alone.
 
-    Beside the kernels, which have threads of their own, a little of sampling is torch's: a second pool that spins for
-    it costs both dearly on few cores.
+    Beside the kernels, which have threads of their own, a little of sampling is torch's: a second
+    pool that spins for it costs both dearly on few cores.
     """
     if prepared.device.type != "cpu":
         return None
@@ -145,7 +159,8 @@ def _device(wish: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if wish == "cuda" and not has_cuda:
         raise ConfigError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
+            "of torch"
         )
     return torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
 
@@ -174,6 +189,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _fingerprint(prepared: Prepared) -> str:
-    """Names weights, configuration and kernels; `-approx` where batch mates may change a bit (promise P1 is off)."""
+    """Names weights, configuration and kernels; `-approx` where batch mates may change a bit
+    (promise P1 is off)."""
     name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{_name(prepared.dtype)}"
     return name if prepared.ops.one_answer else f"{name}-approx"

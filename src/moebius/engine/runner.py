@@ -14,10 +14,12 @@ from moebius.ops.steps import StepInputs
 
 
 class Runner:
-    """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache, and counts of what
-    its routers chose."""
+    """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache,
+    and counts of what its routers chose."""
 
-    def __init__(self, model: Decoder, cache: KVCache, device: torch.device, max_tokens: int = 2048) -> None:
+    def __init__(
+        self, model: Decoder, cache: KVCache, device: torch.device, max_tokens: int = 2048
+    ) -> None:
         self.model = model
         self.ops = model.ops
         self.cache = cache
@@ -25,12 +27,17 @@ class Runner:
         self.expert_counts = ExpertCounts(model, device)
         one = StepInputs.build([[0]], [0], [[0]], cache.block_size, device)
         with torch.inference_mode():
-            self._forward, self._logits = self.ops.capture(self._compute, self._compute_logits, one, max_tokens)
+            self._forward, self._logits = self.ops.capture(
+                self._compute, self._compute_logits, one, max_tokens
+            )
 
-    # Not around what calls them: a recorded step computes nothing in torch, and even this would cost it time.
+    # Not around what calls them: a recorded step computes nothing in torch, and even this would
+    # cost it time.
     @torch.inference_mode()
     def _compute(self, inputs: StepInputs) -> Tensor:
-        attend = PagedAttend(self.ops, self.model.config, self.cache.layers, inputs, self.cache.block_size)
+        attend = PagedAttend(
+            self.ops, self.model.config, self.cache.layers, inputs, self.cache.block_size
+        )
         hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, attend)[0]
         return hidden_TD
 
@@ -39,10 +46,11 @@ class Runner:
         return self.model.logits(self.ops.embed(rows_L, hidden_TD))
 
     def execute(self, inputs: StepInputs) -> Tensor:
-        """Compute the step, write its keys and values, and return its final hidden states (T, D), which are read until
-        the next step.
+        """Compute the step, write its keys and values, and return its final hidden states (T, D),
+        which are read until the next step.
 
-        `logits` turns rows of it into logits, a few at a time: those of one long prompt would take gigabytes.
+        `logits` turns rows of it into logits, a few at a time: those of one long prompt would take
+        gigabytes.
         """
         self.cache.last_used = time.monotonic()
         hidden_TD = self._forward(inputs)
@@ -55,8 +63,11 @@ class Runner:
         return self._logits(hidden_TD, rows)
 
     def warm_up(self) -> None:
-        """Run an empty step and one of a single token, so that the first request meets nothing for the first time."""
+        """Run an empty step and one of a single token, so that the first request meets nothing for
+        the first time."""
         for zeros in ([], [[0]]):
-            inputs = StepInputs.build(zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device)
+            inputs = StepInputs.build(
+                zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device
+            )
             self.logits(self.execute(inputs), range(len(zeros)))
         self.expert_counts.clear()

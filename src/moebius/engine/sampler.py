@@ -1,14 +1,17 @@
-"""Logits to tokens. A draw depends on (logits, sampling parameters, seed, absolute position) and on nothing else.
+"""Logits to tokens. A draw depends on (logits, sampling parameters, seed, absolute position) and on
+nothing else.
 
-Order: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Ties go to the lowest id everywhere.
-Log-probabilities are the model's own log-softmax, before any of these.
+Order: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Ties go to the lowest id
+everywhere. Log-probabilities are the model's own log-softmax, before any of these.
 
-Rows come in kinds, and each kind is one call to the backend, which reads and computes what that kind needs:
+Rows come in kinds, and each kind is one call to the backend, which reads and computes what that
+kind needs:
     greedy            the most likely id
     whole vocabulary  a draw from all ids
     candidates        a draw from what top_k, top_p and min_p leave of the most likely ids
-A row of any kind may be shaped before: logit_bias, penalties and min_tokens change its logits while it draws.
-What touches the whole vocabulary is the backend's (ops/sampling.py); here are the few candidates it leaves.
+A row of any kind may be shaped before: logit_bias, penalties and min_tokens change its logits while
+it draws. What touches the whole vocabulary is the backend's (ops/sampling.py); here are the few
+candidates it leaves.
 
 Legend: L rows, V vocabulary, K candidates of one row.
 """
@@ -38,11 +41,13 @@ Float64 = NDArray[np.float64]
 Ids = NDArray[np.int64]
 _T = TypeVar("_T")
 
-# Enough candidates for most top-p draws; when their mass does not reach top_p, eight times as many are taken.
+# Enough candidates for most top-p draws; when their mass does not reach top_p, eight times as many
+# are taken.
 _NUCLEUS_CANDIDATES = 256
 # Below, every difference of float32 logits is beyond exp's range: greedy, but for exact ties.
 _COLDEST = 1e-20
-# Below, ids that were there before are beyond exp's range from all others. A float32 still holds their logits.
+# Below, ids that were there before are beyond exp's range from all others. A float32 still holds
+# their logits.
 _LEAST_REPETITION = 1e-20
 
 
@@ -54,24 +59,35 @@ class Sampled(NamedTuple):
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in (0, 1) keyed by (seed, position): the generator has no state that a batch could disturb."""
+    """A number in (0, 1) keyed by (seed, position): the generator has no state that a batch could
+    disturb."""
     data = seed.to_bytes(8, "little") + position.to_bytes(8, "little")
     bits = int.from_bytes(blake2b(data, digest_size=8, person=b"moebius-draw").digest(), "little")
     return ((bits >> 11) + 0.5) * 2.0**-53
 
 
-def sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
+def sample(
+    logits_LV: Tensor, requests: Sequence[Request], ops: Ops
+) -> list[Sampled | MoebiusError]:
     """One token a row; row i belongs to requests[i].
 
-    logits_LV: (L, V) float32, contiguous; changed while it draws, and afterwards as it was. A row that cannot be drawn
-    from gets its error in place of a token: NumericalError for a NaN or an infinity, EngineError for what nobody
-    foresaw.
+    logits_LV: (L, V) float32, contiguous; changed while it draws, and afterwards as it was. A row
+    that cannot be drawn from gets its error in place of a token: NumericalError for a NaN or an
+    infinity, EngineError for what nobody foresaw.
     """
     try:
         return _sample(logits_LV, requests, ops)
     except Exception as error:
-        say(log.warning, "sampling failed for %d requests; each is tried alone: %s", len(requests), frames(error))
-        return [_sample_alone(logits_LV[row : row + 1], request, ops) for row, request in enumerate(requests)]
+        say(
+            log.warning,
+            "sampling failed for %d requests; each is tried alone: %s",
+            len(requests),
+            frames(error),
+        )
+        return [
+            _sample_alone(logits_LV[row : row + 1], request, ops)
+            for row, request in enumerate(requests)
+        ]
 
 
 def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | MoebiusError:
@@ -81,13 +97,17 @@ def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | Mo
         return failure("drawing a token", error)
 
 
-def _sample(logits_LV: Tensor, requests: Sequence[Request], ops: Ops) -> list[Sampled | MoebiusError]:
+def _sample(
+    logits_LV: Tensor, requests: Sequence[Request], ops: Ops
+) -> list[Sampled | MoebiusError]:
     if all(request.params.plain for request in requests):
         return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
     rows = [_Row(index, request, _shaping(request)) for index, request in enumerate(requests)]
     for part in _parts(rows, lambda row: row.shaping.num_ids if row.shaping else 0):
         shaped = [(row, row.shaping) for row in part if row.shaping]
-        with ops.shaped(logits_LV, [row.index for row, _ in shaped], [shaping for _, shaping in shaped]):
+        with ops.shaped(
+            logits_LV, [row.index for row, _ in shaped], [shaping for _, shaping in shaped]
+        ):
             _draw_each_kind(logits_LV, part, ops)
             _refuse_banned(logits_LV, [row for row, _ in shaped])
     _add_logprobs(logits_LV, rows, ops)
@@ -125,7 +145,8 @@ class _Row:
 
     @property
     def num_candidates(self) -> int:
-        """How many of the most likely ids a draw looks at first; 0 where it takes the whole vocabulary."""
+        """How many of the most likely ids a draw looks at first; 0 where it takes the whole
+        vocabulary."""
         if self.params.top_k > 0:
             return self.params.top_k
         return _NUCLEUS_CANDIDATES if self.params.top_p < 1.0 or self.params.min_p > 0.0 else 0
@@ -140,7 +161,8 @@ class _Row:
 
 
 def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T]]:
-    """Rows in order, as many at a time as the plan has memory for: all at once unless they ask for a great many ids."""
+    """Rows in order, as many at a time as the plan has memory for: all at once unless they ask for
+    a great many ids."""
     part: list[_T] = []
     total = 0
     for row in rows:
@@ -190,7 +212,9 @@ def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
 
 def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
     temperatures, uniforms = [row.temperature for row in rows], [row.uniform for row in rows]
-    for row, token in zip(rows, ops.draw(logits_LV, _indices(rows), temperatures, uniforms), strict=True):
+    for row, token in zip(
+        rows, ops.draw(logits_LV, _indices(rows), temperatures, uniforms), strict=True
+    ):
         row.token_id = token if token >= 0 else None
 
 
@@ -203,7 +227,9 @@ def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> 
         for part in _parts(wishes, lambda wish: wish[1]):
             counts = [count for _, count in part]
             temperatures = [row.temperature for row, _ in part]
-            found = ops.log_softmax_top_k(logits_LV, _indices(row for row, _ in part), counts, temperatures)
+            found = ops.log_softmax_top_k(
+                logits_LV, _indices(row for row, _ in part), counts, temperatures
+            )
             values, ids, stop = found.values.cpu().numpy(), found.ids.cpu().numpy(), 0
             for (row, count), log_sum in zip(part, found.log_sums_R.tolist(), strict=True):
                 start, stop = stop, stop + count
@@ -224,12 +250,16 @@ def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) 
     params = row.params
     values: Float64 = values_K.astype(np.float64)
     weights = np.exp((values - values[0]) / row.temperature)
-    if params.top_k > 0 or len(ids_K) == vocab or weights[-1] == 0:  # what is behind the last weighs no more than it
+    if (
+        params.top_k > 0 or len(ids_K) == vocab or weights[-1] == 0
+    ):  # what is behind the last weighs no more than it
         total = weights.sum()
     else:
         # Between 1 and V, whatever the rounding of two large quotients leaves.
         total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab)))
-    kept = (np.cumsum(weights) - weights < params.top_p * total) & (weights >= params.min_p * weights[0])
+    kept = (np.cumsum(weights) - weights < params.top_p * total) & (
+        weights >= params.min_p * weights[0]
+    )
     if kept[-1] and params.top_k <= 0 and len(ids_K) < vocab:
         return None
     cumulative = np.cumsum(weights[kept])
@@ -246,12 +276,23 @@ def _refuse_banned(logits_LV: Tensor, rows: Iterable[_Row]) -> None:
 
 
 def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: Ops) -> None:
-    asked = [row for row in rows if row.params.logprobs is not None and row.token_id is not None and not row.banned]
+    asked = [
+        row
+        for row in rows
+        if row.params.logprobs is not None and row.token_id is not None and not row.banned
+    ]
     if asked:
-        tokens, tops = [row.token_id or 0 for row in asked], [row.params.logprobs or 0 for row in asked]
-        for row, logprob in zip(asked, _logprobs(logits_LV, _indices(asked), tokens, tops, ops), strict=True):
+        tokens, tops = (
+            [row.token_id or 0 for row in asked],
+            [row.params.logprobs or 0 for row in asked],
+        )
+        for row, logprob in zip(
+            asked, _logprobs(logits_LV, _indices(asked), tokens, tops, ops), strict=True
+        ):
             row.logprob = logprob
-            if math.isnan(logprob.logprob):  # a logit that is not finite, hidden from the draw by min_tokens
+            if math.isnan(
+                logprob.logprob
+            ):  # a logit that is not finite, hidden from the draw by min_tokens
                 row.token_id = None
 
 
@@ -259,8 +300,11 @@ def not_finite() -> NumericalError:
     return NumericalError("the model produced NaN or infinite logits for this request")
 
 
-def token_logprobs(logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: Ops) -> list[TokenLogprob] | None:
-    """Log-probabilities of given tokens, one a row: what prompt log-probabilities are. None if not finite."""
+def token_logprobs(
+    logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: Ops
+) -> list[TokenLogprob] | None:
+    """Log-probabilities of given tokens, one a row: what prompt log-probabilities are. None if not
+    finite."""
     found = _logprobs(logits_LV, range(len(token_ids)), token_ids, [top] * len(token_ids), ops)
     return None if any(math.isnan(each.logprob) for each in found) else found
 

@@ -1,5 +1,5 @@
-"""One engine for several readers on their own threads: whoever needs an output makes a step, and each step's outputs go
-to whoever asked for them."""
+"""One engine for several readers on their own threads: whoever needs an output makes a step, and
+each step's outputs go to whoever asked for them."""
 
 import threading
 from collections import deque
@@ -16,8 +16,8 @@ from moebius.schedule.request import Request
 class Sessions:
     """Shares `engine` among sessions, which may be open at the same time and be read in any order.
 
-    An iterator may be closed by Python's garbage collector in the middle of anything, a step among it. So aborts are
-    noted, and carried out when nothing else uses the engine.
+    An iterator may be closed by Python's garbage collector in the middle of anything, a step among
+    it. So aborts are noted, and carried out when nothing else uses the engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -78,7 +78,8 @@ class Sessions:
 class Session:
     """One reader's requests. `with` aborts those that are unfinished on the way out.
 
-    Ctrl-C waits until a call here is done, which is a step at most: then the engine is whole for whoever goes on.
+    Ctrl-C waits until a call here is done, which is a step at most: then the engine is whole for
+    whoever goes on.
     """
 
     def __init__(self, sessions: Sessions) -> None:
@@ -99,16 +100,21 @@ class Session:
             self._sessions.abort(request_id)
 
     def outputs(self) -> list[StepOutput]:
-        """The next outputs of this session's requests; empty where a step brought it none, or where no work is left."""
+        """The next outputs of this session's requests; empty where a step brought it none, or where
+        no work is left."""
         with Uninterrupted():
             outputs = self._sessions.outputs_for(self)
-            self._requests.difference_update(o.request_id for o in outputs if o.finish_reason is not None)
+            self._requests.difference_update(
+                o.request_id for o in outputs if o.finish_reason is not None
+            )
         return outputs
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         with Uninterrupted():
             for request_id in list(self._requests):
                 self.abort(request_id)

@@ -1,24 +1,26 @@
-"""Every scheduling decision as JSON lines, and the replay that makes the decisions again and compares.
+"""Every scheduling decision as JSON lines, and the replay that makes the decisions again and
+compares.
 
-Token ids are renamed to numbers in order of first sight. The scheduler only ever asks whether two ids are equal, so
-its decisions are the same under any one-to-one renaming, and a trace does not spell out prompts.
+Token ids are renamed to numbers in order of first sight. The scheduler only ever asks whether two
+ids are equal, so its decisions are the same under any one-to-one renaming, and a trace does not
+spell out prompts.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from moebius.config import EngineConfig, require
-from moebius.errors import ConfigError, StorageError
+from moebius.errors import ConfigError, StorageError, require
 from moebius.files import begins_with, check_target
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.request import FinishReason, Request, SamplingParams
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
-VERSION = 1
+VERSION = 2
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline")
@@ -26,10 +28,12 @@ _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline")
 
 
 class TraceWriter:
-    """Writes the calls that a scheduler gets, and the plans it answers with; one line each, flushed a step."""
+    """Writes the calls that a scheduler gets, and the plans it answers with; one line each, flushed
+    a step."""
 
-    def __init__(self, path: str | Path, config: EngineConfig, pool: BlockPool) -> None:
-        """Raises ConfigError where the file holds something else, StorageError where it cannot be written."""
+    def __init__(self, path: str | Path, config: SchedulerConfig, pool: BlockPool) -> None:
+        """Raises ConfigError where the file holds something else, StorageError where it cannot be
+        written."""
         check_target(Path(path), _OUR_TRACES)
         try:
             self._file: IO[str] = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
@@ -37,7 +41,8 @@ class TraceWriter:
             raise StorageError(f"--trace {path} cannot be written: {error.strerror}") from error
         self._names: dict[int, int] = {}
         sizes = {name: getattr(pool, name) for name in _POOL}
-        self._write(event="start", version=VERSION, scheduler=asdict(config), pool=sizes)
+        options = {field.name: getattr(config, field.name) for field in fields(SchedulerConfig)}
+        self._write(event="start", version=VERSION, scheduler=options, pool=sizes)
 
     def add(self, request: Request) -> None:
         params = request.params
@@ -84,14 +89,21 @@ class TraceWriter:
 
     def _salt_name(self, salt: bytes) -> int:
         # Negative keys keep salts apart from token ids in the one table of names.
-        return self._names.setdefault(-1 - int.from_bytes(b"\x01" + salt, "big"), len(self._names)) if salt else -1
+        return (
+            self._names.setdefault(-1 - int.from_bytes(b"\x01" + salt, "big"), len(self._names))
+            if salt
+            else -1
+        )
 
 
 def plan_record(plan: StepPlan) -> dict[str, Any]:
-    """A plan as JSON types: what two runs of the same decisions have in common to the last block id."""
+    """A plan as JSON types: what two runs of the same decisions have in common to the last block
+    id."""
     return {
         "step": plan.step,
-        "chunks": [[c.request_id, c.start, c.num_tokens, c.samples, list(c.block_ids)] for c in plan.chunks],
+        "chunks": [
+            [c.request_id, c.start, c.num_tokens, c.samples, list(c.block_ids)] for c in plan.chunks
+        ],
         "preempted": list(plan.preempted),
         "expired": list(plan.expired),
         "waiting": dict(plan.waiting),
@@ -100,7 +112,8 @@ def plan_record(plan: StepPlan) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """steps compared; `difference` describes the first plan that came out otherwise, None when all were the same."""
+    """steps compared; `difference` describes the first plan that came out otherwise, None when all
+    were the same."""
 
     steps: int
     requests: int
@@ -110,7 +123,8 @@ class ReplayReport:
 def replay(path: str | Path) -> ReplayReport:
     """Make the decisions of a trace again, with the scheduler of this version.
 
-    A last line cut short by a crash ends the replay; anything else that is not a trace is a ConfigError.
+    A last line cut short by a crash ends the replay; anything else that is not a trace is a
+    ConfigError.
     """
     lines = _records(Path(path))
     try:
@@ -149,7 +163,9 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
             case "fail":
                 scheduler.fail(record["id"])
             case other:
-                raise ConfigError(f"{path}: a line with the event {other!r} where none of the kind can stand")
+                raise ConfigError(
+                    f"{path}: a line with the event {other!r} where none of the kind can stand"
+                )
     return ReplayReport(steps, requests)
 
 
@@ -165,7 +181,9 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 return
             where = f"{path}, line {number}"
-            raise ConfigError(f"{where}: not JSON ({error}); is this a file that --trace wrote?") from error
+            raise ConfigError(
+                f"{where}: not JSON ({error}); is this a file that --trace wrote?"
+            ) from error
         good = isinstance(record, dict) and "event" in record
         require(good, f"{path}, line {number}: no trace event; is this a file that --trace wrote?")
         yield record
@@ -173,13 +191,19 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
     if start is None or start["event"] != "start" or start.get("version") != VERSION:
-        raise ConfigError(f"{path} does not begin with the start line of a trace of version {VERSION}")
-    return Scheduler(EngineConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32)))
+        raise ConfigError(
+            f"{path} does not begin with the start line of a trace of version {VERSION}"
+        )
+    return Scheduler(
+        SchedulerConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32))
+    )
 
 
 def _request(record: dict[str, Any]) -> Request:
     params = SamplingParams(
-        max_tokens=None, min_tokens=record["min_tokens"], prompt_logprobs=0 if record["prompt_logprobs"] else None
+        max_tokens=None,
+        min_tokens=record["min_tokens"],
+        prompt_logprobs=0 if record["prompt_logprobs"] else None,
     )
     return Request(
         **{name: record[name] for name in _REQUEST},

@@ -1,7 +1,8 @@
-"""Running rows through a decoder, and the sums that its routers leave: memory that does not grow with the text.
+"""Running rows through a decoder, and the sums that its routers leave: memory that does not grow
+with the text.
 
-Shape legend: S steps, M layers with a router, T tokens of a step, E experts, K experts a token, X tracked vocabulary,
-C kinds of text.
+Shape legend: S steps, M layers with a router, T tokens of a step, E experts, K experts a token, X
+tracked vocabulary, C kinds of text.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebius.config import RouterConfig, require
+from moebius.config import RouterConfig
+from moebius.errors import require
 from moebius.inspect.corpus import Rows
 from moebius.models.decoder import Decoder
 from moebius.moe import health
@@ -21,7 +23,8 @@ from moebius.moe.router import Router, Routing
 from moebius.nn.attention import CausalAttend
 from moebius.ops.routing import router_probabilities
 
-# Counters that the vocabulary may take, two of 4 bytes each: it is tracked as far as they reach, common ids first.
+# Counters that the vocabulary may take, two of 4 bytes each: it is tracked as far as they reach,
+# common ids first.
 _VOCABULARY_COUNTERS = 2**25
 _NEVER = torch.iinfo(torch.int32).max
 # How often an id must occur to be tracked (OLMoE, arXiv 2409.02060 section 5.4).
@@ -37,13 +40,21 @@ def silent(what: str, total: int) -> AbstractContextManager[Callable[[], Any]]:
 
 
 def routers(decoder: Decoder) -> dict[int, Router]:
-    """The routers by layer. Raises ConfigError for a dense model, or one whose routers differ in size."""
+    """The routers by layer. Raises ConfigError for a dense model, or one whose routers differ in
+    size."""
     layers: Any = enumerate(decoder.layers)
     found = {i: layer.mlp.router for i, layer in layers if layer.mlp.router is not None}
-    require(bool(found), f"this {decoder.config.model_type} model is dense: it has no router to inspect")
+    require(
+        bool(found), f"this {decoder.config.model_type} model is dense: it has no router to inspect"
+    )
     sizes = {(r.config.num_experts, r.config.top_k) for r in found.values()}
-    require(len(sizes) == 1, f"layers of different routers, (experts, top_k) = {sorted(sizes)}, cannot be inspected")
-    require(sizes.pop()[0] > 1, "the routers have a single expert each: there is no choice to inspect")
+    require(
+        len(sizes) == 1,
+        f"layers of different routers, (experts, top_k) = {sorted(sizes)}, cannot be inspected",
+    )
+    require(
+        sizes.pop()[0] > 1, "the routers have a single expert each: there is no choice to inspect"
+    )
     return found
 
 
@@ -51,11 +62,13 @@ class Tally:
     """What is kept of a run over `rows`: counts and sums for each layer with a router.
 
     counts_SME   (token, choice) pairs, step by step
-    sums         by name, over tokens (M,): entropy, confidence, margin, z, bfloat16_changed; with a second checkpoint
-                 overlap, overlap_first, variation; distinct_W over runs of W consecutive tokens
+    sums         by name, over tokens (M,): entropy, confidence, margin, z, bfloat16_changed; with a
+                 second checkpoint overlap, overlap_first, variation; distinct_W over runs of W
+                 consecutive tokens
     p_ME         router probabilities, summed         largest_M    greatest absolute logit
     together_MEE co-activation          kinds_MEC     tokens of each kind that chose e
-    tokens_MEX   tokens of each tracked id that chose e        example_MEX  place in shuffled_N of one of them
+    tokens_MEX   tokens of each tracked id that chose e        example_MEX  place in shuffled_N of
+                 one of them
     """
 
     def __init__(self, rows: Rows, layers: int, router: RouterConfig, device: torch.device) -> None:
@@ -67,7 +80,9 @@ class Tally:
         common = torch.argsort(counts_V, descending=True, stable=True)[:most]
         self.tracked_X = common[counts_V[common] >= _OFTEN]
         self.tracked_tokens_X = counts_V[self.tracked_X]
-        self._index_V = torch.full(counts_V.shape, -1).index_put_((self.tracked_X,), torch.arange(len(self.tracked_X)))
+        self._index_V = torch.full(counts_V.shape, -1).index_put_(
+            (self.tracked_X,), torch.arange(len(self.tracked_X))
+        )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(layers, *shape, dtype=dtype, device=device)
@@ -81,7 +96,9 @@ class Tally:
         self.kinds_MEC = zeros(experts, len(rows.kinds), dtype=torch.int64)
         self.tokens_MEX = zeros(experts, len(self.tracked_X), dtype=torch.int32)
         self.example_MEX = self.tokens_MEX + _NEVER
-        self.shuffled_N = torch.randperm(len(rows.tokens_N), generator=torch.Generator().manual_seed(0))
+        self.shuffled_N = torch.randperm(
+            len(rows.tokens_N), generator=torch.Generator().manual_seed(0)
+        )
         self._place_N = torch.argsort(self.shuffled_N).int()
 
     @property
@@ -98,7 +115,9 @@ class Tally:
     def begin(self, tokens: int) -> None:
         """A step over the next `tokens` tokens of the rows begins."""
         self._step = slice(self.seen, self.seen + tokens)
-        self.counts_SME.append(torch.zeros(self.num_layers, self.router.num_experts, dtype=torch.int64))
+        self.counts_SME.append(
+            torch.zeros(self.num_layers, self.router.num_experts, dtype=torch.int64)
+        )
         self.seen += tokens
 
     def see(self, m: int, module: Router, inputs: tuple[Tensor], routing: Routing) -> None:
@@ -112,7 +131,9 @@ class Tally:
         self._add("margin", m, health.margin(p_TE))
         self._add("z", m, torch.logsumexp(routing.logits_TE, -1).square())
         self.largest_M[m] = torch.maximum(self.largest_M[m], routing.logits_TE.abs().amax())
-        half_TK = health.routed_in_bfloat16(*inputs, module.weight, module.bias, module.config, module.selection_bias)
+        half_TK = health.routed_in_bfloat16(
+            *inputs, module.weight, module.bias, module.config, module.selection_bias
+        )
         self._add("bfloat16_changed", m, health.overlap(ids_TK, half_TK) < 1)
         self.together_MEE[m] += health.coactivation(ids_TK, experts)
         for row_LK in torch.split(ids_TK, self.rows.length):
@@ -122,7 +143,10 @@ class Tally:
 
     def _count_classes(self, m: int, ids_TK: Tensor) -> None:
         tracked_T = self._index_V[self.rows.tokens_N[self._step].long()].to(self.device)
-        kind_T, place_T = self.rows.kind_N[self._step].to(self.device), self._place_N[self._step].to(self.device)
+        kind_T, place_T = (
+            self.rows.kind_N[self._step].to(self.device),
+            self._place_N[self._step].to(self.device),
+        )
         known = tracked_T >= 0
         kind_pairs = (ids_TK * self.kinds_MEC.shape[2] + kind_T.unsqueeze(1)).flatten()
         pairs = (ids_TK[known] * len(self.tracked_X) + tracked_T[known].unsqueeze(1)).flatten()
@@ -143,9 +167,14 @@ class Tally:
 
 @torch.inference_mode()
 def collect(
-    decoder: Decoder, rows: Rows, step_tokens: int, against: Decoder | None = None, progress: Progress = silent
+    decoder: Decoder,
+    rows: Rows,
+    step_tokens: int,
+    against: Decoder | None = None,
+    progress: Progress = silent,
 ) -> Tally:
-    """Run all rows through the decoder, and through another checkpoint of its shape, some `step_tokens` at a time."""
+    """Run all rows through the decoder, and through another checkpoint of its shape, some
+    `step_tokens` at a time."""
     found, device = routers(decoder), decoder.embed_tokens.weight.device
     tally = Tally(rows, len(found), next(iter(found.values())).config, device)
     step = max(1, step_tokens // rows.length) * rows.length
@@ -153,16 +182,21 @@ def collect(
 
     def forward(model: Decoder, tokens_T: Tensor, document_T: Tensor) -> list[Routing]:
         positions_T = torch.arange(rows.length, device=device).repeat(len(tokens_T) // rows.length)
-        _, routings = model(tokens_T.long(), positions_T, CausalAttend(model.config, rows.length, document_T))
+        _, routings = model(
+            tokens_T.long(), positions_T, CausalAttend(model.config, rows.length, document_T)
+        )
         return [routing for routing in routings if routing is not None]
 
     with ExitStack() as stack:
-        # A hook sees a router's input while it is there: kept to a step's end, those of all layers would be large.
+        # A hook sees a router's input while it is there: kept to a step's end, those of all layers
+        # would be large.
         for m, router in enumerate(found.values()):
             stack.callback(router.register_forward_hook(partial(tally.see, m)).remove)
         on_step = stack.enter_context(progress("inspecting", len(starts)))
         for start in starts:
-            tokens_T, document_T = (x[start : start + step].to(device) for x in (rows.tokens_N, rows.document_N))
+            tokens_T, document_T = (
+                x[start : start + step].to(device) for x in (rows.tokens_N, rows.document_N)
+            )
             tally.begin(len(tokens_T))
             routings = forward(decoder, tokens_T, document_T)
             if against is not None:

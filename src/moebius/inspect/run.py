@@ -1,6 +1,7 @@
 """moebius inspect as a function: model and text in, report.html and report.json out.
 
-The report is JSON; verdict.j2 makes sentences of it, report.html.j2 a page, with the filters at the end of this file.
+The report is JSON; verdict.j2 makes sentences of it, report.html.j2 a page, with the filters at the
+end of this file.
 """
 
 import math
@@ -14,11 +15,20 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from moebius.config import InspectConfig, json_text, require
-from moebius.files import begins_with, check_target, make_directory, signed, write_file
+from moebius.errors import require
+from moebius.files import begins_with, check_target, json_text, make_directory, signed, write_file
 from moebius.inspect.collect import Progress, collect, routers, silent
+from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document, Rows, make_rows
-from moebius.inspect.summary import check_finite, distinct, drift, layer_figures, placement, tastes, together
+from moebius.inspect.summary import (
+    check_finite,
+    distinct,
+    drift,
+    layer_figures,
+    placement,
+    tastes,
+    together,
+)
 from moebius.models.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.decoder import Decoder
 from moebius.models.weights import load_decoder
@@ -47,11 +57,13 @@ def write_report(
     against_name: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run documents through the model in `directory` and write report.html and report.json into `out`.
+    """Run documents through the model in `directory` and write report.html and report.json into
+    `out`.
 
-    `against` is another checkpoint of the same shape, run on the same tokens; names are what the report calls the two.
-    Returns what report.json holds. Raises UsageError for a dense model, for text that is none, and for checkpoints that
-    do not fit together; NumericalError for a router that gives no numbers; StorageError where `out` cannot be written.
+    `against` is another checkpoint of the same shape, run on the same tokens; names are what the
+    report calls the two. Returns what report.json holds. Raises UsageError for a dense model, for
+    text that is none, and for checkpoints that do not fit together; NumericalError for a router
+    that gives no numbers; StorageError where `out` cannot be written.
     """
     config = config or InspectConfig()
     _check_out(out)
@@ -62,22 +74,31 @@ def write_report(
     length = min(config.row_length, model.context)
     rows = make_rows(documents, tokenizer, length, config.max_tokens)
     fits = int(rows.tokens_N.max()) < model.vocab_size
-    require(fits, f"the tokenizer gives ids beyond the model's {model.vocab_size}: it is another model's")
+    require(
+        fits,
+        f"the tokenizer gives ids beyond the model's {model.vocab_size}: it is another model's",
+    )
     other = None if against is None else _load_other(checkpoint, against, rows, tokenizer, config)
-    # The kernels have a pool of their own; a second one that spins beside it costs both dearly on few cores.
+    # The kernels have a pool of their own; a second one that spins beside it costs both dearly on
+    # few cores.
     with TorchThreads(1 if decoder.ops.one_answer else config.threads or default_threads()):
         tally = collect(decoder, rows, config.step_tokens, other, progress)
     check_finite(tally, layers)
     experts = tally.router.num_experts
     report: dict[str, Any] = {
-        "model": {"name": name or directory.name, "type": model.model_type, "layers": model.num_layers},
+        "model": {
+            "name": name or directory.name,
+            "type": model.model_type,
+            "layers": model.num_layers,
+        },
         "run": {
             "dtype": _name(decoder.embed_tokens.weight.dtype),
             "backend": decoder.ops.name,
             "steps": len(tally.counts_SME),
         },
         "router": asdict(tally.router) | {"greatest_entropy": round(math.log(experts), 4)},
-        "text": rows.facts() | {"step_tokens": int(tally.counts_SME[0][0].sum()) // tally.router.top_k},
+        "text": rows.facts()
+        | {"step_tokens": int(tally.counts_SME[0][0].sum()) // tally.router.top_k},
         "limits": {"even": 0.5, "uneven": 1.0},
         "floor": round(max_violation_floor(tally.seen, experts, tally.router.top_k), 4),
         "capacity_factors": list(config.capacity_factor),
@@ -114,12 +135,19 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load_other(mine: Checkpoint, directory: Path, rows: Rows, tokenizer: Tokenizer, config: InspectConfig) -> Decoder:
-    """A second checkpoint, which must have the first one's shape and give its text the same tokens."""
+def _load_other(
+    mine: Checkpoint, directory: Path, rows: Rows, tokenizer: Tokenizer, config: InspectConfig
+) -> Decoder:
+    """A second checkpoint, which must have the first one's shape and give its text the same
+    tokens."""
     other = open_checkpoint(directory)
     for field in ("num_layers", "hidden_size", "vocab_size", "feed_forward"):
         here, there = getattr(mine.config, field), getattr(other.config, field)
-        shown = f", {field} {there} and not {here}" if isinstance(here, int) else " in its experts or routers"
+        shown = (
+            f", {field} {there} and not {here}"
+            if isinstance(here, int)
+            else " in its experts or routers"
+        )
         require(here == there, f"--against {directory}: the model has another shape{shown}")
     sample = tokenizer.decode(rows.tokens_N[: rows.length].tolist())
     same = Tokenizer.load(directory).encode_ordinary(sample) == tokenizer.encode_ordinary(sample)
@@ -130,7 +158,9 @@ def _load_other(mine: Checkpoint, directory: Path, rows: Rows, tokenizer: Tokeni
 def _router_change(decoder: Decoder, other: Decoder) -> Tensor:
     """|W - W'| / |W'| of each router's weight, Frobenius norms (M,)."""
     pairs = zip(routers(decoder).values(), routers(other).values(), strict=True)
-    return torch.stack([(a.weight.float() - b.weight.float()).norm() / b.weight.float().norm() for a, b in pairs])
+    return torch.stack(
+        [(a.weight.float() - b.weight.float()).norm() / b.weight.float().norm() for a, b in pairs]
+    )
 
 
 def _tint(lift: float) -> Markup:
@@ -147,14 +177,17 @@ def _ticks(top: float) -> list[float]:
 
 
 def _largest_maps(maps: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Which layers' maps to draw, in order: as many as a page can hold, those with most to see first."""
+    """Which layers' maps to draw, in order: as many as a page can hold, those with most to see
+    first."""
     room = max(1, _CELLS // len(maps[0]["lift"]) ** 2)
     return sorted(sorted(range(len(maps)), key=lambda m: -maps[m]["spread"])[:room])
 
 
 def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined
+    )
     environment.filters |= {
         "visible": lambda text: text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·"),
         "tint": _tint,

@@ -1,6 +1,7 @@
 """From a tally to the report's figures: plain lists and numbers, as report.json holds them.
 
-Shape legend: S steps, M layers with a router, E experts, X tracked vocabulary, C kinds of text, R ranks.
+Shape legend: S steps, M layers with a router, E experts, X tracked vocabulary, C kinds of text, R
+ranks.
 """
 
 import math
@@ -32,13 +33,22 @@ def rounded(values: Tensor, digits: int = 4) -> Any:
 
 
 def check_finite(tally: Tally, layers: Sequence[int]) -> None:
-    """Raises NumericalError naming the first layer whose router gave something that is no number."""
-    bad = [layer for layer, value in zip(layers, tally.mean("z").tolist(), strict=True) if not math.isfinite(value)]
+    """Raises NumericalError naming the first layer whose router gave something that is no
+    number."""
+    bad = [
+        layer
+        for layer, value in zip(layers, tally.mean("z").tolist(), strict=True)
+        if not math.isfinite(value)
+    ]
     if bad:
-        raise NumericalError(f"layer {bad[0]}: the router's logits are not finite; this checkpoint is broken")
+        raise NumericalError(
+            f"layer {bad[0]}: the router's logits are not finite; this checkpoint is broken"
+        )
 
 
-def layer_figures(tally: Tally, layers: Sequence[int], capacity_factors: Sequence[float]) -> list[dict[str, Any]]:
+def layer_figures(
+    tally: Tally, layers: Sequence[int], capacity_factors: Sequence[float]
+) -> list[dict[str, Any]]:
     """Each layer's figures, under the names of moebius.moe.health."""
     counts_ME, router = tally.counts_ME, tally.router
     steps_SME = torch.stack(tally.counts_SME)
@@ -60,7 +70,9 @@ def layer_figures(tally: Tally, layers: Sequence[int], capacity_factors: Sequenc
         "z": tally.mean("z"),
         "largest_logit": tally.largest_M.cpu(),
         "bfloat16_changed": tally.mean("bfloat16_changed"),
-        "dropped": torch.stack([health.dropped_share(steps_SME, f).mean(0) for f in capacity_factors], 1),
+        "dropped": torch.stack(
+            [health.dropped_share(steps_SME, f).mean(0) for f in capacity_factors], 1
+        ),
     }
     lists = {name: rounded(values) for name, values in columns.items()}
     return [
@@ -71,7 +83,8 @@ def layer_figures(tally: Tally, layers: Sequence[int], capacity_factors: Sequenc
 
 
 def together(tally: Tally) -> list[dict[str, Any]] | None:
-    """Co-activation of each layer, and the pairs that meet oftenest beside chance; None for top-1 routers."""
+    """Co-activation of each layer, and the pairs that meet oftenest beside chance; None for top-1
+    routers."""
     if tally.router.top_k == 1:
         return None
     share_MEE = health.coactivation_share(tally.together_MEE.cpu())
@@ -81,24 +94,43 @@ def together(tally: Tally) -> list[dict[str, Any]] | None:
         upper = torch.triu_indices(len(lift_EE), len(lift_EE), offset=1)
         lifts = lift_EE[upper[0], upper[1]]
         best = upper.T[lifts.argsort(descending=True)[:_PAIRS]].tolist()
-        pairs = [{"experts": [i, j], "lift": rounded(lift_EE[i, j]), "share": rounded(share_EE[i, j])} for i, j in best]
+        pairs = [
+            {"experts": [i, j], "lift": rounded(lift_EE[i, j]), "share": rounded(share_EE[i, j])}
+            for i, j in best
+        ]
         spread = float((lifts - 1).abs().mean())
-        found.append({"share": rounded(share_EE), "lift": rounded(lift_EE, 3), "pairs": pairs, "spread": spread})
+        found.append(
+            {
+                "share": rounded(share_EE),
+                "lift": rounded(lift_EE, 3),
+                "pairs": pairs,
+                "spread": spread,
+            }
+        )
     return found
 
 
 def tastes(tally: Tally, tokenizer: Tokenizer, m: int) -> dict[str, Any]:
-    """What each expert of a layer gets far more than its share of: vocabulary ids, with an example each, and kinds."""
+    """What each expert of a layer gets far more than its share of: vocabulary ids, with an example
+    each, and kinds."""
     tokens_EX, example_EX = tally.tokens_MEX[m].cpu(), tally.example_MEX[m].cpu()
     lift_EX = health.preference(tokens_EX, tally.tracked_tokens_X)
-    # How far the tokens are from chance in all: common ones count for more than rare ones of the same lift.
+    # How far the tokens are from chance in all: common ones count for more than rare ones of the
+    # same lift.
     weight_EX = torch.where(lift_EX >= _LIKED_TOKEN, tokens_EX * lift_EX.clamp(min=1).log(), 0.0)
-    kinds, kind_tokens_C = tally.rows.kinds, torch.bincount(tally.rows.kind_N, minlength=len(tally.rows.kinds))
+    kinds, kind_tokens_C = (
+        tally.rows.kinds,
+        torch.bincount(tally.rows.kind_N, minlength=len(tally.rows.kinds)),
+    )
     kinds_EC = tally.kinds_MEC[m].cpu()
     kind_lift_EC = health.preference(kinds_EC, kind_tokens_C)
     experts = []
     for e in range(len(tokens_EX)):
-        best = weight_EX[e].argsort(descending=True)[:_TOKENS_SHOWN].tolist() if lift_EX.numel() else []
+        best = (
+            weight_EX[e].argsort(descending=True)[:_TOKENS_SHOWN].tolist()
+            if lift_EX.numel()
+            else []
+        )
         liked = [
             {
                 "id": int(tally.tracked_X[x]),
@@ -106,49 +138,72 @@ def tastes(tally: Tally, tokenizer: Tokenizer, m: int) -> dict[str, Any]:
                 "lift": rounded(lift_EX[e, x], 2),
                 "share": rounded(tokens_EX[e, x] / tally.tracked_tokens_X[x], 3),
                 "count": int(tokens_EX[e, x]),
-                "example": tally.rows.context(at := int(tally.shuffled_N[example_EX[e, x]]), tokenizer),
+                "example": tally.rows.context(
+                    at := int(tally.shuffled_N[example_EX[e, x]]), tokenizer
+                ),
                 "document": tally.rows.documents[int(tally.rows.document_N[at])][0],
             }
             for x in best
             if weight_EX[e, x] > 0
         ]
-        fond = [{"kind": kinds[c], "lift": lift} for c, lift in enumerate(rounded(kind_lift_EC[e], 2))]
+        fond = [
+            {"kind": kinds[c], "lift": lift} for c, lift in enumerate(rounded(kind_lift_EC[e], 2))
+        ]
         fond = sorted((k for k in fond if k["lift"] >= _LIKED_KIND), key=lambda k: -k["lift"])
-        experts.append({"expert": e, "strength": float(weight_EX[e].sum()), "tokens": liked, "kinds": fond})
+        experts.append(
+            {"expert": e, "strength": float(weight_EX[e].sum()), "tokens": liked, "kinds": fond}
+        )
     share_C = kind_tokens_C / kind_tokens_C.sum()
     mean_entropy = (share_C * health.entropy(health.load_share(kinds_EC.T))).sum()
-    specialised = health.vocabulary_specialisation(tokens_EX, tally.tracked_tokens_X) if lift_EX.numel() else None
+    specialised = (
+        health.vocabulary_specialisation(tokens_EX, tally.tracked_tokens_X)
+        if lift_EX.numel()
+        else None
+    )
     return {
         "vocabulary_specialisation": None if specialised is None else rounded(specialised),
-        "kind_information": rounded(health.mutual_information(health.load_share(kinds_EC.sum(1)), mean_entropy)),
+        "kind_information": rounded(
+            health.mutual_information(health.load_share(kinds_EC.sum(1)), mean_entropy)
+        ),
         "kind_lift": rounded(kind_lift_EC, 3),
         "experts": experts,
     }
 
 
 def distinct(tally: Tally) -> list[dict[str, Any]]:
-    """Experts of a layer that a step touches, by its number of tokens: the mean over layers, and layer by layer."""
+    """Experts of a layer that a step touches, by its number of tokens: the mean over layers, and
+    layer by layer."""
     router, rows = tally.router, tally.rows
     even_E = torch.full((router.num_experts,), router.top_k / router.num_experts)
     number = len(rows.tokens_N) // rows.length
     found = []
     for batch in _BATCHES:
-        row = {"batch": batch, "uniform": rounded(health.distinct_experts(even_E, batch)), "one_text": None}
+        row = {
+            "batch": batch,
+            "uniform": rounded(health.distinct_experts(even_E, batch)),
+            "one_text": None,
+        }
         if batch <= rows.length:
-            row["one_text"] = rounded(tally.sums[f"distinct_{batch}"].mean() / (number * (rows.length // batch)))
+            row["one_text"] = rounded(
+                tally.sums[f"distinct_{batch}"].mean() / (number * (rows.length // batch))
+            )
         loaded_M = health.distinct_experts(tally.counts_ME / tally.seen, batch)
         found.append(row | {"load": rounded(loaded_M.mean()), "load_by_layer": rounded(loaded_M)})
     return found
 
 
 def placement(tally: Tally, ranks: Sequence[int]) -> list[dict[str, Any]]:
-    """The busiest rank's load over the mean, for experts in order, balanced, and balanced with a replica a rank more.
+    """The busiest rank's load over the mean, for experts in order, balanced, and balanced with a
+    replica a rank more.
 
-    Placements are made from every other step and judged on the steps between, one by one, as a step waits for its
-    busiest rank; with a single step there is but one to do both.
+    Placements are made from every other step and judged on the steps between, one by one, as a step
+    waits for its busiest rank; with a single step there is but one to do both.
     """
     steps_SME = torch.stack(tally.counts_SME)
-    known_ME, judged_SME = steps_SME[::2].sum(0).tolist(), steps_SME[1::2] if len(steps_SME) > 1 else steps_SME
+    known_ME, judged_SME = (
+        steps_SME[::2].sum(0).tolist(),
+        steps_SME[1::2] if len(steps_SME) > 1 else steps_SME,
+    )
     experts, found = tally.router.num_experts, []
     for count in ranks:
         room = -(-experts // count)
@@ -161,20 +216,26 @@ def placement(tally: Tally, ranks: Sequence[int]) -> list[dict[str, Any]]:
         }
         row: dict[str, Any] = {"ranks": count, "slots": slots}
         for name, held in ways.items():
-            each = [health.imbalance(rank_loads(judged_SME[:, m], layer)).mean() for m, layer in enumerate(held)]
+            each = [
+                health.imbalance(rank_loads(judged_SME[:, m], layer)).mean()
+                for m, layer in enumerate(held)
+            ]
             row |= {name: rounded(torch.stack(each)), f"{name}_experts": held}
         found.append(row)
     return found
 
 
 def drift(tally: Tally, change_M: Tensor) -> dict[str, Any]:
-    """How far another checkpoint of the same shape routes the same tokens otherwise, layer by layer."""
+    """How far another checkpoint of the same shape routes the same tokens otherwise, layer by
+    layer."""
     theirs_ME = tally.other_counts_ME.cpu()
     columns = {
         "saturation": tally.mean("overlap"),
         "saturation_first": tally.mean("overlap_first"),
         "variation": tally.mean("variation"),
-        "load_variation": health.total_variation(health.load_share(tally.counts_ME), health.load_share(theirs_ME)),
+        "load_variation": health.total_variation(
+            health.load_share(tally.counts_ME), health.load_share(theirs_ME)
+        ),
         "max_violation": health.max_violation(theirs_ME),
         "router_change": change_M,
     }

@@ -1,4 +1,5 @@
-"""Model directories: their configuration, their tensors, and the decoder. Nothing imported here imports torch."""
+"""Model directories: their configuration, their tensors, and the decoder. Nothing imported here
+imports torch."""
 
 from moebius.models.families import MODEL_TYPES, checkpoint_layouts, model_config, read_config
 

@@ -1,7 +1,8 @@
-"""What a checkpoint directory holds, checked from headers: nothing is allocated, no torch. One tensor is read where
-two may be the same: see _tied.
+"""What a checkpoint directory holds, checked from headers: nothing is allocated, no torch. One
+tensor is read where two may be the same: see _tied.
 
-A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes without a gap.
+A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes
+without a gap.
 """
 
 import json
@@ -15,8 +16,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from moebius.config import ModelConfig, read_json, require
-from moebius.errors import ConfigError, WeightsError
+from moebius.config import ModelConfig
+from moebius.errors import ConfigError, WeightsError, require
+from moebius.files import read_json
 from moebius.models import checkpoint_layouts, read_config
 from moebius.models.layout import EMBEDDING, HEAD, PREFIX, Source, sources
 
@@ -27,7 +29,9 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(
+        ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1
+    ),
 }
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _MAX_HEADER = 100 * 2**20
@@ -51,7 +55,8 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedWeight:
-    """One parameter as it will be held: mapped from the file as it lies there, or copied (and converted)."""
+    """One parameter as it will be held: mapped from the file as it lies there, or copied (and
+    converted)."""
 
     name: str
     mapped: bool
@@ -81,7 +86,8 @@ class Checkpoint:
         return max(sizes, key=lambda name: sizes[name])
 
     def plan_weights(self, dtype: str, device: str = "cpu") -> list[PlannedWeight]:
-        """How each parameter will be held on `device` as `dtype`, bfloat16, float16 or float32; loads none."""
+        """How each parameter will be held on `device` as `dtype`, bfloat16, float16 or float32;
+        loads none."""
         rows = []
         for source in self.sources:
             stored, kept = self.tensors[source.name], "float32" if source.float32 else dtype
@@ -137,13 +143,21 @@ def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
         return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
     where = f"{_file(path)}: tensor {name!r}: "
-    good = isinstance(entry, dict) and integers(entry.get("shape")) and integers(entry.get("data_offsets"))
+    good = (
+        isinstance(entry, dict)
+        and integers(entry.get("shape"))
+        and integers(entry.get("data_offsets"))
+    )
     _check(good, where, "the header's entry has no valid shape and data_offsets")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry.get("dtype")
     _check(len(offsets) == 2, where, f"data_offsets is {offsets}; it must be a start and a stop")
     _check(isinstance(dtype, str) and dtype in _ITEM_BYTES, where, f"dtype {dtype!r} is unknown")
     stored, needed = offsets[1] - offsets[0], math.prod(shape) * _ITEM_BYTES[dtype]
-    _check(stored == needed, where, f"{stored} bytes stored, but shape {shape} of {dtype} needs {needed}")
+    _check(
+        stored == needed,
+        where,
+        f"{stored} bytes stored, but shape {shape} of {dtype} needs {needed}",
+    )
     return StoredTensor(path, name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
@@ -153,9 +167,15 @@ def _check_extent(path: Path, tensors: Mapping[str, StoredTensor], base: int, si
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         kind, this = "a gap" if tensor.start > at else "an overlap", f"tensor {tensor.name!r}"
         _check(tensor.start == at, where, f"{kind} between {last} and {this}")
-        _check(tensor.stop <= size, where, f"{this} ends at byte {tensor.stop}, the file at {size}; it is truncated")
+        _check(
+            tensor.stop <= size,
+            where,
+            f"{this} ends at byte {tensor.stop}, the file at {size}; it is truncated",
+        )
         at, last = tensor.stop, this
-    _check(at == size, where, f"{size - at} bytes follow {last}; the file does not match its header")
+    _check(
+        at == size, where, f"{size - at} bytes follow {last}; the file does not match its header"
+    )
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -164,16 +184,24 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
         return read_header(directory / _SINGLE)
     if not (directory / _INDEX).exists():
         other = sorted(path.name for path in directory.glob("*.bin"))
-        hint = f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors" if other else ""
+        hint = (
+            f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors"
+            if other
+            else ""
+        )
         raise WeightsError(f"{directory} holds neither {_SINGLE} nor {_INDEX}{hint}")
     weight_map = read_json(directory / _INDEX, error=WeightsError).get("weight_map")
     index = _file(directory / _INDEX)
-    good = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    good = isinstance(weight_map, dict) and all(
+        isinstance(shard, str) for shard in weight_map.values()
+    )
     _check(good, index, ": weight_map must map tensor names to files")
     assert isinstance(weight_map, dict)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        _check(Path(shard).name == shard, index, f": {shard!r} is no file name within the directory")
+        _check(
+            Path(shard).name == shard, index, f": {shard!r} is no file name within the directory"
+        )
         where = _file(directory / shard)
         _check((directory / shard).exists(), where, f" is missing, but {_INDEX} names it")
         found = read_header(directory / shard)
@@ -182,12 +210,17 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
             _check(here, where, f": tensor {name!r} is left over; {_INDEX} does not place it there")
         tensors.update(found)
     for name, shard in weight_map.items():
-        _check(name in tensors, _file(directory / shard), f": tensor {name!r} is missing, but {_INDEX} places it there")
+        _check(
+            name in tensors,
+            _file(directory / shard),
+            f": tensor {name!r} is missing, but {_INDEX} places it there",
+        )
     return tensors
 
 
 def _named_in_full(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The tensors under their names in a model with a head; one that was saved without has no `model.` before them."""
+    """The tensors under their names in a model with a head; one that was saved without has no
+    `model.` before them."""
     if any(name.startswith(PREFIX) for name in tensors):
         return tensors
     return {name if name == HEAD else PREFIX + name: tensor for name, tensor in tensors.items()}
@@ -201,9 +234,9 @@ def _harmless(name: str, config: ModelConfig) -> bool:
 def _tied(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether the head is the embedding: it is meant to be, and no head is stored that differs.
 
-    As in transformers: a head of its own counts for more than tie_word_embeddings. Bytes are compared, so that two
-    spellings of one number are two heads, which costs memory and is right. What is read is what loading maps, and it
-    ends at the first difference.
+    As in transformers: a head of its own counts for more than tie_word_embeddings. Bytes are
+    compared, so that two spellings of one number are two heads, which costs memory and is right.
+    What is read is what loading maps, and it ends at the first difference.
     """
     if not config.tie_word_embeddings or EMBEDDING not in tensors or HEAD not in tensors:
         return config.tie_word_embeddings
@@ -226,38 +259,55 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
-    """The tensor's bytes, one piece after the other in the same buffer; the last may have old bytes behind it, the
-    same of two tensors whose earlier pieces are the same."""
+    """The tensor's bytes, one piece after the other in the same buffer; the last may have old bytes
+    behind it, the same of two tensors whose earlier pieces are the same."""
     buffer = bytearray(_COMPARED_AT_ONCE)
     try:
         with tensor.file.open("rb") as file:
             file.seek(tensor.start)
             for left in range(tensor.stop - tensor.start, 0, -len(buffer)):
                 wanted = memoryview(buffer)[:left]
-                _check(file.readinto(wanted) == len(wanted), _file(tensor.file), " shrank while it was read")
+                _check(
+                    file.readinto(wanted) == len(wanted),
+                    _file(tensor.file),
+                    " shrank while it was read",
+                )
                 yield buffer
     except OSError as cause:
-        raise WeightsError(f"{_file(tensor.file)} cannot be read: {cause.strerror or cause}") from None
+        raise WeightsError(
+            f"{_file(tensor.file)} cannot be read: {cause.strerror or cause}"
+        ) from None
 
 
-def _match(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> tuple[Source, ...]:
+def _match(
+    directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]
+) -> tuple[Source, ...]:
     """The sources of all parameters, in the layout that the checkpoint has."""
     embedding = HEAD if config.tie_word_embeddings and EMBEDDING not in tensors else EMBEDDING
     layouts = checkpoint_layouts(config.model_type)
-    candidates = [tuple(sources(config, replace(layout, embedding=embedding))) for layout in layouts]
+    candidates = [
+        tuple(sources(config, replace(layout, embedding=embedding))) for layout in layouts
+    ]
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         if missing == [HEAD]:
-            more = "; if the embedding is meant to serve as head, config.json must say tie_word_embeddings = true"
+            more = (
+                "; if the embedding is meant to serve as head, config.json must say "
+                "tie_word_embeddings = true"
+            )
         shards = sorted({_file(tensor.file) for tensor in tensors.values()}) or [directory.name]
         raise WeightsError(f"{', '.join(shards[:3])}: tensor {missing[0]!r} is missing{more}")
     for source in wanted:
         stored = tensors[source.name]
         where = f"{_file(stored.file)}: tensor {source.name!r}"
         same = stored.shape == source.stored_shape
-        _check(same, where, f" has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}")
+        _check(
+            same,
+            where,
+            f" has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}",
+        )
         known = stored.dtype in _DTYPES
         _check(known, where, f" has dtype {stored.dtype}; supported are {', '.join(_DTYPES)}")
     used = {source.name for source in wanted}
@@ -275,18 +325,26 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is no directory; a model is a directory with config.json and safetensors files")
+        raise ConfigError(
+            f"{directory} is no directory; a model is a directory with config.json and safetensors "
+            "files"
+        )
     config_json = read_json(directory / "config.json")
     config, ignored, _ = read_config(config_json)
     if ignored:
-        log.info("config.json: no %s model reads %s, which changes nothing", config.model_type, ", ".join(ignored))
+        log.info(
+            "config.json: no %s model reads %s, which changes nothing",
+            config.model_type,
+            ", ".join(ignored),
+        )
     tensors = _named_in_full(read_tensors(directory))
     config = replace(config, tie_word_embeddings=_tied(directory, config, tensors))
     return Checkpoint(directory, config_json, config, tensors, _match(directory, config, tensors))
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each tensor."""
+    """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each
+    tensor."""
     digest = blake2b(digest_size=8, person=b"moebius-weights")
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")

@@ -1,4 +1,5 @@
-"""One decoder for training and for serving. What differs between architectures is data, in ModelConfig.
+"""One decoder for training and for serving. What differs between architectures is data, in
+ModelConfig.
 
 Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attention).
 """
@@ -19,14 +20,19 @@ from moebius.ops import Ops
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer: attention, then feed-forward, each added to the residual stream."""
+    """A pre-norm transformer layer: attention, then feed-forward, each added to the residual
+    stream."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, dispatch: Dispatcher, layer: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, ops: Ops, dispatch: Dispatcher, layer: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
         self.self_attn = Attention(config, ops, layer, dtype)
-        self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(
+            ops, config.hidden_size, config.norm_eps, dtype=dtype
+        )
         self.mlp = FeedForward(config.feed_forward[layer], config.hidden_size, ops, dispatch, dtype)
 
     def forward(
@@ -75,9 +81,14 @@ class Decoder(nn.Module):
         self._head: Any = None
         self.rotary = Rotary(config.rope, config.head_dim, ops)
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> tuple[Tensor, list[Routing | None]]:
-        """Final hidden states (T, D), after the last norm, and each layer's routing (None for a dense layer)."""
-        x_TD = self.ops.embed(input_ids_T, self.embed_tokens.weight, self.config.embedding_multiplier)
+    def forward(
+        self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend
+    ) -> tuple[Tensor, list[Routing | None]]:
+        """Final hidden states (T, D), after the last norm, and each layer's routing (None for a
+        dense layer)."""
+        x_TD = self.ops.embed(
+            input_ids_T, self.embed_tokens.weight, self.config.embedding_multiplier
+        )
         cos_TR, sin_TR = self.rotary(positions_T)
         update_TD, routings = None, []
         for layer in self.layers:
@@ -91,17 +102,27 @@ class Decoder(nn.Module):
             weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
             self._head = self.ops.prepare_linear((weight_VD, None))
         logits_LV = self.ops.logits(hidden_LD, self._head)
-        return logits_LV if self.config.logits_divisor == 1.0 else logits_LV / self.config.logits_divisor
+        return (
+            logits_LV
+            if self.config.logits_divisor == 1.0
+            else logits_LV / self.config.logits_divisor
+        )
 
     @torch.no_grad()
     def init_weights(
-        self, generator: torch.Generator | None = None, std: float = 0.02, scale: float = 0.0, router: float = 1.0
+        self,
+        generator: torch.Generator | None = None,
+        std: float = 0.02,
+        scale: float = 0.0,
+        router: float = 1.0,
     ) -> None:
-        """Fresh weights: normal, cut off at 3 standard deviations (OLMoE, arXiv 2409.02060); norms one, biases zero.
+        """Fresh weights: normal, cut off at 3 standard deviations (OLMoE, arXiv 2409.02060); norms
+        one, biases zero.
 
-        Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers), as in GPT-2. With
-        `scale`, matrices but the embedding have sqrt(scale / inputs) instead, cut off at 2 (Switch, arXiv 2101.03961
-        section 2.4, recommends 0.1 in place of 1). `router` multiplies the routers' width.
+        Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers),
+        as in GPT-2. With `scale`, matrices but the embedding have sqrt(scale / inputs) instead, cut
+        off at 2 (Switch, arXiv 2101.03961 section 2.4, recommends 0.1 in place of 1). `router`
+        multiplies the routers' width.
         """
         for name, parameter in self.named_parameters():
             if "norm" in name:
@@ -115,4 +136,6 @@ class Decoder(nn.Module):
                 elif "o_proj" in name or "down_proj" in name:
                     width = std / math.sqrt(2 * self.config.num_layers)
                 width *= router if ".router." in name else 1.0
-                nn.init.trunc_normal_(parameter, 0.0, width, -cut * width, cut * width, generator=generator)
+                nn.init.trunc_normal_(
+                    parameter, 0.0, width, -cut * width, cut * width, generator=generator
+                )

@@ -1,6 +1,8 @@
-"""Which checkpoint tensor, or which part of one, each parameter of a decoder comes from. No tensors, only shapes.
+"""Which checkpoint tensor, or which part of one, each parameter of a decoder comes from. No
+tensors, only shapes.
 
-A Layout names the tensors of one layer's feed-forward; all supported architectures spell the rest alike.
+A Layout names the tensors of one layer's feed-forward; all supported architectures spell the rest
+alike.
 """
 
 from collections.abc import Iterator
@@ -15,15 +17,16 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Names below `model.layers.{i}.`, but for the embedding's, which is whole; {e} stands for the expert's number,
-    {p} for the projection.
+    """Names below `model.layers.{i}.`, but for the embedding's, which is whole; {e} stands for the
+    expert's number, {p} for the projection.
 
     expert        one tensor an expert and projection, or None where experts are stacked in
     gate_up       (E, 2F, D), gate rows first, and
     down          (E, D, F)
     projections   what this checkpoint calls gate, up and down
     shared        the expert that is always on
-    embedding     the tensor of the embedding: the head's, where that alone is stored and serves as both
+    embedding     the tensor of the embedding: the head's, where that alone is stored and serves as
+                  both
     """
 
     router: str = "mlp.gate.weight"
@@ -42,9 +45,11 @@ NOISE, ROUTER_BIAS = "mlp.gate.noise.weight", "mlp.gate.bias"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a parameter's values are: a whole tensor, or rows start to stop of entry `entry` of a stacked one.
+    """Where a parameter's values are: a whole tensor, or rows start to stop of entry `entry` of a
+    stacked one.
 
-    shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32 stays so in any model.
+    shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32
+    stays so in any model.
     """
 
     parameter: str
@@ -83,41 +88,66 @@ def _attention(config: ModelConfig, here: str, there: str) -> Iterator[Source]:
             yield _whole(here + bias, there + bias, size)
         if config.qk_norm != "none" and name != "v":
             norm = f"{name}_norm.weight"
-            yield _whole(here + norm, there + norm, size if config.qk_norm == "full" else config.head_dim)
+            yield _whole(
+                here + norm, there + norm, size if config.qk_norm == "full" else config.head_dim
+            )
     yield _whole(here + "o_proj.weight", there + "o_proj.weight", config.hidden_size, config.q_size)
     if config.output_bias:
         yield _whole(here + "o_proj.bias", there + "o_proj.bias", config.hidden_size)
 
 
-def _feed_forward(config: ModelConfig, layout: Layout, layer: int, here: str, there: str) -> Iterator[Source]:
+def _feed_forward(
+    config: ModelConfig, layout: Layout, layer: int, here: str, there: str
+) -> Iterator[Source]:
     part, width = config.feed_forward[layer], config.hidden_size
     if part.router is None:
-        yield from _expert(here + "experts.", 0, there + "mlp.{p}", PROJECTIONS, part, (part.width, width))
+        yield from _expert(
+            here + "experts.", 0, there + "mlp.{p}", PROJECTIONS, part, (part.width, width)
+        )
         return
     count = part.router.num_experts
     yield _whole(here + "router.weight", there + layout.router, count, width)
     if part.router.logit_bias:
         yield _whole(here + "router.bias", there + ROUTER_BIAS, count)
     if part.router.selection_bias:
-        yield Source(here + "router.selection_bias", (count,), there + SELECTION_BIAS, (count,), float32=True)
+        yield Source(
+            here + "router.selection_bias", (count,), there + SELECTION_BIAS, (count,), float32=True
+        )
     if part.router.learned_noise:
         yield _whole(here + "router.noise_weight", there + NOISE, count, width)
     for e in range(count):
         if layout.expert is None:
-            yield from _stacked_expert(here + "experts.", e, there, layout, (count, part.width, width))
+            yield from _stacked_expert(
+                here + "experts.", e, there, layout, (count, part.width, width)
+            )
         else:
             name = (there + layout.expert).removesuffix(".weight").replace("{e}", str(e))
-            yield from _expert(here + "experts.", e, name, layout.projections, part, (part.width, width))
+            yield from _expert(
+                here + "experts.", e, name, layout.projections, part, (part.width, width)
+            )
     if part.shared_width:
-        yield from _expert(here + "shared.", 0, there + layout.shared, PROJECTIONS, part, (part.shared_width, width))
+        yield from _expert(
+            here + "shared.",
+            0,
+            there + layout.shared,
+            PROJECTIONS,
+            part,
+            (part.shared_width, width),
+        )
         if part.shared_gate:
             yield _whole(here + "shared_gate.weight", there + SHARED_GATE, 1, width)
 
 
 def _expert(
-    here: str, e: int, name: str, names: tuple[str, str, str], part: FeedForwardConfig, sizes: tuple[int, int]
+    here: str,
+    e: int,
+    name: str,
+    names: tuple[str, str, str],
+    part: FeedForwardConfig,
+    sizes: tuple[int, int],
 ) -> Iterator[Source]:
-    """A feed-forward stored as three matrices, or two where it is not gated, and as many biases where it has them."""
+    """A feed-forward stored as three matrices, or two where it is not gated, and as many biases
+    where it has them."""
     for ours, theirs in zip(PROJECTIONS, names, strict=True):
         if ours == "up_proj" and not part.gated:
             continue
@@ -128,9 +158,13 @@ def _expert(
             yield _whole(f"{here}{ours.removesuffix('_proj')}_bias.{e}", stored + ".bias", shape[0])
 
 
-def _stacked_expert(here: str, e: int, there: str, layout: Layout, sizes: tuple[int, int, int]) -> Iterator[Source]:
+def _stacked_expert(
+    here: str, e: int, there: str, layout: Layout, sizes: tuple[int, int, int]
+) -> Iterator[Source]:
     count, width, hidden = sizes
     gate_up = (count, 2 * width, hidden)
     yield Source(f"{here}gate_proj.{e}", (width, hidden), there + layout.gate_up, gate_up, e, 0)
     yield Source(f"{here}up_proj.{e}", (width, hidden), there + layout.gate_up, gate_up, e, width)
-    yield Source(f"{here}down_proj.{e}", (hidden, width), there + layout.down, (count, hidden, width), e, 0)
+    yield Source(
+        f"{here}down_proj.{e}", (hidden, width), there + layout.down, (count, hidden, width), e, 0
+    )

@@ -1,10 +1,11 @@
 """Reading a config.json: what decides is what transformers' class for the model_type makes of it.
 
-A key that its model reads is either computed here as well, or has to have the value that leaves the model as it is;
-any other value is an error, for the model would not compute what it was trained for. A key that its model does not
-read changes nothing. One that is absent has the default of its configuration class, because checkpoints were saved
-without keys that equal it. Which is which stands in config_keys.json, made from transformers' sources. Configurations
-of transformers 4 and 5 are both read.
+A key that its model reads is either computed here as well, or has to have the value that leaves the
+model as it is; any other value is an error, for the model would not compute what it was trained
+for. A key that its model does not read changes nothing. One that is absent has the default of its
+configuration class, because checkpoints were saved without keys that equal it. Which is which
+stands in config_keys.json, made from transformers' sources. Configurations of transformers 4 and 5
+are both read.
 """
 
 import sys
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moebius.config import Activation, FeedForwardConfig, ModelConfig, RopeConfig, package_table, read_json, require
+from moebius.config import Activation, FeedForwardConfig, ModelConfig, RopeConfig
+from moebius.errors import require
+from moebius.files import package_table, read_json
 
 _TABLE = package_table("models/keys.toml")
 _HARMLESS = frozenset(_TABLE["harmless"])
@@ -28,7 +31,8 @@ class Keys:
     """What the keys of one kind of object mean.
 
     read        each key that counts, with what its absence means
-    never_null  keys for which null is no value; elsewhere it is one of its own, which None stands for
+    never_null  keys for which null is no value; elsewhere it is one of its own, which None stands
+                for
     aliases     other names of keys
     closed      no other key is known, and an unknown one may count
     """
@@ -63,7 +67,11 @@ class ConfigReader:
         for key, value in self.raw.items():
             name = self.keys.aliases.get(key, key)
             same = raw.get(name) is None or value is None or raw[name] == value
-            require(same, f"{self.where}{name} is {raw.get(name)!r} and, by its other name, {value!r}; keep one")
+            require(
+                same,
+                f"{self.where}{name} is {raw.get(name)!r} and, by its other name, {value!r}; keep "
+                "one",
+            )
             raw[name] = raw.get(name) if value is None else value
         self.raw = raw
 
@@ -75,7 +83,11 @@ class ConfigReader:
         value = self.raw[key]
         meant = self.keys.read.get(key)
         null = value is None and key in self.keys.never_null
-        require(not null, f"{self.where}{key} is null; leave it out for its default of {meant!r}, or give a value")
+        require(
+            not null,
+            f"{self.where}{key} is null; leave it out for its default of {meant!r}, or give a "
+            "value",
+        )
         return value
 
     def _checked(self, key: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
@@ -110,7 +122,10 @@ class ConfigReader:
     def indices(self, key: str) -> tuple[int, ...]:
         wanted = "a list of layer numbers"
         value = self._checked(key, [], (list,), wanted)
-        require(all(type(i) is int for i in value), f"{self.where}{key} is {value!r}; it must be {wanted}")
+        require(
+            all(type(i) is int for i in value),
+            f"{self.where}{key} is {value!r}; it must be {wanted}",
+        )
         return tuple(value)
 
     @property
@@ -120,7 +135,9 @@ class ConfigReader:
     def activation(self) -> Activation:
         name = self.get("hidden_act")
         known = isinstance(name, str) and name in _ACTIVATIONS
-        require(known, f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
+        require(
+            known, f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}"
+        )
         return _ACTIVATIONS[name]
 
     def layer_types(self) -> Sequence[str] | None:
@@ -129,9 +146,15 @@ class ConfigReader:
         if value is None:
             return None
         known = ("full_attention", "sliding_attention")
-        types = [_LAYER_TYPES.get(v, v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else []
+        types = (
+            [_LAYER_TYPES.get(v, v) if isinstance(v, str) else v for v in value]
+            if isinstance(value, list)
+            else []
+        )
         good = len(types) == self.num_layers and all(v in known for v in types)
-        require(good, f"config.json: layer_types must name one of {', '.join(known)} for each layer")
+        require(
+            good, f"config.json: layer_types must name one of {', '.join(known)} for each layer"
+        )
         return types
 
     def finish(self) -> None:
@@ -145,30 +168,39 @@ class ConfigReader:
             neutral = value in ([], {}) or value == default
             require(
                 not counts or neutral,
-                f"{self.where}{key} = {value!r} is not supported{model}; "
-                "the model would not compute what it was trained for",
+                f"{self.where}{key} = {value!r} is not supported{model}; the model would not "
+                "compute what it was trained for",
             )
             if not counts and not key.startswith("_"):
                 self.ignored.append(key)
 
     def rope(self, max_position: int) -> RopeConfig:
-        """rope_theta and rope_scaling (transformers 4) or rope_parameters (5); rope_scaling wins as it does there."""
+        """rope_theta and rope_scaling (transformers 4) or rope_parameters (5); rope_scaling wins as
+        it does there."""
         old, new = self.get("rope_scaling"), self.get("rope_parameters")
         name, given = ("rope_scaling", old) if old else ("rope_parameters", new or {})
         require(isinstance(given, dict), f"config.json: {name} is {given!r}; it must be an object")
         kind = given.get("rope_type", given.get("type", "default"))
         require(
             kind not in ("dynamic", "longrope", "su"),
-            f"config.json: rope type {kind!r} is not supported: its frequencies depend on the longest sequence in "
-            "the batch, so a request's answer would depend on its neighbours; linear, llama3 and yarn are supported",
+            f"config.json: rope type {kind!r} is not supported: its frequencies depend on the "
+            "longest sequence in the batch, so a request's answer would depend on its neighbours; "
+            "linear, llama3 and yarn are supported",
         )
         read = _READ_BY_TRANSFORMERS["rope"]
         known = isinstance(kind, str) and kind in read
-        require(known, f"config.json: rope type {kind!r} is unknown; {', '.join(read)} are supported")
-        rope = ConfigReader(given, Keys(dict.fromkeys(read[kind])), f"config.json: {name} of type {kind}: ")
+        require(
+            known, f"config.json: rope type {kind!r} is unknown; {', '.join(read)} are supported"
+        )
+        rope = ConfigReader(
+            given, Keys(dict.fromkeys(read[kind])), f"config.json: {name} of type {kind}: "
+        )
         rope.computed |= {"rope_type", "type"}
         nested = [key for key, value in given.items() if isinstance(value, Mapping)]
-        require(not nested, f"{rope.where}{nested} are objects; all layers of this type have the same frequencies")
+        require(
+            not nested,
+            f"{rope.where}{nested} are objects; all layers of this type have the same frequencies",
+        )
         self._check_partial(rope)
         key = "original_max_position_embeddings"
         original = self.integer(key, rope.integer(key, max_position))
@@ -179,7 +211,8 @@ class ConfigReader:
         return config
 
     def _check_partial(self, rope: "ConfigReader") -> None:
-        """Heads are turned as a whole; not every type of frequencies reads which part of them is to be."""
+        """Heads are turned as a whole; not every type of frequencies reads which part of them is to
+        be."""
         key = "partial_rotary_factor"
         everywhere = self.number(key, 1.0)
         if key in rope.keys.read:
@@ -189,12 +222,18 @@ class ConfigReader:
             self.ignored.append(key)
 
 
-def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max_position: int) -> RopeConfig:
+def _rope_config(
+    kind: str, rope: ConfigReader, theta: float, original: int, max_position: int
+) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(theta, "linear", rope.number("factor"), original)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        require(low < high, f"config.json: rope low_freq_factor = {low} must be less than high_freq_factor = {high}")
+        require(
+            low < high,
+            f"config.json: rope low_freq_factor = {low} must be less than high_freq_factor = "
+            f"{high}",
+        )
         return RopeConfig(theta, "llama3", rope.number("factor"), original, low, high)
     if kind == "yarn":
         return RopeConfig(
@@ -214,11 +253,14 @@ def _rope_config(kind: str, rope: ConfigReader, theta: float, original: int, max
 
 
 def sliding_windows(reader: ConfigReader, default_types: Sequence[str]) -> tuple[int | None, ...]:
-    """Windows of the Qwen family: on with use_sliding_window, in the layers that layer_types (or its default) name."""
+    """Windows of the Qwen family: on with use_sliding_window, in the layers that layer_types (or
+    its default) name."""
     types = reader.layer_types() or default_types
     if not slides(reader):
         off = "sliding_attention" not in types
-        require(off, "config.json: layer_types has sliding_attention, but use_sliding_window is off")
+        require(
+            off, "config.json: layer_types has sliding_attention, but use_sliding_window is off"
+        )
         return (None,) * len(types)
     window = reader.integer("sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
@@ -231,13 +273,18 @@ def slides(reader: ConfigReader) -> bool:
 
 
 def upper_layers_slide(reader: ConfigReader) -> list[str]:
-    """layer_types of the dense Qwen models where it is absent: layers from max_window_layers on have a window."""
+    """layer_types of the dense Qwen models where it is absent: layers from max_window_layers on
+    have a window."""
     full, used = reader.integer("max_window_layers", low=0), slides(reader)
-    return ["sliding_attention" if used and i >= full else "full_attention" for i in range(reader.num_layers)]
+    return [
+        "sliding_attention" if used and i >= full else "full_attention"
+        for i in range(reader.num_layers)
+    ]
 
 
 def sparse_layers(reader: ConfigReader) -> list[bool]:
-    """Which layers have experts in the Qwen family: every decoder_sparse_step-th, but for mlp_only_layers."""
+    """Which layers have experts in the Qwen family: every decoder_sparse_step-th, but for
+    mlp_only_layers."""
     step, dense = reader.integer("decoder_sparse_step"), reader.indices("mlp_only_layers")
     return [i not in dense and (i + 1) % step == 0 for i in range(reader.num_layers)]
 
@@ -253,25 +300,35 @@ def decoder(
 
     feed_forward and windows are one for all layers, or one each.
     """
-    heads, hidden, layers = reader.integer("num_attention_heads"), reader.integer("hidden_size"), reader.num_layers
+    heads, hidden, layers = (
+        reader.integer("num_attention_heads"),
+        reader.integer("hidden_size"),
+        reader.num_layers,
+    )
     require(
         reader.get("head_dim") is not None or hidden % heads == 0,
-        f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim",
+        f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; "
+        "give head_dim",
     )
     max_position = reader.integer("max_position_embeddings")
     quantized = reader.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     require(
         not quantized,
-        f"config.json: quantization_config of method {method!r} is not supported; "
-        "use the checkpoint in bfloat16, float16 or float32",
+        f"config.json: quantization_config of method {method!r} is not supported; use the "
+        "checkpoint in bfloat16, float16 or float32",
     )
     every = tuple(windows) if isinstance(windows, Sequence) else (windows,) * layers
-    types = reader.layer_types() or ["full_attention" if window is None else "sliding_attention" for window in every]
+    types = reader.layer_types() or [
+        "full_attention" if window is None else "sliding_attention" for window in every
+    ]
     for i, (kind, window) in enumerate(zip(types, every, strict=True)):
         has = "no sliding window" if window is None else f"a sliding window of {window}"
         agree = (kind == "sliding_attention") == (window is not None)
-        require(agree, f"config.json: layer_types[{i}] is {kind}, but the other keys give the layer {has}")
+        require(
+            agree,
+            f"config.json: layer_types[{i}] is {kind}, but the other keys give the layer {has}",
+        )
     return ModelConfig(
         model_type=reader.get("model_type"),
         hidden_size=hidden,
@@ -284,7 +341,9 @@ def decoder(
         rope=reader.rope(max_position),
         norm_eps=reader.number("rms_norm_eps"),
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        feed_forward=tuple(feed_forward) if isinstance(feed_forward, Sequence) else (feed_forward,) * layers,
+        feed_forward=tuple(feed_forward)
+        if isinstance(feed_forward, Sequence)
+        else (feed_forward,) * layers,
         windows=every,
         **different,
     )

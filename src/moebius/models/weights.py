@@ -1,4 +1,5 @@
-"""Weights in and out: safetensors files to a Decoder, mapped without a copy where the dtype allows, and back."""
+"""Weights in and out: safetensors files to a Decoder, mapped without a copy where the dtype allows,
+and back."""
 
 import math
 import mmap
@@ -14,9 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moebius.config import json_text
 from moebius.errors import WeightsError
-from moebius.files import anyone, make_directory, write_file
+from moebius.files import anyone, json_text, make_directory, write_file
 from moebius.models import checkpoint_layouts, model_config
 from moebius.models.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from moebius.models.decoder import Decoder
@@ -37,23 +37,33 @@ class _Files:
         """The source's values where they lie in the file, in the file's dtype."""
         if stored.file not in self._maps:
             with stored.file.open("rb") as file:
-                region = self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                region = self._maps[stored.file] = mmap.mmap(
+                    file.fileno(), 0, access=mmap.ACCESS_READ
+                )
             # What is read from now on is read in huge pages, where the kernel has them for files.
             with suppress(OSError, AttributeError):
                 region.madvise(mmap.MADV_HUGEPAGE)
             region.madvise(mmap.MADV_WILLNEED)
-            populate(np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region)
+            populate(
+                np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region
+            )
         dtype = _TORCH_DTYPES[stored.dtype]
         count = math.prod(source.shape)
         row = math.prod(source.stored_shape[2:])
-        skipped = 0 if source.entry is None else (source.entry * source.stored_shape[1] + source.start) * row
+        skipped = (
+            0
+            if source.entry is None
+            else (source.entry * source.stored_shape[1] + source.start) * row
+        )
         start = stored.start + skipped * dtype.itemsize
         region = self._maps[stored.file]
         if len(region) < stored.stop:
             raise WeightsError(f"{stored.file} shrank while it was loaded")
         aligned = start % dtype.itemsize == 0
         values = region if aligned else bytearray(region[start : start + count * dtype.itemsize])
-        return torch.frombuffer(values, dtype=dtype, count=count, offset=start if aligned else 0).view(source.shape)
+        return torch.frombuffer(
+            values, dtype=dtype, count=count, offset=start if aligned else 0
+        ).view(source.shape)
 
 
 def load_decoder(
@@ -66,9 +76,10 @@ def load_decoder(
 ) -> Decoder:
     """A decoder with a checkpoint's weights as `dtype` on `device`.
 
-    On a CPU, tensors that are stored as `dtype` are used where they lie in the mapped file: loading copies nothing and
-    processes share the pages. Such weights cannot be written and take no gradient; mapped=False copies all of them for
-    training. Raises ConfigError or WeightsError before anything is allocated.
+    On a CPU, tensors that are stored as `dtype` are used where they lie in the mapped file: loading
+    copies nothing and processes share the pages. Such weights cannot be written and take no
+    gradient; mapped=False copies all of them for training. Raises ConfigError or WeightsError
+    before anything is allocated.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
@@ -81,26 +92,35 @@ def load_decoder(
         warnings.simplefilter("ignore")
         for source in checkpoint.sources:
             value = files.view(source, checkpoint.tensors[source.name])
-            value = value.to(device=device, dtype=torch.float32 if source.float32 else dtype, copy=not mapped)
+            value = value.to(
+                device=device, dtype=torch.float32 if source.float32 else dtype, copy=not mapped
+            )
             module, _, leaf = source.parameter.rpartition(".")
             modules[module].register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
     return decoder
 
 
 def _check_all_have_a_source(decoder: Decoder, sources: Iterable[Source]) -> None:
-    """Raises WeightsError naming what would stay without values: nothing but a source takes a tensor off meta."""
+    """Raises WeightsError naming what would stay without values: nothing but a source takes a
+    tensor off meta."""
     tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
     found = {source.parameter: source.shape for source in sources}
-    bare = [name for name, tensor in tensors.items() if tensor.is_meta and found.get(name) != tuple(tensor.shape)]
+    bare = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_meta and found.get(name) != tuple(tensor.shape)
+    ]
     if bare:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
         raise WeightsError(
-            f"no tensor of a {decoder.config.model_type} checkpoint holds the values of {bare[0]}{more}; "
-            "what config.json describes cannot be loaded"
+            f"no tensor of a {decoder.config.model_type} checkpoint holds the values of "
+            f"{bare[0]}{more}; what config.json describes cannot be loaded"
         )
 
 
-def _stored_tensors(state: Mapping[str, Tensor], wanted: Iterator[Source], dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored_tensors(
+    state: Mapping[str, Tensor], wanted: Iterator[Source], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The checkpoint's tensors, stacked where its layout stacks."""
     tensors: dict[str, Tensor] = {}
     for source in wanted:
@@ -122,9 +142,9 @@ def save_checkpoint(
 ) -> None:
     """Write model.safetensors and config.json in the published layout of config_json's model_type.
 
-    model is a decoder or its state dict; dtype None keeps the embedding's, and is written into config.json, as is
-    whether the head is the embedding, where config_json says otherwise. Each file is complete or as it was before.
-    Raises StorageError.
+    model is a decoder or its state dict; dtype None keeps the embedding's, and is written into
+    config.json, as is whether the head is the embedding, where config_json says otherwise. Each
+    file is complete or as it was before. Raises StorageError.
     """
     directory = Path(directory)
     make_directory(directory)
@@ -132,12 +152,20 @@ def save_checkpoint(
     dtype = dtype or state["embed_tokens.weight"].dtype
     config, tied = model_config(config_json), "lm_head.weight" not in state
     if config.tie_word_embeddings != tied:
-        config, config_json = replace(config, tie_word_embeddings=tied), {**config_json, "tie_word_embeddings": tied}
+        config, config_json = (
+            replace(config, tie_word_embeddings=tied),
+            {**config_json, "tie_word_embeddings": tied},
+        )
     wanted = sources(config, checkpoint_layouts(config.model_type)[0])
     tensors = _stored_tensors(state, wanted, dtype)
     weights = directory / "model.safetensors"
     write_file(weights, lambda to: save_file(tensors, to, metadata={"format": "pt"}), ours=anyone)
-    # transformers 5 calls it dtype, and reads the name of old too, which is the only one that version 4 reads.
+    # transformers 5 calls it dtype, and reads the name of old too, which is the only one that
+    # version 4 reads.
     described = {key: value for key, value in config_json.items() if key != "dtype"}
     described["torch_dtype"] = str(dtype).removeprefix("torch.")
-    write_file(directory / "config.json", json_text(described, indent=2, sort_keys=True) + "\n", ours=anyone)
+    write_file(
+        directory / "config.json",
+        json_text(described, indent=2, sort_keys=True) + "\n",
+        ours=anyone,
+    )

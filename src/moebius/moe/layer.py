@@ -12,11 +12,17 @@ from moebius.ops import ExpertWeights, Ops
 
 
 class Experts(nn.Module):
-    """E experts of width F: gate_proj.e and, where gated, up_proj.e (F, D), down_proj.e (D, F); a dense feed-forward
-    is E = 1."""
+    """E experts of width F: gate_proj.e and, where gated, up_proj.e (F, D), down_proj.e (D, F); a
+    dense feed-forward is E = 1."""
 
     def __init__(
-        self, ops: Ops, config: FeedForwardConfig, num_experts: int, hidden_size: int, width: int, dtype: torch.dtype
+        self,
+        ops: Ops,
+        config: FeedForwardConfig,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.ops, self.activation = ops, config.activation
@@ -24,7 +30,8 @@ class Experts(nn.Module):
 
         def tensors(*shape: int, wanted: bool = True) -> nn.ParameterList:
             return nn.ParameterList(
-                nn.Parameter(torch.empty(*shape, dtype=dtype)) for _ in range(num_experts if wanted else 0)
+                nn.Parameter(torch.empty(*shape, dtype=dtype))
+                for _ in range(num_experts if wanted else 0)
             )
 
         self.gate_proj = tensors(width, hidden_size)
@@ -35,19 +42,29 @@ class Experts(nn.Module):
         self.down_bias = tensors(hidden_size, wanted=config.bias)
 
     def weights(self) -> ExpertWeights:
-        """The tensors as they are now; ParameterList's own indexing costs a millisecond for a hundred experts."""
-        lists = (self.gate_proj, self.up_proj, self.down_proj, self.gate_bias, self.up_bias, self.down_bias)
+        """The tensors as they are now; ParameterList's own indexing costs a millisecond for a
+        hundred experts."""
+        lists = (
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+            self.gate_bias,
+            self.up_bias,
+            self.down_bias,
+        )
         return ExpertWeights(*(tuple(each._parameters.values()) for each in lists))  # type: ignore[arg-type]
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None
+    ) -> Tensor:
         if self._prepared is None:
             self._prepared = self.ops.prepare_experts(self.weights(), self.activation)
         return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self._prepared)
 
 
 class Dispatcher(Protocol):
-    """Brings every (token, expert) pair to the rank that holds the expert, and the weighted sum back: (T, D). Nothing
-    else knows about ranks."""
+    """Brings every (token, expert) pair to the rank that holds the expert, and the weighted sum
+    back: (T, D). Nothing else knows about ranks."""
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
 
@@ -68,7 +85,12 @@ class FeedForward(nn.Module):
     """Dense (no router, one expert) or a mixture of experts, by its configuration."""
 
     def __init__(
-        self, config: FeedForwardConfig, hidden_size: int, ops: Ops, dispatch: Dispatcher, dtype: torch.dtype
+        self,
+        config: FeedForwardConfig,
+        hidden_size: int,
+        ops: Ops,
+        dispatch: Dispatcher,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.ops, self.dispatch = ops, dispatch

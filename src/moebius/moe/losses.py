@@ -1,9 +1,11 @@
-"""Losses that keep a router balanced and its logits small, and the balance without a loss: pure functions.
+"""Losses that keep a router balanced and its logits small, and the balance without a loss: pure
+functions.
 
-One normalisation: the balance loss is 1 when the load is even, worked out per layer and averaged over the layers that
-have a router. Others differ. GShard's and DeepSpeed's is ours with first choices only; Megatron's is ours summed over
-the layers; transformers' `load_balancing_loss_func` pools all layers' tokens, so that the imbalances of two layers
-cancel out, and is K at balance. tests/moe/test_losses.py has their formulas.
+One normalisation: the balance loss is 1 when the load is even, worked out per layer and averaged
+over the layers that have a router. Others differ. GShard's and DeepSpeed's is ours with first
+choices only; Megatron's is ours summed over the layers; transformers' `load_balancing_loss_func`
+pools all layers' tokens, so that the imbalances of two layers cancel out, and is K at balance.
+tests/moe/test_losses.py has their formulas.
 
 Shape legend: T tokens in S sequences of equal length, E experts, K experts a token.
 """
@@ -39,17 +41,23 @@ def load_balance_loss(
     counts: Sequence[Tensor] | None = None,
     first_only: bool = False,
 ) -> Tensor:
-    """Switch Transformers eq 4-6 (arXiv 2101.03961), E * sum_i f_i P_i: 1 at balance, at most E; mean over layers.
+    """Switch Transformers eq 4-6 (arXiv 2101.03961), E * sum_i f_i P_i: 1 at balance, at most E;
+    mean over layers.
 
-    f_i is expert i's share of all K choices (of the first ones with first_only: GShard, ST-MoE), P_i its mean router
-    probability; sigmoid scores are divided by their sum first (DeepSeek-V3 eq 17-20). With `sequences` the loss is
-    worked out in each of them and averaged (DeepSeek-V3's sequence-wise loss). `counts`, one (E,) a layer with a
-    router, are those of a larger batch that this one is a part of (global balance, arXiv 2501.11873): with f of the
-    whole and P of the part, the mean of the parts' losses is the loss of the whole. Gradients flow through P alone.
+    f_i is expert i's share of all K choices (of the first ones with first_only: GShard, ST-MoE),
+    P_i its mean router probability; sigmoid scores are divided by their sum first (DeepSeek-V3 eq
+    17-20). With `sequences` the loss is worked out in each of them and averaged (DeepSeek-V3's
+    sequence-wise loss). `counts`, one (E,) a layer with a router, are those of a larger batch that
+    this one is a part of (global balance, arXiv 2501.11873): with f of the whole and P of the part,
+    the mean of the parts' losses is the loss of the whole. Gradients flow through P alone.
     """
     losses = []
     for layer, routing in enumerate(present(routings)):
-        probability_SE = router_probabilities(routing.logits_TE, config).view(sequences, -1, config.num_experts).mean(1)
+        probability_SE = (
+            router_probabilities(routing.logits_TE, config)
+            .view(sequences, -1, config.num_experts)
+            .mean(1)
+        )
         if counts is not None:
             counts_SE = counts[layer].float().unsqueeze(0)
         else:
@@ -60,15 +68,19 @@ def load_balance_loss(
 
 
 def router_z_loss(routings: Sequence[Routing | None]) -> Tensor:
-    """ST-MoE eq 5 (arXiv 2202.08906): the mean over tokens of logsumexp(logits)^2, in nats^2; mean over layers.
+    """ST-MoE eq 5 (arXiv 2202.08906): the mean over tokens of logsumexp(logits)^2, in nats^2; mean
+    over layers.
 
     Equal logits of 0 give (ln E)^2, not 0.
     """
     logits = [routing.logits_TE.float() for routing in present(routings)]
-    return torch.stack([torch.logsumexp(logits_TE, dim=-1).square().mean() for logits_TE in logits]).mean()
+    return torch.stack(
+        [torch.logsumexp(logits_TE, dim=-1).square().mean() for logits_TE in logits]
+    ).mean()
 
 
 def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
-    """Balance without a loss (arXiv 2408.15664, algorithm 1): b_i + rate * sign(mean(c) - c_i), for the next batch."""
+    """Balance without a loss (arXiv 2408.15664, algorithm 1): b_i + rate * sign(mean(c) - c_i), for
+    the next batch."""
     counts_E = counts_E.to(bias_E.dtype)
     return bias_E + rate * torch.sign(counts_E.mean() - counts_E)

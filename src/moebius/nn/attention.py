@@ -1,6 +1,8 @@
-"""Attention: projections, norms and rotation here; what the keys are attended through is the caller's `attend`.
+"""Attention: projections, norms and rotation here; what the keys are attended through is the
+caller's `attend`.
 
-Serving hands in a PagedAttend, training a CausalAttend; the decoder knows neither requests nor documents.
+Serving hands in a PagedAttend, training a CausalAttend; the decoder knows neither requests nor
+documents.
 """
 
 from collections.abc import Sequence
@@ -22,8 +24,9 @@ __all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "Rotation", "St
 
 
 class Rotation(NamedTuple):
-    """What is done to a layer's query and key heads before they meet: a norm where the architecture has one, then the
-    rotation by the step's cos and sin (T, R). kv_heads and head_dim say where the heads lie."""
+    """What is done to a layer's query and key heads before they meet: a norm where the architecture
+    has one, then the rotation by the step's cos and sin (T, R). kv_heads and head_dim say where the
+    heads lie."""
 
     ops: Ops
     cos_TR: Tensor
@@ -48,24 +51,37 @@ class Rotation(NamedTuple):
 
 
 class Attend(Protocol):
-    """How a layer's queries meet keys and values: heads as projected, side by side (T, (H + 2G) * N), to (T, H, N)."""
+    """How a layer's queries meet keys and values: heads as projected, side by side (T, (H + 2G) *
+    N), to (T, H, N)."""
 
     def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor: ...
 
 
 class PagedAttend:
-    """Serving: store the step's keys and values in each layer's cache, attend over what the cache holds.
+    """Serving: store the step's keys and values in each layer's cache, attend over what the cache
+    holds.
 
     caches are one per layer, as Ops.make_kv_cache made them, with blocks of block_size tokens.
     """
 
-    def __init__(self, ops: Ops, config: ModelConfig, caches: Sequence[Any], step: StepInputs, block_size: int) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        caches: Sequence[Any],
+        step: StepInputs,
+        block_size: int,
+    ) -> None:
         self._ops, self._config, self._caches, self._step = ops, config, caches, step
-        self._plans = {window: ops.plan_attention(step, block_size, window) for window in set(config.windows)}
+        self._plans = {
+            window: ops.plan_attention(step, block_size, window) for window in set(config.windows)
+        }
 
     def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         cache, slots = self._caches[layer], self._step.slot_mapping
-        q_norm, k_norm = (None if norm is None else norm.weight for norm in (rotation.q_norm, rotation.k_norm))
+        q_norm, k_norm = (
+            None if norm is None else norm.weight for norm in (rotation.q_norm, rotation.k_norm)
+        )
         angles, eps = (rotation.cos_TR, rotation.sin_TR), self._config.norm_eps
         q_THN = self._ops.rotate_and_store(qkv_TI, *angles, cache, slots, q_norm, k_norm, eps)
         plan = self._plans[self._config.windows[layer]]
@@ -75,11 +91,14 @@ class PagedAttend:
 class CausalAttend:
     """Training and evaluation: T = R * row_length tokens in R packed rows, causal within each row.
 
-    With document_ids_T a token sees only tokens of its row with its own id. The mask is made once for all layers, and
-    queries go in blocks that touch no key behind them: on a CPU several times as fast as torch's own with a mask.
+    With document_ids_T a token sees only tokens of its row with its own id. The mask is made once
+    for all layers, and queries go in blocks that touch no key behind them: on a CPU several times
+    as fast as torch's own with a mask.
     """
 
-    def __init__(self, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None
+    ) -> None:
         self._windows, self._scale, self._length = config.windows, config.scale, row_length
         self._document_ids_T = document_ids_T
         self._biases: dict[int | None, Tensor] = {}
@@ -101,7 +120,8 @@ class CausalAttend:
         bias_RLL, length = self._bias(self._windows[layer], q_THN), self._length
         heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
         rows = len(q_THN) // length
-        # Query heads that share a key head stand side by side, as more queries of the same keys: (R, G, L, H/G, N).
+        # Query heads that share a key head stand side by side, as more queries of the same keys:
+        # (R, G, L, H/G, N).
         q = q_THN.view(rows, length, groups, heads // groups, size).transpose(1, 2) * self._scale
         k = k_TGN.view(rows, length, groups, size).permute(0, 2, 3, 1)
         v = v_TGN.view(rows, length, groups, size).transpose(1, 2)
@@ -117,7 +137,8 @@ class CausalAttend:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and, by architecture, biases, clipping and query/key norms."""
+    """Grouped-query attention with rotary positions and, by architecture, biases, clipping and
+    query/key norms."""
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -132,8 +153,12 @@ class Attention(nn.Module):
         self.k_norm: RMSNorm | None = None
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
-            self.q_norm = RMSNorm(ops, q_size if full else config.head_dim, config.norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(ops, kv_size if full else config.head_dim, config.norm_eps, dtype=dtype)
+            self.q_norm = RMSNorm(
+                ops, q_size if full else config.head_dim, config.norm_eps, dtype=dtype
+            )
+            self.k_norm = RMSNorm(
+                ops, kv_size if full else config.head_dim, config.norm_eps, dtype=dtype
+            )
 
     def _full_norm(self, qkv_TI: Tensor) -> Tensor:
         """Norm all query heads as one vector, and all key heads (OLMoE), then clip (OLMo)."""
@@ -141,7 +166,9 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "full":
             for norm, start in ((self.q_norm, 0), (self.k_norm, config.q_size)):
                 qkv_TI = self.ops.rms_norm_part(qkv_TI, start, norm.weight, norm.eps)
-        return qkv_TI if config.clip_qkv is None else qkv_TI.clamp(-config.clip_qkv, config.clip_qkv)
+        return (
+            qkv_TI if config.clip_qkv is None else qkv_TI.clamp(-config.clip_qkv, config.clip_qkv)
+        )
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:
         config = self.config

@@ -11,7 +11,9 @@ from moebius.ops import Ops
 class Linear(nn.Module):
     """y = x W^T + b with weight (O, I) and, where asked for, bias (O,)."""
 
-    def __init__(self, ops: Ops, in_size: int, out_size: int, *, bias: bool = False, dtype: torch.dtype) -> None:
+    def __init__(
+        self, ops: Ops, in_size: int, out_size: int, *, bias: bool = False, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.ops = ops
         self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
@@ -44,7 +46,8 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, update: Tensor | None, multiplier: float) -> tuple[Tensor, Tensor]:
-        """The residual stream x + multiplier * update, and its norm; without an update, x and its norm."""
+        """The residual stream x + multiplier * update, and its norm; without an update, x and its
+        norm."""
         if update is None:
             return x, self.ops.rms_norm(x, self.weight, self.eps)
         return self.ops.add_rms_norm(x, update, multiplier, self.weight, self.eps)

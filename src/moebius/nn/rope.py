@@ -1,7 +1,8 @@
 """Rotary position embedding: frequencies for each published length-independent scaling.
 
-Formulas as transformers 5.23 has them: `linear` divides all frequencies, `llama3` divides the low ones and blends in
-between, `yarn` (arXiv 2309.00071) blends by the number of rotations and scales cos and sin.
+Formulas as transformers 5.23 has them: `linear` divides all frequencies, `llama3` divides the low
+ones and blends in between, `yarn` (arXiv 2309.00071) blends by the number of rotations and scales
+cos and sin.
 """
 
 import math
@@ -14,8 +15,11 @@ from moebius.ops import Ops
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies (R,) float32 in radians a position, and what cos and sin are multiplied by."""
-    inverse = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
+    """Inverse frequencies (R,) float32 in radians a position, and what cos and sin are multiplied
+    by."""
+    inverse = 1.0 / (
+        rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    )
     if rope.scaling == "linear":
         return inverse / rope.factor, 1.0
     if rope.scaling == "llama3":
@@ -36,7 +40,11 @@ def _llama3(inverse: Tensor, rope: RopeConfig) -> Tensor:
 def _yarn(inverse: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
     def dimension(turns: float) -> float:
         """The dimension whose frequency makes so many turns over the original context."""
-        return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            head_dim
+            * math.log(rope.original_max_position / (turns * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
@@ -44,7 +52,9 @@ def _yarn(inverse: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    ramp = (
+        (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
+    ).clamp(0, 1)
     return inverse / rope.factor * ramp + inverse * (1 - ramp)
 
 

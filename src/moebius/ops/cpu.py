@@ -1,8 +1,10 @@
-"""The operations on a CPU: csrc's kernels behind `Ops`. Weights are read where they lie; nothing is packed or copied.
+"""The operations on a CPU: csrc's kernels behind `Ops`. Weights are read where they lie; nothing is
+packed or copied.
 
-The instruction set is the best that the processor has; the environment variable MOEBIUS_CPU_ISA limits it (portable,
-avx2, avx512, avx512bf16, amx, or reference for plain PyTorch). Every kernel computes a row in the same way whatever
-rows surround it, however many threads there are and wherever the KV cache holds its tokens: one answer (promise P1).
+The instruction set is the best that the processor has; the environment variable MOEBIUS_CPU_ISA
+limits it (portable, avx2, avx512, avx512bf16, amx, or reference for plain PyTorch). Every kernel
+computes a row in the same way whatever rows surround it, however many threads there are and
+wherever the KV cache holds its tokens: one answer (promise P1).
 """
 
 import math
@@ -26,7 +28,15 @@ from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.sampling import Shaping, TopK
-from moebius.ops.steps import Captured, Compute, ExpertWeights, Logits, Pair, RouterTally, StepInputs
+from moebius.ops.steps import (
+    Captured,
+    Compute,
+    ExpertWeights,
+    Logits,
+    Pair,
+    RouterTally,
+    StepInputs,
+)
 
 # Torch functions that write to a tensor: copy_, __setitem__, __iadd__ and their kind.
 _CHANGES = re.compile(r"[a-z]\w*[a-z0-9]_|__setitem__|__i(?!nt|ndex|nvert)\w+__")
@@ -46,7 +56,8 @@ class CpuCache(NamedTuple):
 
 
 class CpuLinear(NamedTuple):
-    """Linear layers of one input as a table of addresses, their sizes, and the tensors that lie there."""
+    """Linear layers of one input as a table of addresses, their sizes, and the tensors that lie
+    there."""
 
     table: Any
     dtype: torch.dtype
@@ -69,14 +80,17 @@ def _address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
         raise ValueError(f"the CPU kernels want {dtype} here, not {x.dtype}")
     if not x.is_contiguous():
         raise ValueError(
-            f"the CPU kernels want contiguous tensors, not strides {x.stride()} for shape {tuple(x.shape)}"
+            f"the CPU kernels want contiguous tensors, not strides {x.stride()} for shape "
+            f"{tuple(x.shape)}"
         )
     return x.data_ptr()
 
 
 def _require_no_gradient(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise ValueError("the CPU kernels compute no gradients; train with ReferenceOps, or serve under no_grad")
+        raise ValueError(
+            "the CPU kernels compute no gradients; train with ReferenceOps, or serve under no_grad"
+        )
 
 
 def _require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
@@ -89,7 +103,8 @@ def _require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
 
 
 class _KernelsOnly(TorchFunctionMode):
-    """Notices what torch itself computes, other views of the same memory apart: a recording would not know of it.
+    """Notices what torch itself computes, other views of the same memory apart: a recording would
+    not know of it.
 
     (A TorchDispatchMode would see more, but importing what it needs takes seconds.)
     """
@@ -99,7 +114,9 @@ class _KernelsOnly(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, Tensor)]
+        made = [
+            x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, Tensor)
+        ]
         changes = _CHANGES.fullmatch(getattr(func, "__name__", ""))
         if changes or not all(x.untyped_storage().data_ptr() in given for x in made):
             self.only = func is torch.frombuffer and self.only
@@ -107,12 +124,12 @@ class _KernelsOnly(TorchFunctionMode):
 
 
 class Recording:
-    """Kernels that were noted on one row, and are called again, all at once, on as many rows as come, over the same
-    memory.
+    """Kernels that were noted on one row, and are called again, all at once, on as many rows as
+    come, over the same memory.
 
-    Every tensor in between lies in memory of its own for `max_rows` rows, which a later tensor of the same size takes
-    over when it is gone: the kernels run in one order. So a step allocates nothing, and Python's share of it does not
-    grow with the layers.
+    Every tensor in between lies in memory of its own for `max_rows` rows, which a later tensor of
+    the same size takes over when it is gone: the kernels run in one order. So a step allocates
+    nothing, and Python's share of it does not grow with the layers.
     """
 
     out: Tensor
@@ -158,12 +175,16 @@ class CpuOps(ReferenceOps):
             self._ops = _cpu.Ops(isa, threads or machine.threads())
         except ValueError as error:
             has = ", ".join(_cpu.available())
-            raise ConfigError(f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference") from None
+            raise ConfigError(
+                f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference"
+            ) from None
         self.name = f"cpu-{self._ops.name}"
         self._routers: dict[RouterConfig, Any] = {}
         self._recording: Recording | None = None
 
-    def capture(self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int) -> Captured:
+    def capture(
+        self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int
+    ) -> Captured:
         step, head = Recording(3, max_tokens), Recording(1, max_tokens)
 
         def on_step(inputs: StepInputs) -> Tensor:
@@ -182,7 +203,8 @@ class CpuOps(ReferenceOps):
         return on_step, (lambda _, rows: head(array("q", rows))) if whole else plain[1]
 
     def _note(self, recording: Recording, compute: Callable[..., Tensor]) -> bool:
-        """Run `compute` on one row of each of the recording's inputs; False where torch computes a part of it."""
+        """Run `compute` on one row of each of the recording's inputs; False where torch computes a
+        part of it."""
         self._recording, mode = recording, _KernelsOnly()
         self._ops.record(recording.program)
         try:
@@ -192,7 +214,9 @@ class CpuOps(ReferenceOps):
             self._ops.record(None)
             self._recording = None
         if mode.only:  # the result is read until the next call, and so is kept
-            recording.out = torch.as_strided(out, (recording.max_rows, *out.shape[1:]), out.stride())
+            recording.out = torch.as_strided(
+                out, (recording.max_rows, *out.shape[1:]), out.stride()
+            )
         return mode.only
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -205,7 +229,9 @@ class CpuOps(ReferenceOps):
         _require_no_gradient(*weights, *biases)
         dtype, size = _require_dtype(weights[0].dtype, *weights, *biases), weights[0].shape[1]
         sizes = [len(weight) for weight in weights]
-        table = _cpu.Linear(dtype, size, [_address(x) for x in weights], [_address(x) for x in biases], sizes)
+        table = _cpu.Linear(
+            dtype, size, [_address(x) for x in weights], [_address(x) for x in biases], sizes
+        )
         return CpuLinear(table, weights[0].dtype, size, sum(sizes), layers)
 
     def linear(self, x_TI: Tensor, layers: CpuLinear) -> Tensor:
@@ -218,33 +244,52 @@ class CpuOps(ReferenceOps):
         table, dtype, size, out_size, _ = layers
         rows = x.shape[0]
         if x.dtype != dtype or x.shape[1] != size:
-            raise ValueError(f"a linear layer of {size} {dtype} values got {tuple(x.shape)} of {x.dtype}")
+            raise ValueError(
+                f"a linear layer of {size} {dtype} values got {tuple(x.shape)} of {x.dtype}"
+            )
         out = self._empty((rows, out_size), out_dtype)
         self._ops.linear(table, _address(x), rows, out.data_ptr(), out_dtype == torch.float32)
         return out
 
     def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
         _require_no_gradient(table_VD)
-        dtype, rows, (count, size) = _require_dtype(table_VD.dtype), len(input_ids_T), table_VD.shape
+        dtype, rows, (count, size) = (
+            _require_dtype(table_VD.dtype),
+            len(input_ids_T),
+            table_VD.shape,
+        )
         out = self._empty((rows, size), table_VD.dtype)
         ids = _address(input_ids_T, torch.int64)
-        self._ops.embed(dtype, _address(table_VD), count, ids, rows, size, multiplier, out.data_ptr())
+        self._ops.embed(
+            dtype, _address(table_VD), count, ids, rows, size, multiplier, out.data_ptr()
+        )
         return out
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self._rms_norm(x_TD, None, 1.0, weight_D, eps)[1]
 
-    def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
+    def add_rms_norm(
+        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+    ) -> Pair:
         return self._rms_norm(x_TD, update_TD, multiplier, weight_D, eps)
 
-    def _rms_norm(self, x: Tensor, update: Tensor | None, multiplier: float, weight: Tensor, eps: float) -> Pair:
+    def _rms_norm(
+        self, x: Tensor, update: Tensor | None, multiplier: float, weight: Tensor, eps: float
+    ) -> Pair:
         dtype = _require_dtype(x.dtype, update, weight)
         size = x.shape[-1]
         total = x if update is None else self._empty(x.shape, x.dtype)
         out = self._empty(x.shape, x.dtype)
-        rows, at, update_at, weight_at = x.numel() // size, _address(x), _address(update), _address(weight)
+        rows, at, update_at, weight_at = (
+            x.numel() // size,
+            _address(x),
+            _address(update),
+            _address(weight),
+        )
         into = total.data_ptr(), out.data_ptr()
-        self._ops.rms_norm(dtype, at, update_at, multiplier, weight_at, rows, size, size, eps, *into)
+        self._ops.rms_norm(
+            dtype, at, update_at, multiplier, weight_at, rows, size, size, eps, *into
+        )
         return total, out
 
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
@@ -255,7 +300,10 @@ class CpuOps(ReferenceOps):
 
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         rows, half = len(positions_T), len(inverse_R)
-        cos, sin = self._empty((rows, half), torch.float32), self._empty((rows, half), torch.float32)
+        cos, sin = (
+            self._empty((rows, half), torch.float32),
+            self._empty((rows, half), torch.float32),
+        )
         at, inverse = _address(positions_T, torch.int64), _address(inverse_R, torch.float32)
         self._ops.rotation(at, rows, inverse, half, factor, cos.data_ptr(), sin.data_ptr())
         return cos, sin
@@ -279,7 +327,9 @@ class CpuOps(ReferenceOps):
         angles = _address(cos_TR, torch.float32), _address(sin_TR, torch.float32), cos_TR.shape[1]
         norms = _address(q_norm_N), _address(k_norm_N), eps
         places = _address(slot_mapping_T, torch.int64), buffer.data_ptr(), out.data_ptr()
-        self._ops.rotate_and_store(dtype, shape, _address(qkv_TI), rows, q_heads, *angles, *norms, *places)
+        self._ops.rotate_and_store(
+            dtype, shape, _address(qkv_TI), rows, q_heads, *angles, *norms, *places
+        )
         return out
 
     def route(
@@ -294,11 +344,17 @@ class CpuOps(ReferenceOps):
         rows = len(logits_TE)
         weights = self._empty((rows, config.top_k), torch.float32)
         ids = self._empty((rows, config.top_k), torch.int64)
-        bias = selection_bias_E.float() if config.selection_bias and selection_bias_E is not None else None
+        bias = (
+            selection_bias_E.float()
+            if config.selection_bias and selection_bias_E is not None
+            else None
+        )
         at, bias_at = _address(logits_TE, torch.float32), _address(bias)
         pairs, sums = (None, None) if tally is None else tally
         counts = _address(pairs, torch.int64), _address(sums, torch.float64)
-        self._ops.route(self._routers[config], at, rows, bias_at, weights.data_ptr(), ids.data_ptr(), *counts)
+        self._ops.route(
+            self._routers[config], at, rows, bias_at, weights.data_ptr(), ids.data_ptr(), *counts
+        )
         return weights, ids
 
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> Any:
@@ -306,11 +362,17 @@ class CpuOps(ReferenceOps):
             return super().prepare_experts(weights, activation)
         _require_no_gradient(*(x for tensors in weights for x in tensors))
         width, hidden = weights.gate_FD[0].shape
-        dtype = _require_dtype(weights.gate_FD[0].dtype, *(x for tensors in weights for x in tensors))
+        dtype = _require_dtype(
+            weights.gate_FD[0].dtype, *(x for tensors in weights for x in tensors)
+        )
         tables = [[_address(x) for x in tensors] for tensors in weights]
-        return CpuExperts(_cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables), weights)
+        return CpuExperts(
+            _cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables), weights
+        )
 
-    def experts(self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: Any) -> Tensor:
+    def experts(
+        self, x_TD: Tensor, weights_TK: Tensor | None, expert_ids_TK: Tensor | None, experts: Any
+    ) -> Tensor:
         if not isinstance(experts, CpuExperts):
             return super().experts(x_TD, weights_TK, expert_ids_TK, experts)
         _require_dtype(x_TD.dtype, experts.weights.gate_FD[0])
@@ -327,7 +389,9 @@ class CpuOps(ReferenceOps):
         self._ops.add_gated(dtype, _address(a_TD), _address(b_TD), gate, rows, size, out.data_ptr())
         return out
 
-    def kv_cache_bytes_per_block(self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def kv_cache_bytes_per_block(
+        self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
         return _cpu.CacheShape(block_size, num_kv_heads, head_dim, _DTYPES[dtype]).block_bytes
 
     def make_kv_cache(
@@ -356,14 +420,20 @@ class CpuOps(ReferenceOps):
         out = self._empty(q_THN.shape, q_THN.dtype)
         q, sinks, caps = _address(q_THN), _address(sinks_H, torch.float32), softcap or 0.0
         into, at = out.data_ptr(), cache.buffer.data_ptr()
-        self._ops.attention(dtype, cache.shape, plan, len(q_THN), at, q, q_THN.shape[1], scale, caps, sinks, into)
+        self._ops.attention(
+            dtype, cache.shape, plan, len(q_THN), at, q, q_THN.shape[1], scale, caps, sinks, into
+        )
         return out
 
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
         return self._ops.argmax(_logits(logits_LV), range(len(logits_LV)) if rows is None else rows)
 
     def draw(
-        self, logits_LV: Tensor, rows: Sequence[int], temperatures: Sequence[float], uniforms: Sequence[float]
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[float],
     ) -> list[int]:
         return self._ops.draw(_logits(logits_LV), rows, temperatures, uniforms)
 
@@ -386,8 +456,12 @@ class CpuOps(ReferenceOps):
         return self._ops.ranks(_logits(logits_LV), rows, token_ids)
 
     @contextmanager
-    def shaped(self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]) -> Iterator[None]:
-        before = self._ops.shape(_logits(logits_LV), rows, [_shaping(shaping) for shaping in shapings])
+    def shaped(
+        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+    ) -> Iterator[None]:
+        before = self._ops.shape(
+            _logits(logits_LV), rows, [_shaping(shaping) for shaping in shapings]
+        )
         try:
             yield
         finally:
@@ -417,6 +491,13 @@ def _set_plan(plan: Any, step: StepInputs) -> None:
 
 
 def _router_settings(r: RouterConfig) -> Any:
-    integers = r.num_experts, r.top_k, _SCORES[r.score], _WEIGHTS[r.weight], r.num_groups, r.groups_kept
+    integers = (
+        r.num_experts,
+        r.top_k,
+        _SCORES[r.score],
+        _WEIGHTS[r.weight],
+        r.num_groups,
+        r.groups_kept,
+    )
     floats = r.masked_score, r.renorm_eps, r.scale, r.logit_softcap or 0.0
     return _cpu.RouterSettings(*integers, int(r.group_score == "top2"), *floats)

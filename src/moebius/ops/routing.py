@@ -1,4 +1,5 @@
-"""How tokens choose experts: one function over RouterConfig serves the published softmax and sigmoid top-k routers."""
+"""How tokens choose experts: one function over RouterConfig serves the published softmax and
+sigmoid top-k routers."""
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from moebius.ops.steps import RouterTally
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """Indices (T, k) of the k highest float32 scores, highest first, ties to the lowest index.
 
-    torch.topk leaves the order of ties open, and a stable sort is several times slower. So the scores' bits, made to
-    order like integers, are joined with the index counted backwards: no two keys are equal.
+    torch.topk leaves the order of ties open, and a stable sort is several times slower. So the
+    scores' bits, made to order like integers, are joined with the index counted backwards: no two
+    keys are equal.
     """
     count = scores_TE.shape[-1]
     # Adding 0 makes -0.0 equal to 0.0.
@@ -22,7 +24,8 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def router_probabilities(logits_TE: Tensor, config: RouterConfig) -> Tensor:
-    """What the router believes, as a distribution: softmax, or sigmoid scores over their sum (DeepSeek-V3)."""
+    """What the router believes, as a distribution: softmax, or sigmoid scores over their sum
+    (DeepSeek-V3)."""
     logits = logits_TE.float()
     if config.logit_softcap is not None:
         logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
@@ -32,8 +35,11 @@ def router_probabilities(logits_TE: Tensor, config: RouterConfig) -> Tensor:
     return scores / scores.sum(-1, keepdim=True)
 
 
-def count(tally: RouterTally, logits_TE: Tensor, expert_ids_TK: Tensor, config: RouterConfig) -> None:
-    """Add a step's choices to a layer's tally. Waits for no device; a token whose numbers went wrong has no entropy."""
+def count(
+    tally: RouterTally, logits_TE: Tensor, expert_ids_TK: Tensor, config: RouterConfig
+) -> None:
+    """Add a step's choices to a layer's tally. Waits for no device; a token whose numbers went
+    wrong has no entropy."""
     ids_P = expert_ids_TK.reshape(-1)
     tally.pairs_E.index_add_(0, ids_P, torch.ones_like(ids_P))
     nats_T = torch.special.entr(router_probabilities(logits_TE, config).double()).sum(-1)
@@ -43,7 +49,8 @@ def count(tally: RouterTally, logits_TE: Tensor, expert_ids_TK: Tensor, config: 
 
 
 def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
-    """Node-limited routing (DeepSeek-V2 and V3, arXiv 2412.19437 section 2.1.2): fill all but the best groups."""
+    """Node-limited routing (DeepSeek-V2 and V3, arXiv 2412.19437 section 2.1.2): fill all but the
+    best groups."""
     tokens, size = choice_TE.shape[0], config.num_experts // config.num_groups
     grouped = choice_TE.view(tokens, config.num_groups, size)
     if config.group_score == "top2":
@@ -55,10 +62,13 @@ def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
     return grouped.masked_fill(~keep.unsqueeze(-1), config.masked_score).view_as(choice_TE)
 
 
-def route(logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The experts of each token: (weights_TK float32, expert_ids_TK int64), best first.
 
-    Differentiable in the logits. The selection bias moves the choice only, never a weight (arXiv 2408.15664).
+    Differentiable in the logits. The selection bias moves the choice only, never a weight (arXiv
+    2408.15664).
     """
     logits = logits_TE.float()
     if config.logit_softcap is not None:
@@ -84,5 +94,7 @@ def route(logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | No
             weights = weights / (weights.sum(-1, keepdim=True) + config.renorm_eps)
     else:
         chosen = logits.gather(1, expert_ids)
-        weights = torch.softmax(chosen, dim=-1) if config.weight == "softmax" else torch.sigmoid(chosen)
+        weights = (
+            torch.softmax(chosen, dim=-1) if config.weight == "softmax" else torch.sigmoid(chosen)
+        )
     return weights * config.scale, expert_ids

@@ -1,7 +1,9 @@
-"""From logits to tokens in plain PyTorch: the operations that the sampler asks for, and their specification.
+"""From logits to tokens in plain PyTorch: the operations that the sampler asks for, and their
+specification.
 
-Each names the rows that it is about, so that rows with other wishes stay where they are: none is copied, and none pays
-for another's. Legend: L rows of logits, V vocabulary, R rows that are asked about, K candidates of one of them.
+Each names the rows that it is about, so that rows with other wishes stay where they are: none is
+copied, and none pays for another's. Legend: L rows of logits, V vocabulary, R rows that are asked
+about, K candidates of one of them.
 """
 
 from collections import defaultdict
@@ -21,7 +23,8 @@ ROWS_AT_ONCE = 8
 
 
 class TopK(NamedTuple):
-    """What `log_softmax_top_k` found: log_sums (R,) float64; values float32 and ids int64, row after row."""
+    """What `log_softmax_top_k` found: log_sums (R,) float64; values float32 and ids int64, row
+    after row."""
 
     log_sums_R: Tensor
     values: Tensor
@@ -29,12 +32,15 @@ class TopK(NamedTuple):
 
 
 class Shaping(NamedTuple):
-    """What becomes of one row's logits before temperature, in this order, in float64, rounded to float32 once.
+    """What becomes of one row's logits before temperature, in this order, in float64, rounded to
+    float32 once.
 
     bias         id -> added to its logit
     seen, drawn  ids of the prompt and of the output, as often as they occur
-    repetition   divides a positive logit of an id in either, multiplies a negative one (CTRL, arXiv 1909.05858)
-    presence     subtracted from the logit of an id in `drawn`; frequency as often as it was drawn (OpenAI's)
+    repetition   divides a positive logit of an id in either, multiplies a negative one (CTRL, arXiv
+                 1909.05858)
+    presence     subtracted from the logit of an id in `drawn`; frequency as often as it was drawn
+                 (OpenAI's)
     banned       ids that become LOWEST
     """
 
@@ -53,10 +59,12 @@ class Shaping(NamedTuple):
 
 
 class SamplingOps:
-    """The part of `Ops` that turns logits into tokens. logits_LV is float32; ties go to the lowest id everywhere."""
+    """The part of `Ops` that turns logits into tokens. logits_LV is float32; ties go to the lowest
+    id everywhere."""
 
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
-        """The most likely id of each of `rows` (None: of all); -1 where a logit of the row is not finite."""
+        """The most likely id of each of `rows` (None: of all); -1 where a logit of the row is not
+        finite."""
         found: list[int] = []
         for part in _parts(range(len(logits_LV)) if rows is None else rows):
             logits_RV = logits_LV[_index(part, logits_LV)]
@@ -65,20 +73,30 @@ class SamplingOps:
         return found
 
     def draw(
-        self, logits_LV: Tensor, rows: Sequence[int], temperatures: Sequence[float], uniforms: Sequence[float]
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[float],
     ) -> list[int]:
-        """Of each of `rows` the first id whose exp(logit / temperature), summed with those of all ids before it,
-        exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is not finite. Temperatures are rounded
-        to float32; sums are float64."""
+        """Of each of `rows` the first id whose exp(logit / temperature), summed with those of all
+        ids before it, exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is
+        not finite. Temperatures are rounded to float32; sums are float64."""
         found: list[int] = []
         for part in _parts(range(len(rows))):
             at = slice(part[0], part[-1] + 1)
             logits_RV = logits_LV[_index(rows[at], logits_LV)]
             finite_R = logits_RV.isfinite().all(-1)
-            heat_R1 = torch.tensor(temperatures[at], dtype=torch.float32, device=logits_LV.device).unsqueeze(1)
-            uniform_R1 = torch.tensor(uniforms[at], dtype=torch.float64, device=logits_LV.device).unsqueeze(1)
+            heat_R1 = torch.tensor(
+                temperatures[at], dtype=torch.float32, device=logits_LV.device
+            ).unsqueeze(1)
+            uniform_R1 = torch.tensor(
+                uniforms[at], dtype=torch.float64, device=logits_LV.device
+            ).unsqueeze(1)
             cumulative_RV = torch.softmax(logits_RV.double() / heat_R1, dim=-1).cumsum(-1)
-            ids_R1 = torch.searchsorted(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True)
+            ids_R1 = torch.searchsorted(
+                cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True
+            )
             ids_R = ids_R1.squeeze(1).clamp(max=logits_LV.shape[-1] - 1)
             found += ids_R.masked_fill(~finite_R, -1).tolist()
         return found
@@ -90,9 +108,9 @@ class SamplingOps:
         counts: Sequence[int],
         temperatures: Sequence[float] | None = None,
     ) -> TopK:
-        """Of each of `rows` logsumexp(logits / temperature), NaN where a logit is not finite, and the min(count, V)
-        most likely ids with their logits, largest first; of a row that is not finite these mean nothing. Temperatures
-        are rounded to float32; None stands for 1.
+        """Of each of `rows` logsumexp(logits / temperature), NaN where a logit is not finite, and
+        the min(count, V) most likely ids with their logits, largest first; of a row that is not
+        finite these mean nothing. Temperatures are rounded to float32; None stands for 1.
         """
         vocab = logits_LV.shape[-1]
         places = defaultdict(list)
@@ -104,10 +122,14 @@ class SamplingOps:
         for count, same in places.items():
             for part in _parts(same):
                 logits_RV = logits_LV[_index([rows[place] for place in part], logits_LV)]
-                heat_R = torch.tensor([heats[place] for place in part], dtype=torch.float32, device=logits_LV.device)
+                heat_R = torch.tensor(
+                    [heats[place] for place in part], dtype=torch.float32, device=logits_LV.device
+                )
                 log_sums_R[_index(part, logits_LV)] = _log_sums(logits_RV, heat_R)
                 ids_RK = top_k(logits_RV.nan_to_num(), count)
-                found.update(zip(part, zip(logits_RV.gather(1, ids_RK), ids_RK, strict=True), strict=True))
+                found.update(
+                    zip(part, zip(logits_RV.gather(1, ids_RK), ids_RK, strict=True), strict=True)
+                )
         values, ids = [logits_LV.new_empty(0)], [_index([], logits_LV)]
         for place in range(len(rows)):
             values.append(found[place][0])
@@ -124,9 +146,12 @@ class SamplingOps:
         return found
 
     @contextmanager
-    def shaped(self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]) -> Iterator[None]:
-        """Within the context rows[i] of logits_LV (contiguous, each row once) is as shapings[i] says; after it all is
-        as it was, bit for bit. Only the logits of ids that a shaping names are read, kept and written.
+    def shaped(
+        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+    ) -> Iterator[None]:
+        """Within the context rows[i] of logits_LV (contiguous, each row once) is as shapings[i]
+        says; after it all is as it was, bit for bit. Only the logits of ids that a shaping names
+        are read, kept and written.
 
         Raises IndexError for an id that is not in the vocabulary.
         """
@@ -153,7 +178,9 @@ def _index(places: Sequence[int], like: Tensor) -> Tensor:
 
 def _log_sums(logits_RV: Tensor, heat_R: Tensor) -> Tensor:
     finite_R = torch.isfinite(logits_RV).all(dim=-1)
-    return torch.logsumexp(logits_RV.double() / heat_R.unsqueeze(1), dim=-1).where(finite_R, torch.nan)
+    return torch.logsumexp(logits_RV.double() / heat_R.unsqueeze(1), dim=-1).where(
+        finite_R, torch.nan
+    )
 
 
 def _shaped(logits_V: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
@@ -165,7 +192,9 @@ def _shaped(logits_V: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
     ids_E, places = torch.unique(_index(every, logits_V), return_inverse=True)
     biased, seen, drawn, banned = places.split([len(ids) for ids in named])
     x_E = logits_V[ids_E].double()
-    x_E[biased] += torch.tensor([*shaping.bias.values()], dtype=torch.float64, device=logits_V.device)
+    x_E[biased] += torch.tensor(
+        [*shaping.bias.values()], dtype=torch.float64, device=logits_V.device
+    )
     repeated = torch.cat((seen, drawn))
     x = x_E[repeated]
     x_E[repeated] = torch.where(x > 0, x / shaping.repetition, x * shaping.repetition)

@@ -1,4 +1,5 @@
-"""What operations are handed: a step (the same record for real, warm-up and empty ones) and a layer's experts."""
+"""What operations are handed: a step (the same record for real, warm-up and empty ones) and a
+layer's experts."""
 
 from array import array
 from collections.abc import Callable, Sequence
@@ -19,9 +20,11 @@ Captured = tuple[Compute, Callable[[Tensor, Sequence[int]], Tensor]]
 
 
 class ExpertWeights(NamedTuple):
-    """One layer's experts: sequences of one tensor an expert, so that nothing mapped is ever stacked or copied.
+    """One layer's experts: sequences of one tensor an expert, so that nothing mapped is ever
+    stacked or copied.
 
-    gate_FD, up_FD   E tensors (F, D); up is empty where experts have two matrices      down_DF   E tensors (D, F)
+    gate_FD, up_FD   E tensors (F, D); up is empty where experts have two matrices      down_DF   E
+                     tensors (D, F)
     the biases       E tensors each, (F,), (F,) and (D,), or empty for none
     """
 
@@ -46,11 +49,13 @@ class RouterTally(NamedTuple):
 
 @dataclass(eq=False)
 class StepInputs:
-    """A step's B sequences, as integers of the host; as tensors on the model's device once these are asked for.
+    """A step's B sequences, as integers of the host; as tensors on the model's device once these
+    are asked for.
 
-    Sequence b brings rows query_start[b] to query_start[b + 1] - 1: its last tokens, prefill chunk or decode alike.
-    seq_lens counts its tokens in the cache with these; block_table[b, i] is the block of its positions
-    i * block_size onward. Positions are absolute, a slot is block id * block_size + offset.
+    Sequence b brings rows query_start[b] to query_start[b + 1] - 1: its last tokens, prefill chunk
+    or decode alike. seq_lens counts its tokens in the cache with these; block_table[b, i] is the
+    block of its positions i * block_size onward. Positions are absolute, a slot is block id *
+    block_size + offset.
     """
 
     device: torch.device | str
@@ -88,7 +93,12 @@ class StepInputs:
                 positions.extend(range(start, stop))
                 for at in range(start // block_size, -(-stop // block_size)):
                     shift = (blocks[at] - at) * block_size
-                    slots.extend(range(max(start, at * block_size) + shift, min(stop, (at + 1) * block_size) + shift))
+                    slots.extend(
+                        range(
+                            max(start, at * block_size) + shift,
+                            min(stop, (at + 1) * block_size) + shift,
+                        )
+                    )
             table.extend(blocks)
             table.frombytes(bytes((width - len(blocks)) * table.itemsize))
             query_start.append(len(ids))
@@ -114,4 +124,6 @@ class StepInputs:
 
     def _tensor(self, values: "array[int]") -> Tensor:
         dtype = torch.int64 if values.typecode == "q" else torch.int32
-        return (torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)).to(self.device)
+        return (
+            torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+        ).to(self.device)

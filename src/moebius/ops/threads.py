@@ -17,9 +17,11 @@ def default_threads() -> int:
 
 
 class TorchThreads:
-    """Within it torch spreads what the calling thread computes over `count` threads (None: as many as before).
+    """Within it torch spreads what the calling thread computes over `count` threads (None: as many
+    as before).
 
-    Afterwards the calling thread has what it had; other threads never notice. May be entered again, not nested.
+    Afterwards the calling thread has what it had; other threads never notice. May be entered again,
+    not nested.
     """
 
     def __init__(self, count: int | None) -> None:
@@ -40,8 +42,9 @@ class TorchThreads:
 
 @cache
 def _setter() -> Callable[[int | None], Any]:
-    """OpenMP's own setting, which is the calling thread's. torch.set_num_threads changes it too, but it also changes
-    what every thread gets that computes with torch for the first time from then on."""
+    """OpenMP's own setting, which is the calling thread's. torch.set_num_threads changes it too,
+    but it also changes what every thread gets that computes with torch for the first time from then
+    on."""
     try:
         library = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return library.omp_set_num_threads

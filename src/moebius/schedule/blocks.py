@@ -1,12 +1,13 @@
 """The KV cache's blocks, without the tensors: who owns them, who shares them, which may be reused.
 
-A block is `block_size` consecutive token positions of the cache and is in exactly one of three states: *free*, *owned*
-(one or more tables hold it), or *cached-evictable* (no table holds it, but its content can be found by its prefix
-hash). "Block" as in the PagedAttention paper (arXiv 2309.06180).
+A block is `block_size` consecutive token positions of the cache and is in exactly one of three
+states: *free*, *owned* (one or more tables hold it), or *cached-evictable* (no table holds it, but
+its content can be found by its prefix hash). "Block" as in the PagedAttention paper (arXiv
+2309.06180).
 
-A prefix hash is a keyed BLAKE2b of 128 bits, chained over (namespace, salt) and the tokens of each block, every part
-length-prefixed. So equal hashes mean equal namespace, salt and tokens from position 0, and nobody without the key can
-aim for a collision.
+A prefix hash is a keyed BLAKE2b of 128 bits, chained over (namespace, salt) and the tokens of each
+block, every part length-prefixed. So equal hashes mean equal namespace, salt and tokens from
+position 0, and nobody without the key can aim for a collision.
 """
 
 import struct
@@ -27,7 +28,8 @@ MAX_KEY_BYTES = 64
 
 
 class _Entry(NamedTuple):
-    """What a cached block is known by: its hash, that of the block before it (None: it is the first), and by whom."""
+    """What a cached block is known by: its hash, that of the block before it (None: it is the
+    first), and by whom."""
 
     hash: bytes
     parent: bytes | None
@@ -35,7 +37,8 @@ class _Entry(NamedTuple):
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens; `key` is drawn anew at each launch, `namespace` names the model."""
+    """`num_blocks` blocks of `block_size` tokens; `key` is drawn anew at each launch, `namespace`
+    names the model."""
 
     def __init__(
         self,
@@ -47,9 +50,13 @@ class BlockPool:
         namespace: bytes = b"",
     ) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ConfigError(f"num_blocks = {num_blocks} and block_size = {block_size} must both be at least 1")
+            raise ConfigError(
+                f"num_blocks = {num_blocks} and block_size = {block_size} must both be at least 1"
+            )
         if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
-            raise ConfigError(f"the prefix key has {len(key)} bytes; it needs {MIN_KEY_BYTES} to {MAX_KEY_BYTES}")
+            raise ConfigError(
+                f"the prefix key has {len(key)} bytes; it needs {MIN_KEY_BYTES} to {MAX_KEY_BYTES}"
+            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -78,7 +85,8 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def fits(self, num_tokens: int, *, held: int = 0, free: int | None = None) -> bool:
-        """Whether `num_tokens` find place in `held` blocks plus `free` others (None: an empty pool's).
+        """Whether `num_tokens` find place in `held` blocks plus `free` others (None: an empty
+        pool's).
 
         The one rule behind refusal, admission and allocation.
         """
@@ -87,8 +95,9 @@ class BlockPool:
     def match(self, request: Request) -> list[int]:
         """The cached blocks of the request's longest cached prefix; takes none of them.
 
-        At most (num_tokens - 1) // block_size, so that the last token is always computed and no shared block is ever
-        written. A request that wants prompt log-probabilities needs every position computed and matches nothing.
+        At most (num_tokens - 1) // block_size, so that the last token is always computed and no
+        shared block is ever written. A request that wants prompt log-probabilities needs every
+        position computed and matches nothing.
         """
         blocks: list[int] = []
         limit = self._readable_blocks(request)
@@ -100,22 +109,28 @@ class BlockPool:
         return blocks
 
     def claimant(self, request: Request) -> Request | None:
-        """The running request that is about to compute this waiting request's first block not in the cache.
+        """The running request that is about to compute this waiting request's first block not in
+        the cache.
 
         Looks only at blocks beyond those found the last time, so that a wait costs O(1) a step.
         """
         limit = self._readable_blocks(request)
         hashes = self._hash_blocks(request, limit)
-        while request.num_awaited_blocks < limit and hashes[request.num_awaited_blocks] in self._cached:
+        while (
+            request.num_awaited_blocks < limit
+            and hashes[request.num_awaited_blocks] in self._cached
+        ):
             request.num_awaited_blocks += 1
         if request.num_awaited_blocks == limit:
             return None
         return self._claims.get(hashes[request.num_awaited_blocks])
 
     def open(self, request: Request, hit: Sequence[int], *, reserved: int = 0) -> bool:
-        """Start the request's table with the blocks of `hit`, if all its tokens fit; else change nothing.
+        """Start the request's table with the blocks of `hit`, if all its tokens fit; else change
+        nothing.
 
-        `reserved` blocks of those that are free are promised to others. Claims the blocks it is going to compute.
+        `reserved` blocks of those that are free are promised to others. Claims the blocks it is
+        going to compute.
         """
         idle = sum(not self._refs[block] for block in hit)
         if not self.fits(request.num_tokens, held=len(hit), free=self.num_free - idle - reserved):
@@ -133,7 +148,8 @@ class BlockPool:
         return True
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        """Grow the request's table to hold `num_tokens` tokens, evicting where needed; else change nothing."""
+        """Grow the request's table to hold `num_tokens` tokens, evicting where needed; else change
+        nothing."""
         held = len(request.block_ids)
         if num_tokens <= held * self.block_size:
             return True
@@ -144,13 +160,15 @@ class BlockPool:
         return True
 
     def trim(self, request: Request, num_tokens: int) -> None:
-        """Shrink the request's table to what `num_tokens` tokens need: a step that failed wrote nothing."""
+        """Shrink the request's table to what `num_tokens` tokens need: a step that failed wrote
+        nothing."""
         keep = self.blocks_for(num_tokens)
         self._release(request.block_ids[keep:])
         request.block_ids = request.block_ids[:keep]
 
     def free(self, request: Request) -> None:
-        """Give the request's blocks back. Those with a hash stay findable until they are evicted."""
+        """Give the request's blocks back. Those with a hash stay findable until they are
+        evicted."""
         self._drop_claims(request)
         self._release(request.block_ids)
         request.block_ids = array("i")
@@ -159,9 +177,11 @@ class BlockPool:
         request.publishes = True
 
     def publish(self, request: Request, num_tokens: int) -> None:
-        """Make the full blocks among the request's first `num_tokens`, all computed, findable by their hash.
+        """Make the full blocks among the request's first `num_tokens`, all computed, findable by
+        their hash.
 
-        Where a hash is taken already, the request keeps its own block private: no two blocks share a hash.
+        Where a hash is taken already, the request keeps its own block private: no two blocks share
+        a hash.
         """
         end = num_tokens // self.block_size
         first = request.num_published_blocks
@@ -179,10 +199,12 @@ class BlockPool:
         request.num_published_blocks = end
 
     def withdraw(self, request: Request, running: Iterable[Request]) -> None:
-        """Take from the cache what the request published and what was chained on it: its numbers are not to be trusted.
+        """Take from the cache what the request published and what was chained on it: its numbers
+        are not to be trusted.
 
-        A cached block whose chain cannot be followed to its start goes too, because it may hang on a withdrawn one. Of
-        the `running` requests, those that hold a withdrawn block keep what they have but publish no more.
+        A cached block whose chain cannot be followed to its start goes too, because it may hang on
+        a withdrawn one. Of the `running` requests, those that hold a withdrawn block keep what they
+        have but publish no more.
         """
         children: defaultdict[bytes | None, list[_Entry]] = defaultdict(list)
         for block in self._cached.values():
@@ -213,11 +235,14 @@ class BlockPool:
         return (request.num_tokens - 1) // self.block_size
 
     def _digest(self, *parts: bytes) -> bytes:
-        data = b"".join(chain.from_iterable((len(part).to_bytes(8, "little"), part) for part in parts))
+        data = b"".join(
+            chain.from_iterable((len(part).to_bytes(8, "little"), part) for part in parts)
+        )
         return blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
 
     def _hash_blocks(self, request: Request, count: int) -> list[bytes]:
-        """The request's hashes, at least the first `count`, each computed once: the prompt's for all of its choices."""
+        """The request's hashes, at least the first `count`, each computed once: the prompt's for
+        all of its choices."""
         hashes = request.block_hashes
         if len(hashes) < count:
             shared = self._prompt_hashes(request)
@@ -248,7 +273,8 @@ class BlockPool:
         return block
 
     def _release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference each, the last block first: of a chain, the tail is then evicted before the head."""
+        """Drop one reference each, the last block first: of a chain, the tail is then evicted
+        before the head."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             if not self._refs[block]:

@@ -1,7 +1,9 @@
-"""One request: what is asked (SamplingParams), what is computed (Request), and the one validated constructor.
+"""One request: what is asked (SamplingParams), what is computed (Request), and the one validated
+constructor.
 
-A Request is one sequence; n = 3 is three of them. It is built from `prompt_ids` and `output_ids` (not empty after a
-preemption or on a replay): positions, penalties, min and max tokens are pure functions of these two lists.
+A Request is one sequence; n = 3 is three of them. It is built from `prompt_ids` and `output_ids`
+(not empty after a preemption or on a replay): positions, penalties, min and max tokens are pure
+functions of these two lists.
 """
 
 import enum
@@ -21,8 +23,8 @@ class Limits:
     """The one table of limits that a request is held to, whichever front door it came by.
 
     bodies_bytes  the bodies of all requests together that a server has in memory
-    json_values   values in one body; json_parts of them may be strings (names included), lists and objects, each of
-                  which costs the parser ten times what a number costs
+    json_values   values in one body; json_parts of them may be strings (names included), lists and
+                  objects, each of which costs the parser ten times what a number costs
     """
 
     n: int = 16
@@ -69,8 +71,11 @@ def _check(condition: bool, param: str, message: str) -> None:
         raise RequestError(message, param=param)
 
 
-def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    """low and high are finite, so that neither NaN nor infinity is within; an integer may be beyond every float."""
+def _check_number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False
+) -> None:
+    """low and high are finite, so that neither NaN nor infinity is within; an integer may be beyond
+    every float."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     ok = ok and (low < value if open_low else low <= value) and value <= high  # type: ignore[operator]
     bracket = "(" if open_low else "["
@@ -79,7 +84,11 @@ def _check_number(name: str, value: object, low: float, high: float, *, open_low
 
 def _check_integer(name: str, value: object, low: int, high: int, *, none: bool = False) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    _check(ok or (none and value is None), name, f"{name} is {value!r}; it must be an integer from {low} to {high}")
+    _check(
+        ok or (none and value is None),
+        name,
+        f"{name} is {value!r}; it must be an integer from {low} to {high}",
+    )
 
 
 def _check_tokens(ids: Sequence[int], vocab_size: int) -> None:
@@ -95,22 +104,25 @@ def _check_tokens(ids: Sequence[int], vocab_size: int) -> None:
 class SamplingParams:
     """How tokens are drawn. Names are the field's; every value is checked here and nowhere else.
 
-    Order of the samplers: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Log-probabilities
-    are the model's own log-softmax, before any of these.
+    Order of the samplers: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p.
+    Log-probabilities are the model's own log-softmax, before any of these.
 
     n                  sequences drawn for one prompt
     max_tokens         None: up to the context
     min_tokens         no end or stop token before this many
     temperature        0 is greedy (ties to the lowest id)
-    top_p              draw from the most likely tokens of this mass; 0 leaves the most likely one alone
+    top_p              draw from the most likely tokens of this mass; 0 leaves the most likely one
+                       alone
     top_k              0 or -1: all
-    presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt and output (CTRL)
+    presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt
+                                          and output (CTRL)
     logit_bias         token id -> added to its logit, -100 to 100
     seed               None: drawn when the request is made
     stop               strings, matched in the text by the front door; stop_token_ids by the engine
     ignore_eos         do not end at the model's end tokens
     skip_special_tokens  leave special tokens out of the text; the front door's, as `stop` is
-    logprobs           None: none; k: the chosen token's and the k most likely ones' at each position
+    logprobs           None: none; k: the chosen token's and the k most likely ones' at each
+                       position
     prompt_logprobs    the same for the prompt's tokens
     """
 
@@ -133,7 +145,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     plain: bool = field(init=False, repr=False, compare=False)
-    """Greedy and nothing else: the most likely id is all that is asked for. Every step asks it of every request."""
+    """Greedy and nothing else: the most likely id is all that is asked for. Every step asks it of
+    every request."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -142,7 +155,9 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias or {})))
         self._check_numbers()
         self._check_collections()
-        plain = self.greedy and self.logprobs is None and not self.shapes_logits and not self.min_tokens
+        plain = (
+            self.greedy and self.logprobs is None and not self.shapes_logits and not self.min_tokens
+        )
         object.__setattr__(self, "plain", plain)
 
     def _check_numbers(self) -> None:
@@ -173,12 +188,22 @@ class SamplingParams:
             size, most = len(getattr(self, name)), getattr(LIMITS, name)
             _check(size <= most, name, f"{name} has {size} entries; at most {most}")
         for s in self.stop:
-            _check(isinstance(s, str), "stop", f"stop holds {s!r}; it must be a string or a list of strings")
+            _check(
+                isinstance(s, str),
+                "stop",
+                f"stop holds {s!r}; it must be a string or a list of strings",
+            )
             try:
                 size = len(s.encode())
             except UnicodeEncodeError as error:
-                raise RequestError("stop holds a lone surrogate; it must be valid Unicode", param="stop") from error
-            _check(size <= LIMITS.stop_bytes, "stop", f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}")
+                raise RequestError(
+                    "stop holds a lone surrogate; it must be valid Unicode", param="stop"
+                ) from error
+            _check(
+                size <= LIMITS.stop_bytes,
+                "stop",
+                f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}",
+            )
         for t in self.stop_token_ids:
             _check_integer("stop_token_ids", t, 0, 2**31 - 1)
         for token, bias in self.logit_bias.items():
@@ -194,7 +219,10 @@ class SamplingParams:
     def shapes_logits(self) -> bool:
         """Bias or penalties come before the draw."""
         return bool(
-            self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
         )
 
     def with_(self, **changes: Any) -> Self:
@@ -203,14 +231,16 @@ class SamplingParams:
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """The 64-bit seed of choice `index` of a request with `seed`: choices differ, and repeat from run to run."""
+    """The 64-bit seed of choice `index` of a request with `seed`: choices differ, and repeat from
+    run to run."""
     data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(4, "little")
     return int.from_bytes(blake2b(data, digest_size=8, person=b"moebius-choice").digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
 class ServingLimits:
-    """What the loaded model and its cache can serve; the engine publishes it, requests are checked against it.
+    """What the loaded model and its cache can serve; the engine publishes it, requests are checked
+    against it.
 
     priorities   whether a request may have another priority than 0
     """
@@ -221,19 +251,26 @@ class ServingLimits:
 
 
 def check_asked(params: SamplingParams, limits: ServingLimits, priority: int = 0) -> None:
-    """RequestError where these limits refuse what is asked, whatever the prompt: worth knowing before it is encoded."""
+    """RequestError where these limits refuse what is asked, whatever the prompt: worth knowing
+    before it is encoded."""
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         for token in ids:
-            message = f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
+            message = (
+                f"{name} names token id {token}; the model's go from 0 to {limits.vocab_size - 1}"
+            )
             _check(token < limits.vocab_size, name, message)
     _check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
-    refused = f"priority is {priority}; it must be 0, unless scheduling_policy (--scheduling-policy) is priority"
+    refused = (
+        f"priority is {priority}; it must be 0, unless scheduling_policy (--scheduling-policy) is "
+        "priority"
+    )
     _check(priority == 0 or limits.priorities, "priority", refused)
 
 
 @dataclass(slots=True, eq=False)
 class PromptHashes:
-    """Prefix hashes of a prompt's full blocks, worked out once for all its choices by `pool`, with its own key."""
+    """Prefix hashes of a prompt's full blocks, worked out once for all its choices by `pool`, with
+    its own key."""
 
     pool: object = None
     hashes: list[bytes] = field(default_factory=list)
@@ -249,15 +286,19 @@ class Request:
     max_tokens          resolved: most tokens to draw
     arrival, deadline   seconds on the engine's monotonic clock
     salt                separates the prefix caches of tenants
-    num_computed_tokens how many leading tokens have their keys and values in the cache (or in this step's plan)
+    num_computed_tokens how many leading tokens have their keys and values in the cache (or in this
+    step's plan)
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
     scheduled           when that was, on the same clock as arrival; a preemption does not change it
-    block_ids           its blocks, in order of position; replaced, never changed: a plan holds it without a copy
+    block_ids           its blocks, in order of position; replaced, never changed: a plan holds it
+                        without a copy
     block_hashes        prefix hashes of its leading full blocks, computed once
     prompt_hashes       those of the prompt, which its siblings share
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
-    num_awaited_blocks  while it waits: how many leading blocks were in the cache when last looked at
-    publishes           False once a block it reads was withdrawn: what it computes from then on is suspect
+    num_awaited_blocks  while it waits: how many leading blocks were in the cache when last looked
+                        at
+    publishes           False once a block it reads was withdrawn: what it computes from then on is
+                        suspect
     """
 
     id: str
@@ -300,12 +341,14 @@ class Request:
         salt: bytes = b"",
         output_ids: Sequence[int] = (),
     ) -> Self:
-        """The only way in. Raises RequestError naming the field; nothing is kept of a refused request.
+        """The only way in. Raises RequestError naming the field; nothing is kept of a refused
+        request.
 
-        Everything here is about the prompt and what is asked of it. The choices of one prompt differ in id and seed
-        alone: the first is created, the others are its siblings.
+        Everything here is about the prompt and what is asked of it. The choices of one prompt
+        differ in id and seed alone: the first is created, the others are its siblings.
 
-        eos_ids: the model's end tokens; those beyond its vocabulary can never be drawn, and are left out.
+        eos_ids: the model's end tokens; those beyond its vocabulary can never be drawn, and are
+        left out.
         """
         prompt = tuple(prompt_ids)
         _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
@@ -315,15 +358,27 @@ class Request:
         _check_number("arrival", arrival, -sys.float_info.max, sys.float_info.max)
         if deadline is not None:
             _check_number("deadline", deadline, -sys.float_info.max, sys.float_info.max)
-        _check(isinstance(salt, bytes), "cache_salt", f"cache_salt is {type(salt).__name__}; it must be bytes here")
-        _check(len(salt) <= LIMITS.salt_bytes, "cache_salt", f"cache_salt has over {LIMITS.salt_bytes} bytes")
+        _check(
+            isinstance(salt, bytes),
+            "cache_salt",
+            f"cache_salt is {type(salt).__name__}; it must be bytes here",
+        )
+        _check(
+            len(salt) <= LIMITS.salt_bytes,
+            "cache_salt",
+            f"cache_salt has over {LIMITS.salt_bytes} bytes",
+        )
         room = limits.max_model_len - len(prompt)
         wanted = params.max_tokens
         if room < (1 if wanted is None else wanted):
             least = 1 if room == 0 else None
-            raise ContextExceededError(limits.max_model_len, len(prompt), least if wanted is None else wanted)
+            raise ContextExceededError(
+                limits.max_model_len, len(prompt), least if wanted is None else wanted
+            )
         ends = frozenset() if params.ignore_eos else eos_ids
-        stop_ids = frozenset(params.stop_token_ids).union(token for token in ends if 0 <= token < limits.vocab_size)
+        stop_ids = frozenset(params.stop_token_ids).union(
+            token for token in ends if 0 <= token < limits.vocab_size
+        )
         fixed_seed = seed if seed is not None else (params.seed or 0)
         return cls(
             id=id,
@@ -342,8 +397,8 @@ class Request:
     def sibling(self, id: str, seed: int) -> Self:
         """Another choice of the same prompt, nothing of it computed yet.
 
-        It shares what was checked when this one was created: prompt, parameters, limits and times. Its own are id and
-        seed, of which every value is fine.
+        It shares what was checked when this one was created: prompt, parameters, limits and times.
+        Its own are id and seed, of which every value is fine.
         """
         return type(self)(
             id=id,
@@ -377,4 +432,7 @@ class Request:
         split = len(self.prompt_ids)
         if start >= split:
             return self.output_ids[start - split : stop - split]
-        return [*self.prompt_ids[start : min(stop, split)], *self.output_ids[: max(stop - split, 0)]]
+        return [
+            *self.prompt_ids[start : min(stop, split)],
+            *self.output_ids[: max(stop - split, 0)],
+        ]

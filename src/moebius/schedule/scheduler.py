@@ -1,18 +1,22 @@
-"""What to compute next. Plain data in, plain data out, never changed once made: no tensors, no clock, no I/O.
+"""What to compute next. Plain data in, plain data out, never changed once made: no tensors, no
+clock, no I/O.
 
-A step is `plan(now)`, then the engine computes the plan's chunks, then `update(plan, tokens)`; or `rollback(plan)`
-where the step failed. `add`, `abort` and `fail` may come at any time between two of these calls.
+A step is `plan(now)`, then the engine computes the plan's chunks, then `update(plan, tokens)`; or
+`rollback(plan)` where the step failed. `add`, `abort` and `fail` may come at any time between two
+of these calls.
 
-There is no prefill phase and no decode phase: each request has a counter, `num_computed_tokens`, that catches up with
-`num_tokens`, by at most what is left of the step's token budget. Requests are served in the order (priority, arrival),
-the running ones first. Why nobody starves:
+There is no prefill phase and no decode phase: each request has a counter, `num_computed_tokens`,
+that catches up with `num_tokens`, by at most what is left of the step's token budget. Requests are
+served in the order (priority, arrival), the running ones first. Why nobody starves:
 
-- A running request that needs a block takes it from the last running one in the order; the last itself waits with
-  what it holds. So the first is never a victim, and always gets both tokens and blocks.
-- A waiting request starts only when all its tokens fit beside what is promised to the running ones, and none behind
-  it starts before it does. The one exception is a request whose next block is being computed by a running one
-  (`prefix_in_flight`): it waits only in steps in which that one moves towards this very block, so at most as many
-  steps as its prompt has tokens. Nothing has to wake it: each plan looks anew.
+- A running request that needs a block takes it from the last running one in the order; the last
+  itself waits with what it holds. So the first is never a victim, and always gets both tokens and
+  blocks.
+- A waiting request starts only when all its tokens fit beside what is promised to the running ones,
+  and none behind it starts before it does. The one exception is a request whose next block is being
+  computed by a running one (`prefix_in_flight`): it waits only in steps in which that one moves
+  towards this very block, so at most as many steps as its prompt has tokens. Nothing has to wake
+  it: each plan looks anew.
 - What could not run in an empty pool was refused by `add`, by the function that allocates.
 """
 
@@ -23,15 +27,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from moebius.config import EngineConfig
 from moebius.errors import ContextLengthError, RequestError
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.request import FinishReason, Request, RequestStatus
 from moebius.schedule.waiting import WaitingQueue
 
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
-"""Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a seat given back, or
-the running request that is computing its prefix."""
+"""Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a
+seat given back, or the running request that is computing its prefix."""
 
 
 class Chunk(NamedTuple):
@@ -88,12 +92,12 @@ class _Draft:
 class Scheduler:
     """Decides which tokens of which requests each step computes, and in which blocks.
 
-    Of `config` it reads the bounds of a step and of the queue; max_model_len must be given. prefix_queries and
-    prefix_hits count tokens looked up and found in the prefix cache; preemptions counts requests; num_deferred is how
-    many the last plan let wait for a prefix in flight.
+    Of `config` it reads the bounds of a step and of the queue; max_model_len must be given.
+    prefix_queries and prefix_hits count tokens looked up and found in the prefix cache; preemptions
+    counts requests; num_deferred is how many the last plan let wait for a prefix in flight.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         assert config.max_model_len is not None, "the context is settled before requests come"
         self.config = config
         self.max_model_len = config.max_model_len
@@ -126,17 +130,26 @@ class Scheduler:
     @property
     def drained(self) -> bool:
         """Nothing is left to do and every block is back."""
-        return not self._requests and not self._running and not len(self._waiting) and not self.pool.num_used
+        return (
+            not self._requests
+            and not self._running
+            and not len(self._waiting)
+            and not self.pool.num_used
+        )
 
     def add(self, request: Request) -> None:
         """Queue a new request.
 
-        RequestError (ContextLengthError) if it could never run, OverloadError if the queue is full; nothing is kept of
-        a refused request.
+        RequestError (ContextLengthError) if it could never run, OverloadError if the queue is full;
+        nothing is kept of a refused request.
         """
-        assert request.status is RequestStatus.WAITING and not request.block_ids, "a request is added once"
+        assert request.status is RequestStatus.WAITING and not request.block_ids, (
+            "a request is added once"
+        )
         if request.id in self._requests:
-            raise RequestError(f"request id {request.id!r} is in use; ids must be unique", param="request_id")
+            raise RequestError(
+                f"request id {request.id!r} is in use; ids must be unique", param="request_id"
+            )
         self._check_can_run(request)
         self._waiting.check_room(request)
         request.block_hashes.clear()  # another pool's key may have made them
@@ -148,7 +161,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Decide the next step; `now` is in seconds on the clock of the requests' deadlines.
 
-        `num_computed_tokens` advances here. A plan with chunks must be updated or rolled back before the next.
+        `num_computed_tokens` advances here. A plan with chunks must be updated or rolled back
+        before the next.
         """
         assert self._pending is None, "the last step was neither updated nor rolled back"
         self._waiting.observe(now)
@@ -160,13 +174,17 @@ class Scheduler:
         chunks = tuple(draft.chunks.values())
         self._step += 1
         self._pending = self._step if chunks else None
-        return StepPlan(self._step, chunks, tuple(draft.preempted), expired, MappingProxyType(draft.waiting))
+        return StepPlan(
+            self._step, chunks, tuple(draft.preempted), expired, MappingProxyType(draft.waiting)
+        )
 
     def update(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> list[Request]:
-        """Take a computed step's tokens: append, publish full blocks, stop. Returns the requests that finished.
+        """Take a computed step's tokens: append, publish full blocks, stop. Returns the requests
+        that finished.
 
-        `tokens` has 0, 1 or several for each chunk that samples; with none, its last position is computed once more.
-        Requests that ended since the plan are skipped, tokens beyond a stop are dropped.
+        `tokens` has 0, 1 or several for each chunk that samples; with none, its last position is
+        computed once more. Requests that ended since the plan are skipped, tokens beyond a stop are
+        dropped.
         """
         self._close(plan)
         finished = []
@@ -185,7 +203,8 @@ class Scheduler:
         return finished
 
     def rollback(self, plan: StepPlan) -> None:
-        """Forget a step that failed: its tokens are to be computed again, nothing of it is published."""
+        """Forget a step that failed: its tokens are to be computed again, nothing of it is
+        published."""
         self._close(plan)
         for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
@@ -193,12 +212,14 @@ class Scheduler:
                 self._rewind(request, chunk.start)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
-        """End a request in whatever state it is, between plan and update too. None if there is no such request."""
+        """End a request in whatever state it is, between plan and update too. None if there is no
+        such request."""
         request = self._requests.get(request_id)
         return None if request is None else self._finish(request, reason)
 
     def fail(self, request_id: str) -> Request | None:
-        """End a request whose numbers went wrong, and withdraw from the cache all that may derive from them.
+        """End a request whose numbers went wrong, and withdraw from the cache all that may derive
+        from them.
 
         Best called before `update`, so that nothing of the failed step is published at all.
         """
@@ -212,24 +233,27 @@ class Scheduler:
         config, prompt = self.config, len(request.prompt_ids)
         if request.num_tokens + (len(request.output_ids) < request.max_tokens) > self.max_model_len:
             raise ContextLengthError(
-                f"the request has {request.num_tokens} tokens and max_tokens is {request.max_tokens}, but the context "
-                f"is {self.max_model_len}; shorten the prompt or ask for fewer tokens"
+                f"the request has {request.num_tokens} tokens and max_tokens is "
+                f"{request.max_tokens}, but the context is {self.max_model_len}; shorten the "
+                "prompt or ask for fewer tokens"
             )
         if not config.enable_chunked_prefill and prompt > config.max_num_batched_tokens:
             raise ContextLengthError(
-                f"the prompt has {prompt} tokens, but without chunked prefill at most max_num_batched_tokens = "
-                f"{config.max_num_batched_tokens} can be computed; shorten the prompt or enable chunked prefill"
+                f"the prompt has {prompt} tokens, but without chunked prefill at most "
+                f"max_num_batched_tokens = {config.max_num_batched_tokens} can be computed; "
+                "shorten the prompt or enable chunked prefill"
             )
         longest = self._longest(request)
         if not self.pool.fits(longest):
             raise ContextLengthError(
                 f"the prompt has {prompt} tokens and max_tokens is {request.max_tokens}: up to "
-                f"{self.pool.blocks_for(longest)} blocks of {self.pool.block_size} tokens, but the KV cache has "
-                f"{self.pool.num_blocks}; shorten the prompt or ask for fewer tokens"
+                f"{self.pool.blocks_for(longest)} blocks of {self.pool.block_size} tokens, but the "
+                f"KV cache has {self.pool.num_blocks}; shorten the prompt or ask for fewer tokens"
             )
 
     def _longest(self, request: Request) -> int:
-        """Most tokens of the request that will ever be in the cache: the last one drawn is not computed."""
+        """Most tokens of the request that will ever be in the cache: the last one drawn is not
+        computed."""
         prompt = len(request.prompt_ids)
         return max(request.num_tokens, min(prompt + request.max_tokens, self.max_model_len) - 1)
 
@@ -241,7 +265,9 @@ class Scheduler:
             if request is not None and request.deadline is not None and request.deadline <= now:
                 self._finish(request, FinishReason.DEADLINE)
                 expired.append(request_id)
-        if len(self._deadlines) > 2 * len(self._requests) + 64:  # most of them ended before their deadline
+        if (
+            len(self._deadlines) > 2 * len(self._requests) + 64
+        ):  # most of them ended before their deadline
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
             heapq.heapify(self._deadlines)
         return tuple(expired)
@@ -262,7 +288,8 @@ class Scheduler:
                 self._compute(request, num_tokens, draft)
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
-        """Extend the request's table, at the cost of the last running ones; the last itself has to wait."""
+        """Extend the request's table, at the cost of the last running ones; the last itself has to
+        wait."""
         while not self.pool.extend(request, num_tokens):
             victim = self._running[-1]
             if victim is request:
@@ -297,7 +324,8 @@ class Scheduler:
                 promised += self._promised(request)
 
     def _promised(self, request: Request) -> int:
-        """Blocks that a running request will soon need: for all its tokens so far, and one to go on with."""
+        """Blocks that a running request will soon need: for all its tokens so far, and one to go on
+        with."""
         pool = self.pool
         soon = min(pool.blocks_for(request.num_tokens) + 1, pool.blocks_for(self._longest(request)))
         return soon - len(request.block_ids)
@@ -313,7 +341,9 @@ class Scheduler:
         computing = self.pool.claimant(request)
         if computing is not None and computing.id in draft.chunks:
             return "prefix_in_flight"
-        if self.pool.num_free <= promised:  # at least one new block is needed, whatever the cache holds
+        if (
+            self.pool.num_free <= promised
+        ):  # at least one new block is needed, whatever the cache holds
             return "no_blocks"
         hit = self.pool.match(request)
         hit_tokens = len(hit) * self.pool.block_size
@@ -346,10 +376,13 @@ class Scheduler:
     def _grant(self, remaining: int, budget: int) -> int:
         """Tokens to compute of those remaining.
 
-        Without chunked prefill all or none; only what exceeds a whole step's budget, a preempted request with a long
-        output, is split.
+        Without chunked prefill all or none; only what exceeds a whole step's budget, a preempted
+        request with a long output, is split.
         """
-        if not self.config.enable_chunked_prefill and budget < remaining <= self.config.max_num_batched_tokens:
+        if (
+            not self.config.enable_chunked_prefill
+            and budget < remaining <= self.config.max_num_batched_tokens
+        ):
             return 0
         return min(remaining, budget)
 
@@ -358,13 +391,18 @@ class Scheduler:
         request.num_computed_tokens = start + num_tokens
         draft.budget -= num_tokens
         assert request.num_cached_tokens is not None
-        samples = start + num_tokens == request.num_tokens and len(request.output_ids) < request.max_tokens
+        samples = (
+            start + num_tokens == request.num_tokens
+            and len(request.output_ids) < request.max_tokens
+        )
         draft.chunks[request.id] = Chunk(
             request.id, start, num_tokens, samples, request.block_ids, request.num_cached_tokens
         )
 
     def _close(self, plan: StepPlan) -> None:
-        assert self._pending in (None, plan.step), f"step {self._pending} is under way, not {plan.step}"
+        assert self._pending in (None, plan.step), (
+            f"step {self._pending} is under way, not {plan.step}"
+        )
         assert self._pending is not None or not plan.chunks, f"step {plan.step} is over"
         self._pending = None
 
@@ -381,7 +419,9 @@ class Scheduler:
                 return FinishReason.STOP
             if len(output) >= request.max_tokens or request.num_tokens >= self.max_model_len:
                 return FinishReason.LENGTH
-        nothing_wanted = len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens
+        nothing_wanted = (
+            len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens
+        )
         return FinishReason.LENGTH if nothing_wanted else None
 
     def _finish(self, request: Request, reason: FinishReason) -> Request:

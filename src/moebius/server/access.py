@@ -1,7 +1,9 @@
-"""One line and one count for each request, answered or refused. Lines are logfmt, `key=value`, and name no prompt.
+"""One line and one count for each request, answered or refused. Lines are logfmt, `key=value`, and
+name no prompt.
 
-A line's length is bounded, and every value in it is printable ASCII on one line, whatever a client sent. Lines are not
-thinned out in a flood: each refused request has its own, as in any access log, and rotation is the operator's.
+A line's length is bounded, and every value in it is printable ASCII on one line, whatever a client
+sent. Lines are not thinned out in a flood: each refused request has its own, as in any access log,
+and rotation is the operator's.
 """
 
 import json
@@ -25,13 +27,16 @@ REQUEST_ID = "X-Request-Id"
 _MAX_ID = 128
 _MAX_VALUE = 200
 _MAX_NAMES, _MAX_NAME = 5, 32
-_BARE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII without space, quote, equals sign and backslash
+_BARE = re.compile(
+    r"[!#-<>-\[\]-~]+"
+)  # printable ASCII without space, quote, equals sign and backslash
 # What a client that left before its answer began is counted under, as nginx does.
 _CLIENT_GONE = 499
 
 
 def logfmt(fields: Mapping[str, object]) -> str:
-    """`key=value` pairs on one line, those that are None left out; a value that needs it is quoted and escaped."""
+    """`key=value` pairs on one line, those that are None left out; a value that needs it is quoted
+    and escaped."""
     return " ".join(f"{key}={_value(value)}" for key, value in fields.items() if value is not None)
 
 
@@ -66,7 +71,8 @@ class Visit:
     ignored: str | None = None
 
     def ignore(self, names: Sequence[str]) -> None:
-        """Note the names of fields that were ignored; of a few of them as much as shows which they are."""
+        """Note the names of fields that were ignored; of a few of them as much as shows which they
+        are."""
         self.ignored = ",".join(name[:_MAX_NAME] for name in names[:_MAX_NAMES])
         if len(names) > _MAX_NAMES:
             self.ignored += f" and {len(names) - _MAX_NAMES} more"
@@ -84,7 +90,10 @@ class AccessLog:
     """Opens a visit for each request and closes it with a line and a count."""
 
     def __init__(
-        self, metrics: ServerMetrics, paths: Iterable[str], clock: Callable[[], float] = time.monotonic
+        self,
+        metrics: ServerMetrics,
+        paths: Iterable[str],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
         self._clock = clock
@@ -92,7 +101,9 @@ class AccessLog:
 
     def open(self, scope: Scope) -> Visit:
         path = scope.get("path", "")
-        route = next((template for pattern, template in self._templates if pattern.match(path)), OTHER)
+        route = next(
+            (template for pattern, template in self._templates if pattern.match(path)), OTHER
+        )
         return Visit(_request_id(scope), scope.get("method", ""), route, path, self._clock())
 
     def close(self, visit: Visit) -> None:
@@ -103,17 +114,33 @@ class AccessLog:
             self._metrics.rejected(fault.reason)
         # A template says it all but where a part of it is the client's.
         path = visit.path if visit.route == OTHER or "{" in visit.route else None
-        line = {"status": status, "method": visit.method, "route": visit.route, "path": path, **_told(fault)}
-        line |= {"request_id": visit.id, "seconds": self._clock() - visit.started, "ignored_fields": visit.ignored}
+        line = {
+            "status": status,
+            "method": visit.method,
+            "route": visit.route,
+            "path": path,
+            **_told(fault),
+        }
+        line |= {
+            "request_id": visit.id,
+            "seconds": self._clock() - visit.started,
+            "ignored_fields": visit.ignored,
+        }
         level = _level(status, visit.method, fault) if visit.ignored is None else logging.WARNING
         log.log(level, "%s", logfmt(line | visit.facts))
 
     def refused(self, fault: Fault) -> Fault:
-        """Of what never became a request: its line, its count, and the fault with an id among its headers."""
+        """Of what never became a request: its line, its count, and the fault with an id among its
+        headers."""
         visit = Visit(_new_id(), "", OTHER, "", self._clock(), fault.status)
         self._metrics.answered(visit.method, visit.route, fault.status)
         self._metrics.rejected(fault.reason)
-        line = {"status": fault.status, "route": visit.route, **_told(fault), "request_id": visit.id}
+        line = {
+            "status": fault.status,
+            "route": visit.route,
+            **_told(fault),
+            "request_id": visit.id,
+        }
         log.log(_level(fault.status, "", fault), "%s", logfmt(line))
         return replace(fault, headers={**fault.headers, REQUEST_ID: visit.id})
 
@@ -126,10 +153,15 @@ def _told(fault: Fault | None) -> dict[str, object]:
 
 
 def _level(status: int, method: str, fault: Fault | None) -> int:
-    """A failure of ours is a warning. Reads that were answered are what probes and scrapers ask all day."""
+    """A failure of ours is a warning. Reads that were answered are what probes and scrapers ask all
+    day."""
     if max(status, fault.status if fault else 0) == 500:
         return logging.WARNING
-    return logging.DEBUG if status < 400 and fault is None and method in ("GET", "HEAD") else logging.INFO
+    return (
+        logging.DEBUG
+        if status < 400 and fault is None and method in ("GET", "HEAD")
+        else logging.INFO
+    )
 
 
 def _new_id() -> str:
@@ -139,6 +171,10 @@ def _new_id() -> str:
 def _request_id(scope: Scope) -> str:
     """The client's, if it sent one that is fit for a header and a line."""
     shown = [value for name, value in scope["headers"] if name == REQUEST_ID.lower().encode()]
-    if len(shown) != 1 or not 1 <= len(shown[0]) <= _MAX_ID or not all(0x20 <= byte <= 0x7E for byte in shown[0]):
+    if (
+        len(shown) != 1
+        or not 1 <= len(shown[0]) <= _MAX_ID
+        or not all(0x20 <= byte <= 0x7E for byte in shown[0])
+    ):
         return _new_id()
     return str(shown[0], "ascii")

@@ -1,4 +1,5 @@
-"""How a Call becomes an HTTP response: one JSON body or server-sent events, and what happens when the client leaves."""
+"""How a Call becomes an HTTP response: one JSON body or server-sent events, and what happens when
+the client leaves."""
 
 import asyncio
 import contextlib
@@ -22,7 +23,8 @@ _STREAM_HEADERS = [
 ]
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
-# About so many bytes of JSON are made on the event loop: handing them to a thread would take longer.
+# About so many bytes of JSON are made on the event loop: handing them to a thread would take
+# longer.
 _SMALL = 64 * 1024
 
 Made = TypeVar("Made")
@@ -36,8 +38,9 @@ def event(data: bytes) -> bytes:
 class Answer(Response):
     """Submits a call when it is awaited, and answers it.
 
-    A stream's headers wait for its first output, so that a request that fails before that gets a plain HTTP error;
-    but for `keep_alive` seconds at most, after which the client hears comments and an error comes as an event.
+    A stream's headers wait for its first output, so that a request that fails before that gets a
+    plain HTTP error; but for `keep_alive` seconds at most, after which the client hears comments
+    and an error comes as an event.
     """
 
     def __init__(self, call: Call, formatter: Format, stream: bool) -> None:
@@ -53,7 +56,9 @@ class Answer(Response):
         try:
             with contextlib.suppress(ClientGone):
                 async with self.call, _watched(self.call, receive):
-                    await (self._stream(send) if self.stream else self._collect(scope, receive, send))
+                    await (
+                        self._stream(send) if self.stream else self._collect(scope, receive, send)
+                    )
         finally:
             visit.facts |= self.call.facts()
             if self.formatter.id != self.call.id:
@@ -100,7 +105,10 @@ class Answer(Response):
                     await self._send(send, data or _KEEP_ALIVE)
                     heard = loop.time()
                 batch = await self.call.next()
-            data += b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.closing()) + _DONE
+            data += (
+                b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.closing())
+                + _DONE
+            )
         except (ClientGone, asyncio.CancelledError):
             raise
         except Exception as error:

@@ -21,7 +21,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import moebius
-from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient
 from moebius.errors import DeadlineError, RequestError
 from moebius.schedule.request import check_asked
@@ -43,10 +42,12 @@ from moebius.server.protocol import (
     TokenizeRequest,
     parse,
 )
+from moebius.server.settings import ServerSettings
 from moebius.server.stream import FrontDoor
 from moebius.text import GenerationDefaults, Tokenizer
 
-# A body up to this size is parsed and tokenised on the event loop: handing it to a thread would take longer.
+# A body up to this size is parsed and tokenised on the event loop: handing it to a thread would
+# take longer.
 _SMALL_BODY = 16 * 1024
 _CLOSE_SECONDS = 5.0
 
@@ -69,7 +70,12 @@ class _Api:
         self._created = int(time.time())
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._card(name) for name in self.settings.served_model_names]})
+        return _json(
+            {
+                "object": "list",
+                "data": [self._card(name) for name in self.settings.served_model_names],
+            }
+        )
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
@@ -86,10 +92,13 @@ class _Api:
         return _json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self.door.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(
+            self.door.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
 
     async def moe_stats(self, request: Request) -> Response:
-        """How each layer's router spread the tokens of the last steps; a dense model has no layers."""
+        """How each layer's router spread the tokens of the last steps; a dense model has no
+        layers."""
         loads = self.door.client.expert_loads()
         return _json({"object": "moe.stats", "window_steps": loads.steps, "layers": loads.layers})
 
@@ -102,10 +111,15 @@ class _Api:
     def posted(
         self, kind: type[Asked], answer: Callable[[Request, Asked], Response]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """A route that reads the body, parses it as `kind` and answers: on a thread where that takes long."""
+        """A route that reads the body, parses it as `kind` and answers: on a thread where that
+        takes long."""
 
         def handle(request: Request, body: bytes) -> Response:
-            ignore = request.scope["moebius.visit"].ignore if self.settings.unknown_fields == "warn" else None
+            ignore = (
+                request.scope["moebius.visit"].ignore
+                if self.settings.unknown_fields == "warn"
+                else None
+            )
             asked = parse(kind, decode_body(body), ignore)
             self._check_model(asked.model)
             return answer(request, asked)
@@ -119,7 +133,8 @@ class _Api:
         return route
 
     async def _on_thread(self, request: Request, make: Callable[[], Response]) -> Response:
-        """What `make` makes on one of a few threads, for which others may be waiting. DeadlineError when it is late."""
+        """What `make` makes on one of a few threads, for which others may be waiting. DeadlineError
+        when it is late."""
         late = request.scope["moebius.visit"].started + self.settings.request_timeout
         try:
             async with asyncio.timeout(late - self.door.clock()):
@@ -148,24 +163,41 @@ class _Api:
             raise asked.as_written(error) from error
         model = asked.model or self.settings.served_model_names[0]
         form = ChatFormat if isinstance(asked, ChatRequest) else CompletionFormat
-        return Answer(call, form(call, asked, self.tokenizer, model, self.door.client.info.fingerprint), asked.stream)
+        return Answer(
+            call,
+            form(call, asked, self.tokenizer, model, self.door.client.info.fingerprint),
+            asked.stream,
+        )
 
     def tokenize(self, request: Request, asked: TokenizeRequest) -> Response:
         length = self.door.client.info.limits.max_model_len
         ids = asked.encode(self.tokenizer, length)
-        texts = [self.tokenizer.token_text(token_id) for token_id in ids] if asked.return_token_strs else None
-        return _json({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts})
+        texts = (
+            [self.tokenizer.token_text(token_id) for token_id in ids]
+            if asked.return_token_strs
+            else None
+        )
+        return _json(
+            {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts}
+        )
 
     def detokenize(self, request: Request, asked: DetokenizeRequest) -> Response:
         vocab_size = self.door.client.info.limits.vocab_size
         for token_id in set(asked.tokens):
             if not 0 <= token_id < vocab_size:
-                raise RequestError(f"tokens: {token_id} is not an id from 0 to {vocab_size - 1}", param="tokens")
+                raise RequestError(
+                    f"tokens: {token_id} is not an id from 0 to {vocab_size - 1}", param="tokens"
+                )
         return _json({"prompt": self.tokenizer.decode(asked.tokens, skip_special_tokens=False)})
 
     def _card(self, name: str) -> dict[str, Any]:
         length = self.door.client.info.limits.max_model_len
-        facts = {"object": "model", "owned_by": "moebius", "created": self._created, "max_model_len": length}
+        facts = {
+            "object": "model",
+            "owned_by": "moebius",
+            "created": self._created,
+            "max_model_len": length,
+        }
         family = {"root": self.settings.served_model_names[0], "parent": None}
         return {"id": name, **facts, **family, "permission": [_permission(name, self._created)]}
 
@@ -206,13 +238,19 @@ def _salt(request: Request, asked: GenerationRequest) -> bytes:
 
 
 def create_app(
-    client: EngineClient, tokenizer: Tokenizer, defaults: GenerationDefaults, settings: ServerSettings
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    defaults: GenerationDefaults,
+    settings: ServerSettings,
 ) -> Starlette:
-    """The server as an ASGI application. It starts `client` when it starts and closes it when it ends.
+    """The server as an ASGI application. It starts `client` when it starts and closes it when it
+    ends.
 
     app.state.front_door is its FrontDoor, app.state.access its AccessLog.
     """
-    metrics = ServerMetrics(client, settings.served_model_names[0], vllm_names=settings.vllm_metric_names)
+    metrics = ServerMetrics(
+        client, settings.served_model_names[0], vllm_names=settings.vllm_metric_names
+    )
     door = FrontDoor(client, tokenizer, metrics, settings)
     api = _Api(door, tokenizer, defaults, settings)
 

@@ -1,9 +1,11 @@
-"""OpenAI's batch format offline: each line is a call, answered by the server's own application in this process.
+"""OpenAI's batch format offline: each line is a call, answered by the server's own application in
+this process.
 
-A line of the input is {"custom_id", "method": "POST", "url", "body"}; one of the output is {"id", "custom_id",
-"response": {"status_code", "request_id", "body"}, "error"}. Results are written as they finish. A second run with the
-same files goes on where the first was interrupted: what was answered for good stays, what failed on our side (5xx) is
-asked again. A file that holds anything else than results of these calls is refused and left as it is.
+A line of the input is {"custom_id", "method": "POST", "url", "body"}; one of the output is {"id",
+"custom_id", "response": {"status_code", "request_id", "body"}, "error"}. Results are written as
+they finish. A second run with the same files goes on where the first was interrupted: what was
+answered for good stays, what failed on our side (5xx) is asked again. A file that holds anything
+else than results of these calls is refused and left as it is.
 """
 
 import asyncio
@@ -21,9 +23,8 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp
 
-from moebius.config import read_text, require
-from moebius.errors import ConfigError, StorageError
-from moebius.files import anyone, check_target, write_file
+from moebius.errors import ConfigError, StorageError, require
+from moebius.files import anyone, check_target, read_text, write_file
 from moebius.server.protocol import first_error
 
 _RESULT = "batch_req_"
@@ -43,13 +44,15 @@ class BatchCall(BaseModel):
 
     @property
     def result_id(self) -> str:
-        """Names the result, and says of which call: a second run must not take another call's answer for this one's."""
+        """Names the result, and says of which call: a second run must not take another call's
+        answer for this one's."""
         asked = json.dumps([self.url, self.body], sort_keys=True).encode()
         return _RESULT + hashlib.blake2b(asked, digest_size=12).hexdigest()
 
 
 def read_batch(path: Path) -> list[BatchCall]:
-    """All lines, checked before the first is run. ConfigError names the line and what is wrong with it."""
+    """All lines, checked before the first is run. ConfigError names the line and what is wrong with
+    it."""
     try:
         lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,15 +81,20 @@ def _call(line: str, where: str) -> BatchCall:
 
 
 @contextmanager
-def open_results(path: Path, source: Path, calls: list[BatchCall]) -> Iterator[tuple[FileIO, list[BatchCall]]]:
-    """The file for the results of `calls`, which came from `source`, and those of them that are still to be answered.
+def open_results(
+    path: Path, source: Path, calls: list[BatchCall]
+) -> Iterator[tuple[FileIO, list[BatchCall]]]:
+    """The file for the results of `calls`, which came from `source`, and those of them that are
+    still to be answered.
 
-    What an earlier run left half-written or failed is cut out. Raises ConfigError, before anything is changed, where
-    the file holds what is no result of these calls or another run is writing to it; StorageError where it cannot be
-    written.
+    What an earlier run left half-written or failed is cut out. Raises ConfigError, before anything
+    is changed, where the file holds what is no result of these calls or another run is writing to
+    it; StorageError where it cannot be written.
     """
     same = path.exists() and path.samefile(source)
-    require(not same, f"--output {path} is the batch file itself; name another file for its results")
+    require(
+        not same, f"--output {path} is the batch file itself; name another file for its results"
+    )
     check_target(path, anyone)
     with ExitStack() as stack:
         out = stack.enter_context(_open_locked(path))
@@ -102,7 +110,8 @@ def _is_new(path: Path) -> bool:
 
 
 def _keep_answers(path: Path, calls: list[BatchCall]) -> set[str]:
-    """The custom_ids that an earlier run answered for good; all other results are cut out of the file."""
+    """The custom_ids that an earlier run answered for good; all other results are cut out of the
+    file."""
     known = {call.custom_id: call.result_id for call in calls}
     done: set[str] = set()
     dropped: set[int] = set()
@@ -114,7 +123,10 @@ def _keep_answers(path: Path, calls: list[BatchCall]) -> set[str]:
             continue
         name = record["custom_id"]
         asked = known.get(name) == record["id"]
-        require(asked, f"--output {path}, line {number}: the answer to another batch's call {name!r}; {_LEFT}")
+        require(
+            asked,
+            f"--output {path}, line {number}: the answer to another batch's call {name!r}; {_LEFT}",
+        )
         if record["response"]["status_code"] >= 500 or name in done:
             dropped.add(number)
         else:
@@ -147,7 +159,9 @@ def _record(line: bytes) -> Mapping[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-        whole = isinstance(record["custom_id"], str) and isinstance(record["response"]["status_code"], int)
+        whole = isinstance(record["custom_id"], str) and isinstance(
+            record["response"]["status_code"], int
+        )
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return record if whole else None
@@ -162,11 +176,14 @@ def _is_broken_off(line: bytes) -> bool:
 def _open_locked(path: Path) -> FileIO:
     """The file, at its end, which no other run opens meanwhile.
 
-    Two runs at once would answer every call twice, and one would cut out what the other is just writing.
+    Two runs at once would answer every call twice, and one would cut out what the other is just
+    writing.
     """
     busy = ConfigError(f"--output {path} is being written by another run; wait for its end")
     try:
-        out = FileIO(path, "ab")  # not buffered: what could not be written must not be tried again on closing
+        out = FileIO(
+            path, "ab"
+        )  # not buffered: what could not be written must not be tried again on closing
     except OSError as error:
         raise StorageError(f"--output {path} cannot be written: {error.strerror}") from error
     try:
@@ -186,9 +203,15 @@ def _is_another(out: FileIO, path: Path) -> bool:
 
 
 async def run_batch(
-    app: ASGIApp, calls: list[BatchCall], out: FileIO, *, concurrency: int, on_result: Callable[[], None]
+    app: ASGIApp,
+    calls: list[BatchCall],
+    out: FileIO,
+    *,
+    concurrency: int,
+    on_result: Callable[[], None],
 ) -> int:
-    """Answer `calls`, at most `concurrency` at a time, `on_result` after each; how many were refused or failed."""
+    """Answer `calls`, at most `concurrency` at a time, `on_result` after each; how many were
+    refused or failed."""
     waiting = iter(calls)
     failures = 0
 
@@ -208,7 +231,9 @@ async def run_batch(
             on_result()
 
     headers = {"Content-Type": "application/json"}
-    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://batch", headers=headers)
+    http = httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://batch", headers=headers
+    )
     async with http, asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(calls))):
             group.create_task(worker())
@@ -222,5 +247,6 @@ def _write(out: FileIO, record: Mapping[str, Any]) -> None:
             rest = rest[out.write(rest) :]
     except OSError as error:
         raise StorageError(
-            f"--output {out.name} cannot be written: {error.strerror}; what was answered is kept, run again to go on"
+            f"--output {out.name} cannot be written: {error.strerror}; what was answered is kept, "
+            "run again to go on"
         ) from error

@@ -1,7 +1,9 @@
-"""A request's body: bytes that become one JSON object, or an error, at a price that is known before it is paid.
+"""A request's body: bytes that become one JSON object, or an error, at a price that is known before
+it is paid.
 
-The parser holds the interpreter's lock from a body's first byte to its last, and what it costs depends on how many
-objects it makes. So these are counted first, over the raw bytes, in pieces that let others run.
+The parser holds the interpreter's lock from a body's first byte to its last, and what it costs
+depends on how many objects it makes. So these are counted first, over the raw bytes, in pieces that
+let others run.
 """
 
 import codecs
@@ -26,7 +28,8 @@ _WIDE = {
 
 
 def decode_body(body: bytes) -> dict[str, Any]:
-    """A body as one JSON object. RequestError on anything else, NaN and Infinity, and beyond the limits on JSON."""
+    """A body as one JSON object. RequestError on anything else, NaN and Infinity, and beyond the
+    limits on JSON."""
     body = body.removeprefix(codecs.BOM_UTF8)
     _check_encoding(body)
     _check_size(body)
@@ -42,7 +45,8 @@ def decode_body(body: bytes) -> dict[str, Any]:
 
 
 def _check_encoding(body: bytes) -> None:
-    """RequestError on UTF-16 and UTF-32: JSON begins with ASCII, so an early zero shows them where no mark does."""
+    """RequestError on UTF-16 and UTF-32: JSON begins with ASCII, so an early zero shows them where
+    no mark does."""
     marked = next((name for mark, name in _WIDE.items() if body.startswith(mark)), None)
     if marked is None and b"\0" in body[:2]:
         marked = "UTF-16 or UTF-32"
@@ -52,7 +56,8 @@ def _check_encoding(body: bytes) -> None:
 
 @dataclass(slots=True)
 class _Contents:
-    """What a JSON text holds, strings not looked into; true up to where it stops being JSON, if it does."""
+    """What a JSON text holds, strings not looked into; true up to where it stops being JSON, if it
+    does."""
 
     values: int = 1
     parts: int = 0
@@ -78,7 +83,8 @@ def _contents(body: bytes) -> _Contents:
     for piece in _without_escapes(body):
         codes = np.frombuffer(piece, np.uint8)
         quotes = codes == ord('"')
-        # Odd where a string has begun and not ended. Sums wrap at 256, which keeps them even or odd.
+        # Odd where a string has begun and not ended. Sums wrap at 256, which keeps them even or
+        # odd.
         inside = np.add.accumulate(quotes, dtype=np.uint8) + np.uint8(in_string)
         inside &= 1
         outside = codes[inside == 0]

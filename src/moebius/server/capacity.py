@@ -1,4 +1,5 @@
-"""What all connections of a server share: how many there may be, and how much of their bodies is in memory."""
+"""What all connections of a server share: how many there may be, and how much of their bodies is in
+memory."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -30,10 +31,13 @@ class Capacity:
     most      connections at once
     rest      seconds that a connection may rest between requests, as clients are told
     ending    responses say that their connection closes: the server is about to end
-    refused   called with every fault that never became a request, and so has no other witness; gives what is sent
+    refused   called with every fault that never became a request, and so has no other witness;
+              gives what is sent
     """
 
-    def __init__(self, most: int, rest: int, refused: Callable[[Fault], Fault] = lambda fault: fault) -> None:
+    def __init__(
+        self, most: int, rest: int, refused: Callable[[Fault], Fault] = lambda fault: fault
+    ) -> None:
         self.most = most
         self.rest = rest
         self.refused = refused
@@ -50,12 +54,15 @@ class Capacity:
     def admit(self, connection: Closable) -> bool:
         """Count a new connection; False where all others are busy with a request.
 
-        A new client is worth more than one that has asked for nothing the longest: that one gives way.
+        A new client is worth more than one that has asked for nothing the longest: that one gives
+        way.
         """
         while len(self._connections) >= self.most and self._waiting:
             if not self._told:
                 self._told = True
-                log.warning("all %d connections are open: idle ones are closed for new ones", self.most)
+                log.warning(
+                    "all %d connections are open: idle ones are closed for new ones", self.most
+                )
             next(iter(self._waiting)).close()
         if len(self._connections) >= self.most:
             return False
@@ -63,7 +70,8 @@ class Capacity:
         return True
 
     def leaves(self, connection: Closable) -> bool:
-        """A connection hangs up; False where so many are about to that this one must not take its time."""
+        """A connection hangs up; False where so many are about to that this one must not take its
+        time."""
         self.forget(connection)
         if len(self._leaving) >= self.most and not self.ending:
             return False
@@ -93,10 +101,11 @@ class BodyRoom:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """Room for one body, given back at the end: call what is yielded with the size that it has, or will have.
+        """Room for one body, given back at the end: call what is yielded with the size that it has,
+        or will have.
 
-        That raises OverloadError where there is no room. A body up to SMALL_BODY always has some: how many of these
-        there are is bounded by the number of connections.
+        That raises OverloadError where there is no room. A body up to SMALL_BODY always has some:
+        how many of these there are is bounded by the number of connections.
         """
         mine = 0
 
@@ -106,8 +115,8 @@ class BodyRoom:
                 return
             if self._taken - mine + size > LIMITS.bodies_bytes:
                 raise OverloadError(
-                    f"request bodies of {self._taken - mine} bytes are being worked on; with this one they would "
-                    f"pass {LIMITS.bodies_bytes} bytes"
+                    f"request bodies of {self._taken - mine} bytes are being worked on; with this "
+                    f"one they would pass {LIMITS.bodies_bytes} bytes"
                 )
             self._taken += size - mine
             mine = size

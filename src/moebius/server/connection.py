@@ -1,7 +1,8 @@
-"""What stands between a client's socket and uvicorn: limits in bytes and time, and an end that the client hears.
+"""What stands between a client's socket and uvicorn: limits in bytes and time, and an end that the
+client hears.
 
-uvicorn frames requests and responses. Every byte passes through here on its way, and `tracked` tells, from the side of
-the application, where requests begin and end.
+uvicorn frames requests and responses. Every byte passes through here on its way, and `tracked`
+tells, from the side of the application, where requests begin and end.
 """
 
 import asyncio
@@ -24,10 +25,12 @@ _HEADER_SECONDS = 30.0
 _STALL_SECONDS = 60.0
 _LINGER_SECONDS = 2.0
 
-# So much may come in while the application takes nothing of it: what uvicorn keeps, and the rest of a read.
+# So much may come in while the application takes nothing of it: what uvicorn keeps, and the rest of
+# a read.
 _UNREAD_BYTES = 512 * 1024
 
-# h11 takes some 40 microseconds for each chunk of a body, which may be as small as 6 bytes: others get their turn.
+# h11 takes some 40 microseconds for each chunk of a body, which may be as small as 6 bytes: others
+# get their turn.
 _H11_PIECE = 4096
 
 _KEY = "moebius.connection"
@@ -41,15 +44,17 @@ class Framing(Protocol):
     """uvicorn's protocols, of which one connection gets one."""
 
     def __call__(self, *, h11: bool, state: dict[str, Any]) -> asyncio.Protocol:
-        """h11 knows HTTP/1.0 and declines upgrades well, httptools is fast; `state` becomes scope["state"]."""
+        """h11 knows HTTP/1.0 and declines upgrades well, httptools is fast; `state` becomes
+        scope["state"]."""
 
 
 class Connection(asyncio.Protocol):
     """One client's connection.
 
-    A client must complete a request's headers within _HEADER_SECONDS and LIMITS.header_bytes, and take what waits for
-    it within _STALL_SECONDS. uvicorn gets one request after the other: what comes in behind one that is being answered
-    waits here. Requests find scope["moebius.abort"], which cuts the connection.
+    A client must complete a request's headers within _HEADER_SECONDS and LIMITS.header_bytes, and
+    take what waits for it within _STALL_SECONDS. uvicorn gets one request after the other: what
+    comes in behind one that is being answered waits here. Requests find scope["moebius.abort"],
+    which cuts the connection.
     """
 
     def __init__(self, framing: Framing, capacity: Capacity, state: dict[str, Any]) -> None:
@@ -61,12 +66,14 @@ class Connection(asyncio.Protocol):
         self._inner: asyncio.Protocol | None = None
         self._by_h11 = False
         self._feeding = False
-        # Whether more of what is held goes to uvicorn on the loop's next turn; whether uvicorn wants none for now.
+        # Whether more of what is held goes to uvicorn on the loop's next turn; whether uvicorn
+        # wants none for now.
         self._in_pieces = False
         self._paused = False
         # Bytes that came in since the application last got anything of a request.
         self._loose_bytes = 0
-        # What uvicorn gets later: the first request's beginning, or what follows the request being answered.
+        # What uvicorn gets later: the first request's beginning, or what follows the request being
+        # answered.
         self._held = b""
         self._answering = False
         self._received = False
@@ -85,7 +92,9 @@ class Connection(asyncio.Protocol):
             self._capacity.waits(self)
         else:
             message = f"all of the server's {self._capacity.most} connections are in use"
-            self._refuse(Fault(503, message, "overloaded", "overload", headers={"Retry-After": "1"}))
+            self._refuse(
+                Fault(503, message, "overloaded", "overload", headers={"Retry-After": "1"})
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
@@ -119,14 +128,20 @@ class Connection(asyncio.Protocol):
     # What the application's side tells
 
     def begin(self, headers: Headers, version: str) -> asyncio.Event | None:
-        """The application has a request; what is set when it is answered, or its client gone. None: it is refused."""
+        """The application has a request; what is set when it is answered, or its client gone. None:
+        it is refused."""
         if not self._by_h11 and (version == "1.0" or "upgrade" in headers):
             # httptools has framed it wrongly, or has lost its body.
-            message = "HTTP/1.0 or an offer of another protocol must not follow other requests on one connection"
+            message = (
+                "HTTP/1.0 or an offer of another protocol must not follow other requests on one "
+                "connection"
+            )
             self._refuse(Fault(400, message, "bad_request"))
             return None
         self._answering, self._started = True, False
-        self._received = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        self._received = (
+            "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        )
         self._loose_bytes = 0
         self._over = asyncio.Event()
         if self._closing:
@@ -141,7 +156,8 @@ class Connection(asyncio.Protocol):
         self._loose_bytes = 0
 
     def start(self, headers: MutableHeaders, *, persistent: bool) -> None:
-        """A response begins: say in its headers whether, and how long, the connection may be used again."""
+        """A response begins: say in its headers whether, and how long, the connection may be used
+        again."""
         self._started = True
         # The rest of a body that nobody reads is not worth waiting for.
         if self._capacity.ending or not self._received or not persistent:
@@ -180,7 +196,8 @@ class Connection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Send what uvicorn writes.
 
-        What it says while bytes are fed to it is not the application's: it complains of them, in its own words.
+        What it says while bytes are fed to it is not the application's: it complains of them, in
+        its own words.
         """
         if self._closing:
             return
@@ -192,8 +209,8 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Hang up once what was written has gone out.
 
-        Closing while the client still sends would reset the connection, and might lose it our answer. Then we say
-        that we are done, and drop what still comes, for a moment.
+        Closing while the client still sends would reset the connection, and might lose it our
+        answer. Then we say that we are done, and drop what still comes, for a moment.
         """
         if self._closing:
             return
@@ -202,7 +219,11 @@ class Connection(asyncio.Protocol):
         self._set_stall(_STALL_SECONDS)
         if not self._capacity.leaves(self):
             self.cut()
-        elif (self._answering or self._loose_bytes) and not self._received and not self._transport.is_closing():
+        elif (
+            (self._answering or self._loose_bytes)
+            and not self._received
+            and not self._transport.is_closing()
+        ):
             self._transport.resume_reading()
             self._transport.write_eof()
             self._set_deadline(_LINGER_SECONDS, self._transport.close)
@@ -222,7 +243,11 @@ class Connection(asyncio.Protocol):
         self._loose_bytes += len(data)
         if self._inner is None:
             data, self._held = self._held + data, b""
-            if not _END_OF_HEAD.search(data) and _may_be_head(data) and self._loose_bytes <= LIMITS.header_bytes:
+            if (
+                not _END_OF_HEAD.search(data)
+                and _may_be_head(data)
+                and self._loose_bytes <= LIMITS.header_bytes
+            ):
                 self._held = data
                 return
             state = {**self._state, _KEY: self}
@@ -258,7 +283,8 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _check_size(self) -> None:
-        """Headers, and what frames a body without being of it (chunks' extensions, trailers), must come to an end."""
+        """Headers, and what frames a body without being of it (chunks' extensions, trailers), must
+        come to an end."""
         most = _UNREAD_BYTES if self._answering else LIMITS.header_bytes
         if self._loose_bytes > most and not self._closing:
             message = f"request line and headers are larger than {LIMITS.header_bytes} bytes"
@@ -285,7 +311,9 @@ class Connection(asyncio.Protocol):
     def _set_deadline(self, seconds: float | None, then: Callable[[], None] | None = None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = None if seconds is None else self._loop.call_later(seconds, then or self.close)
+        self._deadline = (
+            None if seconds is None else self._loop.call_later(seconds, then or self.close)
+        )
 
     def _set_stall(self, seconds: float | None) -> None:
         """Whoever takes nothing of what waits for it is cut off."""
@@ -327,7 +355,8 @@ def _refusal(fault: Fault) -> bytes:
 
 
 def tracked(app: ASGIApp) -> ASGIApp:
-    """`app`, each of whose requests tells its connection when it begins, has been read, and is answered."""
+    """`app`, each of whose requests tells its connection when it begins, has been read, and is
+    answered."""
 
     async def on_connection(scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection | None = scope.get("state", {}).get(_KEY)
@@ -335,7 +364,9 @@ def tracked(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send)
             return
         asked = Headers(scope=scope)
-        persistent = scope["http_version"] == "1.1" and "close" not in asked.get("connection", "").lower()
+        persistent = (
+            scope["http_version"] == "1.1" and "close" not in asked.get("connection", "").lower()
+        )
         scope["moebius.abort"] = connection.cut
         over = connection.begin(asked, scope["http_version"])
         if over is None:
@@ -345,7 +376,8 @@ def tracked(app: ASGIApp) -> ASGIApp:
         async def heard() -> Message:
             nonlocal whole
             if whole:
-                # uvicorn, which looks at the last of pipelined requests alone, would let a client's leaving pass.
+                # uvicorn, which looks at the last of pipelined requests alone, would let a client's
+                # leaving pass.
                 await over.wait()
                 return {"type": "http.disconnect"}
             message = await receive()

@@ -1,4 +1,5 @@
-"""Which web pages may call the server from a browser (CORS, https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+"""Which web pages may call the server from a browser (CORS,
+https://fetch.spec.whatwg.org/#http-cors-protocol)."""
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
@@ -13,7 +14,8 @@ _EXPOSED = "Retry-After, WWW-Authenticate, X-Request-Id"
 
 
 class Cors:
-    """Answers preflights, and says on every response to an allowed origin that its pages may read it.
+    """Answers preflights, and says on every response to an allowed origin that its pages may read
+    it.
 
     A page of any other origin gets the same responses as before: its browser keeps them from it.
     """
@@ -22,7 +24,8 @@ class Cors:
         self._origins = frozenset(origins)
 
     def preflight(self, scope: Scope) -> Response | None:
-        """The answer to a browser that asks, without a key, what a page may send; None for any other request.
+        """The answer to a browser that asks, without a key, what a page may send; None for any
+        other request.
 
         Raises Fault, which names the option, where the page's origin is not allowed.
         """
@@ -30,11 +33,15 @@ class Cors:
         if origin is None or scope["method"] != "OPTIONS":
             return None
         if not self._allows(origin):
-            message = f"pages of the origin {origin[:200]!r} may not call this server; --cors-origin allows one"
+            message = (
+                f"pages of the origin {origin[:200]!r} may not call this server; --cors-origin "
+                "allows one"
+            )
             raise Fault(403, message, "origin_not_allowed", headers={"Vary": "Origin"})
         headers = {
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-            # Clients in browsers send headers of their own beside these two; none of them means more than a key.
+            # Clients in browsers send headers of their own beside these two; none of them means
+            # more than a key.
             "Access-Control-Allow-Headers": "authorization, content-type",
             "Access-Control-Max-Age": str(_MAX_AGE),
             "Vary": "Access-Control-Request-Headers",
@@ -47,7 +54,8 @@ class Cors:
         return Response(status_code=204, headers=headers)
 
     def of_no_request(self) -> dict[str, str]:
-        """What is said on the refusal of what never became a request, whose origin is not known: any may read it."""
+        """What is said on the refusal of what never became a request, whose origin is not known:
+        any may read it."""
         if "*" not in self._origins:
             return {}
         return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": _EXPOSED}

@@ -1,4 +1,5 @@
-"""Errors as clients see them: a status, and OpenAI's `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as clients see them: a status, and OpenAI's `{"error": {"message", "type", "param",
+"code"}}`."""
 
 import logging
 import math
@@ -10,7 +11,14 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from moebius.errors import DeadlineError, EngineError, NumericalError, OverloadError, RequestError, frames
+from moebius.errors import (
+    DeadlineError,
+    EngineError,
+    NumericalError,
+    OverloadError,
+    RequestError,
+    frames,
+)
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +29,8 @@ _MAX_PATH = 200
 
 @dataclass(eq=False)
 class Fault(Exception):
-    """One error response, raised where a failure is HTTP's own. `reason` is what metrics call it, of a fixed few.
+    """One error response, raised where a failure is HTTP's own. `reason` is what metrics call it,
+    of a fixed few.
 
     error_id   names a failure of ours in the log
     """
@@ -61,7 +70,8 @@ def _retry(seconds: float) -> dict[str, str]:
 
 
 def _internal(error: BaseException) -> Fault:
-    """Fixed text and an id, under which the log says what happened; it may be there already, by the engine's word."""
+    """Fixed text and an id, under which the log says what happened; it may be there already, by the
+    engine's word."""
     error_id = error.error_id if isinstance(error, EngineError) else None
     if error_id is None:
         error_id = secrets.token_hex(6)
@@ -100,11 +110,18 @@ def fault_of(error: BaseException) -> Fault:
             reason = "invalid_request"
             if error.code == "context_length_exceeded":
                 reason = "context_length"
-                # openai-python shows the message alone, and frameworks look for the code in what it shows.
+                # openai-python shows the message alone, and frameworks look for the code in what it
+                # shows.
                 message = f"{message} ({error.code})"
-            return Fault(status, message, error.code, reason, error.param and _cut(error.param, _MAX_PARAM))
+            return Fault(
+                status, message, error.code, reason, error.param and _cut(error.param, _MAX_PARAM)
+            )
         case OverloadError():
-            code, reason = ("draining",) * 2 if isinstance(error, DrainingError) else ("overloaded", "overload")
+            code, reason = (
+                ("draining",) * 2
+                if isinstance(error, DrainingError)
+                else ("overloaded", "overload")
+            )
             return Fault(503, message, code, reason, headers=_retry(error.retry_after))
         case DeadlineError():
             message = "the request's time ran out before it was finished"

@@ -1,6 +1,8 @@
-"""The two endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's JSON.
+"""The two endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's
+JSON.
 
-What may be long is encoded in pieces: one call of the encoder holds the interpreter's lock from its begin to its end.
+What may be long is encoded in pieces: one call of the encoder holds the interpreter's lock from its
+begin to its end.
 """
 
 import time
@@ -34,7 +36,8 @@ def encoded_list(items: Iterable[object]) -> msgspec.Raw:
 
 
 def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token's text; OpenAI's `bytes:\\xNN` form where its bytes alone are no characters, so that two such differ."""
+    """A token's text; OpenAI's `bytes:\\xNN` form where its bytes alone are no characters, so that
+    two such differ."""
     raw = tokenizer.token_bytes(token_id)
     try:
         return raw.decode()
@@ -59,14 +62,26 @@ class Format:
     chunk_kind: ClassVar[str]
 
     def __init__(
-        self, call: Call, request: GenerationRequest, tokenizer: Tokenizer, model: str, fingerprint: str
+        self,
+        call: Call,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        model: str,
+        fingerprint: str,
     ) -> None:
         self._call = call
         self._request = request
         self._tokenizer = tokenizer
         self._top = call.params.logprobs
-        self.id = call.id if request.request_id is None else f"{request.id_prefix}-{request.request_id}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+        self.id = (
+            call.id if request.request_id is None else f"{request.id_prefix}-{request.request_id}"
+        )
+        self._head = {
+            "id": self.id,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
         self._begun: set[int] = set()
         self._sent: Counter[int] = Counter()
         """How many tokens a stream has sent of each choice."""
@@ -90,7 +105,9 @@ class Format:
         head = {**self._head, "object": self.kind, "usage": self._usage(), **self._beside()}
         yield msgspec.json.encode(head)[:-1] + b',"choices":['
         for i, choice in enumerate(self._call.choices):
-            yield b"," * (i > 0) + msgspec.json.encode(self._choice(choice, choice.assembler.released))
+            yield b"," * (i > 0) + msgspec.json.encode(
+                self._choice(choice, choice.assembler.released)
+            )
         yield b"]}"
 
     def _beside(self) -> Json:
@@ -108,7 +125,8 @@ class Format:
         return {**self._head, "object": self.chunk_kind, "choices": choices, **usage, **fields}
 
     def _running_usage(self, choice: Choice, delta: Delta | None = None) -> Json:
-        """The choice's own, with what `delta` adds to it; where the client wants it in each chunk."""
+        """The choice's own, with what `delta` adds to it; where the client wants it in each
+        chunk."""
         self._sent[choice.index] += 0 if delta is None else len(delta.token_ids)
         if not self._request.continuous_usage:
             return {}
@@ -130,8 +148,8 @@ class Format:
         return {field: tuple(token_ids)} if self._request.return_token_ids else {}
 
     def _prompt_logprobs(self, choice: Choice) -> Json:
-        """vLLM's field: null where not asked for; else a list: null for the first token, then id -> logprob, rank and
-        text, the prompt's own included."""
+        """vLLM's field: null where not asked for; else a list: null for the first token, then id ->
+        logprob, rank and text, the prompt's own included."""
         k = self._request.prompt_logprobs
         return {"prompt_logprobs": None if k is None else encoded_list(self._scored(choice, k))}
 
@@ -139,7 +157,10 @@ class Format:
         text = self._tokenizer.token_text
         yield None
         for entry in choice.assembler.prompt_logprobs:
-            ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top[:k], 1)]
+            ranked = [
+                (token_id, logprob, rank)
+                for rank, (token_id, logprob) in enumerate(entry.top[:k], 1)
+            ]
             if all(token_id != entry.token_id for token_id, _, _ in ranked):
                 ranked.insert(0, (entry.token_id, entry.logprob, entry.rank))
             yield {
@@ -150,7 +171,8 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class _Echo:
-    """A prompt that is sent back: its text, and where in it each of its tokens begins if that is asked for."""
+    """A prompt that is sent back: its text, and where in it each of its tokens begins if that is
+    asked for."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -163,14 +185,21 @@ class CompletionFormat(Format):
     _request: CompletionRequest
 
     def __init__(
-        self, call: Call, request: GenerationRequest, tokenizer: Tokenizer, model: str, fingerprint: str
+        self,
+        call: Call,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        model: str,
+        fingerprint: str,
     ) -> None:
         super().__init__(call, request, tokenizer, model, fingerprint)
-        # Here and not later, for a long prompt is handled on a thread of its own, and answered on the event loop.
+        # Here and not later, for a long prompt is handled on a thread of its own, and answered on
+        # the event loop.
         self._echoed = [self._echo(prompt) for prompt in self._request.prompt]
 
     def _echo(self, prompt: str | list[int]) -> _Echo:
-        """What goes before a prompt's choices: its text as it came, or decoded, where it is to be echoed."""
+        """What goes before a prompt's choices: its text as it came, or decoded, where it is to be
+        echoed."""
         if not self._request.echo:
             return _Echo()
         scored, skip = self._top is not None, self._call.params.skip_special_tokens
@@ -183,7 +212,9 @@ class CompletionFormat(Format):
         return {**self._piece(choice, said, first=True), **self._prompt_logprobs(choice)}
 
     def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
-        yield self._chunk(self._piece(choice, delta, first=first), **self._running_usage(choice, delta))
+        yield self._chunk(
+            self._piece(choice, delta, first=first), **self._running_usage(choice, delta)
+        )
 
     def _piece(self, choice: Choice, delta: Delta, *, first: bool) -> Json:
         prompt = self._echoed[choice.prompt_index]
@@ -195,7 +226,8 @@ class CompletionFormat(Format):
         }
 
     def _logprobs(self, choice: Choice, delta: Delta, prompt: _Echo, *, echo: bool) -> Json | None:
-        """The k most likely tokens of each position, and the chosen one besides; a prompt's first token has none."""
+        """The k most likely tokens of each position, and the chosen one besides; a prompt's first
+        token has none."""
         if self._top is None:
             return None
         ids: list[int] = list(delta.token_ids)
@@ -208,7 +240,12 @@ class CompletionFormat(Format):
         tokens = [legacy_token(self._tokenizer, token_id) for token_id in ids]
         chosen = [None if entry is None else max(entry.logprob, FLOOR) for entry in entries]
         tops = encoded_list(map(self._likely, entries))
-        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+        return {
+            "tokens": tokens,
+            "token_logprobs": chosen,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
 
     def _likely(self, entry: TokenLogprob | None) -> dict[str, float] | None:
         if entry is None:
@@ -227,20 +264,36 @@ class ChatFormat(Format):
 
     def _beside(self) -> Json:
         first = self._call.choices[0]
-        return {**self._ids("prompt_token_ids", first.request.prompt_ids), **self._prompt_logprobs(first)}
+        return {
+            **self._ids("prompt_token_ids", first.request.prompt_ids),
+            **self._prompt_logprobs(first),
+        }
 
     def _choice(self, choice: Choice, said: Delta) -> Json:
         message = {"role": "assistant", "content": said.text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(said.logprobs), **self._common(choice, said)}
+        return {
+            "message": message,
+            "logprobs": self._logprobs(said.logprobs),
+            **self._common(choice, said),
+        }
 
     def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
         if first:
             role = {"role": "assistant", "content": ""}
-            opening = {"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None}
+            opening = {
+                "index": choice.index,
+                "delta": role,
+                "logprobs": None,
+                "finish_reason": None,
+            }
             ids = self._ids("prompt_token_ids", choice.request.prompt_ids)
             yield self._chunk(opening, **ids, **self._running_usage(choice))
         said = {"content": delta.text} if delta.text else {}
-        piece = {"delta": said, "logprobs": self._logprobs(delta.logprobs), **self._common(choice, delta)}
+        piece = {
+            "delta": said,
+            "logprobs": self._logprobs(delta.logprobs),
+            **self._common(choice, delta),
+        }
         yield self._chunk(piece, **self._running_usage(choice, delta))
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
@@ -249,10 +302,17 @@ class ChatFormat(Format):
 
         def one(token_id: int, logprob: float) -> Json:
             raw = self._tokenizer.token_bytes(token_id)
-            return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
+            return {
+                "token": raw.decode("utf-8", "replace"),
+                "logprob": max(logprob, FLOOR),
+                "bytes": list(raw),
+            }
 
         content = encoded_list(
-            {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*pair) for pair in entry.top[: self._top]]}
+            {
+                **one(entry.token_id, entry.logprob),
+                "top_logprobs": [one(*pair) for pair in entry.top[: self._top]],
+            }
             for entry in entries
         )
         return {"content": content, "refusal": None}

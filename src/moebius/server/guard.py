@@ -1,4 +1,5 @@
-"""What stands before every route, as pure ASGI: API keys, limits on headers and bodies, CORS, and the last catch."""
+"""What stands before every route, as pure ASGI: API keys, limits on headers and bodies, CORS, and
+the last catch."""
 
 import asyncio
 import hashlib
@@ -15,7 +16,8 @@ from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors
 from moebius.server.faults import Fault, fault_of
 
-# What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing else.
+# What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing
+# else.
 _OPEN_PATHS = (b"/health/live", b"/health/ready")
 _FRAMING = (b"transfer-encoding", b"content-length")
 METRICS = "/metrics"
@@ -23,10 +25,12 @@ METRICS = "/metrics"
 
 
 class Guard:
-    """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's shape.
+    """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's
+    shape.
 
-    It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is open), and
-    scope["moebius.visit"], to which an answer adds what the request's log line shall say of it.
+    It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is
+    open), and scope["moebius.visit"], to which an answer adds what the request's log line shall say
+    of it.
     """
 
     def __init__(
@@ -40,7 +44,9 @@ class Guard:
         self._app = app
         self._cors = Cors(cors_origins)
         self._digests = [_digest(key.encode()) for key in api_keys]
-        self._of_metrics = self._digests if metrics_api_key is None else [_digest(metrics_api_key.encode())]
+        self._of_metrics = (
+            self._digests if metrics_api_key is None else [_digest(metrics_api_key.encode())]
+        )
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,8 +66,11 @@ class Guard:
             if preflight is not None:
                 await preflight(scope, receive, watched)
                 return
-            # By the route, which may be spelled in many ways: what a key protects is what the router would serve.
-            scope["moebius.tenant"] = _tenant(scope, self._of_metrics if visit.route == METRICS else self._digests)
+            # By the route, which may be spelled in many ways: what a key protects is what the
+            # router would serve.
+            scope["moebius.tenant"] = _tenant(
+                scope, self._of_metrics if visit.route == METRICS else self._digests
+            )
             await self._app(scope, receive, watched)
         except Exception as error:
             visit.fault = fault_of(error)
@@ -73,7 +82,8 @@ class Guard:
 
 
 def _tenant(scope: Scope, digests: list[bytes]) -> bytes:
-    """The digest of the key that was shown, which is one of these; b"" where none is needed. Raises Fault."""
+    """The digest of the key that was shown, which is one of these; b"" where none is needed. Raises
+    Fault."""
     if not digests or scope["raw_path"] in _OPEN_PATHS:
         return b""
     shown = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -98,15 +108,20 @@ def too_large() -> Fault:
 
 
 def _check_framing(scope: Scope) -> None:
-    """Refuse what a proxy before us may have read in another way, or we would read wrongly. Raises Fault."""
+    """Refuse what a proxy before us may have read in another way, or we would read wrongly. Raises
+    Fault."""
     if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
-        raise Fault(505, "this server speaks HTTP/1.1", "bad_request", headers={"Connection": "close"})
+        raise Fault(
+            505, "this server speaks HTTP/1.1", "bad_request", headers={"Connection": "close"}
+        )
     framing = [(name, value) for name, value in scope["headers"] if name in _FRAMING]
     if len({name for name, _ in framing}) > 1:
         message = "a request has either Content-Length or Transfer-Encoding, not both"
         raise Fault(400, message, "bad_request", headers={"Connection": "close"})
     if any(name == _FRAMING[0] and value.strip().lower() != b"chunked" for name, value in framing):
-        message = "the body must be sent as it is, or in chunks: no other Transfer-Encoding is understood"
+        message = (
+            "the body must be sent as it is, or in chunks: no other Transfer-Encoding is understood"
+        )
         raise Fault(501, message, "bad_request", headers={"Connection": "close"})
 
 
@@ -125,12 +140,20 @@ def _check_size(scope: Scope) -> None:
 async def body_of(request: Request, timeout: float, room: BodyRoom) -> AsyncIterator[bytes]:
     """The request's whole body, which holds its share of `room` for as long as the block lasts.
 
-    Raises Fault where it is no JSON by its type, compressed, too large, slow or broken off; OverloadError where there
-    is no room.
+    Raises Fault where it is no JSON by its type, compressed, too large, slow or broken off;
+    OverloadError where there is no room.
     """
-    kinds = [value.split(b";")[0].strip().lower() for name, value in request.headers.raw if name == b"content-type"]
+    kinds = [
+        value.split(b";")[0].strip().lower()
+        for name, value in request.headers.raw
+        if name == b"content-type"
+    ]
     if kinds != [b"application/json"]:
-        raise Fault(415, "the body must be sent as `Content-Type: application/json`", "unsupported_media_type")
+        raise Fault(
+            415,
+            "the body must be sent as `Content-Type: application/json`",
+            "unsupported_media_type",
+        )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         message = "the body must be sent as it is, not compressed: leave Content-Encoding out"
         raise Fault(415, message, "unsupported_media_type", headers={"Accept-Encoding": "identity"})
@@ -149,7 +172,9 @@ async def _read(request: Request, timeout: float, grow: Callable[[int], None]) -
                     raise too_large()
                 grow(len(body))
     except ClientDisconnect:
-        raise Fault(400, "the client left before its body was complete", "incomplete_body") from None
+        raise Fault(
+            400, "the client left before its body was complete", "incomplete_body"
+        ) from None
     except TimeoutError:
         message = f"the body was not complete after {timeout:g} seconds"
         raise Fault(408, message, "body_timeout", headers={"Connection": "close"}) from None

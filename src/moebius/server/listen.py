@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from moebius.config import host_and_port
 from moebius.errors import ConfigError
+from moebius.server.settings import host_and_port
 
 # An address family that this machine lacks, though its name service knows of it (::1 without IPv6).
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -23,18 +23,23 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def reserve(host: str, port: int, *, api_keys: tuple[str, ...] = ()) -> Iterator[list[socket.socket]]:
+def reserve(
+    host: str, port: int, *, api_keys: tuple[str, ...] = ()
+) -> Iterator[list[socket.socket]]:
     """Bind each address that `host` has: localhost has one of IPv4 and one of IPv6.
 
     All get one port; 0 takes a free one.
 
-    The port opens (listens) when the server starts. Raises ConfigError where it is in use or the address is no address
-    of this machine, and for an address that others can reach when there is no API key.
+    The port opens (listens) when the server starts. Raises ConfigError where it is in use or the
+    address is no address of this machine, and for an address that others can reach when there is no
+    API key.
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"port is {port}; it must lie between 0 and 65535")
     if not _is_loopback(host) and host != "localhost" and not api_keys:
-        raise ConfigError(f"host {host!r} can be reached from other machines; give an --api-key, or use 127.0.0.1")
+        raise ConfigError(
+            f"host {host!r} can be reached from other machines; give an --api-key, or use 127.0.0.1"
+        )
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -42,7 +47,9 @@ def reserve(host: str, port: int, *, api_keys: tuple[str, ...] = ()) -> Iterator
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     for _, address in addresses:
         if not _is_loopback(str(address[0])) and not api_keys:
-            raise ConfigError(f"host {host!r} is {address[0]}, which others can reach; give an --api-key")
+            raise ConfigError(
+                f"host {host!r} is {address[0]}, which others can reach; give an --api-key"
+            )
     sockets = _bind(host, port, addresses)
     try:
         yield sockets
@@ -60,7 +67,9 @@ def _bind(host: str, port: int, addresses: Sequence[tuple[int, Any]]) -> list[so
             if port == 0 and error.errno == errno.EADDRINUSE and attempt + 1 < _ATTEMPTS:
                 continue
             name = host_and_port(host, port)
-            raise ConfigError(f"cannot bind {name}: {error.strerror}; choose another --port or --host") from error
+            raise ConfigError(
+                f"cannot bind {name}: {error.strerror}; choose another --port or --host"
+            ) from error
     raise AssertionError
 
 

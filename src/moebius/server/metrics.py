@@ -1,7 +1,7 @@
 """Prometheus metrics: the engine's own counts at scrape time, and what the front door measures.
 
-What vLLM has too is recorded once, under `moebius_`; vLLM's names are the same series again. Label values are fixed
-when the server starts, or of a fixed few; none comes from a request.
+What vLLM has too is recorded once, under `moebius_`; vLLM's names are the same series again. Label
+values are fixed when the server starts, or of a fixed few; none comes from a request.
 """
 
 import math
@@ -10,13 +10,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from moebius.config import package_table
-from moebius.engine.client import STEP_TOKENS_BOUNDS, EngineClient, EngineStats, LayerLoad, StepOutput
+from moebius.engine.client import (
+    STEP_TOKENS_BOUNDS,
+    EngineClient,
+    EngineStats,
+    LayerLoad,
+    StepOutput,
+)
+from moebius.files import package_table
 
 _OWN = "moebius_"
 _OWN_NAME = re.compile(rb"^(# HELP |# TYPE )?moebius_", re.MULTILINE)
@@ -28,7 +45,15 @@ _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _TABLE = package_table("server/metrics.toml")
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
-REJECTIONS = ("invalid_request", "context_length", "overload", "draining", "deadline", "error", "http")
+REJECTIONS = (
+    "invalid_request",
+    "context_length",
+    "overload",
+    "draining",
+    "deadline",
+    "error",
+    "http",
+)
 
 
 @dataclass(slots=True)
@@ -72,15 +97,26 @@ class ServerMetrics:
         self._single.register(_Experts(client, self._labels))
         ProcessCollector(registry=self._single)
         self._answered = Counter(
-            "http_requests", "Requests, refused ones too", ("method", "handler", "status"), registry=self._single
+            "http_requests",
+            "Requests, refused ones too",
+            ("method", "handler", "status"),
+            registry=self._single,
         )
         self._observe = {
-            name: Histogram(_OWN + name, text, _LABELS, buckets=_TABLE["buckets"][buckets], registry=self._registry)
+            name: Histogram(
+                _OWN + name,
+                text,
+                _LABELS,
+                buckets=_TABLE["buckets"][buckets],
+                registry=self._registry,
+            )
             .labels(*self._labels)
             .observe
             for name, (text, buckets) in _TABLE["histograms"].items()
         }
-        self._finished = self._counter("request_success", "Sequences that ended", "finished_reason", FINISHED_REASONS)
+        self._finished = self._counter(
+            "request_success", "Sequences that ended", "finished_reason", FINISHED_REASONS
+        )
         refused = "Calls refused or failed without an answer"
         self._rejected = self._counter("admission_rejections", refused, "reason", REJECTIONS)
 
@@ -91,7 +127,9 @@ class ServerMetrics:
             self._observe["time_to_first_token_seconds"](now - times.arrival)
             count -= 1
         for _ in range(count):
-            self._observe["inter_token_latency_seconds"](0.0 if times.last is None else (now - times.last) / count)
+            self._observe["inter_token_latency_seconds"](
+                0.0 if times.last is None else (now - times.last) / count
+            )
         times.last = now
 
     def sequence_finished(
@@ -107,12 +145,16 @@ class ServerMetrics:
             self._observe["request_queue_time_seconds"](times.scheduled - times.arrival)
             self._observe["request_inference_time_seconds"](times.ended - times.scheduled)
             if times.first_computed is not None:
-                self._observe["request_prefill_time_seconds"](times.first_computed - times.scheduled)
+                self._observe["request_prefill_time_seconds"](
+                    times.first_computed - times.scheduled
+                )
         if times.first_computed is not None:
             seconds = times.ended - times.first_computed
             self._observe["request_decode_time_seconds"](seconds)
             if output_tokens > 1:
-                self._observe["request_time_per_output_token_seconds"](seconds / (output_tokens - 1))
+                self._observe["request_time_per_output_token_seconds"](
+                    seconds / (output_tokens - 1)
+                )
 
     def prompt_finished(self, longest: int) -> None:
         """All choices of a prompt have ended; the longest has so many tokens."""
@@ -140,7 +182,10 @@ class ServerMetrics:
     def collect(self) -> Iterable[Metric]:
         """The engine's own counts, asked for by the registry at each scrape."""
         stats, info = self._client.stats(), self._client.info
-        for kind, series in ((GaugeMetricFamily, _TABLE["gauges"]), (CounterMetricFamily, _TABLE["counters"])):
+        for kind, series in (
+            (GaugeMetricFamily, _TABLE["gauges"]),
+            (CounterMetricFamily, _TABLE["counters"]),
+        ):
             for name, (text, field) in series.items():
                 family = kind(_OWN + name, text, labels=_LABELS)
                 family.add_metric(self._labels, getattr(stats, field))
@@ -148,14 +193,21 @@ class ServerMetrics:
         yield self._waiting_by_reason(stats)
         yield self._step_tokens(stats)
         facts = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks)}
-        config = GaugeMetricFamily(_OWN + "cache_config_info", "Facts of the KV cache", labels=(*_LABELS, *facts))
+        config = GaugeMetricFamily(
+            _OWN + "cache_config_info", "Facts of the KV cache", labels=(*_LABELS, *facts)
+        )
         config.add_metric((*self._labels, *facts.values()), 1)
         yield config
 
     def _waiting_by_reason(self, stats: EngineStats) -> Metric:
         """With vLLM's two reasons, which together are all that wait."""
-        text = "Sequences that wait for room (capacity), or for a prefix that another computes (deferred)"
-        family = GaugeMetricFamily(_OWN + "num_requests_waiting_by_reason", text, labels=(*_LABELS, "reason"))
+        text = (
+            "Sequences that wait for room (capacity), or for a prefix that another computes "
+            "(deferred)"
+        )
+        family = GaugeMetricFamily(
+            _OWN + "num_requests_waiting_by_reason", text, labels=(*_LABELS, "reason")
+        )
         deferred = min(stats.deferred, stats.waiting)
         for reason, count in (("capacity", stats.waiting - deferred), ("deferred", deferred)):
             family.add_metric((*self._labels, reason), count)
@@ -164,7 +216,9 @@ class ServerMetrics:
     def _step_tokens(self, stats: EngineStats) -> Metric:
         bounds = [*map(floatToGoString, STEP_TOKENS_BOUNDS), "+Inf"]
         buckets = list(zip(bounds, accumulate(stats.step_tokens), strict=True))
-        family = HistogramMetricFamily(_OWN + "iteration_tokens_total", "Tokens computed in a step", labels=_LABELS)
+        family = HistogramMetricFamily(
+            _OWN + "iteration_tokens_total", "Tokens computed in a step", labels=_LABELS
+        )
         family.add_metric(self._labels, buckets, stats.step_tokens_sum)
         return family
 
@@ -177,7 +231,8 @@ class ServerMetrics:
 
 
 class _Experts(Collector):
-    """How each layer's router spreads the tokens: of the last steps, see EngineClient.expert_loads."""
+    """How each layer's router spreads the tokens: of the last steps, see
+    EngineClient.expert_loads."""
 
     def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
         self._client = client

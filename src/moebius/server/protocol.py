@@ -1,8 +1,8 @@
 """The OpenAI request types: what a body may hold, and what it means as SamplingParams.
 
-Every field of a body is one of four: ours (in a model below), harmless (accepted and without effect), known but not
-supported (accepted only at its neutral value), or unknown. The last two are refused by name, unknown ones unless the
-operator wants them ignored. Null means "not given".
+Every field of a body is one of four: ours (in a model below), harmless (accepted and without
+effect), known but not supported (accepted only at its neutral value), or unknown. The last two are
+refused by name, unknown ones unless the operator wants them ignored. Null means "not given".
 """
 
 import math
@@ -10,10 +10,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
-from moebius.config import package_table
 from moebius.errors import ContextExceededError, ContextLengthError, RequestError
+from moebius.files import package_table
 from moebius.schedule.request import LIMITS, SamplingParams
 from moebius.text import GenerationDefaults, Tokenizer
 
@@ -38,7 +46,9 @@ def _require(condition: bool, message: str, param: str | None = None) -> None:
         raise RequestError(message, param=param)
 
 
-def _refuse_unsupported(fields: Mapping[str, Any], unsupported: Mapping[str, list[Any]], at: str) -> None:
+def _refuse_unsupported(
+    fields: Mapping[str, Any], unsupported: Mapping[str, list[Any]], at: str
+) -> None:
     """Raise on the first field that is not supported, and not neutral."""
     for name in fields.keys() & unsupported.keys():
         value = fields[name]
@@ -63,7 +73,11 @@ def _stop(value: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+    return (
+        {name: item for name, item in value.items() if item is not None}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _logit_bias(value: dict[str, float]) -> dict[int, float]:
@@ -74,12 +88,22 @@ def _logit_bias(value: dict[str, float]) -> dict[int, float]:
 
 
 def _prompts(value: Any) -> Prompts:
-    """A string, a list of strings, a list of token ids, or a list of such lists, as a list of prompts."""
+    """A string, a list of strings, a list of token ids, or a list of such lists, as a list of
+    prompts."""
     items = [value] if isinstance(value, str) or (value and _are_ids(value)) else value
-    texts_or_ids = isinstance(items, list) and (all(isinstance(i, str) for i in items) or all(map(_are_ids, items)))
-    kinds = "a string, a list of strings, a list of token ids, or a list of lists of token ids, not empty"
+    texts_or_ids = isinstance(items, list) and (
+        all(isinstance(i, str) for i in items) or all(map(_are_ids, items))
+    )
+    kinds = (
+        "a string, a list of strings, a list of token ids, or a list of lists of token ids, not "
+        "empty"
+    )
     _require(bool(items) and texts_or_ids, f"prompt must be {kinds}", "prompt")
-    _require(len(items) <= LIMITS.prompts, f"prompt holds {len(items)} prompts; at most {LIMITS.prompts}", "prompt")
+    _require(
+        len(items) <= LIMITS.prompts,
+        f"prompt holds {len(items)} prompts; at most {LIMITS.prompts}",
+        "prompt",
+    )
     return items
 
 
@@ -88,19 +112,32 @@ def _are_ids(value: object) -> bool:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    good = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
-    _require(good, "messages must be a list of objects with `role` and `content`, not empty", "messages")
+    good = (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) for message in value)
+    )
+    _require(
+        good, "messages must be a list of objects with `role` and `content`, not empty", "messages"
+    )
     count = len(value)
-    _require(count <= LIMITS.messages, f"messages holds {count} entries; at most {LIMITS.messages}", "messages")
+    _require(
+        count <= LIMITS.messages,
+        f"messages holds {count} entries; at most {LIMITS.messages}",
+        "messages",
+    )
     return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message: Mapping[str, Any], at: str) -> dict[str, Any]:
-    """Its fields that mean something here. Clients add keys of their own and send back what they were sent."""
+    """Its fields that mean something here. Clients add keys of their own and send back what they
+    were sent."""
     given = _without_nulls(message)
     _refuse_unsupported(given, _MESSAGE_UNSUPPORTED, f"{at}.")
     for name in _MESSAGE_TEXTS:
-        _require(isinstance(given.get(name, ""), str), f"{at}.{name} must be a string", f"{at}.{name}")
+        _require(
+            isinstance(given.get(name, ""), str), f"{at}.{name} must be a string", f"{at}.{name}"
+        )
     return {name: value for name, value in message.items() if name in _MESSAGE_FIELDS}
 
 
@@ -121,7 +158,8 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(Body):
-    """What both endpoints share. Defaults of sampling fields are the model's or SamplingParams', so absent here."""
+    """What both endpoints share. Defaults of sampling fields are the model's or SamplingParams', so
+    absent here."""
 
     id_prefix: ClassVar[str]
     prompt_param: ClassVar[str]
@@ -141,12 +179,14 @@ class GenerationRequest(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: Annotated[list[str], _at_most("stop"), BeforeValidator(_stop)] = Field(default_factory=list)
+    stop: Annotated[list[str], _at_most("stop"), BeforeValidator(_stop)] = Field(
+        default_factory=list
+    )
     stop_token_ids: Annotated[list[int], _at_most("stop_token_ids")] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    logit_bias: Annotated[dict[str, float], AfterValidator(_logit_bias), _at_most("logit_bias")] = Field(
-        default_factory=dict
+    logit_bias: Annotated[dict[str, float], AfterValidator(_logit_bias), _at_most("logit_bias")] = (
+        Field(default_factory=dict)
     )
     prompt_logprobs: int | None = None
     priority: int = 0
@@ -155,16 +195,22 @@ class GenerationRequest(Body):
     timeout: float | None = None
     """Seconds after which the client wants no answer any more; the server's own deadline stays."""
     request_id: str | None = None
-    """The client's name for the call: the answer's id ends in it, and nothing else is made of it."""
+    """The client's name for the call: the answer's id ends in it, and nothing else is made of
+    it."""
 
     def seconds(self, in_headers: Sequence[str]) -> float:
-        """How long the client will wait, by its body or by its headers: the shorter; infinity where it does not say.
+        """How long the client will wait, by its body or by its headers: the shorter; infinity where
+        it does not say.
 
         RequestError where its headers, the values of X-Request-Timeout, are no number of seconds.
         """
         shown = in_headers[0].strip() if len(in_headers) == 1 else ""
         good = not in_headers or (_SECONDS.fullmatch(shown) is not None and float(shown) > 0)
-        _require(good, f"{TIMEOUT_HEADER} must be one number of seconds above 0, such as 2.5", TIMEOUT_HEADER)
+        _require(
+            good,
+            f"{TIMEOUT_HEADER} must be one number of seconds above 0, such as 2.5",
+            TIMEOUT_HEADER,
+        )
         return min(float(shown) if in_headers else math.inf, self.timeout or math.inf)
 
     @property
@@ -183,24 +229,41 @@ class GenerationRequest(Body):
     def as_written(self, error: RequestError) -> RequestError:
         """The same error, naming prompt and length as this endpoint's client calls them."""
         if error.param == "max_tokens":
-            return RequestError(str(error).replace("max_tokens", self.length_param), param=self.length_param)
+            return RequestError(
+                str(error).replace("max_tokens", self.length_param), param=self.length_param
+            )
         if isinstance(error, ContextExceededError):
             return error.named(self.prompt_param)
         param = self.prompt_param if error.param == "prompt" else error.param
         return RequestError(str(error), param=param, code=error.code)
 
     def _check_together(self) -> None:
-        _require(self.stream or self.stream_options is None, "stream_options needs stream: true", "stream_options")
+        _require(
+            self.stream or self.stream_options is None,
+            "stream_options needs stream: true",
+            "stream_options",
+        )
         scored = self.prompt_logprobs is not None
-        _require(not (self.stream and scored), "prompt_logprobs is not supported with stream: true", "prompt_logprobs")
+        _require(
+            not (self.stream and scored),
+            "prompt_logprobs is not supported with stream: true",
+            "prompt_logprobs",
+        )
         short = len(self.cache_salt.encode()) <= LIMITS.salt_bytes
         _require(short, f"cache_salt has over {LIMITS.salt_bytes} bytes", "cache_salt")
-        _require(self.timeout is None or self.timeout > 0, "timeout must be a number of seconds above 0", "timeout")
+        _require(
+            self.timeout is None or self.timeout > 0,
+            "timeout must be a number of seconds above 0",
+            "timeout",
+        )
         good = self.request_id is None or _REQUEST_ID.fullmatch(self.request_id) is not None
-        _require(good, "request_id must be 1 to 128 of the characters A-Z a-z 0-9 . _ -", "request_id")
+        _require(
+            good, "request_id must be 1 to 128 of the characters A-Z a-z 0-9 . _ -", "request_id"
+        )
 
     def _sampling(self, defaults: GenerationDefaults, **endpoint: Any) -> SamplingParams:
-        """What the endpoint makes of its own fields, over the client's values, the model's defaults and OpenAI's."""
+        """What the endpoint makes of its own fields, over the client's values, the model's defaults
+        and OpenAI's."""
         self._check_together()
         names = self.model_fields_set & SamplingParams.__dataclass_fields__.keys()
         given = {name: getattr(self, name) for name in names}
@@ -229,9 +292,16 @@ class CompletionRequest(GenerationRequest):
         return prompt
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
-        prompt_logprobs = [k for k in (self.logprobs if self.echo else None, self.prompt_logprobs) if k is not None]
-        scored, length = max(prompt_logprobs, default=None), 16 if self.max_tokens is None else self.max_tokens
-        return self._sampling(defaults, max_tokens=length, logprobs=self.logprobs, prompt_logprobs=scored)
+        prompt_logprobs = [
+            k for k in (self.logprobs if self.echo else None, self.prompt_logprobs) if k is not None
+        ]
+        scored, length = (
+            max(prompt_logprobs, default=None),
+            16 if self.max_tokens is None else self.max_tokens,
+        )
+        return self._sampling(
+            defaults, max_tokens=length, logprobs=self.logprobs, prompt_logprobs=scored
+        )
 
 
 class ChatRequest(GenerationRequest):
@@ -252,7 +322,8 @@ class ChatRequest(GenerationRequest):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """What the template hears besides the messages. An effort also switches thinking, by the names it goes by."""
+        """What the template hears besides the messages. An effort also switches thinking, by the
+        names it goes by."""
         effort = self.reasoning_effort
         if effort is None:
             return self.chat_template_kwargs
@@ -261,20 +332,37 @@ class ChatRequest(GenerationRequest):
         return {**effects, **self.chat_template_kwargs}
 
     def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
-        """The ids of the one prompt that the messages are. ContextExceededError where they exceed `most`."""
-        return [tokenizer.encode_chat(self.messages, variables=self.template_variables, at_most=most)]
+        """The ids of the one prompt that the messages are. ContextExceededError where they exceed
+        `most`."""
+        return [
+            tokenizer.encode_chat(self.messages, variables=self.template_variables, at_most=most)
+        ]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        max_tokens = (
+            self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        )
         _require(max_tokens != 0, "max_tokens is 0; it must be at least 1", "max_tokens")
         effort = self.reasoning_effort
         known = effort is None or effort in _EFFORTS
-        _require(known, f"reasoning_effort must be one of {', '.join(_EFFORTS)}", "reasoning_effort")
+        _require(
+            known, f"reasoning_effort must be one of {', '.join(_EFFORTS)}", "reasoning_effort"
+        )
         top, most = self.top_logprobs or 0, LIMITS.logprobs
-        _require(self.logprobs or not self.top_logprobs, "top_logprobs needs logprobs: true", "top_logprobs")
-        _require(0 <= top <= most, f"top_logprobs is {top}; it must be an integer from 0 to {most}", "top_logprobs")
+        _require(
+            self.logprobs or not self.top_logprobs,
+            "top_logprobs needs logprobs: true",
+            "top_logprobs",
+        )
+        _require(
+            0 <= top <= most,
+            f"top_logprobs is {top}; it must be an integer from 0 to {most}",
+            "top_logprobs",
+        )
         logprobs = top if self.logprobs else None
-        return self._sampling(defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
+        return self._sampling(
+            defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs
+        )
 
 
 class TokenizeRequest(Body):
@@ -288,7 +376,8 @@ class TokenizeRequest(Body):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def encode(self, tokenizer: Tokenizer, context: int) -> list[int]:
-        """The ids, of what has up to _COUNTED times the tokens of the context; ContextLengthError beyond."""
+        """The ids, of what has up to _COUNTED times the tokens of the context; ContextLengthError
+        beyond."""
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         most = max(context, min(_COUNTED * context, LIMITS.json_values))
@@ -303,8 +392,8 @@ class TokenizeRequest(Body):
             )
         except ContextLengthError as error:
             raise ContextLengthError(
-                f"This model's maximum context length is {context} tokens. However, {error.param} has over {most}: "
-                "no more are counted",
+                f"This model's maximum context length is {context} tokens. However, {error.param} "
+                f"has over {most}: no more are counted",
                 param=error.param,
             ) from error
 
@@ -317,24 +406,34 @@ _Model = TypeVar("_Model", bound=Body)
 
 
 def parse(
-    model: type[_Model], fields: Mapping[str, Any], ignore: Callable[[Sequence[str]], None] | None = None
+    model: type[_Model],
+    fields: Mapping[str, Any],
+    ignore: Callable[[Sequence[str]], None] | None = None,
 ) -> _Model:
     """A checked record of `model`, or RequestError naming the first field that is wrong.
 
-    ignore   gets the names of unknown fields, which then count for nothing; without it the first is refused
+    ignore   gets the names of unknown fields, which then count for nothing; without it the first is
+             refused
     """
     given = _without_nulls(fields)
     own = model.model_fields.keys()
     others: Mapping[str, list[Any]] = UNSUPPORTED if issubclass(model, GenerationRequest) else {}
     harmless = HARMLESS if issubclass(model, GenerationRequest) else frozenset()
-    unknown = [name for name in given if name not in own and name not in others and name not in harmless]
+    unknown = [
+        name for name in given if name not in own and name not in others and name not in harmless
+    ]
     if unknown and ignore is None:
-        message = f"{unknown[0][:200]}: there is no such field (--unknown-fields warn has the server ignore such)"
+        message = (
+            f"{unknown[0][:200]}: there is no such field (--unknown-fields warn has the server "
+            "ignore such)"
+        )
         raise RequestError(message, param=unknown[0])
     if unknown and ignore is not None:
         ignore(unknown)
     given = _without_idle_tools(given)
-    _refuse_unsupported({name: value for name, value in given.items() if name not in own}, others, "")
+    _refuse_unsupported(
+        {name: value for name, value in given.items() if name not in own}, others, ""
+    )
     try:
         return model.model_validate({name: value for name, value in given.items() if name in own})
     except ValidationError as error:
@@ -342,13 +441,18 @@ def parse(
 
 
 def _without_idle_tools(given: dict[str, Any]) -> dict[str, Any]:
-    """Tools that the model is told not to call ask for nothing: they are not shown to it, so that it calls none."""
+    """Tools that the model is told not to call ask for nothing: they are not shown to it, so that
+    it calls none."""
     for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
         if tools in given and given.get(choice) == "none":
             found = given[tools]
             good = isinstance(found, list) and all(isinstance(tool, dict) for tool in found)
             _require(good, f"{tools} must be a list of objects", tools)
-            _require(len(found) <= LIMITS.tools, f"{tools} has {len(found)} entries; at most {LIMITS.tools}", tools)
+            _require(
+                len(found) <= LIMITS.tools,
+                f"{tools} has {len(found)} entries; at most {LIMITS.tools}",
+                tools,
+            )
             given = {name: value for name, value in given.items() if name != tools}
     return given
 

@@ -1,4 +1,5 @@
-"""From bound sockets to a process that serves: uvicorn with our connections, signals, and a clean end."""
+"""From bound sockets to a process that serves: uvicorn with our connections, signals, and a clean
+end."""
 
 import asyncio
 import logging
@@ -13,26 +14,27 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from moebius.config import host_and_port
 from moebius.errors import ConfigError, frames
 from moebius.server.capacity import Capacity
 from moebius.server.connection import Connection, tracked
 from moebius.server.cors import Cors
 from moebius.server.faults import Fault
+from moebius.server.settings import host_and_port
 
 log = logging.getLogger(__name__)
 
 _LAST_SECONDS = 5.0
 _BACKLOG = 2048
-# So much longer than clients are told a connection may rest: a request that is sent in the last moment is served.
+# So much longer than clients are told a connection may rest: a request that is sent in the last
+# moment is served.
 _REST_MARGIN = 5
 # Files that the process has open besides connections: the model's, logs, the loop's own.
 _OTHER_FILES = 256
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with our connections and our end: the first signal drains while the port stays open, the
-    second ends at once.
+    """uvicorn's server with our connections and our end: the first signal drains while the port
+    stays open, the second ends at once.
     """
 
     def __init__(self, app: Starlette, on_start: Callable[[], None] = lambda: None) -> None:
@@ -44,7 +46,9 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         settings = self._door.settings
         self._readable = Cors(settings.cors_origins).of_no_request()
-        self._capacity = Capacity(_openable(settings.max_connections), settings.keep_alive_timeout, self._refused)
+        self._capacity = Capacity(
+            _openable(settings.max_connections), settings.keep_alive_timeout, self._refused
+        )
         told = tracked(app)
         self._by_httptools = _config(told, settings.keep_alive_timeout, "httptools")
         self._by_h11 = _config(told, settings.keep_alive_timeout, "h11")
@@ -55,14 +59,20 @@ class Server(uvicorn.Server):
         return replace(told, headers={**told.headers, **self._readable})
 
     def _connect(
-        self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: object = None
+        self,
+        config: uvicorn.Config,
+        server_state: Any,
+        app_state: dict[str, Any],
+        _loop: object = None,
     ) -> Connection:
         """What uvicorn calls for each new connection."""
 
         def framing(*, h11: bool, state: dict[str, Any]) -> asyncio.Protocol:
             chosen = self._by_h11 if h11 else self._by_httptools
             make: Any = chosen.http_protocol_class
-            protocol: asyncio.Protocol = make(config=chosen, server_state=server_state, app_state=state)
+            protocol: asyncio.Protocol = make(
+                config=chosen, server_state=server_state, app_state=state
+            )
             return protocol
 
         return Connection(framing, self._capacity, app_state)
@@ -108,7 +118,8 @@ class Server(uvicorn.Server):
 
 
 def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What fails on the loop with nobody to hear of it. asyncio would log what was said and handed over, too."""
+    """What fails on the loop with nobody to hear of it. asyncio would log what was said and handed
+    over, too."""
     error = context.get("exception")
     what = "a task or a callback failed" if error is None else frames(error)
     log.error("on the event loop: %s", what)
@@ -134,7 +145,8 @@ def _config(app: Any, rest: int, http: Any) -> uvicorn.Config:
 
 
 def _openable(connections: int) -> int:
-    """How many of so many connections the process may have open, after asking for as many files as that takes.
+    """How many of so many connections the process may have open, after asking for as many files as
+    that takes.
 
     As many again may be hanging up.
     """
@@ -146,12 +158,20 @@ def _openable(connections: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     possible = max(1, (wanted - _OTHER_FILES) // 2)
     if possible < connections:
-        log.warning("at most %d connections, not %d: the process may open %d files", possible, connections, wanted)
+        log.warning(
+            "at most %d connections, not %d: the process may open %d files",
+            possible,
+            connections,
+            wanted,
+        )
     return min(connections, possible)
 
 
-def run_server(app: Starlette, sockets: list[socket.socket], on_start: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. Calls `on_start` when the ports are open.
+def run_server(
+    app: Starlette, sockets: list[socket.socket], on_start: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return. Calls `on_start` when the ports are
+    open.
 
     Raises ConfigError where another took a port.
     """
@@ -160,5 +180,7 @@ def run_server(app: Starlette, sockets: list[socket.socket], on_start: Callable[
             sock.listen(_BACKLOG)
         except OSError as error:
             name = host_and_port(*sock.getsockname()[:2])
-            raise ConfigError(f"cannot listen on {name}: {error.strerror}; choose another --port") from error
+            raise ConfigError(
+                f"cannot listen on {name}: {error.strerror}; choose another --port"
+            ) from error
     Server(app, on_start).run(sockets)

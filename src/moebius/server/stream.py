@@ -1,4 +1,5 @@
-"""Engine <-> asyncio: one API call is a `Call` of several choices, fed by the engine's thread, read by one task."""
+"""Engine <-> asyncio: one API call is a `Call` of several choices, fed by the engine's thread, read
+by one task."""
 
 import asyncio
 import contextlib
@@ -11,20 +12,21 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
-from moebius.config import ServerSettings
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.errors import DeadlineError, EngineError, MoebiusError
 from moebius.outputs import Delta, SequenceAssembler, open_choices
 from moebius.schedule.request import Request, SamplingParams
 from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
+from moebius.server.settings import ServerSettings
 from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
-    """There is nobody to answer: the client has left, or was cut off. `how` is what the log line calls it."""
+    """There is nobody to answer: the client has left, or was cut off. `how` is what the log line
+    calls it."""
 
     def __init__(self, how: str = "client_gone") -> None:
         super().__init__(how)
@@ -33,7 +35,8 @@ class ClientGone(Exception):
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One choice of one prompt on its way: the engine's request, the text so far, and when its tokens came."""
+    """One choice of one prompt on its way: the engine's request, the text so far, and when its
+    tokens came."""
 
     index: int
     prompt_index: int
@@ -55,11 +58,14 @@ def _weight(output: StepOutput) -> int:
 class Call:
     """One API call: `params.n` choices for each prompt.
 
-    `async with` submits its choices, and on the way out aborts those that are not finished. keep_alive is the silence,
-    in seconds, that its client is spared; fault is the error that it hears inside its stream.
+    `async with` submits its choices, and on the way out aborts those that are not finished.
+    keep_alive is the silence, in seconds, that its client is spared; fault is the error that it
+    hears inside its stream.
     """
 
-    def __init__(self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[Choice]) -> None:
+    def __init__(
+        self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[Choice]
+    ) -> None:
         self.id = id
         self.params = params
         self.choices = choices
@@ -75,7 +81,8 @@ class Call:
         self._wake = asyncio.Event()
         self._end = "refused"
         self._ended: MoebiusError | ClientGone | None = None
-        # The engine ends a late request between two steps. Its client hears of it at once, however long a step takes.
+        # The engine ends a late request between two steps. Its client hears of it at once, however
+        # long a step takes.
         self._deadline = choices[0].request.deadline or math.inf
 
     @property
@@ -133,7 +140,8 @@ class Call:
         }
 
     async def next(self) -> Batch:
-        """What came since the last time, in the order it came; an empty list after `keep_alive` seconds of silence.
+        """What came since the last time, in the order it came; an empty list after `keep_alive`
+        seconds of silence.
 
         Raises the error that ended a choice, DeadlineError, or ClientGone.
         """
@@ -149,7 +157,9 @@ class Call:
         if self._ended is not None:
             raise self._ended
         outputs, self._inbox, self._waiting_bytes = self._inbox, [], 0
-        return [(choice, self._take(choice, output)) for choice, output in outputs if not choice.closed]
+        return [
+            (choice, self._take(choice, output)) for choice, output in outputs if not choice.closed
+        ]
 
     def receive(self, choice: Choice, output: StepOutput, now: float) -> None:
         """Called on the loop, for each of a step's outputs. Never blocks, never raises."""
@@ -163,7 +173,9 @@ class Call:
         self.received_bytes += weight
         self._wake.set()
         if self.sending and self._waiting_bytes > self._door.settings.stream_buffer_bytes:
-            log.warning("%s: the reader lags by %d bytes and is cut off", self.id, self._waiting_bytes)
+            log.warning(
+                "%s: the reader lags by %d bytes and is cut off", self.id, self._waiting_bytes
+            )
             self.end(ClientGone("cut_off"))
             self.on_cut()
 
@@ -190,7 +202,9 @@ class Call:
     def _close(self, choice: Choice, reason: str) -> None:
         choice.closed = True
         prompt_tokens, output_tokens = len(choice.request.prompt_ids), choice.assembler.num_tokens
-        self._door.metrics.sequence_finished(reason, choice.times, self._door.clock(), prompt_tokens, output_tokens)
+        self._door.metrics.sequence_finished(
+            reason, choice.times, self._door.clock(), prompt_tokens, output_tokens
+        )
 
 
 @dataclass(eq=False)
@@ -240,7 +254,8 @@ class FrontDoor:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
         continues   the text continues the prompt's (completions), rather than standing alone (chat)
-        since       when the client began to ask, in seconds on `clock`: its deadline counts from there; default: now
+        since       when the client began to ask, in seconds on `clock`: its deadline counts from
+                    there; default: now
         timeout     seconds that the client gives it, at most request_timeout
         request     further arguments of Request.create
         """
@@ -253,7 +268,13 @@ class FrontDoor:
         request |= {"arrival": now, "deadline": deadline}
         for p, prompt_ids in enumerate(prompts):
             opened = open_choices(
-                self.tokenizer, self.client.info, prompt_ids, params, ids, continues=continues, **request
+                self.tokenizer,
+                self.client.info,
+                prompt_ids,
+                params,
+                ids,
+                continues=continues,
+                **request,
             )
             choices += [Choice(next(numbers), p, *one, SequenceTimes(now)) for one in opened]
         return Call(self, id, params, choices)

@@ -5,4 +5,11 @@ from moebius.text.defaults import GenerationDefaults
 from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
 from moebius.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "GenerationDefaults", "IncrementalDecoder", "StopMatcher", "Tokenizer", "text_offsets"]
+__all__ = [
+    "ChatTemplate",
+    "GenerationDefaults",
+    "IncrementalDecoder",
+    "StopMatcher",
+    "Tokenizer",
+    "text_offsets",
+]

@@ -1,8 +1,9 @@
-"""How few tokens a text can become: known from the vocabulary's longest token, before anything is tokenised.
+"""How few tokens a text can become: known from the vocabulary's longest token, before anything is
+tokenised.
 
-A tokenizer may lose text on the way: a normaliser that drops or folds characters, a pre-tokenizer that drops spaces, a
-word that becomes one unknown token. A bound is given only where all parts are known to lose nothing, or a known share;
-else it is 0, which says nothing and is never wrong.
+A tokenizer may lose text on the way: a normaliser that drops or folds characters, a pre-tokenizer
+that drops spaces, a word that becomes one unknown token. A bound is given only where all parts are
+known to lose nothing, or a known share; else it is 0, which says nothing and is never wrong.
 """
 
 import json
@@ -13,12 +14,16 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-# What Unicode's normal forms and lower case leave at least of a text: each byte that is ASCII, a quarter of the others.
+# What Unicode's normal forms and lower case leave at least of a text: each byte that is ASCII, a
+# quarter of the others.
 _FOLDING = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase"})
 _FOLDED = 4
 _LOSSLESS = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"})
 _LOSSLESS_UNLESS_REMOVED = frozenset({"Split", "Punctuation"})
-_SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+_SPACES = (
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f "
+    "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+)
 _WHITESPACE = _SPACES + "\u2028\u2029\u202f\u205f\u3000"
 
 _LETTERS = string.ascii_letters.encode()
@@ -29,8 +34,8 @@ Spec = Mapping[str, Any]
 class TokenBound:
     """The fewest tokens that a tokenizer can make of a text.
 
-    Two counts are made, and the better one is taken: of all bytes, and of ASCII letters, for the longest tokens of most
-    vocabularies are runs of spaces and dashes.
+    Two counts are made, and the better one is taken: of all bytes, and of ASCII letters, for the
+    longest tokens of most vocabularies are runs of spaces and dashes.
     """
 
     def __init__(self, backend: Backend, vocab: Mapping[str, int]) -> None:
@@ -41,7 +46,9 @@ class TokenBound:
         self._folds = any(spec["type"] in _FOLDING for spec in normalisers)
         self._strips = any(token.lstrip or token.rstrip for token in added)
         self._most_bytes = self._most_letters = 0
-        if not _keeps_text(normalisers, self._strips) or not all(map(_keeps_pieces, pre_tokenizers)):
+        if not _keeps_text(normalisers, self._strips) or not all(
+            map(_keeps_pieces, pre_tokenizers)
+        ):
             return
         kinds = [spec["type"] for spec in (*normalisers, *pre_tokenizers)]
         longest = _longest_of_model(backend.model, vocab, byte_level="ByteLevel" in kinds)
@@ -50,11 +57,14 @@ class TokenBound:
         normalise = str if backend.normalizer is None else backend.normalizer.normalize_str
         texts = [text for token in added for text in (token.content, normalise(token.content))]
         self._most_bytes = max([longest, *(len(text.encode()) for text in texts)])
-        if not any(_letters(spec["pattern"]["String"]) for spec in normalisers if spec["type"] == "Replace"):
+        if not any(
+            _letters(spec["pattern"]["String"]) for spec in normalisers if spec["type"] == "Replace"
+        ):
             self._most_letters = _most_letters([*vocab, *texts])
 
     def fewest(self, text: str) -> int:
-        """At least so many tokens, special tokens around the text not counted; 0 where nothing is known."""
+        """At least so many tokens, special tokens around the text not counted; 0 where nothing is
+        known."""
         if not self._most_bytes:
             return 0
         size = len(text.encode())
@@ -88,17 +98,23 @@ def _flat(component: Any, parts: str) -> list[Spec]:
     """The specifications of a normaliser or pre-tokenizer, those of a sequence one by one."""
 
     def flat(spec: Spec) -> list[Spec]:
-        return [inner for part in spec[parts] for inner in flat(part)] if spec["type"] == "Sequence" else [spec]
+        return (
+            [inner for part in spec[parts] for inner in flat(part)]
+            if spec["type"] == "Sequence"
+            else [spec]
+        )
 
     return [] if component is None else flat(json.loads(component.__getstate__()))
 
 
 def _keeps_text(normalisers: list[Spec], strips: bool) -> bool:
-    """Whether nothing is lost but by folding, which must come first: what it leaves is known of the client's text."""
+    """Whether nothing is lost but by folding, which must come first: what it leaves is known of the
+    client's text."""
     for i, spec in enumerate(normalisers):
         kind = spec["type"]
         if kind in _FOLDING:
-            # Compatibility forms make spaces of other characters, which a token beside them could swallow.
+            # Compatibility forms make spaces of other characters, which a token beside them could
+            # swallow.
             good = i == 0 and not (strips and kind in ("NFKC", "NFKD"))
         elif kind == "Replace":
             pattern, content = spec["pattern"].get("String"), spec["content"]
@@ -116,12 +132,20 @@ def _keeps_pieces(spec: Spec) -> bool:
     return kind in _LOSSLESS or (kind in _LOSSLESS_UNLESS_REMOVED and spec["behavior"] != "Removed")
 
 
-def _longest_of_model(model: models.Model, vocab: Mapping[str, int], *, byte_level: bool) -> int | None:
-    """The most bytes of text that one token of the model's vocabulary stands for; None where there is no such number.
+def _longest_of_model(
+    model: models.Model, vocab: Mapping[str, int], *, byte_level: bool
+) -> int | None:
+    """The most bytes of text that one token of the model's vocabulary stands for; None where there
+    is no such number.
 
-    There is none in models that make one unknown token of a whole word, or drop what they do not know.
+    There is none in models that make one unknown token of a whole word, or drop what they do not
+    know.
     """
-    if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
+    if (
+        not isinstance(model, models.BPE)
+        or model.continuing_subword_prefix
+        or model.end_of_word_suffix
+    ):
         return None
     if byte_level:
         if not all(char in vocab for char in pre_tokenizers.ByteLevel.alphabet()):
@@ -130,6 +154,9 @@ def _longest_of_model(model: models.Model, vocab: Mapping[str, int], *, byte_lev
     longest = max(len(token.encode()) for token in vocab)
     if model.byte_fallback and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
         return longest
-    # An unknown character becomes an unknown token: of up to 4 bytes, which its name must not fall short of.
-    one_each = model.unk_token is not None and not model.fuse_unk and len(model.unk_token.encode()) >= 4
+    # An unknown character becomes an unknown token: of up to 4 bytes, which its name must not fall
+    # short of.
+    one_each = (
+        model.unk_token is not None and not model.fuse_unk and len(model.unk_token.encode()) >= 4
+    )
     return longest if one_each else None

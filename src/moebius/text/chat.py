@@ -8,8 +8,8 @@ from typing import Any
 
 import jinja2
 
-from moebius.config import read_json, read_text
 from moebius.errors import RequestError, TokenizerError
+from moebius.files import read_json, read_text
 from moebius.text.probe import CONTENTS, TOOL, TemplateFacts, probe
 from moebius.text.sandbox import MAX_CHARACTERS, MAX_SECONDS, TemplateEnvironment
 
@@ -39,22 +39,36 @@ def _parts_of(content: object, param: str) -> list[str] | None:
     """The texts of a content; None where there is none."""
     if content is None or isinstance(content, str):
         return None if content is None else [content]
-    _check(isinstance(content, (list, tuple)), param, "content must be a string, null, or a list of text parts")
+    _check(
+        isinstance(content, (list, tuple)),
+        param,
+        "content must be a string, null, or a list of text parts",
+    )
     texts: list[str] = []
     for part in content:  # type: ignore[attr-defined]
         if isinstance(part, str):
             texts.append(part)
             continue
-        _check(isinstance(part, Mapping), param, 'a content part must be {"type": "text", "text": ...}')
+        _check(
+            isinstance(part, Mapping), param, 'a content part must be {"type": "text", "text": ...}'
+        )
         kind = part.get("type")
         # What an assistant said when it refused is what it said.
-        _check(kind in ("text", "refusal"), param, f"content part {kind!r} is not supported; only text is")
-        _check(isinstance(part.get(kind), str), param, f"a {kind} part needs a string under `{kind}`")
+        _check(
+            kind in ("text", "refusal"),
+            param,
+            f"content part {kind!r} is not supported; only text is",
+        )
+        _check(
+            isinstance(part.get(kind), str), param, f"a {kind} part needs a string under `{kind}`"
+        )
         texts.append(part[kind])
     return texts
 
 
-def _content(message: Mapping[str, Any], role: str, facts: TemplateFacts, param: str) -> Mapping[str, Any]:
+def _content(
+    message: Mapping[str, Any], role: str, facts: TemplateFacts, param: str
+) -> Mapping[str, Any]:
     """The field `content` as the template wants it, or no such field where it wants none.
 
     Several text parts are joined by a line break, as other engines do.
@@ -87,8 +101,8 @@ def _loaded(arguments: str) -> object:
 def _arguments(given: object, facts: TemplateFacts, param: str) -> object:
     """A call's arguments as the template wants them.
 
-    A call of an earlier turn may be broken: the model was cut off, and the client sends back what it got. It must not
-    end the conversation.
+    A call of an earlier turn may be broken: the model was cut off, and the client sends back what
+    it got. It must not end the conversation.
     """
     arguments = given
     if isinstance(given, str):
@@ -101,15 +115,22 @@ def _arguments(given: object, facts: TemplateFacts, param: str) -> object:
     if isinstance(arguments, Mapping):
         if facts.object_arguments:
             return arguments
-        return given if isinstance(given, str) and given.strip() else json.dumps(arguments, ensure_ascii=False)
+        return (
+            given
+            if isinstance(given, str) and given.strip()
+            else json.dumps(arguments, ensure_ascii=False)
+        )
     if facts.any_arguments:
         return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-    log.warning("%s: function.arguments is no JSON object; the chat template is given an empty one", param)
+    log.warning(
+        "%s: function.arguments is no JSON object; the chat template is given an empty one", param
+    )
     return {} if facts.object_arguments else "{}"
 
 
 def _tool_call(call: object, facts: TemplateFacts, param: str) -> dict[str, Any]:
-    """A tool call with its type, and arguments as the template wants them; keys that are null are left out."""
+    """A tool call with its type, and arguments as the template wants them; keys that are null are
+    left out."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise RequestError(f"{param}: a tool call needs a `function` object", param=param)
@@ -118,37 +139,58 @@ def _tool_call(call: object, facts: TemplateFacts, param: str) -> dict[str, Any]
     _check(named, f"{param}.function.name", "a tool call must name its function")
     fields = {key: value for key, value in call.items() if value is not None}
     arguments = _arguments(function.get("arguments"), facts, param)
-    return {**fields, "type": fields.get("type", "function"), "function": {**function, "arguments": arguments}}
+    return {
+        **fields,
+        "type": fields.get("type", "function"),
+        "function": {**function, "arguments": arguments},
+    }
 
 
 def _with_reasoning(fields: dict[str, Any]) -> dict[str, Any]:
-    """Clients and templates have several names for a turn's reasoning: it goes by those that templates read."""
-    found = [fields[name] for name in ("reasoning_content", "thinking", "reasoning") if name in fields]
+    """Clients and templates have several names for a turn's reasoning: it goes by those that
+    templates read."""
+    found = [
+        fields[name] for name in ("reasoning_content", "thinking", "reasoning") if name in fields
+    ]
     return {"thinking": found[0], **fields, "reasoning_content": found[0]} if found else fields
 
 
-def normalise_messages(messages: Sequence[Mapping[str, Any]], facts: TemplateFacts) -> list[dict[str, Any]]:
+def normalise_messages(
+    messages: Sequence[Mapping[str, Any]], facts: TemplateFacts
+) -> list[dict[str, Any]]:
     """Messages as the template with these facts takes them; keys that are null are left out.
 
-    The role `developer` becomes `system` where the template does not know it, for most would drop it silently.
-    Raises RequestError naming the message.
+    The role `developer` becomes `system` where the template does not know it, for most would drop
+    it silently. Raises RequestError naming the message.
     """
     _check(len(messages) > 0, "messages", "there must be at least one message")
     normal: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         param = f"messages[{i}]"
-        _check(isinstance(message, Mapping), param, "a message must be an object with `role` and `content`")
+        _check(
+            isinstance(message, Mapping),
+            param,
+            "a message must be an object with `role` and `content`",
+        )
         role = message.get("role")
-        _check(role in ROLES, f"{param}.role", f"role is {role!r}; it must be one of {', '.join(ROLES)}")
+        _check(
+            role in ROLES,
+            f"{param}.role",
+            f"role is {role!r}; it must be one of {', '.join(ROLES)}",
+        )
         role = "system" if role == "developer" and not facts.developer else str(role)
         fields = {key: value for key, value in message.items() if value is not None}
         fields |= {"role": role, **_content(message, role, facts, f"{param}.content")}
         fields = _with_reasoning(fields)
         calls = fields.pop("tool_calls", None)
         if calls is not None:
-            _check(isinstance(calls, (list, tuple)), f"{param}.tool_calls", "tool_calls must be a list")
+            _check(
+                isinstance(calls, (list, tuple)), f"{param}.tool_calls", "tool_calls must be a list"
+            )
         if calls:
-            fields["tool_calls"] = [_tool_call(call, facts, f"{param}.tool_calls[{j}]") for j, call in enumerate(calls)]
+            fields["tool_calls"] = [
+                _tool_call(call, facts, f"{param}.tool_calls[{j}]") for j, call in enumerate(calls)
+            ]
         normal.append(fields)
     return normal
 
@@ -166,7 +208,8 @@ class ChatTemplate:
             raise TokenizerError(f"chat template {name!r}{line}: {error}") from error
 
     def probe(self, variables: Mapping[str, Any]) -> TemplateFacts:
-        """What the template takes, tried with these variables beside the messages (the special tokens' names)."""
+        """What the template takes, tried with these variables beside the messages (the special
+        tokens' names)."""
         known = {"documents": None, **variables, "tools": [TOOL], "add_generation_prompt": True}
 
         def render(messages: Sequence[Mapping[str, Any]], seconds: float) -> str:
@@ -175,25 +218,34 @@ class ChatTemplate:
         return probe(render, self.source)
 
     def render(
-        self, variables: Mapping[str, Any], *, seconds: float = MAX_SECONDS, characters: int = MAX_CHARACTERS
+        self,
+        variables: Mapping[str, Any],
+        *,
+        seconds: float = MAX_SECONDS,
+        characters: int = MAX_CHARACTERS,
     ) -> str:
         """The text for these variables (`messages`, `tools`, `add_generation_prompt`, ...).
 
-        RequestError(param="messages") where the template refuses them, fails on them, or passes a limit: `seconds`,
-        or `characters` that its expressions make in all.
+        RequestError(param="messages") where the template refuses them, fails on them, or passes a
+        limit: `seconds`, or `characters` that its expressions make in all.
         """
         try:
-            return self._environment.run(self._template, variables, seconds=seconds, characters=characters)
+            return self._environment.run(
+                self._template, variables, seconds=seconds, characters=characters
+            )
         except _TEMPLATE_FAULTS as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise RequestError(f"the chat template refuses these messages: {reason}", param="messages") from error
+            raise RequestError(
+                f"the chat template refuses these messages: {reason}", param="messages"
+            ) from error
 
 
 def load_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, ChatTemplate]:
     """All templates of a model directory by name; the plain one is `default`.
 
-    In falling priority: chat_template.jinja (and additional_chat_templates/*.jinja), chat_template.json, and
-    chat_template in tokenizer_config.json, a string or a list of {"name", "template"}.
+    In falling priority: chat_template.jinja (and additional_chat_templates/*.jinja),
+    chat_template.json, and chat_template in tokenizer_config.json, a string or a list of {"name",
+    "template"}.
     """
     sources: dict[str, str] = {}
     for found in (
@@ -201,7 +253,9 @@ def load_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
         read_json(directory / "chat_template.json", default={}).get("chat_template"),
     ):
         sources |= _named_sources(found)
-    files = {path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
+    files = {
+        path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))
+    }
     if (directory / "chat_template.jinja").is_file():
         files["default"] = directory / "chat_template.jinja"
     for name, path in files.items():
@@ -224,6 +278,8 @@ def _named_sources(found: object) -> dict[str, str]:
         fields = entry if isinstance(entry, Mapping) else {}
         name, source = fields.get("name"), fields.get("template")
         if not isinstance(name, str) or not isinstance(source, str):
-            raise TokenizerError('chat_template must be a string or a list of {"name": ..., "template": ...}')
+            raise TokenizerError(
+                'chat_template must be a string or a list of {"name": ..., "template": ...}'
+            )
         sources[name] = source
     return sources

@@ -1,4 +1,5 @@
-"""What a model directory says about ending and sampling: generation_config.json, config.json, the tokenizer."""
+"""What a model directory says about ending and sampling: generation_config.json, config.json, the
+tokenizer."""
 
 import logging
 import sys
@@ -8,16 +9,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from moebius.config import read_json
 from moebius.errors import ConfigError, RequestError
+from moebius.files import read_json
 from moebius.schedule.request import SamplingParams
 from moebius.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _GENERATION = "generation_config.json"
-_SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
-# What else in the file changes transformers' answers, and is not done here; with the value that changes nothing.
+_SAMPLING = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+}
+# What else in the file changes transformers' answers, and is not done here; with the value that
+# changes nothing.
 _NOT_DONE: dict[str, object] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -55,15 +63,16 @@ _NOT_DONE: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """End tokens and sampling defaults of one model directory. What is in its files but has no effect is logged once,
-    when they are read.
+    """End tokens and sampling defaults of one model directory. What is in its files but has no
+    effect is logged once, when they are read.
 
-    eos_ids    union of generation_config.json, config.json (its text_config too) and the tokenizer, without ids that
-               the model's logits do not reach
-    sampling   those of temperature, top_k, top_p, min_p and repetition_penalty that generation_config.json gives, by
-               the names of SamplingParams, which takes each of them. `do_sample` has no effect, as in vLLM: a file that
-               says do_sample = false without a temperature is sampled at OpenAI's default of 1, one that wants greedy
-               says temperature = 0.
+    eos_ids    union of generation_config.json, config.json (its text_config too) and the tokenizer,
+               without ids that the model's logits do not reach
+    sampling   those of temperature, top_k, top_p, min_p and repetition_penalty that
+               generation_config.json gives, by the names of SamplingParams, which takes each of
+               them. `do_sample` has no effect, as in vLLM: a file that says do_sample = false
+               without a temperature is sampled at OpenAI's default of 1, one that wants greedy says
+               temperature = 0.
     """
 
     eos_ids: frozenset[int] = frozenset()
@@ -94,7 +103,9 @@ def _eos_ids(config: Mapping[str, Any], name: str) -> set[int]:
     ids = [token for token in (found if isinstance(found, list) else [found]) if token is not None]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool):
-            raise ConfigError(f"{name}: eos_token_id holds {token!r}; it must be a token id or a list of them")
+            raise ConfigError(
+                f"{name}: eos_token_id holds {token!r}; it must be a token id or a list of them"
+            )
     return set(ids)
 
 
@@ -104,12 +115,18 @@ def _reached(ids: set[int], name: str, vocab_size: object) -> set[int]:
     beyond = sorted(token for token in ids if not 0 <= token < count)
     if beyond:
         named = ", ".join(map(str, beyond))
-        log.warning("%s: end token id %s is not in the model's vocabulary of %d; ignored", name, named, count)
+        log.warning(
+            "%s: end token id %s is not in the model's vocabulary of %d; ignored",
+            name,
+            named,
+            count,
+        )
     return ids.difference(beyond)
 
 
 def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
-    """The values that SamplingParams takes; the others, and what is not done at all, go into one line of the log."""
+    """The values that SamplingParams takes; the others, and what is not done at all, go into one
+    line of the log."""
     sampling: dict[str, float | int] = {}
     ignored = []
     for name, kind in _SAMPLING.items():

@@ -1,10 +1,12 @@
-"""From token ids to bytes: every token has bytes of its own, and a text is their concatenation, read as UTF-8.
+"""From token ids to bytes: every token has bytes of its own, and a text is their concatenation,
+read as UTF-8.
 
-This is what makes a stream equal to the whole, always, at a constant cost a token. The byte values come from the
-decoder that tokenizer.json names: byte-level BPE (GPT-2, Qwen, Llama 3), sentencepiece's metaspace with byte fallback
-(Llama 2, Mistral, Gemma), or WordPiece's words and their continuations (BERT). Bytes that are no UTF-8 become U+FFFD
-by the rule of the Unicode standard, section 3.9 (one for each maximal ill-formed part), where Hugging Face's
-ByteFallback gives up the whole run of byte tokens; on well-formed text both agree.
+This is what makes a stream equal to the whole, always, at a constant cost a token. The byte values
+come from the decoder that tokenizer.json names: byte-level BPE (GPT-2, Qwen, Llama 3),
+sentencepiece's metaspace with byte fallback (Llama 2, Mistral, Gemma), or WordPiece's words and
+their continuations (BERT). Bytes that are no UTF-8 become U+FFFD by the rule of the Unicode
+standard, section 3.9 (one for each maximal ill-formed part), where Hugging Face's ByteFallback
+gives up the whole run of byte tokens; on well-formed text both agree.
 """
 
 import re
@@ -20,7 +22,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: a byte that is visible in Latin-1 is itself, the others follow from U+0100 on."""
+    """GPT-2's printable stand-ins: a byte that is visible in Latin-1 is itself, the others follow
+    from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = (b for b in range(256) if b not in visible)
     return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
@@ -52,12 +55,15 @@ class _Steps:
 def _pattern_string(spec: Mapping[str, Any]) -> str:
     pattern = spec["pattern"]
     if not isinstance(pattern, Mapping) or not isinstance(pattern.get("String"), str):
-        raise TokenizerError("tokenizer.json: the decoder replaces a regular expression; only strings are supported")
+        raise TokenizerError(
+            "tokenizer.json: the decoder replaces a regular expression; only strings are supported"
+        )
     return str(pattern["String"])
 
 
 def _fallback_chain(specs: list[Mapping[str, Any]]) -> _Steps:
-    """Replace, ByteFallback, Fuse and Strip, in the order that sentencepiece conversions use them."""
+    """Replace, ByteFallback, Fuse and Strip, in the order that sentencepiece conversions use
+    them."""
     replacements: list[tuple[str, str]] = []
     byte_fallback = fused = False
     strip = 0
@@ -73,8 +79,8 @@ def _fallback_chain(specs: list[Mapping[str, Any]]) -> _Steps:
             strip += int(spec["start"])
         else:
             raise TokenizerError(
-                f"tokenizer.json: decoder {kind!r} is not supported here; supported are ByteLevel, Metaspace, "
-                "WordPiece, and a Sequence of Replace, ByteFallback, Fuse, Strip"
+                f"tokenizer.json: decoder {kind!r} is not supported here; supported are ByteLevel, "
+                "Metaspace, WordPiece, and a Sequence of Replace, ByteFallback, Fuse, Strip"
             )
 
     def token_bytes(token: str) -> bytes:
@@ -129,7 +135,9 @@ def _steps(spec: Mapping[str, Any] | None) -> _Steps:
         return _Steps(str.encode, str.encode, joiner=b" ")
     if spec["type"] == "Sequence":
         decoders = list(spec["decoders"])
-        alone = all(decoder["type"] == "Fuse" for decoder in decoders[1:])  # which joins, as we do anyway
+        alone = all(
+            decoder["type"] == "Fuse" for decoder in decoders[1:]
+        )  # which joins, as we do anyway
         return _steps(decoders[0]) if decoders and alone else _fallback_chain(decoders)
     if spec["type"] == "ByteLevel":
         return _Steps(_byte_level, _byte_level)
@@ -141,12 +149,15 @@ def _steps(spec: Mapping[str, Any] | None) -> _Steps:
 
 
 class Detokenizer:
-    """The bytes of each token id. Ids that the tokenizer does not know (a padded vocabulary) have none.
+    """The bytes of each token id. Ids that the tokenizer does not know (a padded vocabulary) have
+    none.
 
     strip   how many leading spaces a text loses
     """
 
-    def __init__(self, backend: Backend, decoder: Mapping[str, Any] | None, special_ids: frozenset[int]) -> None:
+    def __init__(
+        self, backend: Backend, decoder: Mapping[str, Any] | None, special_ids: frozenset[int]
+    ) -> None:
         self._backend = backend
         self._steps = _steps(decoder)
         self.strip = self._steps.strip
@@ -162,7 +173,8 @@ class Detokenizer:
         return known
 
     def piece(self, token_id: int, *, first: bool, skip_special: bool) -> bytes | None:
-        """What the token adds to a text, at its beginning (`first`) or inside; None where it takes no part in it."""
+        """What the token adds to a text, at its beginning (`first`) or inside; None where it takes
+        no part in it."""
         token = None if skip_special and token_id in self._special_ids else self._token(token_id)
         if token is None:
             return None
@@ -174,9 +186,15 @@ class Detokenizer:
     def join(self, token_ids: Iterable[int], *, skip_special: bool) -> bytes:
         """All bytes of a text; its leading spaces are stripped as the decoder says."""
         ids = list(token_ids)
-        inner = {token_id: self.piece(token_id, first=False, skip_special=skip_special) for token_id in set(ids)}
+        inner = {
+            token_id: self.piece(token_id, first=False, skip_special=skip_special)
+            for token_id in set(ids)
+        }
         ids = [token_id for token_id in ids if inner[token_id] is not None]
-        first = [self.piece(token_id, first=True, skip_special=skip_special) or b"" for token_id in ids[:1]]
+        first = [
+            self.piece(token_id, first=True, skip_special=skip_special) or b""
+            for token_id in ids[:1]
+        ]
         text = b"".join([*first, *(inner[token_id] or b"" for token_id in ids[1:])])
         spaces = len(text) - len(text.lstrip(b" "))
         return text[min(spaces, self.strip) :]

@@ -1,12 +1,15 @@
-"""Special tokens are the template's to write, never a message's: their text inside contents stays plain text.
+"""Special tokens are the template's to write, never a message's: their text inside contents stays
+plain text.
 
-A second tokenizer serves for this, equal to the first but for the names of the special tokens: each has an alias that
-nobody can guess, so no plain text can ever become a special id. Specials inside messages are put between markers
-before the template runs; in what it renders, marked ones stay as they are and all others, the template's own, become
-aliases. One pass of the second tokenizer then gives the ids, with every rule of the first (spaces that a special token
-swallows, the space that sentencepiece puts in front) at work.
+A second tokenizer serves for this, equal to the first but for the names of the special tokens: each
+has an alias that nobody can guess, so no plain text can ever become a special id. Specials inside
+messages are put between markers before the template runs; in what it renders, marked ones stay as
+they are and all others, the template's own, become aliases. One pass of the second tokenizer then
+gives the ids, with every rule of the first (spaces that a special token swallows, the space that
+sentencepiece puts in front) at work.
 
-Time is linear in the text, whatever it holds, and long texts are searched and encoded without the interpreter's lock.
+Time is linear in the text, whatever it holds, and long texts are searched and encoded without the
+interpreter's lock.
 """
 
 import json
@@ -43,18 +46,28 @@ def _with_strings(value: Any, strings: Iterator[str]) -> Any:
     if isinstance(value, str):
         return next(strings)
     if isinstance(value, Mapping):
-        return {_with_strings(key, strings): _with_strings(item, strings) for key, item in value.items()}
-    return [_with_strings(item, strings) for item in value] if isinstance(value, (list, tuple)) else value
+        return {
+            _with_strings(key, strings): _with_strings(item, strings) for key, item in value.items()
+        }
+    return (
+        [_with_strings(item, strings) for item in value]
+        if isinstance(value, (list, tuple))
+        else value
+    )
 
 
 class _Finder:
-    """Finds given strings in a text: leftmost first, of several at one place the longest, none inside another.
+    """Finds given strings in a text: leftmost first, of several at one place the longest, none
+    inside another.
 
-    The tokenizers library searches, with one automaton for all strings and without the interpreter's lock.
+    The tokenizers library searches, with one automaton for all strings and without the
+    interpreter's lock.
     """
 
     def __init__(self, wanted: list[str]) -> None:
-        rest = models.WordLevel({"": 0}, unk_token="")  # what lies between two of them is one unknown word
+        rest = models.WordLevel(
+            {"": 0}, unk_token=""
+        )  # what lies between two of them is one unknown word
         self._backend = Backend(rest)
         self._backend.add_tokens([AddedToken(text, normalized=False) for text in wanted])
         self._wanted = {self._backend.token_to_id(text): text for text in wanted}
@@ -66,7 +79,9 @@ class _Finder:
         while start < len(text):
             end = start + _WINDOW
             window = text[start : end + self._longest]
-            for token_id in self._backend.encode_batch_fast([window], add_special_tokens=False)[0].ids:
+            for token_id in self._backend.encode_batch_fast([window], add_special_tokens=False)[
+                0
+            ].ids:
                 if token_id in self._wanted:
                     found = self._wanted[token_id]
                     at = text.index(found, start)
@@ -83,15 +98,21 @@ class SpecialGuard:
     def __init__(self, backend: Backend, vocab: Mapping[str, int]) -> None:
         """vocab: the model's own, without the added tokens."""
         added = backend.get_added_tokens_decoder()
-        specials = {i: token for i, token in sorted(added.items()) if token.special and token.content}
+        specials = {
+            i: token for i, token in sorted(added.items()) if token.special and token.content
+        }
         self._single_words = {token.content for token in specials.values() if token.single_word}
         self._finder = _Finder([token.content for token in specials.values()])
         self._aliased = _Aliased(backend, vocab, specials)
-        # A special token that is matched after normalising has spellings that a search of the raw text cannot see.
-        self._always = backend.normalizer is not None and any(t.normalized for t in specials.values())
+        # A special token that is matched after normalising has spellings that a search of the raw
+        # text cannot see.
+        self._always = backend.normalizer is not None and any(
+            t.normalized for t in specials.values()
+        )
 
     def split(self, text: str) -> list[str]:
-        """The text as ordinary and special pieces in turn; an ordinary one comes first and last, and may be empty.
+        """The text as ordinary and special pieces in turn; an ordinary one comes first and last,
+        and may be empty.
 
         UnicodeEncodeError on text that is not Unicode (a lone surrogate).
         """
@@ -107,7 +128,8 @@ class SpecialGuard:
         return self._always or next(self._finder.spans(text), None) is not None
 
     def mark(self, value: Json) -> tuple[Json, str | None]:
-        """(the nested JSON with every special token between two markers, the marker); None where there are none.
+        """(the nested JSON with every special token between two markers, the marker); None where
+        there are none.
 
         The marker is ASCII without letters: nothing that templates do to text changes it.
         """
@@ -135,7 +157,8 @@ class SpecialGuard:
         return _with_strings(value, marked()), marker
 
     def named(self, rendered: str, marker: str) -> str:
-        """A rendered text for `backend`: specials between markers are plain text, the others have their aliases."""
+        """A rendered text for `backend`: specials between markers are plain text, the others have
+        their aliases."""
         pieces: list[str] = []
         at = 0
         for start, special in self._finder.spans(rendered):
@@ -152,7 +175,8 @@ class SpecialGuard:
 
     @property
     def backend(self) -> Backend:
-        """The second tokenizer: nothing is special to it but aliases. Its ids go through `original`."""
+        """The second tokenizer: nothing is special to it but aliases. Its ids go through
+        `original`."""
         return self._aliased.backend
 
     def original(self, ids: list[int]) -> list[int]:
@@ -166,11 +190,16 @@ def _inside_word(text: str, start: int, end: int) -> bool:
 
 
 class _Aliased:
-    """The tokenizer whose special tokens bear aliases; `alias` maps a special token's text to its alias."""
+    """The tokenizer whose special tokens bear aliases; `alias` maps a special token's text to its
+    alias."""
 
-    def __init__(self, backend: Backend, vocab: Mapping[str, int], specials: Mapping[int, AddedToken]) -> None:
+    def __init__(
+        self, backend: Backend, vocab: Mapping[str, int], specials: Mapping[int, AddedToken]
+    ) -> None:
         nonce = secrets.token_hex(16)
-        self.alias = {token.content: f"\U000f0000{nonce}.{i}\U000f0001" for i, token in specials.items()}
+        self.alias = {
+            token.content: f"\U000f0000{nonce}.{i}\U000f0001" for i, token in specials.items()
+        }
         # The library numbers new tokens from the vocabulary's size on.
         gaps = max(vocab.values(), default=-1) >= len(vocab)
         if gaps or any(_may_form(backend, token.content) for token in specials.values()):
@@ -183,7 +212,10 @@ class _Aliased:
                 self.backend.pre_tokenizer = backend.pre_tokenizer
         self._add_tokens(backend, specials)
         added = backend.get_added_tokens_decoder()
-        found = {i: self.backend.token_to_id(self.alias.get(t.content, t.content)) for i, t in added.items()}
+        found = {
+            i: self.backend.token_to_id(self.alias.get(t.content, t.content))
+            for i, t in added.items()
+        }
         self.original = {mine: i for i, mine in found.items() if mine != i}
 
     def _add_tokens(self, backend: Backend, specials: Mapping[int, AddedToken]) -> None:
@@ -192,13 +224,19 @@ class _Aliased:
         # Which of them are to be special was decided already, by SpecialGuard.
         self.backend.add_special_tokens(
             [
-                AddedToken(self.alias[token.content], normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
+                AddedToken(
+                    self.alias[token.content],
+                    normalized=False,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                )
                 for token in specials.values()
             ]
         )
 
     def _renamed(self, backend: Backend) -> Backend:
-        """A copy whose model has the aliases in its vocabulary and can make no special token out of plain text."""
+        """A copy whose model has the aliases in its vocabulary and can make no special token out of
+        plain text."""
         alias = self.alias
         spec = json.loads(backend.to_str())
         spec |= {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}
@@ -219,8 +257,8 @@ class _Aliased:
 def _may_form(backend: Backend, special: str) -> bool:
     """Whether the model may make the special token's id out of plain text.
 
-    A BPE that forms a token inside a longer word forms it of its text alone, too: merges inside its borders come in
-    the same order. Other models are not asked.
+    A BPE that forms a token inside a longer word forms it of its text alone, too: merges inside its
+    borders come in the same order. Other models are not asked.
     """
     model = backend.model
     token_id = model.token_to_id(special)

@@ -1,7 +1,8 @@
 """What a chat template takes, found out by rendering small chats with it.
 
-Templates differ in what they do with a message without content, with a tool call's arguments as an object or as JSON
-text, and with content in parts. Each form is tried; the marks that it should leave in the text tell which one is right.
+Templates differ in what they do with a message without content, with a tool call's arguments as an
+object or as JSON text, and with content in parts. Each form is tried; the marks that it should
+leave in the text tell which one is right.
 """
 
 import time
@@ -24,14 +25,21 @@ TOOL: Mapping[str, Any] = {
     "function": {
         "name": "probe",
         "description": "A tool.",
-        "parameters": {"type": "object", "properties": {"field": {"type": "string", "description": "A field."}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"field": {"type": "string", "description": "A field."}},
+        },
     },
 }
 _USER = {"role": "user", "content": "Hello"}
 _REPLY = {"role": "assistant", "content": "Hello"}
 _RESULT = {"role": "tool", "name": "probe", "tool_call_id": _CALL_ID, "content": "done"}
 NoContent = Literal["absent", "null", "empty"]
-CONTENTS: Mapping[NoContent, Mapping[str, Any]] = {"absent": {}, "null": {"content": None}, "empty": {"content": ""}}
+CONTENTS: Mapping[NoContent, Mapping[str, Any]] = {
+    "absent": {},
+    "null": {"content": None},
+    "empty": {"content": ""},
+}
 # How well a tool call's arguments come out.
 _REFUSED, _ABSENT, _MISSPELLED, _SHOWN = range(4)
 
@@ -40,7 +48,8 @@ _REFUSED, _ABSENT, _MISSPELLED, _SHOWN = range(4)
 class TemplateFacts:
     """What one template takes.
 
-    no_content        what a tool call without content says: nothing (`absent`), null, or "" (`empty`)
+    no_content        what a tool call without content says: nothing (`absent`), null, or ""
+                      (`empty`)
     object_arguments  whether a tool call's arguments are to be an object, else JSON text
     any_arguments     whether text that is no JSON will do for arguments
     parts             the roles whose content must be a list of parts, not a string
@@ -57,19 +66,25 @@ class TemplateFacts:
 def probe(render: Render, source: str) -> TemplateFacts:
     """The facts of the template with this source."""
     tried = _Trial(render)
-    no_content: NoContent = "absent" if _takes(tried, "absent") else "null" if _takes(tried, "null") else "empty"
+    no_content: NoContent = (
+        "absent" if _takes(tried, "absent") else "null" if _takes(tried, "null") else "empty"
+    )
     as_object, as_text = (_arguments(tried, no_content, given) for given in (_OBJECT, _JSON))
     return TemplateFacts(
         no_content=no_content,
         object_arguments=as_object >= as_text,
         any_arguments=as_text == _SHOWN,
-        parts=frozenset(role for role in ("system", "user", "assistant", "tool") if _wants_parts(tried, role)),
-        developer="developer" in source and _TEXT in tried([{"role": "developer", "content": _TEXT}, _USER]),
+        parts=frozenset(
+            role for role in ("system", "user", "assistant", "tool") if _wants_parts(tried, role)
+        ),
+        developer="developer" in source
+        and _TEXT in tried([{"role": "developer", "content": _TEXT}, _USER]),
     )
 
 
 class _Trial:
-    """Renders chats, all of them within a time; "" where the template refuses one, or the time is over."""
+    """Renders chats, all of them within a time; "" where the template refuses one, or the time is
+    over."""
 
     def __init__(self, render: Render) -> None:
         self._render = render
@@ -89,20 +104,32 @@ class _Trial:
 
 
 def _called(no_content: NoContent, arguments: Any) -> list[Messages]:
-    """Chats with a tool call: the last turn, an earlier one, and one for templates that do not know the role `tool`."""
-    call = {"id": _CALL_ID, "type": "function", "function": {"name": "probe", "arguments": arguments}}
+    """Chats with a tool call: the last turn, an earlier one, and one for templates that do not know
+    the role `tool`."""
+    call = {
+        "id": _CALL_ID,
+        "type": "function",
+        "function": {"name": "probe", "arguments": arguments},
+    }
     message = {"role": "assistant", **CONTENTS[no_content], "tool_calls": [call]}
-    return [[_USER, message, _RESULT], [_USER, message, _RESULT, _REPLY, _USER], [_USER, message, _USER]]
+    return [
+        [_USER, message, _RESULT],
+        [_USER, message, _RESULT, _REPLY, _USER],
+        [_USER, message, _USER],
+    ]
 
 
 def _takes(tried: _Trial, no_content: NoContent) -> bool:
-    """Whether a call without content may say so in this way: wherever "" will do, and it is not printed."""
+    """Whether a call without content may say so in this way: wherever "" will do, and it is not
+    printed."""
     fits: list[bool] = []
     calls = [_called(form, given) for form in (no_content, "empty") for given in (_OBJECT, _JSON)]
     for as_object, as_text, empty_as_object, empty_as_text in zip(*calls, strict=True):
         found, empty = tried(as_object, as_text), tried(empty_as_object, empty_as_text)
         if found or empty:
-            printed = any(found.count(spelling) > empty.count(spelling) for spelling in ("None", "null"))
+            printed = any(
+                found.count(spelling) > empty.count(spelling) for spelling in ("None", "null")
+            )
             fits.append(bool(found) and not (empty and printed))
     return bool(fits) and all(fits)
 
@@ -113,19 +140,28 @@ def _arguments(tried: _Trial, no_content: NoContent, given: object) -> int:
         return _REFUSED
     if _KEY not in text or _VALUE not in text:
         return _ABSENT
-    misspelled = f"'{_KEY}'" in text or f'\\"{_KEY}' in text  # Python's spelling, or JSON within JSON
+    misspelled = (
+        f"'{_KEY}'" in text or f'\\"{_KEY}' in text
+    )  # Python's spelling, or JSON within JSON
     return _MISSPELLED if misspelled else _SHOWN
 
 
 def _wants_parts(tried: _Trial, role: str) -> bool:
-    """Whether a string as this role's content is refused or lost, and a part with the same text is not."""
+    """Whether a string as this role's content is refused or lost, and a part with the same text is
+    not."""
 
     def shows(content: Any) -> bool:
         if role == "tool":
             calls = [chat for given in (_OBJECT, _JSON) for chat in _called("empty", given)[:1]]
-            return _TEXT in tried(*([*chat[:-1], {**_RESULT, "content": content}] for chat in calls))
+            return _TEXT in tried(
+                *([*chat[:-1], {**_RESULT, "content": content}] for chat in calls)
+            )
         message = {"role": role, "content": content}
-        others = {"system": [[message, _USER]], "user": [[message]], "assistant": [[_USER, message, _USER]]}
+        others = {
+            "system": [[message, _USER]],
+            "user": [[message]],
+            "assistant": [[_USER, message, _USER]],
+        }
         return _TEXT in tried(*others[role])
 
     return not shows(_TEXT) and shows([{"type": "text", "text": _TEXT}])

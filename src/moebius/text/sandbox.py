@@ -1,8 +1,9 @@
 """Jinja2 for chat templates: the immutable sandbox, with a meter on time and on text.
 
-A template is the operator's, but it comes with a downloaded model and works on clients' words. The sandbox keeps it
-away from Python's inside; the meter ends what never would. It is woven into the template's syntax tree: every turn of
-a loop looks at the clock, every text that an expression makes is counted, whether it is sent or kept in a variable.
+A template is the operator's, but it comes with a downloaded model and works on clients' words. The
+sandbox keeps it away from Python's inside; the meter ends what never would. It is woven into the
+template's syntax tree: every turn of a loop looks at the clock, every text that an expression makes
+is counted, whether it is sent or kept in a variable.
 """
 
 import json
@@ -43,7 +44,9 @@ class _Meter:
     def spend(self, characters: int) -> None:
         self.left -= characters
         if self.left < 0:
-            raise TemplateLimitError(f"the chat template makes more than {self.characters} characters")
+            raise TemplateLimitError(
+                f"the chat template makes more than {self.characters} characters"
+            )
         self.tick()
 
 
@@ -71,7 +74,9 @@ class _Weaver(NodeTransformer):
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
         node.nodes = [
-            child if isinstance(child, nodes.TemplateData) else self._call("count", [child], child.lineno)
+            child
+            if isinstance(child, nodes.TemplateData)
+            else self._call("count", [child], child.lineno)
             for child in node.nodes
         ]
         return node
@@ -92,13 +97,16 @@ class _Weaver(NodeTransformer):
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training; when serving it is just a scope."""
+    """`{% generation %}` marks the assistant's text for training; when serving it is just a
+    scope."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno)
+        return nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno
+        )
 
 
 def _raise_exception(message: object) -> NoReturn:
@@ -116,7 +124,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -125,7 +135,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+        )
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         self.filters["tojson"] = _tojson
@@ -142,9 +156,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             if operator == "*" and isinstance(text, (str, list, tuple)) and isinstance(times, int):
                 meter.spend(len(text) * max(times, 0))
         if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
+            bits = (
+                left.bit_length() * max(right, 1)
+                if operator == "**"
+                else left.bit_length() + right.bit_length()
+            )
             if bits > _MAX_BITS:
-                raise TemplateLimitError(f"the chat template computes a number of more than {_MAX_BITS} bits")
+                raise TemplateLimitError(
+                    f"the chat template computes a number of more than {_MAX_BITS} bits"
+                )
         return super().call_binop(context, operator, left, right)
 
     def tick(self) -> None:
@@ -157,7 +177,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             self._running.meter.spend(len(value))
         return value
 
-    def run(self, template: jinja2.Template, variables: Mapping[str, Any], *, seconds: float, characters: int) -> str:
+    def run(
+        self,
+        template: jinja2.Template,
+        variables: Mapping[str, Any],
+        *,
+        seconds: float,
+        characters: int,
+    ) -> str:
         """Render within `seconds` and `characters` (all that expressions make, sent or not)."""
         meter = _Meter(time.monotonic() + seconds, seconds, characters, characters)
         self._running.meter = meter

@@ -1,4 +1,5 @@
-"""Streams of text: token ids to pieces that concatenate to the whole, and stop strings across pieces."""
+"""Streams of text: token ids to pieces that concatenate to the whole, and stop strings across
+pieces."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -10,14 +11,18 @@ _LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
 
 class IncrementalDecoder:
-    """Decodes one token at a time. The pieces concatenate to `tokenizer.decode` of all the ids, always.
+    """Decodes one token at a time. The pieces concatenate to `tokenizer.decode` of all the ids,
+    always.
 
-    Bytes of an unfinished character are held back; U+FFFD stands for what is broken once that is certain. With
-    `prompt_ids` the text continues the prompt's: the first token keeps its leading space, and a character that the
-    prompt leaves unfinished is completed. A push costs O(length of the token).
+    Bytes of an unfinished character are held back; U+FFFD stands for what is broken once that is
+    certain. With `prompt_ids` the text continues the prompt's: the first token keeps its leading
+    space, and a character that the prompt leaves unfinished is completed. A push costs O(length of
+    the token).
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
         self._detokenizer = tokenizer.detokenizer
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -61,7 +66,9 @@ class IncrementalDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def text_offsets(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
+def text_offsets(
+    tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True
+) -> list[int]:
     """Where in `tokenizer.decode(ids)` each token's text begins, in characters."""
     decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
     offsets, length = [], 0
@@ -72,10 +79,11 @@ def text_offsets(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: 
 
 
 class _Automaton:
-    """Knuth, Morris and Pratt's matcher of one pattern: `state` symbols of it end what was read so far.
+    """Knuth, Morris and Pratt's matcher of one pattern: `state` symbols of it end what was read so
+    far.
 
-    A symbol is a character, or a special token that the text leaves out, by its name. `visible[k]` of the pattern's
-    first k symbols are characters.
+    A symbol is a character, or a special token that the text leaves out, by its name. `visible[k]`
+    of the pattern's first k symbols are characters.
     """
 
     def __init__(self, stop: str, pattern: Sequence[str]) -> None:
@@ -105,17 +113,22 @@ class _Automaton:
 
 
 class StopMatcher:
-    """Finds the stop string that completes first, over any pieces of a text; of several, the one that begins first.
+    """Finds the stop string that completes first, over any pieces of a text; of several, the one
+    that begins first.
 
-    Text that could still become a stop string is held back, and no more than that; nothing of a stop string is ever
-    released. After a match the matcher is at its end and takes no more text.
+    Text that could still become a stop string is held back, and no more than that; nothing of a
+    stop string is ever released. After a match the matcher is at its end and takes no more text.
 
-    The text may leave special tokens out (`push_special` tells of them). A stop string is found in the text as it is
-    sent, and, where it names special tokens, in the text with these; they match whole and as what they are.
+    The text may leave special tokens out (`push_special` tells of them). A stop string is found in
+    the text as it is sent, and, where it names special tokens, in the text with these; they match
+    whole and as what they are.
     """
 
-    def __init__(self, stops: Sequence[str], split: Callable[[str], list[str]] = lambda stop: [stop]) -> None:
-        """split: a stop string as ordinary pieces and special tokens in turn (`Tokenizer.split_special`)."""
+    def __init__(
+        self, stops: Sequence[str], split: Callable[[str], list[str]] = lambda stop: [stop]
+    ) -> None:
+        """split: a stop string as ordinary pieces and special tokens in turn
+        (`Tokenizer.split_special`)."""
         self._plain = [_Automaton(stop, stop) for stop in dict.fromkeys(stops) if stop]
         self._with_specials: list[_Automaton] = []
         for plain in self._plain:
@@ -130,7 +143,8 @@ class StopMatcher:
         self._matched = False
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is certain not to belong to a stop string, the stop string that this piece completed)."""
+        """(text that is certain not to belong to a stop string, the stop string that this piece
+        completed)."""
         assert not self._matched, "no text may follow a match"
         if not self._automata:
             return text, None

@@ -11,19 +11,21 @@ from typing import Any, Self
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from moebius.config import read_json, read_text
 from moebius.errors import ContextLengthError, RequestError, TokenizerError
+from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
 from moebius.text.guard import SpecialGuard, strings_in
 
-# From so many characters on a chat is rendered once to see whether it fits, before its special tokens are marked.
+# From so many characters on a chat is rendered once to see whether it fits, before its special
+# tokens are marked.
 _LONG_CHAT = 2**17
 
 
 def read_tokenizer_json(path: Path) -> Backend:
-    """The tokenizers library's object from a file, which a byte order mark may begin. Raises TokenizerError."""
+    """The tokenizers library's object from a file, which a byte order mark may begin. Raises
+    TokenizerError."""
     try:
         with path.open("rb") as file:
             marked = file.read(3) == codecs.BOM_UTF8
@@ -49,13 +51,16 @@ class Tokenizer:
         add_eos: bool = False,
         templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """special_tokens: name to text, as in special_tokens_map.json; add_bos, add_eos: where the backend does not."""
+        """special_tokens: name to text, as in special_tokens_map.json; add_bos, add_eos: where the
+        backend does not."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._templates = dict(templates or {})
-        self._facts = {name: template.probe(self._special_tokens) for name, template in self._templates.items()}
+        self._facts = {
+            name: template.probe(self._special_tokens) for name, template in self._templates.items()
+        }
         added = backend.get_added_tokens_decoder()
         self._special_texts = {i: token.content for i, token in added.items() if token.special}
         self.special_ids = frozenset(self._special_texts)
@@ -71,7 +76,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
-        """Read a model directory. Raises TokenizerError (or ConfigError, for broken JSON) saying what is wrong."""
+        """Read a model directory. Raises TokenizerError (or ConfigError, for broken JSON) saying
+        what is wrong."""
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -82,7 +88,8 @@ class Tokenizer:
         backend = read_tokenizer_json(path)
         config = read_json(directory / "tokenizer_config.json", default={})
         names = read_json(directory / "special_tokens_map.json", default={})
-        # As in transformers: the older file counts for more, but where the newer lists its tokens by id.
+        # As in transformers: the older file counts for more, but where the newer lists its tokens
+        # by id.
         names = {**names, **config} if "added_tokens_decoder" in config else {**config, **names}
         specials = _special_tokens(names)
         _add_tokens(backend, config, specials)
@@ -121,14 +128,19 @@ class Tokenizer:
         return bool(self._templates)
 
     def fewest_tokens(self, text: str) -> int:
-        """At least so many ids `encode` makes of a text, known without tokenising; 0 where nothing is known."""
+        """At least so many ids `encode` makes of a text, known without tokenising; 0 where nothing
+        is known."""
         return self._bound.fewest(text)
 
-    def encode(self, text: str, add_special_tokens: bool = True, *, at_most: int | None = None) -> list[int]:
-        """Ids of a text as the tokenizer encodes by default: special-token text becomes special tokens.
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, at_most: int | None = None
+    ) -> list[int]:
+        """Ids of a text as the tokenizer encodes by default: special-token text becomes special
+        tokens.
 
-        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and ContextLengthError on
-        text of more than `at_most` tokens: before tokenising where its size alone tells so.
+        Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and
+        ContextLengthError on text of more than `at_most` tokens: before tokenising where its size
+        alone tells so.
         """
         _check_unicode(text, "prompt")
         self._check_size(text, at_most, "prompt")
@@ -138,9 +150,9 @@ class Tokenizer:
     def offsets(self, text: str) -> list[int]:
         """Where in the text each id of `encode(text)` begins, in characters.
 
-        What normalising changes is counted as it stands in the text. A character of several tokens begins them all.
-        What no token stands for, such as a space that is dropped, belongs to the next one, but an accent that was
-        composed with its letter to the letter's.
+        What normalising changes is counted as it stands in the text. A character of several tokens
+        begins them all. What no token stands for, such as a space that is dropped, belongs to the
+        next one, but an accent that was composed with its letter to the letter's.
         """
         # The library's fast way has no offsets.
         encoding = _library(self._backend.encode_batch, text, "prompt")
@@ -168,17 +180,25 @@ class Tokenizer:
         *,
         at_most: int | None = None,
     ) -> list[int]:
-        """Ids of a chat. Special tokens are the template's alone: their text in messages, tools and variables is plain.
+        """Ids of a chat. Special tokens are the template's alone: their text in messages, tools and
+        variables is plain.
 
-        `variables` are further ones for the template (enable_thinking, ...). Nothing is added to what the template
-        writes, so never a second BOS. Raises RequestError naming the message, or "messages" where the template is
-        missing or refuses; ContextLengthError beyond `at_most` tokens, as `encode` does.
+        `variables` are further ones for the template (enable_thinking, ...). Nothing is added to
+        what the template writes, so never a second BOS. Raises RequestError naming the message, or
+        "messages" where the template is missing or refuses; ContextLengthError beyond `at_most`
+        tokens, as `encode` does.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._templates.get(name)
         if template is None:
-            has = f"; it has templates {sorted(self._templates)} but no default" if self._templates else ""
-            raise RequestError(f"this model has no chat template{has}; use /v1/completions", param="messages")
+            has = (
+                f"; it has templates {sorted(self._templates)} but no default"
+                if self._templates
+                else ""
+            )
+            raise RequestError(
+                f"this model has no chat template{has}; use /v1/completions", param="messages"
+            )
         # Everything in the chat that is not the operator's.
         chat = {
             **(variables or {}),
@@ -189,7 +209,11 @@ class Tokenizer:
         for text in strings_in(chat):
             _check_unicode(text, "messages")
             length += len(text)
-        known = {"documents": None, **self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        known = {
+            "documents": None,
+            **self._special_tokens,
+            "add_generation_prompt": add_generation_prompt,
+        }
         if length > _LONG_CHAT:
             self._check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
@@ -198,7 +222,9 @@ class Tokenizer:
             self._check_size(rendered, at_most, "messages")
             return _encoded(self._backend, rendered, at_most, "messages")
         self._check_size(rendered.replace(marker, ""), at_most, "messages")
-        ids = _encoded(self._guard.backend, self._guard.named(rendered, marker), at_most, "messages")
+        ids = _encoded(
+            self._guard.backend, self._guard.named(rendered, marker), at_most, "messages"
+        )
         return self._guard.original(ids)
 
     def _check_size(self, text: str, at_most: int | None, param: str) -> None:
@@ -206,7 +232,8 @@ class Tokenizer:
             raise _too_long(f"at least {fewest}", at_most, param)
 
     def split_special(self, text: str) -> list[str]:
-        """The text as ordinary pieces and special tokens in turn; an ordinary one is first and last, maybe empty."""
+        """The text as ordinary pieces and special tokens in turn; an ordinary one is first and
+        last, maybe empty."""
         return self._guard.split(text)
 
     def special_text(self, token_id: int) -> str:
@@ -214,11 +241,15 @@ class Tokenizer:
         return self._special_texts[token_id]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become U+FFFD."""
-        return self.detokenizer.join(ids, skip_special=skip_special_tokens).decode("utf-8", "replace")
+        """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become
+        U+FFFD."""
+        return self.detokenizer.join(ids, skip_special=skip_special_tokens).decode(
+            "utf-8", "replace"
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The token's own bytes inside a text, special tokens included; b"" for an id without a token."""
+        """The token's own bytes inside a text, special tokens included; b"" for an id without a
+        token."""
         return self.detokenizer.own(token_id)
 
     def token_text(self, token_id: int) -> str:
@@ -226,7 +257,9 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
 
-def _encoded(backend: Backend, text: str, at_most: int | None = None, param: str = "prompt") -> list[int]:
+def _encoded(
+    backend: Backend, text: str, at_most: int | None = None, param: str = "prompt"
+) -> list[int]:
     encoding = _library(backend.encode_batch_fast, text, param)
     if at_most is not None and len(encoding) > at_most:
         raise _too_long(str(len(encoding)), at_most, param)
@@ -235,19 +268,22 @@ def _encoded(backend: Backend, text: str, at_most: int | None = None, param: str
 
 
 def _library(encode_batch: Callable[..., list[Encoding]], text: str, param: str) -> Encoding:
-    """One text through one of the library's functions for batches: only these let other threads run meanwhile."""
+    """One text through one of the library's functions for batches: only these let other threads run
+    meanwhile."""
     try:
         return encode_batch([text], add_special_tokens=False)[0]
     except BaseException as error:  # a panic in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise RequestError(f"{param}: the tokenizer cannot encode this text: {error}", param=param) from error
+        raise RequestError(
+            f"{param}: the tokenizer cannot encode this text: {error}", param=param
+        ) from error
 
 
 def _too_long(tokens: str, at_most: int, param: str) -> ContextLengthError:
     return ContextLengthError(
-        f"This model's maximum context length is {at_most} tokens. However, your {param} resulted in {tokens} tokens. "
-        f"Please reduce the length of the {param}.",
+        f"This model's maximum context length is {at_most} tokens. However, your {param} resulted "
+        f"in {tokens} tokens. Please reduce the length of the {param}.",
         param=param,
     )
 
@@ -257,16 +293,20 @@ def _check_unicode(text: str, param: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"{param}: the text holds a lone surrogate at position {error.start}; it must be valid Unicode", param=param
+            f"{param}: the text holds a lone surrogate at position {error.start}; it must be valid "
+            "Unicode",
+            param=param,
         ) from error
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The special tokens with names, as text by name, and those without in `additional_special_tokens`.
+    """The special tokens with names, as text by name, and those without in
+    `additional_special_tokens`.
 
-    Entries may be strings or AddedToken records. As in transformers any key that ends in `_token` is such a name, and
-    so are those under `model_specific_special_tokens`, and under `extra_special_tokens` where that is an object. A
-    list there is what older versions call additional_special_tokens.
+    Entries may be strings or AddedToken records. As in transformers any key that ends in `_token`
+    is such a name, and so are those under `model_specific_special_tokens`, and under
+    `extra_special_tokens` where that is an object. A list there is what older versions call
+    additional_special_tokens.
     """
 
     def text(entry: object) -> str | None:
@@ -277,20 +317,33 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     named = {name: entry for name, entry in config.items() if name.endswith("_token")}
     for more_names in (config.get("model_specific_special_tokens"), extra):
         named |= more_names if isinstance(more_names, Mapping) else {}
-    specials: dict[str, Any] = {name: found for name, entry in named.items() if (found := text(entry)) is not None}
-    lists = [found for found in (config.get("additional_special_tokens"), extra) if isinstance(found, list)]
+    specials: dict[str, Any] = {
+        name: found for name, entry in named.items() if (found := text(entry)) is not None
+    }
+    lists = [
+        found
+        for found in (config.get("additional_special_tokens"), extra)
+        if isinstance(found, list)
+    ]
     if lists:
         texts = (text(entry) for entry in chain(*lists))
-        specials["additional_special_tokens"] = [found for found in dict.fromkeys(texts) if found is not None]
+        specials["additional_special_tokens"] = [
+            found for found in dict.fromkeys(texts) if found is not None
+        ]
     return specials
 
 
 def _added_records(config: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The records of added_tokens_decoder by id, each with a `content`. Raises TokenizerError naming what is none."""
+    """The records of added_tokens_decoder by id, each with a `content`. Raises TokenizerError
+    naming what is none."""
     records = config.get("added_tokens_decoder")
     found = []
     for key, record in records.items() if isinstance(records, Mapping) else ():
-        good = key.isdecimal() and isinstance(record, Mapping) and isinstance(record.get("content"), str)
+        good = (
+            key.isdecimal()
+            and isinstance(record, Mapping)
+            and isinstance(record.get("content"), str)
+        )
         if not good:
             raise TokenizerError(
                 f"tokenizer_config.json: added_tokens_decoder holds {key!r}: {record!r}; "
@@ -301,7 +354,8 @@ def _added_records(config: Mapping[str, Any]) -> list[tuple[int, Mapping[str, An
 
 
 def _added_token(record: Mapping[str, Any], known: AddedToken | None) -> AddedToken:
-    """A record of added_tokens_decoder. Flags that it leaves out are the known token's, which stays special if it is.
+    """A record of added_tokens_decoder. Flags that it leaves out are the known token's, which stays
+    special if it is.
 
     None is known where tokenizer.json does not have the token.
     """
@@ -314,7 +368,8 @@ def _added_token(record: Mapping[str, Any], known: AddedToken | None) -> AddedTo
 
 
 def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[str, Any]) -> None:
-    """Tokens that only tokenizer_config.json knows, its flags of the others, and the mark `special` where it is due.
+    """Tokens that only tokenizer_config.json knows, its flags of the others, and the mark `special`
+    where it is due.
 
     A name without a token is left alone: an id beyond the model's embeddings helps nobody.
     """
@@ -329,10 +384,11 @@ def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[s
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != token_id:
             raise TokenizerError(
-                f"tokenizer_config.json gives {token.content!r} the id {token_id}, "
-                f"tokenizer.json {backend.token_to_id(token.content)}"
+                f"tokenizer_config.json gives {token.content!r} the id {token_id}, tokenizer.json "
+                f"{backend.token_to_id(token.content)}"
             )
-    # As in transformers, one without a name stays visible where the file has it as an added token that is visible.
+    # As in transformers, one without a name stays visible where the file has it as an added token
+    # that is visible.
     added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     plain = {text for text, special in added.items() if not special}
     named = [text for text in specials.values() if isinstance(text, str)]

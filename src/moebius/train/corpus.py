@@ -8,20 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from moebius.config import require
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, require
 from moebius.text.pieces import PIECE, pieces, word_end
 from moebius.train.recipe import CorpusRecipe
 
 SPLITS = ("train", "heldout")
-# How far before its share the held-out end of a text may begin, in characters, to begin with a line.
+# How far before its share the held-out end of a text may begin, in characters, to begin with a
+# line.
 _REACH = 2**16
 
 
 class Document(NamedTuple):
-    """One text: `split` is one of SPLITS, `path` says where it is from, relative to the folder that was named.
+    """One text: `split` is one of SPLITS, `path` says where it is from, relative to the folder that
+    was named.
 
-    A long text comes as several in a row, of at most moebius.text.pieces.PIECE characters; all but the last `goes_on`.
+    A long text comes as several in a row, of at most moebius.text.pieces.PIECE characters; all but
+    the last `goes_on`.
     """
 
     split: str
@@ -33,12 +35,14 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text files, folders of them and .jsonl files, by kind; read anew at every pass, a piece at a time.
+    """Text files, folders of them and .jsonl files, by kind; read anew at every pass, a piece at a
+    time.
 
-    Hidden files in a folder are not looked at; those that are no UTF-8 text are passed over and listed in `skipped`,
-    and what holds nothing but white space in `empty`. A document is held out by a hash of its path (and line), unless
-    its JSON object has a `split`; of a kind that is one text file, its end is. Of a .jsonl file a line is in memory.
-    Raises: ConfigError naming the file, for one that is missing, binary or no JSON.
+    Hidden files in a folder are not looked at; those that are no UTF-8 text are passed over and
+    listed in `skipped`, and what holds nothing but white space in `empty`. A document is held out
+    by a hash of its path (and line), unless its JSON object has a `split`; of a kind that is one
+    text file, its end is. Of a .jsonl file a line is in memory. Raises: ConfigError naming the
+    file, for one that is missing, binary or no JSON.
     """
 
     recipe: CorpusRecipe
@@ -47,7 +51,10 @@ class Corpus:
 
     def key(self) -> str:
         """Fingerprint of every file's path, size and time of change."""
-        stats = [(kind, name, p.stat().st_size, p.stat().st_mtime_ns) for kind, _, name, p in self._paths()]
+        stats = [
+            (kind, name, p.stat().st_size, p.stat().st_mtime_ns)
+            for kind, _, name, p in self._paths()
+        ]
         return hashlib.sha256(repr((stats, self.recipe.text_key)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
@@ -60,7 +67,9 @@ class Corpus:
             elif (length := self._length(path, named)) and kinds[kind] == 1:
                 at = _heldout_start(path, int(length * (1 - self.recipe.heldout_share)))
                 yield from _in_pieces("train", kind, name, _between(_blocks(path), 0, at))
-                yield from _in_pieces("heldout", kind, f"{name}:end", _between(_blocks(path), at, length))
+                yield from _in_pieces(
+                    "heldout", kind, f"{name}:end", _between(_blocks(path), at, length)
+                )
             elif length:
                 yield from _in_pieces(self._split(name), kind, name, _blocks(path))
 
@@ -88,10 +97,16 @@ class Corpus:
         length, blank, binary = 0, True, False
         try:
             for block in _blocks(path):
-                length, blank, binary = length + len(block), blank and block.isspace(), binary or "\0" in block
+                length, blank, binary = (
+                    length + len(block),
+                    blank and block.isspace(),
+                    binary or "\0" in block,
+                )
         except UnicodeDecodeError:
             binary = True
-        require(not (binary and named), f"{path} is binary: it is no UTF-8 text, or holds a zero byte")
+        require(
+            not (binary and named), f"{path} is binary: it is no UTF-8 text, or holds a zero byte"
+        )
         if binary or blank:
             (self.skipped if binary else self.empty).append(str(path))
             return 0
@@ -105,13 +120,25 @@ class Corpus:
                 where, place = f"{path}, line {number}", f"{name}:{number}"
                 try:
                     entry = json.loads(line)
-                    text, split = entry[self.recipe.text_key], entry.get("split", self._split(place))
+                    text, split = (
+                        entry[self.recipe.text_key],
+                        entry.get("split", self._split(place)),
+                    )
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    wanted = f"it must be a JSON object with a text under {self.recipe.text_key!r} (corpus.text_key)"
+                    wanted = (
+                        f"it must be a JSON object with a text under {self.recipe.text_key!r} "
+                        "(corpus.text_key)"
+                    )
                     raise ConfigError(f"{where}: {wanted}") from None
                 require(isinstance(text, str), f"{where}: {self.recipe.text_key!r} is no text")
-                require(_is_unicode(text), f"{where}: {self.recipe.text_key!r} holds half a surrogate pair")
-                require(split in SPLITS, f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+                require(
+                    _is_unicode(text),
+                    f"{where}: {self.recipe.text_key!r} holds half a surrogate pair",
+                )
+                require(
+                    split in SPLITS,
+                    f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}",
+                )
                 if text.strip():
                     yield from _in_pieces(split, kind, place, [text])
                 else:
@@ -163,8 +190,8 @@ def _between(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
 
 
 def _heldout_start(path: Path, share: int) -> int:
-    """Where a text's held-out end begins, which is to be at character `share`: with the line there, if it is not too
-    long; else behind a word; else right there."""
+    """Where a text's held-out end begins, which is to be at character `share`: with the line there,
+    if it is not too long; else behind a word; else right there."""
     start = share - min(_REACH, share // 2)
     near = "".join(_between(_blocks(path), start, share))
     line = near.rfind("\n") + 1

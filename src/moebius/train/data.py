@@ -1,8 +1,8 @@
 """Documents as memory-mapped tokens, and the batch of every step.
 
-A stream is one file of token ids: every document is preceded by the end-of-text token, and one more stands at the end.
-A batch is a pure function of (streams, mixture, seed, step): there is no reader state, so training resumes at any step
-by naming it. Shape suffixes: R rows, L tokens in a row.
+A stream is one file of token ids: every document is preceded by the end-of-text token, and one more
+stands at the end. A batch is a pure function of (streams, mixture, seed, step): there is no reader
+state, so training resumes at any step by naming it. Shape suffixes: R rows, L tokens in a row.
 """
 
 import hashlib
@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from moebius.config import require
-from moebius.errors import ConfigError, TokenizerError
+from moebius.errors import ConfigError, TokenizerError, require
 from moebius.files import anyone, begins_with, write_file
 from moebius.text import Tokenizer as TextTokenizer
 from moebius.text.pieces import CONTEXT, tokens_behind
@@ -36,7 +35,8 @@ _FACTS, _OUR_FACTS = "data.json", begins_with(b'{\n  "key": "')
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what follows each; `document_RL` numbers the documents within a row, from 0."""
+    """Rows of tokens and what follows each; `document_RL` numbers the documents within a row, from
+    0."""
 
     input_RL: torch.Tensor
     target_RL: torch.Tensor
@@ -54,7 +54,8 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about them.
+    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about
+    them.
 
     end_of_text stands between documents; im_start begins a conversation where the tokenizer has it.
     """
@@ -80,9 +81,13 @@ class PreparedData:
         return bytes_per_token(self.tokenizer)
 
     def untrained(self, recipe: Recipe) -> list[str]:
-        """A line each on what of the corpus is not trained on, or not measured, though the recipe does not say so."""
+        """A line each on what of the corpus is not trained on, or not measured, though the recipe
+        does not say so."""
         lines = []
-        for what, key in (("no UTF-8 text", "skipped_files"), ("nothing but white space", "empty_files")):
+        for what, key in (
+            ("no UTF-8 text", "skipped_files"),
+            ("nothing but white space", "empty_files"),
+        ):
             if names := self.facts.get(key):
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 lines.append(f"passed over, {what}: {', '.join(names[:3])}{more}")
@@ -90,7 +95,9 @@ class PreparedData:
         return lines + [line for line in found if line]
 
     def _untrained_of(self, kind: str, recipe: Recipe) -> str:
-        trained, heldout = (self.facts["sizes"][split].get(kind, {"bytes": 0, "tokens": 0}) for split in SPLITS)
+        trained, heldout = (
+            self.facts["sizes"][split].get(kind, {"bytes": 0, "tokens": 0}) for split in SPLITS
+        )
         length, wanted = recipe.training.row_length, recipe.mixture.get(kind, 1) > 0
         share = heldout["bytes"] / max(1, trained["bytes"] + heldout["bytes"])
         which = f"corpus.files.{kind}: "
@@ -99,24 +106,33 @@ class PreparedData:
         if wanted and not trained["bytes"]:
             return f"{which}all of it is held out; none is trained on"
         if wanted and not rows_in(trained["tokens"], length):
-            return f"{which}{trained['tokens']} tokens are less than two rows of {length}; none is trained on"
+            return (
+                f"{which}{trained['tokens']} tokens are less than two rows of {length}; none is "
+                "trained on"
+            )
         if not heldout["bytes"]:
             return f"{which}none of its documents is held out, so that it is not measured"
         wish = recipe.corpus.heldout_share
-        return f"{which}{share:.0%} of it is held out, not {wish:.1%}: whole documents are" if share > 0.5 else ""
+        return (
+            f"{which}{share:.0%} of it is held out, not {wish:.1%}: whole documents are"
+            if share > 0.5
+            else ""
+        )
 
 
 def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> PreparedData:
     """Tokenizer and token files for `recipe`, made in `folder` unless they are there already.
 
-    Files that were made from another recipe or corpus are made anew. `tokenizer` is a directory whose tokenizer is used
-    whatever the recipe says.
+    Files that were made from another recipe or corpus are made anew. `tokenizer` is a directory
+    whose tokenizer is used whatever the recipe says.
     """
     corpus = Corpus(recipe.corpus)
     path = recipe.given_tokenizer() if tokenizer is None else tokenizer / "tokenizer.json"
     given = None if path is None else read_tokenizer(path)
     spelled = "" if given is None else given.to_str()
-    key = hashlib.sha256(repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()
+    ).hexdigest()
     facts = _facts(folder, key)
     if facts is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,11 +143,16 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
     made = read_tokenizer(folder / "tokenizer.json")
     dtype = token_dtype(facts["vocab_size"])
     streams: dict[str, dict[str, np.ndarray]] = {
-        split: {kind: np.memmap(_stream_path(folder, split, kind), dtype, "r") for kind in facts["sizes"][split]}
+        split: {
+            kind: np.memmap(_stream_path(folder, split, kind), dtype, "r")
+            for kind in facts["sizes"][split]
+        }
         for split in SPLITS
     }
     end = special_id(made, recipe.tokenizer.end_of_text)
-    return PreparedData(made, **streams, facts=facts, end_of_text=end, im_start=made.token_to_id(IM_START))
+    return PreparedData(
+        made, **streams, facts=facts, end_of_text=end, im_start=made.token_to_id(IM_START)
+    )
 
 
 def holds_run(folder: Path) -> bool:
@@ -141,11 +162,14 @@ def holds_run(folder: Path) -> bool:
 
 
 def _write_facts(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
-    write_file(folder / _FACTS, json.dumps({"key": key, "facts": facts}, indent=2) + "\n", ours=anyone)
+    write_file(
+        folder / _FACTS, json.dumps({"key": key, "facts": facts}, indent=2) + "\n", ours=anyone
+    )
 
 
 def _facts(folder: Path, key: str) -> dict[str, Any] | None:
-    """What `_write` said of the files in a folder; None where they are others, or not all there and whole."""
+    """What `_write` said of the files in a folder; None where they are others, or not all there and
+    whole."""
     try:
         found = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         if found["key"] != key:
@@ -167,9 +191,12 @@ def _stream_path(folder: Path, split: str, kind: str) -> Path:
 
 
 def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json and a stream for each split and kind; what the model card says of them."""
+    """Write tokenizer.json and a stream for each split and kind; what the model card says of
+    them."""
     _check_splits(corpus)
-    texts = (document.text for document in corpus if document.split == "train" and document.kind != CHAT)
+    texts = (
+        document.text for document in corpus if document.split == "train" and document.kind != CHAT
+    )
     tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size) if given is None else given
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -185,20 +212,27 @@ def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path
                 stream = _Stream(file, tokenizer, end, token_dtype(vocab_size), chat=kind == CHAT)
                 streams[split, kind] = stack.enter_context(stream)
             streams[split, kind].add(text, goes_on=goes_on)
-    sizes = {split: {kind: made.size for (of, kind), made in streams.items() if of == split} for split in SPLITS}
+    sizes = {
+        split: {kind: made.size for (of, kind), made in streams.items() if of == split}
+        for split in SPLITS
+    }
     facts = {"corpus_sha256": digest.hexdigest(), "vocab_size": vocab_size, "sizes": sizes}
     return facts | {"skipped_files": corpus.skipped, "empty_files": corpus.empty}
 
 
 def _check_splits(corpus: Corpus) -> None:
-    """ConfigError for a corpus without text to train on or without held-out text; reads as far as it takes to know."""
+    """ConfigError for a corpus without text to train on or without held-out text; reads as far as
+    it takes to know."""
     found = set()
     for document in corpus:
         found.add(document.split)
         if len(found) == len(SPLITS):
             return
     require("train" in found, "the corpus holds no text to train on")
-    advice = "raise corpus.heldout_share, or name a single file as a kind of text: of that the end is held out"
+    advice = (
+        "raise corpus.heldout_share, or name a single file as a kind of text: of that the end is "
+        "held out"
+    )
     raise ConfigError(f"the corpus holds no held-out text; {advice}")
 
 
@@ -207,39 +241,55 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
 
 
 class _Piece(NamedTuple):
-    """A text, or a piece of one that goes on from `before` (the end of the piece before it) and may go on itself."""
+    """A text, or a piece of one that goes on from `before` (the end of the piece before it) and may
+    go on itself."""
 
     text: str
     before: str = ""
     goes_on: bool = False
 
 
-def pack(texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int, *, chat: bool = False) -> np.ndarray:
+def pack(
+    texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int, *, chat: bool = False
+) -> np.ndarray:
     """All texts as one array: the end-of-text token before each and at the end.
 
-    A special token spelled out in a text is plain text, but in conversations, which the template made.
+    A special token spelled out in a text is plain text, but in conversations, which the template
+    made.
     """
-    return np.concatenate(([end_of_text], *_encoded([_Piece(text) for text in texts], tokenizer, end_of_text, chat)))
+    return np.concatenate(
+        ([end_of_text], *_encoded([_Piece(text) for text in texts], tokenizer, end_of_text, chat))
+    )
 
 
-def _encoded(texts: Sequence[_Piece], tokenizer: Tokenizer, end_of_text: int, chat: bool) -> Iterator[np.ndarray]:
+def _encoded(
+    texts: Sequence[_Piece], tokenizer: Tokenizer, end_of_text: int, chat: bool
+) -> Iterator[np.ndarray]:
     """The tokens of each, and the end-of-text token behind each that does not go on."""
     tokenizer.encode_special_tokens = not chat
 
     def encode(batch: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ]
 
     contexts = encode([piece.before for piece in texts])
-    for piece, context, ids in zip(texts, contexts, encode([before + text for text, before, _ in texts]), strict=True):
+    for piece, context, ids in zip(
+        texts, contexts, encode([before + text for text, before, _ in texts]), strict=True
+    ):
         own = tokens_behind(context, ids)
         own = encode([piece.text])[0] if own is None else own
         yield np.array(own if piece.goes_on else [*own, end_of_text], np.uint32)
 
 
 class _Stream:
-    """A file of tokens that is written as texts come, some at a time: within it, `size` is what it holds by now."""
+    """A file of tokens that is written as texts come, some at a time: within it, `size` is what it
+    holds by now."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, end_of_text: int, dtype: type[Any], *, chat: bool) -> None:
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, end_of_text: int, dtype: type[Any], *, chat: bool
+    ) -> None:
         self.size = {"documents": 0, "bytes": 0, "tokens": 0}
         self._file, self._dtype = path.open("wb"), dtype
         self._tokenizer, self._end, self._chat = tokenizer, end_of_text, chat
@@ -274,11 +324,14 @@ class _Stream:
         self.size["tokens"] += len(tokens)
 
 
-def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int | None) -> torch.Tensor:
+def document_numbers(
+    tokens_RL: torch.Tensor, end_of_text: int, im_start: int | None
+) -> torch.Tensor:
     """Number the documents within each row, from 0 (R, L).
 
-    A document starts at the end-of-text token before it, so that its first token is predicted from something; where a
-    conversation follows, it starts at <|im_start|>, which is how the chat template begins when the model is served.
+    A document starts at the end-of-text token before it, so that its first token is predicted from
+    something; where a conversation follows, it starts at <|im_start|>, which is how the chat
+    template begins when the model is served.
     """
     is_end_RL = tokens_RL == end_of_text
     if im_start is None:
@@ -291,21 +344,28 @@ def document_numbers(tokens_RL: torch.Tensor, end_of_text: int, im_start: int | 
 
 
 def rows_in(tokens: int, length: int) -> int:
-    """How many rows a pass over a stream of so many tokens has, wherever in its first row's length it begins."""
+    """How many rows a pass over a stream of so many tokens has, wherever in its first row's length
+    it begins."""
     return max(0, (tokens - 1) // length - 1)
 
 
 class Batches:
     """The training batches of a recipe, by step.
 
-    An epoch passes over each kind's stream as often as the mixture says, each pass cut into rows at another offset,
-    and shuffles all rows together. Offsets and order follow from (seed, epoch) alone.
+    An epoch passes over each kind's stream as often as the mixture says, each pass cut into rows at
+    another offset, and shuffles all rows together. Offsets and order follow from (seed, epoch)
+    alone.
     """
 
-    def __init__(self, data: PreparedData, mixture: Mapping[str, int], rows: int, length: int, seed: int) -> None:
+    def __init__(
+        self, data: PreparedData, mixture: Mapping[str, int], rows: int, length: int, seed: int
+    ) -> None:
         for kind, copies in mixture.items():
             known = f"there are {', '.join(data.train)}"
-            require(not copies or kind in data.train, f"mixture.{kind} names no training stream; {known}")
+            require(
+                not copies or kind in data.train,
+                f"mixture.{kind} names no training stream; {known}",
+            )
         self._streams = [(data.train[kind], mixture.get(kind, 1)) for kind in sorted(data.train)]
         self._rows, self._length, self._seed = rows, length, seed
         self._end, self._im_start = data.end_of_text, data.im_start
@@ -339,8 +399,11 @@ class Batches:
         return generator.permutation(np.concatenate(order))
 
 
-def evaluation_batches(stream: np.ndarray, data: PreparedData, rows: int, length: int) -> Iterator[Batch]:
-    """Every token of a stream once, in order, as a target; a short last row is a batch of its own."""
+def evaluation_batches(
+    stream: np.ndarray, data: PreparedData, rows: int, length: int
+) -> Iterator[Batch]:
+    """Every token of a stream once, in order, as a target; a short last row is a batch of its
+    own."""
     full = (len(stream) - 1) // length
     pieces = [(r * length, min(rows, full - r), length) for r in range(0, full, rows)]
     if (rest := len(stream) - 1 - full * length) > 0:
@@ -348,13 +411,17 @@ def evaluation_batches(stream: np.ndarray, data: PreparedData, rows: int, length
     for start, count, width in pieces:
         tokens = torch.from_numpy(stream[start : start + count * width + 1].astype(np.int64))
         input_RL, target_RL = tokens[:-1].view(count, width), tokens[1:].view(count, width)
-        yield Batch(input_RL, target_RL, document_numbers(input_RL, data.end_of_text, data.im_start))
+        yield Batch(
+            input_RL, target_RL, document_numbers(input_RL, data.end_of_text, data.im_start)
+        )
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes of text that each token id stands for; special tokens for none."""
     reader = TextTokenizer(tokenizer)
-    return [b"" if i in reader.special_ids else reader.token_bytes(i) for i in range(reader.vocab_size)]
+    return [
+        b"" if i in reader.special_ids else reader.token_bytes(i) for i in range(reader.vocab_size)
+    ]
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:

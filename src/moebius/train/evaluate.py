@@ -62,9 +62,16 @@ def measuring(decoder: Decoder, *, at_capacity: bool = False) -> Iterator[None]:
 
 @torch.no_grad()
 def score(
-    decoder: Decoder, stream: np.ndarray, data: PreparedData, length: int, *, rows: int = 8, max_rows: int | None = None
+    decoder: Decoder,
+    stream: np.ndarray,
+    data: PreparedData,
+    length: int,
+    *,
+    rows: int = 8,
+    max_rows: int | None = None,
 ) -> Score:
-    """Score a stream's documents in rows of `length` tokens: a token sees what its row holds of its document.
+    """Score a stream's documents in rows of `length` tokens: a token sees what its row holds of its
+    document.
 
     With `max_rows`, only that many rows are scored, spread evenly over the stream.
     """
@@ -82,7 +89,10 @@ def score(
         hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, attend)
         target_T = here.target_RL.reshape(-1)
         pieces = zip(*(torch.split(x, _LOGIT_ROWS) for x in (hidden_TD, target_T)), strict=True)
-        nats = sum(float(F.cross_entropy(decoder.logits(x_LD), t_L, reduction="sum")) for x_LD, t_L in pieces)
+        nats = sum(
+            float(F.cross_entropy(decoder.logits(x_LD), t_L, reduction="sum"))
+            for x_LD, t_L in pieces
+        )
         counts = [chosen_counts(routing)[0].double().cpu() for routing in present(routings)]
         num_bytes = int(data.bytes_V[batch.target_RL].sum())
         total += Score(nats, target_T.numel(), num_bytes, torch.stack(counts) if counts else 0)
@@ -90,9 +100,17 @@ def score(
 
 
 def scores(
-    decoder: Decoder, data: PreparedData, length: int, max_rows: int | None = None, *, at_capacity: bool = False
+    decoder: Decoder,
+    data: PreparedData,
+    length: int,
+    max_rows: int | None = None,
+    *,
+    at_capacity: bool = False,
 ) -> dict[str, Score]:
     """The score of each kind of held-out text, and that of `all` together."""
     with measuring(decoder, at_capacity=at_capacity):
-        found = {kind: score(decoder, stream, data, length, max_rows=max_rows) for kind, stream in data.heldout.items()}
+        found = {
+            kind: score(decoder, stream, data, length, max_rows=max_rows)
+            for kind, stream in data.heldout.items()
+        }
     return found | {"all": sum(found.values(), Score())}

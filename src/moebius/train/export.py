@@ -1,4 +1,5 @@
-"""A trained decoder as a Hugging Face directory, measured and described: what transformers, and our server, load."""
+"""A trained decoder as a Hugging Face directory, measured and described: what transformers, and our
+server, load."""
 
 import lzma
 import re
@@ -10,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebius.config import json_text, read_json, require
-from moebius.errors import ConfigError
-from moebius.files import anyone, make_directory, write_file
+from moebius.errors import ConfigError, require
+from moebius.files import anyone, json_text, make_directory, read_json, write_file
 from moebius.models.decoder import Decoder
 from moebius.models.hub import BUNDLED
 from moebius.models.weights import save_checkpoint
@@ -24,15 +24,24 @@ from moebius.train.tokenizer import IM_END, copy_files, matching, save_tokenizer
 from moebius.train.trainer import Trainer
 
 # What a checkpoint has beside weights, config.json, tokenizer and card.
-_CARRIED = ("generation_config.json", "custom_generate/*", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "*.py")
+_CARRIED = (
+    "generation_config.json",
+    "custom_generate/*",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*.py",
+)
 # Held-out tokens whose text is in memory at a time.
 _TOKENS = 2**16
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's files.
+    """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's
+    files.
 
-    What is fine-tuned keeps what its checkpoint says beside weights: how it ends and samples, its terms of use.
+    What is fine-tuned keeps what its checkpoint says beside weights: how it ends and samples, its
+    terms of use.
     """
     make_directory(folder)
     data, base = trainer.data, trainer.recipe.base()
@@ -45,12 +54,14 @@ def export(trainer: Trainer, folder: Path) -> None:
     if not says_how_it_ends and (base is None or trainer.config_json.get("eos_token_id") is None):
         ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
         generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}
-        write_file(folder / "generation_config.json", json_text(generation, indent=2) + "\n", ours=anyone)
+        write_file(
+            folder / "generation_config.json", json_text(generation, indent=2) + "\n", ours=anyone
+        )
 
 
 def would_replace(recipe: Recipe, folder: Path) -> list[str]:
-    """What is in `folder` already of the names that an export and its card have, and weights under any name: whoever
-    loads a directory takes the shards that an index beside them names."""
+    """What is in `folder` already of the names that an export and its card have, and weights under
+    any name: whoever loads a directory takes the shards that an index beside them names."""
     base = recipe.base()
     carried = [] if base is None else matching(base, _CARRIED)
     names = [Path("README.md"), Path("config.json"), Path("generation_config.json"), *carried]
@@ -59,17 +70,22 @@ def would_replace(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """Bits per byte of the whole held-out text by kind, beside gzip -9's and xz -9's on the same bytes.
+    """Bits per byte of the whole held-out text by kind, beside gzip -9's and xz -9's on the same
+    bytes.
 
-    Compressors see all documents of a kind as one file, the model sees each row alone: the comparison favours them.
-    `all` has the routers' balance too, in order of layers.
+    Compressors see all documents of a kind as one file, the model sees each row alone: the
+    comparison favours them. `all` has the routers' balance too, in order of layers.
     """
     length = recipe.training.row_length
     found = scores(decoder, data, length)
     figures: dict[str, dict[str, Any]] = {}
     for kind, s in found.items():
         streams = list(data.heldout.values()) if kind == "all" else [data.heldout[kind]]
-        figures[kind] = {"bytes": s.num_bytes, "tokens": s.num_tokens, "bits_per_byte": s.bits_per_byte}
+        figures[kind] = {
+            "bytes": s.num_bytes,
+            "tokens": s.num_tokens,
+            "bits_per_byte": s.bits_per_byte,
+        }
         figures[kind] |= _compressed(_texts(streams, data.token_bytes))
     if recipe.routing.eval_capacity_factor is not None:
         for kind, s in scores(decoder, data, length, at_capacity=True).items():
@@ -91,13 +107,19 @@ def _texts(streams: Iterable[np.ndarray], token_bytes: Sequence[bytes]) -> Itera
 def _compressed(texts: Iterable[bytes]) -> dict[str, float]:
     """What gzip -9 and xz -9 make of the texts, as one file, in bits a byte."""
     # 31: the largest window, and gzip's header and trailer.
-    made: dict[str, Any] = {"gzip": zlib.compressobj(9, wbits=31), "xz": lzma.LZMACompressor(preset=9)}
+    made: dict[str, Any] = {
+        "gzip": zlib.compressobj(9, wbits=31),
+        "xz": lzma.LZMACompressor(preset=9),
+    }
     sizes, total = dict.fromkeys(made, 0), 0
     for text in texts:
         total += len(text)
         for name, compressor in made.items():
             sizes[name] += len(compressor.compress(text))
-    return {f"{name}_bits_per_byte": 8 * (sizes[name] + len(made[name].flush())) / max(total, 1) for name in made}
+    return {
+        f"{name}_bits_per_byte": 8 * (sizes[name] + len(made[name].flush())) / max(total, 1)
+        for name in made
+    }
 
 
 def parameter_counts(decoder: Decoder) -> tuple[int, int]:
@@ -105,7 +127,10 @@ def parameter_counts(decoder: Decoder) -> tuple[int, int]:
     total, idle = sum(p.numel() for p in decoder.parameters()), 0
     for number, part in enumerate(decoder.config.feed_forward):
         if part.router is not None:
-            experts = sum(p.numel() for p in decoder.get_submodule(f"layers.{number}.mlp.experts").parameters())
+            experts = sum(
+                p.numel()
+                for p in decoder.get_submodule(f"layers.{number}.mlp.experts").parameters()
+            )
             idle += experts - experts * part.router.top_k // part.router.num_experts
     return total, total - idle
 
@@ -119,21 +144,31 @@ def model_card(
     twin: Mapping[str, Any] | None = None,
     **more: object,
 ) -> str:
-    """README.md of the exported directory: data, recipe, figures, and the commands that repeat them.
+    """README.md of the exported directory: data, recipe, figures, and the commands that repeat
+    them.
 
-    `facts` are the data's, `summary` is the run's figures.json, `twin` that of its dense twin, to stand beside; `more`
-    is for places of the template beside those of card.md.
+    `facts` are the data's, `summary` is the run's figures.json, `twin` that of its dense twin, to
+    stand beside; `more` is for places of the template beside those of card.md.
     """
     t, sizes, health = recipe.training, facts["sizes"]["train"], summary["figures"]["all"]
     total, used = parameter_counts(decoder)
     balance = "No layer has experts."
     if "dead_experts" in health:
         worst = ", ".join(f"{x:.2f}" for x in health["max_violation"])
-        balance = f"Load over the held-out text: MaxVio {worst} by layer; dead experts: {health['dead_experts']}."
+        balance = (
+            f"Load over the held-out text: MaxVio {worst} by layer; dead experts: "
+            f"{health['dead_experts']}."
+        )
     speeds = f"{summary['tokens_per_second']:,} tokens/s"
     speeds += "" if twin is None else f" (the dense twin: {twin['tokens_per_second']:,})"
     rows = [
-        (kind, size["documents"], f"{size['bytes']:,}", f"{size['tokens']:,}", recipe.mixture.get(kind, 1))
+        (
+            kind,
+            size["documents"],
+            f"{size['bytes']:,}",
+            f"{size['tokens']:,}",
+            recipe.mixture.get(kind, 1),
+        )
         for kind, size in sizes.items()
     ]
     head, origin = _origin(recipe)
@@ -157,7 +192,8 @@ def model_card(
 
 
 def _origin(recipe: Recipe) -> tuple[str, str]:
-    """What a card's head and text say of the checkpoint that was fine-tuned: its licence, its name."""
+    """What a card's head and text say of the checkpoint that was fine-tuned: its licence, its
+    name."""
     base, start = recipe.base(), recipe.finetune
     if base is None or start is None:
         return "", ""
@@ -168,13 +204,20 @@ def _origin(recipe: Recipe) -> tuple[str, str]:
     local = start.checkpoint == BUNDLED or Path(start.checkpoint).expanduser().is_dir()
     if not local:
         head.append(f"base_model: {start.checkpoint}")
-    what = {"all": "all of its parameters", "experts": "its experts", "all_but_experts": "all but its experts"}
-    origin = f"- Fine-tuned from `{base.name if local else start.checkpoint}`: {what[start.train]}.\n"
+    what = {
+        "all": "all of its parameters",
+        "experts": "its experts",
+        "all_but_experts": "all but its experts",
+    }
+    origin = (
+        f"- Fine-tuned from `{base.name if local else start.checkpoint}`: {what[start.train]}.\n"
+    )
     return "".join(f"{line}\n" for line in head), origin
 
 
 def read_twin(out: Path, data: PreparedData) -> dict[str, Any]:
-    """The figures of a dense twin's run. Raises ConfigError where there are none, or not of this held-out text."""
+    """The figures of a dense twin's run. Raises ConfigError where there are none, or not of this
+    held-out text."""
     path = out / "training" / "figures.json"
     found = read_json(path)
     figures, speed = found.get("figures"), found.get("tokens_per_second")
@@ -183,18 +226,31 @@ def read_twin(out: Path, data: PreparedData) -> dict[str, Any]:
     for kind in (*data.heldout, "all"):
         theirs = figures.get(kind)
         measured = isinstance(theirs, dict) and isinstance(theirs.get("bits_per_byte"), int | float)
-        require(measured, f"--against {out}: no figures of held-out {kind} text; its twin trains on the same corpus")
+        require(
+            measured,
+            f"--against {out}: no figures of held-out {kind} text; its twin trains on the same "
+            "corpus",
+        )
     return found
 
 
 def figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> str:
-    """All bits per byte in measure's figures as a table in Markdown, those of a dense twin's run beside the model's."""
+    """All bits per byte in measure's figures as a table in Markdown, those of a dense twin's run
+    beside the model's."""
     if twin is not None:
         theirs = {kind: f["bits_per_byte"] for kind, f in twin["figures"].items()}
-        figures = {k: {"bits_per_byte": f["bits_per_byte"], "dense_twin": theirs[k]} | f for k, f in figures.items()}
+        figures = {
+            k: {"bits_per_byte": f["bits_per_byte"], "dense_twin": theirs[k]} | f
+            for k, f in figures.items()
+        }
     keys = [key for key in figures["all"] if "bits_per_byte" in key or key == "dense_twin"]
     rows = [
-        (kind, f"{f['bytes']:,}", f"**{f['bits_per_byte']:.3f}**", *(f"{f[key]:.3f}" for key in keys[1:]))
+        (
+            kind,
+            f"{f['bytes']:,}",
+            f"**{f['bits_per_byte']:.3f}**",
+            *(f"{f[key]:.3f}" for key in keys[1:]),
+        )
         for kind, f in figures.items()
     ]
     return _table(("held-out text", "bytes", *(key.replace("_", " ") for key in keys)), rows)

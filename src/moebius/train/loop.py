@@ -1,4 +1,5 @@
-"""The training loop: steps, metrics, checkpoints, exports, until the recipe's last step or an interruption."""
+"""The training loop: steps, metrics, checkpoints, exports, until the recipe's last step or an
+interruption."""
 
 import os
 import signal
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from moebius.config import json_text
 from moebius.errors import ConfigError, NumericalError, StorageError
+from moebius.files import json_text
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
 from moebius.train.trainer import StepReport, Trainer
 
@@ -27,13 +28,16 @@ def run(
 ) -> None:
     """Train to the recipe's last step, from the checkpoint in `folder` where there is one.
 
-    Writes metrics.jsonl and checkpoint.safetensors there and, where the recipe says so, TensorBoard's events and models
-    by `export`. A loss that is not finite or a full disk ends the run with NumericalError or StorageError and leaves
-    the last checkpoint as it was; SIGINT or SIGTERM ends it with KeyboardInterrupt after the step and a checkpoint.
+    Writes metrics.jsonl and checkpoint.safetensors there and, where the recipe says so,
+    TensorBoard's events and models by `export`. A loss that is not finite or a full disk ends the
+    run with NumericalError or StorageError and leaves the last checkpoint as it was; SIGINT or
+    SIGTERM ends it with KeyboardInterrupt after the step and a checkpoint.
     """
     training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(folder, trainer, on_line, trainer.restore(checkpoint) if checkpoint.exists() else {})
+    metrics = Metrics(
+        folder, trainer, on_line, trainer.restore(checkpoint) if checkpoint.exists() else {}
+    )
     saved = last = time.monotonic()
     try:
         with _stop_signals() as asked:
@@ -51,10 +55,16 @@ def run(
             if not asked:
                 trainer.save(checkpoint, metrics.state())
     except (NumericalError, OSError, StorageError) as error:
-        kept = "the checkpoint before is whole" if checkpoint.exists() else "there is no checkpoint yet"
+        kept = (
+            "the checkpoint before is whole"
+            if checkpoint.exists()
+            else "there is no checkpoint yet"
+        )
         if not isinstance(error, OSError):
             raise type(error)(f"{error}; training stopped, {kept}") from None
-        full = f"step {trainer.done}: {error.filename or folder} cannot be written ({error.strerror})"
+        full = (
+            f"step {trainer.done}: {error.filename or folder} cannot be written ({error.strerror})"
+        )
         raise StorageError(f"{full}; training stopped, {kept}") from None
     if asked:
         raise KeyboardInterrupt
@@ -74,13 +84,16 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 class Metrics:
-    """One line every log_every steps: means since the last line; every evaluate_every steps bits per byte too.
+    """One line every log_every steps: means since the last line; every evaluate_every steps bits
+    per byte too.
 
-    What the next line is made of is part of a checkpoint's `state`, so that an interrupted run writes the lines of one
-    that was not; what was written after the checkpoint is forgotten.
+    What the next line is made of is part of a checkpoint's `state`, so that an interrupted run
+    writes the lines of one that was not; what was written after the checkpoint is forgotten.
     """
 
-    def __init__(self, folder: Path, trainer: Trainer, on_line: Callable[[Line], None], state: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, trainer: Trainer, on_line: Callable[[Line], None], state: dict[str, Any]
+    ) -> None:
         self._path, self._trainer, self._on_line = folder / "metrics.jsonl", trainer, on_line
         self._pending: list[dict[str, Any]] = state.get("pending", [])
         self._seconds = trainer.seconds
@@ -97,7 +110,9 @@ class Metrics:
     def add(self, report: StepReport) -> None:
         trainer, training = self._trainer, self._trainer.recipe.training
         told = report._asdict().items()
-        self._pending.append({name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in told})
+        self._pending.append(
+            {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in told}
+        )
         evaluated = trainer.done == training.steps or trainer.done % training.evaluate_every == 0
         if not (evaluated or trainer.done % training.log_every == 0):
             return
@@ -143,7 +158,10 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        missing = "training.tensorboard is true, but TensorBoard is missing: pip install 'moebius[tensorboard]'"
+        missing = (
+            "training.tensorboard is true, but TensorBoard is missing: pip install "
+            "'moebius[tensorboard]'"
+        )
         raise ConfigError(missing) from None
     return SummaryWriter(str(folder), purge_step=first_step)
 
@@ -153,10 +171,13 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 
 def _flat(line: Line) -> dict[str, float]:
-    """Scalars by tag: layers and kinds of text side by side; the loads of single experts stay in metrics.jsonl."""
+    """Scalars by tag: layers and kinds of text side by side; the loads of single experts stay in
+    metrics.jsonl."""
     scalars = {name: value for name, value in line.items() if not isinstance(value, (dict, list))}
     for name, value in line.items():
         several = enumerate(value) if isinstance(value, list) else ()
         scalars |= {f"{name}/layer_{i}": x for i, x in several if not isinstance(x, list)}
-        scalars |= {f"{name}/{kind}": x for kind, x in value.items()} if isinstance(value, dict) else {}
+        scalars |= (
+            {f"{name}/{kind}": x for kind, x in value.items()} if isinstance(value, dict) else {}
+        )
     return scalars

@@ -1,4 +1,5 @@
-"""The reference operations, with what training on a CPU gains from: the same formulas, fewer and larger passes."""
+"""The reference operations, with what training on a CPU gains from: the same formulas, fewer and
+larger passes."""
 
 from typing import Any
 
@@ -23,7 +24,9 @@ class TrainingOps(ReferenceOps):
 
     name = "training"
 
-    def __init__(self, dropout: float = 0.0, expert_dropout: float = 0.0, *, drops: bool = False) -> None:
+    def __init__(
+        self, dropout: float = 0.0, expert_dropout: float = 0.0, *, drops: bool = False
+    ) -> None:
         self.drops, self.training = drops, False
         self._dropout, self._expert_dropout = dropout, expert_dropout
 
@@ -31,8 +34,12 @@ class TrainingOps(ReferenceOps):
         share = self._expert_dropout if routed else self._dropout
         return F.dropout(x, share) if self.training and share else x
 
-    def add_rms_norm(self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float) -> Pair:
-        return super().add_rms_norm(x_TD, self.dropout(update_TD, routed=False), multiplier, weight_D, eps)
+    def add_rms_norm(
+        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+    ) -> Pair:
+        return super().add_rms_norm(
+            x_TD, self.dropout(update_TD, routed=False), multiplier, weight_D, eps
+        )
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
@@ -43,7 +50,8 @@ class TrainingOps(ReferenceOps):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a linear layer's logits, whose (T, V) matrix never exists as a whole."""
+    """Mean cross-entropy of a linear layer's logits, whose (T, V) matrix never exists as a
+    whole."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -51,11 +59,18 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_TD.device)
         total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
         for start in range(0, len(x_TD), LOSS_ROWS):
-            x_LD, target_L = x_TD[start : start + LOSS_ROWS], target_T[start : start + LOSS_ROWS].unsqueeze(1)
+            x_LD, target_L = (
+                x_TD[start : start + LOSS_ROWS],
+                target_T[start : start + LOSS_ROWS].unsqueeze(1),
+            )
             logits_LV = (x_LD @ weight_VD.T).float()
             log_sum_L = torch.logsumexp(logits_LV, dim=-1, keepdim=True)
             total += (log_sum_L - logits_LV.gather(1, target_L)).sum()
-            error_LV = logits_LV.sub_(log_sum_L).exp_().scatter_add_(1, target_L, -torch.ones_like(log_sum_L))
+            error_LV = (
+                logits_LV.sub_(log_sum_L)
+                .exp_()
+                .scatter_add_(1, target_L, -torch.ones_like(log_sum_L))
+            )
             error = error_LV.to(x_TD.dtype)
             grad_x_TD[start : start + LOSS_ROWS] = error @ weight_VD
             grad_weight_VD += error.T @ x_LD
@@ -66,13 +81,19 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
         scale = grads[0] / len(grad_x_TD)
-        return grad_x_TD * scale.to(grad_x_TD.dtype), (grad_weight_VD * scale).to(grad_x_TD.dtype), None
+        return (
+            grad_x_TD * scale.to(grad_x_TD.dtype),
+            (grad_weight_VD * scale).to(grad_x_TD.dtype),
+            None,
+        )
 
 
 def cross_entropy(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
-    """Mean over T of -log softmax(x W^T)[target], in nats: products in x's dtype, everything else in float32.
+    """Mean over T of -log softmax(x W^T)[target], in nats: products in x's dtype, everything else
+    in float32.
 
-    The gradient is worked out in the forward pass, LOSS_ROWS rows at a time, so that memory does not grow with T·V.
+    The gradient is worked out in the forward pass, LOSS_ROWS rows at a time, so that memory does
+    not grow with T·V.
     """
     loss: Tensor = _CrossEntropy.apply(x_TD, weight_VD, target_T)  # type: ignore[no-untyped-call]
     return loss

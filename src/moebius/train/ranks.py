@@ -1,4 +1,5 @@
-"""Data parallel training: torchrun's processes share a step's micro-batches out and add up what they found."""
+"""Data parallel training: torchrun's processes share a step's micro-batches out and add up what
+they found."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from moebius.config import require
+from moebius.errors import require
 
 # Rank 0 prepares the data and measures held-out text while the others wait.
 _PATIENCE = timedelta(hours=6)
@@ -32,7 +33,10 @@ class Ranks:
 
     def share(self, micro_batches: int) -> range:
         """Which micro-batches of a step are this rank's."""
-        wrong = f"training.accumulation = {micro_batches} micro-batches cannot be shared by {self.count} ranks evenly"
+        wrong = (
+            f"training.accumulation = {micro_batches} micro-batches cannot be shared by "
+            f"{self.count} ranks evenly"
+        )
         require(micro_batches % self.count == 0, f"{wrong}; make it a multiple of {self.count}")
         return range(self.rank, micro_batches, self.count)
 

@@ -1,4 +1,5 @@
-"""A training recipe: a TOML file as frozen, checked records. Unknown keys and impossible values are errors."""
+"""A training recipe: a TOML file as frozen, checked records. Unknown keys and impossible values are
+errors."""
 
 import json
 import math
@@ -10,10 +11,12 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pydantic as p
 
-from moebius.config import FeedForwardConfig, TrainingRouting, read_text, require
-from moebius.errors import ConfigError
+from moebius.config import FeedForwardConfig
+from moebius.errors import ConfigError, require
+from moebius.files import read_text
 from moebius.models import model_config
 from moebius.models.hub import resolve_model
+from moebius.moe.config import TrainingRouting
 from moebius.train.architecture import check_trainable, check_written, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 
@@ -38,16 +41,18 @@ def _model(name: str, info: p.ValidationInfo) -> str:
 
 
 LocalPath = Annotated[str, p.AfterValidator(_absolute)]
-LocalPaths = Annotated[tuple[LocalPath, ...], p.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))]
+LocalPaths = Annotated[
+    tuple[LocalPath, ...], p.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))
+]
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusRecipe:
     """Where the text comes from, and which share of it is held out.
 
-    files     paths by kind of text: text files, folders of them, or .jsonl whose objects have `text_key`. A kind's name
-              is part of file names. In texts of the kind `chat` special tokens count as such, and a new tokenizer is
-              not trained on them
+    files     paths by kind of text: text files, folders of them, or .jsonl whose objects have
+              `text_key`. A kind's name is part of file names. In texts of the kind `chat` special
+              tokens count as such, and a new tokenizer is not trained on them
     """
 
     files: Annotated[dict[str, LocalPaths], p.Field(min_length=1)]
@@ -58,13 +63,20 @@ class CorpusRecipe:
         for kind in self.files:
             named = re.fullmatch(r"[\w-]{1,64}", kind) is not None
             wanted = "letters, digits, '-' and '_', 64 of them at most"
-            require(named, f"corpus.files: a kind of text is called {kind!r}; its name must be {wanted}")
-            require(kind != "all", "corpus.files.all: `all` is what all kinds together are called; choose another name")
+            require(
+                named, f"corpus.files: a kind of text is called {kind!r}; its name must be {wanted}"
+            )
+            require(
+                kind != "all",
+                "corpus.files.all: `all` is what all kinds together are called; choose another "
+                "name",
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerRecipe:
-    """A byte-level BPE trained to `vocab_size` entries, special tokens included, or the tokenizer.json in `path`.
+    """A byte-level BPE trained to `vocab_size` entries, special tokens included, or the
+    tokenizer.json in `path`.
 
     vocab_size    at least 259: bytes and special tokens
     end_of_text   names the token that stands between documents
@@ -79,9 +91,10 @@ class TokenizerRecipe:
 class FinetuneRecipe:
     """Start from a model directory of any supported type, with its tokenizer.
 
-    train            `all`, `experts` (behind a router) or `all_but_experts`: without experts it goes about as well,
-                     with nothing but experts badly (ST-MoE section 4.2)
-    dropout          on what attention and feed-forward add to the residual stream, and within dense feed-forwards
+    train            `all`, `experts` (behind a router) or `all_but_experts`: without experts it
+                     goes about as well, with nothing but experts badly (ST-MoE section 4.2)
+    dropout          on what attention and feed-forward add to the residual stream, and within dense
+                     feed-forwards
     expert_dropout   within experts behind a router (Switch section 2.4: 0.1 and 0.4)
     """
 
@@ -95,22 +108,25 @@ class FinetuneRecipe:
 class TrainingRecipe:
     """Steps, batch, optimiser, losses.
 
-    A step takes rows_per_step rows of row_length tokens, in `accumulation` micro-batches, which torchrun's ranks share
-    out. The learning rate rises linearly over warmup_steps to learning_rate, then falls along a half cosine to
-    final_share of it at the last step. weight_decay applies to matrices only.
+    A step takes rows_per_step rows of row_length tokens, in `accumulation` micro-batches, which
+    torchrun's ranks share out. The learning rate rises linearly over warmup_steps to learning_rate,
+    then falls along a half cosine to final_share of it at the last step. weight_decay applies to
+    matrices only.
 
     load_balance, z_loss   weights of the auxiliary losses (ST-MoE, arXiv 2202.08906, eq 6)
-    balance          over which tokens the load is measured: each micro-`batch`, each `sequence` (row), or `global`, the
-                     whole step's, which needs a forward pass more where a step has several micro-batches
+    balance          over which tokens the load is measured: each micro-`batch`, each `sequence`
+                     (row), or `global`, the whole step's, which needs a forward pass more where a
+                     step has several micro-batches
     first_choices    the load counts first choices only (GShard, ST-MoE)
     bias_rate        how much the selection bias moves after a step (arXiv 2408.15664)
-    init_scale       new matrices are normal, initializer_range of the model wide and cut off at 3, narrower into the
-                     residual stream; or, where it is given, sqrt(init_scale / inputs) wide and cut off at 2 (Switch
-                     section 2.4: 0.1 in place of 1)
+    init_scale       new matrices are normal, initializer_range of the model wide and cut off at 3,
+                     narrower into the residual stream; or, where it is given, sqrt(init_scale /
+                     inputs) wide and cut off at 2 (Switch section 2.4: 0.1 in place of 1)
     router_init      multiplies the routers' initial weights
     dtype            of the decoder; masters, moments and routers are float32 in any case
     export_every     writes a model directory every so many steps; 0 for none
-    tensorboard      writes metrics for TensorBoard too, which is to be installed (the extra `tensorboard`)
+    tensorboard      writes metrics for TensorBoard too, which is to be installed (the extra
+                     `tensorboard`)
     """
 
     steps: p.PositiveInt
@@ -140,17 +156,29 @@ class TrainingRecipe:
     checkpoint_seconds: p.NonNegativeFloat = 120.0
 
     def __post_init__(self) -> None:
-        warmup, steps, rows, parts = self.warmup_steps, self.steps, self.rows_per_step, self.accumulation
-        require(warmup < steps, f"training.warmup_steps is {warmup}; it must be less than training.steps = {steps}")
+        warmup, steps, rows, parts = (
+            self.warmup_steps,
+            self.steps,
+            self.rows_per_step,
+            self.accumulation,
+        )
+        require(
+            warmup < steps,
+            f"training.warmup_steps is {warmup}; it must be less than training.steps = {steps}",
+        )
         even = rows % parts == 0
-        require(even, f"training.rows_per_step = {rows} is no multiple of training.accumulation = {parts}")
+        require(
+            even,
+            f"training.rows_per_step = {rows} is no multiple of training.accumulation = {parts}",
+        )
 
     @property
     def tokens_per_step(self) -> int:
         return self.rows_per_step * self.row_length
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step: linear warm-up, then a half cosine (arXiv 1608.03983, eq 5) to the last step."""
+        """The learning rate of a step: linear warm-up, then a half cosine (arXiv 1608.03983, eq 5)
+        to the last step."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
@@ -162,8 +190,8 @@ class TrainingRecipe:
 class Recipe:
     """All that decides a training run, beside the text itself.
 
-    model     a config.json; of type `moebius`, its decoder's layers take the feed-forwards in `layers` in turn
-              (moebius.train.architecture)
+    model     a config.json; of type `moebius`, its decoder's layers take the feed-forwards in
+              `layers` in turn (moebius.train.architecture)
     mixture   how often an epoch passes over each kind of text
     """
 
@@ -184,33 +212,45 @@ class Recipe:
         kinds = self.corpus.files
         for kind in self.mixture:
             require(
-                kind in kinds, f"mixture.{kind} names no kind of text in corpus.files; there are {', '.join(kinds)}"
+                kind in kinds,
+                f"mixture.{kind} names no kind of text in corpus.files; there are "
+                f"{', '.join(kinds)}",
             )
         passes = [self.mixture.get(kind, 1) for kind in kinds]
         require(any(passes), "mixture: every kind of text is passed over 0 times")
         one = (self.model is None) != (self.finetune is None)
-        require(one, "the recipe needs either a model table, for a new model, or a finetune table, for a checkpoint")
+        require(
+            one,
+            "the recipe needs either a model table, for a new model, or a finetune table, for a "
+            "checkpoint",
+        )
         if self.model is not None:
             whole = config_json(self, self.tokenizer.vocab_size)
             check_trainable(model_config(whole), self)
             check_written(whole)
             return
         fresh = self.layers or self.training.init_scale or self.training.router_init != 1
-        say = "layers, training.init_scale and training.router_init are for a new model, not for a finetune table"
+        say = (
+            "layers, training.init_scale and training.router_init are for a new model, not for a "
+            "finetune table"
+        )
         require(not fresh, say)
 
     def base(self) -> Path | None:
-        """The directory of the checkpoint to fine-tune, None for a new model. Raises: ConfigError."""
+        """The directory of the checkpoint to fine-tune, None for a new model. Raises:
+        ConfigError."""
         return None if self.finetune is None else resolve_model(self.finetune.checkpoint)
 
     def given_tokenizer(self) -> Path | None:
-        """The tokenizer.json to use, its own or the checkpoint's, None where one is to be trained."""
+        """The tokenizer.json to use, its own or the checkpoint's, None where one is to be
+        trained."""
         path = Path(self.tokenizer.path) if self.tokenizer.path else self.base()
         return path if path is None or path.is_file() else path / "tokenizer.json"
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises: ConfigError, naming the key, for anything that is missing, unknown, of a wrong type or impossible.
+    """Raises: ConfigError, naming the key, for anything that is missing, unknown, of a wrong type
+    or impossible.
 
     Relative paths in it start at its own folder.
     """
@@ -221,16 +261,22 @@ def read_recipe(path: Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the recipe {path} is not TOML: {error}") from None
     except RecursionError:
-        raise ConfigError(f"the recipe {path} is not read: its lists or tables are nested too deeply") from None
+        raise ConfigError(
+            f"the recipe {path} is not read: its lists or tables are nested too deeply"
+        ) from None
     try:
-        # As JSON, where strict means: an integer is a number too and a list a tuple, but nothing else is converted.
-        return p.TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), context=path.parent)
+        # As JSON, where strict means: an integer is a number too and a list a tuple, but nothing
+        # else is converted.
+        return p.TypeAdapter(Recipe).validate_json(
+            json.dumps(table, default=str), context=path.parent
+        )
     except p.ValidationError as error:
         raise ConfigError(_first(error)) from None
 
 
 def _first(invalid: p.ValidationError) -> str:
-    """One line about the first thing that is wrong: a misspelt key rather than the one that it leaves missing."""
+    """One line about the first thing that is wrong: a misspelt key rather than the one that it
+    leaves missing."""
     unknown = "unexpected_keyword_argument"
     error = min(invalid.errors(), key=lambda e: e["type"] != unknown)
     names = [part for part in error["loc"] if isinstance(part, str)]

@@ -1,4 +1,5 @@
-"""From a recipe to a model directory: prepare the data, train (or continue), measure, export, write the card."""
+"""From a recipe to a model directory: prepare the data, train (or continue), measure, export, write
+the card."""
 
 import os
 import tempfile
@@ -7,11 +8,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from moebius.config import InspectConfig, json_text, require
-from moebius.errors import StorageError
-from moebius.files import anyone, write_file
+from moebius.errors import StorageError, require
+from moebius.files import anyone, json_text, write_file
+from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
 from moebius.models.weights import load_decoder
@@ -19,7 +27,14 @@ from moebius.train.architecture import dense_twin as twin_of
 from moebius.train.corpus import Corpus, reads_below
 from moebius.train.data import holds_run, prepare
 from moebius.train.evaluate import routers
-from moebius.train.export import export, figures_table, measure, model_card, read_twin, would_replace
+from moebius.train.export import (
+    export,
+    figures_table,
+    measure,
+    model_card,
+    read_twin,
+    would_replace,
+)
 from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
@@ -37,11 +52,12 @@ def main_from_recipe(
     against: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Train `recipe_path`'s model into `out`, or measure the one that is there; the figures by kind of held-out text.
+    """Train `recipe_path`'s model into `out`, or measure the one that is there; the figures by kind
+    of held-out text.
 
-    The options are the command line's (moebius.cli.train). out/training keeps what is needed to continue and, in
-    `inspection`, what moebius inspect reports of the held-out documents. Raises: UsageError, NumericalError or
-    StorageError, each of which leaves the last checkpoint whole.
+    The options are the command line's (moebius.cli.train). out/training keeps what is needed to
+    continue and, in `inspection`, what moebius inspect reports of the held-out documents. Raises:
+    UsageError, NumericalError or StorageError, each of which leaves the last checkpoint whole.
     """
     recipe = read_recipe(recipe_path)
     recipe = twin_of(recipe) if dense_twin else recipe
@@ -49,14 +65,24 @@ def main_from_recipe(
     try:
         if evaluate_only:
             alone = not resume and against is None
-            require(alone, "--evaluate-only trains nothing and writes no card: it takes no --resume and no --against")
+            require(
+                alone,
+                "--evaluate-only trains nothing and writes no card: it takes no --resume and no "
+                "--against",
+            )
             figures = _evaluate(recipe, out, where)
         else:
             _check_out(recipe, out, resume=resume)
-            shown = os.path.relpath(recipe_path) if recipe_path.is_relative_to(Path.cwd()) else recipe_path.name
+            shown = (
+                os.path.relpath(recipe_path)
+                if recipe_path.is_relative_to(Path.cwd())
+                else recipe_path.name
+            )
             figures = _train(recipe, shown, out, against, where)
     except OSError as error:
-        raise StorageError(f"{error.filename or out} cannot be written or read: {error.strerror or error}") from None
+        raise StorageError(
+            f"{error.filename or out} cannot be written or read: {error.strerror or error}"
+        ) from None
     if figures:
         print(figures_table(figures))
     return figures
@@ -67,24 +93,38 @@ def _device(wish: str) -> torch.device:
     require(wish in ("auto", "cpu", "cuda"), f"--device is {wish!r}; use auto, cpu or cuda")
     install = "use --device cpu, or install a CUDA build of torch"
     require(wish != "cuda" or has, f"--device cuda: torch finds no CUDA device; {install}")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has and wish != "cpu" else "cpu")
+    return torch.device(
+        f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has and wish != "cpu" else "cpu"
+    )
 
 
 def _check_out(recipe: Recipe, out: Path, *, resume: bool) -> None:
-    """ConfigError where training into `out` would replace another run, or files that no run has written."""
+    """ConfigError where training into `out` would replace another run, or files that no run has
+    written."""
     other = "choose another --out"
     started = (out / "training" / "checkpoint.safetensors").exists()
-    require(resume or not started, f"{out} holds a training run already; continue it with --resume, or {other}")
+    require(
+        resume or not started,
+        f"{out} holds a training run already; continue it with --resume, or {other}",
+    )
     base = recipe.base()
     same = base is not None and out.exists() and out.samefile(base)
     require(not same, f"{out} is the checkpoint that is to be fine-tuned; {other}")
     if not holds_run(out / "training" / "data") and not started:
-        there = would_replace(recipe, out) + (["training"] if _has_entries(out / "training") else [])
-        require(not there, f"{out} holds {', '.join(there)} already, which training would replace; {other}")
+        there = would_replace(recipe, out) + (
+            ["training"] if _has_entries(out / "training") else []
+        )
+        require(
+            not there,
+            f"{out} holds {', '.join(there)} already, which training would replace; {other}",
+        )
     for kind, roots in recipe.corpus.files.items():
         inside = next((root for root in map(Path, roots) if reads_below(root, out)), None)
         advice = "what is written there would be trained on"
-        require(inside is None, f"{out} lies in {inside}, which is read as corpus.files.{kind}: {advice}; {other}")
+        require(
+            inside is None,
+            f"{out} lies in {inside}, which is read as corpus.files.{kind}: {advice}; {other}",
+        )
 
 
 def _has_entries(path: Path) -> bool:
@@ -92,7 +132,9 @@ def _has_entries(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: torch.device) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, shown: str, out: Path, against: Path | None, device: torch.device
+) -> dict[str, Any]:
     folder = out / "training"
     ranks = Ranks.join(device)
     try:
@@ -102,7 +144,9 @@ def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: 
         data = prepare(recipe, folder / "data")
         twin = None if against is None else read_twin(against, data)
         for line in data.untrained(recipe) if ranks.rank == 0 else ():
-            Console(stderr=True).print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
+            Console(stderr=True).print(
+                f"note: {line}", soft_wrap=True, markup=False, highlight=False
+            )
         trainer = Trainer(recipe, data, device=device, ranks=ranks)
         _run_with_progress(trainer, folder)
         if ranks.rank:
@@ -113,10 +157,16 @@ def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: 
         summary = {"figures": figures, "tokens_per_second": speed, "seconds": trainer.seconds}
         write_file(folder / "figures.json", json_text(summary, indent=2) + "\n", ours=anyone)
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-        card = model_card(template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown)
+        card = model_card(
+            template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown
+        )
         write_file(out / "README.md", card, ours=anyone)
         if routers(trainer.decoder):
-            heldout = (Document(d.path, d.kind, d.text) for d in Corpus(recipe.corpus) if d.split == "heldout")
+            heldout = (
+                Document(d.path, d.kind, d.text)
+                for d in Corpus(recipe.corpus)
+                if d.split == "heldout"
+            )
             config = InspectConfig(row_length=recipe.training.row_length)
             write_report(out, heldout, folder / "inspection", config, name=recipe.name)
         return figures
@@ -126,17 +176,31 @@ def _train(recipe: Recipe, shown: str, out: Path, against: Path | None, device: 
 
 def _run_with_progress(trainer: Trainer, folder: Path) -> None:
     """Train while showing loss, speed, remaining time and router health on stderr."""
-    console, steps, first = Console(stderr=True), trainer.recipe.training.steps, trainer.ranks.rank == 0
+    console, steps, first = (
+        Console(stderr=True),
+        trainer.recipe.training.steps,
+        trainer.ranks.rank == 0,
+    )
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("remaining"))
-    with Progress(*columns, *times, console=console, disable=not (console.is_terminal and first)) as progress:
+    times = (
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("remaining"),
+    )
+    with Progress(
+        *columns, *times, console=console, disable=not (console.is_terminal and first)
+    ) as progress:
         bar = progress.add_task(trainer.recipe.name, total=steps)
 
         def show(done: int, report: StepReport) -> None:
             progress.update(bar, completed=done, description=f"loss {report.loss:.3f}")
 
         def tell(line: Line) -> None:
-            console.print(f"step {line['step']} of {steps}: loss {line['loss']:.4f}, {_health(line)}", soft_wrap=True)
+            console.print(
+                f"step {line['step']} of {steps}: loss {line['loss']:.4f}, {_health(line)}",
+                soft_wrap=True,
+            )
 
         run(trainer, folder, show, tell, (lambda path: export(trainer, path)) if first else None)
 
@@ -145,7 +209,10 @@ def _health(line: Line) -> str:
     """Speed and, over the layers with a router, the worst of each measure."""
     told = f"{line['tokens_per_second']:,} tokens/s"
     if "max_violation" in line:
-        told += f", MaxVio {max(line['max_violation']):.2f}, load entropy {min(line['load_entropy']):.3f}"
+        told += (
+            f", MaxVio {max(line['max_violation']):.2f}, load entropy "
+            f"{min(line['load_entropy']):.3f}"
+        )
         told += f", dead experts {sum(line['dead_experts'])}, dropped {max(line['dropped']):.1%}"
     if "heldout_bits_per_byte" in line:
         told += f", held-out {line['heldout_bits_per_byte']['all']:.4f} bits a byte"

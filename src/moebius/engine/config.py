@@ -1,0 +1,40 @@
+"""What an operator chooses about an engine. Names are vLLM's where the meaning is the same."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from moebius.errors import require_seconds, require_word
+from moebius.schedule.config import SchedulerConfig
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig(SchedulerConfig):
+    """The scheduler's options, and where and in what the model is computed."""
+
+    dtype: Annotated[
+        Dtype,
+        "Of weights and KV cache: auto (the checkpoint's; float16 becomes float32 on a CPU), "
+        "bfloat16 or float32.",
+    ] = "auto"
+    device: Annotated[Device, "auto (cuda when torch has it), cpu or cuda."] = "auto"
+    kv_cache_memory_bytes: Annotated[
+        int | None, "What the KV cache reserves; default: see `moebius plan`."
+    ] = None
+    step_deadline: Annotated[float, "Seconds after which a step without progress is a failure."] = (
+        120.0
+    )
+    threads: Annotated[
+        int | None, "Compute threads; default: one a core, as far as a CPU quota goes."
+    ] = None
+    trace: Annotated[
+        str | None, "File that every scheduling decision is written to, as JSON lines."
+    ] = None
+
+    def __post_init__(self) -> None:
+        SchedulerConfig.__post_init__(self)  # slots and super() do not go together in a dataclass
+        require_word("dtype", self.dtype, Dtype)
+        require_word("device", self.device, Device)
+        require_seconds("step_deadline", self.step_deadline)

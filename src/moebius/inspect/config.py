@@ -1,0 +1,53 @@
+"""What an operator chooses about an inspection."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from moebius.errors import require
+
+
+@dataclass(frozen=True, slots=True)
+class InspectConfig:
+    """How much text `moebius inspect` runs, in which pieces, and for which settings it works out
+    costs."""
+
+    max_tokens: Annotated[int, "Run at most so many tokens, chosen evenly from the text."] = 200_000
+    row_length: Annotated[int, "Tokens that see each other: the context's length."] = 512
+    step_tokens: Annotated[int, "Tokens in one step, over which a step's balance is taken."] = 2048
+    capacity_factor: Annotated[
+        Sequence[float], "Capacity factors whose dropped share to work out."
+    ] = (1, 1.25, 1.5, 2)
+    ranks: Annotated[
+        Sequence[int], "Numbers of ranks to place the experts on; default: 2, 4, ..."
+    ] = ()
+    threads: Annotated[
+        int | None, "Compute threads; default: one a core, as far as a CPU quota goes."
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "row_length", "step_tokens"):
+            require(
+                getattr(self, name) >= 2, f"{name} is {getattr(self, name)}; it must be at least 2"
+            )
+        require(
+            self.threads is None or self.threads >= 1,
+            f"threads is {self.threads}; it must be at least 1",
+        )
+        good = all(0 < factor < math.inf for factor in self.capacity_factor)
+        require(
+            good, f"capacity_factor is {list(self.capacity_factor)}; each must be a positive number"
+        )
+
+    def ranks_for(self, experts: int) -> list[int]:
+        """The numbers of ranks: as given, or powers of two that divide the experts and leave each
+        rank two of them."""
+        wrong = [count for count in self.ranks if not 2 <= count <= experts]
+        require(
+            not wrong,
+            f"ranks is {wrong}; {experts} experts can be spread over 2 to {experts} ranks",
+        )
+        return sorted(set(self.ranks)) or [
+            2**i for i in range(1, 7) if 2 ** (i + 1) <= experts and experts % 2**i == 0
+        ]

@@ -1,0 +1,67 @@
+"""What a layer keeps of the past: the facts by which its memory is planned, shared and moved."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from moebius.errors import require
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One tensor of a cache: `shape` and dtype of what it holds for one token, or for one state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """One layer's cache. Layers with equal specs form a group, with one block table for each.
+
+    token          planes that grow by one entry a token of the decoder (keys and values apart)
+    window         how many last tokens a row sees, itself included; None for all. Blocks before
+                   are free again
+    state          planes that a sequence has one of, which each of its tokens rewrites
+    scratch_states how many states more a sequence may need at a time (one for each drafted token,
+                   so that a rejected one can be undone)
+    request        planes that are written once a request and then only read (an encoder's keys)
+    """
+
+    token: tuple[Plane, ...] = ()
+    window: int | None = None
+    state: tuple[Plane, ...] = ()
+    scratch_states: int = 0
+    request: tuple[Plane, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(
+            self.window is None or self.window >= 1,
+            f"a cache's window is {self.window} tokens; it must be at least 1",
+        )
+        require(
+            self.window is None or bool(self.token),
+            "a cache has a window, but no plane that grows with tokens",
+        )
+        require(
+            not self.scratch_states or bool(self.state),
+            "a cache has scratch states, but no state",
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(plane.nbytes for plane in self.token)
+
+    @property
+    def bytes_per_state(self) -> int:
+        return sum(plane.nbytes for plane in self.state)
+
+    @property
+    def bytes_per_request(self) -> int:
+        return sum(plane.nbytes for plane in self.request)

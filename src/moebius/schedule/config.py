@@ -1,0 +1,47 @@
+"""What an operator chooses about scheduling. Names are vLLM's where the meaning is the same."""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+from moebius.errors import require, require_word
+
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """None means: derived from the model and from the memory that is there."""
+
+    max_model_len: Annotated[
+        int | None, "Longest sequence, prompt and output together, in tokens."
+    ] = None
+    max_num_seqs: Annotated[int, "Most sequences in one step."] = 64
+    max_num_batched_tokens: Annotated[int, "Token budget of one step."] = 2048
+    block_size: Annotated[int, "Tokens in one block of the KV cache."] = 16
+    enable_prefix_caching: Annotated[
+        bool, "Share blocks between requests with a common prefix."
+    ] = True
+    enable_chunked_prefill: Annotated[
+        bool, "Compute long prompts in pieces beside running decodes."
+    ] = True
+    max_queue_requests: Annotated[int, "Most requests that wait."] = 1024
+    max_queue_tokens: Annotated[int, "Most tokens that wait."] = 4_194_304
+    scheduling_policy: Annotated[
+        SchedulingPolicy,
+        "fcfs: in order of arrival. priority: requests may bring one; lower goes first.",
+    ] = "fcfs"
+
+    def __post_init__(self) -> None:
+        require_word("scheduling_policy", self.scheduling_policy, SchedulingPolicy)
+        require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = "
+            f"{self.max_num_seqs}; each running sequence needs at least one token a step",
+        )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                require(value >= 1, f"{field.name} is {value}; it must be at least 1")
+        require(
+            self.block_size <= 1024, f"block_size is {self.block_size}; it must be at most 1024"
+        )
