@@ -1,7 +1,7 @@
 """What the parts of the CPU's backend share: the compiled kernels, and how tensors reach them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,26 @@ def require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
     if dtype not in DTYPES:
         raise ValueError(f"the CPU kernels compute in bfloat16 and float32, not in {dtype}")
     return DTYPES[dtype]
+
+
+class Held:
+    """Tensors where they lay when their addresses were noted; their memory lives as long as this.
+
+    A parameter's own `data` may be exchanged (nn.Module.to does so), hence aliases of it.
+    """
+
+    __slots__ = ("_addresses", "_tensors")
+
+    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+        self._tensors = tuple(None if x is None else x.detach() for x in tensors)
+        self._addresses = _places(self._tensors)
+
+    def is_of(self, tensors: Iterable[Tensor | None]) -> bool:
+        return self._addresses == _places(tensors)
+
+
+def _places(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 class CpuBase(Ops):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.config import Activation, RouterConfig
-from moebius.ops.cpu.base import CpuBase, address, require_dtype, require_no_gradient
+from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
 from moebius.ops.prepared import PreparedExperts, own
 from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
@@ -20,10 +20,14 @@ _WEIGHTS = {"raw": 0, "renorm": 1, "softmax": 2, "sigmoid": 3}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CpuExperts(PreparedExperts):
-    """One layer's experts as a table of addresses, and the tensors that lie there."""
+    """One layer's experts: a table of addresses, and what lies there."""
 
     table: _cpu.Experts
-    weights: ExpertWeights
+    dtype: torch.dtype
+    held: Held
+
+    def is_of(self, weights: ExpertWeights) -> bool:
+        return self.held.is_of(weights.tensors())
 
 
 class ExpertOps(CpuBase):
@@ -55,13 +59,13 @@ class ExpertOps(CpuBase):
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
         if not weights.up_FD:
             return self._fallback.prepare_experts(weights, activation)
-        tensors = [x for each in weights for x in each]
+        tensors = weights.tensors()
         require_no_gradient(*tensors)
         dtype = require_dtype(weights.gate_FD[0].dtype, *tensors)
         width, hidden = weights.gate_FD[0].shape
         tables = [[address(x) for x in each] for each in weights]
         table = _cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables)
-        return CpuExperts(table, weights)
+        return CpuExperts(table, weights.gate_FD[0].dtype, Held(tensors))
 
     def experts(
         self,
@@ -73,7 +77,10 @@ class ExpertOps(CpuBase):
         if isinstance(experts, ReferenceExperts):
             return self._fallback.experts(x_TD, weights_TK, expert_ids_TK, experts)
         prepared = own(experts, CpuExperts)
-        require_dtype(x_TD.dtype, prepared.weights.gate_FD[0])
+        if x_TD.dtype != prepared.dtype:
+            raise ValueError(
+                f"the CPU kernels want one dtype, not {x_TD.dtype} and {prepared.dtype}"
+            )
         out = self._empty(x_TD.shape, x_TD.dtype)
         top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
         routing = (address(weights_TK, torch.float32), address(expert_ids_TK, torch.int64), top_k)

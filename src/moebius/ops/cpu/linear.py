@@ -6,32 +6,37 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.ops.cpu.base import CpuBase, address, require_dtype, require_no_gradient
+from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
 from moebius.ops.prepared import PreparedLinear, own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CpuLinear(PreparedLinear):
-    """Linear layers of one input as a table of addresses, their sizes, and the tensors that lie
-    there."""
+    """Linear layers of one input: a table of addresses, what lies there, and sizes."""
 
     table: _cpu.Linear
     dtype: torch.dtype
     in_size: int
     out_size: int
-    layers: tuple[tuple[Tensor, Tensor | None], ...]
+    held: Held
+
+    def is_of(self, *layers: tuple[Tensor, Tensor | None]) -> bool:
+        return self.held.is_of(x for each in layers for x in each)
 
 
 class LinearOps(CpuBase):
     def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
-        weights, biases = zip(*layers, strict=True)
+        weights = [weight for weight, _ in layers]
+        biases = [bias for _, bias in layers]
         require_no_gradient(*weights, *biases)
-        dtype, size = require_dtype(weights[0].dtype, *weights, *biases), weights[0].shape[1]
+        dtype = require_dtype(weights[0].dtype, *weights, *biases)
+        size = weights[0].shape[1]
         sizes = [len(weight) for weight in weights]
         table = _cpu.Linear(
             dtype, size, [address(x) for x in weights], [address(x) for x in biases], sizes
         )
-        return CpuLinear(table, weights[0].dtype, size, sum(sizes), layers)
+        held = Held(x for each in layers for x in each)
+        return CpuLinear(table, weights[0].dtype, size, sum(sizes), held)
 
     def linear(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
         prepared = own(layers, CpuLinear)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moebius.config import Activation, RouterConfig
 from moebius.ops.interface import Ops
-from moebius.ops.prepared import PreparedExperts, own
+from moebius.ops.prepared import PreparedExperts, own, same
 from moebius.ops.reference.routing import count, route
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 
@@ -22,6 +22,9 @@ class ReferenceExperts(PreparedExperts):
 
     weights: ExpertWeights
     activation: Activation
+
+    def is_of(self, weights: ExpertWeights) -> bool:
+        return same(weights.tensors(), self.weights.tensors())
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.ops.interface import Ops
-from moebius.ops.prepared import PreparedLinear, own
+from moebius.ops.prepared import PreparedLinear, own, same
 
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
 LOGITS_ROWS = 16_384
@@ -18,6 +18,9 @@ class ReferenceLinear(PreparedLinear):
     """(weight (O, I), bias (O,) or None) of each layer."""
 
     layers: tuple[tuple[Tensor, Tensor | None], ...]
+
+    def is_of(self, *layers: tuple[Tensor, Tensor | None]) -> bool:
+        return same([x for each in layers for x in each], [x for each in self.layers for x in each])
 
 
 class LinearOps(Ops):
