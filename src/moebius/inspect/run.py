@@ -92,7 +92,7 @@ def write_report(
             "layers": model.num_layers,
         },
         "run": {
-            "dtype": _name(decoder.embed_tokens.weight.dtype),
+            "dtype": _name(decoder.dtype),
             "backend": decoder.ops.name,
             "steps": len(tally.counts_SME),
         },

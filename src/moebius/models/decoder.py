@@ -13,7 +13,7 @@ from moebius.config import ModelConfig
 from moebius.moe.layer import Dispatcher, FeedForward, LocalDispatcher
 from moebius.moe.router import Routing
 from moebius.nn.attention import Attend, Attention
-from moebius.nn.linear import Linear, RMSNorm
+from moebius.nn.linear import Embedding, Linear, RMSNorm
 from moebius.nn.rope import Rotary
 from moebius.ops import Ops, PreparedLinear
 
@@ -64,12 +64,7 @@ class Decoder(nn.Module):
         self.config, self.ops = config, ops
         dispatch = dispatch or LocalDispatcher()
         with torch.device(device):
-            self.embed_tokens = nn.Embedding(
-                config.vocab_size,
-                config.hidden_size,
-                dtype=dtype,
-                _weight=torch.empty(config.vocab_size, config.hidden_size, dtype=dtype),
-            )
+            self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
                 Layer(config, ops, dispatch, layer, dtype) for layer in range(config.num_layers)
             )
@@ -80,14 +75,17 @@ class Decoder(nn.Module):
         self._head: PreparedLinear | None = None
         self.rotary = Rotary(config.rope, config.head_dim, ops)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: norms and biases have it, matrices may be stored in another."""
+        return self.norm.weight.dtype
+
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend
     ) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), after the last norm, and each layer's routing (None for a
         dense layer)."""
-        x_TD = self.ops.embed(
-            input_ids_T, self.embed_tokens.weight, self.config.embedding_multiplier
-        )
+        x_TD = self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
         cos_TR, sin_TR = self.rotary(positions_T)
         update_TD, routings = None, []
         for layer in self.layers:
@@ -97,9 +95,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
-        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        if self._head is None or not self._head.is_of((weight_VD, None)):
-            self._head = self.ops.prepare_linear((weight_VD, None))
+        head = (self.lm_head or self.embed_tokens).held(), None
+        if self._head is None or not self._head.is_of(head):
+            self._head = self.ops.prepare_linear(head, dtype=hidden_LD.dtype)
         logits_LV = self.ops.logits(hidden_LD, self._head)
         return (
             logits_LV

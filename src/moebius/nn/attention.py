@@ -172,9 +172,9 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:
         config = self.config
-        layers = [(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        layers = [(p.held(), p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
         if self._projections is None or not self._projections.is_of(*layers):
-            self._projections = self.ops.prepare_linear(*layers)
+            self._projections = self.ops.prepare_linear(*layers, dtype=x_TD.dtype)
         qkv_TI = self.ops.linear(x_TD, self._projections)
         if config.qk_norm == "full" or config.clip_qkv is not None:
             qkv_TI = self._full_norm(qkv_TI)
