@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from moebius.config import RopeConfig
 from moebius.errors import ConfigError
 from moebius.models import MODEL_TYPES, model_config, read_config
-from moebius.models.checkpoint import open_checkpoint
-from moebius.models.weights import load_decoder
+from moebius.models.store import open_checkpoint
+from moebius.models.store.load import load_decoder
 from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_of
 
 PUBLISHED = {

@@ -12,7 +12,7 @@ import torch
 
 from moebius.config import FeedForwardConfig, ModelConfig, RouterConfig
 from moebius.errors import ConfigError
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.moe.config import TrainingRouting
 from moebius.nn.attention import CausalAttend
 from moebius.train.architecture import config_json

@@ -17,7 +17,7 @@ from moebius.engine.load import prepare
 from moebius.errors import ConfigError
 from moebius.models import model_config
 from moebius.models.decoder import Decoder
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.nn.attention import CausalAttend
 from moebius.ops.reference import ReferenceOps
 from moebius.train.architecture import config_json, dense_twin

@@ -49,7 +49,7 @@ class Decoder(nn.Module):
     """Embedding, layers, norm and vocabulary projection (absent when tied to the embedding).
 
     Built on `device` with uninitialised parameters of `dtype`: call init_weights, or load with
-    moebius.models.weights.load_decoder.
+    moebius.models.store.load.
     """
 
     def __init__(
