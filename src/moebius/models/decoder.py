@@ -5,7 +5,6 @@ Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attentio
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from moebius.moe.router import Routing
 from moebius.nn.attention import Attend, Attention
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.nn.rope import Rotary
-from moebius.ops import Ops
+from moebius.ops import Ops, PreparedLinear
 
 
 class Layer(nn.Module):
@@ -78,7 +77,7 @@ class Decoder(nn.Module):
             self.lm_head: Linear | None = None
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
-        self._head: Any = None
+        self._head: PreparedLinear | None = None
         self.rotary = Rotary(config.rope, config.head_dim, ops)
 
     def forward(
@@ -98,8 +97,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
-        if self._head is None:
-            weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if self._head is None or not self._head.is_of((weight_VD, None)):
             self._head = self.ops.prepare_linear((weight_VD, None))
         logits_LV = self.ops.logits(hidden_LD, self._head)
         return (

@@ -5,7 +5,7 @@ expert, and noise.
 Shape legend: T tokens, E experts, K experts a token, P = T * K pairs of token and choice.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moebius.config import RouterConfig
 from moebius.moe.config import TrainingRouting
-from moebius.ops import Ops, RouterTally
+from moebius.ops import Ops, PreparedLinear, RouterTally
 
 
 class Routing(NamedTuple):
@@ -45,7 +45,7 @@ class Router(nn.Module):
         self.ops, self.config = ops, config
         self.limits: TrainingRouting | None = None
         self.tally: RouterTally | None = None
-        self._prepared: Any = None
+        self._prepared: PreparedLinear | None = None
         self.weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
         self.bias = (
             nn.Parameter(torch.empty(config.num_experts, dtype=dtype))
@@ -60,8 +60,9 @@ class Router(nn.Module):
             self.noise_weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        if self._prepared is None:
-            self._prepared = self.ops.prepare_linear((self.weight, self.bias))
+        layer = (self.weight, self.bias)
+        if self._prepared is None or not self._prepared.is_of(layer):
+            self._prepared = self.ops.prepare_linear(layer)
         if self.limits is not None and self.limits.jitter and self.training:
             x_TD = jittered(x_TD, self.limits.jitter)
         logits_TE = self.ops.logits(x_TD, self._prepared)

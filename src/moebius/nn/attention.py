@@ -6,14 +6,14 @@ documents.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moebius.config import ModelConfig
 from moebius.nn.linear import Linear, RMSNorm
-from moebius.ops import Ops
+from moebius.ops import LayerCache, Ops, PreparedLinear
 from moebius.ops.reference import visible
 from moebius.ops.steps import StepInputs
 
@@ -68,7 +68,7 @@ class PagedAttend:
         self,
         ops: Ops,
         config: ModelConfig,
-        caches: Sequence[Any],
+        caches: Sequence[LayerCache],
         step: StepInputs,
         block_size: int,
     ) -> None:
@@ -143,7 +143,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.ops, self.layer = config, ops, layer
-        self._projections: Any = None
+        self._projections: PreparedLinear | None = None
         width, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
         self.q_proj = Linear(ops, width, q_size, bias=config.qkv_bias, dtype=dtype)
         self.k_proj = Linear(ops, width, kv_size, bias=config.qkv_bias, dtype=dtype)
@@ -172,10 +172,9 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:
         config = self.config
-        if self._projections is None:
-            self._projections = self.ops.prepare_linear(
-                *((p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
-            )
+        layers = [(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        if self._projections is None or not self._projections.is_of(*layers):
+            self._projections = self.ops.prepare_linear(*layers)
         qkv_TI = self.ops.linear(x_TD, self._projections)
         if config.qk_norm == "full" or config.clip_qkv is not None:
             qkv_TI = self._full_norm(qkv_TI)
