@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moebius.config import ModelConfig
+from moebius.models.config import ModelConfig
 from moebius.ops import Ops
 from moebius.pages import populate
 

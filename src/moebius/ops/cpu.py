@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moebius import _cpu, machine
-from moebius.config import Activation, RouterConfig
 from moebius.errors import ConfigError
+from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.sampling import Shaping, TopK
 from moebius.ops.steps import (

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.config import Activation, RouterConfig
+from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.routing import count, route
 from moebius.ops.sampling import SamplingOps
 from moebius.ops.steps import (
