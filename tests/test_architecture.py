@@ -19,20 +19,18 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # What each package of moebius may import, besides itself.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
     "files": {"errors"},
     "schedule": {"errors"},
     "text": {"errors", "files", "schedule"},
     "pages": set(),
     "machine": set(),
     "_cpu": set(),  # built from csrc
-    "ops": {"errors", "config", "machine", "_cpu"},
-    "nn": {"errors", "config", "ops"},
-    "moe": {"errors", "config", "ops", "nn"},
-    "models": {"errors", "config", "files", "pages", "ops", "nn", "moe"},
+    "ops": {"errors", "machine", "_cpu"},
+    "nn": {"errors", "ops"},
+    "moe": {"errors", "ops", "nn"},
+    "models": {"errors", "files", "pages", "ops", "nn", "moe"},
     "engine": {
         "errors",
-        "config",
         "files",
         "machine",
         "pages",
@@ -46,9 +44,9 @@ ARROWS: dict[str, set[str]] = {
     "outputs": {"errors", "schedule", "text", "engine"},
     "llm": {"errors", "files", "schedule", "text", "engine", "outputs", "models"},
     "server": {"errors", "files", "schedule", "text", "engine", "outputs"},
-    "bench": {"errors", "config", "files", "schedule", "text", "models", "engine", "llm"},
-    "inspect": {"errors", "config", "files", "text", "ops", "nn", "moe", "models"},
-    "train": {"errors", "config", "files", "text", "ops", "nn", "moe", "models", "inspect"},
+    "bench": {"errors", "files", "schedule", "text", "models", "engine", "llm"},
+    "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
+    "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

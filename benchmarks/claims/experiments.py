@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moebius.config import FeedForwardConfig, RouterConfig
-from moebius.moe.config import TrainingRouting
+from moebius.moe.config import FeedForwardConfig, TrainingRouting
+from moebius.ops.config import RouterConfig
 from moebius.train.architecture import dense_twin
 from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 import moebius
-from moebius.models import model_config
+from moebius.models.family import model_config
 from moebius.models.weights import load_decoder
 from moebius.train.architecture import config_json
 from moebius.train.corpus import is_held_out

@@ -14,7 +14,7 @@ import transformers
 
 from moebius.errors import ConfigError
 from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.nn.packed import PackedPast
 from moebius.text import GenerationDefaults
 from moebius.train.architecture import check_trainable
 from moebius.train.data import PreparedData
@@ -125,7 +125,7 @@ def test_transformers_reads_the_same_beside_the_weights(
     ids = torch.arange(4, 40)
     decoder = load_decoder(after, torch.float32)
     with torch.no_grad():
-        hidden, _ = decoder(ids, torch.arange(36), CausalAttend(decoder.config, 36))
+        hidden, _ = decoder(ids, torch.arange(36), PackedPast(36))
         assert_close(decoder.logits(hidden), model(ids.unsqueeze(0)).logits[0])
         was = load_theirs(before)(ids.unsqueeze(0)).logits[0]
     assert (decoder.logits(hidden) - was).abs().max() > 0.01, "it was trained"

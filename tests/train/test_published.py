@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.config import FeedForwardConfig, RouterConfig
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
 from moebius.errors import ConfigError
-from moebius.models import model_config
 from moebius.models.decoder import Decoder
+from moebius.models.family import model_config
 from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.packed import PackedPast
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 from moebius.train.architecture import config_json, dense_twin
 from moebius.train.data import PreparedData
@@ -138,7 +139,7 @@ def trained(recipe: Recipe, data: PreparedData, folder: Path) -> Trainer:
 @torch.no_grad()
 def logits(folder: Path, ids: torch.Tensor, ops: Any = None) -> torch.Tensor:
     decoder = load_decoder(folder, torch.float32, ops=ops)
-    hidden, _ = decoder(ids, torch.arange(len(ids)), CausalAttend(decoder.config, len(ids)))
+    hidden, _ = decoder(ids, torch.arange(len(ids)), PackedPast(len(ids)))
     return decoder.logits(hidden)
 
 
@@ -180,7 +181,7 @@ def test_what_no_type_expresses_trains_and_is_not_served(
     same = Decoder(trainer.decoder.config, ReferenceOps())
     same.load_state_dict({name: x.float() for name, x in trainer.decoder.state_dict().items()})
     with torch.no_grad():
-        hidden, _ = same(ids, torch.arange(20), CausalAttend(same.config, 20))
+        hidden, _ = same(ids, torch.arange(20), PackedPast(20))
         assert torch.equal(logits(tmp_path, ids, ReferenceOps()), same.logits(hidden))
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.moe.config import TrainingRouting
-from moebius.nn.attention import CausalAttend
+from moebius.nn.packed import PackedPast
 from moebius.ops.reference import ReferenceOps
 from moebius.train import trainer as trainer_module
 from moebius.train.data import PreparedData
@@ -118,8 +118,8 @@ def test_one_step_is_adamw_on_the_naive_loss(recipe: Recipe, data: PreparedData)
     naive = Decoder(trainer.decoder.config, ReferenceOps())
     naive.load_state_dict({name: p.float() for name, p in trainer.decoder.state_dict().items()})
     batch = trainer._batches.batch(0)
-    attend = CausalAttend(naive.config, 48, batch.document_RL.flatten())
-    hidden, routings = naive(batch.input_RL.flatten(), torch.arange(48).repeat(3), attend)
+    past = PackedPast(48, batch.document_RL.flatten())
+    hidden, routings = naive(batch.input_RL.flatten(), torch.arange(48).repeat(3), past)
     loss = torch.nn.functional.cross_entropy(naive.logits(hidden), batch.target_RL.flatten())
     balance, z = 0.0, 0.0
     for routing in routings:

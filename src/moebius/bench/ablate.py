@@ -14,16 +14,16 @@ import torch
 
 from moebius.bench.metrics import Record, summarise
 from moebius.bench.workload import Sample, arrival_times, mixed_samples, require_positive
-from moebius.config import ModelConfig
 from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import Prepared, load_engine, prepare
 from moebius.engine.memory import human_bytes
 from moebius.errors import require
-from moebius.models import model_config
 from moebius.models.checkpoint import open_checkpoint
+from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.family import model_config
 from moebius.models.weights import save_checkpoint
 from moebius.schedule.request import Request, SamplingParams
 
@@ -94,13 +94,14 @@ def write_twin(prepared: Prepared, twin: str, directory: Path) -> None:
     """A qwen3 checkpoint with the model's sizes, a dense feed-forward and random weights from a
     fixed seed."""
     model = prepared.checkpoint.config
+    attention = model.attention
     config_json = {
         "model_type": "qwen3",
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
         "vocab_size": model.vocab_size,
         "max_position_embeddings": model.context,
         "intermediate_size": dense_width(model, twin),

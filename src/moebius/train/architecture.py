@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from moebius.config import FeedForwardConfig, ModelConfig
 from moebius.errors import require
-from moebius.models import model_config, read_config
+from moebius.models.config import ModelConfig
+from moebius.models.family import model_config, read_config
+from moebius.moe.config import FeedForwardConfig
 
 if TYPE_CHECKING:
     from moebius.train.recipe import Recipe
@@ -98,13 +99,14 @@ def dense_twin(recipe: "Recipe") -> "Recipe":
         model_config(config_json(recipe, recipe.tokenizer.vocab_size)),
     )
     require(any(part.router for part in config.feed_forward), "the recipe's model is dense already")
+    attention = config.attention
     parts = tuple(
         FeedForwardConfig(active_width(part), activation=part.activation, gated=part.gated)
         for part in config.feed_forward
     )
-    common = {key: table[key] for key in _KEPT if key in table} | {"head_dim": config.head_dim}
+    common = {key: table[key] for key in _KEPT if key in table} | {"head_dim": attention.head_dim}
     kind = {("head", False): "qwen3", ("none", True): "qwen2"}.get(
-        (config.qk_norm, config.qkv_bias)
+        (attention.qk_norm, attention.qkv_bias)
     )
     if kind and parts[0].gated and len(set(parts)) == 1:
         activation = (
@@ -117,8 +119,8 @@ def dense_twin(recipe: "Recipe") -> "Recipe":
         model = {
             "model_type": "moebius",
             "unpublished": lacks,
-            "qk_norm": config.qk_norm,
-            "qkv_bias": config.qkv_bias,
+            "qk_norm": attention.qk_norm,
+            "qkv_bias": attention.qkv_bias,
         }
     return replace(recipe, name=f"{recipe.name}-dense", model=common | model, layers=parts)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from moebius.models.decoder import Decoder
 from moebius.moe.losses import chosen_counts, present
 from moebius.moe.router import Router
-from moebius.nn.attention import CausalAttend
+from moebius.nn.packed import PackedPast
 from moebius.train.data import PreparedData, evaluation_batches
 
 _LOGIT_ROWS = 1024
@@ -41,7 +41,7 @@ class Score:
 
 def routers(decoder: Decoder) -> list[Router]:
     """One for each layer that has experts."""
-    return [module for module in decoder.modules() if isinstance(module, Router)]
+    return list(decoder.routers.values())
 
 
 @contextmanager
@@ -84,9 +84,9 @@ def score(
     for batch in evaluation_batches(stream, data, rows, length):
         here = batch.to(device)
         count, width = here.input_RL.shape
-        attend = CausalAttend(decoder.config, width, here.document_RL)
+        past = PackedPast(width, here.document_RL)
         positions_T = torch.arange(width, device=device).repeat(count)
-        hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, attend)
+        hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, past)
         target_T = here.target_RL.reshape(-1)
         pieces = zip(*(torch.split(x, _LOGIT_ROWS) for x in (hidden_TD, target_T)), strict=True)
         nats = sum(

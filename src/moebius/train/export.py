@@ -125,13 +125,10 @@ def _compressed(texts: Iterable[bytes]) -> dict[str, float]:
 def parameter_counts(decoder: Decoder) -> tuple[int, int]:
     """All parameters, and those that one token uses."""
     total, idle = sum(p.numel() for p in decoder.parameters()), 0
-    for number, part in enumerate(decoder.config.feed_forward):
-        if part.router is not None:
-            experts = sum(
-                p.numel()
-                for p in decoder.get_submodule(f"layers.{number}.mlp.experts").parameters()
-            )
-            idle += experts - experts * part.router.top_k // part.router.num_experts
+    for number, router in decoder.routers.items():
+        held = decoder.get_submodule(f"layers.{number}.mlp.experts").parameters()
+        experts = sum(p.numel() for p in held)
+        idle += experts - experts * router.config.top_k // router.config.num_experts
     return total, total - idle
 
 

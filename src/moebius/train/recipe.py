@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pydantic as p
 
-from moebius.config import FeedForwardConfig
 from moebius.errors import ConfigError, require
 from moebius.files import read_text
-from moebius.models import model_config
+from moebius.models.family import model_config
 from moebius.models.hub import resolve_model
-from moebius.moe.config import TrainingRouting
+from moebius.moe.config import FeedForwardConfig, TrainingRouting
 from moebius.train.architecture import check_trainable, check_written, config_json
 from moebius.train.tokenizer import END_OF_TEXT
 

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from moebius.config import ModelConfig
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError, require
 from moebius.files import anyone, write_file
-from moebius.models import model_config
 from moebius.models.checkpoint import open_checkpoint
+from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.family import model_config
 from moebius.models.weights import load_decoder
 from moebius.moe.losses import (
     chosen_counts,
@@ -34,7 +34,7 @@ from moebius.moe.losses import (
     updated_bias,
 )
 from moebius.moe.router import Routing
-from moebius.nn.attention import CausalAttend
+from moebius.nn.packed import PackedPast
 from moebius.train.architecture import check_trainable, config_json
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
@@ -135,10 +135,7 @@ class Trainer:
 
     def _is_trained(self, name: str) -> bool:
         part = self.recipe.finetune.train if self.recipe.finetune else "all"
-        expert = (
-            ".experts." in name
-            and self.decoder.config.feed_forward[int(name.split(".")[1])].router is not None
-        )
+        expert = ".experts." in name and int(name.split(".")[1]) in self.decoder.routers
         return not name.endswith(_BIAS) and (part == "all" or expert == (part == "experts"))
 
     def step(self) -> StepReport:
@@ -182,9 +179,9 @@ class Trainer:
         seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
         rows, length = part.input_RL.shape
-        attend = CausalAttend(self.decoder.config, length, part.document_RL)
+        past = PackedPast(length, part.document_RL)
         positions_T = torch.arange(length, device=self.device).repeat(rows)
-        hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), positions_T, attend)
+        hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), positions_T, past)
         divisor = self.decoder.config.logits_divisor
         return part, hidden_TD if divisor == 1.0 else hidden_TD / divisor, present(routings)
 
