@@ -269,14 +269,20 @@ def report(results: Results) -> str:
     """Two Markdown tables, a row a claim and a row a run."""
     lines = ["| # | claim | confirmed if | measured, a value a seed | verdict |", "| - | - | - | - | - |"]
     for row in ROWS:
-        word, figures = _judged(row, results)
+        word, figures = verdict(row, results)
         lines.append(f"| {row.number} | {row.claim} | {row.mark} | {figures} | {word} |")
-    lines += ["", "| run | seeds | loss (range) | MaxVio | dead | at capacity 1.25 | CPU s |", "| - |" + " -: |" * 6]
+    return "\n".join([*lines, "", runs_table(results)])
+
+
+def runs_table(results: Results) -> str:
+    """A row a run, means over its seeds."""
+    lines = ["| run | seeds | loss (range) | MaxVio | dead | at capacity 1.25 | CPU s |", "| - |" + " -: |" * 6]
     lines += [_line(name, list(results[name].values())) for name in RUNS if name in results]
     return "\n".join(lines)
 
 
-def _judged(row: Row, results: Results) -> Verdict:
+def verdict(row: Row, results: Results) -> Verdict:
+    """The judge's word, and a note where fewer than all seeds have been run."""
     try:
         word, figures = row.judge(results)
     except Incomplete as missing:
