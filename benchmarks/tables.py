@@ -26,7 +26,7 @@ from beside import Comparison, number
 from claims.report import ROWS, read, runs_table, verdict
 from moebius.files import anyone, write_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PAGES = ("README.md", "docs/benchmarks.md", "docs/claims.md")
 CHART = ROOT / "docs" / "beside.svg"
