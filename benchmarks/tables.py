@@ -61,7 +61,9 @@ class Source(NamedTuple):
 PYTHON = ".venv/bin/python"
 COLD_STARTS = (
     Source("cold_start.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/cold_start.py --runs 7"),
-    Source("cold_start_m2.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/cold_start.py --runs 7 --model $PEERS/models/m2"),
+    Source(
+        "cold_start_m2.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/cold_start.py --runs 7 --model $PEERS/models/m2"
+    ),
 )
 OVERHEAD = Source("step_overhead.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/step_overhead.py")
 OPERATIONS = (
@@ -277,7 +279,7 @@ def ablation() -> str:
             run["name"],
             f"{run['output_throughput']:,.0f}",
             f"{run['output_throughput'] / full:.2f}",
-            *(f"{run[f'median_{key}_ms']:,.1f} / {run[f'p99_{key}_ms']:,.1f}" for key in ("ttft", "itl")),
+            *(f"{number(run[f'median_{key}_ms'])} / {number(run[f'p99_{key}_ms'])}" for key in ("ttft", "itl")),
             f"{run['median_e2el_ms'] / 1000:.2f} / {run['p99_e2el_ms'] / 1000:.2f}",
             str(run["most_running"]),
             f"{run['kv_held'] / 2**20:.1f}",
