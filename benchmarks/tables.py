@@ -132,21 +132,27 @@ def _run_row(source: str, record: dict[str, Any]) -> list[str]:
 
 
 def roofline_in_turn() -> str:
-    rows = []
+    """A row a machine, model and workload: the range over its repetitions of the ceilings, and of our shares of them."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for name, files in IN_TURN.items():
         for file in files:
             for row in json.loads((HERE / "peers" / name / file).read_text(encoding="utf-8"))["rows"]:
-                rows.append(_in_turn_row(name, row))
-    rows.sort(key=lambda row: row[0], reverse=True)
-    head = ["machine", "model, workload", "read loop, GB/s", "mapped file, GB/s", "product, GFLOP/s"]
-    return table([*head, "time, s", "of the roofline: read loop", "mapped file"], rows, (0, 1))
+                found.setdefault((beside.MACHINES[name], row["model"], row["workload"]), []).append(row)
+    rows = [_in_turn_row(machine, model, name, found[machine, model, name]) for machine, model, name in sorted(found)]
+    head = ["machine", "", "repetitions", "read loop, GB/s", "mapped file, GB/s", "product, GFLOP/s"]
+    return table([*head, "share, read loop", "share, mapped file"], rows, (0, 1))
 
 
-def _in_turn_row(name: str, row: dict[str, Any]) -> list[str]:
-    speeds = [number(row[key]) for key in ("anonymous_gbs", "mapped_gbs", "matrix_gflops")]
-    shares = [f"{row[key]:.0%}" for key in ("share_anonymous", "share_mapped")]
-    label = f"{beside.MODELS[row['model']]} {row['workload'].upper()}"
-    return [beside.MACHINES[name], label, *speeds, number(row["seconds"]), *shares]
+def _in_turn_row(machine: str, model: str, name: str, rows: list[dict[str, Any]]) -> list[str]:
+    speeds = [_range([row[key] for row in rows], "{:.0f}") for key in ("anonymous_gbs", "mapped_gbs", "matrix_gflops")]
+    shares = [_range([row[key] for row in rows], "{:.0%}") for key in ("share_anonymous", "share_mapped")]
+    return [machine, f"{beside.MODELS[model]} {name.upper()}", str(len(rows)), *speeds, *shares]
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """`31 to 46`, or `31` where that is all."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def cold_starts() -> str:
@@ -316,12 +322,12 @@ def headline() -> str:
     speeds.sort(key=lambda one: (list(beside.MODELS).index(one.model), one.source))
     rows = []
     for one in speeds:
+        ours = f"**{number(one.values['moebius'])}**"
         best = f"{beside.ENGINES[one.best]} {number(one.values[one.best])}"
         command = f"`{beside.command(found[one.source]['settings'])}`"
-        rows.append([one.label, f"**{number(one.values['moebius'])}**; {best}: {one.spread}", command])
-    return table(
-        ["what", "Moebius; the best of the others: ratio", "command"], _said_once([*rows, *_own_rows()]), (0, 1, 2)
-    )
+        rows.append([one.label, ours, best, one.spread, command])
+    head = ["what", "Moebius", "fastest other engine", "ratio", "command"]
+    return table(head, _said_once([*rows, *_own_rows()]), range(5))
 
 
 def _said_once(rows: list[list[str]]) -> list[list[str]]:
@@ -331,28 +337,27 @@ def _said_once(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _own_rows() -> list[list[str]]:
-    """Figures that nobody else has a counterpart of."""
+    """Figures that have no counterpart in another engine."""
     rows = []
     for source in COLD_STARTS:
         record = source.read()["serve"]
-        label = f"`moebius serve` {_model(source.read()['model'])}: process start to first streamed chunk"
-        span = f"{record['median']:.1f} s ({record['min']:.1f} to {record['max']:.1f})"
-        rows.append([label, span, f"`{source.command}`"])
+        label = f"`moebius serve` {_model(source.read()['model'])}: process start to first streamed chunk, s"
+        span = f"**{record['median']:.1f}** ({record['min']:.1f} to {record['max']:.1f})"
+        rows.append([label, span, "", "", f"`{source.command}`"])
     step = OVERHEAD.read()[-1]["steps"][-1]
-    rows.append(
-        [
-            f"Python's share of a decoding step, M1, {step['sequences']} sequences",
-            f"{step['python_ms']:.2f} of {step['step_ms']:.1f} ms, {step['share']:.1%}",
-            f"`{OVERHEAD.command} --model $PEERS/models/m1 --sequences 1 32`",
-        ]
-    )
+    label = f"Python in a decoding step of {step['step_ms']:.1f} ms, M1, {step['sequences']} sequences, ms"
+    share = f"**{step['python_ms']:.2f}** ({step['share']:.1%})"
+    rows.append([label, share, "", "", f"`{OVERHEAD.command} --model $PEERS/models/m1 --sequences 1 32`"])
+    worst = BODIES.read()["slowest_ms"]["pause"]
+    rows.append(["longest pause of a stream beside hostile bodies, ms", f"**{worst}**", "", "", f"`{BODIES.command}`"])
     source = max(SCHEDULES, key=lambda source: source.read()["schedules"])
     record = source.read()
-    found = "none differed" if record["different"] is None else f"first difference: {record['different']}"
-    said = f"{record['answers']:,} answers in {record['schedules']:,} schedules, {found} ({source.machine})"
-    rows.append(["answers compared bit for bit with the same request alone", said, f"`{source.command}`"])
-    worst = BODIES.read()["slowest_ms"]["pause"]
-    rows.append(["longest pause of a stream beside hostile bodies", f"{worst} ms", f"`{BODIES.command}`"])
+    different = "none" if record["different"] is None else record["different"]
+    label = (
+        f"answers that differ by a bit from the same request alone, of {record['answers']:,} in "
+        f"{record['schedules']:,} random schedules ({source.generation})"
+    )
+    rows.append([label, f"**{different}**", "", "", f"`{source.command}`"])
     return rows
 
 
@@ -383,7 +388,8 @@ def draw_chart() -> None:
     record = beside.records(CHART_RECORD.partition("/")[0])[CHART_RECORD]
     shown = [one for one in beside.comparisons(CHART_RECORD, record) if one.measure != beside.TTFT]
     cores = record["machine"]["cores"]
-    title = f"M1: Mixture of Experts of 0.49 B parameters in bfloat16, {cores} cores of an AMD EPYC (Zen 4)"
+    machine = f"{cores} cores of an AMD EPYC (Zen 4)"
+    title = f"Tokens per second, more is better; {machine}\nM1, a Mixture of Experts of 0.49 B parameters in bfloat16"
     beside.draw(shown, title, CHART)
 
 

@@ -6,6 +6,7 @@ benchmarks/tables.py puts them into the pages.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,19 +235,20 @@ def draw(found: Sequence[Comparison], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "moebius"  # ids of the file's parts: the same at each run
-    figure = Figure(figsize=(9, 4.4), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=11)
+    figure = Figure(figsize=(8, 6.2), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=13)
     for axis, one in zip(figure.subplots(2, 2).flatten(), found, strict=True):
         engines = sorted(one.values, key=lambda peer: (peer != OURS, -one.values[peer]))
         values = [one.values[peer] for peer in engines]
         colors = ["#0b6e99" if peer == OURS else "#b8bfc6" for peer in engines]
         bars = axis.barh([ENGINES[peer] for peer in engines], values, color=colors)
-        axis.bar_label(bars, [number(value) for value in values], padding=4, fontsize=9)
+        axis.bar_label(bars, [number(value) for value in values], padding=4, fontsize=12)
         axis.invert_yaxis()
-        axis.margins(x=0.16)
-        what, unit = MEASURES[one.workload, one.measure]
-        axis.set_title(f"{what[0].upper()}{what[1:]}, {unit}", fontsize=9.5, loc="left")
+        axis.margins(x=0.2)
+        what, _ = MEASURES[one.workload, one.measure]
+        heading = textwrap.fill(f"{what[0].upper()}{what[1:]}", 34)
+        axis.set_title(heading, fontsize=12, loc="left")
         axis.spines[["top", "right", "bottom"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="y", length=0, labelsize=12)
         axis.xaxis.set_visible(False)
     figure.savefig(path, metadata={"Creator": "benchmarks/tables.py", "Date": None})
