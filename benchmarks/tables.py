@@ -132,7 +132,7 @@ def _run_row(source: str, record: dict[str, Any]) -> list[str]:
 
 
 def roofline_in_turn() -> str:
-    """A row a machine, model and workload: the range over its repetitions of the ceilings, and of our shares of them."""
+    """A row a machine, model and workload: over its repetitions the range of the ceilings, and of our shares."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for name, files in IN_TURN.items():
         for file in files:
