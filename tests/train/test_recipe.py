@@ -7,7 +7,6 @@ import pytest
 from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
 from moebius.errors import ConfigError
 from moebius.models import model_config
-from moebius.train.architecture import config_json
 from moebius.train.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,7 +262,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def decoder(recipe: Recipe) -> ModelConfig:
     assert recipe.model is not None
-    return model_config(config_json(recipe, 4096))
+    return model_config(recipe.config_json(4096))
 
 
 def test_the_model_is_the_recipes(tmp_path: Path) -> None:

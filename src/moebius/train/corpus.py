@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from moebius.errors import ConfigError, require
 from moebius.text.pieces import PIECE, pieces, word_end
-from moebius.train.recipe import CorpusRecipe
+from moebius.train.tables import CorpusRecipe
 
 SPLITS = ("train", "heldout")
 # How far before its share the held-out end of a text may begin, in characters, to begin with a

@@ -14,7 +14,8 @@ import torch
 from moebius.errors import ConfigError, NumericalError, StorageError
 from moebius.files import json_text
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
-from moebius.train.trainer import StepReport, Trainer
+from moebius.train.step import StepReport
+from moebius.train.trainer import Trainer
 
 Line = dict[str, Any]
 

@@ -23,7 +23,6 @@ from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
 from moebius.models.weights import load_decoder
-from moebius.train.architecture import dense_twin as twin_of
 from moebius.train.corpus import Corpus, reads_below
 from moebius.train.data import holds_run, prepare
 from moebius.train.evaluate import routers
@@ -39,7 +38,8 @@ from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe, read_recipe
-from moebius.train.trainer import StepReport, Trainer
+from moebius.train.step import StepReport
+from moebius.train.trainer import Trainer
 
 
 def main_from_recipe(
@@ -60,7 +60,8 @@ def main_from_recipe(
     UsageError, NumericalError or StorageError, each of which leaves the last checkpoint whole.
     """
     recipe = read_recipe(recipe_path)
-    recipe = twin_of(recipe) if dense_twin else recipe
+    if dense_twin:
+        recipe = recipe.dense_twin()
     where = _device(device)
     try:
         if evaluate_only:
