@@ -155,7 +155,7 @@ def test_options_are_counted() -> None:
 
     found = commands(typer.main.get_command(app))
     counts = {name: {option.name for option in command.params} for name, command in found}
-    assert {"serve", "plan", "bench serve", "bench latency", "bench ablate"} <= set(counts)
+    assert {"serve", "plan", "bench serve", "bench latency"} <= set(counts)
     serve_and_llm = (
         counts.pop("serve")
         | set(EngineConfig.__dataclass_fields__)

@@ -24,7 +24,6 @@ FILES = sources()
 # Statements that are still to be unpacked, and functions and files still to be cut, by file: these
 # only go down.
 KNOWN_SEVERAL_TARGETS = {
-    "bench/ablate.py": 10,
     "bench/client.py": 1,
     "bench/metrics.py": 1,
     "bench/offline.py": 1,
@@ -91,22 +90,13 @@ KNOWN_SEVERAL_TARGETS = {
     "text/sandbox.py": 4,
     "text/stream.py": 4,
     "text/tokenizer.py": 2,
-    "train/corpus.py": 5,
-    "train/data.py": 11,
-    "train/evaluate.py": 1,
-    "train/export.py": 6,
-    "train/loop.py": 7,
-    "train/ops.py": 3,
-    "train/run.py": 1,
 }
 KNOWN_SPLATS = {
-    "bench/ablate.py": 2,
     "engine/load.py": 1,
     "llm.py": 1,
     "models/families.py": 1,
     "server/protocol.py": 1,
     "text/defaults.py": 1,
-    "train/tokenizer.py": 2,
 }
 KNOWN_LONG_FUNCTIONS = {
     "cli/bench.py: serve",
