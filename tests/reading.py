@@ -108,7 +108,7 @@ class Source:
 
     def several_targets(self) -> list[int]:
         """The lines of statements that give several targets a value each, where each could have a
-        line of its own. Taking apart one value is none of them, nor is a swap."""
+        line of its own. Taking one value apart is none of them, nor is a swap."""
         return [node.lineno for node in ast.walk(self.tree) if _is_crammed(node)]
 
     def splats_of_displays(self) -> list[int]:
@@ -187,18 +187,15 @@ def _functions(node: ast.AST, inside: str) -> Iterator[Function]:
 
 
 def _is_crammed(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Assign):
-        return False
-    if len(node.targets) > 1:
-        return True
-    target = node.targets[0]
-    if not isinstance(target, ast.Tuple | ast.List):
-        return False
-    value = node.value
-    if isinstance(value, ast.Tuple | ast.List):
-        swapped = sorted(map(ast.unparse, target.elts)) == sorted(map(ast.unparse, value.elts))
-        return not swapped
-    return _makes_several(value)
+    match node:
+        case ast.Assign(targets=[ast.Tuple() | ast.List() as target], value=value):
+            swap = isinstance(value, ast.Tuple) and _texts(target) == _texts(value)
+            return _makes_several(value) and not swap
+    return False
+
+
+def _texts(display: ast.Tuple | ast.List) -> list[str]:
+    return sorted(map(ast.unparse, display.elts))
 
 
 def _makes_several(value: ast.expr) -> bool:

@@ -181,7 +181,6 @@ def source(text: str, name: str = "part.py") -> Source:
     "statement",
     [
         "a, b = 1, 2",
-        "a = b = 0",
         "self.a, self.b = x, y",
         "a, b = (1,) * 2 if late else (3, 4)",
         "a, b = (f(x) for x in rows)",

@@ -250,10 +250,11 @@ def figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None = N
         columns.insert(1, "dense twin")
     rows = []
     for kind, figure in figures.items():
-        own, *others = (f"{figure[key]:.3f}" for key in keys)
+        values = [f"{figure[key]:.3f}" for key in keys]
+        values[0] = f"**{values[0]}**"
         if twin is not None:
-            others.insert(0, f"{twin['figures'][kind]['bits_per_byte']:.3f}")
-        rows.append((kind, f"{figure['bytes']:,}", f"**{own}**", *others))
+            values.insert(1, f"{twin['figures'][kind]['bits_per_byte']:.3f}")
+        rows.append((kind, f"{figure['bytes']:,}", *values))
     return _table(("held-out text", "bytes", *columns), rows)
 
 
