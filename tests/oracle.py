@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebius.models.decoder import Decoder
-from moebius.nn.attention import PagedAttend, StepInputs
+from moebius.nn.paged import PagedPast
+from moebius.ops.steps import StepInputs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -173,8 +174,8 @@ class Server:
             tables.append(table)
             self.done[sequence] = start + len(ids)
         inputs = StepInputs.build([ids for _, ids in work], starts, tables, self.block_size)
-        attend = PagedAttend(self.ops, self.decoder.config, self.caches, inputs, self.block_size)
-        hidden, _ = self.decoder(inputs.input_ids, inputs.positions, attend)
+        past = PagedPast(self.ops, self.caches, inputs, self.block_size)
+        hidden, _ = self.decoder(inputs.input_ids, inputs.positions, past)
         logits = self.decoder.logits(hidden)
         for (sequence, _), part in zip(
             work, logits.split([len(ids) for _, ids in work]), strict=True

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
+from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.uses import uses
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 
 
 def model(*layers: FeedForwardConfig) -> ModelConfig:
+    attention = GQA(4, 2, 16, rope=RopeConfig())
     return ModelConfig(
         model_type="llama",
         hidden_size=64,
-        num_layers=len(layers),
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
         vocab_size=100,
-        max_position_embeddings=64,
-        rope=RopeConfig(),
-        feed_forward=layers,
-        windows=(None,) * len(layers),
+        context=64,
+        layers=tuple(LayerSpec(attention, layer) for layer in layers),
     )
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.errors import ConfigError, WeightsError
-from moebius.models import checkpoint_layouts
 from moebius.models.decoder import Decoder
+from moebius.models.family import family
 from moebius.models.layout import sources
 from moebius.models.store import fingerprint, open_checkpoint
 from moebius.models.store.load import load_decoder
@@ -408,9 +408,7 @@ def test_sources_cover_exactly_the_decoder(tmp_path: Path, model_type: str) -> N
     shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     assert {source.parameter: source.shape for source in checkpoint.sources} == shapes
     assert len(checkpoint.sources) == len(shapes)
-    assert set(sources(checkpoint.config, checkpoint_layouts(model_type)[0])) == set(
-        checkpoint.sources
-    )
+    assert set(sources(checkpoint.config, family(model_type).layouts[0])) == set(checkpoint.sources)
 
 
 def test_fingerprint_tells_checkpoints_apart(good: Path, broken: Path) -> None:

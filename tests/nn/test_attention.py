@@ -1,15 +1,14 @@
 """Attention in packed rows against a loop over tokens, and its gradients against that loop's in
 float64."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from moebius.nn import attention
-from moebius.nn.attention import CausalAttend, Rotation
+from moebius.nn import packed as packed_module
+from moebius.nn.attention import GQA, Attention
+from moebius.nn.packed import PackedPast
+from moebius.nn.spec import Place
 from moebius.ops.reference import ReferenceOps
 
 HEADS, GROUPS, SIZE, ROWS = 4, 2, 6, 3
@@ -38,7 +37,7 @@ def naive(
 def test_causal_attention(
     monkeypatch: pytest.MonkeyPatch, length: int, window: int | None, packed: bool
 ) -> None:
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(packed_module, "QUERY_BLOCK", 8)
     generator = torch.Generator().manual_seed(0)
     tokens = ROWS * length
     qkv = torch.randn(tokens, (HEADS + 2 * GROUPS) * SIZE, generator=generator).requires_grad_()
@@ -47,10 +46,10 @@ def test_causal_attention(
         if packed
         else None
     )
-    config: Any = SimpleNamespace(windows=(None, window), scale=0.4)
+    spec = GQA(HEADS, GROUPS, SIZE, window=window, scale=0.4)
+    attention = Attention(spec, Place(ReferenceOps(), 8, 1e-6, torch.float32))
     still = torch.ones(tokens, SIZE // 2), torch.zeros(tokens, SIZE // 2)
-    rotation = Rotation(ReferenceOps(), *still, kv_heads=GROUPS, head_dim=SIZE)
-    out = CausalAttend(config, length, documents)(1, qkv, rotation)
+    out = PackedPast(length, documents).attend(attention, qkv, still)
     exact = qkv.detach().double().requires_grad_()
     expected = naive(exact, length, 0.4, window, documents)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)

@@ -10,8 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from moebius.config import RopeConfig
-from moebius.nn.rope import Rotary, frequencies
+from moebius.nn.rope import RopeConfig, Rotary, frequencies
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moe.test_router import CHOSEN_LOGITS, ROWS, SOFTMAX, V3
-from moebius.config import RouterConfig
 from moebius.ops import ExpertWeights
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps, activate
 from moebius.ops.sampling import Shaping

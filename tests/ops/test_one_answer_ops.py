@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.config import RouterConfig
 from moebius.ops import ExpertWeights
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.sampling import Shaping
 from moebius.ops.steps import StepInputs

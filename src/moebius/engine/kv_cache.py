@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from moebius.config import ModelConfig
+from moebius.models.config import ModelConfig
 from moebius.ops import LayerCache, Ops
 from moebius.pages import populate
 

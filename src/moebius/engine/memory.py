@@ -7,9 +7,9 @@ without loading the model); the engine reserves what it says at start and nothin
 
 from dataclasses import dataclass, replace
 
-from moebius.config import ModelConfig
 from moebius.engine.config import EngineConfig
 from moebius.errors import MemoryPlanError, require
+from moebius.models.config import ModelConfig
 from moebius.ops.sampling import ROWS_AT_ONCE
 from moebius.schedule.request import LIMITS
 
@@ -135,15 +135,14 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> 
     """
     tokens = engine.max_num_batched_tokens
     hidden = 4 * model.hidden_size * _FLOAT32
-    attention = 2 * (2 * model.q_size + 2 * model.kv_size) * _FLOAT32
+    attention = 2 * max((mixer.activations for mixer in model.mixers), default=0) * _FLOAT32
     widest = max(
-        (layer.router.top_k if layer.router else 1) * (3 * layer.width + 2 * model.hidden_size)
-        + 3 * layer.shared_width
-        for layer in model.feed_forward
+        (part.router.top_k if part.router else 1) * (3 * part.width + 2 * model.hidden_size)
+        + 3 * part.shared_width
+        for part in model.feed_forward
     )
-    scores = (
-        model.num_heads * engine.max_num_batched_tokens * (engine.max_model_len or 0) * _FLOAT32
-    )
+    scores = max((mixer.scores for mixer in model.mixers), default=0) * tokens
+    scores *= (engine.max_model_len or 0) * _FLOAT32
     rows = max(engine.max_num_seqs, PROMPT_LOGIT_ROWS)
     logits = rows * model.vocab_size * _FLOAT32
     beside = max(logits, sampling_bytes(model.vocab_size, engine.max_model_len or 0))

@@ -9,7 +9,7 @@ from torch import Tensor
 from moebius.engine.expert_loads import ExpertCounts
 from moebius.engine.kv_cache import KVCache
 from moebius.models.decoder import Decoder
-from moebius.nn.attention import PagedAttend
+from moebius.nn.paged import PagedPast
 from moebius.ops.steps import StepInputs
 
 
@@ -35,10 +35,8 @@ class Runner:
     # cost it time.
     @torch.inference_mode()
     def _compute(self, inputs: StepInputs) -> Tensor:
-        attend = PagedAttend(
-            self.ops, self.model.config, self.cache.layers, inputs, self.cache.block_size
-        )
-        hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, attend)[0]
+        past = PagedPast(self.ops, self.cache.layers, inputs, self.cache.block_size)
+        hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, past)[0]
         return hidden_TD
 
     @torch.inference_mode()

@@ -1,48 +1,76 @@
 """One decoder for training and for serving. What differs between architectures is data, in
 ModelConfig.
 
-Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attention).
+Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moebius.config import ModelConfig
+from moebius.models.config import LayerSpec, ModelConfig
 from moebius.moe.layer import Dispatcher, FeedForward, LocalDispatcher
-from moebius.moe.router import Routing
-from moebius.nn.attention import Attend, Attention
+from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Embedding, Linear, RMSNorm
-from moebius.nn.rope import Rotary
+from moebius.nn.mixer import MixerModule, Past
+from moebius.nn.rope import Positions
+from moebius.nn.spec import Place
 from moebius.ops import Ops, PreparedLinear
 
 
-class Layer(nn.Module):
-    """A pre-norm transformer layer: attention, then feed-forward, each added to the residual
-    stream."""
+class Stream(NamedTuple):
+    """The residual stream: x + multiplier * update. Whatever reads it next adds the update, in the
+    same pass as its norm."""
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, dispatch: Dispatcher, layer: int, dtype: torch.dtype
-    ) -> None:
+    x_TD: Tensor
+    update_TD: Tensor | None = None
+    multiplier: float = 1.0
+
+
+class Layer(nn.Module):
+    """What a LayerSpec describes. Its parts are named as in published checkpoints of Llama."""
+
+    def __init__(self, spec: LayerSpec, place: Place, dispatch: Dispatcher) -> None:
         super().__init__()
-        self.multiplier = config.residual_multiplier
-        self.input_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, ops, layer, dtype)
-        self.post_attention_layernorm = RMSNorm(
-            ops, config.hidden_size, config.norm_eps, dtype=dtype
-        )
-        self.mlp = FeedForward(config.feed_forward[layer], config.hidden_size, ops, dispatch, dtype)
+        self.multiplier = spec.residual_multiplier
+
+        def norm() -> RMSNorm:
+            return RMSNorm(place.ops, place.hidden_size, place.norm_eps, dtype=place.dtype)
+
+        sandwich = spec.norms == "sandwich"
+        self.self_attn: MixerModule | None = None
+        self.mlp: FeedForward | None = None
+        if spec.mixer is not None:
+            self.input_layernorm = norm()
+            self.self_attn = spec.mixer.build(place)
+            self.mixer_output_norm = norm() if sandwich else None
+        if spec.feed_forward is not None:
+            self.post_attention_layernorm = norm()
+            self.mlp = FeedForward(
+                spec.feed_forward, place.hidden_size, place.ops, dispatch, place.dtype
+            )
+            self.mlp_output_norm = norm() if sandwich else None
 
     def forward(
-        self, x_TD: Tensor, update_TD: Tensor | None, cos_TR: Tensor, sin_TR: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor, Routing | None]:
-        """The residual stream without this layer's last update, that update, and the routing."""
-        x_TD, normed_TD = self.input_layernorm.add(x_TD, update_TD, self.multiplier)
-        update_TD = self.self_attn(normed_TD, cos_TR, sin_TR, attend)
-        x_TD, normed_TD = self.post_attention_layernorm.add(x_TD, update_TD, self.multiplier)
-        update_TD, routing = self.mlp(normed_TD)
-        return x_TD, update_TD, routing
+        self, stream: Stream, positions: Positions, past: Past
+    ) -> tuple[Stream, Routing | None]:
+        """The residual stream behind this layer, and the routing of one that routes."""
+        routing = None
+        if self.self_attn is not None:
+            x_TD, normed_TD = self.input_layernorm.add(*stream)
+            update_TD = self.self_attn(normed_TD, positions, past)
+            if self.mixer_output_norm is not None:
+                update_TD = self.mixer_output_norm(update_TD)
+            stream = Stream(x_TD, update_TD, self.multiplier)
+        if self.mlp is not None:
+            x_TD, normed_TD = self.post_attention_layernorm.add(*stream)
+            update_TD, routing = self.mlp(normed_TD)
+            if self.mlp_output_norm is not None:
+                update_TD = self.mlp_output_norm(update_TD)
+            stream = Stream(x_TD, update_TD, self.multiplier)
+        return stream, routing
 
 
 class Decoder(nn.Module):
@@ -63,17 +91,27 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         dispatch = dispatch or LocalDispatcher()
+        place = Place(ops, config.hidden_size, config.norm_eps, dtype)
         with torch.device(device):
             self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
-                Layer(config, ops, dispatch, layer, dtype) for layer in range(config.num_layers)
+                Layer(spec, place.at(number), dispatch) for number, spec in enumerate(config.layers)
             )
             self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
             self.lm_head: Linear | None = None
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
         self._head: PreparedLinear | None = None
-        self.rotary = Rotary(config.rope, config.head_dim, ops)
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """By the number of their layers, of those that have one."""
+        found = {}
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            if layer.mlp is not None and layer.mlp.router is not None:
+                found[number] = layer.mlp.router
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,17 +119,19 @@ class Decoder(nn.Module):
         return self.norm.weight.dtype
 
     def forward(
-        self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend
+        self, input_ids_T: Tensor, positions_T: Tensor, past: Past
     ) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), after the last norm, and each layer's routing (None for a
         dense layer)."""
-        x_TD = self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
-        cos_TR, sin_TR = self.rotary(positions_T)
-        update_TD, routings = None, []
+        stream = Stream(
+            self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
+        )
+        positions = Positions(positions_T)
+        routings = []
         for layer in self.layers:
-            x_TD, update_TD, routing = layer(x_TD, update_TD, cos_TR, sin_TR, attend)
+            stream, routing = layer(stream, positions, past)
             routings.append(routing)
-        return self.norm.add(x_TD, update_TD, self.config.residual_multiplier)[1], routings
+        return self.norm.add(*stream)[1], routings
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
@@ -99,11 +139,12 @@ class Decoder(nn.Module):
         if self._head is None or not self._head.is_of(head):
             self._head = self.ops.prepare_linear(head, dtype=hidden_LD.dtype)
         logits_LV = self.ops.logits(hidden_LD, self._head)
-        return (
-            logits_LV
-            if self.config.logits_divisor == 1.0
-            else logits_LV / self.config.logits_divisor
-        )
+        if self.config.logits_divisor != 1.0:
+            logits_LV = logits_LV / self.config.logits_divisor
+        if self.config.logits_softcap is not None:
+            cap = self.config.logits_softcap
+            logits_LV = cap * torch.tanh(logits_LV / cap)
+        return logits_LV
 
     @torch.no_grad()
     def init_weights(

@@ -2,7 +2,7 @@
 
 import torch
 
-from moebius.config import ModelConfig
+from moebius.models.config import ModelConfig
 from moebius.ops import Feature, Operation, Use
 
 _ALWAYS = (
@@ -24,7 +24,7 @@ def uses(config: ModelConfig, dtype: torch.dtype) -> frozenset[Use]:
     for window in set(config.windows):
         features = frozenset() if window is None else frozenset({Feature.WINDOW})
         found.add(Use(Operation.PAGED_ATTENTION, dtype, features))
-    if config.qk_norm == "full":
+    if config.attention.qk_norm == "full":
         found.add(Use(Operation.RMS_NORM_PART, dtype))
     for layer in config.feed_forward:
         features = frozenset() if layer.gated else frozenset({Feature.TWO_MATRICES})

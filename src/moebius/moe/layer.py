@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moebius.config import FeedForwardConfig
+from moebius.moe.config import FeedForwardConfig
 from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Linear, WeightList
 from moebius.ops import ExpertWeights, Ops, PreparedExperts

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebius.config import RouterConfig
 from moebius.moe.config import TrainingRouting
 from moebius.ops import Ops, PreparedLinear, RouterTally
+from moebius.ops.config import RouterConfig
 
 
 class Routing(NamedTuple):

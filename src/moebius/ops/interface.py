@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from moebius.config import Activation, RouterConfig
 from moebius.ops.capability import Capability, Use
+from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.sampling import Shaping, TopK
 from moebius.ops.steps import (

@@ -14,10 +14,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from moebius.config import ModelConfig
 from moebius.errors import ConfigError, WeightsError
 from moebius.files import read_json
-from moebius.models import checkpoint_layouts, read_config
+from moebius.models.config import ModelConfig
+from moebius.models.family import family, read_config
 from moebius.models.layout import EMBEDDING, HEAD, PREFIX, Source, sources
 from moebius.models.store.kinds import open_store
 from moebius.models.store.plan import PlannedWeight, planned_weight
@@ -135,7 +135,7 @@ def _match(
 ) -> tuple[Source, ...]:
     """The sources of all parameters, in the layout that the checkpoint has."""
     embedding = HEAD if config.tie_word_embeddings and EMBEDDING not in tensors else EMBEDDING
-    layouts = checkpoint_layouts(config.model_type)
+    layouts = family(config.model_type).layouts
     candidates = [
         tuple(sources(config, replace(layout, embedding=embedding))) for layout in layouts
     ]

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moebius.files import anyone, json_text, make_directory, write_file
-from moebius.models import checkpoint_layouts, model_config
 from moebius.models.decoder import Decoder
+from moebius.models.family import family, model_config
 from moebius.models.layout import Source, sources
 
 
@@ -52,7 +52,7 @@ def save_checkpoint(
     if config.tie_word_embeddings != tied:
         config = replace(config, tie_word_embeddings=tied)
         config_json = {**config_json, "tie_word_embeddings": tied}
-    wanted = sources(config, checkpoint_layouts(config.model_type)[0])
+    wanted = sources(config, family(config.model_type).layouts[0])
     tensors = _stored_tensors(state, wanted, dtype)
     weights = directory / "model.safetensors"
     write_file(weights, lambda to: save_file(tensors, to, metadata={"format": "pt"}), ours=anyone)

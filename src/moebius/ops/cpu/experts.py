@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.config import Activation, RouterConfig
+from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.cpu.base import (
     CpuBase,
     Held,

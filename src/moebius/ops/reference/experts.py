@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.config import Activation, RouterConfig
+from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedExperts, own, same
 from moebius.ops.reference.routing import count, route
