@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebius.models.decoder import Decoder
-from moebius.nn.attention import PagedAttend, StepInputs
+from moebius.nn.attention import PagedAttend
+from moebius.ops.cache_spec import key_value_spec
+from moebius.ops.steps import StepInputs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -138,20 +140,10 @@ class Server:
         config, dtype = decoder.config, decoder.embed_tokens.weight.dtype
         self.decoder, self.block_size = decoder, block_size
         self.ops = decoder.ops
-        size = (
-            self.ops.kv_cache_bytes_per_block(
-                block_size, config.num_kv_heads, config.head_dim, dtype
-            )
-            * num_blocks
-        )
+        spec = key_value_spec(config.num_kv_heads, config.head_dim, dtype)
+        size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
         self.caches = [
-            self.ops.make_kv_cache(
-                torch.full((size,), 255, dtype=torch.uint8),
-                block_size,
-                config.num_kv_heads,
-                config.head_dim,
-                dtype,
-            )
+            self.ops.make_cache(torch.full((size,), 255, dtype=torch.uint8), spec, block_size)
             for _ in range(config.num_layers)
         ]
         self.free = torch.randperm(

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from moebius.engine.batch import Batch, PromptRows, build_batch
 from moebius.engine.client import (
     STEP_TOKENS_BOUNDS,
@@ -104,7 +102,8 @@ class Engine:
                 batch = build_batch(
                     plan, self.scheduler.requests, self.info.block_size, self.runner.device
                 )
-                results = self._sample(batch, self.runner.execute(batch.inputs))
+                self.runner.execute(batch.inputs)
+                results = self._sample(batch)
                 self._count_step(len(batch.inputs.input_ids_host))
             except Exception as error:
                 outputs += self._failed_step(plan, error)
@@ -168,8 +167,9 @@ class Engine:
         self._step_tokens[bisect_left(STEP_TOKENS_BOUNDS, tokens)] += 1
         self._counts["step_tokens"] += tokens
 
-    def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
-        results, logits_LV = _Results(), self.runner.logits(hidden_TD, batch.sampled_rows)
+    def _sample(self, batch: Batch) -> _Results:
+        results = _Results()
+        logits_LV = self.runner.logits(batch.sampled_rows)
         for request, outcome in zip(
             batch.sampled, sample(logits_LV, batch.sampled, self.runner.ops), strict=True
         ):
@@ -180,12 +180,12 @@ class Engine:
         for rows in batch.prompts:
             if rows.request.id not in results.failed:
                 try:
-                    self._score(rows, hidden_TD, results)
+                    self._score(rows, results)
                 except Exception as error:
                     results.failed[rows.request.id] = failure("scoring a prompt", error)
         return results
 
-    def _score(self, rows: PromptRows, hidden_TD: Tensor, results: _Results) -> None:
+    def _score(self, rows: PromptRows, results: _Results) -> None:
         """Log-probabilities of prompt tokens, without those that were sent before a preemption."""
         request = rows.request
         sent = self._scored.get(request.id, 0)
@@ -193,7 +193,7 @@ class Engine:
         for offset in range(0, len(rows.token_ids), PROMPT_LOGIT_ROWS):
             tokens = rows.token_ids[offset : offset + PROMPT_LOGIT_ROWS]
             first = rows.first + offset
-            logits = self.runner.logits(hidden_TD, range(first, first + len(tokens)))
+            logits = self.runner.logits(range(first, first + len(tokens)))
             part = token_logprobs(
                 logits, tokens, request.params.prompt_logprobs or 0, self.runner.ops
             )

@@ -11,6 +11,7 @@ import torch
 
 from moebius.config import ModelConfig
 from moebius.ops import LayerCache, Ops
+from moebius.ops.cache_spec import key_value_spec
 from moebius.pages import populate
 
 _HUGE_PAGE = 2 * 2**20
@@ -31,9 +32,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        per_block = ops.kv_cache_bytes_per_block(
-            block_size, model.num_kv_heads, model.head_dim, dtype
-        )
+        spec = key_value_spec(model.num_kv_heads, model.head_dim, dtype)
+        per_block = ops.cache_bytes_per_block(spec, block_size)
         per_layer = num_blocks * per_block
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -43,20 +43,15 @@ class KVCache:
             self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS
         )
         self.layers: list[LayerCache] = [
-            ops.make_kv_cache(
-                buffer[i * per_layer : (i + 1) * per_layer],
-                block_size,
-                model.num_kv_heads,
-                model.head_dim,
-                dtype,
-            )
+            ops.make_cache(buffer[i * per_layer : (i + 1) * per_layer], spec, block_size)
             for i in range(model.num_layers)
         ]
 
 
 def bytes_per_token(model: ModelConfig, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
     """What one token takes in the cache, over all layers."""
-    per_block = ops.kv_cache_bytes_per_block(block_size, model.num_kv_heads, model.head_dim, dtype)
+    spec = key_value_spec(model.num_kv_heads, model.head_dim, dtype)
+    per_block = ops.cache_bytes_per_block(spec, block_size)
     return -(-per_block // block_size) * model.num_layers
 
 

@@ -1,7 +1,9 @@
 """Runs the model on a step's inputs. Real, warm-up and empty steps take the same way."""
 
+import logging
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,57 +12,90 @@ from moebius.engine.expert_loads import ExpertCounts
 from moebius.engine.kv_cache import KVCache
 from moebius.models.decoder import Decoder
 from moebius.nn.attention import PagedAttend
-from moebius.ops.steps import StepInputs
+from moebius.ops.program import LOGITS, Program, RowSource, StepSource, Unrecorded
+from moebius.ops.steps import Step, StepInputs
+
+log = logging.getLogger(__name__)
 
 
 class Runner:
     """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache,
-    and counts of what its routers chose."""
+    and counts of what its routers chose.
+
+    max_tokens, max_logits: the most rows of a step, and the most whose logits are asked for at a
+    time.
+    """
+
+    _step: Program[StepInputs]
+    _head: "Program[array[int]]"
 
     def __init__(
-        self, model: Decoder, cache: KVCache, device: torch.device, max_tokens: int = 2048
+        self,
+        model: Decoder,
+        cache: KVCache,
+        device: torch.device,
+        max_tokens: int = 2048,
+        max_logits: int | None = None,
     ) -> None:
         self.model = model
         self.ops = model.ops
         self.cache = cache
         self.device = device
         self.expert_counts = ExpertCounts(model, device)
-        one = StepInputs.build([[0]], [0], [[0]], cache.block_size, device)
-        with torch.inference_mode():
-            self._forward, self._logits = self.ops.capture(
-                self._compute, self._compute_logits, one, max_tokens
-            )
+        self._step_source = StepSource(max_tokens)
+        self._head_source = RowSource(LOGITS, max_tokens if max_logits is None else max_logits)
+        self._last = torch.empty(0)
+        self._record()
+
+    def _record(self) -> None:
+        """Programs of the model as it lies in memory now."""
+        self._moves = self.model.moves
+        self._step = self.ops.record(self._hidden, self._step_source, self.device)
+        if self._step.whole is None:
+            trace = self._step.trace
+            self._head = Unrecorded(self._logits, self._head_source, self.device, trace)
+        else:
+            self._head = self.ops.record(self._logits, self._head_source, self.device)
+        for what, program in (("steps", self._step), ("logits", self._head)):
+            if not program.trace.recorded:
+                log.info("%s are not recorded: %s", what, program.trace.reason)
 
     # Not around what calls them: a recorded step computes nothing in torch, and even this would
     # cost it time.
     @torch.inference_mode()
-    def _compute(self, inputs: StepInputs) -> Tensor:
-        attend = PagedAttend(
-            self.ops, self.model.config, self.cache.layers, inputs, self.cache.block_size
-        )
-        hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, attend)[0]
-        return hidden_TD
+    def _hidden(self, step: Step) -> Tensor:
+        return forward(self.model, self.cache, step)
 
     @torch.inference_mode()
-    def _compute_logits(self, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
-        return self.model.logits(self.ops.embed(rows_L, hidden_TD))
+    def _logits(self, rows_L: Tensor) -> Tensor:
+        hidden_TD = self._last if self._step.whole is None else self._step.whole
+        return head(self.model, hidden_TD, rows_L)
 
     def execute(self, inputs: StepInputs) -> Tensor:
         """Compute the step, write its keys and values, and return its final hidden states (T, D),
         which are read until the next step.
 
-        `logits` turns rows of it into logits, a few at a time: those of one long prompt would take
-        gigabytes.
+        `logits` turns rows of them into logits, a few at a time: those of one long prompt would
+        take gigabytes.
         """
         self.cache.last_used = time.monotonic()
-        hidden_TD = self._forward(inputs)
+        if self.model.moves != self._moves:
+            self._record()
+        self._last = self._last[:0]  # should the step fail, none has logits
+        self._last = self._step.run(inputs)
         self.cache.last_used = time.monotonic()
         self.expert_counts.step()
-        return hidden_TD
+        return self._last
 
-    def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
-        """(L, V) float32 of rows of the last step's hidden states; read until the next call."""
-        return self._logits(hidden_TD, rows)
+    def logits(self, rows: Iterable[int]) -> Tensor:
+        """(L, V) float32 of rows of the last step; read until the next call.
+
+        Raises IndexError for a row that the step did not have.
+        """
+        wanted = array("q", rows)
+        if max(wanted, default=-1) >= len(self._last):
+            raise IndexError(f"the last step had {len(self._last)} rows, not row {max(wanted)}")
+        return self._head.run(wanted)
 
     def warm_up(self) -> None:
         """Run an empty step and one of a single token, so that the first request meets nothing for
@@ -69,5 +104,18 @@ class Runner:
             inputs = StepInputs.build(
                 zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device
             )
-            self.logits(self.execute(inputs), range(len(zeros)))
+            self.execute(inputs)
+            self.logits(range(len(zeros)))
         self.expert_counts.clear()
+
+
+def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
+    """A step's final hidden states (T, D), its keys and values written to the cache."""
+    attend = PagedAttend(model.ops, model.config, cache.layers, step, cache.block_size)
+    hidden_TD: Tensor = model(step.input_ids, step.positions, attend)[0]
+    return hidden_TD
+
+
+def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
+    """Logits (L, V), float32, of rows of hidden states."""
+    return model.logits(model.ops.embed(rows_L, hidden_TD))

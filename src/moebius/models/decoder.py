@@ -5,6 +5,7 @@ Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attentio
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,14 @@ class Decoder(nn.Module):
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
         self._head: PreparedLinear | None = None
+        # How often parameters were moved: what was recorded of them before is of others.
+        self.moves = 0
         self.rotary = Rotary(config.rope, config.head_dim, ops)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        self.moves += 1
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend
@@ -101,11 +109,8 @@ class Decoder(nn.Module):
         if self._head is None or not self._head.is_of((weight_VD, None)):
             self._head = self.ops.prepare_linear((weight_VD, None))
         logits_LV = self.ops.logits(hidden_LD, self._head)
-        return (
-            logits_LV
-            if self.config.logits_divisor == 1.0
-            else logits_LV / self.config.logits_divisor
-        )
+        divisor = self.config.logits_divisor
+        return logits_LV if divisor == 1.0 else self.ops.divide(logits_LV, divisor)
 
     @torch.no_grad()
     def init_weights(

@@ -15,12 +15,12 @@ from moebius.config import ModelConfig
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.ops import LayerCache, Ops, PreparedLinear
 from moebius.ops.reference import visible
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Step
 
 # Queries of a row that are attended at a time: keys after them are never touched.
 QUERY_BLOCK = 128
 
-__all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "Rotation", "StepInputs"]
+__all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "Rotation"]
 
 
 class Rotation(NamedTuple):
@@ -61,7 +61,7 @@ class PagedAttend:
     """Serving: store the step's keys and values in each layer's cache, attend over what the cache
     holds.
 
-    caches are one per layer, as Ops.make_kv_cache made them, with blocks of block_size tokens.
+    caches are one per layer, as Ops.make_cache made them, with blocks of block_size tokens.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PagedAttend:
         ops: Ops,
         config: ModelConfig,
         caches: Sequence[LayerCache],
-        step: StepInputs,
+        step: Step,
         block_size: int,
     ) -> None:
         self._ops, self._config, self._caches, self._step = ops, config, caches, step
@@ -166,9 +166,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "full":
             for norm, start in ((self.q_norm, 0), (self.k_norm, config.q_size)):
                 qkv_TI = self.ops.rms_norm_part(qkv_TI, start, norm.weight, norm.eps)
-        return (
-            qkv_TI if config.clip_qkv is None else qkv_TI.clamp(-config.clip_qkv, config.clip_qkv)
-        )
+        return qkv_TI if config.clip_qkv is None else self.ops.clip(qkv_TI, config.clip_qkv)
 
     def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:
         config = self.config

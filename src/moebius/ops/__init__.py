@@ -14,13 +14,12 @@ from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.select import select_ops
-from moebius.ops.steps import Compute, ExpertWeights, Pair, RouterTally
+from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 
 __all__ = [
     "LOWEST",
     "AttentionPlan",
     "Capability",
-    "Compute",
     "ExpertWeights",
     "Feature",
     "LayerCache",

@@ -15,6 +15,8 @@ class Operation(StrEnum):
     RMS_NORM = "rms_norm"
     ADD_RMS_NORM = "add_rms_norm"
     RMS_NORM_PART = "rms_norm_part"
+    CLIP = "clip"
+    DIVIDE = "divide"
     ROTATION = "rotation"
     ROTARY = "rotary"
     ROTATE_AND_STORE = "rotate_and_store"

@@ -6,69 +6,96 @@ computes a row in the same way whatever rows surround it, however many threads t
 wherever the KV cache holds its tokens: they are batch invariant (promise P1).
 """
 
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from moebius.errors import EngineError
 from moebius.ops.capability import Capability, Feature, Operation, Use
 from moebius.ops.cpu.attention import AttentionOps
 from moebius.ops.cpu.base import DTYPES
 from moebius.ops.cpu.experts import ExpertOps
 from moebius.ops.cpu.linear import LinearOps
 from moebius.ops.cpu.pointwise import PointwiseOps
-from moebius.ops.cpu.recording import KernelsOnly, Recording
+from moebius.ops.cpu.program import Memory, RecordedProgram
+from moebius.ops.cpu.recorder import Buffer, NotRecorded, Recorder, place
 from moebius.ops.cpu.sampling import SamplingOps
-from moebius.ops.steps import Captured, Compute, Logits, StepInputs
+from moebius.ops.program import (
+    Given,
+    HostFunction,
+    HostResult,
+    Program,
+    Source,
+    Trace,
+    Unrecorded,
+    Wanted,
+)
 
-__all__ = ["CpuOps", "Recording"]
+__all__ = ["CpuOps", "RecordedProgram"]
 
 
 class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
     """C++ kernels on `threads` threads of a pool of their own."""
 
     def capability(self, use: Use) -> Capability | None:
-        if use.dtype not in DTYPES or Feature.VALUE_SIZE in use.features:
+        if use.dtype not in DTYPES:
             return None
         if use.operation == Operation.ROTARY or Feature.TWO_MATRICES in use.features:
             return self._fallback.capability(use)
         recorded = use.operation != Operation.SAMPLING
         return Capability(self.name, batch_invariant=True, recorded=recorded)
 
-    def capture(
-        self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int
-    ) -> Captured:
-        step, head = Recording(3, max_tokens), Recording(1, max_tokens)
-
-        def on_step(inputs: StepInputs) -> Tensor:
-            for plan in step.plans:
-                plan.set(inputs)
-            return step(inputs.input_ids_host, inputs.positions_host, inputs.slot_mapping_host)
-
-        def noted(ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-            example.input_ids, example.positions, example.slot_mapping = ids, positions, slots
-            return compute(example)
-
-        plain = self._fallback.capture(compute, logits, example, max_tokens)
-        if not self._note(step, noted):
-            return plain
-        whole = self._note(head, lambda rows_L: logits(step.out, rows_L))
-        return on_step, (lambda _, rows: head(array("q", rows))) if whole else plain[1]
-
-    def _note(self, recording: Recording, compute: Callable[..., Tensor]) -> bool:
-        """Run `compute` on one row of each of the recording's inputs; False where torch computes a
-        part of it."""
-        self._recording, mode = recording, KernelsOnly()
-        self._native.record(recording.program)
+    def trace(self, compute: Callable[[Wanted], Tensor], source: Source[Given, Wanted]) -> Trace:
+        recorder = Recorder(source.rows, source.width, on_meta=True)
         try:
-            with mode:
-                out = compute(*(x[:1] for x in recording.inputs))
+            self._follow(recorder, compute, source)
+        except NotRecorded as why:
+            return Trace(0, 1, frozenset(recorder.uses), str(why))
+        _, nbytes = place(recorder.buffers)
+        return Trace(nbytes, recorder.segments, frozenset(recorder.uses))
+
+    def record(
+        self,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+        device: torch.device | str,
+    ) -> Program[Given]:
+        first = Recorder(source.rows, source.width)
+        try:
+            self._follow(first, compute, source)
+        except NotRecorded as why:
+            trace = Trace(0, 1, frozenset(first.uses), str(why))
+            return Unrecorded(compute, source, device, trace)
+        places, nbytes = place(first.buffers)
+        memory = Memory(nbytes)
+        recorder = Recorder(source.rows, source.width, places, memory.address)
+        result = self._follow(recorder, compute, source)
+        if [each.nbytes for each in recorder.buffers] != [each.nbytes for each in first.buffers]:
+            raise EngineError("a computation called other operations when it was recorded again")
+        trace = Trace(nbytes, recorder.segments, frozenset(recorder.uses))
+        return RecordedProgram(self._native, source, recorder, result, memory, trace)
+
+    def _follow(
+        self,
+        recorder: Recorder,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+    ) -> Buffer:
+        """Note what `compute` calls; the buffer of its result. Raises NotRecorded."""
+        self._recorder = recorder
+        try:
+            with recorder.follow():
+                out = compute(source.symbolic(recorder.columns))
         finally:
-            self._native.record(None)
-            self._recording = None
-        if mode.only:  # the result is read until the next call, and so is kept
-            recording.out = torch.as_strided(
-                out, (recording.max_rows, *out.shape[1:]), out.stride()
-            )
-        return mode.only
+            self._recorder = None
+        if recorder.reason:
+            raise NotRecorded(recorder.reason)
+        return recorder.keep(out)
+
+    def host(
+        self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
+    ) -> list[Tensor]:
+        if self._recorder is None:
+            return super().host(function, inputs, outputs)
+        return self._recorder.note_host(function, inputs, outputs)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moebius import _cpu, machine
 from moebius.errors import ConfigError
-from moebius.ops.cpu.recording import Recording
+from moebius.ops.capability import Operation, Use
+from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 
@@ -16,9 +17,8 @@ from moebius.ops.reference import ReferenceOps
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 
 
-def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
-    if x is None:
-        return 0
+def check(x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError for what the kernels would read as what it is not."""
     if dtype is not None and x.dtype != dtype:
         raise ValueError(f"the CPU kernels want {dtype} here, not {x.dtype}")
     if not x.is_contiguous():
@@ -26,6 +26,13 @@ def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
             f"the CPU kernels want contiguous tensors, not strides {x.stride()} for shape "
             f"{tuple(x.shape)}"
         )
+
+
+def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    """Where x lies, contiguous and, where that is given, of `dtype`; 0 for none."""
+    if x is None:
+        return 0
+    check(x, dtype)
     return x.data_ptr()
 
 
@@ -83,11 +90,36 @@ class CpuBase(Ops):
                 f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference"
             ) from None
         self.name = f"cpu-{self._native.name}"
-        self._recording: Recording | None = None
+        self._recorder: Recorder | None = None
         # What the kernels lack, plain PyTorch computes: `capability` says where.
         self._fallback = ReferenceOps()
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if self._recording:
-            return self._recording.buffer(shape[1:], dtype)[: shape[0]]
-        return torch.empty(shape, dtype=dtype)
+    def _empty(self, like: Tensor, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for as many rows as `like` has."""
+        if self._recorder is not None:
+            return self._recorder.empty(like, row, dtype)
+        return torch.empty((len(like), *row), dtype=dtype)
+
+    def _at(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+        """Where the kernels find x, which must be contiguous and, where that is given, of `dtype`;
+        0 for none."""
+        if x is None or self._recorder is None:
+            return address(x, dtype)
+        check(x, dtype)
+        return self._recorder.address(x)
+
+    def _run(self, operation: Operation, call: Call, x: Tensor, rows: int, *held: object) -> None:
+        """Make `call`, or note it: on `rows` rows, x's or a multiple of them.
+
+        held: what the call points to, besides tensors.
+        """
+        if self._recorder is None:
+            call.run(self._native, rows)
+            return
+        self._recorder.note(operation, call, x, rows)
+        self._recorder.held += held
+
+    def _lacks(self, use: Use) -> None:
+        """The kernels lack `use`, which the reference computes."""
+        if self._recorder is not None:
+            self._recorder.uses.add(use)

@@ -1,5 +1,6 @@
 """Routers and experts by the CPU's kernels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.config import Activation, RouterConfig
+from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
 from moebius.ops.prepared import PreparedExperts, own
 from moebius.ops.reference.experts import ReferenceExperts
@@ -40,20 +42,20 @@ class ExpertOps(CpuBase):
         selection_bias_E: Tensor | None = None,
         tally: RouterTally | None = None,
     ) -> Pair:
-        rows = len(logits_TE)
-        weights = self._empty((rows, config.top_k), torch.float32)
-        ids = self._empty((rows, config.top_k), torch.int64)
-        bias = (
-            selection_bias_E.float()
-            if config.selection_bias and selection_bias_E is not None
-            else None
+        weights = self._empty(logits_TE, (config.top_k,), torch.float32)
+        ids = self._empty(logits_TE, (config.top_k,), torch.int64)
+        bias = selection_bias_E if config.selection_bias else None
+        settings = _router_settings(config)
+        call = _cpu.Route(
+            settings=settings,
+            logits=self._at(logits_TE, torch.float32),
+            bias=self._at(bias, torch.float32),
+            weights=self._at(weights),
+            ids=self._at(ids),
+            pairs=self._at(None if tally is None else tally.pairs_E, torch.int64),
+            sums=self._at(None if tally is None else tally.sums, torch.float64),
         )
-        at, bias_at = address(logits_TE, torch.float32), address(bias)
-        pairs, sums = (None, None) if tally is None else tally
-        counts = address(pairs, torch.int64), address(sums, torch.float64)
-        self._native.route(
-            _router_settings(config), at, rows, bias_at, weights.data_ptr(), ids.data_ptr(), *counts
-        )
+        self._run(Operation.ROUTE, call, logits_TE, len(logits_TE), settings)
         return weights, ids
 
     def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
@@ -63,8 +65,18 @@ class ExpertOps(CpuBase):
         require_no_gradient(*tensors)
         dtype = require_dtype(weights.gate_FD[0].dtype, *tensors)
         width, hidden = weights.gate_FD[0].shape
-        tables = [[address(x) for x in each] for each in weights]
-        table = _cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables)
+        table = _cpu.Experts(
+            dtype=dtype,
+            hidden=hidden,
+            width=width,
+            activation=_ACTIVATIONS[activation],
+            gate=_addresses(weights.gate_FD),
+            up=_addresses(weights.up_FD),
+            down=_addresses(weights.down_DF),
+            gate_bias=_addresses(weights.gate_bias_F),
+            up_bias=_addresses(weights.up_bias_F),
+            down_bias=_addresses(weights.down_bias_D),
+        )
         return CpuExperts(table, weights.gate_FD[0].dtype, Held(tensors))
 
     def experts(
@@ -75,31 +87,42 @@ class ExpertOps(CpuBase):
         experts: PreparedExperts,
     ) -> Tensor:
         if isinstance(experts, ReferenceExperts):
+            self._lacks(Use(Operation.EXPERTS, x_TD.dtype, frozenset({Feature.TWO_MATRICES})))
             return self._fallback.experts(x_TD, weights_TK, expert_ids_TK, experts)
         prepared = own(experts, CpuExperts)
         if x_TD.dtype != prepared.dtype:
             raise ValueError(
                 f"the CPU kernels want one dtype, not {x_TD.dtype} and {prepared.dtype}"
             )
-        out = self._empty(x_TD.shape, x_TD.dtype)
-        top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
-        routing = (address(weights_TK, torch.float32), address(expert_ids_TK, torch.int64), top_k)
-        self._native.experts(prepared.table, address(x_TD), len(x_TD), *routing, out.data_ptr())
+        out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
+        call = _cpu.ExpertsCall(
+            experts=prepared.table,
+            x=self._at(x_TD),
+            weights=self._at(weights_TK, torch.float32),
+            ids=self._at(expert_ids_TK, torch.int64),
+            top_k=1 if expert_ids_TK is None else expert_ids_TK.shape[1],
+            out=self._at(out),
+        )
+        self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)
         return out
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [address(x) for x in tensors]
 
 
 @cache
 def _router_settings(r: RouterConfig) -> _cpu.RouterSettings:
     return _cpu.RouterSettings(
-        r.num_experts,
-        r.top_k,
-        _SCORES[r.score],
-        _WEIGHTS[r.weight],
-        r.num_groups,
-        r.groups_kept,
-        int(r.group_score == "top2"),
-        r.masked_score,
-        r.renorm_eps,
-        r.scale,
-        r.logit_softcap or 0.0,
+        num_experts=r.num_experts,
+        top_k=r.top_k,
+        score=_SCORES[r.score],
+        weight=_WEIGHTS[r.weight],
+        num_groups=r.num_groups,
+        groups_kept=r.groups_kept,
+        group_top2=int(r.group_score == "top2"),
+        group_fill=r.masked_score,
+        renorm_eps=r.renorm_eps,
+        scale=r.scale,
+        softcap=r.logit_softcap or 0.0,
     )

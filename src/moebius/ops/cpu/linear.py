@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
+from moebius.ops.capability import Operation
 from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
 from moebius.ops.prepared import PreparedLinear, own
 
@@ -33,38 +34,49 @@ class LinearOps(CpuBase):
         size = weights[0].shape[1]
         sizes = [len(weight) for weight in weights]
         table = _cpu.Linear(
-            dtype, size, [address(x) for x in weights], [address(x) for x in biases], sizes
+            dtype=dtype,
+            in_size=size,
+            weights=[address(x) for x in weights],
+            biases=[address(x) for x in biases],
+            sizes=sizes,
         )
         held = Held(x for each in layers for x in each)
         return CpuLinear(table, weights[0].dtype, size, sum(sizes), held)
 
     def linear(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
         prepared = own(layers, CpuLinear)
-        return self._linear(x_TI, prepared, prepared.dtype)
+        return self._linear(Operation.LINEAR, x_TI, prepared, prepared.dtype)
 
     def logits(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
-        return self._linear(x_TI, own(layers, CpuLinear), torch.float32)
+        return self._linear(Operation.LOGITS, x_TI, own(layers, CpuLinear), torch.float32)
 
-    def _linear(self, x: Tensor, layers: CpuLinear, out_dtype: torch.dtype) -> Tensor:
-        rows = x.shape[0]
+    def _linear(
+        self, operation: Operation, x: Tensor, layers: CpuLinear, out_dtype: torch.dtype
+    ) -> Tensor:
         if x.dtype != layers.dtype or x.shape[1] != layers.in_size:
             raise ValueError(
                 f"a linear layer of {layers.in_size} {layers.dtype} values got {tuple(x.shape)} of "
                 f"{x.dtype}"
             )
-        out = self._empty((rows, layers.out_size), out_dtype)
-        wide = out_dtype == torch.float32
-        self._native.linear(layers.table, address(x), rows, out.data_ptr(), wide)
+        out = self._empty(x, (layers.out_size,), out_dtype)
+        call = _cpu.LinearCall(
+            layers=layers.table, x=self._at(x), wide=out_dtype == torch.float32, out=self._at(out)
+        )
+        self._run(operation, call, x, len(x), layers)
         return out
 
     def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
         require_no_gradient(table_VD)
-        dtype = require_dtype(table_VD.dtype)
-        count, size = table_VD.shape
-        rows = len(input_ids_T)
-        out = self._empty((rows, size), table_VD.dtype)
-        ids = address(input_ids_T, torch.int64)
-        self._native.embed(
-            dtype, address(table_VD), count, ids, rows, size, multiplier, out.data_ptr()
+        size = table_VD.shape[1]
+        out = self._empty(input_ids_T, (size,), table_VD.dtype)
+        call = _cpu.Embed(
+            dtype=require_dtype(table_VD.dtype),
+            table=self._at(table_VD),
+            table_rows=len(table_VD),
+            size=size,
+            multiplier=multiplier,
+            ids=self._at(input_ids_T, torch.int64),
+            out=self._at(out),
         )
+        self._run(Operation.EMBED, call, input_ids_T, len(input_ids_T))
         return out
