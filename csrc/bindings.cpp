@@ -74,8 +74,8 @@ struct ExpertsCall {
     const float* weights;
     const int64_t* ids;
     int top_k;
-    void* out;
-    void operator()(Ops& ops, int rows) const { ops.experts(*experts, x, rows, weights, ids, top_k, out); }
+    void *inner, *outer, *out;
+    void operator()(Ops& ops, int rows) const { ops.experts(*experts, x, rows, weights, ids, top_k, inner, outer, out); }
 };
 
 struct AddGated {
@@ -151,9 +151,10 @@ void bind_calls(nb::module_& m) {
         new (self) LinearCall{&layers, array<V>(x), wide, array<V>(out)};
     }, "layers"_a, "x"_a, "wide"_a, "out"_a);
     bind_call<ExpertsCall>(m, "ExpertsCall", [](ExpertsCall* self, const Experts& experts, Address x, Address weights, Address ids, int top_k,
-                                                Address out) {
-        new (self) ExpertsCall{&experts, array<V>(x), array<float>(weights), array<int64_t>(ids), top_k, array<V>(out)};
-    }, "experts"_a, "x"_a, "weights"_a, "ids"_a, "top_k"_a, "out"_a);
+                                                Address inner, Address outer, Address out) {
+        new (self) ExpertsCall{&experts, array<V>(x), array<float>(weights), array<int64_t>(ids), top_k, array<V>(inner), array<V>(outer),
+                               array<V>(out)};
+    }, "experts"_a, "x"_a, "weights"_a, "ids"_a, "top_k"_a, "inner"_a, "outer"_a, "out"_a);
     bind_call<AddGated>(m, "AddGated", [](AddGated* self, int dtype, Address a, Address b, Address gate, int size, Address out) {
         new (self) AddGated{Dtype(dtype), array<V>(a), array<V>(b), array<float>(gate), size, array<V>(out)};
     }, "dtype"_a, "a"_a, "b"_a, "gate"_a, "size"_a, "out"_a);

@@ -131,7 +131,8 @@ void Ops::plan_products(int columns_in_all, size_t row_bytes) {
                                      std::min(columns, columns_in_all - column)});
 }
 
-void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out) {
+void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
+                  void* outer, void* out) {
     std::lock_guard<std::mutex> only(one_caller_);
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
     const int count = int(e.gate.size()), pairs = rows * top_k;
@@ -147,8 +148,6 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
     for (int p = 0; p < pairs; p++) pairs_[starts_[ids ? ids[p] : 0]++] = p;
     for (int i = count; i > 0; i--) starts_[i] = starts_[i - 1];
     starts_[0] = 0;
-    if (hidden_.size() < pairs * width_bytes) hidden_.resize(pairs * width_bytes);
-    if (results_.size() < pairs * hidden_bytes && ids) results_.resize(pairs * hidden_bytes);
 
     plan_products(e.width, 2 * hidden_bytes);
     calls_++;
@@ -168,18 +167,18 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
             float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
             if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
             if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.expert], p.column * size));
-            kernels_->gated[e.dtype](g, u, p.columns, e.activation, hidden_.data() + (p.first + i) * width_bytes + p.column * size);
+            kernels_->gated[e.dtype](g, u, p.columns, e.activation, at(inner, (p.first + i) * width_bytes + p.column * size));
         }
     });
 
     plan_products(e.hidden, width_bytes);
     calls_++;
-    void* results = ids ? static_cast<void*>(results_.data()) : out;
+    void* results = ids ? outer : out;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
         float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
         const void* h_rows[ROW_BLOCK];
-        for (int i = 0; i < p.count; i++) h_rows[i] = hidden_.data() + (p.first + i) * width_bytes;
+        for (int i = 0; i < p.count; i++) h_rows[i] = at(inner, (p.first + i) * width_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
         const void* next = then ? at(e.down[then->expert], then->column * width_bytes) : nullptr;
         const void* down_w = at(e.down[p.expert], p.column * width_bytes);
@@ -196,7 +195,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         std::vector<const void*>& chosen = scratch_[thread].rows;
         chosen.resize(top_k);
         for (int t = item * tokens; t < std::min(rows, (item + 1) * tokens); t++) {
-            for (int k = 0; k < top_k; k++) chosen[k] = results_.data() + (size_t(t) * top_k + k) * hidden_bytes;
+            for (int k = 0; k < top_k; k++) chosen[k] = at(outer, (size_t(t) * top_k + k) * hidden_bytes);
             kernels_->combine[e.dtype](chosen.data(), weights + size_t(t) * top_k, top_k, e.hidden, nullptr, at(out, t * hidden_bytes));
         }
     });

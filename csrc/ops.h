@@ -132,7 +132,10 @@ public:
     void embed(Dtype dtype, const void* table, int64_t count, const int64_t* ids, int rows, int n, float multiplier, void* out);
     // out = x w^T + bias as the layers' dtype or, with `wide`, float32
     void linear(const Linear& l, const void* x, int rows, void* out, bool wide);
-    void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out);
+    // out = sum over k of weights[k] * expert ids[k]; without ids, expert 0 alone. For a while it needs `inner`, (rows, top_k,
+    // width), and with ids `outer`, (rows, top_k, hidden). Throws std::out_of_range for an id that is no expert's.
+    void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
+                 void* outer, void* out);
     // out = a + sigmoid(gate) * b, row by row; gate (rows,) float32 or null for 1
     void add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out);
     void rms_norm(const RmsNorm& n, int rows);
@@ -206,7 +209,6 @@ private:
     std::vector<Split> splits_;
     Scratch shared_;
     uint64_t calls_ = 0;  // of products
-    std::vector<char> hidden_, results_;
 };
 
 }  // namespace moebius

@@ -29,7 +29,16 @@ class LinearCall(_Call):
 
 class ExpertsCall(_Call):
     def __init__(
-        self, *, experts: Experts, x: int, weights: int, ids: int, top_k: int, out: int
+        self,
+        *,
+        experts: Experts,
+        x: int,
+        weights: int,
+        ids: int,
+        top_k: int,
+        inner: int,
+        outer: int,
+        out: int,
     ) -> None: ...
 
 class AddGated(_Call):

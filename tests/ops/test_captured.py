@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
+from moebius.engine.workspace import StepRows
 from moebius.models.weights import load_decoder
 from moebius.ops.cpu import CpuOps, RecordedProgram
 from moebius.ops.program import HostResult, Program, Rows, RowSource, StepSource, Unrecorded
@@ -38,7 +39,9 @@ class Plain(CpuOps):
 def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
     decoder = load_decoder(directory, dtype, ops=ops)
     sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "dtype": dtype, "device": CPU}
-    return Runner(decoder, KVCache(decoder.config, ops, **sizes), CPU, MAX_TOKENS)
+    return Runner(
+        decoder, KVCache(decoder.config, ops, **sizes), CPU, StepRows(MAX_TOKENS, MAX_TOKENS)
+    )
 
 
 def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
@@ -132,6 +135,8 @@ def record(ops: CpuOps, compute: Callable[[Tensor], Tensor], most: int = 8) -> A
         (lambda x: torch.cat((x, x), dim=1), "cat"),
         (lambda x: torch.split(x + 1, 2, dim=1)[0], "add"),
         (lambda x: x.__setitem__(0, 1.0) or x, "__setitem__"),
+        (lambda x: x.data.add_(1) is None or x, "add_"),
+        (lambda x: x.detach().add_(1) is None or x, "add_"),
         (lambda x: x.__iadd__(1.0), ""),
         (lambda x: torch.nn.functional.relu(x, inplace=True), "relu"),
         (lambda x: x.view(-1, 2, 2)[:, 0].zero_() is None or x, "zero_"),

@@ -12,12 +12,18 @@ from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, bytes_per_token
-from moebius.engine.memory import MemoryPlan, WeightBytes, human_bytes, plan_memory
+from moebius.engine.memory import (
+    MemoryPlan,
+    WeightBytes,
+    human_bytes,
+    logit_rows,
+    plan_memory,
+)
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
+from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError, require
 from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from moebius.models.uses import uses
 from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.threads import TorchThreads, default_threads
@@ -38,7 +44,12 @@ class Prepared:
     dtype: torch.dtype
     plan: MemoryPlan
     threads: int
-    batch_invariant: bool
+    workspace: Workspace
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Promise P1: told by the operations that this model uses."""
+        return self.workspace.batch_invariant(self.ops)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
@@ -72,6 +83,7 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     mapped = sum(row.nbytes for row in rows if row.mapped)
     total = sum(row.nbytes for row in rows)
     available, available_of = _available(device)
+    workspace = plan_workspace(checkpoint.config, ops, dtype, config.block_size, step_rows(config))
     plan = plan_memory(
         checkpoint.config,
         config,
@@ -81,9 +93,9 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
         available=available,
         available_of=available_of,
+        recorded=workspace.nbytes if workspace.recorded else None,
     )
-    invariant = ops.batch_invariant(uses(checkpoint.config, dtype))
-    return Prepared(checkpoint, ops, device, dtype, plan, config.threads or cores, invariant)
+    return Prepared(checkpoint, ops, device, dtype, plan, config.threads or cores, workspace)
 
 
 def load_engine(
@@ -140,9 +152,14 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
         dtype=prepared.dtype,
         device=prepared.device,
     )
-    runner = Runner(model, cache, prepared.device, config.max_num_batched_tokens)
+    runner = Runner(model, cache, prepared.device, step_rows(config))
     runner.warm_up()
     return runner
+
+
+def step_rows(config: EngineConfig) -> StepRows:
+    """How many rows memory is planned for, and recorded for."""
+    return StepRows(config.max_num_batched_tokens, logit_rows(config))
 
 
 def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moebius.engine.expert_loads import ExpertCounts
 from moebius.engine.kv_cache import KVCache
+from moebius.engine.workspace import StepRows, forward, head
 from moebius.models.decoder import Decoder
-from moebius.nn.attention import PagedAttend
-from moebius.ops.program import LOGITS, Program, RowSource, StepSource, Unrecorded
+from moebius.ops.program import Program, Unrecorded
 from moebius.ops.steps import Step, StepInputs
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,7 @@ class Runner:
     """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache,
     and counts of what its routers chose.
 
-    max_tokens, max_logits: the most rows of a step, and the most whose logits are asked for at a
-    time.
+    rows: how many a step has at most.
     """
 
     _step: Program[StepInputs]
@@ -34,39 +33,36 @@ class Runner:
         model: Decoder,
         cache: KVCache,
         device: torch.device,
-        max_tokens: int = 2048,
-        max_logits: int | None = None,
+        rows: StepRows = StepRows(2048, 2048),  # noqa: B008 - it cannot be changed
     ) -> None:
         self.model = model
         self.ops = model.ops
         self.cache = cache
         self.device = device
         self.expert_counts = ExpertCounts(model, device)
-        self._step_source = StepSource(max_tokens)
-        self._head_source = RowSource(LOGITS, max_tokens if max_logits is None else max_logits)
+        self._rows = rows
         self._last = torch.empty(0)
         self._record()
 
     def _record(self) -> None:
         """Programs of the model as it lies in memory now."""
         self._moves = self.model.moves
-        self._step = self.ops.record(self._hidden, self._step_source, self.device)
+        self._step = self.ops.record(self._hidden, self._rows.step_source(), self.device)
+        source = self._rows.head_source()
         if self._step.whole is None:
             trace = self._step.trace
-            self._head = Unrecorded(self._logits, self._head_source, self.device, trace)
+            self._head = Unrecorded(self._logits, source, self.device, trace)
         else:
-            self._head = self.ops.record(self._logits, self._head_source, self.device)
+            self._head = self.ops.record(self._logits, source, self.device)
         for what, program in (("steps", self._step), ("logits", self._head)):
             if not program.trace.recorded:
                 log.info("%s are not recorded: %s", what, program.trace.reason)
 
-    # Not around what calls them: a recorded step computes nothing in torch, and even this would
-    # cost it time.
-    @torch.inference_mode()
+    # Inference mode is theirs and not around what calls them: a recorded step computes nothing in
+    # torch, and even this would cost it time.
     def _hidden(self, step: Step) -> Tensor:
         return forward(self.model, self.cache, step)
 
-    @torch.inference_mode()
     def _logits(self, rows_L: Tensor) -> Tensor:
         hidden_TD = self._last if self._step.whole is None else self._step.whole
         return head(self.model, hidden_TD, rows_L)
@@ -107,15 +103,3 @@ class Runner:
             self.execute(inputs)
             self.logits(range(len(zeros)))
         self.expert_counts.clear()
-
-
-def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
-    """A step's final hidden states (T, D), its keys and values written to the cache."""
-    attend = PagedAttend(model.ops, model.config, cache.layers, step, cache.block_size)
-    hidden_TD: Tensor = model(step.input_ids, step.positions, attend)[0]
-    return hidden_TD
-
-
-def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
-    """Logits (L, V), float32, of rows of hidden states."""
-    return model.logits(model.ops.embed(rows_L, hidden_TD))

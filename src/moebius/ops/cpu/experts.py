@@ -26,6 +26,7 @@ class CpuExperts(PreparedExperts):
 
     table: _cpu.Experts
     dtype: torch.dtype
+    width: int
     held: Held
 
     def is_of(self, weights: ExpertWeights) -> bool:
@@ -77,7 +78,7 @@ class ExpertOps(CpuBase):
             up_bias=_addresses(weights.up_bias_F),
             down_bias=_addresses(weights.down_bias_D),
         )
-        return CpuExperts(table, weights.gate_FD[0].dtype, Held(tensors))
+        return CpuExperts(table, weights.gate_FD[0].dtype, width, Held(tensors))
 
     def experts(
         self,
@@ -95,12 +96,19 @@ class ExpertOps(CpuBase):
                 f"the CPU kernels want one dtype, not {x_TD.dtype} and {prepared.dtype}"
             )
         out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
+        top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
+        inner = self._empty(x_TD, (top_k, prepared.width), x_TD.dtype)
+        outer = None
+        if expert_ids_TK is not None:
+            outer = self._empty(x_TD, (top_k, *x_TD.shape[1:]), x_TD.dtype)
         call = _cpu.ExpertsCall(
             experts=prepared.table,
             x=self._at(x_TD),
             weights=self._at(weights_TK, torch.float32),
             ids=self._at(expert_ids_TK, torch.int64),
-            top_k=1 if expert_ids_TK is None else expert_ids_TK.shape[1],
+            top_k=top_k,
+            inner=self._at(inner),
+            outer=self._at(outer),
             out=self._at(out),
         )
         self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)

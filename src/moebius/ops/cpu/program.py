@@ -20,6 +20,7 @@ class Memory:
         block = np.empty(nbytes + _ALIGNMENT, np.uint8)
         self.bytes = torch.from_numpy(block[-block.ctypes.data % _ALIGNMENT :][:nbytes])
         self.address = self.bytes.data_ptr()
+        self.nbytes = nbytes
 
     def rows(self, buffer: Buffer) -> Tensor:
         """A buffer's rows."""
@@ -88,7 +89,8 @@ class RecordedProgram(Program[Given]):
         self._result_count = counts.index(result.rows)
         self._result_factor = result.factor
         self._views: dict[int, Tensor] = {}
-        self._held = (ops, memory, recorder.calls, recorder.held)
+        self.memory = memory
+        self._held = (ops, recorder.calls, recorder.held)
 
     def _make_parts(
         self,

@@ -210,6 +210,24 @@ class Recorder:
         return _Watch(self)
 
 
+# What says something of a tensor's shape and nothing of its values.
+_SHAPES = frozenset(
+    (
+        Tensor.__len__,
+        Tensor.detach,
+        Tensor.dim,
+        Tensor.element_size,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.numel,
+        Tensor.size,
+        Tensor.storage_offset,
+        Tensor.stride,
+        Tensor.untyped_storage,
+    )
+)
+
+
 class _Watch(TorchFunctionMode):
     """Lets views pass, and refuses all else that torch could do with a tensor of the recording."""
 
@@ -225,12 +243,11 @@ class _Watch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        touched = [
-            buffer
-            for x in _tensors((*args, *kwargs.values()))
-            if (buffer := self._recorder.find(x)) is not None
-        ]
         name = getattr(func, "__name__", str(func))
+        if name == "__get__" or func in _SHAPES:
+            return func(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        touched = [x for x in _tensors(given) if self._recorder.find(x) is not None]
         if not touched:
             out = func(*args, **kwargs)
             if self._recorder.makes(args, out):
@@ -238,12 +255,12 @@ class _Watch(TorchFunctionMode):
             return out
         if func is Tensor.data_ptr:
             raise self._recorder.refuse("Tensor.data_ptr asks for the address of a step's tensor")
-        before = [buffer.whole._version for buffer in touched]
+        before = [x._version for x in touched]
         try:
             out = func(*args, **kwargs)
         except Exception as error:
             raise self._recorder.refuse(f"torch's {name} needs a step's values") from error
-        if [buffer.whole._version for buffer in touched] != before:
+        if [x._version for x in touched] != before:
             raise self._recorder.refuse(f"torch's {name} changes a tensor between the operations")
         for x in _tensors((out,)):
             if self._recorder.find(x) is None:

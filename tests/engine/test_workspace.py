@@ -1,0 +1,100 @@
+"""What a step takes is planned by what allocates it, and what is promised of it by what it calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import moebius
+from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
+from moebius.engine.config import EngineConfig
+from moebius.engine.load import load_engine, prepare
+from moebius.engine.workspace import StepRows, Workspace, plan_workspace
+from moebius.ops import Operation, select_ops
+from moebius.ops.cpu import CpuOps
+from moebius.ops.cpu.program import RecordedProgram
+from moebius.ops.reference import ReferenceOps
+from oracle import FAMILY, save_tiny
+from tiny import write_tokenizer
+
+BUNDLED = Path(moebius.__file__).parent / "bundled"
+SMALL = EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=32, max_num_seqs=3)
+
+
+@pytest.mark.parametrize("tokens", [64, 512])
+@pytest.mark.parametrize("model_type", [*sorted(FAMILY), "bundled"])
+def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: int) -> None:
+    directory = BUNDLED if model_type == "bundled" else tmp_path
+    if model_type != "bundled":
+        save_tiny(tmp_path, model_type)
+        write_tokenizer(tmp_path)
+    config = replace(SMALL, max_num_batched_tokens=tokens)
+    prepared = prepare(directory, config)
+    runner = load_engine(directory, config, prepared=prepared).runner
+    planned = prepared.workspace
+    programs = (runner._step, runner._head)
+    assert planned.reason == ""
+    for program, trace in zip(programs, (planned.step, planned.head), strict=True):
+        assert isinstance(program, RecordedProgram)
+        assert program.trace == trace
+        assert program.memory.nbytes == trace.nbytes > 0
+    assert prepared.plan.workspace >= planned.nbytes
+
+
+def model(*layers: FeedForwardConfig, **changes: object) -> ModelConfig:
+    sizes = ModelConfig(
+        model_type="llama",
+        hidden_size=64,
+        num_layers=len(layers),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=100,
+        max_position_embeddings=64,
+        rope=RopeConfig(),
+        feed_forward=layers,
+        windows=(None,) * len(layers),
+    )
+    return replace(sizes, **changes)  # type: ignore[arg-type]
+
+
+def planned(config: ModelConfig, rows: StepRows = StepRows(8, 8)) -> Workspace:  # noqa: B008
+    return plan_workspace(config, CpuOps(1), torch.bfloat16, 16, rows)
+
+
+def test_the_logits_memory_is_of_the_rows_that_may_be_asked_for() -> None:
+    """Not of as many as a step may have: rows of 100 float32 logits, beside rows of 64 values and
+    their numbers."""
+    config = model(FeedForwardConfig(16))
+    few, more = planned(config, StepRows(512, 64)), planned(config, StepRows(512, 128))
+    assert more.head.nbytes - few.head.nbytes == 64 * (100 * 4 + 64 * 2 + 8)
+    assert more.step == few.step
+
+
+def test_a_promise_follows_from_the_operations_that_a_model_uses() -> None:
+    """Experts of two matrices are plain PyTorch's: one layer of them is enough for a no."""
+    router = RouterConfig(4, 2)
+    for gated in (True, False):
+        found = planned(model(FeedForwardConfig(16), FeedForwardConfig(16, router, gated=gated)))
+        assert found.batch_invariant(CpuOps(1)) == gated
+        assert not found.batch_invariant(ReferenceOps())
+    plain = planned(model(FeedForwardConfig(16)))
+    routed = planned(model(FeedForwardConfig(16, router)))
+    assert {use.operation for use in routed.uses - plain.uses} == {Operation.ROUTE}
+
+
+@pytest.mark.parametrize("isa", ["", "reference"])
+def test_what_start_says_and_what_the_fingerprint_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str
+) -> None:
+    save_tiny(tmp_path, "mixtral")
+    write_tokenizer(tmp_path)
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
+    prepared = prepare(tmp_path, SMALL)
+    fingerprint = load_engine(tmp_path, SMALL, prepared=prepared).info.fingerprint
+    assert prepared.batch_invariant == (isa == "")
+    assert fingerprint.endswith("-approx") == (isa == "reference")
+    assert prepared.ops.name == select_ops("cpu", torch.float32).name
