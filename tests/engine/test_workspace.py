@@ -11,9 +11,10 @@ import torch
 import moebius
 from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import load_engine, prepare
+from moebius.engine.load import load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
-from moebius.ops import Operation, select_ops
+from moebius.errors import ConfigError
+from moebius.ops import Feature, Operation, select_ops
 from moebius.ops.cpu import CpuOps
 from moebius.ops.cpu.program import RecordedProgram
 from moebius.ops.reference import ReferenceOps
@@ -81,6 +82,9 @@ def test_a_promise_follows_from_the_operations_that_a_model_uses() -> None:
         found = planned(model(FeedForwardConfig(16), FeedForwardConfig(16, router, gated=gated)))
         assert found.batch_invariant(CpuOps(1)) == gated
         assert not found.batch_invariant(ReferenceOps())
+    windowed = planned(model(FeedForwardConfig(16), windows=(8,)))
+    features = [use.features for use in windowed.uses if use.operation == "paged_attention"]
+    assert features == [frozenset({Feature.WINDOW})]
     plain = planned(model(FeedForwardConfig(16)))
     routed = planned(model(FeedForwardConfig(16, router)))
     assert {use.operation for use in routed.uses - plain.uses} == {Operation.ROUTE}
@@ -98,3 +102,20 @@ def test_what_start_says_and_what_the_fingerprint_says(
     assert prepared.batch_invariant == (isa == "")
     assert fingerprint.endswith("-approx") == (isa == "reference")
     assert prepared.ops.name == select_ops("cpu", torch.float32).name
+
+
+def test_a_dtype_without_kernels_is_refused_before_anything_is_allocated() -> None:
+    with pytest.raises(ConfigError, match="kernels do not compute in float16; use another --dtype"):
+        plan_workspace(model(FeedForwardConfig(16)), CpuOps(1), torch.float16, 16, StepRows(8, 8))
+
+
+def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> None:
+    """Steps then run as they are: nothing is written where another plan had room."""
+    save_tiny(tmp_path, "mixtral")
+    write_tokenizer(tmp_path)
+    prepared = prepare(tmp_path, SMALL)
+    for layers in (1, 3):
+        wrong = replace(model(*[FeedForwardConfig(16)] * layers), vocab_size=64)
+        other = plan_workspace(wrong, prepared.ops, prepared.dtype, 16, step_rows(SMALL))
+        runner = load_engine(tmp_path, SMALL, prepared=replace(prepared, workspace=other)).runner
+        assert runner._step.trace.reason == "it called other operations than were planned"

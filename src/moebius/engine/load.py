@@ -152,7 +152,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
         dtype=prepared.dtype,
         device=prepared.device,
     )
-    runner = Runner(model, cache, prepared.device, step_rows(config))
+    runner = Runner(model, cache, prepared.device, step_rows(config), prepared.workspace)
     runner.warm_up()
     return runner
 

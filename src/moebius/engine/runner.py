@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moebius.engine.expert_loads import ExpertCounts
 from moebius.engine.kv_cache import KVCache
-from moebius.engine.workspace import StepRows, forward, head
+from moebius.engine.workspace import StepRows, Workspace, forward, head
 from moebius.models.decoder import Decoder
 from moebius.ops.program import Program, Unrecorded
 from moebius.ops.steps import Step, StepInputs
@@ -22,7 +22,7 @@ class Runner:
     """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache,
     and counts of what its routers chose.
 
-    rows: how many a step has at most.
+    rows: how many a step has at most. planned: what plan_workspace said of these.
     """
 
     _step: Program[StepInputs]
@@ -34,6 +34,7 @@ class Runner:
         cache: KVCache,
         device: torch.device,
         rows: StepRows = StepRows(2048, 2048),  # noqa: B008 - it cannot be changed
+        planned: Workspace | None = None,
     ) -> None:
         self.model = model
         self.ops = model.ops
@@ -42,18 +43,20 @@ class Runner:
         self.expert_counts = ExpertCounts(model, device)
         self._rows = rows
         self._last = torch.empty(0)
-        self._record()
+        self._num_rows = 0
+        self._record(planned)
 
-    def _record(self) -> None:
+    def _record(self, planned: Workspace | None = None) -> None:
         """Programs of the model as it lies in memory now."""
         self._moves = self.model.moves
-        self._step = self.ops.record(self._hidden, self._rows.step_source(), self.device)
+        step, logits = (planned.step, planned.head) if planned else (None, None)
+        self._step = self.ops.record(self._hidden, self._rows.step_source(), self.device, step)
         source = self._rows.head_source()
         if self._step.whole is None:
             trace = self._step.trace
             self._head = Unrecorded(self._logits, source, self.device, trace)
         else:
-            self._head = self.ops.record(self._logits, source, self.device)
+            self._head = self.ops.record(self._logits, source, self.device, logits)
         for what, program in (("steps", self._step), ("logits", self._head)):
             if not program.trace.recorded:
                 log.info("%s are not recorded: %s", what, program.trace.reason)
@@ -77,8 +80,9 @@ class Runner:
         self.cache.last_used = time.monotonic()
         if self.model.moves != self._moves:
             self._record()
-        self._last = self._last[:0]  # should the step fail, none has logits
+        self._num_rows = 0  # should the step fail, none has logits
         self._last = self._step.run(inputs)
+        self._num_rows = len(self._last)
         self.cache.last_used = time.monotonic()
         self.expert_counts.step()
         return self._last
@@ -89,8 +93,8 @@ class Runner:
         Raises IndexError for a row that the step did not have.
         """
         wanted = array("q", rows)
-        if max(wanted, default=-1) >= len(self._last):
-            raise IndexError(f"the last step had {len(self._last)} rows, not row {max(wanted)}")
+        if max(wanted, default=-1) >= self._num_rows:
+            raise IndexError(f"the last step had {self._num_rows} rows, not row {max(wanted)}")
         return self._head.run(wanted)
 
     def warm_up(self) -> None:

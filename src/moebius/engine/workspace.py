@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moebius.config import ModelConfig
 from moebius.engine.kv_cache import KVCache
+from moebius.errors import ConfigError
 from moebius.models.decoder import Decoder
 from moebius.nn.attention import PagedAttend
 from moebius.ops import Operation, Ops, Use
@@ -79,7 +80,13 @@ def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
 def plan_workspace(
     config: ModelConfig, ops: Ops, dtype: torch.dtype, block_size: int, rows: StepRows
 ) -> Workspace:
-    """Follow a step of a decoder that has shapes and no memory."""
+    """Follow a step of a decoder that has shapes and no memory.
+
+    Raises ConfigError where the backend does not compute in `dtype`.
+    """
+    if ops.capability(Use(Operation.LINEAR, dtype)) is None:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"the {ops.name} kernels do not compute in {name}; use another --dtype")
     meta = torch.device("meta")
     model = Decoder(config, ops, dtype, device=meta)
     cache = KVCache(config, ops, num_blocks=1, block_size=block_size, dtype=dtype, device=meta)

@@ -68,8 +68,11 @@ class Ops(ABC):
         compute: Callable[[Wanted], Tensor],
         source: Source[Given, Wanted],
         device: torch.device | str,
+        planned: Trace | None = None,
     ) -> Program[Given]:
         """A program that computes what `compute` does, on what `source` brings each time.
+
+        planned: what `trace` said of the same computation, which need not be found out again.
 
         Where `compute` reads values, lets torch compute between the operations, or is not for this
         backend to record, the program calls it as it is, and its trace says why. Where it is

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moebius.errors import EngineError
 from moebius.ops.capability import Capability, Feature, Operation, Use
 from moebius.ops.cpu.attention import AttentionOps
 from moebius.ops.cpu.base import DTYPES
@@ -47,34 +46,46 @@ class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
         return Capability(self.name, batch_invariant=True, recorded=recorded)
 
     def trace(self, compute: Callable[[Wanted], Tensor], source: Source[Given, Wanted]) -> Trace:
-        recorder = Recorder(source.rows, source.width, on_meta=True)
-        try:
-            self._follow(recorder, compute, source)
-        except NotRecorded as why:
-            return Trace(0, 1, frozenset(recorder.uses), str(why))
-        _, nbytes = place(recorder.buffers)
-        return Trace(nbytes, recorder.segments, frozenset(recorder.uses))
+        return self._trace(compute, source, on_meta=True)
 
     def record(
         self,
         compute: Callable[[Wanted], Tensor],
         source: Source[Given, Wanted],
         device: torch.device | str,
+        planned: Trace | None = None,
     ) -> Program[Given]:
-        first = Recorder(source.rows, source.width)
-        try:
-            self._follow(first, compute, source)
-        except NotRecorded as why:
-            trace = Trace(0, 1, frozenset(first.uses), str(why))
+        trace = planned or self._trace(compute, source)
+        if not trace.recorded:
             return Unrecorded(compute, source, device, trace)
-        places, nbytes = place(first.buffers)
-        memory = Memory(nbytes)
+        memory = Memory(trace.nbytes)
+        places = [place for place, _ in trace.layout]
         recorder = Recorder(source.rows, source.width, places, memory.address)
-        result = self._follow(recorder, compute, source)
-        if [each.nbytes for each in recorder.buffers] != [each.nbytes for each in first.buffers]:
-            raise EngineError("a computation called other operations when it was recorded again")
-        trace = Trace(nbytes, recorder.segments, frozenset(recorder.uses))
+        try:
+            result = self._follow(recorder, compute, source)
+            if [each.nbytes for each in recorder.buffers] != [nbytes for _, nbytes in trace.layout]:
+                raise recorder.refuse("it called other operations than were planned")
+        except NotRecorded as why:
+            trace = Trace(0, 1, frozenset(recorder.uses), str(why))
+            return Unrecorded(compute, source, device, trace)
         return RecordedProgram(self._native, source, recorder, result, memory, trace)
+
+    def _trace(
+        self,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+        *,
+        on_meta: bool = False,
+    ) -> Trace:
+        recorder = Recorder(source.rows, source.width, on_meta=on_meta)
+        try:
+            self._follow(recorder, compute, source)
+        except NotRecorded as why:
+            return Trace(0, 1, frozenset(recorder.uses), str(why))
+        places, nbytes = place(recorder.buffers)
+        sizes = [each.nbytes for each in recorder.buffers]
+        layout = tuple(zip(places, sizes, strict=True))
+        return Trace(nbytes, recorder.segments, frozenset(recorder.uses), layout=layout)
 
     def _follow(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.cache_spec import CacheSpec, key_value_planes
-from moebius.ops.capability import Operation
+from moebius.ops.capability import Feature, Operation
 from moebius.ops.cpu.base import CpuBase, require_dtype
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.steps import Step, StepInputs
@@ -29,6 +29,7 @@ class CpuPlan(AttentionPlan):
     """A step's sequences, copied to where the kernels read them."""
 
     step: _cpu.StepAttention
+    window: int | None
 
     def set(self, step: StepInputs) -> None:
         query_start, _ = step.query_start_host.buffer_info()
@@ -100,7 +101,7 @@ class AttentionOps(CpuBase):
         return CpuCache(buffer, shape, num_kv_heads, key_size, values.shape[1])
 
     def plan_attention(self, step: Step, block_size: int, window: int | None = None) -> CpuPlan:
-        plan = CpuPlan(_cpu.StepAttention(window=window or 0))
+        plan = CpuPlan(_cpu.StepAttention(window=window or 0), window)
         if self._recorder is not None:
             self._recorder.plans.append((plan, step.group))
         else:
@@ -132,5 +133,13 @@ class AttentionOps(CpuBase):
             sinks=self._at(sinks_H, torch.float32),
             out=self._at(out),
         )
-        self._run(Operation.PAGED_ATTENTION, call, q_THN, len(q_THN), held, planned)
+        asked = {
+            Feature.WINDOW: planned.window is not None,
+            Feature.SOFTCAP: softcap is not None,
+            Feature.SINKS: sinks_H is not None,
+            Feature.VALUE_SIZE: held.value_size != held.key_size,
+        }
+        features = frozenset(feature for feature, is_asked in asked.items() if is_asked)
+        use = Operation.PAGED_ATTENTION
+        self._run(use, call, q_THN, len(q_THN), held, planned, features=features)
         return out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebius import _cpu, machine
 from moebius.errors import ConfigError
-from moebius.ops.capability import Operation, Use
+from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
@@ -108,7 +108,15 @@ class CpuBase(Ops):
         check(x, dtype)
         return self._recorder.address(x)
 
-    def _run(self, operation: Operation, call: Call, x: Tensor, rows: int, *held: object) -> None:
+    def _run(
+        self,
+        operation: Operation,
+        call: Call,
+        x: Tensor,
+        rows: int,
+        *held: object,
+        features: frozenset[Feature] = frozenset(),
+    ) -> None:
         """Make `call`, or note it: on `rows` rows, x's or a multiple of them.
 
         held: what the call points to, besides tensors.
@@ -116,7 +124,7 @@ class CpuBase(Ops):
         if self._recorder is None:
             call.run(self._native, rows)
             return
-        self._recorder.note(operation, call, x, rows)
+        self._recorder.note(operation, call, x, rows, features)
         self._recorder.held += held
 
     def _lacks(self, use: Use) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moebius import _cpu
-from moebius.ops.capability import Operation, Use
+from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.program import HostFunction, HostResult, Rows
 from moebius.ops.steps import StepInputs
 
@@ -121,6 +121,8 @@ class Recorder:
         self._making = False
         buffer = Buffer(whole, rows, len(self.calls), len(self.calls))
         if self._places:
+            if len(self.buffers) == len(self._places):
+                raise self.refuse("it called other operations than were planned")
             buffer.at = self._places[len(self.buffers)]
         self.buffers.append(buffer)
         self._of[whole.untyped_storage()._cdata] = buffer
@@ -165,13 +167,15 @@ class Recorder:
         self.held.append(x.detach())
         return 0 if x.is_meta else x.data_ptr()
 
-    def note(self, operation: Operation, call: Call, x: Tensor, rows: int) -> None:
+    def note(
+        self, operation: Operation, call: Call, x: Tensor, rows: int, features: frozenset[Feature]
+    ) -> None:
         """`call` on `rows` rows, which are those of x or a multiple of them."""
         count = self.buffer_of(x).rows
         if rows % count.most:
             raise self.refuse(f"{operation} is called on another number of rows than the step's")
         dtype = x.dtype if x.is_floating_point() else torch.float32
-        self.uses.add(Use(operation, dtype))
+        self.uses.add(Use(operation, dtype, features))
         self.calls.append(NativeCall(call, count, rows // count.most))
 
     def note_host(

@@ -37,5 +37,6 @@ class ReferenceOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps
         compute: Callable[[Wanted], Tensor],
         source: Source[Given, Wanted],
         device: torch.device | str,
+        planned: Trace | None = None,
     ) -> Program[Given]:
-        return Unrecorded(compute, source, device, self.trace(compute, source))
+        return Unrecorded(compute, source, device, planned or self.trace(compute, source))
