@@ -85,13 +85,13 @@ void Ops::attention(const Attention& a) {
     const int items = int(attends_.size());
     // Where there are few items, each split of the keys is one.
     splits_.clear();
-    for (int i = 0; items < 2 * pool_.threads() && i < items; i++) {
+    for (int i = 0; items < few_items() && i < items; i++) {
         const AttentionBlock b = attention_block(a, attends_[i]);
         const int first = b.window ? std::max(0, b.first_position - b.window + 1) : 0;
         attends_[i].first_split = int(splits_.size());
         for (int split = first / KEY_SPLIT; split * KEY_SPLIT < b.first_position + b.queries; split++) splits_.push_back({i, split});
     }
-    const size_t need = (attention_scratch(ROW_BLOCK, *a.shape) + 15) / 16 * 16;
+    const size_t need = attention_need(*a.shape);
     if (int(splits_.size()) <= items) {
         pool_.run(items, [&](int item, int thread) {
             kernels_->attention[a.dtype](attention_block(a, attends_[item]), *a.shape, scratch_[thread].need(need));

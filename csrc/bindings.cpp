@@ -250,6 +250,8 @@ NB_MODULE(_cpu, m) {
         .def(nb::init<const std::string&, int>())
         .def_prop_ro("name", &Ops::name)
         .def_prop_ro("threads", &Ops::threads)
+        .def_prop_ro("scratch_bytes", &Ops::scratch_bytes)
+        .def("most_scratch_bytes", &Ops::most_scratch_bytes, nb::kw_only(), "widest"_a, "shape"_a, "context"_a)
         .def("argmax", &Ops::argmax, release())
         .def("log_softmax_top_k", [](Ops& ops, const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& counts,
                                      const std::vector<float>& temperatures, Address log_sums, Address values, Address ids) {

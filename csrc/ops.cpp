@@ -74,6 +74,19 @@ const Kernels* select_kernels(const std::string& limit) {
     return best;
 }
 
+size_t Ops::scratch_bytes() const {
+    size_t sum = shared_.bytes();
+    for (const Scratch& s : scratch_) sum += s.bytes();
+    return sum;
+}
+
+size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
+    const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
+    const size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
+    const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
+    return threads() * of_a_thread + (splits * attention + Scratch::SPARE) * sizeof(float);
+}
+
 void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide) {
     std::lock_guard<std::mutex> only(one_caller_);
     const size_t size = size_of(l.dtype), row_bytes = l.in * size;

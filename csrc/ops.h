@@ -128,6 +128,11 @@ public:
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
 
+    // Bytes that operations keep between calls, and the most that they ever will for products over `widest` inputs and for
+    // attention to a cache of this shape over up to `context` keys.
+    size_t scratch_bytes() const;
+    size_t most_scratch_bytes(int widest, const CacheShape& shape, int context) const;
+
     // out = multiplier * table[ids]; table (..., n). Throws std::out_of_range for an id that is not below `count`.
     void embed(Dtype dtype, const void* table, int64_t count, const int64_t* ids, int rows, int n, float multiplier, void* out);
     // out = x w^T + bias as the layers' dtype or, with `wide`, float32
@@ -173,10 +178,12 @@ private:
         uint64_t packed_call = 0;
         int packed_first = 0;
 
+        static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
-            if (floats.size() < n + 16) floats.resize(n + 16);
+            if (floats.size() < n + SPARE) floats.resize(n + SPARE);
             return aligned(floats.data());
         }
+        size_t bytes() const { return floats.capacity() * sizeof(float) + packed.capacity(); }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
     struct Product {  // rows of x times some columns of one expert
@@ -193,6 +200,9 @@ private:
 
     void plan_products(int columns_in_all, size_t row_bytes);
     void plan_attention(const Attention& a);
+    // Floats of one item of attention, and whether so many items are few: then each split of their keys is one.
+    static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
+    int few_items() const { return 2 * pool_.threads(); }
     AttentionBlock attention_block(const Attention& a, const Attend& item) const;
     // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
     void product(Dtype dtype, const void* const* x, int first, int m, const void* w, int n, int k, const void* next, float* c,

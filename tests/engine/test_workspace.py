@@ -15,9 +15,11 @@ from moebius.engine.load import load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.ops import Feature, Operation, select_ops
+from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.cpu import CpuOps
 from moebius.ops.cpu.program import RecordedProgram
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import StepInputs
 from oracle import FAMILY, save_tiny
 from tiny import write_tokenizer
 
@@ -63,7 +65,7 @@ def model(*layers: FeedForwardConfig, **changes: object) -> ModelConfig:
 
 
 def planned(config: ModelConfig, rows: StepRows = StepRows(8, 8)) -> Workspace:  # noqa: B008
-    return plan_workspace(config, CpuOps(1), torch.bfloat16, 16, rows)
+    return plan_workspace(config, CpuOps(1), torch.bfloat16, 16, rows, 64)
 
 
 def test_the_logits_memory_is_of_the_rows_that_may_be_asked_for() -> None:
@@ -106,7 +108,9 @@ def test_what_start_says_and_what_the_fingerprint_says(
 
 def test_a_dtype_without_kernels_is_refused_before_anything_is_allocated() -> None:
     with pytest.raises(ConfigError, match="kernels do not compute in float16; use another --dtype"):
-        plan_workspace(model(FeedForwardConfig(16)), CpuOps(1), torch.float16, 16, StepRows(8, 8))
+        plan_workspace(
+            model(FeedForwardConfig(16)), CpuOps(1), torch.float16, 16, StepRows(8, 8), 64
+        )
 
 
 def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> None:
@@ -116,6 +120,26 @@ def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> N
     prepared = prepare(tmp_path, SMALL)
     for layers in (1, 3):
         wrong = replace(model(*[FeedForwardConfig(16)] * layers), vocab_size=64)
-        other = plan_workspace(wrong, prepared.ops, prepared.dtype, 16, step_rows(SMALL))
+        other = plan_workspace(wrong, prepared.ops, prepared.dtype, 16, step_rows(SMALL), 32)
         runner = load_engine(tmp_path, SMALL, prepared=replace(prepared, workspace=other)).runner
         assert runner._step.trace.reason == "it called other operations than were planned"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernels_keep_no_more_than_they_said(threads: int) -> None:
+    """One long sequence, whose keys are split as often as can be; then long rows of products."""
+    context, size, block_size = 5000, 128, 16
+    ops = CpuOps(threads)
+    spec = key_value_spec(1, 64, torch.bfloat16)
+    blocks = -(-context // block_size)
+    buffer = torch.zeros(ops.cache_bytes_per_block(spec, block_size) * blocks, dtype=torch.uint8)
+    cache = ops.make_cache(buffer, spec, block_size)
+    said = ops.scratch_bytes(size, spec, block_size, context)
+    for new in range(1, 65 * threads, 31):
+        tables = [list(range(blocks))]
+        step = StepInputs.build([[0] * new], [context - new], tables, block_size)
+        q = torch.randn(new, 4, 64).bfloat16()
+        ops.paged_attention(q, cache, ops.plan_attention(step, block_size), 1.0)
+    layer = ops.prepare_linear((torch.randn(300, size).bfloat16(), None))
+    ops.linear(torch.randn(200, size).bfloat16(), layer)
+    assert said / 3 < ops._native.scratch_bytes <= said

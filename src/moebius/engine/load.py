@@ -83,7 +83,14 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     mapped = sum(row.nbytes for row in rows if row.mapped)
     total = sum(row.nbytes for row in rows)
     available, available_of = _available(device)
-    workspace = plan_workspace(checkpoint.config, ops, dtype, config.block_size, step_rows(config))
+    workspace = plan_workspace(
+        checkpoint.config,
+        ops,
+        dtype,
+        config.block_size,
+        step_rows(config),
+        config.max_model_len or checkpoint.config.context,
+    )
     plan = plan_memory(
         checkpoint.config,
         config,

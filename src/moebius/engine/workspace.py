@@ -15,6 +15,7 @@ from moebius.errors import ConfigError
 from moebius.models.decoder import Decoder
 from moebius.nn.attention import PagedAttend
 from moebius.ops import Operation, Ops, Use
+from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.program import LOGITS, RowSource, StepSource, Trace
 from moebius.ops.steps import Step
 
@@ -37,12 +38,14 @@ class StepRows:
 class Workspace:
     """The programs of a step's hidden states and of its logits, as they will be recorded.
 
-    uses   all operations from tokens to tokens, as far as they were followed
+    uses      all operations from tokens to tokens, as far as they were followed
+    scratch   what the backend's operations keep beside that, in bytes
     """
 
     step: Trace
     head: Trace
     uses: frozenset[Use]
+    scratch: int
 
     @property
     def recorded(self) -> bool:
@@ -55,7 +58,7 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        return self.step.nbytes + self.head.nbytes
+        return self.step.nbytes + self.head.nbytes + self.scratch
 
     def batch_invariant(self, ops: Ops) -> bool:
         """Whether every operation is, and there are no others: what torch computes between them
@@ -78,9 +81,16 @@ def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
 
 
 def plan_workspace(
-    config: ModelConfig, ops: Ops, dtype: torch.dtype, block_size: int, rows: StepRows
+    config: ModelConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    block_size: int,
+    rows: StepRows,
+    context: int,
 ) -> Workspace:
     """Follow a step of a decoder that has shapes and no memory.
+
+    context: the most tokens of a sequence.
 
     Raises ConfigError where the backend does not compute in `dtype`.
     """
@@ -94,4 +104,12 @@ def plan_workspace(
     step = ops.trace(lambda step: forward(model, cache, step), rows.step_source())
     logits = ops.trace(lambda rows_L: head(model, hidden_TD, rows_L), rows.head_source())
     sampling = Use(Operation.SAMPLING, torch.float32)
-    return Workspace(step, logits, step.uses | logits.uses | {sampling})
+    widest = max(config.hidden_size, config.q_size, *_widths(config))
+    spec = key_value_spec(config.num_kv_heads, config.head_dim, dtype)
+    scratch = ops.scratch_bytes(widest, spec, block_size, context)
+    return Workspace(step, logits, step.uses | logits.uses | {sampling}, scratch)
+
+
+def _widths(config: ModelConfig) -> list[int]:
+    """Inner sizes of the feed-forward parts."""
+    return [max(layer.width, layer.shared_width) for layer in config.feed_forward]

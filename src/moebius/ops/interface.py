@@ -174,6 +174,13 @@ class Ops(ABC):
         """Bytes that one layer needs for one block of `block_size` tokens."""
 
     @abstractmethod
+    def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
+        """The most memory that this backend keeps beside programs and caches, as far as it knows.
+
+        For layers of up to `widest` inputs, and attention to up to `context` tokens of a cache.
+        """
+
+    @abstractmethod
     def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> LayerCache:
         """One layer's cache over `buffer`, whose layout is the backend's own.
 

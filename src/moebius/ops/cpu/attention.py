@@ -94,6 +94,10 @@ class AttentionOps(CpuBase):
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
         return _shape(spec, block_size).block_bytes
 
+    def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
+        shape = _shape(spec, block_size)
+        return self._native.most_scratch_bytes(widest=widest, shape=shape, context=context)
+
     def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> CpuCache:
         keys, values = key_value_planes(spec)
         num_kv_heads, key_size = keys.shape

@@ -87,6 +87,9 @@ class AttentionOps(Ops):
         keys, values = key_value_planes(spec)
         return block_size * (keys.nbytes + values.nbytes)
 
+    def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
+        return 0
+
     def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> LayerCache:
         keys, values = key_value_planes(spec)
         blocks = len(buffer) // self.cache_bytes_per_block(spec, block_size)
