@@ -12,9 +12,6 @@ from typing import NamedTuple
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.nn.spec import Parameter
 
-PREFIX = "model."
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -90,9 +87,14 @@ class Layout:
 
     names: Names = field(default_factory=dict)
     layer: str = "model.layers.{i}."
-    embedding: str = EMBEDDING
+    embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
-    head: str = HEAD
+    head: str = "lm_head.weight"
+
+    @property
+    def prefix(self) -> str:
+        """What stands before all names but the head's, unless a model was saved without a head."""
+        return self.embedding.partition(".")[0] + "."
 
     def source(self, number: int, parameter: Parameter) -> "Source":
         """Where a parameter of layer `number` is."""

@@ -113,8 +113,8 @@ class GQA:
 
     def cache(self, dtype: torch.dtype) -> CacheSpec:
         """Keys and values of the window's tokens."""
-        key = Plane("key", (self.num_kv_heads, self.head_dim), dtype)
-        value = Plane("value", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
+        key = Plane("k", (self.num_kv_heads, self.head_dim), dtype)
+        value = Plane("v", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
         return CacheSpec(token=(key, value), window=self.window)
 
     def build(self, place: Place) -> "Attention":
