@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from moebius.errors import require
+from moebius.errors import ConfigError, require
 from moebius.models.config import ModelConfig
 from moebius.models.family import model_config, read_config
 from moebius.moe.config import FeedForwardConfig
@@ -149,6 +149,11 @@ def check_trainable(config: ModelConfig, recipe: "Recipe") -> None:
         len(routers) <= 1,
         "the model's layers have different routers, which training does not support",
     )
+    if config.logits_softcap is not None:
+        raise ConfigError(
+            f"the model's logits are capped at {config.logits_softcap}, which training does not "
+            "compute; its loss would be another model's"
+        )
     part = recipe.finetune.train if recipe.finetune else "all"
     require(
         bool(routers) or part != "experts",
