@@ -1,6 +1,6 @@
 // The single-threaded kernels that every instruction set provides, as one table of functions an instruction set.
 //
-// A kernel computes a block that one thread owns; ops.cpp spreads blocks over threads. P1 (one answer) rests on this: a
+// A kernel computes a block that one thread owns; ops.cpp spreads blocks over threads. P1 (batch invariant) rests on this: a
 // row's result is computed by the same operations in the same order whatever rows surround it, so no kernel's result
 // depends on m, on how columns are chunked, or on which block of the KV cache a token lies in.
 //

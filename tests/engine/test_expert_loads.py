@@ -17,8 +17,9 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.models.weights import load_decoder
 from moebius.nn.packed import PackedPast
-from moebius.ops import Ops, RouterTally, select_ops
+from moebius.ops import RouterTally, select_ops
 from moebius.ops.config import RouterConfig
+from moebius.ops.reference import ReferenceOps
 from moebius.schedule.request import Request, SamplingParams
 from oracle import save_tiny
 
@@ -44,7 +45,7 @@ def generate(one: Engine, prompts: list[list[int]], max_tokens: int) -> list[lis
 def routed(directory: Path, rows: list[list[int]], layers: int) -> tuple[list[Tensor], list[float]]:
     """Pairs of each expert and the mean entropy of softmax probabilities, by layer, in plain
     PyTorch."""
-    decoder = load_decoder(directory, torch.float32, ops=Ops())
+    decoder = load_decoder(directory, torch.float32, ops=ReferenceOps())
     ids, probabilities = [[] for _ in range(layers)], [[] for _ in range(layers)]  # type: ignore[var-annotated]
     for row in rows:
         tokens = torch.tensor(row)
@@ -136,7 +137,7 @@ def test_counting_changes_no_bit_and_survives_numbers_that_went_wrong(
     router: str, backend: str
 ) -> None:
     config = ROUTERS[router]
-    ops = Ops() if backend == "reference" else select_ops("cpu", torch.float32, 2)
+    ops = ReferenceOps() if backend == "reference" else select_ops("cpu", torch.float32, 2)
     logits = 4 * torch.randn(50, 12, generator=torch.Generator().manual_seed(3))
     logits[7, 3] = 90.0
     bias = torch.linspace(-0.1, 0.1, 12) if config.selection_bias else None

@@ -10,7 +10,7 @@ import torch
 
 from moebius.moe import health
 from moebius.ops.config import RouterConfig
-from moebius.ops.routing import route, router_probabilities
+from moebius.ops.reference.routing import route, router_probabilities
 
 EVEN, SKEWED, ONE = (
     torch.tensor([4, 4, 4, 4]),

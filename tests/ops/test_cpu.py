@@ -39,7 +39,7 @@ def double(weights: ExpertWeights) -> ExpertWeights:
 
 def assert_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
-    exact = REF.linear(x, ((weight, bias),))
+    exact = REF.linear(x, REF.prepare_linear((weight, bias)))
     terms = x.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
     summed = (x.shape[1] / 16 + 8) * 2.0**-24 * terms
     assert_within(out, exact, ROUNDOFF[out.dtype] * (exact.abs() + summed) + summed)
@@ -189,7 +189,9 @@ def test_experts(
         )
         everyone_to_the_last = torch.full_like(ids, count - 1)
         for chosen in (ids, everyone_to_the_last):
-            exact = REF.experts(x.double(), weights, chosen, (double(w), activation))
+            exact = REF.experts(
+                x.double(), weights, chosen, REF.prepare_experts(double(w), activation)
+            )
             terms = torch.zeros(tokens, hidden, dtype=torch.float64)
             for t in range(0, tokens, 9):
                 for j, e in enumerate(chosen[t].tolist()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebius.ops.reference import LOGITS_ROWS, TILE, ReferenceOps
-from moebius.ops.routing import top_k
+from moebius.ops.reference.routing import top_k
 from moebius.ops.steps import StepInputs
 from ops.paged import Sequences, as_is, empty_cache
 

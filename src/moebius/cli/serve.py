@@ -130,7 +130,8 @@ def _serve_on(
     shown = (
         ", ".join(f"{name} {value}" for name, value in generation.sampling.items()) or "OpenAI's"
     )
-    say(f"one answer: {'on' if prepared.ops.one_answer else 'off'} ({prepared.ops.name} kernels)")
+    invariant = "on" if prepared.batch_invariant else "off"
+    say(f"batch invariant: {invariant} ({prepared.ops.name} kernels)")
     say(f"sampling defaults: {shown}")
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     app = create_app(client, tokenizer, generation, settings)

@@ -6,12 +6,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from moebius.models.config import ModelConfig
-from moebius.ops import Ops
+from moebius.ops import LayerCache, Ops
 from moebius.pages import populate
 
 _HUGE_PAGE = 2 * 2**20
@@ -43,7 +42,7 @@ class KVCache:
         buffer = _reserve(
             self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS
         )
-        self.layers: list[Any] = [
+        self.layers: list[LayerCache] = [
             ops.make_kv_cache(
                 buffer[i * per_layer : (i + 1) * per_layer],
                 block_size,

@@ -17,6 +17,7 @@ from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import ConfigError, require
 from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from moebius.models.uses import uses
 from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.threads import TorchThreads, default_threads
@@ -37,6 +38,7 @@ class Prepared:
     dtype: torch.dtype
     plan: MemoryPlan
     threads: int
+    batch_invariant: bool
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
@@ -80,7 +82,8 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         available=available,
         available_of=available_of,
     )
-    return Prepared(checkpoint, ops, device, dtype, plan, config.threads or cores)
+    invariant = ops.batch_invariant(uses(checkpoint.config, dtype))
+    return Prepared(checkpoint, ops, device, dtype, plan, config.threads or cores, invariant)
 
 
 def load_engine(
@@ -150,7 +153,7 @@ def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:
     """
     if prepared.device.type != "cpu":
         return None
-    if prepared.ops.one_answer:
+    if prepared.ops.own_threads:
         return 1
     return config.threads or default_threads()
 
@@ -192,4 +195,4 @@ def _fingerprint(prepared: Prepared) -> str:
     """Names weights, configuration and kernels; `-approx` where batch mates may change a bit
     (promise P1 is off)."""
     name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{_name(prepared.dtype)}"
-    return name if prepared.ops.one_answer else f"{name}-approx"
+    return name if prepared.batch_invariant else f"{name}-approx"

@@ -21,7 +21,7 @@ from moebius.moe.losses import chosen_counts
 from moebius.moe.router import Router, Routing
 from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig
-from moebius.ops.routing import router_probabilities
+from moebius.ops.reference.routing import router_probabilities
 
 # Counters that the vocabulary may take, two of 4 bytes each: it is tracked as far as they reach,
 # common ids first.

@@ -81,7 +81,7 @@ def write_report(
     other = None if against is None else _load_other(checkpoint, against, rows, tokenizer, config)
     # The kernels have a pool of their own; a second one that spins beside it costs both dearly on
     # few cores.
-    with TorchThreads(1 if decoder.ops.one_answer else config.threads or default_threads()):
+    with TorchThreads(1 if decoder.ops.own_threads else config.threads or default_threads()):
         tally = collect(decoder, rows, config.step_tokens, other, progress)
     check_finite(tally, layers)
     experts = tally.router.num_experts

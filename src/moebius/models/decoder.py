@@ -5,7 +5,7 @@ Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from moebius.nn.linear import Linear, RMSNorm
 from moebius.nn.mixer import MixerModule, Past
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Place
-from moebius.ops import Ops
+from moebius.ops import Ops, PreparedLinear
 
 
 class Stream(NamedTuple):
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
             self.lm_head: Linear | None = None
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
-        self._head: Any = None
+        self._head: PreparedLinear | None = None
 
     @property
     def routers(self) -> dict[int, Router]:
@@ -136,8 +136,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
-        if self._head is None:
-            weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if self._head is None or not self._head.is_of((weight_VD, None)):
             self._head = self.ops.prepare_linear((weight_VD, None))
         logits_LV = self.ops.logits(hidden_LD, self._head)
         if self.config.logits_divisor != 1.0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moebius.ops.config import RouterConfig
-from moebius.ops.routing import route
+from moebius.ops.reference.routing import route
 
 
 def load_share(counts_E: Tensor) -> Tensor:

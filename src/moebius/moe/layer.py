@@ -1,6 +1,6 @@
 """The feed-forward part of a layer: router, dispatch, experts, and the expert that is always on."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moebius.moe.config import FeedForwardConfig
 from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Linear
-from moebius.ops import ExpertWeights, Ops
+from moebius.ops import ExpertWeights, Ops, PreparedExperts
 
 
 class Experts(nn.Module):
@@ -27,7 +27,7 @@ class Experts(nn.Module):
         super().__init__()
         self.ops = ops
         self.activation = config.activation
-        self._prepared: Any = None
+        self._prepared: PreparedExperts | None = None
 
         def tensors(*shape: int, wanted: bool = True) -> nn.ParameterList:
             return nn.ParameterList(
@@ -58,8 +58,9 @@ class Experts(nn.Module):
     def forward(
         self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None
     ) -> Tensor:
-        if self._prepared is None:
-            self._prepared = self.ops.prepare_experts(self.weights(), self.activation)
+        weights = self.weights()
+        if self._prepared is None or not self._prepared.is_of(weights):
+            self._prepared = self.ops.prepare_experts(weights, self.activation)
         return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self._prepared)
 
 

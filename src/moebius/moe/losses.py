@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moebius.moe.router import Routing
 from moebius.ops.config import RouterConfig
-from moebius.ops.routing import router_probabilities
+from moebius.ops.reference.routing import router_probabilities
 
 
 def present(routings: Sequence[Routing | None]) -> list[Routing]:

@@ -4,7 +4,7 @@ What training does to a routing and serving never does is in capacity.py and noi
 T tokens, E experts, K experts a token.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moebius.moe.capacity import kept
 from moebius.moe.config import TrainingRouting
 from moebius.moe.noise import jittered, noisy
-from moebius.ops import Ops, RouterTally
+from moebius.ops import Ops, PreparedLinear, RouterTally
 from moebius.ops.config import RouterConfig
 
 
@@ -46,7 +46,7 @@ class Router(nn.Module):
         self.config = config
         self.limits: TrainingRouting | None = None
         self.tally: RouterTally | None = None
-        self._prepared: Any = None
+        self._prepared: PreparedLinear | None = None
         self.weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
         self.bias = (
             nn.Parameter(torch.empty(config.num_experts, dtype=dtype))
@@ -61,8 +61,9 @@ class Router(nn.Module):
             self.noise_weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        if self._prepared is None:
-            self._prepared = self.ops.prepare_linear((self.weight, self.bias))
+        layer = (self.weight, self.bias)
+        if self._prepared is None or not self._prepared.is_of(layer):
+            self._prepared = self.ops.prepare_linear(layer)
         if self.limits is not None and self.limits.jitter and self.training:
             x_TD = jittered(x_TD, self.limits.jitter)
         logits_TE = self.ops.logits(x_TD, self._prepared)

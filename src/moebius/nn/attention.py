@@ -7,7 +7,7 @@ query, key and value heads side by side.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Pair
+from moebius.ops import Pair, PreparedLinear
 from moebius.ops.cache_spec import CacheSpec, Plane
 
 QKNorm = Literal["none", "head", "full"]
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         self.layer = place.layer
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
-        self._projections: Any = None
+        self._projections: PreparedLinear | None = None
 
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
             return Linear(place.ops, in_size, out_size, bias=bias, dtype=place.dtype)
@@ -186,10 +186,9 @@ class Attention(nn.Module):
     def _projected(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values side by side (T, I): clipped, and normed where all heads are."""
         spec = self.spec
-        if self._projections is None:
-            self._projections = self.ops.prepare_linear(
-                *((p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
-            )
+        layers = [(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        if self._projections is None or not self._projections.is_of(*layers):
+            self._projections = self.ops.prepare_linear(*layers)
         qkv_TI = self.ops.linear(x_TD, self._projections)
         if spec.qk_norm == "full" and self.q_norm is not None and self.k_norm is not None:
             for norm, start in ((self.q_norm, 0), (self.k_norm, spec.q_size)):

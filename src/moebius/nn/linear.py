@@ -1,11 +1,9 @@
 """Linear layers and norms: parameters, and the backend's operation on them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from moebius.ops import Ops
+from moebius.ops import Ops, PreparedLinear
 
 
 class Linear(nn.Module):
@@ -18,12 +16,13 @@ class Linear(nn.Module):
         self.ops = ops
         self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype)) if bias else None
-        self._prepared: Any = None
+        self._prepared: PreparedLinear | None = None
 
-    def prepared(self) -> Any:
-        """The backend's handle, made at first use: parameters are in their place by then."""
-        if self._prepared is None:
-            self._prepared = self.ops.prepare_linear((self.weight, self.bias))
+    def prepared(self) -> PreparedLinear:
+        """The backend's handle, made at first use, and anew where a parameter is another since."""
+        layer = (self.weight, self.bias)
+        if self._prepared is None or not self._prepared.is_of(layer):
+            self._prepared = self.ops.prepare_linear(layer)
         return self._prepared
 
     def forward(self, x_TI: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """The past in serving: each layer's keys and values in a paged cache."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from moebius.nn.attention import Attention
-from moebius.ops import Ops, Pair
+from moebius.ops import AttentionPlan, LayerCache, Ops, Pair
 from moebius.ops.steps import StepInputs
 
 
@@ -16,14 +15,16 @@ class PagedPast:
     caches are one per layer, as Ops.make_kv_cache made them, with blocks of block_size tokens.
     """
 
-    def __init__(self, ops: Ops, caches: Sequence[Any], step: StepInputs, block_size: int) -> None:
+    def __init__(
+        self, ops: Ops, caches: Sequence[LayerCache], step: StepInputs, block_size: int
+    ) -> None:
         self._ops = ops
         self._caches = caches
         self._step = step
         self._block_size = block_size
-        self._plans: dict[int | None, Any] = {}
+        self._plans: dict[int | None, AttentionPlan] = {}
 
-    def _plan(self, window: int | None) -> Any:
+    def _plan(self, window: int | None) -> AttentionPlan:
         """What attention needs to know of the step: the same for all layers with this window."""
         if window not in self._plans:
             self._plans[window] = self._ops.plan_attention(self._step, self._block_size, window)

@@ -35,6 +35,10 @@ class ExpertWeights(NamedTuple):
     up_bias_F: Sequence[Tensor] = ()
     down_bias_D: Sequence[Tensor] = ()
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, kind after kind."""
+        return [x for each in self for x in each]
+
 
 class RouterTally(NamedTuple):
     """What one layer's router has done since the tally was made; `route` adds to it.

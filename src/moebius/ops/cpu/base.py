@@ -1,0 +1,93 @@
+"""What the parts of the CPU's backend share: the compiled kernels, and how tensors reach them."""
+
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from moebius import _cpu, machine
+from moebius.errors import ConfigError
+from moebius.ops.cpu.recording import Recording
+from moebius.ops.interface import Ops
+from moebius.ops.reference import ReferenceOps
+
+# As csrc/kernels.h numbers them.
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+
+
+def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    if x is None:
+        return 0
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"the CPU kernels want {dtype} here, not {x.dtype}")
+    if not x.is_contiguous():
+        raise ValueError(
+            f"the CPU kernels want contiguous tensors, not strides {x.stride()} for shape "
+            f"{tuple(x.shape)}"
+        )
+    return x.data_ptr()
+
+
+def require_no_gradient(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(
+            "the CPU kernels compute no gradients; train with ReferenceOps, or serve under no_grad"
+        )
+
+
+def require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
+    for x in tensors:
+        if x is not None and x.dtype != dtype:
+            raise ValueError(f"the CPU kernels want one dtype, not {dtype} and {x.dtype}")
+    if dtype not in DTYPES:
+        raise ValueError(f"the CPU kernels compute in bfloat16 and float32, not in {dtype}")
+    return DTYPES[dtype]
+
+
+class Held:
+    """Tensors where they lay when their addresses were noted; their memory lives as long as this.
+
+    A parameter's own `data` may be exchanged (nn.Module.to does so), hence aliases of it.
+    """
+
+    __slots__ = ("_addresses", "_tensors")
+
+    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+        self._tensors = tuple(None if x is None else x.detach() for x in tensors)
+        self._addresses = _places(self._tensors)
+
+    def is_of(self, tensors: Iterable[Tensor | None]) -> bool:
+        return self._addresses == _places(tensors)
+
+
+def _places(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+class CpuBase(Ops):
+    """The compiled kernels, and where their results go.
+
+    Raises ConfigError for an instruction set that does not exist or that the processor lacks.
+    """
+
+    own_threads = True
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
+        try:
+            self._native = _cpu.Ops(isa, threads or machine.threads())
+        except ValueError as error:
+            has = ", ".join(_cpu.available())
+            raise ConfigError(
+                f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference"
+            ) from None
+        self.name = f"cpu-{self._native.name}"
+        self._recording: Recording | None = None
+        # What the kernels lack, plain PyTorch computes: `capability` says where.
+        self._fallback = ReferenceOps()
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self._recording:
+            return self._recording.buffer(shape[1:], dtype)[: shape[0]]
+        return torch.empty(shape, dtype=dtype)

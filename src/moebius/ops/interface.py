@@ -1,0 +1,281 @@
+"""`Ops`: every operation of a decoder, with its shapes, dtypes and rounding.
+
+A backend implements all of them. What it can do, and how, it declares in `capability`; whoever
+serves asks before it computes. Unless said otherwise tensors are contiguous, results are new and
+have the dtype of the first argument, and a row of a result depends on the same row of the
+arguments alone; whether that holds bit for bit, in any batch, is for `capability` to say.
+
+Legend of shape suffixes:
+    T tokens of a step   B sequences   L rows whose logits are wanted   D model width   V vocabulary
+    H query heads   G key/value heads   N head size   E experts   K experts a token   F expert width
+    I, O inputs and outputs of a linear layer   R half of the rotated part of a head
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from moebius.ops.capability import Capability, Use
+from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
+from moebius.ops.sampling import Shaping, TopK
+from moebius.ops.steps import (
+    Captured,
+    Compute,
+    ExpertWeights,
+    Logits,
+    Pair,
+    RouterTally,
+    StepInputs,
+)
+
+
+class Ops(ABC):
+    """What a backend computes.
+
+    name          names the backend in the fingerprint
+    own_threads   it computes on threads of its own, beside which torch needs but one
+    """
+
+    name: str
+    own_threads: bool = False
+
+    @abstractmethod
+    def capability(self, use: Use) -> Capability | None:
+        """How this backend computes `use`; None where it does not."""
+
+    def batch_invariant(self, uses: Iterable[Use]) -> bool:
+        """Whether all of `uses` are: one that is not, or is not there, is enough for a no."""
+        found = [self.capability(use) for use in uses]
+        return all(each is not None and each.batch_invariant for each in found)
+
+    @abstractmethod
+    def capture(
+        self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int
+    ) -> Captured:
+        """What computes a step as `compute` does, and `logits` of rows of the last step's result.
+
+        A backend may record what is called on `example`, a step of one token, and call that again
+        on steps of up to max_tokens. Results may be overwritten by the next call.
+        """
+
+    # Rows and linear layers
+
+    @abstractmethod
+    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
+        """multiplier * table[input_ids], rounded once: (T, D) of the table's dtype.
+
+        input_ids_T: int64. Raises IndexError for an id outside the table.
+        """
+
+    @abstractmethod
+    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> PreparedLinear:
+        """What `linear` and `logits` need to know of linear layers of one input.
+
+        layers: (weight (O, I), bias (O,) or None) each, all of one dtype. The tensors stay where
+        they are. Raises ValueError for what the backend cannot read in place.
+        """
+
+    @abstractmethod
+    def linear(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
+        """x W^T + b of each of prepare_linear's layers, side by side: (T, sum of O).
+
+        Sums in float32 at least, rounded once.
+        """
+
+    @abstractmethod
+    def logits(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
+        """The same in float32, never rounded to the model's dtype: for vocabularies and routers."""
+
+    # Norms, rotation, residuals
+
+    @abstractmethod
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+        Inside in float32; rounded before the product with the weight and after it. x may have more
+        dimensions than two.
+        """
+
+    @abstractmethod
+    def add_rms_norm(
+        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+    ) -> Pair:
+        """The residual stream x + multiplier * update, rounded once, and its rms_norm."""
+
+    @abstractmethod
+    def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
+        """x with rms_norm over the D columns from `start`; x itself may be changed."""
+
+    @abstractmethod
+    def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
+        """cos and sin, times `factor`, of positions times inverse frequencies: (T, R) each.
+
+        positions_T: int64. inverse_R: float32, radians a position. Results are float32.
+        """
+
+    @abstractmethod
+    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """Rotate the first 2R of a head's N values, pairing i with i + R (arXiv 2104.09864).
+
+        cos_TR, sin_TR: float32. Inside in float32, rounded once.
+        """
+
+    @abstractmethod
+    def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
+        """a + sigmoid(gate) * b, with float32 gates; a + b without.
+
+        So a shared expert joins the others.
+        """
+
+    # Attention and its cache
+
+    @abstractmethod
+    def kv_cache_bytes_per_block(
+        self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes that one layer needs for one block of `block_size` tokens."""
+
+    @abstractmethod
+    def make_kv_cache(
+        self, buffer: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        """One layer's cache over `buffer`, whose layout is the backend's own.
+
+        buffer: uint8, a multiple of kv_cache_bytes_per_block bytes.
+        """
+
+    @abstractmethod
+    def rotate_and_store(
+        self,
+        qkv_TI: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        cache: LayerCache,
+        slot_mapping_T: Tensor,
+        q_norm_N: Tensor | None = None,
+        k_norm_N: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """The step's queries (T, H, N); its keys and values go to the cache.
+
+        qkv_TI holds a token's query, key and value heads side by side: (T, (H + 2G) * N). Queries
+        and keys are normed per head where a weight is given, then rotated. slot_mapping_T: int64,
+        block id * block_size + offset.
+        """
+
+    @abstractmethod
+    def plan_attention(
+        self, step: StepInputs, block_size: int, window: int | None = None
+    ) -> AttentionPlan:
+        """What paged_attention needs to know of a step, once for all layers with one window."""
+
+    @abstractmethod
+    def paged_attention(
+        self,
+        q_THN: Tensor,
+        cache: LayerCache,
+        plan: AttentionPlan,
+        scale: float,
+        softcap: float | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of each row over its own sequence's cached keys and values: (T, H, N).
+
+        The step's rows are its sequences' last tokens, in order, already written to the cache. A
+        row at position p sees positions max(0, p - window + 1) to p. softcap: scores become c *
+        tanh(scores / c) (Gemma 2, arXiv 2408.00118). sinks_H: float32 scores of one more key a
+        head, without a value (gpt-oss, arXiv 2508.10925).
+        """
+
+    # Experts
+
+    @abstractmethod
+    def route(
+        self,
+        logits_TE: Tensor,
+        config: RouterConfig,
+        selection_bias_E: Tensor | None = None,
+        tally: RouterTally | None = None,
+    ) -> Pair:
+        """Choose experts: weights (T, K) float32 and expert ids (T, K) int64, best first.
+
+        logits_TE: float32. Ties go to the lowest id. What was chosen is added to the tally, where
+        there is one.
+        """
+
+    @abstractmethod
+    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
+        """What `experts` needs to know of one layer's experts; the tensors stay where they are.
+
+        Raises ValueError for what the backend cannot read in place.
+        """
+
+    @abstractmethod
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor | None,
+        expert_ids_TK: Tensor | None,
+        experts: PreparedExperts,
+    ) -> Tensor:
+        """Gated feed-forward down(act(gate x) * up x) of each token's experts, summed: (T, D).
+
+        Each expert's output is rounded to the model's dtype; the sum over k, times weights_TK
+        (float32), runs in routing order in float32. Without up it is down(act(gate x)). Without
+        weights and ids (int64) there is one expert, which serves every token: a dense
+        feed-forward. Raises IndexError for an id that is no expert's.
+        """
+
+    # From logits to tokens. logits_LV is float32; ties go to the lowest id everywhere.
+
+    @abstractmethod
+    def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
+        """The most likely id of each of `rows` (None: all); -1 where a logit is not finite."""
+
+    @abstractmethod
+    def draw(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[float],
+    ) -> list[int]:
+        """Of each of `rows` an id drawn from softmax(logits / temperature).
+
+        It is the first whose exp(logit / temperature), summed with those of all ids before it,
+        exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is not finite.
+        Temperatures are rounded to float32; sums are float64.
+        """
+
+    @abstractmethod
+    def log_softmax_top_k(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        temperatures: Sequence[float] | None = None,
+    ) -> TopK:
+        """Of each of `rows` logsumexp(logits / temperature) and the most likely ids.
+
+        The former is NaN where a logit is not finite; of the latter there are min(count, V) with
+        their logits, largest first, which mean nothing in a row that is not finite. Temperatures
+        are rounded to float32; None stands for 1.
+        """
+
+    @abstractmethod
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
+        """The place of one token a row among all of the vocabulary: 1 for the most likely."""
+
+    @abstractmethod
+    def shaped(
+        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+    ) -> AbstractContextManager[None]:
+        """Within the context rows[i] of logits_LV is as shapings[i] says; each row once.
+
+        After it all is as it was, bit for bit. Only the logits of ids that a shaping names are
+        read, kept and written. Raises IndexError for an id that is not in the vocabulary.
+        """

@@ -1,0 +1,64 @@
+"""What a backend makes for itself and others only hand back to it: opaque, but not untyped.
+
+What is prepared from tensors holds them, so that no address outlives what lies there. Whoever keeps
+it asks `is_of` before each use: a parameter may have been moved or replaced since.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from moebius.ops.steps import ExpertWeights
+
+
+class PreparedLinear(ABC):
+    """Linear layers of one input, as the backend that made it wants them."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def is_of(self, *layers: tuple[Tensor, Tensor | None]) -> bool:
+        """Whether it was made of these very tensors, and they lie where they lay."""
+
+
+class PreparedExperts(ABC):
+    """One layer's experts, as the backend that made it wants them."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def is_of(self, weights: ExpertWeights) -> bool:
+        """Whether it was made of these very tensors, and they lie where they lay."""
+
+
+class LayerCache:
+    """One layer's keys and values, in the layout of the backend that made it."""
+
+    __slots__ = ()
+
+
+class AttentionPlan:
+    """What layers with the same window need to know of a step to attend."""
+
+    __slots__ = ()
+
+
+def same(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether both are the same objects in the same order."""
+    if len(tensors) != len(others):
+        return False
+    return all(a is b for a, b in zip(tensors, others, strict=True))
+
+
+_Own = TypeVar("_Own")
+
+
+def own(handle: object, kind: type[_Own]) -> _Own:
+    """`handle`, which must be of this backend's `kind`. Raises TypeError for another's."""
+    if not isinstance(handle, kind):
+        raise TypeError(
+            f"{type(handle).__name__} was made by another backend; this one takes {kind.__name__}"
+        )
+    return handle

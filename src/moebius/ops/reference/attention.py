@@ -1,0 +1,224 @@
+"""Attention over a paged cache in plain PyTorch. It loops over the sequences of a step that bring
+more than one row."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.ops.interface import Ops
+from moebius.ops.prepared import AttentionPlan, LayerCache, own
+from moebius.ops.steps import StepInputs
+
+# Sequences that bring one row share a call where their visible tokens fill the same number of tiles
+# of this size.
+TILE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCache(LayerCache):
+    """One layer's keys and values: each (blocks, block_size, G, N)."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.k.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionGroup:
+    """Rows of a step that one call can serve.
+
+    rows       the step's rows: a slice, or indices
+    slots      (B, S) cache slots of the tokens that may be seen
+    mask       which of them each row sees, (Q, S) or (B, 1, 1, S); None is causal
+    one_row    each of the B sequences brings one row; otherwise B is 1
+    """
+
+    rows: slice | Tensor
+    slots: Tensor
+    mask: Tensor | None
+    one_row: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReferencePlan(AttentionPlan):
+    """The step's rows in as few calls as they need."""
+
+    groups: list[AttentionGroup]
+
+
+class AttentionOps(Ops):
+    def rotate_and_store(
+        self,
+        qkv_TI: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        cache: LayerCache,
+        slot_mapping_T: Tensor,
+        q_norm_N: Tensor | None = None,
+        k_norm_N: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        k_cache = own(cache, ReferenceCache).k
+        v_cache = own(cache, ReferenceCache).v
+        kv_heads, head_dim = k_cache.shape[2:]
+        heads_TXN = qkv_TI.view(len(qkv_TI), qkv_TI.shape[1] // head_dim, head_dim)
+        q_THN, k_TGN, v_TGN = torch.split(
+            heads_TXN, [heads_TXN.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1
+        )
+        if q_norm_N is not None:
+            q_THN = self.rms_norm(q_THN, q_norm_N, eps)
+        if k_norm_N is not None:
+            k_TGN = self.rms_norm(k_TGN, k_norm_N, eps)
+        for store, new in ((k_cache, self.rotary(k_TGN, cos_TR, sin_TR)), (v_cache, v_TGN)):
+            store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
+        return self.rotary(q_THN, cos_TR, sin_TR)
+
+    def kv_cache_bytes_per_block(
+        self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+    def make_kv_cache(
+        self, buffer: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        k, v = buffer.view(dtype).view(2, -1, block_size, num_kv_heads, head_dim)
+        return ReferenceCache(k, v)
+
+    def plan_attention(
+        self, step: StepInputs, block_size: int, window: int | None = None
+    ) -> AttentionPlan:
+        starts, lengths = step.query_start_host, step.seq_lens_host
+        decodes: dict[int, list[int]] = {}
+        groups: list[AttentionGroup] = []
+        for b, seq_len in enumerate(lengths):
+            rows = starts[b + 1] - starts[b]
+            first = 0 if window is None else max(0, seq_len - rows - window + 1)
+            if rows == 1:
+                decodes.setdefault(-(-(seq_len - first) // TILE), []).append(b)
+            elif rows > 1:
+                groups.append(_plan_chunk(step, b, first, block_size, window))
+        groups += [
+            _plan_decodes(step, members, n * TILE, block_size, window)
+            for n, members in decodes.items()
+        ]
+        return ReferencePlan(groups)
+
+    def paged_attention(
+        self,
+        q_THN: Tensor,
+        cache: LayerCache,
+        plan: AttentionPlan,
+        scale: float,
+        softcap: float | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        out_THN = torch.empty_like(q_THN)
+        held = own(cache, ReferenceCache)
+        for group in own(plan, ReferencePlan).groups:
+            out_THN[group.rows] = _attend(q_THN[group.rows], held, group, scale, softcap, sinks_H)
+        return out_THN
+
+
+def visible(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:
+    """Which of the keys' positions (..., S) a query's position (..., Q) may see: (..., Q, S)
+    bool."""
+    distance = query_at.unsqueeze(-1) - key_at.unsqueeze(-2)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def _plan_chunk(
+    step: StepInputs, b: int, first: int, block_size: int, window: int | None
+) -> AttentionGroup:
+    """Sequence b's rows, several consecutive positions, over its tokens from position `first`."""
+    start, stop, seq_len = (
+        step.query_start_host[b],
+        step.query_start_host[b + 1],
+        step.seq_lens_host[b],
+    )
+    at_S = torch.arange(first, seq_len, device=step.block_table.device)
+    slots_S = _slots(step.block_table[b], at_S, block_size)
+    whole = stop - start == seq_len and window is None
+    mask = None if whole else visible(at_S[start - stop :], at_S, window)
+    return AttentionGroup(slice(start, stop), slots_S.unsqueeze(0), mask, one_row=False)
+
+
+def _plan_decodes(
+    step: StepInputs, members: list[int], padded: int, block_size: int, window: int | None
+) -> AttentionGroup:
+    """One row each of several sequences, over as many tokens; positions beyond a sequence's end
+    repeat its last."""
+    device = step.block_table.device
+    batch = torch.tensor(members, device=device)
+    rows = torch.tensor([step.query_start_host[b] for b in members], device=device)
+    last_B = torch.tensor([step.seq_lens_host[b] - 1 for b in members], device=device)
+    first_B = torch.zeros_like(last_B) if window is None else (last_B - window + 1).clamp(min=0)
+    at_BS = first_B.unsqueeze(1) + torch.arange(padded, device=device)
+    slots_BS = _slots(step.block_table[batch], at_BS.minimum(last_B.unsqueeze(1)), block_size)
+    mask_B1S = visible(last_B.unsqueeze(1), at_BS, window)
+    return AttentionGroup(rows, slots_BS, mask_B1S.unsqueeze(1), one_row=True)
+
+
+def _slots(block_table: Tensor, at: Tensor, block_size: int) -> Tensor:
+    """The slots of positions (..., S) in block tables (..., blocks)."""
+    return block_table.long().gather(-1, at // block_size) * block_size + at % block_size
+
+
+def _gather(
+    q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A group's queries, keys and values, heads before tokens.
+
+    Where each sequence brings one row, the query heads that share a key head become the rows of one
+    product.
+    """
+    count, heads, head_dim = q_QHN.shape
+    kv_heads = cache.k.shape[2]
+    if group.one_row:
+        q = q_QHN.view(count, kv_heads, heads // kv_heads, head_dim)
+    else:
+        q = q_QHN.transpose(0, 1).unsqueeze(0)
+    k, v = (
+        store.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype) for store in (cache.k, cache.v)
+    )
+    return q, k, v
+
+
+def _attend(
+    q_QHN: Tensor,
+    cache: ReferenceCache,
+    group: AttentionGroup,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention of a group's rows over the keys and values in its slots; by hand with capped scores
+    or sinks, which torch's fused attention has not."""
+    q, k, v = _gather(q_QHN, cache, group)
+    share = q.shape[1] // k.shape[1]
+    if softcap is None and sinks_H is None:
+        mask, whole = group.mask, group.mask is None
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=share > 1
+        )
+    else:
+        scores = (q @ k.repeat_interleave(share, 1).transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = torch.arange(scores.shape[-1], device=q.device)
+        scores = scores.masked_fill(
+            ~(visible(at, at, None) if group.mask is None else group.mask), -torch.inf
+        )
+        if sinks_H is not None:
+            by_head = (1, k.shape[1], -1, 1) if group.one_row else (1, -1, 1, 1)
+            scores = torch.cat(
+                (scores, sinks_H.float().view(by_head).expand(*scores.shape[:-1], 1)), dim=-1
+            )
+        weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
+        out = weights @ v.repeat_interleave(share, 1)
+    return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)

@@ -1,0 +1,164 @@
+"""Experts in plain PyTorch: differentiable, nothing loops over tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.interface import Ops
+from moebius.ops.prepared import PreparedExperts, own, same
+from moebius.ops.reference.routing import count, route
+from moebius.ops.steps import ExpertWeights, Pair, RouterTally
+
+Hidden = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReferenceExperts(PreparedExperts):
+    """The tensors themselves."""
+
+    weights: ExpertWeights
+    activation: Activation
+
+    def is_of(self, weights: ExpertWeights) -> bool:
+        return same(weights.tensors(), self.weights.tensors())
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The feed-forward's nonlinearity."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products run in: autocast's dtype where it is on, else the input's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class ExpertOps(Ops):
+    """Experts that may also be trained.
+
+    drops   an id of E stands for no expert, as training's may; to look costs a wait for the device
+    """
+
+    drops = False
+
+    def route(
+        self,
+        logits_TE: Tensor,
+        config: RouterConfig,
+        selection_bias_E: Tensor | None = None,
+        tally: RouterTally | None = None,
+    ) -> Pair:
+        weights_TK, ids_TK = route(logits_TE, config, selection_bias_E)
+        if tally is not None:
+            count(tally, logits_TE, ids_TK, config)
+        return weights_TK, ids_TK
+
+    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
+        return ReferenceExperts(weights, activation)
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor | None,
+        expert_ids_TK: Tensor | None,
+        experts: PreparedExperts,
+    ) -> Tensor:
+        prepared = own(experts, ReferenceExperts)
+        weights = prepared.weights
+
+        def hidden(gate: Tensor, up: Tensor | None) -> Tensor:
+            inner = activate(gate, prepared.activation)
+            return self.dropout(
+                inner if up is None else inner * up, routed=expert_ids_TK is not None
+            )
+
+        if weights_TK is None or expert_ids_TK is None:
+            return _one_expert(x_TD, weights, 0, hidden)
+        tokens, k = expert_ids_TK.shape
+        num_experts = len(weights.gate_FD)
+        flat_ids = expert_ids_TK.reshape(-1)
+        order = torch.argsort(flat_ids, stable=True)
+        chosen = order[: int((flat_ids < num_experts).sum())] if self.drops else order
+        rows_PD = x_TD.index_select(0, chosen.div(k, rounding_mode="floor") if k > 1 else chosen)
+        if torch.is_grad_enabled() and _can_stack(weights, x_TD):
+            every_E = torch.arange(num_experts, device=x_TD.device)
+            ends = torch.searchsorted(flat_ids[order], every_E, right=True)
+            out_PD = _experts_stacked(rows_PD, ends.to(torch.int32), weights, hidden)
+        else:
+            counts = torch.bincount(flat_ids, minlength=num_experts)[:num_experts].tolist()
+            out_PD = _experts_in_turn(rows_PD, counts, weights, hidden)
+        if len(chosen) < len(order):
+            out_PD = torch.cat(
+                (out_PD, out_PD.new_zeros(len(order) - len(chosen), out_PD.shape[1]))
+            )
+        position = torch.empty_like(order)
+        position[order] = torch.arange(order.numel(), device=order.device)
+        out_TKD = out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
+        return combine(out_TKD, weights_TK).to(x_TD.dtype)
+
+    def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
+        """What fine-tuning does to the inner values of a feed-forward, of experts behind a router
+        or of a dense one."""
+        return x
+
+
+def combine(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """The weighted sum over k, in routing order, in float32: (T, D) float32."""
+    total = out_TKD[:, 0].float() * weights_TK[:, :1]
+    for k in range(1, out_TKD.shape[1]):
+        total = torch.addcmul(total, out_TKD[:, k].float(), weights_TK[:, k : k + 1])
+    return total
+
+
+def _bias(biases: Sequence[Tensor], e: int) -> Tensor | None:
+    return biases[e] if biases else None
+
+
+def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, hidden: Hidden) -> Tensor:
+    gate = F.linear(x_TD, w.gate_FD[e], _bias(w.gate_bias_F, e))
+    up = F.linear(x_TD, w.up_FD[e], _bias(w.up_bias_F, e)) if w.up_FD else None
+    return F.linear(hidden(gate, up), w.down_DF[e], _bias(w.down_bias_D, e))
+
+
+def _experts_in_turn(
+    rows_PD: Tensor, counts: list[int], w: ExpertWeights, hidden: Hidden
+) -> Tensor:
+    """Rows sorted by expert through their experts, one product an expert that has rows; no weight
+    is copied."""
+    parts = [
+        _one_expert(rows, w, e, hidden)
+        for e, rows in enumerate(torch.split(rows_PD, counts))
+        if len(rows)
+    ]
+    return torch.cat(parts) if parts else rows_PD.new_zeros(rows_PD.shape)
+
+
+def _can_stack(w: ExpertWeights, x_TD: Tensor) -> bool:
+    """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no
+    bias."""
+    dtype = _compute_dtype(x_TD)
+    if w.down_bias_D or (x_TD.is_cuda and dtype != torch.bfloat16):
+        return False
+    return all(size * dtype.itemsize % 16 == 0 for size in w.gate_FD[0].shape)
+
+
+def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, hidden: Hidden) -> Tensor:
+    """The same in two or three grouped products, for training: few launches, no wait for the device
+    to count rows."""
+    dtype = _compute_dtype(rows_PD)
+    rows = rows_PD.to(dtype)
+
+    def product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return F.grouped_mm(x, torch.stack(tuple(weights)).to(dtype).transpose(1, 2), offs=ends_E)
+
+    gated = hidden(product(rows, w.gate_FD), product(rows, w.up_FD) if w.up_FD else None)
+    return product(gated, w.down_DF)

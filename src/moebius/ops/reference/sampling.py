@@ -1,0 +1,167 @@
+"""From logits to tokens in plain PyTorch.
+
+Legend: L rows of logits, V vocabulary, R rows that are asked about, K candidates of one of them.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moebius.ops.interface import Ops
+from moebius.ops.reference.routing import top_k
+from moebius.ops.sampling import LOWEST, ROWS_AT_ONCE, Shaping, TopK
+
+
+class SamplingOps(Ops):
+    """The part of `Ops` that turns logits into tokens. logits_LV is float32; ties go to the lowest
+    id everywhere."""
+
+    def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
+        """The most likely id of each of `rows` (None: of all); -1 where a logit of the row is not
+        finite."""
+        found: list[int] = []
+        for part in _parts(range(len(logits_LV)) if rows is None else rows):
+            logits_RV = logits_LV[_index(part, logits_LV)]
+            finite_R = logits_RV.isfinite().all(-1)
+            found += top_k(logits_RV, 1)[:, 0].masked_fill(~finite_R, -1).tolist()
+        return found
+
+    def draw(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[float],
+    ) -> list[int]:
+        """Of each of `rows` the first id whose exp(logit / temperature), summed with those of all
+        ids before it, exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is
+        not finite. Temperatures are rounded to float32; sums are float64."""
+        found: list[int] = []
+        for part in _parts(range(len(rows))):
+            at = slice(part[0], part[-1] + 1)
+            logits_RV = logits_LV[_index(rows[at], logits_LV)]
+            finite_R = logits_RV.isfinite().all(-1)
+            heat_R1 = torch.tensor(
+                temperatures[at], dtype=torch.float32, device=logits_LV.device
+            ).unsqueeze(1)
+            uniform_R1 = torch.tensor(
+                uniforms[at], dtype=torch.float64, device=logits_LV.device
+            ).unsqueeze(1)
+            cumulative_RV = torch.softmax(logits_RV.double() / heat_R1, dim=-1).cumsum(-1)
+            ids_R1 = torch.searchsorted(
+                cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True
+            )
+            ids_R = ids_R1.squeeze(1).clamp(max=logits_LV.shape[-1] - 1)
+            found += ids_R.masked_fill(~finite_R, -1).tolist()
+        return found
+
+    def log_softmax_top_k(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        temperatures: Sequence[float] | None = None,
+    ) -> TopK:
+        """Of each of `rows` logsumexp(logits / temperature), NaN where a logit is not finite, and
+        the min(count, V) most likely ids with their logits, largest first; of a row that is not
+        finite these mean nothing. Temperatures are rounded to float32; None stands for 1.
+        """
+        vocab = logits_LV.shape[-1]
+        places = defaultdict(list)
+        for place, count in enumerate(counts):
+            places[min(count, vocab)].append(place)
+        heats = [1.0] * len(rows) if temperatures is None else temperatures
+        log_sums_R = torch.empty(len(rows), dtype=torch.float64, device=logits_LV.device)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for count, same in places.items():
+            for part in _parts(same):
+                logits_RV = logits_LV[_index([rows[place] for place in part], logits_LV)]
+                heat_R = torch.tensor(
+                    [heats[place] for place in part], dtype=torch.float32, device=logits_LV.device
+                )
+                log_sums_R[_index(part, logits_LV)] = _log_sums(logits_RV, heat_R)
+                ids_RK = top_k(logits_RV.nan_to_num(), count)
+                found.update(
+                    zip(part, zip(logits_RV.gather(1, ids_RK), ids_RK, strict=True), strict=True)
+                )
+        values, ids = [logits_LV.new_empty(0)], [_index([], logits_LV)]
+        for place in range(len(rows)):
+            values.append(found[place][0])
+            ids.append(found[place][1])
+        return TopK(log_sums_R, torch.cat(values), torch.cat(ids))
+
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
+        """The place of one token a row among all of the vocabulary: 1 for the most likely."""
+        found = []
+        for row, token in zip(rows, token_ids, strict=True):
+            logits_V = logits_LV[row]
+            before = (logits_V[:token] >= logits_V[token]).sum()
+            found.append(1 + int(before + (logits_V[token:] > logits_V[token]).sum()))
+        return found
+
+    @contextmanager
+    def shaped(
+        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+    ) -> Iterator[None]:
+        """Within the context rows[i] of logits_LV (contiguous, each row once) is as shapings[i]
+        says; after it all is as it was, bit for bit. Only the logits of ids that a shaping names
+        are read, kept and written.
+
+        Raises IndexError for an id that is not in the vocabulary.
+        """
+        kept: list[tuple[int, Tensor, Tensor]] = []
+        try:
+            for row, shaping in zip(rows, shapings, strict=True):
+                ids_E, shaped_E = _shaped(logits_LV[row], shaping)
+                kept.append((row, ids_E, logits_LV[row, ids_E]))
+                _put(logits_LV, row, ids_E, shaped_E)
+            yield
+        finally:
+            for row, ids_E, values_E in kept:
+                _put(logits_LV, row, ids_E, values_E)
+
+
+def _parts(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        yield rows[first : first + ROWS_AT_ONCE]
+
+
+def _index(places: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=like.device)
+
+
+def _log_sums(logits_RV: Tensor, heat_R: Tensor) -> Tensor:
+    finite_R = torch.isfinite(logits_RV).all(dim=-1)
+    return torch.logsumexp(logits_RV.double() / heat_R.unsqueeze(1), dim=-1).where(
+        finite_R, torch.nan
+    )
+
+
+def _shaped(logits_V: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
+    """The ids that a shaping names, each once, and what becomes of their logits."""
+    named = [*shaping.bias], shaping.seen, shaping.drawn, shaping.banned
+    every = [token for ids in named for token in ids]
+    if every and not 0 <= min(every) <= max(every) < len(logits_V):
+        raise IndexError(f"a shaping names an id outside the vocabulary of {len(logits_V)}")
+    ids_E, places = torch.unique(_index(every, logits_V), return_inverse=True)
+    biased, seen, drawn, banned = places.split([len(ids) for ids in named])
+    x_E = logits_V[ids_E].double()
+    x_E[biased] += torch.tensor(
+        [*shaping.bias.values()], dtype=torch.float64, device=logits_V.device
+    )
+    repeated = torch.cat((seen, drawn))
+    x = x_E[repeated]
+    x_E[repeated] = torch.where(x > 0, x / shaping.repetition, x * shaping.repetition)
+    counts_E = drawn.bincount(minlength=len(ids_E))
+    x_E = x_E.where(counts_E == 0, x_E - (shaping.presence + shaping.frequency * counts_E.double()))
+    shaped_E = x_E.float()
+    shaped_E[banned] = LOWEST
+    return ids_E, shaped_E
+
+
+@torch.inference_mode()  # a step's logits may be written nowhere else
+def _put(logits_LV: Tensor, row: int, ids_E: Tensor, values_E: Tensor) -> None:
+    logits_LV[row, ids_E] = values_E

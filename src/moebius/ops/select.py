@@ -1,0 +1,31 @@
+"""Which backend serves which device."""
+
+import logging
+import os
+
+import torch
+
+from moebius.ops.interface import Ops
+from moebius.ops.reference import ReferenceOps
+
+log = logging.getLogger(__name__)
+
+
+def select_ops(device: torch.device | str, dtype: torch.dtype, threads: int | None = None) -> Ops:
+    """The fastest backend for weights of `dtype` on `device`.
+
+    threads: of a CPU's; None for all that we may use. MOEBIUS_CPU_ISA=reference asks for plain
+    PyTorch. Raises ConfigError for an instruction set that is not there.
+    """
+    if torch.device(device).type != "cpu" or os.environ.get("MOEBIUS_CPU_ISA") == "reference":
+        return ReferenceOps()
+    try:
+        from moebius.ops.cpu import CpuOps
+    except ImportError:
+        log.warning(
+            "the compiled kernels are missing: plain PyTorch serves, several times slower and not "
+            "batch invariant; install a C++17 compiler (Debian: apt install g++) and install "
+            "moebius again"
+        )
+        return ReferenceOps()
+    return CpuOps(threads)
