@@ -24,10 +24,19 @@ std::vector<const void*> pointers(const Addresses& addresses) {
     return p;
 }
 
-Experts make_experts(int dtype, int hidden, int width, int activation, const Addresses& gate, const Addresses& up, const Addresses& down,
+using Matrices = std::vector<Matrix>;
+
+// Throws std::invalid_argument for a matrix of other columns, or in a format that has no kernels.
+void require_product(Dtype dtype, const Matrix& w, int columns) {
+    if (w.columns != columns) throw std::invalid_argument("a matrix of " + std::to_string(w.columns) + " columns where the input has " + std::to_string(columns));
+    if (w.format < 0 || w.format >= FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
+}
+
+Experts make_experts(int dtype, int hidden, int width, int activation, const Matrices& gate, const Matrices& up, const Matrices& down,
                      const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
-    return {Dtype(dtype), hidden, width, Activation(activation), pointers(gate), pointers(up), pointers(down),
-            pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
+    for (const Matrices* matrices : {&gate, &up}) for (const Matrix& w : *matrices) require_product(Dtype(dtype), w, hidden);
+    for (const Matrix& w : down) require_product(Dtype(dtype), w, width);
+    return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
 }
 
 void set_step(StepAttention& step, Address query_start, Address seq_lens, Address block_table, int batch, int width) {
@@ -39,11 +48,12 @@ void set_step(StepAttention& step, Address query_start, Address seq_lens, Addres
     step.table_width = width;
 }
 
-Linear make_linear(int dtype, int in, const Addresses& weights, const Addresses& biases, const std::vector<int>& sizes) {
-    Linear l{Dtype(dtype), in, 0, {}};
+Linear make_linear(int dtype, const Matrices& weights, const Addresses& biases) {
+    Linear l{Dtype(dtype), weights.at(0).columns, 0, {}};
     for (size_t i = 0; i < weights.size(); i++) {
-        l.layers.push_back({array<const void>(weights[i]), array<const void>(biases[i]), sizes[i], l.out});
-        l.out += sizes[i];
+        require_product(l.dtype, weights[i], l.in);
+        l.layers.push_back({weights[i], array<const void>(biases.at(i)), l.out});
+        l.out += weights[i].rows;
     }
     return l;
 }
@@ -62,10 +72,16 @@ NB_MODULE(_cpu, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     m.def("available", &available_kernels, "Instruction sets of this processor that there are kernels for, worst first.");
 
-    nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, int in, const Addresses& weights, const Addresses& biases,
-            const std::vector<int>& sizes) { new (self) Linear(make_linear(dtype, in, weights, biases, sizes)); });
-    nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Addresses& gate,
-            const Addresses& up, const Addresses& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
+    m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
+          "Whether products of a dtype read matrices of a format where they lie.");
+    nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data) {
+        new (self) Matrix{Format(format), rows, columns, array<const void>(data)};
+    });
+    nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, const Matrices& weights, const Addresses& biases) {
+        new (self) Linear(make_linear(dtype, weights, biases));
+    });
+    nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Matrices& gate,
+            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
         new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias));
     });
     nb::class_<StepAttention>(m, "StepAttention")
@@ -101,9 +117,10 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("name", &Ops::name)
         .def_prop_ro("threads", &Ops::threads)
         .def("record", [](Ops& ops, Program* program) { ops.recorder = program; }, nb::arg().none())
-        .def("embed", [](Ops& ops, int dtype, Address table, int64_t count, Address ids, int rows, int n, float multiplier, Address out) {
+        .def("embed", [](Ops& ops, int dtype, const Matrix& table, Address ids, int rows, float multiplier, Address out) {
+            require_product(Dtype(dtype), table, table.columns);
             ops.submit(rows, [=, &ops](int r) {
-                ops.embed(Dtype(dtype), array<const void>(table), count, array<const int64_t>(ids), r, n, multiplier, array<void>(out));
+                ops.embed(Dtype(dtype), table, array<const int64_t>(ids), r, multiplier, array<void>(out));
             });
         }, release())
         .def("linear", [](Ops& ops, const Linear& l, Address x, int rows, Address out, bool wide) {

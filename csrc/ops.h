@@ -19,12 +19,22 @@ namespace moebius {
 const Kernels* select_kernels(const std::string& limit);
 std::vector<std::string> available_kernels();
 
+// A weight (rows, columns) as it lies in its file.
+struct Matrix {
+    Format format;
+    int rows, columns;
+    const void* data;
+
+    size_t row_bytes() const { return size_t(columns) * (format == F32_MATRIX ? 4 : 2); }
+    const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
+};
+
 // Linear layers of one input; their outputs lie side by side in a row.
 struct Linear {
     struct Layer {
-        const void* weight;  // (out, in)
-        const void* bias;    // (out,) or null
-        int out, offset;     // columns, and the first one's place in a row of the output
+        Matrix weight;     // (out, in)
+        const void* bias;  // (out,) of the layer's dtype, or null
+        int offset;        // of its first column in a row of the output
     };
     Dtype dtype;
     int in, out;
@@ -36,8 +46,8 @@ struct Experts {
     Dtype dtype;
     int hidden, width;
     Activation activation;
-    std::vector<const void*> gate, up, down;                 // (width, hidden), (width, hidden), (hidden, width)
-    std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, or empty
+    std::vector<Matrix> gate, up, down;                      // (width, hidden), (width, hidden), (hidden, width)
+    std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, of the experts' dtype, or empty
 };
 
 struct StepAttention {  // what all layers with one window share
@@ -91,8 +101,8 @@ public:
         call(rows);
     }
 
-    // out = multiplier * table[ids]; table (..., n). Throws std::out_of_range for an id that is not below `count`.
-    void embed(Dtype dtype, const void* table, int64_t count, const int64_t* ids, int rows, int n, float multiplier, void* out);
+    // out = multiplier * table[ids]. Throws std::out_of_range for an id that is no row of the table.
+    void embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, float multiplier, void* out);
     // out = x w^T + bias as the layers' dtype or, with `wide`, float32
     void linear(const Linear& l, const void* x, int rows, void* out, bool wide);
     void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out);
@@ -147,10 +157,12 @@ private:
         int expert, first, count, column, columns;
     };
 
-    void plan_products(int columns_in_all, size_t row_bytes);
+    // row_bytes(e) is what one column of expert e's products reads.
+    template <class RowBytes> void plan_products(int columns_in_all, const RowBytes& row_bytes);
     // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
-    void product(Dtype dtype, const void* const* x, int first, int m, const void* w, int n, int k, const void* next, float* c,
-                 int ldc, Scratch& scratch);
+    // Of w it takes the rows from `column` on, as many as c has columns.
+    void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
+                 int columns, Scratch& scratch);
 
     const Kernels* kernels_;
     std::mutex one_caller_;  // of what uses the members below

@@ -14,6 +14,9 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 using bf16 = uint16_t;
+struct f16 {
+    uint16_t bits;
+};
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE int min_of(int a, int b) { return a < b ? a : b; }
@@ -26,6 +29,18 @@ INLINE float to_float(bf16 x) {
     return f;
 }
 INLINE float to_float(float x) { return x; }
+// By integers: float32's subnormal numbers, which a thread may have set to be read as zero, have no part in it.
+INLINE float to_float(f16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 0x3ff;
+    const float subnormal = float(int32_t(mantissa)) * 0x1p-24f;
+    uint32_t bits;
+    memcpy(&bits, &subnormal, 4);
+    if (exponent) bits = (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+    bits |= sign;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
 
 #if defined(__AVX512F__)
 
@@ -77,6 +92,8 @@ INLINE V load_some(const bf16* p, int n) {
     __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
 }
+INLINE V load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+INLINE V load_some(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p))}; }
 INLINE __m256i narrowed(V a) {
 #if defined(__AVX512BF16__)
     return (__m256i)_mm512_cvtneps_pbh(a.v);
@@ -91,6 +108,16 @@ INLINE __m256i narrowed(V a) {
 }
 INLINE void store(bf16* p, V a) { _mm256_storeu_si256((__m256i*)p, narrowed(a)); }
 INLINE void store_some(bf16* p, V a, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), narrowed(a)); }
+
+// Weights W as the groups of an x of type T: as they lie, or sixteen of them widened to float32.
+template <class T, class W> INLINE G groups_as(const W* p) {
+    if constexpr (sizeof(T) == sizeof(W)) return groups(p);
+    else return {_mm512_castps_si512(load(p).v)};
+}
+template <class T, class W> INLINE G groups_some_as(const W* p, int n) {
+    if constexpr (sizeof(T) == sizeof(W)) return groups_some(p, n);
+    else return {_mm512_castps_si512(load_some(p, n).v)};
+}
 
 INLINE V mac(V acc, G a, G b, float) { return {_mm512_fmadd_ps(_mm512_castsi512_ps(a.v), _mm512_castsi512_ps(b.v), acc.v)}; }
 INLINE V mac(V acc, G a, G b, bf16) {
@@ -153,7 +180,9 @@ INLINE V scaled(V a, V n) { return {scaled_8(a.lo, n.lo), scaled_8(a.hi, n.hi)};
 INLINE __m256 widened(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
+INLINE __m256 widened(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 INLINE V load(const bf16* p) { return {widened(p), widened(p + 8)}; }
+INLINE V load(const f16* p) { return {widened(p), widened(p + 8)}; }
 INLINE __m128i narrowed(__m256 a) {
     __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -194,6 +223,7 @@ INLINE V scaled(V a, V n) {
     return a;
 }
 INLINE V load(const bf16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
+INLINE V load(const f16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
 INLINE void store(bf16* p, V a) {
     LANES {
         uint32_t bits;

@@ -136,7 +136,7 @@ class Server:
     """
 
     def __init__(self, decoder: Decoder, block_size: int, num_blocks: int, seed: int = 0) -> None:
-        config, dtype = decoder.config, decoder.embed_tokens.weight.dtype
+        config, dtype = decoder.config, decoder.dtype
         self.decoder, self.block_size = decoder, block_size
         self.ops = decoder.ops
         size = (

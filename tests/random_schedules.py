@@ -125,7 +125,7 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
         decoder.ops,
         num_blocks=schedule.num_blocks,
         block_size=schedule.block_size,
-        dtype=decoder.embed_tokens.weight.dtype,
+        dtype=decoder.dtype,
         device=torch.device("cpu"),
     )
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)

@@ -19,7 +19,7 @@ from moebius.bench.workload import Dataset
 from moebius.errors import ConfigError
 from moebius.files import json_text, read_json
 from moebius.inspect.corpus import read_documents
-from moebius.models.checkpoint import open_checkpoint
+from moebius.models.store import open_checkpoint
 from moebius.server.batch import read_batch
 from moebius.text import GenerationDefaults, Tokenizer
 from moebius.train.corpus import Corpus

@@ -4,20 +4,27 @@ none."""
 from collections.abc import Sequence
 
 def available() -> list[str]: ...
+def reads(dtype: int, format: int) -> bool: ...
+
+class Matrix:
+    def __init__(self, format: int, rows: int, columns: int, data: int) -> None: ...
 
 class Linear:
-    def __init__(
-        self,
-        dtype: int,
-        in_size: int,
-        weights: Sequence[int],
-        biases: Sequence[int],
-        sizes: Sequence[int],
-    ) -> None: ...
+    def __init__(self, dtype: int, weights: Sequence[Matrix], biases: Sequence[int]) -> None: ...
 
 class Experts:
     def __init__(
-        self, dtype: int, hidden: int, width: int, activation: int, *tables: Sequence[int]
+        self,
+        dtype: int,
+        hidden: int,
+        width: int,
+        activation: int,
+        gate: Sequence[Matrix],
+        up: Sequence[Matrix],
+        down: Sequence[Matrix],
+        gate_bias: Sequence[int],
+        up_bias: Sequence[int],
+        down_bias: Sequence[int],
     ) -> None: ...
 
 class StepAttention:
@@ -67,11 +74,9 @@ class Ops:
     def embed(
         self,
         dtype: int,
-        table: int,
-        count: int,
+        table: Matrix,
         ids: int,
         rows: int,
-        size: int,
         multiplier: float,
         out: int,
     ) -> None: ...

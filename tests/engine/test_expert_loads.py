@@ -15,7 +15,7 @@ from moebius.engine.client import ExpertLoads
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.ops import RouterTally, select_ops
 from moebius.ops.config import RouterConfig

@@ -16,7 +16,7 @@ from models.config_keys import as_json, derive
 from moebius.errors import ConfigError, WeightsError
 from moebius.models import families
 from moebius.models.family import family, model_config, model_types
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from oracle import TINY, Server, assert_close, tiny_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.models.decoder import Decoder
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.ops.cpu import CpuOps
 from moebius.ops.interface import Ops

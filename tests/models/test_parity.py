@@ -12,7 +12,7 @@ import torch
 from moebius.models.decoder import Decoder
 from moebius.models.family import family, model_config
 from moebius.models.layout import sources
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig
 
 from moebius.errors import ConfigError
-from moebius.models.checkpoint import open_checkpoint
 from moebius.models.family import model_config, model_types, read_config
-from moebius.models.weights import load_decoder
+from moebius.models.store import open_checkpoint
+from moebius.models.store.load import load_decoder
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_of

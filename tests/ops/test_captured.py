@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.ops.cpu import CpuOps, Recording
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import moebius
 from moebius.models.family import model_config
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.train.architecture import config_json
 from moebius.train.corpus import is_held_out
 from moebius.train.data import PreparedData, pack

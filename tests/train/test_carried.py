@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from moebius.errors import ConfigError
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.text import GenerationDefaults
 from moebius.train.architecture import check_trainable

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from moebius.cli.main import main
 from moebius.errors import ConfigError
-from moebius.models import weights as weights_module
-from moebius.models.weights import load_decoder
+from moebius.models.store import save as weights_module
+from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.train.data import PreparedData, bytes_per_token
 from moebius.train.evaluate import score

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from moebius.errors import ConfigError, WeightsError
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.train.data import PreparedData, prepare
 from moebius.train.export import export
 from moebius.train.recipe import CorpusRecipe, FinetuneRecipe, Recipe

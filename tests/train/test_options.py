@@ -12,7 +12,7 @@ import torch
 
 from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.moe.config import FeedForwardConfig, TrainingRouting
 from moebius.nn.attention import GQA
 from moebius.nn.packed import PackedPast

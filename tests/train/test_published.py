@@ -16,7 +16,7 @@ from moebius.engine.load import prepare
 from moebius.errors import ConfigError
 from moebius.models.decoder import Decoder
 from moebius.models.family import model_config
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig

@@ -20,11 +20,11 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import Prepared, load_engine, prepare
 from moebius.engine.memory import human_bytes
 from moebius.errors import require
-from moebius.models.checkpoint import open_checkpoint
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.family import model_config
-from moebius.models.weights import save_checkpoint
+from moebius.models.store import open_checkpoint
+from moebius.models.store.save import save_checkpoint
 from moebius.schedule.request import Request, SamplingParams
 
 MAX_MODEL_LEN = 1024

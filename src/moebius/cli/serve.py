@@ -148,7 +148,7 @@ def plan(
     model: o.Model = "bundled",
     tensors: Annotated[
         bool,
-        typer.Option("--tensors", help="List every tensor too: mapped or copied, and its bytes."),
+        typer.Option("--tensors", help="List every tensor too: bytes, mapped or copied, format."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -160,11 +160,6 @@ def plan(
     from moebius.models.hub import resolve_model
 
     prepared = prepare(resolve_model(model), config)
-    weights = (
-        prepared.checkpoint.plan_weights(prepared.plan.dtype, prepared.plan.device)
-        if tensors
-        else []
-    )
     if as_json:
         record = asdict(prepared.plan) | {
             "kv_cache": prepared.plan.kv_cache,
@@ -172,7 +167,13 @@ def plan(
         }
         if tensors:
             record["tensors"] = [
-                {"name": row.name, "bytes": row.nbytes, "mapped": row.mapped} for row in weights
+                {
+                    "name": row.name,
+                    "bytes": row.nbytes,
+                    "mapped": row.mapped,
+                    "format": row.format,
+                }
+                for row in prepared.weights
             ]
         typer.echo(json_text(record, indent=2))
         return
@@ -180,9 +181,10 @@ def plan(
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("tensor", "bytes", "", box=None, pad_edge=False)
-        for row in weights:
-            table.add_row(row.name, f"{row.nbytes:,}", "mapped" if row.mapped else "copied")
+        table = Table("tensor", "bytes", "", "", box=None, pad_edge=False)
+        for row in prepared.weights:
+            held = "mapped" if row.mapped else "copied"
+            table.add_row(row.name, f"{row.nbytes:,}", held, row.format)
         Console().print(table)
     typer.echo(_plan_text(model, prepared.rows()))
 

@@ -16,11 +16,12 @@ from moebius.engine.memory import MemoryPlan, WeightBytes, human_bytes, plan_mem
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import ConfigError, require
-from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
+from moebius.models.store.load import load_decoder
 from moebius.models.uses import uses
-from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.threads import TorchThreads, default_threads
+from moebius.ops.weights import dtype_name
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import ServingLimits
 from moebius.schedule.scheduler import Scheduler
@@ -36,6 +37,7 @@ class Prepared:
     ops: Ops
     device: torch.device
     dtype: torch.dtype
+    weights: list[PlannedWeight]
     plan: MemoryPlan
     threads: int
     batch_invariant: bool
@@ -68,22 +70,27 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         )
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
-    rows = checkpoint.plan_weights(_name(dtype), device.type)
-    mapped = sum(row.nbytes for row in rows if row.mapped)
-    total = sum(row.nbytes for row in rows)
+    weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype))
     available, available_of = _available(device)
     plan = plan_memory(
         checkpoint.config,
         config,
-        WeightBytes(mapped, total - mapped, total // dtype.itemsize, checkpoint.dtype),
-        dtype=_name(dtype),
+        _weight_bytes(weights, checkpoint.dtype),
+        dtype=dtype_name(dtype),
         device=device.type,
         bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
         available=available,
         available_of=available_of,
     )
     invariant = ops.batch_invariant(uses(checkpoint.config, dtype))
-    return Prepared(checkpoint, ops, device, dtype, plan, config.threads or cores, invariant)
+    threads = config.threads or cores
+    return Prepared(checkpoint, ops, device, dtype, weights, plan, threads, invariant)
+
+
+def _weight_bytes(weights: list[PlannedWeight], stored: str) -> WeightBytes:
+    mapped = sum(weight.nbytes for weight in weights if weight.mapped)
+    copied = sum(weight.nbytes for weight in weights if not weight.mapped)
+    return WeightBytes(mapped, copied, sum(weight.count for weight in weights), stored)
 
 
 def load_engine(
@@ -178,21 +185,18 @@ def _available(device: torch.device) -> tuple[int, str]:
 
 
 def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:
-    """What weights and KV cache are held in; auto is the checkpoint's own.
+    """What is computed in and the KV cache held in; auto is the checkpoint's own.
 
-    A CPU has no fast float16: there float32 takes its place, which holds every float16 exactly.
+    A CPU has no fast float16: there float32 takes its place, which holds every float16 exactly, so
+    that the weights can stay as they are.
     """
     if wish == "auto":
         wish = "float32" if stored == "float16" and device == "cpu" else stored
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wish]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _fingerprint(prepared: Prepared) -> str:
     """Names weights, configuration and kernels; `-approx` where batch mates may change a bit
     (promise P1 is off)."""
-    name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{_name(prepared.dtype)}"
+    name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{dtype_name(prepared.dtype)}"
     return name if prepared.batch_invariant else f"{name}-approx"

@@ -75,9 +75,10 @@ class MemoryPlan:
         """(what, how much, remark) for a table."""
         weights, blocks = self.weights, f"{self.num_blocks:,} blocks of {self.block_size} tokens"
         held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
-        changed = (
-            f"; {weights.stored} in the files" if weights.stored not in ("", self.dtype) else ""
-        )
+        changed = ""
+        if weights.stored not in ("", self.dtype):
+            treated = "copied" if weights.copied > weights.mapped else "read in place"
+            changed = f"; weights are {weights.stored} in the files, {treated}"
         context = (
             f"lowered from {self.lowered_from:,}: one sequence must fit"
             if self.lowered_from

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.moe.layer import Dispatcher, FeedForward, LocalDispatcher
 from moebius.moe.router import Router, Routing
-from moebius.nn.linear import Linear, RMSNorm
+from moebius.nn.linear import Embedding, Linear, RMSNorm
 from moebius.nn.mixer import MixerModule, Past
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Place
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
     """Embedding, layers, norm and vocabulary projection (absent when tied to the embedding).
 
     Built on `device` with uninitialised parameters of `dtype`: call init_weights, or load with
-    moebius.models.weights.load_decoder.
+    moebius.models.store.load.
     """
 
     def __init__(
@@ -94,12 +94,7 @@ class Decoder(nn.Module):
         dispatch = dispatch or LocalDispatcher()
         place = Place(ops, config.hidden_size, config.norm_eps, dtype)
         with torch.device(device):
-            self.embed_tokens = nn.Embedding(
-                config.vocab_size,
-                config.hidden_size,
-                dtype=dtype,
-                _weight=torch.empty(config.vocab_size, config.hidden_size, dtype=dtype),
-            )
+            self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
                 Layer(spec, place.at(number), dispatch) for number, spec in enumerate(config.layers)
             )
@@ -119,13 +114,18 @@ class Decoder(nn.Module):
                 found[number] = layer.mlp.router
         return found
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: norms and biases have it, matrices may be stored in another."""
+        return self.norm.weight.dtype
+
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, past: Past
     ) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), after the last norm, and each layer's routing (None for a
         dense layer)."""
         stream = Stream(
-            self.ops.embed(input_ids_T, self.embed_tokens.weight, self.config.embedding_multiplier)
+            self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
         )
         positions = Positions(positions_T)
         routings = []
@@ -136,9 +136,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
-        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        if self._head is None or not self._head.is_of((weight_VD, None)):
-            self._head = self.ops.prepare_linear((weight_VD, None))
+        head = (self.lm_head or self.embed_tokens).held(), None
+        if self._head is None or not self._head.is_of(head):
+            self._head = self.ops.prepare_linear(head, dtype=hidden_LD.dtype)
         logits_LV = self.ops.logits(hidden_LD, self._head)
         if self.config.logits_divisor != 1.0:
             logits_LV = logits_LV / self.config.logits_divisor

@@ -63,7 +63,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         layer = (self.weight, self.bias)
         if self._prepared is None or not self._prepared.is_of(layer):
-            self._prepared = self.ops.prepare_linear(layer)
+            self._prepared = self.ops.prepare_linear(layer, dtype=x_TD.dtype)
         if self.limits is not None and self.limits.jitter and self.training:
             x_TD = jittered(x_TD, self.limits.jitter)
         logits_TE = self.ops.logits(x_TD, self._prepared)

@@ -186,9 +186,9 @@ class Attention(nn.Module):
     def _projected(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values side by side (T, I): clipped, and normed where all heads are."""
         spec = self.spec
-        layers = [(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        layers = [(p.held(), p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
         if self._projections is None or not self._projections.is_of(*layers):
-            self._projections = self.ops.prepare_linear(*layers)
+            self._projections = self.ops.prepare_linear(*layers, dtype=x_TD.dtype)
         qkv_TI = self.ops.linear(x_TD, self._projections)
         if spec.qk_norm == "full" and self.q_norm is not None and self.k_norm is not None:
             for norm, start in ((self.q_norm, 0), (self.k_norm, spec.q_size)):

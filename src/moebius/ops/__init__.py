@@ -15,15 +15,19 @@ from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, Pre
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.select import select_ops
 from moebius.ops.steps import Compute, ExpertWeights, Pair, RouterTally
+from moebius.ops.weights import FORMATS, Format, Matrix, Weight
 
 __all__ = [
+    "FORMATS",
     "LOWEST",
     "AttentionPlan",
     "Capability",
     "Compute",
     "ExpertWeights",
     "Feature",
+    "Format",
     "LayerCache",
+    "Matrix",
     "Operation",
     "Ops",
     "Pair",
@@ -32,5 +36,6 @@ __all__ = [
     "RouterTally",
     "Shaping",
     "Use",
+    "Weight",
     "select_ops",
 ]

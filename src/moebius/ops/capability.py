@@ -37,7 +37,7 @@ class Feature(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """An operation on numbers of `dtype`, its weights' included, as a model asks for it."""
+    """An operation computed in `dtype`, whatever its weights' formats, as a model asks for it."""
 
     operation: Operation
     dtype: torch.dtype

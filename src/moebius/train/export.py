@@ -15,7 +15,7 @@ from moebius.errors import ConfigError, require
 from moebius.files import anyone, json_text, make_directory, read_json, write_file
 from moebius.models.decoder import Decoder
 from moebius.models.hub import BUNDLED
-from moebius.models.weights import save_checkpoint
+from moebius.models.store.save import save_checkpoint
 from moebius.moe.health import dead_experts, max_violation
 from moebius.train.data import PreparedData
 from moebius.train.evaluate import scores

@@ -22,7 +22,7 @@ from moebius.files import anyone, json_text, write_file
 from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.train.architecture import dense_twin as twin_of
 from moebius.train.corpus import Corpus, reads_below
 from moebius.train.data import holds_run, prepare

@@ -21,11 +21,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError, require
 from moebius.files import anyone, write_file
-from moebius.models.checkpoint import open_checkpoint
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.family import model_config
-from moebius.models.weights import load_decoder
+from moebius.models.store import open_checkpoint
+from moebius.models.store.load import load_decoder
 from moebius.moe.losses import (
     chosen_counts,
     load_balance_loss,

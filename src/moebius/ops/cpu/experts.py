@@ -8,7 +8,15 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.config import Activation, RouterConfig
-from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
+from moebius.ops.cpu.base import (
+    CpuBase,
+    Held,
+    address,
+    common_dtype,
+    native_matrix,
+    require_dtype,
+    require_no_gradient,
+)
 from moebius.ops.prepared import PreparedExperts, own
 from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
@@ -56,16 +64,33 @@ class ExpertOps(CpuBase):
         )
         return weights, ids
 
-    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
+    def prepare_experts(
+        self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
+    ) -> PreparedExperts:
         if not weights.up_FD:
-            return self._fallback.prepare_experts(weights, activation)
+            return self._fallback.prepare_experts(weights, activation, dtype)
         tensors = weights.tensors()
         require_no_gradient(*tensors)
-        dtype = require_dtype(weights.gate_FD[0].dtype, *tensors)
+        kinds = (weights.gate_FD, weights.up_FD, weights.down_DF)
+        biases = (weights.gate_bias_F, weights.up_bias_F, weights.down_bias_D)
+        dtype = dtype or common_dtype(weight for kind in kinds for weight in kind)
+        number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
+        gate, up, down = ([native_matrix(weight, dtype) for weight in kind] for kind in kinds)
+        gate_bias, up_bias, down_bias = ([address(bias) for bias in kind] for kind in biases)
         width, hidden = weights.gate_FD[0].shape
-        tables = [[address(x) for x in each] for each in weights]
-        table = _cpu.Experts(dtype, hidden, width, _ACTIVATIONS[activation], *tables)
-        return CpuExperts(table, weights.gate_FD[0].dtype, Held(tensors))
+        table = _cpu.Experts(
+            number,
+            hidden,
+            width,
+            _ACTIVATIONS[activation],
+            gate,
+            up,
+            down,
+            gate_bias,
+            up_bias,
+            down_bias,
+        )
+        return CpuExperts(table, dtype, Held(tensors))
 
     def experts(
         self,

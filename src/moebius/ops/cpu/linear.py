@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
+from moebius.ops.cpu.base import (
+    CpuBase,
+    Held,
+    address,
+    common_dtype,
+    formats,
+    native_matrix,
+    require_dtype,
+    require_no_gradient,
+)
 from moebius.ops.prepared import PreparedLinear, own
+from moebius.ops.weights import Matrix, Weight, planes_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,23 +30,27 @@ class CpuLinear(PreparedLinear):
     out_size: int
     held: Held
 
-    def is_of(self, *layers: tuple[Tensor, Tensor | None]) -> bool:
-        return self.held.is_of(x for each in layers for x in each)
+    def is_of(self, *layers: tuple[Weight, Tensor | None]) -> bool:
+        return self.held.is_of(planes_of([x for each in layers for x in each]))
 
 
 class LinearOps(CpuBase):
-    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
+    def formats(self, dtype: torch.dtype) -> frozenset[str]:
+        return formats(dtype)
+
+    def prepare_linear(
+        self, *layers: tuple[Weight, Tensor | None], dtype: torch.dtype | None = None
+    ) -> CpuLinear:
+        tensors = planes_of([x for each in layers for x in each])
+        require_no_gradient(*tensors)
         weights = [weight for weight, _ in layers]
         biases = [bias for _, bias in layers]
-        require_no_gradient(*weights, *biases)
-        dtype = require_dtype(weights[0].dtype, *weights, *biases)
-        size = weights[0].shape[1]
-        sizes = [len(weight) for weight in weights]
-        table = _cpu.Linear(
-            dtype, size, [address(x) for x in weights], [address(x) for x in biases], sizes
-        )
-        held = Held(x for each in layers for x in each)
-        return CpuLinear(table, weights[0].dtype, size, sum(sizes), held)
+        dtype = dtype or common_dtype(weights)
+        number = require_dtype(dtype, *biases)
+        matrices = [native_matrix(weight, dtype) for weight in weights]
+        table = _cpu.Linear(number, matrices, [address(x) for x in biases])
+        out_size = sum(weight.shape[0] for weight in weights)
+        return CpuLinear(table, dtype, weights[0].shape[1], out_size, Held(tensors))
 
     def linear(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
         prepared = own(layers, CpuLinear)
@@ -57,14 +71,21 @@ class LinearOps(CpuBase):
         self._native.linear(layers.table, address(x), rows, out.data_ptr(), wide)
         return out
 
-    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
-        require_no_gradient(table_VD)
-        dtype = require_dtype(table_VD.dtype)
-        count, size = table_VD.shape
+    def embed(
+        self,
+        input_ids_T: Tensor,
+        table_VD: Weight,
+        multiplier: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        table = Matrix.of(table_VD)
+        require_no_gradient(*table.planes)
+        dtype = dtype or common_dtype((table,))
+        number = require_dtype(dtype)
         rows = len(input_ids_T)
-        out = self._empty((rows, size), table_VD.dtype)
+        out = self._empty((rows, table.shape[1]), dtype)
         ids = address(input_ids_T, torch.int64)
         self._native.embed(
-            dtype, address(table_VD), count, ids, rows, size, multiplier, out.data_ptr()
+            number, native_matrix(table, dtype), ids, rows, multiplier, out.data_ptr()
         )
         return out
