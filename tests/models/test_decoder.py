@@ -22,7 +22,7 @@ from moebius.nn.packed import PackedPast
 from moebius.nn.paged import PagedPast
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Pair
+from moebius.ops import Operation, Pair, Use
 from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
@@ -154,6 +154,9 @@ class Leaky:
 
     def cache(self, dtype: torch.dtype) -> CacheSpec:
         return CacheSpec(state=(Plane("sum", (D,), torch.float32),))
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        yield Use(Operation.LINEAR, dtype)
 
     def build(self, place: Place) -> LeakySum:
         return LeakySum(place)

@@ -147,10 +147,4 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Of keys and of values. Raises ConfigError where they differ."""
-        if self.attention.value_dim not in (None, self.attention.head_dim):
-            raise ConfigError(
-                f"value heads of {self.attention.value_dim} beside key heads of "
-                f"{self.attention.head_dim} cannot be served; they must be equal"
-            )
         return self.attention.head_dim

@@ -6,6 +6,7 @@ Shape legend: T tokens, D model, H query heads, G key/value heads, N head size, 
 query, key and value heads side by side.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +17,7 @@ from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Pair, PreparedLinear
+from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
 from moebius.ops.cache_spec import CacheSpec, Plane
 
 QKNorm = Literal["none", "head", "full"]
@@ -116,6 +117,21 @@ class GQA:
         key = Plane("k", (self.num_kv_heads, self.head_dim), dtype)
         value = Plane("v", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
         return CacheSpec(token=(key, value), window=self.window)
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        """What serving it asks of a backend."""
+        wishes = {
+            Feature.WINDOW: self.window is not None,
+            Feature.SOFTCAP: self.softcap is not None,
+            Feature.SINKS: self.sinks,
+            Feature.VALUE_SIZE: self.value_dim not in (None, self.head_dim),
+        }
+        features = frozenset(feature for feature, wanted in wishes.items() if wanted)
+        for operation in (Operation.LINEAR, Operation.ROTATION, Operation.ROTATE_AND_STORE):
+            yield Use(operation, dtype)
+        yield Use(Operation.PAGED_ATTENTION, dtype, features)
+        if self.qk_norm == "full":
+            yield Use(Operation.RMS_NORM_PART, dtype)
 
     def build(self, place: Place) -> "Attention":
         return Attention(self, place)
