@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from moebius.errors import ConfigError, WeightsError
 from moebius.models import families
 from moebius.models.family import family, model_config, model_types
 from moebius.models.store.load import load_decoder
+from moebius.models.store.save import save_checkpoint
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
-from oracle import TINY, Server, assert_close, tiny_of
+from oracle import TINY, Server, assert_close, save_tiny, tiny_of
 from test_architecture import FILES, SOURCE, imported
 
 FAMILIES = SOURCE / "models" / "families"
@@ -58,9 +60,10 @@ def with_new_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     shutil.copytree(NEW, directory, ignore=shutil.ignore_patterns("__pycache__"))
     for kind in NEWCOMERS:
         (directory / f"{kind}.json").write_text(as_json(derive(kind)))
+    shutil.copy(FAMILIES / "llama.json", directory / "renamed.json")
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(directory)])
     yield
-    for kind in NEWCOMERS:
+    for kind in (*NEWCOMERS, "renamed"):
         sys.modules.pop(f"{families.__name__}.{kind}", None)
         if hasattr(families, kind):
             delattr(families, kind)
@@ -110,6 +113,50 @@ def test_a_family_says_what_its_checkpoints_hold_beside_the_model(tmp_path: Path
     save_file({**tensors, "model.mtp.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"'model\.mtp\.weight' is left over"):
         load_decoder(tmp_path, torch.float32)
+
+
+RENAMED = {
+    "model.embed_tokens": "backbone.embeddings",
+    "model.norm": "backbone.norm_f",
+    "model.layers": "backbone.blocks",
+    "lm_head": "output",
+    "input_layernorm": "operator_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "o_proj": "out_proj",
+    "mlp.gate_proj": "ff.w1",
+    "mlp.up_proj": "ff.w3",
+    "mlp.down_proj": "ff.w2",
+}
+
+
+@pytest.mark.usefixtures("with_new_families")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_family_names_every_tensor(tied: bool, headless: bool, tmp_path: Path) -> None:
+    """Also where a model was saved without a head, and so without what stands before names."""
+    if headless and not tied:
+        return
+    save_tiny(tmp_path / "usual", "llama", tie_word_embeddings=tied)
+    there = tmp_path / "renamed"
+    shutil.copytree(tmp_path / "usual", there)
+    config = json.loads((there / "config.json").read_text())
+    (there / "config.json").write_text(json.dumps({**config, "model_type": "renamed"}))
+    tensors = load_file(there / "model.safetensors")
+    for name in list(tensors):
+        new = name
+        for usual, theirs in RENAMED.items():
+            new = new.replace(usual, theirs)
+        tensors[new.removeprefix("backbone.") if headless else new] = tensors.pop(name)
+    save_file(tensors, there / "model.safetensors")
+    ours = load_decoder(there, torch.float32).state_dict()
+    usual_state = load_decoder(tmp_path / "usual", torch.float32).state_dict()
+    assert list(ours) == list(usual_state)
+    assert all(torch.equal(ours[name], usual_state[name]) for name in ours)
+    save_checkpoint(ours, {**config, "model_type": "renamed"}, tmp_path / "again")
+    named = {
+        name if name == "output.weight" or not headless else f"backbone.{name}" for name in tensors
+    }
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == named
 
 
 @pytest.mark.usefixtures("with_new_families")

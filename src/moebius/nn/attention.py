@@ -190,8 +190,9 @@ class Attention(nn.Module):
         q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
         k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
         v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
-        if self.head_norms is not None:
-            q_norm, k_norm = self.head_norms
+        norms = self.head_norms
+        if norms is not None:
+            q_norm, k_norm = norms
             q_THN = q_norm(q_THN.contiguous())
             k_TGN = k_norm(k_TGN.contiguous())
         cos_TR, sin_TR = rotation
