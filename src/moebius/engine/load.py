@@ -18,7 +18,7 @@ from moebius.engine.trace import TraceWriter
 from moebius.errors import ConfigError, require
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import load_decoder
-from moebius.models.uses import uses
+from moebius.models.uses import check_served, uses
 from moebius.ops import Ops, select_ops
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.ops.weights import dtype_name
@@ -70,6 +70,7 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         )
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
+    check_served(checkpoint.config, dtype, ops)
     weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype))
     available, available_of = _available(device)
     plan = plan_memory(

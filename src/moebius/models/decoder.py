@@ -89,7 +89,8 @@ class Decoder(nn.Module):
         dispatch: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
+        self.config = config
+        self.ops = ops
         dispatch = dispatch or LocalDispatcher()
         place = Place(ops, config.hidden_size, config.norm_eps, dtype)
         with torch.device(device):
@@ -168,9 +169,11 @@ class Decoder(nn.Module):
             elif parameter.ndim == 1:
                 parameter.zero_()
             else:
-                width, cut = std, 3.0
+                width = std
+                cut = 3.0
                 if scale and "embed" not in name:
-                    width, cut = math.sqrt(scale / parameter.shape[1]), 2.0
+                    width = math.sqrt(scale / parameter.shape[1])
+                    cut = 2.0
                 elif "o_proj" in name or "down_proj" in name:
                     width = std / math.sqrt(2 * self.config.num_layers)
                 width *= router if ".router." in name else 1.0

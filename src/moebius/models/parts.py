@@ -107,7 +107,8 @@ def _scaled(reader: ConfigReader, kind: str, entries: ConfigReader) -> RopeConfi
     longest = reader.integer("max_position_embeddings")
     key = "original_max_position_embeddings"
     original = reader.integer(key, entries.integer(key, longest))
-    theta = entries.number("rope_theta", reader.number("rope_theta"))
+    own_theta = entries.get("rope_theta") is not None
+    theta = (entries if own_theta else reader).number("rope_theta")
     if kind == "linear":
         return RopeConfig(theta, "linear", entries.number("factor"), original)
     if kind == "llama3":
@@ -147,11 +148,13 @@ def attention(reader: ConfigReader, *, biases: bool = False, **different: Any) -
     if biases:
         both = reader.flag("attention_bias")
         different = {"qkv_bias": both, "output_bias": both} | different
+    if "rope" not in different:
+        different["rope"] = rope(reader)
     return GQA(
         num_heads=heads,
         num_kv_heads=reader.integer("num_key_value_heads", heads),
         head_dim=reader.integer("head_dim", hidden // heads),
-        **{"rope": rope(reader)} | different,
+        **different,
     )
 
 

@@ -6,6 +6,7 @@ Shape legend: T tokens, D model, H query heads, G key/value heads, N head size, 
 query, key and value heads side by side.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +17,7 @@ from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Pair, PreparedLinear
+from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
 from moebius.ops.cache_spec import CacheSpec, Plane
 
 QKNorm = Literal["none", "head", "full"]
@@ -113,9 +114,24 @@ class GQA:
 
     def cache(self, dtype: torch.dtype) -> CacheSpec:
         """Keys and values of the window's tokens."""
-        key = Plane("key", (self.num_kv_heads, self.head_dim), dtype)
-        value = Plane("value", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
+        key = Plane("k", (self.num_kv_heads, self.head_dim), dtype)
+        value = Plane("v", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
         return CacheSpec(token=(key, value), window=self.window)
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        """What serving it asks of a backend."""
+        wishes = {
+            Feature.WINDOW: self.window is not None,
+            Feature.SOFTCAP: self.softcap is not None,
+            Feature.SINKS: self.sinks,
+            Feature.VALUE_SIZE: self.value_dim not in (None, self.head_dim),
+        }
+        features = frozenset(feature for feature, wanted in wishes.items() if wanted)
+        for operation in (Operation.LINEAR, Operation.ROTATION, Operation.ROTATE_AND_STORE):
+            yield Use(operation, dtype)
+        yield Use(Operation.PAGED_ATTENTION, dtype, features)
+        if self.qk_norm == "full":
+            yield Use(Operation.RMS_NORM_PART, dtype)
 
     def build(self, place: Place) -> "Attention":
         return Attention(self, place)
@@ -174,8 +190,9 @@ class Attention(nn.Module):
         q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
         k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
         v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
-        if self.head_norms is not None:
-            q_norm, k_norm = self.head_norms
+        norms = self.head_norms
+        if norms is not None:
+            q_norm, k_norm = norms
             q_THN = q_norm(q_THN.contiguous())
             k_TGN = k_norm(k_TGN.contiguous())
         cos_TR, sin_TR = rotation

@@ -37,8 +37,9 @@ class PagedPast:
         cos_TR, sin_TR = rotation
         q_weight = k_weight = None
         eps = 0.0
-        if attention.head_norms is not None:
-            q_norm, k_norm = attention.head_norms
+        norms = attention.head_norms
+        if norms is not None:
+            q_norm, k_norm = norms
             q_weight = q_norm.weight
             k_weight = k_norm.weight
             eps = q_norm.eps

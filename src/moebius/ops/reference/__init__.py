@@ -6,7 +6,7 @@ Everything but the KV cache is differentiable. Nothing loops over tokens.
 
 import torch
 
-from moebius.ops.capability import Capability, Use
+from moebius.ops.capability import Capability, Feature, Use
 from moebius.ops.reference.attention import TILE, AttentionOps, visible
 from moebius.ops.reference.experts import ExpertOps, activate, combine
 from moebius.ops.reference.linear import LOGITS_ROWS, LinearOps
@@ -23,7 +23,9 @@ class ReferenceOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps
 
     name = "reference"
 
-    def capability(self, use: Use) -> Capability:
+    def capability(self, use: Use) -> Capability | None:
+        if Feature.VALUE_SIZE in use.features:
+            return None
         return Capability(self.name, batch_invariant=False, recorded=False)
 
     def capture(
