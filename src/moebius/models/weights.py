@@ -38,10 +38,10 @@ class _Files:
         if stored.file not in self._maps:
             with stored.file.open("rb") as file:
                 region = self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # What is read from now on is read in huge pages, where the kernel has them for files.
-            with suppress(OSError, AttributeError):
-                region.madvise(mmap.MADV_HUGEPAGE)
-            region.madvise(mmap.MADV_WILLNEED)
+            # What is read from now on is read ahead, and in huge pages where the kernel has them for files.
+            for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+                with suppress(OSError, AttributeError):
+                    region.madvise(getattr(mmap, advice))
             populate(np.frombuffer(region, np.uint8).ctypes.data, len(region), write=False, keep=region)
         dtype = _TORCH_DTYPES[stored.dtype]
         count = math.prod(source.shape)
