@@ -11,7 +11,7 @@ import pytest
 # Libraries come first: it is moebius that must not miss what is taken away then.
 TAKE_AWAY = """
 import asyncio, ctypes, fcntl, importlib, mmap, os, pkgutil, signal, socket, sys, tempfile
-import httpx, jinja2, numpy, safetensors.torch, starlette, tokenizers, torch
+import httpx, jinja2, numpy, pydantic, rich, safetensors.torch, starlette, tokenizers, torch
 import typer, uvicorn
 
 system = sys.argv[1]
