@@ -10,9 +10,11 @@ import pytest
 
 # Libraries come first: it is moebius that must not miss what is taken away then.
 TAKE_AWAY = """
-import asyncio, ctypes, fcntl, importlib, mmap, os, pkgutil, signal, socket, sys, tempfile
+import asyncio, ctypes, fcntl, importlib, mmap, os, pkgutil, signal, socket, sys, sysconfig, tempfile
 import httpx, jinja2, numpy, pydantic, rich, safetensors.torch, starlette, tokenizers, torch
 import typer, uvicorn
+
+sysconfig.get_config_vars()  # read once, by the system's name
 
 system = sys.argv[1]
 sys.platform = system
