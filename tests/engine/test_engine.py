@@ -15,7 +15,9 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
 from moebius.ops import select_ops
-from moebius.schedule.request import FinishReason, Request, SamplingParams
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import FinishReason, Request
 from schedule.books import check_books
 
 
@@ -37,12 +39,13 @@ def cache_bytes(tokens: int, block_size: int) -> int:
     return tokens // block_size * 2 * ops.kv_cache_bytes_per_block(block_size, 2, 8, torch.float32)
 
 
-def make(
+def ask(
     one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any
-) -> Request:
+) -> EngineRequest:
+    """What a front asks of this engine: greedy, 8 tokens, where nothing else is wanted."""
     defaults: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
     info = one.info
-    return Request.create(
+    return EngineRequest.create(
         id,
         prompt,
         SamplingParams(**{**defaults, **params}),
@@ -51,6 +54,12 @@ def make(
         eos_ids=info.eos_ids,
         deadline=deadline,
     )
+
+
+def make(
+    one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any
+) -> Request:
+    return Request.of(ask(one, id, prompt, deadline=deadline, **params))
 
 
 def run(one: Engine, requests: list[Request], limit: int = 5000) -> dict[str, list[StepOutput]]:
@@ -329,7 +338,7 @@ def test_requests_that_end_early_say_when_they_were_scheduled_too(tiny_model: Pa
     assert aborted is not None and aborted.scheduled is not None and aborted.at > aborted.scheduled
     one.add(make(one, "never", [5]))
     never = one.abort("never")
-    assert never is not None and never.scheduled is None and not one._requests
+    assert never is not None and never.scheduled is None and not one._unfinished
 
 
 @pytest.mark.case("C21")

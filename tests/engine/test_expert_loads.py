@@ -19,7 +19,8 @@ from moebius.engine.load import load_engine
 from moebius.models.weights import load_decoder
 from moebius.nn.attention import CausalAttend
 from moebius.ops import Ops, RouterTally, select_ops
-from moebius.schedule.request import Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import Request
 from oracle import save_tiny
 
 

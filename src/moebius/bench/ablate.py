@@ -25,7 +25,8 @@ from moebius.models import model_config
 from moebius.models.checkpoint import open_checkpoint
 from moebius.models.decoder import Decoder
 from moebius.models.weights import save_checkpoint
-from moebius.schedule.request import Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import Request
 
 MAX_MODEL_LEN = 1024
 FULL, CONTIGUOUS = "full engine", "contiguous reservation"
