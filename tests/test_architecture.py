@@ -190,7 +190,7 @@ def test_light_imports_stay_light() -> None:
     """The package, its command line's help and the scheduler do not wait for torch."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
-        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.client, "
+        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.wire, "
         "moebius.cli.commands\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
