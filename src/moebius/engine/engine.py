@@ -5,7 +5,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -266,8 +266,13 @@ class Engine:
             self._record(lambda trace: trace.update(tokens))
         self._counts["generation_tokens"] += len(tokens)
         for request in requests:
-            if request.id in tokens or self._has_news(request, results):
-                outputs.append(self._hand_out(request, tokens, results, now))
+            drawn = tokens.get(request.id, ())
+            if drawn or self._has_news(request, results):
+                try:
+                    outputs.append(self._output(request, drawn, results, now))
+                except Exception as error:
+                    cause = failure("handing out a request's tokens", error)
+                    outputs.append(self._fail(request.id, cause))
         return outputs
 
     def _has_news(self, request: Request, results: _Results) -> bool:
@@ -275,18 +280,6 @@ class Engine:
         if request.id in results.failed:
             return False
         return request.finished or bool(results.prompts.get(request.id))
-
-    def _hand_out(
-        self,
-        request: Request,
-        tokens: Mapping[str, tuple[int, ...]],
-        results: _Results,
-        now: float,
-    ) -> StepOutput:
-        try:
-            return self._output(request, tokens.get(request.id, ()), results, now)
-        except Exception as error:
-            return self._fail(request.id, failure("handing out a request's tokens", error))
 
     def _output(
         self, request: Request, token_ids: tuple[int, ...], results: _Results, now: float
@@ -297,11 +290,12 @@ class Engine:
         if request.finished:
             del self._unfinished[request.id]
         logprob = results.sampled[request.id].logprob if token_ids else None
+        scored = results.prompts.get(request.id, ()) if results.prompts else ()
         return StepOutput(
             request_id=request.id,
             token_ids=token_ids,
             logprobs=(logprob,) if logprob else (),
-            prompt_logprobs=tuple(results.prompts.get(request.id, ())),
+            prompt_logprobs=tuple(scored),
             finish_reason=request.finish_reason,
             num_cached_tokens=request.num_cached_tokens or 0,
             at=now,
