@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from moebius import _cpu
-from moebius.config import RouterConfig
 from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights
 from moebius.ops.cache_spec import key_value_spec
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.steps import StepInputs
 

@@ -25,10 +25,19 @@ std::vector<const void*> pointers(const Addresses& addresses) {
     return p;
 }
 
-Experts make_experts(int dtype, int hidden, int width, int activation, const Addresses& gate, const Addresses& up, const Addresses& down,
+using Matrices = std::vector<Matrix>;
+
+// Throws std::invalid_argument for a matrix of other columns, or in a format that has no kernels.
+void require_product(Dtype dtype, const Matrix& w, int columns) {
+    if (w.columns != columns) throw std::invalid_argument("a matrix of " + std::to_string(w.columns) + " columns where the input has " + std::to_string(columns));
+    if (w.format < 0 || w.format >= FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
+}
+
+Experts make_experts(int dtype, int hidden, int width, int activation, const Matrices& gate, const Matrices& up, const Matrices& down,
                      const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
-    return {Dtype(dtype), hidden, width, Activation(activation), pointers(gate), pointers(up), pointers(down),
-            pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
+    for (const Matrices* matrices : {&gate, &up}) for (const Matrix& w : *matrices) require_product(Dtype(dtype), w, hidden);
+    for (const Matrix& w : down) require_product(Dtype(dtype), w, width);
+    return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
 }
 
 void set_step(StepAttention& step, Address query_start, Address seq_lens, Address block_table, int batch, int width) {
@@ -40,24 +49,23 @@ void set_step(StepAttention& step, Address query_start, Address seq_lens, Addres
     step.table_width = width;
 }
 
-Linear make_linear(int dtype, int in, const Addresses& weights, const Addresses& biases, const std::vector<int>& sizes) {
-    Linear l{Dtype(dtype), in, 0, {}};
+Linear make_linear(int dtype, const Matrices& weights, const Addresses& biases) {
+    Linear l{Dtype(dtype), weights.at(0).columns, 0, {}};
     for (size_t i = 0; i < weights.size(); i++) {
-        l.layers.push_back({array<const void>(weights[i]), array<const void>(biases[i]), sizes[i], l.out});
-        l.out += sizes[i];
+        require_product(l.dtype, weights[i], l.in);
+        l.layers.push_back({weights[i], array<const void>(biases.at(i)), l.out});
+        l.out += weights[i].rows;
     }
     return l;
 }
 
 struct Embed {
     Dtype dtype;
-    const void* table;
-    int64_t table_rows;
-    int size;
+    Matrix table;
     float multiplier;
     const int64_t* ids;
     void* out;
-    void operator()(Ops& ops, int rows) const { ops.embed(dtype, table, table_rows, ids, rows, size, multiplier, out); }
+    void operator()(Ops& ops, int rows) const { ops.embed(dtype, table, ids, rows, multiplier, out); }
 };
 
 struct LinearCall {
@@ -104,6 +112,14 @@ struct Divide {
     void operator()(Ops& ops, int rows) const { ops.divide(x, rows, size, divisor, out); }
 };
 
+struct Softcap {
+    const float* x;
+    int size;
+    float cap;
+    float* out;
+    void operator()(Ops& ops, int rows) const { ops.softcap(x, rows, size, cap, out); }
+};
+
 struct Route {
     const RouterSettings* settings;
     const float *logits, *bias;
@@ -143,10 +159,10 @@ template <class Call, class Make, class... Names> void bind_call(nb::module_& m,
 
 void bind_calls(nb::module_& m) {
     using V = void;
-    bind_call<Embed>(m, "Embed", [](Embed* self, int dtype, Address table, int64_t table_rows, int size, float multiplier, Address ids,
-                                    Address out) {
-        new (self) Embed{Dtype(dtype), array<V>(table), table_rows, size, multiplier, array<int64_t>(ids), array<V>(out)};
-    }, "dtype"_a, "table"_a, "table_rows"_a, "size"_a, "multiplier"_a, "ids"_a, "out"_a);
+    bind_call<Embed>(m, "Embed", [](Embed* self, int dtype, const Matrix& table, float multiplier, Address ids, Address out) {
+        require_product(Dtype(dtype), table, table.columns);
+        new (self) Embed{Dtype(dtype), table, multiplier, array<int64_t>(ids), array<V>(out)};
+    }, "dtype"_a, "table"_a, "multiplier"_a, "ids"_a, "out"_a);
     bind_call<LinearCall>(m, "LinearCall", [](LinearCall* self, const Linear& layers, Address x, bool wide, Address out) {
         new (self) LinearCall{&layers, array<V>(x), wide, array<V>(out)};
     }, "layers"_a, "x"_a, "wide"_a, "out"_a);
@@ -169,6 +185,9 @@ void bind_calls(nb::module_& m) {
     bind_call<Divide>(m, "Divide", [](Divide* self, Address x, int size, float divisor, Address out) {
         new (self) Divide{array<float>(x), size, divisor, array<float>(out)};
     }, "x"_a, "size"_a, "divisor"_a, "out"_a);
+    bind_call<Softcap>(m, "Softcap", [](Softcap* self, Address x, int size, float cap, Address out) {
+        new (self) Softcap{array<float>(x), size, cap, array<float>(out)};
+    }, "x"_a, "size"_a, "cap"_a, "out"_a);
     bind_call<Rotation>(m, "Rotation", [](Rotation* self, Address positions, Address inverse, int half, float factor, Address cos, Address sin) {
         new (self) Rotation{array<int64_t>(positions), array<float>(inverse), half, factor, array<float>(cos), array<float>(sin)};
     }, "positions"_a, "inverse"_a, "half"_a, "factor"_a, "cos"_a, "sin"_a);
@@ -200,11 +219,16 @@ NB_MODULE(_cpu, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     m.def("available", &available_kernels, "Instruction sets of this processor that there are kernels for, worst first.");
 
-    nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, int in, const Addresses& weights, const Addresses& biases,
-            const std::vector<int>& sizes) { new (self) Linear(make_linear(dtype, in, weights, biases, sizes)); },
-        nb::kw_only(), "dtype"_a, "in_size"_a, "weights"_a, "biases"_a, "sizes"_a);
-    nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Addresses& gate,
-            const Addresses& up, const Addresses& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
+    m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
+          "Whether products of a dtype read matrices of a format where they lie.", "dtype"_a, "format"_a);
+    nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data) {
+        new (self) Matrix{Format(format), rows, columns, array<const void>(data)};
+    }, nb::kw_only(), "format"_a, "rows"_a, "columns"_a, "data"_a);
+    nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, const Matrices& weights, const Addresses& biases) {
+        new (self) Linear(make_linear(dtype, weights, biases));
+    }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);
+    nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Matrices& gate,
+            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
         new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias));
     }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a);
     nb::class_<StepAttention>(m, "StepAttention")

@@ -5,12 +5,12 @@
 #include "attention_16.h"
 #include "product_16.h"
 #define MOEBIUS_PACK(T) nullptr
-#define MOEBIUS_16_OR_8(kernel, T) kernel##_16<T>
+#define MOEBIUS_16_OR_8(kernel, ...) kernel##_16<__VA_ARGS__>
 #else
 #include "attention_8.h"
 #include "product_8.h"
 #define MOEBIUS_PACK(T) pack_8<T>
-#define MOEBIUS_16_OR_8(kernel, T) kernel##_8<T>
+#define MOEBIUS_16_OR_8(kernel, ...) kernel##_8<__VA_ARGS__>
 #endif
 #if defined(MOEBIUS_AMX)
 #include "amx_attention.h"
@@ -32,7 +32,9 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
     static const Kernels kernels = {
         MOEBIUS_TEXT(MOEBIUS_ISA),
         {MOEBIUS_BF16(MOEBIUS_PACK(bf16), amx_pack), MOEBIUS_PACK(float)},
-        {MOEBIUS_BF16(MOEBIUS_16_OR_8(product, bf16), amx_product), MOEBIUS_16_OR_8(product, float)},
+        {{MOEBIUS_BF16((MOEBIUS_16_OR_8(product, bf16, bf16)), amx_product), nullptr, nullptr},
+         {MOEBIUS_16_OR_8(product, float, bf16), MOEBIUS_16_OR_8(product, float, float), MOEBIUS_16_OR_8(product, float, f16)}},
+        {{scaled_row<bf16, bf16>, nullptr, nullptr}, {scaled_row<float, bf16>, scaled_row<float, float>, scaled_row<float, f16>}},
         {store_row<bf16>, store_row<float>},
         {add_bias<bf16>, add_bias<float>},
         {gated<bf16>, gated<float>},

@@ -4,7 +4,7 @@
 // row's result is computed by the same operations in the same order whatever rows surround it, so no kernel's result
 // depends on m, on how columns are chunked, or on which block of the KV cache a token lies in.
 //
-// Legend: T is uint16_t (bfloat16) or float. A "group" is 32 bits: two bfloat16 neighbours of the inner dimension, or one
+// Legend: T, of what is computed with, is uint16_t (bfloat16) or float; a weight matrix has a format. A "group" is 32 bits: two bfloat16 neighbours of the inner dimension, or one
 // float. Products accumulate in float32.
 #pragma once
 #include <cstddef>
@@ -13,6 +13,10 @@
 namespace moebius {
 
 enum Dtype { BF16 = 0, F32 = 1 };
+// How a matrix of weights lies in its file: row-major. Kernels of (Dtype, Format) are null where there are none: a format is
+// read in place where each of its numbers has its exact value in the dtype.
+enum Format { BF16_MATRIX = 0, F32_MATRIX = 1, F16_MATRIX = 2, FORMATS = 3 };
+inline bool reads(Dtype dtype, Format format) { return dtype == F32 || format == BF16_MATRIX; }
 enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
 // Keys of a tile of attention, at absolute positions i * KEY_TILE; a constant of the kernel (P1).
@@ -62,7 +66,9 @@ struct Kernels {
     void (*pack[2])(const void* const* x, int m, int k, void* to);
     // c[i][j] = sum_k x[i][k] w[j][k] for m rows of x and n consecutive rows of w, ldw elements apart. `next` is where the
     // weights lie that will be read after these, or null.
-    void (*product[2])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
+    void (*product[2][FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
+    // out = round(multiplier * row) of n values of a matrix
+    void (*scaled_row[2][FORMATS])(const void* row, float multiplier, int n, void* out);
     // out = round(c + bias); bias may be null. `add` also returns float32 where out_f32 is given instead.
     void (*store[2])(const float* c, int n, const void* bias, void* out);
     // c += bias
@@ -112,5 +118,6 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx512bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_amx_emulated();  // for tests
+const Kernels* kernels_neon();
 
 }  // namespace moebius

@@ -25,7 +25,7 @@ struct Level {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -49,6 +49,9 @@ const Level LEVELS[] = {  // worst first
 #endif
 #if defined(MOEBIUS_HAS_AMX)
     {"amx", kernels_amx, has_amx},
+#endif
+#if defined(__aarch64__)
+    {"neon", kernels_neon, always},
 #endif
 };
 
@@ -89,59 +92,66 @@ size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context)
 
 void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide) {
     std::lock_guard<std::mutex> only(one_caller_);
-    const size_t size = size_of(l.dtype), row_bytes = l.in * size;
-    const int columns = columns_of(row_bytes), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    const size_t size = size_of(l.dtype);
+    const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    auto chunks_of = [](const Matrix& w) { return (w.rows + columns_of(w.row_bytes()) - 1) / columns_of(w.row_bytes()); };
     int chunks = 0;
-    for (const Linear::Layer& layer : l.layers) chunks += (layer.out + columns - 1) / columns;
+    for (const Linear::Layer& layer : l.layers) chunks += chunks_of(layer.weight);
     calls_++;
     pool_.run(chunks * blocks, [&](int item, int thread) {
         // Neighbouring items read neighbouring weights where there is one block of rows, the same rows where there are more.
         int chunk = item % chunks, first = item / chunks * ROW_BLOCK, m = std::min(ROW_BLOCK, rows - first);
         const Linear::Layer* layer = l.layers.data();
-        for (int here; chunk >= (here = (layer->out + columns - 1) / columns); layer++) chunk -= here;
-        const int column = chunk * columns, n = std::min(columns, layer->out - column);
+        for (int here; chunk >= (here = chunks_of(layer->weight)); layer++) chunk -= here;
+        const Matrix& w = layer->weight;
+        const int columns = columns_of(w.row_bytes()), column = chunk * columns, n = std::min(columns, w.rows - column);
         float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
         const void* x_rows[ROW_BLOCK];
-        for (int i = 0; i < m; i++) x_rows[i] = at(x, (first + i) * row_bytes);
+        for (int i = 0; i < m; i++) x_rows[i] = at(x, (first + i) * (l.in * size));
         const int ahead = column + columns;
-        const void* next = ahead < layer->out ? at(layer->weight, ahead * row_bytes)
-                           : layer + 1 < l.layers.data() + l.layers.size() ? layer[1].weight : nullptr;
-        product(l.dtype, x_rows, first, m, at(layer->weight, column * row_bytes), n, l.in, next, c, columns, scratch_[thread]);
+        const void* next = ahead < w.rows ? w.row(ahead)
+                           : layer + 1 < l.layers.data() + l.layers.size() ? layer[1].weight.data : nullptr;
+        product(l.dtype, x_rows, first, m, w, column, next, c, n, scratch_[thread]);
         const void* bias = layer->bias ? at(layer->bias, column * size) : nullptr;
         for (int i = 0; i < m; i++) {
             const size_t to = size_t(first + i) * l.out + layer->offset + column;
             if (wide) {
                 float* row = static_cast<float*>(out) + to;
-                std::copy_n(c + size_t(i) * columns, n, row);
+                std::copy_n(c + size_t(i) * n, n, row);
                 if (bias) kernels_->add_bias[l.dtype](row, n, bias);
             } else {
-                kernels_->store[l.dtype](c + size_t(i) * columns, n, bias, at(out, to * size));
+                kernels_->store[l.dtype](c + size_t(i) * n, n, bias, at(out, to * size));
             }
         }
     });
 }
 
-void Ops::product(Dtype dtype, const void* const* x, int first, int m, const void* w, int n, int k, const void* next, float* c,
-                  int ldc, Scratch& s) {
-    if (!kernels_->pack[dtype]) return kernels_->product[dtype](x, m, w, k, n, k, next, c, ldc);
+void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
+                  int columns, Scratch& s) {
+    const auto kernel = kernels_->product[dtype][w.format];
+    const int k = w.columns;
+    if (!kernels_->pack[dtype]) return kernel(x, m, w.row(column), k, columns, k, next, c, columns);
     const size_t bytes = packed_bytes(m, k) + 64;
     if (s.packed.size() < bytes) s.packed.resize(bytes), s.packed_call = 0;
     void* packed = s.aligned(s.packed.data());
     if (s.packed_call != calls_ || s.packed_first != first) kernels_->pack[dtype](x, m, k, packed);
     s.packed_call = calls_, s.packed_first = first;
     const void* const rows[] = {packed};
-    kernels_->product[dtype](rows, m, w, k, n, k, next, c, ldc);
+    kernel(rows, m, w.row(column), k, columns, k, next, c, columns);
 }
 
 // One item for each expert, block of its rows and chunk of columns; experts without rows cost nothing.
-void Ops::plan_products(int columns_in_all, size_t row_bytes) {
-    const int columns = columns_of(row_bytes), experts = int(starts_.size()) - 1;
+template <class RowBytes> void Ops::plan_products(int columns_in_all, const RowBytes& row_bytes) {
+    const int experts = int(starts_.size()) - 1;
     products_.clear();
-    for (int e = 0; e < experts; e++)
+    for (int e = 0; e < experts; e++) {
+        if (starts_[e] == starts_[e + 1]) continue;
+        const int columns = columns_of(row_bytes(e));
         for (int first = starts_[e]; first < starts_[e + 1]; first += ROW_BLOCK)
             for (int column = 0; column < columns_in_all; column += columns)
                 products_.push_back({e, first, std::min(ROW_BLOCK, starts_[e + 1] - first), column,
                                      std::min(columns, columns_in_all - column)});
+    }
 }
 
 void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
@@ -162,7 +172,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
     for (int i = count; i > 0; i--) starts_[i] = starts_[i - 1];
     starts_[0] = 0;
 
-    plan_products(e.width, 2 * hidden_bytes);
+    plan_products(e.width, [&](int expert) { return e.gate[expert].row_bytes() + e.up[expert].row_bytes(); });
     calls_++;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
@@ -170,12 +180,11 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         float* up = gate + size_t(ROW_BLOCK) * MOST_COLUMNS;
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) x_rows[i] = at(x, pairs_[p.first + i] / top_k * hidden_bytes);
-        const size_t offset = p.column * hidden_bytes;
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const void *gate_w = at(e.gate[p.expert], offset), *up_w = at(e.up[p.expert], offset);
-        const void* next = then ? at(e.gate[then->expert], then->column * hidden_bytes) : e.down[p.expert];
-        product(e.dtype, x_rows, p.first, p.count, gate_w, p.columns, e.hidden, up_w, gate, p.columns, scratch_[thread]);
-        product(e.dtype, x_rows, p.first, p.count, up_w, p.columns, e.hidden, next, up, p.columns, scratch_[thread]);
+        const Matrix &gate_w = e.gate[p.expert], &up_w = e.up[p.expert];
+        const void* next = then ? e.gate[then->expert].row(then->column) : e.down[p.expert].data;
+        product(e.dtype, x_rows, p.first, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
+        product(e.dtype, x_rows, p.first, p.count, up_w, p.column, next, up, p.columns, scratch_[thread]);
         for (int i = 0; i < p.count; i++) {
             float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
             if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
@@ -184,7 +193,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         }
     });
 
-    plan_products(e.hidden, width_bytes);
+    plan_products(e.hidden, [&](int expert) { return e.down[expert].row_bytes(); });
     calls_++;
     void* results = ids ? outer : out;
     pool_.run(int(products_.size()), [&](int item, int thread) {
@@ -193,9 +202,8 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         const void* h_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) h_rows[i] = at(inner, (p.first + i) * width_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const void* next = then ? at(e.down[then->expert], then->column * width_bytes) : nullptr;
-        const void* down_w = at(e.down[p.expert], p.column * width_bytes);
-        product(e.dtype, h_rows, p.first, p.count, down_w, p.columns, e.width, next, c, p.columns, scratch_[thread]);
+        const void* next = then ? e.down[then->expert].row(then->column) : nullptr;
+        product(e.dtype, h_rows, p.first, p.count, e.down[p.expert], p.column, next, c, p.columns, scratch_[thread]);
         const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
         for (int i = 0; i < p.count; i++)
             kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,
@@ -225,13 +233,14 @@ void Ops::add_gated(Dtype dtype, const void* a, const void* b, const float* gate
     });
 }
 
-void Ops::embed(Dtype dtype, const void* table, int64_t count, const int64_t* ids, int rows, int n, float multiplier, void* out) {
-    const size_t row_bytes = n * size_of(dtype);
+void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, float multiplier, void* out) {
+    const size_t row_bytes = table.columns * size_of(dtype);
+    const bool as_it_lies = multiplier == 1.0f && int(table.format) == int(dtype);
     for (int t = 0; t < rows; t++) {
-        if (ids[t] < 0 || ids[t] >= count) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(count));
-        const void* row = at(table, ids[t] * row_bytes);
-        if (multiplier == 1.0f) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
-        else kernels_->combine[dtype](&row, &multiplier, 1, n, nullptr, at(out, t * row_bytes));
+        if (ids[t] < 0 || ids[t] >= table.rows) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(table.rows));
+        const void* row = table.row(ids[t]);
+        if (as_it_lies) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
+        else kernels_->scaled_row[dtype][table.format](row, multiplier, table.columns, at(out, t * row_bytes));
     }
 }
 
@@ -279,6 +288,12 @@ void Ops::clip(const Clip& c, int rows) {
                 clip_row(static_cast<const uint16_t*>(c.x) + row, c.size, bfloat16(-c.limit), bfloat16(c.limit),
                          static_cast<uint16_t*>(c.out) + row);
         }
+    });
+}
+
+void Ops::softcap(const float* x, int rows, int size, float cap, float* out) {
+    pool_.run(rows, [&](int t, int) {
+        for (size_t i = size_t(t) * size; i < size_t(t + 1) * size; i++) out[i] = cap * std::tanh(x[i] / cap);
     });
 }
 

@@ -14,16 +14,26 @@
 namespace moebius {
 
 // The best instruction set that this processor has and `limit` allows: "" for no limit, or portable, avx2, avx512,
-// avx512bf16, amx. Throws std::invalid_argument for another name or one that the processor lacks.
+// avx512bf16, amx, neon. Throws std::invalid_argument for another name or one that the processor lacks.
 const Kernels* select_kernels(const std::string& limit);
 std::vector<std::string> available_kernels();
+
+// A weight (rows, columns) as it lies in its file.
+struct Matrix {
+    Format format;
+    int rows, columns;
+    const void* data;
+
+    size_t row_bytes() const { return size_t(columns) * (format == F32_MATRIX ? 4 : 2); }
+    const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
+};
 
 // Linear layers of one input; their outputs lie side by side in a row.
 struct Linear {
     struct Layer {
-        const void* weight;  // (out, in)
-        const void* bias;    // (out,) or null
-        int out, offset;     // columns, and the first one's place in a row of the output
+        Matrix weight;     // (out, in)
+        const void* bias;  // (out,) of the layer's dtype, or null
+        int offset;        // of its first column in a row of the output
     };
     Dtype dtype;
     int in, out;
@@ -35,8 +45,8 @@ struct Experts {
     Dtype dtype;
     int hidden, width;
     Activation activation;
-    std::vector<const void*> gate, up, down;                 // (width, hidden), (width, hidden), (hidden, width)
-    std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, or empty
+    std::vector<Matrix> gate, up, down;                      // (width, hidden), (width, hidden), (hidden, width)
+    std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, of the experts' dtype, or empty
 };
 
 struct StepAttention {  // what all layers with one window share
@@ -133,8 +143,8 @@ public:
     size_t scratch_bytes() const;
     size_t most_scratch_bytes(int widest, const CacheShape& shape, int context) const;
 
-    // out = multiplier * table[ids]; table (..., n). Throws std::out_of_range for an id that is not below `count`.
-    void embed(Dtype dtype, const void* table, int64_t count, const int64_t* ids, int rows, int n, float multiplier, void* out);
+    // out = multiplier * table[ids]. Throws std::out_of_range for an id that is no row of the table.
+    void embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, float multiplier, void* out);
     // out = x w^T + bias as the layers' dtype or, with `wide`, float32
     void linear(const Linear& l, const void* x, int rows, void* out, bool wide);
     // out = sum over k of weights[k] * expert ids[k]; without ids, expert 0 alone. For a while it needs `inner`, (rows, top_k,
@@ -147,6 +157,8 @@ public:
     void clip(const Clip& c, int rows);
     // out = x / divisor, both float32 (rows, size)
     void divide(const float* x, int rows, int size, float divisor, float* out);
+    // out = cap * tanh(x / cap), likewise
+    void softcap(const float* x, int rows, int size, float cap, float* out);
     // cos and sin of positions * inverse, times factor: (rows, half) each
     void rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin);
     void rotate_and_store(const RotateAndStore& r, int rows);
@@ -198,15 +210,17 @@ private:
         int attend, split;
     };
 
-    void plan_products(int columns_in_all, size_t row_bytes);
+    // row_bytes(e) is what one column of expert e's products reads.
+    template <class RowBytes> void plan_products(int columns_in_all, const RowBytes& row_bytes);
     void plan_attention(const Attention& a);
     // Floats of one item of attention, and whether so many items are few: then each split of their keys is one.
     static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
     int few_items() const { return 2 * pool_.threads(); }
     AttentionBlock attention_block(const Attention& a, const Attend& item) const;
     // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
-    void product(Dtype dtype, const void* const* x, int first, int m, const void* w, int n, int k, const void* next, float* c,
-                 int ldc, Scratch& scratch);
+    // Of w it takes the rows from `column` on, as many as c has columns.
+    void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
+                 int columns, Scratch& scratch);
 
     const Kernels* kernels_;
     std::mutex one_caller_;  // of what uses the members below

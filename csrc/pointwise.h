@@ -76,6 +76,13 @@ template <class T> void combine(const void* const* rows, const float* weights, i
     });
 }
 
+// A row of a matrix of elements W.
+template <class T, class W> void scaled_row(const void* matrix_row, float multiplier, int n, void* out_row) {
+    const W* row = static_cast<const W*>(matrix_row);
+    T* out = static_cast<T*>(out_row);
+    each_vector(n, [&](int i, int count) { put(out + i, mul(take(row + i, count), all(multiplier)), count); });
+}
+
 template <class T> INLINE float inverse_rms(const T* x, int n, float eps) {
     V squares[2] = {zero(), zero()};
     int turn = 0;

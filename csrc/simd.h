@@ -8,12 +8,17 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(MOEBIUS_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace moebius {
 namespace MOEBIUS_ISA {
 
 using bf16 = uint16_t;
+struct f16 {
+    uint16_t bits;
+};
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE int min_of(int a, int b) { return a < b ? a : b; }
@@ -26,6 +31,18 @@ INLINE float to_float(bf16 x) {
     return f;
 }
 INLINE float to_float(float x) { return x; }
+// By integers: float32's subnormal numbers, which a thread may have set to be read as zero, have no part in it.
+INLINE float to_float(f16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 0x3ff;
+    const float subnormal = float(int32_t(mantissa)) * 0x1p-24f;
+    uint32_t bits;
+    memcpy(&bits, &subnormal, 4);
+    if (exponent) bits = (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+    bits |= sign;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
 
 #if defined(__AVX512F__)
 
@@ -77,6 +94,8 @@ INLINE V load_some(const bf16* p, int n) {
     __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
 }
+INLINE V load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+INLINE V load_some(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p))}; }
 INLINE __m256i narrowed(V a) {
 #if defined(__AVX512BF16__)
     return (__m256i)_mm512_cvtneps_pbh(a.v);
@@ -91,6 +110,16 @@ INLINE __m256i narrowed(V a) {
 }
 INLINE void store(bf16* p, V a) { _mm256_storeu_si256((__m256i*)p, narrowed(a)); }
 INLINE void store_some(bf16* p, V a, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), narrowed(a)); }
+
+// Weights W as the groups of an x of type T: as they lie, or sixteen of them widened to float32.
+template <class T, class W> INLINE G groups_as(const W* p) {
+    if constexpr (sizeof(T) == sizeof(W)) return groups(p);
+    else return {_mm512_castps_si512(load(p).v)};
+}
+template <class T, class W> INLINE G groups_some_as(const W* p, int n) {
+    if constexpr (sizeof(T) == sizeof(W)) return groups_some(p, n);
+    else return {_mm512_castps_si512(load_some(p, n).v)};
+}
 
 INLINE V mac(V acc, G a, G b, float) { return {_mm512_fmadd_ps(_mm512_castsi512_ps(a.v), _mm512_castsi512_ps(b.v), acc.v)}; }
 INLINE V mac(V acc, G a, G b, bf16) {
@@ -121,7 +150,7 @@ INLINE V reduce_16(const V* a) {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd))};
 }
 
-#else  // eight lanes twice, or plain loops that any compiler can vectorise
+#else  // eight lanes twice, four lanes four times, or plain loops that any compiler can vectorise
 
 #if defined(__AVX2__)
 struct V { __m256 lo, hi; };
@@ -153,7 +182,9 @@ INLINE V scaled(V a, V n) { return {scaled_8(a.lo, n.lo), scaled_8(a.hi, n.hi)};
 INLINE __m256 widened(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
+INLINE __m256 widened(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 INLINE V load(const bf16* p) { return {widened(p), widened(p + 8)}; }
+INLINE V load(const f16* p) { return {widened(p), widened(p + 8)}; }
 INLINE __m128i narrowed(__m256 a) {
     __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -166,6 +197,39 @@ INLINE void store(bf16* p, V a) {
     _mm_storeu_si128((__m128i*)p, narrowed(a.lo));
     _mm_storeu_si128((__m128i*)(p + 8), narrowed(a.hi));
 }
+
+#elif defined(MOEBIUS_NEON)
+using F4 = float32x4_t;
+struct V { F4 v[4]; };
+
+// r.v[i] = expression of i, for all four
+#define EACH(expression) V r; for (int i = 0; i < 4; i++) r.v[i] = expression; return r
+INLINE V all(float x) { EACH(vdupq_n_f32(x)); }
+INLINE V zero() { return all(0.0f); }
+INLINE V load(const float* p) { EACH(vld1q_f32(p + 4 * i)); }
+INLINE void store(float* p, V a) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.v[i]); }
+INLINE V add(V a, V b) { EACH(vaddq_f32(a.v[i], b.v[i])); }
+INLINE V sub(V a, V b) { EACH(vsubq_f32(a.v[i], b.v[i])); }
+INLINE V mul(V a, V b) { EACH(vmulq_f32(a.v[i], b.v[i])); }
+INLINE V div(V a, V b) { EACH(vdivq_f32(a.v[i], b.v[i])); }
+// b where one of them is no number, as elsewhere; vmaxq_f32 would give none.
+INLINE F4 larger(F4 a, F4 b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE V maximum(V a, V b) { EACH(larger(a.v[i], b.v[i])); }
+INLINE V minimum(V a, V b) { EACH(vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+INLINE V fma(V a, V b, V c) { EACH(vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
+INLINE V where_less(V x, V y, V a, V b) { EACH(vbslq_f32(vcltq_f32(x.v[i], y.v[i]), a.v[i], b.v[i])); }
+INLINE V rounded(V a) { EACH(vrndnq_f32(a.v[i])); }
+INLINE F4 power_of_two(F4 n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)); }
+INLINE V scaled(V a, V n) { EACH(vmulq_f32(a.v[i], power_of_two(n.v[i]))); }
+INLINE V load(const bf16* p) { EACH(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))); }
+#undef EACH
+INLINE uint16x4_t narrowed(F4 a) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), up, quiet), 16);
+}
+INLINE void store(bf16* p, V a) { for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, narrowed(a.v[i])); }
 
 #else
 struct V { float v[16]; };
@@ -194,6 +258,7 @@ INLINE V scaled(V a, V n) {
     return a;
 }
 INLINE V load(const bf16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
+INLINE V load(const f16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
 INLINE void store(bf16* p, V a) {
     LANES {
         uint32_t bits;
@@ -232,6 +297,17 @@ INLINE float reduce_max(V a) {
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+#elif defined(MOEBIUS_NEON)
+INLINE float reduce_add(V a) {
+    const F4 q = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+    const float32x2_t d = vadd_f32(vget_low_f32(q), vget_high_f32(q));
+    return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
+}
+INLINE float reduce_max(V a) {
+    const F4 q = larger(larger(a.v[0], a.v[2]), larger(a.v[1], a.v[3]));
+    const F4 d = larger(q, vextq_f32(q, q, 2));
+    return vgetq_lane_f32(larger(d, vdupq_laneq_f32(d, 1)), 0);
 }
 #else
 INLINE float reduce_add(V a) {

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebius.models.decoder import Decoder
-from moebius.nn.attention import PagedAttend
-from moebius.ops.cache_spec import key_value_spec
+from moebius.nn.paged import PagedPast
 from moebius.ops.steps import StepInputs
 
 transformers.logging.set_verbosity_error()
@@ -137,15 +136,14 @@ class Server:
     """
 
     def __init__(self, decoder: Decoder, block_size: int, num_blocks: int, seed: int = 0) -> None:
-        config, dtype = decoder.config, decoder.embed_tokens.weight.dtype
+        config, dtype = decoder.config, decoder.dtype
         self.decoder, self.block_size = decoder, block_size
         self.ops = decoder.ops
-        spec = key_value_spec(config.num_kv_heads, config.head_dim, dtype)
-        size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
-        self.caches = [
-            self.ops.make_cache(torch.full((size,), 255, dtype=torch.uint8), spec, block_size)
-            for _ in range(config.num_layers)
-        ]
+        self.caches = []
+        for spec in config.caches(dtype):
+            size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
+            memory = torch.full((size,), 255, dtype=torch.uint8)
+            self.caches.append(self.ops.make_cache(memory, spec, block_size))
         self.free = torch.randperm(
             num_blocks, generator=torch.Generator().manual_seed(seed)
         ).tolist()
@@ -165,8 +163,8 @@ class Server:
             tables.append(table)
             self.done[sequence] = start + len(ids)
         inputs = StepInputs.build([ids for _, ids in work], starts, tables, self.block_size)
-        attend = PagedAttend(self.ops, self.decoder.config, self.caches, inputs, self.block_size)
-        hidden, _ = self.decoder(inputs.input_ids, inputs.positions, attend)
+        past = PagedPast(self.ops, self.caches, inputs, self.block_size)
+        hidden, _ = self.decoder(inputs.input_ids, inputs.positions, past)
         logits = self.decoder.logits(hidden)
         for (sequence, _), part in zip(
             work, logits.split([len(ids) for _, ids in work]), strict=True

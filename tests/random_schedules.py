@@ -16,7 +16,8 @@ from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import Request, SamplingParams, ServingLimits
+from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
 
 MAX_MODEL_LEN = 256
@@ -125,7 +126,7 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
         decoder.ops,
         num_blocks=schedule.num_blocks,
         block_size=schedule.block_size,
-        dtype=decoder.embed_tokens.weight.dtype,
+        dtype=decoder.dtype,
         device=torch.device("cpu"),
     )
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)

@@ -19,11 +19,12 @@ from moebius.bench.workload import Dataset
 from moebius.errors import ConfigError
 from moebius.files import json_text, read_json
 from moebius.inspect.corpus import read_documents
-from moebius.models.checkpoint import open_checkpoint
+from moebius.models.store import open_checkpoint
 from moebius.server.batch import read_batch
 from moebius.text import GenerationDefaults, Tokenizer
 from moebius.train.corpus import Corpus
-from moebius.train.recipe import CorpusRecipe, read_recipe
+from moebius.train.recipe import read_recipe
+from moebius.train.tables import CorpusRecipe
 
 MARK = codecs.BOM_UTF8.decode()
 

@@ -20,7 +20,7 @@ from moebius.moe import health
 from moebius.moe.config import TrainingRouting
 from moebius.moe.losses import present
 from moebius.moe.router import Router, Routing
-from moebius.nn.attention import CausalAttend
+from moebius.nn.packed import PackedPast
 from moebius.train.data import Batches, PreparedData, evaluation_batches, prepare
 from moebius.train.evaluate import Score, measuring, routers, scores
 from moebius.train.trainer import Trainer
@@ -81,8 +81,8 @@ class Probe:
         decoder, batch = self._trainer.decoder, self._batch
         positions_T = torch.arange(batch.input_RL.shape[1]).repeat(len(batch.input_RL))
         with measuring(decoder):
-            attend = CausalAttend(decoder.config, batch.input_RL.shape[1], batch.document_RL)
-            return present(decoder(batch.input_RL.reshape(-1), positions_T, attend)[1])
+            past = PackedPast(batch.input_RL.shape[1], batch.document_RL)
+            return present(decoder(batch.input_RL.reshape(-1), positions_T, past)[1])
 
     def ids(self) -> torch.Tensor:
         """Expert ids (S, T, K)."""

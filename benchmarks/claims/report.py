@@ -318,10 +318,14 @@ def report(results: Results) -> str:
         "| - | - | - | - | - |",
     ]
     for row in ROWS:
-        word, figures = _judged(row, results)
+        word, figures = verdict(row, results)
         lines.append(f"| {row.number} | {row.claim} | {row.mark} | {figures} | {word} |")
-    lines += [
-        "",
+    return "\n".join([*lines, "", runs_table(results)])
+
+
+def runs_table(results: Results) -> str:
+    """A row a run, means over its seeds."""
+    lines = [
         "| run | seeds | loss (range) | MaxVio | dead | at capacity 1.25 | CPU s |",
         "| - |" + " -: |" * 6,
     ]
@@ -329,7 +333,8 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _judged(row: Row, results: Results) -> Verdict:
+def verdict(row: Row, results: Results) -> Verdict:
+    """The judge's word, and a note where fewer than all seeds have been run."""
     try:
         word, figures = row.judge(results)
     except Incomplete as missing:

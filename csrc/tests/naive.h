@@ -32,15 +32,21 @@ __attribute__((format(printf, 2, 3))) void check(bool right, const char* what, .
     std::exit(1);
 }
 
-template <class T> struct Format;
-template <> struct Format<float> {
+struct f16 {
+    uint16_t bits;
+};
+
+template <class T> struct Number;
+template <> struct Number<float> {
     static constexpr Dtype dtype = F32;
+    static constexpr Format format = F32_MATRIX;
     static constexpr double roundoff = 0x1p-24;
     static double value(float x) { return x; }
     static float make(double x) { return float(x); }
 };
-template <> struct Format<uint16_t> {
+template <> struct Number<uint16_t> {
     static constexpr Dtype dtype = BF16;
+    static constexpr Format format = BF16_MATRIX;
     static constexpr double roundoff = 0x1p-8;
     static double value(uint16_t x) {
         uint32_t bits = uint32_t(x) << 16;
@@ -55,11 +61,28 @@ template <> struct Format<uint16_t> {
         return uint16_t(bits >> 16);
     }
 };
-template <class T> double value(T x) { return Format<T>::value(x); }
+template <> struct Number<f16> {  // of weights alone
+    static constexpr Format format = F16_MATRIX;
+    static double value(f16 x) {
+        const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+        const double size = exponent == 31 ? (mantissa ? NAN : INFINITY) : std::ldexp(exponent ? 1024 + mantissa : mantissa, std::max(exponent, 1) - 25);
+        return x.bits >> 15 ? -size : size;
+    }
+    // Cut off to ten bits behind the first, below 2^-14 to multiples of 2^-24; |x| < 65504.
+    static f16 make(double x) {
+        int exponent;
+        std::frexp(x, &exponent);
+        const double unit = std::ldexp(1, std::max(exponent - 11, -24));
+        const int multiple = int(std::abs(x) / unit);
+        const int bits = multiple < 1024 ? multiple : (exponent + 14) << 10 | (multiple & 1023);
+        return {uint16_t(bits | (x < 0 ? 0x8000 : 0))};
+    }
+};
+template <class T> double value(T x) { return Number<T>::value(x); }
 
 template <class T> std::vector<T> draw(size_t n, double scale = 1) {
     std::vector<T> values(n);
-    for (T& x : values) x = Format<T>::make(scale * normal());
+    for (T& x : values) x = Number<T>::make(scale * normal());
     return values;
 }
 
@@ -71,7 +94,7 @@ template <class T> void close(const char* what, T got, double exact, double boun
 // A float32 sum of n terms, `terms` in absolute values, rounded to T.
 template <class T> double sum_bound(double exact, double terms, int n) {
     double summed = (n / 16.0 + 8) * 0x1p-24 * terms;
-    return Format<T>::roundoff * (std::abs(exact) + summed) + summed;
+    return Number<T>::roundoff * (std::abs(exact) + summed) + summed;
 }
 
 struct Sum {
@@ -79,7 +102,7 @@ struct Sum {
     void add(double x) { exact += x, terms += std::abs(x); }
 };
 
-template <class T> Sum dot(const T* a, const T* b, int n) {
+template <class T, class W> Sum dot(const T* a, const W* b, int n) {
     Sum s;
     for (int i = 0; i < n; i++) s.add(value(a[i]) * value(b[i]));
     return s;

@@ -12,7 +12,7 @@ template <class T> struct Paged {
     std::vector<std::vector<T>> keys, values;  // of each sequence: (tokens, kv heads, size of a key or of a value)
 
     Paged(int block_size, int kv_heads, int key_dim, int value_dim, const std::vector<int>& lengths, const std::vector<int>& fresh)
-        : shape(block_size, kv_heads, key_dim, value_dim, Format<T>::dtype) {
+        : shape(block_size, kv_heads, key_dim, value_dim, Number<T>::dtype) {
         int blocks = 2;
         for (int n : lengths) {
             const int needed = (n + block_size - 1) / block_size;
@@ -48,7 +48,7 @@ template <class T> struct Paged {
                 slots.push_back(slot(int(b), t));
             }
             rows.shrink_to_fit(), slots.shrink_to_fit();
-            ops.rotate_and_store({Format<T>::dtype, &shape, rows.data(), shape.kv_heads, nullptr, nullptr, 0, nullptr, nullptr, 0,
+            ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), shape.kv_heads, nullptr, nullptr, 0, nullptr, nullptr, 0,
                                   slots.data(), cache.data(), q.data()}, n);
             check(q == keys[b], "rotate_and_store changed what it should not rotate");
         }
@@ -78,7 +78,7 @@ template <class T> void check_row(const Paged<T>& p, const Scoring& s, const T* 
         for (int key = first; key <= position; key++)
             sum.add(weights[key - first] / total * value(p.values[b][(size_t(key) * p.shape.kv_heads + head / group) * m + i]));
         // Rounded: each weight, and the result. Scores are below 64, and so exp's argument is off by 64 * 2^-23 at most.
-        close("attention", out[i], sum.exact, (2.1 * Format<T>::roundoff + 64 * 0x1p-23) * sum.terms);
+        close("attention", out[i], sum.exact, (2.1 * Number<T>::roundoff + 64 * 0x1p-23) * sum.terms);
     }
 }
 
@@ -92,7 +92,7 @@ void check_scratch(const Kernels& kernels, const Paged<T>& p, const Scoring& s, 
     const int first = p.step.seq_lens[0] - p.step.query_start[1];
     AttentionBlock a{q.data(), again.data(), heads * p.shape.key_dim, heads * p.shape.value_dim, 1, rows, first, s.window, s.scale, s.softcap, s.sink_data(),
                      p.cache.data(), p.step.block_table.data(), 0};
-    kernels.attention[Format<T>::dtype](a, p.shape, scratch.data());
+    kernels.attention[Number<T>::dtype](a, p.shape, scratch.data());
     check(std::equal(again.begin(), again.end(), out.begin()), "attention: the kernel and the operation differ");
 }
 
@@ -114,7 +114,7 @@ template <class T> void test_attention(Ops& ops) {
         p.step.window = s.window;
         const int heads = kv_heads * group, rows = p.step.query_start.back();
         std::vector<T> q = draw<T>(size_t(rows) * heads * key_dim, 2), out(size_t(rows) * heads * value_dim);
-        ops.attention({Format<T>::dtype, &p.shape, &p.step, p.cache.data(), q.data(), heads, s.scale, s.softcap, s.sink_data(), out.data()});
+        ops.attention({Number<T>::dtype, &p.shape, &p.step, p.cache.data(), q.data(), heads, s.scale, s.softcap, s.sink_data(), out.data()});
         check_scratch(*select_kernels(level), p, s, q, out, group);
         for (int b = 0; b < 3; b++)
             for (int i = 0; i < fresh[b]; i += 1 + fresh[b] / 4)
@@ -130,12 +130,12 @@ template <class T> void test_rotated_heads(Ops& ops) {
     for (bool norm : {false, true}) {
         std::vector<T> qkv = draw<T>(rows * (group + 2) * head_dim), weight = draw<T>(head_dim), q(rows * group * head_dim);
         std::vector<float> cos = draw<float>(rows * half), sin = draw<float>(rows * half);
-        CacheShape shape(4, 1, head_dim, head_dim, Format<T>::dtype);
+        CacheShape shape(4, 1, head_dim, head_dim, Number<T>::dtype);
         std::vector<uint32_t> cache(3 * shape.block_bytes() / 4);
         std::vector<int64_t> slots(rows);
         std::iota(slots.begin(), slots.end(), 0);
         const T* w = norm ? weight.data() : nullptr;
-        ops.rotate_and_store({Format<T>::dtype, &shape, qkv.data(), group, cos.data(), sin.data(), half, w, w, 1e-5f,
+        ops.rotate_and_store({Number<T>::dtype, &shape, qkv.data(), group, cos.data(), sin.data(), half, w, w, 1e-5f,
                               slots.data(), cache.data(), q.data()}, rows);
         for (int t = 0; t < rows; t++)
             for (int h = 0; h < group; h++) {
@@ -149,7 +149,7 @@ template <class T> void test_rotated_heads(Ops& ops) {
                         exact = v[i] * cos[r] + (i < half ? -1 : 1) * v[pair] * sin[r];
                         terms = std::abs(v[i] * cos[r]) + std::abs(v[pair] * sin[r]);
                     }
-                    close("rotated head", q[(t * group + h) * head_dim + i], exact, (3.1 * Format<T>::roundoff + 0x1p-20) * terms);
+                    close("rotated head", q[(t * group + h) * head_dim + i], exact, (3.1 * Number<T>::roundoff + 0x1p-20) * terms);
                 }
             }
     }

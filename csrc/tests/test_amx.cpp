@@ -82,9 +82,9 @@ void test_tiles() {
 // --- products ---
 
 // Rows lie apart, each just as long as it has to be, so that reading over an end is found.
-struct Matrix {
+struct Rows {
     std::vector<std::vector<bf16>> rows;
-    Matrix(int count, int length) {
+    Rows(int count, int length) {
         for (int i = 0; i < count; i++) rows.push_back(draw_many(length));
     }
     std::vector<const void*> pointers(int first, int count) const {
@@ -95,20 +95,20 @@ struct Matrix {
 };
 
 // Columns [from, to) of rows [first, first + m), as product returns them.
-std::vector<float> multiply(const Kernels& kernels, const Matrix& x, int first, int m, const std::vector<bf16>& w, int ldw, int from, int to,
+std::vector<float> multiply(const Kernels& kernels, const Rows& x, int first, int m, const std::vector<bf16>& w, int ldw, int from, int to,
                             int k, bool fetch) {
     std::vector<char> packed(packed_bytes(m, k) + 64, char(0xff));  // no number
     void* at = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(packed.data()) + 63) / 64 * 64);
     kernels.pack[BF16](x.pointers(first, m).data(), m, k, at);
     const void* const rows[] = {at};
     std::vector<float> c(size_t(m) * (to - from), std::numeric_limits<float>::quiet_NaN());
-    kernels.product[BF16](rows, m, w.data() + size_t(from) * ldw, ldw, to - from, k, fetch ? w.data() : nullptr, c.data(), to - from);
+    kernels.product[BF16][BF16_MATRIX](rows, m, w.data() + size_t(from) * ldw, ldw, to - from, k, fetch ? w.data() : nullptr, c.data(), to - from);
     return c;
 }
 
 void test_product(const Kernels& kernels, int m, int n, int k, int extra) {
     const int ldw = k + extra;
-    Matrix x(m, k);
+    Rows x(m, k);
     std::vector<bf16> w = draw_many(size_t(n) * ldw);
     w.resize(size_t(n - 1) * ldw + k), w.shrink_to_fit();
     std::vector<float> whole = multiply(kernels, x, 0, m, w, ldw, 0, n, k, true);
@@ -260,7 +260,7 @@ std::vector<float> linear(Ops& ops, const Linear& l, const bf16* x, int rows) {
 void test_linear(Ops& ops, Ops& other, int rows, int in) {
     std::vector<bf16> x = draw_many(size_t(rows) * in), first = draw_many(size_t(300) * in), second = draw_many(size_t(5) * in);
     std::vector<bf16> bias = draw_many(300);
-    Linear l = {BF16, in, 305, {{first.data(), bias.data(), 300, 0}, {second.data(), nullptr, 5, 300}}};
+    Linear l = {BF16, in, 305, {{{BF16_MATRIX, 300, in, first.data()}, bias.data(), 0}, {{BF16_MATRIX, 5, in, second.data()}, nullptr, 300}}};
     std::vector<float> whole = linear(ops, l, x.data(), rows), expected = linear(other, l, x.data(), rows);
     for (size_t i = 0; i < whole.size(); i++)
         CHECK(std::abs(whole[i] - expected[i]) < 1e-4 * std::sqrt(in), "linear %d x %d: %g, not %g", rows, in, whole[i], expected[i]);
@@ -272,8 +272,10 @@ void test_experts(Ops& ops, Ops& other, int rows) {
     const int hidden = 70, width = 45, count = 6, top_k = 3;
     std::vector<std::vector<bf16>> weights;
     Experts e = {BF16, hidden, width, SILU, {}, {}, {}, {}, {}, {}};
-    for (auto* table : {&e.gate, &e.up, &e.down})
-        for (int i = 0; i < count; i++) weights.push_back(draw_many(hidden * width, 0.3)), table->push_back(weights.back().data());
+    for (auto* table : {&e.gate, &e.up, &e.down}) {
+        const int to = table == &e.down ? hidden : width, from = table == &e.down ? width : hidden;
+        for (int i = 0; i < count; i++) weights.push_back(draw_many(hidden * width, 0.3)), table->push_back({BF16_MATRIX, to, from, weights.back().data()});
+    }
     std::vector<bf16> x = draw_many(size_t(rows) * hidden);
     std::vector<float> shares(rows * top_k, 0.5f);
     std::vector<int64_t> ids;

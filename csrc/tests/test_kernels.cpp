@@ -13,36 +13,61 @@
 
 namespace {
 
-// --- products ---
+// --- products: x and biases of type T, weights of type W ---
 
-template <class T, class Out> void check_linear(Ops& ops, const Linear& l, const std::vector<T>& x, int rows) {
+template <class W> Matrix matrix(const std::vector<W>& values, int rows) {
+    return {Number<W>::format, rows, int(values.size()) / rows, values.data()};
+}
+
+// Some weights are as small as float16's subnormal numbers.
+template <class W> std::vector<W> draw_weights(size_t n, double scale = 1) {
+    std::vector<W> weights = draw<W>(n, scale);
+    for (size_t i = 0; i < n; i += 5) weights[i] = Number<W>::make(scale * 2e-5 * normal());
+    return weights;
+}
+
+template <class W> std::vector<float> widened(const std::vector<W>& values) {
+    std::vector<float> wide;
+    for (W x : values) wide.push_back(float(value(x)));
+    return wide;
+}
+
+template <class T, class W, class Out> std::vector<Out> check_linear(Ops& ops, const Linear& l, const std::vector<T>& x, int rows) {
     std::vector<Out> out(size_t(rows) * l.out);
     ops.linear(l, x.data(), rows, out.data(), sizeof(Out) == 4);
     for (int t = 0; t < rows; t++)
         for (const Linear::Layer& layer : l.layers)
-            for (int j = 0; j < layer.out; j++) {
-                Sum s = dot(x.data() + size_t(t) * l.in, static_cast<const T*>(layer.weight) + size_t(j) * l.in, l.in);
+            for (int j = 0; j < layer.weight.rows; j++) {
+                Sum s = dot(x.data() + size_t(t) * l.in, static_cast<const W*>(layer.weight.data) + size_t(j) * l.in, l.in);
                 if (layer.bias) s.add(value(static_cast<const T*>(layer.bias)[j]));
                 close("linear", out[size_t(t) * l.out + layer.offset + j], s.exact, sum_bound<Out>(s.exact, s.terms, l.in));
             }
+    return out;
 }
 
-template <class T> void test_linear(Ops& ops) {
+template <class T, class W> void test_linear(Ops& ops) {
     for (int turn = 0; turn < 30; turn++) {
-        Linear l{Format<T>::dtype, one_of({1, 2, 15, 31, 33, 64, 100, 515}), 0, {}};
+        Linear l{Number<T>::dtype, one_of({1, 2, 15, 31, 33, 64, 100, 515}), 0, {}}, wide = l;
         const int rows = one_of({0, 1, 2, 3, 4, 5, 8, 17, 64, 67});
-        std::vector<std::vector<T>> arrays;
+        std::vector<std::vector<W>> weights;
+        std::vector<std::vector<float>> copies;
+        std::vector<std::vector<T>> biases;
         for (int i = uniform(1, 3); i > 0; i--) {
             const int out = one_of({1, 3, 16, 50, 131});
-            arrays.push_back(draw<T>(size_t(out) * l.in));
-            const void* weight = arrays.back().data();
-            arrays.push_back(draw<T>(out));
-            l.layers.push_back({weight, uniform(0, 1) ? arrays.back().data() : nullptr, out, l.out});
+            weights.push_back(draw_weights<W>(size_t(out) * l.in));
+            copies.push_back(widened(weights.back()));
+            biases.push_back(draw<T>(out));
+            const void* bias = uniform(0, 1) ? biases.back().data() : nullptr;
+            l.layers.push_back({matrix(weights.back(), out), bias, l.out});
+            wide.layers.push_back({matrix(copies.back(), out), bias, l.out});
             l.out += out;
         }
+        wide.out = l.out;
         std::vector<T> x = draw<T>(size_t(rows) * l.in);
-        check_linear<T, T>(ops, l, x, rows);
-        check_linear<T, float>(ops, l, x, rows);
+        const std::vector<T> rounded = check_linear<T, W, T>(ops, l, x, rows);
+        check_linear<T, W, float>(ops, l, x, rows);
+        if constexpr (Number<T>::dtype == F32)
+            check(rounded == check_linear<T, float, T>(ops, wide, x, rows), "linear: other bits than with weights copied to float32");
     }
 }
 
@@ -56,31 +81,38 @@ double activated(double x, Activation activation) {
     return 0;
 }
 
-template <class T> struct ExpertArrays {
+template <class T, class W> struct ExpertArrays {
     int count, width, hidden;
-    std::vector<std::vector<T>> arrays[6];  // gate, up, down and their biases
+    std::vector<std::vector<W>> weights[3];  // gate, up, down
+    std::vector<std::vector<T>> biases[3];   // theirs
 
     ExpertArrays(int count, int width, int hidden, bool bias) : count(count), width(width), hidden(hidden) {
-        const size_t matrix = size_t(width) * hidden, sizes[6] = {matrix, matrix, matrix, size_t(width), size_t(width), size_t(hidden)};
-        for (int kind = 0; kind < (bias ? 6 : 3); kind++)
-            for (int e = 0; e < count; e++) arrays[kind].push_back(draw<T>(sizes[kind], kind < 2 ? 1 / std::sqrt(hidden) : 0.3));
+        for (int kind = 0; kind < 3; kind++)
+            for (int e = 0; e < count; e++) {
+                weights[kind].push_back(draw_weights<W>(size_t(width) * hidden, kind < 2 ? 1 / std::sqrt(hidden) : 0.3));
+                if (bias) biases[kind].push_back(draw<T>(kind < 2 ? width : hidden, 0.3));
+            }
     }
-    Experts table(Activation activation) const {
-        std::vector<const void*> p[6];
-        for (int kind = 0; kind < 6; kind++)
-            for (const std::vector<T>& a : arrays[kind]) p[kind].push_back(a.data());
-        return {Format<T>::dtype, hidden, width, activation, p[0], p[1], p[2], p[3], p[4], p[5]};
+    template <class Weight> Experts table(const std::vector<std::vector<Weight>>* matrices, Activation activation) const {
+        Experts table{Number<T>::dtype, hidden, width, activation, {}, {}, {}, {}, {}, {}};
+        std::vector<Matrix>* to[3] = {&table.gate, &table.up, &table.down};
+        std::vector<const void*>* bias_to[3] = {&table.gate_bias, &table.up_bias, &table.down_bias};
+        for (int kind = 0; kind < 3; kind++) {
+            for (const std::vector<Weight>& w : matrices[kind]) to[kind]->push_back(matrix(w, kind < 2 ? width : hidden));
+            for (const std::vector<T>& b : biases[kind]) bias_to[kind]->push_back(b.data());
+        }
+        return table;
     }
-    double bias(int kind, int e, int i) const { return arrays[kind].empty() ? 0 : value(arrays[kind][e][i]); }
+    double bias(int kind, int e, int i) const { return biases[kind].empty() ? 0 : value(biases[kind][e][i]); }
     // Expert e's output of one row, and the sizes of what was added up for it.
     std::vector<Sum> run(const T* x, int e, Activation activation) const {
         std::vector<Sum> out(hidden);
-        for (int i = 0; i < hidden; i++) out[i].add(bias(5, e, i));
+        for (int i = 0; i < hidden; i++) out[i].add(bias(2, e, i));
         for (int f = 0; f < width; f++) {
-            Sum gate = dot(x, &arrays[0][e][size_t(f) * hidden], hidden), up = dot(x, &arrays[1][e][size_t(f) * hidden], hidden);
-            gate.add(bias(3, e, f)), up.add(bias(4, e, f));
+            Sum gate = dot(x, &weights[0][e][size_t(f) * hidden], hidden), up = dot(x, &weights[1][e][size_t(f) * hidden], hidden);
+            gate.add(bias(0, e, f)), up.add(bias(1, e, f));
             for (int i = 0; i < hidden; i++) {
-                const double down = value(arrays[2][e][size_t(i) * width + f]);
+                const double down = value(weights[2][e][size_t(i) * width + f]);
                 out[i].exact += activated(gate.exact, activation) * up.exact * down;
                 out[i].terms += std::max(1.0, gate.terms) * up.terms * std::abs(down);
             }
@@ -89,9 +121,9 @@ template <class T> struct ExpertArrays {
     }
 };
 
-template <class T> void test_experts(Ops& ops) {
+template <class T, class W> void test_experts(Ops& ops) {
     for (int turn = 0; turn < 24; turn++) {
-        ExpertArrays<T> e(one_of({1, 3, 6}), one_of({1, 31, 70}), one_of({1, 17, 48}), turn % 3 == 0);
+        ExpertArrays<T, W> e(one_of({1, 3, 6}), one_of({1, 31, 70}), one_of({1, 17, 48}), turn % 3 == 0);
         const int rows = one_of({0, 1, 2, 5, 20, 66}), k = uniform(1, std::min(3, e.count));
         const Activation activation = Activation(turn % 4);
         const bool dense = e.count == 1 && turn % 2, all_to_one = turn % 5 == 0;
@@ -102,10 +134,21 @@ template <class T> void test_experts(Ops& ops) {
         if (!dense)
             for (float& w : weights) w = float(std::abs(normal()));
         std::vector<T> inner(size_t(rows) * k * e.width), outer(dense ? 0 : size_t(rows) * k * e.hidden);
-        ops.experts(e.table(activation), x.data(), rows, dense ? nullptr : weights.data(), dense ? nullptr : ids.data(), k, inner.data(),
-                    outer.data(), out.data());
+        auto run = [&](const Experts& table, std::vector<T>& to) {
+            ops.experts(table, x.data(), rows, dense ? nullptr : weights.data(), dense ? nullptr : ids.data(), k, inner.data(),
+                        outer.data(), to.data());
+        };
+        run(e.table(e.weights, activation), out);
+        if constexpr (Number<T>::dtype == F32) {
+            std::vector<std::vector<float>> copies[3];
+            for (int kind = 0; kind < 3; kind++)
+                for (const std::vector<W>& w : e.weights[kind]) copies[kind].push_back(widened(w));
+            std::vector<T> copied(out.size());
+            run(e.table(copies, activation), copied);
+            check(out == copied, "experts: other bits than with weights copied to float32");
+        }
         // Rounded: the gated values, each expert's output, their sum.
-        const double rounded = 3.1 * Format<T>::roundoff + (e.hidden + e.width + 40) * 0x1p-24;
+        const double rounded = 3.1 * Number<T>::roundoff + (e.hidden + e.width + 40) * 0x1p-24;
         for (int t = 0; t < rows; t += 1 + rows / 8) {
             std::vector<Sum> sum(e.hidden);
             for (int j = 0; j < k; j++) {
@@ -118,17 +161,78 @@ template <class T> void test_experts(Ops& ops) {
     }
 }
 
+template <class T, class W> void test_embed(Ops& ops) {
+    for (float multiplier : {1.0f, 0.3f}) {
+        const int rows = one_of({0, 1, 40}), n = one_of({1, 15, 16, 50}), count = 7;
+        std::vector<W> table = draw_weights<W>(size_t(count) * n);
+        std::vector<int64_t> ids(rows);
+        for (int64_t& id : ids) id = uniform(0, count - 1);
+        std::vector<T> out(size_t(rows) * n);
+        ops.embed(Number<T>::dtype, matrix(table, count), ids.data(), rows, multiplier, out.data());
+        for (size_t i = 0; i < out.size(); i++) {
+            const double exact = double(multiplier) * value(table[ids[i / n] * n + i % n]);
+            close("embed", out[i], exact, multiplier == 1 ? 0 : Number<T>::roundoff * std::abs(exact) + 0x1p-149);
+        }
+        for (int64_t id : {int64_t(-1), int64_t(count)}) {
+            bool refused = false;
+            try {
+                ops.embed(Number<T>::dtype, matrix(table, count), &id, 1, multiplier, std::vector<T>(n).data());
+            } catch (const std::out_of_range&) {
+                refused = true;
+            }
+            check(refused, "embed: id %d of %d", int(id), count);
+        }
+    }
+}
+
+// Every float16 number, as an embedding and as a product's weight, also where the processor takes subnormal float32 numbers
+// for zero.
+void test_float16(Ops& ops) {
+    std::vector<f16> all(65536);
+    for (int i = 0; i < 65536; i++) all[i].bits = uint16_t(i);
+    auto check_all = [&] {
+        std::vector<float> row(65536), sums(65536);
+        const int64_t id = 0;
+        const float one = 1;
+        ops.embed(F32, matrix(all, 1), &id, 1, 1.0f, row.data());
+        ops.linear({F32, 1, 65536, {{matrix(all, 65536), nullptr, 0}}}, &one, 1, sums.data(), true);
+        for (int i = 0; i < 65536; i++) {
+            const float exact = float(value(all[i]));
+            auto right = [&](float got) { return std::isnan(exact) ? std::isnan(got) : got == exact && std::signbit(got) == std::signbit(exact); };
+            check(right(row[i]), "embed: float16 0x%04x is %g, not %g", i, row[i], exact);
+            check(exact == 0 ? sums[i] == 0 : right(sums[i]), "linear: float16 0x%04x is %g, not %g", i, sums[i], exact);
+        }
+    };
+    check_all();
+#if defined(__x86_64__)
+    const unsigned before = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(before | 0x8040);  // flush to zero, denormals are zero
+    check_all();
+    __builtin_ia32_ldmxcsr(before);
+#endif
+}
+
+// What `reads` says is what every level has.
+void test_formats(const Kernels& kernels) {
+    for (Dtype dtype : {BF16, F32})
+        for (int format = 0; format < FORMATS; format++) {
+            const bool has = reads(dtype, Format(format));
+            check((kernels.product[dtype][format] != nullptr) == has, "a product of dtype %d and format %d", dtype, format);
+            check((kernels.scaled_row[dtype][format] != nullptr) == has, "a row of dtype %d and format %d", dtype, format);
+        }
+}
+
 // --- row by row ---
 
 template <class T> void test_norms(Ops& ops) {
-    const double u = Format<T>::roundoff;
+    const double u = Number<T>::roundoff;
     for (int turn = 0; turn < 20; turn++) {
         const int rows = one_of({0, 1, 3, 40}), n = one_of({1, 7, 16, 33, 500});
         const float multiplier = turn % 2 ? 1.0f : 0.3f;
         std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), weight = draw<T>(n), sum(x.size()), out(x.size());
         std::vector<T> alone(x.size());
-        ops.rms_norm({Format<T>::dtype, x.data(), update.data(), multiplier, weight.data(), n, n, 1e-5f, sum.data(), out.data()}, rows);
-        ops.rms_norm({Format<T>::dtype, sum.data(), nullptr, 1, weight.data(), n, n, 1e-5f, nullptr, alone.data()}, rows);
+        ops.rms_norm({Number<T>::dtype, x.data(), update.data(), multiplier, weight.data(), n, n, 1e-5f, sum.data(), out.data()}, rows);
+        ops.rms_norm({Number<T>::dtype, sum.data(), nullptr, 1, weight.data(), n, n, 1e-5f, nullptr, alone.data()}, rows);
         check(out == alone, "rms_norm: the sum's norm is not the norm of the sum");
         for (size_t i = 0; i < x.size(); i++) {
             Sum s;
@@ -145,11 +249,11 @@ template <class T> void test_add_gated(Ops& ops) {
         const int rows = one_of({0, 1, 18}), n = one_of({1, 15, 16, 50});
         std::vector<T> a = draw<T>(size_t(rows) * n), b = draw<T>(a.size()), out(a.size());
         std::vector<float> gate = draw<float>(rows, 3);
-        ops.add_gated(Format<T>::dtype, a.data(), b.data(), turn % 2 ? gate.data() : nullptr, rows, n, out.data());
+        ops.add_gated(Number<T>::dtype, a.data(), b.data(), turn % 2 ? gate.data() : nullptr, rows, n, out.data());
         for (size_t i = 0; i < a.size(); i++) {
             Sum s;
             s.add(value(a[i])), s.add(value(b[i]) * (turn % 2 ? 1 / (1 + std::exp(-double(gate[i / n]))) : 1));
-            close("add_gated", out[i], s.exact, Format<T>::roundoff * std::abs(s.exact) + 0x1p-20 * s.terms);
+            close("add_gated", out[i], s.exact, Number<T>::roundoff * std::abs(s.exact) + 0x1p-20 * s.terms);
         }
     }
 }
@@ -166,6 +270,20 @@ void test_rotation(Ops& ops) {
             close("cos", cos[i], 1.5 * std::cos(angle), 0x1p-22), close("sin", sin[i], 1.5 * std::sin(angle), 0x1p-22);
         }
     }
+}
+
+// Rows on every thread: subnormal numbers count as zeros there, and as before on the caller's once the call is over.
+void test_subnormals(Ops& ops) {
+    const float tiny = 1e-40f;
+    const int rows = 64, n = 48;
+    std::vector<float> a(size_t(rows) * n, tiny), b(a.size(), tiny), out(a.size(), 1.0f);
+    ops.add_gated(F32, a.data(), b.data(), nullptr, rows, n, out.data());
+    for (float x : out) check(x == 0, "%g is not flushed", double(x));
+    ops.add_gated(F32, a.data(), b.data(), nullptr, 1, n, out.data());
+    check(out[0] == 0, "%g of one row is not flushed", double(out[0]));
+    volatile float half = tiny;
+    half = half / 2;
+    check(half > 0, "the caller's subnormal numbers are gone");
 }
 
 // --- routing and sampling ---
@@ -365,8 +483,10 @@ void test_levels() {
     check(select_kernels("") == select_kernels(available_kernels().back()), "the best is not the default");
 }
 
+template <class T, class W> void test_weights(Ops& ops) { test_linear<T, W>(ops), test_experts<T, W>(ops), test_embed<T, W>(ops); }
+
 template <class T> void test_dtype(Ops& ops) {
-    test_linear<T>(ops), test_experts<T>(ops), test_norms<T>(ops), test_add_gated<T>(ops);
+    test_weights<T, T>(ops), test_norms<T>(ops), test_add_gated<T>(ops);
     test_rotated_heads<T>(ops), test_attention<T>(ops);
 }
 
@@ -376,10 +496,12 @@ int main() {
     test_levels(), test_pool();
     for (const std::string& name : available_kernels()) {
         level = name.c_str();
+        generator.seed(0);  // the same numbers for each, whatever the levels before it drew
         check(std::string(select_kernels(name)->name) == name, "the kernels are called %s", select_kernels(name)->name);
         Ops ops(name, 2);
-        test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
+        test_subnormals(ops), test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
         test_dtype<float>(ops), test_dtype<uint16_t>(ops);
+        test_weights<float, f16>(ops), test_weights<float, uint16_t>(ops), test_float16(ops), test_formats(*select_kernels(name));
         std::printf("%s: passed\n", level);
     }
 }

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moebius import LLM, SamplingParams
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.ops.reference import ReferenceOps
 from moebius.train.data import PreparedData, prepare
 from moebius.train.export import model_card

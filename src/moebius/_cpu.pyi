@@ -4,6 +4,10 @@ none."""
 from collections.abc import Sequence
 
 def available() -> list[str]: ...
+def reads(dtype: int, format: int) -> bool: ...
+
+class Matrix:
+    def __init__(self, *, format: int, rows: int, columns: int, data: int) -> None: ...
 
 class _Call:
     """An operation's arguments by name, whose fields csrc/ops.h describes."""
@@ -13,15 +17,7 @@ class _Call:
 
 class Embed(_Call):
     def __init__(
-        self,
-        *,
-        dtype: int,
-        table: int,
-        table_rows: int,
-        size: int,
-        multiplier: float,
-        ids: int,
-        out: int,
+        self, *, dtype: int, table: Matrix, multiplier: float, ids: int, out: int
     ) -> None: ...
 
 class LinearCall(_Call):
@@ -65,6 +61,9 @@ class Clip(_Call):
 
 class Divide(_Call):
     def __init__(self, *, x: int, size: int, divisor: float, out: int) -> None: ...
+
+class Softcap(_Call):
+    def __init__(self, *, x: int, size: int, cap: float, out: int) -> None: ...
 
 class Rotation(_Call):
     def __init__(
@@ -120,15 +119,7 @@ class Route(_Call):
     ) -> None: ...
 
 class Linear:
-    def __init__(
-        self,
-        *,
-        dtype: int,
-        in_size: int,
-        weights: Sequence[int],
-        biases: Sequence[int],
-        sizes: Sequence[int],
-    ) -> None: ...
+    def __init__(self, *, dtype: int, weights: Sequence[Matrix], biases: Sequence[int]) -> None: ...
 
 class Experts:
     def __init__(
@@ -138,9 +129,9 @@ class Experts:
         hidden: int,
         width: int,
         activation: int,
-        gate: Sequence[int],
-        up: Sequence[int],
-        down: Sequence[int],
+        gate: Sequence[Matrix],
+        up: Sequence[Matrix],
+        down: Sequence[Matrix],
         gate_bias: Sequence[int],
         up_bias: Sequence[int],
         down_bias: Sequence[int],

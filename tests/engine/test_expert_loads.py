@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.config import RouterConfig
 from moebius.engine import expert_loads
 from moebius.engine.client import ExpertLoads
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
-from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.models.store.load import load_decoder
+from moebius.nn.packed import PackedPast
 from moebius.ops import RouterTally, select_ops
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
-from moebius.schedule.request import Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import Request
 from oracle import save_tiny
 
 
@@ -50,9 +51,7 @@ def routed(directory: Path, rows: list[list[int]], layers: int) -> tuple[list[Te
     for row in rows:
         tokens = torch.tensor(row)
         with torch.no_grad():
-            routings = decoder(
-                tokens, torch.arange(len(row)), CausalAttend(decoder.config, len(row))
-            )[1]
+            routings = decoder(tokens, torch.arange(len(row)), PackedPast(len(row)))[1]
         for layer, routing in enumerate(routings):
             ids[layer].append(routing.expert_ids_TK.flatten())
             probabilities[layer].append(torch.softmax(routing.logits_TE.double(), -1))

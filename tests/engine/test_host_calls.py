@@ -14,7 +14,7 @@ from torch import Tensor
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.moe.layer import Experts
 from moebius.moe.router import Routing
 from moebius.ops import Ops

@@ -12,7 +12,6 @@ import torch
 
 from engine.test_engine import cache_bytes, make, run
 from moebius import machine
-from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig
 from moebius.engine import load
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import choose_dtype, load_engine, prepare
@@ -25,20 +24,18 @@ from moebius.engine.memory import (
     workspace_bytes,
 )
 from moebius.errors import ConfigError, MemoryPlanError
+from moebius.models.config import LayerSpec, ModelConfig
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
 from tiny import write_model
 
 MODEL = ModelConfig(
     model_type="llama",
     hidden_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
     vocab_size=1000,
-    max_position_embeddings=1024,
-    rope=RopeConfig(),
-    feed_forward=(FeedForwardConfig(128),) * 2,
-    windows=(None, None),
+    context=1024,
+    layers=(LayerSpec(GQA(4, 2, 16, rope=RopeConfig()), FeedForwardConfig(128)),) * 2,
 )
 GIB = 2**30
 # 2 layers x (key and value) x 2 heads x 16 x 2 bytes
@@ -126,7 +123,7 @@ def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "dtype is 'float16'; use auto, bfloat16 or float32"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of auto, bfloat16, float32"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"block_size": 0}, "block_size is 0; it must be at least 1"),
         ({"block_size": 2048}, "at most 1024"),

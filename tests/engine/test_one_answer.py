@@ -15,7 +15,7 @@ import torch
 
 import moebius
 from moebius.models.decoder import Decoder
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.ops.reference import ReferenceOps
 from oracle import FAMILY, save_tiny
 from random_schedules import (

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 import moebius
-from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
+from moebius.models.config import LayerSpec, ModelConfig
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
 from moebius.ops import Feature, Operation, select_ops
 from moebius.ops.cache_spec import key_value_spec
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.cpu.program import RecordedProgram
 from moebius.ops.reference import ReferenceOps
@@ -47,21 +51,17 @@ def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: 
     assert prepared.plan.workspace >= planned.nbytes
 
 
-def model(*layers: FeedForwardConfig, **changes: object) -> ModelConfig:
-    sizes = ModelConfig(
+PLAIN = GQA(4, 2, 16, rope=RopeConfig())
+
+
+def model(*layers: FeedForwardConfig, attention: GQA = PLAIN) -> ModelConfig:
+    return ModelConfig(
         model_type="llama",
         hidden_size=64,
-        num_layers=len(layers),
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
         vocab_size=100,
-        max_position_embeddings=64,
-        rope=RopeConfig(),
-        feed_forward=layers,
-        windows=(None,) * len(layers),
+        context=64,
+        layers=tuple(LayerSpec(attention, layer) for layer in layers),
     )
-    return replace(sizes, **changes)  # type: ignore[arg-type]
 
 
 def planned(config: ModelConfig, rows: StepRows = StepRows(8, 8)) -> Workspace:  # noqa: B008
@@ -84,7 +84,7 @@ def test_a_promise_follows_from_the_operations_that_a_model_uses() -> None:
         found = planned(model(FeedForwardConfig(16), FeedForwardConfig(16, router, gated=gated)))
         assert found.batch_invariant(CpuOps(1)) == gated
         assert not found.batch_invariant(ReferenceOps())
-    windowed = planned(model(FeedForwardConfig(16), windows=(8,)))
+    windowed = planned(model(FeedForwardConfig(16), attention=replace(PLAIN, window=8)))
     features = [use.features for use in windowed.uses if use.operation == "paged_attention"]
     assert features == [frozenset({Feature.WINDOW})]
     plain = planned(model(FeedForwardConfig(16)))

@@ -1,10 +1,11 @@
-"""Which keys of config.json transformers reads, and what absent ones mean:
-src/moebius/models/config_keys.json.
+"""Which keys of config.json transformers reads, and what absent ones mean: the tables beside the
+families in src/moebius/models/families.
 
-    PYTHONPATH=src:tests python -m models.config_keys
+    PYTHONPATH=src:tests python -m models.config_keys [model_type ...]
 
-writes that file anew from the transformers that is installed, the one that constraints.txt pins; a
-test compares the two. The package reads the file alone. For each supported model_type it holds
+writes them anew, all of them or these, from the transformers that is installed, the one that
+constraints.txt pins; a test compares the two. The package reads the tables alone. That of a
+model_type holds
 
     read        what the model, or code that it shares with all others, looks up in its
                 configuration: by syntax, in the sources below. Its value is what an absent key
@@ -12,7 +13,8 @@ test compares the two. The package reads the file alone. For each supported mode
     never_null  fields whose annotation does not admit null; elsewhere null is a value of its own
     aliases     other names of fields (the class's attribute_map)
 
-and, under `rope`, which entries of rope_parameters the frequencies of each rope type depend on.
+and rope_keys.json, above them, which entries of rope_parameters the frequencies of each rope type
+depend on.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import functools
 import importlib
 import inspect
 import json
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +34,10 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
-from moebius.models import MODEL_TYPES
+from moebius.models.family import model_types
 
-TABLE = Path(__file__).parent.parent.parent / "src" / "moebius" / "models" / "config_keys.json"
+MODELS = Path(__file__).parent.parent.parent / "src" / "moebius" / "models"
+ROPE = MODELS / "rope_keys.json"
 OURS = {"moebius"}
 """Types that transformers does not know."""
 
@@ -77,15 +81,18 @@ _CONFIGS = {
 }
 
 
-def derive() -> dict[str, Any]:
-    """The whole table, from the transformers that is installed."""
-    shared = _shared()
-    kinds = {kind: _model_type(kind, shared) for kind in MODEL_TYPES if kind not in OURS}
-    return {"transformers": transformers.__version__, "rope": _rope_types(), "model_types": kinds}
+def table(kind: str) -> Path:
+    """The file of a model_type."""
+    return MODELS / "families" / f"{kind}.json"
 
 
-def as_json(table: dict[str, Any]) -> str:
-    return json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n"
+def derive(kind: str) -> dict[str, Any]:
+    """A model_type's table, from the transformers that is installed."""
+    return {"transformers": transformers.__version__, **_model_type(kind, _shared())}
+
+
+def as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 @functools.cache
@@ -117,6 +124,7 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
     return {"read": read, "never_null": sorted(never_null), "aliases": aliases}
 
 
+@functools.cache
 def _shared() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for module, names in SHARED.items():
@@ -137,7 +145,7 @@ def _merge(found: dict[str, Any], more: Iterator[tuple[str, Any]]) -> None:
             found[name] = meaning
 
 
-def _rope_types() -> dict[str, list[str]]:
+def rope_types() -> dict[str, list[str]]:
     module = importlib.import_module("transformers.modeling_rope_utils")
     tree = _tree(module)
     tables = {"rope_parameters_dict", "config.rope_parameters"}
@@ -225,5 +233,7 @@ def _is_key(name: str, fields: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    TABLE.write_text(as_json(derive()), encoding="utf-8")
-    print(f"{TABLE} is of transformers {transformers.__version__}")
+    for model_type in sys.argv[1:] or sorted(set(model_types()) - OURS):
+        table(model_type).write_text(as_json(derive(model_type)), encoding="utf-8")
+    ROPE.write_text(as_json(rope_types()), encoding="utf-8")
+    print(f"the tables are of transformers {transformers.__version__}")

@@ -9,18 +9,20 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from models.config_keys import OURS, TABLE, as_json, derive
-from moebius.models import MODEL_TYPES
+from models.config_keys import OURS, ROPE, as_json, derive, rope_types, table
+from moebius.models.family import model_types
 from moebius.models.reading import _HARMLESS
 from oracle import FAMILY, TINY, tiny_of
 
-KINDS = sorted(set(MODEL_TYPES) - OURS)
+KINDS = sorted(set(model_types()) - OURS)
 
 
 @pytest.mark.case("C1")
-def test_the_table_is_what_the_sources_say() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_is_what_the_sources_say(kind: str) -> None:
     """If not: PYTHONPATH=src:tests python -m models.config_keys, and look at what changed."""
-    assert TABLE.read_text(encoding="utf-8") == as_json(derive())
+    assert table(kind).read_text(encoding="utf-8") == as_json(derive(kind))
+    assert ROPE.read_text(encoding="utf-8") == as_json(rope_types())
 
 
 @pytest.mark.case("C1")
@@ -30,7 +32,7 @@ def test_the_table_has_every_key_that_a_running_model_reads(
 ) -> None:
     """Building a model, a prompt, and a step with its cache: nothing is looked up that the table
     lacks."""
-    entry = json.loads(TABLE.read_text(encoding="utf-8"))["model_types"][kind]
+    entry = json.loads(table(kind).read_text(encoding="utf-8"))
     config = AutoConfig.for_model(kind, **{**TINY, **FAMILY[kind]})
     looked_up: set[str] = set()
     usual = PreTrainedConfig.__getattribute__

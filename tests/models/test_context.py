@@ -17,7 +17,7 @@ from engine.test_engine import make, run, tokens
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
 from moebius.errors import ConfigError
-from moebius.models import model_config
+from moebius.models.family import model_config
 from tiny import write_model
 
 pytestmark = pytest.mark.case("A7")

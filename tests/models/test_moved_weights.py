@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moebius.models.decoder import Decoder
-from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.models.store.load import load_decoder
+from moebius.nn.packed import PackedPast
 from moebius.ops.cpu import CpuOps
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
@@ -29,8 +29,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.inference_mode()
 def logits(decoder: Decoder) -> Tensor:
-    attend = CausalAttend(decoder.config, len(IDS))
-    return decoder.logits(decoder(IDS, torch.arange(len(IDS)), attend)[0])
+    past = PackedPast(len(IDS))
+    return decoder.logits(decoder(IDS, torch.arange(len(IDS)), past)[0])
 
 
 def replaced(decoder: Decoder) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.models import checkpoint_layouts, model_config
 from moebius.models.decoder import Decoder
+from moebius.models.family import family, model_config
 from moebius.models.layout import sources
-from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.models.store.load import load_decoder
+from moebius.nn.packed import PackedPast
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
@@ -146,13 +146,13 @@ def test_training_logits_and_gradients_equal_transformers(
 
     theirs = model(ids).logits.flatten(0, 1)
     torch.nn.functional.cross_entropy(theirs, targets).backward()
-    attend = CausalAttend(decoder.config, row_length=11)
-    hidden, _ = decoder(ids.flatten(), torch.arange(11).repeat(3), attend)
+    past = PackedPast(row_length=11)
+    hidden, _ = decoder(ids.flatten(), torch.arange(11).repeat(3), past)
     ours = decoder.logits(hidden)
     torch.nn.functional.cross_entropy(ours, targets).backward()
 
     assert_close(ours, theirs)
-    layouts = checkpoint_layouts(model_type)
+    layouts = family(model_type).layouts
     grads = {name: p.grad for name, p in model.named_parameters()}
     trained = [[s for s in sources(decoder.config, layout) if not s.float32] for layout in layouts]
     parameters = dict(decoder.named_parameters())
@@ -172,10 +172,10 @@ def test_documents_in_a_row_do_not_see_each_other() -> None:
     ids = torch.arange(12)
     documents = torch.tensor([0] * 5 + [1] * 7)
     positions = torch.cat((torch.arange(5), torch.arange(7)))
-    packed, _ = decoder(ids, positions, CausalAttend(config, 12, documents))
+    packed, _ = decoder(ids, positions, PackedPast(12, documents))
     for part in (slice(0, 5), slice(5, 12)):
         length = part.stop - part.start
-        alone, _ = decoder(ids[part], positions[part], CausalAttend(config, length))
+        alone, _ = decoder(ids[part], positions[part], PackedPast(length))
         assert_close(packed[part], alone, 1e-5)
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from moebius.config import RopeConfig
 from moebius.errors import ConfigError
-from moebius.models import MODEL_TYPES, model_config, read_config
-from moebius.models.checkpoint import open_checkpoint
-from moebius.models.weights import load_decoder
+from moebius.models.family import model_config, model_types, read_config
+from moebius.models.store import open_checkpoint
+from moebius.models.store.load import load_decoder
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
 from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_of
 
 PUBLISHED = {
@@ -45,9 +46,9 @@ def test_published_mixtral() -> None:
         "softmax",
         "renorm",
     )
-    assert (
-        config.head_dim == 128 and config.rope == RopeConfig(1e6) and config.windows == (None,) * 32
-    )
+    assert config.num_layers == 32 and {layer.mixer for layer in config.layers} == {
+        GQA(32, 8, 128, rope=RopeConfig(1e6))
+    }
 
 
 def test_published_qwen3_moe() -> None:
@@ -55,13 +56,15 @@ def test_published_qwen3_moe() -> None:
     router = config.feed_forward[-1].router
     assert router is not None and router.weight == "renorm" and router.num_experts == 128
     assert (
-        config.q_size == 4096 and config.qk_norm == "head" and config.feed_forward[0].width == 768
+        config.attention.q_size == 4096
+        and config.attention.qk_norm == "head"
+        and config.feed_forward[0].width == 768
     )
 
 
 def test_published_llama_with_long_context() -> None:
     config = model_config(published("Llama-3.2-1B-Instruct"))
-    assert config.rope == RopeConfig(500_000.0, "llama3", 32.0, 8192, 1.0, 4.0)
+    assert config.attention.rope == RopeConfig(500_000.0, "llama3", 32.0, 8192, 1.0, 4.0)
     assert config.tie_word_embeddings and config.feed_forward[0].router is None
 
 
@@ -193,10 +196,10 @@ def test_keys_that_change_nothing_are_named_in_one_line(
 @pytest.mark.case("C1")
 def test_llama_1_has_the_context_of_its_class() -> None:
     assert "max_position_embeddings" not in published("llama-7b")
-    assert model_config(published("llama-7b")).max_position_embeddings == 2048
+    assert model_config(published("llama-7b")).context == 2048
 
 
-@pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - {"moebius"}))
+@pytest.mark.parametrize("model_type", sorted(set(model_types()) - {"moebius"}))
 def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     """Every optional key, left out, means what transformers' class takes it to be."""
     needed = {**TINY, **FAMILY[model_type], "model_type": model_type}
@@ -205,7 +208,7 @@ def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
 
 
 @pytest.mark.case("C1")
-@pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - {"moebius"}))
+@pytest.mark.parametrize("model_type", sorted(set(model_types()) - {"moebius"}))
 def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     """Sizes too: a checkpoint of exactly the class's size may have been saved without any."""
     open_ended = {"n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3}
@@ -214,15 +217,14 @@ def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     ours = model_config(needed)
     assert ours == model_config(config.to_dict())
     assert (
-        ours.num_kv_heads == config.num_key_value_heads
+        ours.attention.num_kv_heads == config.num_key_value_heads
         and ours.num_layers == config.num_hidden_layers
     )
-    assert (
-        ours.rope.theta == config.rope_parameters["rope_theta"]
-        and ours.norm_eps == config.rms_norm_eps
-    )
+    rope = ours.attention.rope
+    assert rope is not None and rope.theta == config.rope_parameters["rope_theta"]
+    assert ours.norm_eps == config.rms_norm_eps
     assert ours.tie_word_embeddings == config.tie_word_embeddings
-    assert ours.max_position_embeddings == config.max_position_embeddings
+    assert ours.context == config.max_position_embeddings
 
 
 @pytest.mark.case("C1")

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moebius.errors import WeightsError
-from moebius.models.checkpoint import fingerprint, open_checkpoint
-from moebius.models.weights import load_decoder, save_checkpoint
+from moebius.models.store import fingerprint, open_checkpoint
+from moebius.models.store.load import load_decoder
+from moebius.models.store.save import save_checkpoint
 from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -107,7 +108,7 @@ def test_heads_are_compared_to_their_last_byte(
 ) -> None:
     """In pieces that do not divide them, over two files; the fingerprint, which takes samples,
     tells them apart."""
-    monkeypatch.setattr("moebius.models.checkpoint._COMPARED_AT_ONCE", 1000)
+    monkeypatch.setattr("moebius.models.store.checkpoint._COMPARED_AT_ONCE", 1000)
     found = {}
     for name, heads in (("copy", ONE["copy"]), ("one-number", APART["one-number"])):
         directory = tmp_path / name

@@ -16,12 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.errors import ConfigError, WeightsError
-from moebius.models import checkpoint_layouts
-from moebius.models.checkpoint import fingerprint, open_checkpoint
 from moebius.models.decoder import Decoder
+from moebius.models.family import family
 from moebius.models.layout import sources
-from moebius.models.weights import load_decoder, save_checkpoint
+from moebius.models.store import fingerprint, open_checkpoint
+from moebius.models.store.load import load_decoder
+from moebius.models.store.save import save_checkpoint
 from moebius.ops import select_ops
+from moebius.ops.cpu import CpuOps
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.weights import dtype_name
 from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny
 
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
@@ -274,30 +278,70 @@ def test_stacked_layout_of_transformers_5_equals_the_published_one(
     refused(tmp_path / "stacked", missing, "missing")
 
 
+def mapped_ranges(file: Path) -> list[range]:
+    """Where this process has a file mapped."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(file.resolve())):
+            start, stop = line.split()[0].split("-")
+            ranges.append(range(int(start, 16), int(stop, 16)))
+    return ranges
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_mapped_or_copied_as_reported(
     tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
 ) -> None:
+    """Matrices are mapped wherever `wanted` holds their numbers exactly."""
     model = save_tiny(tmp_path, "granitemoe").to(stored)
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.dtype == str(stored).removeprefix("torch.")
-    decoder = load_decoder(checkpoint, wanted)
+    assert checkpoint.dtype == dtype_name(stored)
+    ops = CpuOps(1)
+    decoder = load_decoder(checkpoint, wanted, ops=ops)
+    assert decoder.dtype == wanted
     original = load_file(tmp_path / "model.safetensors")
     parameters = dict(decoder.named_parameters())
-    rows = checkpoint.plan_weights(str(wanted).removeprefix("torch."))
+    rows = checkpoint.plan_weights(dtype_name(wanted), formats=ops.formats(wanted))
     assert [row.name for row in rows] == [source.parameter for source in checkpoint.sources]
     assert {row.name for row in rows} == set(parameters)
+    maps = mapped_ranges(tmp_path / "model.safetensors")
+    exact = torch.promote_types(stored, wanted) == wanted
     for row, source in zip(rows, checkpoint.sources, strict=True):
         parameter, tensor = parameters[row.name], original[source.name]
         if source.entry is not None:
             tensor = tensor[source.entry, source.start : source.start + source.shape[0]]
-        assert parameter.dtype == wanted and torch.equal(parameter, tensor.to(wanted))
-        assert row.mapped == (stored == wanted)
-        assert row.nbytes == parameter.nbytes
+        mapped = stored == wanted or (exact and tensor.ndim == 2)
+        assert row.mapped == mapped == any(parameter.data_ptr() in at for at in maps)
+        assert parameter.dtype == (stored if mapped else wanted)
+        assert torch.equal(parameter, tensor.to(parameter.dtype))
+        assert (row.format, row.nbytes) == (dtype_name(parameter.dtype), parameter.nbytes)
+        assert row.count == tensor.numel()
         assert not parameter.requires_grad
-    assert not any(row.mapped for row in checkpoint.plan_weights("float32", device="cuda"))
+
+
+def test_nothing_is_mapped_for_another_device_or_a_backend_that_reads_no_other_format(
+    tmp_path: Path,
+) -> None:
+    save_tiny(tmp_path, "llama").half().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    everything = {"bfloat16", "float16", "float32"}
+    for rows in (
+        checkpoint.plan_weights("float32", "cuda", everything),
+        checkpoint.plan_weights("float32", "cpu", ReferenceOps().formats(torch.float32)),
+    ):
+        assert {(row.mapped, row.format) for row in rows} == {(False, "float32")}
+    decoder = load_decoder(checkpoint, torch.float32, ops=ReferenceOps())
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}
+
+
+def test_training_takes_every_weight_in_its_own_dtype(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama").half().save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path, torch.float32, mapped=False)
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in decoder.parameters())
 
 
 def resident_kib(name: str) -> int:
@@ -364,9 +408,7 @@ def test_sources_cover_exactly_the_decoder(tmp_path: Path, model_type: str) -> N
     shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     assert {source.parameter: source.shape for source in checkpoint.sources} == shapes
     assert len(checkpoint.sources) == len(shapes)
-    assert set(sources(checkpoint.config, checkpoint_layouts(model_type)[0])) == set(
-        checkpoint.sources
-    )
+    assert set(sources(checkpoint.config, family(model_type).layouts[0])) == set(checkpoint.sources)
 
 
 def test_fingerprint_tells_checkpoints_apart(good: Path, broken: Path) -> None:

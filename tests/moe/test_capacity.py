@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.config import FeedForwardConfig, RouterConfig
-from moebius.moe.config import TrainingRouting
+from moebius.moe.capacity import arrival, capacity, kept
+from moebius.moe.config import FeedForwardConfig, TrainingRouting
 from moebius.moe.layer import FeedForward, LocalDispatcher
-from moebius.moe.router import arrival, capacity, jittered, kept
+from moebius.moe.noise import jittered
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 
 E = 4

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moebius.config import RouterConfig
 from moebius.moe import health
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference.routing import route, router_probabilities
 
 EVEN, SKEWED, ONE = (

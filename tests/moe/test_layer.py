@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.config import FeedForwardConfig, RouterConfig
+from moebius.moe.config import FeedForwardConfig
 from moebius.moe.layer import FeedForward, LocalDispatcher
 from moebius.ops import Ops, select_ops
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 
 D = 16

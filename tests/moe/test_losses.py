@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
-from moebius.config import RouterConfig
 from moebius.moe.losses import chosen_counts, load_balance_loss, router_z_loss, updated_bias
 from moebius.moe.router import Routing
+from moebius.ops.config import RouterConfig
 
 
 def routing(logits: Tensor, k: int = 1) -> Routing:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.config import RouterConfig
 from moebius.errors import ConfigError
 from moebius.moe.router import Router
 from moebius.ops import select_ops
+from moebius.ops.config import RouterConfig
 
 D, E, K, T = 12, 16, 4, 64
 SIZES: dict[str, Any] = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.engine.workspace import StepRows
-from moebius.models.weights import load_decoder
+from moebius.models.store.load import load_decoder
 from moebius.ops.cpu import CpuOps, RecordedProgram
 from moebius.ops.program import HostResult, Program, Rows, RowSource, StepSource, Unrecorded
 from moebius.ops.reference import ReferenceOps

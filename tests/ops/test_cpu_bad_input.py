@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moebius.config import RouterConfig
 from moebius.errors import ConfigError
 from moebius.ops import ExpertWeights, Shaping, select_ops
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from ops.paged import empty_cache

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.config import RouterConfig
 from moebius.ops import ExpertWeights
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.sampling import Shaping
 from moebius.ops.steps import StepInputs
@@ -101,6 +101,7 @@ def pointwise(dtype: torch.dtype) -> dict[str, RowWise]:
             ops.add_gated(x[at], y[at], gate[at]),
         )
     logits = rows(33, torch.float32)
+    named["softcap"] = lambda ops, at: (ops.softcap(logits[at], 30.0),)
     named["divide"] = lambda ops, at: (ops.divide(logits[at], 3.0),)
     positions, inverse = torch.randint(0, 100_000, (ROWS,)), torch.rand(33)
     named["rotation"] = lambda ops, at: ops.rotation(positions[at], inverse, 1.1)

@@ -1,4 +1,4 @@
-"""The programs of docs/clients.md for the official client, run as they stand there."""
+"""The programs of README and of docs/clients.md for the official client, run as they stand there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from moebius.models.hub import resolve_model
 from serving import serving
 
-PAGE = Path(__file__).parents[2] / "docs/clients.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/clients.md"
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -37,3 +38,15 @@ def test_the_official_clients_programs_run() -> None:
         "{'finished: length': 32, 'left': 32}",
     ):
         assert line in done.stdout and line in section, done.stdout
+
+
+def test_the_programs_of_the_readme_run() -> None:
+    """One over HTTP, one with an LLM; what they print depends on the kernels."""
+    programs = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(programs) == 2 and ADDRESS in programs[0]
+    with serving(resolve_model("bundled"), "bundled") as address:
+        command = [sys.executable, "-c", "\n".join(programs).replace(ADDRESS, address)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for line in ("def fibonacci(n): ", "class Stack: "):
+        assert line in done.stdout

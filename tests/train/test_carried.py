@@ -13,14 +13,14 @@ import torch
 import transformers
 
 from moebius.errors import ConfigError
-from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.models.store.load import load_decoder
+from moebius.nn.packed import PackedPast
 from moebius.text import GenerationDefaults
-from moebius.train.architecture import check_trainable
 from moebius.train.data import PreparedData
 from moebius.train.export import export, measure, model_card
-from moebius.train.recipe import FinetuneRecipe, Recipe
+from moebius.train.recipe import Recipe
 from moebius.train.run import main_from_recipe
+from moebius.train.tables import FinetuneRecipe
 from moebius.train.trainer import Trainer
 from oracle import assert_close, load_theirs, save_tiny
 
@@ -125,7 +125,7 @@ def test_transformers_reads_the_same_beside_the_weights(
     ids = torch.arange(4, 40)
     decoder = load_decoder(after, torch.float32)
     with torch.no_grad():
-        hidden, _ = decoder(ids, torch.arange(36), CausalAttend(decoder.config, 36))
+        hidden, _ = decoder(ids, torch.arange(36), PackedPast(36))
         assert_close(decoder.logits(hidden), model(ids.unsqueeze(0)).logits[0])
         was = load_theirs(before)(ids.unsqueeze(0)).logits[0]
     assert (decoder.logits(hidden) - was).abs().max() > 0.01, "it was trained"
@@ -240,7 +240,10 @@ def test_experts_of_a_dense_model_are_none_to_train(
     with pytest.raises(
         ConfigError, match=r'finetune\.train is "experts", but no layer of the model has any'
     ):
-        check_trainable(load_decoder(before, torch.float32).config, start)
+        start.check_trainable(load_decoder(before, torch.float32).config)
+    capped = dataclasses.replace(load_decoder(before, torch.float32).config, logits_softcap=30.0)
+    with pytest.raises(ConfigError, match=r"logits are capped at 30\.0, which training does not"):
+        recipe.check_trainable(capped)
     with pytest.raises(
         ConfigError, match=r"layers, training\.init_scale and .* are for a new model"
     ):

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from moebius.cli.main import main
 from moebius.errors import ConfigError
-from moebius.models import weights as weights_module
-from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.models.store import save as weights_module
+from moebius.models.store.load import load_decoder
+from moebius.nn.packed import PackedPast
 from moebius.train.data import PreparedData, bytes_per_token
 from moebius.train.evaluate import score
 from moebius.train.export import export, parameter_counts
@@ -83,7 +83,7 @@ def test_transformers_and_the_decoder_agree_on_it(
     ids = torch.tensor(data.tokenizer.encode("def f(x):\n    return x + 1\n").ids)
     expected = oracle(ids.unsqueeze(0)).logits[0]
     decoder = load_decoder(exported, torch.float32)
-    hidden, _ = decoder(ids, torch.arange(len(ids)), CausalAttend(decoder.config, len(ids)))
+    hidden, _ = decoder(ids, torch.arange(len(ids)), PackedPast(len(ids)))
     torch.testing.assert_close(decoder.logits(hidden), expected, atol=1e-4, rtol=1e-4)
     assert oracle.config.norm_topk_prob
     assert oracle.generation_config.eos_token_id == [0, 2]

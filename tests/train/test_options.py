@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.config import FeedForwardConfig, ModelConfig, RouterConfig
 from moebius.errors import ConfigError
-from moebius.models.weights import load_decoder
-from moebius.moe.config import TrainingRouting
-from moebius.nn.attention import CausalAttend
-from moebius.train.architecture import config_json
+from moebius.models.config import LayerSpec, ModelConfig
+from moebius.models.store.load import load_decoder
+from moebius.moe.config import FeedForwardConfig, TrainingRouting
+from moebius.nn.attention import GQA
+from moebius.nn.packed import PackedPast
+from moebius.ops.config import RouterConfig
 from moebius.train.data import PreparedData
 from moebius.train.evaluate import measuring
 from moebius.train.export import export
@@ -106,14 +107,19 @@ TABLES: dict[str, list[dict[str, Any]]] = {
         {"model_type": "qwen3", "intermediate_size": 16, REFUSED: "know no feed_forward"}
     ],
     "hidden_size": [{"hidden_size": 40, "head_dim": 8}],
-    "num_layers": [{"num_hidden_layers": 2}],
+    "layers": [
+        {"num_hidden_layers": 2},
+        {"num_hidden_layers": 0, REFUSED: "num_hidden_layers is 0"},
+    ],
+    "mixer": [{"layer_types": ["linear_attention"], REFUSED: "layer_types"}],
+    "feed_forward": [{"num_hidden_layers": True, REFUSED: "num_hidden_layers is True"}],
     "num_heads": [{"num_attention_heads": 2}],
     "num_kv_heads": [{"num_key_value_heads": 4}],
     "head_dim": [{"head_dim": 16}, {"head_dim": 7, REFUSED: "needs an even one"}],
     "vocab_size": [
         {"vocab_size": 500, REFUSED: "model.vocab_size changes nothing .* tokenizer.vocab_size"}
     ],
-    "max_position_embeddings": [{"max_position_embeddings": 96}],
+    "context": [{"max_position_embeddings": 96}],
     "rope": [
         {"rope_theta": 500.0},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
@@ -126,8 +132,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
         },
         {"rope_scaling": {"rope_type": "fancy"}, REFUSED: "fancy"},
     ],
-    "feed_forward": [{"num_hidden_layers": 0, REFUSED: "num_hidden_layers is 0"}],
-    "windows": [{"sliding_window": 8, "use_sliding_window": True, REFUSED: "is not supported"}],
+    "window": [{"sliding_window": 8, "use_sliding_window": True, REFUSED: "is not supported"}],
     "norm_eps": [{"rms_norm_eps": 0.1}],
     "tie_word_embeddings": [{"tie_word_embeddings": False}],
     "qk_norm": [
@@ -138,7 +143,12 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "qkv_bias": [{"qkv_bias": True}],
     "output_bias": [{"attention_bias": True, REFUSED: "attention_bias = True is not supported"}],
     "clip_qkv": [{"clip_qkv": 1.0, REFUSED: "clip_qkv = 1.0 is not supported"}],
-    "attention_scale": [{"attention_multiplier": 0.5, REFUSED: "is not supported"}],
+    "value_dim": [{"v_head_dim": 16, REFUSED: "v_head_dim = 16 is not supported"}],
+    "softcap": [{"attn_logit_softcapping": 50.0, REFUSED: "is not supported"}],
+    "sinks": [{"sinks": True, REFUSED: "sinks = True is not supported"}],
+    "norms": [{"norms": "sandwich", REFUSED: "norms = 'sandwich' is not supported"}],
+    "logits_softcap": [{"final_logit_softcapping": 30.0, REFUSED: "is not supported"}],
+    "scale": [{"attention_multiplier": 0.5, REFUSED: "is not supported"}],
     "embedding_multiplier": [{"embedding_multiplier": 2.0, REFUSED: "is not supported"}],
     "residual_multiplier": [{"residual_multiplier": 2.0, REFUSED: "is not supported"}],
     "logits_divisor": [{"logits_scaling": 2.0, REFUSED: "is not supported"}],
@@ -165,12 +175,13 @@ TABLES: dict[str, list[dict[str, Any]]] = {
 
 
 def test_every_option_is_walked() -> None:
-    for record, walked in (
-        (RouterConfig, ROUTERS),
-        (FeedForwardConfig, PARTS),
-        (ModelConfig, TABLES),
+    for records, walked in (
+        ([RouterConfig], ROUTERS),
+        ([FeedForwardConfig], PARTS),
+        ([ModelConfig, LayerSpec, GQA], TABLES),
     ):
-        assert {field.name for field in dataclasses.fields(record)} == walked.keys() - {""}
+        named = {field.name for record in records for field in dataclasses.fields(record)}
+        assert named == walked.keys() - {""}
 
 
 CASES = [
@@ -208,7 +219,7 @@ def described(recipe: Recipe, which: str, case: dict[str, Any]) -> Recipe:
 @torch.no_grad()
 def logits(decoder: Any) -> torch.Tensor:
     ids = torch.arange(3, 33)
-    hidden, _ = decoder(ids, torch.arange(30), CausalAttend(decoder.config, 30))
+    hidden, _ = decoder(ids, torch.arange(30), PackedPast(30))
     return decoder.logits(hidden)
 
 
@@ -244,8 +255,8 @@ def test_an_option_comes_back_or_is_refused(
 def test_a_routers_option_changes_what_is_computed(recipe: Recipe, case: dict[str, Any]) -> None:
     """Or the walk above would prove nothing of it: config.json says the option, and it is read
     back."""
-    plain = config_json(described(recipe, "router", {}), 320)["feed_forward"]
-    assert config_json(described(recipe, "router", case), 320)["feed_forward"] != plain
+    plain = described(recipe, "router", {}).config_json(320)["feed_forward"]
+    assert described(recipe, "router", case).config_json(320)["feed_forward"] != plain
 
 
 def test_layers_that_no_layer_takes_are_refused(recipe: Recipe) -> None:
@@ -262,4 +273,4 @@ def test_what_is_for_training_alone_is_not_in_the_model(recipe: Recipe) -> None:
         dropless=False, capacity_factor=1.0, jitter=0.1, second_policy="random"
     )
     plain = described(recipe, "router", {})
-    assert config_json(dataclasses.replace(plain, routing=limits), 320) == config_json(plain, 320)
+    assert dataclasses.replace(plain, routing=limits).config_json(320) == plain.config_json(320)

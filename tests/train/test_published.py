@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.config import FeedForwardConfig, RouterConfig
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
 from moebius.errors import ConfigError
-from moebius.models import model_config
 from moebius.models.decoder import Decoder
-from moebius.models.weights import load_decoder
-from moebius.nn.attention import CausalAttend
+from moebius.models.family import model_config
+from moebius.models.store.load import load_decoder
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.packed import PackedPast
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
-from moebius.train.architecture import config_json, dense_twin
 from moebius.train.data import PreparedData
 from moebius.train.export import export, parameter_counts
 from moebius.train.recipe import Recipe
@@ -124,7 +124,7 @@ def model(recipe: Recipe, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
 def trained(recipe: Recipe, data: PreparedData, folder: Path) -> Trainer:
     """Two steps, so that biases and routers are not as they began."""
     routers = {
-        part.router for part in model_config(config_json(recipe, 320)).feed_forward if part.router
+        part.router for part in model_config(recipe.config_json(320)).feed_forward if part.router
     }
     biased = any(router.selection_bias for router in routers)
     training = dataclasses.replace(recipe.training, bias_rate=0.1 if biased else 0.0)
@@ -138,7 +138,7 @@ def trained(recipe: Recipe, data: PreparedData, folder: Path) -> Trainer:
 @torch.no_grad()
 def logits(folder: Path, ids: torch.Tensor, ops: Any = None) -> torch.Tensor:
     decoder = load_decoder(folder, torch.float32, ops=ops)
-    hidden, _ = decoder(ids, torch.arange(len(ids)), CausalAttend(decoder.config, len(ids)))
+    hidden, _ = decoder(ids, torch.arange(len(ids)), PackedPast(len(ids)))
     return decoder.logits(hidden)
 
 
@@ -180,7 +180,7 @@ def test_what_no_type_expresses_trains_and_is_not_served(
     same = Decoder(trainer.decoder.config, ReferenceOps())
     same.load_state_dict({name: x.float() for name, x in trainer.decoder.state_dict().items()})
     with torch.no_grad():
-        hidden, _ = same(ids, torch.arange(20), CausalAttend(same.config, 20))
+        hidden, _ = same(ids, torch.arange(20), PackedPast(20))
         assert torch.equal(logits(tmp_path, ids, ReferenceOps()), same.logits(hidden))
 
 
@@ -203,11 +203,11 @@ def test_the_dense_twin_has_as_many_active_parameters(
     """To the width's multiple of 8: at most 4 columns of 3 matrices a layer."""
     layers = (RELU,) if kind == "moebius" else ()
     sparse = dataclasses.replace(recipe, model=model(recipe, kind, changes), layers=layers)
-    twin = dense_twin(sparse)
+    twin = sparse.dense_twin()
     used, total = (parameter_counts(Trainer(r, data).decoder)[1] for r in (sparse, twin))
     assert abs(used - total) <= 2 * 4 * 3 * 32 + 2 * 4
     assert twin.model is not None and twin.name == "tiny-dense" and twin.training == sparse.training
     assert twin.model["model_type"] == twin_kind
     assert parameter_counts(Trainer(twin, data).decoder) == (total, total)
     with pytest.raises(ConfigError, match="dense already"):
-        dense_twin(twin)
+        twin.dense_twin()

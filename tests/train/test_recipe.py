@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from moebius.config import FeedForwardConfig, ModelConfig, RopeConfig, RouterConfig
 from moebius.errors import ConfigError
-from moebius.models import model_config
-from moebius.train.architecture import config_json
+from moebius.models.config import LayerSpec, ModelConfig
+from moebius.models.family import model_config
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
+from moebius.ops.config import RouterConfig
 from moebius.train.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,7 +266,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def decoder(recipe: Recipe) -> ModelConfig:
     assert recipe.model is not None
-    return model_config(config_json(recipe, 4096))
+    return model_config(recipe.config_json(4096))
 
 
 def test_the_model_is_the_recipes(tmp_path: Path) -> None:
@@ -272,21 +275,17 @@ def test_the_model_is_the_recipes(tmp_path: Path) -> None:
     assert decoder(_read(MINIMAL, tmp_path)) == ModelConfig(
         model_type="qwen3_moe",
         hidden_size=32,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
         vocab_size=4096,
-        max_position_embeddings=64,
-        rope=RopeConfig(theta=10_000.0),
-        feed_forward=(
-            FeedForwardConfig(
-                width=16, router=RouterConfig(num_experts=4, top_k=2, weight="renorm")
+        context=64,
+        layers=(
+            LayerSpec(
+                GQA(4, 2, 8, rope=RopeConfig(theta=10_000.0), qk_norm="head"),
+                FeedForwardConfig(
+                    width=16, router=RouterConfig(num_experts=4, top_k=2, weight="renorm")
+                ),
             ),
         ),
-        windows=(None,),
         tie_word_embeddings=True,
-        qk_norm="head",
     )
 
 
@@ -294,7 +293,7 @@ def test_layers_of_our_own_take_turns(tmp_path: Path) -> None:
     a, b = MINIMAL.index("model_type"), MINIMAL.index("steps")
     config = decoder(_read(MINIMAL[:a] + OWN.lstrip() + MINIMAL[b:], tmp_path))
     dense, sparse = FeedForwardConfig(24), FeedForwardConfig(16, RouterConfig(4, 2), gated=False)
-    assert (config.feed_forward, config.qk_norm) == ((dense, sparse, dense), "head")
+    assert (config.feed_forward, config.attention.qk_norm) == ((dense, sparse, dense), "head")
     for old, new, message in (
         (
             "width = 24",

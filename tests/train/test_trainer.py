@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.moe.config import TrainingRouting
-from moebius.nn.attention import CausalAttend
+from moebius.nn.packed import PackedPast
 from moebius.ops.reference import ReferenceOps
 from moebius.train import trainer as trainer_module
 from moebius.train.data import PreparedData
@@ -118,8 +118,8 @@ def test_one_step_is_adamw_on_the_naive_loss(recipe: Recipe, data: PreparedData)
     naive = Decoder(trainer.decoder.config, ReferenceOps())
     naive.load_state_dict({name: p.float() for name, p in trainer.decoder.state_dict().items()})
     batch = trainer._batches.batch(0)
-    attend = CausalAttend(naive.config, 48, batch.document_RL.flatten())
-    hidden, routings = naive(batch.input_RL.flatten(), torch.arange(48).repeat(3), attend)
+    past = PackedPast(48, batch.document_RL.flatten())
+    hidden, routings = naive(batch.input_RL.flatten(), torch.arange(48).repeat(3), past)
     loss = torch.nn.functional.cross_entropy(naive.logits(hidden), batch.target_RL.flatten())
     balance, z = 0.0, 0.0
     for routing in routings:
@@ -150,7 +150,7 @@ def test_the_decoder_is_the_rounded_masters_and_gains_do_not_decay(
     tensors = trainer.tensors()
     for name, parameter in trainer.decoder.named_parameters():
         assert torch.equal(parameter, tensors[f"master.{name}"].bfloat16())
-    matrices, gains = trainer._optimizer.param_groups
+    matrices, gains = trainer.masters.optimizer.param_groups
     assert (matrices["weight_decay"], gains["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in gains["params"]} == {1}
     assert {p.ndim for p in matrices["params"]} == {2}
@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
 
     def poison(step: int, report: object) -> None:
         if step == 8:
-            trainer._copies["layers.1.mlp.experts.gate_proj.2"].data[0, 0] = float("nan")
+            trainer.masters.copies["layers.1.mlp.experts.gate_proj.2"].data[0, 0] = float("nan")
 
     with pytest.raises(
         NumericalError,

@@ -113,6 +113,7 @@ def _serve_on(
     tokens can flow."""
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import load_engine, prepare
+    from moebius.front.choices import draw_prefix_key
     from moebius.models.hub import resolve_model
     from moebius.server.app import create_app
     from moebius.server.run import run_server
@@ -124,7 +125,10 @@ def _serve_on(
     prepared = prepare(directory, config)
     say = partial(typer.echo, err=True)
     say(_plan_text(model, prepared.rows()))
-    engine = load_engine(directory, config, eos_ids=generation.eos_ids, prepared=prepared)
+    key = draw_prefix_key()
+    engine = load_engine(
+        directory, config, eos_ids=generation.eos_ids, prefix_key=key, prepared=prepared
+    )
     if not defaults:
         generation = replace(generation, sampling={})
     shown = (
@@ -134,7 +138,7 @@ def _serve_on(
     say(f"batch invariant: {invariant} ({prepared.ops.name} kernels)")
     say(f"sampling defaults: {shown}")
     client = InProcessClient(engine, step_deadline=config.step_deadline)
-    app = create_app(client, tokenizer, generation, settings)
+    app = create_app(client, tokenizer, generation, settings, prefix_key=key)
     address = host_and_port(host, sockets[0].getsockname()[1])
     line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
     # or a collection, while requests wait, walks all that was loaded: a tenth of a second
@@ -148,7 +152,7 @@ def plan(
     model: o.Model = "bundled",
     tensors: Annotated[
         bool,
-        typer.Option("--tensors", help="List every tensor too: mapped or copied, and its bytes."),
+        typer.Option("--tensors", help="List every tensor too: bytes, mapped or copied, format."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -160,11 +164,6 @@ def plan(
     from moebius.models.hub import resolve_model
 
     prepared = prepare(resolve_model(model), config)
-    weights = (
-        prepared.checkpoint.plan_weights(prepared.plan.dtype, prepared.plan.device)
-        if tensors
-        else []
-    )
     if as_json:
         record = asdict(prepared.plan) | {
             "kv_cache": prepared.plan.kv_cache,
@@ -172,7 +171,13 @@ def plan(
         }
         if tensors:
             record["tensors"] = [
-                {"name": row.name, "bytes": row.nbytes, "mapped": row.mapped} for row in weights
+                {
+                    "name": row.name,
+                    "bytes": row.nbytes,
+                    "mapped": row.mapped,
+                    "format": row.format,
+                }
+                for row in prepared.weights
             ]
         typer.echo(json_text(record, indent=2))
         return
@@ -180,9 +185,10 @@ def plan(
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("tensor", "bytes", "", box=None, pad_edge=False)
-        for row in weights:
-            table.add_row(row.name, f"{row.nbytes:,}", "mapped" if row.mapped else "copied")
+        table = Table("tensor", "bytes", "", "", box=None, pad_edge=False)
+        for row in prepared.weights:
+            held = "mapped" if row.mapped else "copied"
+            table.add_row(row.name, f"{row.nbytes:,}", held, row.format)
         Console().print(table)
     typer.echo(_plan_text(model, prepared.rows()))
 

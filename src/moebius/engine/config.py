@@ -16,8 +16,8 @@ class EngineConfig(SchedulerConfig):
 
     dtype: Annotated[
         Dtype,
-        "Of weights and KV cache: auto (the checkpoint's; float16 becomes float32 on a CPU), "
-        "bfloat16 or float32.",
+        "What is computed in and the KV cache held in: auto (the checkpoint's; float32 for float16 "
+        "on a CPU), bfloat16 or float32. Weights stay as stored where it holds them exactly.",
     ] = "auto"
     device: Annotated[Device, "auto (cuda when torch has it), cpu or cuda."] = "auto"
     kv_cache_memory_bytes: Annotated[

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebius.engine.client import ExpertLoads, LayerLoad
-from moebius.models.decoder import Decoder, Layer
+from moebius.models.decoder import Decoder
 from moebius.moe import health
 from moebius.ops import RouterTally
 
@@ -34,12 +34,7 @@ class ExpertCounts:
     """
 
     def __init__(self, model: Decoder, device: torch.device) -> None:
-        found = [
-            (i, layer.mlp.router)
-            for i, layer in enumerate(model.layers)
-            if isinstance(layer, Layer)
-        ]
-        self._routers = [(i, router) for i, router in found if router is not None]
+        self._routers = list(model.routers.items())
         self._sizes = [router.config.num_experts for _, router in self._routers]
         # All layers' experts side by side, and two sums a layer: see RouterTally.
         self._pairs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)

@@ -23,12 +23,14 @@ from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError, require
-from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from moebius.models.weights import load_decoder
+from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
+from moebius.models.store.load import load_decoder
+from moebius.models.uses import check_served
 from moebius.ops import Ops, select_ops
 from moebius.ops.threads import TorchThreads, default_threads
+from moebius.ops.weights import dtype_name
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import ServingLimits
+from moebius.schedule.params import ServingLimits
 from moebius.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Prepared:
     ops: Ops
     device: torch.device
     dtype: torch.dtype
+    weights: list[PlannedWeight]
     plan: MemoryPlan
     threads: int
     workspace: Workspace
@@ -79,9 +82,8 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         )
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
-    rows = checkpoint.plan_weights(_name(dtype), device.type)
-    mapped = sum(row.nbytes for row in rows if row.mapped)
-    total = sum(row.nbytes for row in rows)
+    check_served(checkpoint.config, dtype, ops)
+    weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype))
     available, available_of = _available(device)
     workspace = plan_workspace(
         checkpoint.config,
@@ -94,15 +96,22 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     plan = plan_memory(
         checkpoint.config,
         config,
-        WeightBytes(mapped, total - mapped, total // dtype.itemsize, checkpoint.dtype),
-        dtype=_name(dtype),
+        _weight_bytes(weights, checkpoint.dtype),
+        dtype=dtype_name(dtype),
         device=device.type,
         bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
         available=available,
         available_of=available_of,
         recorded=workspace.nbytes if workspace.recorded else None,
     )
-    return Prepared(checkpoint, ops, device, dtype, plan, config.threads or cores, workspace)
+    threads = config.threads or cores
+    return Prepared(checkpoint, ops, device, dtype, weights, plan, threads, workspace)
+
+
+def _weight_bytes(weights: list[PlannedWeight], stored: str) -> WeightBytes:
+    mapped = sum(weight.nbytes for weight in weights if weight.mapped)
+    copied = sum(weight.nbytes for weight in weights if not weight.mapped)
+    return WeightBytes(mapped, copied, sum(weight.count for weight in weights), stored)
 
 
 def load_engine(
@@ -110,18 +119,24 @@ def load_engine(
     config: EngineConfig,
     *,
     eos_ids: frozenset[int] = frozenset(),
+    prefix_key: bytes | None = None,
     prepared: Prepared | None = None,
 ) -> Engine:
     """Load the model and reserve what the plan says. Raises UsageError before anything is
-    allocated."""
+    allocated.
+
+    prefix_key: the launch's, by which the front hashes prompts too; None: one that nobody knows.
+    """
     prepared = prepared or prepare(directory, config)
     plan = prepared.plan
+    name = _fingerprint(prepared)
     # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
     pool = BlockPool(
         plan.num_blocks,
         plan.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
-        key=secrets.token_bytes(32),
+        key=prefix_key or secrets.token_bytes(32),
+        namespace=name.encode(),
     )
     scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
@@ -142,7 +157,8 @@ def load_engine(
         eos_ids=eos_ids,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,
-        fingerprint=_fingerprint(prepared),
+        fingerprint=name,
+        prefix_caching=config.enable_prefix_caching,
     )
     return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
 
@@ -202,21 +218,18 @@ def _available(device: torch.device) -> tuple[int, str]:
 
 
 def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:
-    """What weights and KV cache are held in; auto is the checkpoint's own.
+    """What is computed in and the KV cache held in; auto is the checkpoint's own.
 
-    A CPU has no fast float16: there float32 takes its place, which holds every float16 exactly.
+    A CPU has no fast float16: there float32 takes its place, which holds every float16 exactly, so
+    that the weights can stay as they are.
     """
     if wish == "auto":
         wish = "float32" if stored == "float16" and device == "cpu" else stored
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wish]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _fingerprint(prepared: Prepared) -> str:
     """Names weights, configuration and kernels; `-approx` where batch mates may change a bit
     (promise P1 is off)."""
-    name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{_name(prepared.dtype)}"
+    name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{dtype_name(prepared.dtype)}"
     return name if prepared.batch_invariant else f"{name}-approx"

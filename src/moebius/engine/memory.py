@@ -7,11 +7,11 @@ without loading the model); the engine reserves what it says at start and nothin
 
 from dataclasses import dataclass, replace
 
-from moebius.config import ModelConfig
 from moebius.engine.config import EngineConfig
 from moebius.errors import MemoryPlanError, require
+from moebius.models.config import ModelConfig
 from moebius.ops.sampling import ROWS_AT_ONCE
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 
 # Rows of logits that prompt log-probabilities are computed from at a time.
 PROMPT_LOGIT_ROWS = 64
@@ -75,9 +75,10 @@ class MemoryPlan:
         """(what, how much, remark) for a table."""
         weights, blocks = self.weights, f"{self.num_blocks:,} blocks of {self.block_size} tokens"
         held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
-        changed = (
-            f"; {weights.stored} in the files" if weights.stored not in ("", self.dtype) else ""
-        )
+        changed = ""
+        if weights.stored not in ("", self.dtype):
+            treated = "copied" if weights.copied > weights.mapped else "read in place"
+            changed = f"; weights are {weights.stored} in the files, {treated}"
         context = (
             f"lowered from {self.lowered_from:,}: one sequence must fit"
             if self.lowered_from
@@ -134,15 +135,14 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> 
     """
     tokens = engine.max_num_batched_tokens
     hidden = 4 * model.hidden_size * _FLOAT32
-    attention = 2 * (2 * model.q_size + 2 * model.kv_size) * _FLOAT32
+    attention = 2 * max((mixer.activations for mixer in model.mixers), default=0) * _FLOAT32
     widest = max(
-        (layer.router.top_k if layer.router else 1) * (3 * layer.width + 2 * model.hidden_size)
-        + 3 * layer.shared_width
-        for layer in model.feed_forward
+        (part.router.top_k if part.router else 1) * (3 * part.width + 2 * model.hidden_size)
+        + 3 * part.shared_width
+        for part in model.feed_forward
     )
-    scores = (
-        model.num_heads * engine.max_num_batched_tokens * (engine.max_model_len or 0) * _FLOAT32
-    )
+    scores = max((mixer.scores for mixer in model.mixers), default=0) * tokens
+    scores *= (engine.max_model_len or 0) * _FLOAT32
     logits = logit_rows(engine) * model.vocab_size * _FLOAT32
     beside = max(logits, sampling_bytes(model.vocab_size, engine.max_model_len or 0))
     activations = tokens * (hidden + max(attention, widest * max(itemsize, _FLOAT32)))

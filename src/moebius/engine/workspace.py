@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.config import ModelConfig
 from moebius.engine.kv_cache import KVCache
 from moebius.errors import ConfigError
+from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
-from moebius.nn.attention import PagedAttend
+from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
-from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.program import LOGITS, RowSource, StepSource, Trace
 from moebius.ops.steps import Step
 
@@ -69,8 +68,8 @@ class Workspace:
 @torch.inference_mode()
 def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
     """A step's final hidden states (T, D), its keys and values written to the cache."""
-    attend = PagedAttend(model.ops, model.config, cache.layers, step, cache.block_size)
-    hidden_TD: Tensor = model(step.input_ids, step.positions, attend)[0]
+    past = PagedPast(model.ops, cache.layers, step, cache.block_size)
+    hidden_TD: Tensor = model(step.input_ids, step.positions, past)[0]
     return hidden_TD
 
 
@@ -104,12 +103,13 @@ def plan_workspace(
     step = ops.trace(lambda step: forward(model, cache, step), rows.step_source())
     logits = ops.trace(lambda rows_L: head(model, hidden_TD, rows_L), rows.head_source())
     sampling = Use(Operation.SAMPLING, torch.float32)
-    widest = max(config.hidden_size, config.q_size, *_widths(config))
-    spec = key_value_spec(config.num_kv_heads, config.head_dim, dtype)
-    scratch = ops.scratch_bytes(widest, spec, block_size, context)
+    widest = max(
+        config.hidden_size,
+        *(mixer.activations for mixer in config.mixers),
+        *(max(part.width, part.shared_width) for part in config.feed_forward),
+    )
+    specs = [spec for spec in config.caches(dtype) if spec.token]
+    scratch = max(
+        (ops.scratch_bytes(widest, spec, block_size, context) for spec in specs), default=0
+    )
     return Workspace(step, logits, step.uses | logits.uses | {sampling}, scratch)
-
-
-def _widths(config: ModelConfig) -> list[int]:
-    """Inner sizes of the feed-forward parts."""
-    return [max(layer.width, layer.shared_width) for layer in config.feed_forward]

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebius.config import RouterConfig
 from moebius.errors import require
 from moebius.inspect.corpus import Rows
 from moebius.models.decoder import Decoder
 from moebius.moe import health
 from moebius.moe.losses import chosen_counts
 from moebius.moe.router import Router, Routing
-from moebius.nn.attention import CausalAttend
+from moebius.nn.packed import PackedPast
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference.routing import router_probabilities
 
 # Counters that the vocabulary may take, two of 4 bytes each: it is tracked as far as they reach,
@@ -42,8 +42,7 @@ def silent(what: str, total: int) -> AbstractContextManager[Callable[[], Any]]:
 def routers(decoder: Decoder) -> dict[int, Router]:
     """The routers by layer. Raises ConfigError for a dense model, or one whose routers differ in
     size."""
-    layers: Any = enumerate(decoder.layers)
-    found = {i: layer.mlp.router for i, layer in layers if layer.mlp.router is not None}
+    found = decoder.routers
     require(
         bool(found), f"this {decoder.config.model_type} model is dense: it has no router to inspect"
     )
@@ -182,9 +181,7 @@ def collect(
 
     def forward(model: Decoder, tokens_T: Tensor, document_T: Tensor) -> list[Routing]:
         positions_T = torch.arange(rows.length, device=device).repeat(len(tokens_T) // rows.length)
-        _, routings = model(
-            tokens_T.long(), positions_T, CausalAttend(model.config, rows.length, document_T)
-        )
+        _, routings = model(tokens_T.long(), positions_T, PackedPast(rows.length, document_T))
         return [routing for routing in routings if routing is not None]
 
     with ExitStack() as stack:

@@ -29,9 +29,9 @@ from moebius.inspect.summary import (
     tastes,
     together,
 )
-from moebius.models.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.decoder import Decoder
-from moebius.models.weights import load_decoder
+from moebius.models.store import Checkpoint, open_checkpoint
+from moebius.models.store.load import load_decoder
 from moebius.moe.health import max_violation_floor
 from moebius.ops import select_ops
 from moebius.ops.threads import TorchThreads, default_threads
@@ -92,7 +92,7 @@ def write_report(
             "layers": model.num_layers,
         },
         "run": {
-            "dtype": _name(decoder.embed_tokens.weight.dtype),
+            "dtype": _name(decoder.dtype),
             "backend": decoder.ops.name,
             "steps": len(tally.counts_SME),
         },

@@ -1,56 +1,84 @@
 """One decoder for training and for serving. What differs between architectures is data, in
 ModelConfig.
 
-Tokens are flat (T) in both; `attend` decides what they see (moebius.nn.attention).
+Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moebius.config import ModelConfig
+from moebius.models.config import LayerSpec, ModelConfig
 from moebius.moe.layer import Dispatcher, FeedForward, LocalDispatcher
-from moebius.moe.router import Routing
-from moebius.nn.attention import Attend, Attention
-from moebius.nn.linear import Linear, RMSNorm
-from moebius.nn.rope import Rotary
+from moebius.moe.router import Router, Routing
+from moebius.nn.linear import Embedding, Linear, RMSNorm
+from moebius.nn.mixer import MixerModule, Past
+from moebius.nn.rope import Positions
+from moebius.nn.spec import Place
 from moebius.ops import Ops, PreparedLinear
 
 
-class Layer(nn.Module):
-    """A pre-norm transformer layer: attention, then feed-forward, each added to the residual
-    stream."""
+class Stream(NamedTuple):
+    """The residual stream: x + multiplier * update. Whatever reads it next adds the update, in the
+    same pass as its norm."""
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, dispatch: Dispatcher, layer: int, dtype: torch.dtype
-    ) -> None:
+    x_TD: Tensor
+    update_TD: Tensor | None = None
+    multiplier: float = 1.0
+
+
+class Layer(nn.Module):
+    """What a LayerSpec describes. Its parts are named as in published checkpoints of Llama."""
+
+    def __init__(self, spec: LayerSpec, place: Place, dispatch: Dispatcher) -> None:
         super().__init__()
-        self.multiplier = config.residual_multiplier
-        self.input_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, ops, layer, dtype)
-        self.post_attention_layernorm = RMSNorm(
-            ops, config.hidden_size, config.norm_eps, dtype=dtype
-        )
-        self.mlp = FeedForward(config.feed_forward[layer], config.hidden_size, ops, dispatch, dtype)
+        self.multiplier = spec.residual_multiplier
+
+        def norm() -> RMSNorm:
+            return RMSNorm(place.ops, place.hidden_size, place.norm_eps, dtype=place.dtype)
+
+        sandwich = spec.norms == "sandwich"
+        self.self_attn: MixerModule | None = None
+        self.mlp: FeedForward | None = None
+        if spec.mixer is not None:
+            self.input_layernorm = norm()
+            self.self_attn = spec.mixer.build(place)
+            self.mixer_output_norm = norm() if sandwich else None
+        if spec.feed_forward is not None:
+            self.post_attention_layernorm = norm()
+            self.mlp = FeedForward(
+                spec.feed_forward, place.hidden_size, place.ops, dispatch, place.dtype
+            )
+            self.mlp_output_norm = norm() if sandwich else None
 
     def forward(
-        self, x_TD: Tensor, update_TD: Tensor | None, cos_TR: Tensor, sin_TR: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor, Routing | None]:
-        """The residual stream without this layer's last update, that update, and the routing."""
-        x_TD, normed_TD = self.input_layernorm.add(x_TD, update_TD, self.multiplier)
-        update_TD = self.self_attn(normed_TD, cos_TR, sin_TR, attend)
-        x_TD, normed_TD = self.post_attention_layernorm.add(x_TD, update_TD, self.multiplier)
-        update_TD, routing = self.mlp(normed_TD)
-        return x_TD, update_TD, routing
+        self, stream: Stream, positions: Positions, past: Past
+    ) -> tuple[Stream, Routing | None]:
+        """The residual stream behind this layer, and the routing of one that routes."""
+        routing = None
+        if self.self_attn is not None:
+            x_TD, normed_TD = self.input_layernorm.add(*stream)
+            update_TD = self.self_attn(normed_TD, positions, past)
+            if self.mixer_output_norm is not None:
+                update_TD = self.mixer_output_norm(update_TD)
+            stream = Stream(x_TD, update_TD, self.multiplier)
+        if self.mlp is not None:
+            x_TD, normed_TD = self.post_attention_layernorm.add(*stream)
+            update_TD, routing = self.mlp(normed_TD)
+            if self.mlp_output_norm is not None:
+                update_TD = self.mlp_output_norm(update_TD)
+            stream = Stream(x_TD, update_TD, self.multiplier)
+        return stream, routing
 
 
 class Decoder(nn.Module):
     """Embedding, layers, norm and vocabulary projection (absent when tied to the embedding).
 
     Built on `device` with uninitialised parameters of `dtype`: call init_weights, or load with
-    moebius.models.weights.load_decoder.
+    moebius.models.store.load.
     """
 
     def __init__(
@@ -62,17 +90,14 @@ class Decoder(nn.Module):
         dispatch: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
+        self.config = config
+        self.ops = ops
         dispatch = dispatch or LocalDispatcher()
+        place = Place(ops, config.hidden_size, config.norm_eps, dtype)
         with torch.device(device):
-            self.embed_tokens = nn.Embedding(
-                config.vocab_size,
-                config.hidden_size,
-                dtype=dtype,
-                _weight=torch.empty(config.vocab_size, config.hidden_size, dtype=dtype),
-            )
+            self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
-                Layer(config, ops, dispatch, layer, dtype) for layer in range(config.num_layers)
+                Layer(spec, place.at(number), dispatch) for number, spec in enumerate(config.layers)
             )
             self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
             self.lm_head: Linear | None = None
@@ -81,7 +106,21 @@ class Decoder(nn.Module):
         self._head: PreparedLinear | None = None
         # How often parameters were moved: what was recorded of them before is of others.
         self.moves = 0
-        self.rotary = Rotary(config.rope, config.head_dim, ops)
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """By the number of their layers, of those that have one."""
+        found = {}
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            if layer.mlp is not None and layer.mlp.router is not None:
+                found[number] = layer.mlp.router
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: norms and biases have it, matrices may be stored in another."""
+        return self.norm.weight.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
         self.moves += 1
@@ -89,28 +128,31 @@ class Decoder(nn.Module):
         return self
 
     def forward(
-        self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend
+        self, input_ids_T: Tensor, positions_T: Tensor, past: Past
     ) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), after the last norm, and each layer's routing (None for a
         dense layer)."""
-        x_TD = self.ops.embed(
-            input_ids_T, self.embed_tokens.weight, self.config.embedding_multiplier
+        stream = Stream(
+            self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
         )
-        cos_TR, sin_TR = self.rotary(positions_T)
-        update_TD, routings = None, []
+        positions = Positions(positions_T)
+        routings = []
         for layer in self.layers:
-            x_TD, update_TD, routing = layer(x_TD, update_TD, cos_TR, sin_TR, attend)
+            stream, routing = layer(stream, positions, past)
             routings.append(routing)
-        return self.norm.add(x_TD, update_TD, self.config.residual_multiplier)[1], routings
+        return self.norm.add(*stream)[1], routings
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
-        weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        if self._head is None or not self._head.is_of((weight_VD, None)):
-            self._head = self.ops.prepare_linear((weight_VD, None))
+        head = (self.lm_head or self.embed_tokens).held(), None
+        if self._head is None or not self._head.is_of(head):
+            self._head = self.ops.prepare_linear(head, dtype=hidden_LD.dtype)
         logits_LV = self.ops.logits(hidden_LD, self._head)
-        divisor = self.config.logits_divisor
-        return logits_LV if divisor == 1.0 else self.ops.divide(logits_LV, divisor)
+        if self.config.logits_divisor != 1.0:
+            logits_LV = self.ops.divide(logits_LV, self.config.logits_divisor)
+        if self.config.logits_softcap is not None:
+            logits_LV = self.ops.softcap(logits_LV, self.config.logits_softcap)
+        return logits_LV
 
     @torch.no_grad()
     def init_weights(
@@ -134,9 +176,11 @@ class Decoder(nn.Module):
             elif parameter.ndim == 1:
                 parameter.zero_()
             else:
-                width, cut = std, 3.0
+                width = std
+                cut = 3.0
                 if scale and "embed" not in name:
-                    width, cut = math.sqrt(scale / parameter.shape[1]), 2.0
+                    width = math.sqrt(scale / parameter.shape[1])
+                    cut = 2.0
                 elif "o_proj" in name or "down_proj" in name:
                     width = std / math.sqrt(2 * self.config.num_layers)
                 width *= router if ".router." in name else 1.0

@@ -1,50 +1,117 @@
 """Which checkpoint tensor, or which part of one, each parameter of a decoder comes from. No
 tensors, only shapes.
 
-A Layout names the tensors of one layer's feed-forward; all supported architectures spell the rest
-alike.
+Records of mixers and feed-forwards say which parameters there are; a Layout says what a checkpoint
+calls them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from moebius.config import FeedForwardConfig, ModelConfig
+from moebius.models.config import LayerSpec, ModelConfig
+from moebius.nn.spec import Parameter
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PREFIX = "model."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """One tensor for all experts, (E, parts * rows, columns): a parameter is one of the parts of
+    its expert's entry."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+Names = Mapping[str, str | Stacked]
+
+
+def experts(
+    name: str, role: str = "mlp.experts.", projections: tuple[str, str, str] = GATE_UP_DOWN
+) -> Names:
+    """One tensor for each matrix, and each bias: {e} in the name is the expert's number, {p} what
+    the checkpoint calls gate, up and down."""
+    names = {}
+    for ours, theirs in zip(GATE_UP_DOWN, projections, strict=True):
+        stored = name.replace("{p}", theirs)
+        names[role + ours] = f"{stored}.weight"
+        names[role + ours.replace("_proj", "_bias")] = f"{stored}.bias"
+    return names
+
+
+def stacked(gate_up: str, down: str) -> Names:
+    """All experts in two tensors: (E, 2F, D), gate rows first, and (E, D, F)."""
+    return {
+        "mlp.experts.gate_proj": Stacked(gate_up, 0, 2),
+        "mlp.experts.up_proj": Stacked(gate_up, 1, 2),
+        "mlp.experts.down_proj": Stacked(down),
+    }
+
+
+def dense(name: str, projections: tuple[str, str, str] = GATE_UP_DOWN) -> Names:
+    """A feed-forward without a router."""
+    return experts(name, "mlp.", projections)
+
+
+def shared(name: str, projections: tuple[str, str, str] = GATE_UP_DOWN) -> Names:
+    """The expert that is always on."""
+    return experts(name, "mlp.shared.", projections)
+
+
+USUAL: Names = {
+    **dense("mlp.{p}"),
+    **experts("mlp.experts.{e}.{p}"),
+    **shared("mlp.shared_expert.{p}"),
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.bias": "mlp.gate.bias",
+    "mlp.router.selection_bias": "mlp.gate.e_score_correction_bias",
+    "mlp.router.noise_weight": "mlp.gate.noise.weight",
+    "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
+}
+FUSED = stacked("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""As transformers 5 holds them, for most types."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Names below `model.layers.{i}.`, but for the embedding's, which is whole; {e} stands for the
-    expert's number, {p} for the projection.
+    """What one kind of checkpoint calls a decoder's parameters.
 
-    expert        one tensor an expert and projection, or None where experts are stacked in
-    gate_up       (E, 2F, D), gate rows first, and
-    down          (E, D, F)
-    projections   what this checkpoint calls gate, up and down
-    shared        the expert that is always on
-    embedding     the tensor of the embedding: the head's, where that alone is stored and serves as
-                  both
+    names      by their role in a layer (moebius.nn.spec.Parameter), where the checkpoint has
+               another name than most: see USUAL. A role that is in neither is the tensor's name
+    layer      stands before these; {i} is the layer's number
+    embedding, norm, head   whole names. embedding is the head's, where that alone is stored and
+                            serves as both
     """
 
-    router: str = "mlp.gate.weight"
-    expert: str | None = "mlp.experts.{e}.{p}.weight"
-    gate_up: str = ""
-    down: str = ""
-    projections: tuple[str, str, str] = PROJECTIONS
-    shared: str = "mlp.shared_expert.{p}"
-    embedding: str = EMBEDDING
+    names: Names = field(default_factory=dict)
+    layer: str = "model.layers.{i}."
+    embedding: str = "model.embed_tokens.weight"
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+
+    @property
+    def prefix(self) -> str:
+        """What stands before all names but the head's, unless a model was saved without a head."""
+        return self.embedding.partition(".")[0] + "."
+
+    def source(self, number: int, parameter: Parameter) -> "Source":
+        """Where a parameter of layer `number` is."""
+        name, shape, role, expert, experts, float32 = parameter
+        role = role or name
+        stored = self.names.get(role) or USUAL.get(role) or role
+        before = self.layer.replace("{i}", str(number))
+        ours = f"layers.{number}.{name}"
+        if isinstance(stored, str):
+            theirs = before + stored.replace("{e}", str(expert))
+            return Source(ours, shape, theirs, shape, None, 0, float32)
+        rows = shape[0]
+        whole = (experts, stored.parts * rows, *shape[1:])
+        return Source(ours, shape, before + stored.name, whole, expert, stored.part * rows, float32)
 
 
-FUSED = Layout(expert=None, gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
-SELECTION_BIAS, SHARED_GATE = "mlp.gate.e_score_correction_bias", "mlp.shared_expert_gate.weight"
-NOISE, ROUTER_BIAS = "mlp.gate.noise.weight", "mlp.gate.bias"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Where a parameter's values are: a whole tensor, or rows start to stop of entry `entry` of a
     stacked one.
 
@@ -69,102 +136,13 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
     """One Source for each parameter of Decoder(config)."""
     width = config.hidden_size
     yield _whole("embed_tokens.weight", layout.embedding, config.vocab_size, width)
-    for layer in range(config.num_layers):
-        here, there = f"layers.{layer}.", f"model.layers.{layer}."
-        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            yield _whole(here + norm, there + norm, width)
-        yield from _attention(config, here + "self_attn.", there + "self_attn.")
-        yield from _feed_forward(config, layout, layer, here + "mlp.", there)
-    yield _whole("norm.weight", "model.norm.weight", width)
+    # Most layers are like another, and hundreds of experts make many parameters.
+    parameters: dict[LayerSpec, tuple[Parameter, ...]] = {}
+    for number, layer in enumerate(config.layers):
+        if layer not in parameters:
+            parameters[layer] = tuple(layer.parameters(width))
+        for parameter in parameters[layer]:
+            yield layout.source(number, parameter)
+    yield _whole("norm.weight", layout.norm, width)
     if not config.tie_word_embeddings:
-        yield _whole("lm_head.weight", HEAD, config.vocab_size, width)
-
-
-def _attention(config: ModelConfig, here: str, there: str) -> Iterator[Source]:
-    for name, size in (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size)):
-        weight, bias = f"{name}_proj.weight", f"{name}_proj.bias"
-        yield _whole(here + weight, there + weight, size, config.hidden_size)
-        if config.qkv_bias:
-            yield _whole(here + bias, there + bias, size)
-        if config.qk_norm != "none" and name != "v":
-            norm = f"{name}_norm.weight"
-            yield _whole(
-                here + norm, there + norm, size if config.qk_norm == "full" else config.head_dim
-            )
-    yield _whole(here + "o_proj.weight", there + "o_proj.weight", config.hidden_size, config.q_size)
-    if config.output_bias:
-        yield _whole(here + "o_proj.bias", there + "o_proj.bias", config.hidden_size)
-
-
-def _feed_forward(
-    config: ModelConfig, layout: Layout, layer: int, here: str, there: str
-) -> Iterator[Source]:
-    part, width = config.feed_forward[layer], config.hidden_size
-    if part.router is None:
-        yield from _expert(
-            here + "experts.", 0, there + "mlp.{p}", PROJECTIONS, part, (part.width, width)
-        )
-        return
-    count = part.router.num_experts
-    yield _whole(here + "router.weight", there + layout.router, count, width)
-    if part.router.logit_bias:
-        yield _whole(here + "router.bias", there + ROUTER_BIAS, count)
-    if part.router.selection_bias:
-        yield Source(
-            here + "router.selection_bias", (count,), there + SELECTION_BIAS, (count,), float32=True
-        )
-    if part.router.learned_noise:
-        yield _whole(here + "router.noise_weight", there + NOISE, count, width)
-    for e in range(count):
-        if layout.expert is None:
-            yield from _stacked_expert(
-                here + "experts.", e, there, layout, (count, part.width, width)
-            )
-        else:
-            name = (there + layout.expert).removesuffix(".weight").replace("{e}", str(e))
-            yield from _expert(
-                here + "experts.", e, name, layout.projections, part, (part.width, width)
-            )
-    if part.shared_width:
-        yield from _expert(
-            here + "shared.",
-            0,
-            there + layout.shared,
-            PROJECTIONS,
-            part,
-            (part.shared_width, width),
-        )
-        if part.shared_gate:
-            yield _whole(here + "shared_gate.weight", there + SHARED_GATE, 1, width)
-
-
-def _expert(
-    here: str,
-    e: int,
-    name: str,
-    names: tuple[str, str, str],
-    part: FeedForwardConfig,
-    sizes: tuple[int, int],
-) -> Iterator[Source]:
-    """A feed-forward stored as three matrices, or two where it is not gated, and as many biases
-    where it has them."""
-    for ours, theirs in zip(PROJECTIONS, names, strict=True):
-        if ours == "up_proj" and not part.gated:
-            continue
-        shape = sizes[::-1] if ours == "down_proj" else sizes
-        stored = name.replace("{p}", theirs)
-        yield _whole(f"{here}{ours}.{e}", stored + ".weight", *shape)
-        if part.bias:
-            yield _whole(f"{here}{ours.removesuffix('_proj')}_bias.{e}", stored + ".bias", shape[0])
-
-
-def _stacked_expert(
-    here: str, e: int, there: str, layout: Layout, sizes: tuple[int, int, int]
-) -> Iterator[Source]:
-    count, width, hidden = sizes
-    gate_up = (count, 2 * width, hidden)
-    yield Source(f"{here}gate_proj.{e}", (width, hidden), there + layout.gate_up, gate_up, e, 0)
-    yield Source(f"{here}up_proj.{e}", (width, hidden), there + layout.gate_up, gate_up, e, width)
-    yield Source(
-        f"{here}down_proj.{e}", (hidden, width), there + layout.down, (count, hidden, width), e, 0
-    )
+        yield _whole("lm_head.weight", layout.head, config.vocab_size, width)

@@ -1,10 +1,92 @@
-"""What routing does in training only."""
+"""A layer's feed-forward part as data, and what routing does in training only."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moebius.errors import require
+import torch
+
+from moebius.errors import ConfigError, require, require_word
+from moebius.nn.spec import Parameter, Parameters
+from moebius.ops import Feature, Operation, Use
+from moebius.ops.config import Activation, RouterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForwardConfig:
+    """One layer's feed-forward part: `router` None means dense, which is the case of one expert.
+
+    width is an expert's hidden size F; shared_width the always-on expert's (0: none), gated by
+    sigmoid(w·x) when shared_gate is set (Qwen2-MoE). An expert that is not gated has two matrices:
+    down(act(gate x)).
+    """
+
+    width: int
+    router: RouterConfig | None = None
+    activation: Activation = "silu"
+    bias: bool = False
+    shared_width: int = 0
+    shared_gate: bool = False
+    gated: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ConfigError(f"the feed-forward width is {self.width}; it must be at least 1")
+        require_word("the feed-forward's activation", self.activation, Activation)
+        if self.router is None and self.shared_width:
+            raise ConfigError(
+                "a shared expert (shared_width) stands beside those of a router; this feed-forward "
+                "has none"
+            )
+        if self.shared_gate and not self.shared_width:
+            raise ConfigError("shared_gate gates a shared expert; give shared_width")
+
+    def parameters(self, hidden_size: int) -> Parameters:
+        """Those of moebius.moe.layer.FeedForward, in a model of this width. A dense one's have the
+        role of no expert: `gate_proj`."""
+        if self.router is None:
+            yield from self._expert("experts.", "", self.width, hidden_size)
+            return
+        count = self.router.num_experts
+        yield Parameter("router.weight", (count, hidden_size))
+        if self.router.logit_bias:
+            yield Parameter("router.bias", (count,))
+        if self.router.selection_bias:
+            yield Parameter("router.selection_bias", (count,), float32=True)
+        if self.router.learned_noise:
+            yield Parameter("router.noise_weight", (count, hidden_size))
+        for e in range(count):
+            yield from self._expert("experts.", "experts.", self.width, hidden_size, e, count)
+        if self.shared_width:
+            yield from self._expert("shared.", "shared.", self.shared_width, hidden_size)
+            if self.shared_gate:
+                yield Parameter("shared_gate.weight", (1, hidden_size))
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        """What serving it asks of a backend."""
+        features = frozenset() if self.gated else frozenset({Feature.TWO_MATRICES})
+        yield Use(Operation.EXPERTS, dtype, features)
+        if self.router is not None:
+            yield Use(Operation.LOGITS, dtype)
+            yield Use(Operation.ROUTE, dtype)
+        if self.shared_width:
+            yield Use(Operation.ADD_GATED, dtype)
+
+    def _expert(
+        self, at: str, role: str, width: int, hidden: int, number: int | None = None, of: int = 1
+    ) -> Parameters:
+        """The matrices of one expert, and as many biases where it has them."""
+        into = (width, hidden)
+        wanted = {"gate": into, "up": into, "down": into[::-1]}
+        for which, shape in wanted.items():
+            if which == "up" and not self.gated:
+                continue
+            e = 0 if number is None else number
+            yield Parameter(f"{at}{which}_proj.{e}", shape, f"{role}{which}_proj", number, of)
+            if self.bias:
+                bias = f"{which}_bias"
+                yield Parameter(f"{at}{bias}.{e}", shape[:1], role + bias, number, of)
 
 
 @dataclass(frozen=True, slots=True)

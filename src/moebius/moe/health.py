@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moebius.config import RouterConfig
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference.routing import route
 
 

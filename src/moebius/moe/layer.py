@@ -5,9 +5,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moebius.config import FeedForwardConfig
+from moebius.moe.config import FeedForwardConfig
 from moebius.moe.router import Router, Routing
-from moebius.nn.linear import Linear
+from moebius.nn.linear import Linear, WeightList
 from moebius.ops import ExpertWeights, Ops, PreparedExperts
 
 
@@ -25,42 +25,44 @@ class Experts(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.ops, self.activation = ops, config.activation
+        self.ops = ops
+        self.activation = config.activation
         self._prepared: PreparedExperts | None = None
 
-        def tensors(*shape: int, wanted: bool = True) -> nn.ParameterList:
-            return nn.ParameterList(
-                nn.Parameter(torch.empty(*shape, dtype=dtype))
-                for _ in range(num_experts if wanted else 0)
-            )
+        def tensors(*shape: int, wanted: bool) -> list[nn.Parameter]:
+            count = num_experts if wanted else 0
+            return [nn.Parameter(torch.empty(*shape, dtype=dtype)) for _ in range(count)]
 
-        self.gate_proj = tensors(width, hidden_size)
-        self.up_proj = tensors(width, hidden_size, wanted=config.gated)
-        self.down_proj = tensors(hidden_size, width)
-        self.gate_bias = tensors(width, wanted=config.bias)
-        self.up_bias = tensors(width, wanted=config.bias and config.gated)
-        self.down_bias = tensors(hidden_size, wanted=config.bias)
+        self.gate_proj = WeightList(tensors(width, hidden_size, wanted=True))
+        self.up_proj = WeightList(tensors(width, hidden_size, wanted=config.gated))
+        self.down_proj = WeightList(tensors(hidden_size, width, wanted=True))
+        self.gate_bias = nn.ParameterList(tensors(width, wanted=config.bias))
+        self.up_bias = nn.ParameterList(tensors(width, wanted=config.bias and config.gated))
+        self.down_bias = nn.ParameterList(tensors(hidden_size, wanted=config.bias))
 
     def weights(self) -> ExpertWeights:
-        """The tensors as they are now; ParameterList's own indexing costs a millisecond for a
-        hundred experts."""
-        lists = (
-            self.gate_proj,
-            self.up_proj,
-            self.down_proj,
-            self.gate_bias,
-            self.up_bias,
-            self.down_bias,
+        """The weights as they are now."""
+        return ExpertWeights(
+            self.gate_proj.held(),
+            self.up_proj.held(),
+            self.down_proj.held(),
+            _tensors(self.gate_bias),
+            _tensors(self.up_bias),
+            _tensors(self.down_bias),
         )
-        return ExpertWeights(*(tuple(each._parameters.values()) for each in lists))  # type: ignore[arg-type]
 
     def forward(
         self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None
     ) -> Tensor:
         weights = self.weights()
         if self._prepared is None or not self._prepared.is_of(weights):
-            self._prepared = self.ops.prepare_experts(weights, self.activation)
+            self._prepared = self.ops.prepare_experts(weights, self.activation, x_TD.dtype)
         return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self._prepared)
+
+
+def _tensors(parameters: nn.ParameterList) -> tuple[Tensor, ...]:
+    """Its parameters; its own indexing costs a millisecond a hundred."""
+    return tuple(parameters._parameters.values())  # type: ignore[arg-type]  # none of them is None
 
 
 class Dispatcher(Protocol):
@@ -94,7 +96,8 @@ class FeedForward(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.ops, self.dispatch = ops, dispatch
+        self.ops = ops
+        self.dispatch = dispatch
         router = config.router
         self.router = None if router is None else Router(ops, router, hidden_size, dtype)
         count = 1 if router is None else router.num_experts

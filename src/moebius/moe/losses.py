@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moebius.config import RouterConfig
 from moebius.moe.router import Routing
+from moebius.ops.config import RouterConfig
 from moebius.ops.reference.routing import router_probabilities
 
 

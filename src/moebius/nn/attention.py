@@ -1,182 +1,221 @@
-"""Attention: projections, norms and rotation here; what the keys are attended through is the
-caller's `attend`.
+"""Grouped-query attention: its record, its parameters, and what it does to a step's rows.
 
-Serving hands in a PagedAttend, training a CausalAttend; the decoder knows neither requests nor
-documents.
+How queries meet the keys and values of the past is the caller's: see `Attends`.
+
+Shape legend: T tokens, D model, H query heads, G key/value heads, N head size, I the values of all
+query, key and value heads side by side.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moebius.config import ModelConfig
+from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, RMSNorm
-from moebius.ops import LayerCache, Ops, PreparedLinear
-from moebius.ops.reference import visible
-from moebius.ops.steps import Step
+from moebius.nn.rope import Positions, RopeConfig
+from moebius.nn.spec import Parameter, Parameters, Place
+from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
+from moebius.ops.cache_spec import CacheSpec, Plane
 
-# Queries of a row that are attended at a time: keys after them are never touched.
-QUERY_BLOCK = 128
-
-__all__ = ["Attend", "Attention", "CausalAttend", "PagedAttend", "Rotation"]
+QKNorm = Literal["none", "head", "full"]
 
 
-class Rotation(NamedTuple):
-    """What is done to a layer's query and key heads before they meet: a norm where the architecture
-    has one, then the rotation by the step's cos and sin (T, R). kv_heads and head_dim say where the
-    heads lie."""
+@dataclass(frozen=True, slots=True)
+class GQA:
+    """Grouped-query attention (arXiv 2305.13245) with what the architectures add to it.
 
-    ops: Ops
-    cos_TR: Tensor
-    sin_TR: Tensor
-    kv_heads: int
+    num_heads, num_kv_heads, head_dim   H, G and N
+    value_dim     size of a value head, where it is not N
+    window        a token sees itself and window - 1 before it; None for all
+    rope          None for none (NoPE)
+    qk_norm       queries and keys are normed each `head` by itself (Qwen3), or all heads as one
+                  vector, `full` (OLMoE)
+    qkv_bias, output_bias   the projections have biases
+    clip_qkv      queries, keys and values are cut off at +- this (OLMo)
+    scale         of the scores; None for 1 / sqrt(N)
+    softcap       scores become c * tanh(scores / c) (Gemma 2, arXiv 2408.00118)
+    sinks         one more key a head, without a value, whose score is learned (gpt-oss)
+    """
+
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    q_norm: RMSNorm | None = None
-    k_norm: RMSNorm | None = None
+    value_dim: int | None = None
+    window: int | None = None
+    rope: RopeConfig | None = None
+    qk_norm: QKNorm = "none"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    clip_qkv: float | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
-    def __call__(self, qkv_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (T, H, N) and k (T, G, N), ready to meet, and v (T, G, N)."""
-        heads_TXN = qkv_TI.view(len(qkv_TI), qkv_TI.shape[1] // self.head_dim, self.head_dim)
-        sizes = [heads_TXN.shape[1] - 2 * self.kv_heads, self.kv_heads, self.kv_heads]
-        q_THN, k_TGN, v_TGN = torch.split(heads_TXN, sizes, dim=1)
-        q_THN = q_THN if self.q_norm is None else self.q_norm(q_THN.contiguous())
-        k_TGN = k_TGN if self.k_norm is None else self.k_norm(k_TGN.contiguous())
-        return (
-            self.ops.rotary(q_THN, self.cos_TR, self.sin_TR),
-            self.ops.rotary(k_TGN, self.cos_TR, self.sin_TR),
-            v_TGN,
-        )
+    def __post_init__(self) -> None:
+        require_word("qk_norm", self.qk_norm, QKNorm)
+        for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_attention_heads = {self.num_heads} is no multiple of num_key_value_heads = "
+                f"{self.num_kv_heads}"
+            )
+        if self.rope is not None:
+            self.rope.size(self.head_dim)
 
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
 
-class Attend(Protocol):
-    """How a layer's queries meet keys and values: heads as projected, side by side (T, (H + 2G) *
-    N), to (T, H, N)."""
+    @property
+    def k_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
 
-    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor: ...
+    @property
+    def v_size(self) -> int:
+        return self.num_kv_heads * (self.value_dim or self.head_dim)
 
+    @property
+    def out_size(self) -> int:
+        return self.num_heads * (self.value_dim or self.head_dim)
 
-class PagedAttend:
-    """Serving: store the step's keys and values in each layer's cache, attend over what the cache
-    holds.
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
-    caches are one per layer, as Ops.make_cache made them, with blocks of block_size tokens.
-    """
+    @property
+    def activations(self) -> int:
+        return self.q_size + self.k_size + self.v_size + self.out_size
 
-    def __init__(
-        self,
-        ops: Ops,
-        config: ModelConfig,
-        caches: Sequence[LayerCache],
-        step: Step,
-        block_size: int,
-    ) -> None:
-        self._ops, self._config, self._caches, self._step = ops, config, caches, step
-        self._plans = {
-            window: ops.plan_attention(step, block_size, window) for window in set(config.windows)
+    @property
+    def scores(self) -> int:
+        return self.num_heads
+
+    def parameters(self, hidden_size: int) -> Parameters:
+        """Those of Attention."""
+        for name, size in (("q", self.q_size), ("k", self.k_size), ("v", self.v_size)):
+            yield Parameter(f"{name}_proj.weight", (size, hidden_size))
+            if self.qkv_bias:
+                yield Parameter(f"{name}_proj.bias", (size,))
+            if self.qk_norm != "none" and name != "v":
+                normed = size if self.qk_norm == "full" else self.head_dim
+                yield Parameter(f"{name}_norm.weight", (normed,))
+        yield Parameter("o_proj.weight", (hidden_size, self.out_size))
+        if self.output_bias:
+            yield Parameter("o_proj.bias", (hidden_size,))
+        if self.sinks:
+            yield Parameter("sinks", (self.num_heads,), float32=True)
+
+    def cache(self, dtype: torch.dtype) -> CacheSpec:
+        """Keys and values of the window's tokens."""
+        key = Plane("k", (self.num_kv_heads, self.head_dim), dtype)
+        value = Plane("v", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
+        return CacheSpec(token=(key, value), window=self.window)
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        """What serving it asks of a backend."""
+        wishes = {
+            Feature.WINDOW: self.window is not None,
+            Feature.SOFTCAP: self.softcap is not None,
+            Feature.SINKS: self.sinks,
+            Feature.VALUE_SIZE: self.value_dim not in (None, self.head_dim),
         }
+        features = frozenset(feature for feature, wanted in wishes.items() if wanted)
+        for operation in (Operation.LINEAR, Operation.ROTATION, Operation.ROTATE_AND_STORE):
+            yield Use(operation, dtype)
+        yield Use(Operation.PAGED_ATTENTION, dtype, features)
+        if self.qk_norm == "full":
+            yield Use(Operation.RMS_NORM_PART, dtype)
 
-    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
-        cache, slots = self._caches[layer], self._step.slot_mapping
-        q_norm, k_norm = (
-            None if norm is None else norm.weight for norm in (rotation.q_norm, rotation.k_norm)
-        )
-        angles, eps = (rotation.cos_TR, rotation.sin_TR), self._config.norm_eps
-        q_THN = self._ops.rotate_and_store(qkv_TI, *angles, cache, slots, q_norm, k_norm, eps)
-        plan = self._plans[self._config.windows[layer]]
-        return self._ops.paged_attention(q_THN, cache, plan, self._config.scale)
+    def build(self, place: Place) -> "Attention":
+        return Attention(self, place)
 
 
-class CausalAttend:
-    """Training and evaluation: T = R * row_length tokens in R packed rows, causal within each row.
+class Attends(Protocol):
+    """A past of keys and values: what `Attention` asks of whoever runs a step."""
 
-    With document_ids_T a token sees only tokens of its row with its own id. The mask is made once
-    for all layers, and queries go in blocks that touch no key behind them: on a CPU several times
-    as fast as torch's own with a mask.
-    """
-
-    def __init__(
-        self, config: ModelConfig, row_length: int, document_ids_T: Tensor | None = None
-    ) -> None:
-        self._windows, self._scale, self._length = config.windows, config.scale, row_length
-        self._document_ids_T = document_ids_T
-        self._biases: dict[int | None, Tensor] = {}
-
-    def _bias(self, window: int | None, like: Tensor) -> Tensor:
-        """What is added to scores, 0 or about -inf: (R or 1, L, L)."""
-        if window not in self._biases:
-            at = torch.arange(self._length, device=like.device)
-            seen_RLL = visible(at, at, window).unsqueeze(0)
-            if self._document_ids_T is not None:
-                ids_RL = self._document_ids_T.view(-1, self._length)
-                seen_RLL = seen_RLL & (ids_RL.unsqueeze(1) == ids_RL.unsqueeze(2))
-            nothing_RLL = torch.zeros(seen_RLL.shape, dtype=like.dtype, device=like.device)
-            self._biases[window] = nothing_RLL.masked_fill(~seen_RLL, torch.finfo(like.dtype).min)
-        return self._biases[window]
-
-    def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
-        q_THN, k_TGN, v_TGN = rotation(qkv_TI)
-        bias_RLL, length = self._bias(self._windows[layer], q_THN), self._length
-        heads, groups, size = q_THN.shape[1], k_TGN.shape[1], q_THN.shape[2]
-        rows = len(q_THN) // length
-        # Query heads that share a key head stand side by side, as more queries of the same keys:
-        # (R, G, L, H/G, N).
-        q = q_THN.view(rows, length, groups, heads // groups, size).transpose(1, 2) * self._scale
-        k = k_TGN.view(rows, length, groups, size).permute(0, 2, 3, 1)
-        v = v_TGN.view(rows, length, groups, size).transpose(1, 2)
-        blocks = []
-        for start in range(0, length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, length)
-            shape = (rows, groups, stop - start, heads // groups, -1)
-            scores = (q[:, :, start:stop].flatten(2, 3) @ k[..., :stop]).view(shape)
-            scores = scores + bias_RLL[:, None, start:stop, None, :stop]
-            out = torch.softmax(scores, dim=-1).flatten(2, 3) @ v[:, :, :stop]
-            blocks.append(out.view(shape))
-        return torch.cat(blocks, dim=2).transpose(1, 2).reshape(q_THN.shape)
+    def attend(self, attention: "Attention", qkv_TI: Tensor, rotation: Pair) -> Tensor:
+        """(T, H, value size): each row's heads, as they were projected, over the keys and values
+        that it may see, its own among them. `rotation` is cos and sin (T, R) of the rows."""
+        ...
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and, by architecture, biases, clipping and
-    query/key norms."""
+    """The module of a GQA at one layer."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, spec: GQA, place: Place) -> None:
         super().__init__()
-        self.config, self.ops, self.layer = config, ops, layer
+        self.spec = spec
+        self.layer = place.layer
+        self.ops = place.ops
+        self.rotary = place.rotary(spec.rope, spec.head_dim)
         self._projections: PreparedLinear | None = None
-        width, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
-        self.q_proj = Linear(ops, width, q_size, bias=config.qkv_bias, dtype=dtype)
-        self.k_proj = Linear(ops, width, kv_size, bias=config.qkv_bias, dtype=dtype)
-        self.v_proj = Linear(ops, width, kv_size, bias=config.qkv_bias, dtype=dtype)
-        self.o_proj = Linear(ops, q_size, width, bias=config.output_bias, dtype=dtype)
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        if config.qk_norm != "none":
-            full = config.qk_norm == "full"
-            self.q_norm = RMSNorm(
-                ops, q_size if full else config.head_dim, config.norm_eps, dtype=dtype
-            )
-            self.k_norm = RMSNorm(
-                ops, kv_size if full else config.head_dim, config.norm_eps, dtype=dtype
-            )
 
-    def _full_norm(self, qkv_TI: Tensor) -> Tensor:
-        """Norm all query heads as one vector, and all key heads (OLMoE), then clip (OLMo)."""
-        config = self.config
-        if self.q_norm is not None and self.k_norm is not None and config.qk_norm == "full":
-            for norm, start in ((self.q_norm, 0), (self.k_norm, config.q_size)):
-                qkv_TI = self.ops.rms_norm_part(qkv_TI, start, norm.weight, norm.eps)
-        return qkv_TI if config.clip_qkv is None else self.ops.clip(qkv_TI, config.clip_qkv)
+        def linear(in_size: int, out_size: int, bias: bool) -> Linear:
+            return Linear(place.ops, in_size, out_size, bias=bias, dtype=place.dtype)
 
-    def forward(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend) -> Tensor:
-        config = self.config
-        layers = [(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        def norm(size: int) -> RMSNorm | None:
+            if spec.qk_norm == "none":
+                return None
+            normed = size if spec.qk_norm == "full" else spec.head_dim
+            return RMSNorm(place.ops, normed, place.norm_eps, dtype=place.dtype)
+
+        self.q_proj = linear(place.hidden_size, spec.q_size, spec.qkv_bias)
+        self.k_proj = linear(place.hidden_size, spec.k_size, spec.qkv_bias)
+        self.v_proj = linear(place.hidden_size, spec.v_size, spec.qkv_bias)
+        self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
+        self.q_norm = norm(spec.q_size)
+        self.k_norm = norm(spec.k_size)
+        self.sinks: nn.Parameter | None = None
+        if spec.sinks:
+            self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=torch.float32))
+
+    @property
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """Norms of each query head and of each key head, where there are such."""
+        if self.spec.qk_norm != "head" or self.q_norm is None or self.k_norm is None:
+            return None
+        return self.q_norm, self.k_norm
+
+    def heads(self, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
+        spec = self.spec
+        q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_size, spec.k_size, spec.v_size], dim=1)
+        q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
+        k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
+        v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
+        norms = self.head_norms
+        if norms is not None:
+            q_norm, k_norm = norms
+            q_THN = q_norm(q_THN.contiguous())
+            k_TGN = k_norm(k_TGN.contiguous())
+        cos_TR, sin_TR = rotation
+        q_THN = self.ops.rotary(q_THN, cos_TR, sin_TR)
+        k_TGN = self.ops.rotary(k_TGN, cos_TR, sin_TR)
+        return q_THN, k_TGN, v_TGN
+
+    def _projected(self, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values side by side (T, I): clipped, and normed where all heads are."""
+        spec = self.spec
+        layers = [(p.held(), p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
         if self._projections is None or not self._projections.is_of(*layers):
-            self._projections = self.ops.prepare_linear(*layers)
+            self._projections = self.ops.prepare_linear(*layers, dtype=x_TD.dtype)
         qkv_TI = self.ops.linear(x_TD, self._projections)
-        if config.qk_norm == "full" or config.clip_qkv is not None:
-            qkv_TI = self._full_norm(qkv_TI)
-        norms = (self.q_norm, self.k_norm) if config.qk_norm == "head" else ()
-        rotation = Rotation(self.ops, cos_TR, sin_TR, config.num_kv_heads, config.head_dim, *norms)
-        out_TD: Tensor = self.o_proj(attend(self.layer, qkv_TI, rotation).flatten(1))
+        if spec.qk_norm == "full" and self.q_norm is not None and self.k_norm is not None:
+            for norm, start in ((self.q_norm, 0), (self.k_norm, spec.q_size)):
+                qkv_TI = self.ops.rms_norm_part(qkv_TI, start, norm.weight, norm.eps)
+        if spec.clip_qkv is not None:
+            qkv_TI = self.ops.clip(qkv_TI, spec.clip_qkv)
+        return qkv_TI
+
+    def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:
+        """What attention adds to the residual stream (T, D)."""
+        out_THN = past.attend(self, self._projected(x_TD), positions.rotation(self.rotary))
+        out_TD: Tensor = self.o_proj(out_THN.flatten(1))
         return out_TD

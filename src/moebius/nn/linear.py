@@ -1,36 +1,100 @@
-"""Linear layers and norms: parameters, and the backend's operation on them."""
+"""Embedding, linear layers and norms: parameters, and the backend's operation on them."""
 
 import torch
 from torch import Tensor, nn
 
-from moebius.ops import Ops, PreparedLinear
+from moebius.ops import Matrix, Ops, PreparedLinear, Weight
 
 
-class Linear(nn.Module):
+class Weighted(nn.Module):
+    """A module with a `weight` (O, I): a parameter, or a matrix that no parameter can hold.
+
+    Training has parameters alone. To serve, a weight in a format of several planes takes the
+    parameter's place (`hold`); one of plain numbers is a parameter of its own dtype, whatever the
+    module computes in.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
+        self._matrix: Matrix | None = None
+
+    def hold(self, matrix: Matrix) -> None:
+        """Compute with `matrix` in place of the parameter. Raises ValueError for another shape."""
+        _require_shape(matrix, self.weight)
+        self._matrix = matrix
+        self.register_parameter("weight", None)
+
+    def held(self) -> Weight:
+        """What is computed with."""
+        return self.weight if self._matrix is None else self._matrix
+
+
+class WeightList(nn.ParameterList):
+    """As many weights (O, I), each a parameter or, to serve, a matrix: see Weighted."""
+
+    def hold(self, index: int, matrix: Matrix) -> None:
+        """Compute with `matrix` in place of a parameter. Raises ValueError for another shape."""
+        _require_shape(matrix, self[index])
+        del self._parameters[str(index)]
+        setattr(self, str(index), matrix)
+
+    def held(self) -> tuple[Weight, ...]:
+        """What is computed with; ParameterList's own indexing costs a millisecond a hundred."""
+        parameters = tuple(self._parameters.values())
+        if len(parameters) < len(self):
+            return tuple(getattr(self, str(index)) for index in range(len(self)))
+        return parameters  # type: ignore[return-value]  # none of them is None
+
+
+def _require_shape(matrix: Matrix, parameter: Tensor) -> None:
+    if matrix.shape != parameter.shape:
+        raise ValueError(
+            f"a matrix {matrix.shape} where there is a weight {tuple(parameter.shape)}"
+        )
+
+
+class Embedding(Weighted):
+    """A row of weight (V, D) for each id."""
+
+    def __init__(self, ops: Ops, count: int, size: int, *, dtype: torch.dtype) -> None:
+        super().__init__(count, size, dtype)
+        self.ops = ops
+
+    def forward(self, ids_T: Tensor, multiplier: float, dtype: torch.dtype) -> Tensor:
+        """multiplier * weight[ids], (T, D) of `dtype`."""
+        return self.ops.embed(ids_T, self.held(), multiplier, dtype)
+
+
+class Linear(Weighted):
     """y = x W^T + b with weight (O, I) and, where asked for, bias (O,)."""
 
     def __init__(
         self, ops: Ops, in_size: int, out_size: int, *, bias: bool = False, dtype: torch.dtype
     ) -> None:
-        super().__init__()
+        super().__init__(out_size, in_size, dtype)
         self.ops = ops
-        self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype)) if bias else None
         self._prepared: PreparedLinear | None = None
 
-    def prepared(self) -> PreparedLinear:
-        """The backend's handle, made at first use, and anew where a parameter is another since."""
-        layer = (self.weight, self.bias)
+    def prepared(self, dtype: torch.dtype) -> PreparedLinear:
+        """The backend's handle for inputs of `dtype`.
+
+        Made at first use, and anew where a parameter is another since.
+        """
+        layer = (self.held(), self.bias)
         if self._prepared is None or not self._prepared.is_of(layer):
-            self._prepared = self.ops.prepare_linear(layer)
+            self._prepared = self.ops.prepare_linear(layer, dtype=dtype)
         return self._prepared
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        return self.ops.linear(x_TI, self.prepared())
+        return self.ops.linear(x_TI, self.prepared(x_TI.dtype))
 
     def logits(self, x_TI: Tensor) -> Tensor:
         """In float32, never rounded."""
-        return self.ops.logits(x_TI, self.prepared())
+        return self.ops.logits(x_TI, self.prepared(x_TI.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +102,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, ops: Ops, size: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ops, self.eps = ops, eps
+        self.ops = ops
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:

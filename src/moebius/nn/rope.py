@@ -6,56 +6,113 @@ cos and sin.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moebius.config import RopeConfig
-from moebius.ops import Ops
+from moebius.errors import ConfigError
+from moebius.ops import Ops, Pair
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding: base `theta` and a length-independent scaling (arXiv 2104.09864;
+    yarn 2309.00071).
+
+    original_max_position is the context before scaling, in tokens. partial is the share of a head's
+    values that turn, the first ones; the others stay as they are.
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    partial: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.theta > 0 and math.isfinite(self.theta)):
+            raise ConfigError(f"rope_theta is {self.theta}; it must be positive")
+        if not self.factor >= 1.0:
+            raise ConfigError(f"the rope scaling factor is {self.factor}; it must be at least 1")
+        if not 0 < self.partial <= 1:
+            raise ConfigError(
+                f"partial_rotary_factor is {self.partial}; it must be positive and at most 1"
+            )
+
+    def size(self, head_dim: int) -> int:
+        """How many of a head's values turn. Raises ConfigError where they are not pairs."""
+        size = int(head_dim * self.partial)
+        if size % 2:
+            raise ConfigError(f"head_dim is {size}; rotary embedding needs an even one")
+        return size
+
+    def context(self, stated: int) -> int:
+        """Longest sequence, in tokens, that positions were made for, where config.json says
+        `stated`.
+
+        yarn and linear stretch the original context by their factor, and a config.json states that
+        context before or after it: the model cards of Qwen and of vicuna add the scaling and leave
+        max_position_embeddings alone, others raise it. llama3's max_position_embeddings is always
+        what it was raised to; its factor is a frequency's.
+        """
+        if self.scaling in ("linear", "yarn"):
+            return max(stated, int(self.original_max_position * self.factor))
+        return stated
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies (R,) float32 in radians a position, and what cos and sin are multiplied
-    by."""
-    inverse = 1.0 / (
-        rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
-    )
+    """Inverse frequencies (R,) float32 in radians a position, and the factor of cos and sin."""
+    size = rope.size(head_dim)
+    steps_R = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
+    inverse_R = 1.0 / (rope.theta ** (steps_R / size))
     if rope.scaling == "linear":
-        return inverse / rope.factor, 1.0
+        return inverse_R / rope.factor, 1.0
     if rope.scaling == "llama3":
-        return _llama3(inverse, rope), 1.0
+        return _llama3(inverse_R, rope), 1.0
     if rope.scaling == "yarn":
-        return _yarn(inverse, rope, head_dim), _yarn_attention_factor(rope)
-    return inverse, 1.0
+        return _yarn(inverse_R, rope, size), _yarn_attention_factor(rope)
+    return inverse_R, 1.0
 
 
-def _llama3(inverse: Tensor, rope: RopeConfig) -> Tensor:
-    turns = rope.original_max_position * inverse / (2 * math.pi)
+def _llama3(inverse_R: Tensor, rope: RopeConfig) -> Tensor:
+    turns = rope.original_max_position * inverse_R / (2 * math.pi)
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - smooth) * inverse / rope.factor + smooth * inverse
-    scaled = torch.where(turns < rope.low_freq_factor, inverse / rope.factor, blended)
-    return torch.where(turns > rope.high_freq_factor, inverse, scaled)
+    blended = (1 - smooth) * inverse_R / rope.factor + smooth * inverse_R
+    scaled = torch.where(turns < rope.low_freq_factor, inverse_R / rope.factor, blended)
+    return torch.where(turns > rope.high_freq_factor, inverse_R, scaled)
 
 
-def _yarn(inverse: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
+def _yarn(inverse_R: Tensor, rope: RopeConfig, size: int) -> Tensor:
     def dimension(turns: float) -> float:
         """The dimension whose frequency makes so many turns over the original context."""
         return (
-            head_dim
+            size
             * math.log(rope.original_max_position / (turns * 2 * math.pi))
             / (2 * math.log(rope.theta))
         )
 
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    low = dimension(rope.beta_fast)
+    high = dimension(rope.beta_slow)
     if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, size - 1)
     if low == high:
         high += 0.001
-    ramp = (
-        (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
-    ).clamp(0, 1)
-    return inverse / rope.factor * ramp + inverse * (1 - ramp)
+    steps_R = torch.arange(size // 2, dtype=torch.float32, device="cpu")
+    ramp_R = ((steps_R - low) / (high - low)).clamp(0, 1)
+    return inverse_R / rope.factor * ramp_R + inverse_R * (1 - ramp_R)
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:
@@ -70,14 +127,33 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 class Rotary:
-    """cos and sin of a step's positions, worked out once for all layers, in float32."""
+    """cos and sin of a step's positions, in float32, for all layers with this rope; None turns
+    nothing."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, ops: Ops) -> None:
+    def __init__(self, rope: RopeConfig | None, head_dim: int, ops: Ops) -> None:
         self._ops = ops
-        self._inverse_R, self._factor = frequencies(rope, head_dim)
+        self._inverse_R = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._factor = 1.0
+        if rope is not None:
+            self._inverse_R, self._factor = frequencies(rope, head_dim)
 
-    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions_T: Tensor) -> Pair:
         """cos and sin (T, R)."""
         if self._inverse_R.device != positions_T.device and not positions_T.is_meta:
             self._inverse_R = self._inverse_R.to(positions_T.device)
         return self._ops.rotation(positions_T, self._inverse_R, self._factor)
+
+
+class Positions:
+    """The positions of a step's rows, and their rotations, each worked out when a layer first asks
+    for it."""
+
+    def __init__(self, positions_T: Tensor) -> None:
+        self.positions_T = positions_T
+        self._rotations: dict[Rotary, Pair] = {}
+
+    def rotation(self, rotary: Rotary) -> Pair:
+        """cos and sin (T, R)."""
+        if rotary not in self._rotations:
+            self._rotations[rotary] = rotary(self.positions_T)
+        return self._rotations[rotary]

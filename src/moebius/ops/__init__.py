@@ -15,14 +15,18 @@ from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, Pre
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.select import select_ops
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
+from moebius.ops.weights import FORMATS, Format, Matrix, Weight
 
 __all__ = [
+    "FORMATS",
     "LOWEST",
     "AttentionPlan",
     "Capability",
     "ExpertWeights",
     "Feature",
+    "Format",
     "LayerCache",
+    "Matrix",
     "Operation",
     "Ops",
     "Pair",
@@ -31,5 +35,6 @@ __all__ = [
     "RouterTally",
     "Shaping",
     "Use",
+    "Weight",
     "select_ops",
 ]

@@ -17,6 +17,7 @@ class Operation(StrEnum):
     RMS_NORM_PART = "rms_norm_part"
     CLIP = "clip"
     DIVIDE = "divide"
+    SOFTCAP = "softcap"
     ROTATION = "rotation"
     ROTARY = "rotary"
     ROTATE_AND_STORE = "rotate_and_store"
@@ -39,7 +40,7 @@ class Feature(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """An operation on numbers of `dtype`, its weights' included, as a model asks for it."""
+    """An operation computed in `dtype`, whatever its weights' formats, as a model asks for it."""
 
     operation: Operation
     dtype: torch.dtype

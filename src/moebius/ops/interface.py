@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from moebius.config import Activation, RouterConfig
 from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
+from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.program import (
     Given,
@@ -35,6 +35,7 @@ from moebius.ops.program import (
 )
 from moebius.ops.sampling import Shaping, TopK
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally, Step
+from moebius.ops.weights import Weight
 
 
 class Ops(ABC):
@@ -93,17 +94,33 @@ class Ops(ABC):
     # Rows and linear layers
 
     @abstractmethod
-    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
-        """multiplier * table[input_ids], rounded once: (T, D) of the table's dtype.
+    def formats(self, dtype: torch.dtype) -> frozenset[str]:
+        """Formats of matrices that this backend is meant to read in place, computing in `dtype`.
+
+        A loader widens what is stored in another.
+        """
+
+    @abstractmethod
+    def embed(
+        self,
+        input_ids_T: Tensor,
+        table_VD: Weight,
+        multiplier: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """multiplier * table[input_ids], rounded once to `dtype` (None: the table's): (T, D).
 
         input_ids_T: int64. Raises IndexError for an id outside the table.
         """
 
     @abstractmethod
-    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> PreparedLinear:
-        """What `linear` and `logits` need to know of linear layers of one input.
+    def prepare_linear(
+        self, *layers: tuple[Weight, Tensor | None], dtype: torch.dtype | None = None
+    ) -> PreparedLinear:
+        """What `linear` and `logits` need to know of linear layers of one input of `dtype`.
 
-        layers: (weight (O, I), bias (O,) or None) each, all of one dtype. The tensors stay where
+        layers: (weight (O, I), bias (O,) or None) each. Weights may have any of the formats for
+        `dtype`, biases have it; None is the dtype that all of them have. The tensors stay where
         they are. Raises ValueError for what the backend cannot read in place.
         """
 
@@ -141,6 +158,10 @@ class Ops(ABC):
     @abstractmethod
     def clip(self, x_TD: Tensor, limit: float) -> Tensor:
         """x with every value between -limit and limit, rounded to its dtype; NaN stays NaN."""
+
+    @abstractmethod
+    def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap) in float32, x's dtype (Gemma 2, arXiv 2408.00118)."""
 
     @abstractmethod
     def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
@@ -248,10 +269,13 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
+    def prepare_experts(
+        self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
+    ) -> PreparedExperts:
         """What `experts` needs to know of one layer's experts; the tensors stay where they are.
 
-        Raises ValueError for what the backend cannot read in place.
+        Formats and dtype are as in prepare_linear. Raises ValueError for what the backend cannot
+        read in place.
         """
 
     @abstractmethod

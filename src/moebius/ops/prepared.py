@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from moebius.ops.steps import ExpertWeights
+from moebius.ops.weights import Weight
 
 
 class PreparedLinear(ABC):
@@ -19,7 +20,7 @@ class PreparedLinear(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def is_of(self, *layers: tuple[Tensor, Tensor | None]) -> bool:
+    def is_of(self, *layers: tuple[Weight, Tensor | None]) -> bool:
         """Whether it was made of these very tensors, and they lie where they lay."""
 
 

@@ -10,28 +10,29 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moebius.ops.weights import Weight, planes_of
+
 Pair = tuple[Tensor, Tensor]
 
 
 class ExpertWeights(NamedTuple):
-    """One layer's experts: sequences of one tensor an expert, so that nothing mapped is ever
-    stacked or copied.
+    """One layer's experts: one weight an expert, so that nothing mapped is stacked or copied.
 
-    gate_FD, up_FD   E tensors (F, D); up is empty where experts have two matrices      down_DF   E
-                     tensors (D, F)
+    gate_FD, up_FD   E weights (F, D); up is empty where experts have two matrices
+    down_DF          E weights (D, F)
     the biases       E tensors each, (F,), (F,) and (D,), or empty for none
     """
 
-    gate_FD: Sequence[Tensor]
-    up_FD: Sequence[Tensor]
-    down_DF: Sequence[Tensor]
+    gate_FD: Sequence[Weight]
+    up_FD: Sequence[Weight]
+    down_DF: Sequence[Weight]
     gate_bias_F: Sequence[Tensor] = ()
     up_bias_F: Sequence[Tensor] = ()
     down_bias_D: Sequence[Tensor] = ()
 
-    def tensors(self) -> list[Tensor]:
-        """All of them, kind after kind."""
-        return [x for each in self for x in each]
+    def tensors(self) -> list[Tensor | None]:
+        """What all of them lie in, kind after kind."""
+        return planes_of([x for each in self for x in each])
 
 
 class RouterTally(NamedTuple):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.weights import Matrix, Weight
 
-# As csrc/kernels.h numbers them.
+# As csrc/kernels.h numbers them: what is computed in, and what matrices are stored in.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+FORMATS = {"bfloat16": 0, "float32": 1, "float16": 2}
 
 
 def check(x: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -50,6 +53,34 @@ def require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
     if dtype not in DTYPES:
         raise ValueError(f"the CPU kernels compute in bfloat16 and float32, not in {dtype}")
     return DTYPES[dtype]
+
+
+@cache
+def formats(dtype: torch.dtype) -> frozenset[str]:
+    """The formats that products of `dtype` read."""
+    number = DTYPES.get(dtype)
+    if number is None:
+        return frozenset()
+    return frozenset(name for name, format in FORMATS.items() if _cpu.reads(number, format))
+
+
+def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
+    """A weight for products of `dtype`, where it lies."""
+    matrix = Matrix.of(weight)
+    name = matrix.format.name
+    if name not in formats(dtype):
+        raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
+    (plane,) = matrix.planes
+    rows, columns = matrix.shape
+    return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
+
+
+def common_dtype(weights: Iterable[Weight]) -> torch.dtype:
+    """The dtype of all of them."""
+    found = list(dict.fromkeys(Matrix.of(weight).planes[0].dtype for weight in weights))
+    if len(found) != 1:
+        raise ValueError(f"the CPU kernels want one dtype, not {' and '.join(map(str, found))}")
+    return found[0]
 
 
 class Held:
@@ -107,6 +138,13 @@ class CpuBase(Ops):
             return address(x, dtype)
         check(x, dtype)
         return self._recorder.address(x)
+
+    def _matrix(self, weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
+        """A weight for products of `dtype`, which a recording holds."""
+        matrix = native_matrix(weight, dtype)
+        for plane in Matrix.of(weight).planes:
+            self._at(plane)
+        return matrix
 
     def _run(
         self,

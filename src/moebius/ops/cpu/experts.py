@@ -1,6 +1,5 @@
 """Routers and experts by the CPU's kernels."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,9 +7,17 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.config import Activation, RouterConfig
 from moebius.ops.capability import Feature, Operation, Use
-from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
+from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.cpu.base import (
+    CpuBase,
+    Held,
+    address,
+    common_dtype,
+    native_matrix,
+    require_dtype,
+    require_no_gradient,
+)
 from moebius.ops.prepared import PreparedExperts, own
 from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
@@ -59,26 +66,33 @@ class ExpertOps(CpuBase):
         self._run(Operation.ROUTE, call, logits_TE, len(logits_TE), settings)
         return weights, ids
 
-    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
+    def prepare_experts(
+        self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
+    ) -> PreparedExperts:
         if not weights.up_FD:
-            return self._fallback.prepare_experts(weights, activation)
+            return self._fallback.prepare_experts(weights, activation, dtype)
         tensors = weights.tensors()
         require_no_gradient(*tensors)
-        dtype = require_dtype(weights.gate_FD[0].dtype, *tensors)
+        kinds = (weights.gate_FD, weights.up_FD, weights.down_DF)
+        biases = (weights.gate_bias_F, weights.up_bias_F, weights.down_bias_D)
+        dtype = dtype or common_dtype(weight for kind in kinds for weight in kind)
+        number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
+        gate, up, down = ([native_matrix(weight, dtype) for weight in kind] for kind in kinds)
+        gate_bias, up_bias, down_bias = ([address(bias) for bias in kind] for kind in biases)
         width, hidden = weights.gate_FD[0].shape
         table = _cpu.Experts(
-            dtype=dtype,
+            dtype=number,
             hidden=hidden,
             width=width,
             activation=_ACTIVATIONS[activation],
-            gate=_addresses(weights.gate_FD),
-            up=_addresses(weights.up_FD),
-            down=_addresses(weights.down_DF),
-            gate_bias=_addresses(weights.gate_bias_F),
-            up_bias=_addresses(weights.up_bias_F),
-            down_bias=_addresses(weights.down_bias_D),
+            gate=gate,
+            up=up,
+            down=down,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
         )
-        return CpuExperts(table, weights.gate_FD[0].dtype, width, Held(tensors))
+        return CpuExperts(table, dtype, width, Held(tensors))
 
     def experts(
         self,
@@ -113,10 +127,6 @@ class ExpertOps(CpuBase):
         )
         self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)
         return out
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [address(x) for x in tensors]
 
 
 @cache

@@ -7,8 +7,18 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.capability import Operation
-from moebius.ops.cpu.base import CpuBase, Held, address, require_dtype, require_no_gradient
+from moebius.ops.cpu.base import (
+    CpuBase,
+    Held,
+    address,
+    common_dtype,
+    formats,
+    native_matrix,
+    require_dtype,
+    require_no_gradient,
+)
 from moebius.ops.prepared import PreparedLinear, own
+from moebius.ops.weights import Matrix, Weight, planes_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,27 +31,28 @@ class CpuLinear(PreparedLinear):
     out_size: int
     held: Held
 
-    def is_of(self, *layers: tuple[Tensor, Tensor | None]) -> bool:
-        return self.held.is_of(x for each in layers for x in each)
+    def is_of(self, *layers: tuple[Weight, Tensor | None]) -> bool:
+        return self.held.is_of(planes_of([x for each in layers for x in each]))
 
 
 class LinearOps(CpuBase):
-    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> CpuLinear:
+    def formats(self, dtype: torch.dtype) -> frozenset[str]:
+        return formats(dtype)
+
+    def prepare_linear(
+        self, *layers: tuple[Weight, Tensor | None], dtype: torch.dtype | None = None
+    ) -> CpuLinear:
+        tensors = planes_of([x for each in layers for x in each])
+        require_no_gradient(*tensors)
         weights = [weight for weight, _ in layers]
         biases = [bias for _, bias in layers]
-        require_no_gradient(*weights, *biases)
-        dtype = require_dtype(weights[0].dtype, *weights, *biases)
-        size = weights[0].shape[1]
-        sizes = [len(weight) for weight in weights]
-        table = _cpu.Linear(
-            dtype=dtype,
-            in_size=size,
-            weights=[address(x) for x in weights],
-            biases=[address(x) for x in biases],
-            sizes=sizes,
-        )
-        held = Held(x for each in layers for x in each)
-        return CpuLinear(table, weights[0].dtype, size, sum(sizes), held)
+        dtype = dtype or common_dtype(weights)
+        number = require_dtype(dtype, *biases)
+        matrices = [native_matrix(weight, dtype) for weight in weights]
+        addresses = [address(x) for x in biases]
+        table = _cpu.Linear(dtype=number, weights=matrices, biases=addresses)
+        out_size = sum(weight.shape[0] for weight in weights)
+        return CpuLinear(table, dtype, weights[0].shape[1], out_size, Held(tensors))
 
     def linear(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
         prepared = own(layers, CpuLinear)
@@ -65,15 +76,20 @@ class LinearOps(CpuBase):
         self._run(operation, call, x, len(x), layers)
         return out
 
-    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
-        require_no_gradient(table_VD)
-        size = table_VD.shape[1]
-        out = self._empty(input_ids_T, (size,), table_VD.dtype)
+    def embed(
+        self,
+        input_ids_T: Tensor,
+        table_VD: Weight,
+        multiplier: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        table = Matrix.of(table_VD)
+        require_no_gradient(*table.planes)
+        dtype = dtype or common_dtype((table,))
+        out = self._empty(input_ids_T, (table.shape[1],), dtype)
         call = _cpu.Embed(
-            dtype=require_dtype(table_VD.dtype),
-            table=self._at(table_VD),
-            table_rows=len(table_VD),
-            size=size,
+            dtype=require_dtype(dtype),
+            table=self._matrix(table, dtype),
             multiplier=multiplier,
             ids=self._at(input_ids_T, torch.int64),
             out=self._at(out),

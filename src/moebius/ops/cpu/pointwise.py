@@ -80,6 +80,14 @@ class PointwiseOps(CpuBase):
         self._run(Operation.CLIP, call, x_TD, x_TD.numel() // x_TD.shape[-1])
         return out
 
+    def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
+        out = self._empty(x_LV, x_LV.shape[1:], x_LV.dtype)
+        call = _cpu.Softcap(
+            x=self._at(x_LV, torch.float32), size=x_LV.shape[-1], cap=cap, out=self._at(out)
+        )
+        self._run(Operation.SOFTCAP, call, x_LV, len(x_LV))
+        return out
+
     def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
         out = self._empty(x_LV, x_LV.shape[1:], x_LV.dtype)
         call = _cpu.Divide(

@@ -26,7 +26,7 @@ class ReferenceOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps
 
     name = "reference"
 
-    def capability(self, use: Use) -> Capability:
+    def capability(self, use: Use) -> Capability | None:
         return Capability(self.name, batch_invariant=False, recorded=False)
 
     def trace(self, compute: Callable[[Wanted], Tensor], source: Source[Given, Wanted]) -> Trace:

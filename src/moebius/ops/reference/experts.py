@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.config import Activation, RouterConfig
+from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedExperts, own, same
 from moebius.ops.reference.routing import count, route
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
+from moebius.ops.weights import Matrix, Weight, widened_for
 
 Hidden = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -62,7 +63,9 @@ class ExpertOps(Ops):
             count(tally, logits_TE, ids_TK, config)
         return weights_TK, ids_TK
 
-    def prepare_experts(self, weights: ExpertWeights, activation: Activation) -> PreparedExperts:
+    def prepare_experts(
+        self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
+    ) -> PreparedExperts:
         return ReferenceExperts(weights, activation)
 
     def experts(
@@ -124,9 +127,12 @@ def _bias(biases: Sequence[Tensor], e: int) -> Tensor | None:
 
 
 def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, hidden: Hidden) -> Tensor:
-    gate = F.linear(x_TD, w.gate_FD[e], _bias(w.gate_bias_F, e))
-    up = F.linear(x_TD, w.up_FD[e], _bias(w.up_bias_F, e)) if w.up_FD else None
-    return F.linear(hidden(gate, up), w.down_DF[e], _bias(w.down_bias_D, e))
+    def product(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor]) -> Tensor:
+        return F.linear(x, widened_for(x, weights[e]), _bias(biases, e))
+
+    gate = product(x_TD, w.gate_FD, w.gate_bias_F)
+    up = product(x_TD, w.up_FD, w.up_bias_F) if w.up_FD else None
+    return product(hidden(gate, up), w.down_DF, w.down_bias_D)
 
 
 def _experts_in_turn(
@@ -157,8 +163,9 @@ def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, hidden: 
     dtype = _compute_dtype(rows_PD)
     rows = rows_PD.to(dtype)
 
-    def product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return F.grouped_mm(x, torch.stack(tuple(weights)).to(dtype).transpose(1, 2), offs=ends_E)
+    def product(x: Tensor, weights: Sequence[Weight]) -> Tensor:
+        stored = [w.widened(dtype) if isinstance(w, Matrix) else w for w in weights]
+        return F.grouped_mm(x, torch.stack(stored).to(dtype).transpose(1, 2), offs=ends_E)
 
     gated = hidden(product(rows, w.gate_FD), product(rows, w.up_FD) if w.up_FD else None)
     return product(gated, w.down_DF)

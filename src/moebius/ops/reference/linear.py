@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedLinear, own, same
+from moebius.ops.weights import Matrix, Weight, dtype_name, planes_of, widened_for
 
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
 LOGITS_ROWS = 16_384
@@ -17,23 +18,41 @@ LOGITS_ROWS = 16_384
 class ReferenceLinear(PreparedLinear):
     """(weight (O, I), bias (O,) or None) of each layer."""
 
-    layers: tuple[tuple[Tensor, Tensor | None], ...]
+    layers: tuple[tuple[Weight, Tensor | None], ...]
 
-    def is_of(self, *layers: tuple[Tensor, Tensor | None]) -> bool:
-        return same([x for each in layers for x in each], [x for each in self.layers for x in each])
+    def is_of(self, *layers: tuple[Weight, Tensor | None]) -> bool:
+        mine = planes_of([x for each in self.layers for x in each])
+        return same(planes_of([x for each in layers for x in each]), mine)
 
 
 class LinearOps(Ops):
-    def embed(self, input_ids_T: Tensor, table_VD: Tensor, multiplier: float = 1.0) -> Tensor:
-        x_TD = F.embedding(input_ids_T, table_VD)
+    """Weights of any format; they are widened anew for each product."""
+
+    def formats(self, dtype: torch.dtype) -> frozenset[str]:
+        # Widened once, by the loader, they cost memory; widened for each product, far more time.
+        return frozenset({dtype_name(dtype)})
+
+    def embed(
+        self,
+        input_ids_T: Tensor,
+        table_VD: Weight,
+        multiplier: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if isinstance(table_VD, Matrix):
+            x_TD = table_VD.take(input_ids_T, dtype or torch.float32)
+        else:
+            x_TD = F.embedding(input_ids_T, table_VD).to(dtype)
         return x_TD if multiplier == 1.0 else x_TD * multiplier
 
-    def prepare_linear(self, *layers: tuple[Tensor, Tensor | None]) -> PreparedLinear:
+    def prepare_linear(
+        self, *layers: tuple[Weight, Tensor | None], dtype: torch.dtype | None = None
+    ) -> PreparedLinear:
         return ReferenceLinear(layers)
 
     def linear(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
         outs = [
-            F.linear(x_TI, weight_OI, bias_O)
+            F.linear(x_TI, widened_for(x_TI, weight_OI), bias_O)
             for weight_OI, bias_O in own(layers, ReferenceLinear).layers
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
@@ -43,12 +62,15 @@ class LinearOps(Ops):
         with torch.autocast(x_TI.device.type, enabled=False):
             x = x_TI.float()
             bias = None if bias_O is None else bias_O.float()
+            matrix = Matrix.of(weight_OI)
+            count = matrix.shape[0]
             if (
-                weight_OI.dtype == torch.float32
+                matrix.planes[0].dtype == torch.float32
                 or torch.is_grad_enabled()
-                or weight_OI.shape[0] <= LOGITS_ROWS
+                or count <= LOGITS_ROWS
             ):
-                return F.linear(x, weight_OI.float(), bias)
-            parts = [F.linear(x, rows.float()) for rows in torch.split(weight_OI, LOGITS_ROWS)]
-            out = torch.cat(parts, dim=-1)
+                return F.linear(x, matrix.widened(torch.float32), bias)
+            starts = range(0, count, LOGITS_ROWS)
+            rows = (matrix.rows(start, start + LOGITS_ROWS) for start in starts)
+            out = torch.cat([F.linear(x, part.widened(torch.float32)) for part in rows], dim=-1)
             return out if bias is None else out + bias

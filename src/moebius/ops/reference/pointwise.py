@@ -28,6 +28,9 @@ class PointwiseOps(Ops):
     def clip(self, x_TD: Tensor, limit: float) -> Tensor:
         return x_TD.clamp(-limit, limit)
 
+    def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x_LV / cap)
+
     def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
         return x_LV / divisor
 

@@ -4,7 +4,7 @@ sigmoid top-k routers."""
 import torch
 from torch import Tensor
 
-from moebius.config import RouterConfig
+from moebius.ops.config import RouterConfig
 from moebius.ops.steps import RouterTally
 
 

@@ -1,0 +1,558 @@
+"""Makes the tables and the chart of the documentation from the records that are committed here.
+
+    .venv/bin/python benchmarks/tables.py            # rewrite what lies between the marks of PAGES,
+                                                     and the chart
+    .venv/bin/python benchmarks/tables.py --check    # exit code 1 where a page is not what the
+                                                     records say
+
+A page holds `<!-- made by benchmarks/tables.py: NAME -->` above and `<!-- end -->` below what is
+made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Behind all other paths: files here have the names of packages elsewhere.
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent / "peers"))
+
+import beside
+from beside import Comparison, number
+
+from claims.report import ROWS, read, runs_table, verdict
+from moebius.files import anyone, write_file
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PAGES = ("README.md", "docs/benchmarks.md", "docs/claims.md")
+CHART = ROOT / "docs" / "beside.svg"
+# The record with most engines on all workloads, which the chart shows.
+CHART_RECORD = "avx512/m1.json"
+_MARK = re.compile(
+    r"(<!-- made by benchmarks/tables\.py: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+)
+
+ZEN4, ZEN3 = "AMD EPYC (Zen 4), 2 cores", "AMD EPYC (Zen 3), 2 cores"
+
+
+class Source(NamedTuple):
+    """What a record does not say of itself: where and when it was made, and the command that
+    repeats it."""
+
+    file: str
+    machine: str
+    date: str
+    command: str
+
+    def read(self) -> Any:
+        return json.loads((HERE / self.file).read_text(encoding="utf-8"))
+
+    @property
+    def generation(self) -> str:
+        """`Zen 4`."""
+        return self.machine.partition("(")[2].partition(")")[0]
+
+    @property
+    def link(self) -> str:
+        return f"[{self.file}](../benchmarks/{self.file})"
+
+
+PYTHON = ".venv/bin/python"
+COLD_STARTS = (
+    Source("cold_start.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/cold_start.py --runs 7"),
+    Source(
+        "cold_start_m2.json",
+        ZEN4,
+        "2026-11-26",
+        f"{PYTHON} benchmarks/cold_start.py --runs 7 --model $PEERS/models/m2",
+    ),
+)
+OVERHEAD = Source("step_overhead.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/step_overhead.py")
+OPERATIONS = (
+    Source("ops.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/ops.py --isa all"),
+    Source("ops_avx2.json", ZEN3, "2026-11-26", f"{PYTHON} benchmarks/ops.py"),
+)
+SCHEDULES = (
+    Source(
+        "one_answer.json",
+        ZEN4,
+        "2026-11-26",
+        f"{PYTHON} benchmarks/one_answer.py --seed 44 --schedules 600",
+    ),
+    Source(
+        "one_answer_avx2.json", ZEN3, "2026-11-25", f"{PYTHON} benchmarks/one_answer.py --seed 41"
+    ),
+)
+SAMPLING = Source("sampling.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/sampling.py")
+BODIES = Source("worst_bodies.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/worst_bodies.py")
+ABLATION = Source(
+    "ablate.json",
+    f"{ZEN3}, AVX2",
+    "2026-11-26",
+    ".venv/bin/python benchmarks/ablate.py --rounds 3 --threads 2",
+)
+IN_TURN = {
+    "avx512": ("in_turn.json", "in_turn_m1_w2_w4.json", "in_turn_m2_w4.json"),
+    "avx2": ("in_turn.json",),
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """Markdown; the columns numbered in `words` hold words, the others figures."""
+    rule = ["---" if i in words else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def provenance(source: Source) -> str:
+    return f"{source.machine}, {source.date}. Record: {source.link}. Command: `{source.command}`"
+
+
+def beside_others(name: str) -> str:
+    """One machine's tables: speed, start and memory, older records, and how each record was
+    made."""
+    found = beside.records(name)
+    newest, older = beside.latest(
+        one for source, record in found.items() for one in beside.comparisons(source, record)
+    )
+    current = {one.source: found[one.source] for one in newest}
+    first = next(iter(current.values()))
+    parts = [f"{beside.machine(name, first)}.", _speeds(newest)]
+    parts += [
+        "Start and memory, over these runs the shortest and the largest:",
+        table(*beside.process_rows(list(current.values()))),
+    ]
+    if older:
+        parts.append("Earlier runs, with the kernels of their day and more of the other engines:")
+        parts.append(_speeds(older))
+    parts.append("How each record was made, and the machine's ceilings in that run:")
+    rows = [_run_row(source, record) for source, record in found.items()]
+    head = [
+        "record",
+        "read loop, GB/s",
+        "mapped file, GB/s",
+        "bfloat16 product, GFLOP/s",
+        "command",
+    ]
+    parts.append(table(head, rows, (0, 4)))
+    return "\n\n".join(parts)
+
+
+def _speeds(found: Sequence[Comparison]) -> str:
+    return _with_words_around(*beside.speed_rows(found))
+
+
+def _with_words_around(head: list[str], rows: list[list[str]]) -> str:
+    return table(head, rows, (0, len(head) - 1))
+
+
+def _run_row(source: str, record: dict[str, Any]) -> list[str]:
+    ceilings = beside.ceilings(record)
+    speeds = [number(ceilings[key]) for key in ("anonymous_gbs", "mapped_gbs", "matrix_gflops")]
+    link = f"[{source}](../benchmarks/peers/{source})"
+    return [link, *speeds, f"`{beside.command(record['settings'])}`"]
+
+
+def roofline_in_turn() -> str:
+    """A row a machine, model and workload: over its repetitions the range of the ceilings, and of
+    our shares."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for name, files in IN_TURN.items():
+        for file in files:
+            for row in json.loads((HERE / "peers" / name / file).read_text(encoding="utf-8"))[
+                "rows"
+            ]:
+                found.setdefault((beside.MACHINES[name], row["model"], row["workload"]), []).append(
+                    row
+                )
+    rows = [
+        _in_turn_row(machine, model, name, found[machine, model, name])
+        for machine, model, name in sorted(found)
+    ]
+    head = [
+        "machine",
+        "",
+        "repetitions",
+        "read loop, GB/s",
+        "mapped file, GB/s",
+        "product, GFLOP/s",
+    ]
+    return table([*head, "share, read loop", "share, mapped file"], rows, (0, 1))
+
+
+def _in_turn_row(machine: str, model: str, name: str, rows: list[dict[str, Any]]) -> list[str]:
+    speeds = [
+        _range([row[key] for row in rows], "{:.0f}")
+        for key in ("anonymous_gbs", "mapped_gbs", "matrix_gflops")
+    ]
+    shares = [
+        _range([row[key] for row in rows], "{:.0%}") for key in ("share_anonymous", "share_mapped")
+    ]
+    return [machine, f"{beside.MODELS[model]} {name.upper()}", str(len(rows)), *speeds, *shares]
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """`31 to 46`, or `31` where that is all."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def cold_starts() -> str:
+    names = {
+        "generate": "`moebius generate`, one token",
+        "serve": "`moebius serve`, first streamed chunk",
+    }
+    rows = []
+    for source in COLD_STARTS:
+        record = source.read()
+        for key, what in names.items():
+            span = f"{record[key]['min']:.2f} to {record[key]['max']:.2f}"
+            rows.append([_model(record["model"]), what, f"{record[key]['median']:.2f}", span])
+    notes = "\n".join(f"- {provenance(source)}" for source in COLD_STARTS)
+    return table(["model", "", "median, s", "range"], rows, (0, 1)) + "\n\n" + notes
+
+
+def _model(name: str) -> str:
+    return beside.MODELS.get(name, "the bundled model")
+
+
+def step_overhead() -> str:
+    rows = [
+        [
+            _model(record["model"]),
+            str(step["sequences"]),
+            f"{step['step_ms']:.1f}",
+            f"{step['python_ms']:.2f}",
+            f"{step['share']:.1%}",
+        ]
+        for record in OVERHEAD.read()
+        for step in record["steps"]
+    ]
+    head = ["model", "sequences", "step, ms", "of it Python, ms", "share"]
+    return table(head, rows) + "\n\n" + provenance(OVERHEAD)
+
+
+def sampling() -> str:
+    record = SAMPLING.read()
+    rows = [
+        [batch, f"{milliseconds:.2f}"] for batch, milliseconds in record["milliseconds"].items()
+    ]
+    size = f"Vocabulary of {record['vocab']:,}, {record['threads']} threads."
+    return table(["rows in the step", "ms"], rows) + f"\n\n{size} {provenance(SAMPLING)}"
+
+
+def operations() -> str:
+    """A row an operation, a column an instruction set: the share of the roofline, and what was
+    reached."""
+    columns = [
+        (source, kernels)
+        for source in OPERATIONS
+        for kernels in dict.fromkeys(row["kernels"] for row in source.read()["rows"])
+        if kernels != "torch"
+    ]
+    cells = {
+        (row["operation"], source.file, row["kernels"]): row
+        for source in OPERATIONS
+        for row in source.read()["rows"]
+    }
+    names = [
+        name for name in dict.fromkeys(key[0] for key in cells) if not name.startswith("torch's")
+    ]
+    rows = [
+        [f"`{name}`", *(_reached(cells[name, source.file, kernels]) for source, kernels in columns)]
+        for name in names
+    ]
+    head = [
+        "",
+        *(f"{kernels.removeprefix('cpu-')}, {source.generation}" for source, kernels in columns),
+    ]
+    return table(head, rows) + "\n\n" + _operation_notes()
+
+
+def _reached(row: dict[str, Any]) -> str:
+    """`98% (33.8 GB/s)`: the figure of what bounds the operation."""
+    speed = (
+        f"{row['gflops']:.0f} GFLOP/s"
+        if row["gflops"] > 4 * row["gbs"]
+        else f"{row['gbs']:.1f} GB/s"
+    )
+    return f"{row['of_floor']:.0%} ({speed})"
+
+
+def _operation_notes() -> str:
+    notes = []
+    for source in OPERATIONS:
+        record = source.read()
+        found = (
+            f"{record['bandwidth_gbs']} GB/s and {record['matrix_gflops']} GFLOP/s, "
+            f"{record['threads']} threads"
+        )
+        notes.append(f"- Ceilings {found}; {provenance(source)}")
+    return "\n".join(notes)
+
+
+def price_of_invariance() -> str:
+    """Our product, whose order of additions is fixed, beside torch's, which chooses by the number
+    of rows."""
+    rows = []
+    for source in OPERATIONS:
+        record = {(row["operation"], row["kernels"]): row for row in source.read()["rows"]}
+        best = [kernels for _, kernels in record if kernels != "torch"][-1]
+        for (name, kernels), theirs in record.items():
+            if kernels == "torch":
+                shape, dtype = name.removeprefix("torch's ").split(", torch.")
+                ours = record[shape, best]
+                unit = "gbs" if shape.startswith("linear 1 x") else "gflops"
+                values = [f"{row[unit]:.1f}" for row in (ours, theirs)]
+                label = f"`{shape}`, {'GB/s' if unit == 'gbs' else 'GFLOP/s'}"
+                rows.append([source.machine, label, *values, f"torch in {dtype}"])
+    return table(["machine", "", "Moebius, bfloat16", "torch", ""], rows, (0, 1, 4))
+
+
+def schedules() -> str:
+    fields = ("schedules", "answers", "tokens", "preemptions", "prefix_hit_tokens")
+    rows = []
+    for source in SCHEDULES:
+        record = source.read()
+        found = "none" if record["different"] is None else str(record["different"])
+        row = [
+            record["kernels"],
+            *(f"{record[name]:,}" for name in fields),
+            found,
+            f"{record['seconds']:,}",
+        ]
+        rows.append([*row, f"{source.date}, `{source.command}`"])
+    head = [
+        "kernels",
+        "schedules",
+        "answers",
+        "tokens",
+        "preemptions",
+        "tokens from the prefix cache",
+    ]
+    return table([*head, "answers that differ", "s", "date, command"], rows, (0, 8))
+
+
+def bodies() -> str:
+    """The kinds of bodies beside which a stream waited longest, and those beside which it waited
+    for nothing."""
+    record = BODIES.read()
+    kinds = record["kinds_ms"]
+    worst = sorted(kinds, key=lambda kind: -kind["pause"])[:8]
+    nothing = [kind for kind in kinds if kind["kind"] == "nothing"]
+    rows = [
+        [
+            kind["kind"],
+            f"{kind['bytes'] / 1e6:.2f}",
+            *(f"{kind[key]:.1f}" for key in ("pause", "health", "answer")),
+        ]
+        for kind in worst + nothing
+    ]
+    head = [
+        "body",
+        "MB",
+        "longest pause of a stream, ms",
+        "slowest `/health/live`, ms",
+        "the body's own answer, ms",
+    ]
+    slowest = record["slowest_ms"]
+    said = (
+        f"{len(kinds) - 1} kinds, {record['rounds']} rounds, medians; the 8 worst and an idle "
+        f"server. Longest pause of all: {slowest['pause']} ms; slowest `/health/live`: "
+        f"{slowest['health']} ms."
+    )
+    return f"{said}\n\n{table(head, rows)}\n\n{provenance(BODIES)}"
+
+
+def ablation() -> str:
+    record = ABLATION.read()
+    runs = [
+        value
+        for value in record.values()
+        if isinstance(value, dict) and "output_throughput" in value
+    ]
+    full = runs[0]["output_throughput"]
+    rows = [
+        [
+            run["name"],
+            f"{run['output_throughput']:,.0f}",
+            f"{run['output_throughput'] / full:.2f}",
+            *(
+                f"{number(run[f'median_{key}_ms'])} / {number(run[f'p99_{key}_ms'])}"
+                for key in ("ttft", "itl")
+            ),
+            f"{run['median_e2el_ms'] / 1000:.2f} / {run['p99_e2el_ms'] / 1000:.2f}",
+            str(run["most_running"]),
+            f"{run['kv_held'] / 2**20:.1f}",
+            f"{run['fill']:.0%}",
+            f"{run['weights'] / 2**20:.1f}",
+            "another model" if run["same"] is None else f"{run['same']} of {run['completed']}",
+        ]
+        for run in runs
+    ]
+    head = [
+        "engine",
+        "tokens/s",
+        "× full",
+        "TTFT, ms",
+        "ITL, ms",
+        "whole request, s",
+        "running",
+        "KV held, MiB",
+    ]
+    head += ["filled", "weights, MiB", "same answers"]
+    return f"{table(head, rows)}\n\n{provenance(ABLATION)}"
+
+
+def claims() -> str:
+    """Verdicts first, then the figures of each seed that they rest on."""
+    results = read(HERE / "claims" / "runs")
+    found = [(row, verdict(row, results)) for row in ROWS]
+    verdicts = [[row.number, row.claim, row.mark, word] for row, (word, _) in found]
+    measured = [[row.number, row.claim, figures] for row, (_, figures) in found]
+    first = table(["#", "claim", "confirmed if", "verdict"], verdicts, range(4))
+    second = table(["#", "claim", "measured, a value a seed"], measured, range(3))
+    return f"{first}\n\nThe figures behind each verdict:\n\n{second}"
+
+
+def claim_runs() -> str:
+    return runs_table(read(HERE / "claims" / "runs"))
+
+
+def headline() -> str:
+    """The README's one table: each figure with the command that repeats it."""
+    found = beside.records("avx512")
+    newest, _ = beside.latest(
+        one for source, record in found.items() for one in beside.comparisons(source, record)
+    )
+    speeds = [one for one in newest if one.measure != beside.TTFT]
+    speeds.sort(key=lambda one: (list(beside.MODELS).index(one.model), one.source))
+    rows = []
+    for one in speeds:
+        ours = f"**{number(one.values['moebius'])}**"
+        best = f"{beside.ENGINES[one.best]} {number(one.values[one.best])}"
+        command = f"`{beside.command(found[one.source]['settings'])}`"
+        rows.append([one.label, ours, best, one.spread, command])
+    head = ["what", "Moebius", "fastest other engine", "ratio", "command"]
+    return table(head, _said_once([*rows, *_own_rows()]), range(5))
+
+
+def _said_once(rows: list[list[str]]) -> list[list[str]]:
+    """Where the last column repeats the row above it, it says so."""
+    above = ["", *(row[-1] for row in rows)]
+    return [
+        [*row[:-1], "the same run"] if row[-1] == before else row
+        for row, before in zip(rows, above, strict=False)
+    ]
+
+
+def _own_rows() -> list[list[str]]:
+    """Figures that have no counterpart in another engine."""
+    rows = []
+    for source in COLD_STARTS:
+        record = source.read()["serve"]
+        label = (
+            f"`moebius serve` {_model(source.read()['model'])}: process start to first streamed "
+            "chunk, s"
+        )
+        span = f"**{record['median']:.1f}** ({record['min']:.1f} to {record['max']:.1f})"
+        rows.append([label, span, "", "", f"`{source.command}`"])
+    step = OVERHEAD.read()[-1]["steps"][-1]
+    label = (
+        f"Python in a decoding step of {step['step_ms']:.1f} ms, M1, {step['sequences']} "
+        "sequences, ms"
+    )
+    share = f"**{step['python_ms']:.2f}** ({step['share']:.1%})"
+    rows.append(
+        [label, share, "", "", f"`{OVERHEAD.command} --model $PEERS/models/m1 --sequences 1 32`"]
+    )
+    worst = BODIES.read()["slowest_ms"]["pause"]
+    rows.append(
+        [
+            "longest pause of a stream beside hostile bodies, ms",
+            f"**{worst}**",
+            "",
+            "",
+            f"`{BODIES.command}`",
+        ]
+    )
+    source = max(SCHEDULES, key=lambda source: source.read()["schedules"])
+    record = source.read()
+    different = "none" if record["different"] is None else record["different"]
+    label = (
+        f"answers that differ by a bit from the same request alone, of {record['answers']:,} in "
+        f"{record['schedules']:,} random schedules ({source.generation})"
+    )
+    rows.append([label, f"**{different}**", "", "", f"`{source.command}`"])
+    return rows
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "beside-avx512": lambda: beside_others("avx512"),
+    "beside-avx2": lambda: beside_others("avx2"),
+    "roofline": roofline_in_turn,
+    "cold-start": cold_starts,
+    "step-overhead": step_overhead,
+    "sampling": sampling,
+    "operations": operations,
+    "invariance": price_of_invariance,
+    "schedules": schedules,
+    "worst-bodies": bodies,
+    "ablation": ablation,
+    "claims": claims,
+    "claim-runs": claim_runs,
+}
+
+
+def rendered(page: str) -> str:
+    """A page's text with everything between its marks made anew. KeyError for a mark that names no
+    part."""
+    return _MARK.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n\n{found[4]}", page)
+
+
+def draw_chart() -> None:
+    record = beside.records(CHART_RECORD.partition("/")[0])[CHART_RECORD]
+    shown = [one for one in beside.comparisons(CHART_RECORD, record) if one.measure != beside.TTFT]
+    cores = record["machine"]["cores"]
+    machine = f"{cores} cores of an AMD EPYC (Zen 4)"
+    title = (
+        f"Tokens per second, more is better; {machine}\nM1, a Mixture of Experts of 0.49 B "
+        "parameters in bfloat16"
+    )
+    beside.draw(shown, title, CHART)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit code 1 where a page is not up to date",
+    )
+    given = parser.parse_args()
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before)
+        if after != before:
+            stale.append(name)
+            if not given.check:
+                write_file(path, after, ours=anyone)
+    if not given.check:
+        draw_chart()
+    print("\n".join(f"{name}: {'stale' if given.check else 'made anew'}" for name in stale))
+    return int(given.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

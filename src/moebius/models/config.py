@@ -1,0 +1,150 @@
+"""An architecture as data: sizes, and for each layer what it is made of.
+
+The records are frozen, and checked when they are constructed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moebius.errors import ConfigError, require_word
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.mixer import Mixer
+from moebius.nn.spec import Parameter, Parameters
+from moebius.ops.cache_spec import CacheSpec
+
+Norms = Literal["pre", "sandwich"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer: a mixer, a feed-forward part, or one after the other.
+
+    norms                 `pre`: each part reads the normed residual stream. `sandwich`: what it
+                          adds to the stream is normed too (Gemma 2, arXiv 2408.00118)
+    residual_multiplier   of what each part adds to the stream
+    """
+
+    mixer: Mixer | None = None
+    feed_forward: FeedForwardConfig | None = None
+    norms: Norms = "pre"
+    residual_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_word("a layer's norms", self.norms, Norms)
+        if self.mixer is None and self.feed_forward is None:
+            raise ConfigError("a layer has neither a mixer nor a feed-forward part")
+
+    def parameters(self, hidden_size: int) -> Parameters:
+        """Those of moebius.models.decoder.Layer."""
+        sandwich = self.norms == "sandwich"
+        if self.mixer is not None:
+            yield Parameter("input_layernorm.weight", (hidden_size,))
+            for parameter in self.mixer.parameters(hidden_size):
+                yield parameter.within("self_attn.")
+            if sandwich:
+                yield Parameter("mixer_output_norm.weight", (hidden_size,))
+        if self.feed_forward is not None:
+            yield Parameter("post_attention_layernorm.weight", (hidden_size,))
+            for parameter in self.feed_forward.parameters(hidden_size):
+                yield parameter.within("mlp.")
+            if sandwich:
+                yield Parameter("mlp_output_norm.weight", (hidden_size,))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers, by number, whose caches are alike: one block table serves them all."""
+
+    spec: CacheSpec
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer as data.
+
+    hidden_size D, vocab_size V (width of the logits)
+    context        longest sequence, in tokens, that positions were made for
+    layers         what each is made of
+    embedding_multiplier, logits_divisor   what embeddings are multiplied by, and logits divided
+    logits_softcap   c * tanh(logits / c), where given
+    unpublished      what no published model_type has, so that the model can be trained and
+                     measured, but not served
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    context: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None
+    unpublished: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.layers:
+            raise ConfigError("num_layers is 0; it must be at least 1")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Those of the layers that have one, in order."""
+        return tuple(layer.mixer for layer in self.layers if layer.mixer is not None)
+
+    @property
+    def feed_forward(self) -> tuple[FeedForwardConfig, ...]:
+        """Those of the layers that have one, in order."""
+        parts = (layer.feed_forward for layer in self.layers)
+        return tuple(part for part in parts if part is not None)
+
+    def caches(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+        """What each layer keeps of the past, in a model of `dtype`; an empty one keeps nothing."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(CacheSpec() if mixer is None else mixer.cache(dtype) for mixer in mixers)
+
+    def cache_groups(self, dtype: torch.dtype) -> tuple[CacheGroup, ...]:
+        """The layers that keep something, those of equal caches together, in the order of their
+        first ones."""
+        members: dict[CacheSpec, list[int]] = {}
+        for number, spec in enumerate(self.caches(dtype)):
+            if spec != CacheSpec():
+                members.setdefault(spec, []).append(number)
+        return tuple(CacheGroup(spec, tuple(layers)) for spec, layers in members.items())
+
+    @property
+    def attention(self) -> GQA:
+        """The sizes of attention that all layers share, whatever their windows. Raises ConfigError
+        where they do not."""
+        found = [mixer for mixer in self.mixers if isinstance(mixer, GQA)]
+        sizes = {(each.num_heads, each.num_kv_heads, each.head_dim) for each in found}
+        if len(found) < self.num_layers or len(sizes) > 1:
+            raise ConfigError(
+                f"the layers of this {self.model_type} model do not all have attention of one size"
+            )
+        return found[0]
+
+    # The cache has one geometry for all layers until it is made of groups.
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """windows[i] is layer i's, in tokens; None for none."""
+        return tuple(cache.window for cache in self.caches(torch.float32))
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim

@@ -1,0 +1,1 @@
+"""The supported architectures, a file each: see moebius.models.family."""

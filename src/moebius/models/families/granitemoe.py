@@ -1,0 +1,34 @@
+"""Granite 3 MoE: stacked experts, softmax over the chosen logits, multipliers on four places of the
+network."""
+
+from moebius.models.config import ModelConfig
+from moebius.models.family import Family
+from moebius.models.layout import Layout, stacked
+from moebius.models.parts import attention, decoder, experts, layers
+from moebius.models.reading import ConfigReader
+
+
+def read(reader: ConfigReader) -> ModelConfig:
+    part = experts(
+        reader, "num_local_experts", "intermediate_size", score="logits", weight="softmax"
+    )
+    mixer = attention(reader, scale=reader.number("attention_multiplier"), biases=True)
+    residual = reader.number("residual_multiplier")
+    return decoder(
+        reader,
+        layers(reader, mixer, part, residual_multiplier=residual),
+        embedding_multiplier=reader.number("embedding_multiplier"),
+        logits_divisor=reader.number("logits_scaling"),
+    )
+
+
+AT = "block_sparse_moe."
+PUBLISHED = {
+    "mlp.router.weight": AT + "router.layer.weight",
+    **stacked(AT + "input_linear.weight", AT + "output_linear.weight"),
+}
+CONVERTED = {
+    "mlp.router.weight": AT + "router.weight",
+    **stacked(AT + "experts.gate_up_proj", AT + "experts.down_proj"),
+}
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)))

@@ -1,0 +1,92 @@
+"""The supported architectures: one module each in moebius.models.families, named after its
+model_type.
+
+Such a module declares FAMILY. Nothing else lists it: which there are is what the directory holds,
+and only the one that a model asks for is imported.
+"""
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moebius.errors import ConfigError
+from moebius.models import families
+from moebius.models.config import ModelConfig
+from moebius.models.layout import Layout
+from moebius.models.reading import ConfigReader, Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    read      config.json to ModelConfig
+    layouts   how its checkpoints name their tensors, the published one first
+    unused    patterns of tensors that checkpoints hold and this model does not, such as "mtp.*"
+    keys      what the keys of config.json mean, where transformers does not say it: the table
+              beside a module, of its name, was made from transformers' sources
+    """
+
+    read: Callable[[ConfigReader], ModelConfig]
+    layouts: tuple[Layout, ...] = (Layout(),)
+    unused: tuple[str, ...] = ()
+    keys: Keys | None = None
+
+    def leaves_out(self, tensor: str) -> bool:
+        """Whether a checkpoint's tensor is none of the model's."""
+        return any(fnmatchcase(tensor, pattern) for pattern in self.unused)
+
+
+class ConfigReading(NamedTuple):
+    """What a config.json says.
+
+    ignored   keys that no model of this type reads, so that they change nothing
+    assumed   keys that count and are absent, so that they have the default of transformers' class
+    """
+
+    config: ModelConfig
+    ignored: Sequence[str]
+    assumed: Sequence[str]
+
+
+def model_types() -> tuple[str, ...]:
+    """Those that are supported, in alphabetical order."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
+
+
+def family(model_type: object) -> Family:
+    """Raises ConfigError where config.json's model_type is none of the supported ones."""
+    return _found(model_type)[0]
+
+
+def _found(model_type: object) -> tuple[Family, Path]:
+    """A family, and the file that declares it."""
+    known = model_types()
+    if model_type not in known:
+        raise ConfigError(
+            f"config.json: model_type {model_type!r} is not supported; supported are "
+            f"{', '.join(known)}"
+        )
+    module = import_module(f"{families.__name__}.{model_type}")
+    assert isinstance(module.FAMILY, Family) and module.__file__ is not None
+    return module.FAMILY, Path(module.__file__)
+
+
+def read_config(config_json: Mapping[str, Any]) -> ConfigReading:
+    """Raises ConfigError naming the key that is wrong, or that counts and has a value which is not
+    supported."""
+    declared, file = _found(config_json.get("model_type"))
+    keys = declared.keys or Keys.of_file(file.with_suffix(".json"))
+    reader = ConfigReader(config_json, keys)
+    config = declared.read(reader)
+    reader.finish()
+    return ConfigReading(config, reader.ignored, sorted(reader.computed - reader.raw.keys()))
+
+
+def model_config(config_json: Mapping[str, Any]) -> ModelConfig:
+    """The architecture alone. Raises ConfigError as read_config."""
+    return read_config(config_json).config

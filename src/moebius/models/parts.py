@@ -1,0 +1,243 @@
+"""What many families spell alike in config.json, as parts of a ModelConfig: attention and its
+rotary embedding, feed-forwards, which layers slide, and the whole.
+
+A family takes what it shares with the others from here, and changes the records where it differs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moebius.files import package_table, read_json
+from moebius.models.config import LayerSpec, ModelConfig
+from moebius.models.reading import ConfigReader, Keys
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.mixer import Mixer
+from moebius.nn.rope import RopeConfig
+from moebius.ops.config import Activation, RouterConfig, Score, Weight
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+_OLD_LAYER_TYPES = {"attention": FULL}
+"""What transformers 4 called them."""
+_ROPE_KEYS: Mapping[str, Sequence[str]] = read_json(Path(__file__).with_name("rope_keys.json"))
+_ACTIVATIONS: Mapping[str, Activation] = package_table("models/keys.toml")["activations"]
+
+
+def activation(reader: ConfigReader, key: str = "hidden_act") -> Activation:
+    name = reader.get(key)
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise reader.error(f"{key} is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def layer_types(
+    reader: ConfigReader, known: Sequence[str] = (FULL, SLIDING)
+) -> Sequence[str] | None:
+    """One of the known words a layer, None where the key is absent."""
+    value = reader.get("layer_types")
+    if value is None:
+        return None
+    given = value if isinstance(value, list) else []
+    types = [_OLD_LAYER_TYPES.get(v, v) if isinstance(v, str) else v for v in given]
+    if len(types) != reader.num_layers or not all(v in known for v in types):
+        raise reader.error(f"layer_types must name one of {', '.join(known)} for each layer")
+    return types
+
+
+def sliding_window(reader: ConfigReader) -> int | None:
+    """The sliding window of all layers, where it is not null."""
+    return None if reader.get("sliding_window") is None else reader.integer("sliding_window")
+
+
+def rope(reader: ConfigReader) -> RopeConfig:
+    """rope_theta and rope_scaling (transformers 4) or rope_parameters (5); rope_scaling wins as it
+    does there."""
+    old = reader.get("rope_scaling")
+    new = reader.get("rope_parameters")
+    return rope_of(reader, "rope_scaling", old) if old else rope_of(reader, "rope_parameters", new)
+
+
+def rope_of(reader: ConfigReader, name: str, value: Any) -> RopeConfig:
+    """One object of rope's entries, which stands under `name`; None for an empty one."""
+    given = value or {}
+    if not isinstance(given, dict):
+        raise reader.error(f"{name} is {given!r}; it must be an object")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind in ("dynamic", "longrope", "su"):
+        raise reader.error(
+            f"rope type {kind!r} is not supported: its frequencies depend on the longest sequence "
+            "in the batch, so a request's answer would depend on its neighbours; linear, llama3 "
+            "and yarn are supported"
+        )
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise reader.error(f"rope type {kind!r} is unknown; {', '.join(_ROPE_KEYS)} are supported")
+    where = f"{reader.where}{name} of type {kind}: "
+    entries = ConfigReader(given, Keys(dict.fromkeys(_ROPE_KEYS[kind])), where)
+    entries.computed |= {"rope_type", "type"}
+    nested = [key for key, entry in given.items() if isinstance(entry, Mapping)]
+    if nested:
+        raise entries.error(
+            f"{nested} are objects; all layers of this type have the same frequencies"
+        )
+    _check_partial(reader, entries)
+    config = _scaled(reader, kind, entries)
+    entries.finish()
+    reader.ignored += [f"{name}.{ignored}" for ignored in entries.ignored]
+    return config
+
+
+def _check_partial(reader: ConfigReader, entries: ConfigReader) -> None:
+    """Heads are turned as a whole; not every type of frequencies reads which part of them is to
+    be."""
+    key = "partial_rotary_factor"
+    everywhere = reader.number(key, 1.0)
+    if key in entries.keys.read:
+        partial = entries.number(key, everywhere)
+        if partial != 1.0:
+            raise entries.error(f"{key} is {partial}; only 1 is supported")
+    elif everywhere != 1.0:
+        reader.ignored.append(key)
+
+
+def _scaled(reader: ConfigReader, kind: str, entries: ConfigReader) -> RopeConfig:
+    """The frequencies of one rope type."""
+    longest = reader.integer("max_position_embeddings")
+    key = "original_max_position_embeddings"
+    original = reader.integer(key, entries.integer(key, longest))
+    own_theta = entries.get("rope_theta") is not None
+    theta = (entries if own_theta else reader).number("rope_theta")
+    if kind == "linear":
+        return RopeConfig(theta, "linear", entries.number("factor"), original)
+    if kind == "llama3":
+        low = entries.number("low_freq_factor")
+        high = entries.number("high_freq_factor")
+        if not low < high:
+            raise reader.error(
+                f"rope low_freq_factor = {low} must be less than high_freq_factor = {high}"
+            )
+        return RopeConfig(theta, "llama3", entries.number("factor"), original, low, high)
+    if kind == "yarn":
+        return RopeConfig(
+            theta,
+            "yarn",
+            entries.number("factor", longest / original),
+            original,
+            beta_fast=entries.number("beta_fast", 32.0) or 32.0,
+            beta_slow=entries.number("beta_slow", 1.0) or 1.0,
+            attention_factor=entries.optional_number("attention_factor"),
+            mscale=entries.optional_number("mscale"),
+            mscale_all_dim=entries.optional_number("mscale_all_dim"),
+            # Null is false here.
+            truncate=entries.flag("truncate", "truncate" not in entries.raw),
+        )
+    return RopeConfig(theta)
+
+
+def attention(reader: ConfigReader, *, biases: bool = False, **different: Any) -> GQA:
+    """Grouped-query attention without a window, and what is `different` about this one: fields of
+    GQA. With `biases`, the key attention_bias gives them to all four projections."""
+    heads = reader.integer("num_attention_heads")
+    hidden = reader.integer("hidden_size")
+    if reader.get("head_dim") is None and hidden % heads:
+        raise reader.error(
+            f"hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim"
+        )
+    if biases:
+        both = reader.flag("attention_bias")
+        different = {"qkv_bias": both, "output_bias": both} | different
+    if "rope" not in different:
+        different["rope"] = rope(reader)
+    return GQA(
+        num_heads=heads,
+        num_kv_heads=reader.integer("num_key_value_heads", heads),
+        head_dim=reader.integer("head_dim", hidden // heads),
+        **different,
+    )
+
+
+def feed_forward(reader: ConfigReader, **different: Any) -> FeedForwardConfig:
+    """A dense one, and what is `different` about it: fields of FeedForwardConfig."""
+    width = reader.integer("intermediate_size")
+    return FeedForwardConfig(width, activation=activation(reader), **different)
+
+
+def experts(
+    reader: ConfigReader,
+    count: str,
+    width: str,
+    *,
+    weight: Weight | None = None,
+    score: Score = "softmax",
+) -> FeedForwardConfig:
+    """As many experts, and as wide, as the keys `count` and `width` say; weight None is what
+    norm_topk_prob says."""
+    weight = weight or ("renorm" if reader.flag("norm_topk_prob") else "raw")
+    router = RouterConfig(
+        reader.integer(count), reader.integer("num_experts_per_tok"), score=score, weight=weight
+    )
+    return FeedForwardConfig(reader.integer(width), router, activation(reader))
+
+
+def layers(
+    reader: ConfigReader,
+    mixers: GQA | Sequence[Mixer],
+    parts: FeedForwardConfig | Sequence[FeedForwardConfig],
+    windows: int | Sequence[int | None] | None = None,
+    **different: Any,
+) -> tuple[LayerSpec, ...]:
+    """A layer's mixer and feed-forward part, one each or one for all, and what is `different` from
+    a plain layer: fields of LayerSpec. Attention that is one for all gets the windows, one each or
+    one for all."""
+    each_mixer = _windowed(reader, mixers, windows) if isinstance(mixers, GQA) else mixers
+    each_part = parts if isinstance(parts, Sequence) else [parts] * reader.num_layers
+    return tuple(
+        LayerSpec(mixer, part, **different)
+        for mixer, part in zip(each_mixer, each_part, strict=True)
+    )
+
+
+def _windowed(
+    reader: ConfigReader, mixer: GQA, windows: int | Sequence[int | None] | None
+) -> list[GQA]:
+    """Each layer's attention, with its window; layer_types has to agree, where it is there."""
+    every = windows if isinstance(windows, Sequence) else [windows] * reader.num_layers
+    usual = [FULL if window is None else SLIDING for window in every]
+    for i, (kind, window) in enumerate(zip(layer_types(reader) or usual, every, strict=True)):
+        if (kind == SLIDING) != (window is not None):
+            has = "no sliding window" if window is None else f"a sliding window of {window}"
+            raise reader.error(
+                f"layer_types[{i}] is {kind}, but the other keys give the layer {has}"
+            )
+    return [replace(mixer, window=window) for window in every]
+
+
+def decoder(reader: ConfigReader, specs: Sequence[LayerSpec], **different: Any) -> ModelConfig:
+    """What every supported architecture spells alike, and what is `different` about this one:
+    fields of ModelConfig."""
+    quantized = reader.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise reader.error(
+            f"quantization_config of method {method!r} is not supported; use the checkpoint in "
+            "bfloat16, float16 or float32"
+        )
+    usual = {
+        "model_type": reader.get("model_type"),
+        "hidden_size": reader.integer("hidden_size"),
+        "vocab_size": reader.integer("vocab_size"),
+        "context": _context(reader, specs),
+        "layers": tuple(specs),
+        "norm_eps": reader.number("rms_norm_eps"),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings"),
+    }
+    return ModelConfig(**usual | different)
+
+
+def _context(reader: ConfigReader, specs: Sequence[LayerSpec]) -> int:
+    """What config.json states, or what the layers' rotary embeddings stretch it to."""
+    stated = reader.integer("max_position_embeddings")
+    ropes = {spec.mixer.rope for spec in specs if isinstance(spec.mixer, GQA)}
+    return max([stated, *(each.context(stated) for each in ropes if each is not None)])

@@ -1,0 +1,229 @@
+"""What a checkpoint directory holds, checked from headers: nothing is allocated.
+
+One tensor is read where two may be the same: see _tied.
+"""
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from moebius.errors import ConfigError, WeightsError
+from moebius.files import read_json
+from moebius.models.config import ModelConfig
+from moebius.models.family import family, read_config
+from moebius.models.layout import Layout, Source, sources
+from moebius.models.store.kinds import open_store
+from moebius.models.store.plan import PlannedWeight, planned_weight
+from moebius.models.store.tensors import Store, StoredTensor, check, short_name
+
+log = logging.getLogger(__name__)
+
+_SAMPLE = 4096
+# Bytes of two tensors that may be the same; larger pieces would leave the processor's cache.
+_COMPARED_AT_ONCE = 2**18
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose configuration and tensors fit together; made by open_checkpoint.
+
+    config.tie_word_embeddings says what the tensors do, which is not always what config_json says.
+    tensors are the store's, under their names in a model with a head.
+    """
+
+    directory: Path
+    config_json: Mapping[str, Any]
+    config: ModelConfig
+    store: Store
+    tensors: Mapping[str, StoredTensor]
+    sources: tuple[Source, ...]
+
+    @cached_property
+    def dtype(self) -> str:
+        """What most numbers of the files are: bfloat16, float16 or float32."""
+        sizes: Counter[str] = Counter()
+        for source in self.sources:
+            tensor = self.tensors[source.name]
+            size = math.prod(source.shape) * (tensor.stop - tensor.start)
+            sizes[str(tensor.format)] += size // math.prod(tensor.shape)
+        return max(sizes, key=lambda name: sizes[name])
+
+    def plan_weights(
+        self, dtype: str, device: str = "cpu", formats: Collection[str] = ()
+    ) -> list[PlannedWeight]:
+        """How each parameter is held on `device` by a model that computes in `dtype`.
+
+        formats: those of matrices that the backend reads where they lie (Ops.formats), besides
+        `dtype` itself. Loads none; loading holds each as this says.
+        """
+        return [
+            planned_weight(source, self.tensors[source.name], dtype, device, formats)
+            for source in self.sources
+        ]
+
+
+def _named_in_full(
+    layout: Layout, tensors: Mapping[str, StoredTensor]
+) -> Mapping[str, StoredTensor]:
+    """The tensors under their names in a model with a head; one that was saved without has no
+    `model.` before them."""
+    before = layout.prefix
+    if any(name.startswith(before) for name in tensors):
+        return tensors
+    return {
+        name if name == layout.head else before + name: tensor for name, tensor in tensors.items()
+    }
+
+
+def _harmless(name: str, config: ModelConfig, head: str) -> bool:
+    """Buffers that old checkpoints carry, and the copy of a tied embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (name == head and config.tie_word_embeddings)
+
+
+def _tied(
+    directory: Path, config: ModelConfig, layout: Layout, tensors: Mapping[str, StoredTensor]
+) -> bool:
+    """Whether the head is the embedding: it is meant to be, and no head is stored that differs.
+
+    As in transformers: a head of its own counts for more than tie_word_embeddings. Bytes are
+    compared, so that two spellings of one number are two heads, which costs memory and is right.
+    What is read is what loading maps, and it ends at the first difference.
+    """
+    embedding = tensors.get(layout.embedding)
+    head = tensors.get(layout.head)
+    if not config.tie_word_embeddings or embedding is None or head is None:
+        return config.tie_word_embeddings
+    if _same_values(embedding, head):
+        return True
+    log.warning(
+        "%s: tie_word_embeddings is true, but the files hold a %s that is not %s: it is used",
+        directory.name,
+        layout.head,
+        layout.embedding,
+    )
+    return False
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(mine == theirs for mine, theirs in zip(_pieces(one), _pieces(other), strict=True))
+
+
+def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
+    """The tensor's bytes, one piece after the other in the same buffer; the last may have old bytes
+    behind it, the same of two tensors whose earlier pieces are the same."""
+    buffer = bytearray(_COMPARED_AT_ONCE)
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            for left in range(tensor.stop - tensor.start, 0, -len(buffer)):
+                wanted = memoryview(buffer)[:left]
+                check(
+                    file.readinto(wanted) == len(wanted),
+                    short_name(tensor.file),
+                    " shrank while it was read",
+                )
+                yield buffer
+    except OSError as cause:
+        raise WeightsError(
+            f"{short_name(tensor.file)} cannot be read: {cause.strerror or cause}"
+        ) from None
+
+
+def _match(
+    directory: Path, config: ModelConfig, store: Store, tensors: Mapping[str, StoredTensor]
+) -> tuple[Source, ...]:
+    """The sources of all parameters, in the layout that the checkpoint has."""
+    layouts = family(config.model_type).layouts
+    head = layouts[0].head
+    if config.tie_word_embeddings and layouts[0].embedding not in tensors:
+        layouts = tuple(replace(layout, embedding=head) for layout in layouts)
+    candidates = [tuple(sources(config, layout)) for layout in layouts]
+    wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
+    missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        if missing == [head]:
+            more = (
+                "; if the embedding is meant to serve as head, config.json must say "
+                "tie_word_embeddings = true"
+            )
+        files = sorted({short_name(tensor.file) for tensor in tensors.values()})
+        where = ", ".join(files[:3]) or directory.name
+        raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{more}")
+    for source in wanted:
+        stored = tensors[source.name]
+        where = f"{short_name(stored.file)}: tensor {source.name!r}"
+        same = stored.shape == source.stored_shape
+        check(
+            same,
+            where,
+            f" has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}",
+        )
+        supported = ", ".join(store.dtypes)
+        known = stored.format is not None
+        check(known, where, f" has dtype {stored.dtype}; supported are {supported}")
+    used = {source.name for source in wanted}
+    for name, stored in tensors.items():
+        wanted_here = name in used or _harmless(name, config, head)
+        left_over = f": tensor {name!r} is left over; {config.model_type} has no such tensor"
+        check(wanted_here, short_name(stored.file), left_over)
+    return wanted
+
+
+def open_checkpoint(directory: Path | str) -> Checkpoint:
+    """Read and check a model directory. Raises ConfigError or WeightsError; allocates nothing.
+
+    Keys of config.json that change nothing are named in the log.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{directory} is no directory; a model is a directory with config.json and safetensors "
+            "files"
+        )
+    config_json = read_json(directory / "config.json")
+    config, ignored, _ = read_config(config_json)
+    if ignored:
+        log.info(
+            "config.json: no %s model reads %s, which changes nothing",
+            config.model_type,
+            ", ".join(ignored),
+        )
+    store = open_store(directory)
+    found = family(config.model_type)
+    layout = found.layouts[0]
+    known = {name: each for name, each in store.tensors.items() if not found.leaves_out(name)}
+    tensors = _named_in_full(layout, known)
+    config = replace(config, tie_word_embeddings=_tied(directory, config, layout, tensors))
+    matched = _match(directory, config, store, tensors)
+    return Checkpoint(directory, config_json, config, store, tensors, matched)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each
+    tensor."""
+    digest = blake2b(digest_size=8, person=b"moebius-weights")
+    digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
+    digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
+    tensors = sorted(checkpoint.tensors.values(), key=lambda t: (t.file.name, t.start))
+    for path in sorted({tensor.file for tensor in tensors}):
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            header = checkpoint.store.header(path)
+            for part in (path.name.encode(), size.to_bytes(8, "little"), header):
+                digest.update(len(part).to_bytes(8, "little") + part)
+            for tensor in tensors:
+                if tensor.file == path:
+                    file.seek(tensor.start)
+                    digest.update(file.read(min(_SAMPLE, tensor.stop - tensor.start)))
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""A checkpoint's tensors into a Decoder, where they lie in their files wherever that can be."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moebius.errors import WeightsError
+from moebius.models.decoder import Decoder
+from moebius.models.layout import Source
+from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
+from moebius.models.store.mapped import MappedFiles
+from moebius.models.store.tensors import StoredTensor
+from moebius.ops import Ops, select_ops
+from moebius.ops.weights import dtype_name
+
+# What each format's numbers are in torch.
+_NUMBERS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_decoder(
+    checkpoint: Checkpoint | Path | str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    ops: Ops | None = None,
+    *,
+    mapped: bool = True,
+) -> Decoder:
+    """A decoder with a checkpoint's weights, which computes in `dtype` on `device`.
+
+    On a CPU, tensors are used where they lie in the mapped file if they are stored as `dtype`, or
+    are matrices in a format that the backend reads in place: loading copies nothing and processes
+    share the pages. All others are copied as `dtype`; Checkpoint.plan_weights says which. Mapped
+    weights cannot be written and take no gradient; mapped=False copies all of them, as `dtype`, for
+    training. Raises ConfigError or WeightsError before anything is allocated.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    device = torch.device(device)
+    decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
+    _check_all_have_a_source(decoder, checkpoint.sources)
+    formats = decoder.ops.formats(dtype) if mapped else frozenset[str]()
+    planned = checkpoint.plan_weights(dtype_name(dtype), device.type, formats)
+    files = MappedFiles()
+    modules = dict(decoder.named_modules())
+    for source, plan in zip(checkpoint.sources, planned, strict=True):
+        stored = _view(files, source, checkpoint.tensors[source.name])
+        value = stored.to(device=device, dtype=_NUMBERS[plan.format], copy=not mapped)
+        module, _, leaf = source.parameter.rpartition(".")
+        modules[module].register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
+    return decoder
+
+
+def _view(files: MappedFiles, source: Source, stored: StoredTensor) -> Tensor:
+    """The source's numbers where they lie, as they are stored."""
+    skipped = 0
+    if source.entry is not None:
+        first_row = source.entry * source.stored_shape[1] + source.start
+        skipped = first_row * math.prod(source.stored_shape[2:])
+    return files.view(stored, _NUMBERS[str(stored.format)], skipped, source.shape)
+
+
+def _check_all_have_a_source(decoder: Decoder, sources: Iterable[Source]) -> None:
+    """Raises WeightsError naming what would stay without values: nothing but a source takes a
+    tensor off meta."""
+    tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    found = {source.parameter: source.shape for source in sources}
+    bare = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_meta and found.get(name) != tuple(tensor.shape)
+    ]
+    if bare:
+        more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
+        raise WeightsError(
+            f"no tensor of a {decoder.config.model_type} checkpoint holds the values of "
+            f"{bare[0]}{more}; what config.json describes cannot be loaded"
+        )

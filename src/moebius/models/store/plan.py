@@ -1,0 +1,46 @@
+"""How a parameter is held: read where it lies in its file, or copied. No torch.
+
+Plan and loading both ask here, so that they cannot disagree.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from moebius.models.layout import Source
+from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWeight:
+    """One parameter as it will be held.
+
+    mapped   read from the file as it lies there, and otherwise copied (and converted)
+    format   of what is held: the file's of what is mapped, else what the model computes in
+    count    numbers, however many bytes they take
+    """
+
+    name: str
+    mapped: bool
+    format: str
+    count: int
+    nbytes: int
+
+
+def planned_weight(
+    source: Source, stored: StoredTensor, dtype: str, device: str, formats: Collection[str]
+) -> PlannedWeight:
+    """How `source` is held on `device` by a model that computes in `dtype`.
+
+    Numbers of that very dtype are mapped, and matrices in one of `formats`, which widen to it
+    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype.
+    """
+    wanted = "float32" if source.float32 else dtype
+    count = math.prod(source.shape)
+    as_stored = stored.format == wanted or (len(source.shape) == 2 and stored.format in formats)
+    aligned = stored.start % NUMBER_BYTES.get(str(stored.format), 1) == 0
+    if device == "cpu" and as_stored and aligned:
+        nbytes = (stored.stop - stored.start) * count // math.prod(stored.shape)
+        return PlannedWeight(source.parameter, True, str(stored.format), count, nbytes)
+    nbytes = count * NUMBER_BYTES[wanted]
+    return PlannedWeight(source.parameter, False, wanted, count, nbytes)

@@ -1,0 +1,35 @@
+"""Which operations a model asks of its backend, told from its configuration."""
+
+import torch
+
+from moebius.errors import ConfigError
+from moebius.models.config import ModelConfig
+from moebius.ops import Operation, Ops, Use
+
+_ALWAYS = (
+    Operation.EMBED,
+    Operation.LOGITS,
+    Operation.RMS_NORM,
+    Operation.ADD_RMS_NORM,
+    Operation.SAMPLING,
+)
+
+
+def uses(config: ModelConfig, dtype: torch.dtype) -> frozenset[Use]:
+    """What serving a model of this configuration computes, in `dtype`."""
+    found = {Use(operation, dtype) for operation in _ALWAYS}
+    for mixer in config.mixers:
+        found.update(mixer.uses(dtype))
+    for part in config.feed_forward:
+        found.update(part.uses(dtype))
+    return frozenset(found)
+
+
+def check_served(config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
+    """ConfigError for a model that asks for what this backend does not compute."""
+    lacking = [use for use in uses(config, dtype) if ops.capability(use) is None]
+    if lacking:
+        raise ConfigError(
+            f"the {ops.name} operations lack what this {config.model_type} model asks for: "
+            f"{', '.join(sorted(map(str, lacking)))}"
+        )

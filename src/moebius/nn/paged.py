@@ -1,0 +1,54 @@
+"""The past in serving: each layer's keys and values in a paged cache."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from moebius.nn.attention import Attention
+from moebius.ops import AttentionPlan, LayerCache, Ops, Pair
+from moebius.ops.steps import Step
+
+
+class PagedPast:
+    """Store the step's keys and values in each layer's cache, and attend over what the cache holds.
+
+    caches are one per layer, as Ops.make_cache made them, with blocks of block_size tokens.
+    """
+
+    def __init__(self, ops: Ops, caches: Sequence[LayerCache], step: Step, block_size: int) -> None:
+        self._ops = ops
+        self._caches = caches
+        self._step = step
+        self._block_size = block_size
+        self._plans: dict[int | None, AttentionPlan] = {}
+
+    def _plan(self, window: int | None) -> AttentionPlan:
+        """What attention needs to know of the step: the same for all layers with this window."""
+        if window not in self._plans:
+            self._plans[window] = self._ops.plan_attention(self._step, self._block_size, window)
+        return self._plans[window]
+
+    def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Pair) -> Tensor:
+        """See moebius.nn.attention.Attends."""
+        spec = attention.spec
+        cache = self._caches[attention.layer]
+        cos_TR, sin_TR = rotation
+        q_weight = k_weight = None
+        eps = 0.0
+        norms = attention.head_norms
+        if norms is not None:
+            q_norm, k_norm = norms
+            q_weight = q_norm.weight
+            k_weight = k_norm.weight
+            eps = q_norm.eps
+        q_THN = self._ops.rotate_and_store(
+            qkv_TI, cos_TR, sin_TR, cache, self._step.slot_mapping, q_weight, k_weight, eps
+        )
+        return self._ops.paged_attention(
+            q_THN,
+            cache,
+            self._plan(spec.window),
+            spec.score_scale,
+            spec.softcap,
+            attention.sinks,
+        )

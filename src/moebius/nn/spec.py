@@ -1,0 +1,60 @@
+"""What a record and the module that it describes agree on: parameters, and where they go."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from moebius.nn.rope import RopeConfig, Rotary
+from moebius.ops import Ops
+
+
+class Parameter(NamedTuple):
+    """One parameter of a module, before there is any.
+
+    name      in the module
+    shape     its sizes
+    role      what layouts of checkpoints call it by: its name, but for an expert's number
+    expert    the expert whose matrix it is, of `experts`; None for what belongs to no one expert
+    float32   it stays float32 in a model of any dtype
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str = ""
+    expert: int | None = None
+    experts: int = 1
+    float32: bool = False
+
+    def within(self, prefix: str) -> "Parameter":
+        """The same parameter, seen from a module that has this one's under `prefix`."""
+        return self._replace(name=prefix + self.name, role=prefix + (self.role or self.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a layer's modules are built with.
+
+    rotaries   those that the model's layers share: equal ropes are worked out once a step
+    """
+
+    ops: Ops
+    hidden_size: int
+    norm_eps: float
+    dtype: torch.dtype
+    layer: int = 0
+    rotaries: dict[tuple[RopeConfig | None, int], Rotary] = field(default_factory=dict)
+
+    def at(self, layer: int) -> "Place":
+        return replace(self, layer=layer)
+
+    def rotary(self, rope: RopeConfig | None, head_dim: int) -> Rotary:
+        """The rotation of heads of this size; None turns nothing (NoPE)."""
+        key = (rope, head_dim)
+        if key not in self.rotaries:
+            self.rotaries[key] = Rotary(rope, head_dim, self.ops)
+        return self.rotaries[key]
+
+
+Parameters = Iterator[Parameter]

@@ -1,0 +1,84 @@
+"""What operations are configured with: how a router chooses, and a feed-forward's nonlinearity."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from moebius.errors import ConfigError, require_word
+
+Score = Literal["softmax", "sigmoid", "logits"]
+Weight = Literal["raw", "renorm", "softmax", "sigmoid"]
+GroupScore = Literal["max", "top2"]
+GroupFill = Literal["zero", "never"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """How a token chooses its experts; one function over this record serves every architecture.
+
+    score            what is compared in the top-k: softmax or sigmoid of the logits, or the logits
+                     themselves
+    weight           what an expert's output is multiplied by: the `raw` score, scores divided by
+                     their sum over the chosen (`renorm`), or `softmax` / `sigmoid` of the chosen
+                     logits
+    selection_bias   a learned vector is added to the scores for the choice only (DeepSeek-V3)
+    num_groups, groups_kept, group_score   node-limited routing: keep the best groups, by the `max`
+                                           or by the sum of
+                     the top two (`top2`) of their scores. `group_fill` says what the others' scores
+                     become: `zero`, or `never`, minus infinity, so that none of them is chosen
+    renorm_eps       added to the divisor of `renorm`
+    scale            multiplies the final weights
+    logit_bias       the router's linear layer has a bias
+    logit_softcap    c * tanh(logits / c), where given
+    learned_noise    in training, normal noise as wide as softplus of a second linear layer is added
+                     to the logits (noisy top-k, Shazeer et al., arXiv 1701.06538 eq 4)
+    """
+
+    num_experts: int
+    top_k: int
+    score: Score = "softmax"
+    weight: Weight = "raw"
+    selection_bias: bool = False
+    num_groups: int = 1
+    groups_kept: int = 1
+    group_score: GroupScore = "max"
+    group_fill: GroupFill = "zero"
+    renorm_eps: float = 0.0
+    scale: float = 1.0
+    logit_bias: bool = False
+    logit_softcap: float | None = None
+    learned_noise: bool = False
+
+    def __post_init__(self) -> None:
+        require_word("the router's score", self.score, Score)
+        require_word("the router's weight", self.weight, Weight)
+        require_word("the router's group_score", self.group_score, GroupScore)
+        require_word("the router's group_fill", self.group_fill, GroupFill)
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ConfigError(
+                f"the router's logit_softcap is {self.logit_softcap}; it must be positive"
+            )
+        if self.num_experts < 1:
+            raise ConfigError(f"num_experts is {self.num_experts}; it must be at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(
+                f"top_k (num_experts_per_tok) is {self.top_k}; it must lie between 1 and "
+                f"num_experts = {self.num_experts}"
+            )
+        whole = self.num_experts % self.num_groups == 0
+        if not (whole and 1 <= self.groups_kept <= self.num_groups):
+            raise ConfigError(
+                f"{self.groups_kept} of {self.num_groups} expert groups do not divide "
+                f"{self.num_experts} experts"
+            )
+        if self.top_k > self.num_experts // self.num_groups * self.groups_kept:
+            raise ConfigError(
+                f"top_k = {self.top_k} experts cannot come from {self.groups_kept} of "
+                f"{self.num_groups} groups"
+            )
+
+    @property
+    def masked_score(self) -> float:
+        """What the score of an expert becomes whose group is not kept."""
+        return 0.0 if self.group_fill == "zero" else -math.inf

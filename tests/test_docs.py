@@ -1,0 +1,203 @@
+"""README and docs/: links lead somewhere, commands exist, tables are what the records say, and README stays short."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from moebius.cli.commands import app
+from moebius.files import package_table
+from moebius.schedule.params import SamplingParams
+from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
+
+ROOT = Path(__file__).parent.parent
+# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
+sys.path.append(str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+# Where a command ends and something else begins, as in `moebius serve MODEL | tee log`.
+COMMAND = re.compile(r"(?<![\w./-])(?:\.venv/bin/|-m )?moebius((?: [^\s`|&;#<]+)+)")
+
+
+def tokens(path: Path) -> Iterator[Token]:
+    """A page's tokens, those inside of paragraphs, headings and cells among them."""
+    for token in MARKDOWN.parse(path.read_text(encoding="utf-8")):
+        yield token
+        yield from token.children or ()
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    parsed = MARKDOWN.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for opening, inline in pairwise(parsed):
+        if opening.type == "heading_open":
+            text = "".join(child.content for child in inline.children or ())
+            fragment = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+            found.add(fragment if fragment not in found else f"{fragment}-1")
+    return found
+
+
+def links(path: Path) -> Iterator[str]:
+    """Targets of links and pictures that are inside of the repository."""
+    for token in tokens(path):
+        target = token.attrs.get("href") or token.attrs.get("src")
+        if isinstance(target, str) and not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def broken(path: Path, root: Path = ROOT) -> list[str]:
+    """Links of a page that leave `root`, or lead to no file or heading there."""
+    wrong = []
+    for target in links(path):
+        name, _, fragment = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        inside = there.is_relative_to(root) and there.exists()
+        if not inside or (fragment and fragment not in anchors(there)):
+            wrong.append(target)
+    return wrong
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The words behind `moebius` in each command that a page shows; a line that ends in a backslash goes on."""
+    for token in tokens(path):
+        shell = token.type == "fence" and token.info in ("", "sh")
+        if shell or token.type == "code_inline":
+            for found in COMMAND.finditer(token.content.replace("\\\n", " ")):
+                yield found[1].split()
+
+
+def options_of(words: list[str]) -> tuple[set[str], list[str]]:
+    """The options that the command knows which the words name, and the words behind its name."""
+    command: Any = typer.main.get_command(app)
+    rest = list(words)
+    while rest and rest[0] in getattr(command, "commands", ()):
+        command = command.commands[rest.pop(0)]
+    known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {
+        "--help",
+        "--version",
+    }
+    return known, rest
+
+
+def command_names() -> set[str]:
+    command: Any = typer.main.get_command(app)
+    return set(command.commands)
+
+
+def unknown(words: list[str]) -> list[str]:
+    known, rest = options_of(words)
+    return [word for word in rest if word.startswith("-") and word.split("=")[0] not in known]
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken(path) == []
+
+
+def test_every_page_of_docs_is_reached_from_readme() -> None:
+    reached = {(ROOT / target.partition("#")[0]).resolve() for target in links(ROOT / "README.md")}
+    assert {path for path in PAGES if path.parent == ROOT / "docs"} <= reached
+
+
+def test_a_broken_link_and_a_broken_anchor_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One `two`, three!\n\n## One\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](other.md) [b](other.md#one-two-three) [c](#here) [d](none.md) [e](other.md#two) [f](../up.md)"
+        " ![g](none.png) [h](https://example.org)\n\n# Here\n"
+    )
+    assert broken(page, tmp_path) == ["none.md", "other.md#two", "../up.md", "none.png"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_commands_that_are_shown_exist(path: Path) -> None:
+    known = command_names()
+    for words in commands(path):
+        named = words[0].startswith("-") or words[0].isupper() or words[0] in known
+        assert named and unknown(words) == [], " ".join(["moebius", *words])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_files_that_are_named_exist(path: Path) -> None:
+    """Scripts, recipes, records and tests, by their path from the root."""
+    named = set(
+        re.findall(
+            r"\b(?:benchmarks|recipes|tests|src)/[\w/.-]*\.\w+\b", path.read_text(encoding="utf-8")
+        )
+    )
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_an_option_that_is_not_there_is_found() -> None:
+    assert unknown(["bench", "serve", "--request-rate", "4", "--rate=5", "-x"]) == [
+        "--rate=5",
+        "-x",
+    ]
+    assert unknown(["serve", "MODEL", "--no-enable-prefix-caching", "--port=1"]) == []
+
+
+def test_options_in_the_text_are_options_of_some_command() -> None:
+    """`--drain-timeout` alone, as running text names options of `moebius serve` and others."""
+    page = ROOT / "docs" / "operating.md"
+    bare = {
+        token.content.split()[0].split("=")[0]
+        for token in tokens(page)
+        if token.content.startswith("--")
+    }
+    known: set[str] = set()
+    for name in command_names():
+        known |= options_of([name])[0]
+    assert bare and bare <= known
+
+
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_tables_are_what_the_records_say(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text.count("<!-- made by benchmarks/tables.py") == text.count("<!-- end -->") > 0
+    assert tables.rendered(text) == text, "run .venv/bin/python benchmarks/tables.py"
+
+
+def test_the_chart_shows_the_figures_of_its_record() -> None:
+    """matplotlib writes each text beside its outlines, as a comment."""
+    written = set(re.findall("<!-- (.*?) -->", tables.CHART.read_text(encoding="utf-8")))
+    record = tables.beside.records("avx512")[tables.CHART_RECORD]
+    for one in tables.beside.comparisons(tables.CHART_RECORD, record):
+        if one.measure != tables.beside.TTFT:
+            assert {tables.number(value) for value in one.values.values()} <= written
+
+
+def test_reference_names_every_sampling_parameter() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text))
+    assert {
+        name for name, field in SamplingParams.__dataclass_fields__.items() if field.init
+    } <= named
+
+
+def test_operating_names_every_metric() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    named = {name.removesuffix("_total") for name in re.findall(r"`(\w+)`", text)}
+    table = package_table("server/metrics.toml")
+    series = {
+        name for kind in ("gauges", "counters", "experts", "histograms") for name in table[kind]
+    }
+    assert series <= named
+    assert {*FINISHED_REASONS, *REJECTIONS} <= named
