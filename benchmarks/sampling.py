@@ -19,7 +19,8 @@ import torch
 from moebius.engine.sampler import sample
 from moebius.files import json_record, write_file
 from moebius.ops.cpu import CpuOps
-from moebius.schedule.request import Request, SamplingParams, ServingLimits
+from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.schedule.request import Request
 
 CONTEXT, OUTPUT = 1000, 200
 # How many greedy rows there are, and what the other row asks for.

@@ -23,7 +23,8 @@ from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
 from moebius.models.hub import resolve_model
 from moebius.ops.cpu import Recording
-from moebius.schedule.request import Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import Request
 
 PROMPT, WARM_UP = 200, 5
 

@@ -8,13 +8,15 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 // Rows, and vectors of eight keys or dimensions, whose sums fill twelve registers.
-constexpr int WIDE_ROWS = 3, WIDE_VECTORS = 4;
+constexpr int WIDE_ROWS = BESIDE_FOUR, WIDE_VECTORS = 4;
 // Up to so many rows read the cache as it lies, and wait for its memory.
 constexpr int FEW_ROWS = 8;
 
 INLINE F8 all_8(float x) {
 #if defined(__AVX2__)
     return _mm256_set1_ps(x);
+#elif defined(MOEBIUS_NEON)
+    return {vdupq_n_f32(x), vdupq_n_f32(x)};
 #else
     return F8{x, x, x, x, x, x, x, x};
 #endif

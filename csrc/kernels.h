@@ -117,5 +117,6 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx512bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_amx_emulated();  // for tests
+const Kernels* kernels_neon();
 
 }  // namespace moebius

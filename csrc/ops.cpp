@@ -54,6 +54,9 @@ const Level LEVELS[] = {  // worst first
 #if defined(MOEBIUS_HAS_AMX)
     {"amx", kernels_amx, has_amx},
 #endif
+#if defined(__aarch64__)
+    {"neon", kernels_neon, always},
+#endif
 };
 
 }  // namespace

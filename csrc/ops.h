@@ -15,7 +15,7 @@
 namespace moebius {
 
 // The best instruction set that this processor has and `limit` allows: "" for no limit, or portable, avx2, avx512,
-// avx512bf16, amx. Throws std::invalid_argument for another name or one that the processor lacks.
+// avx512bf16, amx, neon. Throws std::invalid_argument for another name or one that the processor lacks.
 const Kernels* select_kernels(const std::string& limit);
 std::vector<std::string> available_kernels();
 

@@ -23,7 +23,8 @@ from moebius.models.store import open_checkpoint
 from moebius.server.batch import read_batch
 from moebius.text import GenerationDefaults, Tokenizer
 from moebius.train.corpus import Corpus
-from moebius.train.recipe import CorpusRecipe, read_recipe
+from moebius.train.recipe import read_recipe
+from moebius.train.tables import CorpusRecipe
 
 MARK = codecs.BOM_UTF8.decode()
 

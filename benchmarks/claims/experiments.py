@@ -17,8 +17,8 @@ from typing import Any
 
 from moebius.moe.config import FeedForwardConfig, TrainingRouting
 from moebius.ops.config import RouterConfig
-from moebius.train.architecture import dense_twin
-from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
+from moebius.train.recipe import Recipe
+from moebius.train.tables import CorpusRecipe, TokenizerRecipe, TrainingRecipe
 
 # Kinds of text and their weights in the loss; training has about as much of each.
 DOMAINS = {"code": 0.70, "docs": 0.15, "tables": 0.15}
@@ -172,7 +172,7 @@ def recipe_of(name: str, run: Run, seed: int, corpus: Path, steps: int = STEPS) 
         tokenizer=TokenizerRecipe(BYTES),
         routing=TrainingRouting() if run.dropless or not run.experts else TrainingRouting(**limits),  # type: ignore[arg-type]
     )
-    return recipe if run.experts else dense_twin(recipe)
+    return recipe if run.experts else recipe.dense_twin()
 
 
 def facts(run: Run, seed: int, steps: int) -> dict[str, Any]:

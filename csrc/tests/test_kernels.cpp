@@ -270,6 +270,20 @@ void test_rotation(Ops& ops) {
     }
 }
 
+// Rows on every thread: subnormal numbers count as zeros there, and as before on the caller's once the call is over.
+void test_subnormals(Ops& ops) {
+    const float tiny = 1e-40f;
+    const int rows = 64, n = 48;
+    std::vector<float> a(size_t(rows) * n, tiny), b(a.size(), tiny), out(a.size(), 1.0f);
+    ops.add_gated(F32, a.data(), b.data(), nullptr, rows, n, out.data());
+    for (float x : out) check(x == 0, "%g is not flushed", double(x));
+    ops.add_gated(F32, a.data(), b.data(), nullptr, 1, n, out.data());
+    check(out[0] == 0, "%g of one row is not flushed", double(out[0]));
+    volatile float half = tiny;
+    half = half / 2;
+    check(half > 0, "the caller's subnormal numbers are gone");
+}
+
 // --- routing and sampling ---
 
 std::vector<int> best(const std::vector<double>& scores, int k) {
@@ -483,7 +497,7 @@ int main() {
         generator.seed(0);  // the same numbers for each, whatever the levels before it drew
         check(std::string(select_kernels(name)->name) == name, "the kernels are called %s", select_kernels(name)->name);
         Ops ops(name, 2);
-        test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
+        test_subnormals(ops), test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
         test_dtype<float>(ops), test_dtype<uint16_t>(ops);
         test_weights<float, f16>(ops), test_weights<float, uint16_t>(ops), test_float16(ops), test_formats(*select_kernels(name));
         std::printf("%s: passed\n", level);

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
@@ -169,8 +170,11 @@ def _fill(path: Path, content: Content) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk: a file's content, or a directory's names."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """To the disk: a file's content, or a directory's names, which Windows writes by itself."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

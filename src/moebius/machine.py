@@ -10,7 +10,9 @@ many batch systems set them.
 Each function takes the root of the file system that it reads, for tests.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,8 +66,17 @@ def _machine_memory(root: Path) -> Memory:
     fields = _table(root / "proc/meminfo")
     if "MemAvailable:" in fields and "MemTotal:" in fields:
         return Memory(fields["MemAvailable:"] * 1024, fields["MemTotal:"] * 1024, "machine")
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = _built_in()
     return Memory(total // 2, total, "machine")
+
+
+def _built_in() -> int:
+    """Bytes of memory of a machine without /proc: of other Unix systems, or Windows."""
+    if sys.platform == "win32":
+        kibibytes = ctypes.c_ulonglong()
+        ctypes.WinDLL("kernel32").GetPhysicallyInstalledSystemMemory(ctypes.byref(kibibytes))
+        return kibibytes.value * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _process_memory(root: Path) -> Iterator[Memory]:

@@ -4,6 +4,8 @@ answers stay."""
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +13,24 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from moebius.bench.ablate import (
+# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import ablate as script
+from ablation.measure import Outcome, ablate
+from ablation.replay import Replay
+from ablation.report import HEAD, panels, plot, rows, table
+from ablation.variants import (
     CONTIGUOUS,
     FULL,
-    HEAD,
-    Outcome,
-    Replay,
     Variant,
-    ablate,
     dense_width,
-    panels,
-    rows,
+    mixed_samples,
     settle,
     variants,
     write_twin,
 )
-from moebius.bench.report import plot_bars, table
-from moebius.bench.workload import Sample, mixed_samples
+from moebius.bench.workload import Sample
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
 from moebius.errors import ConfigError
@@ -192,7 +195,7 @@ def test_rounds_and_a_choice(tiny_model: Path) -> None:
         num_prompts=4,
         request_rate=500.0,
         names=chosen,
-        repeat=2,
+        rounds=2,
         progress=heard.append,
     )
     assert rate == 500.0 and [outcome["name"] for outcome in found] == [FULL, *chosen]
@@ -203,12 +206,12 @@ def test_rounds_and_a_choice(tiny_model: Path) -> None:
     ("config", "options", "message"),
     [
         (CONFIG, {"names": ["no luck"]}, "there is no no luck; there are full engine, no KV cache"),
-        (CONFIG, {"num_prompts": 0}, "--num-prompts is 0"),
-        (CONFIG, {"repeat": 0}, "--repeat is 0"),
+        (CONFIG, {"num_prompts": 0}, "--prompts is 0"),
+        (CONFIG, {"rounds": 0}, "--rounds is 0"),
         (
             replace(CONFIG, max_model_len=1100),
             {},
-            "'contiguous reservation' needs at most 1024, or leave it out",
+            "1100 tokens are too long for 'contiguous reservation', which takes at most 1024",
         ),
         (CONFIG, {"request_rate": 0.0}, "--request-rate is 0.0"),
     ],
@@ -242,6 +245,46 @@ def test_table_and_chart(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
         and lines[1].startswith("| ---")
         and lines[1].endswith("-: |")
     )
-    plot_bars(tmp_path / "chart.svg", "a title", [o["name"] for o in found], panels(found))
+    plot(tmp_path / "chart.svg", "a title", [o["name"] for o in found], panels(found))
     svg = (tmp_path / "chart.svg").read_text()
     assert svg.startswith("<?xml") and "a title" in svg and "contiguous reservation" in svg
+
+
+def test_the_requests() -> None:
+    m = 256
+    samples = mixed_samples(64, vocab_size=500, max_model_len=m, seed=4)
+    assert samples == mixed_samples(64, vocab_size=500, max_model_len=m, seed=4)
+    assert samples != mixed_samples(64, vocab_size=500, max_model_len=m, seed=5)
+    [(prefix, shared)] = Counter(s.prompt[: m // 4] for s in samples).most_common(1)
+    assert len(prefix) == m // 4
+    longest = [s for s in samples if s.input_tokens >= m // 2]
+    short = [s for s in samples if s.input_tokens <= m // 8]
+    assert (shared, len(short), len(longest)) == (32, 24, 8)
+    assert all(s.input_tokens + s.output_tokens <= m * 3 // 4 for s in samples)
+    outputs = sorted(s.output_tokens for s in samples)
+    assert outputs[0] >= 2 and outputs[-1] <= m // 8 and outputs[-1] > 3 * outputs[32], (
+        "a few long answers"
+    )
+
+
+def test_the_script(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
+    sizes = ("--prompts", "4", "--only", "static batching", "--threads", "1")
+    files = ("--output-json", str(figures), "--plot", str(chart))
+    script.main([str(tiny_model), *sizes, *files])
+    out = capsys.readouterr().out
+    assert "| full engine " in out and "| static batching " in out and "4/4" in out
+    assert "no prefix cache" not in out
+    found = json.loads(figures.read_text())
+    assert found["static batching"]["same"] == 4
+    assert found["config"]["max_num_seqs"] == 16 and found["config"]["threads"] == 1
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_script_refuses_before_it_runs(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no luck; there are full engine"):
+        script.main([str(tiny_model), "--only", "luck"])
+    both = str(tmp_path / "both.png")
+    with pytest.raises(ConfigError, match="--output-json and --plot are one file"):
+        script.main([str(tiny_model), "--output-json", both, "--plot", both])
+    assert list(tmp_path.iterdir()) == []

@@ -258,57 +258,12 @@ def test_offline_commands_refuse_in_one_line(refused: Any, tiny_model: Path) -> 
     assert "--num-prompts is 0" in refused("throughput", *model, "--num-prompts", "0")
 
 
-def test_ablate(
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
-    sizes = (
-        "--num-prompts",
-        "4",
-        "--max-model-len",
-        "128",
-        "--max-num-seqs",
-        "4",
-        "--variants",
-        "static batching",
-    )
-    files = ("--output-json", str(figures), "--plot", str(chart))
-    assert moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files) == 0
-    out = capsys.readouterr().out
-    assert (
-        "full engine" in out
-        and "static batching" in out
-        and "4/4" in out
-        and "no prefix cache" not in out
-    )
-    found = json.loads(figures.read_text())
-    assert found["config"]["max_model_len"] == 128 and found["static batching"]["same"] == 4
-    assert chart.read_bytes().startswith(b"\x89PNG")
-    assert (
-        moebius(monkeypatch, "ablate", str(tiny_model), *sizes, *files, "--request-rate", "inf")
-        == 0
-    )
-    out = capsys.readouterr().out
-    assert "4 requests at once" in out and "| static batching |" in out
-    assert json.loads(figures.read_text())["request_rate"] is None
-
-
-def test_ablate_refuses_in_one_line(refused: Any, tiny_model: Path) -> None:
-    assert "there is no luck; there are full engine" in refused(
-        "ablate", str(tiny_model), "--variants", "luck"
-    )
-    assert "no/such/model" in refused("ablate", "./no/such/model")
-
-
 def test_options_stay_few() -> None:
     counts = {}
     for command in bench.registered_commands:
         assert command.callback is not None
         counts[command.callback.__name__] = len(inspect.signature(command.callback).parameters)
-    assert set(counts) == {"latency", "throughput", "serve", "ablate"} and max(counts.values()) < 40
+    assert set(counts) == {"latency", "throughput", "serve"} and max(counts.values()) < 40
 
 
 @pytest.mark.case("C13")
@@ -324,10 +279,9 @@ def test_figures_never_replace_what_is_not_figures(refused: Any, tmp_path: Path)
 @pytest.mark.case("C13")
 def test_figures_and_chart_are_two_files(refused: Any, tmp_path: Path) -> None:
     both = str(tmp_path / "both.png")
-    for name in ("serve", "ablate"):
-        assert "--output-json and --plot are one file" in refused(
-            name, "--output-json", both, "--plot", both
-        )
+    assert "--output-json and --plot are one file" in refused(
+        "serve", "--output-json", both, "--plot", both
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -340,5 +294,6 @@ def test_figures_replace_earlier_ones(tmp_path: Path, suffix: str) -> None:
     for round in (1, 2):
         report.check_outputs(figures, chart)
         report.save_json(figures, {"round": round})
-        report.plot_bars(chart, "a title", ["a"], [("heading", [float(round)], None)])
+        with report.chart(chart, f"round {round}", 1, 1) as (axis,):
+            axis.plot([0, round])
     assert json.loads(figures.read_text())["round"] == 2

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moebius.bench.workload import Dataset, arrival_times, mixed_samples
+from moebius.bench.workload import Dataset, arrival_times
 from moebius.errors import ConfigError
 from moebius.text import Tokenizer
 
@@ -140,20 +139,3 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
         Dataset("jsonl", path).samples(9)
     with pytest.raises(ConfigError, match="cannot be read"):
         Dataset("jsonl", tmp_path / "none").samples(9)
-
-
-def test_the_ablations_requests() -> None:
-    m = 256
-    samples = mixed_samples(64, vocab_size=500, max_model_len=m, seed=4)
-    assert samples == mixed_samples(64, vocab_size=500, max_model_len=m, seed=4)
-    assert samples != mixed_samples(64, vocab_size=500, max_model_len=m, seed=5)
-    [(prefix, shared)] = Counter(s.prompt[: m // 4] for s in samples).most_common(1)
-    assert len(prefix) == m // 4
-    longest = [s for s in samples if s.input_tokens >= m // 2]
-    short = [s for s in samples if s.input_tokens <= m // 8]
-    assert (shared, len(short), len(longest)) == (32, 24, 8)
-    assert all(s.input_tokens + s.output_tokens <= m * 3 // 4 for s in samples)
-    outputs = sorted(s.output_tokens for s in samples)
-    assert outputs[0] >= 2 and outputs[-1] <= m // 8 and outputs[-1] > 3 * outputs[32], (
-        "a few long answers"
-    )

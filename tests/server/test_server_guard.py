@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moebius.errors import ConfigError
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server.access import AccessLog
 from moebius.server.guard import Guard
 from moebius.server.settings import ServerSettings

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from moebius.train.data import PreparedData, prepare
-from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
+from moebius.train.recipe import Recipe
+from moebius.train.tables import CorpusRecipe, TokenizerRecipe, TrainingRecipe
 from stdlib.prepare import read_library, write
 
 MODULES = (

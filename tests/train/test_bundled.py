@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 import moebius
 from moebius.models.family import model_config
 from moebius.models.store.load import load_decoder
-from moebius.train.architecture import config_json
 from moebius.train.corpus import is_held_out
 from moebius.train.data import PreparedData, pack
 from moebius.train.evaluate import score
@@ -48,7 +47,7 @@ def test_it_is_the_recipes_model() -> None:
         "router_aux_loss_coef": 0.03,
         "torch_dtype": "bfloat16",
     }
-    assert model_config(stored) == model_config(config_json(recipe, 4096))
+    assert model_config(stored) == model_config(recipe.config_json(4096))
     assert ends.items() <= stored.items()
     assert json.loads((BUNDLED / "tokenizer_config.json").read_text()) == tokenizer_config(2048)
     decoder = load_decoder(BUNDLED, torch.bfloat16)

@@ -16,11 +16,11 @@ from moebius.errors import ConfigError
 from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.text import GenerationDefaults
-from moebius.train.architecture import check_trainable
 from moebius.train.data import PreparedData
 from moebius.train.export import export, measure, model_card
-from moebius.train.recipe import FinetuneRecipe, Recipe
+from moebius.train.recipe import Recipe
 from moebius.train.run import main_from_recipe
+from moebius.train.tables import FinetuneRecipe
 from moebius.train.trainer import Trainer
 from oracle import assert_close, load_theirs, save_tiny
 
@@ -240,10 +240,10 @@ def test_experts_of_a_dense_model_are_none_to_train(
     with pytest.raises(
         ConfigError, match=r'finetune\.train is "experts", but no layer of the model has any'
     ):
-        check_trainable(load_decoder(before, torch.float32).config, start)
+        start.check_trainable(load_decoder(before, torch.float32).config)
     capped = dataclasses.replace(load_decoder(before, torch.float32).config, logits_softcap=30.0)
     with pytest.raises(ConfigError, match=r"logits are capped at 30\.0, which training does not"):
-        check_trainable(capped, recipe)
+        recipe.check_trainable(capped)
     with pytest.raises(
         ConfigError, match=r"layers, training\.init_scale and .* are for a new model"
     ):

@@ -8,7 +8,7 @@ import pytest
 
 from moebius.errors import ConfigError
 from moebius.train.corpus import Corpus
-from moebius.train.recipe import CorpusRecipe
+from moebius.train.tables import CorpusRecipe
 
 
 def _write(root: Path, files: dict[str, str | bytes]) -> Path:

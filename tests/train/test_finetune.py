@@ -15,7 +15,8 @@ from moebius.errors import ConfigError, WeightsError
 from moebius.models.store.load import load_decoder
 from moebius.train.data import PreparedData, prepare
 from moebius.train.export import export
-from moebius.train.recipe import CorpusRecipe, FinetuneRecipe, Recipe
+from moebius.train.recipe import Recipe
+from moebius.train.tables import CorpusRecipe, FinetuneRecipe
 from moebius.train.trainer import Trainer
 from oracle import load_theirs, save_tiny
 

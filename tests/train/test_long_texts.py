@@ -19,7 +19,8 @@ from moebius.train import corpus as corpus_module
 from moebius.train import export as export_module
 from moebius.train.corpus import Corpus
 from moebius.train.data import CHAT, Batches, PreparedData, bytes_per_token, pack, prepare
-from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe
+from moebius.train.recipe import Recipe
+from moebius.train.tables import CorpusRecipe, TokenizerRecipe
 from moebius.train.trainer import Trainer
 from text.tiny_tokenizers import FAMILIES, byte_level
 
@@ -188,7 +189,8 @@ def test_memory_does_not_grow_with_a_file(
     code = f"""
 from pathlib import Path
 from moebius.train.data import prepare
-from moebius.train.recipe import CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
+from moebius.train.recipe import Recipe
+from moebius.train.tables import CorpusRecipe, TokenizerRecipe, TrainingRecipe
 folder = Path({str(tmp_path)!r})
 training = TrainingRecipe(steps=200, rows_per_step=1, row_length=8, learning_rate=0.1)
 corpus, tokenizer = CorpusRecipe(dict(book=(str(folder / "book.txt"),))), TokenizerRecipe(path=str(folder))

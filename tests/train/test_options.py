@@ -17,7 +17,6 @@ from moebius.moe.config import FeedForwardConfig, TrainingRouting
 from moebius.nn.attention import GQA
 from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig
-from moebius.train.architecture import config_json
 from moebius.train.data import PreparedData
 from moebius.train.evaluate import measuring
 from moebius.train.export import export
@@ -256,8 +255,8 @@ def test_an_option_comes_back_or_is_refused(
 def test_a_routers_option_changes_what_is_computed(recipe: Recipe, case: dict[str, Any]) -> None:
     """Or the walk above would prove nothing of it: config.json says the option, and it is read
     back."""
-    plain = config_json(described(recipe, "router", {}), 320)["feed_forward"]
-    assert config_json(described(recipe, "router", case), 320)["feed_forward"] != plain
+    plain = described(recipe, "router", {}).config_json(320)["feed_forward"]
+    assert described(recipe, "router", case).config_json(320)["feed_forward"] != plain
 
 
 def test_layers_that_no_layer_takes_are_refused(recipe: Recipe) -> None:
@@ -274,4 +273,4 @@ def test_what_is_for_training_alone_is_not_in_the_model(recipe: Recipe) -> None:
         dropless=False, capacity_factor=1.0, jitter=0.1, second_policy="random"
     )
     plain = described(recipe, "router", {})
-    assert config_json(dataclasses.replace(plain, routing=limits), 320) == config_json(plain, 320)
+    assert dataclasses.replace(plain, routing=limits).config_json(320) == plain.config_json(320)

@@ -10,7 +10,7 @@ import pytest
 
 from moebius.errors import ConfigError
 from moebius.train.corpus import Corpus, Document
-from moebius.train.recipe import CorpusRecipe
+from moebius.train.tables import CorpusRecipe
 from stdlib.prepare import read_library, write
 
 CODE = "def function_{n}(argument):\n    return argument + some_name_{n}\n\n\n"

@@ -21,7 +21,6 @@ from moebius.moe.config import FeedForwardConfig
 from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
-from moebius.train.architecture import config_json, dense_twin
 from moebius.train.data import PreparedData
 from moebius.train.export import export, parameter_counts
 from moebius.train.recipe import Recipe
@@ -125,7 +124,7 @@ def model(recipe: Recipe, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
 def trained(recipe: Recipe, data: PreparedData, folder: Path) -> Trainer:
     """Two steps, so that biases and routers are not as they began."""
     routers = {
-        part.router for part in model_config(config_json(recipe, 320)).feed_forward if part.router
+        part.router for part in model_config(recipe.config_json(320)).feed_forward if part.router
     }
     biased = any(router.selection_bias for router in routers)
     training = dataclasses.replace(recipe.training, bias_rate=0.1 if biased else 0.0)
@@ -204,11 +203,11 @@ def test_the_dense_twin_has_as_many_active_parameters(
     """To the width's multiple of 8: at most 4 columns of 3 matrices a layer."""
     layers = (RELU,) if kind == "moebius" else ()
     sparse = dataclasses.replace(recipe, model=model(recipe, kind, changes), layers=layers)
-    twin = dense_twin(sparse)
+    twin = sparse.dense_twin()
     used, total = (parameter_counts(Trainer(r, data).decoder)[1] for r in (sparse, twin))
     assert abs(used - total) <= 2 * 4 * 3 * 32 + 2 * 4
     assert twin.model is not None and twin.name == "tiny-dense" and twin.training == sparse.training
     assert twin.model["model_type"] == twin_kind
     assert parameter_counts(Trainer(twin, data).decoder) == (total, total)
     with pytest.raises(ConfigError, match="dense already"):
-        dense_twin(twin)
+        twin.dense_twin()

@@ -11,7 +11,6 @@ from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 from moebius.ops.config import RouterConfig
-from moebius.train.architecture import config_json
 from moebius.train.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,7 +266,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def decoder(recipe: Recipe) -> ModelConfig:
     assert recipe.model is not None
-    return model_config(config_json(recipe, 4096))
+    return model_config(recipe.config_json(4096))
 
 
 def test_the_model_is_the_recipes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moebius.ops.reference import ReferenceOps
 from moebius.train import ops
 from moebius.train.ops import TrainingOps, cross_entropy
-from moebius.train.recipe import TrainingRecipe
+from moebius.train.tables import TrainingRecipe
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -150,7 +150,7 @@ def test_the_decoder_is_the_rounded_masters_and_gains_do_not_decay(
     tensors = trainer.tensors()
     for name, parameter in trainer.decoder.named_parameters():
         assert torch.equal(parameter, tensors[f"master.{name}"].bfloat16())
-    matrices, gains = trainer._optimizer.param_groups
+    matrices, gains = trainer.masters.optimizer.param_groups
     assert (matrices["weight_decay"], gains["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in gains["params"]} == {1}
     assert {p.ndim for p in matrices["params"]} == {2}
@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
 
     def poison(step: int, report: object) -> None:
         if step == 8:
-            trainer._copies["layers.1.mlp.experts.gate_proj.2"].data[0, 0] = float("nan")
+            trainer.masters.copies["layers.1.mlp.experts.gate_proj.2"].data[0, 0] = float("nan")
 
     with pytest.raises(
         NumericalError,

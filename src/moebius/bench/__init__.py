@@ -1,2 +1,1 @@
-"""Benchmarks: load on any OpenAI-compatible server, on this engine, and on this engine less one
-technique at a time."""
+"""Benchmarks: load on any OpenAI-compatible server, and on this engine."""

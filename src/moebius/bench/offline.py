@@ -8,7 +8,7 @@ import numpy as np
 
 from moebius.bench.workload import Sample
 from moebius.llm import LLM
-from moebius.schedule.request import SamplingParams
+from moebius.schedule.params import SamplingParams
 
 
 def timed(

@@ -80,7 +80,7 @@ def _line(label: str, value: float | None) -> str:
 
 
 @contextmanager
-def _chart(
+def chart(
     path: Path, title: str, rows: int, columns: int, size: tuple[float, float] = (10, 6)
 ) -> Iterator[Any]:
     """A figure's axes, to be drawn on without a display; written at the end."""
@@ -97,7 +97,7 @@ def _chart(
     write_file(path, lambda to: figure.savefig(to, dpi=150, metadata=maker), ours=_OUR_CHARTS)
 
 
-def _log_scale(axis: Any) -> None:
+def log_scale(axis: Any) -> None:
     """Logarithmic, with plain numbers at it."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -116,7 +116,7 @@ def plot_serving(
     """Shares of requests by latency, goodput's limits as dotted lines, and what went on over
     time."""
     good = [record for record in records if not record.error]
-    with _chart(path, title, 2, 2) as (whole, between, tokens, flying):
+    with chart(path, title, 2, 2) as (whole, between, tokens, flying):
         for name, seconds in latencies(good).items():
             axis, color = (
                 whole if name in ("ttft", "e2el") else between,
@@ -128,7 +128,7 @@ def plot_serving(
                 axis.axvline(limits[name], color=color, linestyle=":")
         for axis in (whole, between):
             axis.set(xlabel="ms", ylabel="share at or below", ylim=(0, 1.01))
-            _log_scale(axis)
+            log_scale(axis)
             axis.legend(loc="lower right", framealpha=0.9, edgecolor="none")
         tokens.stairs(tokens_by_second(good), fill=True, alpha=0.7)
         tokens.set(xlabel="s", ylabel="output tokens/s", ylim=(0, None))
@@ -138,45 +138,3 @@ def plot_serving(
         )
         flying.set(xlabel="s", ylabel="requests in flight", ylim=(0, None))
         flying.yaxis.get_major_locator().set_params(integer=True)
-
-
-def plot_bars(
-    path: Path,
-    title: str,
-    names: Sequence[str],
-    panels: Sequence[tuple[str, list[float], list[float] | None]],
-) -> None:
-    """Side by side, a line a name, the first set off: bars, or ranges on a logarithmic scale where
-    there are ends."""
-    lines, colors = range(len(names)), ["C0"] + ["0.6"] * (len(names) - 1)
-    with _chart(
-        path, title, 1, len(panels), (4 + 3 * len(panels), 1.2 + 0.38 * len(names))
-    ) as axes:
-        for axis, (heading, values, ends) in zip(axes, panels, strict=True):
-            if ends is None:
-                axis.bar_label(
-                    axis.barh(lines, values, color=colors), fmt="{:,.0f}", padding=3, fontsize=8
-                )
-                axis.margins(x=0.18)
-            else:
-                axis.hlines(lines, values, ends, color=colors, linewidth=5)
-                axis.plot(values, lines, "o", color="k", markersize=3)
-                _log_scale(axis)
-            axis.set_title(heading, fontsize=9, loc="left")
-            axis.set_yticks(lines, names if axis is axes[0] else [""] * len(names))
-            axis.set_ylim(len(names) - 0.5, -0.5)
-            axis.grid(visible=False, axis="y")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that a terminal shows aligned, its columns but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1])]
-        padded += [cell.rjust(width) for cell, width in others]
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join(map(line, [head, rule, *rows]))

@@ -178,29 +178,3 @@ def arrival_times(count: int, rate: float, burstiness: float = 1.0, seed: int = 
         return [0.0] * count
     times = np.cumsum(np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), count))
     return list((times * (count / rate / times[-1])).tolist()) if times[-1] > 0 else [0.0] * count
-
-
-def mixed_samples(
-    count: int, *, vocab_size: int, max_model_len: int, seed: int = 0
-) -> list[Sample]:
-    """The ablation's requests: of every eight, four share a prefix, three are short and one is
-    long, in random order.
-
-    With M = max_model_len the prefix is M / 4 tokens and followed by up to M / 16 own ones; short
-    prompts have M / 64 to M / 8, long ones M / 2 to 5 M / 8; answers M / 128 to M / 8, log-uniform:
-    most are short, some are not.
-    """
-    require_positive(num_prompts=count)
-    rng = np.random.default_rng(seed)
-    m = max_model_len
-    prefix = rng.integers(0, vocab_size, m // 4).tolist()
-    kinds = (
-        [(prefix, m // 128, m // 16)] * 4 + [([], m // 64, m // 8)] * 3 + [([], m // 2, m * 5 // 8)]
-    )
-    samples = []
-    for kind in rng.permutation([i % 8 for i in range(count)]).tolist():
-        shared, low, high = kinds[kind]
-        own = rng.integers(0, vocab_size, rng.integers(max(low, 1), high, endpoint=True)).tolist()
-        answer = round(math.exp(rng.uniform(math.log(max(m / 128, 2)), math.log(m / 8))))
-        samples.append(Sample((*shared, *own), len(shared) + len(own), answer))
-    return samples

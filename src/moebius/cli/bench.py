@@ -1,5 +1,4 @@
-"""moebius bench: latency and throughput of the engine, load on any server, and what each technique
-is worth."""
+"""moebius bench: latency and throughput of the engine, and load on any server."""
 
 import asyncio
 import math
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(
     name="bench",
-    help="Measure latency, throughput, a server, or each technique.",
+    help="Measure latency, throughput, or any server.",
     no_args_is_help=True,
 )
 
@@ -281,67 +280,6 @@ def _run_facts(
         "burstiness": burstiness,
         "max_concurrency": max_concurrency,
     }
-
-
-@bench.command()
-@o.takes_engine_config(*o.SIZES, "threads", max_num_seqs=16, max_num_batched_tokens=256)
-def ablate(
-    config: EngineConfig,
-    model: o.Model = "bundled",
-    num_prompts: NumPrompts = 48,
-    request_rate: Annotated[
-        float | None, typer.Option(help="Default: four times what the full engine serves.")
-    ] = None,
-    variants: Annotated[
-        str | None, typer.Option(help="Some of them only, separated by commas; default: all.")
-    ] = None,
-    repeat: Annotated[
-        int, typer.Option(help="Rounds through all of them; the median run of each counts.")
-    ] = 1,
-    seed: Seed = 0,
-    output_json: OutputJson = None,
-    plot: Plot = None,
-) -> None:
-    """Take away each technique in turn, and compare.
-
-    All runs have one model and one list of requests. These are sized by --max-model-len, by default
-    at most 1024. Every engine has the same KV cache memory, by default for --max-num-seqs / 4 of
-    the longest sequences.
-    """
-    from moebius.bench import ablate as ablation
-    from moebius.bench import report
-    from moebius.engine.memory import human_bytes
-    from moebius.models.hub import resolve_model
-
-    report.check_outputs(output_json, plot)
-    rate, config, outcomes = ablation.ablate(
-        resolve_model(model),
-        config,
-        num_prompts=num_prompts,
-        request_rate=request_rate,
-        names=None if variants is None else [name.strip() for name in variants.split(",")],
-        seed=seed,
-        repeat=repeat,
-        progress=lambda message: typer.echo(message, err=True),
-    )
-    when = "at once" if math.isinf(rate) else f"at {rate:.2f}/s"
-    memory = human_bytes(config.kv_cache_memory_bytes or 0)
-    title = (
-        f"{model}: {num_prompts} requests {when}, at most {config.max_num_seqs} running, KV cache "
-        f"{memory}"
-    )
-    typer.echo(
-        f"{title}\n\n{report.table(ablation.HEAD, ablation.rows(outcomes))}\n\n{ablation.LEGEND}"
-    )
-    runs = {outcome["name"]: outcome for outcome in outcomes}
-    facts = {
-        "model": model,
-        "request_rate": None if math.isinf(rate) else rate,
-        "config": asdict(config),
-    }
-    report.save_json(output_json, facts | runs)
-    if plot:
-        report.plot_bars(plot, title, list(runs), ablation.panels(outcomes))
 
 
 def _tokenizer(wanted: str | None, served: str) -> "Tokenizer | None":

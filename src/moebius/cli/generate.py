@@ -105,13 +105,20 @@ def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
 
 async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) -> int:
     from moebius.engine.in_process import InProcessClient
-    from moebius.llm import LLM
+    from moebius.engine.load import load_engine
+    from moebius.front.choices import draw_prefix_key
+    from moebius.models.hub import resolve_model
     from moebius.server.app import create_app
     from moebius.server.batch import run_batch
     from moebius.server.settings import ServerSettings
+    from moebius.text import GenerationDefaults, Tokenizer
 
-    llm = LLM.from_config(model, config)
-    client = InProcessClient(llm.engine, step_deadline=config.step_deadline)
+    directory = resolve_model(model)
+    tokenizer = Tokenizer.load(directory)
+    defaults = GenerationDefaults.load(directory, tokenizer)
+    key = draw_prefix_key()
+    engine = load_engine(directory, config, eos_ids=defaults.eos_ids, prefix_key=key)
+    client = InProcessClient(engine, step_deadline=config.step_deadline)
     # A batch was written for some model's name; here there is but one model.
     names = tuple(
         dict.fromkeys(
@@ -119,7 +126,7 @@ async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) 
         )
     )
     settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)
-    app = create_app(client, llm.tokenizer, llm.defaults, settings)
+    app = create_app(client, tokenizer, defaults, settings, prefix_key=key)
     async with app.router.lifespan_context(app):
         with o.progress_bar("calls", len(calls)) as advance:
             return await run_batch(
@@ -187,5 +194,5 @@ def _turn(llm: Any, history: list[dict[str, str]], line: str, params: Any) -> li
 
 def _fitting(llm: Any, messages: list[dict[str, str]], params: Any) -> Any:
     """A shorter answer where the conversation has filled the context."""
-    room = llm.engine.info.limits.max_model_len - len(llm.tokenizer.encode_chat(messages))
+    room = llm.client.info.limits.max_model_len - len(llm.tokenizer.encode_chat(messages))
     return params.with_(max_tokens=max(1, min(params.max_tokens, room)))

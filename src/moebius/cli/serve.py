@@ -113,6 +113,7 @@ def _serve_on(
     tokens can flow."""
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import load_engine, prepare
+    from moebius.front.choices import draw_prefix_key
     from moebius.models.hub import resolve_model
     from moebius.server.app import create_app
     from moebius.server.run import run_server
@@ -124,7 +125,10 @@ def _serve_on(
     prepared = prepare(directory, config)
     say = partial(typer.echo, err=True)
     say(_plan_text(model, prepared.rows()))
-    engine = load_engine(directory, config, eos_ids=generation.eos_ids, prepared=prepared)
+    key = draw_prefix_key()
+    engine = load_engine(
+        directory, config, eos_ids=generation.eos_ids, prefix_key=key, prepared=prepared
+    )
     if not defaults:
         generation = replace(generation, sampling={})
     shown = (
@@ -134,7 +138,7 @@ def _serve_on(
     say(f"batch invariant: {invariant} ({prepared.ops.name} kernels)")
     say(f"sampling defaults: {shown}")
     client = InProcessClient(engine, step_deadline=config.step_deadline)
-    app = create_app(client, tokenizer, generation, settings)
+    app = create_app(client, tokenizer, generation, settings, prefix_key=key)
     address = host_and_port(host, sockets[0].getsockname()[1])
     line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
     # or a collection, while requests wait, walks all that was loaded: a tenth of a second

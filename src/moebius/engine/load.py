@@ -23,7 +23,7 @@ from moebius.ops import Ops, select_ops
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.ops.weights import dtype_name
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import ServingLimits
+from moebius.schedule.params import ServingLimits
 from moebius.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -99,18 +99,24 @@ def load_engine(
     config: EngineConfig,
     *,
     eos_ids: frozenset[int] = frozenset(),
+    prefix_key: bytes | None = None,
     prepared: Prepared | None = None,
 ) -> Engine:
     """Load the model and reserve what the plan says. Raises UsageError before anything is
-    allocated."""
+    allocated.
+
+    prefix_key: the launch's, by which the front hashes prompts too; None: one that nobody knows.
+    """
     prepared = prepared or prepare(directory, config)
     plan = prepared.plan
+    name = _fingerprint(prepared)
     # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
     pool = BlockPool(
         plan.num_blocks,
         plan.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
-        key=secrets.token_bytes(32),
+        key=prefix_key or secrets.token_bytes(32),
+        namespace=name.encode(),
     )
     scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
     trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
@@ -131,7 +137,8 @@ def load_engine(
         eos_ids=eos_ids,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,
-        fingerprint=_fingerprint(prepared),
+        fingerprint=name,
+        prefix_caching=config.enable_prefix_caching,
     )
     return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
 

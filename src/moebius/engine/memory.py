@@ -11,7 +11,7 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import MemoryPlanError, require
 from moebius.models.config import ModelConfig
 from moebius.ops.sampling import ROWS_AT_ONCE
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 
 # Rows of logits that prompt log-probabilities are computed from at a time.
 PROMPT_LOGIT_ROWS = 64

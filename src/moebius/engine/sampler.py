@@ -32,7 +32,8 @@ from moebius.engine.faults import failure, say
 from moebius.engine.memory import SAMPLED_IDS
 from moebius.errors import MoebiusError, NumericalError, frames
 from moebius.ops import LOWEST, Ops, Shaping
-from moebius.schedule.request import Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import Request
 
 log = logging.getLogger(__name__)
 

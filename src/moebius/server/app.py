@@ -23,7 +23,8 @@ from starlette.routing import Route
 import moebius
 from moebius.engine.client import EngineClient
 from moebius.errors import DeadlineError, RequestError
-from moebius.schedule.request import check_asked
+from moebius.front.choices import ChoiceOpener
+from moebius.schedule.params import check_asked
 from moebius.server.access import AccessLog
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
@@ -242,16 +243,21 @@ def create_app(
     tokenizer: Tokenizer,
     defaults: GenerationDefaults,
     settings: ServerSettings,
+    *,
+    prefix_key: bytes | None = None,
 ) -> Starlette:
     """The server as an ASGI application. It starts `client` when it starts and closes it when it
     ends.
+
+    prefix_key: the launch's, which the engine was given; without it the engine hashes prompts.
 
     app.state.front_door is its FrontDoor, app.state.access its AccessLog.
     """
     metrics = ServerMetrics(
         client, settings.served_model_names[0], vllm_names=settings.vllm_metric_names
     )
-    door = FrontDoor(client, tokenizer, metrics, settings)
+    hasher = None if prefix_key is None else client.info.hasher(prefix_key)
+    door = FrontDoor(client, ChoiceOpener(tokenizer, client.info, hasher), metrics, settings)
     api = _Api(door, tokenizer, defaults, settings)
 
     @contextlib.asynccontextmanager

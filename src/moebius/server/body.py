@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from moebius.errors import RequestError
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 
 _PIECE = 2**18
 # UTF-32 first: its little-endian mark begins with that of UTF-16.

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server.capacity import Capacity
 from moebius.server.faults import Fault
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server.access import AccessLog
 from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors

@@ -22,8 +22,8 @@ from pydantic import (
 
 from moebius.errors import ContextExceededError, ContextLengthError, RequestError
 from moebius.files import package_table
-from moebius.schedule.request import LIMITS, SamplingParams
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.schedule.params import LIMITS, SamplingParams
+from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 _TABLE = package_table("server/fields.toml")
 HARMLESS = frozenset(_TABLE["harmless"])
@@ -280,9 +280,9 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = None
     add_special_tokens: bool = True
 
-    def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
         """The ids of each prompt. ContextExceededError where one has more than `most`."""
-        return [self._ids(tokenizer, prompt, most) for prompt in self.prompt]
+        return [EncodedPrompt(self._ids(tokenizer, prompt, most)) for prompt in self.prompt]
 
     def _ids(self, tokenizer: Tokenizer, prompt: str | list[int], most: int) -> list[int]:
         if isinstance(prompt, str):
@@ -331,12 +331,9 @@ class ChatRequest(GenerationRequest):
         effects = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
         return {**effects, **self.chat_template_kwargs}
 
-    def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
-        """The ids of the one prompt that the messages are. ContextExceededError where they exceed
-        `most`."""
-        return [
-            tokenizer.encode_chat(self.messages, variables=self.template_variables, at_most=most)
-        ]
+    def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
+        """The one prompt that the messages are. ContextExceededError for more than `most` ids."""
+        return [tokenizer.chat_prompt(self.messages, self.template_variables, at_most=most)]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = (

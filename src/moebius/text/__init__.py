@@ -3,10 +3,11 @@
 from moebius.text.chat import ChatTemplate
 from moebius.text.defaults import GenerationDefaults
 from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
-from moebius.text.tokenizer import Tokenizer
+from moebius.text.tokenizer import EncodedPrompt, Tokenizer
 
 __all__ = [
     "ChatTemplate",
+    "EncodedPrompt",
     "GenerationDefaults",
     "IncrementalDecoder",
     "StopMatcher",

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from moebius.errors import ConfigError, RequestError
 from moebius.files import read_json
-from moebius.schedule.request import SamplingParams
+from moebius.schedule.params import SamplingParams
 from moebius.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ import codecs
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,25 @@ def read_tokenizer_json(path: Path) -> Backend:
         return Backend.from_str(read_text(path)) if marked else Backend.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise TokenizerError(f"{path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """The ids of a prompt. generation_start: how many of them come before the generation prompt
+    that a chat template adds; None where that is not known, as of a text without a template."""
+
+    ids: Sequence[int]
+    generation_start: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A chat that a template has rendered. marker: what keeps special tokens' text plain in it."""
+
+    template: ChatTemplate
+    variables: Mapping[str, Any]
+    marker: str | None
+    rendered: str
 
 
 class Tokenizer:
@@ -188,17 +208,32 @@ class Tokenizer:
         "messages" where the template is missing or refuses; ContextLengthError beyond `at_most`
         tokens, as `encode` does.
         """
+        chat = self._chat(messages, tools, variables, add_generation_prompt, at_most)
+        return self._chat_ids(chat.rendered, chat.marker, at_most)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        at_most: int | None = None,
+    ) -> EncodedPrompt:
+        """What `encode_chat` makes of a chat that is to be answered, and where in it the generation
+        prompt begins."""
+        chat = self._chat(messages, None, variables, True, at_most)
+        ids = self._chat_ids(chat.rendered, chat.marker, at_most)
+        return EncodedPrompt(ids, self._generation_start(chat, ids))
+
+    def _chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+        at_most: int | None,
+    ) -> _Chat:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        template = self._templates.get(name)
-        if template is None:
-            has = (
-                f"; it has templates {sorted(self._templates)} but no default"
-                if self._templates
-                else ""
-            )
-            raise RequestError(
-                f"this model has no chat template{has}; use /v1/completions", param="messages"
-            )
+        template = self._template(name)
         # Everything in the chat that is not the operator's.
         chat = {
             **(variables or {}),
@@ -217,7 +252,23 @@ class Tokenizer:
         if length > _LONG_CHAT:
             self._check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
-        rendered = template.render({**marked, **known})
+        shown = {**marked, **known}
+        return _Chat(template, shown, marker, template.render(shown))
+
+    def _template(self, name: str) -> ChatTemplate:
+        template = self._templates.get(name)
+        if template is None:
+            has = (
+                f"; it has templates {sorted(self._templates)} but no default"
+                if self._templates
+                else ""
+            )
+            raise RequestError(
+                f"this model has no chat template{has}; use /v1/completions", param="messages"
+            )
+        return template
+
+    def _chat_ids(self, rendered: str, marker: str | None, at_most: int | None) -> list[int]:
         if marker is None:
             self._check_size(rendered, at_most, "messages")
             return _encoded(self._backend, rendered, at_most, "messages")
@@ -226,6 +277,22 @@ class Tokenizer:
             self._guard.backend, self._guard.named(rendered, marker), at_most, "messages"
         )
         return self._guard.original(ids)
+
+    def _generation_start(self, chat: _Chat, ids: list[int]) -> int | None:
+        """How many of the ids come before the generation prompt: what the template adds when asked
+        for one.
+
+        None where it changes more than the end, or the end is not made of tokens of its own.
+        """
+        try:
+            history = chat.template.render({**chat.variables, "add_generation_prompt": False})
+        except RequestError:
+            return None
+        if not chat.rendered.startswith(history):
+            return None
+        added = self._chat_ids(chat.rendered[len(history) :], chat.marker, None)
+        start = len(ids) - len(added)
+        return start if ids[start:] == added else None
 
     def _check_size(self, text: str, at_most: int | None, param: str) -> None:
         if at_most is not None and (fewest := self.fewest_tokens(text)) > at_most:

@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.text.pieces import PIECE, pieces, word_end
-from moebius.train.recipe import CorpusRecipe
+from moebius.train.tables import CorpusRecipe
 
 SPLITS = ("train", "heldout")
-# How far before its share the held-out end of a text may begin, in characters, to begin with a
-# line.
+# How many characters before its share the held-out end may begin, to begin with a line.
 _REACH = 2**16
 
 
 class Document(NamedTuple):
-    """One text: `split` is one of SPLITS, `path` says where it is from, relative to the folder that
-    was named.
+    """One text.
+
+    split   one of SPLITS
+    path    where it is from, relative to the folder that was named
 
     A long text comes as several in a row, of at most moebius.text.pieces.PIECE characters; all but
     the last `goes_on`.
@@ -35,8 +36,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text files, folders of them and .jsonl files, by kind; read anew at every pass, a piece at a
-    time.
+    """Text files, folders of them and .jsonl files, by kind; every pass reads them anew.
 
     Hidden files in a folder are not looked at; those that are no UTF-8 text are passed over and
     listed in `skipped`, and what holds nothing but white space in `empty`. A document is held out
@@ -51,10 +51,10 @@ class Corpus:
 
     def key(self) -> str:
         """Fingerprint of every file's path, size and time of change."""
-        stats = [
-            (kind, name, p.stat().st_size, p.stat().st_mtime_ns)
-            for kind, _, name, p in self._paths()
-        ]
+        stats = []
+        for kind, _, name, path in self._paths():
+            stat = path.stat()
+            stats.append((kind, name, stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(repr((stats, self.recipe.text_key)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
@@ -77,10 +77,13 @@ class Corpus:
         """Kind, whether the file itself was named, the name, the path; in order."""
         for kind, roots in self.recipe.files.items():
             for root in map(Path, roots):
-                require(root.exists(), f"corpus.files.{kind}: {root} does not exist")
+                if not root.exists():
+                    raise ConfigError(f"corpus.files.{kind}: {root} does not exist")
                 # It is read several times over, which a pipe or a device is not.
-                again = root.is_dir() or root.is_file()
-                require(again, f"corpus.files.{kind}: {root} is neither a file nor a directory")
+                if not root.is_dir() and not root.is_file():
+                    raise ConfigError(
+                        f"corpus.files.{kind}: {root} is neither a file nor a directory"
+                    )
                 if not root.is_dir():
                     yield kind, True, root.name, root
                     continue
@@ -94,21 +97,23 @@ class Corpus:
 
     def _length(self, path: Path, named: bool) -> int:
         """How many characters of text a file has; 0 for one that is passed over."""
-        length, blank, binary = 0, True, False
+        length = 0
+        blank = True
+        binary = False
         try:
             for block in _blocks(path):
-                length, blank, binary = (
-                    length + len(block),
-                    blank and block.isspace(),
-                    binary or "\0" in block,
-                )
+                length += len(block)
+                blank = blank and block.isspace()
+                binary = binary or "\0" in block
         except UnicodeDecodeError:
             binary = True
-        require(
-            not (binary and named), f"{path} is binary: it is no UTF-8 text, or holds a zero byte"
-        )
-        if binary or blank:
-            (self.skipped if binary else self.empty).append(str(path))
+        if binary and named:
+            raise ConfigError(f"{path} is binary: it is no UTF-8 text, or holds a zero byte")
+        if binary:
+            self.skipped.append(str(path))
+            return 0
+        if blank:
+            self.empty.append(str(path))
             return 0
         return length
 
@@ -117,38 +122,39 @@ class Corpus:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                where, place = f"{path}, line {number}", f"{name}:{number}"
-                try:
-                    entry = json.loads(line)
-                    text, split = (
-                        entry[self.recipe.text_key],
-                        entry.get("split", self._split(place)),
-                    )
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    wanted = (
-                        f"it must be a JSON object with a text under {self.recipe.text_key!r} "
-                        "(corpus.text_key)"
-                    )
-                    raise ConfigError(f"{where}: {wanted}") from None
-                require(isinstance(text, str), f"{where}: {self.recipe.text_key!r} is no text")
-                require(
-                    _is_unicode(text),
-                    f"{where}: {self.recipe.text_key!r} holds half a surrogate pair",
-                )
-                require(
-                    split in SPLITS,
-                    f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}",
-                )
+                where = f"{path}, line {number}"
+                place = f"{name}:{number}"
+                split, text = self._entry(line, where, place)
                 if text.strip():
                     yield from _in_pieces(split, kind, place, [text])
                 else:
                     self.empty.append(where)
 
+    def _entry(self, line: bytes, where: str, place: str) -> tuple[str, str]:
+        """Split and text of a .jsonl file's line. Raises ConfigError."""
+        key = self.recipe.text_key
+        try:
+            entry = json.loads(line)
+            text = entry[key]
+            split = entry.get("split", self._split(place))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ConfigError(
+                f"{where}: it must be a JSON object with a text under {key!r} (corpus.text_key)"
+            ) from None
+        if not isinstance(text, str):
+            raise ConfigError(f"{where}: {key!r} is no text")
+        if not _is_unicode(text):
+            raise ConfigError(f"{where}: {key!r} holds half a surrogate pair")
+        if split not in SPLITS:
+            raise ConfigError(f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        return split, text
+
 
 def reads_below(root: Path, folder: Path) -> bool:
     """Whether what is in `folder` would be read as part of `root`."""
-    folder, root = folder.resolve(), root.resolve()
-    return folder.is_relative_to(root) and not _is_hidden(folder.relative_to(root))
+    inner = folder.resolve()
+    outer = root.resolve()
+    return inner.is_relative_to(outer) and not _is_hidden(inner.relative_to(outer))
 
 
 def _is_hidden(relative: Path) -> bool:
@@ -157,7 +163,8 @@ def _is_hidden(relative: Path) -> bool:
 
 def is_held_out(path: str, share: float) -> bool:
     """By a hash of the path, so that adding or removing a document moves no other."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64 < share
+    digest = hashlib.sha256(path.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
 def _is_unicode(text: str) -> bool:
@@ -190,8 +197,10 @@ def _between(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
 
 
 def _heldout_start(path: Path, share: int) -> int:
-    """Where a text's held-out end begins, which is to be at character `share`: with the line there,
-    if it is not too long; else behind a word; else right there."""
+    """Where a text's held-out end begins, which is to be at character `share`.
+
+    With the line there, if it is not too long; else behind a word; else right there.
+    """
     start = share - min(_REACH, share // 2)
     near = "".join(_between(_blocks(path), start, share))
     line = near.rfind("\n") + 1

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from moebius.errors import ConfigError, TokenizerError, require
+from moebius.errors import ConfigError, TokenizerError
 from moebius.files import anyone, begins_with, write_file
 from moebius.text import Tokenizer as TextTokenizer
 from moebius.text.pieces import CONTEXT, tokens_behind
@@ -30,13 +30,12 @@ from moebius.train.tokenizer import IM_START, read_tokenizer, special_id, train_
 CHAT = "chat"
 # Bytes of text that are tokenised at a time.
 _PIECE = 2**21
-# The file of facts, and how ours begins.
-_FACTS, _OUR_FACTS = "data.json", begins_with(b'{\n  "key": "')
+_FACTS = "data.json"
+_OUR_FACTS = begins_with(b'{\n  "key": "')
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what follows each; `document_RL` numbers the documents within a row, from
-    0."""
+    """Rows of tokens, what follows each, and the number of its document within the row, from 0."""
 
     input_RL: torch.Tensor
     target_RL: torch.Tensor
@@ -81,43 +80,43 @@ class PreparedData:
         return bytes_per_token(self.tokenizer)
 
     def untrained(self, recipe: Recipe) -> list[str]:
-        """A line each on what of the corpus is not trained on, or not measured, though the recipe
-        does not say so."""
+        """A line on each part of the corpus that is, unasked, not trained on or not measured."""
+        reasons = {
+            "no UTF-8 text": self.facts.get("skipped_files"),
+            "nothing but white space": self.facts.get("empty_files"),
+        }
         lines = []
-        for what, key in (
-            ("no UTF-8 text", "skipped_files"),
-            ("nothing but white space", "empty_files"),
-        ):
-            if names := self.facts.get(key):
+        for what, names in reasons.items():
+            if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 lines.append(f"passed over, {what}: {', '.join(names[:3])}{more}")
-        found = (self._untrained_of(kind, recipe) for kind in recipe.corpus.files)
-        return lines + [line for line in found if line]
+        for kind in recipe.corpus.files:
+            if note := self._untrained_of(kind, recipe):
+                lines.append(f"corpus.files.{kind}: {note}")
+        return lines
 
     def _untrained_of(self, kind: str, recipe: Recipe) -> str:
-        trained, heldout = (
-            self.facts["sizes"][split].get(kind, {"bytes": 0, "tokens": 0}) for split in SPLITS
-        )
-        length, wanted = recipe.training.row_length, recipe.mixture.get(kind, 1) > 0
-        share = heldout["bytes"] / max(1, trained["bytes"] + heldout["bytes"])
-        which = f"corpus.files.{kind}: "
-        if not trained["bytes"] + heldout["bytes"]:
-            return f"{which}there is no text"
+        nothing = {"bytes": 0, "tokens": 0}
+        trained = self.facts["sizes"]["train"].get(kind, nothing)
+        heldout = self.facts["sizes"]["heldout"].get(kind, nothing)
+        length = recipe.training.row_length
+        wanted = recipe.mixture.get(kind, 1) > 0
+        total = trained["bytes"] + heldout["bytes"]
+        if not total:
+            return "there is no text"
         if wanted and not trained["bytes"]:
-            return f"{which}all of it is held out; none is trained on"
+            return "all of it is held out; none is trained on"
         if wanted and not rows_in(trained["tokens"], length):
             return (
-                f"{which}{trained['tokens']} tokens are less than two rows of {length}; none is "
-                "trained on"
+                f"{trained['tokens']} tokens are less than two rows of {length}; none is trained on"
             )
         if not heldout["bytes"]:
-            return f"{which}none of its documents is held out, so that it is not measured"
-        wish = recipe.corpus.heldout_share
-        return (
-            f"{which}{share:.0%} of it is held out, not {wish:.1%}: whole documents are"
-            if share > 0.5
-            else ""
-        )
+            return "none of its documents is held out, so that it is not measured"
+        share = heldout["bytes"] / total
+        if share > 0.5:
+            wish = recipe.corpus.heldout_share
+            return f"{share:.0%} of it is held out, not {wish:.1%}: whole documents are"
+        return ""
 
 
 def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> PreparedData:
@@ -130,9 +129,8 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
     path = recipe.given_tokenizer() if tokenizer is None else tokenizer / "tokenizer.json"
     given = None if path is None else read_tokenizer(path)
     spelled = "" if given is None else given.to_str()
-    key = hashlib.sha256(
-        repr((recipe.corpus, recipe.tokenizer, spelled, corpus.key())).encode()
-    ).hexdigest()
+    made_from = (recipe.corpus, recipe.tokenizer, spelled, corpus.key())
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()
     facts = _facts(folder, key)
     if facts is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,18 +139,23 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
         facts = _write(recipe, corpus, given, folder)
         _write_facts(folder, key, facts)
     made = read_tokenizer(folder / "tokenizer.json")
-    dtype = token_dtype(facts["vocab_size"])
-    streams: dict[str, dict[str, np.ndarray]] = {
-        split: {
-            kind: np.memmap(_stream_path(folder, split, kind), dtype, "r")
-            for kind in facts["sizes"][split]
-        }
-        for split in SPLITS
-    }
-    end = special_id(made, recipe.tokenizer.end_of_text)
     return PreparedData(
-        made, **streams, facts=facts, end_of_text=end, im_start=made.token_to_id(IM_START)
+        tokenizer=made,
+        train=_mapped_streams(folder, "train", facts),
+        heldout=_mapped_streams(folder, "heldout", facts),
+        facts=facts,
+        end_of_text=special_id(made, recipe.tokenizer.end_of_text),
+        im_start=made.token_to_id(IM_START),
     )
+
+
+def _mapped_streams(folder: Path, split: str, facts: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A split's streams of tokens by kind of text."""
+    dtype = token_dtype(facts["vocab_size"])
+    return {
+        kind: np.memmap(_stream_path(folder, split, kind), dtype, "r")
+        for kind in facts["sizes"][split]
+    }
 
 
 def holds_run(folder: Path) -> bool:
@@ -162,14 +165,12 @@ def holds_run(folder: Path) -> bool:
 
 
 def _write_facts(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
-    write_file(
-        folder / _FACTS, json.dumps({"key": key, "facts": facts}, indent=2) + "\n", ours=anyone
-    )
+    text = json.dumps({"key": key, "facts": facts}, indent=2) + "\n"
+    write_file(folder / _FACTS, text, ours=anyone)
 
 
 def _facts(folder: Path, key: str) -> dict[str, Any] | None:
-    """What `_write` said of the files in a folder; None where they are others, or not all there and
-    whole."""
+    """What `_write` said of the files in a folder; None unless they are these, and all whole."""
     try:
         found = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         if found["key"] != key:
@@ -191,49 +192,58 @@ def _stream_path(folder: Path, split: str, kind: str) -> Path:
 
 
 def _write(recipe: Recipe, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json and a stream for each split and kind; what the model card says of
-    them."""
+    """Write tokenizer.json and a stream for each split and kind; what the card says of them."""
     _check_splits(corpus)
-    texts = (
-        document.text for document in corpus if document.split == "train" and document.kind != CHAT
-    )
-    tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size) if given is None else given
+    if given is None:
+        texts = (each.text for each in corpus if each.split == "train" and each.kind != CHAT)
+        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
+    else:
+        tokenizer = given
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    end, digest = special_id(tokenizer, recipe.tokenizer.end_of_text), hashlib.sha256()
+    end = special_id(tokenizer, recipe.tokenizer.end_of_text)
+    digest = hashlib.sha256()
     streams: dict[tuple[str, str], _Stream] = {}
     with ExitStack() as stack:
         for document in corpus:
-            split, kind, path, text, goes_on = document
-            for part in (split, kind, path, text):
-                digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
-            if (split, kind) not in streams:
-                file = _stream_path(folder, split, kind)
-                stream = _Stream(file, tokenizer, end, token_dtype(vocab_size), chat=kind == CHAT)
-                streams[split, kind] = stack.enter_context(stream)
-            streams[split, kind].add(text, goes_on=goes_on)
-    sizes = {
-        split: {kind: made.size for (of, kind), made in streams.items() if of == split}
-        for split in SPLITS
+            for part in (document.split, document.kind, document.path, document.text):
+                encoded = part.encode()
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
+            place = (document.split, document.kind)
+            if place not in streams:
+                file = _stream_path(folder, *place)
+                chat = document.kind == CHAT
+                stream = _Stream(file, tokenizer, end, token_dtype(vocab_size), chat=chat)
+                streams[place] = stack.enter_context(stream)
+            streams[place].add(document.text, goes_on=document.goes_on)
+    sizes: dict[str, dict[str, dict[str, int]]] = {split: {} for split in SPLITS}
+    for (split, kind), stream in streams.items():
+        sizes[split][kind] = stream.size
+    return {
+        "corpus_sha256": digest.hexdigest(),
+        "vocab_size": vocab_size,
+        "sizes": sizes,
+        "skipped_files": corpus.skipped,
+        "empty_files": corpus.empty,
     }
-    facts = {"corpus_sha256": digest.hexdigest(), "vocab_size": vocab_size, "sizes": sizes}
-    return facts | {"skipped_files": corpus.skipped, "empty_files": corpus.empty}
 
 
 def _check_splits(corpus: Corpus) -> None:
-    """ConfigError for a corpus without text to train on or without held-out text; reads as far as
-    it takes to know."""
+    """ConfigError for a corpus without text to train on, or without held-out text.
+
+    It reads as far as it takes to know.
+    """
     found = set()
     for document in corpus:
         found.add(document.split)
         if len(found) == len(SPLITS):
             return
-    require("train" in found, "the corpus holds no text to train on")
-    advice = (
-        "raise corpus.heldout_share, or name a single file as a kind of text: of that the end is "
-        "held out"
+    if "train" not in found:
+        raise ConfigError("the corpus holds no text to train on")
+    raise ConfigError(
+        "the corpus holds no held-out text; raise corpus.heldout_share, or name a single file as "
+        "a kind of text: of that the end is held out"
     )
-    raise ConfigError(f"the corpus holds no held-out text; {advice}")
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
@@ -241,8 +251,7 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
 
 
 class _Piece(NamedTuple):
-    """A text, or a piece of one that goes on from `before` (the end of the piece before it) and may
-    go on itself."""
+    """A text, or a piece of one: `before` is the end of the piece before it."""
 
     text: str
     before: str = ""
@@ -257,9 +266,8 @@ def pack(
     A special token spelled out in a text is plain text, but in conversations, which the template
     made.
     """
-    return np.concatenate(
-        ([end_of_text], *_encoded([_Piece(text) for text in texts], tokenizer, end_of_text, chat))
-    )
+    pieces = [_Piece(text) for text in texts]
+    return np.concatenate(([end_of_text], *_encoded(pieces, tokenizer, end_of_text, chat)))
 
 
 def _encoded(
@@ -269,30 +277,33 @@ def _encoded(
     tokenizer.encode_special_tokens = not chat
 
     def encode(batch: list[str]) -> list[list[int]]:
-        return [
-            encoding.ids
-            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        ]
+        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     contexts = encode([piece.before for piece in texts])
-    for piece, context, ids in zip(
-        texts, contexts, encode([before + text for text, before, _ in texts]), strict=True
-    ):
-        own = tokens_behind(context, ids)
-        own = encode([piece.text])[0] if own is None else own
+    wholes = encode([piece.before + piece.text for piece in texts])
+    for piece, context, whole in zip(texts, contexts, wholes, strict=True):
+        own = tokens_behind(context, whole)
+        if own is None:
+            own = encode([piece.text])[0]
         yield np.array(own if piece.goes_on else [*own, end_of_text], np.uint32)
 
 
 class _Stream:
-    """A file of tokens that is written as texts come, some at a time: within it, `size` is what it
-    holds by now."""
+    """A file of tokens that is written as texts come, some at a time.
+
+    size   how many documents, bytes of text and tokens it holds by now
+    """
 
     def __init__(
         self, path: Path, tokenizer: Tokenizer, end_of_text: int, dtype: type[Any], *, chat: bool
     ) -> None:
         self.size = {"documents": 0, "bytes": 0, "tokens": 0}
-        self._file, self._dtype = path.open("wb"), dtype
-        self._tokenizer, self._end, self._chat = tokenizer, end_of_text, chat
+        self._file = path.open("wb")
+        self._dtype = dtype
+        self._tokenizer = tokenizer
+        self._end = end_of_text
+        self._chat = chat
         self._waiting: list[_Piece] = []
         self._before = ""
 
@@ -309,7 +320,8 @@ class _Stream:
         """A text, or the next piece of one that `goes_on`."""
         self._waiting.append(_Piece(text, self._before, goes_on))
         self._before = text[-CONTEXT:] if goes_on else ""
-        before, self.size["bytes"] = self.size["bytes"], self.size["bytes"] + len(text.encode())
+        before = self.size["bytes"]
+        self.size["bytes"] += len(text.encode())
         self.size["documents"] += not goes_on
         if before // _PIECE != self.size["bytes"] // _PIECE:
             self._flush()
@@ -344,8 +356,7 @@ def document_numbers(
 
 
 def rows_in(tokens: int, length: int) -> int:
-    """How many rows a pass over a stream of so many tokens has, wherever in its first row's length
-    it begins."""
+    """Rows of a pass over a stream of so many tokens, wherever within a row's length it begins."""
     return max(0, (tokens - 1) // length - 1)
 
 
@@ -361,18 +372,22 @@ class Batches:
         self, data: PreparedData, mixture: Mapping[str, int], rows: int, length: int, seed: int
     ) -> None:
         for kind, copies in mixture.items():
-            known = f"there are {', '.join(data.train)}"
-            require(
-                not copies or kind in data.train,
-                f"mixture.{kind} names no training stream; {known}",
-            )
+            if copies and kind not in data.train:
+                raise ConfigError(
+                    f"mixture.{kind} names no training stream; there are {', '.join(data.train)}"
+                )
         self._streams = [(data.train[kind], mixture.get(kind, 1)) for kind in sorted(data.train)]
-        self._rows, self._length, self._seed = rows, length, seed
-        self._end, self._im_start = data.end_of_text, data.im_start
+        self._rows = rows
+        self._length = length
+        self._seed = seed
+        self._end = data.end_of_text
+        self._im_start = data.im_start
         per_stream = [copies * rows_in(len(t), length) for t, copies in self._streams]
         self.steps_per_epoch = sum(per_stream) // rows
-        few = f"the training text has fewer than {rows} rows of {length} tokens, not one batch"
-        require(self.steps_per_epoch > 0, few)
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"the training text has fewer than {rows} rows of {length} tokens, not one batch"
+            )
         self._epoch = -1
         self._order = np.empty((0, 2), dtype=np.int64)
 
@@ -380,7 +395,8 @@ class Batches:
         """The batch of `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order, self._epoch = self._shuffled(epoch), epoch
+            self._order = self._shuffled(epoch)
+            self._epoch = epoch
         chosen = self._order[index * self._rows : (index + 1) * self._rows]
         rows = [self._streams[s][0][start : start + self._length + 1] for s, start in chosen]
         tokens_RL1 = torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -402,18 +418,18 @@ class Batches:
 def evaluation_batches(
     stream: np.ndarray, data: PreparedData, rows: int, length: int
 ) -> Iterator[Batch]:
-    """Every token of a stream once, in order, as a target; a short last row is a batch of its
-    own."""
+    """Every token of a stream once, in order, as a target; a short last row is its own batch."""
     full = (len(stream) - 1) // length
     pieces = [(r * length, min(rows, full - r), length) for r in range(0, full, rows)]
-    if (rest := len(stream) - 1 - full * length) > 0:
+    rest = len(stream) - 1 - full * length
+    if rest > 0:
         pieces.append((full * length, 1, rest))
     for start, count, width in pieces:
         tokens = torch.from_numpy(stream[start : start + count * width + 1].astype(np.int64))
-        input_RL, target_RL = tokens[:-1].view(count, width), tokens[1:].view(count, width)
-        yield Batch(
-            input_RL, target_RL, document_numbers(input_RL, data.end_of_text, data.im_start)
-        )
+        input_RL = tokens[:-1].view(count, width)
+        target_RL = tokens[1:].view(count, width)
+        document_RL = document_numbers(input_RL, data.end_of_text, data.im_start)
+        yield Batch(input_RL, target_RL, document_RL)
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,12 @@ class Score:
         return self.nats / max(self.num_bytes, 1) / math.log(2)
 
     def __add__(self, other: "Score") -> "Score":
-        return Score(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Score(
+            nats=self.nats + other.nats,
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_bytes=self.num_bytes + other.num_bytes,
+            counts_SE=self.counts_SE + other.counts_SE,
+        )
 
 
 def routers(decoder: Decoder) -> list[Router]:
@@ -48,14 +53,18 @@ def routers(decoder: Decoder) -> list[Router]:
 def measuring(decoder: Decoder, *, at_capacity: bool = False) -> Iterator[None]:
     """Without dropout and noise; dropless, as the model is served, unless `at_capacity`."""
     ops: Any = decoder.ops
-    limits, training = [(router, router.limits) for router in routers(decoder)], decoder.training
-    ops.training = decoder.eval().training
-    for router, limit in limits:
-        router.limits = limit if at_capacity else None
+    training = decoder.training
+    limits = [(router, router.limits) for router in routers(decoder)]
+    decoder.eval()
+    ops.training = False
+    if not at_capacity:
+        for router, _ in limits:
+            router.limits = None
     try:
         yield
     finally:
-        ops.training = decoder.train(training).training
+        decoder.train(training)
+        ops.training = training
         for router, limit in limits:
             router.limits = limit
 
@@ -70,9 +79,9 @@ def score(
     rows: int = 8,
     max_rows: int | None = None,
 ) -> Score:
-    """Score a stream's documents in rows of `length` tokens: a token sees what its row holds of its
-    document.
+    """Score a stream's documents in rows of `length` tokens.
 
+    A token sees what its row holds of its document.
     With `max_rows`, only that many rows are scored, spread evenly over the stream.
     """
     device = decoder.embed_tokens.weight.device
@@ -88,11 +97,11 @@ def score(
         positions_T = torch.arange(width, device=device).repeat(count)
         hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, past)
         target_T = here.target_RL.reshape(-1)
-        pieces = zip(*(torch.split(x, _LOGIT_ROWS) for x in (hidden_TD, target_T)), strict=True)
-        nats = sum(
-            float(F.cross_entropy(decoder.logits(x_LD), t_L, reduction="sum"))
-            for x_LD, t_L in pieces
-        )
+        nats = 0.0
+        for start in range(0, len(target_T), _LOGIT_ROWS):
+            piece = slice(start, start + _LOGIT_ROWS)
+            logits_LV = decoder.logits(hidden_TD[piece])
+            nats += float(F.cross_entropy(logits_LV, target_T[piece], reduction="sum"))
         counts = [chosen_counts(routing)[0].double().cpu() for routing in present(routings)]
         num_bytes = int(data.bytes_V[batch.target_RL].sum())
         total += Score(nats, target_T.numel(), num_bytes, torch.stack(counts) if counts else 0)

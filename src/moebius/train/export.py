@@ -1,5 +1,4 @@
-"""A trained decoder as a Hugging Face directory, measured and described: what transformers, and our
-server, load."""
+"""A trained decoder as a Hugging Face directory, measured and described."""
 
 import lzma
 import re
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.files import anyone, json_text, make_directory, read_json, write_file
 from moebius.models.decoder import Decoder
 from moebius.models.hub import BUNDLED
@@ -37,14 +36,14 @@ _TOKENS = 2**16
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer's
-    files.
+    """Write the directory that transformers, and our server, load; weights are bfloat16.
 
     What is fine-tuned keeps what its checkpoint says beside weights: how it ends and samples, its
     terms of use.
     """
     make_directory(folder)
-    data, base = trainer.data, trainer.recipe.base()
+    data = trainer.data
+    base = trainer.recipe.base()
     save_checkpoint(trainer.decoder, trainer.config_json, folder, dtype=torch.bfloat16)
     longest = trainer.decoder.config.context
     save_tokenizer(data.tokenizer, folder, longest, trainer.recipe.given_tokenizer())
@@ -52,16 +51,20 @@ def export(trainer: Trainer, folder: Path) -> None:
         copy_files(base, folder, _CARRIED)
     says_how_it_ends = base is not None and (base / "generation_config.json").exists()
     if not says_how_it_ends and (base is None or trainer.config_json.get("eos_token_id") is None):
-        ends = [i for i in (data.end_of_text, data.tokenizer.token_to_id(IM_END)) if i is not None]
+        ends = [data.end_of_text]
+        turn_end = data.tokenizer.token_to_id(IM_END)
+        if turn_end is not None:
+            ends.append(turn_end)
         generation = {"eos_token_id": ends, "pad_token_id": data.end_of_text}
-        write_file(
-            folder / "generation_config.json", json_text(generation, indent=2) + "\n", ours=anyone
-        )
+        text = json_text(generation, indent=2) + "\n"
+        write_file(folder / "generation_config.json", text, ours=anyone)
 
 
 def would_replace(recipe: Recipe, folder: Path) -> list[str]:
-    """What is in `folder` already of the names that an export and its card have, and weights under
-    any name: whoever loads a directory takes the shards that an index beside them names."""
+    """What is in `folder` already of the names that an export and its card have.
+
+    Weights count under any name: whoever loads a directory takes the shards that an index names.
+    """
     base = recipe.base()
     carried = [] if base is None else matching(base, _CARRIED)
     names = [Path("README.md"), Path("config.json"), Path("generation_config.json"), *carried]
@@ -79,17 +82,17 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
     length = recipe.training.row_length
     found = scores(decoder, data, length)
     figures: dict[str, dict[str, Any]] = {}
-    for kind, s in found.items():
+    for kind, score in found.items():
         streams = list(data.heldout.values()) if kind == "all" else [data.heldout[kind]]
         figures[kind] = {
-            "bytes": s.num_bytes,
-            "tokens": s.num_tokens,
-            "bits_per_byte": s.bits_per_byte,
+            "bytes": score.num_bytes,
+            "tokens": score.num_tokens,
+            "bits_per_byte": score.bits_per_byte,
+            **_compressed(_texts(streams, data.token_bytes)),
         }
-        figures[kind] |= _compressed(_texts(streams, data.token_bytes))
     if recipe.routing.eval_capacity_factor is not None:
-        for kind, s in scores(decoder, data, length, at_capacity=True).items():
-            figures[kind]["bits_per_byte_at_capacity"] = s.bits_per_byte
+        for kind, score in scores(decoder, data, length, at_capacity=True).items():
+            figures[kind]["bits_per_byte_at_capacity"] = score.bits_per_byte
     loads = found["all"].counts_SE
     if isinstance(loads, torch.Tensor):
         figures["all"]["max_violation"] = [round(x, 3) for x in max_violation(loads).tolist()]
@@ -111,24 +114,28 @@ def _compressed(texts: Iterable[bytes]) -> dict[str, float]:
         "gzip": zlib.compressobj(9, wbits=31),
         "xz": lzma.LZMACompressor(preset=9),
     }
-    sizes, total = dict.fromkeys(made, 0), 0
+    sizes = dict.fromkeys(made, 0)
+    total = 0
     for text in texts:
         total += len(text)
         for name, compressor in made.items():
             sizes[name] += len(compressor.compress(text))
-    return {
-        f"{name}_bits_per_byte": 8 * (sizes[name] + len(made[name].flush())) / max(total, 1)
-        for name in made
-    }
+    figures = {}
+    for name, compressor in made.items():
+        size = sizes[name] + len(compressor.flush())
+        figures[f"{name}_bits_per_byte"] = 8 * size / max(total, 1)
+    return figures
 
 
 def parameter_counts(decoder: Decoder) -> tuple[int, int]:
     """All parameters, and those that one token uses."""
-    total, idle = sum(p.numel() for p in decoder.parameters()), 0
-    for number, router in decoder.routers.items():
-        held = decoder.get_submodule(f"layers.{number}.mlp.experts").parameters()
-        experts = sum(p.numel() for p in held)
-        idle += experts - experts * router.config.top_k // router.config.num_experts
+    total = sum(p.numel() for p in decoder.parameters())
+    idle = 0
+    for number, part in enumerate(decoder.config.feed_forward):
+        if part.router is not None:
+            module = decoder.get_submodule(f"layers.{number}.mlp.experts")
+            experts = sum(p.numel() for p in module.parameters())
+            idle += experts - experts * part.router.top_k // part.router.num_experts
     return total, total - idle
 
 
@@ -141,57 +148,57 @@ def model_card(
     twin: Mapping[str, Any] | None = None,
     **more: object,
 ) -> str:
-    """README.md of the exported directory: data, recipe, figures, and the commands that repeat
-    them.
+    """README.md of the exported directory: data, recipe, figures, and how to repeat them.
 
     `facts` are the data's, `summary` is the run's figures.json, `twin` that of its dense twin, to
     stand beside; `more` is for places of the template beside those of card.md.
     """
-    t, sizes, health = recipe.training, facts["sizes"]["train"], summary["figures"]["all"]
+    training = recipe.training
     total, used = parameter_counts(decoder)
-    balance = "No layer has experts."
-    if "dead_experts" in health:
-        worst = ", ".join(f"{x:.2f}" for x in health["max_violation"])
-        balance = (
-            f"Load over the held-out text: MaxVio {worst} by layer; dead experts: "
-            f"{health['dead_experts']}."
-        )
     speeds = f"{summary['tokens_per_second']:,} tokens/s"
-    speeds += "" if twin is None else f" (the dense twin: {twin['tokens_per_second']:,})"
-    rows = [
-        (
-            kind,
-            size["documents"],
-            f"{size['bytes']:,}",
-            f"{size['tokens']:,}",
-            recipe.mixture.get(kind, 1),
-        )
-        for kind, size in sizes.items()
-    ]
+    if twin is not None:
+        speeds += f" (the dense twin: {twin['tokens_per_second']:,})"
     head, origin = _origin(recipe)
     return template.format(
         head=head,
         origin=origin,
         recipe=recipe,
-        t=t,
+        t=training,
         config=decoder.config,
         facts=facts,
         total=total,
         used=used,
-        seen=t.steps * t.tokens_per_step,
+        seen=training.steps * training.tokens_per_step,
         minutes=summary["seconds"] / 60,
         speeds=speeds,
-        balance=balance,
-        corpus=_table(("text", "documents", "bytes", "tokens", "passes an epoch"), rows),
+        balance=_balance(summary["figures"]["all"]),
+        corpus=_corpus_table(facts["sizes"]["train"], recipe.mixture),
         measured=figures_table(summary["figures"], twin),
         **more,
     )
 
 
+def _balance(figures: Mapping[str, Any]) -> str:
+    """A sentence on the experts' load over the held-out text."""
+    if "dead_experts" not in figures:
+        return "No layer has experts."
+    worst = ", ".join(f"{x:.2f}" for x in figures["max_violation"])
+    dead = figures["dead_experts"]
+    return f"Load over the held-out text: MaxVio {worst} by layer; dead experts: {dead}."
+
+
+def _corpus_table(sizes: Mapping[str, Mapping[str, int]], mixture: Mapping[str, int]) -> str:
+    rows = []
+    for kind, size in sizes.items():
+        passes = mixture.get(kind, 1)
+        rows.append((kind, size["documents"], f"{size['bytes']:,}", f"{size['tokens']:,}", passes))
+    return _table(("text", "documents", "bytes", "tokens", "passes an epoch"), rows)
+
+
 def _origin(recipe: Recipe) -> tuple[str, str]:
-    """What a card's head and text say of the checkpoint that was fine-tuned: its licence, its
-    name."""
-    base, start = recipe.base(), recipe.finetune
+    """What a card's head and text say of the checkpoint that was fine-tuned: licence and name."""
+    base = recipe.base()
+    start = recipe.finetune
     if base is None or start is None:
         return "", ""
     card = base / "README.md"
@@ -206,51 +213,49 @@ def _origin(recipe: Recipe) -> tuple[str, str]:
         "experts": "its experts",
         "all_but_experts": "all but its experts",
     }
-    origin = (
-        f"- Fine-tuned from `{base.name if local else start.checkpoint}`: {what[start.train]}.\n"
-    )
+    name = base.name if local else start.checkpoint
+    origin = f"- Fine-tuned from `{name}`: {what[start.train]}.\n"
     return "".join(f"{line}\n" for line in head), origin
 
 
 def read_twin(out: Path, data: PreparedData) -> dict[str, Any]:
-    """The figures of a dense twin's run. Raises ConfigError where there are none, or not of this
-    held-out text."""
+    """The figures of a dense twin's run.
+
+    Raises ConfigError where there are none, or not of this held-out text.
+    """
     path = out / "training" / "figures.json"
     found = read_json(path)
-    figures, speed = found.get("figures"), found.get("tokens_per_second")
+    figures = found.get("figures")
+    speed = found.get("tokens_per_second")
     if not isinstance(figures, dict) or not isinstance(speed, int | float):
         raise ConfigError(f"--against {out}: {path} holds no figures of a training run")
     for kind in (*data.heldout, "all"):
         theirs = figures.get(kind)
-        measured = isinstance(theirs, dict) and isinstance(theirs.get("bits_per_byte"), int | float)
-        require(
-            measured,
-            f"--against {out}: no figures of held-out {kind} text; its twin trains on the same "
-            "corpus",
-        )
+        if not isinstance(theirs, dict) or not isinstance(theirs.get("bits_per_byte"), int | float):
+            raise ConfigError(
+                f"--against {out}: no figures of held-out {kind} text; its twin trains on the same "
+                "corpus"
+            )
     return found
 
 
 def figures_table(figures: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> str:
-    """All bits per byte in measure's figures as a table in Markdown, those of a dense twin's run
-    beside the model's."""
+    """All bits per byte in measure's figures as a table in Markdown.
+
+    Those of a dense twin's run stand beside the model's.
+    """
+    keys = [key for key in figures["all"] if "bits_per_byte" in key]
+    columns = [key.replace("_", " ") for key in keys]
     if twin is not None:
-        theirs = {kind: f["bits_per_byte"] for kind, f in twin["figures"].items()}
-        figures = {
-            k: {"bits_per_byte": f["bits_per_byte"], "dense_twin": theirs[k]} | f
-            for k, f in figures.items()
-        }
-    keys = [key for key in figures["all"] if "bits_per_byte" in key or key == "dense_twin"]
-    rows = [
-        (
-            kind,
-            f"{f['bytes']:,}",
-            f"**{f['bits_per_byte']:.3f}**",
-            *(f"{f[key]:.3f}" for key in keys[1:]),
-        )
-        for kind, f in figures.items()
-    ]
-    return _table(("held-out text", "bytes", *(key.replace("_", " ") for key in keys)), rows)
+        columns.insert(1, "dense twin")
+    rows = []
+    for kind, figure in figures.items():
+        values = [f"{figure[key]:.3f}" for key in keys]
+        values[0] = f"**{values[0]}**"
+        if twin is not None:
+            values.insert(1, f"{twin['figures'][kind]['bits_per_byte']:.3f}")
+        rows.append((kind, f"{figure['bytes']:,}", *values))
+    return _table(("held-out text", "bytes", *columns), rows)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

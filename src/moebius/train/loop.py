@@ -1,10 +1,9 @@
-"""The training loop: steps, metrics, checkpoints, exports, until the recipe's last step or an
-interruption."""
+"""The training loop: steps, metrics, checkpoints, exports, to the last step or an interruption."""
 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from moebius.errors import ConfigError, NumericalError, StorageError
 from moebius.files import json_text
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
-from moebius.train.trainer import StepReport, Trainer
+from moebius.train.step import StepReport
+from moebius.train.trainer import Trainer
 
 Line = dict[str, Any]
 
@@ -33,41 +33,54 @@ def run(
     run with NumericalError or StorageError and leaves the last checkpoint as it was; SIGINT or
     SIGTERM ends it with KeyboardInterrupt after the step and a checkpoint.
     """
-    training, checkpoint = trainer.recipe.training, folder / "checkpoint.safetensors"
+    checkpoint = folder / "checkpoint.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(
-        folder, trainer, on_line, trainer.restore(checkpoint) if checkpoint.exists() else {}
-    )
-    saved = last = time.monotonic()
+    pending = trainer.restore(checkpoint) if checkpoint.exists() else {}
+    metrics = Metrics(folder, trainer, on_line, pending)
     try:
         with _stop_signals() as asked:
-            while trainer.done < training.steps and not asked:
-                report = trainer.step()
-                now = time.monotonic()
-                trainer.seconds, last = trainer.seconds + now - last, now
-                metrics.add(report)
-                on_step(trainer.done, report)
-                if export and training.export_every and trainer.done % training.export_every == 0:
-                    export(folder / "steps" / f"{trainer.done:06d}")
-                if now - saved >= training.checkpoint_seconds or asked:
-                    trainer.save(checkpoint, metrics.state())
-                    saved = now
-            if not asked:
-                trainer.save(checkpoint, metrics.state())
+            _steps(trainer, metrics, folder, checkpoint, asked, on_step, export)
     except (NumericalError, OSError, StorageError) as error:
-        kept = (
-            "the checkpoint before is whole"
-            if checkpoint.exists()
-            else "there is no checkpoint yet"
-        )
+        kept = "there is no checkpoint yet"
+        if checkpoint.exists():
+            kept = "the checkpoint before is whole"
         if not isinstance(error, OSError):
             raise type(error)(f"{error}; training stopped, {kept}") from None
-        full = (
-            f"step {trainer.done}: {error.filename or folder} cannot be written ({error.strerror})"
-        )
-        raise StorageError(f"{full}; training stopped, {kept}") from None
+        raise StorageError(
+            f"step {trainer.done}: {error.filename or folder} cannot be written "
+            f"({error.strerror}); training stopped, {kept}"
+        ) from None
     if asked:
         raise KeyboardInterrupt
+
+
+def _steps(
+    trainer: Trainer,
+    metrics: "Metrics",
+    folder: Path,
+    checkpoint: Path,
+    asked: Sequence[int],
+    on_step: Callable[[int, StepReport], None],
+    export: Callable[[Path], None] | None,
+) -> None:
+    """Steps until the last one, or until a signal is among those that `asked` to stop."""
+    training = trainer.recipe.training
+    last = time.monotonic()
+    saved = last
+    while trainer.done < training.steps and not asked:
+        report = trainer.step()
+        now = time.monotonic()
+        trainer.seconds += now - last
+        last = now
+        metrics.add(report)
+        on_step(trainer.done, report)
+        if export and training.export_every and trainer.done % training.export_every == 0:
+            export(folder / "steps" / f"{trainer.done:06d}")
+        if now - saved >= training.checkpoint_seconds or asked:
+            trainer.save(checkpoint, metrics.state())
+            saved = now
+    if not asked:
+        trainer.save(checkpoint, metrics.state())
 
 
 @contextmanager
@@ -84,9 +97,9 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 class Metrics:
-    """One line every log_every steps: means since the last line; every evaluate_every steps bits
-    per byte too.
+    """One line every log_every steps, and one every evaluate_every with bits per byte too.
 
+    A line has means since the last one.
     What the next line is made of is part of a checkpoint's `state`, so that an interrupted run
     writes the lines of one that was not; what was written after the checkpoint is forgotten.
     """
@@ -94,7 +107,9 @@ class Metrics:
     def __init__(
         self, folder: Path, trainer: Trainer, on_line: Callable[[Line], None], state: dict[str, Any]
     ) -> None:
-        self._path, self._trainer, self._on_line = folder / "metrics.jsonl", trainer, on_line
+        self._path = folder / "metrics.jsonl"
+        self._trainer = trainer
+        self._on_line = on_line
         self._pending: list[dict[str, Any]] = state.get("pending", [])
         self._seconds = trainer.seconds
         self._events: Any = None
@@ -108,16 +123,16 @@ class Metrics:
         return {"pending": self._pending, "size": self._path.stat().st_size}
 
     def add(self, report: StepReport) -> None:
-        trainer, training = self._trainer, self._trainer.recipe.training
-        told = report._asdict().items()
-        self._pending.append(
-            {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in told}
-        )
+        trainer = self._trainer
+        training = trainer.recipe.training
+        lists = {"counts": report.counts.tolist(), "dropped": report.dropped.tolist()}
+        self._pending.append(report._asdict() | lists)
         evaluated = trainer.done == training.steps or trainer.done % training.evaluate_every == 0
         if not (evaluated or trainer.done % training.log_every == 0):
             return
         line: Line = {"step": trainer.done, "seconds": round(trainer.seconds, 1)} | self._means()
-        self._pending, self._seconds = [], trainer.seconds
+        self._pending = []
+        self._seconds = trainer.seconds
         if trainer.ranks.rank:
             return
         if evaluated:
@@ -135,10 +150,11 @@ class Metrics:
 
     def _means(self) -> Line:
         """Means over the pending steps; router health, a value a layer, of their loads together."""
-        pending, training = self._pending, self._trainer.recipe.training
-        names = ("loss", "balance", "z", "grad_norm")
-        line: Line = {name: sum(p[name] for p in pending) / len(pending) for name in names}
-        tokens = len(pending) * training.tokens_per_step
+        pending = self._pending
+        line: Line = {}
+        for name in ("loss", "balance", "z", "grad_norm"):
+            line[name] = sum(each[name] for each in pending) / len(pending)
+        tokens = len(pending) * self._trainer.recipe.training.tokens_per_step
         line["learning_rate"] = pending[-1]["learning_rate"]
         line["tokens_per_second"] = round(tokens / max(self._trainer.seconds - self._seconds, 1e-9))
         counts = torch.tensor([p["counts"] for p in pending], dtype=torch.float64).sum(0)
@@ -158,11 +174,10 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        missing = (
+        raise ConfigError(
             "training.tensorboard is true, but TensorBoard is missing: pip install "
             "'moebius[tensorboard]'"
-        )
-        raise ConfigError(missing) from None
+        ) from None
     return SummaryWriter(str(folder), purge_step=first_step)
 
 
@@ -171,13 +186,17 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 
 def _flat(line: Line) -> dict[str, float]:
-    """Scalars by tag: layers and kinds of text side by side; the loads of single experts stay in
-    metrics.jsonl."""
-    scalars = {name: value for name, value in line.items() if not isinstance(value, (dict, list))}
+    """Scalars by tag, of layers and of kinds of text side by side.
+
+    The loads of single experts stay in metrics.jsonl.
+    """
+    scalars: dict[str, float] = {}
     for name, value in line.items():
-        several = enumerate(value) if isinstance(value, list) else ()
-        scalars |= {f"{name}/layer_{i}": x for i, x in several if not isinstance(x, list)}
-        scalars |= (
-            {f"{name}/{kind}": x for kind, x in value.items()} if isinstance(value, dict) else {}
-        )
+        if isinstance(value, dict):
+            scalars |= {f"{name}/{kind}": x for kind, x in value.items()}
+        elif isinstance(value, list):
+            layers = enumerate(value)
+            scalars |= {f"{name}/layer_{i}": x for i, x in layers if not isinstance(x, list)}
+        else:
+            scalars[name] = value
     return scalars

@@ -1,5 +1,4 @@
-"""The reference operations, with what training on a CPU gains from: the same formulas, fewer and
-larger passes."""
+"""The reference operations as training computes them: the same formulas in fewer passes."""
 
 from typing import Any
 
@@ -27,8 +26,10 @@ class TrainingOps(ReferenceOps):
     def __init__(
         self, dropout: float = 0.0, expert_dropout: float = 0.0, *, drops: bool = False
     ) -> None:
-        self.drops, self.training = drops, False
-        self._dropout, self._expert_dropout = dropout, expert_dropout
+        self.drops = drops
+        self.training = False
+        self._dropout = dropout
+        self._expert_dropout = expert_dropout
 
     def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
         share = self._expert_dropout if routed else self._dropout
@@ -50,8 +51,7 @@ class TrainingOps(ReferenceOps):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a linear layer's logits, whose (T, V) matrix never exists as a
-    whole."""
+    """Mean cross-entropy of a linear layer's logits, never all of them at once."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -59,21 +59,18 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_TD.device)
         total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
         for start in range(0, len(x_TD), LOSS_ROWS):
-            x_LD, target_L = (
-                x_TD[start : start + LOSS_ROWS],
-                target_T[start : start + LOSS_ROWS].unsqueeze(1),
-            )
+            rows = slice(start, start + LOSS_ROWS)
+            x_LD = x_TD[rows]
+            target_L1 = target_T[rows].unsqueeze(1)
             logits_LV = (x_LD @ weight_VD.T).float()
-            log_sum_L = torch.logsumexp(logits_LV, dim=-1, keepdim=True)
-            total += (log_sum_L - logits_LV.gather(1, target_L)).sum()
-            error_LV = (
-                logits_LV.sub_(log_sum_L)
-                .exp_()
-                .scatter_add_(1, target_L, -torch.ones_like(log_sum_L))
-            )
-            error = error_LV.to(x_TD.dtype)
-            grad_x_TD[start : start + LOSS_ROWS] = error @ weight_VD
-            grad_weight_VD += error.T @ x_LD
+            log_sum_L1 = torch.logsumexp(logits_LV, dim=-1, keepdim=True)
+            total += (log_sum_L1 - logits_LV.gather(1, target_L1)).sum()
+            # In place: softmax - onehot(target), the loss's gradient by the logits.
+            probability_LV = logits_LV.sub_(log_sum_L1).exp_()
+            error_LV = probability_LV.scatter_add_(1, target_L1, -torch.ones_like(log_sum_L1))
+            error_LV = error_LV.to(x_TD.dtype)
+            grad_x_TD[rows] = error_LV @ weight_VD
+            grad_weight_VD += error_LV.T @ x_LD
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
         return total / len(x_TD)
 
@@ -81,19 +78,15 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
         scale = grads[0] / len(grad_x_TD)
-        return (
-            grad_x_TD * scale.to(grad_x_TD.dtype),
-            (grad_weight_VD * scale).to(grad_x_TD.dtype),
-            None,
-        )
+        grad_weight = (grad_weight_VD * scale).to(grad_x_TD.dtype)
+        return grad_x_TD * scale.to(grad_x_TD.dtype), grad_weight, None
 
 
 def cross_entropy(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
-    """Mean over T of -log softmax(x W^T)[target], in nats: products in x's dtype, everything else
-    in float32.
+    """Mean over T of -log softmax(x W^T)[target], in nats.
 
-    The gradient is worked out in the forward pass, LOSS_ROWS rows at a time, so that memory does
-    not grow with T·V.
+    Products are in x's dtype, everything else in float32. The gradient is worked out in the forward
+    pass, LOSS_ROWS rows at a time, so that memory does not grow with T·V.
     """
     loss: Tensor = _CrossEntropy.apply(x_TD, weight_VD, target_T)  # type: ignore[no-untyped-call]
     return loss

@@ -1,5 +1,4 @@
-"""Data parallel training: torchrun's processes share a step's micro-batches out and add up what
-they found."""
+"""Data parallel training: torchrun's processes share out a step's micro-batches."""
 
 import os
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from moebius.errors import require
+from moebius.errors import ConfigError
 
 # Rank 0 prepares the data and measures held-out text while the others wait.
 _PATIENCE = timedelta(hours=6)
@@ -33,11 +32,11 @@ class Ranks:
 
     def share(self, micro_batches: int) -> range:
         """Which micro-batches of a step are this rank's."""
-        wrong = (
-            f"training.accumulation = {micro_batches} micro-batches cannot be shared by "
-            f"{self.count} ranks evenly"
-        )
-        require(micro_batches % self.count == 0, f"{wrong}; make it a multiple of {self.count}")
+        if micro_batches % self.count:
+            raise ConfigError(
+                f"training.accumulation = {micro_batches} micro-batches cannot be shared by "
+                f"{self.count} ranks evenly; make it a multiple of {self.count}"
+            )
         return range(self.rank, micro_batches, self.count)
 
     def add_up(self, *tensors: Tensor) -> None:

@@ -1,188 +1,28 @@
-"""A training recipe: a TOML file as frozen, checked records. Unknown keys and impossible values are
-errors."""
+"""A training recipe: a TOML file as a frozen record; what is unknown or impossible is an error."""
 
 import json
-import math
 import re
 import tomllib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pydantic as p
 
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.files import read_text
+from moebius.models.config import ModelConfig
 from moebius.models.family import model_config
 from moebius.models.hub import resolve_model
 from moebius.moe.config import FeedForwardConfig, TrainingRouting
-from moebius.train.architecture import check_trainable, check_written, config_json
-from moebius.train.tokenizer import END_OF_TEXT
-
-Share = Annotated[float, p.Field(ge=0, le=1)]
-Below1 = Annotated[float, p.Field(ge=0, lt=1)]
-
-
-def _absolute(name: str, info: p.ValidationInfo) -> str:
-    """A path that starts at the recipe's folder."""
-    if not name:
-        return ""
-    require("\0" not in name, f"{name!r} is no path: it holds a zero byte")
-    try:
-        return str((Path(info.context or ".") / Path(name).expanduser()).resolve())
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{name!r} is no path: {error}") from None
-
-
-def _model(name: str, info: p.ValidationInfo) -> str:
-    """A directory that is there, or a name for moebius.models.hub."""
-    return _absolute(name, info) if (Path(info.context or ".") / name).exists() else name
-
-
-LocalPath = Annotated[str, p.AfterValidator(_absolute)]
-LocalPaths = Annotated[
-    tuple[LocalPath, ...], p.BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else (x,))
-]
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusRecipe:
-    """Where the text comes from, and which share of it is held out.
-
-    files     paths by kind of text: text files, folders of them, or .jsonl whose objects have
-              `text_key`. A kind's name is part of file names. In texts of the kind `chat` special
-              tokens count as such, and a new tokenizer is not trained on them
-    """
-
-    files: Annotated[dict[str, LocalPaths], p.Field(min_length=1)]
-    text_key: str = "text"
-    heldout_share: Annotated[float, p.Field(gt=0, lt=0.5)] = 0.045
-
-    def __post_init__(self) -> None:
-        for kind in self.files:
-            named = re.fullmatch(r"[\w-]{1,64}", kind) is not None
-            wanted = "letters, digits, '-' and '_', 64 of them at most"
-            require(
-                named, f"corpus.files: a kind of text is called {kind!r}; its name must be {wanted}"
-            )
-            require(
-                kind != "all",
-                "corpus.files.all: `all` is what all kinds together are called; choose another "
-                "name",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerRecipe:
-    """A byte-level BPE trained to `vocab_size` entries, special tokens included, or the
-    tokenizer.json in `path`.
-
-    vocab_size    at least 259: bytes and special tokens
-    end_of_text   names the token that stands between documents
-    """
-
-    vocab_size: Annotated[int, p.Field(ge=259, le=2**16)] = 4096
-    path: LocalPath = ""
-    end_of_text: str = END_OF_TEXT
-
-
-@dataclass(frozen=True, slots=True)
-class FinetuneRecipe:
-    """Start from a model directory of any supported type, with its tokenizer.
-
-    train            `all`, `experts` (behind a router) or `all_but_experts`: without experts it
-                     goes about as well, with nothing but experts badly (ST-MoE section 4.2)
-    dropout          on what attention and feed-forward add to the residual stream, and within dense
-                     feed-forwards
-    expert_dropout   within experts behind a router (Switch section 2.4: 0.1 and 0.4)
-    """
-
-    checkpoint: Annotated[str, p.AfterValidator(_model)]
-    train: Literal["all", "experts", "all_but_experts"] = "all"
-    dropout: Below1 = 0.1
-    expert_dropout: Below1 = 0.4
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRecipe:
-    """Steps, batch, optimiser, losses.
-
-    A step takes rows_per_step rows of row_length tokens, in `accumulation` micro-batches, which
-    torchrun's ranks share out. The learning rate rises linearly over warmup_steps to learning_rate,
-    then falls along a half cosine to final_share of it at the last step. weight_decay applies to
-    matrices only.
-
-    load_balance, z_loss   weights of the auxiliary losses (ST-MoE, arXiv 2202.08906, eq 6)
-    balance          over which tokens the load is measured: each micro-`batch`, each `sequence`
-                     (row), or `global`, the whole step's, which needs a forward pass more where a
-                     step has several micro-batches
-    first_choices    the load counts first choices only (GShard, ST-MoE)
-    bias_rate        how much the selection bias moves after a step (arXiv 2408.15664)
-    init_scale       new matrices are normal, initializer_range of the model wide and cut off at 3,
-                     narrower into the residual stream; or, where it is given, sqrt(init_scale /
-                     inputs) wide and cut off at 2 (Switch section 2.4: 0.1 in place of 1)
-    router_init      multiplies the routers' initial weights
-    dtype            of the decoder; masters, moments and routers are float32 in any case
-    export_every     writes a model directory every so many steps; 0 for none
-    tensorboard      writes metrics for TensorBoard too, which is to be installed (the extra
-                     `tensorboard`)
-    """
-
-    steps: p.PositiveInt
-    rows_per_step: p.PositiveInt
-    row_length: p.PositiveInt
-    learning_rate: p.PositiveFloat
-    accumulation: p.PositiveInt = 1
-    warmup_steps: p.NonNegativeInt = 100
-    final_share: Share = 0.02
-    beta1: Below1 = 0.9
-    beta2: Below1 = 0.95
-    weight_decay: p.NonNegativeFloat = 0.1
-    clip_norm: p.PositiveFloat = 1.0
-    load_balance: p.NonNegativeFloat = 0.01
-    z_loss: p.NonNegativeFloat = 0.001
-    balance: Literal["batch", "sequence", "global"] = "batch"
-    first_choices: bool = False
-    bias_rate: p.NonNegativeFloat = 0.0
-    init_scale: p.NonNegativeFloat = 0.0
-    router_init: p.PositiveFloat = 1.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    log_every: p.PositiveInt = 20
-    evaluate_every: p.PositiveInt = 500
-    evaluate_rows: p.PositiveInt = 64
-    export_every: p.NonNegativeInt = 0
-    tensorboard: bool = False
-    checkpoint_seconds: p.NonNegativeFloat = 120.0
-
-    def __post_init__(self) -> None:
-        warmup, steps, rows, parts = (
-            self.warmup_steps,
-            self.steps,
-            self.rows_per_step,
-            self.accumulation,
-        )
-        require(
-            warmup < steps,
-            f"training.warmup_steps is {warmup}; it must be less than training.steps = {steps}",
-        )
-        even = rows % parts == 0
-        require(
-            even,
-            f"training.rows_per_step = {rows} is no multiple of training.accumulation = {parts}",
-        )
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.rows_per_step * self.row_length
-
-    def rate_at(self, step: int) -> float:
-        """The learning rate of a step: linear warm-up, then a half cosine (arXiv 1608.03983, eq 5)
-        to the last step."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        share = self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * share
+from moebius.train.architecture import (
+    check_model_table,
+    check_trainable,
+    check_written,
+    config_json,
+    dense_twin,
+)
+from moebius.train.tables import CorpusRecipe, FinetuneRecipe, TokenizerRecipe, TrainingRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,50 +48,69 @@ class Recipe:
     finetune: FinetuneRecipe | None = None
 
     def __post_init__(self) -> None:
+        self._check_mixture()
+        if (self.model is None) == (self.finetune is None):
+            raise ConfigError(
+                "the recipe needs either a model table, for a new model, or a finetune table, for "
+                "a checkpoint"
+            )
+        if self.model is not None:
+            whole = self.config_json(self.tokenizer.vocab_size)
+            config = model_config(whole)
+            self.check_trainable(config)
+            check_model_table(self.model, self.layers, config)
+            check_written(whole)
+        elif self.layers or self.training.init_scale or self.training.router_init != 1:
+            raise ConfigError(
+                "layers, training.init_scale and training.router_init are for a new model, not "
+                "for a finetune table"
+            )
+
+    def _check_mixture(self) -> None:
         kinds = self.corpus.files
         for kind in self.mixture:
-            require(
-                kind in kinds,
-                f"mixture.{kind} names no kind of text in corpus.files; there are "
-                f"{', '.join(kinds)}",
-            )
-        passes = [self.mixture.get(kind, 1) for kind in kinds]
-        require(any(passes), "mixture: every kind of text is passed over 0 times")
-        one = (self.model is None) != (self.finetune is None)
-        require(
-            one,
-            "the recipe needs either a model table, for a new model, or a finetune table, for a "
-            "checkpoint",
-        )
-        if self.model is not None:
-            whole = config_json(self, self.tokenizer.vocab_size)
-            check_trainable(model_config(whole), self)
-            check_written(whole)
-            return
-        fresh = self.layers or self.training.init_scale or self.training.router_init != 1
-        say = (
-            "layers, training.init_scale and training.router_init are for a new model, not for a "
-            "finetune table"
-        )
-        require(not fresh, say)
+            if kind not in kinds:
+                raise ConfigError(
+                    f"mixture.{kind} names no kind of text in corpus.files; there are "
+                    f"{', '.join(kinds)}"
+                )
+        if not any(self.mixture.get(kind, 1) for kind in kinds):
+            raise ConfigError("mixture: every kind of text is passed over 0 times")
+
+    def config_json(self, vocab_size: int) -> dict[str, Any]:
+        """The whole config.json of the new model, which the recipe must be for."""
+        assert self.model is not None
+        return config_json(self.model, self.layers, vocab_size)
+
+    def check_trainable(self, config: ModelConfig) -> None:
+        """ConfigError for a model, new or to be fine-tuned, that this recipe cannot train."""
+        check_trainable(config, self.training, self.routing, self.finetune)
+
+    def dense_twin(self) -> "Recipe":
+        """The same run with a dense model that a token meets as many parameters of.
+
+        Layers that are dense already stay as they are. ConfigError where there is nothing to do.
+        """
+        if self.model is None:
+            raise ConfigError("--dense-twin needs a recipe with a model table")
+        config = model_config(self.config_json(self.tokenizer.vocab_size))
+        model, layers = dense_twin(self.model, config)
+        return replace(self, name=f"{self.name}-dense", model=model, layers=layers)
 
     def base(self) -> Path | None:
-        """The directory of the checkpoint to fine-tune, None for a new model. Raises:
-        ConfigError."""
+        """The directory of the checkpoint to fine-tune; None for a new model."""
         return None if self.finetune is None else resolve_model(self.finetune.checkpoint)
 
     def given_tokenizer(self) -> Path | None:
-        """The tokenizer.json to use, its own or the checkpoint's, None where one is to be
-        trained."""
+        """The tokenizer.json to use: its own or the checkpoint's; None to train one."""
         path = Path(self.tokenizer.path) if self.tokenizer.path else self.base()
         return path if path is None or path.is_file() else path / "tokenizer.json"
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises: ConfigError, naming the key, for anything that is missing, unknown, of a wrong type
-    or impossible.
+    """The recipe in a TOML file; relative paths in it start at its own folder.
 
-    Relative paths in it start at its own folder.
+    Raises ConfigError, naming the key, for what is missing, unknown, of a wrong type or impossible.
     """
     try:
         table = tomllib.loads(read_text(path))
@@ -274,8 +133,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _first(invalid: p.ValidationError) -> str:
-    """One line about the first thing that is wrong: a misspelt key rather than the one that it
-    leaves missing."""
+    """One line about the first thing wrong: a misspelt key before the one it leaves missing."""
     unknown = "unexpected_keyword_argument"
     error = min(invalid.errors(), key=lambda e: e["type"] != unknown)
     names = [part for part in error["loc"] if isinstance(part, str)]

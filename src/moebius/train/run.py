@@ -1,8 +1,8 @@
-"""From a recipe to a model directory: prepare the data, train (or continue), measure, export, write
-the card."""
+"""From a recipe to a model directory: prepare the data, train, measure, export, write the card."""
 
 import os
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moebius.errors import StorageError, require
+from moebius.errors import ConfigError, StorageError
 from moebius.files import anyone, json_text, write_file
 from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
 from moebius.models.store.load import load_decoder
-from moebius.train.architecture import dense_twin as twin_of
 from moebius.train.corpus import Corpus, reads_below
 from moebius.train.data import holds_run, prepare
 from moebius.train.evaluate import routers
@@ -39,7 +38,8 @@ from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe, read_recipe
-from moebius.train.trainer import StepReport, Trainer
+from moebius.train.step import StepReport
+from moebius.train.trainer import Trainer
 
 
 def main_from_recipe(
@@ -52,32 +52,29 @@ def main_from_recipe(
     against: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Train `recipe_path`'s model into `out`, or measure the one that is there; the figures by kind
-    of held-out text.
+    """Train `recipe_path`'s model into `out`, or measure the one there; figures by kind of text.
 
     The options are the command line's (moebius.cli.train). out/training keeps what is needed to
     continue and, in `inspection`, what moebius inspect reports of the held-out documents. Raises:
     UsageError, NumericalError or StorageError, each of which leaves the last checkpoint whole.
     """
     recipe = read_recipe(recipe_path)
-    recipe = twin_of(recipe) if dense_twin else recipe
+    if dense_twin:
+        recipe = recipe.dense_twin()
     where = _device(device)
     try:
         if evaluate_only:
-            alone = not resume and against is None
-            require(
-                alone,
-                "--evaluate-only trains nothing and writes no card: it takes no --resume and no "
-                "--against",
-            )
+            if resume or against is not None:
+                raise ConfigError(
+                    "--evaluate-only trains nothing and writes no card: it takes no --resume and "
+                    "no --against"
+                )
             figures = _evaluate(recipe, out, where)
         else:
             _check_out(recipe, out, resume=resume)
-            shown = (
-                os.path.relpath(recipe_path)
-                if recipe_path.is_relative_to(Path.cwd())
-                else recipe_path.name
-            )
+            shown = recipe_path.name
+            if recipe_path.is_relative_to(Path.cwd()):
+                shown = os.path.relpath(recipe_path)
             figures = _train(recipe, shown, out, against, where)
     except OSError as error:
         raise StorageError(
@@ -89,42 +86,44 @@ def main_from_recipe(
 
 
 def _device(wish: str) -> torch.device:
-    has = torch.cuda.is_available()
-    require(wish in ("auto", "cpu", "cuda"), f"--device is {wish!r}; use auto, cpu or cuda")
-    install = "use --device cpu, or install a CUDA build of torch"
-    require(wish != "cuda" or has, f"--device cuda: torch finds no CUDA device; {install}")
-    return torch.device(
-        f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has and wish != "cpu" else "cpu"
-    )
+    if wish not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device is {wish!r}; use auto, cpu or cuda")
+    if wish != "cpu" and torch.cuda.is_available():
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if wish == "cuda":
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
+            "of torch"
+        )
+    return torch.device("cpu")
 
 
 def _check_out(recipe: Recipe, out: Path, *, resume: bool) -> None:
-    """ConfigError where training into `out` would replace another run, or files that no run has
-    written."""
+    """ConfigError where training into `out` would replace what this run has not written."""
     other = "choose another --out"
     started = (out / "training" / "checkpoint.safetensors").exists()
-    require(
-        resume or not started,
-        f"{out} holds a training run already; continue it with --resume, or {other}",
-    )
+    if started and not resume:
+        raise ConfigError(
+            f"{out} holds a training run already; continue it with --resume, or {other}"
+        )
     base = recipe.base()
-    same = base is not None and out.exists() and out.samefile(base)
-    require(not same, f"{out} is the checkpoint that is to be fine-tuned; {other}")
-    if not holds_run(out / "training" / "data") and not started:
-        there = would_replace(recipe, out) + (
-            ["training"] if _has_entries(out / "training") else []
-        )
-        require(
-            not there,
-            f"{out} holds {', '.join(there)} already, which training would replace; {other}",
-        )
+    if base is not None and out.exists() and out.samefile(base):
+        raise ConfigError(f"{out} is the checkpoint that is to be fine-tuned; {other}")
+    if not started and not holds_run(out / "training" / "data"):
+        there = would_replace(recipe, out)
+        if _has_entries(out / "training"):
+            there.append("training")
+        if there:
+            raise ConfigError(
+                f"{out} holds {', '.join(there)} already, which training would replace; {other}"
+            )
     for kind, roots in recipe.corpus.files.items():
-        inside = next((root for root in map(Path, roots) if reads_below(root, out)), None)
-        advice = "what is written there would be trained on"
-        require(
-            inside is None,
-            f"{out} lies in {inside}, which is read as corpus.files.{kind}: {advice}; {other}",
-        )
+        for root in map(Path, roots):
+            if reads_below(root, out):
+                raise ConfigError(
+                    f"{out} lies in {root}, which is read as corpus.files.{kind}: what is written "
+                    f"there would be trained on; {other}"
+                )
 
 
 def _has_entries(path: Path) -> bool:
@@ -143,53 +142,72 @@ def _train(
         ranks.wait()
         data = prepare(recipe, folder / "data")
         twin = None if against is None else read_twin(against, data)
-        for line in data.untrained(recipe) if ranks.rank == 0 else ():
-            Console(stderr=True).print(
-                f"note: {line}", soft_wrap=True, markup=False, highlight=False
-            )
+        if ranks.rank == 0:
+            _note(data.untrained(recipe))
         trainer = Trainer(recipe, data, device=device, ranks=ranks)
         _run_with_progress(trainer, folder)
         if ranks.rank:
             return {}
         export(trainer, out)
-        figures = measure(trainer.decoder, recipe, trainer.data)
-        speed = round(trainer.done * recipe.training.tokens_per_step / max(trainer.seconds, 1e-9))
-        summary = {"figures": figures, "tokens_per_second": speed, "seconds": trainer.seconds}
-        write_file(folder / "figures.json", json_text(summary, indent=2) + "\n", ours=anyone)
-        template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-        card = model_card(
-            template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown
-        )
-        write_file(out / "README.md", card, ours=anyone)
-        if routers(trainer.decoder):
-            heldout = (
-                Document(d.path, d.kind, d.text)
-                for d in Corpus(recipe.corpus)
-                if d.split == "heldout"
-            )
-            config = InspectConfig(row_length=recipe.training.row_length)
-            write_report(out, heldout, folder / "inspection", config, name=recipe.name)
-        return figures
+        return _describe(trainer, shown, out, twin)
     finally:
         ranks.leave()
 
 
+def _note(lines: Iterable[str]) -> None:
+    console = Console(stderr=True)
+    for line in lines:
+        console.print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _describe(
+    trainer: Trainer, shown: str, out: Path, twin: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Measure what was trained; write figures.json, the card and what its routers do."""
+    recipe = trainer.recipe
+    folder = out / "training"
+    figures = measure(trainer.decoder, recipe, trainer.data)
+    tokens = trainer.done * recipe.training.tokens_per_step
+    summary = {
+        "figures": figures,
+        "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
+        "seconds": trainer.seconds,
+    }
+    write_file(folder / "figures.json", json_text(summary, indent=2) + "\n", ours=anyone)
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    card = model_card(
+        template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown
+    )
+    write_file(out / "README.md", card, ours=anyone)
+    if routers(trainer.decoder):
+        config = InspectConfig(row_length=recipe.training.row_length)
+        documents = _heldout(recipe)
+        write_report(out, documents, folder / "inspection", config, name=recipe.name)
+    return figures
+
+
+def _heldout(recipe: Recipe) -> Iterator[Document]:
+    """The held-out documents, for an inspection."""
+    for document in Corpus(recipe.corpus):
+        if document.split == "heldout":
+            yield Document(document.path, document.kind, document.text)
+
+
 def _run_with_progress(trainer: Trainer, folder: Path) -> None:
     """Train while showing loss, speed, remaining time and router health on stderr."""
-    console, steps, first = (
-        Console(stderr=True),
-        trainer.recipe.training.steps,
-        trainer.ranks.rank == 0,
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    times = (
+    console = Console(stderr=True)
+    steps = trainer.recipe.training.steps
+    first = trainer.ranks.rank == 0
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("elapsed,"),
         TimeRemainingColumn(),
         TextColumn("remaining"),
-    )
-    with Progress(
-        *columns, *times, console=console, disable=not (console.is_terminal and first)
+        console=console,
+        disable=not (console.is_terminal and first),
     ) as progress:
         bar = progress.add_task(trainer.recipe.name, total=steps)
 
@@ -220,8 +238,10 @@ def _health(line: Line) -> str:
 
 
 def _evaluate(recipe: Recipe, out: Path, device: torch.device) -> dict[str, Any]:
-    there = (out / "model.safetensors").exists()
-    require(there, f"{out} holds no model to evaluate; train one first, without --evaluate-only")
+    if not (out / "model.safetensors").exists():
+        raise ConfigError(
+            f"{out} holds no model to evaluate; train one first, without --evaluate-only"
+        )
     ops = TrainingOps(drops=not recipe.routing.dropless)
     decoder = load_decoder(out, getattr(torch, recipe.training.dtype), device, ops)
     for router in routers(decoder):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.files import anyone, make_directory, write_file
 from moebius.text.tokenizer import read_tokenizer_json
 
@@ -15,24 +15,19 @@ END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
-# What a tokenizer's files are called in the Hugging Face layout, those of transformers' slow ones
-# too.
+# A tokenizer's files in the Hugging Face layout, those of transformers' slow tokenizers too.
 _FILES = (
-    *(
-        "tokenizer*",
-        "tokenization_*.py",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-    ),
-    *(
-        "additional_chat_templates/*.jinja",
-        "vocab.*",
-        "merges.txt",
-        "*.model",
-        "*.tiktoken",
-        "tekken.json",
-    ),
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
 )
 
 CHAT_TEMPLATE = (
@@ -59,10 +54,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     size = tokenizer.get_vocab_size()
-    wanted = f"fewer than tokenizer.vocab_size = {vocab_size}"
-    require(
-        size == vocab_size, f"the training text yields a vocabulary of {size} entries, {wanted}"
-    )
+    if size != vocab_size:
+        raise ConfigError(
+            f"the training text yields a vocabulary of {size} entries, fewer than "
+            f"tokenizer.vocab_size = {vocab_size}"
+        )
     return tokenizer
 
 
@@ -70,8 +66,10 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a special token. Raises: ConfigError, for a tokenizer that lacks it."""
     found: int | None = tokenizer.token_to_id(token)
     if found is None:
-        advice = "which separates documents; name its own end token in tokenizer.end_of_text"
-        raise ConfigError(f"the tokenizer lacks {token}, {advice}")
+        raise ConfigError(
+            f"the tokenizer lacks {token}, which separates documents; name its own end token in "
+            "tokenizer.end_of_text"
+        )
     return found
 
 
@@ -101,8 +99,10 @@ def tokenizer_config(max_length: int) -> dict[str, Any]:
 def save_tokenizer(
     tokenizer: Tokenizer, folder: Path, max_length: int, given: Path | None = None
 ) -> None:
-    """Write tokenizer.json and tokenizer_config.json; of a tokenizer.json that was `given`, copies
-    of it and of the tokenizer's files beside it."""
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Of a tokenizer.json that was `given`, copy it and the tokenizer's files beside it.
+    """
     if given is not None:
         copy_files(given.parent, folder, _FILES)
         write_file(folder / "tokenizer.json", given.read_bytes(), ours=anyone)
@@ -126,8 +126,7 @@ def matching(source: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of a directory that the glob patterns name, to the same places below
-    another."""
+    """Copy a directory's files that the glob patterns name to the same places below another."""
     for name in matching(source, patterns):
         copy = target / name
         make_directory(copy.parent)

@@ -1,5 +1,4 @@
-"""A training step: bfloat16 compute, float32 master weights, AdamW, and checkpoints that resume bit
-for bit.
+"""A training step: bfloat16 compute, float32 master weights, AdamW, exact resumption.
 
 A step reads: micro-batches, losses, gradients, sum over ranks, clip, update. What it computes
 depends on the recipe and on the step's number alone: random numbers too are drawn from a seed made
@@ -9,9 +8,10 @@ vocabulary, E experts, S layers with a router.
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,51 +19,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError, require
+from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
 from moebius.files import anyone, write_file
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.family import model_config
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
-from moebius.moe.losses import (
-    chosen_counts,
-    load_balance_loss,
-    present,
-    router_z_loss,
-    updated_bias,
-)
+from moebius.moe.losses import chosen_counts, load_balance_loss, present, router_z_loss
 from moebius.moe.router import Routing
 from moebius.nn.packed import PackedPast
-from moebius.train.architecture import check_trainable, config_json
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
+from moebius.train.masters import SELECTION_BIAS, Masters
 from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
-from moebius.train.recipe import Recipe, TokenizerRecipe
-
-_BIAS = ".router.selection_bias"
-
-
-class StepReport(NamedTuple):
-    """What a step measured, before its update, over all its micro-batches. Losses in nats a token.
-
-    counts (S, E): how many choices of each expert there were; dropped (S,): which share of them
-    found no room.
-    """
-
-    loss: float
-    balance: float
-    z: float
-    grad_norm: float
-    learning_rate: float
-    counts: Tensor
-    dropped: Tensor
+from moebius.train.recipe import Recipe
+from moebius.train.step import Losses, StepReport, StepSums
+from moebius.train.tables import TokenizerRecipe
 
 
 class Trainer:
-    """Masters in float32, a decoder in bfloat16 that is a rounded copy of them, and the optimiser
-    between the two.
+    """A decoder, the masters that it is a rounded copy of, and the steps that change both.
 
     The decoder's weights are at every step what an export would hold. Raises ConfigError or
     WeightsError for a checkpoint to start from that does not fit.
@@ -77,101 +54,80 @@ class Trainer:
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
     ) -> None:
-        self.recipe, self.data, self.device = recipe, data, torch.device(device)
-        self.ranks, training = ranks or Ranks(), recipe.training
+        training = recipe.training
+        self.recipe = recipe
+        self.data = data
+        self.device = torch.device(device)
+        self.ranks = ranks or Ranks()
         self._mine = self.ranks.share(training.accumulation)
-        self.config_json, config, initial = _start(recipe, data)
-        self.decoder = self._decoder(config)
+        start = _fine_tuned(recipe, data) if recipe.model is None else _fresh(recipe, data)
+        self.config_json = start.config_json
+        self.decoder = self._decoder(start.config)
         self._routers = routers(self.decoder)
-        # How many layers have a router, and over how many experts.
-        self._shape = (
-            len(self._routers),
-            self._routers[0].config.num_experts if self._routers else 0,
-        )
-        self._copies = dict(self.decoder.named_parameters())
-        self._masters = {name: initial[name].to(self.device) for name in self._copies}
-        for name, copy in self._copies.items():
+        self._num_experts = self._routers[0].config.num_experts if self._routers else 0
+        copies = dict(self.decoder.named_parameters())
+        for name, copy in copies.items():
             copy.requires_grad_(self._is_trained(name))
-        trained = {
-            name: self._masters[name] for name, copy in self._copies.items() if copy.requires_grad
-        }
-        self._gradient = torch.zeros(sum(m.numel() for m in trained.values()), device=self.device)
-        parts = torch.split(self._gradient, [master.numel() for master in trained.values()])
-        self._grads = {
-            name: g.view_as(trained[name]) for name, g in zip(trained, parts, strict=True)
-        }
-        for name, grad in self._grads.items():
-            trained[name].grad = grad
-        decays = {True: training.weight_decay, False: 0.0}
-        groups = [
-            {
-                "params": [m for m in trained.values() if (m.ndim >= 2) == matrices],
-                "weight_decay": decay,
-            }
-            for matrices, decay in decays.items()
-        ]
-        betas = (training.beta1, training.beta2)
-        self._optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True
-        )
+        self.masters = Masters(copies, start.weights, training, self.device)
         self._batches = Batches(
             data, recipe.mixture, training.rows_per_step, training.row_length, recipe.seed
         )
-        self.done, self.seconds = 0, 0.0
-        self._round()
+        self.done = 0
+        self.seconds = 0.0
 
     def _decoder(self, config: ModelConfig) -> Decoder:
-        limits, start = self.recipe.routing, self.recipe.finetune
-        rates = (start.dropout, start.expert_dropout) if start else (0.0, 0.0)
-        drops = not limits.dropless or limits.second_policy != "all"
-        ops = TrainingOps(*rates, drops=drops)
-        decoder = Decoder(
-            config, ops, getattr(torch, self.recipe.training.dtype), self.device
-        ).train()
+        routing = self.recipe.routing
+        start = self.recipe.finetune
+        drops = not routing.dropless or routing.second_policy != "all"
+        if start is None:
+            ops = TrainingOps(drops=drops)
+        else:
+            ops = TrainingOps(start.dropout, start.expert_dropout, drops=drops)
+        dtype = getattr(torch, self.recipe.training.dtype)
+        decoder = Decoder(config, ops, dtype, self.device).train()
         ops.training = True
         for router in routers(decoder):
-            router.limits = limits
+            router.limits = routing
         return decoder
 
     def _is_trained(self, name: str) -> bool:
+        if name.endswith(SELECTION_BIAS):
+            return False
         part = self.recipe.finetune.train if self.recipe.finetune else "all"
-        expert = ".experts." in name and int(name.split(".")[1]) in self.decoder.routers
-        return not name.endswith(_BIAS) and (part == "all" or expert == (part == "experts"))
+        if part == "all":
+            return True
+        routed = False
+        if ".experts." in name:
+            layer = int(name.split(".")[1])
+            routed = self.decoder.config.feed_forward[layer].router is not None
+        return routed == (part == "experts")
 
     def step(self) -> StepReport:
-        """One update. Raises: NumericalError naming step and layer, before anything changes, for a
-        loss that is no number."""
+        """One update.
+
+        Raises NumericalError naming step and layer, before anything changes, for a loss that is no
+        number.
+        """
         training = self.recipe.training
         batch = self._batches.batch(self.done).to(self.device)
-        counts = (
-            self._count(batch)
-            if training.balance == "global" and training.accumulation > 1
-            else None
-        )
-        self._gradient.zero_()
-        sums = torch.zeros(
-            3 + self._shape[0] * (self._shape[1] + 1), dtype=torch.float64, device=self.device
-        )
+        counts = None
+        if training.balance == "global" and training.accumulation > 1:
+            counts = self._loads(batch)
+        gradient = self.masters.gradient.zero_()
+        sums = StepSums(len(self._routers), self._num_experts, self.device)
         for index in self._mine:
-            sums += self._micro_batch(batch, index, counts)
-        self.ranks.add_up(self._gradient, sums)
-        norm = torch.linalg.vector_norm(self._gradient)
-        if not (torch.isfinite(sums).all() and torch.isfinite(norm)):
-            raise NumericalError(self._what_is_no_number(batch, sums[0].item()))
-        self._gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
+            self._micro_batch(batch, index, counts, sums)
+        self.ranks.add_up(gradient, sums.vector)
+        norm = torch.linalg.vector_norm(gradient)
+        if not (torch.isfinite(sums.vector).all() and torch.isfinite(norm)):
+            raise NumericalError(self._what_is_no_number(batch, sums.losses[0].item()))
+        gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
         rate = training.rate_at(self.done)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        loss, balance, z = sums[:3].tolist()
-        dropped_S, counts_SE = (
-            sums[3 : 3 + self._shape[0]].cpu(),
-            sums[3 + self._shape[0] :].view(self._shape),
-        )
-        self._move_biases(counts_SE)
-        self._round()
+        self.masters.update(rate)
+        self.masters.move_biases(sums.counts_SE, training.bias_rate)
+        self.masters.round()
         self.done += 1
-        return StepReport(loss, balance, z, norm.item(), rate, counts_SE.cpu(), dropped_S)
+        return sums.report(norm.item(), rate)
 
     def _forward(self, batch: Batch, index: int) -> tuple[Batch, Tensor, list[Routing]]:
         """Micro-batch `index`, hidden states as the logits' product takes them, and routings."""
@@ -183,18 +139,21 @@ class Trainer:
         positions_T = torch.arange(length, device=self.device).repeat(rows)
         hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), positions_T, past)
         divisor = self.decoder.config.logits_divisor
-        return part, hidden_TD if divisor == 1.0 else hidden_TD / divisor, present(routings)
+        if divisor != 1.0:
+            hidden_TD = hidden_TD / divisor
+        return part, hidden_TD, present(routings)
 
     def _losses(
         self, batch: Batch, index: int, counts: list[Tensor] | None
-    ) -> tuple[list[Tensor], list[Routing]]:
-        """Cross-entropy, balance and z loss of a micro-batch, and its routings."""
-        training, decoder = self.recipe.training, self.decoder
+    ) -> tuple[Losses, list[Routing]]:
+        """The losses of a micro-batch, and its routings."""
+        training = self.recipe.training
         part, hidden_TD, routings = self._forward(batch, index)
+        decoder = self.decoder
         head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
-        losses = [cross_entropy(hidden_TD, head.weight, part.target_RL.reshape(-1))]
+        loss = cross_entropy(hidden_TD, head.weight, part.target_RL.reshape(-1))
         if not routings:
-            return [*losses, torch.zeros_like(losses[0]), torch.zeros_like(losses[0])], routings
+            return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss)), routings
         balance = load_balance_loss(
             routings,
             self._routers[0].config,
@@ -202,78 +161,51 @@ class Trainer:
             counts=counts,
             first_only=training.first_choices,
         )
-        return [*losses, balance, router_z_loss(routings)], routings
+        return Losses(loss, balance, router_z_loss(routings)), routings
 
-    def _micro_batch(self, batch: Batch, index: int, counts: list[Tensor] | None) -> Tensor:
-        """Add a micro-batch's gradients; what it measured, as one vector: losses, dropped (S,),
-        counts (S, E)."""
+    def _micro_batch(
+        self, batch: Batch, index: int, counts: list[Tensor] | None, sums: StepSums
+    ) -> None:
+        """Add a micro-batch's gradients to the masters', and what it measured to `sums`."""
         training = self.recipe.training
         losses, routings = self._losses(batch, index, counts)
-        loss, balance, z = losses
-        total = loss + training.load_balance * balance + training.z_loss * z
+        total = losses.cross_entropy + training.load_balance * losses.balance
+        total = total + training.z_loss * losses.z
         torch.autograd.backward(total / training.accumulation)
-        for name, grad in self._grads.items():
-            if (new := self._copies[name].grad) is not None:
-                grad += new
-            self._copies[name].grad = None
-        lost = [
-            torch.zeros_like(loss) if r.kept_TK is None else 1 - r.kept_TK.float().mean()
-            for r in routings
-        ]
-        means = torch.stack([x.detach().float() for x in (*losses, *lost)]) / training.accumulation
-        return torch.cat([means, *(chosen_counts(r).view(-1) for r in routings)]).double()
+        self.masters.take_gradients()
+        sums.add(losses, routings, training.accumulation)
 
     @torch.no_grad()
-    def _count(self, batch: Batch) -> list[Tensor]:
+    def _loads(self, batch: Batch) -> list[Tensor]:
         """Each layer's load over the whole step (E,), by a forward pass that keeps nothing."""
-        training = self.recipe.training
-        total = torch.zeros(self._shape, device=self.device)
+        first_only = self.recipe.training.first_choices
+        total_SE = torch.zeros(len(self._routers), self._num_experts, device=self.device)
         for index in self._mine:
             *_, routings = self._forward(batch, index)
-            counts = [
-                chosen_counts(r, first_only=training.first_choices).view(-1) for r in routings
-            ]
-            total += torch.stack(counts) if counts else total
-        self.ranks.add_up(total)
-        return list(total)
-
-    def _move_biases(self, counts_SE: Tensor) -> None:
-        biases = [master for name, master in self._masters.items() if name.endswith(_BIAS)]
-        for bias_E, counts_E in zip(biases, counts_SE, strict=False):
-            bias_E.copy_(updated_bias(bias_E, counts_E, self.recipe.training.bias_rate))
+            if routings:
+                counts = [chosen_counts(r, first_only=first_only)[0] for r in routings]
+                total_SE += torch.stack(counts)
+        self.ranks.add_up(total_SE)
+        return list(total_SE)
 
     @torch.no_grad()
     def _what_is_no_number(self, batch: Batch, loss: float) -> str:
-        """One line that says where the first NaN or infinity arises: forwards, else backwards from
-        the loss."""
-        bad: list[str] = []
-        parts = {"self_attn": "attention", "mlp": "feed-forward"}
-        layers = enumerate(self.decoder.layers)
-        names = {
-            getattr(layer, part): f"layer {i}'s {what}"
-            for i, layer in layers
-            for part, what in parts.items()
-        }
+        """One line on where the first NaN or infinity arises: forwards, else backwards."""
+        broken: list[str] = []
+        names = dict(_named_parts(self.decoder))
 
-        def look(module: torch.nn.Module, _: Any, out: Any) -> None:
-            found = [
-                x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)
-            ]
-            if module in names and not all(bool(torch.isfinite(x).all()) for x in found):
-                bad.append(names[module])
+        def look(module: torch.nn.Module, _: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            tensors = [x for x in outputs if isinstance(x, Tensor)]
+            if module in names and not all(bool(torch.isfinite(x).all()) for x in tensors):
+                broken.append(names[module])
 
         with register_module_forward_hook(look):
             for index in self._mine:
                 self._losses(batch, index, None)
-        bad += [
-            f"the gradient of {n}"
-            for n, grad in reversed(self._grads.items())
-            if not grad.isfinite().all()
-        ]
-        return (
-            f"step {self.done}: the loss is {loss}, and {bad[0] if bad else 'the loss'} the first "
-            "that is no number"
-        )
+        broken += [f"the gradient of {name}" for name in self.masters.broken_gradients()]
+        first = broken[0] if broken else "the loss"
+        return f"step {self.done}: the loss is {loss}, and {first} the first that is no number"
 
     def evaluate(
         self, max_rows: int | None = None, *, at_capacity: bool = False
@@ -289,21 +221,14 @@ class Trainer:
         return {kind: score.bits_per_byte for kind, score in found.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and both moments by name: with `done`, everything that the next step depends
-        on."""
-        tensors = {f"master.{name}": master for name, master in self._masters.items()}
-        for name in self._grads:
-            slots = self._optimizer.state.get(self._masters[name]) or {}
-            for key, slot in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
-                tensors[f"{key}.{name}"] = slots.get(slot, torch.zeros_like(self._masters[name]))
-        return tensors
+        """Masters and moments: with `done`, everything that the next step depends on."""
+        return self.masters.tensors()
 
     def save(self, path: Path, pending: Any = None) -> None:
-        """Write the run's state so that `path` holds either the old one or this one, whenever the
-        machine stops.
+        """Write the run's state to `path`: all of it, or what was there stays as it was.
 
         It is one safetensors file: tensors, and JSON in its header, `pending` included. Nothing is
-        ever unpickled. Raises: StorageError, when it cannot be written; `path` is then what it was.
+        ever unpickled. Raises StorageError when it cannot be written.
         """
         if self.ranks.rank:
             return
@@ -313,9 +238,10 @@ class Trainer:
             "seconds": self.seconds,
             "pending": pending,
         }
-        tensors, described = self.tensors(), {"moebius": json.dumps(header)}
+        tensors = self.tensors()
+        metadata = {"moebius": json.dumps(header)}
         try:
-            write_file(path, lambda to: save_file(tensors, to, metadata=described), ours=anyone)
+            write_file(path, lambda to: save_file(tensors, to, metadata=metadata), ours=anyone)
         except StorageError as error:
             raise StorageError(f"step {self.done}: {error}") from error
 
@@ -325,36 +251,20 @@ class Trainer:
         Raises: WeightsError, when the file is missing, truncated or no training state, or has
         tensors of another shape; ConfigError, when it belongs to another recipe or to other data.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["moebius"])
-                step, fingerprint, seconds, pending = (
-                    header[k] for k in ("step", "fingerprint", "seconds", "pending")
-                )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise WeightsError(f"{path} is no training checkpoint: {error}") from None
-        if fingerprint != self.fingerprint():
+        saved = _read_checkpoint(path)
+        if saved.fingerprint != self.fingerprint():
             raise ConfigError(
                 "the checkpoint belongs to another recipe or corpus; choose another --out or "
                 "delete it"
             )
         for name, wanted in self.tensors().items():
-            have = tensors[name].shape if name in tensors else None
-            require(
-                have == wanted.shape, f"{path}: {name} is {have}, not {wanted.shape}", WeightsError
-            )
-        for name, master in self._masters.items():
-            master.copy_(tensors[f"master.{name}"])
-        for name in self._grads:
-            self._optimizer.state[self._masters[name]] = {
-                "step": torch.tensor(float(step), device=self.device),
-                "exp_avg": tensors[f"mean.{name}"].to(self.device),
-                "exp_avg_sq": tensors[f"square.{name}"].to(self.device),
-            }
-        self.done, self.seconds = step, seconds
-        self._round()
-        return pending
+            shape = saved.tensors[name].shape if name in saved.tensors else None
+            if shape != wanted.shape:
+                raise WeightsError(f"{path}: {name} is {shape}, not {wanted.shape}")
+        self.masters.restore(saved.tensors, saved.step)
+        self.done = saved.step
+        self.seconds = saved.seconds
+        return saved.pending
 
     def fingerprint(self) -> str:
         """Of all that a run's numbers depend on, but for where files lie."""
@@ -363,42 +273,85 @@ class Trainer:
         told = (recipe, self.data.facts["corpus_sha256"], self.data.tokenizer.to_str())
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
-    @torch.no_grad()
-    def _round(self) -> None:
-        torch._foreach_copy_(
-            list(self._copies.values()), [self._masters[name] for name in self._copies]
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A checkpoint file."""
+
+    step: int
+    fingerprint: str
+    seconds: float
+    pending: Any
+    tensors: dict[str, Tensor]
 
 
-def _start(
-    recipe: Recipe, data: PreparedData
-) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor]]:
-    """config.json, architecture, and float32 weights by name: fresh ones, or those of the
-    checkpoint to fine-tune."""
-    if recipe.model is not None:
-        training = recipe.training
-        raw = config_json(recipe, data.vocab_size)
-        config = model_config(raw)
-        raw |= {"eos_token_id": data.end_of_text, "pad_token_id": data.end_of_text}
-        if any(part.router and part.router.score == "softmax" for part in config.feed_forward):
-            raw["router_aux_loss_coef"] = training.load_balance
-        decoder, generator = (
-            Decoder(config, TrainingOps()),
-            torch.Generator().manual_seed(recipe.seed),
+def _read_checkpoint(path: Path) -> _Saved:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["moebius"])
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        return _Saved(
+            header["step"], header["fingerprint"], header["seconds"], header["pending"], tensors
         )
-        decoder.init_weights(
-            generator, raw["initializer_range"], training.init_scale, training.router_init
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise WeightsError(f"{path} is no training checkpoint: {error}") from None
+
+
+def _named_parts(decoder: Decoder) -> Iterator[tuple[torch.nn.Module, str]]:
+    """Each layer's parts, and what to call them."""
+    layers: Any = decoder.layers
+    for number, layer in enumerate(layers):
+        yield layer.self_attn, f"layer {number}'s attention"
+        yield layer.mlp, f"layer {number}'s feed-forward"
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What training starts from: config.json, architecture, and float32 weights by name."""
+
+    config_json: dict[str, Any]
+    config: ModelConfig
+    weights: dict[str, Tensor]
+
+
+def _fresh(recipe: Recipe, data: PreparedData) -> _Start:
+    """The recipe's own model with random weights."""
+    training = recipe.training
+    raw = recipe.config_json(data.vocab_size)
+    config = model_config(raw)
+    raw |= {"eos_token_id": data.end_of_text, "pad_token_id": data.end_of_text}
+    if any(part.router and part.router.score == "softmax" for part in config.feed_forward):
+        raw["router_aux_loss_coef"] = training.load_balance
+    decoder = Decoder(config, TrainingOps())
+    decoder.init_weights(
+        torch.Generator().manual_seed(recipe.seed),
+        raw["initializer_range"],
+        training.init_scale,
+        training.router_init,
+    )
+    return _Start(raw, config, _weights(decoder))
+
+
+def _fine_tuned(recipe: Recipe, data: PreparedData) -> _Start:
+    """The checkpoint that the recipe's finetune table names."""
+    base = recipe.base()
+    assert base is not None
+    checkpoint = open_checkpoint(base)
+    config = checkpoint.config
+    raw = dict(checkpoint.config_json)
+    # What is tied was decided by the file's tensors, and is said as it was loaded.
+    if model_config(raw).tie_word_embeddings != config.tie_word_embeddings:
+        raw["tie_word_embeddings"] = config.tie_word_embeddings
+    if data.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}; "
+            "they do not belong together"
         )
-    else:
-        base = recipe.base()
-        assert base is not None
-        checkpoint = open_checkpoint(base)
-        raw, config = dict(checkpoint.config_json), checkpoint.config
-        # What is tied was decided by the file's tensors, and is said as it was loaded.
-        if model_config(raw).tie_word_embeddings != config.tie_word_embeddings:
-            raw["tie_word_embeddings"] = config.tie_word_embeddings
-        sizes = f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}"
-        require(data.vocab_size <= config.vocab_size, f"{sizes}; they do not belong together")
-        check_trainable(config, recipe)
-        decoder = load_decoder(checkpoint, torch.float32, ops=TrainingOps(), mapped=False)
-    return raw, config, {name: p.detach() for name, p in decoder.named_parameters()}
+    recipe.check_trainable(config)
+    decoder = load_decoder(checkpoint, torch.float32, ops=TrainingOps(), mapped=False)
+    return _Start(raw, config, _weights(decoder))
+
+
+def _weights(decoder: Decoder) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in decoder.named_parameters()}

@@ -1,0 +1,114 @@
+"""Master weights in float32, the rounded copies that the decoder computes with, and AdamW."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebius.moe.losses import updated_bias
+from moebius.train.tables import TrainingRecipe
+
+SELECTION_BIAS = ".router.selection_bias"
+"""How the names of the biases end that are moved after a step, and never trained."""
+
+
+class Masters:
+    """Every weight of a decoder in float32, and what changes those that are trained.
+
+    copies      the decoder's own parameters by name; those that require a gradient are trained
+    gradient    of all trained weights in one vector, so that ranks add it up in one exchange
+    optimizer   AdamW over the trained masters; only matrices decay
+    """
+
+    def __init__(
+        self,
+        copies: Mapping[str, torch.nn.Parameter],
+        initial: Mapping[str, Tensor],
+        training: TrainingRecipe,
+        device: torch.device,
+    ) -> None:
+        self.copies = dict(copies)
+        self._masters = {name: initial[name].to(device) for name in self.copies}
+        trained = {
+            name: master
+            for name, master in self._masters.items()
+            if self.copies[name].requires_grad
+        }
+        sizes = [master.numel() for master in trained.values()]
+        self.gradient = torch.zeros(sum(sizes), device=device)
+        self._gradients: dict[str, Tensor] = {}
+        parts = torch.split(self.gradient, sizes)
+        for (name, master), part in zip(trained.items(), parts, strict=True):
+            self._gradients[name] = part.view_as(master)
+            master.grad = self._gradients[name]
+        self.optimizer = _adamw(trained.values(), training)
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Make the copies what the masters are, rounded to the copies' dtype."""
+        masters = [self._masters[name] for name in self.copies]
+        torch._foreach_copy_(list(self.copies.values()), masters)
+
+    def take_gradients(self) -> None:
+        """Add to `gradient` what a backward pass left at the copies, and clear it there."""
+        for name, gradient in self._gradients.items():
+            copy = self.copies[name]
+            if copy.grad is not None:
+                gradient += copy.grad
+            copy.grad = None
+
+    def update(self, rate: float) -> None:
+        """One step of AdamW along `gradient`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def move_biases(self, counts_SE: Tensor, rate: float) -> None:
+        """Move the routers' selection biases, where they have any, towards an even load."""
+        biases = [m for name, m in self._masters.items() if name.endswith(SELECTION_BIAS)]
+        for bias_E, counts_E in zip(biases, counts_SE, strict=False):
+            bias_E.copy_(updated_bias(bias_E, counts_E, rate))
+
+    def broken_gradients(self) -> list[str]:
+        """The names of weights whose gradient is not finite, those nearest to the loss first."""
+        named = reversed(self._gradients.items())
+        return [name for name, gradient in named if not gradient.isfinite().all()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and both moments by name: all that an update depends on, beside the step."""
+        tensors = {f"master.{name}": master for name, master in self._masters.items()}
+        for name in self._gradients:
+            master = self._masters[name]
+            state = self.optimizer.state.get(master) or {}
+            tensors[f"mean.{name}"] = state.get("exp_avg", torch.zeros_like(master))
+            tensors[f"square.{name}"] = state.get("exp_avg_sq", torch.zeros_like(master))
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Become what `tensors` were after so many steps."""
+        for name, master in self._masters.items():
+            master.copy_(tensors[f"master.{name}"])
+        for name in self._gradients:
+            master = self._masters[name]
+            self.optimizer.state[master] = {
+                "step": torch.tensor(float(step), device=master.device),
+                "exp_avg": tensors[f"mean.{name}"].to(master.device),
+                "exp_avg_sq": tensors[f"square.{name}"].to(master.device),
+            }
+        self.round()
+
+
+def _adamw(masters: Iterable[Tensor], training: TrainingRecipe) -> torch.optim.AdamW:
+    """The optimiser over two groups of weights: matrices, which decay, and all others."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for master in masters:
+        (matrices if master.ndim >= 2 else others).append(master)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": training.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=0.0, betas=(training.beta1, training.beta2), fused=True)

@@ -1,0 +1,75 @@
+"""What a training step measures: its losses and where its tokens went, added up by name.
+
+Shape legend: S layers with a router, E experts.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebius.moe.losses import chosen_counts
+from moebius.moe.router import Routing
+
+
+class Losses(NamedTuple):
+    """A micro-batch's losses, scalars in nats a token; the last two are 0 without a router."""
+
+    cross_entropy: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+class StepReport(NamedTuple):
+    """What a step measured, before its update, over all its micro-batches. Losses in nats a token.
+
+    counts (S, E): how many choices of each expert there were; dropped (S,): which share of them
+    found no room.
+    """
+
+    loss: float
+    balance: float
+    z: float
+    grad_norm: float
+    learning_rate: float
+    counts: Tensor
+    dropped: Tensor
+
+
+class StepSums:
+    """The sums over a step's micro-batches. Each part is a view of `vector`, which ranks add up.
+
+    losses      (3,) the means of `Losses` over the step
+    dropped_S   the share of each layer's choices that found no room
+    counts_SE   how many choices of each expert there were, before any capacity
+    """
+
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        sizes = [len(Losses._fields), layers, layers * experts]
+        self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        self.losses, self.dropped_S, counts = torch.split(self.vector, sizes)
+        self.counts_SE = counts.view(layers, experts)
+
+    def add(self, losses: Losses, routings: Sequence[Routing], micro_batches: int) -> None:
+        """Add what one of the step's `micro_batches` measured; all of them are of equal size."""
+        self.losses += _detached(losses) / micro_batches
+        if routings:
+            self.dropped_S += _detached(map(_dropped_share, routings)) / micro_batches
+            self.counts_SE += torch.stack([chosen_counts(r)[0] for r in routings])
+
+    def report(self, grad_norm: float, learning_rate: float) -> StepReport:
+        loss, balance, z = self.losses.tolist()
+        counts_SE = self.counts_SE.cpu()
+        dropped_S = self.dropped_S.cpu()
+        return StepReport(loss, balance, z, grad_norm, learning_rate, counts_SE, dropped_S)
+
+
+def _detached(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack([value.detach().float() for value in values])
+
+
+def _dropped_share(routing: Routing) -> Tensor:
+    if routing.kept_TK is None:
+        return torch.zeros((), device=routing.logits_TE.device)
+    return 1 - routing.kept_TK.float().mean()

@@ -1,0 +1,246 @@
+"""What tests/reading.py measures, of the source: its bounds, and that each measure sees what it is
+for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reading import (
+    MOST_COLUMNS,
+    MOST_CORE_LINES,
+    MOST_FILE_LINES,
+    MOST_FUNCTION_LINES,
+    Source,
+    arrows,
+    circle,
+    core,
+    report,
+    sources,
+)
+
+FILES = sources()
+# Statements that are still to be unpacked, and functions and files still to be cut, by file: these
+# only go down.
+KNOWN_SEVERAL_TARGETS = {
+    "bench/client.py": 1,
+    "bench/metrics.py": 1,
+    "bench/offline.py": 1,
+    "bench/report.py": 2,
+    "bench/workload.py": 2,
+    "cli/bench.py": 3,
+    "cli/commands.py": 2,
+    "cli/serve.py": 1,
+    "config.py": 1,
+    "engine/batch.py": 1,
+    "engine/engine.py": 6,
+    "engine/expert_loads.py": 2,
+    "engine/load.py": 1,
+    "engine/memory.py": 2,
+    "engine/sampler.py": 6,
+    "engine/sessions.py": 1,
+    "engine/trace.py": 1,
+    "inspect/collect.py": 7,
+    "inspect/corpus.py": 6,
+    "inspect/run.py": 3,
+    "inspect/summary.py": 8,
+    "llm.py": 2,
+    "machine.py": 2,
+    "models/checkpoint.py": 7,
+    "models/decoder.py": 4,
+    "models/families.py": 6,
+    "models/layout.py": 6,
+    "models/reading.py": 7,
+    "models/weights.py": 4,
+    "moe/health.py": 2,
+    "moe/layer.py": 2,
+    "moe/placement.py": 2,
+    "moe/router.py": 1,
+    "nn/attention.py": 9,
+    "nn/linear.py": 1,
+    "nn/rope.py": 3,
+    "ops/cpu.py": 17,
+    "ops/reference.py": 7,
+    "ops/routing.py": 1,
+    "ops/sampling.py": 1,
+    "ops/steps.py": 2,
+    "outputs.py": 3,
+    "schedule/blocks.py": 1,
+    "schedule/request.py": 1,
+    "schedule/scheduler.py": 1,
+    "server/access.py": 1,
+    "server/batch.py": 1,
+    "server/body.py": 2,
+    "server/connection.py": 4,
+    "server/faults.py": 1,
+    "server/formats.py": 2,
+    "server/guard.py": 2,
+    "server/metrics.py": 2,
+    "server/protocol.py": 4,
+    "server/run.py": 1,
+    "server/stream.py": 4,
+    "text/bound.py": 2,
+    "text/chat.py": 2,
+    "text/defaults.py": 1,
+    "text/detokenize.py": 3,
+    "text/guard.py": 2,
+    "text/pieces.py": 1,
+    "text/probe.py": 4,
+    "text/sandbox.py": 4,
+    "text/stream.py": 4,
+    "text/tokenizer.py": 2,
+}
+KNOWN_SPLATS = {
+    "engine/load.py": 1,
+    "llm.py": 1,
+    "models/families.py": 1,
+    "server/protocol.py": 1,
+    "text/defaults.py": 1,
+}
+KNOWN_LONG_FUNCTIONS = {
+    "cli/bench.py: serve",
+    "cli/serve.py: serve",
+    "engine/memory.py: plan_memory",
+    "inspect/run.py: write_report",
+    "schedule/request.py: Request.create",
+    "server/app.py: create_app",
+}
+KNOWN_LONG_FILES = {"ops/cpu.py"}
+KNOWN_WIDE_LINES = {
+    "cli/options.py",
+    "moe/layer.py",
+    "moe/placement.py",
+    "schedule/request.py",
+}
+
+
+def test_the_core_path_is_an_afternoons_reading() -> None:
+    lines = {file.name: len(file.lines) for file in core(FILES)}
+    assert {"models/decoder.py", "schedule/scheduler.py", "engine/engine.py"} <= set(lines)
+    assert sum(lines.values()) <= MOST_CORE_LINES
+
+
+def test_files_are_short() -> None:
+    long = {file.name for file in FILES if len(file.lines) > MOST_FILE_LINES}
+    assert long - KNOWN_LONG_FILES == set()
+
+
+def test_lines_are_short() -> None:
+    wide = {
+        f"{file.name}:{number}"
+        for file in FILES
+        if file.name not in KNOWN_WIDE_LINES
+        for number, line in enumerate(file.lines, 1)
+        if len(line) > MOST_COLUMNS
+    }
+    assert wide == set()
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{file.name}: {function.name}"
+        for file in FILES
+        for function in file.functions()
+        if function.lines > MOST_FUNCTION_LINES
+    }
+    assert long - KNOWN_LONG_FUNCTIONS == set()
+
+
+def test_a_statement_has_one_target() -> None:
+    found = {file.name: file.several_targets() for file in FILES}
+    assert beyond(found, KNOWN_SEVERAL_TARGETS) == {}
+
+
+def test_nothing_is_listed_only_to_be_splatted() -> None:
+    found = {file.name: file.splats_of_displays() for file in FILES}
+    assert beyond(found, KNOWN_SPLATS) == {}
+
+
+def beyond(found: dict[str, list[int]], known: dict[str, int]) -> dict[str, list[int]]:
+    """The lines in each file that has more of them than are known."""
+    return {name: lines for name, lines in found.items() if len(lines) > known.get(name, 0)}
+
+
+def test_no_files_import_one_another_in_a_ring() -> None:
+    ring = circle(arrows(FILES))
+    assert ring == [], " > ".join(ring)
+
+
+def test_the_report_has_every_measure() -> None:
+    text = report(FILES)
+    for measure in ("core path", "longest function", "tokens a line", "comments", "circle"):
+        assert measure in text
+
+
+def source(text: str, name: str = "part.py") -> Source:
+    return Source(name, text)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "a, b = 1, 2",
+        "self.a, self.b = x, y",
+        "a, b = (1,) * 2 if late else (3, 4)",
+        "a, b = (f(x) for x in rows)",
+        "[a, b] = [f(x) for x in rows]",
+        "room, held = 3, [[] for _ in range(2)]",
+    ],
+)
+def test_statements_with_several_targets_are_seen(statement: str) -> None:
+    assert source(f"x = 1\n{statement}\n").several_targets() == [2]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["a, b = f()", "a, b = b, a", "a, *rest = row", "a = (1, 2)", "a, b = zip(*rows)", "a[0] = 1"],
+)
+def test_taking_one_value_apart_is_no_such_statement(statement: str) -> None:
+    assert source(statement).several_targets() == []
+
+
+def test_splats_of_displays_are_seen() -> None:
+    text = "f(*(a, b), **{'c': d})\ng = [*[a], *rest]\nh = [*rest, *(x for x in y)]\n"
+    assert source(text).splats_of_displays() == [1, 1, 2]
+
+
+def test_functions_are_found_wherever_they_stand() -> None:
+    text = "class A:\n    def f(self):\n        def g():\n            pass\n        return g\n"
+    assert source(text).functions() == [("A.f", 4), ("A.f.g", 2)]
+
+
+def test_lines_comments_and_tokens_are_counted() -> None:
+    text = '"""A file.\n\nOf two words.\n"""\n\n# Why.\nx = (\n    1\n)  # what\n'
+    file = source(text)
+    assert len(file.lines) == 9
+    assert file.code_lines == 3
+    assert file.comments == 2
+    assert file.code_tokens == 6  # the docstring, x, =, (, 1, )
+
+
+def test_rings_are_found_also_among_imports_for_types() -> None:
+    one = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from moebius.two import X\n"
+    files = [
+        source(one, "one.py"),
+        source("def f():\n    import moebius.three\n", "two.py"),
+        source("from moebius import one\n", "three.py"),
+        source("from moebius.one import Y\n", "four.py"),
+    ]
+    assert circle(arrows(files))[:-1] in (
+        [f"moebius.{n}" for n in ring]
+        for ring in (["one", "two", "three"], ["two", "three", "one"], ["three", "one", "two"])
+    )
+    assert circle(arrows([files[0], files[1], files[3]])) == []
+
+
+def test_a_package_is_its_init_file() -> None:
+    files = [source("", "ops/__init__.py"), source("from moebius.ops import x", "nn/rope.py")]
+    assert arrows(files) == {"moebius.ops": set(), "moebius.nn.rope": {"moebius.ops"}}
+
+
+def test_sources_are_read_by_their_place(tmp_path: Path) -> None:
+    (tmp_path / "nn").mkdir()
+    (tmp_path / "nn" / "rope.py").write_text("x = 1\n")
+    (file,) = sources(tmp_path)
+    assert (file.name, file.module, file.lines) == ("nn/rope.py", "moebius.nn.rope", ["x = 1"])
