@@ -87,7 +87,7 @@ def _tenant(scope: Scope, digests: list[bytes]) -> bytes:
     if not digests or scope["raw_path"] in _OPEN_PATHS:
         return b""
     shown = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, key = shown[0].partition(b" ") if len(shown) == 1 else (b"", b"", b"")
+    scheme, _, key = (shown[0] if len(shown) == 1 else b"").partition(b" ")
     digest = _digest(key.strip())
     # Every key is compared, whichever matches, so that the time taken says nothing.
     matches = [hmac.compare_digest(digest, known) for known in digests]
