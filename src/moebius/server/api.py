@@ -25,7 +25,7 @@ from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.guard import METRICS, body_of
+from moebius.server.gate import METRICS, body_of
 from moebius.server.protocol import (
     TIMEOUT_HEADER,
     Body,

@@ -1,4 +1,4 @@
-"""The application: its parts, its start and its end. Errors are `guard.Guard`'s to answer."""
+"""The application: its parts, its start and its end. Errors are `gate.Gate`'s to answer."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from moebius.front.choices import ChoiceOpener
 from moebius.server.access import AccessLog
 from moebius.server.api import Api
 from moebius.server.faults import routing_fault
-from moebius.server.guard import Guard
+from moebius.server.gate import Gate
 from moebius.server.metrics import ServerMetrics
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import FrontDoor
@@ -58,10 +58,10 @@ def create_app(
     access = AccessLog(metrics, [route.path for route in routes])
     app = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: _leave_to_guard},
+        exception_handlers={HTTPException: _leave_to_gate},
         middleware=[
             Middleware(
-                Guard,
+                Gate,
                 api_keys=settings.api_keys,
                 access=access,
                 cors_origins=settings.cors_origins,
@@ -76,7 +76,7 @@ def create_app(
     return app
 
 
-async def _leave_to_guard(request: Request, error: Exception) -> Response:
+async def _leave_to_gate(request: Request, error: Exception) -> Response:
     """Or Starlette would answer an unknown route by itself."""
     assert isinstance(error, HTTPException)
     raise routing_fault(error, request.method, request.scope["path"])

@@ -24,7 +24,7 @@ METRICS = "/metrics"
 """The route that may have a key of its own."""
 
 
-class Guard:
+class Gate:
     """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's
     shape.
 
