@@ -118,8 +118,9 @@ class Source:
             match node:
                 case ast.Starred(value=ast.Tuple() | ast.List() | ast.Set()):
                     found.append(node.lineno)
-                case ast.keyword(arg=None, value=ast.Dict()):
-                    found.append(node.lineno)
+                case ast.keyword(arg=None, value=ast.Dict(keys=keys)):
+                    if all(isinstance(key, ast.Constant) for key in keys):
+                        found.append(node.lineno)
         return found
 
     def imports(self, modules: set[str]) -> set[str]:

@@ -1,5 +1,5 @@
-"""Measuring on a machine that others use too: pause a driver while they do, and know how much
-slipped through.
+"""Measuring on a machine that others use too: pause a driver while they do, and know what slipped
+through.
 
 While a driver works, a thread looks four times a second at the CPU time that other processes took.
 When it was more than BUSY_SHARE of the cores, the driver's process group is stopped until the
@@ -129,7 +129,9 @@ def watch(group: int, pauses: PauseClock, patience: float) -> Iterator[Disturban
     It stands still for at most `patience` seconds in all; then it runs on, disturbed.
     """
     result, done = Disturbance(), threading.Event()
-    thread = threading.Thread(target=_guard, args=(group, pauses, patience, result, done))
+    thread = threading.Thread(
+        target=_pause_while_busy, args=(group, pauses, patience, result, done)
+    )
     thread.start()
     try:
         yield result
@@ -138,7 +140,7 @@ def watch(group: int, pauses: PauseClock, patience: float) -> Iterator[Disturban
         thread.join()
 
 
-def _guard(
+def _pause_while_busy(
     group: int, pauses: PauseClock, patience: float, result: Disturbance, done: threading.Event
 ) -> None:
     before = _Sample.take(group)
