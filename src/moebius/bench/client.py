@@ -1,5 +1,4 @@
-"""Load on an OpenAI-compatible server: requests sent when they are due, answers streamed, every
-outcome recorded."""
+"""Load on an OpenAI-compatible server: requests sent when due, every outcome recorded."""
 
 import asyncio
 import json
@@ -17,8 +16,11 @@ from moebius.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to ask and how. `body` goes into every request beside its prompt; timeout is of
-    silence, in seconds."""
+    """Where to ask and how.
+
+    body      goes into every request beside its prompt
+    timeout   seconds of silence after which a request has failed
+    """
 
     base_url: str
     endpoint: str

@@ -62,8 +62,10 @@ class Record:
 
 
 def parse_goodput(specs: Iterable[str]) -> dict[str, float]:
-    """['ttft:500', 'tpot:50'] -> limits in milliseconds. ConfigError says what is wrong with a
-    spec."""
+    """['ttft:500', 'tpot:50'] -> limits in milliseconds.
+
+    Raises ConfigError saying what is wrong with a spec.
+    """
     limits: dict[str, float] = {}
     for spec in specs:
         name, _, limit = spec.partition(":")

@@ -13,7 +13,7 @@ from moebius.cli import options as o
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import json_text
-from moebius.server.settings import ServerSettings, host_and_port
+from moebius.server.settings import ServerSettings, UnknownFields, host_and_port
 
 if TYPE_CHECKING:
     from moebius.engine.load import Prepared
@@ -47,7 +47,7 @@ class ServeOptions:
     ] = "auto"
     vllm_metric_names: Annotated[bool, "Export vLLM's metric names beside our own."] = True
     unknown_fields: Annotated[
-        str,
+        UnknownFields,
         "refuse: a request with a field that nobody knows fails; warn: it is ignored and logged.",
     ] = "refuse"
     request_timeout: Annotated[float, "Seconds after which a request is given up."] = 3600.0
@@ -81,7 +81,7 @@ class ServeOptions:
             api_keys=tuple(self.api_key or ()),
             metrics_api_key=self.metrics_api_key,
             vllm_metric_names=self.vllm_metric_names,
-            unknown_fields=self.unknown_fields,  # type: ignore[arg-type]  # checked there
+            unknown_fields=self.unknown_fields,
             request_timeout=self.request_timeout,
             drain_timeout=self.drain_timeout,
             keep_alive_timeout=self.keep_alive_timeout,

@@ -57,8 +57,7 @@ def write_report(
     against_name: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run documents through the model in `directory` and write report.html and report.json into
-    `out`.
+    """Run documents through the model in `directory`; write report.html and report.json to `out`.
 
     `against` is another checkpoint of the same shape, run on the same tokens; names are what the
     report calls the two. Returns what report.json holds. Raises UsageError for a dense model, for

@@ -175,8 +175,7 @@ class SpecialGuard:
 
     @property
     def backend(self) -> Backend:
-        """The second tokenizer: nothing is special to it but aliases. Its ids go through
-        `original`."""
+        """The second tokenizer: only aliases are special to it. Its ids go through `original`."""
         return self._aliased.backend
 
     def original(self, ids: list[int]) -> list[int]:

@@ -141,8 +141,7 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, *, at_most: int | None = None
     ) -> list[int]:
-        """Ids of a text as the tokenizer encodes by default: special-token text becomes special
-        tokens.
+        """Ids of a text, in which the text of special tokens becomes special tokens.
 
         Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and
         ContextLengthError on text of more than `at_most` tokens: before tokenising where its size
@@ -237,7 +236,10 @@ class Tokenizer:
         return template
 
     def _check_size(self, text: str, at_most: int | None, param: str) -> None:
-        if at_most is not None and (fewest := self.fewest_tokens(text)) > at_most:
+        if at_most is None:
+            return
+        fewest = self.fewest_tokens(text)
+        if fewest > at_most:
             raise _too_long(f"at least {fewest}", at_most, param)
 
     def split_special(self, text: str) -> list[str]:
