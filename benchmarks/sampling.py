@@ -21,7 +21,8 @@ from moebius.files import json_record, write_file
 from moebius.ops.cpu import CpuOps
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
 
-CONTEXT, OUTPUT = 1000, 200
+CONTEXT = 1000
+OUTPUT = 200
 # How many greedy rows there are, and what the other row asks for.
 BATCHES: dict[str, tuple[int, dict[str, Any] | None]] = {
     "32 greedy": (32, None),

@@ -36,7 +36,8 @@ def _band(axis: Any, xs: Sequence[Any], columns: Sequence[Sequence[float]], labe
     (line,) = axis.plot(
         xs, [fmean(column) for column in columns], marker="o", markersize=3, label=label
     )
-    low, high = [min(column) for column in columns], [max(column) for column in columns]
+    low = [min(column) for column in columns]
+    high = [max(column) for column in columns]
     axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
