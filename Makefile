@@ -1,5 +1,6 @@
 # make serve   set up what is missing, then serve the bundled model on 127.0.0.1:8000 (MODEL= and PORT= choose others)
 # make test    set up what is missing, then lint, type-check and test
+# make reading print how much there is to read and how it reads
 
 PYTHON ?= python3
 MODEL ?= bundled
@@ -8,7 +9,7 @@ STEPS ?= 10000000
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: serve test simulate setup format constraints clean
+.PHONY: serve test reading simulate setup format constraints clean
 
 serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
@@ -19,6 +20,9 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100
 	$(BIN)/pytest --ignore=tests/schedule
+
+reading:
+	$(PYTHON) tests/reading.py
 
 simulate: setup
 	PYTHONPATH=tests $(BIN)/python -m schedule.simulate --steps $(STEPS) --seed $(SEED) --processes $$(nproc)

@@ -189,8 +189,8 @@ def main() -> None:
             if worst is not NOTHING and given.only not in worst.name:
                 continue
             rounds = [measure(port, given.model, worst) for _ in range(given.rounds)]
-            columns = zip(*rounds, strict=True)
-            pause, health, answer = map(lambda column: round(statistics.median(column), 1), columns)
+            medians = [round(statistics.median(column), 1) for column in zip(*rounds, strict=True)]
+            pause, health, answer = medians
             kind = {
                 "kind": worst.name,
                 "bytes": len(worst.body),

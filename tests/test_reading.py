@@ -16,6 +16,7 @@ from reading import (
     arrows,
     circle,
     core,
+    in_order,
     report,
     sources,
 )
@@ -177,7 +178,21 @@ def test_splats_of_displays_are_seen() -> None:
 
 def test_functions_are_found_wherever_they_stand() -> None:
     text = "class A:\n    def f(self):\n        def g():\n            pass\n        return g\n"
-    assert source(text).functions() == [("A.f", 4), ("A.f.g", 2)]
+    assert source(text).functions() == [("A.f", 4, 1), ("A.f.g", 2, 1)]
+
+
+def test_branches_are_counted() -> None:
+    """if, elif, for, the comprehension and the handler, and one."""
+    text = (
+        "def f(x):\n    if x:\n        return [y for y in x]\n    elif y:\n        pass\n"
+        "    for y in x:\n        try:\n            g()\n        except OSError:\n            pass\n"
+    )
+    assert [function.branches for function in source(text).functions()] == [6]
+
+
+def test_files_are_read_from_the_ground_up() -> None:
+    files = [source("from moebius import b\n", "a.py"), source("", "b.py")]
+    assert [file.name for file in in_order(files)] == ["b.py", "a.py"]
 
 
 def test_lines_comments_and_tokens_are_counted() -> None:
