@@ -1,4 +1,5 @@
-"""One stage of benchmarks/gpu.sh: measure on a device and leave a record, OUT/STAGE.json, that is valid at any moment.
+"""One stage of benchmarks/gpu.sh: measure on a device and leave a record, OUT/STAGE.json, that is
+valid at any moment.
 
     python benchmarks/gpu.py STAGE --out OUT [--device cuda|cpu] [--small]
 
@@ -8,8 +9,8 @@
     prefill       a prompt of 2,048 tokens
     decode        tokens after a prompt of 128, for one request and for 32 at once
 
-The model is M2 of benchmarks/peers (random bfloat16 weights), computed in plain PyTorch. --small takes a model of some
-kilobytes and few tokens: a rehearsal, whose figures mean nothing.
+The model is M2 of benchmarks/peers (random bfloat16 weights), computed in plain PyTorch. --small
+takes a model of some kilobytes and few tokens: a rehearsal, whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks" / "peers")]
 
 from sizes import SIZES, Sizes  # noqa: E402
 
-SMALL = Sizes(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, experts=4, top_k=2, width=32, vocab=4096)
+SMALL = Sizes(
+    layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, experts=4, top_k=2, width=32, vocab=4096
+)
 # Ids below are byte tokens and specials.
 FIRST_ID = 300
-NO_CUDA = "torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small"
+NO_CUDA = (
+    "torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small"
+)
 
 
 @dataclass(slots=True)
@@ -97,7 +102,10 @@ def environment(stage: Stage) -> None:
     copies = [seconds(lambda: target.copy_(source), stage.device) for _ in range(6)]
     products = [seconds(lambda: a_MK @ a_MK, stage.device) for _ in range(6)]
     # The first of each is the warm-up. A copy reads and writes every byte.
-    stage.keep(bytes_per_second=2 * size / min(copies[1:]), flops_per_second=2 * side**3 / min(products[1:]))
+    stage.keep(
+        bytes_per_second=2 * size / min(copies[1:]),
+        flops_per_second=2 * side**3 / min(products[1:]),
+    )
 
 
 def tests(stage: Stage) -> None:
@@ -106,7 +114,9 @@ def tests(stage: Stage) -> None:
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "MOEBIUS_TEST_DEVICE": stage.device, "PYTHONPATH": path}
     with log.open("w") as file:
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
     suite = ElementTree.parse(results).getroot().find("testsuite")
     assert suite is not None
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
@@ -153,12 +163,16 @@ def load(stage: Stage) -> Any:
     return llm
 
 
-def generate(stage: Stage, llm: Any, *, requests: int, prompt: int, output: int, seed: str) -> float:
+def generate(
+    stage: Stage, llm: Any, *, requests: int, prompt: int, output: int, seed: str
+) -> float:
     """Seconds for so many requests at once, of so many tokens in and out, exactly."""
     from moebius import SamplingParams
 
     ids = random.Random(seed)
-    prompts = [[ids.randrange(FIRST_ID, stage.sizes.vocab) for _ in range(prompt)] for _ in range(requests)]
+    prompts = [
+        [ids.randrange(FIRST_ID, stage.sizes.vocab) for _ in range(prompt)] for _ in range(requests)
+    ]
     params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
     start = time.perf_counter()
     results = llm.generate(prompts, params, progress=False)
@@ -176,7 +190,11 @@ def prefill(stage: Stage) -> None:
             wall = generate(stage, llm, requests=1, prompt=prompt, output=1, seed=f"prefill-{turn}")
             if turn:  # the first is the warm-up
                 walls.append(wall)
-                stage.keep(prompt=prompt, seconds=walls, tokens_per_second=prompt / statistics.median(walls))
+                stage.keep(
+                    prompt=prompt,
+                    seconds=walls,
+                    tokens_per_second=prompt / statistics.median(walls),
+                )
 
 
 def decode(stage: Stage) -> None:
@@ -189,12 +207,20 @@ def decode(stage: Stage) -> None:
         for requests in (1, 4 if stage.small else 32):
             rates: list[float] = []
             for turn in range(repetitions + 1):
-                shape = {"requests": requests, "prompt": prompt, "seed": f"decode-{requests}-{turn}"}
+                shape = {
+                    "requests": requests,
+                    "prompt": prompt,
+                    "seed": f"decode-{requests}-{turn}",
+                }
                 first = generate(stage, llm, output=1, **shape)
                 whole = generate(stage, llm, output=output, **shape)
                 if turn:
                     rates.append(requests * (output - 1) / (whole - first))
-                    of = {"tokens_per_second": rates, "median": statistics.median(rates), "last_first_token_s": first}
+                    of = {
+                        "tokens_per_second": rates,
+                        "median": statistics.median(rates),
+                        "last_first_token_s": first,
+                    }
                     stage.keep(**{f"requests_{requests}": of})
 
 
@@ -202,7 +228,9 @@ STAGES = {stage.__name__: stage for stage in (environment, tests, checkpoint, pr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -18,8 +18,15 @@ from oracle import assert_close, load_theirs, save_tiny
 from tiny import write_tokenizer
 
 DEVICE = os.environ.get("MOEBIUS_TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device")
-PROMPTS = [[5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1], [9, 9, 33, 50, 64, 3, 28], [7], [5, 66, 0, 17, 23, 23, 41]]
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
+)
+PROMPTS = [
+    [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1],
+    [9, 9, 33, 50, 64, 3, 28],
+    [7],
+    [5, 66, 0, 17, 23, 23, 41],
+]
 CACHE = 2**20
 
 
@@ -28,7 +35,9 @@ def _plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEBIUS_CPU_ISA", "reference")
 
 
-@pytest.fixture(params=["llama", "mistral", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "granitemoe"])
+@pytest.fixture(
+    params=["llama", "mistral", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "granitemoe"]
+)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny random float32 model; Mistral's and Mixtral's see five tokens back."""
     window = {"sliding_window": 5} if request.param in ("mistral", "mixtral") else {}
@@ -66,12 +75,16 @@ def test_greedy_tokens_and_log_probabilities_equal_transformers(llm: LLM, saved:
             rows = log_probabilities(theirs, [*prompt, *choice.token_ids])[len(prompt) - 1 : -1]
             assert list(choice.token_ids) == rows.argmax(-1).tolist()
             assert choice.logprobs is not None
-            assert_close(torch.tensor([entry.logprob for entry in choice.logprobs]).double(), rows.amax(-1))
+            assert_close(
+                torch.tensor([entry.logprob for entry in choice.logprobs]).double(), rows.amax(-1)
+            )
 
 
 def test_draws_depend_on_the_seed_and_position_alone(llm: LLM) -> None:
     """Each request draws alone what it draws beside others: logits that differ in a last bit change no draw here."""
-    params = SamplingParams(temperature=0.9, top_p=0.95, max_tokens=6, seed=3, ignore_eos=True, repetition_penalty=1.2)
+    params = SamplingParams(
+        temperature=0.9, top_p=0.95, max_tokens=6, seed=3, ignore_eos=True, repetition_penalty=1.2
+    )
     together = [result.outputs[0].token_ids for result in llm.generate(PROMPTS, params)]
     alone = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt in PROMPTS]
     assert together == alone
@@ -84,7 +97,9 @@ def test_bfloat16_stays_close_to_float32(saved: Path) -> None:
         (result,) = llm.generate(PROMPTS[:1], SamplingParams(max_tokens=1, prompt_logprobs=0))
     assert result.prompt_logprobs is not None
     ours = [entry.logprob for entry in result.prompt_logprobs if entry is not None]
-    exact = log_probabilities(theirs, PROMPTS[0])[:-1].gather(1, torch.tensor(PROMPTS[0][1:])[:, None])[:, 0]
+    exact = log_probabilities(theirs, PROMPTS[0])[:-1].gather(
+        1, torch.tensor(PROMPTS[0][1:])[:, None]
+    )[:, 0]
     assert_close(torch.tensor(ours).double(), exact, tolerance=0.1)
 
 

@@ -26,7 +26,11 @@ def gpu(out: Path, stages: str, *arguments: str) -> tuple[int, dict[str, Any], s
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [ROOT / "benchmarks" / "gpu.sh", *arguments], capture_output=True, text=True, env=environment, timeout=240
+        [ROOT / "benchmarks" / "gpu.sh", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
     )
     records = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     return done.returncode, records, done.stdout + done.stderr
@@ -34,7 +38,9 @@ def gpu(out: Path, stages: str, *arguments: str) -> tuple[int, dict[str, Any], s
 
 def test_a_rehearsal_measures_prefill_and_decode(tmp_path: Path) -> None:
     stages = ("checkpoint", "prefill", "decode")
-    code, records, said = gpu(tmp_path, " ".join(f"{stage}:120" for stage in stages), "--device", "cpu", "--small")
+    code, records, said = gpu(
+        tmp_path, " ".join(f"{stage}:120" for stage in stages), "--device", "cpu", "--small"
+    )
     assert code == 0, said
     assert set(records) == set(stages) and all(record["finished"] for record in records.values())
     prefill, decode = records["prefill"], records["decode"]
@@ -45,9 +51,13 @@ def test_a_rehearsal_measures_prefill_and_decode(tmp_path: Path) -> None:
     assert decode["requests_1"]["median"] > 0 and decode["requests_4"]["median"] > 0
 
 
-def test_a_stage_that_fails_or_is_stopped_leaves_a_record_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_a_stage_that_fails_or_is_stopped_leaves_a_record_and_the_next_one_runs(
+    tmp_path: Path,
+) -> None:
     """There are no weights to decode with; and nothing can import torch in a hundredth of a second."""
-    code, records, said = gpu(tmp_path, "decode:120 prefill:0.01 environment:120", "--device", "cpu", "--small")
+    code, records, said = gpu(
+        tmp_path, "decode:120 prefill:0.01 environment:120", "--device", "cpu", "--small"
+    )
     assert code == 1
     assert "run the stage checkpoint first" in said and "prefill: stopped at its limit" in said
     assert not records["decode"]["finished"] and records["environment"]["finished"]
@@ -59,5 +69,8 @@ def test_without_a_cuda_device_it_says_so_and_measures_nothing(tmp_path: Path) -
     code, records, said = gpu(tmp_path, "environment:120 decode:120")
     assert code == 2 and not records
     assert (
-        said.count("torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small") == 1
+        said.count(
+            "torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small"
+        )
+        == 1
     )

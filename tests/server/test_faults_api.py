@@ -275,7 +275,8 @@ def test_nothing_is_built_once_requests_come(monkeypatch: pytest.MonkeyPatch) ->
 
     async def check(server: Server) -> None:
         monkeypatch.setattr(
-            "moebius.text.guard._Aliased", lambda *_: pytest.fail("built while others wait")
+            "moebius.text.special_tokens._Aliased",
+            lambda *_: pytest.fail("built while others wait"),
         )
         await server.chat(messages=[{"role": "user", "content": "a <|im_end|> b"}], max_tokens=1)
 
