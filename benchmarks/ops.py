@@ -25,10 +25,11 @@ import torch
 
 from moebius import _cpu
 from moebius.files import json_record, write_file
-from moebius.ops import ExpertWeights
+from moebius.ops import ExpertWeights, PreparedLinear
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.steps import StepInputs
+from moebius.ops.weights import dtype_name
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
@@ -77,6 +78,24 @@ def linear_cases(ops: CpuOps) -> Iterator[Case]:
 
             flops = 2 * rows * out_size * in_size * len(used)
             yield Case(f"linear {rows} x {in_size} -> {out_size}", call, nbytes * len(used), flops)
+
+
+def format_cases(ops: CpuOps) -> Iterator[Case]:
+    """Products in float32 with weights as they are stored, beside the same of float32's own."""
+    for stored in (torch.float32, torch.float16, torch.bfloat16):
+        nbytes = stored.itemsize * 2**20
+        weights = [random(1024, 1024).to(stored) for _ in range(max(1, COLD_BYTES // nbytes))]
+        layers = [ops.prepare_linear((weight, None), dtype=torch.float32) for weight in weights]
+        for rows in (1, 2, 4, 16, 64):
+            x = random(rows, 1024).float()
+
+            def call(x: torch.Tensor = x, used: list[PreparedLinear] = layers) -> None:
+                for layer in used:
+                    ops.linear(x, layer)
+
+            name = f"linear {rows} x 1024 -> 1024, float32 by {dtype_name(stored)}"
+            flops = 2.0 * rows * 2**20 * len(layers)
+            yield Case(name, call, nbytes * len(layers), flops)
 
 
 def free_cases() -> Iterator[Case]:
@@ -232,7 +251,13 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for isa in _cpu.available() if args.isa == "all" else [args.isa]:
         ops = CpuOps(args.threads, isa)
-        cases = chain(linear_cases(ops), expert_cases(ops), attention_cases(ops), small_cases(ops))
+        cases = chain(
+            linear_cases(ops),
+            format_cases(ops),
+            expert_cases(ops),
+            attention_cases(ops),
+            small_cases(ops),
+        )
         show(rows, measure(cases, ops.name, bandwidth, peak, args.repeats))
     torch.set_num_threads(args.threads)
     show(rows, measure(free_cases(), "torch", bandwidth, peak, args.repeats))
