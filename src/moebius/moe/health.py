@@ -52,7 +52,8 @@ def max_violation_floor(num_tokens: int, num_experts: int, top_k: int) -> float:
     if num_experts == top_k:
         return 0.0
     x = torch.linspace(0, 12, 2401, dtype=torch.float64)
-    above, below = 1 - torch.special.ndtr(x) ** num_experts, torch.special.ndtr(-x) ** num_experts
+    above = 1 - torch.special.ndtr(x) ** num_experts
+    below = torch.special.ndtr(-x) ** num_experts
     greatest = float(torch.trapezoid(above - below, x))
     return greatest * math.sqrt(
         num_experts * (num_experts - top_k) / (num_experts - 1) / (num_tokens * top_k)
@@ -208,7 +209,8 @@ def distinct_in_windows(expert_ids_TK: Tensor, num_experts: int) -> Iterator[tup
     while len(chosen):
         yield width, chosen.sum(-1)
         even = len(chosen) // 2 * 2
-        chosen, width = chosen[0:even:2] | chosen[1:even:2], 2 * width
+        chosen = chosen[0:even:2] | chosen[1:even:2]
+        width = 2 * width
 
 
 def imbalance(loads_R: Tensor) -> Tensor:
