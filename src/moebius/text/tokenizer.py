@@ -4,7 +4,6 @@ import codecs
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +16,7 @@ from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
+from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
 from moebius.text.special_tokens import SpecialGuard, strings_in
 
 # From so many characters on, a chat is rendered once to see whether it fits, before it is marked.
@@ -34,25 +34,6 @@ def read_tokenizer_json(path: Path) -> Backend:
         return Backend.from_str(read_text(path)) if marked else Backend.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise TokenizerError(f"{path} cannot be read: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPrompt:
-    """The ids of a prompt. generation_start: how many of them come before the generation prompt
-    that a chat template adds; None where that is not known, as of a text without a template."""
-
-    ids: Sequence[int]
-    generation_start: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Chat:
-    """A chat that a template has rendered. marker: what keeps special tokens' text plain in it."""
-
-    template: ChatTemplate
-    variables: Mapping[str, Any]
-    marker: str | None
-    rendered: str
 
 
 class Tokenizer:
@@ -96,6 +77,7 @@ class Tokenizer:
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         self._guard = SpecialGuard(backend, vocab)
         self._bound = TokenBound(backend, vocab)
+        self._generation_prompts = GenerationPrompts()
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
@@ -228,7 +210,10 @@ class Tokenizer:
         prompt begins."""
         chat = self._chat(messages, None, variables, True, at_most)
         ids = self._chat_ids(chat.rendered, chat.marker, at_most)
-        return EncodedPrompt(ids, self._generation_start(chat, ids))
+        start = self._generation_prompts.start(
+            chat, ids, lambda text: self._chat_ids(text, chat.marker, None)
+        )
+        return EncodedPrompt(ids, start)
 
     def _chat(
         self,
@@ -237,7 +222,7 @@ class Tokenizer:
         variables: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         at_most: int | None,
-    ) -> _Chat:
+    ) -> RenderedChat:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._template(name)
         # Everything in the chat that is not the operator's.
@@ -259,7 +244,8 @@ class Tokenizer:
             self._check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
         shown = {**marked, **known}
-        return _Chat(template, shown, marker, template.render(shown))
+        kind = None if variables or not messages else (name, str(messages[-1].get("role")))
+        return RenderedChat(template, shown, marker, template.render(shown), kind)
 
     def _chat_ids(self, rendered: str, marker: str | None, at_most: int | None) -> list[int]:
         if marker is None:
@@ -270,22 +256,6 @@ class Tokenizer:
             self._guard.backend, self._guard.named(rendered, marker), at_most, "messages"
         )
         return self._guard.original(ids)
-
-    def _generation_start(self, chat: _Chat, ids: list[int]) -> int | None:
-        """How many of the ids come before the generation prompt: what the template adds when asked
-        for one.
-
-        None where it changes more than the end, or the end is not made of tokens of its own.
-        """
-        try:
-            history = chat.template.render({**chat.variables, "add_generation_prompt": False})
-        except RequestError:
-            return None
-        if not chat.rendered.startswith(history):
-            return None
-        added = self._chat_ids(chat.rendered[len(history) :], chat.marker, None)
-        start = len(ids) - len(added)
-        return start if ids[start:] == added else None
 
     def _template(self, name: str) -> ChatTemplate:
         template = self._templates.get(name)
