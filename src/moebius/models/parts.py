@@ -107,8 +107,9 @@ def _scaled(reader: ConfigReader, kind: str, entries: ConfigReader) -> RopeConfi
     longest = reader.integer("max_position_embeddings")
     key = "original_max_position_embeddings"
     original = reader.integer(key, entries.integer(key, longest))
-    own_theta = entries.get("rope_theta") is not None
-    theta = (entries if own_theta else reader).number("rope_theta")
+    # The object's own counts; files may say it outside as well.
+    readers = [each for each in (entries, reader) if each.get("rope_theta") is not None]
+    theta = (readers or [reader])[0].number("rope_theta")
     if kind == "linear":
         return RopeConfig(theta, "linear", entries.number("factor"), original)
     if kind == "llama3":

@@ -155,6 +155,8 @@ class Attention(nn.Module):
         self.layer = place.layer
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
+        self.scale = spec.score_scale
+        self._sizes = [spec.q_size, spec.k_size, spec.v_size]
         self._projections: PreparedLinear | None = None
 
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
@@ -172,27 +174,23 @@ class Attention(nn.Module):
         self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
         self.q_norm = norm(spec.q_size)
         self.k_norm = norm(spec.k_size)
+        self.head_norms: tuple[RMSNorm, RMSNorm] | None = None
+        """Of each query head and of each key head, where there are such."""
+        if spec.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
+            self.head_norms = (self.q_norm, self.k_norm)
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=torch.float32))
 
-    @property
-    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
-        """Norms of each query head and of each key head, where there are such."""
-        if self.spec.qk_norm != "head" or self.q_norm is None or self.k_norm is None:
-            return None
-        return self.q_norm, self.k_norm
-
     def heads(self, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
         spec = self.spec
-        q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_size, spec.k_size, spec.v_size], dim=1)
+        q_TI, k_TI, v_TI = torch.split(qkv_TI, self._sizes, dim=1)
         q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
         k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
         v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
-        norms = self.head_norms
-        if norms is not None:
-            q_norm, k_norm = norms
+        if self.head_norms is not None:
+            q_norm, k_norm = self.head_norms
             q_THN = q_norm(q_THN.contiguous())
             k_TGN = k_norm(k_TGN.contiguous())
         cos_TR, sin_TR = rotation

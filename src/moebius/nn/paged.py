@@ -35,9 +35,8 @@ class PagedPast:
         cos_TR, sin_TR = rotation
         q_weight = k_weight = None
         eps = 0.0
-        norms = attention.head_norms
-        if norms is not None:
-            q_norm, k_norm = norms
+        if attention.head_norms is not None:
+            q_norm, k_norm = attention.head_norms
             q_weight = q_norm.weight
             k_weight = k_norm.weight
             eps = q_norm.eps
@@ -48,7 +47,7 @@ class PagedPast:
             q_THN,
             cache,
             self._plan(spec.window),
-            spec.score_scale,
+            attention.scale,
             spec.softcap,
             attention.sinks,
         )
