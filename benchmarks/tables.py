@@ -96,7 +96,7 @@ ABLATION = Source(
     "ablate.json",
     f"{ZEN3}, AVX2",
     "2026-11-26",
-    ".venv/bin/moebius bench ablate bundled --repeat 3 --threads 2",
+    ".venv/bin/python benchmarks/ablate.py --rounds 3 --threads 2",
 )
 IN_TURN = {
     "avx512": ("in_turn.json", "in_turn_m1_w2_w4.json", "in_turn_m2_w4.json"),

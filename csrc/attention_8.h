@@ -8,13 +8,15 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 // Rows, and vectors of eight keys or dimensions, whose sums fill twelve registers.
-constexpr int WIDE_ROWS = 3, WIDE_VECTORS = 4;
+constexpr int WIDE_ROWS = BESIDE_FOUR, WIDE_VECTORS = 4;
 // Up to so many rows read the cache as it lies, and wait for its memory.
 constexpr int FEW_ROWS = 8;
 
 INLINE F8 all_8(float x) {
 #if defined(__AVX2__)
     return _mm256_set1_ps(x);
+#elif defined(MOEBIUS_NEON)
+    return {vdupq_n_f32(x), vdupq_n_f32(x)};
 #else
     return F8{x, x, x, x, x, x, x, x};
 #endif
@@ -70,7 +72,7 @@ public:
         : a_(a), s_(s), rows_(rows), states_(states), count_(count), dims_(int(s.k_groups / s.block_size) * per_group<T>()),
           queries_(scratch), keys_(queries_ + size_t(count) * dims_), values_(keys_ + size_t(dims_) * KEY_TILE) {
         for (int i = 0; i < count; i++)
-            for (int n = 0; n < dims_; n++) queries_[size_t(i) * dims_ + n] = n < s.head_dim ? to_float(rows[i].q[n]) : 0.0f;
+            for (int n = 0; n < dims_; n++) queries_[size_t(i) * dims_ + n] = n < s.key_dim ? to_float(rows[i].q[n]) : 0.0f;
     }
 
     void meet(const Tile& t, int start) {

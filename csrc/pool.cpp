@@ -15,6 +15,8 @@ constexpr auto SPIN = std::chrono::microseconds(200);
 void pause() {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");  // waits for some tens of cycles, as x86's pause does; `yield` is over at once
 #else
     std::this_thread::yield();
 #endif
@@ -30,6 +32,18 @@ public:
 
 private:
     unsigned before_;
+#elif defined(__aarch64__)
+    // Nothing but bit 24 (FZ): subnormal inputs and results are zeros, rounding is to nearest, nothing traps.
+    FlushSubnormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" ::"r"(uint64_t(1) << 24) : "memory");
+    }
+    ~FlushSubnormals() { asm volatile("msr fpcr, %0" ::"r"(before_) : "memory"); }
+
+private:
+    uint64_t before_;
+#else
+    FlushSubnormals() {}  // this processor's way is not known here: subnormal numbers are computed with
 #endif
 };
 

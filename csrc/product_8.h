@@ -1,5 +1,5 @@
-// Matrix products of row-major weights (out, in) on sixteen registers of eight float32 lanes: AVX2, and what portable
-// compilers make of such vectors.
+// Matrix products of row-major weights (out, in) on sixteen registers of eight float32 lanes: AVX2, pairs of NEON's
+// thirty-two, and what portable compilers make of such vectors.
 //
 // x has elements T, and w elements W: the same, or narrower ones than float32, which are summed as float32 weights are. Rows
 // of x are widened once (`pack_8`) to float32, in the order in which a step of 32 elements of a weight row is widened: where
@@ -13,6 +13,13 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 constexpr int STEP_8 = 32;  // elements
+// Rows beside four others, whose products fill twelve of sixteen registers. A pair of NEON's has no memory for an operand,
+// so that those of three would not fit.
+#if defined(MOEBIUS_NEON)
+constexpr int BESIDE_FOUR = 2;
+#else
+constexpr int BESIDE_FOUR = 3;
+#endif
 
 #if defined(__AVX2__)
 using F8 = __m256;
@@ -27,6 +34,24 @@ INLINE F8 widened_8(const f16* p) { return widened(p); }
 INLINE void reduce_4(const F8* a, float* out) {
     F8 s = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+#elif defined(MOEBIUS_NEON)
+struct F8 { F4 lo, hi; };
+INLINE F8 operator*(F8 a, F8 b) { return {vmulq_f32(a.lo, b.lo), vmulq_f32(a.hi, b.hi)}; }
+INLINE F8 fma_8(F8 a, F8 b, F8 c) { return {vfmaq_f32(c.lo, a.lo, b.lo), vfmaq_f32(c.hi, a.hi, b.hi)}; }
+INLINE uint32x4_t words_4(const bf16* p) {
+    uint32x4_t words;
+    memcpy(&words, p, 16);
+    return words;
+}
+INLINE F4 even_4(const bf16* p) { return vreinterpretq_f32_u32(vshlq_n_u32(words_4(p), 16)); }
+INLINE F4 odd_4(const bf16* p) { return vreinterpretq_f32_u32(vandq_u32(words_4(p), vdupq_n_u32(0xffff0000u))); }
+INLINE F8 even_8(const bf16* p) { return {even_4(p), even_4(p + 8)}; }
+INLINE F8 odd_8(const bf16* p) { return {odd_4(p), odd_4(p + 8)}; }
+INLINE void reduce_4(const F8* a, float* out) {
+    const F4 lo = vpaddq_f32(vpaddq_f32(a[0].lo, a[1].lo), vpaddq_f32(a[2].lo, a[3].lo));
+    const F4 hi = vpaddq_f32(vpaddq_f32(a[0].hi, a[1].hi), vpaddq_f32(a[2].hi, a[3].hi));
+    vst1q_f32(out, vaddq_f32(lo, hi));
 }
 #else
 typedef float F8 __attribute__((vector_size(32)));
@@ -61,9 +86,13 @@ INLINE void reduce_4(const F8* a, float* out) {
 #endif
 
 INLINE F8 load_8(const float* p) {
+#if defined(MOEBIUS_NEON)
+    return {vld1q_f32(p), vld1q_f32(p + 4)};
+#else
     F8 v;
     memcpy(&v, p, 32);
     return v;
+#endif
 }
 
 INLINE F8 widened_8(const float* p) { return load_8(p); }
@@ -174,11 +203,11 @@ void product_8(const void* const* packed, int m, const void* weights, size_t ldw
     const size_t ldx = size_t(steps_8(k)) * STEP_8;
     const W *w = static_cast<const W*>(weights), *next = static_cast<const W*>(then ? then : weights);
     if (m == 1) return rows_8<T, W, 1, 4, 1>(x, ldx, w, ldw, n, k, next, c, ldc);
-    for (; m > 4; m -= 4, x += 4 * ldx, c += 4 * size_t(ldc)) rows_8<T, W, 4, 3>(x, ldx, w, ldw, n, k, w, c, ldc);
+    for (; m > 4; m -= 4, x += 4 * ldx, c += 4 * size_t(ldc)) rows_8<T, W, 4, BESIDE_FOUR>(x, ldx, w, ldw, n, k, w, c, ldc);
     if (m == 1) rows_8<T, W, 1, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
     else if (m == 2) rows_8<T, W, 2, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
     else if (m == 3) rows_8<T, W, 3, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
-    else rows_8<T, W, 4, 3>(x, ldx, w, ldw, n, k, next, c, ldc);
+    else rows_8<T, W, 4, BESIDE_FOUR>(x, ldx, w, ldw, n, k, next, c, ldc);
 }
 
 }  // namespace MOEBIUS_ISA

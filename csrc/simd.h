@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(MOEBIUS_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace moebius {
@@ -148,7 +150,7 @@ INLINE V reduce_16(const V* a) {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd))};
 }
 
-#else  // eight lanes twice, or plain loops that any compiler can vectorise
+#else  // eight lanes twice, four lanes four times, or plain loops that any compiler can vectorise
 
 #if defined(__AVX2__)
 struct V { __m256 lo, hi; };
@@ -195,6 +197,39 @@ INLINE void store(bf16* p, V a) {
     _mm_storeu_si128((__m128i*)p, narrowed(a.lo));
     _mm_storeu_si128((__m128i*)(p + 8), narrowed(a.hi));
 }
+
+#elif defined(MOEBIUS_NEON)
+using F4 = float32x4_t;
+struct V { F4 v[4]; };
+
+// r.v[i] = expression of i, for all four
+#define EACH(expression) V r; for (int i = 0; i < 4; i++) r.v[i] = expression; return r
+INLINE V all(float x) { EACH(vdupq_n_f32(x)); }
+INLINE V zero() { return all(0.0f); }
+INLINE V load(const float* p) { EACH(vld1q_f32(p + 4 * i)); }
+INLINE void store(float* p, V a) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.v[i]); }
+INLINE V add(V a, V b) { EACH(vaddq_f32(a.v[i], b.v[i])); }
+INLINE V sub(V a, V b) { EACH(vsubq_f32(a.v[i], b.v[i])); }
+INLINE V mul(V a, V b) { EACH(vmulq_f32(a.v[i], b.v[i])); }
+INLINE V div(V a, V b) { EACH(vdivq_f32(a.v[i], b.v[i])); }
+// b where one of them is no number, as elsewhere; vmaxq_f32 would give none.
+INLINE F4 larger(F4 a, F4 b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE V maximum(V a, V b) { EACH(larger(a.v[i], b.v[i])); }
+INLINE V minimum(V a, V b) { EACH(vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+INLINE V fma(V a, V b, V c) { EACH(vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
+INLINE V where_less(V x, V y, V a, V b) { EACH(vbslq_f32(vcltq_f32(x.v[i], y.v[i]), a.v[i], b.v[i])); }
+INLINE V rounded(V a) { EACH(vrndnq_f32(a.v[i])); }
+INLINE F4 power_of_two(F4 n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)); }
+INLINE V scaled(V a, V n) { EACH(vmulq_f32(a.v[i], power_of_two(n.v[i]))); }
+INLINE V load(const bf16* p) { EACH(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))); }
+#undef EACH
+INLINE uint16x4_t narrowed(F4 a) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), up, quiet), 16);
+}
+INLINE void store(bf16* p, V a) { for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, narrowed(a.v[i])); }
 
 #else
 struct V { float v[16]; };
@@ -262,6 +297,17 @@ INLINE float reduce_max(V a) {
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+#elif defined(MOEBIUS_NEON)
+INLINE float reduce_add(V a) {
+    const F4 q = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+    const float32x2_t d = vadd_f32(vget_low_f32(q), vget_high_f32(q));
+    return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
+}
+INLINE float reduce_max(V a) {
+    const F4 q = larger(larger(a.v[0], a.v[2]), larger(a.v[1], a.v[3]));
+    const F4 d = larger(q, vextq_f32(q, q, 2));
+    return vgetq_lane_f32(larger(d, vdupq_laneq_f32(d, 1)), 0);
 }
 #else
 INLINE float reduce_add(V a) {

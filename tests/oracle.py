@@ -139,22 +139,11 @@ class Server:
         config, dtype = decoder.config, decoder.dtype
         self.decoder, self.block_size = decoder, block_size
         self.ops = decoder.ops
-        size = (
-            self.ops.kv_cache_bytes_per_block(
-                block_size, config.num_kv_heads, config.head_dim, dtype
-            )
-            * num_blocks
-        )
-        self.caches = [
-            self.ops.make_kv_cache(
-                torch.full((size,), 255, dtype=torch.uint8),
-                block_size,
-                config.num_kv_heads,
-                config.head_dim,
-                dtype,
-            )
-            for _ in range(config.num_layers)
-        ]
+        self.caches = []
+        for spec in config.caches(dtype):
+            size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
+            memory = torch.full((size,), 255, dtype=torch.uint8)
+            self.caches.append(self.ops.make_cache(memory, spec, block_size))
         self.free = torch.randperm(
             num_blocks, generator=torch.Generator().manual_seed(seed)
         ).tolist()

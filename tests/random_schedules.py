@@ -16,7 +16,8 @@ from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import Request, SamplingParams, ServingLimits
+from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
 
 MAX_MODEL_LEN = 256

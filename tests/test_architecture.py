@@ -40,9 +40,9 @@ ARROWS: dict[str, set[str]] = {
         "moe",
         "models",
     },
-    "outputs": {"errors", "schedule", "text", "engine"},
-    "llm": {"errors", "files", "schedule", "text", "engine", "outputs", "models"},
-    "server": {"errors", "files", "schedule", "text", "engine", "outputs"},
+    "front": {"errors", "schedule", "text", "engine"},
+    "llm": {"errors", "files", "schedule", "text", "engine", "front", "models"},
+    "server": {"errors", "files", "schedule", "text", "engine", "front"},
     "bench": {"errors", "files", "schedule", "text", "models", "engine", "llm"},
     "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
@@ -76,6 +76,15 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     assert own <= ARROWS[package] | {package}, (
         f"{path.name} imports {own - ARROWS[package] - {package}}"
     )
+
+
+@pytest.mark.parametrize("package", ["server", "front"])
+def test_an_engine_is_reached_through_its_client_alone(package: str) -> None:
+    """What knows text sees the records that cross to an engine, and nothing of how it computes."""
+    for path in sorted((SOURCE / package).rglob("*.py")):
+        names = imported(ast.parse(path.read_text()))
+        of_engine = {name.split(".")[2] for name in names if name.startswith("moebius.engine.")}
+        assert of_engine <= {"client", "interrupts"}, f"{path.name} imports {of_engine}"
 
 
 def test_the_arrows_have_no_cycle() -> None:
@@ -167,7 +176,7 @@ def test_light_imports_stay_light() -> None:
     """The package, its command line's help and the scheduler do not wait for torch."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
-        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.client, "
+        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.wire, "
         "moebius.cli.commands\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )

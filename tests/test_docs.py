@@ -16,7 +16,7 @@ from markdown_it.token import Token
 
 from moebius.cli.commands import app
 from moebius.files import package_table
-from moebius.schedule.request import SamplingParams
+from moebius.schedule.params import SamplingParams
 from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
 
 ROOT = Path(__file__).parent.parent

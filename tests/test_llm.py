@@ -17,14 +17,34 @@ from typing import Any
 import pytest
 import torch
 
+from engine.wire_client import WireClient
 from moebius import LLM, SamplingParams, machine
-from moebius.errors import ConfigError, EngineError, RequestError
+from moebius.engine.engine import Engine
+from moebius.engine.in_process import InProcessClient
+from moebius.engine.inline import InlineClient
+from moebius.engine.interrupts import Uninterrupted
+from moebius.errors import ConfigError, EngineError, OverloadError, RequestError
 from moebius.ops.threads import TorchThreads
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_model: Path) -> LLM:
-    return LLM(str(tiny_model), kv_cache_memory_bytes=2**21, max_model_len=512, max_num_seqs=8)
+def over_frames(engine: Engine) -> WireClient:
+    return WireClient(InlineClient(engine), engine.scheduler.pool.hasher)
+
+
+def on_a_thread(engine: Engine) -> InProcessClient:
+    return InProcessClient(engine, step_deadline=60.0)
+
+
+@pytest.fixture(scope="module", params=[InlineClient, over_frames], ids=lambda one: one.__name__)
+def llm(request: pytest.FixtureRequest, tiny_model: Path) -> LLM:
+    """One whose engine computes on this thread, and one all of whose records cross as frames."""
+    return reaching(request.param, tiny_model)
+
+
+def reaching(connect: Callable[[Engine], Any], tiny_model: Path) -> LLM:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moebius.llm.InlineClient", connect)
+        return LLM(str(tiny_model), kv_cache_memory_bytes=2**21, max_model_len=512, max_num_seqs=8)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +124,96 @@ def test_chat_renders_the_template(llm: LLM, reference: Any) -> None:
     assert len(llm.chat([messages, messages], SamplingParams(max_tokens=2))) == 2
     params = SamplingParams(temperature=0, max_tokens=4)
     assert "".join(llm.stream_chat(messages, params)) == output.outputs[0].text
+
+
+@pytest.mark.parametrize("connect", [over_frames, on_a_thread])
+def test_an_engine_that_is_reached_otherwise_gives_the_same_answers(
+    tiny_model: Path, connect: Callable[[Engine], Any]
+) -> None:
+    wishes = [
+        SamplingParams(
+            temperature=0, max_tokens=20, ignore_eos=True, logprobs=2, prompt_logprobs=1
+        ),
+        SamplingParams(n=3, seed=5, max_tokens=9, top_p=0.9, presence_penalty=0.5, logprobs=0),
+        SamplingParams(seed=6, max_tokens=30, logit_bias={7: 5.0}, stop=("e",), min_tokens=2),
+    ]
+    texts = ["def fibonacci(n):", "naïve café", "x" * 40] * 4
+    messages = [{"role": "user", "content": "hello"}]
+    found = []
+    for way in (InlineClient, connect):
+        with reaching(way, tiny_model) as one:
+            answers = one.generate(texts, wishes * 4)
+            chats = one.chat([messages] * 3, wishes)
+            pieces = "".join(one.stream_chat(messages, wishes[2]))
+            streamed = sorted(
+                one.stream(zip(texts, wishes * 4, strict=True)), key=lambda o: int(o.request_id)
+            )
+            # Who found how much in the cache depends on how the steps fell, not on what was asked.
+            found.append(
+                [
+                    (o.prompt_token_ids, o.prompt_logprobs, o.outputs)
+                    for o in (*answers, *chats, *streamed)
+                ]
+                + [pieces]
+            )
+            assert one.client.stats().generation_tokens > 0
+    assert found[0] == found[1]
+
+
+def test_frames_are_what_the_llm_over_frames_speaks(tiny_model: Path) -> None:
+    with reaching(over_frames, tiny_model) as one:
+        one.generate(["a", "b"], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+        assert isinstance(one.client, WireClient) and one.client.frames == 2 + 3
+
+
+@pytest.mark.parametrize("connect", [InlineClient, on_a_thread])
+def test_a_queue_that_is_full_is_waited_for(
+    tiny_model: Path, connect: Callable[[Engine], Any]
+) -> None:
+    """Refusals come as outputs; the LLM asks again when something has ended."""
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    texts = [f"x{i}" for i in range(20)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moebius.llm.InlineClient", connect)
+        small = LLM(
+            str(tiny_model),
+            kv_cache_memory_bytes=2**21,
+            max_model_len=512,
+            max_num_seqs=4,
+            max_queue_requests=2,
+        )
+    with small:
+        other = small.stream([("other", params.with_(max_tokens=40))])
+        outputs = small.generate(texts, params)
+        assert [output.prompt for output in outputs] == texts
+        assert len(next(other).outputs[0].token_ids) == 40
+
+
+def test_what_no_empty_queue_would_take_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = LLM(str(tiny_model), kv_cache_memory_bytes=2**21, max_model_len=512)
+
+    def full(request: Any) -> None:
+        raise OverloadError("the queue is full")
+
+    monkeypatch.setattr(one.engine.scheduler, "add", full)
+    with pytest.raises(OverloadError, match="the queue is full"):
+        one.generate("a", SamplingParams(max_tokens=2))
+
+
+def test_a_closed_llm_says_so(tiny_model: Path) -> None:
+    one = LLM(str(tiny_model), kv_cache_memory_bytes=2**21, max_model_len=512)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    stream = one.stream([("a", params.with_(max_tokens=1)), ("b", params)])
+    next(stream)
+    one.close()
+    with pytest.raises(EngineError, match="the engine has stopped"):
+        next(stream)
+    with pytest.raises(EngineError, match="the engine has stopped"):
+        one.generate("a", params)
+    one.close()
+    assert one.engine.scheduler.drained
 
 
 def test_an_abandoned_stream_leaves_nothing_behind(llm: LLM) -> None:
@@ -325,15 +435,15 @@ def test_an_error_reaches_the_reader_whose_request_it_is(
 
 
 class InterruptsAt:
-    """Traces the engine and its scheduler, and sends a signal to this process at their n-th
-    line."""
+    """Traces engine, scheduler and front, and sends a signal to this process at their n-th line."""
 
     def __init__(self, n: int, number: signal.Signals) -> None:
         self.n, self.number, self.lines = n, number, 0
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         name = frame.f_code.co_filename
-        return self.line if "moebius/schedule/" in name or "moebius/engine/" in name else None
+        packages = ("moebius/schedule/", "moebius/engine/", "moebius/front/")
+        return self.line if any(package in name for package in packages) else None
 
     def line(self, frame: FrameType, event: str, arg: object) -> Any:
         self.lines += event == "line"
@@ -535,3 +645,26 @@ def test_a_priority_needs_the_policy(llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"scheduling_policy"):
         llm.generate("x", params, priority=1)
     assert llm.generate("x", params, priority=0) == llm.generate("x", params, priority=None)
+
+
+def test_a_signal_that_comes_while_another_is_handled_is_not_lost() -> None:
+    """At every line of the code that holds signals back and hands them on."""
+    seen: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGALRM)
+    before = [
+        signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers
+    ]
+
+    def hold() -> None:
+        with Uninterrupted() as held:
+            signal.raise_signal(signal.SIGTERM)
+            held.run_noted()
+
+    try:
+        for n in range(1, traced(InterruptsAt(0, signal.SIGALRM), hold)):
+            seen.clear()
+            traced(InterruptsAt(n, signal.SIGALRM), hold)
+            assert sorted(seen) == sorted(numbers), f"at line {n}"
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

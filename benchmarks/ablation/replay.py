@@ -9,7 +9,8 @@ from moebius.bench.metrics import Record
 from moebius.bench.workload import Sample
 from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
-from moebius.schedule.request import Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import Request
 
 
 class Replay:

@@ -32,7 +32,8 @@ from workloads import Workload, workload
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
-from moebius.schedule.request import Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import Request
 
 # Seconds of steps between two passes. A pass takes some 0.07 s.
 BETWEEN = 0.3

@@ -133,8 +133,10 @@ template <class T, class W> void test_experts(Ops& ops) {
         for (int64_t& id : ids) id = all_to_one ? e.count - 1 : uniform(0, e.count - 1);
         if (!dense)
             for (float& w : weights) w = float(std::abs(normal()));
+        std::vector<T> inner(size_t(rows) * k * e.width), outer(dense ? 0 : size_t(rows) * k * e.hidden);
         auto run = [&](const Experts& table, std::vector<T>& to) {
-            ops.experts(table, x.data(), rows, dense ? nullptr : weights.data(), dense ? nullptr : ids.data(), k, to.data());
+            ops.experts(table, x.data(), rows, dense ? nullptr : weights.data(), dense ? nullptr : ids.data(), k, inner.data(),
+                        outer.data(), to.data());
         };
         run(e.table(e.weights, activation), out);
         if constexpr (Number<T>::dtype == F32) {
@@ -229,8 +231,8 @@ template <class T> void test_norms(Ops& ops) {
         const float multiplier = turn % 2 ? 1.0f : 0.3f;
         std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), weight = draw<T>(n), sum(x.size()), out(x.size());
         std::vector<T> alone(x.size());
-        ops.rms_norm(Number<T>::dtype, x.data(), update.data(), multiplier, weight.data(), rows, n, n, 1e-5f, sum.data(), out.data());
-        ops.rms_norm(Number<T>::dtype, sum.data(), nullptr, 1, weight.data(), rows, n, n, 1e-5f, nullptr, alone.data());
+        ops.rms_norm({Number<T>::dtype, x.data(), update.data(), multiplier, weight.data(), n, n, 1e-5f, sum.data(), out.data()}, rows);
+        ops.rms_norm({Number<T>::dtype, sum.data(), nullptr, 1, weight.data(), n, n, 1e-5f, nullptr, alone.data()}, rows);
         check(out == alone, "rms_norm: the sum's norm is not the norm of the sum");
         for (size_t i = 0; i < x.size(); i++) {
             Sum s;
@@ -268,6 +270,20 @@ void test_rotation(Ops& ops) {
             close("cos", cos[i], 1.5 * std::cos(angle), 0x1p-22), close("sin", sin[i], 1.5 * std::sin(angle), 0x1p-22);
         }
     }
+}
+
+// Rows on every thread: subnormal numbers count as zeros there, and as before on the caller's once the call is over.
+void test_subnormals(Ops& ops) {
+    const float tiny = 1e-40f;
+    const int rows = 64, n = 48;
+    std::vector<float> a(size_t(rows) * n, tiny), b(a.size(), tiny), out(a.size(), 1.0f);
+    ops.add_gated(F32, a.data(), b.data(), nullptr, rows, n, out.data());
+    for (float x : out) check(x == 0, "%g is not flushed", double(x));
+    ops.add_gated(F32, a.data(), b.data(), nullptr, 1, n, out.data());
+    check(out[0] == 0, "%g of one row is not flushed", double(out[0]));
+    volatile float half = tiny;
+    half = half / 2;
+    check(half > 0, "the caller's subnormal numbers are gone");
 }
 
 // --- routing and sampling ---
@@ -483,7 +499,7 @@ int main() {
         generator.seed(0);  // the same numbers for each, whatever the levels before it drew
         check(std::string(select_kernels(name)->name) == name, "the kernels are called %s", select_kernels(name)->name);
         Ops ops(name, 2);
-        test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
+        test_subnormals(ops), test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
         test_dtype<float>(ops), test_dtype<uint16_t>(ops);
         test_weights<float, f16>(ops), test_weights<float, uint16_t>(ops), test_float16(ops), test_formats(*select_kernels(name));
         std::printf("%s: passed\n", level);

@@ -5,11 +5,11 @@ The public names are below; what imports torch is imported when it is first aske
 
 from typing import TYPE_CHECKING, Any
 
-from moebius.schedule.request import SamplingParams
+from moebius.schedule.params import SamplingParams
 
 if TYPE_CHECKING:
+    from moebius.front.results import CompletionOutput, RequestOutput
     from moebius.llm import LLM
-    from moebius.outputs import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name in ("CompletionOutput", "RequestOutput"):
-        from moebius import outputs
+        from moebius.front import results
 
-        return getattr(outputs, name)
+        return getattr(results, name)
     raise AttributeError(f"module 'moebius' has no attribute {name!r}")

@@ -3,54 +3,86 @@
     MoebiusError                     the root; its text is one line a user can act on
     ├── UsageError  (ValueError)     the operator asked for something impossible: exit code 2
     │   ├── ConfigError              an option, a recipe or a model's config.json
-    │   ├── WeightsError             a safetensors file: missing, truncated, misshapen or left-over
-                                     tensor
+    │   ├── WeightsError             a tensor that is missing, truncated, misshapen or left over
     │   ├── TokenizerError           tokenizer.json or chat template missing or broken
     │   └── MemoryPlanError          the model, its cache or its workspace does not fit
     ├── RequestError  (ValueError)   one request is wrong: HTTP 400, names the field in `param`
-    │   └── ContextLengthError       prompt (plus max_tokens) beyond what the model or the cache can
-                                     hold
+    │   └── ContextLengthError       prompt (plus max_tokens) beyond what model or cache can hold
     │       └── ContextExceededError the model's context, in the words that clients look for
     ├── OverloadError                refused for now: HTTP 503, `retry_after` seconds
     ├── DeadlineError                a request's or a wait's time ran out: HTTP 503
-    ├── NumericalError               NaN or infinite logits end that one request, HTTP 500; such a
-                                     loss the training
+    ├── NumericalError               NaN or infinite logits: HTTP 500; in training, such a loss
     ├── StorageError                 a file cannot be written: the disk is full, or not ours
     └── EngineError                  the engine failed or is gone: HTTP 500
+        └── WireError                a frame between the front and an engine cannot be read
 
 `assert` is for what can only be our own fault; these classes are for everything else.
+
+Each class has a code that never changes, by which an error crosses from one process to another
+(engine/wire.py) and comes back as what it was. A subclass without a code of its own crosses as the
+class that it refines.
 """
 
 import math
 import traceback
-from typing import Any, get_args
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Self, get_args
+
+Fact = str | int | float | bool | None
+"""What an error may hold beside its text, so that it can cross to another process."""
+
+_BY_CODE: dict[str, "type[MoebiusError]"] = {}
+ERRORS_BY_CODE: Mapping[str, "type[MoebiusError]"] = MappingProxyType(_BY_CODE)
 
 
 class MoebiusError(Exception):
     """Root of all errors raised on purpose."""
 
+    wire_code: ClassVar[str] = "moebius"
 
-class UsageError(MoebiusError, ValueError):
+    def __init_subclass__(cls, *, wire_code: str | None = None, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if wire_code is not None:
+            assert wire_code not in _BY_CODE, f"two errors have the code {wire_code!r}"
+            cls.wire_code = wire_code
+            _BY_CODE[wire_code] = cls
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        """Its fields: with its text all that `again` needs to make the same error."""
+        return {}
+
+    @classmethod
+    def again(cls, text: str, facts: Mapping[str, Any]) -> Self:
+        """The error that had this text and these facts. TypeError for those of another class."""
+        return cls(text, **facts)
+
+
+_BY_CODE[MoebiusError.wire_code] = MoebiusError
+
+
+class UsageError(MoebiusError, ValueError, wire_code="usage"):
     """The operator's input is wrong. Commands print it as one line and exit with 2."""
 
 
-class ConfigError(UsageError):
+class ConfigError(UsageError, wire_code="config"):
     """An option, a recipe or a model configuration is wrong or unsupported."""
 
 
-class WeightsError(UsageError):
+class WeightsError(UsageError, wire_code="weights"):
     """A checkpoint's tensors are not what the configuration needs."""
 
 
-class TokenizerError(UsageError):
+class TokenizerError(UsageError, wire_code="tokenizer"):
     """The tokenizer or the chat template is missing or broken."""
 
 
-class MemoryPlanError(UsageError):
+class MemoryPlanError(UsageError, wire_code="memory_plan"):
     """The plan does not fit into memory."""
 
 
-class RequestError(MoebiusError, ValueError):
+class RequestError(MoebiusError, ValueError, wire_code="request"):
     """One request is wrong.
 
     `param` names the field as the client wrote it; `code` is OpenAI's machine-readable code, where
@@ -62,17 +94,24 @@ class RequestError(MoebiusError, ValueError):
         self.param = param
         self.code = code
 
+    @property
+    def facts(self) -> dict[str, Fact]:
+        return {"param": self.param, "code": self.code}
 
-class ContextLengthError(RequestError):
+
+class ContextLengthError(RequestError, wire_code="context_length"):
     """The prompt, or prompt plus max_tokens, can never fit."""
 
     def __init__(self, message: str, *, param: str | None = "prompt") -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
 
+    @property
+    def facts(self) -> dict[str, Fact]:
+        return {"param": self.param}
 
-class ContextExceededError(ContextLengthError):
-    """More tokens than the model's context has, in the sentences by which clients know OpenAI's
-    error.
+
+class ContextExceededError(ContextLengthError, wire_code="context_exceeded"):
+    """More tokens than the model's context has, in the words by which clients know OpenAI's error.
 
     context         the model's, in tokens
     prompt_tokens   what the prompt has; with `at_least` it has that many or more, and was not
@@ -90,7 +129,13 @@ class ContextExceededError(ContextLengthError):
         at_least: bool = False,
         param: str = "prompt",
     ) -> None:
-        self._facts = context, prompt_tokens, max_tokens, at_least
+        self._facts: dict[str, Fact] = {
+            "context": context,
+            "prompt_tokens": prompt_tokens,
+            "max_tokens": max_tokens,
+            "at_least": at_least,
+            "param": param,
+        }
         some = "at least " if at_least else ""
         if max_tokens:
             asked = (
@@ -108,42 +153,57 @@ class ContextExceededError(ContextLengthError):
             param=param,
         )
 
+    @property
+    def facts(self) -> dict[str, Fact]:
+        return self._facts
+
+    @classmethod
+    def again(cls, text: str, facts: Mapping[str, Any]) -> Self:
+        return cls(**facts)
+
     def named(self, param: str) -> "ContextExceededError":
         """The same, of a prompt that the client sent as `param`."""
-        context, prompt_tokens, max_tokens, at_least = self._facts
-        return ContextExceededError(
-            context, prompt_tokens, max_tokens, at_least=at_least, param=param
-        )
+        return ContextExceededError.again("", {**self._facts, "param": param})
 
 
-class OverloadError(MoebiusError):
+class OverloadError(MoebiusError, wire_code="overload"):
     """The queue is full or the server is draining; `retry_after` is in seconds."""
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
+    @property
+    def facts(self) -> dict[str, Fact]:
+        return {"retry_after": self.retry_after}
 
-class DeadlineError(MoebiusError):
+
+class DeadlineError(MoebiusError, wire_code="deadline"):
     """A deadline passed before the work was done."""
 
 
-class NumericalError(MoebiusError):
-    """The model produced NaN or infinite logits for one request, or training a loss that is no
-    number."""
+class NumericalError(MoebiusError, wire_code="numerical"):
+    """NaN or infinite logits for one request, or, in training, a loss that is no number."""
 
 
-class StorageError(MoebiusError):
+class StorageError(MoebiusError, wire_code="storage"):
     """A file cannot be written. What was there before is as it was."""
 
 
-class EngineError(MoebiusError):
-    """The engine failed or has stopped. `error_id` names the failure in the log, where it is there
-    already."""
+class EngineError(MoebiusError, wire_code="engine"):
+    """The engine failed or has stopped; `error_id` names the failure, if the log has it already."""
 
     def __init__(self, message: str, *, error_id: str | None = None) -> None:
         super().__init__(message)
         self.error_id = error_id
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        return {"error_id": self.error_id}
+
+
+class WireError(EngineError, wire_code="wire"):
+    """A frame between the front and an engine cannot be read: damaged, or of another version."""
 
 
 def frames(error: BaseException) -> str:

@@ -1,52 +1,83 @@
-"""LLM: the offline front door, with the engine in this process and on this thread."""
+"""LLM: the offline front door. Its engine computes in this process, on the caller's thread."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, Self
 
 from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
+from moebius.engine.inline import InlineClient
 from moebius.engine.interrupts import Uninterrupted
 from moebius.engine.load import load_engine
-from moebius.engine.sessions import Session, Sessions
 from moebius.errors import OverloadError, RequestError
+from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
+from moebius.front.results import RequestOutput
+from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import resolve_model
-from moebius.outputs import RequestOutput, SequenceAssembler, open_choices
-from moebius.schedule.request import Request, SamplingParams
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.schedule.params import SamplingParams
+from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 
-@dataclass(slots=True)
+_CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
-    """One prompt on its way: its choices' requests and assemblers, which are filled step by
-    step."""
+    """One prompt on its way, with the choices that are made of it."""
 
     index: int
     prompt: str | None
-    choices: list[tuple[Request, SequenceAssembler]]
+    choices: list[Choice]
+
+    @property
+    def priority(self) -> int:
+        return self.choices[0].request.priority
 
     @property
     def finished(self) -> bool:
-        return all(choice.finished for _, choice in self.choices)
+        return all(choice.assembler.finished for choice in self.choices)
 
     def output(self) -> RequestOutput:
-        request, first = self.choices[0]
+        request = self.choices[0].request
+        first = self.choices[0].assembler
+        scored = None
+        if request.params.prompt_logprobs is not None:
+            # The first token has none before it that could have told how likely it is.
+            scored = (None, *first.prompt_logprobs)
         return RequestOutput(
             request_id=str(self.index),
             prompt=self.prompt,
             prompt_token_ids=request.prompt_ids,
-            # The first token has none before it that could have told how likely it is.
-            prompt_logprobs=None
-            if request.params.prompt_logprobs is None
-            else (None, *first.prompt_logprobs),
-            outputs=tuple(choice.completion(i) for i, (_, choice) in enumerate(self.choices)),
+            prompt_logprobs=scored,
+            outputs=tuple(choice.assembler.completion(i) for i, choice in enumerate(self.choices)),
             num_cached_tokens=first.num_cached_tokens,
             finished=True,
         )
+
+
+@dataclass(slots=True)
+class _Feed:
+    """What a reader still has to submit, and what it waits for.
+
+    again    what the engine was too full to take
+    refused  why, until something has come that may have made room
+    live     what the engine has, by id of the request
+    """
+
+    waiting: Iterator[tuple[_Job, Choice]]
+    again: deque[tuple[_Job, Choice]] = field(default_factory=deque)
+    refused: OverloadError | None = None
+    live: dict[str, tuple[_Job, Choice]] = field(default_factory=dict)
+
+    def next(self) -> tuple[_Job, Choice] | None:
+        """The next one to submit; None where none is left."""
+        return self.again.popleft() if self.again else next(self.waiting, None)
 
 
 class LLM:
@@ -74,8 +105,14 @@ class LLM:
         directory = resolve_model(model)
         self.tokenizer = Tokenizer.load(directory)
         self.defaults = GenerationDefaults.load(directory, self.tokenizer)
-        self.engine = load_engine(directory, self.config, eos_ids=self.defaults.eos_ids)
-        self._sessions = Sessions(self.engine)
+        key = draw_prefix_key()
+        self.engine = load_engine(
+            directory, self.config, eos_ids=self.defaults.eos_ids, prefix_key=key
+        )
+        self.client = InlineClient(self.engine)
+        info = self.client.info
+        self._opener = ChoiceOpener(self.tokenizer, info, info.hasher(key))
+        self._sessions = Sessions(self.client)
         self._ids = count()
 
     @classmethod
@@ -137,21 +174,21 @@ class LLM:
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
         """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
-        [(request, choice), *others] = self._chat_job(
-            0, messages, params or self.default_params()
-        ).choices
-        if others:
+        job = self._chat_job(0, messages, params or self.default_params())
+        if len(job.choices) > 1:
             raise RequestError(
-                f"n is {1 + len(others)}; stream_chat has one choice, chat takes any n", param="n"
+                f"n is {len(job.choices)}; stream_chat has one choice, chat takes any n", param="n"
             )
+        choice = job.choices[0]
         with self._sessions.open() as session:
-            session.add(request)
-            while not choice.finished:
+            session.submit(choice.request)
+            while not choice.assembler.finished:
                 for step in session.outputs():
-                    yield choice.push(step).text
+                    yield choice.assembler.push(step).text
 
     def close(self) -> None:
-        self.engine.close()
+        """Stop the engine. What is not read to its end yet ends with EngineError."""
+        self.client.close(_CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -167,35 +204,41 @@ class LLM:
     def _job(self, index: int, prompt: Prompt, params: SamplingParams, priority: int = 0) -> _Job:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._open(index, text, ids, params, continues=True, priority=priority)
+        return self._open(index, text, EncodedPrompt(ids), params, priority, continues=True)
 
     def _chat_job(
         self, index: int, messages: Sequence[Message], params: SamplingParams, priority: int = 0
     ) -> _Job:
-        ids = self.tokenizer.encode_chat(messages)
-        return self._open(index, None, ids, params, continues=False, priority=priority)
+        prompt = self.tokenizer.chat_prompt(messages)
+        return self._open(index, None, prompt, params, priority, continues=False)
 
     def _open(
         self,
         index: int,
-        prompt: str | None,
-        ids: Sequence[int],
+        text: str | None,
+        prompt: EncodedPrompt,
         params: SamplingParams,
-        **request: Any,
+        priority: int,
+        *,
+        continues: bool,
     ) -> _Job:
         if not isinstance(params, SamplingParams):
             raise RequestError(
                 f"params is {type(params).__name__}; it must be SamplingParams", param="params"
             )
-        names, arrival = map(str, self._ids), self.engine.clock()
-        choices = open_choices(
-            self.tokenizer, self.engine.info, ids, params, names, arrival=arrival, **request
+        choices = self._opener.open(
+            prompt,
+            params,
+            map(str, self._ids),
+            continues=continues,
+            arrival=time.monotonic(),
+            priority=priority,
         )
-        return _Job(index, prompt, list(choices))
+        return _Job(index, text, list(choices))
 
     def _all(self, jobs: Iterable[_Job], total: int, progress: bool | None) -> list[RequestOutput]:
         # All of them, before the first one runs.
-        checked = sorted(jobs, key=lambda job: job.choices[0][0].priority)
+        checked = sorted(jobs, key=lambda job: job.priority)
         with Uninterrupted() as held:
             outputs = _with_progress(self._run(checked, held.run_noted), total, progress)
             return sorted(outputs, key=lambda output: int(output.request_id))
@@ -205,47 +248,54 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Feed the engine as fast as its queue empties; outputs come as soon as all of a job's
         choices are done."""
-        waiting = ((job, request, choice) for job in jobs for request, choice in job.choices)
-        following: tuple[_Job, Request, SequenceAssembler] | None = None
-        live: dict[str, tuple[_Job, SequenceAssembler]] = {}
+        feed = _Feed((job, choice) for job in jobs for choice in job.choices)
         with self._sessions.open() as session:
             while True:
                 between_steps()
-                while self.engine.scheduler.num_waiting <= self.config.max_num_seqs:
-                    following = following or next(waiting, None)
-                    if following is None or not self._add(session, following[1]):
-                        break
-                    job, request, choice = following
-                    live[request.id], following = (job, choice), None
-                if not live and following is None:
+                if feed.refused is None:
+                    self._submit(session, feed)
+                if not feed.live and not feed.again:
                     return
-                for step in session.outputs():
-                    yield from self._take(session, step, live)
+                outputs = session.outputs()
+                if not outputs and not feed.live:
+                    self._expect_room(feed)
+                for step in outputs:
+                    yield from self._take(session, step, feed)
 
-    def _add(self, session: Session, request: Request) -> bool:
-        """Whether the engine takes the request now; where it has no work, nothing could change
-        that."""
-        try:
-            session.add(request)
-        except OverloadError:
-            if not self.engine.has_work:
-                raise
-            return False
-        return True
+    def _submit(self, session: Session, feed: _Feed) -> None:
+        """Hand over as many as may run at once, and as many again, which wait."""
+        while len(feed.live) < 2 * self.config.max_num_seqs:
+            found = feed.next()
+            if found is None:
+                return
+            _, choice = found
+            feed.live[choice.request.id] = found
+            session.submit(choice.request)
 
-    def _take(
-        self, session: Session, step: StepOutput, live: dict[str, tuple[_Job, SequenceAssembler]]
-    ) -> Iterator[RequestOutput]:
-        if step.request_id not in live:
+    def _expect_room(self, feed: _Feed) -> None:
+        """All was refused: others' requests may make room. OverloadError where there are none."""
+        stats = self.client.stats()
+        if feed.refused is not None and not stats.running and not stats.waiting:
+            raise feed.refused
+        feed.refused = None
+
+    def _take(self, session: Session, step: StepOutput, feed: _Feed) -> Iterator[RequestOutput]:
+        request_id = step.request_id
+        if request_id not in feed.live:
             return
-        job, choice = live[step.request_id]
+        if isinstance(step.error, OverloadError):
+            feed.again.append(feed.live.pop(request_id))
+            feed.refused = step.error
+            return
+        feed.refused = None
+        job, choice = feed.live[request_id]
         if step.finish_reason is not None:
-            del live[step.request_id]
-        choice.push(step)
-        if choice.wants_abort and step.finish_reason is None:
-            session.abort(step.request_id)
-            del live[step.request_id]
-        if choice.finished and job.finished:
+            del feed.live[request_id]
+        choice.assembler.push(step)
+        if choice.assembler.wants_abort and step.finish_reason is None:
+            session.abort(request_id)
+            del feed.live[request_id]
+        if choice.assembler.finished and job.finished:
             yield job.output()
 
 

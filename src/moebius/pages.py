@@ -1,6 +1,7 @@
 """Memory made present ahead of its use: a step that meets an absent page waits for the kernel."""
 
 import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +19,11 @@ def populate(
     while it is `idle`: a virtual machine's host may take seconds to find a gigabyte, and steps that
     run meanwhile would wait.
 
-    address is page-aligned; `keep` holds the mapping alive until it is done.
+    address is page-aligned; `keep` holds the mapping alive until it is done. Only Linux can;
+    elsewhere nothing is done.
     """
+    if sys.platform != "linux":
+        return
 
     def run(keep: object) -> None:
         madvise = ctypes.CDLL(None).madvise

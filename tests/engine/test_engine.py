@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
 from moebius.ops import select_ops
-from moebius.schedule.request import FinishReason, Request, SamplingParams
+from moebius.ops.cache_spec import key_value_spec
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.hashes import BlockHasher
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import FinishReason, Request
 from schedule.books import check_books
 
 
@@ -34,15 +39,21 @@ def cache_bytes(tokens: int, block_size: int) -> int:
     """What so many of tiny_model's tokens take in the cache, in float32, with the operations that
     serve here."""
     ops = select_ops("cpu", torch.float32)
-    return tokens // block_size * 2 * ops.kv_cache_bytes_per_block(block_size, 2, 8, torch.float32)
+    return (
+        tokens
+        // block_size
+        * 2
+        * ops.cache_bytes_per_block(key_value_spec(2, 8, torch.float32), block_size)
+    )
 
 
-def make(
+def ask(
     one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any
-) -> Request:
+) -> EngineRequest:
+    """What a front asks of this engine: greedy, 8 tokens, where nothing else is wanted."""
     defaults: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
     info = one.info
-    return Request.create(
+    return EngineRequest.create(
         id,
         prompt,
         SamplingParams(**{**defaults, **params}),
@@ -51,6 +62,12 @@ def make(
         eos_ids=info.eos_ids,
         deadline=deadline,
     )
+
+
+def make(
+    one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any
+) -> Request:
+    return Request.of(ask(one, id, prompt, deadline=deadline, **params))
 
 
 def run(one: Engine, requests: list[Request], limit: int = 5000) -> dict[str, list[StepOutput]]:
@@ -223,10 +240,10 @@ def test_bad_logits_end_one_request_and_leave_the_others(
     honest = other.runner.logits
     calls = 0
 
-    def poisoned(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def poisoned(rows: list[int]) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        logits = honest(hidden, rows).clone()
+        logits = honest(rows).clone()
         if calls == 3:
             logits[1] = math.nan
         return logits
@@ -329,7 +346,7 @@ def test_requests_that_end_early_say_when_they_were_scheduled_too(tiny_model: Pa
     assert aborted is not None and aborted.scheduled is not None and aborted.at > aborted.scheduled
     one.add(make(one, "never", [5]))
     never = one.abort("never")
-    assert never is not None and never.scheduled is None and not one._requests
+    assert never is not None and never.scheduled is None and not one._unfinished
 
 
 @pytest.mark.case("C21")
@@ -340,3 +357,41 @@ def test_steps_are_counted_by_their_tokens(tiny_model: Path) -> None:
     )  # 48 and 2 tokens of the prompt, then one a step
     stats = one.stats()
     assert stats.step_tokens == (3, 1, 0, 0, 1, *[0] * 9) and stats.step_tokens_sum == 48 + 2 + 3
+
+
+def test_a_prompt_is_counted_once_whatever_its_output_begins_with(tiny_model: Path) -> None:
+    """With tokens that another engine has drawn the first token here is not the output's first."""
+    one = engine(tiny_model)
+    whole = run(one, [make(one, "whole", [5] * 40, max_tokens=6)])["whole"]
+    drawn = tokens(whole)
+    assert one.stats().prompt_tokens == 40
+    info = one.info
+    rest = Request.of(
+        replace(ask(one, "rest", [5] * 40, max_tokens=6), output_ids=tuple(drawn[:3]))
+    )
+    assert tokens(run(one, [rest])["rest"]) == drawn[3:]
+    assert one.stats().prompt_tokens == 80
+    nothing = run(one, [make(one, "nothing", [5] * 40, max_tokens=0)])["nothing"]
+    assert tokens(nothing) == [] and one.stats().prompt_tokens == 120
+    assert one.stats().prompt_tokens_cached == 2 * (39 // info.block_size) * info.block_size
+
+
+def test_a_prompt_hashed_by_the_front_meets_the_cache_of_one_hashed_here(tiny_model: Path) -> None:
+    key = bytes(range(32))
+    one = load_engine(
+        tiny_model, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=512), prefix_key=key
+    )
+    hasher = one.info.hasher(key)
+    assert hasher is not None
+    run(one, [make(one, "here", [5] * 40)])
+    asked = ask(one, "front", [5] * 40)
+    given = replace(asked, prompt_hashes=hasher.of_prompt(asked.prompt_ids, asked.salt))
+    assert run(one, [Request.of(given)])["front"][-1].num_cached_tokens == 32
+    foreign = BlockHasher(bytes(32), one.info.fingerprint.encode(), 16)
+    other = replace(asked, id="other", prompt_hashes=foreign.of_prompt(range(40), b""))
+    assert run(one, [Request.of(other)])["other"][-1].num_cached_tokens == 32
+
+
+def test_an_engine_without_a_prefix_cache_asks_for_no_hashes(tiny_model: Path) -> None:
+    assert engine(tiny_model).info.hasher(bytes(32)) is not None
+    assert engine(tiny_model, enable_prefix_caching=False).info.hasher(bytes(32)) is None

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from engine.test_engine import engine, make, prompts, tokens
+from engine.test_engine import ask, engine, make, prompts, tokens
 from engine.test_in_process import Collector
 from moebius.engine import engine as loop
 from moebius.engine.engine import Engine
@@ -22,7 +22,7 @@ from moebius.engine.in_process import InProcessClient
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter, replay
 from moebius.errors import EngineError
-from moebius.schedule.request import Request
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.waiting import WaitingQueue
 
@@ -48,15 +48,15 @@ class RaisesAt:
         return lambda *args, **kwargs: self(instance, *args, **kwargs)
 
 
-def work(one: Engine) -> list[Request]:
+def work(one: Engine) -> list[EngineRequest]:
     """A greedy request, a drawn one, one with log-probabilities of its prompt, and one to be
     aborted."""
     greedy, drawn, scored, gone = prompts(4, seed=3, low=5, high=20)
     return [
-        make(one, "greedy", greedy, max_tokens=3),
-        make(one, "drawn", drawn, max_tokens=3, temperature=1.0, seed=1),
-        make(one, "scored", scored, max_tokens=2, prompt_logprobs=1, logprobs=1),
-        make(one, "gone", gone, max_tokens=400),
+        ask(one, "greedy", greedy, max_tokens=3),
+        ask(one, "drawn", drawn, max_tokens=3, temperature=1.0, seed=1),
+        ask(one, "scored", scored, max_tokens=2, prompt_logprobs=1, logprobs=1),
+        ask(one, "gone", gone, max_tokens=400),
     ]
 
 
@@ -77,7 +77,7 @@ def serve(
             sum(output.finish_reason is not None for output in collector.outputs[request.id]) == 1
         )
     quiet()
-    client.submit(make(client._engine, "after", [1, 2, 3], max_tokens=2))
+    client.submit(ask(client._engine, "after", [1, 2, 3], max_tokens=2))
     collector.wait(lambda: collector.ended("after"))
     assert len(tokens(collector.outputs["after"])) == 2
     assert client.stats().ready
@@ -161,7 +161,7 @@ def test_an_engine_thread_that_fails_is_logged_without_a_word_of_the_exception(
     monkeypatch.setattr(Scheduler, "plan", RaisesAt(Scheduler.plan, 1, ValueError(SECRET)))
     client, collector = InProcessClient(engine(tiny_model), step_deadline=60.0), Collector()
     client.start(collector)
-    client.submit(make(client._engine, "a", [1, 2, 3], max_tokens=2))
+    client.submit(ask(client._engine, "a", [1, 2, 3], max_tokens=2))
     collector.wait(lambda: collector.ended("a"))
     client.close(5)
     assert (
@@ -204,7 +204,7 @@ def test_a_reader_that_raises_loses_its_requests_and_no_others(tiny_model: Path)
             steps = collector.outputs[request.id]
             whole = len(tokens(steps)) == request.max_tokens
             assert whole != isinstance(steps[-1].error, EngineError)
-        client.submit(make(client._engine, "after", [1, 2, 3], max_tokens=2))
+        client.submit(ask(client._engine, "after", [1, 2, 3], max_tokens=2))
         collector.wait(lambda collector=collector: collector.ended("after"))
         client.close(5)
 

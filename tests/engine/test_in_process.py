@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.test_engine import engine, make, prompts, tokens
+from engine.test_engine import ask, engine, prompts, tokens
 from moebius.engine.client import StepOutput
 from moebius.engine.in_process import InProcessClient
 from moebius.errors import EngineError, OverloadError, RequestError
@@ -51,7 +51,7 @@ def test_requests_from_many_threads_all_end_once(client: InProcessClient) -> Non
 
     def submit(part: int) -> None:
         for i in range(part, 30, 3):
-            client.submit(make(client._engine, str(i), many[i]))
+            client.submit(ask(client._engine, str(i), many[i]))
 
     threads = [threading.Thread(target=submit, args=(part,)) for part in range(3)]
     for thread in threads:
@@ -68,7 +68,7 @@ def test_requests_from_many_threads_all_end_once(client: InProcessClient) -> Non
 
 def test_abort_and_refusal_come_back_as_outputs(client: InProcessClient) -> None:
     collector = Collector()
-    long = [make(client._engine, f"long{i}", [1, 2, 3], max_tokens=400) for i in range(60)]
+    long = [ask(client._engine, f"long{i}", [1, 2, 3], max_tokens=400) for i in range(60)]
     for request in long:
         client.submit(request)
     client.start(collector)
@@ -93,13 +93,13 @@ def test_abort_and_refusal_come_back_as_outputs(client: InProcessClient) -> None
 def test_close_ends_what_is_unfinished_and_refuses_the_rest(client: InProcessClient) -> None:
     collector = Collector()
     client.start(collector)
-    client.submit(make(client._engine, "open", [1, 2, 3], max_tokens=500))
+    client.submit(ask(client._engine, "open", [1, 2, 3], max_tokens=500))
     collector.wait(lambda: "open" in collector.outputs)
     client.close(5)
     assert isinstance(collector.outputs["open"][-1].error, EngineError)
     assert not client.stats().ready
     with pytest.raises(EngineError, match="has stopped"):
-        client.submit(make(client._engine, "after", [1]))
+        client.submit(ask(client._engine, "after", [1]))
 
 
 def test_a_dead_engine_ends_every_request_and_is_not_ready(
@@ -112,7 +112,7 @@ def test_a_dead_engine_ends_every_request_and_is_not_ready(
 
     monkeypatch.setattr(client._engine.scheduler, "plan", die)
     client.start(collector)
-    client.submit(make(client._engine, "victim", [1, 2, 3]))
+    client.submit(ask(client._engine, "victim", [1, 2, 3]))
     collector.wait(lambda: collector.ended("victim"))
     assert isinstance(collector.outputs["victim"][-1].error, EngineError)
     client._thread.join(5)
@@ -133,7 +133,7 @@ def test_a_stuck_step_is_not_ready(
     collector = Collector()
     client.start(collector)
     assert client.stats().ready
-    client.submit(make(client._engine, "slow", [1, 2, 3], max_tokens=1))
+    client.submit(ask(client._engine, "slow", [1, 2, 3], max_tokens=1))
     time.sleep(0.3)
     assert not client.stats().ready
     release.set()
@@ -187,7 +187,7 @@ def test_a_submit_while_the_engine_dies_is_answered(
     monkeypatch.setattr(client._engine, "step", dies_when(released))
     collector = Collector()
     client.start(collector)
-    client.submit(make(client._engine, "first", [1, 2, 3]))
+    client.submit(ask(client._engine, "first", [1, 2, 3]))
     while client._busy_since is None:
         time.sleep(0.001)
 
@@ -196,12 +196,12 @@ def test_a_submit_while_the_engine_dies_is_answered(
         client._thread.join(1)
 
     monkeypatch.setattr(client, "_inbox", SlowInbox(client._inbox, engine_dies))
-    client.submit(make(client._engine, "late", [1, 2, 3]))
+    client.submit(ask(client._engine, "late", [1, 2, 3]))
     collector.wait(lambda: collector.ended("first") and collector.ended("late"))
     assert [type(collector.outputs[id][-1].error) for id in ("first", "late")] == [EngineError] * 2
     client._thread.join(5)
     with pytest.raises(EngineError, match="has stopped"):
-        client.submit(make(client._engine, "after", [1]))
+        client.submit(ask(client._engine, "after", [1]))
 
 
 @pytest.mark.case("B8")
@@ -213,13 +213,13 @@ def test_a_dead_engine_takes_nothing_and_keeps_nothing(
     monkeypatch.setattr(client._engine, "step", dies_when(released))
     collector = Collector()
     client.start(collector)
-    client.submit(make(client._engine, "victim", [1, 2, 3]))
+    client.submit(ask(client._engine, "victim", [1, 2, 3]))
     client._thread.join(20)
     assert collector.ended("victim")
     client.abort("victim")
     assert client._inbox.empty(), "nobody will ever read it"
     for again in (
-        lambda: client.submit(make(client._engine, "after", [1])),
+        lambda: client.submit(ask(client._engine, "after", [1])),
         lambda: client.start(Collector()),
     ):
         with pytest.raises(EngineError, match="has stopped"):
@@ -238,7 +238,7 @@ def test_outputs_of_a_step_that_broke_the_engine_are_not_lost(
     monkeypatch.setattr(client._engine, "step", dies_when(released))
     collector = Collector()
     good = [
-        make(client._engine, f"good{i}", [1]) for i in range(41)
+        ask(client._engine, f"good{i}", [1]) for i in range(41)
     ]  # one more than the queue takes
     for request in good:
         client.submit(request)
@@ -255,7 +255,7 @@ def test_an_engine_is_started_once_and_not_after_its_end(
     client.start(first)
     with pytest.raises(EngineError, match="started once"):
         client.start(Collector())
-    client.submit(make(client._engine, "a", [1, 2, 3], max_tokens=2))
+    client.submit(ask(client._engine, "a", [1, 2, 3], max_tokens=2))
     first.wait(lambda: first.ended("a"))  # the outputs still go to the first
     client.close(5)
     never = InProcessClient(engine(tiny_model), step_deadline=5.0)
@@ -263,7 +263,7 @@ def test_an_engine_is_started_once_and_not_after_its_end(
     with pytest.raises(EngineError, match="has stopped"):
         never.start(Collector())
     with pytest.raises(EngineError, match="has stopped"):
-        never.submit(make(never._engine, "b", [1]))
+        never.submit(ask(never._engine, "b", [1]))
 
 
 @pytest.mark.case("B8")
@@ -279,7 +279,7 @@ def test_requests_end_though_a_step_never_does(
     monkeypatch.setattr(client._engine, "step", stuck)
     collector = Collector()
     client.start(collector)
-    client.submit(make(client._engine, "stuck", [1, 2, 3], max_tokens=1))
+    client.submit(ask(client._engine, "stuck", [1, 2, 3], max_tokens=1))
     while client._busy_since is None:
         time.sleep(0.001)
     client.close(0.01)
@@ -291,13 +291,13 @@ def test_requests_end_though_a_step_never_does(
 
 @pytest.mark.case("B8")
 def test_an_id_in_use_is_refused_without_harm_to_its_owner(client: InProcessClient) -> None:
-    client.submit(make(client._engine, "same", [1, 2, 3], max_tokens=3))
+    client.submit(ask(client._engine, "same", [1, 2, 3], max_tokens=3))
     with pytest.raises(RequestError, match="'same' is in use"):
-        client.submit(make(client._engine, "same", [4, 5, 6]))
+        client.submit(ask(client._engine, "same", [4, 5, 6]))
     collector = Collector()
     client.start(collector)
     collector.wait(lambda: collector.ended("same"))
     assert len(tokens(collector.outputs["same"])) == 3
-    client.submit(make(client._engine, "same", [1, 2, 3], max_tokens=3))  # free again
+    client.submit(ask(client._engine, "same", [1, 2, 3], max_tokens=3))  # free again
     collector.wait(lambda: len(tokens(collector.outputs["same"])) == 6)
     client.close(5)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 
+from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
-from moebius.models.uses import uses
+from moebius.models.uses import check_served, uses
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
+from moebius.ops import Feature, Operation, Ops, Use
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 
+PLAIN = GQA(4, 2, 16, rope=RopeConfig())
 
-def model(*layers: FeedForwardConfig) -> ModelConfig:
-    attention = GQA(4, 2, 16, rope=RopeConfig())
+
+def model(*layers: FeedForwardConfig, attention: GQA = PLAIN) -> ModelConfig:
     return ModelConfig(
         model_type="llama",
         hidden_size=64,
@@ -33,3 +40,30 @@ def test_one_layer_of_experts_with_two_matrices_is_enough_for_a_no() -> None:
         asked = uses(model(FeedForwardConfig(16), last), torch.bfloat16)
         assert kernels.batch_invariant(asked) == gated
         assert not ReferenceOps().batch_invariant(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        ({"window": 8}, Feature.WINDOW),
+        ({"softcap": 50.0}, Feature.SOFTCAP),
+        ({"sinks": True}, Feature.SINKS),
+        ({"value_dim": 8}, Feature.VALUE_SIZE),
+    ],
+)
+def test_attention_asks_for_what_its_record_has(change: dict[str, Any], feature: Feature) -> None:
+    plain = uses(model(FeedForwardConfig(16)), torch.bfloat16)
+    config = model(FeedForwardConfig(16), attention=replace(PLAIN, **change))
+    (more,) = uses(config, torch.bfloat16) - plain
+    assert more == Use(Operation.PAGED_ATTENTION, torch.bfloat16, frozenset({feature}))
+
+
+@pytest.mark.parametrize("ops", [CpuOps(1), ReferenceOps()], ids=lambda ops: ops.name)
+def test_every_feature_of_attention_is_served(ops: Ops) -> None:
+    every = replace(PLAIN, window=8, softcap=50.0, sinks=True, value_dim=8)
+    check_served(model(FeedForwardConfig(16), attention=every), torch.float32, ops)
+
+
+def test_what_a_backend_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"operations lack .*: add_rms_norm in float16, .*linear"):
+        check_served(model(FeedForwardConfig(16)), torch.float16, CpuOps(1))

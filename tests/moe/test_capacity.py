@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moebius.moe.capacity import arrival, capacity, kept
 from moebius.moe.config import FeedForwardConfig, TrainingRouting
 from moebius.moe.layer import FeedForward, LocalDispatcher
-from moebius.moe.router import arrival, capacity, jittered, kept
+from moebius.moe.noise import jittered
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 

@@ -58,7 +58,8 @@ def test_frequencies_equal_transformers(
 def test_rotation_is_complex_multiplication(partial: float, ops: Ops) -> None:
     head_dim, theta = 8, 100.0
     rotated = int(head_dim * partial)
-    cos, sin = Rotary(RopeConfig(theta), rotated, ops)(torch.tensor([0, 1, 7, 1000]))
+    rope = RopeConfig(theta, partial=partial)
+    cos, sin = Rotary(rope, head_dim, ops)(torch.tensor([0, 1, 7, 1000]))
     x = torch.randn(4, 3, head_dim)
     out = ops.rotary(x, cos, sin)
     half = rotated // 2

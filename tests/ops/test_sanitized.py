@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from ops.native import build, run
+
 COMPILER = next(
     (
         found
@@ -21,32 +22,19 @@ COMPILER = next(
 )
 
 
-def run(*command: str | Path, seconds: float = 1200) -> str:
-    """Its output; the test fails with all of it where the command fails."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-    )
-    assert done.returncode == 0, f"{command[0]} returned {done.returncode}:\n{done.stdout}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the test programs, built anew where a source changed."""
     if "sanitize" not in request.config.getoption("-m"):
         pytest.skip("takes minutes; ask for it with -m sanitize")
-    cmake = shutil.which("cmake")
-    if cmake is None or not COMPILER:
-        pytest.skip("needs cmake and a C++17 compiler")
+    if not COMPILER:
+        pytest.skip("needs a C++17 compiler")
     empty = tmp_path_factory.mktemp("sanitizers") / "empty.cpp"
     empty.write_text("int main() {}\n")
     command = [COMPILER, "-fsanitize=address,undefined", empty, "-o", empty.with_suffix("")]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip(f"{COMPILER} has no AddressSanitizer")
-    build = ROOT / "build" / "sanitized"
-    run(cmake, "-S", ROOT, "-B", build, "-DMOEBIUS_TESTS=ON", f"-DCMAKE_CXX_COMPILER={COMPILER}")
-    run(cmake, "--build", build, "--parallel", str(len(os.sched_getaffinity(0))))
-    return build
+    return build("sanitized", f"-DCMAKE_CXX_COMPILER={COMPILER}")
 
 
 @pytest.mark.sanitize

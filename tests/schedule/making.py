@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from moebius.engine.config import EngineConfig
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import Request, SamplingParams, ServingLimits
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.books import check_books
 
@@ -24,10 +26,33 @@ def make_request(
     arrival: float = 0.0,
     **fields,
 ) -> Request:
+    return Request.of(
+        make_asked(
+            request_id,
+            prompt,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            prompt_logprobs=prompt_logprobs,
+            arrival=arrival,
+            **fields,
+        )
+    )
+
+
+def make_asked(
+    request_id: str,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int | None = 4,
+    min_tokens: int = 0,
+    prompt_logprobs: int | None = None,
+    arrival: float = 0.0,
+    **fields,
+) -> EngineRequest:
     params = SamplingParams(
         max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs
     )
-    return Request.create(request_id, prompt, params, LIMITS, arrival=arrival, **fields)
+    return EngineRequest.create(request_id, prompt, params, LIMITS, arrival=arrival, **fields)
 
 
 def make_scheduler(

@@ -70,22 +70,28 @@ class _(BlockPool):
 
 @bug("the salt is left out of the hash")
 class _(BlockPool):
-    def _digest(self, *parts):
-        return super()._digest(*(parts[:2] if len(parts) == 3 else parts))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        digest = self.hasher.digest
+        self.hasher.digest = lambda *parts: digest(*(parts[:2] if len(parts) == 3 else parts))
 
 
 @bug("the hash is not chained")
 class _(BlockPool):
-    def _digest(self, *parts):
-        return super()._digest(*(parts if len(parts) == 3 else (bytes(16), parts[1])))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        digest = self.hasher.digest
+        self.hasher.digest = lambda *parts: digest(
+            *(parts if len(parts) == 3 else (bytes(16), parts[1]))
+        )
 
 
 @bug("the hash sees only a block's first token")
 class _(BlockPool):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        pack = self._pack
-        self._pack = lambda *tokens: pack(*([tokens[0]] * len(tokens)))
+        pack = self.hasher._pack
+        self.hasher._pack = lambda *tokens: pack(*([tokens[0]] * len(tokens)))
 
 
 @bug("a block keeps its hash when it is evicted")

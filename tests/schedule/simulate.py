@@ -21,7 +21,8 @@ from timeit import default_timer  # the command's stop watch; the simulation's o
 from moebius.engine.config import EngineConfig
 from moebius.errors import OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import FinishReason, Request, SamplingParams, ServingLimits
+from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.schedule.request import FinishReason, Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.checker import Checker, Violation, advance, draw
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from moebius.errors import ConfigError
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.hashes import BlockHasher
+from moebius.schedule.request import Request
 from schedule.books import check_pool
-from schedule.making import KEY, make_request
+from schedule.making import KEY, make_asked, make_request
 
 
 def pool_of(blocks: int = 8, size: int = 4, **options) -> BlockPool:
@@ -198,8 +200,8 @@ def test_without_prefix_caching_nothing_is_hashed():
 def test_each_block_is_hashed_once(monkeypatch):
     pool = pool_of(blocks=32)
     calls = []
-    digest = pool._digest
-    monkeypatch.setattr(pool, "_digest", lambda *parts: calls.append(parts) or digest(*parts))
+    digest = pool.hasher.digest
+    monkeypatch.setattr(pool.hasher, "digest", lambda *parts: calls.append(parts) or digest(*parts))
     request = make_request("a", range(1, 42))
     pool.match(request)
     pool.claimant(request)
@@ -368,20 +370,23 @@ def test_match_finds_the_longest_prefix_that_a_naive_search_finds(prompts, size)
 
 def test_the_choices_of_a_prompt_share_its_hashes_and_no_others(monkeypatch):
     pool, other = pool_of(64, 4), pool_of(64, 4, key=bytes(32))
-    first = make_request("a", range(1, 19), max_tokens=20)  # four full blocks and two tokens
-    siblings = [first.sibling(str(i), i) for i in range(3)]
-    alone = make_request("alone", range(1, 19), max_tokens=20)
     made = []
-    honest = BlockPool._digest
+    honest = BlockHasher.digest
     monkeypatch.setattr(
-        BlockPool, "_digest", lambda self, *parts: made.append(self) or honest(self, *parts)
+        BlockHasher, "digest", lambda self, *parts: made.append(self) or honest(self, *parts)
     )
-    for i, request in enumerate((first, *siblings, alone)):
+    # Four full blocks and two tokens.
+    first = make_asked("a", range(1, 19), max_tokens=20, hasher=pool.hasher)
+    asked = [first, *(first.sibling(str(i), i) for i in range(3))]
+    assert made == [pool.hasher] * (1 + 4), "the root, and the four blocks, once for all"
+    requests = [Request.of(one) for one in asked]
+    for i, request in enumerate(requests):
         request.output_ids.extend([50 + i] * 6)
-    hashes = [list(pool._hash_blocks(request, 6)) for request in (first, *siblings)]
+    hashes = [list(pool._hash_blocks(request, 6)) for request in requests]
+    assert made[5:] == [pool.hasher] * (4 * 2), "two blocks of each one's own"
     assert all(each[:4] == hashes[0][:4] for each in hashes)
     assert len({each[4] for each in hashes}) == 4, "their own tokens differ"
-    assert len(made) == 1 + 6 + 3 * 2, "the root, the first's six blocks, two of each other's own"
-    assert pool._hash_blocks(alone, 4)[:4] == hashes[0][:4]
-    fresh = first.sibling("fresh", 9)
+    alone = make_request("alone", range(1, 19), max_tokens=20)
+    assert pool._hash_blocks(alone, 4) == hashes[0][:4], "the same without the front's"
+    fresh = Request.of(first.sibling("fresh", 9))
     assert other._hash_blocks(fresh, 4) != hashes[0][:4], "another pool has another key"

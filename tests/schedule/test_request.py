@@ -7,10 +7,12 @@ import math
 import pytest
 
 from moebius.errors import ContextLengthError, RequestError
-from moebius.outputs import open_choices
-from moebius.schedule import request as request_module
-from moebius.schedule.request import Request, RequestStatus, SamplingParams, choice_seed
-from moebius.text import Tokenizer
+from moebius.front.choices import ChoiceOpener
+from moebius.schedule import engine_request as asked_module
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.params import SamplingParams, choice_seed
+from moebius.schedule.request import Request, RequestStatus
+from moebius.text import EncodedPrompt, Tokenizer
 from schedule.making import LIMITS, make_request
 
 
@@ -160,44 +162,56 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
         eos_ids = frozenset({2})
 
     checks = []
-    honest = request_module._check_tokens
+    honest = asked_module.check_tokens
     monkeypatch.setattr(
-        request_module,
-        "_check_tokens",
+        asked_module,
+        "check_tokens",
         lambda ids, size: checks.append(len(ids)) or honest(ids, size),
     )
     ids = CountedIds([5, 6, 7] * 1000)
     params = SamplingParams(n=16, seed=3, max_tokens=8, stop_token_ids=(9,), logit_bias={4: 1.0})
     tokenizer, names = Tokenizer.load(tiny_model), map(str, itertools.count())
     fields = {"arrival": 1.0, "priority": 3, "deadline": 7.0, "salt": b"tenant"}
-    opened = open_choices(tokenizer, Info, ids, params, names, continues=False, **fields)
-    made = [request for request, _ in opened]
+    opener = ChoiceOpener(tokenizer, Info)
+    opened = opener.open(EncodedPrompt(ids), params, names, continues=False, **fields)
+    made = [choice.request for choice in opened]
     assert ids.walks == 1 and checks == [3000, 0]
     assert all(request.prompt_ids is made[0].prompt_ids for request in made)
     assert [request.id for request in made] == [str(i) for i in range(16)]
     for i, request in enumerate(made):
         seed = choice_seed(3, i)
-        alone = Request.create(
+        alone = EngineRequest.create(
             str(i), ids, params, LIMITS, eos_ids=Info.eos_ids, seed=seed, **fields
         )
-        for name in set(Request.__dataclass_fields__) - {"prompt_hashes"}:
-            assert getattr(request, name) == getattr(alone, name), name
+        assert request == alone
 
 
-def test_a_sibling_begins_anew_whatever_became_of_the_first():
-    first = make([1, 2, 3], output_ids=[4])
-    first.status, first.num_computed_tokens = RequestStatus.RUNNING, 2
-    first.block_hashes.append(b"x")
-    other = first.sibling("b", -1)
-    assert (other.id, other.seed, other.output_ids, other.num_computed_tokens) == (
-        "b",
-        2**64 - 1,
-        [],
-        0,
+def test_a_sibling_begins_anew():
+    first = EngineRequest.create(
+        "a", [1, 2, 3], SamplingParams(), LIMITS, arrival=0.0, output_ids=[4]
     )
-    assert other.status is RequestStatus.WAITING and other.block_hashes == []
-    other.output_ids.append(5)
-    assert first.output_ids == [4]
+    other = first.sibling("b", -1)
+    assert (other.id, other.seed, other.output_ids) == ("b", 2**64 - 1, ())
+    assert other.prompt_ids is first.prompt_ids and other.params is first.params
+
+
+def test_an_engine_changes_nothing_that_the_front_holds():
+    asked = EngineRequest.create(
+        "a", [1, 2, 3], SamplingParams(), LIMITS, arrival=0.0, output_ids=[4], generation_start=2
+    )
+    request, again = Request.of(asked), Request.of(asked)
+    request.output_ids.append(5)
+    request.status = RequestStatus.RUNNING
+    assert asked.output_ids == (4,) and again.output_ids == [4]
+    assert again.status is RequestStatus.WAITING and again.block_hashes == []
+    for name in EngineRequest.__dataclass_fields__:
+        assert getattr(again, name) == ([4] if name == "output_ids" else getattr(asked, name)), name
+
+
+@pytest.mark.parametrize("start", [-1, 4, 1.5, True])
+def test_a_generation_prompt_that_begins_outside_the_prompt_is_refused(start):
+    with pytest.raises(RequestError, match="integer from 0 to 3"):
+        make(prompt=(1, 2, 3), generation_start=start)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from msgspec.structs import replace
+
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.errors import EngineError, MoebiusError
-from moebius.schedule.request import FinishReason, Request, ServingLimits
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.params import ServingLimits
+from moebius.schedule.request import FinishReason
 
-Script = Callable[[Request], Sequence[int]]
-Fault = Callable[[Request, int], MoebiusError | None]
+Script = Callable[[EngineRequest], Sequence[int]]
+Fault = Callable[[EngineRequest, int], MoebiusError | None]
 
 MINUS_INFINITY_TOKEN = 13
 
@@ -23,7 +27,7 @@ MINUS_INFINITY_TOKEN = 13
 def hashed(vocab_size: int) -> Script:
     """Tokens that depend on prompt and seed alone, as long as anyone may ask for."""
 
-    def script(request: Request) -> list[int]:
+    def script(request: EngineRequest) -> list[int]:
         key = repr((request.prompt_ids, request.seed)).encode()
         digest = blake2b(key, digest_size=64).digest()
         return [
@@ -48,7 +52,7 @@ def logprob(token_id: int, k: int) -> TokenLogprob:
 
 @dataclass
 class _Running:
-    request: Request
+    request: EngineRequest
     tokens: list[int]
     scheduled: float
     scored: int = 1
@@ -80,7 +84,7 @@ class FakeEngine:
     fault: Fault = lambda request, step: None
     refuse: MoebiusError | None = None
     loads: ExpertLoads = field(default_factory=ExpertLoads)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     drawn: dict[str, int] = field(default_factory=dict)
     steps: int = 0
@@ -91,7 +95,7 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.deliveries = 0
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
         self._running: dict[str, _Running] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -104,7 +108,7 @@ class FakeEngine:
         self._deliver = deliver
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: EngineRequest) -> None:
         if self.refuse is not None:
             raise self.refuse
         self.requests.append(request)
@@ -113,6 +117,9 @@ class FakeEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         self._inbox.put(request_id)
+
+    def advance(self, wanted: Callable[[], bool]) -> bool:
+        return False
 
     def stats(self) -> EngineStats:
         generated = sum(self.drawn.values())
@@ -173,7 +180,7 @@ class FakeEngine:
                 )
             except queue.Empty:
                 return outputs
-            if isinstance(item, Request):
+            if isinstance(item, EngineRequest):
                 self._running[item.id] = _Running(item, list(self.script(item)), time.monotonic())
                 self.drawn[item.id] = 0
             elif isinstance(item, str) and self._running.pop(item, None):
@@ -187,8 +194,11 @@ class FakeEngine:
         self.steps += bool(self._running)
         now = time.monotonic()
         outputs = [
-            self._advance(running)._replace(
-                at=now, scheduled=running.scheduled, num_preemptions=self.preemptions
+            replace(
+                self._advance(running),
+                at=now,
+                scheduled=running.scheduled,
+                num_preemptions=self.preemptions,
             )
             for running in list(self._running.values())
         ]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moebius.errors import EngineError, OverloadError
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server.access import logfmt
 from server.serving import Server, engine, exchange, http_request, listening, run, wait_until
 

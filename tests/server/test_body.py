@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebius.errors import RequestError
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server import body as body_module
 from moebius.server.body import decode_body
 

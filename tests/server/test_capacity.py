@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server import capacity as capacity_module
 from moebius.server import run as run_module
 from server.serving import engine, exchange, http_request, listening, wait_until

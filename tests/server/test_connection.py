@@ -18,7 +18,7 @@ import openai
 import pytest
 import uvicorn
 
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server import connection as connection_module
 from moebius.server import run as run_module
 from moebius.server.capacity import Capacity

@@ -241,6 +241,9 @@ def test_experts_of_a_dense_model_are_none_to_train(
         ConfigError, match=r'finetune\.train is "experts", but no layer of the model has any'
     ):
         start.check_trainable(load_decoder(before, torch.float32).config)
+    capped = dataclasses.replace(load_decoder(before, torch.float32).config, logits_softcap=30.0)
+    with pytest.raises(ConfigError, match=r"logits are capped at 30\.0, which training does not"):
+        recipe.check_trainable(capped)
     with pytest.raises(
         ConfigError, match=r"layers, training\.init_scale and .* are for a new model"
     ):

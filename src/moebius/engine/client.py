@@ -1,20 +1,28 @@
-"""EngineClient: what a front door may ask of an engine, wherever that engine runs.
+"""EngineClient: what a front may ask of an engine, wherever that engine runs.
 
-Across this boundary go token ids, sampling parameters, cache salt and deadline (a `Request`); back
-come token ids and log-probabilities (`StepOutput`). Text never crosses it. Nothing here imports
-torch.
+Across this boundary go token ids, sampling parameters, cache salt and deadline (an
+`EngineRequest`); back come token ids and log-probabilities (`StepOutput`). Prompts and answers
+cross it as token ids, never as text. Every record can go to another process as a frame
+(engine/wire.py). Nothing here imports torch.
+
+A grammar will cross as its text: it is compiled in `text/`, a package below both sides, and matched
+in the engine's process, where the logits are.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from msgspec import Struct
 
 from moebius.errors import MoebiusError
-from moebius.schedule.request import FinishReason, Request, ServingLimits
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.hashes import BlockHasher
+from moebius.schedule.params import ServingLimits
+from moebius.schedule.request import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(Struct, frozen=True, array_like=True):
     """One position's log-probabilities (natural log, of the model's own softmax).
 
     rank is the token's place among all of the vocabulary, 1 for the most likely. top holds the k
@@ -28,7 +36,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class StepOutput(NamedTuple):
+class StepOutput(Struct, frozen=True, array_like=True):
     """What one step brought one request. The one with a `finish_reason` is the last of its request.
 
     token_ids        drawn in this step, in order
@@ -57,14 +65,24 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts of a loaded engine that never change. fingerprint names weights, configuration and
-    kernels."""
+    """Facts of a loaded engine that never change.
+
+    fingerprint     names weights, configuration and kernels
+    prefix_caching  whether requests share the blocks of a common prefix
+    """
 
     limits: ServingLimits
     eos_ids: frozenset[int]
     block_size: int
     num_blocks: int
     fingerprint: str
+    prefix_caching: bool = True
+
+    def hasher(self, key: bytes) -> BlockHasher | None:
+        """What hashes prompts for an engine that was given `key`; None where it shares none."""
+        if not self.prefix_caching:
+            return None
+        return BlockHasher(key, self.fingerprint.encode(), self.block_size)
 
 
 # Upper bounds, in tokens, of the buckets that steps are counted in.
@@ -143,21 +161,21 @@ class ExpertLoads:
 
 
 class EngineClient(Protocol):
-    """An engine, in this process or elsewhere. All methods are safe to call from any thread and
-    never block long."""
+    """An engine, in this process or elsewhere. All methods are safe to call from any thread and,
+    but for `advance`, never block long."""
 
     @property
     def info(self) -> EngineInfo: ...
 
     def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
-        """Start the engine, once; `deliver` is called from its thread, once a step, with that
-        step's outputs.
+        """Start the engine, once; `deliver` is called once a step, with that step's outputs, on the
+        thread that made it.
 
         Outputs that `deliver` raises over are lost, so their requests end with EngineError. Raises
         EngineError for a second start, and once the engine has stopped.
         """
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: EngineRequest) -> None:
         """Hand over a request. Every outcome, refusals too, arrives as a StepOutput with a finish
         reason.
 
@@ -168,6 +186,13 @@ class EngineClient(Protocol):
     def abort(self, request_id: str) -> None:
         """End a request between two steps; unknown or finished ids are no error. Its last
         StepOutput says ABORT."""
+
+    def advance(self, wanted: Callable[[], bool]) -> bool:
+        """Where the engine has no thread of its own: make a step on this one, unless `wanted` no
+        longer holds when it is this thread's turn.
+
+        False where nothing can be done here: the engine has no work, or runs elsewhere.
+        """
 
     def stats(self) -> EngineStats: ...
 

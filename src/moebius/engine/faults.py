@@ -1,19 +1,19 @@
-"""What nobody foresaw, while an engine serves: logged once under an id, and what the client is told
-of it."""
+"""What goes wrong while an engine serves: what the log says of it, and what the client is told."""
 
 import logging
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
 
-from moebius.errors import EngineError, frames
+from moebius.engine.client import StepOutput
+from moebius.errors import EngineError, MoebiusError, frames
+from moebius.schedule.request import FinishReason
 
 log = logging.getLogger(__name__)
 
 
 def failure(what: str, error: Exception) -> EngineError:
-    """Log what happened under an error id; the error that a client gets names that and nothing of
-    the cause."""
+    """Log under an id what nobody foresaw; the client's error names that id, not the cause."""
     error_id = secrets.token_hex(6)
     say(log.error, "error id %s: %s failed: %s", error_id, what, frames(error))
     told = EngineError(
@@ -21,6 +21,11 @@ def failure(what: str, error: Exception) -> EngineError:
     )
     told.__cause__ = error
     return told
+
+
+def failed(request_id: str, error: MoebiusError) -> StepOutput:
+    """The last output of a request that ends with an error."""
+    return StepOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
 
 
 def say(write: Callable[..., None], message: str, *args: object) -> None:

@@ -1,16 +1,17 @@
-"""EngineClient's first form: the engine on a thread of this process."""
+"""EngineClient of an engine that has a thread of this process to itself."""
 
 import logging
 import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.engine import Engine
-from moebius.engine.faults import failure, say
+from moebius.engine.faults import failed, failure, say
 from moebius.errors import EngineError, MoebiusError, RequestError, frames
-from moebius.schedule.request import FinishReason, Request
+from moebius.schedule.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class InProcessClient:
     def __init__(self, engine: Engine, *, step_deadline: float) -> None:
         self._engine = engine
         self._step_deadline = step_deadline
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
         self._deliver: Deliver | None = None
         self._lock = threading.Lock()
         self._unfinished: dict[str, None] = {}
@@ -52,7 +53,7 @@ class InProcessClient:
             self._deliver = deliver
             self._thread.start()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: EngineRequest) -> None:
         """Hand over a request, before or after the start. EngineError once the engine has stopped,
         RequestError for the id of an unfinished request."""
         with self._lock:
@@ -69,15 +70,17 @@ class InProcessClient:
             if not self._stopping.is_set():
                 self._inbox.put(request_id)
 
+    def advance(self, wanted: Callable[[], bool]) -> bool:
+        """Nothing: the engine makes its steps itself."""
+        return False
+
     def stats(self) -> EngineStats:
         """ready: the thread lives, and work pending implies a step within the step deadline."""
         stats = self._engine.stats()
         since = self._busy_since
         stuck = since is not None and stats.now - since > self._step_deadline
         ready = self._thread.is_alive() and not self._stopping.is_set() and not stuck
-        return EngineStats(
-            **{name: getattr(stats, name) for name in stats.__slots__} | {"ready": ready}
-        )
+        return replace(stats, ready=ready)
 
     def expert_loads(self) -> ExpertLoads:
         return self._engine.expert_loads()
@@ -110,7 +113,7 @@ class InProcessClient:
             with self._lock:
                 self._stopping.set()
             for request_id in list(self._engine.scheduler.requests):
-                self._abort(request_id)
+                self._engine.drop(request_id)
             self._end_unfinished()
             self._engine.close()
 
@@ -125,7 +128,7 @@ class InProcessClient:
 
     def _end_unfinished(self) -> None:
         error = EngineError("the engine has stopped")
-        self._send([_failed(request_id, error) for request_id in list(self._unfinished)])
+        self._send([failed(request_id, error) for request_id in list(self._unfinished)])
 
     def _send(self, outputs: list[StepOutput]) -> None:
         """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so
@@ -147,11 +150,11 @@ class InProcessClient:
     def _give_up(self, outputs: list[StepOutput], error: MoebiusError) -> None:
         assert self._deliver is not None
         for request_id in {output.request_id: None for output in outputs}:
-            self._abort(request_id)
+            self._engine.drop(request_id)
             with self._lock:
                 self._unfinished.pop(request_id, None)
             with suppress(Exception):  # the log has the first of them
-                self._deliver([_failed(request_id, error)])
+                self._deliver([failed(request_id, error)])
 
     def _take(self, *, block: bool) -> list[StepOutput]:
         """Apply all that lies in the inbox; wait for something first when there is no other
@@ -163,27 +166,7 @@ class InProcessClient:
             except queue.Empty:
                 return outputs
             block = False
-            if isinstance(item, Request):
-                outputs += self._admit(item)
+            if isinstance(item, EngineRequest):
+                outputs += self._engine.take(item)
             elif isinstance(item, str):
-                outputs += self._abort(item)
-
-    def _admit(self, request: Request) -> list[StepOutput]:
-        try:
-            self._engine.add(request)
-        except MoebiusError as error:
-            return [_failed(request.id, error)]
-        except Exception as error:
-            return [_failed(request.id, failure("queueing a request", error))]
-        return []
-
-    def _abort(self, request_id: str) -> list[StepOutput]:
-        try:
-            ended = self._engine.abort(request_id)
-        except Exception as error:
-            return [_failed(request_id, failure("aborting a request", error))]
-        return [] if ended is None else [ended]
-
-
-def _failed(request_id: str, error: MoebiusError) -> StepOutput:
-    return StepOutput(request_id, finish_reason=FinishReason.ERROR, error=error)
+                outputs += self._engine.drop(item)

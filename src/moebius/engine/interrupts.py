@@ -49,19 +49,16 @@ class Uninterrupted:
         self.run_noted()
 
     def run_noted(self) -> None:
-        """Run the handlers of what came until now."""
-        noted = list(self._noted.items())
-        self._noted.clear()
-        self._run(noted)
+        """Run the handlers of what came until now: each one, though one before it raises.
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted[number] = frame
-
-    def _run(self, noted: list[tuple[int, FrameType | None]]) -> None:
-        """Each one, though one before it raises."""
-        if noted:
-            number, frame = noted.pop()
+        One is taken off at a time, as the next may come between any two lines here.
+        """
+        if self._noted:
+            number, frame = self._noted.popitem()
             try:
                 self._handlers[number](number, frame)
             finally:
-                self._run(noted)
+                self.run_noted()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted[number] = frame

@@ -17,7 +17,8 @@ from moebius.errors import ConfigError, StorageError, require
 from moebius.files import begins_with, check_target
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
-from moebius.schedule.request import FinishReason, Request, SamplingParams
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import FinishReason, Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
 VERSION = 2

@@ -109,12 +109,16 @@ class ModelConfig:
         parts = (layer.feed_forward for layer in self.layers)
         return tuple(part for part in parts if part is not None)
 
+    def caches(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+        """What each layer keeps of the past, in a model of `dtype`; an empty one keeps nothing."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(CacheSpec() if mixer is None else mixer.cache(dtype) for mixer in mixers)
+
     def cache_groups(self, dtype: torch.dtype) -> tuple[CacheGroup, ...]:
-        """The layers that keep something of the past, those of equal caches together, in the order
-        of their first ones; a model's weights are of `dtype`."""
+        """The layers that keep something, those of equal caches together, in the order of their
+        first ones."""
         members: dict[CacheSpec, list[int]] = {}
-        for number, layer in enumerate(self.layers):
-            spec = CacheSpec() if layer.mixer is None else layer.mixer.cache(dtype)
+        for number, spec in enumerate(self.caches(dtype)):
             if spec != CacheSpec():
                 members.setdefault(spec, []).append(number)
         return tuple(CacheGroup(spec, tuple(layers)) for spec, layers in members.items())
@@ -135,8 +139,7 @@ class ModelConfig:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """windows[i] is layer i's, in tokens; None for none."""
-        caches = (layer.mixer and layer.mixer.cache(torch.float32) for layer in self.layers)
-        return tuple(cache.window if cache else None for cache in caches)
+        return tuple(cache.window for cache in self.caches(torch.float32))
 
     @property
     def num_kv_heads(self) -> int:

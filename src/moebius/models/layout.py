@@ -7,13 +7,11 @@ calls them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from moebius.models.config import ModelConfig
+from moebius.models.config import LayerSpec, ModelConfig
 from moebius.nn.spec import Parameter
 
-PREFIX = "model."
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -89,33 +87,31 @@ class Layout:
 
     names: Names = field(default_factory=dict)
     layer: str = "model.layers.{i}."
-    embedding: str = EMBEDDING
+    embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
-    head: str = HEAD
+    head: str = "lm_head.weight"
+
+    @property
+    def prefix(self) -> str:
+        """What stands before all names but the head's, unless a model was saved without a head."""
+        return self.embedding.partition(".")[0] + "."
 
     def source(self, number: int, parameter: Parameter) -> "Source":
         """Where a parameter of layer `number` is."""
-        role = parameter.role or parameter.name
+        name, shape, role, expert, experts, float32 = parameter
+        role = role or name
         stored = self.names.get(role) or USUAL.get(role) or role
-        ours = f"layers.{number}.{parameter.name}"
         before = self.layer.replace("{i}", str(number))
-        shape = parameter.shape
+        ours = f"layers.{number}.{name}"
         if isinstance(stored, str):
-            name = before + stored.replace("{e}", str(parameter.expert))
-            return Source(ours, shape, name, shape, float32=parameter.float32)
-        return Source(
-            ours,
-            shape,
-            before + stored.name,
-            (parameter.experts, stored.parts * shape[0], *shape[1:]),
-            parameter.expert,
-            stored.part * shape[0],
-            parameter.float32,
-        )
+            theirs = before + stored.replace("{e}", str(expert))
+            return Source(ours, shape, theirs, shape, None, 0, float32)
+        rows = shape[0]
+        whole = (experts, stored.parts * rows, *shape[1:])
+        return Source(ours, shape, before + stored.name, whole, expert, stored.part * rows, float32)
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Where a parameter's values are: a whole tensor, or rows start to stop of entry `entry` of a
     stacked one.
 
@@ -140,8 +136,12 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
     """One Source for each parameter of Decoder(config)."""
     width = config.hidden_size
     yield _whole("embed_tokens.weight", layout.embedding, config.vocab_size, width)
+    # Most layers are like another, and hundreds of experts make many parameters.
+    parameters: dict[LayerSpec, tuple[Parameter, ...]] = {}
     for number, layer in enumerate(config.layers):
-        for parameter in layer.parameters(width):
+        if layer not in parameters:
+            parameters[layer] = tuple(layer.parameters(width))
+        for parameter in parameters[layer]:
             yield layout.source(number, parameter)
     yield _whole("norm.weight", layout.norm, width)
     if not config.tie_word_embeddings:

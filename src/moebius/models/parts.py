@@ -107,7 +107,9 @@ def _scaled(reader: ConfigReader, kind: str, entries: ConfigReader) -> RopeConfi
     longest = reader.integer("max_position_embeddings")
     key = "original_max_position_embeddings"
     original = reader.integer(key, entries.integer(key, longest))
-    theta = entries.number("rope_theta", reader.number("rope_theta"))
+    # The object's own counts; files may say it outside as well.
+    readers = [each for each in (entries, reader) if each.get("rope_theta") is not None]
+    theta = (readers or [reader])[0].number("rope_theta")
     if kind == "linear":
         return RopeConfig(theta, "linear", entries.number("factor"), original)
     if kind == "llama3":
@@ -147,11 +149,13 @@ def attention(reader: ConfigReader, *, biases: bool = False, **different: Any) -
     if biases:
         both = reader.flag("attention_bias")
         different = {"qkv_bias": both, "output_bias": both} | different
+    if "rope" not in different:
+        different["rope"] = rope(reader)
     return GQA(
         num_heads=heads,
         num_kv_heads=reader.integer("num_key_value_heads", heads),
         head_dim=reader.integer("head_dim", hidden // heads),
-        **{"rope": rope(reader)} | different,
+        **different,
     )
 
 

@@ -2,18 +2,15 @@
 
 import torch
 
+from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
-from moebius.ops import Feature, Operation, Use
+from moebius.ops import Operation, Ops, Use
 
 _ALWAYS = (
     Operation.EMBED,
-    Operation.LINEAR,
     Operation.LOGITS,
     Operation.RMS_NORM,
     Operation.ADD_RMS_NORM,
-    Operation.ROTATION,
-    Operation.ROTATE_AND_STORE,
-    Operation.EXPERTS,
     Operation.SAMPLING,
 )
 
@@ -21,16 +18,18 @@ _ALWAYS = (
 def uses(config: ModelConfig, dtype: torch.dtype) -> frozenset[Use]:
     """What serving a model of this configuration computes, in `dtype`."""
     found = {Use(operation, dtype) for operation in _ALWAYS}
-    for window in set(config.windows):
-        features = frozenset() if window is None else frozenset({Feature.WINDOW})
-        found.add(Use(Operation.PAGED_ATTENTION, dtype, features))
-    if config.attention.qk_norm == "full":
-        found.add(Use(Operation.RMS_NORM_PART, dtype))
-    for layer in config.feed_forward:
-        features = frozenset() if layer.gated else frozenset({Feature.TWO_MATRICES})
-        found.add(Use(Operation.EXPERTS, dtype, features))
-        if layer.router is not None:
-            found.add(Use(Operation.ROUTE, dtype))
-        if layer.shared_width:
-            found.add(Use(Operation.ADD_GATED, dtype))
+    for mixer in config.mixers:
+        found.update(mixer.uses(dtype))
+    for part in config.feed_forward:
+        found.update(part.uses(dtype))
     return frozenset(found)
+
+
+def check_served(config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
+    """ConfigError for a model that asks for what this backend does not compute."""
+    lacking = [use for use in uses(config, dtype) if ops.capability(use) is None]
+    if lacking:
+        raise ConfigError(
+            f"the {ops.name} operations lack what this {config.model_type} model asks for: "
+            f"{', '.join(sorted(map(str, lacking)))}"
+        )

@@ -1,11 +1,15 @@
 """A layer's feed-forward part as data, and what routing does in training only."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from moebius.errors import ConfigError, require, require_word
 from moebius.nn.spec import Parameter, Parameters
+from moebius.ops import Feature, Operation, Use
 from moebius.ops.config import Activation, RouterConfig
 
 
@@ -58,6 +62,16 @@ class FeedForwardConfig:
             yield from self._expert("shared.", "shared.", self.shared_width, hidden_size)
             if self.shared_gate:
                 yield Parameter("shared_gate.weight", (1, hidden_size))
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        """What serving it asks of a backend."""
+        features = frozenset() if self.gated else frozenset({Feature.TWO_MATRICES})
+        yield Use(Operation.EXPERTS, dtype, features)
+        if self.router is not None:
+            yield Use(Operation.LOGITS, dtype)
+            yield Use(Operation.ROUTE, dtype)
+        if self.shared_width:
+            yield Use(Operation.ADD_GATED, dtype)
 
     def _expert(
         self, at: str, role: str, width: int, hidden: int, number: int | None = None, of: int = 1

@@ -25,7 +25,8 @@ class Experts(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.ops, self.activation = ops, config.activation
+        self.ops = ops
+        self.activation = config.activation
         self._prepared: PreparedExperts | None = None
 
         def tensors(*shape: int, wanted: bool) -> list[nn.Parameter]:
@@ -95,7 +96,8 @@ class FeedForward(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.ops, self.dispatch = ops, dispatch
+        self.ops = ops
+        self.dispatch = dispatch
         router = config.router
         self.router = None if router is None else Router(ops, router, hidden_size, dtype)
         count = 1 if router is None else router.num_experts

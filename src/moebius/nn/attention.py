@@ -6,6 +6,7 @@ Shape legend: T tokens, D model, H query heads, G key/value heads, N head size, 
 query, key and value heads side by side.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +17,7 @@ from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Pair, PreparedLinear
+from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
 from moebius.ops.cache_spec import CacheSpec, Plane
 
 QKNorm = Literal["none", "head", "full"]
@@ -113,9 +114,24 @@ class GQA:
 
     def cache(self, dtype: torch.dtype) -> CacheSpec:
         """Keys and values of the window's tokens."""
-        key = Plane("key", (self.num_kv_heads, self.head_dim), dtype)
-        value = Plane("value", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
+        key = Plane("k", (self.num_kv_heads, self.head_dim), dtype)
+        value = Plane("v", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
         return CacheSpec(token=(key, value), window=self.window)
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        """What serving it asks of a backend."""
+        wishes = {
+            Feature.WINDOW: self.window is not None,
+            Feature.SOFTCAP: self.softcap is not None,
+            Feature.SINKS: self.sinks,
+            Feature.VALUE_SIZE: self.value_dim not in (None, self.head_dim),
+        }
+        features = frozenset(feature for feature, wanted in wishes.items() if wanted)
+        for operation in (Operation.LINEAR, Operation.ROTATION, Operation.ROTATE_AND_STORE):
+            yield Use(operation, dtype)
+        yield Use(Operation.PAGED_ATTENTION, dtype, features)
+        if self.qk_norm == "full":
+            yield Use(Operation.RMS_NORM_PART, dtype)
 
     def build(self, place: Place) -> "Attention":
         return Attention(self, place)
@@ -139,6 +155,8 @@ class Attention(nn.Module):
         self.layer = place.layer
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
+        self.scale = spec.score_scale
+        self._sizes = [spec.q_size, spec.k_size, spec.v_size]
         self._projections: PreparedLinear | None = None
 
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
@@ -156,21 +174,18 @@ class Attention(nn.Module):
         self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
         self.q_norm = norm(spec.q_size)
         self.k_norm = norm(spec.k_size)
+        self.head_norms: tuple[RMSNorm, RMSNorm] | None = None
+        """Of each query head and of each key head, where there are such."""
+        if spec.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
+            self.head_norms = (self.q_norm, self.k_norm)
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=torch.float32))
 
-    @property
-    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
-        """Norms of each query head and of each key head, where there are such."""
-        if self.spec.qk_norm != "head" or self.q_norm is None or self.k_norm is None:
-            return None
-        return self.q_norm, self.k_norm
-
     def heads(self, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
         spec = self.spec
-        q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_size, spec.k_size, spec.v_size], dim=1)
+        q_TI, k_TI, v_TI = torch.split(qkv_TI, self._sizes, dim=1)
         q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
         k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
         v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
@@ -194,7 +209,7 @@ class Attention(nn.Module):
             for norm, start in ((self.q_norm, 0), (self.k_norm, spec.q_size)):
                 qkv_TI = self.ops.rms_norm_part(qkv_TI, start, norm.weight, norm.eps)
         if spec.clip_qkv is not None:
-            qkv_TI = qkv_TI.clamp(-spec.clip_qkv, spec.clip_qkv)
+            qkv_TI = self.ops.clip(qkv_TI, spec.clip_qkv)
         return qkv_TI
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:

@@ -116,7 +116,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, ops: Ops, size: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ops, self.eps = ops, eps
+        self.ops = ops
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ keeps them, to be read and rewritten by the operation; in packed rows each docum
 zeros. The decoder, the layouts and the engine do not change.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from moebius.nn.attention import Attends
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Parameters, Place
+from moebius.ops import Use
 from moebius.ops.cache_spec import CacheSpec
 
 
@@ -50,6 +52,10 @@ class Mixer(Protocol):
 
     def cache(self, dtype: torch.dtype) -> CacheSpec:
         """What a layer keeps of the past, in a model of this dtype."""
+        ...
+
+    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        """What serving it in this dtype asks of a backend."""
         ...
 
     def build(self, place: Place) -> MixerModule:

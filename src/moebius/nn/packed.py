@@ -49,7 +49,7 @@ class PackedPast:
         rows_of = (-1, self._length, groups)
         # Query heads that share a key head stand side by side, as more queries of the same keys.
         q_RGLSN = q_THN.view(*rows_of, spec.num_heads // groups, spec.head_dim).transpose(1, 2)
-        q_RGLSN = q_RGLSN * spec.score_scale
+        q_RGLSN = q_RGLSN * attention.scale
         k_RGNL = k_TGN.view(*rows_of, spec.head_dim).permute(0, 2, 3, 1)
         v_RGLN = v_TGN.view(*rows_of, v_TGN.shape[2]).transpose(1, 2)
         sinks_GS = None if attention.sinks is None else attention.sinks.view(groups, -1)

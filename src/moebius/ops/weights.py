@@ -144,6 +144,8 @@ def widened_for(x: Tensor, weight: Weight) -> Tensor:
 
     What it does not hold stays as it is: autocast, or torch's refusal, has the word.
     """
+    if isinstance(weight, Tensor) and weight.dtype == x.dtype:
+        return weight
     matrix = Matrix.of(weight)
     if isinstance(weight, Tensor) and not matrix.format.exact_in(x.dtype):
         return weight

@@ -4,27 +4,18 @@ A block is `block_size` consecutive token positions of the cache and is in exact
 states: *free*, *owned* (one or more tables hold it), or *cached-evictable* (no table holds it, but
 its content can be found by its prefix hash). "Block" as in the PagedAttention paper (arXiv
 2309.06180).
-
-A prefix hash is a keyed BLAKE2b of 128 bits, chained over (namespace, salt) and the tokens of each
-block, every part length-prefixed. So equal hashes mean equal namespace, salt and tokens from
-position 0, and nobody without the key can aim for a collision.
 """
 
-import struct
 from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import blake2b
-from itertools import chain, islice
+from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
 from moebius.errors import ConfigError
+from moebius.schedule.hashes import BlockHasher
 from moebius.schedule.request import Request
-
-HASH_BYTES = 16
-MIN_KEY_BYTES = 16
-MAX_KEY_BYTES = 64
 
 
 class _Entry(NamedTuple):
@@ -37,8 +28,7 @@ class _Entry(NamedTuple):
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens; `key` is drawn anew at each launch, `namespace`
-    names the model."""
+    """`num_blocks` blocks of `block_size` tokens; `key` and `namespace` are the BlockHasher's."""
 
     def __init__(
         self,
@@ -53,16 +43,10 @@ class BlockPool:
             raise ConfigError(
                 f"num_blocks = {num_blocks} and block_size = {block_size} must both be at least 1"
             )
-        if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
-            raise ConfigError(
-                f"the prefix key has {len(key)} bytes; it needs {MIN_KEY_BYTES} to {MAX_KEY_BYTES}"
-            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._key = key
-        self._namespace = namespace
-        self._pack = struct.Struct(f"<{block_size}I").pack
+        self.hasher = BlockHasher(key, namespace, block_size)
         self._refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -234,34 +218,24 @@ class BlockPool:
             return 0
         return (request.num_tokens - 1) // self.block_size
 
-    def _digest(self, *parts: bytes) -> bytes:
-        data = b"".join(
-            chain.from_iterable((len(part).to_bytes(8, "little"), part) for part in parts)
-        )
-        return blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
-
     def _hash_blocks(self, request: Request, count: int) -> list[bytes]:
-        """The request's hashes, at least the first `count`, each computed once: the prompt's for
-        all of its choices."""
+        """The request's hashes, at least the first `count`, each computed once."""
         hashes = request.block_hashes
-        if len(hashes) < count:
-            shared = self._prompt_hashes(request)
-            hashes.extend(shared[len(hashes) : count])
-            done, size = len(hashes), self.block_size
-            parent = hashes[-1] if hashes else self._digest(b"", self._namespace, request.salt)
-            tokens = request.tokens(done * size, count * size)
-            for i in range(0, len(tokens), size):
-                parent = self._digest(parent, self._pack(*tokens[i : i + size]))
-                hashes.append(parent)
-            shared.extend(hashes[len(shared) : len(request.prompt_ids) // size])
+        if not hashes:
+            self._take_prompt_hashes(request)
+        missing = count - len(hashes)
+        if missing > 0:
+            start = len(hashes) * self.block_size
+            self.hasher.extend(
+                hashes, request.salt, request.tokens(start, start + missing * self.block_size)
+            )
         return hashes
 
-    def _prompt_hashes(self, request: Request) -> list[bytes]:
-        shared = request.prompt_hashes
-        if shared.pool is not self:  # another pool's have another key
-            shared.pool = self
-            shared.hashes = []
-        return shared.hashes
+    def _take_prompt_hashes(self, request: Request) -> None:
+        """Start with the front's hashes, if they were made as this pool makes them."""
+        given = request.prompt_hashes
+        if given is not None and given.key_id == self.hasher.key_id:
+            request.block_hashes.extend(given.hashes)
 
     def _take(self) -> int:
         if self._free:

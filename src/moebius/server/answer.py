@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from moebius.server.access import Visit
 from moebius.server.faults import fault_of
 from moebius.server.formats import Format
-from moebius.server.stream import Batch, Call, ClientGone
+from moebius.server.stream import Call, ClientGone, News
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -81,30 +81,30 @@ class Answer(Response):
         """What `make` makes out of about `weight` bytes: on a thread where that takes long."""
         return make() if weight <= _SMALL else await asyncio.to_thread(make)
 
-    def _events(self, batch: Batch) -> bytes:
-        return b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.chunks(batch))
+    def _events(self, news: News) -> bytes:
+        return b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.chunks(news))
 
     async def _stream(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
         patience = self.call.keep_alive
         heard = loop.time()
         told = 0
-        batch = await self.call.next()
-        while batch and not any(delta for _, delta in batch) and loop.time() - heard < patience:
-            batch = await self.call.next()
+        news = await self.call.next()
+        while news and not any(delta for _, delta in news) and loop.time() - heard < patience:
+            news = await self.call.next()
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             while True:
                 # What a choice begins with may have come in many steps.
                 received = self.call.received_bytes
-                data = await self._made(partial(self._events, batch), received - told)
+                data = await self._made(partial(self._events, news), received - told)
                 told = received if data else told
                 if self.call.finished:
                     break
-                if data or not batch or loop.time() - heard >= patience:
+                if data or not news or loop.time() - heard >= patience:
                     await self._send(send, data or _KEEP_ALIVE)
                     heard = loop.time()
-                batch = await self.call.next()
+                news = await self.call.next()
             data += (
                 b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.closing())
                 + _DONE

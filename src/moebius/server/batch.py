@@ -9,9 +9,9 @@ else than results of these calls is refused and left as it is.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,6 +26,13 @@ from starlette.types import ASGIApp
 from moebius.errors import ConfigError, StorageError, require
 from moebius.files import anyone, check_target, read_text, write_file
 from moebius.server.protocol import first_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 
 _RESULT = "batch_req_"
 _BEGINNING = json.dumps({"id": _RESULT})[:-2].encode()
@@ -186,6 +193,12 @@ def _open_locked(path: Path) -> FileIO:
         )  # not buffered: what could not be written must not be tried again on closing
     except OSError as error:
         raise StorageError(f"--output {path} cannot be written: {error.strerror}") from error
+    if fcntl is None:
+        log.warning(
+            "this system cannot tell whether another run writes --output %s; see that none does",
+            path,
+        )
+        return out
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -219,7 +232,8 @@ async def run_batch(
         nonlocal failures
         for call in waiting:
             response = await http.post(call.url, content=json.dumps(call.body))
-            status, body = response.status_code, response.json()
+            status = response.status_code
+            body = response.json()
             failures += status != 200
             record = {
                 "id": call.result_id,

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from moebius.errors import RequestError
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 
 _PIECE = 2**18
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
@@ -109,7 +109,8 @@ def _without_escapes(body: bytes) -> Iterator[bytes]:
         if b"\\" in piece:
             piece = piece.replace(b"\\\\", b"")
             if piece.endswith(b"\\"):
-                piece, carried = piece[:-1], b"\\"
+                piece = piece[:-1]
+                carried = b"\\"
             piece = piece.replace(b'\\"', b"")
         if piece:
             yield piece

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from moebius.errors import OverloadError
-from moebius.schedule.request import LIMITS
+from moebius.schedule.params import LIMITS
 from moebius.server.faults import Fault
 
 log = logging.getLogger(__name__)

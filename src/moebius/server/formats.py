@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import msgspec
 
 from moebius.engine.client import TokenLogprob
-from moebius.outputs import Delta
+from moebius.front.assemble import Delta
 from moebius.server.protocol import CompletionRequest, GenerationRequest
-from moebius.server.stream import Batch, Call, Choice
+from moebius.server.stream import Call, Choice, News
 from moebius.text import Tokenizer, text_offsets
 
 Json = dict[str, Any]
@@ -86,10 +86,10 @@ class Format:
         self._sent: Counter[int] = Counter()
         """How many tokens a stream has sent of each choice."""
 
-    def chunks(self, batch: Batch) -> list[Json]:
-        """What a stream sends for a batch: whatever says something that the client asked for."""
+    def chunks(self, news: News) -> list[Json]:
+        """What a stream sends: of the news, whatever says something that the client asked for."""
         found: list[Json] = []
-        for choice, delta in batch:
+        for choice, delta in news:
             tokens_asked = self._top is not None or self._request.return_token_ids
             if delta.text or delta.finish_reason or (delta.token_ids and tokens_asked):
                 found += self._chunks(choice, delta, first=choice.index not in self._begun)
@@ -202,7 +202,8 @@ class CompletionFormat(Format):
         echoed."""
         if not self._request.echo:
             return _Echo()
-        scored, skip = self._top is not None, self._call.params.skip_special_tokens
+        scored = self._top is not None
+        skip = self._call.params.skip_special_tokens
         if isinstance(prompt, str):
             return _Echo(prompt, self._tokenizer.offsets(prompt) if scored else ())
         offsets = text_offsets(self._tokenizer, prompt, skip) if scored else ()

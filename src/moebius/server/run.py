@@ -4,7 +4,6 @@ end."""
 import asyncio
 import logging
 import os
-import resource
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,11 @@ from moebius.server.connection import Connection, tracked
 from moebius.server.cors import Cors
 from moebius.server.faults import Fault
 from moebius.server.settings import host_and_port
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, on_start: Callable[[], None] = lambda: None) -> None:
         """on_start   called when the ports are open"""
-        self._door, self._access = app.state.front_door, app.state.access
+        self._door = app.state.front_door
+        self._access = app.state.access
         self._on_start = on_start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = False
@@ -150,12 +155,17 @@ def _openable(connections: int) -> int:
 
     As many again may be hanging up.
     """
+    if resource is None:
+        return connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * connections + _OTHER_FILES
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):  # macOS grants less than its hard limit
+            wanted = soft
     possible = max(1, (wanted - _OTHER_FILES) // 2)
     if possible < connections:
         log.warning(

@@ -1,25 +1,26 @@
-"""Engine <-> asyncio: one API call is a `Call` of several choices, fed by the engine's thread, read
-by one task."""
+"""Engine <-> asyncio: a call is several choices, fed by the engine's thread, read by one task."""
 
 import asyncio
 import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.errors import DeadlineError, EngineError, MoebiusError
-from moebius.outputs import Delta, SequenceAssembler, open_choices
-from moebius.schedule.request import Request, SamplingParams
+from moebius.front.assemble import Delta, SequenceAssembler
+from moebius.front.choices import ChoiceOpener
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
-from moebius.text import Tokenizer
+from moebius.text import EncodedPrompt
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +36,18 @@ class ClientGone(Exception):
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One choice of one prompt on its way: the engine's request, the text so far, and when its
-    tokens came."""
+    """One choice of one prompt on its way: what was asked, its text, and when its tokens came."""
 
     index: int
     prompt_index: int
-    request: Request
+    request: EngineRequest
     assembler: SequenceAssembler
     times: SequenceTimes
     closed: bool = False
 
 
-Batch = list[tuple[Choice, Delta]]
+News = list[tuple[Choice, Delta]]
+"""What came for a call at one time, in the order it came."""
 
 
 def _weight(output: StepOutput) -> int:
@@ -139,7 +140,7 @@ class Call:
             "completion_tokens": self.completion_tokens,
         }
 
-    async def next(self) -> Batch:
+    async def next(self) -> News:
         """What came since the last time, in the order it came; an empty list after `keep_alive`
         seconds of silence.
 
@@ -156,10 +157,15 @@ class Call:
             raise DeadlineError("the request's deadline passed before it was finished")
         if self._ended is not None:
             raise self._ended
-        outputs, self._inbox, self._waiting_bytes = self._inbox, [], 0
+        outputs = self._inbox
+        self._empty_inbox()
         return [
             (choice, self._take(choice, output)) for choice, output in outputs if not choice.closed
         ]
+
+    def _empty_inbox(self) -> None:
+        self._inbox = []
+        self._waiting_bytes = 0
 
     def receive(self, choice: Choice, output: StepOutput, now: float) -> None:
         """Called on the loop, for each of a step's outputs. Never blocks, never raises."""
@@ -184,7 +190,7 @@ class Call:
         if self._ended is not None:
             return
         self._ended = why
-        self._inbox, self._waiting_bytes = [], 0
+        self._empty_inbox()
         for choice in self.choices:
             if not choice.closed:
                 self._door.client.abort(choice.request.id)
@@ -201,9 +207,12 @@ class Call:
 
     def _close(self, choice: Choice, reason: str) -> None:
         choice.closed = True
-        prompt_tokens, output_tokens = len(choice.request.prompt_ids), choice.assembler.num_tokens
         self._door.metrics.sequence_finished(
-            reason, choice.times, self._door.clock(), prompt_tokens, output_tokens
+            reason,
+            choice.times,
+            self._door.clock(),
+            prompt_tokens=len(choice.request.prompt_ids),
+            output_tokens=choice.assembler.num_tokens,
         )
 
 
@@ -212,7 +221,7 @@ class FrontDoor:
     """All calls of a server, and the way between them and the engine's thread."""
 
     client: EngineClient
-    tokenizer: Tokenizer
+    opener: ChoiceOpener
     metrics: ServerMetrics
     settings: ServerSettings
     clock: Callable[[], float] = time.monotonic
@@ -243,13 +252,14 @@ class FrontDoor:
     def open(
         self,
         id: str,
-        prompts: Iterable[Sequence[int]],
+        prompts: Iterable[EncodedPrompt],
         params: SamplingParams,
         *,
         continues: bool,
         since: float | None = None,
         timeout: float = math.inf,
-        **request: Any,
+        priority: int = 0,
+        salt: bytes = b"",
     ) -> Call:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
@@ -257,26 +267,35 @@ class FrontDoor:
         since       when the client began to ask, in seconds on `clock`: its deadline counts from
                     there; default: now
         timeout     seconds that the client gives it, at most request_timeout
-        request     further arguments of Request.create
+        priority, salt   as in EngineRequest
         """
         if self.draining:
             raise DrainingError
         now = self.clock()
         deadline = (now if since is None else since) + min(self.settings.request_timeout, timeout)
-        numbers, ids = count(), (f"{id}-{index:04d}" for index in count())
+        ids = (f"{id}-{index:04d}" for index in count())
         choices: list[Choice] = []
-        request |= {"arrival": now, "deadline": deadline}
-        for p, prompt_ids in enumerate(prompts):
-            opened = open_choices(
-                self.tokenizer,
-                self.client.info,
-                prompt_ids,
+        for prompt_index, prompt in enumerate(prompts):
+            opened = self.opener.open(
+                prompt,
                 params,
                 ids,
                 continues=continues,
-                **request,
+                arrival=now,
+                priority=priority,
+                deadline=deadline,
+                salt=salt,
             )
-            choices += [Choice(next(numbers), p, *one, SequenceTimes(now)) for one in opened]
+            for one in opened:
+                choices.append(
+                    Choice(
+                        index=len(choices),
+                        prompt_index=prompt_index,
+                        request=one.request,
+                        assembler=one.assembler,
+                        times=SequenceTimes(now),
+                    )
+                )
         return Call(self, id, params, choices)
 
     def admit(self, call: Call) -> None:

@@ -152,6 +152,11 @@ def check_trainable(
         raise ConfigError(
             "the model's layers have different routers, which training does not support"
         )
+    if config.logits_softcap is not None:
+        raise ConfigError(
+            f"the model's logits are capped at {config.logits_softcap}, which training does not "
+            "compute; its loss would be another model's"
+        )
     if not routers and finetune is not None and finetune.train == "experts":
         raise ConfigError('finetune.train is "experts", but no layer of the model has any')
     for router in routers:

@@ -14,7 +14,7 @@ from moebius.ops.config import RouterConfig
 
 def _part(given: dict[str, Any]) -> FeedForwardConfig:
     router = given["router"] and RouterConfig(**given["router"])
-    return FeedForwardConfig(**{**given, "router": router})
+    return FeedForwardConfig(**given | {"router": router})
 
 
 def read(reader: ConfigReader) -> ModelConfig:

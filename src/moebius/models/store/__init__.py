@@ -1,7 +1,4 @@
-"""Model directories: where their tensors are, what is held of them and how, loading and saving.
-
-Nothing imported here imports torch; `load` and `save` do.
-"""
+"""Model directories: where their tensors are, what is held of them and how, loading and saving."""
 
 from moebius.models.store.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from moebius.models.store.plan import PlannedWeight

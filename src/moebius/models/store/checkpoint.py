@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, checked from headers: nothing is allocated, no torch.
+"""What a checkpoint directory holds, checked from headers: nothing is allocated.
 
 One tensor is read where two may be the same: see _tied.
 """
@@ -18,7 +18,7 @@ from moebius.errors import ConfigError, WeightsError
 from moebius.files import read_json
 from moebius.models.config import ModelConfig
 from moebius.models.family import family, read_config
-from moebius.models.layout import EMBEDDING, HEAD, PREFIX, Source, sources
+from moebius.models.layout import Layout, Source, sources
 from moebius.models.store.kinds import open_store
 from moebius.models.store.plan import PlannedWeight, planned_weight
 from moebius.models.store.tensors import Store, StoredTensor, check, short_name
@@ -69,35 +69,44 @@ class Checkpoint:
         ]
 
 
-def _named_in_full(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+def _named_in_full(
+    layout: Layout, tensors: Mapping[str, StoredTensor]
+) -> Mapping[str, StoredTensor]:
     """The tensors under their names in a model with a head; one that was saved without has no
     `model.` before them."""
-    if any(name.startswith(PREFIX) for name in tensors):
+    before = layout.prefix
+    if any(name.startswith(before) for name in tensors):
         return tensors
-    return {name if name == HEAD else PREFIX + name: tensor for name, tensor in tensors.items()}
+    return {
+        name if name == layout.head else before + name: tensor for name, tensor in tensors.items()
+    }
 
 
-def _harmless(name: str, config: ModelConfig) -> bool:
+def _harmless(name: str, config: ModelConfig, head: str) -> bool:
     """Buffers that old checkpoints carry, and the copy of a tied embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
+    return name.endswith("rotary_emb.inv_freq") or (name == head and config.tie_word_embeddings)
 
 
-def _tied(directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> bool:
+def _tied(
+    directory: Path, config: ModelConfig, layout: Layout, tensors: Mapping[str, StoredTensor]
+) -> bool:
     """Whether the head is the embedding: it is meant to be, and no head is stored that differs.
 
     As in transformers: a head of its own counts for more than tie_word_embeddings. Bytes are
     compared, so that two spellings of one number are two heads, which costs memory and is right.
     What is read is what loading maps, and it ends at the first difference.
     """
-    if not config.tie_word_embeddings or EMBEDDING not in tensors or HEAD not in tensors:
+    embedding = tensors.get(layout.embedding)
+    head = tensors.get(layout.head)
+    if not config.tie_word_embeddings or embedding is None or head is None:
         return config.tie_word_embeddings
-    if _same_values(tensors[EMBEDDING], tensors[HEAD]):
+    if _same_values(embedding, head):
         return True
     log.warning(
         "%s: tie_word_embeddings is true, but the files hold a %s that is not %s: it is used",
         directory.name,
-        HEAD,
-        EMBEDDING,
+        layout.head,
+        layout.embedding,
     )
     return False
 
@@ -134,16 +143,16 @@ def _match(
     directory: Path, config: ModelConfig, store: Store, tensors: Mapping[str, StoredTensor]
 ) -> tuple[Source, ...]:
     """The sources of all parameters, in the layout that the checkpoint has."""
-    embedding = HEAD if config.tie_word_embeddings and EMBEDDING not in tensors else EMBEDDING
     layouts = family(config.model_type).layouts
-    candidates = [
-        tuple(sources(config, replace(layout, embedding=embedding))) for layout in layouts
-    ]
+    head = layouts[0].head
+    if config.tie_word_embeddings and layouts[0].embedding not in tensors:
+        layouts = tuple(replace(layout, embedding=head) for layout in layouts)
+    candidates = [tuple(sources(config, layout)) for layout in layouts]
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        if missing == [HEAD]:
+        if missing == [head]:
             more = (
                 "; if the embedding is meant to serve as head, config.json must say "
                 "tie_word_embeddings = true"
@@ -165,7 +174,7 @@ def _match(
         check(known, where, f" has dtype {stored.dtype}; supported are {supported}")
     used = {source.name for source in wanted}
     for name, stored in tensors.items():
-        wanted_here = name in used or _harmless(name, config)
+        wanted_here = name in used or _harmless(name, config, head)
         left_over = f": tensor {name!r} is left over; {config.model_type} has no such tensor"
         check(wanted_here, short_name(stored.file), left_over)
     return wanted
@@ -191,8 +200,11 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
             ", ".join(ignored),
         )
     store = open_store(directory)
-    tensors = _named_in_full(store.tensors)
-    config = replace(config, tie_word_embeddings=_tied(directory, config, tensors))
+    found = family(config.model_type)
+    layout = found.layouts[0]
+    known = {name: each for name, each in store.tensors.items() if not found.leaves_out(name)}
+    tensors = _named_in_full(layout, known)
+    config = replace(config, tie_word_embeddings=_tied(directory, config, layout, tensors))
     matched = _match(directory, config, store, tensors)
     return Checkpoint(directory, config_json, config, store, tensors, matched)
 

@@ -48,10 +48,11 @@ class MappedFiles:
         if file not in self._maps:
             with file.open("rb") as opened:
                 region = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            # What is read from now on is read in huge pages, where the kernel has them for files.
-            with suppress(OSError, AttributeError):
-                region.madvise(mmap.MADV_HUGEPAGE)
-            region.madvise(mmap.MADV_WILLNEED)
+            # What is read from now on is read ahead, and in huge pages where the kernel has them
+            # for files. Not every system knows these words.
+            for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+                with suppress(OSError, AttributeError):
+                    region.madvise(getattr(mmap, advice))
             address = np.frombuffer(region, np.uint8).ctypes.data
             populate(address, len(region), write=False, keep=region)
             self._maps[file] = region

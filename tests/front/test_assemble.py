@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import DeadlineError, EngineError
-from moebius.outputs import CompletionOutput, Delta, RequestOutput, SequenceAssembler
-from moebius.schedule.request import FinishReason, SamplingParams
+from moebius.front.assemble import Delta, SequenceAssembler
+from moebius.front.results import CompletionOutput, RequestOutput
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import FinishReason
 from moebius.text import Tokenizer, text_offsets
 from text.tiny_tokenizers import FAMILIES, SPECIALS
 

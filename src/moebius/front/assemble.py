@@ -1,19 +1,17 @@
-"""From an engine's tokens to what a front door hands out: text, and the token ids and
-log-probabilities behind it."""
+"""From an engine's tokens to text, and the token ids and log-probabilities that go with it."""
 
-import secrets
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
 
-from moebius.engine.client import EngineInfo, StepOutput, TokenLogprob
+from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import EngineError
-from moebius.schedule.request import FinishReason, Request, SamplingParams, choice_seed
+from moebius.front.results import CompletionOutput, EndReason
+from moebius.schedule.params import SamplingParams
+from moebius.schedule.request import FinishReason
 from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
 
-EndReason = Literal["stop", "length"]
 _END_REASONS: dict[FinishReason, EndReason] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -21,60 +19,8 @@ _END_REASONS: dict[FinishReason, EndReason] = {
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One choice.
-
-    text            without the stop string or stop token that ended it, and without special tokens
-    token_ids       all drawn tokens, the end token or the one that completed a stop string included
-    logprobs        one for each of token_ids; None where none were asked for
-    finish_reason   None while it is unfinished
-    stop_reason     the stop string or the id of stop_token_ids that ended it; None for an
-                    end-of-sequence token that no stop string names
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    finish_reason: EndReason | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """One prompt and its choices.
-
-    prompt               the prompt's text, None where it came as token ids
-    prompt_logprobs      one for each prompt token, None for the first; None where none were asked
-                         for
-    num_cached_tokens    prompt tokens that came from the prefix cache
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    num_cached_tokens: int = 0
-    finished: bool = True
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(len(output.token_ids) for output in self.outputs)
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step adds to a choice: text, and the tokens whose text is thereby out (or never will
-    be).
+    """What one step adds to a choice: text, and the tokens whose text is thereby out (or never is).
 
     logprobs        one for each of token_ids, empty where none were asked for
     text_offsets    where each token's text begins in the choice's whole text, in characters
@@ -105,6 +51,10 @@ class _Held:
     start: int
     end: int | None = None
 
+    def is_out(self, released: int) -> bool:
+        """Whether `released` characters are all of its text and what is before it."""
+        return self.end is not None and self.end <= released
+
 
 class SequenceAssembler:
     """Turns one request's StepOutputs into Deltas: decodes, looks for stop strings, keeps text and
@@ -128,16 +78,21 @@ class SequenceAssembler:
         self._params = params
         self._tokenizer = tokenizer
         self._held: deque[_Held] = deque()
-        self._decoded = self._released = 0
+        self._decoded = 0
+        self._released = 0
         self._deltas: list[Delta] = []
-        self.num_tokens = 0
-        """Tokens drawn so far, for usage; after a stop string none beyond the one that completed
-        it."""
+        self.output_ids: list[int] = []
+        """Tokens drawn so far; after a stop string none beyond the one that completed it."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.num_cached_tokens = 0
         self.finish_reason: EndReason | None = None
         self.stop_reason: str | int | None = None
         self.wants_abort = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens drawn so far, for usage."""
+        return len(self.output_ids)
 
     @property
     def finished(self) -> bool:
@@ -172,7 +127,7 @@ class SequenceAssembler:
 
     def _take(self, token_id: int, logprob: TokenLogprob | None, ender: bool) -> str:
         """One more token; the text that it releases."""
-        self.num_tokens += 1
+        self.output_ids.append(token_id)
         held = _Held(token_id, logprob, self._decoded)
         self._held.append(held)
         special = token_id in self._tokenizer.special_ids
@@ -209,7 +164,8 @@ class SequenceAssembler:
 
     def _after(self, released: str, stop: str | None) -> str:
         if stop is not None:
-            self.finish_reason, self.stop_reason = "stop", stop
+            self.finish_reason = "stop"
+            self.stop_reason = stop
         return released
 
     def _finish(self, reason: EndReason) -> str:
@@ -226,17 +182,15 @@ class SequenceAssembler:
         """Record the text and release the tokens that go with it."""
         self._released += len(text)
         out: list[_Held] = []
-        while self._held and (
-            self.finished or (self._held[0].end is not None and self._held[0].end <= self._released)
-        ):
+        while self._held and (self.finished or self._held[0].is_out(self._released)):
             out.append(self._held.popleft())
         delta = Delta(
-            text,
-            tuple(held.token_id for held in out),
-            tuple(held.logprob for held in out if held.logprob is not None),
-            tuple(min(held.start, self._released) for held in out),
-            self.finish_reason,
-            self.stop_reason,
+            text=text,
+            token_ids=tuple(held.token_id for held in out),
+            logprobs=tuple(held.logprob for held in out if held.logprob is not None),
+            text_offsets=tuple(min(held.start, self._released) for held in out),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
         )
         self._deltas.append(delta)
         return delta
@@ -244,53 +198,24 @@ class SequenceAssembler:
     @property
     def released(self) -> Delta:
         """All that was released so far, as one delta."""
-        text = "".join(delta.text for delta in self._deltas)
-        ids, logprobs, offsets = (
-            tuple(chain.from_iterable(getattr(delta, name) for delta in self._deltas))
-            for name in ("token_ids", "logprobs", "text_offsets")
+        deltas = self._deltas
+        return Delta(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+            logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+            text_offsets=tuple(chain.from_iterable(delta.text_offsets for delta in deltas)),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
         )
-        return Delta(text, ids, logprobs, offsets, self.finish_reason, self.stop_reason)
 
     def completion(self, index: int = 0) -> CompletionOutput:
         """The choice as released so far."""
-        d = self.released
-        logprobs = None if self._params.logprobs is None else d.logprobs
+        released = self.released
         return CompletionOutput(
-            index, d.text, d.token_ids, logprobs, d.finish_reason, d.stop_reason
-        )
-
-
-def open_choices(
-    tokenizer: Tokenizer,
-    info: EngineInfo,
-    prompt_ids: Sequence[int],
-    params: SamplingParams,
-    ids: Iterator[str],
-    *,
-    continues: bool,
-    **request: Any,
-) -> Iterator[tuple[Request, SequenceAssembler]]:
-    """The `params.n` choices of one prompt: each one's request, checked, and what its StepOutputs
-    go to.
-
-    The prompt is checked once, and all choices share it. `ids` names the requests, `request` holds
-    further arguments of Request.create, which raises RequestError. A seed that is given serves
-    every prompt alike, so that an answer does not depend on the prompt's place in a call; where
-    none is given each prompt draws its own. `continues`: the text continues the prompt's.
-    """
-    seed = secrets.randbits(64) if params.seed is None else params.seed
-    first = Request.create(
-        next(ids),
-        prompt_ids,
-        params,
-        info.limits,
-        eos_ids=info.eos_ids,
-        seed=choice_seed(seed, 0),
-        **request,
-    )
-    others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
-    for made in chain((first,), others):
-        yield (
-            made,
-            SequenceAssembler(tokenizer, params, prompt_ids=made.prompt_ids if continues else ()),
+            index=index,
+            text=released.text,
+            token_ids=released.token_ids,
+            logprobs=None if self._params.logprobs is None else released.logprobs,
+            finish_reason=released.finish_reason,
+            stop_reason=released.stop_reason,
         )

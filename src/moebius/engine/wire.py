@@ -1,0 +1,166 @@
+"""Frames: how what crosses between a front and an engine looks when they are two processes.
+
+A frame is one byte, the version, and one message in MessagePack, typed on both sides: what does not
+decode into the very record is refused with a WireError, and nothing is ever unpickled. How frames
+are told apart in a stream is the transport's. Times are seconds on the monotonic clock, which the
+processes of one machine share.
+
+An error crosses as its class's code, its text and its facts (errors.py), and comes back as the same
+class.
+
+A request that came as a frame goes through `received` before an engine sees it. It makes the
+prefix hashes again, at some microseconds a block: an engine that took a wrong hash for good would
+let one tenant read what another has said.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.errors import ERRORS_BY_CODE, Fact, MoebiusError, WireError
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.hashes import BlockHasher
+from moebius.schedule.params import ServingLimits
+
+VERSION = 1
+
+
+class Submit(Struct, frozen=True, array_like=True, tag="submit"):
+    """Front to engine: compute this."""
+
+    request: EngineRequest
+
+
+class Abort(Struct, frozen=True, array_like=True, tag="abort"):
+    """Front to engine: end this request."""
+
+    request_id: str
+
+
+class Loaded(Struct, frozen=True, array_like=True, tag="loaded"):
+    """Engine to front, first of all: it can take requests."""
+
+    info: EngineInfo
+
+
+class Failed(Struct, frozen=True, array_like=True, tag="failed"):
+    """Engine to front: it cannot go on, or could not begin."""
+
+    error: MoebiusError
+
+
+class Outputs(Struct, frozen=True, array_like=True, tag="outputs"):
+    """Engine to front: what one step brought."""
+
+    outputs: list[StepOutput]
+
+
+class Stats(Struct, frozen=True, array_like=True, tag="stats"):
+    """Engine to front."""
+
+    stats: EngineStats
+
+
+class Loads(Struct, frozen=True, array_like=True, tag="loads"):
+    """Engine to front."""
+
+    loads: ExpertLoads
+
+
+ToEngine = Submit | Abort
+FromEngine = Loaded | Failed | Outputs | Stats | Loads
+
+
+class _Error(Struct, frozen=True, array_like=True):
+    code: str
+    text: str
+    facts: dict[str, Fact]
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """The message as a frame."""
+    frame = bytearray((VERSION,))
+    _ENCODER.encode_into(message, frame, 1)
+    return bytes(frame)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """What a front has sent. WireError where the frame is no such message, or another version's."""
+    return _decode(frame, _TO_ENGINE)
+
+
+def decode_from_engine(frame: bytes) -> FromEngine:
+    """What an engine has sent. WireError, as above."""
+    return _decode(frame, _FROM_ENGINE)
+
+
+def received(
+    request: EngineRequest, limits: ServingLimits, hasher: BlockHasher | None
+) -> EngineRequest:
+    """A request from another process as an engine may take it, with these limits and this hasher.
+
+    RequestError for what the limits refuse, WireError for prefix hashes that are not its prompt's.
+    Hashes of another launch's key mean nothing here, and are left out.
+    """
+    request.check(limits)
+    given = request.prompt_hashes
+    if given is None:
+        return request
+    if hasher is None or given.key_id != hasher.key_id:
+        return replace(request, prompt_hashes=None)
+    if given != hasher.of_prompt(request.prompt_ids, request.salt):
+        raise WireError(f"request {request.id}: its prefix hashes are not those of its prompt")
+    return request
+
+
+_Message = TypeVar("_Message")
+
+
+def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_Message]) -> _Message:
+    if not frame:
+        raise WireError("a frame without a byte; it must begin with its version")
+    if frame[0] != VERSION:
+        raise WireError(
+            f"a frame of version {frame[0]}; this process speaks version {VERSION}: front and "
+            "engines must be of one release"
+        )
+    try:
+        return decoder.decode(memoryview(frame)[1:])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"a frame that cannot be read: {error}") from error
+
+
+def _to_wire(value: object) -> object:
+    """What MessagePack has no word for."""
+    if isinstance(value, MoebiusError):
+        # A text may quote what nobody could encode.
+        text = str(value).encode("utf-8", "backslashreplace").decode()
+        return _Error(value.wire_code, text, value.facts)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise NotImplementedError(f"{type(value).__name__} does not cross between processes")
+
+
+def _from_wire(kind: type, value: object) -> object:
+    assert kind is MoebiusError, f"no record holds a {kind.__name__}"
+    found = msgspec.convert(value, _Error)
+    made = ERRORS_BY_CODE.get(found.code)
+    if made is None:
+        raise WireError(f"an error of the unknown code {found.code!r}")
+    try:
+        return made.again(found.text, found.facts)
+    except TypeError as error:
+        raise WireError(f"an error {found.code!r} with other facts than it has") from error
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_wire)
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(
+    ToEngine, dec_hook=_from_wire
+)
+_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(
+    FromEngine, dec_hook=_from_wire
+)

@@ -1,0 +1,78 @@
+"""A prompt's choices: each is a request of its own, which an engine gets a copy of."""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from moebius.engine.client import EngineInfo
+from moebius.front.assemble import SequenceAssembler
+from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.hashes import BlockHasher
+from moebius.schedule.params import SamplingParams, choice_seed
+from moebius.text import EncodedPrompt, Tokenizer
+
+
+def draw_prefix_key() -> bytes:
+    """The key of a launch's prefix hashes: its engines get it, and nobody else."""
+    return secrets.token_bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One choice of a prompt: what was asked, which never changes, and what has come of it."""
+
+    request: EngineRequest
+    assembler: SequenceAssembler
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOpener:
+    """Makes the choices of prompts for an engine with these facts.
+
+    hasher   the launch's: then a prompt's prefix hashes go to the engine with it; None: it makes
+             them itself
+    """
+
+    tokenizer: Tokenizer
+    info: EngineInfo
+    hasher: BlockHasher | None = None
+
+    def open(
+        self,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        ids: Iterator[str],
+        *,
+        continues: bool,
+        arrival: float,
+        priority: int = 0,
+        deadline: float | None = None,
+        salt: bytes = b"",
+    ) -> Iterator[Choice]:
+        """The `params.n` choices of one prompt. Raises RequestError.
+
+        The prompt is checked and hashed once, and all choices share it. `ids` names the requests. A
+        seed that is given serves every prompt alike, so that an answer does not depend on the
+        prompt's place in a call; where none is given each prompt draws its own. `continues`: the
+        text continues the prompt's.
+        """
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        first = EngineRequest.create(
+            next(ids),
+            prompt.ids,
+            params,
+            self.info.limits,
+            arrival=arrival,
+            eos_ids=self.info.eos_ids,
+            seed=choice_seed(seed, 0),
+            priority=priority,
+            deadline=deadline,
+            salt=salt,
+            generation_start=prompt.generation_start,
+            hasher=self.hasher,
+        )
+        others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
+        context: Sequence[int] = first.prompt_ids if continues else ()
+        for request in chain((first,), others):
+            yield Choice(request, SequenceAssembler(self.tokenizer, params, prompt_ids=context))

@@ -1,0 +1,132 @@
+"""EngineRequest: one sequence as a front asks for it, and the one constructor that checks it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from moebius.errors import ContextExceededError, RequestError
+from moebius.schedule.hashes import BlockHasher, PromptHashes
+from moebius.schedule.params import (
+    LIMITS,
+    SamplingParams,
+    ServingLimits,
+    check_asked,
+    check_integer,
+    check_number,
+    check_tokens,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What a front asks of an engine: one sequence, never changed. Make it with `create`.
+
+    The front keeps it for as long as it may have to ask again; an engine makes a `Request` of its
+    own from it. Fields are as in Request; output_ids are tokens that an earlier engine has drawn.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    max_tokens: int
+    arrival: float
+    priority: int = 0
+    deadline: float | None = None
+    salt: bytes = b""
+    generation_start: int | None = None
+    output_ids: tuple[int, ...] = ()
+    prompt_hashes: PromptHashes | None = None
+
+    @classmethod
+    def create(
+        cls,
+        id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        limits: ServingLimits,
+        *,
+        arrival: float,
+        eos_ids: frozenset[int] = frozenset(),
+        seed: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        salt: bytes = b"",
+        generation_start: int | None = None,
+        output_ids: Sequence[int] = (),
+        hasher: BlockHasher | None = None,
+    ) -> Self:
+        """The only way in. Raises RequestError naming the field.
+
+        Everything here is about the prompt and what is asked of it. The choices of one prompt
+        differ in id and seed alone: the first is created, the others are its siblings.
+
+        eos_ids: the model's end tokens; those beyond its vocabulary can never be drawn, and are
+        left out. hasher: the launch's; without it the engine hashes the prompt.
+        """
+        prompt = tuple(prompt_ids)
+        ends = frozenset() if params.ignore_eos else eos_ids
+        room = limits.max_model_len - len(prompt)
+        asked = cls(
+            id=id,
+            prompt_ids=prompt,
+            params=params,
+            seed=(seed if seed is not None else params.seed or 0) % 2**64,
+            stop_ids=frozenset(params.stop_token_ids).union(
+                token for token in ends if 0 <= token < limits.vocab_size
+            ),
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            arrival=arrival,
+            priority=priority,
+            deadline=deadline,
+            salt=salt,
+            generation_start=generation_start,
+            output_ids=tuple(output_ids),
+        )
+        asked.check(limits)
+        return (
+            asked
+            if hasher is None
+            else replace(asked, prompt_hashes=hasher.of_prompt(prompt, salt))
+        )
+
+    def check(self, limits: ServingLimits) -> None:
+        """RequestError where an engine with these limits cannot serve it, naming the field."""
+        if not self.prompt_ids:
+            raise RequestError(
+                "the prompt is empty; it must hold at least one token", param="prompt"
+            )
+        check_tokens(self.prompt_ids, limits.vocab_size)
+        check_tokens(self.output_ids, limits.vocab_size)
+        check_asked(self.params, limits, self.priority)
+        check_number("arrival", self.arrival, -sys.float_info.max, sys.float_info.max)
+        if self.deadline is not None:
+            check_number("deadline", self.deadline, -sys.float_info.max, sys.float_info.max)
+        if not isinstance(self.salt, bytes):
+            raise RequestError(
+                f"cache_salt is {type(self.salt).__name__}; it must be bytes here",
+                param="cache_salt",
+            )
+        if len(self.salt) > LIMITS.salt_bytes:
+            raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
+        check_integer("generation_start", self.generation_start, 0, len(self.prompt_ids), none=True)
+        self._check_room(limits.max_model_len - len(self.prompt_ids), limits.max_model_len)
+
+    def _check_room(self, room: int, context: int) -> None:
+        """`room` tokens are left of the context; at least one where nobody says how many."""
+        unlimited = self.params.max_tokens is None
+        if room < (1 if unlimited else self.max_tokens):
+            least = 1 if room == 0 else None
+            raise ContextExceededError(
+                context, len(self.prompt_ids), least if unlimited else self.max_tokens
+            )
+
+    def sibling(self, id: str, seed: int) -> Self:
+        """Another choice of the same prompt, nothing of it drawn yet.
+
+        It shares what was checked when this one was created: prompt, parameters, limits and times.
+        Its own are id and seed, of which every value is fine.
+        """
+        return replace(self, id=id, seed=seed % 2**64, output_ids=())

@@ -1,0 +1,257 @@
+"""SamplingParams: how a request's tokens are drawn; and the limits that each request is held to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from types import MappingProxyType
+from typing import Any, Self
+
+from moebius.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The one table of limits that a request is held to, whichever front door it came by.
+
+    bodies_bytes  the bodies of all requests together that a server has in memory
+    json_values   values in one body; json_parts of them may be strings (names included), lists and
+                  objects, each of which costs the parser ten times what a number costs
+    """
+
+    n: int = 16
+    prompts: int = 64
+    stop: int = 16
+    stop_bytes: int = 256
+    stop_token_ids: int = 256
+    logit_bias: int = 1024
+    logprobs: int = 20
+    messages: int = 4096
+    tools: int = 256
+    body_bytes: int = 8 * 2**20
+    bodies_bytes: int = 64 * 2**20
+    header_bytes: int = 16 * 2**10
+    json_depth: int = 64
+    json_values: int = 2**20
+    json_parts: int = 2**16
+    priority: int = 2**31 - 1
+    salt_bytes: int = 256
+
+
+LIMITS = Limits()
+
+
+def check_number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False
+) -> None:
+    """RequestError unless value is a number from low (with open_low: above it) to high.
+
+    low and high are finite, so that neither NaN nor infinity is within; an integer may be beyond
+    every float.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        high_enough = low < value if open_low else low <= value
+        if high_enough and value <= high:
+            return
+    bracket = "(" if open_low else "["
+    raise RequestError(
+        f"{name} is {value!r}; it must be a number in {bracket}{low:g}, {high:g}]", param=name
+    )
+
+
+def check_integer(name: str, value: object, low: int, high: int, *, none: bool = False) -> None:
+    """RequestError unless value is an integer from low to high, or None where `none` allows it."""
+    if none and value is None:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return
+    raise RequestError(
+        f"{name} is {value!r}; it must be an integer from {low} to {high}", param=name
+    )
+
+
+def check_tokens(ids: Sequence[int], vocab_size: int) -> None:
+    """RequestError unless all are token ids of the model."""
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return  # as a rule; a loop over a long prompt would take ten times as long
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            message = f"token id {token!r} is not an integer from 0 to {vocab_size - 1}"
+            raise RequestError(message, param="prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Names are the field's; every value is checked here and nowhere else.
+
+    Order of the samplers: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p.
+    Log-probabilities are the model's own log-softmax, before any of these.
+
+    n                  sequences drawn for one prompt
+    max_tokens         None: up to the context
+    min_tokens         no end or stop token before this many
+    temperature        0 is greedy (ties to the lowest id)
+    top_p              draw from the most likely tokens of this mass; 0 leaves the most likely one
+                       alone
+    top_k              0 or -1: all
+    presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt
+                                          and output (CTRL)
+    logit_bias         token id -> added to its logit, -100 to 100
+    seed               None: drawn when the request is made
+    stop               strings, matched in the text by the front door; stop_token_ids by the engine
+    ignore_eos         do not end at the model's end tokens
+    skip_special_tokens  leave special tokens out of the text; the front door's, as `stop` is
+    logprobs           None: none; k: the chosen token's and the k most likely ones' at each
+                       position
+    prompt_logprobs    the same for the prompt's tokens
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    plain: bool = field(init=False, default=False, repr=False, compare=False)
+    """Greedy and nothing else: the most likely id is all that is asked for. Worked out once, as
+    every step asks it of every request."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", tuple(s for s in stop if s != ""))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias or {})))
+        self._check_numbers()
+        self._check_collections()
+        plain = (
+            self.greedy and self.logprobs is None and not self.shapes_logits and not self.min_tokens
+        )
+        object.__setattr__(self, "plain", plain)
+
+    def _check_numbers(self) -> None:
+        check_integer("n", self.n, 1, LIMITS.n)
+        check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1, none=True)
+        check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}; it must not exceed max_tokens = "
+                f"{self.max_tokens}",
+                param="min_tokens",
+            )
+        check_number("temperature", self.temperature, 0, 100)
+        check_number("top_p", self.top_p, 0, 1)
+        check_integer("top_k", self.top_k, -1, 2**31 - 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("presence_penalty", self.presence_penalty, -2, 2)
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        check_number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        check_integer("seed", self.seed, -(2**63), 2**64 - 1, none=True)
+        check_integer("logprobs", self.logprobs, 0, LIMITS.logprobs, none=True)
+        check_integer("prompt_logprobs", self.prompt_logprobs, 0, LIMITS.logprobs, none=True)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise RequestError(f"{name} is {value!r}; it must be true or false", param=name)
+
+    def _check_collections(self) -> None:
+        for name in ("stop", "stop_token_ids", "logit_bias"):
+            size = len(getattr(self, name))
+            most = getattr(LIMITS, name)
+            if size > most:
+                raise RequestError(f"{name} has {size} entries; at most {most}", param=name)
+        for string in self.stop:
+            _check_stop(string)
+        for token in self.stop_token_ids:
+            check_integer("stop_token_ids", token, 0, 2**31 - 1)
+        for token, bias in self.logit_bias.items():
+            check_integer("logit_bias", token, 0, 2**31 - 1)
+            check_number("logit_bias", bias, -100, 100)
+
+    @property
+    def greedy(self) -> bool:
+        """The most likely token is the only one that can be drawn."""
+        return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Bias or penalties come before the draw."""
+        return bool(
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+        )
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
+
+def _check_stop(string: object) -> None:
+    if not isinstance(string, str):
+        raise RequestError(
+            f"stop holds {string!r}; it must be a string or a list of strings", param="stop"
+        )
+    try:
+        size = len(string.encode())
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "stop holds a lone surrogate; it must be valid Unicode", param="stop"
+        ) from error
+    if size > LIMITS.stop_bytes:
+        raise RequestError(
+            f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}", param="stop"
+        )
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The 64-bit seed of choice `index` of a request with `seed`.
+
+    Choices differ, and repeat from run to run.
+    """
+    data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(4, "little")
+    return int.from_bytes(blake2b(data, digest_size=8, person=b"moebius-choice").digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class ServingLimits:
+    """What the loaded model and its cache can serve: requests are checked against it.
+
+    priorities   whether a request may have another priority than 0
+    """
+
+    vocab_size: int
+    max_model_len: int
+    priorities: bool = False
+
+
+def check_asked(params: SamplingParams, limits: ServingLimits, priority: int = 0) -> None:
+    """RequestError where these limits refuse what is asked, whatever the prompt is.
+
+    Worth knowing before the prompt is encoded.
+    """
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids:
+            if token >= limits.vocab_size:
+                most = limits.vocab_size - 1
+                raise RequestError(
+                    f"{name} names token id {token}; the model's go from 0 to {most}", param=name
+                )
+    check_integer("priority", priority, -LIMITS.priority, LIMITS.priority)
+    if priority != 0 and not limits.priorities:
+        raise RequestError(
+            f"priority is {priority}; it must be 0, unless scheduling_policy "
+            "(--scheduling-policy) is priority",
+            param="priority",
+        )

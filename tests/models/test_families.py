@@ -1,0 +1,193 @@
+"""A new architecture is one short file, which touches no other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.config_keys import as_json, derive
+from moebius.errors import ConfigError, WeightsError
+from moebius.models import families
+from moebius.models.family import family, model_config, model_types
+from moebius.models.store.load import load_decoder
+from moebius.models.store.save import save_checkpoint
+from moebius.ops import Ops, select_ops
+from moebius.ops.reference import ReferenceOps
+from oracle import TINY, Server, assert_close, save_tiny, tiny_of
+from test_architecture import FILES, SOURCE, imported
+
+FAMILIES = SOURCE / "models" / "families"
+NEW = Path(__file__).parent / "new_families"
+IDS = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
+GEMMA: dict[str, Any] = {
+    **TINY,
+    "num_hidden_layers": 3,
+    "head_dim": 10,
+    "intermediate_size": 20,
+    "query_pre_attn_scalar": 7,
+    "sliding_window": 4,
+}
+NEWCOMERS: dict[str, dict[str, Any]] = {
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {
+        **GEMMA,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            "full_attention": {
+                "rope_type": "linear",
+                "factor": 2.0,
+                "rope_theta": 900.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    },
+}
+
+
+@pytest.fixture
+def with_new_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the files of NEW, and the tables that are made for them, lay among the families."""
+    directory = tmp_path / "families"
+    shutil.copytree(NEW, directory, ignore=shutil.ignore_patterns("__pycache__"))
+    for kind in NEWCOMERS:
+        (directory / f"{kind}.json").write_text(as_json(derive(kind)))
+    shutil.copy(FAMILIES / "llama.json", directory / "renamed.json")
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(directory)])
+    yield
+    for kind in (*NEWCOMERS, "renamed"):
+        sys.modules.pop(f"{families.__name__}.{kind}", None)
+        if hasattr(families, kind):
+            delattr(families, kind)
+
+
+def save(directory: Path, kind: str) -> Any:
+    """A tiny model of transformers, saved with the weights of its norms as they are multiplied
+    by."""
+    from transformers import AutoConfig
+
+    model = tiny_of(AutoConfig.for_model(kind, **NEWCOMERS[kind]))
+    model.save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensor += 1
+    save_file(tensors, directory / "model.safetensors")
+    return model
+
+
+@pytest.mark.usefixtures("with_new_families")
+@pytest.mark.parametrize(
+    "ops", [ReferenceOps(), select_ops("cpu", torch.float32)], ids=lambda ops: ops.name
+)
+@pytest.mark.parametrize("kind", NEWCOMERS)
+def test_a_family_that_was_dropped_in_serves_the_logits_of_transformers(
+    kind: str, ops: Ops, tmp_path: Path
+) -> None:
+    """Sandwich norms, capped scores and logits, scaled embeddings, windows in some layers, and
+    two rotary embeddings in one model."""
+    model = save(tmp_path, kind)
+    server = Server(load_decoder(tmp_path, torch.float32, ops=ops), block_size=4, num_blocks=8)
+    server.step([(0, IDS[:7])])
+    for token in IDS[7:]:
+        server.step([(0, [token])])
+    with torch.inference_mode():
+        assert_close(server.all_logits(0), model(torch.tensor([IDS])).logits[0])
+
+
+@pytest.mark.usefixtures("with_new_families")
+def test_a_family_says_what_its_checkpoints_hold_beside_the_model(tmp_path: Path) -> None:
+    save(tmp_path, "gemma3_text")
+    tensors = load_file(tmp_path / "model.safetensors")
+    beside = {f"{name}.weight": torch.zeros(2) for name in ("mtp.fc", "model.vision_tower.a.b")}
+    save_file({**tensors, **beside}, tmp_path / "model.safetensors")
+    load_decoder(tmp_path, torch.float32)
+    save_file({**tensors, "model.mtp.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"'model\.mtp\.weight' is left over"):
+        load_decoder(tmp_path, torch.float32)
+
+
+RENAMED = {
+    "model.embed_tokens": "backbone.embeddings",
+    "model.norm": "backbone.norm_f",
+    "model.layers": "backbone.blocks",
+    "lm_head": "output",
+    "input_layernorm": "operator_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "o_proj": "out_proj",
+    "mlp.gate_proj": "ff.w1",
+    "mlp.up_proj": "ff.w3",
+    "mlp.down_proj": "ff.w2",
+}
+
+
+@pytest.mark.usefixtures("with_new_families")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_family_names_every_tensor(tied: bool, headless: bool, tmp_path: Path) -> None:
+    """Also where a model was saved without a head, and so without what stands before names."""
+    if headless and not tied:
+        return
+    save_tiny(tmp_path / "usual", "llama", tie_word_embeddings=tied)
+    there = tmp_path / "renamed"
+    shutil.copytree(tmp_path / "usual", there)
+    config = json.loads((there / "config.json").read_text())
+    (there / "config.json").write_text(json.dumps({**config, "model_type": "renamed"}))
+    tensors = load_file(there / "model.safetensors")
+    for name in list(tensors):
+        new = name
+        for usual, theirs in RENAMED.items():
+            new = new.replace(usual, theirs)
+        tensors[new.removeprefix("backbone.") if headless else new] = tensors.pop(name)
+    save_file(tensors, there / "model.safetensors")
+    ours = load_decoder(there, torch.float32).state_dict()
+    usual_state = load_decoder(tmp_path / "usual", torch.float32).state_dict()
+    assert list(ours) == list(usual_state)
+    assert all(torch.equal(ours[name], usual_state[name]) for name in ours)
+    save_checkpoint(ours, {**config, "model_type": "renamed"}, tmp_path / "again")
+    named = {
+        name if name == "output.weight" or not headless else f"backbone.{name}" for name in tensors
+    }
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == named
+
+
+@pytest.mark.usefixtures("with_new_families")
+def test_the_context_is_what_the_widest_rope_was_stretched_to() -> None:
+    from transformers import AutoConfig
+
+    raw = AutoConfig.for_model("gemma3_text", **NEWCOMERS["gemma3_text"]).to_dict()
+    assert model_config(raw).context == 64
+    raw["rope_parameters"]["full_attention"]["factor"] = 3.0
+    assert model_config(raw).context == 96
+
+
+def test_the_directory_is_the_list() -> None:
+    assert "gemma2" not in model_types() and "llama" in model_types()
+    assert set(model_types()) == {path.stem for path in FAMILIES.glob("[!_]*.py")}
+    for name in ("gemma2", "../llama", "family", "__init__", None, ["llama"]):
+        with pytest.raises(ConfigError, match=r"is not supported; supported are dots1, granitemoe"):
+            family(name)
+
+
+@pytest.mark.parametrize("path", sorted(FAMILIES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_family_is_a_short_file(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_other_file_names_a_family(path: Path) -> None:
+    """Families may build on each other; whoever adds one touches nothing else."""
+    import ast
+
+    if path.parent == FAMILIES:
+        return
+    names = imported(ast.parse(path.read_text()))
+    assert not [name for name in names if name.startswith("moebius.models.families.")]
