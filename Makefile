@@ -1,6 +1,7 @@
 # make serve   set up what is missing, then serve the bundled model on 127.0.0.1:8000 (MODEL= and PORT= choose others)
 # make test    set up what is missing, then lint, type-check and test
 # make wheel   build dist/moebius-*.whl, which installs without a compiler, for this Python, and the source archive
+# make reading print how much there is to read and how it reads
 
 PYTHON ?= python3
 MODEL ?= bundled
@@ -9,7 +10,7 @@ STEPS ?= 10000000
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: serve test simulate wheel setup format constraints clean
+.PHONY: serve test reading simulate wheel setup format constraints clean
 
 serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
@@ -20,6 +21,9 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100
 	$(BIN)/pytest --ignore=tests/schedule
+
+reading:
+	$(PYTHON) tests/reading.py
 
 simulate: setup
 	PYTHONPATH=tests $(BIN)/python -m schedule.simulate --steps $(STEPS) --seed $(SEED) --processes $$(nproc)

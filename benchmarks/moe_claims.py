@@ -24,6 +24,7 @@ from pathlib import Path
 
 from claims.experiments import RUNS, SEEDS, STEPS, recipe_of, write_corpus
 from moebius import machine
+from moebius.files import json_record, make_directory, write_file
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "claims" / "runs"
@@ -37,15 +38,12 @@ def one(name: str, seed: int, work: Path, steps: int, results: Path) -> None:
 
     torch.set_flush_denormal(True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    result = (
-        train_pair(seed, work, steps)
-        if name == "pair"
-        else train(name, RUNS[name], seed, work, steps)
-    )
-    results.mkdir(parents=True, exist_ok=True)
-    partial = results / f"{name}-{seed}.partial"
-    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    partial.rename(results / f"{name}-{seed}.json")
+    if name == "pair":
+        result = train_pair(seed, work, steps)
+    else:
+        result = train(name, RUNS[name], seed, work, steps)
+    make_directory(results)
+    write_file(results / f"{name}-{seed}.json", json.dumps(result) + "\n", ours=json_record)
 
 
 def make(

@@ -2,11 +2,12 @@
 
     python benchmarks/one_answer.py --schedules 10000 --json benchmarks/one_answer.json
 
-Every schedule serves 1 to 64 requests in bfloat16 with random batch sizes, chunk sizes, block
-sizes, cache sizes (some force preemptions), arrivals, thread counts and cold or warm prefix caches,
-and compares every token's log-probabilities with those of the request served alone. Models: the
-bundled one (one schedule in twenty) and a random one of every supported architecture. Ends with
-exit code 1 at the first difference, naming the schedule.
+Every schedule serves 1 to 64 requests with random batch sizes, chunk sizes, block sizes, cache
+sizes (some force preemptions), arrivals, thread counts and cold or warm prefix caches, and compares
+every token's log-probabilities with those of the request served alone. Models: the bundled one (one
+schedule in twenty) and, of every supported architecture, a random one in bfloat16 and one stored in
+float16, which is computed in float32. Ends with exit code 1 at the first difference, naming the
+schedule.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ BUNDLED_EVERY = 20
 class Subject:
     """A model on 1 and on 2 threads, its requests, and what each gives alone."""
 
-    def __init__(self, name: str, directory: Path, kernels: list[CpuOps], count: int = 64) -> None:
+    def __init__(
+        self, name: str, directory: Path, kernels: list[CpuOps], dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.name = name
-        self.decoders = [load_decoder(directory, torch.bfloat16, ops=ops) for ops in kernels]
-        self.wishes = wishes(count, self.decoders[0].config.vocab_size, random.Random(name))
+        self.decoders = [load_decoder(directory, dtype, ops=ops) for ops in kernels]
+        self.wishes = wishes(64, self.decoders[0].config.vocab_size, random.Random(name))
         self.expected = {wish.id: alone(self.decoders[0], wish) for wish in self.wishes}
 
 
@@ -56,8 +59,12 @@ def main() -> int:
         subjects = []
         for model_type in sorted(FAMILY):
             directory = Path(scratch) / model_type
-            save_tiny(directory, model_type, max_position_embeddings=MAX_MODEL_LEN, vocab_size=300)
+            half = Path(scratch) / f"{model_type}-float16"
+            sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+            model = save_tiny(directory, model_type, **sizes)
+            model.half().save_pretrained(half)
             subjects.append(Subject(model_type, directory, kernels))
+            subjects.append(Subject(half.name, half, kernels, torch.float32))
         bundled = Subject("bundled", Path(moebius.__file__).parent / "bundled", kernels)
         result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
     print(json.dumps(result))

@@ -25,10 +25,11 @@ import torch
 
 from moebius import _cpu
 from moebius.files import json_record, write_file
-from moebius.ops import ExpertWeights
+from moebius.ops import ExpertWeights, PreparedLinear
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.steps import StepInputs
+from moebius.ops.weights import dtype_name
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
@@ -79,13 +80,32 @@ def linear_cases(ops: CpuOps) -> Iterator[Case]:
             yield Case(f"linear {rows} x {in_size} -> {out_size}", call, nbytes * len(used), flops)
 
 
+def format_cases(ops: CpuOps) -> Iterator[Case]:
+    """Products in float32 with weights as they are stored, beside the same of float32's own."""
+    for stored in (torch.float32, torch.float16, torch.bfloat16):
+        nbytes = stored.itemsize * 2**20
+        weights = [random(1024, 1024).to(stored) for _ in range(max(1, COLD_BYTES // nbytes))]
+        layers = [ops.prepare_linear((weight, None), dtype=torch.float32) for weight in weights]
+        for rows in (1, 2, 4, 16, 64):
+            x = random(rows, 1024).float()
+
+            def call(x: torch.Tensor = x, used: list[PreparedLinear] = layers) -> None:
+                for layer in used:
+                    ops.linear(x, layer)
+
+            name = f"linear {rows} x 1024 -> 1024, float32 by {dtype_name(stored)}"
+            flops = 2.0 * rows * 2**20 * len(layers)
+            yield Case(name, call, nbytes * len(layers), flops)
+
+
 def free_cases() -> Iterator[Case]:
     """What promise P1 costs: torch's product, which chooses an algorithm by the number of rows, in
     its faster dtype."""
     dtype = ceilings.faster_dtype()
     for rows in (1, 32, 512, 2048):
         weights = [torch.randn(1024, 1024).to(dtype) for _ in range(max(1, COLD_BYTES // 2**21))]
-        x, used = torch.randn(rows, 1024).to(dtype), weights if rows <= 64 else weights[:1]
+        x = torch.randn(rows, 1024).to(dtype)
+        used = weights if rows <= 64 else weights[:1]
 
         def call(x: torch.Tensor = x, used: list[torch.Tensor] = used) -> None:
             for weight in used:
@@ -133,7 +153,10 @@ def expert_cases(ops: CpuOps) -> Iterator[Case]:
 
 
 def attention_cases(ops: CpuOps) -> Iterator[Case]:
-    heads, kv_heads, dim, block = 16, 4, 64, 16
+    heads = 16
+    kv_heads = 4
+    dim = 64
+    block = 16
     for sequences, new, length in ((1, 1, 2048), (32, 1, 512), (1, 2048, 2048), (8, 64, 512)):
         blocks = -(-length // block)
         nbytes = ops.kv_cache_bytes_per_block(block, kv_heads, dim, DTYPE)
@@ -141,7 +164,8 @@ def attention_cases(ops: CpuOps) -> Iterator[Case]:
         cache = ops.make_kv_cache(buffer, block, kv_heads, dim, DTYPE)
         tables = [list(range(s * blocks, (s + 1) * blocks)) for s in range(sequences)]
         step = StepInputs.build([[0] * new] * sequences, [length - new] * sequences, tables, block)
-        plan, q = ops.plan_attention(step, block), random(sequences * new, heads, dim)
+        plan = ops.plan_attention(step, block)
+        q = random(sequences * new, heads, dim)
         seen = sum(range(length - new + 1, length + 1)) * sequences
         name = f"attention {sequences} x {new} new of {length}"
         yield Case(
@@ -153,9 +177,11 @@ def attention_cases(ops: CpuOps) -> Iterator[Case]:
 
 
 def small_cases(ops: CpuOps) -> Iterator[Case]:
-    weight, router = random(1024), RouterConfig(32, 4, weight="renorm")
+    weight = random(1024)
+    router = RouterConfig(32, 4, weight="renorm")
     for rows in (1, 32, 2048):
-        x, y = random(rows, 1024), random(rows, 1024)
+        x = random(rows, 1024)
+        y = random(rows, 1024)
         yield Case(
             f"add_rms_norm {rows} x 1024",
             lambda x=x, y=y: ops.add_rms_norm(x, y, 1.0, weight, 1e-6),
@@ -166,11 +192,9 @@ def small_cases(ops: CpuOps) -> Iterator[Case]:
         yield Case(
             f"route {rows} x 32", lambda t=logits: ops.route(t, router), 4.0 * logits.numel(), 0
         )
-    rows, logits, uniform = (
-        range(32),
-        torch.randn(32, 49152),
-        torch.rand(32, dtype=torch.float64).tolist(),
-    )
+    rows = range(32)
+    logits = torch.randn(32, 49152)
+    uniform = torch.rand(32, dtype=torch.float64).tolist()
     for k in (1, 20):
         yield Case(
             f"log_softmax_top_k 32 x 49152, k {k}",
@@ -221,15 +245,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    bandwidth, peak = (
-        ceilings.bandwidth(args.threads)["anonymous_gbs"],
-        ceilings.matrix_peak(args.threads),
-    )
+    bandwidth = ceilings.bandwidth(args.threads)["anonymous_gbs"]
+    peak = ceilings.matrix_peak(args.threads)
     print(f"{args.threads} threads: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s")
     rows: list[dict[str, object]] = []
     for isa in _cpu.available() if args.isa == "all" else [args.isa]:
         ops = CpuOps(args.threads, isa)
-        cases = chain(linear_cases(ops), expert_cases(ops), attention_cases(ops), small_cases(ops))
+        cases = chain(
+            linear_cases(ops),
+            format_cases(ops),
+            expert_cases(ops),
+            attention_cases(ops),
+            small_cases(ops),
+        )
         show(rows, measure(cases, ops.name, bandwidth, peak, args.repeats))
     torch.set_num_threads(args.threads)
     show(rows, measure(free_cases(), "torch", bandwidth, peak, args.repeats))

@@ -22,7 +22,8 @@ from moebius.ops.cpu import CpuOps
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 
-CONTEXT, OUTPUT = 1000, 200
+CONTEXT = 1000
+OUTPUT = 200
 # How many greedy rows there are, and what the other row asks for.
 BATCHES: dict[str, tuple[int, dict[str, Any] | None]] = {
     "32 greedy": (32, None),

@@ -26,7 +26,8 @@ from moebius.ops.cpu import Recording
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import Request
 
-PROMPT, WARM_UP = 200, 5
+PROMPT = 200
+WARM_UP = 5
 
 
 class Kernels:
@@ -74,13 +75,16 @@ def measure(directory: Path, sequences: int, steps: int, threads: int) -> dict[s
         kernels = Kernels()
         kernels.wrap(Recording, "__call__")
         kernels.wrap(engine.runner.ops, "argmax")
-        whole, python = [], []
+        whole = []
+        python = []
         for _ in range(WARM_UP + steps):
-            kernels.seconds, start = 0.0, time.perf_counter()
+            kernels.seconds = 0.0
+            start = time.perf_counter()
             engine.step()
             whole.append(1000 * (time.perf_counter() - start))
             python.append(whole[-1] - 1000 * kernels.seconds)
-    step, outside = statistics.median(whole[WARM_UP:]), statistics.median(python[WARM_UP:])
+    step = statistics.median(whole[WARM_UP:])
+    outside = statistics.median(python[WARM_UP:])
     return {"sequences": sequences, "step_ms": step, "python_ms": outside, "share": outside / step}
 
 

@@ -67,7 +67,8 @@ class Watch:
     """A stream and /health/live, each on a thread: when events came, and how long answers took."""
 
     def __init__(self, port: int, model: str) -> None:
-        self._port, self._model = port, model
+        self._port = port
+        self._model = model
         self.events: list[float] = []
         self.slowest = 0.0
         self._stop = threading.Event()
@@ -188,13 +189,16 @@ def main() -> None:
             if worst is not NOTHING and given.only not in worst.name:
                 continue
             rounds = [measure(port, given.model, worst) for _ in range(given.rounds)]
-            pause, health, answer = (
-                round(statistics.median(values), 1) for values in zip(*rounds, strict=True)
-            )
-            kinds.append(
-                {"kind": worst.name, "bytes": len(worst.body), "pause": pause, "health": health}
-                | {"answer": answer}
-            )
+            medians = [round(statistics.median(column), 1) for column in zip(*rounds, strict=True)]
+            pause, health, answer = medians
+            kind = {
+                "kind": worst.name,
+                "bytes": len(worst.body),
+                "pause": pause,
+                "health": health,
+                "answer": answer,
+            }
+            kinds.append(kind)
             mark = " over" if max(pause, health) > GOAL_MS else ""
             print(
                 f"{worst.name:34} pause {pause:7.1f}  health {health:7.1f}  answer {answer:8.1f} "

@@ -115,7 +115,7 @@ void product_16(const void* const* x_rows, int m, const void* w, size_t ldw, int
     const int tiles = (m + ROWS - 1) / ROWS;
     constexpr int LINES = ROWS * sizeof(W) / sizeof(T);  // what a step reads of ROWS weight rows
     if (m == 1) one_by_one<T, W, 1>(x, weights, ldw, n, k, c, ldc);
-    else if (m == 2) one_by_one<T, W, 2>(x, weights, ldw, n, k, c, ldc);
+    else if (m == 2 && sizeof(T) == sizeof(W)) one_by_one<T, W, 2>(x, weights, ldw, n, k, c, ldc);
     else if (tiles == 1) blocks<T, W, LINES>(x, m, weights, ldw, n, k, then, c, ldc);
     else if (tiles <= 3) blocks<T, W, LINES / 2>(x, m, weights, ldw, n, k, then, c, ldc);
     else blocks<T, W, 1>(x, m, weights, ldw, n, k, then, c, ldc);

@@ -53,11 +53,28 @@ _NOT_CODE = {
 }
 
 
+_BRANCHES = (
+    ast.If,
+    ast.IfExp,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.ExceptHandler,
+    ast.match_case,
+    ast.comprehension,
+)
+
+
 class Function(NamedTuple):
-    """A function by its qualified name, and its lines from `def` to its end."""
+    """A function by its qualified name.
+
+    lines      from `def` to its end
+    branches   cyclomatic complexity: the ways that a branch opens, and one
+    """
 
     name: str
     lines: int
+    branches: int
 
 
 @dataclass(frozen=True)
@@ -118,8 +135,9 @@ class Source:
             match node:
                 case ast.Starred(value=ast.Tuple() | ast.List() | ast.Set()):
                     found.append(node.lineno)
-                case ast.keyword(arg=None, value=ast.Dict()):
-                    found.append(node.lineno)
+                case ast.keyword(arg=None, value=ast.Dict(keys=keys)):
+                    if all(isinstance(key, ast.Constant) for key in keys):
+                        found.append(node.lineno)
         return found
 
     def imports(self, modules: set[str]) -> set[str]:
@@ -158,6 +176,15 @@ def arrows(files: list[Source]) -> dict[str, set[str]]:
     return {file.module: file.imports(modules) for file in files}
 
 
+def in_order(files: list[Source]) -> list[Source]:
+    """Files so that each imports only those before it; by name where imports form a ring."""
+    graph = arrows(files)
+    if circle(graph):
+        return files
+    place = {module: i for i, module in enumerate(TopologicalSorter(graph).static_order())}
+    return sorted(files, key=lambda file: place[file.module])
+
+
 def circle(graph: dict[str, set[str]]) -> list[str]:
     """Modules that import one another in a ring, the first again at the end; empty without one."""
     try:
@@ -182,7 +209,8 @@ def _functions(node: ast.AST, inside: str) -> Iterator[Function]:
         name = f"{inside}{child.name}"
         if not isinstance(child, ast.ClassDef):
             assert child.end_lineno is not None
-            yield Function(name, child.end_lineno - child.lineno + 1)
+            branches = 1 + sum(isinstance(node, _BRANCHES) for node in ast.walk(child))
+            yield Function(name, child.end_lineno - child.lineno + 1, branches)
         yield from _functions(child, f"{name}.")
 
 
@@ -213,22 +241,21 @@ def _makes_several(value: ast.expr) -> bool:
 def report(files: list[Source]) -> str:
     """The measures, a line each."""
     path = core(files)
-    lengths = [function.lines for file in files for function in file.functions()]
-    tenths = quantiles(lengths, n=10)
     lines = sum(len(file.lines) for file in files)
     code = sum(file.code_lines for file in files)
     wide = sum(len(line) > MOST_COLUMNS for file in files for line in file.lines)
     longest_file = max(files, key=lambda file: len(file.lines))
-    longest = max(
-        ((function, file) for file in files for function in file.functions()),
-        key=lambda pair: pair[0].lines,
-    )
+    functions = [(function, file.name) for file in files for function in file.functions()]
+    longest, longest_in = max(functions, key=lambda pair: pair[0].lines)
+    forked, forked_in = max(functions, key=lambda pair: pair[0].branches)
+    tenths = quantiles([function.lines for function, _ in functions], n=10)
     rows = [
         ("core path", f"{sum(len(file.lines) for file in path)} lines of {MOST_CORE_LINES}"),
         ("package", f"{lines} lines, {code} of them code, in {len(files)} files"),
         ("longest file", f"{longest_file.name}, {len(longest_file.lines)} lines"),
         ("functions", f"{tenths[4]:.0f} lines at the median, {tenths[8]:.0f} at 90 %"),
-        ("longest function", f"{longest[1].name}: {longest[0].name}, {longest[0].lines} lines"),
+        ("longest function", f"{longest_in}: {longest.name}, {longest.lines} lines"),
+        ("most branches", f"{forked_in}: {forked.name}, {forked.branches}"),
         ("tokens a line", f"{sum(file.code_tokens for file in files) / code:.1f}"),
         (
             "comments",
@@ -239,7 +266,8 @@ def report(files: list[Source]) -> str:
         ("splats of displays", f"{sum(len(file.splats_of_displays()) for file in files)}"),
         ("circle of imports", " > ".join(circle(arrows(files))) or "none"),
         ("", ""),
-        *((f"  {file.name}", f"{len(file.lines)} lines") for file in path),
+        ("the core path, as it builds up", ""),
+        *((f"  {file.name}", f"{len(file.lines)} lines") for file in in_order(path)),
     ]
     return "\n".join(f"{what:<32} {figure}".rstrip() for what, figure in rows)
 

@@ -7,6 +7,10 @@ from typing import Any
 
 from claims.experiments import STEPS
 from claims.report import Result, Results, mean_violation
+from moebius.files import signed, write_file
+
+# What draws charts says so in them.
+_CHART = signed(b"Matplotlib")
 
 
 def draw(results: Results, path: Path) -> None:
@@ -24,7 +28,7 @@ def draw(results: Results, path: Path) -> None:
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    write_file(path, lambda to: figure.savefig(to, dpi=110), ours=_CHART)
 
 
 def _band(axis: Any, xs: Sequence[Any], columns: Sequence[Sequence[float]], label: str) -> None:
@@ -32,7 +36,8 @@ def _band(axis: Any, xs: Sequence[Any], columns: Sequence[Sequence[float]], labe
     (line,) = axis.plot(
         xs, [fmean(column) for column in columns], marker="o", markersize=3, label=label
     )
-    low, high = [min(column) for column in columns], [max(column) for column in columns]
+    low = [min(column) for column in columns]
+    high = [max(column) for column in columns]
     axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moebius.files import begins_with, make_directory, write_file
 from moebius.moe.config import FeedForwardConfig, TrainingRouting
 from moebius.ops.config import RouterConfig
 from moebius.train.recipe import Recipe
@@ -26,18 +27,16 @@ BYTES = 259  # entries of a vocabulary of bytes and the three special tokens
 SEEDS = (1, 2, 3)
 STEPS = 2500
 _CODE_BYTES = 4_000_000
+_OUR_CORPUS = begins_with(b'{"text": "')
 
 
 def write_corpus(folder: Path, root: Path | None = None) -> None:
-    """The standard library's modules, its help topics and texts, and its tables of encodings, as
-    code, docs, tables."""
+    """The standard library as code (modules), docs (topics, texts) and tables (encodings)."""
     library = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     for domain in DOMAINS:
-        partial = folder / f"{domain}.partial"
         lines = (json.dumps({"text": text}) for text in _texts(library, domain))
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.rename(folder / f"{domain}.jsonl")
+        write_file(folder / f"{domain}.jsonl", "\n".join(lines) + "\n", ours=_OUR_CORPUS)
 
 
 def _texts(library: Path, domain: str) -> Iterator[str]:

@@ -27,7 +27,9 @@ from moebius.train.trainer import Trainer
 
 CURVE_EVERY = 100
 CAPACITIES = (0.5, 0.75, 1.0, 1.25, 2.0)
-_PROBE_ROWS, _CURVE_ROWS, _FINAL_ROWS = 32, 48, 200
+_PROBE_ROWS = 32
+_CURVE_ROWS = 48
+_FINAL_ROWS = 200
 
 
 class PureBatches(Batches):
@@ -37,7 +39,8 @@ class PureBatches(Batches):
     parts = 4
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        order, size = super()._shuffled(epoch), self._rows // self.parts
+        order = super()._shuffled(epoch)
+        size = self._rows // self.parts
         groups = [
             rows
             for kind in np.unique(order[:, 0])
@@ -70,7 +73,8 @@ class Probe:
     """The same held-out rows looked at again and again: where they go, how large the logits are."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer, length = trainer, trainer.recipe.training.row_length
+        self._trainer = trainer
+        length = trainer.recipe.training.row_length
         stream = np.concatenate(
             [stream[: _PROBE_ROWS // 2 * length] for stream in trainer.data.heldout.values()]
         )
@@ -78,7 +82,8 @@ class Probe:
 
     @torch.no_grad()
     def look(self) -> list[Routing]:
-        decoder, batch = self._trainer.decoder, self._batch
+        decoder = self._trainer.decoder
+        batch = self._batch
         positions_T = torch.arange(batch.input_RL.shape[1]).repeat(len(batch.input_RL))
         with measuring(decoder):
             past = PackedPast(batch.input_RL.shape[1], batch.document_RL)
@@ -124,7 +129,8 @@ def train(name: str, run: Run, seed: int, folder: Path, steps: int) -> dict[str,
     probe = Probe(trainer) if run.experts else None
     curve: list[dict[str, float]] = []
     seen: list[torch.Tensor] = []
-    counts, spent = torch.zeros(1), 0.0
+    counts = torch.zeros(1)
+    spent = 0.0
     while trainer.done < steps:
         before = time.process_time()
         report = trainer.step()
@@ -185,10 +191,8 @@ def _sweep(trainer: Trainer) -> Iterator[tuple[float, float]]:
 @contextmanager
 def _limited(trainer: Trainer, factor: float) -> Iterator[None]:
     limits = TrainingRouting(dropless=False, capacity_factor=factor, eval_capacity_factor=factor)
-    before, drops = (
-        [router.limits for router in routers(trainer.decoder)],
-        trainer.decoder.ops.drops,
-    )
+    before = [router.limits for router in routers(trainer.decoder)]
+    drops = trainer.decoder.ops.drops
     trainer.decoder.ops.drops = True
     for router in routers(trainer.decoder):
         router.limits = limits

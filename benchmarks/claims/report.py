@@ -14,7 +14,9 @@ Result = dict[str, Any]
 Results = Mapping[str, Mapping[int, Result]]
 """By the run's name and seed."""
 
-CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "undecided"
+CONFIRMED = "confirmed"
+REFUTED = "refuted"
+OPEN = "undecided"
 
 
 class Verdict(NamedTuple):
@@ -94,7 +96,8 @@ def fewer_steps(results: Results) -> Verdict:
 
 
 def less_time(results: Results) -> Verdict:
-    steps, times = [], []
+    steps = []
+    times = []
     for (pair,) in together(results, "pair"):
         steps.append(steps_ratio(pair["curves"]["dense"], pair["curves"]["e8"]))
         cost = median(
@@ -122,7 +125,8 @@ def more_experts(results: Results) -> Verdict:
 
 
 def balance(results: Results) -> Verdict:
-    ratios, gains = [], []
+    ratios = []
+    gains = []
     for without, with_loss in together(results, "alpha0", "e8"):
         ratios.append(mean_violation(without) / mean_violation(with_loss))
         gains.append(without["at_capacity"]["1.25"] - with_loss["at_capacity"]["1.25"])
@@ -143,7 +147,8 @@ def collapse(results: Results) -> Verdict:
 
 
 def z_loss(results: Results) -> Verdict:
-    words, figures = [], []
+    words = []
+    figures = []
     for where, without, with_loss in (
         ("", "e8", "z0.001"),
         ("router init x 30: ", "stress-z0", "stress-z0.001"),
@@ -152,7 +157,8 @@ def z_loss(results: Results) -> Verdict:
         z = [a["z"] / b["z"] for a, b in pairs]
         logit = [a["largest_logit"] / b["largest_logit"] for a, b in pairs]
         losses = list(zip(*((a["loss"]["all"], b["loss"]["all"]) for a, b in pairs), strict=True))
-        worse, noise = fmean(losses[1]) - fmean(losses[0]), max(map(spread, losses))
+        worse = fmean(losses[1]) - fmean(losses[0])
+        noise = max(map(spread, losses))
         falls = min(*z, *logit) >= 2 and worse <= noise
         words.append(CONFIRMED if falls else REFUTED if worse > noise else OPEN)
         figures.append(
@@ -164,7 +170,8 @@ def z_loss(results: Results) -> Verdict:
 
 
 def loss_free(results: Results) -> Verdict:
-    good, figures = [], []
+    good = []
+    figures = []
     for score in ("softmax", "sigmoid"):
         best = False
         for rate in ("0.001", "0.01"):
@@ -184,7 +191,8 @@ def loss_free(results: Results) -> Verdict:
 
 
 def capacity(results: Results) -> Verdict:
-    falls, figures = [], []
+    falls = []
+    figures = []
     for (run,) in together(results, "e8"):
         losses = [*run["at_capacity"].values(), run["loss"]["all"]]
         falls.append(all(a >= b for a, b in pairwise(losses)))
@@ -197,7 +205,8 @@ def precision(results: Results) -> Verdict:
 
     logits = torch.full((11,), 128.0)
     logits[-1] = 128.5
-    wide, narrow = (torch.softmax(x, -1)[-1].item() for x in (logits, logits.bfloat16().float()))
+    wide = torch.softmax(logits, -1)[-1].item()
+    narrow = torch.softmax(logits.bfloat16().float(), -1)[-1].item()
     flips = [run["bfloat16_changed"] for (run,) in together(results, "e8")]
     word = CONFIRMED if (round(wide, 3), round(narrow, 3)) == (0.142, 0.091) else REFUTED
     return Verdict(
@@ -208,7 +217,8 @@ def precision(results: Results) -> Verdict:
 
 
 def global_balance(results: Results) -> Verdict:
-    variation, loss = [], []
+    variation = []
+    loss = []
     for local, whole in together(results, "local", "global"):
         variation.append(
             whole["routing"]["domain_variation"] - local["routing"]["domain_variation"]
@@ -221,7 +231,8 @@ def global_balance(results: Results) -> Verdict:
 
 
 def saturation(results: Results) -> Verdict:
-    rises, figures = [], []
+    rises = []
+    figures = []
     for (run,) in together(results, "e8"):
         found = run["saturation"]
         points = [found[int(part * (len(found) - 1))] for part in (0.0, 0.25, 0.5, 0.75)]

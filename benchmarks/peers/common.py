@@ -91,7 +91,7 @@ _paused = _pauses()
 
 
 def clock() -> float:
-    """Seconds, less those for which guard.py had this process stopped."""
+    """Seconds, less those for which pause.py had this process stopped."""
     return time.perf_counter() - _paused()
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guard import PauseClock
+from pause import PauseClock
 
 HERE = Path(__file__).resolve().parent
 OURS = "moebius"

@@ -26,14 +26,17 @@ from typing import Any
 
 from common import peers_folder
 from drivers import HERE, PEERS, Driver, DriverError, Setting
-from guard import Disturbance, wait_until_calm, watch
+from pause import Disturbance, wait_until_calm, watch
 from report import summarize, table
 from sizes import SIZES
 from workloads import NAMES, workload
 
-# Memory that a loaded engine is taken to need: so much of its weights, and so much beside them, in
-# GB.
-WEIGHTS_FACTOR, BESIDE_GB = 1.5, 2.5
+from moebius.errors import MoebiusError
+from moebius.files import check_target, json_record, json_text, write_file
+
+# Memory that a loaded engine is taken to need: so much of its weights, and so much beside them.
+WEIGHTS_FACTOR = 1.5
+BESIDE_GB = 2.5
 # Further draws of a repetition that was disturbed.
 RETRIES = 2
 # Draws of a retry are numbered from here, so that they never repeat another repetition's.
@@ -175,7 +178,8 @@ class Bench:
 
     def save(self) -> None:
         self.record["summary"] = summarize(self.record)
-        self.given.json.write_text(json.dumps(self.record, indent=1) + "\n")
+        text = json_text(self.record, indent=1) + "\n"
+        write_file(self.given.json, text, ours=json_record)
 
 
 def _row(
@@ -250,13 +254,17 @@ def main() -> None:
         "--patience",
         type=float,
         default=300,
-        help="seconds that a repetition may wait; 0: no guard",
+        help="seconds that a repetition may wait for others; 0: none",
     )
     parser.add_argument(
         "--json", type=Path, help="where the record goes (default: PEERS/results.json)"
     )
     given = parser.parse_args()
     given.json = given.json or peers_folder() / "results.json"
+    try:
+        check_target(given.json, json_record)
+    except MoebiusError as error:
+        sys.exit(f"run.py: {error}")
     # A terminated run ends its drivers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench = Bench(given)

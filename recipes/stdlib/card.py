@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +21,11 @@ import numpy as np
 import torch
 
 from moebius import LLM, SamplingParams
+from moebius.errors import ConfigError, MoebiusError
+from moebius.files import anyone, write_file
 from moebius.models.store.load import load_decoder
 from moebius.ops.reference import ReferenceOps
-from moebius.train.data import PreparedData, prepare
+from moebius.train.data import PreparedData, holds_run, prepare
 from moebius.train.export import model_card
 from moebius.train.recipe import Recipe, read_recipe
 
@@ -101,19 +104,15 @@ def with_ngrams(figures: dict[str, Any], data: PreparedData) -> dict[str, Any]:
 
 def beside_twin(out: Path, twin: Path) -> str:
     """A table of both runs' held-out bits per byte, as far as the shorter one went."""
-    mine, theirs = (_lines(folder / "training" / "metrics.jsonl") for folder in (out, twin))
-    speed, their_speed = (
-        median(line["tokens_per_second"] for line in lines.values()) for lines in (mine, theirs)
-    )
-    measured = [
-        step
-        for step in mine
-        if all("heldout_bits_per_byte" in lines.get(step, {}) for lines in (mine, theirs))
-    ]
-    rows = [
-        (step, *(lines[step]["heldout_bits_per_byte"]["all"] for lines in (mine, theirs)))
-        for step in measured
-    ]
+    mine = _lines(out / "training" / "metrics.jsonl")
+    theirs = _lines(twin / "training" / "metrics.jsonl")
+    speed = median(line["tokens_per_second"] for line in mine.values())
+    their_speed = median(line["tokens_per_second"] for line in theirs.values())
+    key = "heldout_bits_per_byte"
+    rows = []
+    for step in mine:
+        if key in mine[step] and key in theirs.get(step, {}):
+            rows.append((step, mine[step][key]["all"], theirs[step][key]["all"]))
     return "\n".join(
         [
             "Beside its dense twin, which has as many parameters as a token uses here and saw the same batches at the",
@@ -153,27 +152,40 @@ def card(recipe: Recipe, out: Path, data: PreparedData, twin: Path | None = None
     summary["figures"] = with_ngrams(summary["figures"], data)
     decoder = load_decoder(out, torch.bfloat16, ops=ReferenceOps())
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    part, chats = decoder.config.feed_forward[0], data.facts["sizes"]["train"]["chat"]["documents"]
-    more = {
-        "chats": chats,
-        "python": platform.python_version(),
-        "experts": part,
-        "sample_tokens": SAMPLE_TOKENS,
-    }
-    more |= {"samples": samples(out), "beside": "" if twin is None else beside_twin(out, twin)}
-    return model_card(template, decoder, recipe, data.facts, summary, **more)
+    return model_card(
+        template,
+        decoder,
+        recipe,
+        data.facts,
+        summary,
+        chats=data.facts["sizes"]["train"]["chat"]["documents"],
+        python=platform.python_version(),
+        experts=decoder.config.feed_forward[0],
+        sample_tokens=SAMPLE_TOKENS,
+        samples=samples(out),
+        beside="" if twin is None else beside_twin(out, twin),
+    )
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the bundled model's card.")
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument(
         "--twin", type=Path, metavar="TWIN", help="where its dense twin was trained"
     )
-    args = parser.parse_args()
+    given = parser.parse_args(arguments)
+    # The card of a directory that a run filled is the run's, which this one replaces.
+    if not holds_run(given.out / "training" / "data"):
+        raise ConfigError(f"{given.out} holds no training run; name the --out of one")
     recipe = read_recipe(Path(__file__).parents[1] / "bundled.toml")
     with tempfile.TemporaryDirectory() as folder:
-        data = prepare(recipe, Path(folder), tokenizer=args.out)
-        (args.out / "README.md").write_text(
-            card(recipe, args.out, data, args.twin), encoding="utf-8"
-        )
+        data = prepare(recipe, Path(folder), tokenizer=given.out)
+        text = card(recipe, given.out, data, given.twin)
+    write_file(given.out / "README.md", text, ours=anyone)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MoebiusError as error:
+        sys.exit(f"card.py: {error}")

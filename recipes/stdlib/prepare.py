@@ -12,18 +12,22 @@ import argparse
 import ast
 import hashlib
 import json
+import sys
 import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, MoebiusError
+from moebius.files import begins_with, check_target, make_directory, write_file
 from moebius.train.corpus import SPLITS, Document, is_held_out
 from moebius.train.tokenizer import IM_END, IM_START
 
 KINDS = ("library", "tests", "docs", "chat")
-HELDOUT_SHARE, CHATS, SEED = 0.045, 4000, 1
+HELDOUT_SHARE = 0.045
+CHATS = 4000
+SEED = 1
 
 Message = dict[str, str]
 _EXCLUDED_TOP = frozenset(
@@ -35,7 +39,10 @@ _EXCLUDED_FOLDERS = frozenset(
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _WINDOW = 5
 _MAX_SHARED_WINDOWS = 0.2
-_MIN_ANSWER, _MAX_ANSWER = 40, 1200
+_MIN_ANSWER = 40
+_MAX_ANSWER = 1200
+# How the files that this script writes begin.
+_OURS = begins_with(b'{"path": "')
 
 
 def read_library(heldout_share: float = HELDOUT_SHARE, root: Path | None = None) -> list[Document]:
@@ -176,26 +183,45 @@ def render_chat(messages: Iterable[Message]) -> str:
     return "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
 
 
+def check_folder(folder: Path) -> None:
+    """Say before the work what `write` would say after it: ConfigError or StorageError."""
+    make_directory(folder)
+    for kind in KINDS:
+        check_target(folder / f"{kind}.jsonl", _OURS)
+
+
 def write(documents: list[Document], folder: Path, chats: int = CHATS, seed: int = SEED) -> None:
-    """The documents, and conversations made from them, as one file of JSON lines a kind."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The documents, and conversations made from them, as one file of JSON lines a kind.
+
+    Raises ConfigError where a file of such a name is something else.
+    """
+    check_folder(folder)
     made = enumerate(conversations(documents, chats, seed))
     talks = [Document("train", "chat", f"chat/{i}", render_chat(chat)) for i, chat in made]
     for kind in KINDS:
-        with (folder / f"{kind}.jsonl").open("w", encoding="utf-8") as file:
-            for d in (*documents, *talks):
-                if d.kind == kind:
-                    file.write(
-                        json.dumps({"path": d.path, "split": d.split, "text": d.text}) + "\n"
-                    )
+        lines = [_line(document) for document in (*documents, *talks) if document.kind == kind]
+        write_file(folder / f"{kind}.jsonl", "".join(lines), ours=_OURS)
 
 
-if __name__ == "__main__":
+def _line(document: Document) -> str:
+    entry = {"path": document.path, "split": document.split, "text": document.text}
+    return json.dumps(entry) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Python's standard library as JSON lines to train on."
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("text"))
-    arguments = parser.parse_args()
+    out = parser.parse_args(arguments).out
+    check_folder(out)
     library = read_library()
-    write(library, arguments.out)
-    print(f"{len(library)} documents of Python's standard library in {arguments.out}")
+    write(library, out)
+    print(f"{len(library)} documents of Python's standard library in {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MoebiusError as error:
+        sys.exit(f"prepare.py: {error}")

@@ -1,5 +1,8 @@
-"""Files: how tables and JSON are read, and how anything is written: whole or not there, through
-links, and never over what somebody else put there."""
+"""Files: how tables and JSON are read, and how anything is written.
+
+What is written is there whole or not at all, through links, and never over what somebody else put
+there.
+"""
 
 import json
 import math
@@ -44,13 +47,11 @@ def begins_with(*beginnings: bytes) -> Ours:
 
 
 json_record: Ours = begins_with(b"{", b"[")
-"""For records of measurements, which scripts write again and again: what is no JSON is not one of
-them."""
+"""For records of measurements, which scripts write again and again: what is no JSON is none."""
 
 
 def signed(mark: bytes) -> Ours:
-    """Recognises our files by a mark near their beginning or end, where formats keep the name of
-    their maker."""
+    """Recognises our files by their maker's mark near beginning or end."""
 
     def ours(path: Path) -> bool:
         with path.open("rb") as file:
@@ -95,19 +96,16 @@ def check_target(path: Path, ours: Ours) -> None:
 
 
 def check_apart(**named: Path | None) -> None:
-    """ConfigError where two outputs, by their options' names, are one file: the later would be
-    written over the former.
+    """ConfigError where two outputs, by their options' names, are one file.
 
-    A device or a pipe takes both.
+    The later would be written over the former; a device or a pipe takes both.
     """
-    targets = {
-        f"--{name.replace('_', '-')}": _target(path)
-        for name, path in named.items()
-        if path is not None
-    }
-    files = {
-        option: path for option, path in targets.items() if not path.exists() or path.is_file()
-    }
+    files: dict[str, Path] = {}
+    for name, path in named.items():
+        if path is not None:
+            target = _target(path)
+            if not target.exists() or target.is_file():
+                files[f"--{name.replace('_', '-')}"] = target
     for (one, first), (other, second) in combinations(files.items(), 2):
         if first == second or (first.exists() and second.exists() and first.samefile(second)):
             raise ConfigError(f"{one} and {other} are one file, {second}; name two")
@@ -187,16 +185,20 @@ def package_table(name: str) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, without the byte order mark that Windows' editors put before it. Raises
-    OSError, or UnicodeDecodeError for what is no UTF-8."""
+    """A file's text, without the byte order mark that Windows' editors put before it.
+
+    Raises OSError, or UnicodeDecodeError for what is no UTF-8.
+    """
     return path.read_text(encoding="utf-8-sig")
 
 
 def read_json(
     path: Path, *, default: dict[str, Any] | None = None, error: type[UsageError] = ConfigError
 ) -> dict[str, Any]:
-    """The JSON object in a file; `default`, where given, if there is no file. Raises `error` naming
-    what is wrong."""
+    """The JSON object in a file; `default`, where given, if there is no file.
+
+    Raises `error` naming what is wrong.
+    """
     try:
         found = json.loads(read_text(path))
     except FileNotFoundError:
@@ -211,8 +213,7 @@ def read_json(
 
 
 def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """JSON that every parser reads. It has no infinity and no NaN: null stands for a number that is
-    either."""
+    """JSON that every parser reads: null stands for infinity and NaN, which it does not have."""
     try:
         return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
     except ValueError:
@@ -224,4 +225,6 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return value

@@ -1,5 +1,4 @@
-"""What this process may use: the memory and the processors that control groups (cgroups) and its
-own limits leave it.
+"""What this process may use of memory and processors.
 
 A container is a control group with limits. Two generations of them exist, v1 (a tree for each
 controller) and v2 (one tree), and both may be mounted at once. /proc/self/cgroup names the group
@@ -36,21 +35,21 @@ class Memory:
 
 
 def memory(root: Path = ROOT) -> Memory:
-    """The tightest of the machine's memory, of the limits of our groups and of those of this
-    process."""
+    """The tightest of the machine's memory, our groups' limits and this process's own."""
     bounds = (_machine_memory(root), *_group_memory(root), *_process_memory(root))
     return min(bounds, key=lambda bound: bound.available)
 
 
 def processors(root: Path = ROOT) -> float:
-    """Processors' worth of time that we get: those that we may run on (which a cpuset narrows), or
-    less by quota."""
+    """Processors' worth of time that we get.
+
+    Those that we may run on, which a cpuset narrows; less by quota.
+    """
     return min((float(_allowed_processors()), *_quotas(root)))
 
 
 def threads(root: Path = ROOT) -> int:
-    """How many threads can compute at once without being stopped for using up a quota; at least
-    1."""
+    """How many threads can compute at once without using up a quota; at least 1."""
     return max(1, int(processors(root)))
 
 
@@ -80,12 +79,13 @@ def _built_in() -> int:
 
 
 def _process_memory(root: Path) -> Iterator[Memory]:
-    """What `ulimit -v` and `ulimit -d` leave: the address space, and the part of it that is ours to
-    write."""
+    """What `ulimit -v` and `ulimit -d` leave of the address space, and of what is ours to write."""
     used = _table(root / "proc/self/status")
     for line in _text(root / "proc/self/limits").splitlines():
         for name, field in _ULIMITS.items():
-            soft = line.removeprefix(name).split(maxsplit=1)[0] if line.startswith(name) else ""
+            if not line.startswith(name):
+                continue
+            soft = line.removeprefix(name).split(maxsplit=1)[0]
             if soft.isdecimal():
                 limit = int(soft)
                 yield Memory(max(0, limit - 1024 * used.get(field, 0)), limit, "process")
@@ -96,9 +96,8 @@ def _group_memory(root: Path) -> Iterator[Memory]:
         stat = _table(group / "memory.stat")
         limits = [
             _number(group / "memory.max"),
-            _number(
-                group / "memory.high"
-            ),  # beyond it the kernel holds us up, rather than ending us
+            # Beyond it the kernel holds us up, rather than ending us.
+            _number(group / "memory.high"),
             _number(group / "memory.limit_in_bytes"),
             stat.get("hierarchical_memory_limit"),  # v1: of groups above what is mounted, too
         ]
@@ -109,8 +108,7 @@ def _group_memory(root: Path) -> Iterator[Memory]:
 
 
 def _reclaimable(stat: dict[str, int]) -> int:
-    """Bytes of a group's use that the kernel gives up first: files in the page cache that nobody
-    has mapped.
+    """Bytes of a group's use that the kernel gives up first: cached files that nobody has mapped.
 
     Mapped ones, such as the code of libraries, are in use. v1 counts groups below ours under names
     of their own.
@@ -125,17 +123,18 @@ def _quotas(root: Path) -> Iterator[float]:
     """Processors that each of our groups may use at once on average."""
     for group in _groups(root, "cpu"):
         words = _text(group / "cpu.max").split()
-        if len(words) == 2:
-            quota, period = words
-        else:
-            quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
-        if quota.isdecimal() and period.isdecimal() and int(quota) > 0 and int(period) > 0:
-            yield int(quota) / int(period)
+        if len(words) != 2:
+            words = [_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")]
+        if all(word.isdecimal() and int(word) > 0 for word in words):
+            quota, period = map(int, words)
+            yield quota / period
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The directories of our group and of all above it that can be seen, in the trees that may hold
-    the controller."""
+    """The directories of our group and of all above it that can be seen.
+
+    They are in the trees that may hold the controller.
+    """
     mounts = list(_mounts(root))
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -143,18 +142,33 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         unified = number == "0" and not controllers
         if unified or controller in controllers.split(","):
             trees = [tree for tree in mounts if tree.holds(None if unified else controller)]
-            inside = [(tree, below) for tree in trees if (below := tree.below(path)) is not None]
-            # Where no mount shows our group, a mount's top is the nearest to it that can be seen.
-            for tree, parts in inside or [(tree, ()) for tree in trees]:
+            for tree, names in _places(trees, path):
                 top = root / tree.point.relative_to("/")
-                for depth in range(len(parts), -1, -1):
-                    yield top.joinpath(*parts[:depth])
+                for depth in range(len(names), -1, -1):
+                    yield top.joinpath(*names[:depth])
+
+
+def _places(trees: list["_Mount"], path: str) -> list[tuple["_Mount", tuple[str, ...]]]:
+    """The trees that show a group, with the names that lead to it from their tops.
+
+    Where no tree shows it, the tops are the nearest to it that can be seen.
+    """
+    found = []
+    for tree in trees:
+        names = tree.below(path)
+        if names is not None:
+            found.append((tree, names))
+    return found or [(tree, ()) for tree in trees]
 
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A mounted tree of groups: the group at its top, where that lies, and v1's controllers (None:
-    v2)."""
+    """A mounted tree of groups.
+
+    top           the group at its top
+    point         where that is mounted
+    controllers   v1's; None for the one tree of v2
+    """
 
     top: PurePosixPath
     point: PurePosixPath
@@ -176,14 +190,18 @@ class _Mount:
 
 
 def _mounts(root: Path) -> Iterator[_Mount]:
-    """proc(5): id, parent, device, root, mount point, options, any number of tags, "-", type,
-    source, options."""
+    """The mounted trees, of proc(5)'s lines with these fields:
+
+    id, parent, device, root, mount point, options, any number of tags, "-", type, source, options.
+    """
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
-        where, what = before.split(" "), after.split(" ")
-        if len(where) >= 5 and len(what) >= 3 and what[0] in ("cgroup", "cgroup2"):
-            controllers = None if what[0] == "cgroup2" else frozenset(what[2].split(","))
-            yield _Mount(_unescaped(where[3]), _unescaped(where[4]), controllers)
+        place = before.split(" ")
+        kind, *more = after.split(" ")
+        if len(place) < 5 or len(more) < 2 or kind not in ("cgroup", "cgroup2"):
+            continue
+        controllers = None if kind == "cgroup2" else frozenset(more[1].split(","))
+        yield _Mount(_unescaped(place[3]), _unescaped(place[4]), controllers)
 
 
 def _unescaped(path: str) -> PurePosixPath:
@@ -193,14 +211,12 @@ def _unescaped(path: str) -> PurePosixPath:
 
 
 def _text(path: Path) -> str:
-    """A file's content, empty where it cannot be read: not every kernel and not every group has
-    every file."""
+    """A file's content, empty where it cannot be read: not every kernel has every file."""
     return "\n".join(_lines(path)).strip()
 
 
 def _lines(path: Path) -> list[str]:
-    """A file's lines as they are: names of groups are any bytes but a line break's and a
-    slash's."""
+    """A file's lines as they are: a group's name may hold any bytes but line breaks and slashes."""
     try:
         return os.fsdecode(path.read_bytes()).split("\n")
     except OSError:

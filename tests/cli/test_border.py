@@ -110,21 +110,42 @@ def test_foreign_errors_pass_the_border(
     )
 
 
+LONG = "x" * 300
+"""Longer than a file's name may be: whatever opens it fails inside Python itself."""
+
+
 @pytest.mark.parametrize(
-    "command", ["serve", "generate", "chat", "plan", "train", "inspect", "replay"]
+    "arguments",
+    [
+        ["serve", LONG],
+        ["generate", "hello", "--model", LONG],
+        ["chat", LONG],
+        ["plan", LONG],
+        ["inspect", LONG, "--text", LONG],
+        ["replay", LONG],
+    ],
+    ids=lambda arguments: arguments[0],
 )
-def test_no_command_lets_a_foreign_error_through(command: str, tmp_path: Path) -> None:
-    """A file with a name that no path may have makes each of them fail inside Python itself."""
-    path = "x" * 300  # longer than a file's name may be
-    options = {
-        "generate": ["hello", "--model", path],
-        "train": [path, "--out", str(tmp_path / "out")],
-        "inspect": [path, "--text", path],
-    }.get(command, [path])
-    done = python(command, *options)
+def test_no_command_lets_a_foreign_error_through(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moebius", *arguments])
+    with pytest.raises(SystemExit) as end:
+        command_line.main()
+    assert end.value.code in (1, 2)
+    is_one_line(capsys.readouterr().err)
+
+
+def test_nor_does_training(tmp_path: Path) -> None:
+    """In a process of its own, whose floating-point control it changes."""
+    done = python("train", LONG, "--out", str(tmp_path / "out"))
     assert done.returncode in (1, 2), done
-    assert "Traceback" not in done.stderr and done.stderr.count("moebius: ") == 1, done.stderr
-    assert done.stderr.count("\n") == 1
+    is_one_line(done.stderr)
+
+
+def is_one_line(told: str) -> None:
+    assert "Traceback" not in told and told.count("moebius: ") == 1, told
+    assert told.count("\n") == 1
 
 
 def test_a_traceback_on_request() -> None:

@@ -76,11 +76,20 @@ def test_plain_pytorch_does_not_pass_and_so_the_comparison_can_fail() -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILY))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+    ],
+    ids=["bfloat16", "float32", "float16 in place"],
+)
 def test_every_architecture_gives_one_answer(
-    model_type: str, dtype: torch.dtype, tmp_path: Path
+    model_type: str, dtype: torch.dtype, stored: torch.dtype, tmp_path: Path
 ) -> None:
-    save_tiny(tmp_path, model_type, max_position_embeddings=MAX_MODEL_LEN, vocab_size=300)
+    sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+    save_tiny(tmp_path, model_type, **sizes).to(stored).save_pretrained(tmp_path)
     decoders = [load_decoder(tmp_path, dtype, ops=ops) for ops in KERNELS.values()]
     rng = random.Random(model_type)
     asked = wishes(24, decoders[0].config.vocab_size, rng)

@@ -41,9 +41,10 @@ def rows(size: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def products(dtype: torch.dtype) -> dict[str, RowWise]:
+def products(dtype: torch.dtype, stored: torch.dtype | None = None) -> dict[str, RowWise]:
     """Linear layers and experts: sizes that no tile divides, and more weights than one thread takes
-    at once."""
+    at once. Matrices are stored as `stored`, None for dtype."""
+    stored = stored or dtype
     shapes = [
         ((131, 100), (33, 100)),
         ((70, 1000), (300, 1000)),
@@ -54,21 +55,22 @@ def products(dtype: torch.dtype) -> dict[str, RowWise]:
     for layers in shapes:
         x = rows(layers[0][1], dtype)
         weights = [
-            (torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)) for shape in layers
+            (torch.randn(shape).to(stored), torch.randn(shape[0]).to(dtype)) for shape in layers
         ]
         named[f"linear {layers}"] = lambda ops, at, x=x, w=weights: (
-            ops.linear(x[at], ops.prepare_linear(*w)),
+            ops.linear(x[at], ops.prepare_linear(*w, dtype=dtype)),
         )
         named[f"logits {layers}"] = lambda ops, at, x=x, w=weights: (
-            ops.logits(x[at], ops.prepare_linear(*w)),
+            ops.logits(x[at], ops.prepare_linear(*w, dtype=dtype)),
         )
     for count, k, width, hidden in ((8, 3, 100, 33), (2, 1, 48, 200), (1, 1, 300, 64)):
 
         def tensors(*shape: int, count: int = count) -> tuple[Tensor, ...]:
-            return tuple((torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for _ in range(count))
+            return tuple((torch.randn(shape) / shape[-1] ** 0.5).to(stored) for _ in range(count))
 
+        biases = tuple(bias.to(dtype) for bias in tensors(width))
         w = ExpertWeights(
-            tensors(width, hidden), tensors(width, hidden), tensors(hidden, width), tensors(width)
+            tensors(width, hidden), tensors(width, hidden), tensors(hidden, width), biases
         )
         x, share = rows(hidden, dtype), torch.rand(ROWS, k)
         ids = torch.stack([torch.randperm(count)[:k] for _ in range(ROWS)])
@@ -76,11 +78,11 @@ def products(dtype: torch.dtype) -> dict[str, RowWise]:
         def routed(
             ops: CpuOps, at: Tensor, w: Any = w, x: Any = x, share: Any = share, ids: Any = ids
         ) -> Any:
-            return (ops.experts(x[at], share[at], ids[at], ops.prepare_experts(w, "silu")),)
+            return (ops.experts(x[at], share[at], ids[at], ops.prepare_experts(w, "silu", dtype)),)
 
         def dense(ops: CpuOps, at: Tensor, w: Any = w, x: Any = x) -> Any:
             one = ExpertWeights(*(tensors[:1] for tensors in w))
-            return (ops.experts(x[at], None, None, ops.prepare_experts(one, "gelu")),)
+            return (ops.experts(x[at], None, None, ops.prepare_experts(one, "gelu", dtype)),)
 
         named[f"experts {count, k, width, hidden}"] = routed
         named[f"dense {width, hidden}"] = dense
@@ -163,7 +165,14 @@ def choices(dtype: torch.dtype) -> dict[str, RowWise]:
     return named
 
 
-@pytest.mark.parametrize("operations", [products, pointwise, choices], ids=lambda f: f.__name__)
+def float16_products(dtype: torch.dtype) -> dict[str, RowWise]:
+    """float16 weights, widened where they lie; bfloat16 does not hold them."""
+    return products(dtype, torch.float16) if dtype == torch.float32 else {}
+
+
+@pytest.mark.parametrize(
+    "operations", [products, float16_products, pointwise, choices], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
 def test_a_row_does_not_know_its_neighbours(isa: str, dtype: torch.dtype, operations: Any) -> None:

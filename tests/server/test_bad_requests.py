@@ -12,13 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moebius.server.protocol import (
-    HARMLESS,
-    UNSUPPORTED,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-)
+from moebius.server.fields import HARMLESS, UNSUPPORTED
+from moebius.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest
 from moebius.text import Tokenizer
 from server.serving import MODEL, Server, engine, run, serving
 

@@ -22,7 +22,7 @@ from moebius.errors import (
     OverloadError,
     RequestError,
 )
-from moebius.server.app import _Api
+from moebius.server.api import Api
 from moebius.text import ChatTemplate, Tokenizer
 from server.serving import TEMPLATE, Server, engine, events, run, serving, until
 from text.tiny_tokenizers import byte_level
@@ -121,10 +121,10 @@ def test_one_calls_fault_is_no_neighbours() -> None:
 def test_an_unforeseen_exception_is_a_500_with_an_id_and_logs_no_prompt(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(self: _Api, request: Any, asked: Any) -> Any:
+    def broken(self: Api, request: Any, asked: Any) -> Any:
         raise KeyError(asked.prompt[0])
 
-    monkeypatch.setattr(_Api, "generate", broken)
+    monkeypatch.setattr(Api, "generate", broken)
 
     async def check(server: Server) -> None:
         response = await server.post(COMPLETIONS, body())
@@ -275,7 +275,8 @@ def test_nothing_is_built_once_requests_come(monkeypatch: pytest.MonkeyPatch) ->
 
     async def check(server: Server) -> None:
         monkeypatch.setattr(
-            "moebius.text.guard._Aliased", lambda *_: pytest.fail("built while others wait")
+            "moebius.text.special_tokens._Aliased",
+            lambda *_: pytest.fail("built while others wait"),
         )
         await server.chat(messages=[{"role": "user", "content": "a <|im_end|> b"}], max_tokens=1)
 

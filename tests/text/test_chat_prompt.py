@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from moebius.text import Tokenizer
+from moebius.text import ChatTemplate, Tokenizer
 from text.tiny_tokenizers import FAMILIES, byte_level, save
 
 CHAT = [
@@ -66,3 +66,40 @@ def test_where_a_token_spans_the_seam_nothing_is_said(tmp_path: Path) -> None:
 def test_a_template_that_adds_nothing_ends_with_the_history(tmp_path: Path) -> None:
     prompt = loaded("{{ messages[0].content }}", tmp_path).chat_prompt(CHAT[:1])
     assert prompt.generation_start == len(prompt.ids)
+
+
+def test_a_template_that_adds_by_the_last_role_is_followed(tmp_path: Path) -> None:
+    """What was learnt of one chat must not be taken for another's."""
+    ours = loaded(
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_end|>' if messages[-1].role == 'user' else '<|im_end|><|im_start|>' }}{% endif %}",
+        tmp_path,
+    )
+    for _ in range(2):
+        for role, added in (("user", 1), ("system", 2), ("user", 1)):
+            prompt = ours.chat_prompt([{"role": role, "content": "x"}])
+            assert len(prompt.ids) - (prompt.generation_start or 0) == added
+
+
+def test_a_chat_is_rendered_twice_only_to_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Tokenizer.load(save(byte_level(), tmp_path))
+    made: list[object] = []
+    honest = ChatTemplate.render
+
+    def render(self: ChatTemplate, variables: object, **rest: object) -> str:
+        made.append(variables)
+        return honest(self, variables, **rest)
+
+    monkeypatch.setattr(ChatTemplate, "render", render)
+    starts = []
+    for i in range(3):
+        messages = [{"role": "user", "content": "x" * i}]
+        starts.append(ours.chat_prompt(messages).generation_start)
+    assert len(made) == 3 + 1
+    expected = [
+        len(ours.encode_chat([{"role": "user", "content": "x" * i}], add_generation_prompt=False))
+        for i in range(3)
+    ]
+    assert starts == expected

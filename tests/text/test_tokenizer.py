@@ -189,7 +189,7 @@ def test_private_use_characters_survive_and_forge_nothing(loaded):
 
 def test_guarded_text_goes_through_in_windows(loaded, monkeypatch):
     """A special token across the border of two windows, at their ends, and inside words."""
-    monkeypatch.setattr("moebius.text.guard._WINDOW", 7)
+    monkeypatch.setattr("moebius.text.special_tokens._WINDOW", 7)
     ours = loaded["byte_level"]
     special = ours.encode("<|im_start|>", False)[0]
     for shift in range(30):

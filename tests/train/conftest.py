@@ -48,7 +48,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It as the recipes read it."""
     folder = tmp_path_factory.mktemp("text")
-    write(read_library(0.2, library), folder, chats=40)
+    write(read_library(0.05, library), folder, chats=40)
     return folder
 
 

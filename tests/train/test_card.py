@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from moebius import LLM, SamplingParams
+from moebius.errors import ConfigError
 from moebius.train.data import PreparedData
 from moebius.train.export import export, measure
 from moebius.train.recipe import Recipe
 from moebius.train.trainer import Trainer
+from stdlib import card as script
 from stdlib.card import NGrams, beside_twin, card
 
 
@@ -103,3 +105,11 @@ def test_the_twin_stands_beside_it_as_far_as_it_went(tmp_path: Path) -> None:
     text = beside_twin(tmp_path / "out", tmp_path / "twin")
     assert text.endswith("| 500 | 1.750 | **1.500** |\n| 1,000 | **1.500** | 1.750 |")
     assert "1,000 steps of it" in text and "1,000 and 1,500 tokens/s" in text
+
+
+def test_a_directory_without_a_run_keeps_its_readme(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("of something else")
+    with pytest.raises(ConfigError, match="holds no training run"):
+        script.main([str(tmp_path)])
+    assert readme.read_text() == "of something else"

@@ -160,6 +160,8 @@ def test_a_run_from_corpus_to_report(
     import moe_claims
 
     monkeypatch.setattr(measure, "CURVE_EVERY", 2)
+    for rows in ("_PROBE_ROWS", "_CURVE_ROWS", "_FINAL_ROWS"):
+        monkeypatch.setattr(measure, rows, 8)
     for name in ("dense", "e8", "alpha0"):
         moe_claims.one(name, 1, work, 4, tmp_path)
     found = report.read(tmp_path)

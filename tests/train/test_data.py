@@ -28,7 +28,7 @@ END, START = 0, 1
 
 
 def test_streams_are_the_documents_with_ends_between(data: PreparedData, library: Path) -> None:
-    documents = read_library(0.2, library)
+    documents = read_library(0.05, library)
     for split in ("train", "heldout"):
         stream = getattr(data, split)["library"].tolist()
         pieces: list[list[int]] = [[]]

@@ -4,6 +4,7 @@ held out."""
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from moebius.errors import ConfigError
 from moebius.train.corpus import Corpus, Document
 from moebius.train.tables import CorpusRecipe
+from stdlib import prepare as script
 from stdlib.prepare import read_library, write
 
 CODE = "def function_{n}(argument):\n    return argument + some_name_{n}\n\n\n"
@@ -109,3 +111,20 @@ def test_help_topics_are_plain_text(root: Path) -> None:
 def test_a_python_without_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"0 usable documents.*\.py sources"):
         read_library(0.05, tmp_path)
+
+
+def test_files_of_others_are_left_alone_and_said_before_the_work(tmp_path: Path) -> None:
+    notes = tmp_path / "docs.jsonl"
+    notes.write_text("a year of notes")
+    with pytest.raises(ConfigError, match=r"docs\.jsonl holds something else"):
+        script.main(["--out", str(tmp_path)])
+    assert notes.read_text() == "a year of notes"
+    assert list(tmp_path.iterdir()) == [notes]
+
+
+def test_its_own_files_are_written_anew(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        write([Document("train", "docs", "topics/if", text)], tmp_path)
+        found = json.loads((tmp_path / "docs.jsonl").read_text())
+        assert found == {"path": "topics/if", "split": "train", "text": text}
+    assert (tmp_path / "chat.jsonl").read_text() == ""

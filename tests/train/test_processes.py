@@ -42,7 +42,7 @@ def _flushed() -> Iterator[None]:
 def text(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
     """The small standard library as files, and a recipe over them."""
     folder = tmp_path_factory.mktemp("files")
-    corpus = f'[corpus.files]\ncode = "{library}"\n[corpus]\nheldout_share = 0.2\n'
+    corpus = f'[corpus.files]\ncode = "{library}"\n[corpus]\nheldout_share = 0.05\n'
     lines = RUN[RUN.index("[tokenizer]") :]
     (folder / "tiny.toml").write_text(f'name = "tiny"\n{corpus}{lines}')
     return folder
@@ -152,7 +152,7 @@ def test_ranks_that_cannot_share_evenly() -> None:
         ),
         (("code = ", "other = 3\ncode = "), "corpus.files.other is 3; it must be a valid string"),
         (
-            ("heldout_share = 0.2", "heldout_share = 0.000001"),
+            ("heldout_share = 0.05", "heldout_share = 0.000001"),
             "the corpus holds no held-out text; raise",
         ),
         (

@@ -163,7 +163,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
 
     def poison(step: int, report: object) -> None:
         if step == 8:
-            trainer.masters.copies["layers.1.mlp.experts.gate_proj.2"].data[0, 0] = float("nan")
+            for name, weight in trainer.masters.copies.items():
+                if name.startswith("layers.1.mlp.experts.gate_proj."):
+                    weight.data[0, 0] = float("nan")
 
     with pytest.raises(
         NumericalError,

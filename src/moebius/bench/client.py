@@ -1,5 +1,4 @@
-"""Load on an OpenAI-compatible server: requests sent when they are due, answers streamed, every
-outcome recorded."""
+"""Load on an OpenAI-compatible server: requests sent when due, every outcome recorded."""
 
 import asyncio
 import json
@@ -12,13 +11,16 @@ import httpx
 
 from moebius.bench.metrics import Record
 from moebius.bench.workload import Sample
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to ask and how. `body` goes into every request beside its prompt; timeout is of
-    silence, in seconds."""
+    """Where to ask and how.
+
+    body      goes into every request beside its prompt
+    timeout   seconds of silence after which a request has failed
+    """
 
     base_url: str
     endpoint: str
@@ -28,14 +30,14 @@ class Target:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        require(
-            self.endpoint.endswith("/completions"),
-            f"--endpoint is {self.endpoint!r}; use /v1/completions or /v1/chat/completions",
-        )
-        require(
-            self.base_url.startswith(("http://", "https://")),
-            f"--base-url is {self.base_url!r}; it must begin with http:// or https://",
-        )
+        if not self.endpoint.endswith("/completions"):
+            raise ConfigError(
+                f"--endpoint is {self.endpoint!r}; use /v1/completions or /v1/chat/completions"
+            )
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--base-url is {self.base_url!r}; it must begin with http:// or https://"
+            )
 
     @property
     def root(self) -> str:
@@ -51,8 +53,14 @@ class Target:
             asked: dict[str, Any] = {"messages": [{"role": "user", "content": sample.prompt}]}
         else:
             asked = {"prompt": sample.prompt}
-        asked |= {"model": self.model, "max_tokens": sample.output_tokens, "stream": True}
-        return asked | {"stream_options": {"include_usage": True}} | dict(self.body)
+        return {
+            **asked,
+            "model": self.model,
+            "max_tokens": sample.output_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.body,
+        }
 
     def session(self) -> httpx.AsyncClient:
         headers = {"Accept-Encoding": "identity"}
@@ -65,8 +73,10 @@ class Target:
 
 
 async def served_models(target: Target) -> list[str]:
-    """What the server lists at /v1/models; [] if it lists nothing. ConfigError if nobody answers,
-    or not to us."""
+    """What the server lists at /v1/models; [] if it lists nothing.
+
+    Raises ConfigError if nobody answers, or not to us.
+    """
     try:
         async with target.session() as http:
             response = await http.get(f"{target.root}/v1/models")
@@ -86,28 +96,32 @@ async def served_models(target: Target) -> list[str]:
 
 
 def introduce(target: Target) -> Target:
-    """The target, its model's name filled in where none was given. ConfigError where the server
-    will not do."""
+    """The target, its model's name filled in where none was given.
+
+    Raises ConfigError where the server will not do.
+    """
     listed = asyncio.run(served_models(target))
-    require(
-        bool(target.model or listed),
-        f"the server at {target.root} does not list its models; name one with --model",
-    )
-    return replace(target, model=target.model or listed[0])
+    if target.model:
+        return target
+    if not listed:
+        raise ConfigError(
+            f"the server at {target.root} does not list its models; name one with --model"
+        )
+    return replace(target, model=listed[0])
 
 
 async def warm_up(target: Target, samples: Sequence[Sample]) -> None:
-    """Send samples one after the other. ConfigError with the server's own reason where one
-    fails."""
+    """Send samples one after the other.
+
+    Raises ConfigError with the server's own reason where one fails.
+    """
     records, _ = await run_load(target, samples, [0.0] * len(samples), max_concurrency=1)
     for record in records:
         if record.error:
             listed = await served_models(target)
-            others = (
-                ""
-                if target.model in listed or not listed
-                else f"; the server lists {', '.join(listed)}"
-            )
+            others = ""
+            if listed and target.model not in listed:
+                others = f"; the server lists {', '.join(listed)}"
             raise ConfigError(f"the first request failed: {record.error}{others}")
 
 
@@ -119,11 +133,10 @@ async def run_load(
     max_concurrency: int | None = None,
     on_done: Callable[[Record], None] = lambda record: None,
 ) -> tuple[list[Record], float]:
-    """Send samples[i] due[i] seconds after the start, at most `max_concurrency` at a time;
-    (records, seconds).
+    """Send samples[i] due[i] seconds after the start, at most `max_concurrency` at a time.
 
-    A request that waits for others to end is timed from when it is sent. Records come in the order
-    of the samples.
+    Returns the records, in the order of the samples, and the run's seconds. A request that waits
+    for others to end is timed from when it is sent.
     """
     gate = asyncio.Semaphore(max_concurrency or len(samples) or 1)
     async with target.session() as http:
@@ -136,7 +149,7 @@ async def run_load(
             on_done(record)
             return record
 
-        records = await asyncio.gather(*(one(*pair) for pair in zip(samples, due, strict=True)))
+        records = await asyncio.gather(*map(one, samples, due))
         return records, perf_counter() - begin
 
 
@@ -161,24 +174,32 @@ async def ask(http: httpx.AsyncClient, target: Target, sample: Sample, begin: fl
 
 
 def read_stream(record: Record, parts: Sequence[tuple[float, bytes]]) -> None:
-    """Fill a record from server-sent events: bytes with the seconds after which they came; they may
-    end anywhere.
+    """Fill a record from server-sent events: bytes, and the seconds after which they came.
 
-    Without a usage report every arrival of text counts as one token.
+    They may be cut anywhere. Without a usage report every arrival of text counts as one token.
     """
-    rest, ended = b"", False
+    rest = b""
+    ended = False
     for now, part in parts:
         *lines, rest = (rest + part).split(b"\n")
-        for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
-            try:
-                ended = data == b"[DONE]" or _event(record, json.loads(data), now) or ended
-            except (ValueError, LookupError, TypeError, AttributeError):
-                record.error = (
-                    record.error or f"the stream holds what is no chunk of an answer: {data[:80]!r}"
-                )
+        for line in lines:
+            if line.startswith(b"data:"):
+                ended = _data(record, line.removeprefix(b"data:").strip(), now) or ended
     if not ended:
         record.error = record.error or "the stream ended before the answer did"
     record.output_tokens = record.output_tokens or len(record.arrivals)
+
+
+def _data(record: Record, data: bytes, now: float) -> bool:
+    """Note what one event's data say; whether they end the answer."""
+    if data == b"[DONE]":
+        return True
+    try:
+        return _event(record, json.loads(data), now)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        what = f"the stream holds what is no chunk of an answer: {data[:80]!r}"
+        record.error = record.error or what
+        return False
 
 
 def _event(record: Record, event: Mapping[str, Any], now: float) -> bool:

@@ -1,5 +1,6 @@
-"""What a run's requests say together: latencies and their percentiles, throughput, goodput. Names
-and keys are vLLM's.
+"""What a run's requests say together: latencies and their percentiles, throughput, goodput.
+
+Names and keys are vLLM's.
 
 TTFT   time to first token          ITL    time between two arrivals of text
 E2EL   time to the last token       TPOT   (E2EL - TTFT) / (output tokens - 1)
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moebius.errors import require
+from moebius.errors import ConfigError
 
 METRICS = {
     "ttft": "Time to First Token",
@@ -45,8 +46,7 @@ class Record:
 
     @property
     def ttft(self) -> float:
-        """An answer of special tokens alone shows no text; its end is the first that is seen of
-        it."""
+        """An answer of special tokens alone shows no text: the first seen of it is its end."""
         return self.arrivals[0] if self.arrivals else self.e2el
 
     @property
@@ -56,24 +56,24 @@ class Record:
     @property
     def tpot(self) -> float | None:
         """None where there is no second token."""
-        return (
-            (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
-        )
+        if self.output_tokens < 2:
+            return None
+        return (self.e2el - self.ttft) / (self.output_tokens - 1)
 
 
 def parse_goodput(specs: Iterable[str]) -> dict[str, float]:
-    """['ttft:500', 'tpot:50'] -> limits in milliseconds. ConfigError says what is wrong with a
-    spec."""
+    """['ttft:500', 'tpot:50'] -> limits in milliseconds.
+
+    Raises ConfigError saying what is wrong with a spec.
+    """
     limits: dict[str, float] = {}
-    known = ", ".join(_GOODPUT)
     for spec in specs:
         name, _, limit = spec.partition(":")
-        good = name in _GOODPUT and re.fullmatch(r"\d+(\.\d*)?", limit) is not None
-        require(
-            good,
-            f"--goodput {spec!r} is no limit; write METRIC:MILLISECONDS with one of {known}, such "
-            "as ttft:500",
-        )
+        if name not in _GOODPUT or not re.fullmatch(r"\d+(\.\d*)?", limit):
+            raise ConfigError(
+                f"--goodput {spec!r} is no limit; write METRIC:MILLISECONDS with one of "
+                f"{', '.join(_GOODPUT)}, such as ttft:500"
+            )
         limits[name] = float(limit)
     return limits
 
@@ -84,24 +84,26 @@ def parse_percentiles(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = [-1.0]
-    good = all(0 <= p <= 100 for p in found)
-    require(good, f"--metric-percentiles is {text!r}; give numbers from 0 to 100, such as 50,90,99")
+    if not all(0 <= p <= 100 for p in found):
+        raise ConfigError(
+            f"--metric-percentiles is {text!r}; give numbers from 0 to 100, such as 50,90,99"
+        )
     return found
 
 
 def parse_metrics(text: str) -> list[str]:
     """'ttft,itl' -> ['ttft', 'itl']."""
     found = text.split(",")
-    require(
-        set(found) <= set(METRICS),
-        f"--percentile-metrics is {text!r}; name some of {','.join(METRICS)}",
-    )
+    if not set(found) <= set(METRICS):
+        raise ConfigError(f"--percentile-metrics is {text!r}; name some of {','.join(METRICS)}")
     return found
 
 
 def is_good(record: Record, limits: Mapping[str, float]) -> bool:
-    """Whether a request that succeeded kept every limit (milliseconds); one token alone keeps any
-    limit on TPOT."""
+    """Whether a request that succeeded kept every limit, in milliseconds.
+
+    One token alone keeps any limit on TPOT.
+    """
     values = {"ttft": record.ttft, "tpot": record.tpot or 0.0, "e2el": record.e2el}
     return all(1000 * values[name] <= limit for name, limit in limits.items())
 
@@ -109,8 +111,10 @@ def is_good(record: Record, limits: Mapping[str, float]) -> bool:
 def statistics(
     seconds: Sequence[float], name: str, percentiles: Iterable[float]
 ) -> dict[str, float | None]:
-    """mean, median, std (of the population) and linearly interpolated percentiles, in ms; None
-    where there are none."""
+    """mean, median, std (of the population) and linearly interpolated percentiles, in ms.
+
+    None where there are no values.
+    """
     figures: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
     figures |= {f"p{p:g}": partial(np.percentile, q=p) for p in percentiles}
     values = np.asarray(seconds) * 1000
@@ -132,8 +136,10 @@ def latencies(records: Iterable[Record]) -> dict[str, list[float]]:
 
 
 def tokens_by_second(records: Iterable[Record]) -> list[float]:
-    """Output tokens in each second of the run; a request's tokens are spread evenly over its
-    arrivals."""
+    """Output tokens in each second of the run.
+
+    A request's tokens are spread evenly over its arrivals.
+    """
     seconds: defaultdict[int, float] = defaultdict(float)
     for record in records:
         for at in record.arrivals:
@@ -142,12 +148,17 @@ def tokens_by_second(records: Iterable[Record]) -> list[float]:
 
 
 def in_flight(records: Iterable[Record]) -> list[tuple[float, int]]:
-    """(second, requests in flight from then on) at each start and end; an end comes before a start
-    at its moment."""
-    ends = sorted(
-        (at, step) for r in records for at, step in ((r.start, 1), (r.start + r.e2el, -1))
-    )
-    return list(zip((at for at, _ in ends), accumulate(step for _, step in ends), strict=True))
+    """(second, requests in flight from then on) at each start and end, in order.
+
+    An end comes before a start at its moment.
+    """
+    changes = []
+    for record in records:
+        changes.append((record.start, 1))
+        changes.append((record.start + record.e2el, -1))
+    changes.sort()
+    counts = accumulate(step for _, step in changes)
+    return [(at, count) for (at, _), count in zip(changes, counts, strict=True)]
 
 
 def summarise(
@@ -157,10 +168,13 @@ def summarise(
     percentiles: Sequence[float] = (50, 99),
     goodput: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """All figures of a run of `duration` seconds. Failed requests count as failed, under their
-    reason, and no more."""
+    """All figures of a run of `duration` seconds.
+
+    Failed requests count as failed, under their reason, and no more.
+    """
     done = [record for record in records if not record.error]
-    inputs, outputs = sum(r.input_tokens for r in done), sum(r.output_tokens for r in done)
+    inputs = sum(record.input_tokens for record in done)
+    outputs = sum(record.output_tokens for record in done)
     result: dict[str, Any] = {
         "duration": duration,
         "completed": len(done),

@@ -14,8 +14,7 @@ from moebius.schedule.params import SamplingParams
 def timed(
     llm: LLM, samples: Sequence[Sample], *, n: int = 1, progress: bool | None = None
 ) -> dict[str, Any]:
-    """From handing over all prompts at once to the last token: what vLLM's benchmark writes of one
-    run.
+    """From all prompts at once to the last token: what vLLM's benchmark writes of one run.
 
     Every answer has exactly the tokens asked for; temperature 1, so that random weights do not
     repeat themselves.
@@ -29,10 +28,8 @@ def timed(
     start = perf_counter()
     outputs = llm.generate([sample.prompt for sample in samples], params, progress=progress)
     seconds = perf_counter() - start
-    inputs, answers = (
-        sum(o.prompt_tokens for o in outputs),
-        sum(o.completion_tokens for o in outputs),
-    )
+    inputs = sum(output.prompt_tokens for output in outputs)
+    answers = sum(output.completion_tokens for output in outputs)
     return {
         "elapsed_time": seconds,
         "num_requests": len(samples),

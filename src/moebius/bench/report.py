@@ -8,7 +8,7 @@ from typing import Any
 
 import moebius
 from moebius.bench.metrics import METRICS, Record, in_flight, latencies, tokens_by_second
-from moebius.errors import require
+from moebius.errors import ConfigError
 from moebius.files import begins_with, check_apart, check_target, json_text, signed, write_file
 
 _WIDTH = 50
@@ -35,8 +35,8 @@ _SERVING = {
 
 def check_outputs(output_json: Path | None, plot: Path | None = None) -> None:
     """Refuse before the run what could not be written after it: ConfigError or StorageError."""
-    good = plot is None or plot.suffix in _PLOTS
-    require(good, f"--plot {plot}: the name must end in {', '.join(_PLOTS)}")
+    if plot is not None and plot.suffix not in _PLOTS:
+        raise ConfigError(f"--plot {plot}: the name must end in {', '.join(_PLOTS)}")
     check_apart(output_json=output_json, plot=plot)
     if output_json is not None:
         check_target(output_json, _OUR_FIGURES)
@@ -45,12 +45,15 @@ def check_outputs(output_json: Path | None, plot: Path | None = None) -> None:
 
 
 def save_json(path: Path | None, result: Mapping[str, Any]) -> None:
-    """One line a key, so that the figures can be read beside long lists; the first says who wrote
-    it."""
-    if path is not None:
-        named = {_MAKER: moebius.__version__, **result}
-        lines = (f"  {json_text(key)}: {json_text(value)}" for key, value in named.items())
-        write_file(path, "{\n" + ",\n".join(lines) + "\n}\n", ours=_OUR_FIGURES)
+    """One line a key, so that figures can be read beside long lists; the first says who wrote it.
+
+    Nothing is written where `path` is None.
+    """
+    if path is None:
+        return
+    named = {_MAKER: moebius.__version__, **result}
+    lines = (f"  {json_text(key)}: {json_text(value)}" for key, value in named.items())
+    write_file(path, "{\n" + ",\n".join(lines) + "\n}\n", ours=_OUR_FIGURES)
 
 
 def serving_report(
@@ -61,13 +64,11 @@ def serving_report(
     lines += [
         _line(label, result[key]) for key, label in _SERVING.items() if result.get(key) is not None
     ]
+    labels = {"Mean": "mean", "Median": "median"}
+    labels |= {f"P{p:g}": f"p{p:g}" for p in percentiles}
     for name in metrics:
         lines.append(f"{METRICS[name]:-^{_WIDTH}}")
-        for label, key in (
-            ("Mean", "mean"),
-            ("Median", "median"),
-            *((f"P{p:g}", f"p{p:g}") for p in percentiles),
-        ):
+        for label, key in labels.items():
             lines.append(_line(f"{label} {name.upper()} (ms):", result[f"{key}_{name}_ms"]))
     lines.append("=" * _WIDTH)
     lines += [f"{count} failed: {reason}" for reason, count in result["failures"].items()]
@@ -75,7 +76,9 @@ def serving_report(
 
 
 def _line(label: str, value: float | None) -> str:
-    shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    shown = "-" if value is None else str(value)
+    if isinstance(value, float):
+        shown = f"{value:.2f}"
     return f"{label:<39} {shown:>10}"
 
 
@@ -113,15 +116,15 @@ def log_scale(axis: Any) -> None:
 def plot_serving(
     path: Path, title: str, records: Sequence[Record], limits: Mapping[str, float]
 ) -> None:
-    """Shares of requests by latency, goodput's limits as dotted lines, and what went on over
-    time."""
+    """Shares of requests by latency, and what went on over time.
+
+    Goodput's limits are dotted lines.
+    """
     good = [record for record in records if not record.error]
     with chart(path, title, 2, 2) as (whole, between, tokens, flying):
         for name, seconds in latencies(good).items():
-            axis, color = (
-                whole if name in ("ttft", "e2el") else between,
-                "C0" if name in ("ttft", "itl") else "C1",
-            )
+            axis = whole if name in ("ttft", "e2el") else between
+            color = "C0" if name in ("ttft", "itl") else "C1"
             if seconds:
                 axis.ecdf([1000 * value for value in seconds], color=color, label=name.upper())
             if name in limits:
@@ -133,8 +136,8 @@ def plot_serving(
         tokens.stairs(tokens_by_second(good), fill=True, alpha=0.7)
         tokens.set(xlabel="s", ylabel="output tokens/s", ylim=(0, None))
         moments = in_flight(good)
-        flying.step(
-            [at for at, _ in moments], [count for _, count in moments], where="post", color="C2"
-        )
+        starts = [at for at, _ in moments]
+        counts = [count for _, count in moments]
+        flying.step(starts, counts, where="post", color="C2")
         flying.set(xlabel="s", ylabel="requests in flight", ylim=(0, None))
         flying.yaxis.get_major_locator().set_params(integer=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.files import read_text
 from moebius.text import Tokenizer
 
@@ -34,8 +34,10 @@ class Sample:
 
 
 def require_positive(**options: int) -> None:
+    """ConfigError naming the first of these options that is less than 1."""
     for name, value in options.items():
-        require(value >= 1, f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +61,15 @@ class Dataset:
     range_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            self.name in ("random", "jsonl"),
-            f"--dataset-name is {self.name!r}; use random or jsonl",
-        )
-        together = (self.name == "jsonl") == (self.path is not None)
-        require(together, "--dataset-name jsonl and --dataset-path FILE go together")
-        require(
-            0 <= self.range_ratio < 1,
-            f"--random-range-ratio is {self.range_ratio}; it must lie in [0, 1)",
-        )
-        require_positive(
-            input_len=self.input_len, output_len=1 if self.output_len is None else self.output_len
-        )
+        if self.name not in ("random", "jsonl"):
+            raise ConfigError(f"--dataset-name is {self.name!r}; use random or jsonl")
+        if (self.name == "jsonl") != (self.path is not None):
+            raise ConfigError("--dataset-name jsonl and --dataset-path FILE go together")
+        if not 0 <= self.range_ratio < 1:
+            raise ConfigError(f"--random-range-ratio is {self.range_ratio}; it must lie in [0, 1)")
+        require_positive(input_len=self.input_len)
+        if self.output_len is not None:
+            require_positive(output_len=self.output_len)
 
     def samples(
         self, count: int, seed: int = 0, tokenizer: Tokenizer | None = None
@@ -83,32 +81,26 @@ class Dataset:
         line.
         """
         require_positive(num_prompts=count)
-        return (
-            self._random(count, seed, tokenizer)
-            if self.path is None
-            else self._read(self.path, count, tokenizer)
-        )
+        if self.path is None:
+            return self._random(count, seed, tokenizer)
+        return self._read(self.path, count, tokenizer)
 
     def _random(self, count: int, seed: int, tokenizer: Tokenizer | None) -> list[Sample]:
         rng = np.random.default_rng(seed)
-        ids = (
-            None
-            if tokenizer is None
-            else [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
-        )
+        ids: list[int] = []
+        if tokenizer is not None:
+            ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
         words = np.array(ids or _WORDS.split())
 
         def lengths(mean: int) -> list[int]:
-            low, high = (
-                max(1, math.floor(mean * (1 - self.range_ratio))),
-                math.ceil(mean * (1 + self.range_ratio)),
-            )
+            low = max(1, math.floor(mean * (1 - self.range_ratio)))
+            high = math.ceil(mean * (1 + self.range_ratio))
             return list(rng.integers(low, high, count, endpoint=True).tolist())
 
+        prompts = lengths(self.input_len)
+        answers = lengths(self.output_len or 128)
         samples = []
-        for inputs, outputs in zip(
-            lengths(self.input_len), lengths(self.output_len or 128), strict=True
-        ):
+        for inputs, outputs in zip(prompts, answers, strict=True):
             drawn = rng.choice(words, inputs).tolist()
             samples.append(Sample(tuple(drawn) if ids else " ".join(drawn), inputs, outputs))
         return samples
@@ -116,47 +108,42 @@ class Dataset:
     def _read(self, path: Path, count: int, tokenizer: Tokenizer | None) -> list[Sample]:
         try:
             text = read_text(path)
-            array = text.lstrip().startswith("[")
-            entries = (
-                json.loads(text)
-                if array
-                else [json.loads(line) for line in text.split("\n") if line]
-            )
+            if text.lstrip().startswith("["):
+                entries = json.loads(text)
+            else:
+                entries = [json.loads(line) for line in text.split("\n") if line]
         except OSError as error:
             raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"--dataset-path {path} does not hold one JSON object a line: {error}"
             ) from error
-        require(bool(entries), f"--dataset-path {path} is empty")
-        numbered = enumerate(entries[:count], 1)
+        if not entries:
+            raise ConfigError(f"--dataset-path {path} is empty")
         return [
             _sample(entry, f"{path}, entry {i}", self.output_len, tokenizer)
-            for i, entry in numbered
+            for i, entry in enumerate(entries[:count], 1)
         ]
 
 
 def _sample(line: Any, where: str, output_len: int | None, tokenizer: Tokenizer | None) -> Sample:
     entry = line if isinstance(line, dict) else {}
-    prompt, wanted = entry.get("prompt"), output_len or entry.get("output_tokens")
+    prompt = entry.get("prompt")
+    wanted = output_len or entry.get("output_tokens")
     turns = entry.get("conversations")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns[:2]):
         prompt = turns[0].get("value")
         if wanted is None and len(turns) > 1 and tokenizer is not None:
             wanted = len(tokenizer.encode(str(turns[1].get("value"))))
-    require(
-        isinstance(prompt, str) and prompt != "",
-        f"{where}: no `prompt` text and no `conversations`",
-    )
-    require(
-        isinstance(wanted, int) and wanted >= 1,
-        f"{where}: how many tokens to answer with is not said; give it output_tokens, or the "
-        "command an output length",
-    )
-    assert isinstance(prompt, str) and isinstance(wanted, int)
-    return Sample(
-        prompt, len(tokenizer.encode(prompt)) if tokenizer else len(prompt.split()), wanted
-    )
+    if not isinstance(prompt, str) or not prompt:
+        raise ConfigError(f"{where}: no `prompt` text and no `conversations`")
+    if not isinstance(wanted, int) or wanted < 1:
+        raise ConfigError(
+            f"{where}: how many tokens to answer with is not said; give it output_tokens, or the "
+            "command an output length"
+        )
+    length = len(tokenizer.encode(prompt)) if tokenizer else len(prompt.split())
+    return Sample(prompt, length, wanted)
 
 
 def arrival_times(count: int, rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
@@ -167,14 +154,17 @@ def arrival_times(count: int, rate: float, burstiness: float = 1.0, seed: int = 
     infinite rate: all at once.
     """
     require_positive(num_prompts=count)
-    require(
-        rate > 0,
-        f"--request-rate is {rate}; it must be a positive number of requests a second, or inf",
-    )
-    require(
-        0 < burstiness < math.inf, f"--burstiness is {burstiness}; it must be a positive number"
-    )
+    if not rate > 0:
+        raise ConfigError(
+            f"--request-rate is {rate}; it must be a positive number of requests a second, or inf"
+        )
+    if not 0 < burstiness < math.inf:
+        raise ConfigError(f"--burstiness is {burstiness}; it must be a positive number")
+    at_once = [0.0] * count
     if math.isinf(rate):
-        return [0.0] * count
-    times = np.cumsum(np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), count))
-    return list((times * (count / rate / times[-1])).tolist()) if times[-1] > 0 else [0.0] * count
+        return at_once
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.gamma(burstiness, 1 / (rate * burstiness), count))
+    if times[-1] == 0:
+        return at_once
+    return list((times * (count / rate / times[-1])).tolist())

@@ -1,5 +1,4 @@
-"""The border of the command line: whatever ends a command reaches the terminal as one line and an
-exit code."""
+"""The command line's border: whatever ends a command becomes one line and an exit code."""
 
 import asyncio
 import os

@@ -25,7 +25,7 @@ app.add_typer(bench)
 
 
 @app.command()
-@o.takes_config(InspectConfig, *InspectConfig.__dataclass_fields__)
+@o.options_of("config", InspectConfig)
 def inspect(
     config: InspectConfig,
     model: o.Model,
@@ -55,12 +55,18 @@ def inspect(
     from moebius.models.hub import resolve_model
 
     documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
-    directory, other = resolve_model(model), None if against is None else resolve_model(against)
-    names = {"name": model, "against_name": against}
     found = write_report(
-        directory, documents, out, config, against=other, progress=o.progress_bar, **names
+        resolve_model(model),
+        documents,
+        out,
+        config,
+        name=model,
+        against=None if against is None else resolve_model(against),
+        against_name=against,
+        progress=o.progress_bar,
     )
-    console, colors = Console(), {"good": "green", "fair": "yellow", "poor": "red", "note": "blue"}
+    console = Console()
+    colors = {"good": "green", "fair": "yellow", "poor": "red", "note": "blue"}
     for finding in found["verdict"]:
         console.print(Text("● ", colors[finding["state"]]).append(finding["text"], "default"))
     console.print(Text(f"{out / 'report.html'} and report.json hold the details"))

@@ -1,5 +1,4 @@
-"""moebius generate: completions in the terminal, or a batch file answered offline; moebius chat: a
-conversation."""
+"""moebius generate: completions, or a batch file answered offline; moebius chat: a conversation."""
 
 import asyncio
 import sys
@@ -10,10 +9,10 @@ import typer
 
 from moebius.cli import options as o
 from moebius.engine.config import EngineConfig
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 
 
-@o.takes_engine_config(*o.SIZES, "threads", "trace")
+@o.options_of("config", EngineConfig, *o.SIZES, "threads", "trace")
 def generate(
     config: EngineConfig,
     prompts: Annotated[
@@ -54,7 +53,8 @@ def generate(
             raise ConfigError("--batch FILE answers a file: give it --output FILE and no prompts")
         _batch(model, config, batch, output)
         return
-    require(output is None, "--output goes with --batch; the text of prompts is printed to stdout")
+    if output is not None:
+        raise ConfigError("--output goes with --batch; the text of prompts is printed to stdout")
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {name: value for name, value in given.items() if value is not None}
     _print(
@@ -92,9 +92,8 @@ def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
     from moebius.files import check_apart
     from moebius.server.batch import open_results, read_batch
 
-    check_apart(
-        batch=batch, output=output, trace=None if config.trace is None else Path(config.trace)
-    )
+    trace = None if config.trace is None else Path(config.trace)
+    check_apart(batch=batch, output=output, trace=trace)
     calls = read_batch(batch)
     with open_results(output, batch, calls) as (out, left):
         if len(left) < len(calls):
@@ -120,21 +119,17 @@ async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) 
     engine = load_engine(directory, config, eos_ids=defaults.eos_ids, prefix_key=key)
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     # A batch was written for some model's name; here there is but one model.
-    names = tuple(
-        dict.fromkeys(
-            [model, *(str(call.body["model"]) for call in calls if call.body.get("model"))]
-        )
-    )
+    asked = [str(call.body["model"]) for call in calls if call.body.get("model")]
+    names = tuple(dict.fromkeys([model, *asked]))
     settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)
     app = create_app(client, tokenizer, defaults, settings, prefix_key=key)
+    concurrency = 2 * config.max_num_seqs
     async with app.router.lifespan_context(app):
         with o.progress_bar("calls", len(calls)) as advance:
-            return await run_batch(
-                app, calls, out, concurrency=2 * config.max_num_seqs, on_result=advance
-            )
+            return await run_batch(app, calls, out, concurrency=concurrency, on_result=advance)
 
 
-@o.takes_engine_config("dtype", "max_model_len", "threads", max_num_seqs=1)
+@o.options_of("config", EngineConfig, "dtype", "max_model_len", "threads", max_num_seqs=1)
 def chat(
     config: EngineConfig,
     model: o.Model = "bundled",
@@ -145,8 +140,7 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answers.")] = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer; Ctrl-D or an empty /quit leaves; /new starts
-    over."""
+    """Talk to a model. Ctrl-C stops an answer; Ctrl-D or /quit leaves; /new starts over."""
     from moebius.llm import LLM
 
     llm = LLM.from_config(model, config)

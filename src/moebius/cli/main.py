@@ -1,12 +1,13 @@
-"""The `moebius` command. Whatever it imports, it imports where an interruption already ends it in
-order."""
+"""The `moebius` command. It imports all else where an interruption already ends it in order."""
 
 import sys
 
 
 def main() -> None:
-    """Run a command. Whatever ends it early is one line on stderr: exit code 2 for what was asked
-    for wrongly."""
+    """Run a command.
+
+    Whatever ends it early is one line on stderr; the exit code is 2 for what was asked wrongly.
+    """
     try:
         _run()
     except SystemExit:
@@ -30,22 +31,19 @@ def _run() -> None:
 
 
 def script() -> None:
-    """`main`, and out: with torch loaded, Python's dismantling of its modules takes most of a
-    second."""
+    """`main`, and out: with torch loaded, taking down Python's modules takes most of a second."""
     import atexit
     import gc
     import os
     import threading
 
-    gc.set_threshold(
-        100_000
-    )  # walking torch's million objects again and again, while they are made, takes half of one
+    # Walking torch's million objects again and again, while they are made, takes half a second.
+    gc.set_threshold(100_000)
     try:
         main()
     except SystemExit as end:
-        if not isinstance(end.code, int | None) or not all(
-            thread.daemon for thread in threading.enumerate()[1:]
-        ):
+        others = threading.enumerate()[1:]
+        if not isinstance(end.code, int | None) or not all(each.daemon for each in others):
             raise
         atexit._run_exitfuncs()
         os._exit(end.code or 0)

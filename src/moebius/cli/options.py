@@ -1,17 +1,15 @@
-"""What several commands share: options, of which the engine's are the fields of EngineConfig, and a
-progress bar."""
+"""What several commands share: options that are the fields of a record, and a progress bar."""
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial, wraps
+from dataclasses import fields, replace
+from functools import wraps
+from types import GenericAlias
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-
-from moebius.engine.config import EngineConfig
 
 _MODEL_HELP = "A directory in the Hugging Face layout, a hub id, or 'bundled'."
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
@@ -26,46 +24,59 @@ SIZES = (
     "block_size",
     "kv_cache_memory_bytes",
 )
-"""What the memory plan depends on."""
-ALL = (*SIZES, *(name for name in EngineConfig.__dataclass_fields__ if name not in SIZES))
+"""The fields of EngineConfig that the memory plan depends on."""
+
+Command = Callable[..., None]
 
 
-def takes_config(
-    record: type[Any], *names: str, **defaults: Any
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command: these fields of a configuration become its options and arrive as one
-    argument, `config`.
+def options_of(
+    parameter: str, record: type[Any], *names: str, **defaults: Any
+) -> Callable[[Command], Command]:
+    """Decorates a command: a record's fields become its options, and arrive as one argument.
 
-    `defaults` are values that differ from the record's own, for options and for other fields.
+        @options_of("config", EngineConfig, "dtype", "threads", max_num_seqs=1)
+        def chat(config: EngineConfig, model: Model) -> None: ...
+
+    has --dtype and --threads where `config` stood. A field is annotated with its help text,
+    `Annotated[int, "Most sequences."]`, or with a whole typer.Option. Without `names` all fields
+    are options. `defaults` differ from the record's own, for options and for other fields. Typer
+    reads what to ask for from the signature, so the decorated command's is rewritten.
     """
     base = record(**defaults)
     hints = get_type_hints(record, include_extras=True)
+    chosen = names or tuple(field.name for field in fields(record))
 
-    def option(name: str) -> inspect.Parameter:
-        kind, text = get_args(hints[name])
-        # The record itself says in one line which words a field may have.
-        shown: Any = str if get_origin(kind) is Literal else kind
-        shown = list[get_args(kind)[0]] if get_origin(kind) is Sequence else shown  # type: ignore[misc]
-        annotation = Annotated[shown, typer.Option(help=text)]
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=getattr(base, name), annotation=annotation
-        )
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**given: Any) -> None:
-            config = replace(base, **{name: given.pop(name) for name in names})
-            command(config=config, **given)
+            values = {name: given.pop(name) for name in chosen}
+            command(**given, **{parameter: replace(base, **values)})
 
         signature = inspect.signature(command, eval_str=True)
-        own = [parameter for name, parameter in signature.parameters.items() if name != "config"]
-        run.__signature__ = signature.replace(parameters=[*own, *map(option, names)])  # type: ignore[attr-defined]
+        parameters = [each for each in signature.parameters.values() if each.name != parameter]
+        for name in chosen:
+            option = inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(base, name),
+                annotation=_annotation(hints[name]),
+            )
+            parameters.append(option)
+        vars(run)["__signature__"] = signature.replace(parameters=parameters)
         return run
 
     return decorate
 
 
-takes_engine_config = partial(takes_config, EngineConfig)
+def _annotation(hint: Any) -> Any:
+    """A field's annotation as typer wants a parameter's."""
+    kind, described = get_args(hint)
+    option = typer.Option(help=described) if isinstance(described, str) else described
+    if get_origin(kind) is Literal:
+        kind = str  # the record itself says in one line which words a field may have
+    elif get_origin(kind) is Sequence:
+        kind = GenericAlias(list, get_args(kind))
+    return Annotated[kind, option]
 
 
 @contextmanager

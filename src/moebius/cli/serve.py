@@ -1,103 +1,112 @@
-"""moebius serve MODEL: the OpenAI-compatible server; moebius plan MODEL: what a model takes,
-without loading it."""
+"""moebius serve MODEL: the OpenAI-compatible server; moebius plan MODEL: what a model takes."""
 
 import gc
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from socket import socket
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moebius.cli import options as o
 from moebius.engine.config import EngineConfig
-from moebius.errors import require
+from moebius.errors import ConfigError
 from moebius.files import json_text
-from moebius.server.settings import ServerSettings, host_and_port
+from moebius.server.settings import ServerSettings, UnknownFields, host_and_port
+
+if TYPE_CHECKING:
+    from moebius.engine.load import Prepared
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-@o.takes_engine_config(*o.ALL)
-def serve(
-    config: EngineConfig,
-    model: o.Model = "bundled",
-    host: Annotated[
-        str, typer.Option(help="Address to bind; any but a loopback one needs --api-key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to bind; 0 takes a free one.")] = 8000,
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What `moebius serve` takes beside the engine's options."""
+
+    host: Annotated[str, "Address to bind; any but a loopback one needs --api-key."] = "127.0.0.1"
+    port: Annotated[int, "Port to bind; 0 takes a free one."] = 8000
     api_key: Annotated[
         list[str] | None,
         typer.Option(
             envvar="MOEBIUS_API_KEY", help="A key that clients must send; may be repeated."
         ),
-    ] = None,
+    ] = None
     metrics_api_key: Annotated[
         str | None,
         typer.Option(
             envvar="MOEBIUS_METRICS_API_KEY", help="The key that opens /metrics, and nothing else."
         ),
-    ] = None,
+    ] = None
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name(s) of the model in the API; default: MODEL.")
-    ] = None,
+        list[str] | None, "Name(s) of the model in the API; default: MODEL."
+    ] = None
     generation_config: Annotated[
-        str,
-        typer.Option(help="auto: sampling defaults from generation_config.json; none: OpenAI's."),
-    ] = "auto",
-    vllm_metric_names: Annotated[
-        bool, typer.Option(help="Export vLLM's metric names beside our own.")
-    ] = True,
+        str, "auto: sampling defaults from generation_config.json; none: OpenAI's."
+    ] = "auto"
+    vllm_metric_names: Annotated[bool, "Export vLLM's metric names beside our own."] = True
     unknown_fields: Annotated[
-        str,
-        typer.Option(
-            help="refuse: a request with a field that nobody knows fails; warn: it is ignored and "
-            "logged."
-        ),
-    ] = "refuse",
-    request_timeout: Annotated[
-        float, typer.Option(help="Seconds after which a request is given up.")
-    ] = 3600.0,
-    drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that running requests get to finish at SIGTERM.")
-    ] = 30.0,
+        UnknownFields,
+        "refuse: a request with a field that nobody knows fails; warn: it is ignored and logged.",
+    ] = "refuse"
+    request_timeout: Annotated[float, "Seconds after which a request is given up."] = 3600.0
+    drain_timeout: Annotated[float, "Seconds that running requests get to finish at SIGTERM."] = (
+        30.0
+    )
     keep_alive_timeout: Annotated[
-        int, typer.Option(help="Seconds that a connection may rest between two requests.")
-    ] = 75,
-    max_connections: Annotated[int, typer.Option(help="Most connections at once.")] = 2048,
+        int, "Seconds that a connection may rest between two requests."
+    ] = 75
+    max_connections: Annotated[int, "Most connections at once."] = 2048
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Web pages from this origin may call the server; may be repeated; *: from any."
-        ),
-    ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-) -> None:
+        "Web pages from this origin may call the server; may be repeated; *: from any.",
+    ] = None
+    log_level: Annotated[str, "debug, info, warning or error."] = "info"
+
+    def __post_init__(self) -> None:
+        if self.generation_config not in ("auto", "none"):
+            raise ConfigError(
+                f"--generation-config is {self.generation_config!r}; use auto or none"
+            )
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(
+                f"--log-level is {self.log_level!r}; use one of {', '.join(LOG_LEVELS)}"
+            )
+
+    def settings(self, model: str) -> ServerSettings:
+        """What the server takes of them. Raises ConfigError."""
+        return ServerSettings(
+            served_model_names=tuple(self.served_model_name or (model,)),
+            api_keys=tuple(self.api_key or ()),
+            metrics_api_key=self.metrics_api_key,
+            vllm_metric_names=self.vllm_metric_names,
+            unknown_fields=self.unknown_fields,
+            request_timeout=self.request_timeout,
+            drain_timeout=self.drain_timeout,
+            keep_alive_timeout=self.keep_alive_timeout,
+            max_connections=self.max_connections,
+            cors_origins=tuple(self.cors_origin or ()),
+        )
+
+
+# The options that the memory plan depends on come first.
+_OTHERS = (field.name for field in fields(EngineConfig) if field.name not in o.SIZES)
+
+
+@o.options_of("config", EngineConfig, *o.SIZES, *_OTHERS)
+@o.options_of("options", ServeOptions)
+def serve(config: EngineConfig, options: ServeOptions, model: o.Model = "bundled") -> None:
     """Serve a model over OpenAI's API."""
-    require(
-        generation_config in ("auto", "none"),
-        f"--generation-config is {generation_config!r}; use auto or none",
-    )
-    levels = ("debug", "info", "warning", "error")
-    require(log_level in levels, f"--log-level is {log_level!r}; use one of {', '.join(levels)}")
-    settings = ServerSettings(
-        served_model_names=tuple(served_model_name or (model,)),
-        api_keys=tuple(api_key or ()),
-        metrics_api_key=metrics_api_key,
-        vllm_metric_names=vllm_metric_names,
-        unknown_fields=unknown_fields,  # type: ignore[arg-type]  # checked there
-        request_timeout=request_timeout,
-        drain_timeout=drain_timeout,
-        keep_alive_timeout=keep_alive_timeout,
-        max_connections=max_connections,
-        cors_origins=tuple(cors_origin or ()),
-    )
+    settings = options.settings(model)
     logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     from moebius.server.listen import reserve
 
-    with reserve(host, port, api_keys=settings.api_keys) as sockets:
-        _serve_on(sockets, model, config, settings, host, defaults=generation_config == "auto")
+    defaults = options.generation_config == "auto"
+    with reserve(options.host, options.port, api_keys=settings.api_keys) as sockets:
+        _serve_on(sockets, model, config, settings, options.host, defaults=defaults)
 
 
 def _serve_on(
@@ -109,8 +118,10 @@ def _serve_on(
     *,
     defaults: bool,
 ) -> None:
-    """Everything that can be refused is refused before the weights are read; the port opens when
-    tokens can flow."""
+    """Refuse what can be refused, read the weights, and serve.
+
+    Whatever is wrong is said before the weights are read; the port opens when tokens can flow.
+    """
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import load_engine, prepare
     from moebius.front.choices import draw_prefix_key
@@ -131,22 +142,20 @@ def _serve_on(
     )
     if not defaults:
         generation = replace(generation, sampling={})
-    shown = (
-        ", ".join(f"{name} {value}" for name, value in generation.sampling.items()) or "OpenAI's"
-    )
+    sampling = [f"{name} {value}" for name, value in generation.sampling.items()]
     invariant = "on" if prepared.batch_invariant else "off"
     say(f"batch invariant: {invariant} ({prepared.ops.name} kernels)")
-    say(f"sampling defaults: {shown}")
+    say("sampling defaults: " + (", ".join(sampling) or "OpenAI's"))
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     app = create_app(client, tokenizer, generation, settings, prefix_key=key)
     address = host_and_port(host, sockets[0].getsockname()[1])
     line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
-    # or a collection, while requests wait, walks all that was loaded: a tenth of a second
+    # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
     gc.freeze()
     run_server(app, sockets, on_start=lambda: say(line))
 
 
-@o.takes_engine_config(*o.SIZES)
+@o.options_of("config", EngineConfig, *o.SIZES)
 def plan(
     config: EngineConfig,
     model: o.Model = "bundled",
@@ -165,39 +174,41 @@ def plan(
 
     prepared = prepare(resolve_model(model), config)
     if as_json:
-        record = asdict(prepared.plan) | {
-            "kv_cache": prepared.plan.kv_cache,
-            "kv_tokens": prepared.plan.kv_tokens,
-        }
-        if tensors:
-            record["tensors"] = [
-                {
-                    "name": row.name,
-                    "bytes": row.nbytes,
-                    "mapped": row.mapped,
-                    "format": row.format,
-                }
-                for row in prepared.weights
-            ]
-        typer.echo(json_text(record, indent=2))
+        typer.echo(json_text(_plan_record(prepared, tensors=tensors), indent=2))
         return
     if tensors:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("tensor", "bytes", "", "", box=None, pad_edge=False)
-        for row in prepared.weights:
-            held = "mapped" if row.mapped else "copied"
-            table.add_row(row.name, f"{row.nbytes:,}", held, row.format)
-        Console().print(table)
+        _print_tensors(prepared)
     typer.echo(_plan_text(model, prepared.rows()))
+
+
+def _plan_record(prepared: "Prepared", *, tensors: bool) -> dict[str, Any]:
+    plan = prepared.plan
+    record = asdict(plan) | {"kv_cache": plan.kv_cache, "kv_tokens": plan.kv_tokens}
+    if tensors:
+        record["tensors"] = [
+            {"name": row.name, "bytes": row.nbytes, "mapped": row.mapped, "format": row.format}
+            for row in prepared.weights
+        ]
+    return record
+
+
+def _print_tensors(prepared: "Prepared") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tensor", "bytes", "", "", box=None, pad_edge=False)
+    for row in prepared.weights:
+        held = "mapped" if row.mapped else "copied"
+        table.add_row(row.name, f"{row.nbytes:,}", held, row.format)
+    Console().print(table)
 
 
 def _plan_text(model: str, rows: list[tuple[str, str, str]]) -> str:
     """A line a row: what, how much, remark. None is folded, for it may go to a log."""
     table = [("", model, ""), *rows]
-    first, second = (max(len(row[column]) for row in table) for column in (0, 1))
+    widest = max(len(what) for what, _, _ in table)
+    largest = max(len(size) for _, size, _ in table)
     lines = (
-        f"{what:<{first}}  {size:>{second}}  {remark}".rstrip() for what, size, remark in table
+        f"{what:<{widest}}  {size:>{largest}}  {remark}".rstrip() for what, size, remark in table
     )
     return "\n".join(lines)

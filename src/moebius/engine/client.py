@@ -4,6 +4,9 @@ Across this boundary go token ids, sampling parameters, cache salt and deadline 
 `EngineRequest`); back come token ids and log-probabilities (`StepOutput`). Prompts and answers
 cross it as token ids, never as text. Every record can go to another process as a frame
 (engine/wire.py). Nothing here imports torch.
+
+A grammar will cross as its text: it is compiled in `text/`, a package below both sides, and matched
+in the engine's process, where the logits are.
 """
 
 from collections.abc import Callable

@@ -60,8 +60,10 @@ class ExpertCounts:
 
     def read(self) -> ExpertLoads:
         """The figures of the steps since the older mark."""
-        now, since = self._mark(), self._marks[0]
-        pairs, sums = now.pairs - since.pairs, now.sums - since.sums
+        now = self._mark()
+        since = self._marks[0]
+        pairs = now.pairs - since.pairs
+        sums = now.sums - since.sums
         columns = zip(
             torch.split(pairs, self._sizes),
             torch.split(now.pairs, self._sizes),

@@ -121,6 +121,7 @@ class _Row:
 
     index     its place in logits_LV
     shaping   what its request asks for before temperature, if anything
+    width     how many of the most likely ids it draws from, where it is not all of them
     token_id  what it drew; None where its logits are not finite
     banned    what it drew is banned: all is
     """
@@ -128,6 +129,7 @@ class _Row:
     index: int
     request: Request
     shaping: Shaping | None
+    width: int = 0
     token_id: int | None = None
     banned: bool = False
     logprob: TokenLogprob | None = None
@@ -146,11 +148,11 @@ class _Row:
 
     @property
     def num_candidates(self) -> int:
-        """How many of the most likely ids a draw looks at first; 0 where it takes the whole
-        vocabulary."""
+        """How many of the most likely ids a draw looks at first; 0 where it looks at all."""
         if self.params.top_k > 0:
             return self.params.top_k
-        return _NUCLEUS_CANDIDATES if self.params.top_p < 1.0 or self.params.min_p > 0.0 else 0
+        nucleus = self.params.top_p < 1.0 or self.params.min_p > 0.0
+        return _NUCLEUS_CANDIDATES if nucleus else 0
 
     @property
     def outcome(self) -> Sampled | MoebiusError:
@@ -170,7 +172,8 @@ def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T
         size = num_ids(row)
         if part and total + size > SAMPLED_IDS:
             yield part
-            part, total = [], 0
+            part = []
+            total = 0
         part.append(row)
         total += size
     yield part
@@ -212,34 +215,45 @@ def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
 
 
 def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
-    temperatures, uniforms = [row.temperature for row in rows], [row.uniform for row in rows]
-    for row, token in zip(
-        rows, ops.draw(logits_LV, _indices(rows), temperatures, uniforms), strict=True
-    ):
+    temperatures = [row.temperature for row in rows]
+    uniforms = [row.uniform for row in rows]
+    tokens = ops.draw(logits_LV, _indices(rows), temperatures, uniforms)
+    for row, token in zip(rows, tokens, strict=True):
         row.token_id = token if token >= 0 else None
 
 
 def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
     """Rows that saw too few candidates for their top_p or min_p take part in another round."""
     vocab = logits_LV.shape[-1]
-    wishes = [(row, min(row.num_candidates, vocab)) for row in rows]
-    while wishes:
-        undecided = []
-        for part in _parts(wishes, lambda wish: wish[1]):
-            counts = [count for _, count in part]
-            temperatures = [row.temperature for row, _ in part]
-            found = ops.log_softmax_top_k(
-                logits_LV, _indices(row for row, _ in part), counts, temperatures
-            )
-            values, ids, stop = found.values.cpu().numpy(), found.ids.cpu().numpy(), 0
-            for (row, count), log_sum in zip(part, found.log_sums_R.tolist(), strict=True):
-                start, stop = stop, stop + count
-                if math.isnan(log_sum):
-                    continue
-                row.token_id = _draw(row, values[start:stop], ids[start:stop], log_sum, vocab)
-                if row.token_id is None:
-                    undecided.append((row, min(8 * count, vocab)))
-        wishes = undecided
+    for row in rows:
+        row.width = min(row.num_candidates, vocab)
+    while rows:
+        undecided: list[_Row] = []
+        for part in _parts(rows, lambda row: row.width):
+            undecided += _draw_part(logits_LV, part, ops)
+        for row in undecided:
+            row.width = min(8 * row.width, vocab)
+        rows = undecided
+
+
+def _draw_part(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> list[_Row]:
+    """Draw each of the rows from its `width` most likely ids; those that need more of them."""
+    found = ops.log_softmax_top_k(
+        logits_LV, _indices(rows), [row.width for row in rows], [row.temperature for row in rows]
+    )
+    values = found.values.cpu().numpy()
+    ids = found.ids.cpu().numpy()
+    undecided: list[_Row] = []
+    stop = 0
+    for row, log_sum in zip(rows, found.log_sums_R.tolist(), strict=True):
+        start = stop
+        stop += row.width
+        if math.isnan(log_sum):
+            continue
+        row.token_id = _draw(row, values[start:stop], ids[start:stop], log_sum, logits_LV.shape[-1])
+        if row.token_id is None:
+            undecided.append(row)
+    return undecided
 
 
 def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) -> int | None:
@@ -251,16 +265,14 @@ def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) 
     params = row.params
     values: Float64 = values_K.astype(np.float64)
     weights = np.exp((values - values[0]) / row.temperature)
-    if (
-        params.top_k > 0 or len(ids_K) == vocab or weights[-1] == 0
-    ):  # what is behind the last weighs no more than it
+    # What is behind the last weighs no more than it.
+    if params.top_k > 0 or len(ids_K) == vocab or weights[-1] == 0:
         total = weights.sum()
     else:
         # Between 1 and V, whatever the rounding of two large quotients leaves.
         total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab)))
-    kept = (np.cumsum(weights) - weights < params.top_p * total) & (
-        weights >= params.min_p * weights[0]
-    )
+    in_nucleus = np.cumsum(weights) - weights < params.top_p * total
+    kept = in_nucleus & (weights >= params.min_p * weights[0])
     if kept[-1] and params.top_k <= 0 and len(ids_K) < vocab:
         return None
     cumulative = np.cumsum(weights[kept])
@@ -277,24 +289,23 @@ def _refuse_banned(logits_LV: Tensor, rows: Iterable[_Row]) -> None:
 
 
 def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: Ops) -> None:
-    asked = [
-        row
-        for row in rows
-        if row.params.logprobs is not None and row.token_id is not None and not row.banned
-    ]
-    if asked:
-        tokens, tops = (
-            [row.token_id or 0 for row in asked],
-            [row.params.logprobs or 0 for row in asked],
-        )
-        for row, logprob in zip(
-            asked, _logprobs(logits_LV, _indices(asked), tokens, tops, ops), strict=True
-        ):
-            row.logprob = logprob
-            if math.isnan(
-                logprob.logprob
-            ):  # a logit that is not finite, hidden from the draw by min_tokens
-                row.token_id = None
+    asked: list[_Row] = []
+    token_ids: list[int] = []
+    tops: list[int] = []
+    for row in rows:
+        top = row.params.logprobs
+        if top is not None and row.token_id is not None and not row.banned:
+            asked.append(row)
+            token_ids.append(row.token_id)
+            tops.append(top)
+    if not asked:
+        return
+    logprobs = _logprobs(logits_LV, _indices(asked), token_ids, tops, ops)
+    for row, logprob in zip(asked, logprobs, strict=True):
+        row.logprob = logprob
+        # A logit that is not finite, hidden from the draw by min_tokens.
+        if math.isnan(logprob.logprob):
+            row.token_id = None
 
 
 def not_finite() -> NumericalError:
@@ -318,10 +329,17 @@ def _logprobs(
     best = list(zip(ids.tolist(), values.tolist(), strict=True))
     own = logits_LV[list(rows), list(token_ids)].tolist()
     ranks = ops.ranks(logits_LV, rows, token_ids)
-    found, start = [], 0
+    found: list[TokenLogprob] = []
+    stop = 0
     for row, log_sum in enumerate(log_sums_R.tolist()):
-        stop = start + min(tops[row], logits_LV.shape[-1])
-        top = tuple((token, value - log_sum) for token, value in best[start:stop])
-        found.append(TokenLogprob(token_ids[row], own[row] - log_sum, ranks[row], top))
         start = stop
+        stop += min(tops[row], logits_LV.shape[-1])
+        found.append(
+            TokenLogprob(
+                token_id=token_ids[row],
+                logprob=own[row] - log_sum,
+                rank=ranks[row],
+                top=tuple((token, value - log_sum) for token, value in best[start:stop]),
+            )
+        )
     return found

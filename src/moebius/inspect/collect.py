@@ -1,8 +1,7 @@
-"""Running rows through a decoder, and the sums that its routers leave: memory that does not grow
-with the text.
+"""Running rows through a decoder, and the sums that its routers leave.
 
-Shape legend: S steps, M layers with a router, T tokens of a step, E experts, K experts a token, X
-tracked vocabulary, C kinds of text.
+Memory does not grow with the text. Shape legend: S steps, M layers with a router, T tokens of a
+step, E experts, K experts a token, X tracked vocabulary, C kinds of text.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebius.errors import require
+from moebius.errors import ConfigError
 from moebius.inspect.corpus import Rows
 from moebius.models.decoder import Decoder
 from moebius.moe import health
@@ -23,8 +22,7 @@ from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference.routing import router_probabilities
 
-# Counters that the vocabulary may take, two of 4 bytes each: it is tracked as far as they reach,
-# common ids first.
+# Counters that the vocabulary may take, two of 4 bytes each: the commonest ids have them.
 _VOCABULARY_COUNTERS = 2**25
 _NEVER = torch.iinfo(torch.int32).max
 # How often an id must occur to be tracked (OLMoE, arXiv 2409.02060 section 5.4).
@@ -40,20 +38,23 @@ def silent(what: str, total: int) -> AbstractContextManager[Callable[[], Any]]:
 
 
 def routers(decoder: Decoder) -> dict[int, Router]:
-    """The routers by layer. Raises ConfigError for a dense model, or one whose routers differ in
-    size."""
+    """The routers by layer.
+
+    Raises ConfigError for a dense model, or one whose routers differ in size.
+    """
     found = decoder.routers
-    require(
-        bool(found), f"this {decoder.config.model_type} model is dense: it has no router to inspect"
-    )
-    sizes = {(r.config.num_experts, r.config.top_k) for r in found.values()}
-    require(
-        len(sizes) == 1,
-        f"layers of different routers, (experts, top_k) = {sorted(sizes)}, cannot be inspected",
-    )
-    require(
-        sizes.pop()[0] > 1, "the routers have a single expert each: there is no choice to inspect"
-    )
+    if not found:
+        raise ConfigError(
+            f"this {decoder.config.model_type} model is dense: it has no router to inspect"
+        )
+    sizes = {(router.config.num_experts, router.config.top_k) for router in found.values()}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"layers of different routers, (experts, top_k) = {sorted(sizes)}, cannot be inspected"
+        )
+    [(num_experts, _)] = sizes
+    if num_experts == 1:
+        raise ConfigError("the routers have a single expert each: there is no choice to inspect")
     return found
 
 
@@ -71,7 +72,10 @@ class Tally:
     """
 
     def __init__(self, rows: Rows, layers: int, router: RouterConfig, device: torch.device) -> None:
-        self.rows, self.num_layers, self.router, self.device = rows, layers, router, device
+        self.rows = rows
+        self.num_layers = layers
+        self.router = router
+        self.device = device
         self.seen = 0
         experts = router.num_experts
         counts_V = torch.bincount(rows.tokens_N)
@@ -79,9 +83,9 @@ class Tally:
         common = torch.argsort(counts_V, descending=True, stable=True)[:most]
         self.tracked_X = common[counts_V[common] >= _OFTEN]
         self.tracked_tokens_X = counts_V[self.tracked_X]
-        self._index_V = torch.full(counts_V.shape, -1).index_put_(
-            (self.tracked_X,), torch.arange(len(self.tracked_X))
-        )
+        # Where each id is among the tracked ones, -1 for the others.
+        self._index_V = torch.full(counts_V.shape, -1)
+        self._index_V[self.tracked_X] = torch.arange(len(self.tracked_X))
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(layers, *shape, dtype=dtype, device=device)
@@ -89,15 +93,15 @@ class Tally:
         self._zeros = zeros
         self.counts_SME: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
-        self.p_ME, self.largest_M = zeros(experts), zeros()
+        self.p_ME = zeros(experts)
+        self.largest_M = zeros()
         self.other_counts_ME = zeros(experts, dtype=torch.int64)
         self.together_MEE = zeros(experts, experts, dtype=torch.int64)
         self.kinds_MEC = zeros(experts, len(rows.kinds), dtype=torch.int64)
         self.tokens_MEX = zeros(experts, len(self.tracked_X), dtype=torch.int32)
         self.example_MEX = self.tokens_MEX + _NEVER
-        self.shuffled_N = torch.randperm(
-            len(rows.tokens_N), generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        self.shuffled_N = torch.randperm(len(rows.tokens_N), generator=generator)
         self._place_N = torch.argsort(self.shuffled_N).int()
 
     @property
@@ -114,14 +118,14 @@ class Tally:
     def begin(self, tokens: int) -> None:
         """A step over the next `tokens` tokens of the rows begins."""
         self._step = slice(self.seen, self.seen + tokens)
-        self.counts_SME.append(
-            torch.zeros(self.num_layers, self.router.num_experts, dtype=torch.int64)
-        )
+        counts_ME = torch.zeros(self.num_layers, self.router.num_experts, dtype=torch.int64)
+        self.counts_SME.append(counts_ME)
         self.seen += tokens
 
     def see(self, m: int, module: Router, inputs: tuple[Tensor], routing: Routing) -> None:
         """A forward hook of router m: add what it made of the step's tokens."""
-        ids_TK, experts = routing.expert_ids_TK, self.router.num_experts
+        ids_TK = routing.expert_ids_TK
+        experts = self.router.num_experts
         self.counts_SME[-1][m] = chosen_counts(routing)[0].cpu()
         p_TE = router_probabilities(routing.logits_TE, module.config)
         self.p_ME[m] += p_TE.double().sum(0)
@@ -141,11 +145,10 @@ class Tally:
         self._count_classes(m, ids_TK)
 
     def _count_classes(self, m: int, ids_TK: Tensor) -> None:
-        tracked_T = self._index_V[self.rows.tokens_N[self._step].long()].to(self.device)
-        kind_T, place_T = (
-            self.rows.kind_N[self._step].to(self.device),
-            self._place_N[self._step].to(self.device),
-        )
+        tokens_T = self.rows.tokens_N[self._step].long()
+        tracked_T = self._index_V[tokens_T].to(self.device)
+        kind_T = self.rows.kind_N[self._step].to(self.device)
+        place_T = self._place_N[self._step].to(self.device)
         known = tracked_T >= 0
         kind_pairs = (ids_TK * self.kinds_MEC.shape[2] + kind_T.unsqueeze(1)).flatten()
         pairs = (ids_TK[known] * len(self.tracked_X) + tracked_T[known].unsqueeze(1)).flatten()
@@ -159,7 +162,8 @@ class Tally:
         for m, (ours, theirs) in enumerate(zip(routings, others, strict=True)):
             self._add("overlap", m, health.overlap(ours.expert_ids_TK, theirs.expert_ids_TK))
             self._add("overlap_first", m, ours.expert_ids_TK[:, 0] == theirs.expert_ids_TK[:, 0])
-            p_TE, q_TE = (router_probabilities(r.logits_TE, self.router) for r in (ours, theirs))
+            p_TE = router_probabilities(ours.logits_TE, self.router)
+            q_TE = router_probabilities(theirs.logits_TE, self.router)
             self._add("variation", m, health.total_variation(p_TE, q_TE))
             self.other_counts_ME[m] += chosen_counts(theirs)[0].long()
 
@@ -172,9 +176,12 @@ def collect(
     against: Decoder | None = None,
     progress: Progress = silent,
 ) -> Tally:
-    """Run all rows through the decoder, and through another checkpoint of its shape, some
-    `step_tokens` at a time."""
-    found, device = routers(decoder), decoder.embed_tokens.weight.device
+    """Run all rows through the decoder, some `step_tokens` at a time.
+
+    `against`, another checkpoint of its shape, sees the same tokens.
+    """
+    found = routers(decoder)
+    device = decoder.embed_tokens.weight.device
     tally = Tally(rows, len(found), next(iter(found.values())).config, device)
     step = max(1, step_tokens // rows.length) * rows.length
     starts = range(0, len(rows.tokens_N), step)
@@ -185,15 +192,13 @@ def collect(
         return [routing for routing in routings if routing is not None]
 
     with ExitStack() as stack:
-        # A hook sees a router's input while it is there: kept to a step's end, those of all layers
-        # would be large.
+        # A hook sees a router's input while it is there; those of all layers together are large.
         for m, router in enumerate(found.values()):
             stack.callback(router.register_forward_hook(partial(tally.see, m)).remove)
         on_step = stack.enter_context(progress("inspecting", len(starts)))
         for start in starts:
-            tokens_T, document_T = (
-                x[start : start + step].to(device) for x in (rows.tokens_N, rows.document_N)
-            )
+            tokens_T = rows.tokens_N[start : start + step].to(device)
+            document_T = rows.document_N[start : start + step].to(device)
             tally.begin(len(tokens_T))
             routings = forward(decoder, tokens_T, document_T)
             if against is not None:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from moebius.errors import require
+from moebius.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class InspectConfig:
-    """How much text `moebius inspect` runs, in which pieces, and for which settings it works out
-    costs."""
+    """How much text `moebius inspect` runs, in which pieces, and what it works out costs for."""
 
     max_tokens: Annotated[int, "Run at most so many tokens, chosen evenly from the text."] = 200_000
     row_length: Annotated[int, "Tokens that see each other: the context's length."] = 512
@@ -28,26 +27,26 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "row_length", "step_tokens"):
-            require(
-                getattr(self, name) >= 2, f"{name} is {getattr(self, name)}; it must be at least 2"
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 2")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+        if not all(0 < factor < math.inf for factor in self.capacity_factor):
+            raise ConfigError(
+                f"capacity_factor is {list(self.capacity_factor)}; each must be a positive number"
             )
-        require(
-            self.threads is None or self.threads >= 1,
-            f"threads is {self.threads}; it must be at least 1",
-        )
-        good = all(0 < factor < math.inf for factor in self.capacity_factor)
-        require(
-            good, f"capacity_factor is {list(self.capacity_factor)}; each must be a positive number"
-        )
 
     def ranks_for(self, experts: int) -> list[int]:
-        """The numbers of ranks: as given, or powers of two that divide the experts and leave each
-        rank two of them."""
+        """The numbers of ranks to place so many experts on, in order.
+
+        As given, or powers of two that divide the experts and leave each rank two of them.
+        """
         wrong = [count for count in self.ranks if not 2 <= count <= experts]
-        require(
-            not wrong,
-            f"ranks is {wrong}; {experts} experts can be spread over 2 to {experts} ranks",
-        )
-        return sorted(set(self.ranks)) or [
-            2**i for i in range(1, 7) if 2 ** (i + 1) <= experts and experts % 2**i == 0
-        ]
+        if wrong:
+            raise ConfigError(
+                f"ranks is {wrong}; {experts} experts can be spread over 2 to {experts} ranks"
+            )
+        if self.ranks:
+            return sorted(set(self.ranks))
+        powers = [2**i for i in range(1, 7)]
+        return [count for count in powers if 2 * count <= experts and experts % count == 0]

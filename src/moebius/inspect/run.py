@@ -15,9 +15,9 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from moebius.errors import require
+from moebius.errors import ConfigError
 from moebius.files import begins_with, check_target, json_text, make_directory, signed, write_file
-from moebius.inspect.collect import Progress, collect, routers, silent
+from moebius.inspect.collect import Progress, Tally, collect, routers, silent
 from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document, Rows, make_rows
 from moebius.inspect.summary import (
@@ -57,8 +57,7 @@ def write_report(
     against_name: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run documents through the model in `directory` and write report.html and report.json into
-    `out`.
+    """Run documents through the model in `directory`; write report.html and report.json to `out`.
 
     `against` is another checkpoint of the same shape, run on the same tokens; names are what the
     report calls the two. Returns what report.json holds. Raises UsageError for a dense model, for
@@ -67,55 +66,74 @@ def write_report(
     """
     config = config or InspectConfig()
     _check_out(out)
-    checkpoint, tokenizer = open_checkpoint(directory), Tokenizer.load(directory)
+    checkpoint = open_checkpoint(directory)
+    tokenizer = Tokenizer.load(directory)
     decoder = _load(checkpoint, config)
-    layers, model = list(routers(decoder)), checkpoint.config
-    ranks = config.ranks_for(next(iter(routers(decoder).values())).config.num_experts)
-    length = min(config.row_length, model.context)
+    layers = routers(decoder)
+    # Asked for first: numbers of ranks that do not fit are refused before anything runs.
+    ranks = config.ranks_for(next(iter(layers.values())).config.num_experts)
+    length = min(config.row_length, checkpoint.config.context)
     rows = make_rows(documents, tokenizer, length, config.max_tokens)
-    fits = int(rows.tokens_N.max()) < model.vocab_size
-    require(
-        fits,
-        f"the tokenizer gives ids beyond the model's {model.vocab_size}: it is another model's",
-    )
+    if int(rows.tokens_N.max()) >= checkpoint.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives ids beyond the model's {checkpoint.config.vocab_size}: it is "
+            "another model's"
+        )
     other = None if against is None else _load_other(checkpoint, against, rows, tokenizer, config)
     # The kernels have a pool of their own; a second one that spins beside it costs both dearly on
     # few cores.
     with TorchThreads(1 if decoder.ops.own_threads else config.threads or default_threads()):
         tally = collect(decoder, rows, config.step_tokens, other, progress)
-    check_finite(tally, layers)
-    experts = tally.router.num_experts
-    report: dict[str, Any] = {
-        "model": {
-            "name": name or directory.name,
-            "type": model.model_type,
-            "layers": model.num_layers,
-        },
-        "run": {
-            "dtype": _name(decoder.dtype),
-            "backend": decoder.ops.name,
-            "steps": len(tally.counts_SME),
-        },
-        "router": asdict(tally.router) | {"greatest_entropy": round(math.log(experts), 4)},
-        "text": rows.facts()
-        | {"step_tokens": int(tally.counts_SME[0][0].sum()) // tally.router.top_k},
-        "limits": {"even": 0.5, "uneven": 1.0},
-        "floor": round(max_violation_floor(tally.seen, experts, tally.router.top_k), 4),
-        "capacity_factors": list(config.capacity_factor),
-        "layers": layer_figures(tally, layers, config.capacity_factor),
-        "coactivation": together(tally),
-        "tastes": [tastes(tally, tokenizer, m) for m in range(len(layers))],
-        "distinct": distinct(tally),
-        "placement": placement(tally, ranks),
-        "against": None if other is None else drift(tally, _router_change(decoder, other)),
-    }
-    if against is not None:
+    check_finite(tally, list(layers))
+    report = _facts(decoder, tally, name or directory.name)
+    report |= _findings(tally, list(layers), tokenizer, config.capacity_factor, ranks)
+    report["against"] = None
+    if other is not None and against is not None:
+        report["against"] = drift(tally, _router_change(decoder, other))
         report["against"]["model"] = against_name or against.name
     report["verdict"] = verdict(report)
     contents = {"report.json": json_text(report) + "\n", "report.html": page(report)}
     for file_name, ours in _OURS.items():
         write_file(out / file_name, contents[file_name], ours=ours)
     return report
+
+
+def _facts(decoder: Decoder, tally: Tally, name: str) -> dict[str, Any]:
+    """The report's beginning: which model ran which text, and how."""
+    model = decoder.config
+    router = tally.router
+    tokens = int(tally.counts_SME[0][0].sum()) // router.top_k
+    return {
+        "model": {"name": name, "type": model.model_type, "layers": model.num_layers},
+        "run": {
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "backend": decoder.ops.name,
+            "steps": len(tally.counts_SME),
+        },
+        "router": asdict(router) | {"greatest_entropy": round(math.log(router.num_experts), 4)},
+        "text": tally.rows.facts() | {"step_tokens": tokens},
+    }
+
+
+def _findings(
+    tally: Tally,
+    layers: Sequence[int],
+    tokenizer: Tokenizer,
+    capacity_factors: Sequence[float],
+    ranks: Sequence[int],
+) -> dict[str, Any]:
+    """What the routers did, in all the ways that the report shows."""
+    floor = max_violation_floor(tally.seen, tally.router.num_experts, tally.router.top_k)
+    return {
+        "limits": {"even": 0.5, "uneven": 1.0},
+        "floor": round(floor, 4),
+        "capacity_factors": list(capacity_factors),
+        "layers": layer_figures(tally, layers, capacity_factors),
+        "coactivation": together(tally),
+        "tastes": [tastes(tally, tokenizer, m) for m in range(len(layers))],
+        "distinct": distinct(tally),
+        "placement": placement(tally, ranks),
+    }
 
 
 def _check_out(out: Path) -> None:
@@ -131,36 +149,33 @@ def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:
     return load_decoder(checkpoint, dtype, device, ops)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _load_other(
     mine: Checkpoint, directory: Path, rows: Rows, tokenizer: Tokenizer, config: InspectConfig
 ) -> Decoder:
-    """A second checkpoint, which must have the first one's shape and give its text the same
-    tokens."""
+    """A second checkpoint, of the first one's shape, whose tokenizer gives the same tokens."""
     other = open_checkpoint(directory)
     for field in ("num_layers", "hidden_size", "vocab_size", "feed_forward"):
-        here, there = getattr(mine.config, field), getattr(other.config, field)
-        shown = (
-            f", {field} {there} and not {here}"
-            if isinstance(here, int)
-            else " in its experts or routers"
-        )
-        require(here == there, f"--against {directory}: the model has another shape{shown}")
+        here = getattr(mine.config, field)
+        there = getattr(other.config, field)
+        if here != there:
+            difference = " in its experts or routers"
+            if isinstance(here, int):
+                difference = f", {field} {there} and not {here}"
+            raise ConfigError(f"--against {directory}: the model has another shape{difference}")
     sample = tokenizer.decode(rows.tokens_N[: rows.length].tolist())
-    same = Tokenizer.load(directory).encode_ordinary(sample) == tokenizer.encode_ordinary(sample)
-    require(same, f"--against {directory}: its tokenizer gives the text other tokens")
+    theirs = Tokenizer.load(directory).encode_ordinary(sample)
+    if theirs != tokenizer.encode_ordinary(sample):
+        raise ConfigError(f"--against {directory}: its tokenizer gives the text other tokens")
     return _load(other, config)
 
 
 def _router_change(decoder: Decoder, other: Decoder) -> Tensor:
     """|W - W'| / |W'| of each router's weight, Frobenius norms (M,)."""
-    pairs = zip(routers(decoder).values(), routers(other).values(), strict=True)
-    return torch.stack(
-        [(a.weight.float() - b.weight.float()).norm() / b.weight.float().norm() for a, b in pairs]
-    )
+    changes = []
+    for mine, theirs in zip(routers(decoder).values(), routers(other).values(), strict=True):
+        before = theirs.weight.float()
+        changes.append((mine.weight.float() - before).norm() / before.norm())
+    return torch.stack(changes)
 
 
 def _tint(lift: float) -> Markup:
@@ -177,10 +192,10 @@ def _ticks(top: float) -> list[float]:
 
 
 def _largest_maps(maps: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Which layers' maps to draw, in order: as many as a page can hold, those with most to see
-    first."""
+    """Which layers' maps to draw, in order: those with most to see, as many as a page holds."""
     room = max(1, _CELLS // len(maps[0]["lift"]) ** 2)
-    return sorted(sorted(range(len(maps)), key=lambda m: -maps[m]["spread"])[:room])
+    by_spread = sorted(range(len(maps)), key=lambda m: -maps[m]["spread"])
+    return sorted(by_spread[:room])
 
 
 def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
@@ -205,7 +220,11 @@ def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
 def verdict(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """The findings in order: `state` is good, fair, poor or note, `text` a sentence or two."""
     lines = _render("verdict.j2", report, escape=False).splitlines()
-    return [dict(zip(("state", "text"), line.split(" ", 1), strict=True)) for line in lines if line]
+    findings = []
+    for line in filter(None, lines):
+        state, text = line.split(" ", 1)
+        findings.append({"state": state, "text": text})
+    return findings
 
 
 def page(report: Mapping[str, Any]) -> str:

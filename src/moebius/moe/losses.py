@@ -1,5 +1,4 @@
-"""Losses that keep a router balanced and its logits small, and the balance without a loss: pure
-functions.
+"""Losses that keep a router balanced and its logits small, and balance without a loss.
 
 One normalisation: the balance loss is 1 when the load is even, worked out per layer and averaged
 over the layers that have a router. Others differ. GShard's and DeepSpeed's is ours with first
@@ -41,9 +40,9 @@ def load_balance_loss(
     counts: Sequence[Tensor] | None = None,
     first_only: bool = False,
 ) -> Tensor:
-    """Switch Transformers eq 4-6 (arXiv 2101.03961), E * sum_i f_i P_i: 1 at balance, at most E;
-    mean over layers.
+    """E * sum_i f_i P_i, the mean over layers: 1 at balance, at most E.
 
+    Switch Transformers eq 4-6 (arXiv 2101.03961).
     f_i is expert i's share of all K choices (of the first ones with first_only: GShard, ST-MoE),
     P_i its mean router probability; sigmoid scores are divided by their sum first (DeepSeek-V3 eq
     17-20). With `sequences` the loss is worked out in each of them and averaged (DeepSeek-V3's
@@ -53,11 +52,8 @@ def load_balance_loss(
     """
     losses = []
     for layer, routing in enumerate(present(routings)):
-        probability_SE = (
-            router_probabilities(routing.logits_TE, config)
-            .view(sequences, -1, config.num_experts)
-            .mean(1)
-        )
+        probability_TE = router_probabilities(routing.logits_TE, config)
+        probability_SE = probability_TE.view(sequences, -1, config.num_experts).mean(1)
         if counts is not None:
             counts_SE = counts[layer].float().unsqueeze(0)
         else:
@@ -68,19 +64,21 @@ def load_balance_loss(
 
 
 def router_z_loss(routings: Sequence[Routing | None]) -> Tensor:
-    """ST-MoE eq 5 (arXiv 2202.08906): the mean over tokens of logsumexp(logits)^2, in nats^2; mean
-    over layers.
+    """The mean over tokens and layers of logsumexp(logits)^2, in nats^2.
 
-    Equal logits of 0 give (ln E)^2, not 0.
+    ST-MoE eq 5 (arXiv 2202.08906). Equal logits of 0 give (ln E)^2, not 0.
     """
-    logits = [routing.logits_TE.float() for routing in present(routings)]
-    return torch.stack(
-        [torch.logsumexp(logits_TE, dim=-1).square().mean() for logits_TE in logits]
-    ).mean()
+    losses = []
+    for routing in present(routings):
+        log_sum_T = torch.logsumexp(routing.logits_TE.float(), dim=-1)
+        losses.append(log_sum_T.square().mean())
+    return torch.stack(losses).mean()
 
 
 def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
-    """Balance without a loss (arXiv 2408.15664, algorithm 1): b_i + rate * sign(mean(c) - c_i), for
-    the next batch."""
+    """The next batch's selection bias: b_i + rate * sign(mean(c) - c_i).
+
+    Balance without a loss (arXiv 2408.15664, algorithm 1).
+    """
     counts_E = counts_E.to(bias_E.dtype)
     return bias_E + rate * torch.sign(counts_E.mean() - counts_E)

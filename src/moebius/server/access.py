@@ -26,10 +26,10 @@ REQUEST_ID = "X-Request-Id"
 
 _MAX_ID = 128
 _MAX_VALUE = 200
-_MAX_NAMES, _MAX_NAME = 5, 32
-_BARE = re.compile(
-    r"[!#-<>-\[\]-~]+"
-)  # printable ASCII without space, quote, equals sign and backslash
+_MAX_NAMES = 5
+_MAX_NAME = 32
+# Printable ASCII without space, quote, equals sign and backslash.
+_BARE = re.compile(r"[!#-<>-\[\]-~]+")
 # What a client that left before its answer began is counted under, as nginx does.
 _CLIENT_GONE = 499
 

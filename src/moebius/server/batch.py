@@ -232,7 +232,8 @@ async def run_batch(
         nonlocal failures
         for call in waiting:
             response = await http.post(call.url, content=json.dumps(call.body))
-            status, body = response.status_code, response.json()
+            status = response.status_code
+            body = response.json()
             failures += status != 200
             record = {
                 "id": call.result_id,

@@ -109,7 +109,8 @@ def _without_escapes(body: bytes) -> Iterator[bytes]:
         if b"\\" in piece:
             piece = piece.replace(b"\\\\", b"")
             if piece.endswith(b"\\"):
-                piece, carried = piece[:-1], b"\\"
+                piece = piece[:-1]
+                carried = b"\\"
             piece = piece.replace(b'\\"', b"")
         if piece:
             yield piece

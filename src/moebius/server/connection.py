@@ -12,7 +12,7 @@ import socket
 import struct
 from asyncio import TimerHandle
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,8 +85,8 @@ class Connection(asyncio.Protocol):
 
     # The transport's calls
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._transport = transport
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
         if self._capacity.admit(self):
             self._set_deadline(_HEADER_SECONDS)
             self._capacity.waits(self)
@@ -138,7 +138,8 @@ class Connection(asyncio.Protocol):
             )
             self._refuse(Fault(400, message, "bad_request"))
             return None
-        self._answering, self._started = True, False
+        self._answering = True
+        self._started = False
         self._received = (
             "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
         )
@@ -242,7 +243,8 @@ class Connection(asyncio.Protocol):
             self._set_deadline(_HEADER_SECONDS)
         self._loose_bytes += len(data)
         if self._inner is None:
-            data, self._held = self._held + data, b""
+            data = self._held + data
+            self._held = b""
             if (
                 not _END_OF_HEAD.search(data)
                 and _may_be_head(data)
@@ -255,7 +257,8 @@ class Connection(asyncio.Protocol):
             self._inner = self._framing(h11=self._by_h11, state=state)
             self._inner.connection_made(_Transport(self, self._transport))
         if self._by_h11 and len(data) > _H11_PIECE:
-            data, self._held = data[:_H11_PIECE], data[_H11_PIECE:]
+            self._held = data[_H11_PIECE:]
+            data = data[:_H11_PIECE]
             self._in_pieces = True
             self._transport.pause_reading()
             self._loop.call_soon(self._feed_next_piece)
@@ -274,7 +277,8 @@ class Connection(asyncio.Protocol):
             self._feed_held()
 
     def _feed_held(self) -> None:
-        held, self._held = self._held, b""
+        held = self._held
+        self._held = b""
         if self.closing:
             return
         if held:
@@ -328,12 +332,25 @@ class _Transport(asyncio.Transport):
     def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
         super().__init__()
         self._connection = connection
-        self.write = connection.write  # type: ignore[method-assign, assignment]
-        self.close = connection.close  # type: ignore[method-assign]
-        self.abort = transport.abort  # type: ignore[method-assign]
-        self.pause_reading = connection.pause_reading  # type: ignore[method-assign]
-        self.resume_reading = connection.resume_reading  # type: ignore[method-assign]
-        self.get_extra_info = transport.get_extra_info  # type: ignore[method-assign]
+        self._transport = transport
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._connection.write(bytes(data))
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def pause_reading(self) -> None:
+        self._connection.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._connection.resume_reading()
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return self._transport.get_extra_info(name, default)
 
     def is_closing(self) -> bool:
         return self._connection.closing

@@ -116,13 +116,12 @@ def fault_of(error: BaseException) -> Fault:
             return Fault(
                 status, message, error.code, reason, error.param and _cut(error.param, _MAX_PARAM)
             )
+        case DrainingError():
+            retry = _retry(error.retry_after)
+            return Fault(503, message, "draining", "draining", headers=retry)
         case OverloadError():
-            code, reason = (
-                ("draining",) * 2
-                if isinstance(error, DrainingError)
-                else ("overloaded", "overload")
-            )
-            return Fault(503, message, code, reason, headers=_retry(error.retry_after))
+            retry = _retry(error.retry_after)
+            return Fault(503, message, "overloaded", "overload", headers=retry)
         case DeadlineError():
             message = "the request's time ran out before it was finished"
             return Fault(503, message, "deadline_exceeded", "deadline", headers=_retry(1))

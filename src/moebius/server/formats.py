@@ -202,7 +202,8 @@ class CompletionFormat(Format):
         echoed."""
         if not self._request.echo:
             return _Echo()
-        scored, skip = self._top is not None, self._call.params.skip_special_tokens
+        scored = self._top is not None
+        skip = self._call.params.skip_special_tokens
         if isinstance(prompt, str):
             return _Echo(prompt, self._tokenizer.offsets(prompt) if scored else ())
         offsets = text_offsets(self._tokenizer, prompt, skip) if scored else ()

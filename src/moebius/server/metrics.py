@@ -78,7 +78,8 @@ class SequenceTimes:
         """Note what the engine says with an output."""
         self.ended = output.at
         if output.scheduled is not None:
-            self.scheduled, self.num_preemptions = output.scheduled, output.num_preemptions
+            self.scheduled = output.scheduled
+            self.num_preemptions = output.num_preemptions
         if output.token_ids and self.first_computed is None:
             self.first_computed = output.at
 
@@ -181,7 +182,8 @@ class ServerMetrics:
 
     def collect(self) -> Iterable[Metric]:
         """The engine's own counts, asked for by the registry at each scrape."""
-        stats, info = self._client.stats(), self._client.info
+        stats = self._client.stats()
+        info = self._client.info
         for kind, series in (
             (GaugeMetricFamily, _TABLE["gauges"]),
             (CounterMetricFamily, _TABLE["counters"]),

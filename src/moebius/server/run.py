@@ -43,7 +43,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, on_start: Callable[[], None] = lambda: None) -> None:
         """on_start   called when the ports are open"""
-        self._door, self._access = app.state.front_door, app.state.access
+        self._door = app.state.front_door
+        self._access = app.state.access
         self._on_start = on_start
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = False

@@ -1,5 +1,4 @@
-"""How few tokens a text can become: known from the vocabulary's longest token, before anything is
-tokenised.
+"""How few tokens a text can become, known before it is tokenised from the longest token.
 
 A tokenizer may lose text on the way: a normaliser that drops or folds characters, a pre-tokenizer
 that drops spaces, a word that becomes one unknown token. A bound is given only where all parts are
@@ -14,8 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-# What Unicode's normal forms and lower case leave at least of a text: each byte that is ASCII, a
-# quarter of the others.
+# Unicode's normal forms and lower case leave each byte that is ASCII, and a quarter of the others.
 _FOLDING = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase"})
 _FOLDED = 4
 _LOSSLESS = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"})
@@ -45,26 +43,26 @@ class TokenBound:
         added = list(backend.get_added_tokens_decoder().values())
         self._folds = any(spec["type"] in _FOLDING for spec in normalisers)
         self._strips = any(token.lstrip or token.rstrip for token in added)
-        self._most_bytes = self._most_letters = 0
-        if not _keeps_text(normalisers, self._strips) or not all(
-            map(_keeps_pieces, pre_tokenizers)
-        ):
+        self._most_bytes = 0
+        self._most_letters = 0
+        if not _keeps_text(normalisers, self._strips):
+            return
+        if not all(map(_keeps_pieces, pre_tokenizers)):
             return
         kinds = [spec["type"] for spec in (*normalisers, *pre_tokenizers)]
         longest = _longest_of_model(backend.model, vocab, byte_level="ByteLevel" in kinds)
         if longest is None:
             return
-        normalise = str if backend.normalizer is None else backend.normalizer.normalize_str
-        texts = [text for token in added for text in (token.content, normalise(token.content))]
+        texts = [token.content for token in added]
+        if backend.normalizer is not None:
+            texts += [backend.normalizer.normalize_str(token.content) for token in added]
         self._most_bytes = max([longest, *(len(text.encode()) for text in texts)])
-        if not any(
-            _letters(spec["pattern"]["String"]) for spec in normalisers if spec["type"] == "Replace"
-        ):
+        replaced = [spec["pattern"]["String"] for spec in normalisers if spec["type"] == "Replace"]
+        if not any(map(_letters, replaced)):
             self._most_letters = _most_letters([*vocab, *texts])
 
     def fewest(self, text: str) -> int:
-        """At least so many tokens, special tokens around the text not counted; 0 where nothing is
-        known."""
+        """At least so many tokens, those added around the text not counted; 0: nothing is known."""
         if not self._most_bytes:
             return 0
         size = len(text.encode())
@@ -98,33 +96,37 @@ def _flat(component: Any, parts: str) -> list[Spec]:
     """The specifications of a normaliser or pre-tokenizer, those of a sequence one by one."""
 
     def flat(spec: Spec) -> list[Spec]:
-        return (
-            [inner for part in spec[parts] for inner in flat(part)]
-            if spec["type"] == "Sequence"
-            else [spec]
-        )
+        if spec["type"] != "Sequence":
+            return [spec]
+        return [inner for part in spec[parts] for inner in flat(part)]
 
     return [] if component is None else flat(json.loads(component.__getstate__()))
 
 
 def _keeps_text(normalisers: list[Spec], strips: bool) -> bool:
-    """Whether nothing is lost but by folding, which must come first: what it leaves is known of the
-    client's text."""
-    for i, spec in enumerate(normalisers):
-        kind = spec["type"]
-        if kind in _FOLDING:
-            # Compatibility forms make spaces of other characters, which a token beside them could
-            # swallow.
-            good = i == 0 and not (strips and kind in ("NFKC", "NFKD"))
-        elif kind == "Replace":
-            pattern, content = spec["pattern"].get("String"), spec["content"]
-            good = pattern is not None and len(content.encode()) >= len(pattern.encode())
-            good = good and not (strips and any(space in content for space in _WHITESPACE))
-        else:
-            good = kind == "Prepend" or (kind == "ByteLevel" and i == len(normalisers) - 1)
-        if not good:
+    """Whether nothing is lost but by folding.
+
+    Folding must come first: what it leaves is known of the client's text alone.
+    """
+    last = len(normalisers) - 1
+    return all(
+        _keeps(spec, strips, first=i == 0, last=i == last) for i, spec in enumerate(normalisers)
+    )
+
+
+def _keeps(spec: Spec, strips: bool, *, first: bool, last: bool) -> bool:
+    kind = spec["type"]
+    if kind in _FOLDING:
+        # Compatibility forms make spaces of other characters, which a token beside them could
+        # swallow.
+        return first and not (strips and kind in ("NFKC", "NFKD"))
+    if kind == "Replace":
+        pattern = spec["pattern"].get("String")
+        content = spec["content"]
+        if pattern is None or len(content.encode()) < len(pattern.encode()):
             return False
-    return True
+        return not (strips and any(space in content for space in _WHITESPACE))
+    return kind == "Prepend" or (kind == "ByteLevel" and last)
 
 
 def _keeps_pieces(spec: Spec) -> bool:
@@ -135,17 +137,14 @@ def _keeps_pieces(spec: Spec) -> bool:
 def _longest_of_model(
     model: models.Model, vocab: Mapping[str, int], *, byte_level: bool
 ) -> int | None:
-    """The most bytes of text that one token of the model's vocabulary stands for; None where there
-    is no such number.
+    """The most bytes of text that one token of the model's vocabulary stands for, if any number.
 
-    There is none in models that make one unknown token of a whole word, or drop what they do not
-    know.
+    None: there is none in models that make one unknown token of a whole word, or drop what they do
+    not know.
     """
-    if (
-        not isinstance(model, models.BPE)
-        or model.continuing_subword_prefix
-        or model.end_of_word_suffix
-    ):
+    if not isinstance(model, models.BPE):
+        return None
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
     if byte_level:
         if not all(char in vocab for char in pre_tokenizers.ByteLevel.alphabet()):
@@ -154,9 +153,7 @@ def _longest_of_model(
     longest = max(len(token.encode()) for token in vocab)
     if model.byte_fallback and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
         return longest
-    # An unknown character becomes an unknown token: of up to 4 bytes, which its name must not fall
-    # short of.
-    one_each = (
-        model.unk_token is not None and not model.fuse_unk and len(model.unk_token.encode()) >= 4
-    )
-    return longest if one_each else None
+    if model.unk_token is None or model.fuse_unk:
+        return None
+    # Each unknown character, of up to 4 bytes, becomes an unknown token: `longest` counts its name.
+    return longest if len(model.unk_token.encode()) >= 4 else None

@@ -30,40 +30,34 @@ _TEMPLATE_FAULTS = (
 )
 
 
-def _check(condition: bool, param: str, message: str) -> None:
-    if not condition:
-        raise RequestError(f"{param}: {message}", param=param)
+def _wrong(param: str, message: str) -> RequestError:
+    return RequestError(f"{param}: {message}", param=param)
 
 
 def _parts_of(content: object, param: str) -> list[str] | None:
     """The texts of a content; None where there is none."""
-    if content is None or isinstance(content, str):
-        return None if content is None else [content]
-    _check(
-        isinstance(content, (list, tuple)),
-        param,
-        "content must be a string, null, or a list of text parts",
-    )
-    texts: list[str] = []
-    for part in content:  # type: ignore[attr-defined]
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        _check(
-            isinstance(part, Mapping), param, 'a content part must be {"type": "text", "text": ...}'
-        )
-        kind = part.get("type")
-        # What an assistant said when it refused is what it said.
-        _check(
-            kind in ("text", "refusal"),
-            param,
-            f"content part {kind!r} is not supported; only text is",
-        )
-        _check(
-            isinstance(part.get(kind), str), param, f"a {kind} part needs a string under `{kind}`"
-        )
-        texts.append(part[kind])
-    return texts
+    if content is None:
+        return None
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, (list, tuple)):
+        raise _wrong(param, "content must be a string, null, or a list of text parts")
+    return [_part(part, param) for part in content]
+
+
+def _part(part: object, param: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise _wrong(param, 'a content part must be {"type": "text", "text": ...}')
+    kind = part.get("type")
+    # What an assistant said when it refused is what it said.
+    if kind not in ("text", "refusal"):
+        raise _wrong(param, f"content part {kind!r} is not supported; only text is")
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise _wrong(param, f"a {kind} part needs a string under `{kind}`")
+    return text
 
 
 def _content(
@@ -74,12 +68,9 @@ def _content(
     Several text parts are joined by a line break, as other engines do.
     """
     texts = _parts_of(message.get("content"), param)
-    _check(
-        texts is not None or role == "assistant",
-        param,
-        "content is missing; only an assistant's message may do without",
-    )
     if texts is None:
+        if role != "assistant":
+            raise _wrong(param, "content is missing; only an assistant's message may do without")
         return CONTENTS[facts.no_content if message.get("tool_calls") else "empty"]
     if role in facts.parts:
         return {"content": [{"type": "text", "text": text} for text in texts]}
@@ -111,15 +102,14 @@ def _arguments(given: object, facts: TemplateFacts, param: str) -> object:
         except (ValueError, RecursionError):
             arguments = given
     if arguments is None:
-        given = arguments = {}
+        given = {}
+        arguments = {}
     if isinstance(arguments, Mapping):
         if facts.object_arguments:
             return arguments
-        return (
-            given
-            if isinstance(given, str) and given.strip()
-            else json.dumps(arguments, ensure_ascii=False)
-        )
+        if isinstance(given, str) and given.strip():
+            return given
+        return json.dumps(arguments, ensure_ascii=False)
     if facts.any_arguments:
         return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     log.warning(
@@ -129,14 +119,13 @@ def _arguments(given: object, facts: TemplateFacts, param: str) -> object:
 
 
 def _tool_call(call: object, facts: TemplateFacts, param: str) -> dict[str, Any]:
-    """A tool call with its type, and arguments as the template wants them; keys that are null are
-    left out."""
+    """A tool call with a type, and arguments as the template wants them; null keys go."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise RequestError(f"{param}: a tool call needs a `function` object", param=param)
+        raise _wrong(param, "a tool call needs a `function` object")
     name = function.get("name")
-    named = isinstance(name, str) and name != ""
-    _check(named, f"{param}.function.name", "a tool call must name its function")
+    if not isinstance(name, str) or not name:
+        raise _wrong(f"{param}.function.name", "a tool call must name its function")
     fields = {key: value for key, value in call.items() if value is not None}
     arguments = _arguments(function.get("arguments"), facts, param)
     return {
@@ -147,12 +136,11 @@ def _tool_call(call: object, facts: TemplateFacts, param: str) -> dict[str, Any]
 
 
 def _with_reasoning(fields: dict[str, Any]) -> dict[str, Any]:
-    """Clients and templates have several names for a turn's reasoning: it goes by those that
-    templates read."""
-    found = [
-        fields[name] for name in ("reasoning_content", "thinking", "reasoning") if name in fields
-    ]
-    return {"thinking": found[0], **fields, "reasoning_content": found[0]} if found else fields
+    """A turn's reasoning, by whatever name a client has for it, under those that templates read."""
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in fields:
+            return {"thinking": fields[name], **fields, "reasoning_content": fields[name]}
+    return fields
 
 
 def normalise_messages(
@@ -163,36 +151,30 @@ def normalise_messages(
     The role `developer` becomes `system` where the template does not know it, for most would drop
     it silently. Raises RequestError naming the message.
     """
-    _check(len(messages) > 0, "messages", "there must be at least one message")
-    normal: list[dict[str, Any]] = []
-    for i, message in enumerate(messages):
-        param = f"messages[{i}]"
-        _check(
-            isinstance(message, Mapping),
-            param,
-            "a message must be an object with `role` and `content`",
-        )
-        role = message.get("role")
-        _check(
-            role in ROLES,
-            f"{param}.role",
-            f"role is {role!r}; it must be one of {', '.join(ROLES)}",
-        )
-        role = "system" if role == "developer" and not facts.developer else str(role)
-        fields = {key: value for key, value in message.items() if value is not None}
-        fields |= {"role": role, **_content(message, role, facts, f"{param}.content")}
-        fields = _with_reasoning(fields)
-        calls = fields.pop("tool_calls", None)
-        if calls is not None:
-            _check(
-                isinstance(calls, (list, tuple)), f"{param}.tool_calls", "tool_calls must be a list"
-            )
-        if calls:
-            fields["tool_calls"] = [
-                _tool_call(call, facts, f"{param}.tool_calls[{j}]") for j, call in enumerate(calls)
-            ]
-        normal.append(fields)
-    return normal
+    if not messages:
+        raise _wrong("messages", "there must be at least one message")
+    return [_normal(message, facts, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _normal(message: object, facts: TemplateFacts, param: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _wrong(param, "a message must be an object with `role` and `content`")
+    role = message.get("role")
+    if role not in ROLES:
+        raise _wrong(f"{param}.role", f"role is {role!r}; it must be one of {', '.join(ROLES)}")
+    if role == "developer" and not facts.developer:
+        role = "system"
+    fields = {key: value for key, value in message.items() if value is not None}
+    fields |= {"role": role, **_content(message, role, facts, f"{param}.content")}
+    fields = _with_reasoning(fields)
+    calls = fields.pop("tool_calls", None)
+    if calls is not None and not isinstance(calls, (list, tuple)):
+        raise _wrong(f"{param}.tool_calls", "tool_calls must be a list")
+    if calls:
+        fields["tool_calls"] = [
+            _tool_call(call, facts, f"{param}.tool_calls[{j}]") for j, call in enumerate(calls)
+        ]
+    return fields
 
 
 class ChatTemplate:
@@ -208,8 +190,7 @@ class ChatTemplate:
             raise TokenizerError(f"chat template {name!r}{line}: {error}") from error
 
     def probe(self, variables: Mapping[str, Any]) -> TemplateFacts:
-        """What the template takes, tried with these variables beside the messages (the special
-        tokens' names)."""
+        """What the template takes, tried with these variables (special tokens' names) beside."""
         known = {"documents": None, **variables, "tools": [TOOL], "add_generation_prompt": True}
 
         def render(messages: Sequence[Mapping[str, Any]], seconds: float) -> str:
@@ -247,17 +228,14 @@ def load_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict
     chat_template.json, and chat_template in tokenizer_config.json, a string or a list of {"name",
     "template"}.
     """
-    sources: dict[str, str] = {}
-    for found in (
-        tokenizer_config.get("chat_template"),
-        read_json(directory / "chat_template.json", default={}).get("chat_template"),
-    ):
-        sources |= _named_sources(found)
-    files = {
-        path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))
-    }
-    if (directory / "chat_template.jinja").is_file():
-        files["default"] = directory / "chat_template.jinja"
+    older = read_json(directory / "chat_template.json", default={})
+    sources = _named_sources(tokenizer_config.get("chat_template"))
+    sources |= _named_sources(older.get("chat_template"))
+    additional = sorted(directory.glob("additional_chat_templates/*.jinja"))
+    files = {path.stem: path for path in additional}
+    plain = directory / "chat_template.jinja"
+    if plain.is_file():
+        files["default"] = plain
     for name, path in files.items():
         try:
             sources[name] = read_text(path)
@@ -276,7 +254,8 @@ def _named_sources(found: object) -> dict[str, str]:
     sources: dict[str, str] = {}
     for entry in found if isinstance(found, list) else [None]:
         fields = entry if isinstance(entry, Mapping) else {}
-        name, source = fields.get("name"), fields.get("template")
+        name = fields.get("name")
+        source = fields.get("template")
         if not isinstance(name, str) or not isinstance(source, str):
             raise TokenizerError(
                 'chat_template must be a string or a list of {"name": ..., "template": ...}'

@@ -1,5 +1,4 @@
-"""What a model directory says about ending and sampling: generation_config.json, config.json, the
-tokenizer."""
+"""What a model directory's files say about ending and sampling."""
 
 import logging
 import sys
@@ -24,8 +23,7 @@ _SAMPLING = {
     "min_p": float,
     "repetition_penalty": float,
 }
-# What else in the file changes transformers' answers, and is not done here; with the value that
-# changes nothing.
+# What else in the file changes transformers' answers, and the value that changes nothing.
 _NOT_DONE: dict[str, object] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -63,8 +61,9 @@ _NOT_DONE: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """End tokens and sampling defaults of one model directory. What is in its files but has no
-    effect is logged once, when they are read.
+    """End tokens and sampling defaults of one model directory.
+
+    What is in its files but has no effect is logged once, when they are read.
 
     eos_ids    union of generation_config.json, config.json (its text_config too) and the tokenizer,
                without ids that the model's logits do not reach
@@ -114,31 +113,23 @@ def _reached(ids: set[int], name: str, vocab_size: object) -> set[int]:
     count = vocab_size if isinstance(vocab_size, int) else max(ids, default=0) + 1
     beyond = sorted(token for token in ids if not 0 <= token < count)
     if beyond:
-        named = ", ".join(map(str, beyond))
-        log.warning(
-            "%s: end token id %s is not in the model's vocabulary of %d; ignored",
-            name,
-            named,
-            count,
-        )
+        text = "%s: end token id %s is not in the model's vocabulary of %d; ignored"
+        log.warning(text, name, ", ".join(map(str, beyond)), count)
     return ids.difference(beyond)
 
 
 def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
-    """The values that SamplingParams takes; the others, and what is not done at all, go into one
-    line of the log."""
+    """The values that SamplingParams takes.
+
+    The others, and what is not done at all, go into one line of the log.
+    """
     sampling: dict[str, float | int] = {}
     ignored = []
     for name, kind in _SAMPLING.items():
-        value = written = generation.get(name)
-        if value is None:
+        written = generation.get(name)
+        if written is None:
             continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ConfigError(f"{_GENERATION}: {name} is {value!r}; it must be a number")
-        if abs(value) <= sys.float_info.max:  # an integer may be longer than any float
-            if kind(value) != value:
-                raise ConfigError(f"{_GENERATION}: {name} is {value!r}; it must be a whole number")
-            value = kind(value)
+        value = _number(name, kind, written)
         try:
             SamplingParams().with_(**{name: value})
         except RequestError as error:
@@ -148,9 +139,19 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
     if generation.get("do_sample") is False and sampling.get("temperature") != 0:
         ignored.append("do_sample = false (temperature = 0 is greedy)")
     for name, neutral in _NOT_DONE.items():
-        value = generation.get(name)
-        if value not in (None, neutral, [], {}):
-            ignored.append(f"{name} = {value!r} (not supported)")
+        written = generation.get(name)
+        if written not in (None, neutral, [], {}):
+            ignored.append(f"{name} = {written!r} (not supported)")
     if ignored:
         log.warning("%s: ignored: %s", _GENERATION, "; ".join(ignored))
     return sampling
+
+
+def _number(name: str, kind: type[int] | type[float], written: object) -> float | int:
+    if not isinstance(written, (int, float)) or isinstance(written, bool):
+        raise ConfigError(f"{_GENERATION}: {name} is {written!r}; it must be a number")
+    if not abs(written) <= sys.float_info.max:  # NaN, or an integer longer than any float
+        return written
+    if kind(written) != written:
+        raise ConfigError(f"{_GENERATION}: {name} is {written!r}; it must be a whole number")
+    return kind(written)

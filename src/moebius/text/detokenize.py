@@ -1,5 +1,4 @@
-"""From token ids to bytes: every token has bytes of its own, and a text is their concatenation,
-read as UTF-8.
+"""From token ids to bytes: a text is the concatenation of its tokens' bytes, read as UTF-8.
 
 This is what makes a stream equal to the whole, always, at a constant cost a token. The byte values
 come from the decoder that tokenizer.json names: byte-level BPE (GPT-2, Qwen, Llama 3),
@@ -22,11 +21,14 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: a byte that is visible in Latin-1 is itself, the others follow
-    from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = (b for b in range(256) if b not in visible)
-    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+    """GPT-2's printable stand-ins for bytes.
+
+    A byte that is visible in Latin-1 is itself, the others follow from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    alphabet = {chr(byte): byte for byte in visible}
+    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
 _ALPHABET = _byte_alphabet()
@@ -62,10 +64,10 @@ def _pattern_string(spec: Mapping[str, Any]) -> str:
 
 
 def _fallback_chain(specs: list[Mapping[str, Any]]) -> _Steps:
-    """Replace, ByteFallback, Fuse and Strip, in the order that sentencepiece conversions use
-    them."""
+    """Replace, ByteFallback, Fuse and Strip, in the order of sentencepiece's conversions."""
     replacements: list[tuple[str, str]] = []
-    byte_fallback = fused = False
+    byte_fallback = False
+    fused = False
     strip = 0
     for spec in specs:
         kind = spec["type"]
@@ -106,26 +108,34 @@ def _metaspace(spec: Mapping[str, Any]) -> _Steps:
 
 
 # What WordPiece's decoder makes of a space in front, in this order, token by token.
-_CLEANED = (
-    *((f" {mark}", mark) for mark in ".?!,"),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" do not", " don't"),
-    *((f" {ending}", ending) for ending in ("'s", "'ve", "'re")),
-)
+_CLEANED = {
+    " .": ".",
+    " ?": "?",
+    " !": "!",
+    " ,": ",",
+    " ' ": "'",
+    " n't": "n't",
+    " 'm": "'m",
+    " do not": " don't",
+    " 's": "'s",
+    " 've": "'ve",
+    " 're": "'re",
+}
 
 
 def _word_piece(spec: Mapping[str, Any]) -> _Steps:
-    prefix, cleans = str(spec.get("prefix", "##")), spec.get("cleanup", True)
+    prefix = str(spec.get("prefix", "##"))
+    cleaned = _CLEANED if spec.get("cleanup", True) else {}
 
     def first(token: str) -> bytes:
-        for spaced, close in _CLEANED if cleans else ():
+        for spaced, close in cleaned.items():
             token = token.replace(spaced, close)
         return token.encode()
 
     def inner(token: str) -> bytes:
-        return first(token.removeprefix(prefix) if token.startswith(prefix) else f" {token}")
+        if token.startswith(prefix):
+            return first(token.removeprefix(prefix))
+        return first(f" {token}")
 
     return _Steps(inner, first)
 
@@ -135,9 +145,8 @@ def _steps(spec: Mapping[str, Any] | None) -> _Steps:
         return _Steps(str.encode, str.encode, joiner=b" ")
     if spec["type"] == "Sequence":
         decoders = list(spec["decoders"])
-        alone = all(
-            decoder["type"] == "Fuse" for decoder in decoders[1:]
-        )  # which joins, as we do anyway
+        # Fuse joins, as we do anyway.
+        alone = all(decoder["type"] == "Fuse" for decoder in decoders[1:])
         return _steps(decoders[0]) if decoders and alone else _fallback_chain(decoders)
     if spec["type"] == "ByteLevel":
         return _Steps(_byte_level, _byte_level)
@@ -149,8 +158,7 @@ def _steps(spec: Mapping[str, Any] | None) -> _Steps:
 
 
 class Detokenizer:
-    """The bytes of each token id. Ids that the tokenizer does not know (a padded vocabulary) have
-    none.
+    """The bytes of each token id; ids that the tokenizer does not know have none.
 
     strip   how many leading spaces a text loses
     """
@@ -169,12 +177,15 @@ class Detokenizer:
         known = self._cache.get(token_id)
         if known is None:
             token = self._token(token_id)
-            known = self._cache[token_id] = b"" if token is None else self._steps.inner(token)
+            known = b"" if token is None else self._steps.inner(token)
+            self._cache[token_id] = known
         return known
 
     def piece(self, token_id: int, *, first: bool, skip_special: bool) -> bytes | None:
-        """What the token adds to a text, at its beginning (`first`) or inside; None where it takes
-        no part in it."""
+        """What the token adds to a text, at its beginning (`first`) or inside.
+
+        None where it takes no part in it.
+        """
         token = None if skip_special and token_id in self._special_ids else self._token(token_id)
         if token is None:
             return None
@@ -190,11 +201,10 @@ class Detokenizer:
             token_id: self.piece(token_id, first=False, skip_special=skip_special)
             for token_id in set(ids)
         }
-        ids = [token_id for token_id in ids if inner[token_id] is not None]
-        first = [
-            self.piece(token_id, first=True, skip_special=skip_special) or b""
-            for token_id in ids[:1]
-        ]
-        text = b"".join([*first, *(inner[token_id] or b"" for token_id in ids[1:])])
+        shown = [token_id for token_id in ids if inner[token_id] is not None]
+        pieces = [inner[token_id] or b"" for token_id in shown]
+        if shown:
+            pieces[0] = self.piece(shown[0], first=True, skip_special=skip_special) or b""
+        text = b"".join(pieces)
         spaces = len(text) - len(text.lstrip(b" "))
         return text[min(spaces, self.strip) :]

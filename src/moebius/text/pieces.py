@@ -1,5 +1,4 @@
-"""Long texts in pieces, cut where a tokenizer cuts too, so that memory does not grow with a
-text."""
+"""Long texts in pieces, cut where a tokenizer cuts too: memory does not grow with a text."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,20 +18,28 @@ _WORD_ENDS = (
 
 
 def word_end(text: str, start: int, stop: int) -> int:
-    """Where the last word of text[start:stop] ends; `stop` where there is no such place in the
-    range's later half."""
+    """Where the last word of text[start:stop] ends.
+
+    `stop` where there is no such place in the range's later half.
+    """
     middle = (start + stop) // 2
-    # One character more than the range: it has to be seen what follows a word.
-    found = (pattern.match(text, middle, stop + 1) for pattern in _WORD_ENDS)
-    return next((match.end() for match in found if match), stop)
+    for pattern in _WORD_ENDS:
+        # One character more than the range: it has to be seen what follows a word.
+        match = pattern.match(text, middle, stop + 1)
+        if match:
+            return match.end()
+    return stop
 
 
 def pieces(blocks: Iterable[str], length: int) -> Iterator[str]:
-    """The text that the blocks are, in pieces of at most `length` characters that end with a word
-    where they can."""
+    """The text that the blocks are, in pieces of at most `length` characters.
+
+    They end with a word where they can.
+    """
     rest = ""
     for block in blocks:
-        rest, start = rest + block, 0
+        rest += block
+        start = 0
         while len(rest) - start > length:
             end = word_end(rest, start, start + length)
             yield rest[start:end]
@@ -43,18 +50,16 @@ def pieces(blocks: Iterable[str], length: int) -> Iterator[str]:
 
 
 def tokens_behind(context: list[int], both: list[int]) -> list[int] | None:
-    """Of the tokens of a context and a piece together those of the piece; None where a token spans
-    the two.
+    """Of the tokens of a context and a piece together those of the piece.
 
-    So a piece's tokens are those that it has within its text, whatever a tokenizer does where a
-    text begins.
+    None where a token spans the two. So a piece's tokens are those that it has within its text,
+    whatever a tokenizer does where a text begins.
     """
     return both[len(context) :] if both[: len(context)] == context else None
 
 
 def encode_in_pieces(text: str, encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
-    """The tokens of a text, piece by piece: what `encode` takes for it does not grow with the
-    text."""
+    """The tokens of a text, piece by piece: what `encode` takes does not grow with the text."""
     before = ""
     for piece in pieces([text], PIECE):
         own = tokens_behind(encode(before), encode(before + piece)) if before else None

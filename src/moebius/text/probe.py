@@ -17,8 +17,11 @@ Render = Callable[[Messages, float], str]
 """Messages and seconds to a text; RequestError where the template refuses."""
 
 _SECONDS = 2.0
-_KEY, _VALUE, _TEXT = "probekey", "probevalue", "probetext"
-_OBJECT, _JSON = {_KEY: _VALUE}, f'{{"{_KEY}": "{_VALUE}"}}'
+_KEY = "probekey"
+_VALUE = "probevalue"
+_TEXT = "probetext"
+_OBJECT = {_KEY: _VALUE}
+_JSON = f'{{"{_KEY}": "{_VALUE}"}}'
 _CALL_ID = "probe0001"  # nine letters and digits, which Mistral's templates insist on
 TOOL: Mapping[str, Any] = {
     "type": "function",
@@ -66,25 +69,29 @@ class TemplateFacts:
 def probe(render: Render, source: str) -> TemplateFacts:
     """The facts of the template with this source."""
     tried = _Trial(render)
-    no_content: NoContent = (
-        "absent" if _takes(tried, "absent") else "null" if _takes(tried, "null") else "empty"
-    )
-    as_object, as_text = (_arguments(tried, no_content, given) for given in (_OBJECT, _JSON))
+    no_content: NoContent = "empty"
+    if _takes(tried, "absent"):
+        no_content = "absent"
+    elif _takes(tried, "null"):
+        no_content = "null"
+    as_object = _arguments(tried, no_content, _OBJECT)
+    as_text = _arguments(tried, no_content, _JSON)
+    roles = ("system", "user", "assistant", "tool")
     return TemplateFacts(
         no_content=no_content,
         object_arguments=as_object >= as_text,
         any_arguments=as_text == _SHOWN,
-        parts=frozenset(
-            role for role in ("system", "user", "assistant", "tool") if _wants_parts(tried, role)
-        ),
-        developer="developer" in source
-        and _TEXT in tried([{"role": "developer", "content": _TEXT}, _USER]),
+        parts=frozenset(role for role in roles if _wants_parts(tried, role)),
+        developer="developer" in source and _shows_developer(tried),
     )
 
 
+def _shows_developer(tried: "_Trial") -> bool:
+    return _TEXT in tried([{"role": "developer", "content": _TEXT}, _USER])
+
+
 class _Trial:
-    """Renders chats, all of them within a time; "" where the template refuses one, or the time is
-    over."""
+    """Renders chats, all of them within a time; "" for a refused one, or when the time is over."""
 
     def __init__(self, render: Render) -> None:
         self._render = render
@@ -104,8 +111,7 @@ class _Trial:
 
 
 def _called(no_content: NoContent, arguments: Any) -> list[Messages]:
-    """Chats with a tool call: the last turn, an earlier one, and one for templates that do not know
-    the role `tool`."""
+    """Chats with a tool call: the last turn, an earlier one, and one without the role `tool`."""
     call = {
         "id": _CALL_ID,
         "type": "function",
@@ -120,16 +126,23 @@ def _called(no_content: NoContent, arguments: Any) -> list[Messages]:
 
 
 def _takes(tried: _Trial, no_content: NoContent) -> bool:
-    """Whether a call without content may say so in this way: wherever "" will do, and it is not
-    printed."""
+    """Whether a call without content may say so in this way.
+
+    It may wherever "" will do, and it is not printed.
+    """
     fits: list[bool] = []
-    calls = [_called(form, given) for form in (no_content, "empty") for given in (_OBJECT, _JSON)]
-    for as_object, as_text, empty_as_object, empty_as_text in zip(*calls, strict=True):
-        found, empty = tried(as_object, as_text), tried(empty_as_object, empty_as_text)
+    chats = zip(
+        _called(no_content, _OBJECT),
+        _called(no_content, _JSON),
+        _called("empty", _OBJECT),
+        _called("empty", _JSON),
+        strict=True,
+    )
+    for as_object, as_text, empty_as_object, empty_as_text in chats:
+        found = tried(as_object, as_text)
+        empty = tried(empty_as_object, empty_as_text)
         if found or empty:
-            printed = any(
-                found.count(spelling) > empty.count(spelling) for spelling in ("None", "null")
-            )
+            printed = any(found.count(word) > empty.count(word) for word in ("None", "null"))
             fits.append(bool(found) and not (empty and printed))
     return bool(fits) and all(fits)
 
@@ -140,22 +153,19 @@ def _arguments(tried: _Trial, no_content: NoContent, given: object) -> int:
         return _REFUSED
     if _KEY not in text or _VALUE not in text:
         return _ABSENT
-    misspelled = (
-        f"'{_KEY}'" in text or f'\\"{_KEY}' in text
-    )  # Python's spelling, or JSON within JSON
+    # Python's spelling, or JSON within JSON.
+    misspelled = f"'{_KEY}'" in text or f'\\"{_KEY}' in text
     return _MISSPELLED if misspelled else _SHOWN
 
 
 def _wants_parts(tried: _Trial, role: str) -> bool:
-    """Whether a string as this role's content is refused or lost, and a part with the same text is
-    not."""
+    """Whether this role's content is refused or lost as a string, and not as a part."""
 
     def shows(content: Any) -> bool:
         if role == "tool":
-            calls = [chat for given in (_OBJECT, _JSON) for chat in _called("empty", given)[:1]]
-            return _TEXT in tried(
-                *([*chat[:-1], {**_RESULT, "content": content}] for chat in calls)
-            )
+            result = {**_RESULT, "content": content}
+            calls = [_called("empty", given)[0] for given in (_OBJECT, _JSON)]
+            return _TEXT in tried(*([*chat[:-1], result] for chat in calls))
         message = {"role": role, "content": content}
         others = {
             "system": [[message, _USER]],

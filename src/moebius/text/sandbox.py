@@ -73,17 +73,15 @@ class _Weaver(NodeTransformer):
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
-        node.nodes = [
-            child
-            if isinstance(child, nodes.TemplateData)
-            else self._call("count", [child], child.lineno)
-            for child in node.nodes
-        ]
+        for i, child in enumerate(node.nodes):
+            if not isinstance(child, nodes.TemplateData):
+                node.nodes[i] = self._call("count", [child], child.lineno)
         return node
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
         # The grammar of jinja's compiler wants the bare call and the bare filters here.
-        call, node.call = node.call, nodes.Call(nodes.Const(None), [], [], None, None)
+        call = node.call
+        node.call = nodes.Call(nodes.Const(None), [], [], None, None)
         self.generic_visit(call)
         node.body = [self.visit(child) for child in node.body]
         node.call = call
@@ -97,8 +95,7 @@ class _Weaver(NodeTransformer):
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training; when serving it is just a
-    scope."""
+    """`{% generation %}` marks the assistant's text for training; when serving it is a scope."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja declares it so)
 
@@ -152,15 +149,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Refuse a product or power that is huge before it is computed."""
         meter: _Meter = self._running.meter
-        for text, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(text, (str, list, tuple)) and isinstance(times, int):
-                meter.spend(len(text) * max(times, 0))
+        if operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, (str, list, tuple)) and isinstance(times, int):
+                    meter.spend(len(text) * max(times, 0))
         if isinstance(left, int) and isinstance(right, int):
-            bits = (
-                left.bit_length() * max(right, 1)
-                if operator == "**"
-                else left.bit_length() + right.bit_length()
-            )
+            bits = left.bit_length() + right.bit_length()
+            if operator == "**":
+                bits = left.bit_length() * max(right, 1)
             if bits > _MAX_BITS:
                 raise TemplateLimitError(
                     f"the chat template computes a number of more than {_MAX_BITS} bits"

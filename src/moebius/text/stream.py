@@ -1,5 +1,4 @@
-"""Streams of text: token ids to pieces that concatenate to the whole, and stop strings across
-pieces."""
+"""Streams of text: pieces that concatenate to the whole, and stop strings across pieces."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -11,8 +10,7 @@ _LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
 
 class IncrementalDecoder:
-    """Decodes one token at a time. The pieces concatenate to `tokenizer.decode` of all the ids,
-    always.
+    """Decodes one token at a time; the pieces concatenate to `tokenizer.decode` of all the ids.
 
     Bytes of an unfinished character are held back; U+FFFD stands for what is broken once that is
     certain. With `prompt_ids` the text continues the prompt's: the first token keeps its leading
@@ -71,7 +69,8 @@ def text_offsets(
 ) -> list[int]:
     """Where in `tokenizer.decode(ids)` each token's text begins, in characters."""
     decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
-    offsets, length = [], 0
+    offsets = []
+    length = 0
     for token_id in ids:
         offsets.append(length)
         length += len(decoder.push(token_id))
@@ -79,11 +78,11 @@ def text_offsets(
 
 
 class _Automaton:
-    """Knuth, Morris and Pratt's matcher of one pattern: `state` symbols of it end what was read so
-    far.
+    """Knuth, Morris and Pratt's matcher of one pattern.
 
-    A symbol is a character, or a special token that the text leaves out, by its name. `visible[k]`
-    of the pattern's first k symbols are characters.
+    What was read so far ends with the first `state` symbols of it. A symbol is a character, or a
+    special token that the text leaves out, by its name. `visible[k]` of the pattern's first k
+    symbols are characters.
     """
 
     def __init__(self, stop: str, pattern: Sequence[str]) -> None:
@@ -113,11 +112,11 @@ class _Automaton:
 
 
 class StopMatcher:
-    """Finds the stop string that completes first, over any pieces of a text; of several, the one
-    that begins first.
+    """Finds the stop string that completes first, over any pieces of a text.
 
-    Text that could still become a stop string is held back, and no more than that; nothing of a
-    stop string is ever released. After a match the matcher is at its end and takes no more text.
+    Of several it is the one that begins first. Text that could still become a stop string is held
+    back, and no more than that; nothing of a stop string is ever released. After a match the
+    matcher is at its end and takes no more text.
 
     The text may leave special tokens out (`push_special` tells of them). A stop string is found in
     the text as it is sent, and, where it names special tokens, in the text with these; they match
@@ -127,14 +126,13 @@ class StopMatcher:
     def __init__(
         self, stops: Sequence[str], split: Callable[[str], list[str]] = lambda stop: [stop]
     ) -> None:
-        """split: a stop string as ordinary pieces and special tokens in turn
-        (`Tokenizer.split_special`)."""
+        """split: a stop string as ordinary and special pieces in turn (Tokenizer.split_special)."""
         self._plain = [_Automaton(stop, stop) for stop in dict.fromkeys(stops) if stop]
         self._with_specials: list[_Automaton] = []
         for plain in self._plain:
             ordinary, *more = split(plain.stop)
             if more:
-                pattern = [*ordinary]
+                pattern = list(ordinary)
                 for special, text in zip(more[::2], more[1::2], strict=True):
                     pattern += [_hidden(special), *text]
                 self._with_specials.append(_Automaton(plain.stop, pattern))
@@ -143,8 +141,7 @@ class StopMatcher:
         self._matched = False
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is certain not to belong to a stop string, the stop string that this piece
-        completed)."""
+        """Text that is certain not to belong to a stop string, and the one that this completes."""
         assert not self._matched, "no text may follow a match"
         if not self._automata:
             return text, None
@@ -164,17 +161,20 @@ class StopMatcher:
         if complete:
             return self._end(self._held, complete)
         keep = len(self._held) - max((a.held for a in self._automata), default=0)
-        released, self._held = self._held[:keep], self._held[keep:]
+        released = self._held[:keep]
+        self._held = self._held[keep:]
         return released, None
 
     def _end(self, seen: str, complete: list[_Automaton]) -> tuple[str, str]:
         longest = max(complete, key=lambda a: (a.held, len(a.stop)))
-        self._matched, self._held = True, ""
+        self._matched = True
+        self._held = ""
         return seen[: len(seen) - longest.held], longest.stop
 
     def flush(self) -> str:
         """The end of the text: what was held back and did not become a stop string."""
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         return held
 
 

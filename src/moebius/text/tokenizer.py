@@ -4,7 +4,6 @@ import codecs
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -17,41 +16,24 @@ from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
-from moebius.text.guard import SpecialGuard, strings_in
+from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
+from moebius.text.special_tokens import SpecialGuard, strings_in
 
-# From so many characters on a chat is rendered once to see whether it fits, before its special
-# tokens are marked.
+# From so many characters on, a chat is rendered once to see whether it fits, before it is marked.
 _LONG_CHAT = 2**17
 
 
 def read_tokenizer_json(path: Path) -> Backend:
-    """The tokenizers library's object from a file, which a byte order mark may begin. Raises
-    TokenizerError."""
+    """The tokenizers library's object from a file, which a byte order mark may begin.
+
+    Raises TokenizerError.
+    """
     try:
         with path.open("rb") as file:
             marked = file.read(3) == codecs.BOM_UTF8
         return Backend.from_str(read_text(path)) if marked else Backend.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise TokenizerError(f"{path} cannot be read: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPrompt:
-    """The ids of a prompt. generation_start: how many of them come before the generation prompt
-    that a chat template adds; None where that is not known, as of a text without a template."""
-
-    ids: Sequence[int]
-    generation_start: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Chat:
-    """A chat that a template has rendered. marker: what keeps special tokens' text plain in it."""
-
-    template: ChatTemplate
-    variables: Mapping[str, Any]
-    marker: str | None
-    rendered: str
 
 
 class Tokenizer:
@@ -71,16 +53,19 @@ class Tokenizer:
         add_eos: bool = False,
         templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """special_tokens: name to text, as in special_tokens_map.json; add_bos, add_eos: where the
-        backend does not."""
+        """Of a backend, and what stands beside it in a model directory.
+
+        special_tokens    name to text, as in special_tokens_map.json
+        add_bos, add_eos  at a text's ends, where the backend does not
+        """
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._templates = dict(templates or {})
-        self._facts = {
-            name: template.probe(self._special_tokens) for name, template in self._templates.items()
-        }
+        self._facts = {}
+        for name, template in self._templates.items():
+            self._facts[name] = template.probe(self._special_tokens)
         added = backend.get_added_tokens_decoder()
         self._special_texts = {i: token.content for i, token in added.items() if token.special}
         self.special_ids = frozenset(self._special_texts)
@@ -92,12 +77,15 @@ class Tokenizer:
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         self._guard = SpecialGuard(backend, vocab)
         self._bound = TokenBound(backend, vocab)
+        self._generation_prompts = GenerationPrompts()
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
-        """Read a model directory. Raises TokenizerError (or ConfigError, for broken JSON) saying
-        what is wrong."""
+        """Read a model directory.
+
+        Raises TokenizerError, or ConfigError for broken JSON, saying what is wrong.
+        """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -136,7 +124,8 @@ class Tokenizer:
         plain = _encoded(self._backend, probe)
         framed = self._backend.encode(probe, add_special_tokens=True).ids
         start = next(i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
-        prefix, suffix = framed[:start], framed[start + len(plain) :]
+        prefix = framed[:start]
+        suffix = framed[start + len(plain) :]
         if add_bos and not prefix and self.bos_id is not None:
             prefix = [self.bos_id]
         if add_eos and not suffix and self.eos_id is not None:
@@ -148,15 +137,13 @@ class Tokenizer:
         return bool(self._templates)
 
     def fewest_tokens(self, text: str) -> int:
-        """At least so many ids `encode` makes of a text, known without tokenising; 0 where nothing
-        is known."""
+        """At least so many ids `encode` makes of a text, known without tokenising; 0: unknown."""
         return self._bound.fewest(text)
 
     def encode(
         self, text: str, add_special_tokens: bool = True, *, at_most: int | None = None
     ) -> list[int]:
-        """Ids of a text as the tokenizer encodes by default: special-token text becomes special
-        tokens.
+        """Ids of a text, in which the text of special tokens becomes special tokens.
 
         Raises RequestError(param="prompt") on text that is not Unicode (a lone surrogate), and
         ContextLengthError on text of more than `at_most` tokens: before tokenising where its size
@@ -176,7 +163,8 @@ class Tokenizer:
         """
         # The library's fast way has no offsets.
         encoding = _library(self._backend.encode_batch, text, "prompt")
-        found, end = [0] * len(self._prefix), 0
+        found = [0] * len(self._prefix)
+        end = 0
         for start, stop in encoding.offsets:
             while end < start and unicodedata.category(text[end]).startswith("M"):
                 end += 1
@@ -200,13 +188,13 @@ class Tokenizer:
         *,
         at_most: int | None = None,
     ) -> list[int]:
-        """Ids of a chat. Special tokens are the template's alone: their text in messages, tools and
-        variables is plain.
+        """Ids of a chat.
 
-        `variables` are further ones for the template (enable_thinking, ...). Nothing is added to
-        what the template writes, so never a second BOS. Raises RequestError naming the message, or
-        "messages" where the template is missing or refuses; ContextLengthError beyond `at_most`
-        tokens, as `encode` does.
+        Special tokens are the template's alone: their text in messages, tools and variables is
+        plain. `variables` are further ones for the template (enable_thinking, ...). Nothing is
+        added to what the template writes, so never a second BOS. Raises RequestError naming the
+        message, or "messages" where the template is missing or refuses; ContextLengthError beyond
+        `at_most` tokens, as `encode` does.
         """
         chat = self._chat(messages, tools, variables, add_generation_prompt, at_most)
         return self._chat_ids(chat.rendered, chat.marker, at_most)
@@ -222,7 +210,10 @@ class Tokenizer:
         prompt begins."""
         chat = self._chat(messages, None, variables, True, at_most)
         ids = self._chat_ids(chat.rendered, chat.marker, at_most)
-        return EncodedPrompt(ids, self._generation_start(chat, ids))
+        start = self._generation_prompts.start(
+            chat, ids, lambda text: self._chat_ids(text, chat.marker, None)
+        )
+        return EncodedPrompt(ids, start)
 
     def _chat(
         self,
@@ -231,7 +222,7 @@ class Tokenizer:
         variables: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         at_most: int | None,
-    ) -> _Chat:
+    ) -> RenderedChat:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._template(name)
         # Everything in the chat that is not the operator's.
@@ -253,20 +244,8 @@ class Tokenizer:
             self._check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
         shown = {**marked, **known}
-        return _Chat(template, shown, marker, template.render(shown))
-
-    def _template(self, name: str) -> ChatTemplate:
-        template = self._templates.get(name)
-        if template is None:
-            has = (
-                f"; it has templates {sorted(self._templates)} but no default"
-                if self._templates
-                else ""
-            )
-            raise RequestError(
-                f"this model has no chat template{has}; use /v1/completions", param="messages"
-            )
-        return template
+        kind = None if variables or not messages else (name, str(messages[-1].get("role")))
+        return RenderedChat(template, shown, marker, template.render(shown), kind)
 
     def _chat_ids(self, rendered: str, marker: str | None, at_most: int | None) -> list[int]:
         if marker is None:
@@ -278,29 +257,26 @@ class Tokenizer:
         )
         return self._guard.original(ids)
 
-    def _generation_start(self, chat: _Chat, ids: list[int]) -> int | None:
-        """How many of the ids come before the generation prompt: what the template adds when asked
-        for one.
-
-        None where it changes more than the end, or the end is not made of tokens of its own.
-        """
-        try:
-            history = chat.template.render({**chat.variables, "add_generation_prompt": False})
-        except RequestError:
-            return None
-        if not chat.rendered.startswith(history):
-            return None
-        added = self._chat_ids(chat.rendered[len(history) :], chat.marker, None)
-        start = len(ids) - len(added)
-        return start if ids[start:] == added else None
+    def _template(self, name: str) -> ChatTemplate:
+        template = self._templates.get(name)
+        if template is None:
+            has = ""
+            if self._templates:
+                has = f"; it has templates {sorted(self._templates)} but no default"
+            raise RequestError(
+                f"this model has no chat template{has}; use /v1/completions", param="messages"
+            )
+        return template
 
     def _check_size(self, text: str, at_most: int | None, param: str) -> None:
-        if at_most is not None and (fewest := self.fewest_tokens(text)) > at_most:
+        if at_most is None:
+            return
+        fewest = self.fewest_tokens(text)
+        if fewest > at_most:
             raise _too_long(f"at least {fewest}", at_most, param)
 
     def split_special(self, text: str) -> list[str]:
-        """The text as ordinary pieces and special tokens in turn; an ordinary one is first and
-        last, maybe empty."""
+        """The text as ordinary and special pieces in turn: see SpecialGuard.split."""
         return self._guard.split(text)
 
     def special_text(self, token_id: int) -> str:
@@ -308,15 +284,12 @@ class Tokenizer:
         return self._special_texts[token_id]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids. Ids without a token have no text; bytes that are no UTF-8 become
-        U+FFFD."""
-        return self.detokenizer.join(ids, skip_special=skip_special_tokens).decode(
-            "utf-8", "replace"
-        )
+        """Text of the ids; those without a token have none, and what is no UTF-8 is U+FFFD."""
+        text = self.detokenizer.join(ids, skip_special=skip_special_tokens)
+        return text.decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The token's own bytes inside a text, special tokens included; b"" for an id without a
-        token."""
+        """The token's own bytes inside a text, special ones included; b"" for an unknown id."""
         return self.detokenizer.own(token_id)
 
     def token_text(self, token_id: int) -> str:
@@ -335,8 +308,10 @@ def _encoded(
 
 
 def _library(encode_batch: Callable[..., list[Encoding]], text: str, param: str) -> Encoding:
-    """One text through one of the library's functions for batches: only these let other threads run
-    meanwhile."""
+    """One text through one of the library's functions for batches.
+
+    Only these let other threads run meanwhile.
+    """
     try:
         return encode_batch([text], add_special_tokens=False)[0]
     except BaseException as error:  # a panic in Rust is no Exception
@@ -367,8 +342,7 @@ def _check_unicode(text: str, param: str) -> None:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The special tokens with names, as text by name, and those without in
-    `additional_special_tokens`.
+    """Special tokens by name; `additional_special_tokens` are those without one.
 
     Entries may be strings or AddedToken records. As in transformers any key that ends in `_token`
     is such a name, and so are those under `model_specific_special_tokens`, and under
@@ -384,34 +358,31 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     named = {name: entry for name, entry in config.items() if name.endswith("_token")}
     for more_names in (config.get("model_specific_special_tokens"), extra):
         named |= more_names if isinstance(more_names, Mapping) else {}
-    specials: dict[str, Any] = {
-        name: found for name, entry in named.items() if (found := text(entry)) is not None
-    }
+    texts = {name: text(entry) for name, entry in named.items()}
+    specials: dict[str, Any] = {name: found for name, found in texts.items() if found is not None}
     lists = [
-        found
-        for found in (config.get("additional_special_tokens"), extra)
-        if isinstance(found, list)
+        entries
+        for entries in (config.get("additional_special_tokens"), extra)
+        if isinstance(entries, list)
     ]
     if lists:
-        texts = (text(entry) for entry in chain(*lists))
-        specials["additional_special_tokens"] = [
-            found for found in dict.fromkeys(texts) if found is not None
-        ]
+        unnamed = dict.fromkeys(text(entry) for entry in chain(*lists))
+        specials["additional_special_tokens"] = [each for each in unnamed if each is not None]
     return specials
 
 
 def _added_records(config: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The records of added_tokens_decoder by id, each with a `content`. Raises TokenizerError
-    naming what is none."""
+    """The records of added_tokens_decoder by id, each with a `content`.
+
+    Raises TokenizerError naming what is none.
+    """
     records = config.get("added_tokens_decoder")
+    if not isinstance(records, Mapping):
+        return []
     found = []
-    for key, record in records.items() if isinstance(records, Mapping) else ():
-        good = (
-            key.isdecimal()
-            and isinstance(record, Mapping)
-            and isinstance(record.get("content"), str)
-        )
-        if not good:
+    for key, record in records.items():
+        content = record.get("content") if isinstance(record, Mapping) else None
+        if not key.isdecimal() or not isinstance(content, str):
             raise TokenizerError(
                 f"tokenizer_config.json: added_tokens_decoder holds {key!r}: {record!r}; "
                 'it must map token ids to records such as {"content": "<s>", "special": true}'
@@ -420,25 +391,40 @@ def _added_records(config: Mapping[str, Any]) -> list[tuple[int, Mapping[str, An
     return sorted(found, key=lambda entry: entry[0])
 
 
-def _added_token(record: Mapping[str, Any], known: AddedToken | None) -> AddedToken:
-    """A record of added_tokens_decoder. Flags that it leaves out are the known token's, which stays
-    special if it is.
+def _add_token(backend: Backend, token: AddedToken, token_id: int) -> None:
+    """Add a token that is to have this id. Raises TokenizerError where it gets another."""
+    if token.special:
+        backend.add_special_tokens([token])
+    else:
+        backend.add_tokens([token])
+    given = backend.token_to_id(token.content)
+    if given != token_id:
+        raise TokenizerError(
+            f"tokenizer_config.json gives {token.content!r} the id {token_id}, tokenizer.json "
+            f"{given}"
+        )
 
-    None is known where tokenizer.json does not have the token.
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _added_token(record: Mapping[str, Any], known: AddedToken | None) -> AddedToken:
+    """A record of added_tokens_decoder, where `known` is tokenizer.json's token of that id.
+
+    Flags that the record leaves out are the known token's, which stays special if it is.
     """
-    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    flags = {name: bool(record[name]) for name in names if name in record}
+    flags = {name: bool(record[name]) for name in _FLAGS if name in record}
     if known is not None:
-        flags = {**{name: getattr(known, name) for name in names}, **flags}
+        flags = {name: getattr(known, name) for name in _FLAGS} | flags
         flags["special"] |= known.special
     return AddedToken(record["content"], **flags)
 
 
 def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[str, Any]) -> None:
-    """Tokens that only tokenizer_config.json knows, its flags of the others, and the mark `special`
-    where it is due.
+    """Give a backend what only tokenizer_config.json knows of added tokens.
 
-    A name without a token is left alone: an id beyond the model's embeddings helps nobody.
+    Tokens, flags, and the mark `special` where it is due. A name without a token is left alone: an
+    id beyond the model's embeddings helps nobody.
     """
     known = backend.get_added_tokens_decoder()
     for token_id, record in _added_records(config):
@@ -446,14 +432,8 @@ def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[s
         if same is not None and same.content != record["content"]:
             continue
         token = _added_token(record, same)
-        if same == token:
-            continue
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(token.content) != token_id:
-            raise TokenizerError(
-                f"tokenizer_config.json gives {token.content!r} the id {token_id}, tokenizer.json "
-                f"{backend.token_to_id(token.content)}"
-            )
+        if same != token:
+            _add_token(backend, token, token_id)
     # As in transformers, one without a name stays visible where the file has it as an added token
     # that is visible.
     added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}

@@ -1,2 +1,1 @@
-"""Training: a recipe, the text that ships with Python, and a decoder become a Hugging Face
-directory."""
+"""Training: a recipe, texts and a decoder become a Hugging Face directory."""

@@ -64,14 +64,17 @@ class Corpus:
         for kind, named, name, path in self._paths():
             if path.suffix == ".jsonl":
                 yield from self._lines(kind, name, path)
-            elif (length := self._length(path, named)) and kinds[kind] == 1:
-                at = _heldout_start(path, int(length * (1 - self.recipe.heldout_share)))
-                yield from _in_pieces("train", kind, name, _between(_blocks(path), 0, at))
-                yield from _in_pieces(
-                    "heldout", kind, f"{name}:end", _between(_blocks(path), at, length)
-                )
-            elif length:
+                continue
+            length = self._length(path, named)
+            if not length:
+                continue
+            if kinds[kind] > 1:
                 yield from _in_pieces(self._split(name), kind, name, _blocks(path))
+                continue
+            at = _heldout_start(path, int(length * (1 - self.recipe.heldout_share)))
+            end = f"{name}:end"
+            yield from _in_pieces("train", kind, name, _between(_blocks(path), 0, at))
+            yield from _in_pieces("heldout", kind, end, _between(_blocks(path), at, length))
 
     def _paths(self) -> Iterator[tuple[str, bool, str, Path]]:
         """Kind, whether the file itself was named, the name, the path; in order."""
@@ -180,8 +183,11 @@ def _blocks(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         while block := file.read(PIECE):
             # A line end of two characters stays in one block.
-            while block.endswith("\r") and (next_one := file.read(1)):
-                block += next_one
+            while block.endswith("\r"):
+                following = file.read(1)
+                if not following:
+                    break
+                block += following
             yield block.replace("\r\n", "\n")
 
 

@@ -53,10 +53,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A tokenizer and the streams made with it, by kind; `facts` is what the model card says about
-    them.
+    """A tokenizer and the streams made with it, by kind.
 
-    end_of_text stands between documents; im_start begins a conversation where the tokenizer has it.
+    facts         what the model card says about them
+    end_of_text   stands between documents
+    im_start      begins a conversation, where the tokenizer has it
     """
 
     tokenizer: Tokenizer

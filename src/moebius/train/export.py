@@ -73,8 +73,7 @@ def would_replace(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """Bits per byte of the whole held-out text by kind, beside gzip -9's and xz -9's on the same
-    bytes.
+    """Bits per byte of the held-out text by kind, beside gzip -9's and xz -9's on the same bytes.
 
     Compressors see all documents of a kind as one file, the model sees each row alone: the
     comparison favours them. `all` has the routers' balance too, in order of layers.

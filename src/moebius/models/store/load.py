@@ -13,11 +13,9 @@ from moebius.models.layout import Source
 from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
-from moebius.ops import Ops, select_ops
-from moebius.ops.weights import dtype_name
-
-# What each format's numbers are in torch.
-_NUMBERS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from moebius.nn.linear import Weighted, WeightList
+from moebius.ops import FORMATS, Matrix, Ops, Weight, select_ops
+from moebius.ops.weights import Dense, dtype_name
 
 
 def load_decoder(
@@ -46,20 +44,51 @@ def load_decoder(
     files = MappedFiles()
     modules = dict(decoder.named_modules())
     for source, plan in zip(checkpoint.sources, planned, strict=True):
-        stored = _view(files, source, checkpoint.tensors[source.name])
-        value = stored.to(device=device, dtype=_NUMBERS[plan.format], copy=not mapped)
+        weight = _view(files, source, checkpoint.tensors[source.name])
+        if not plan.mapped:
+            weight = _copied(weight, plan.format, device)
+        elif not mapped and isinstance(weight, Tensor):
+            weight = weight.clone()
         module, _, leaf = source.parameter.rpartition(".")
-        modules[module].register_parameter(leaf, nn.Parameter(value, requires_grad=not mapped))
+        _put(modules[module], leaf, weight, requires_grad=not mapped)
     return decoder
 
 
-def _view(files: MappedFiles, source: Source, stored: StoredTensor) -> Tensor:
-    """The source's numbers where they lie, as they are stored."""
-    skipped = 0
+def _view(files: MappedFiles, source: Source, stored: StoredTensor) -> Weight:
+    """The source's values where they lie, as they are stored."""
+    format = FORMATS[str(stored.format)]
+    first_row = 0
     if source.entry is not None:
         first_row = source.entry * source.stored_shape[1] + source.start
+    if isinstance(format, Dense):
         skipped = first_row * math.prod(source.stored_shape[2:])
-    return files.view(stored, _NUMBERS[str(stored.format)], skipped, source.shape)
+        return files.view(stored, format.dtype, skipped, source.shape)
+    rows, columns = source.shape
+    ((dtype, shape),) = format.planes(rows, columns)
+    plane = files.view(stored, dtype, first_row * math.prod(shape[1:]), shape)
+    return Matrix(format, (rows, columns), (plane,))
+
+
+def _copied(weight: Weight, wanted: str, device: torch.device) -> Tensor:
+    """A copy in the plain numbers `wanted`, on a device."""
+    dtype = getattr(torch, wanted)
+    if isinstance(weight, Matrix):
+        return weight.widened(dtype).to(device)
+    return weight.to(device, dtype, copy=True)
+
+
+def _put(module: nn.Module, leaf: str, weight: Weight, *, requires_grad: bool) -> None:
+    """Plain numbers become a parameter; a matrix of another format takes a parameter's place."""
+    if isinstance(weight, Tensor):
+        module.register_parameter(leaf, nn.Parameter(weight, requires_grad=requires_grad))
+    elif isinstance(module, WeightList):
+        module.hold(int(leaf), weight)
+    elif isinstance(module, Weighted):
+        module.hold(weight)
+    else:
+        raise WeightsError(
+            f"a {type(module).__name__} holds no {weight.format.name} matrix as its {leaf}"
+        )
 
 
 def _check_all_have_a_source(decoder: Decoder, sources: Iterable[Source]) -> None:

@@ -1,5 +1,6 @@
 """Files mapped into memory, and tensors over them."""
 
+import math
 import mmap
 import warnings
 from contextlib import suppress
@@ -32,7 +33,7 @@ class MappedFiles:
         if len(region) < stored.stop:
             raise WeightsError(f"{stored.file} shrank while it was loaded")
         start = stored.start + skipped * dtype.itemsize
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         with warnings.catch_warnings():
             # torch warns that the buffer cannot be written.
             warnings.simplefilter("ignore")

@@ -24,7 +24,7 @@ METRICS = "/metrics"
 """The route that may have a key of its own."""
 
 
-class Guard:
+class Gate:
     """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's
     shape.
 
@@ -87,7 +87,7 @@ def _tenant(scope: Scope, digests: list[bytes]) -> bytes:
     if not digests or scope["raw_path"] in _OPEN_PATHS:
         return b""
     shown = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, key = shown[0].partition(b" ") if len(shown) == 1 else (b"", b"", b"")
+    scheme, _, key = (shown[0] if len(shown) == 1 else b"").partition(b" ")
     digest = _digest(key.strip())
     # Every key is compared, whichever matches, so that the time taken says nothing.
     matches = [hmac.compare_digest(digest, known) for known in digests]

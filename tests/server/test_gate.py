@@ -13,7 +13,7 @@ import pytest
 from moebius.errors import ConfigError
 from moebius.schedule.params import LIMITS
 from moebius.server.access import AccessLog
-from moebius.server.guard import Guard
+from moebius.server.gate import Gate
 from moebius.server.settings import ServerSettings
 from server.serving import MODEL, Server, run
 
@@ -114,7 +114,7 @@ def test_every_known_key_is_compared_in_constant_time(monkeypatch: pytest.Monkey
         compared.append((len(a), len(b)))
         return honest(a, b)
 
-    monkeypatch.setattr("moebius.server.guard.hmac.compare_digest", noted)
+    monkeypatch.setattr("moebius.server.gate.hmac.compare_digest", noted)
 
     async def check(server: Server) -> None:
         for key in ("key-one", "key-two", "x", "key-onf", "k" * 500):
@@ -252,7 +252,7 @@ def test_a_response_that_breaks_off_is_not_answered_twice() -> None:
         def answered(self, method: str, handler: str, status: int) -> None: ...
 
     scope = {"type": "http", "headers": [], "raw_path": b"/", "query_string": b""}
-    guard = Guard(app, (), AccessLog(Metrics(), ()))  # type: ignore[arg-type]
+    guard = Gate(app, (), AccessLog(Metrics(), ()))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="broke off"):
         asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
     assert len(sent) == 1

@@ -1,5 +1,4 @@
-"""Special tokens are the template's to write, never a message's: their text inside contents stays
-plain text.
+"""Special tokens are the template's to write; in a message their text stays plain text.
 
 A second tokenizer serves for this, equal to the first but for the names of the special tokens: each
 has an alias that nobody can guess, so no plain text can ever become a special id. Specials inside
@@ -46,29 +45,26 @@ def _with_strings(value: Any, strings: Iterator[str]) -> Any:
     if isinstance(value, str):
         return next(strings)
     if isinstance(value, Mapping):
-        return {
-            _with_strings(key, strings): _with_strings(item, strings) for key, item in value.items()
-        }
-    return (
-        [_with_strings(item, strings) for item in value]
-        if isinstance(value, (list, tuple))
-        else value
-    )
+        copy = {}
+        for key, item in value.items():
+            new_key = _with_strings(key, strings)
+            copy[new_key] = _with_strings(item, strings)
+        return copy
+    if isinstance(value, (list, tuple)):
+        return [_with_strings(item, strings) for item in value]
+    return value
 
 
 class _Finder:
-    """Finds given strings in a text: leftmost first, of several at one place the longest, none
-    inside another.
+    """Finds given strings in a text: leftmost first, of several at one place the longest.
 
-    The tokenizers library searches, with one automaton for all strings and without the
-    interpreter's lock.
+    None is found inside another. The tokenizers library searches, with one automaton for all
+    strings and without the interpreter's lock.
     """
 
     def __init__(self, wanted: list[str]) -> None:
-        rest = models.WordLevel(
-            {"": 0}, unk_token=""
-        )  # what lies between two of them is one unknown word
-        self._backend = Backend(rest)
+        # What lies between two of them is one unknown word.
+        self._backend = Backend(models.WordLevel({"": 0}, unk_token=""))
         self._backend.add_tokens([AddedToken(text, normalized=False) for text in wanted])
         self._wanted = {self._backend.token_to_id(text): text for text in wanted}
         self._longest = max(map(len, wanted), default=0)
@@ -79,16 +75,16 @@ class _Finder:
         while start < len(text):
             end = start + _WINDOW
             window = text[start : end + self._longest]
-            for token_id in self._backend.encode_batch_fast([window], add_special_tokens=False)[
-                0
-            ].ids:
-                if token_id in self._wanted:
-                    found = self._wanted[token_id]
-                    at = text.index(found, start)
-                    if at >= end:
-                        break
-                    yield at, found
-                    start = at + len(found)
+            [encoding] = self._backend.encode_batch_fast([window], add_special_tokens=False)
+            for token_id in encoding.ids:
+                found = self._wanted.get(token_id)
+                if found is None:
+                    continue
+                at = text.index(found, start)
+                if at >= end:
+                    break
+                yield at, found
+                start = at + len(found)
             start = max(start, end)
 
 
@@ -111,13 +107,14 @@ class SpecialGuard:
         )
 
     def split(self, text: str) -> list[str]:
-        """The text as ordinary and special pieces in turn; an ordinary one comes first and last,
-        and may be empty.
+        """The text as ordinary and special pieces in turn.
 
-        UnicodeEncodeError on text that is not Unicode (a lone surrogate).
+        An ordinary one comes first and last, and may be empty. UnicodeEncodeError on text that is
+        not Unicode (a lone surrogate).
         """
         text.encode()
-        pieces, at = [], 0
+        pieces = []
+        at = 0
         for start, special in self._finder.spans(text):
             pieces += [text[at:start], special]
             at = start + len(special)
@@ -128,10 +125,10 @@ class SpecialGuard:
         return self._always or next(self._finder.spans(text), None) is not None
 
     def mark(self, value: Json) -> tuple[Json, str | None]:
-        """(the nested JSON with every special token between two markers, the marker); None where
-        there are none.
+        """The nested JSON with every special token between two markers, and the marker.
 
-        The marker is ASCII without letters: nothing that templates do to text changes it.
+        None in the marker's place where there are no special tokens. The marker is ASCII without
+        letters: nothing that templates do to text changes it.
         """
         texts = list(strings_in(value))
         joined = _SEPARATOR.join(texts)
@@ -145,7 +142,8 @@ class SpecialGuard:
             nonlocal upcoming
             at = 0
             for text in texts:
-                pieces, end = [], at + len(text)
+                pieces = []
+                end = at + len(text)
                 while upcoming is not None and upcoming[0] < end:
                     start, special = upcoming
                     upcoming = next(spans, None)
@@ -157,8 +155,10 @@ class SpecialGuard:
         return _with_strings(value, marked()), marker
 
     def named(self, rendered: str, marker: str) -> str:
-        """A rendered text for `backend`: specials between markers are plain text, the others have
-        their aliases."""
+        """A rendered text for `backend`.
+
+        Specials between markers are plain text, the others have their aliases.
+        """
         pieces: list[str] = []
         at = 0
         for start, special in self._finder.spans(rendered):
@@ -175,8 +175,7 @@ class SpecialGuard:
 
     @property
     def backend(self) -> Backend:
-        """The second tokenizer: nothing is special to it but aliases. Its ids go through
-        `original`."""
+        """The second tokenizer: only aliases are special to it. Its ids go through `original`."""
         return self._aliased.backend
 
     def original(self, ids: list[int]) -> list[int]:
@@ -186,12 +185,17 @@ class SpecialGuard:
 
 
 def _inside_word(text: str, start: int, end: int) -> bool:
-    return any(re.match(r"\w", char) for char in (text[start - 1 : start], text[end : end + 1]))
+    before = text[start - 1 : start]
+    after = text[end : end + 1]
+    return any(re.match(r"\w", char) for char in (before, after))
 
 
 class _Aliased:
-    """The tokenizer whose special tokens bear aliases; `alias` maps a special token's text to its
-    alias."""
+    """The tokenizer whose special tokens bear aliases.
+
+    alias      a special token's text to its alias
+    original   its ids to the first tokenizer's, where they differ
+    """
 
     def __init__(
         self, backend: Backend, vocab: Mapping[str, int], specials: Mapping[int, AddedToken]
@@ -211,32 +215,29 @@ class _Aliased:
             if backend.pre_tokenizer is not None:
                 self.backend.pre_tokenizer = backend.pre_tokenizer
         self._add_tokens(backend, specials)
-        added = backend.get_added_tokens_decoder()
-        found = {
-            i: self.backend.token_to_id(self.alias.get(t.content, t.content))
-            for i, t in added.items()
-        }
-        self.original = {mine: i for i, mine in found.items() if mine != i}
+        self.original: dict[int, int] = {}
+        for i, token in backend.get_added_tokens_decoder().items():
+            mine = self.backend.token_to_id(self.alias.get(token.content, token.content))
+            if mine is not None and mine != i:
+                self.original[mine] = i
 
     def _add_tokens(self, backend: Backend, specials: Mapping[int, AddedToken]) -> None:
         added = sorted(backend.get_added_tokens_decoder().items())
         self.backend.add_tokens([token for i, token in added if i not in specials])
         # Which of them are to be special was decided already, by SpecialGuard.
-        self.backend.add_special_tokens(
-            [
-                AddedToken(
-                    self.alias[token.content],
-                    normalized=False,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                )
-                for token in specials.values()
-            ]
-        )
+        aliases = []
+        for token in specials.values():
+            alias = self.alias[token.content]
+            aliases.append(
+                AddedToken(alias, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)
+            )
+        self.backend.add_special_tokens(aliases)
 
     def _renamed(self, backend: Backend) -> Backend:
-        """A copy whose model has the aliases in its vocabulary and can make no special token out of
-        plain text."""
+        """A copy with the aliases in its vocabulary.
+
+        Its model can make no special token out of plain text.
+        """
         alias = self.alias
         spec = json.loads(backend.to_str())
         spec |= {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}

@@ -1,5 +1,5 @@
-"""Measuring on a machine that others use too: pause a driver while they do, and know how much
-slipped through.
+"""Measuring on a machine that others use too: pause a driver while they do, and know what slipped
+through.
 
 While a driver works, a thread looks four times a second at the CPU time that other processes took.
 When it was more than BUSY_SHARE of the cores, the driver's process group is stopped until the
@@ -109,7 +109,9 @@ def _own(group: int | None) -> float:
 def wait_until_calm(limit: float = 300.0) -> bool:
     """Wait until others leave the machine alone for a second; False if they did not within `limit`
     seconds."""
-    end, calm, before = time.monotonic() + limit, 0, _Sample.take(None)
+    end = time.monotonic() + limit
+    calm = 0
+    before = _Sample.take(None)
     while time.monotonic() < end:
         time.sleep(2 * INTERVAL)
         now = _Sample.take(None)
@@ -128,8 +130,11 @@ def watch(group: int, pauses: PauseClock, patience: float) -> Iterator[Disturban
 
     It stands still for at most `patience` seconds in all; then it runs on, disturbed.
     """
-    result, done = Disturbance(), threading.Event()
-    thread = threading.Thread(target=_guard, args=(group, pauses, patience, result, done))
+    result = Disturbance()
+    done = threading.Event()
+    thread = threading.Thread(
+        target=_pause_while_busy, args=(group, pauses, patience, result, done)
+    )
     thread.start()
     try:
         yield result
@@ -138,7 +143,7 @@ def watch(group: int, pauses: PauseClock, patience: float) -> Iterator[Disturban
         thread.join()
 
 
-def _guard(
+def _pause_while_busy(
     group: int, pauses: PauseClock, patience: float, result: Disturbance, done: threading.Event
 ) -> None:
     before = _Sample.take(group)
@@ -149,7 +154,9 @@ def _guard(
         ended = done.wait(INTERVAL)
         now = _Sample.take(group)
         foreign, passed = now.foreign_since(before)
-        foreign_total, ran, before = foreign_total + foreign, ran + passed, now
+        foreign_total += foreign
+        ran += passed
+        before = now
         left = patience - result.paused
         if left > 0 and not ended and foreign > BUSY_SHARE * _CORES * passed:
             seconds = _stand_still(group, left, done)

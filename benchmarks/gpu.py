@@ -1,0 +1,254 @@
+"""One stage of benchmarks/gpu.sh: measure on a device and leave a record, OUT/STAGE.json, that is
+valid at any moment.
+
+    python benchmarks/gpu.py STAGE --out OUT [--device cuda|cpu] [--small]
+
+    environment   what the machine is, its memory bandwidth and its matrix peak
+    tests         tests/test_device.py on the device
+    checkpoint    the model's random weights, written to the folder of temporary files
+    prefill       a prompt of 2,048 tokens
+    decode        tokens after a prompt of 128, for one request and for 32 at once
+
+The model is M2 of benchmarks/peers (random bfloat16 weights), computed in plain PyTorch. --small
+takes a model of some kilobytes and few tokens: a rehearsal, whose figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks" / "peers")]
+
+from sizes import SIZES, Sizes  # noqa: E402
+
+SMALL = Sizes(
+    layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, experts=4, top_k=2, width=32, vocab=4096
+)
+# Ids below are byte tokens and specials.
+FIRST_ID = 300
+NO_CUDA = (
+    "torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small"
+)
+
+
+@dataclass(slots=True)
+class Stage:
+    """What a stage is to do, and its record, which is on the disk after every `keep`."""
+
+    name: str
+    out: Path
+    device: str
+    small: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> Sizes:
+        return SMALL if self.small else SIZES["m2"]
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(tempfile.gettempdir()) / "moebius-gpu" / ("small" if self.small else "m2")
+
+    def keep(self, **values: Any) -> None:
+        self.record |= values
+        partial = self.out / f"{self.name}.partial"
+        partial.write_text(json.dumps(self.record, indent=1) + "\n")
+        partial.replace(self.out / f"{self.name}.json")
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """How long a call takes, to the end of what it asked of the device."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def environment(stage: Stage) -> None:
+    import torch
+
+    stage.keep(python=platform.python_version(), torch=torch.__version__, processors=os.cpu_count())
+    if stage.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        stage.keep(
+            card=properties.name,
+            memory_bytes=properties.total_memory,
+            capability=list(torch.cuda.get_device_capability(0)),
+            cuda=torch.version.cuda,
+        )
+    size, side = (2**22, 256) if stage.small else (2**32, 8192)
+    source = torch.zeros(size, dtype=torch.uint8, device=stage.device)
+    target = torch.empty_like(source)
+    a_MK = torch.randn(side, side, device=stage.device).bfloat16()
+    copies = [seconds(lambda: target.copy_(source), stage.device) for _ in range(6)]
+    products = [seconds(lambda: a_MK @ a_MK, stage.device) for _ in range(6)]
+    # The first of each is the warm-up. A copy reads and writes every byte.
+    stage.keep(
+        bytes_per_second=2 * size / min(copies[1:]),
+        flops_per_second=2 * side**3 / min(products[1:]),
+    )
+
+
+def tests(stage: Stage) -> None:
+    log, results = stage.out / "tests.log", Path(tempfile.gettempdir()) / "moebius-gpu-tests.xml"
+    command = [sys.executable, "-m", "pytest", "tests/test_device.py", f"--junit-xml={results}"]
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MOEBIUS_TEST_DEVICE": stage.device, "PYTHONPATH": path}
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    suite = ElementTree.parse(results).getroot().find("testsuite")
+    assert suite is not None
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    stage.keep(returned=done.returncode, **counts)
+    if done.returncode:
+        sys.exit(f"tests failed; see {log}")
+
+
+def checkpoint(stage: Stage) -> None:
+    """Random weights take a minute to draw: a folder that is whole is taken as it is."""
+    import shutil
+
+    from make_checkpoint import config, write_weights
+
+    if not (stage.checkpoint / "config.json").exists():
+        stage.checkpoint.mkdir(parents=True, exist_ok=True)
+        write_weights(stage.sizes, stage.checkpoint, seed=0)
+        # Prompts are token ids: any tokenizer will do.
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / "src" / "moebius" / "bundled" / name, stage.checkpoint)
+        (stage.checkpoint / "config.json").write_text(json.dumps(config(stage.sizes)))
+    stage.keep(parameters=stage.sizes.parameters)
+
+
+def load(stage: Stage) -> Any:
+    """The model on the device, in plain PyTorch."""
+    if stage.device == "cpu":
+        os.environ["MOEBIUS_CPU_ISA"] = "reference"
+    from moebius import LLM, __version__
+
+    if not (stage.checkpoint / "config.json").exists():
+        sys.exit(f"there are no weights in {stage.checkpoint}; run the stage checkpoint first")
+    start = time.perf_counter()
+    llm = LLM(
+        str(stage.checkpoint),
+        device=stage.device,
+        dtype="bfloat16",
+        max_model_len=2304,
+        max_num_seqs=32,
+        kv_cache_memory_bytes=2**26 if stage.small else 2**32,
+        enable_prefix_caching=False,
+    )
+    stage.keep(moebius=__version__, load_s=time.perf_counter() - start)
+    return llm
+
+
+def generate(
+    stage: Stage, llm: Any, *, requests: int, prompt: int, output: int, seed: str
+) -> float:
+    """Seconds for so many requests at once, of so many tokens in and out, exactly."""
+    from moebius import SamplingParams
+
+    ids = random.Random(seed)
+    prompts = [
+        [ids.randrange(FIRST_ID, stage.sizes.vocab) for _ in range(prompt)] for _ in range(requests)
+    ]
+    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+    start = time.perf_counter()
+    results = llm.generate(prompts, params, progress=False)
+    wall = time.perf_counter() - start
+    made = [len(result.outputs[0].token_ids) for result in results]
+    assert made == [output] * requests, made
+    return wall
+
+
+def prefill(stage: Stage) -> None:
+    prompt, repetitions = (128, 1) if stage.small else (2048, 7)
+    with load(stage) as llm:
+        walls: list[float] = []
+        for turn in range(repetitions + 1):
+            wall = generate(stage, llm, requests=1, prompt=prompt, output=1, seed=f"prefill-{turn}")
+            if turn:  # the first is the warm-up
+                walls.append(wall)
+                stage.keep(
+                    prompt=prompt,
+                    seconds=walls,
+                    tokens_per_second=prompt / statistics.median(walls),
+                )
+
+
+def decode(stage: Stage) -> None:
+    """Time per token: what `output` tokens take beyond what one takes, of the same prompts."""
+    prompt, output, repetitions = (8, 4, 1) if stage.small else (128, 128, 3)
+    sizes = stage.sizes
+    used = sizes.layers * (sizes.attention + sizes.router + sizes.top_k * sizes.expert) + sizes.head
+    stage.keep(prompt=prompt, output=output, bytes_per_token_alone=2 * used)
+    with load(stage) as llm:
+        for requests in (1, 4 if stage.small else 32):
+            rates: list[float] = []
+            for turn in range(repetitions + 1):
+                shape = {
+                    "requests": requests,
+                    "prompt": prompt,
+                    "seed": f"decode-{requests}-{turn}",
+                }
+                first = generate(stage, llm, output=1, **shape)
+                whole = generate(stage, llm, output=output, **shape)
+                if turn:
+                    rates.append(requests * (output - 1) / (whole - first))
+                    of = {
+                        "tokens_per_second": rates,
+                        "median": statistics.median(rates),
+                        "last_first_token_s": first,
+                    }
+                    stage.keep(**{f"requests_{requests}": of})
+
+
+STAGES = {stage.__name__: stage for stage in (environment, tests, checkpoint, prefill, decode)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    import torch
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print(NO_CUDA, file=sys.stderr)
+        sys.exit(2)
+    given.out.mkdir(parents=True, exist_ok=True)
+    stage = Stage(given.stage, given.out, given.device, given.small)
+    stage.keep(stage=given.stage, device=given.device, small=given.small, finished=False)
+    start = time.perf_counter()
+    STAGES[given.stage](stage)
+    peak = torch.cuda.max_memory_allocated() if given.device == "cuda" else None
+    stage.keep(finished=True, stage_s=time.perf_counter() - start, peak_device_bytes=peak)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""benchmarks/gpu.sh without a GPU: its stages rehearsed on a small model, and what it does when one does not finish."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gpu(out: Path, stages: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """What the script returned, the records that it left, by stage, and what it said."""
+    environment = os.environ | {
+        "OUT": str(out),
+        "PYTHON": sys.executable,
+        "WHEELS": str(out / "none"),
+        "STAGES": stages,
+        "TMPDIR": str(out),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    records = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    return done.returncode, records, done.stdout + done.stderr
+
+
+def test_a_rehearsal_measures_prefill_and_decode(tmp_path: Path) -> None:
+    stages = ("checkpoint", "prefill", "decode")
+    code, records, said = gpu(
+        tmp_path, " ".join(f"{stage}:120" for stage in stages), "--device", "cpu", "--small"
+    )
+    assert code == 0, said
+    assert set(records) == set(stages) and all(record["finished"] for record in records.values())
+    prefill, decode = records["prefill"], records["decode"]
+    assert prefill["tokens_per_second"] == prefill["prompt"] / prefill["seconds"][0]
+    # Counted by hand: 2 layers of attention, router and two experts of the four, and the head; two bytes each.
+    layer = 64 * 16 * (4 + 2 + 2 + 4) + 64 * 4 + 2 * 3 * 64 * 32
+    assert decode["bytes_per_token_alone"] == 2 * (2 * layer + 64 * 4096)
+    assert decode["requests_1"]["median"] > 0 and decode["requests_4"]["median"] > 0
+
+
+def test_a_stage_that_fails_or_is_stopped_leaves_a_record_and_the_next_one_runs(
+    tmp_path: Path,
+) -> None:
+    """There are no weights to decode with; and nothing can import torch in a hundredth of a second."""
+    code, records, said = gpu(
+        tmp_path, "decode:120 prefill:0.01 environment:120", "--device", "cpu", "--small"
+    )
+    assert code == 1
+    assert "run the stage checkpoint first" in said and "prefill: stopped at its limit" in said
+    assert not records["decode"]["finished"] and records["environment"]["finished"]
+    assert records["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
+    code, records, said = gpu(tmp_path, "environment:120 decode:120")
+    assert code == 2 and not records
+    assert (
+        said.count(
+            "torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small"
+        )
+        == 1
+    )

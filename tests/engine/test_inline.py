@@ -1,0 +1,169 @@
+"""The engine on its callers' threads: what is asked in the middle of a step waits for its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.test_engine import ask, engine, tokens
+from moebius.engine.client import StepOutput
+from moebius.engine.inline import InlineClient
+from moebius.errors import ContextLengthError, EngineError, OverloadError, RequestError
+from moebius.schedule.request import FinishReason
+
+
+class Heard:
+    """A client and what it delivered, by request."""
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        self.engine = engine(directory, **options)
+        self.client = InlineClient(self.engine)
+        self.outputs: dict[str, list[StepOutput]] = {}
+        self.client.start(self.deliver)
+
+    def deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            self.outputs.setdefault(output.request_id, []).append(output)
+
+    def run(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        while self.client.advance(wanted):
+            pass
+
+
+@pytest.fixture
+def heard(tiny_model: Path) -> Heard:
+    return Heard(tiny_model, max_num_seqs=2, max_queue_requests=3)
+
+
+def test_nothing_is_computed_but_in_advance(heard: Heard, tiny_model: Path) -> None:
+    one = heard.engine
+    heard.client.submit(ask(one, "a", [1, 2, 3]))
+    assert heard.client.stats().waiting == 1 and heard.outputs == {}
+    assert heard.client.advance(lambda: True)
+    assert len(tokens(heard.outputs["a"])) == 1
+    assert heard.client.advance(lambda: False), "nobody wants a step: none is made"
+    assert len(tokens(heard.outputs["a"])) == 1
+    heard.run()
+    assert heard.outputs["a"][-1].finish_reason is FinishReason.LENGTH
+    assert not heard.client.advance(lambda: True), "no work is left"
+    other = engine(tiny_model)
+    other.take(ask(other, "a", [1, 2, 3]))
+    expected = [output for _ in range(8) for output in other.step()]
+    assert tokens(heard.outputs["a"]) == tokens(expected)
+
+
+def test_refusals_and_aborts_are_outputs(heard: Heard) -> None:
+    one = heard.engine
+    for i in range(5):
+        heard.client.submit(ask(one, str(i), [1, 2, 3]))
+    assert [type(heard.outputs[i][-1].error) for i in ("3", "4")] == [OverloadError] * 2
+    heard.client.abort("0")
+    assert heard.outputs["0"][-1].finish_reason is FinishReason.ABORT
+    heard.client.abort("never heard of")
+    with pytest.raises(RequestError, match="'1' is in use"):
+        heard.client.submit(ask(one, "1", [4]))
+    heard.run()
+    assert len(tokens(heard.outputs["1"])) == len(tokens(heard.outputs["2"])) == 8
+    heard.client.submit(ask(one, "1", [4]))  # free again
+    heard.run()
+    assert one.scheduler.drained
+
+
+def test_what_can_never_run_is_refused_by_an_output(tiny_model: Path) -> None:
+    small = Heard(
+        tiny_model, max_num_seqs=4, max_num_batched_tokens=8, enable_chunked_prefill=False
+    )
+    small.client.submit(ask(small.engine, "long", [1] * 20))
+    assert isinstance(small.outputs["long"][-1].error, ContextLengthError)
+
+
+def test_what_is_asked_in_the_middle_of_a_step_waits_for_its_end(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the garbage collector may do, on the very thread that computes."""
+    one, honest = heard.engine, heard.engine.runner.execute
+    during: list[int] = []
+
+    def meddled(inputs: Any) -> Any:
+        if not during:
+            heard.client.abort("a")
+            heard.client.submit(ask(one, "b", [7, 8]))
+            during.append(len(one.scheduler.requests))
+        return honest(inputs)
+
+    monkeypatch.setattr(one.runner, "execute", meddled)
+    heard.client.submit(ask(one, "a", [1, 2, 3]))
+    heard.client.advance(lambda: True)
+    assert during == [1], "neither had happened yet"
+    assert heard.outputs["a"][-1].finish_reason is FinishReason.ABORT
+    heard.run()
+    assert len(tokens(heard.outputs["b"])) == 8 and one.scheduler.drained
+
+
+def test_a_step_that_another_thread_has_made_is_not_made_again(heard: Heard) -> None:
+    """Both wait for the engine; the second finds that what it waits for is there."""
+    one = heard.engine
+    heard.client.submit(ask(one, "a", [1, 2, 3], max_tokens=100))
+    ready = threading.Barrier(2)
+
+    def advance() -> None:
+        ready.wait(10)
+        heard.client.advance(lambda: "a" not in heard.outputs)
+
+    threads = [threading.Thread(target=advance) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(tokens(heard.outputs["a"])) == 1
+    assert one.stats().steps == 1
+
+
+def test_a_closed_engine_ends_what_is_open_and_takes_no_more(heard: Heard) -> None:
+    one = heard.engine
+    heard.client.submit(ask(one, "open", [1, 2, 3], max_tokens=50))
+    heard.client.advance(lambda: True)
+    heard.client.close(5)
+    last = heard.outputs["open"][-1]
+    assert last.finish_reason is FinishReason.ERROR and "has stopped" in str(last.error)
+    assert one.scheduler.drained
+    for again in (
+        lambda: heard.client.submit(ask(one, "after", [1])),
+        lambda: heard.client.start(heard.deliver),
+    ):
+        with pytest.raises(EngineError, match="has stopped"):
+            again()
+    heard.client.close(5)
+    assert sum(output.finish_reason is not None for output in heard.outputs["open"]) == 1
+
+
+def test_it_is_started_once(heard: Heard) -> None:
+    with pytest.raises(EngineError, match="started once"):
+        heard.client.start(heard.deliver)
+
+
+def test_a_step_that_takes_too_long_is_not_waited_for_when_closing(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, honest = heard.engine, heard.engine.runner.execute
+    under_way, release = threading.Event(), threading.Event()
+
+    def slow(inputs: Any) -> Any:
+        under_way.set()
+        release.wait(20)
+        return honest(inputs)
+
+    monkeypatch.setattr(one.runner, "execute", slow)
+    heard.client.submit(ask(one, "a", [1, 2, 3]))
+    thread = threading.Thread(target=heard.client.advance, args=(lambda: True,))
+    thread.start()
+    assert under_way.wait(20)
+    with pytest.raises(EngineError, match=r"did not stop within 0\.0 s"):
+        heard.client.close(0.01)
+    release.set()
+    thread.join(20)
+    heard.client.close(5)
