@@ -40,7 +40,14 @@ CORE = (
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
 # What only training uses.
-NOT_CORE = {"moe/losses.py", "moe/capacity.py", "moe/noise.py", "moe/health.py", "moe/placement.py"}
+NOT_CORE = {
+    "nn/packed.py",
+    "moe/losses.py",
+    "moe/capacity.py",
+    "moe/noise.py",
+    "moe/health.py",
+    "moe/placement.py",
+}
 
 _NOT_CODE = {
     tokenize.COMMENT,
