@@ -12,10 +12,11 @@ import torch
 from moebius.engine.client import EngineInfo, TokenLogprob
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
-from moebius.engine.kv_cache import KVCache
+from moebius.engine.kv_cache import KVCache, cache_specs, lay_out
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.groups import CacheGroups, GroupSpec
 from moebius.schedule.request import Request, SamplingParams, ServingLimits
 from moebius.schedule.scheduler import Scheduler
 
@@ -106,9 +107,13 @@ def random_schedule(count: int, rng: random.Random) -> Schedule:
 def build(decoder: Decoder, schedule: Schedule) -> Engine:
     """An engine around a decoder that is already loaded."""
     config = decoder.config
+    specs = cache_specs(config, decoder.embed_tokens.weight.dtype)
+    windows = lay_out(specs).windows
+    num_blocks = schedule.num_blocks * len(windows)
     pool = BlockPool(
-        schedule.num_blocks,
+        num_blocks,
         schedule.block_size,
+        groups=CacheGroups(tuple(map(GroupSpec, windows))),
         enable_prefix_caching=schedule.prefix_caching,
         key=bytes(16),
     )
@@ -121,15 +126,14 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
         max_queue_tokens=10**6,
     )
     cache = KVCache(
-        config,
+        specs,
         decoder.ops,
-        num_blocks=schedule.num_blocks,
+        num_blocks=num_blocks,
         block_size=schedule.block_size,
-        dtype=decoder.embed_tokens.weight.dtype,
         device=torch.device("cpu"),
     )
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
-    info = EngineInfo(limits, frozenset(), schedule.block_size, schedule.num_blocks, "fp")
+    info = EngineInfo(limits, frozenset(), schedule.block_size, num_blocks, "fp")
     return Engine(Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info)
 
 

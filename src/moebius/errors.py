@@ -16,6 +16,8 @@
     ├── NumericalError               NaN or infinite logits end that one request, HTTP 500; such a
                                      loss the training
     ├── StorageError                 a file cannot be written: the disk is full, or not ours
+    ├── CacheDataError               bytes that should be a block or state of a cache are damaged,
+                                     or another cache's
     └── EngineError                  the engine failed or is gone: HTTP 500
 
 `assert` is for what can only be our own fault; these classes are for everything else.
@@ -135,6 +137,10 @@ class NumericalError(MoebiusError):
 
 class StorageError(MoebiusError):
     """A file cannot be written. What was there before is as it was."""
+
+
+class CacheDataError(MoebiusError):
+    """Bytes that should be a block or a state of a cache are damaged, or another cache's."""
 
 
 class EngineError(MoebiusError):

@@ -17,6 +17,7 @@ from moebius.engine import load
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import choose_dtype, load_engine, prepare
 from moebius.engine.memory import (
+    CacheSizes,
     MemoryPlan,
     WeightBytes,
     human_bytes,
@@ -43,6 +44,7 @@ MODEL = ModelConfig(
 GIB = 2**30
 # 2 layers x (key and value) x 2 heads x 16 x 2 bytes
 PER_TOKEN = 256
+CACHE = CacheSizes((None,), 16 * PER_TOKEN)
 
 
 def plan(available: int = GIB, copied: int = 0, **options: Any) -> MemoryPlan:
@@ -52,7 +54,7 @@ def plan(available: int = GIB, copied: int = 0, **options: Any) -> MemoryPlan:
         WeightBytes(1000, copied, 500),
         dtype="bfloat16",
         device="cpu",
-        bytes_per_token=PER_TOKEN,
+        cache=CACHE,
         available=available,
     )
 
@@ -175,7 +177,7 @@ def test_mapped_weights_must_stay_resident() -> None:
         WeightBytes(mapped, 0, 1000),
         dtype="bfloat16",
         device="cpu",
-        bytes_per_token=PER_TOKEN,
+        cache=CACHE,
         available=500 * 2**20,
     )
     assert made.kv_cache <= (500 * 2**20 - mapped - made.workspace) // 2
@@ -189,7 +191,7 @@ def test_mapped_weights_must_stay_resident() -> None:
             WeightBytes(mapped, 0, 1000),
             dtype="bfloat16",
             device="cpu",
-            bytes_per_token=PER_TOKEN,
+            cache=CACHE,
             available=300 * 2**20,
             available_of="the cgroup's 700.0 MiB",
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.engine.kv_cache import KVCache
+from moebius.engine.kv_cache import KVCache, cache_specs
 from moebius.engine.runner import Runner
 from moebius.models.weights import load_decoder
 from moebius.ops.cpu import CpuOps, Recording
@@ -26,8 +26,9 @@ CPU = torch.device("cpu")
 
 def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
     decoder = load_decoder(directory, dtype, ops=ops)
-    sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "dtype": dtype, "device": CPU}
-    return Runner(decoder, KVCache(decoder.config, ops, **sizes), CPU, MAX_TOKENS)
+    sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "device": CPU}
+    specs = cache_specs(decoder.config, dtype)
+    return Runner(decoder, KVCache(specs, ops, **sizes), CPU, MAX_TOKENS)
 
 
 def random_step(rng: random.Random, computed: list[int]) -> StepInputs:

@@ -162,7 +162,8 @@ class Replay:
         room = pool.num_blocks
         while self._waiting and self._due[self._waiting[0]] <= self.now:
             sample = self._samples[self._waiting[0]]
-            room -= pool.blocks_for(sample.input_tokens + sample.output_tokens)
+            tokens = sample.input_tokens + sample.output_tokens
+            room -= pool.most_blocks(tokens, self._engine.scheduler.config.max_num_batched_tokens)
             seats -= 1
             if not self._variant.batching and (seats < 0 or room < 0):
                 return
@@ -196,7 +197,7 @@ class Replay:
         self.most_blocks = max(self.most_blocks, stats.used_blocks)
         self._held += stats.used_blocks * self._engine.info.block_size
         self._filled += sum(
-            request.num_computed_tokens for request in requests.values() if request.block_ids
+            request.num_computed_tokens for request in requests.values() if request.tables
         )
 
 
@@ -235,7 +236,7 @@ def measure(
         **summarise(replay.records, duration, percentiles=(50, 99)),
         "tokens": replay.tokens,
         "most_running": replay.most_running,
-        "kv_held": replay.most_blocks * plan.block_size * plan.bytes_per_token,
+        "kv_held": replay.most_blocks * plan.cache.block,
         "fill": replay.fill,
         "weights": plan.weights.mapped + plan.weights.copied,
         "same": None if variant.twin else 0,
@@ -322,9 +323,9 @@ def settle(
     if config.kv_cache_memory_bytes is not None:
         return config, prepared
     sequences = max(config.max_num_seqs // 4, 1)
-    config = replace(
-        config, kv_cache_memory_bytes=sequences * length * prepared.plan.bytes_per_token
-    )
+    plan = prepared.plan
+    blocks = sequences * plan.groups.most_blocks(length, plan.chunk, plan.block_size)
+    config = replace(config, kv_cache_memory_bytes=blocks * plan.cache.block)
     return config, prepared
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +12,23 @@ from moebius import machine
 from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
-from moebius.engine.kv_cache import KVCache, bytes_per_token
-from moebius.engine.memory import MemoryPlan, WeightBytes, human_bytes, plan_memory
+from moebius.engine.kv_cache import (
+    KVCache,
+    block_bytes,
+    cache_specs,
+    lay_out,
+    request_bytes,
+    scratch_states,
+    state_bytes,
+)
+from moebius.engine.memory import CacheSizes, MemoryPlan, WeightBytes, human_bytes, plan_memory
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import ConfigError, require
 from moebius.models.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from moebius.models.weights import load_decoder
 from moebius.ops import Ops, select_ops
+from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.request import ServingLimits
@@ -76,7 +86,7 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         WeightBytes(mapped, total - mapped, total // dtype.itemsize, checkpoint.dtype),
         dtype=_name(dtype),
         device=device.type,
-        bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
+        cache=_cache_sizes(cache_specs(checkpoint.config, dtype), ops, config.block_size),
         available=available,
         available_of=available_of,
     )
@@ -98,6 +108,7 @@ def load_engine(
     pool = BlockPool(
         plan.num_blocks,
         plan.block_size,
+        groups=plan.groups,
         enable_prefix_caching=config.enable_prefix_caching,
         key=secrets.token_bytes(32),
     )
@@ -129,17 +140,28 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
     plan, model_config = prepared.plan, prepared.checkpoint.config
     model = load_decoder(prepared.checkpoint, prepared.dtype, prepared.device, prepared.ops)
+    states = plan.groups.states
     cache = KVCache(
-        model_config,
+        cache_specs(model_config, prepared.dtype),
         prepared.ops,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
-        dtype=prepared.dtype,
         device=prepared.device,
+        num_states=0 if states is None else states.num_slots,
     )
     runner = Runner(model, cache, prepared.device, config.max_num_batched_tokens)
     runner.warm_up()
     return runner
+
+
+def _cache_sizes(specs: Sequence[CacheSpec], ops: Ops, block_size: int) -> CacheSizes:
+    return CacheSizes(
+        windows=lay_out(specs).windows,
+        block=block_bytes(specs, ops, block_size),
+        state=state_bytes(specs),
+        scratch=scratch_states(specs),
+        request=request_bytes(specs),
+    )
 
 
 def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:

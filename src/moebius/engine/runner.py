@@ -25,7 +25,7 @@ class Runner:
         self.cache = cache
         self.device = device
         self.expert_counts = ExpertCounts(model, device)
-        one = StepInputs.build([[0]], [0], [[0]], cache.block_size, device)
+        one = self._zeros(1)
         with torch.inference_mode():
             self._forward, self._logits = self.ops.capture(
                 self._compute, self._compute_logits, one, max_tokens
@@ -36,7 +36,12 @@ class Runner:
     @torch.inference_mode()
     def _compute(self, inputs: StepInputs) -> Tensor:
         attend = PagedAttend(
-            self.ops, self.model.config, self.cache.layers, inputs, self.cache.block_size
+            self.ops,
+            self.model.config,
+            self.cache.layers,
+            inputs,
+            self.cache.block_size,
+            self.cache.groups,
         )
         hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, attend)[0]
         return hidden_TD
@@ -53,7 +58,12 @@ class Runner:
         gigabytes.
         """
         self.cache.last_used = time.monotonic()
+        if inputs.states is not None:
+            self.cache.clear_states(inputs.states.cleared)
+            self.cache.copy_states(inputs.states.restores)
         hidden_TD = self._forward(inputs)
+        if inputs.states is not None:
+            self.cache.copy_states(inputs.states.saves)
         self.cache.last_used = time.monotonic()
         self.expert_counts.step()
         return hidden_TD
@@ -65,9 +75,13 @@ class Runner:
     def warm_up(self) -> None:
         """Run an empty step and one of a single token, so that the first request meets nothing for
         the first time."""
-        for zeros in ([], [[0]]):
-            inputs = StepInputs.build(
-                zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device
-            )
-            self.logits(self.execute(inputs), range(len(zeros)))
+        for sequences in (0, 1):
+            self.logits(self.execute(self._zeros(sequences)), range(sequences))
         self.expert_counts.clear()
+
+    def _zeros(self, sequences: int) -> StepInputs:
+        """A step of as many sequences of one token 0, all in block 0."""
+        zeros = [[0]] * sequences
+        others = [zeros] * (len(self.cache.layout.windows) - 1)
+        size = self.cache.block_size
+        return StepInputs.build(zeros, [0] * sequences, zeros, size, self.device, others=others)

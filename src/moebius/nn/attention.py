@@ -61,7 +61,8 @@ class PagedAttend:
     """Serving: store the step's keys and values in each layer's cache, attend over what the cache
     holds.
 
-    caches are one per layer, as Ops.make_kv_cache made them, with blocks of block_size tokens.
+    caches are one per layer, as Ops.make_kv_cache made them, with blocks of block_size tokens;
+    groups[i] is the block table that layer i's cache is found by (one for all without it).
     """
 
     def __init__(
@@ -71,20 +72,25 @@ class PagedAttend:
         caches: Sequence[Any],
         step: StepInputs,
         block_size: int,
+        groups: Sequence[int] | None = None,
     ) -> None:
         self._ops, self._config, self._caches, self._step = ops, config, caches, step
+        self._groups = [0] * len(config.windows) if groups is None else groups
+        kinds = dict.fromkeys(zip(self._groups, config.windows, strict=True))
         self._plans = {
-            window: ops.plan_attention(step, block_size, window) for window in set(config.windows)
+            (group, window): ops.plan_attention(step.of(group), block_size, window)
+            for group, window in kinds
         }
 
     def __call__(self, layer: int, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
-        cache, slots = self._caches[layer], self._step.slot_mapping
+        group = self._groups[layer]
+        cache, slots = self._caches[layer], self._step.of(group).slot_mapping
         q_norm, k_norm = (
             None if norm is None else norm.weight for norm in (rotation.q_norm, rotation.k_norm)
         )
         angles, eps = (rotation.cos_TR, rotation.sin_TR), self._config.norm_eps
         q_THN = self._ops.rotate_and_store(qkv_TI, *angles, cache, slots, q_norm, k_norm, eps)
-        plan = self._plans[self._config.windows[layer]]
+        plan = self._plans[group, self._config.windows[layer]]
         return self._ops.paged_attention(q_THN, cache, plan, self._config.scale)
 
 

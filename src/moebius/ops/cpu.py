@@ -136,7 +136,7 @@ class Recording:
 
     def __init__(self, inputs: int, max_rows: int) -> None:
         self.max_rows = max_rows
-        self.plans: list[Any] = []
+        self.plans: list[tuple[Any, int]] = []  # attention's, each with its group of layers
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
         self.inputs = [self.buffer((), torch.int64).zero_() for _ in range(inputs)]
         self.program = _cpu.Program([x.data_ptr() for x in self.inputs])
@@ -185,15 +185,21 @@ class CpuOps(ReferenceOps):
     def capture(
         self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int
     ) -> Captured:
-        step, head = Recording(3, max_tokens), Recording(1, max_tokens)
+        groups = range(1 + len(example.others))
+        step = Recording(2 + len(groups), max_tokens)
+        head = Recording(1, max_tokens)
 
         def on_step(inputs: StepInputs) -> Tensor:
-            for plan in step.plans:
-                _set_plan(plan, inputs)
-            return step(inputs.input_ids_host, inputs.positions_host, inputs.slot_mapping_host)
+            for plan, group in step.plans:
+                _set_plan(plan, inputs.of(group))
+            slots = [inputs.of(group).slot_mapping_host for group in groups]
+            return step(inputs.input_ids_host, inputs.positions_host, *slots)
 
-        def noted(ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-            example.input_ids, example.positions, example.slot_mapping = ids, positions, slots
+        def noted(ids: Tensor, positions: Tensor, *slots: Tensor) -> Tensor:
+            example.input_ids = ids
+            example.positions = positions
+            for group in groups:
+                example.of(group).slot_mapping = slots[group]
             return compute(example)
 
         plain = super().capture(compute, logits, example, max_tokens)
@@ -400,10 +406,16 @@ class CpuOps(ReferenceOps):
         shape = _cpu.CacheShape(block_size, num_kv_heads, head_dim, _DTYPES[dtype])
         return CpuCache(buffer, shape, num_kv_heads, head_dim)
 
+    cache_layout = "lanes of 16 keys, pairs of values"
+
+    def block_memory(self, cache: CpuCache, block: int) -> Sequence[Tensor]:
+        size = cache.shape.block_bytes
+        return (cache.buffer[block * size : (block + 1) * size],)
+
     def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
         plan = _cpu.StepAttention(window or 0)
         if self._recording:
-            self._recording.plans.append(plan)
+            self._recording.plans.append((plan, step.group))
         _set_plan(plan, step)
         return plan
 

@@ -290,6 +290,13 @@ class ReferenceOps(SamplingOps):
         k, v = buffer.view(dtype).view(2, -1, block_size, num_kv_heads, head_dim)
         return ReferenceCache(k, v)
 
+    cache_layout = "k and v, each token, head, value"
+    """Names the order of values in a block, for bytes that leave the cache and come back."""
+
+    def block_memory(self, cache: Any, block: int) -> Sequence[Tensor]:
+        """All of what a layer's cache holds of a block, as tensors over its memory."""
+        return (cache.k[block], cache.v[block])
+
     def plan_attention(self, step: StepInputs, block_size: int, window: int | None = None) -> Any:
         """What paged_attention needs to know of a step, worked out once for all layers with the
         same window."""

@@ -3,7 +3,7 @@ layer's experts."""
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -47,6 +47,21 @@ class RouterTally(NamedTuple):
     sums: Tensor
 
 
+class StateInputs(NamedTuple):
+    """What a step does with the recurrent states of its sequences.
+
+    slots      the slot of each sequence's state (B,)
+    cleared    slots that start from zeros
+    restores   (from, to) slots to copy before the step
+    saves      (from, to) slots to copy after it
+    """
+
+    slots: Sequence[int]
+    cleared: Sequence[int]
+    restores: Sequence[tuple[int, int]]
+    saves: Sequence[tuple[int, int]]
+
+
 @dataclass(eq=False)
 class StepInputs:
     """A step's B sequences, as integers of the host; as tensors on the model's device once these
@@ -54,8 +69,11 @@ class StepInputs:
 
     Sequence b brings rows query_start[b] to query_start[b + 1] - 1: its last tokens, prefill chunk
     or decode alike. seq_lens counts its tokens in the cache with these; block_table[b, i] is the
-    block of its positions i * block_size onward. Positions are absolute, a slot is block id *
-    block_size + offset.
+    block of its positions i * block_size onward, in the cache of one group of layers, and -1 where
+    these lie before the group's window: its memory is another's, and must not be read. Positions
+    are absolute, a slot is block id * block_size + offset.
+
+    slot_mapping and block_table are those of group `group`; `of` has the same step for the others.
     """
 
     device: torch.device | str
@@ -69,6 +87,9 @@ class StepInputs:
     # (B, max_blocks) int32 in one row, padded with 0
     block_table_host: "array[int]"
     max_blocks: int
+    group: int = 0
+    others: "tuple[StepInputs, ...]" = ()
+    states: StateInputs | None = None
 
     @classmethod
     def build(
@@ -78,33 +99,53 @@ class StepInputs:
         block_ids: Sequence[Sequence[int]],
         block_size: int,
         device: torch.device | str = "cpu",
+        *,
+        others: Sequence[Sequence[Sequence[int]]] = (),
+        states: StateInputs | None = None,
     ) -> "StepInputs":
-        """From each sequence's new tokens, the position of the first of them, and its blocks."""
-        ids, positions, slots = (list[int]() for _ in range(3))
-        query_start, seq_lens, table = [0], [], array("i")
-        width = max(map(len, block_ids), default=0)
-        for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
-            stop = start + len(tokens)
+        """From each sequence's new tokens, the position of the first of them, and its blocks.
+
+        block_ids are those of the first group of layers, `others` those of each further group.
+        """
+        ids = list[int]()
+        positions = list[int]()
+        query_start = [0]
+        seq_lens = list[int]()
+        for tokens, start in zip(token_ids, starts, strict=True):
             ids += tokens
+            stop = start + len(tokens)
             if stop - start == 1:  # a decode, of which there are hundreds
                 positions.append(start)
-                slots.append(blocks[start // block_size] * block_size + start % block_size)
             else:
                 positions.extend(range(start, stop))
-                for at in range(start // block_size, -(-stop // block_size)):
-                    shift = (blocks[at] - at) * block_size
-                    slots.extend(
-                        range(
-                            max(start, at * block_size) + shift,
-                            min(stop, (at + 1) * block_size) + shift,
-                        )
-                    )
-            table.extend(blocks)
-            table.frombytes(bytes((width - len(blocks)) * table.itemsize))
             query_start.append(len(ids))
             seq_lens.append(stop)
-        rows = array("q", ids), array("q", positions), array("q", slots)
-        return cls(device, *rows, array("i", query_start), array("i", seq_lens), table, width)
+        step = cls(
+            device,
+            array("q", ids),
+            array("q", positions),
+            _slots(starts, seq_lens, block_ids, block_size),
+            array("i", query_start),
+            array("i", seq_lens),
+            *_table(block_ids),
+            states=states,
+        )
+        step.others = tuple(
+            replace(
+                step,
+                slot_mapping_host=_slots(starts, seq_lens, blocks, block_size),
+                block_table_host=table,
+                max_blocks=width,
+                group=group,
+            )
+            for group, blocks in enumerate(others, 1)
+            for table, width in [_table(blocks)]
+        )
+        return step
+
+    def of(self, group: int) -> "StepInputs":
+        """The same step, as the layers of a group see it."""
+        return self if group == self.group else self.others[group - 1]
 
     @cached_property
     def input_ids(self) -> Tensor:
@@ -127,3 +168,31 @@ class StepInputs:
         return (
             torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
         ).to(self.device)
+
+
+def _slots(
+    starts: Sequence[int], stops: Sequence[int], tables: Sequence[Sequence[int]], block_size: int
+) -> "array[int]":
+    """Where the positions from `start` to `stop` - 1 of each sequence lie in the cache."""
+    slots = list[int]()
+    for start, stop, blocks in zip(starts, stops, tables, strict=True):
+        if stop - start == 1:
+            slots.append(blocks[start // block_size] * block_size + start % block_size)
+            continue
+        for at in range(start // block_size, -(-stop // block_size)):
+            shift = (blocks[at] - at) * block_size
+            first = max(start, at * block_size) + shift
+            last = min(stop, (at + 1) * block_size) + shift
+            slots.extend(range(first, last))
+    return array("q", slots)
+
+
+def _table(tables: Sequence[Sequence[int]]) -> "tuple[array[int], int]":
+    """Block tables in one row, padded to the longest; and its length."""
+    width = max(map(len, tables), default=0)
+    table = array("i")
+    for blocks in tables:
+        table.extend(blocks)
+        if len(blocks) < width:
+            table.frombytes(bytes((width - len(blocks)) * table.itemsize))
+    return table, width

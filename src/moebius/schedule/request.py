@@ -1,5 +1,4 @@
-"""One request: what is asked (SamplingParams), what is computed (Request), and the one validated
-constructor.
+"""One request: what is asked (SamplingParams), what is computed (Request), and how it is checked.
 
 A Request is one sequence; n = 3 is three of them. It is built from `prompt_ids` and `output_ids`
 (not empty after a preemption or on a replay): positions, penalties, min and max tokens are pure
@@ -16,6 +15,8 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from moebius.errors import ContextExceededError, RequestError
+from moebius.schedule.groups import Lineage
+from moebius.schedule.states import OwnedStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +268,28 @@ def check_asked(params: SamplingParams, limits: ServingLimits, priority: int = 0
     _check(priority == 0 or limits.priorities, "priority", refused)
 
 
+def _check_prompt(prompt: Sequence[int], output: Sequence[int], limits: ServingLimits) -> None:
+    """RequestError where there is no prompt, or where something in it, or in the output so far, is
+    no token."""
+    _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
+    _check_tokens(prompt, limits.vocab_size)
+    _check_tokens(output, limits.vocab_size)
+
+
+def _check_salt(salt: bytes) -> None:
+    """RequestError for a cache salt of another type, or a longer one than may be."""
+    kind = type(salt).__name__
+    _check(isinstance(salt, bytes), "cache_salt", f"cache_salt is {kind}; it must be bytes here")
+    too_long = f"cache_salt has over {LIMITS.salt_bytes} bytes"
+    _check(len(salt) <= LIMITS.salt_bytes, "cache_salt", too_long)
+
+
+def _check_times(arrival: float, deadline: float | None) -> None:
+    _check_number("arrival", arrival, -sys.float_info.max, sys.float_info.max)
+    if deadline is not None:
+        _check_number("deadline", deadline, -sys.float_info.max, sys.float_info.max)
+
+
 @dataclass(slots=True, eq=False)
 class PromptHashes:
     """Prefix hashes of a prompt's full blocks, worked out once for all its choices by `pool`, with
@@ -290,8 +313,12 @@ class Request:
     step's plan)
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
     scheduled           when that was, on the same clock as arrival; a preemption does not change it
-    block_ids           its blocks, in order of position; replaced, never changed: a plan holds it
-                        without a copy
+    tables              its block tables, one a group of layers, in order of position; replaced,
+                        never changed: a plan holds them without a copy
+    num_passed          how many leading entries of each table its window has left behind
+    states              its slots for recurrent states, while it runs
+    request_slot        its place for what is written once a request, while it runs
+    lineage             what its blocks derive from
     block_hashes        prefix hashes of its leading full blocks, computed once
     prompt_hashes       those of the prompt, which its siblings share
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
@@ -318,7 +345,11 @@ class Request:
     num_cached_tokens: int | None = None
     scheduled: float | None = None
     num_preemptions: int = 0
-    block_ids: "array[int]" = field(default_factory=lambda: array("i"))
+    tables: "tuple[array[int], ...]" = ()
+    num_passed: list[int] = field(default_factory=list)
+    states: OwnedStates | None = None
+    request_slot: int | None = None
+    lineage: Lineage | None = None
     block_hashes: list[bytes] = field(default_factory=list)
     prompt_hashes: PromptHashes = field(default_factory=PromptHashes)
     num_published_blocks: int = 0
@@ -351,23 +382,10 @@ class Request:
         left out.
         """
         prompt = tuple(prompt_ids)
-        _check(len(prompt) > 0, "prompt", "the prompt is empty; it must hold at least one token")
-        _check_tokens(prompt, limits.vocab_size)
-        _check_tokens(output_ids, limits.vocab_size)
+        _check_prompt(prompt, output_ids, limits)
         check_asked(params, limits, priority)
-        _check_number("arrival", arrival, -sys.float_info.max, sys.float_info.max)
-        if deadline is not None:
-            _check_number("deadline", deadline, -sys.float_info.max, sys.float_info.max)
-        _check(
-            isinstance(salt, bytes),
-            "cache_salt",
-            f"cache_salt is {type(salt).__name__}; it must be bytes here",
-        )
-        _check(
-            len(salt) <= LIMITS.salt_bytes,
-            "cache_salt",
-            f"cache_salt has over {LIMITS.salt_bytes} bytes",
-        )
+        _check_times(arrival, deadline)
+        _check_salt(salt)
         room = limits.max_model_len - len(prompt)
         wanted = params.max_tokens
         if room < (1 if wanted is None else wanted):
@@ -376,16 +394,14 @@ class Request:
                 limits.max_model_len, len(prompt), least if wanted is None else wanted
             )
         ends = frozenset() if params.ignore_eos else eos_ids
-        stop_ids = frozenset(params.stop_token_ids).union(
-            token for token in ends if 0 <= token < limits.vocab_size
-        )
+        known_ends = frozenset(token for token in ends if 0 <= token < limits.vocab_size)
         fixed_seed = seed if seed is not None else (params.seed or 0)
         return cls(
             id=id,
             prompt_ids=prompt,
             params=params,
             seed=fixed_seed % 2**64,
-            stop_ids=stop_ids,
+            stop_ids=known_ends.union(params.stop_token_ids),
             max_tokens=room if wanted is None else wanted,
             arrival=arrival,
             priority=priority,
