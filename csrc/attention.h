@@ -65,7 +65,7 @@ INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int seen, in
     Tile t;
     t.keys = min_of(KEY_TILE, stop - start);
     const int inner = int(s.k_groups / s.block_size), v_groups = KEY_LANES / per_group<T>() * s.padded_dim;
-    const int first = max_of(0, seen - start) / KEY_LANES;
+    const int first = min_of(VECTORS - 1, max_of(0, seen - start) / KEY_LANES);
     for (int i = first; i < VECTORS && i * KEY_LANES < t.keys; i++) {
         int position = start + i * KEY_LANES;
         if (s.block_size % KEY_LANES == 0) {

@@ -343,11 +343,16 @@ class Checker:
                 self._writers[block] = lineage
 
     def _load_states(self, plan: StepPlan) -> None:
-        """Snapshots are copied in; then each sequence finds the state behind its tokens so far."""
+        """Slots are cleared and snapshots copied in, in whatever order; then each sequence finds
+        the state behind its tokens so far."""
         states, writers = self._states, self._state_writers
         for chunk in plan.chunks:
             if (chunk.states is None) != (self.pool.states is None):
                 self.broken("I6", f"{chunk.request_id} has no slot for its state, or needs none")
+            if chunk.states is not None and not chunk.start:
+                states[chunk.states.slot] = _origin(self.tracks[chunk.request_id].request)
+                writers[chunk.states.slot] = frozenset()
+        for chunk in reversed(plan.chunks):
             if chunk.states is not None and chunk.states.restore is not None:
                 states[chunk.states.slot] = states[chunk.states.restore]
                 writers[chunk.states.slot] = writers[chunk.states.restore]
@@ -355,9 +360,6 @@ class Checker:
             if chunk.states is None:
                 continue
             track = self.tracks[chunk.request_id]
-            if not chunk.start:
-                states[chunk.states.slot] = _origin(track.request)
-                writers[chunk.states.slot] = frozenset()
             truth = track.values[chunk.start - 1] if chunk.start else _origin(track.request)
             if states[chunk.states.slot] != truth:
                 self.broken(
