@@ -5,8 +5,9 @@
 Every schedule serves 1 to 64 requests in bfloat16 with random batch sizes, chunk sizes, block
 sizes, cache sizes (some force preemptions), arrivals, thread counts and cold or warm prefix caches,
 and compares every token's log-probabilities with those of the request served alone. Models: the
-bundled one (one schedule in twenty) and a random one of every supported architecture. Ends with
-exit code 1 at the first difference, naming the schedule.
+bundled one (one schedule in twenty) and a random one of every supported architecture, some of them
+with windows whose blocks are given back. Ends with exit code 1 at the first difference, naming the
+schedule.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from moebius.files import json_record, write_file  # noqa: E402
 from moebius.models.weights import load_decoder  # noqa: E402
 from moebius.ops.cpu import CpuOps  # noqa: E402
 from oracle import FAMILY, save_tiny  # noqa: E402
-from random_schedules import MAX_MODEL_LEN, alone, answers, random_schedule, wishes  # noqa: E402
+from random_schedules import (  # noqa: E402
+    MAX_MODEL_LEN,
+    WINDOWED,
+    alone,
+    answers,
+    random_schedule,
+    wishes,
+)
 
 BUNDLED_EVERY = 20
 
@@ -54,10 +62,12 @@ def main() -> int:
     kernels = [CpuOps(1), CpuOps(2)]
     with tempfile.TemporaryDirectory() as scratch:
         subjects = []
-        for model_type in sorted(FAMILY):
-            directory = Path(scratch) / model_type
-            save_tiny(directory, model_type, max_position_embeddings=MAX_MODEL_LEN, vocab_size=300)
-            subjects.append(Subject(model_type, directory, kernels))
+        plain: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in FAMILY}
+        sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+        for name, (model_type, changes) in sorted((plain | WINDOWED).items()):
+            directory = Path(scratch) / name
+            save_tiny(directory, model_type, **sizes, **changes)
+            subjects.append(Subject(name, directory, kernels))
         bundled = Subject("bundled", Path(moebius.__file__).parent / "bundled", kernels)
         result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
     print(json.dumps(result))

@@ -21,6 +21,25 @@ from moebius.schedule.request import Request, SamplingParams, ServingLimits
 from moebius.schedule.scheduler import Scheduler
 
 MAX_MODEL_LEN = 256
+# Models with windows: model type and what differs from its plainest configuration. In the last two
+# some layers see all, so that there are several block tables; of unequal numbers of layers.
+WINDOWED: dict[str, tuple[str, dict[str, object]]] = {
+    "mistral-window": ("mistral", {"sliding_window": 40}),
+    "mixtral-window": ("mixtral", {"sliding_window": 7}),
+    "qwen2-upper-window": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 33,
+            "max_window_layers": 2,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "qwen3-upper-window": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+}
 
 
 @dataclass(frozen=True)
