@@ -732,14 +732,14 @@ class _(Scheduler):
 
 @bug("the token budget is ignored")
 class _(Scheduler):
-    def _grant(self, request, computed, budget):
-        return request.num_tokens - computed
+    def _grant(self, remaining, budget):
+        return remaining
 
 
 @bug("prompts are split although chunking is off")
 class _(Scheduler):
-    def _grant(self, request, computed, budget):
-        return min(request.num_tokens - computed, budget)
+    def _grant(self, remaining, budget):
+        return min(remaining, budget)
 
 
 @bug("one seat too many")

@@ -65,11 +65,12 @@ def build_batch(
         if samples:
             sampled.append(request)
             sampled_rows.append(row - 1)
-    first, *others = zip(*tables, strict=True) if tables else ([],)
+    several = range(1, len(tables[0]) if tables else 1)
+    others = [[each[group] for each in tables] for group in several]
     inputs = StepInputs.build(
         token_ids,
         starts,
-        first,
+        [each[0] for each in tables],
         block_size,
         device,
         others=others,

@@ -109,22 +109,25 @@ class StepInputs:
         """
         ids = list[int]()
         positions = list[int]()
+        slots = list[int]()
         query_start = [0]
         seq_lens = list[int]()
-        for tokens, start in zip(token_ids, starts, strict=True):
+        for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
             ids += tokens
             stop = start + len(tokens)
             if stop - start == 1:  # a decode, of which there are hundreds
                 positions.append(start)
+                slots.append(blocks[start // block_size] * block_size + start % block_size)
             else:
                 positions.extend(range(start, stop))
+                slots += _slots(blocks, start, stop, block_size)
             query_start.append(len(ids))
             seq_lens.append(stop)
         step = cls(
             device,
             array("q", ids),
             array("q", positions),
-            _slots(starts, seq_lens, block_ids, block_size),
+            array("q", slots),
             array("i", query_start),
             array("i", seq_lens),
             *_table(block_ids),
@@ -133,13 +136,20 @@ class StepInputs:
         step.others = tuple(
             replace(
                 step,
-                slot_mapping_host=_slots(starts, seq_lens, blocks, block_size),
+                slot_mapping_host=array(
+                    "q",
+                    (
+                        slot
+                        for blocks, start, stop in zip(tables, starts, seq_lens, strict=True)
+                        for slot in _slots(blocks, start, stop, block_size)
+                    ),
+                ),
                 block_table_host=table,
                 max_blocks=width,
                 group=group,
             )
-            for group, blocks in enumerate(others, 1)
-            for table, width in [_table(blocks)]
+            for group, tables in enumerate(others, 1)
+            for table, width in [_table(tables)]
         )
         return step
 
@@ -170,21 +180,15 @@ class StepInputs:
         ).to(self.device)
 
 
-def _slots(
-    starts: Sequence[int], stops: Sequence[int], tables: Sequence[Sequence[int]], block_size: int
-) -> "array[int]":
-    """Where the positions from `start` to `stop` - 1 of each sequence lie in the cache."""
+def _slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
+    """Where a sequence's positions from `start` to `stop` - 1 lie in the cache."""
     slots = list[int]()
-    for start, stop, blocks in zip(starts, stops, tables, strict=True):
-        if stop - start == 1:
-            slots.append(blocks[start // block_size] * block_size + start % block_size)
-            continue
-        for at in range(start // block_size, -(-stop // block_size)):
-            shift = (blocks[at] - at) * block_size
-            first = max(start, at * block_size) + shift
-            last = min(stop, (at + 1) * block_size) + shift
-            slots.extend(range(first, last))
-    return array("q", slots)
+    for at in range(start // block_size, -(-stop // block_size)):
+        shift = (blocks[at] - at) * block_size
+        first = max(start, at * block_size) + shift
+        last = min(stop, (at + 1) * block_size) + shift
+        slots.extend(range(first, last))
+    return slots
 
 
 def _table(tables: Sequence[Sequence[int]]) -> "tuple[array[int], int]":

@@ -310,9 +310,12 @@ class BlockPool(Places):
         regular = (position // stride + 1) * stride
         return last if position < last < regular else regular
 
-    def state_slots(self, request: Request, end: int) -> StateSlots:
-        """Where the request's next chunk, which ends at `end`, finds and leaves its state."""
-        assert self.states is not None and request.states is not None, "a running request has slots"
+    def state_slots(self, request: Request, end: int) -> StateSlots | None:
+        """Where the request's next chunk, which ends at `end`, finds and leaves its state; None
+        where the model has none."""
+        if self.states is None:
+            return None
+        assert request.states is not None, "a running request has slots"
         digest = None
         publishes = self.enable_prefix_caching and request.publishes
         if publishes and self._is_boundary(request, end):

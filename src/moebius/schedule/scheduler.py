@@ -112,6 +112,7 @@ class Scheduler:
         self.prefix_hits = 0
         self.preemptions = 0
         self.num_deferred = 0
+        self._slotted = pool.states is not None or pool.groups.request_slots is not None
         self._step = 0
         self._pending: int | None = None
         self._requests: dict[str, Request] = {}
@@ -286,7 +287,9 @@ class Scheduler:
             request = running[position]
             position += 1
             computed = request.num_computed_tokens
-            num_tokens = self._grant(request, computed, draft.budget)
+            num_tokens = self._grant(request.num_tokens - computed, draft.budget)
+            if self._slotted:
+                num_tokens = self._to_boundary(request, computed, num_tokens)
             if not num_tokens:
                 draft.waiting[request.id] = "no_budget"
             elif not self._make_room(request, computed + num_tokens, draft):
@@ -362,7 +365,8 @@ class Scheduler:
             return "no_blocks"
         hit = self.pool.match(request)
         hit_tokens = hit.num_blocks * self.pool.block_size
-        num_tokens = self._grant(request, hit_tokens, draft.budget)
+        num_tokens = self._grant(request.num_tokens - hit_tokens, draft.budget)
+        num_tokens = self._to_boundary(request, hit_tokens, num_tokens)
         if not num_tokens:
             return "no_budget"
         chunk = self.config.max_num_batched_tokens
@@ -389,20 +393,27 @@ class Scheduler:
             position -= 1
         self._running.insert(position, request)
 
-    def _grant(self, request: Request, computed: int, budget: int) -> int:
-        """Tokens to compute of those behind the first `computed`.
+    def _grant(self, remaining: int, budget: int) -> int:
+        """Tokens to compute of those remaining.
 
         Without chunked prefill all or none; only what exceeds a whole step's budget, a preempted
-        request with a long output, is split. With it, a chunk ends where a snapshot of a state is
-        to be taken.
+        request with a long output, is split.
         """
-        remaining = request.num_tokens - computed
-        if not self.config.enable_chunked_prefill:
-            split = budget < remaining <= self.config.max_num_batched_tokens
-            return 0 if split else min(remaining, budget)
-        if self.pool.states is not None and self.pool.enable_prefix_caching:
-            remaining = min(remaining, self.pool.next_boundary(request, computed) - computed)
+        if (
+            not self.config.enable_chunked_prefill
+            and budget < remaining <= self.config.max_num_batched_tokens
+        ):
+            return 0
         return min(remaining, budget)
+
+    def _to_boundary(self, request: Request, computed: int, num_tokens: int) -> int:
+        """So many tokens, or fewer: a chunk ends where a snapshot of a state is wanted."""
+        pool = self.pool
+        if pool.states is None or not (
+            pool.enable_prefix_caching and self.config.enable_chunked_prefill
+        ):
+            return num_tokens
+        return min(num_tokens, pool.next_boundary(request, computed) - computed)
 
     def _compute(self, request: Request, num_tokens: int, draft: _Draft) -> None:
         start = request.num_computed_tokens
@@ -413,16 +424,14 @@ class Scheduler:
             start + num_tokens == request.num_tokens
             and len(request.output_ids) < request.max_tokens
         )
-        draft.chunks[request.id] = Chunk(
-            request.id,
-            start,
-            num_tokens,
-            samples,
-            request.tables,
-            request.num_cached_tokens,
-            self.pool.state_slots(request, start + num_tokens) if request.states else None,
-            request.request_slot,
+        # By position: there are hundreds a step.
+        chunk = Chunk(
+            request.id, start, num_tokens, samples, request.tables, request.num_cached_tokens
         )
+        if self._slotted:
+            states = self.pool.state_slots(request, start + num_tokens)
+            chunk = chunk._replace(states=states, request_slot=request.request_slot)
+        draft.chunks[request.id] = chunk
 
     def _close(self, plan: StepPlan) -> None:
         assert self._pending in (None, plan.step), (
