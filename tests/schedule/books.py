@@ -119,6 +119,9 @@ def check_books(scheduler: Scheduler) -> None:
         "I10: a finished request is still in the books"
     )
     assert not any(request.tables for request in waiting), "I12: a waiting request holds blocks"
+    assert not any(request.num_computed_tokens for request in waiting), (
+        "I6: no blocks hold a waiting request's tokens"
+    )
     assert queue.num_tokens == sum(r.num_tokens for r in waiting), (
         "I12: the queue lost count of its tokens"
     )

@@ -402,14 +402,6 @@ class _(BlockPool):
         self.states = states
 
 
-@bug("a hit by its snapshot alone does not derive from who took it")
-class _(BlockPool):
-    def open(self, request, hit, chunk, *, reserved=0):
-        if self.states is not None:
-            self.states.lineages = lambda snapshot: set()  # type: ignore[method-assign]
-        return super().open(request, hit, chunk, reserved=reserved)
-
-
 @bug("a request's slot is never given back")
 class _(BlockPool):
     def free(self, request):

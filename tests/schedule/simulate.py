@@ -103,7 +103,9 @@ def random_groups(rng: Random, seqs: int) -> CacheGroups:
     """Most often full attention alone; else windows, states and both, some with slots a request."""
     if rng.random() < 0.4:
         return CacheGroups()
-    windows = rng.choice(((None,), (1,), (5,), (17,), (None, 4), (None, 9, None), (3, 12), ()))
+    windows = rng.choice(
+        ((None,), (1,), (5,), (17,), (None, 4), (None, 9, None), (3, 12), (), (), ())
+    )
     states = None
     if not windows or rng.random() < 0.5:
         scratch = rng.choice((0, 0, 2))
