@@ -128,7 +128,7 @@ def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "dtype is 'float16'; use auto, bfloat16 or float32"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of auto, bfloat16, float32"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"block_size": 0}, "block_size is 0; it must be at least 1"),
         ({"block_size": 2048}, "at most 1024"),

@@ -395,7 +395,7 @@ def test_a_priority_is_the_operators_to_allow() -> None:
 @pytest.mark.case("B3")
 def test_the_scheduling_policy_is_one_of_two() -> None:
     assert EngineConfig().scheduling_policy == "fcfs"
-    with pytest.raises(ConfigError, match="use fcfs or priority"):
+    with pytest.raises(ConfigError, match="one of fcfs, priority"):
         EngineConfig(scheduling_policy="lifo")  # type: ignore[arg-type]
 
 
