@@ -168,6 +168,7 @@ def plan(
         record = asdict(prepared.plan) | {
             "kv_cache": prepared.plan.kv_cache,
             "kv_tokens": prepared.plan.kv_tokens,
+            "bytes_per_token": prepared.plan.bytes_per_token,
         }
         if tensors:
             record["tensors"] = [
