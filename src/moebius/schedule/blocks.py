@@ -223,15 +223,15 @@ class BlockPool(Places):
     def leave(self, request: Request) -> None:
         """Give back the blocks that lie before the windows of all tokens still to be computed. Like
         others they stay findable until they are evicted."""
-        tables = list(request.tables)
         for g, spec in self._windowed:
             first = spec.first_block(request.num_computed_tokens, self.block_size)
             passed = request.num_passed[g]
             if first > passed:
+                tables = list(request.tables)
                 self._release(tables[g][passed:first])
                 tables[g] = array("i", [NO_BLOCK]) * first + tables[g][first:]
+                request.tables = tuple(tables)
                 request.num_passed[g] = first
-        request.tables = tuple(tables)
 
     def trim(self, request: Request, num_tokens: int) -> None:
         """Shrink the request's tables to what `num_tokens` tokens need: a step that failed wrote

@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 from moebius.errors import ContextLengthError, RequestError
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
-from moebius.schedule.groups import StateSlots
+from moebius.schedule.groups import GroupSpec, StateSlots
 from moebius.schedule.request import FinishReason, Request, RequestStatus
 from moebius.schedule.waiting import WaitingQueue
 
@@ -112,6 +112,8 @@ class Scheduler:
         self.prefix_hits = 0
         self.preemptions = 0
         self.num_deferred = 0
+        self._one_table = pool.groups.blocks == (GroupSpec(),)
+        self._windowed = pool.groups.windowed
         self._slotted = pool.states is not None or pool.groups.request_slots is not None
         self._step = 0
         self._pending: int | None = None
@@ -171,7 +173,7 @@ class Scheduler:
         assert self._pending is None, "the last step was neither updated nor rolled back"
         self._waiting.observe(now)
         expired = self._expire(now)
-        if self.pool.groups.windowed:  # before anybody is preempted for want of a block
+        if self._windowed:  # before anybody is preempted for want of a block
             for request in self._running:
                 self.pool.leave(request)
         draft = _Draft(now, self.config.max_num_batched_tokens)
@@ -336,17 +338,18 @@ class Scheduler:
     def _promised(self, request: Request) -> int:
         """Blocks that a running request will soon need: for all its tokens so far, and one a group
         to go on with."""
-        pool, size = self.pool, self.pool.block_size
-        more = (pool.blocks_for(request.num_tokens) + 1) * size
-        soon = min(more, self._longest(request))
-        chunk = self.config.max_num_batched_tokens
+        pool = self.pool
+        soon = min(pool.blocks_for(request.num_tokens) + 1, pool.blocks_for(self._longest(request)))
+        if self._one_table:
+            return soon - len(request.tables[0])
+        size, chunk = pool.block_size, self.config.max_num_batched_tokens
         chunk = max(1, min(chunk, request.num_tokens - request.num_computed_tokens))
         promised = 0
         for spec, table, passed in zip(
             pool.groups.blocks, request.tables, request.num_passed, strict=True
         ):
-            held = len(table) - passed
-            promised += max(0, spec.most_blocks(soon, chunk, size) - held)
+            most = spec.most_blocks(soon * size, chunk, size)
+            promised += max(0, most - (len(table) - passed))
         return promised
 
     def _admit(self, request: Request, promised: int, draft: _Draft) -> WaitReason | None:
