@@ -81,7 +81,8 @@ def filled(ops: Ops, specs: list[CacheSpec], block_size: int, seed: int) -> KVCa
     cache = KVCache(specs, ops, num_blocks=6, block_size=block_size, device=CPU, num_states=3)
     tokens = 6 * block_size
     step = StepInputs.build([[0] * tokens], [0], [list(range(6))], block_size)
-    for one in {id(one): one for one in cache.layers if one is not None}.values():
+    keeping = [one for one, spec in zip(cache.layers, specs, strict=True) if spec.token]
+    for one in {id(one): one for one in keeping}.values():
         keys, values = (torch.randn(tokens, 2, 8).to(torch.bfloat16) for _ in range(2))
         as_is(ops, one, keys, values, step.slot_mapping)
     for planes in cache.states:
