@@ -134,7 +134,8 @@ class BlockPool(Places):
     def _resumable(self, hashes: Sequence[bytes], limit: int) -> int:
         """The last of the first `limit` block boundaries at which all windows are cached, and where
         a snapshot was taken of a state."""
-        size, best = self.block_size, 0
+        size = self.block_size
+        best = 0
         windows = [(self._cached[g], spec) for g, spec in self._windowed]
         runs = [0] * len(windows)  # neighbouring cached blocks up to here, of each window's group
         for count, digest in enumerate(islice(hashes, limit), 1):
@@ -200,7 +201,8 @@ class BlockPool(Places):
     def _claim(self, request: Request, first: int) -> None:
         """Tell others what will be found soon: blocks, or with states the boundaries where
         snapshots are taken."""
-        known, size = request.num_tokens // self.block_size, self.block_size
+        known = request.num_tokens // self.block_size
+        size = self.block_size
         hashes = self._hash_blocks(request, known)
         for i in range(first, known):
             if self.states is None or self._is_boundary(request, (i + 1) * size):
@@ -305,7 +307,8 @@ class BlockPool(Places):
         """The next position behind `position` at which a snapshot of the request's state is wanted:
         every `interval` blocks, and at the last one that a hit of the same prompt can use."""
         assert self.states is not None, "there are snapshots of states only"
-        size, stride = self.block_size, self.block_size * self.states.spec.interval
+        size = self.block_size
+        stride = self.block_size * self.states.spec.interval
         last = (len(request.prompt_ids) - 1) // size * size
         regular = (position // stride + 1) * stride
         return last if position < last < regular else regular

@@ -186,7 +186,8 @@ class SamplingParams:
 
     def _check_collections(self) -> None:
         for name in ("stop", "stop_token_ids", "logit_bias"):
-            size, most = len(getattr(self, name)), getattr(LIMITS, name)
+            size = len(getattr(self, name))
+            most = getattr(LIMITS, name)
             _check(size <= most, name, f"{name} has {size} entries; at most {most}")
         for s in self.stop:
             _check(
