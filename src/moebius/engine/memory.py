@@ -135,7 +135,8 @@ class MemoryPlan:
 
     def longest(self) -> int:
         """The longest sequence, up to max_model_len, of which the cache holds one."""
-        low, high = 0, -(-self.max_model_len // self.block_size)
+        low = 0
+        high = -(-self.max_model_len // self.block_size)
         while low < high:
             middle = (low + high + 1) // 2
             if self.most_blocks(middle * self.block_size) <= self.num_blocks:
@@ -183,7 +184,8 @@ class MemoryPlan:
 
     def _state_rows(self) -> list[tuple[str, str, str]]:
         rows = []
-        states, requests = self.groups.states, self.groups.request_slots
+        states = self.groups.states
+        requests = self.groups.request_slots
         if states is not None:
             size = human_bytes(states.num_slots * self.cache.state)
             remark = f"{states.num_slots:,} slots, {SNAPSHOTS_A_SEQUENCE} snapshots a sequence"
@@ -280,7 +282,8 @@ def plan_memory(
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
     half of what is left after weights and workspace.
     """
-    wanted, most = engine.max_model_len, model.context
+    wanted = engine.max_model_len
+    most = model.context
     length = wanted or most
     if length > most:
         raise ConfigError(
@@ -313,7 +316,8 @@ def plan_memory(
 def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
     """Bytes for the cache, states and all: what is wanted, or the default; MemoryPlanError where
     there is less."""
-    weights, available = plan.weights, human_bytes(plan.available)
+    weights = plan.weights
+    available = human_bytes(plan.available)
     of = f" (left of {plan.available_of})" if plan.available_of else ""
     left = plan.available - weights.mapped - weights.copied - plan.workspace
     if left <= 0:

@@ -239,7 +239,8 @@ class Scheduler:
         return self._finish(request, FinishReason.ERROR)
 
     def _check_can_run(self, request: Request) -> None:
-        config, prompt = self.config, len(request.prompt_ids)
+        config = self.config
+        prompt = len(request.prompt_ids)
         if request.num_tokens + (len(request.output_ids) < request.max_tokens) > self.max_model_len:
             raise ContextLengthError(
                 f"the request has {request.num_tokens} tokens and max_tokens is "
@@ -252,7 +253,8 @@ class Scheduler:
                 f"max_num_batched_tokens = {config.max_num_batched_tokens} can be computed; "
                 "shorten the prompt or enable chunked prefill"
             )
-        longest, chunk = self._longest(request), config.max_num_batched_tokens
+        longest = self._longest(request)
+        chunk = config.max_num_batched_tokens
         if not self.pool.fits(longest, chunk):
             raise ContextLengthError(
                 f"the prompt has {prompt} tokens and max_tokens is {request.max_tokens}: up to "
@@ -342,7 +344,8 @@ class Scheduler:
         soon = min(pool.blocks_for(request.num_tokens) + 1, pool.blocks_for(self._longest(request)))
         if self._one_table:
             return soon - len(request.tables[0])
-        size, chunk = pool.block_size, self.config.max_num_batched_tokens
+        size = pool.block_size
+        chunk = self.config.max_num_batched_tokens
         chunk = max(1, min(chunk, request.num_tokens - request.num_computed_tokens))
         promised = 0
         for spec, table, passed in zip(
