@@ -176,41 +176,6 @@ class Program(ABC, Generic[Given]):
         """The result's rows. Raises ValueError for more rows than it was made for."""
 
 
-class Unrecorded(Program[Given], Generic[Given, Wanted]):
-    """The computation as it is, called anew each time."""
-
-    def __init__(
-        self,
-        compute: Callable[[Wanted], Tensor],
-        source: Source[Given, Wanted],
-        device: torch.device | str,
-        trace: Trace,
-    ) -> None:
-        self.trace = trace
-        self._compute = compute
-        self._source = source
-        self._device = device
-
-    def run(self, given: Given) -> Tensor:
-        return self._compute(self._source.wanted(given, self._device))
-
-
-def call_host(
-    function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
-) -> list[Tensor]:
-    """Outside of recordings: allocate, call, and cut to the counts that the call decided."""
-    made = []
-    for result in outputs:
-        rows = result.rows.most if isinstance(result.rows, Rows) else len(result.rows)
-        shape = (rows, *result.row)
-        made.append(torch.empty(shape, dtype=result.dtype, device=inputs[0].device))
-    counts = function(inputs, made)
-    return [
-        out[: counted(counts, result.rows)] if isinstance(result.rows, Rows) else out
-        for out, result in zip(made, outputs, strict=True)
-    ]
-
-
 def counted(counts: Mapping[str, int], rows: Rows) -> int:
     """What a call to the host says of a count that it decides. Raises ValueError."""
     found = counts.get(rows.name)
