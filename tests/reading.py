@@ -27,6 +27,7 @@ MOST_COLUMNS = 100
 CORE = (
     "schedule/*.py",
     "engine/engine.py",
+    "engine/loop.py",
     "engine/batch.py",
     "engine/runner.py",
     "models/decoder.py",
@@ -40,7 +41,14 @@ CORE = (
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
 # What only training uses.
-NOT_CORE = {"moe/losses.py", "moe/capacity.py", "moe/noise.py", "moe/health.py", "moe/placement.py"}
+NOT_CORE = {
+    "nn/packed.py",
+    "moe/losses.py",
+    "moe/capacity.py",
+    "moe/noise.py",
+    "moe/health.py",
+    "moe/placement.py",
+}
 
 _NOT_CODE = {
     tokenize.COMMENT,
