@@ -19,8 +19,10 @@ from moebius.engine.runner import Runner
 from moebius.engine.workspace import StepRows
 from moebius.models.store.load import load_decoder
 from moebius.ops.cpu import CpuOps, RecordedProgram
-from moebius.ops.program import HostResult, Program, Rows, RowSource, StepSource, Unrecorded
+from moebius.ops.program import HostResult, Program, Rows
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.reference.program import Unrecorded
+from moebius.ops.sources import RowSource, StepSource
 from moebius.ops.steps import Step, StepInputs
 from ops.levels import bits
 from oracle import FAMILY, save_tiny

@@ -12,7 +12,7 @@ from moebius.engine.expert_loads import ExpertCounts
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.workspace import StepRows, Workspace, forward, head
 from moebius.models.decoder import Decoder
-from moebius.ops.program import Program, Unrecorded
+from moebius.ops.program import Program
 from moebius.ops.steps import Step, StepInputs
 
 log = logging.getLogger(__name__)
@@ -49,15 +49,13 @@ class Runner:
     def _record(self, planned: Workspace | None = None) -> None:
         """Programs of the model as it lies in memory now."""
         self._moves = self.model.moves
-        step, logits = (planned.step, planned.head) if planned else (None, None)
+        step = planned.step if planned else None
+        logits = planned.head if planned else None
         steps = self._rows.step_source(len(self.cache.layout.windows))
         self._step = self.ops.record(self._hidden, steps, self.device, step)
-        source = self._rows.head_source()
-        if self._step.whole is None:
-            trace = self._step.trace
-            self._head = Unrecorded(self._logits, source, self.device, trace)
-        else:
-            self._head = self.ops.record(self._logits, source, self.device, logits)
+        if not self._step.trace.recorded:  # its results are elsewhere each time
+            logits = self._step.trace
+        self._head = self.ops.record(self._logits, self._rows.head_source(), self.device, logits)
         for what, program in (("steps", self._step), ("logits", self._head)):
             if not program.trace.recorded:
                 log.info("%s are not recorded: %s", what, program.trace.reason)

@@ -15,7 +15,8 @@ from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
-from moebius.ops.program import LOGITS, RowSource, StepSource, Trace
+from moebius.ops.program import Trace
+from moebius.ops.sources import LOGITS, RowSource, StepSource
 from moebius.ops.steps import Step
 
 

@@ -31,7 +31,6 @@ from moebius.ops.program import (
     Source,
     Trace,
     Wanted,
-    call_host,
 )
 from moebius.ops.sampling import Shaping, TopK
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally, Step
@@ -81,6 +80,7 @@ class Ops(ABC):
         state is read at recording alone.
         """
 
+    @abstractmethod
     def host(
         self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
     ) -> list[Tensor]:
@@ -89,7 +89,6 @@ class Ops(ABC):
         It is handed as many rows as there are in that run, writes the outputs, and returns by name
         the counts that it decides. What it raises ends the run.
         """
-        return call_host(function, inputs, outputs)
 
     # Rows and linear layers
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moebius.ops.capability import Use
-from moebius.ops.steps import Step, StepInputs
+from moebius.ops.steps import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,6 @@ class Rows:
     name: str
     most: int
 
-
-TOKENS = "tokens"
-LOGITS = "logits"
 
 # Given (inputs, outputs) it writes the outputs, and returns the counts that it decides.
 HostFunction = Callable[[Sequence[Tensor], Sequence[Tensor]], Mapping[str, int]]
@@ -79,65 +76,6 @@ class Source(ABC, Generic[Given, Wanted]):
         """What a recording calls it with."""
 
 
-class RecordedStep(NamedTuple):
-    """A step as a recording sees it, and the layers of one group of it."""
-
-    input_ids: Tensor
-    positions: Tensor
-    slot_mappings: tuple[Tensor, ...]
-    group: int = 0
-
-    @property
-    def slot_mapping(self) -> Tensor:
-        return self.slot_mappings[self.group]
-
-    def of(self, group: int) -> "RecordedStep":
-        return self._replace(group=group)
-
-
-class StepSource(Source[StepInputs, Step]):
-    """Steps of up to `most` tokens, for `groups` groups of layers, each with a block table."""
-
-    def __init__(self, most: int, groups: int = 1) -> None:
-        self.rows = Rows(TOKENS, most)
-        self.width = 2 + groups
-        self._groups = range(groups)
-
-    def arrays(self, given: StepInputs) -> "Sequence[array[int]]":
-        slots = [given.of(group).slot_mapping_host for group in self._groups]
-        return [given.input_ids_host, given.positions_host, *slots]
-
-    def sequences(self, given: StepInputs) -> StepInputs:
-        return given
-
-    def wanted(self, given: StepInputs, device: torch.device | str) -> StepInputs:
-        return given
-
-    def symbolic(self, columns: Sequence[Tensor]) -> RecordedStep:
-        input_ids, positions, *slots = columns
-        return RecordedStep(input_ids, positions, tuple(slots))
-
-
-class RowSource(Source["array[int]", Tensor]):
-    """Up to `most` numbers of rows."""
-
-    def __init__(self, name: str, most: int) -> None:
-        self.rows = Rows(name, most)
-        self.width = 1
-
-    def arrays(self, given: "array[int]") -> "Sequence[array[int]]":
-        return (given,)
-
-    def sequences(self, given: "array[int]") -> None:
-        return None
-
-    def wanted(self, given: "array[int]", device: torch.device | str) -> Tensor:
-        return torch.tensor(given, dtype=torch.int64, device=device)
-
-    def symbolic(self, columns: Sequence[Tensor]) -> Tensor:
-        return columns[0]
-
-
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What recording a computation would take, told without allocating anything.
@@ -174,41 +112,6 @@ class Program(ABC, Generic[Given]):
     @abstractmethod
     def run(self, given: Given) -> Tensor:
         """The result's rows. Raises ValueError for more rows than it was made for."""
-
-
-class Unrecorded(Program[Given], Generic[Given, Wanted]):
-    """The computation as it is, called anew each time."""
-
-    def __init__(
-        self,
-        compute: Callable[[Wanted], Tensor],
-        source: Source[Given, Wanted],
-        device: torch.device | str,
-        trace: Trace,
-    ) -> None:
-        self.trace = trace
-        self._compute = compute
-        self._source = source
-        self._device = device
-
-    def run(self, given: Given) -> Tensor:
-        return self._compute(self._source.wanted(given, self._device))
-
-
-def call_host(
-    function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
-) -> list[Tensor]:
-    """Outside of recordings: allocate, call, and cut to the counts that the call decided."""
-    made = []
-    for result in outputs:
-        rows = result.rows.most if isinstance(result.rows, Rows) else len(result.rows)
-        shape = (rows, *result.row)
-        made.append(torch.empty(shape, dtype=result.dtype, device=inputs[0].device))
-    counts = function(inputs, made)
-    return [
-        out[: counted(counts, result.rows)] if isinstance(result.rows, Rows) else out
-        for out, result in zip(made, outputs, strict=True)
-    ]
 
 
 def counted(counts: Mapping[str, int], rows: Rows) -> int:

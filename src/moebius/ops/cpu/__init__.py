@@ -27,9 +27,9 @@ from moebius.ops.program import (
     Program,
     Source,
     Trace,
-    Unrecorded,
     Wanted,
 )
+from moebius.ops.reference.program import Unrecorded
 
 __all__ = ["CpuOps", "RecordedProgram"]
 
@@ -108,5 +108,5 @@ class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
         self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
     ) -> list[Tensor]:
         if self._recorder is None:
-            return super().host(function, inputs, outputs)
+            return self._fallback.host(function, inputs, outputs)
         return self._recorder.note_host(function, inputs, outputs)

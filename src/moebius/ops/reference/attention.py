@@ -112,7 +112,8 @@ class AttentionOps(Ops):
         self, step: Step, block_size: int, window: int | None = None
     ) -> AttentionPlan:
         given = own(step, StepInputs)
-        starts, lengths = given.query_start_host, given.seq_lens_host
+        starts = given.query_start_host
+        lengths = given.seq_lens_host
         decodes: dict[int, list[int]] = {}
         groups: list[AttentionGroup] = []
         for b, seq_len in enumerate(lengths):
@@ -156,11 +157,9 @@ def _plan_chunk(
     step: StepInputs, b: int, first: int, block_size: int, window: int | None
 ) -> AttentionGroup:
     """Sequence b's rows, several consecutive positions, over its tokens from position `first`."""
-    start, stop, seq_len = (
-        step.query_start_host[b],
-        step.query_start_host[b + 1],
-        step.seq_lens_host[b],
-    )
+    start = step.query_start_host[b]
+    stop = step.query_start_host[b + 1]
+    seq_len = step.seq_lens_host[b]
     at_S = torch.arange(first, seq_len, device=step.block_table.device)
     slots_S = _slots(step.block_table[b], at_S, block_size)
     whole = stop - start == seq_len and window is None
@@ -203,9 +202,8 @@ def _gather(
         q = q_QHN.view(count, kv_heads, heads // kv_heads, head_dim)
     else:
         q = q_QHN.transpose(0, 1).unsqueeze(0)
-    k, v = (
-        store.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype) for store in (cache.k, cache.v)
-    )
+    k = cache.k.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype)
+    v = cache.v.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype)
     return q, k, v
 
 
@@ -222,7 +220,8 @@ def _attend(
     q, k, v = _gather(q_QHN, cache, group)
     share = q.shape[1] // k.shape[1]
     if softcap is None and sinks_H is None:
-        mask, whole = group.mask, group.mask is None
+        mask = group.mask
+        whole = mask is None
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=share > 1
         )

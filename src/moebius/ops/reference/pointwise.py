@@ -40,8 +40,11 @@ class PointwiseOps(Ops):
 
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         half = cos_TR.shape[-1]
-        cos, sin = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
-        a, b, rest = x_THN[..., :half], x_THN[..., half : 2 * half], x_THN[..., 2 * half :]
+        cos = cos_TR.unsqueeze(1)
+        sin = sin_TR.unsqueeze(1)
+        a = x_THN[..., :half]
+        b = x_THN[..., half : 2 * half]
+        rest = x_THN[..., 2 * half :]
         rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THN.dtype)
         return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 

@@ -51,7 +51,8 @@ def count(
 def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
     """Node-limited routing (DeepSeek-V2 and V3, arXiv 2412.19437 section 2.1.2): fill all but the
     best groups."""
-    tokens, size = choice_TE.shape[0], config.num_experts // config.num_groups
+    tokens = choice_TE.shape[0]
+    size = config.num_experts // config.num_groups
     grouped = choice_TE.view(tokens, config.num_groups, size)
     if config.group_score == "top2":
         group_scores = grouped.topk(min(2, size), dim=-1).values.sum(-1)

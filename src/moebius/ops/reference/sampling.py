@@ -87,7 +87,8 @@ class SamplingOps(Ops):
                 found.update(
                     zip(part, zip(logits_RV.gather(1, ids_RK), ids_RK, strict=True), strict=True)
                 )
-        values, ids = [logits_LV.new_empty(0)], [_index([], logits_LV)]
+        values = [logits_LV.new_empty(0)]
+        ids = [_index([], logits_LV)]
         for place in range(len(rows)):
             values.append(found[place][0])
             ids.append(found[place][1])

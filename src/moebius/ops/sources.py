@@ -1,0 +1,73 @@
+"""What runs of an engine's programs bring: steps, and rows whose logits are wanted."""
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebius.ops.program import Rows, Source
+from moebius.ops.steps import Step, StepInputs
+
+TOKENS = "tokens"
+LOGITS = "logits"
+
+
+class RecordedStep(NamedTuple):
+    """A step as a recording sees it, and the layers of one group of it."""
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mappings: tuple[Tensor, ...]
+    group: int = 0
+
+    @property
+    def slot_mapping(self) -> Tensor:
+        return self.slot_mappings[self.group]
+
+    def of(self, group: int) -> "RecordedStep":
+        return self._replace(group=group)
+
+
+class StepSource(Source[StepInputs, Step]):
+    """Steps of up to `most` tokens, for `groups` groups of layers, each with a block table."""
+
+    def __init__(self, most: int, groups: int = 1) -> None:
+        self.rows = Rows(TOKENS, most)
+        self.width = 2 + groups
+        self._groups = range(groups)
+
+    def arrays(self, given: StepInputs) -> "Sequence[array[int]]":
+        slots = [given.of(group).slot_mapping_host for group in self._groups]
+        return [given.input_ids_host, given.positions_host, *slots]
+
+    def sequences(self, given: StepInputs) -> StepInputs:
+        return given
+
+    def wanted(self, given: StepInputs, device: torch.device | str) -> StepInputs:
+        return given
+
+    def symbolic(self, columns: Sequence[Tensor]) -> RecordedStep:
+        input_ids, positions, *slots = columns
+        return RecordedStep(input_ids, positions, tuple(slots))
+
+
+class RowSource(Source["array[int]", Tensor]):
+    """Up to `most` numbers of rows."""
+
+    def __init__(self, name: str, most: int) -> None:
+        self.rows = Rows(name, most)
+        self.width = 1
+
+    def arrays(self, given: "array[int]") -> "Sequence[array[int]]":
+        return (given,)
+
+    def sequences(self, given: "array[int]") -> None:
+        return None
+
+    def wanted(self, given: "array[int]", device: torch.device | str) -> Tensor:
+        return torch.tensor(given, dtype=torch.int64, device=device)
+
+    def symbolic(self, columns: Sequence[Tensor]) -> Tensor:
+        return columns[0]
