@@ -139,22 +139,12 @@ class Server:
         config, dtype = decoder.config, decoder.dtype
         self.decoder, self.block_size = decoder, block_size
         self.ops = decoder.ops
-        size = (
-            self.ops.kv_cache_bytes_per_block(
-                block_size, config.num_kv_heads, config.head_dim, dtype
-            )
-            * num_blocks
-        )
-        self.caches = [
-            self.ops.make_kv_cache(
-                torch.full((size,), 255, dtype=torch.uint8),
-                block_size,
-                config.num_kv_heads,
-                config.head_dim,
-                dtype,
-            )
-            for _ in range(config.num_layers)
-        ]
+        self.caches = []
+        for spec in config.caches(dtype):
+            heads, size = spec.token[0].shape
+            nbytes = num_blocks * self.ops.kv_cache_bytes_per_block(block_size, heads, size, dtype)
+            buffer = torch.full((nbytes,), 255, dtype=torch.uint8)
+            self.caches.append(self.ops.make_kv_cache(buffer, block_size, heads, size, dtype))
         self.free = torch.randperm(
             num_blocks, generator=torch.Generator().manual_seed(seed)
         ).tolist()
