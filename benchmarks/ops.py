@@ -26,6 +26,7 @@ import torch
 from moebius import _cpu
 from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights, PreparedLinear
+from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.steps import StepInputs
@@ -159,9 +160,9 @@ def attention_cases(ops: CpuOps) -> Iterator[Case]:
     block = 16
     for sequences, new, length in ((1, 1, 2048), (32, 1, 512), (1, 2048, 2048), (8, 64, 512)):
         blocks = -(-length // block)
-        nbytes = ops.kv_cache_bytes_per_block(block, kv_heads, dim, DTYPE)
+        nbytes = ops.cache_bytes_per_block(key_value_spec(kv_heads, dim, DTYPE), block)
         buffer = torch.zeros(nbytes * blocks * sequences, dtype=torch.uint8)
-        cache = ops.make_kv_cache(buffer, block, kv_heads, dim, DTYPE)
+        cache = ops.make_cache(buffer, key_value_spec(kv_heads, dim, DTYPE), block)
         tables = [list(range(s * blocks, (s + 1) * blocks)) for s in range(sequences)]
         step = StepInputs.build([[0] * new] * sequences, [length - new] * sequences, tables, block)
         plan = ops.plan_attention(step, block)

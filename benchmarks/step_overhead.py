@@ -22,7 +22,7 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
 from moebius.models.hub import resolve_model
-from moebius.ops.cpu import Recording
+from moebius.ops.cpu import RecordedProgram
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import Request
 
@@ -73,7 +73,7 @@ def measure(directory: Path, sequences: int, steps: int, threads: int) -> dict[s
         ):
             engine.step()
         kernels = Kernels()
-        kernels.wrap(Recording, "__call__")
+        kernels.wrap(RecordedProgram, "run")
         kernels.wrap(engine.runner.ops, "argmax")
         whole = []
         python = []

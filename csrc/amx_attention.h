@@ -16,10 +16,10 @@ class AmxRows {
 public:
     AmxRows(const AttentionBlock& a, const CacheShape& s, const Row<bf16>* rows, const State* states, int count, float* scratch)
         : a_(a), s_(s), rows_(rows), states_(states), count_(count), height_(min_of(count, TILE_LINES)),
-          steps_((s.head_dim + STEP - 1) / STEP), tail_((s.head_dim % STEP + 1) / 2), queries_(reinterpret_cast<bf16*>(scratch)) {
+          steps_((s.key_dim + STEP - 1) / STEP), tail_((s.key_dim % STEP + 1) / 2), queries_(reinterpret_cast<bf16*>(scratch)) {
         const int held = (count + TILE_LINES - 1) / TILE_LINES * TILE_LINES;
         memset(queries_, 0, sizeof(bf16) * held * steps_ * STEP);
-        for (int i = 0; i < count; i++) memcpy(queries_ + i * steps_ * STEP, rows[i].q, s.head_dim * sizeof(bf16));
+        for (int i = 0; i < count; i++) memcpy(queries_ + i * steps_ * STEP, rows[i].q, s.key_dim * sizeof(bf16));
         last_keys_ = reinterpret_cast<uint32_t*>(queries_ + held * steps_ * STEP);
         if (tail_) memset(last_keys_, 0, VECTORS * TILE_LINES * LINE_BYTES);
         last_values_ = last_keys_ + VECTORS * TILE_LINES * KEY_LANES;
@@ -56,7 +56,7 @@ public:
 private:
     // The last groups of the inner dimension, in tiles that zeros fill up.
     void copy_last_keys(const Tile& t) {
-        const int first = s_.head_dim / STEP * (STEP / 2);
+        const int first = s_.key_dim / STEP * (STEP / 2);
         for (int j = 0; j < VECTORS; j++)
             for (int n = 0; n < tail_; n++)
                 memcpy(last_keys_ + (j * TILE_LINES + n) * KEY_LANES, t.k[j] + (first + n) * t.k_stride[j], LINE_BYTES);
@@ -82,7 +82,7 @@ private:
 
     // scores[row][key] = q . k for the rows from `first`
     void all_scores(const Tile& t, int first, float* scores) {
-        const size_t stride = steps_ * LINE_BYTES, inner = s_.head_dim / STEP;
+        const size_t stride = steps_ * LINE_BYTES, inner = s_.key_dim / STEP;
         const bf16* q = queries_ + size_t(first) * steps_ * STEP;
         const uint32_t* k[VECTORS];
         for (int j = 0; j < VECTORS; j++) k[j] = t.k[j];

@@ -138,7 +138,7 @@ INLINE void end_split(const State& s, int padded) {
     *s.largest_before = now;
 }
 
-template <class T> INLINE void finish(const Row<T>& row, const State& s, int head_dim) {
+template <class T> INLINE void finish(const Row<T>& row, const State& s, int value_dim) {
     float total = *s.total_before, factor = 1;
     if (row.has_sink) {  // the sink is one more key without a value
         float now = row.sink > *s.largest_before ? row.sink : *s.largest_before;
@@ -146,9 +146,9 @@ template <class T> INLINE void finish(const Row<T>& row, const State& s, int hea
         total = total * factor + reduce_max(exponential(all(row.sink - now)));
     }
     V scale = all(factor / total);
-    for (int n = 0; n < head_dim; n += 16) {
+    for (int n = 0; n < value_dim; n += 16) {
         V value = mul(load(s.out_before + n), scale);
-        head_dim - n >= 16 ? store(row.out + n, value) : store_some(row.out + n, value, head_dim - n);
+        value_dim - n >= 16 ? store(row.out + n, value) : store_some(row.out + n, value, value_dim - n);
     }
 }
 
@@ -159,8 +159,8 @@ template <class T> INLINE int find_rows(const AttentionBlock& a, const CacheShap
     const int count = a.queries * a.group;
     for (int i = 0; i < count; i++) {
         int query = i / a.group, head = i % a.group, position = a.first_position + query;
-        size_t at = query * a.token_stride + size_t(head) * s.head_dim;
-        rows[i] = {static_cast<const T*>(a.q) + at, static_cast<T*>(a.out) + at,
+        rows[i] = {static_cast<const T*>(a.q) + query * a.q_stride + size_t(head) * s.key_dim,
+                   static_cast<T*>(a.out) + query * a.out_stride + size_t(head) * s.value_dim,
                    a.window ? max_of(0, position - a.window + 1) : 0, position, a.sinks ? a.sinks[head] : 0.0f, a.sinks != nullptr};
         states[i] = state_of(scratch, i, s);
         for (int n = 0; n < s.padded_dim; n += 16) store(states[i].out_before + n, zero());
@@ -183,7 +183,7 @@ template <class T, class Rows> void attention(const AttentionBlock& a, const Cac
             for (int r = 0; r < count; r++) end_split(states[r], s.padded_dim), begin_split(states[r], s.padded_dim);
     }
     if (whole)
-        for (int r = 0; r < count; r++) finish(rows[r], states[r], s.head_dim);
+        for (int r = 0; r < count; r++) finish(rows[r], states[r], s.value_dim);
 }
 
 template <class T> void join_splits(const AttentionBlock& a, const CacheShape& s, float* scratch, size_t stride, int splits) {
@@ -196,7 +196,7 @@ template <class T> void join_splits(const AttentionBlock& a, const CacheShape& s
             split.out = here.out, split.largest = here.largest, split.total = here.total;
             end_split(split, s.padded_dim);
         }
-        finish(rows[r], states[r], s.head_dim);
+        finish(rows[r], states[r], s.value_dim);
     }
 }
 

@@ -88,7 +88,7 @@ template <class T, int M> INLINE void tile_rows(const AttentionBlock& a, const C
     float scores[M * KEY_TILE], shrink[M];
     const float* weights[M];
     float* out[M];
-    scores_of<T, M>(rows, t, s.head_dim, scores);
+    scores_of<T, M>(rows, t, s.key_dim, scores);
     for (int i = 0; i < M; i++) {
         weights[i] = scores + i * KEY_TILE, out[i] = states[i].out;
         shrink[i] = softmax_row<T>(a, rows[i].first, rows[i].last, start, scores + i * KEY_TILE, states[i].largest, states[i].total);

@@ -72,7 +72,7 @@ public:
         : a_(a), s_(s), rows_(rows), states_(states), count_(count), dims_(int(s.k_groups / s.block_size) * per_group<T>()),
           queries_(scratch), keys_(queries_ + size_t(count) * dims_), values_(keys_ + size_t(dims_) * KEY_TILE) {
         for (int i = 0; i < count; i++)
-            for (int n = 0; n < dims_; n++) queries_[size_t(i) * dims_ + n] = n < s.head_dim ? to_float(rows[i].q[n]) : 0.0f;
+            for (int n = 0; n < dims_; n++) queries_[size_t(i) * dims_ + n] = n < s.key_dim ? to_float(rows[i].q[n]) : 0.0f;
     }
 
     void meet(const Tile& t, int start) {

@@ -1,14 +1,15 @@
-// moebius._cpu: what ops/cpu.py calls. Arrays come as addresses: a tensor's data_ptr() costs a tenth of a conversion, and
-// a decoder makes some eight calls a layer. ops/cpu.py checks dtypes, shapes and contiguity. Every call releases the GIL.
+// moebius._cpu: what ops/cpu calls. Each operation on rows is a record whose fields are named on both sides; it is run at once
+// or noted in a program. Arrays come as addresses: a tensor's data_ptr() costs a tenth of a conversion, and a decoder makes
+// some eight calls a layer. ops/cpu checks dtypes, shapes and contiguity. What computes releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-
 #include "ops.h"
+#include "program.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace moebius;
 
 namespace {
@@ -58,10 +59,156 @@ Linear make_linear(int dtype, const Matrices& weights, const Addresses& biases) 
     return l;
 }
 
-// Calls what was noted on `rows` rows of its inputs, int64 each, which lie at `from`.
-void run_program(const Program& program, int rows, const Addresses& from) {
-    for (size_t i = 0; i < from.size(); i++) std::copy_n(array<const int64_t>(from[i]), rows, array<int64_t>(program.inputs.at(i)));
-    for (const auto& call : program.calls) call(rows);
+struct Embed {
+    Dtype dtype;
+    Matrix table;
+    float multiplier;
+    const int64_t* ids;
+    void* out;
+    void operator()(Ops& ops, int rows) const { ops.embed(dtype, table, ids, rows, multiplier, out); }
+};
+
+struct LinearCall {
+    const Linear* layers;
+    const void* x;
+    bool wide;
+    void* out;
+    void operator()(Ops& ops, int rows) const { ops.linear(*layers, x, rows, out, wide); }
+};
+
+struct ExpertsCall {
+    const Experts* experts;
+    const void* x;
+    const float* weights;
+    const int64_t* ids;
+    int top_k;
+    void *inner, *outer, *out;
+    void operator()(Ops& ops, int rows) const { ops.experts(*experts, x, rows, weights, ids, top_k, inner, outer, out); }
+};
+
+struct AddGated {
+    Dtype dtype;
+    const void *a, *b;
+    const float* gate;
+    int size;
+    void* out;
+    void operator()(Ops& ops, int rows) const { ops.add_gated(dtype, a, b, gate, rows, size, out); }
+};
+
+struct Rotation {
+    const int64_t* positions;
+    const float* inverse;
+    int half;
+    float factor;
+    float *cos, *sin;
+    void operator()(Ops& ops, int rows) const { ops.rotation(positions, rows, inverse, half, factor, cos, sin); }
+};
+
+struct Divide {
+    const float* x;
+    int size;
+    float divisor;
+    float* out;
+    void operator()(Ops& ops, int rows) const { ops.divide(x, rows, size, divisor, out); }
+};
+
+struct Softcap {
+    const float* x;
+    int size;
+    float cap;
+    float* out;
+    void operator()(Ops& ops, int rows) const { ops.softcap(x, rows, size, cap, out); }
+};
+
+struct Route {
+    const RouterSettings* settings;
+    const float *logits, *bias;
+    float* weights;
+    int64_t* ids;
+    RouterTally tally;
+    void operator()(Ops& ops, int rows) const { ops.route(*settings, logits, rows, bias, weights, ids, tally); }
+};
+
+struct RmsNormCall : RmsNorm {
+    void operator()(Ops& ops, int rows) const { ops.rms_norm(*this, rows); }
+};
+
+struct ClipCall : Clip {
+    void operator()(Ops& ops, int rows) const { ops.clip(*this, rows); }
+};
+
+struct RotateAndStoreCall : RotateAndStore {
+    void operator()(Ops& ops, int rows) const { ops.rotate_and_store(*this, rows); }
+};
+
+struct AttentionCall : Attention {
+    void operator()(Ops& ops, int) const { ops.attention(*this); }
+};
+
+// A record of an operation's arguments as a class of Python: made from named fields, run, or noted in a program, which it and
+// the operations then have to outlive.
+template <class Call, class Make, class... Names> void bind_call(nb::module_& m, const char* name, Make make, const Names&... names) {
+    nb::class_<Call>(m, name)
+        .def("__init__", make, nb::kw_only(), names...)
+        .def("run", [](const Call& call, Ops& ops, int rows) { call(ops, rows); }, "ops"_a, "rows"_a,
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("note", [](const Call& call, Ops& ops, Program& program, int count, int factor) {
+            program.calls.push_back({[call, &ops](int rows) { call(ops, rows); }, count, factor});
+        }, "ops"_a, "program"_a, "count"_a, "factor"_a);
+}
+
+void bind_calls(nb::module_& m) {
+    using V = void;
+    bind_call<Embed>(m, "Embed", [](Embed* self, int dtype, const Matrix& table, float multiplier, Address ids, Address out) {
+        require_product(Dtype(dtype), table, table.columns);
+        new (self) Embed{Dtype(dtype), table, multiplier, array<int64_t>(ids), array<V>(out)};
+    }, "dtype"_a, "table"_a, "multiplier"_a, "ids"_a, "out"_a);
+    bind_call<LinearCall>(m, "LinearCall", [](LinearCall* self, const Linear& layers, Address x, bool wide, Address out) {
+        new (self) LinearCall{&layers, array<V>(x), wide, array<V>(out)};
+    }, "layers"_a, "x"_a, "wide"_a, "out"_a);
+    bind_call<ExpertsCall>(m, "ExpertsCall", [](ExpertsCall* self, const Experts& experts, Address x, Address weights, Address ids, int top_k,
+                                                Address inner, Address outer, Address out) {
+        new (self) ExpertsCall{&experts, array<V>(x), array<float>(weights), array<int64_t>(ids), top_k, array<V>(inner), array<V>(outer),
+                               array<V>(out)};
+    }, "experts"_a, "x"_a, "weights"_a, "ids"_a, "top_k"_a, "inner"_a, "outer"_a, "out"_a);
+    bind_call<AddGated>(m, "AddGated", [](AddGated* self, int dtype, Address a, Address b, Address gate, int size, Address out) {
+        new (self) AddGated{Dtype(dtype), array<V>(a), array<V>(b), array<float>(gate), size, array<V>(out)};
+    }, "dtype"_a, "a"_a, "b"_a, "gate"_a, "size"_a, "out"_a);
+    bind_call<RmsNormCall>(m, "RmsNorm", [](RmsNormCall* self, int dtype, Address x, Address update, float multiplier, Address weight, int size,
+                                            int stride, float eps, Address sum, Address out) {
+        new (self) RmsNormCall{{Dtype(dtype), array<V>(x), array<V>(update), multiplier, array<V>(weight), size, stride, eps, array<V>(sum),
+                                array<V>(out)}};
+    }, "dtype"_a, "x"_a, "update"_a, "multiplier"_a, "weight"_a, "size"_a, "stride"_a, "eps"_a, "sum"_a, "out"_a);
+    bind_call<ClipCall>(m, "Clip", [](ClipCall* self, int dtype, Address x, int size, float limit, Address out) {
+        new (self) ClipCall{{Dtype(dtype), array<V>(x), size, limit, array<V>(out)}};
+    }, "dtype"_a, "x"_a, "size"_a, "limit"_a, "out"_a);
+    bind_call<Divide>(m, "Divide", [](Divide* self, Address x, int size, float divisor, Address out) {
+        new (self) Divide{array<float>(x), size, divisor, array<float>(out)};
+    }, "x"_a, "size"_a, "divisor"_a, "out"_a);
+    bind_call<Softcap>(m, "Softcap", [](Softcap* self, Address x, int size, float cap, Address out) {
+        new (self) Softcap{array<float>(x), size, cap, array<float>(out)};
+    }, "x"_a, "size"_a, "cap"_a, "out"_a);
+    bind_call<Rotation>(m, "Rotation", [](Rotation* self, Address positions, Address inverse, int half, float factor, Address cos, Address sin) {
+        new (self) Rotation{array<int64_t>(positions), array<float>(inverse), half, factor, array<float>(cos), array<float>(sin)};
+    }, "positions"_a, "inverse"_a, "half"_a, "factor"_a, "cos"_a, "sin"_a);
+    bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, Address qkv, int q_heads,
+                                                          Address cos, Address sin, int half, Address q_norm, Address k_norm, float eps,
+                                                          Address slots, Address cache, Address q_out) {
+        new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, array<float>(cos), array<float>(sin), half,
+                                       array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
+                                       array<V>(q_out)}};
+    }, "dtype"_a, "shape"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
+       "q_out"_a);
+    bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, const StepAttention& step, Address cache,
+                                                Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
+        new (self) AttentionCall{{Dtype(dtype), &shape, &step, array<uint32_t>(cache), array<V>(q), q_heads, scale, softcap,
+                                  array<float>(sinks), array<V>(out)}};
+    }, "dtype"_a, "shape"_a, "step"_a, "cache"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a);
+    bind_call<Route>(m, "Route", [](Route* self, const RouterSettings& settings, Address logits, Address bias, Address weights, Address ids,
+                                    Address pairs, Address sums) {
+        new (self) Route{&settings, array<float>(logits), array<float>(bias), array<float>(weights), array<int64_t>(ids),
+                         {array<int64_t>(pairs), array<double>(sums)}};
+    }, "settings"_a, "logits"_a, "bias"_a, "weights"_a, "ids"_a, "pairs"_a, "sums"_a);
 }
 
 }  // namespace
@@ -73,32 +220,43 @@ NB_MODULE(_cpu, m) {
     m.def("available", &available_kernels, "Instruction sets of this processor that there are kernels for, worst first.");
 
     m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
-          "Whether products of a dtype read matrices of a format where they lie.");
+          "Whether products of a dtype read matrices of a format where they lie.", "dtype"_a, "format"_a);
     nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data) {
         new (self) Matrix{Format(format), rows, columns, array<const void>(data)};
-    });
+    }, nb::kw_only(), "format"_a, "rows"_a, "columns"_a, "data"_a);
     nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, const Matrices& weights, const Addresses& biases) {
         new (self) Linear(make_linear(dtype, weights, biases));
-    });
+    }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);
     nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Matrices& gate,
             const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
         new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias));
-    });
+    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a);
     nb::class_<StepAttention>(m, "StepAttention")
         .def("__init__", [](StepAttention* self, int window) {
             new (self) StepAttention();
             self->window = window;
-        })
-        .def("set", &set_step);
-    nb::class_<Program>(m, "Program")
-        .def("__init__", [](Program* self, const Addresses& inputs) { new (self) Program{{inputs.begin(), inputs.end()}, {}}; })
-        .def("__call__", &run_program, release());
+        }, "window"_a)
+        .def("set", &set_step, nb::kw_only(), "query_start"_a, "seq_lens"_a, "block_table"_a, "batch"_a, "width"_a);
     nb::class_<CacheShape>(m, "CacheShape")
-        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int head_dim, int dtype) {
-            new (self) CacheShape(block_size, kv_heads, head_dim, Dtype(dtype));
-        })
+        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int dtype) {
+            new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, Dtype(dtype));
+        }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "dtype"_a)
         .def_prop_ro("block_bytes", &CacheShape::block_bytes);
-    nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float>());
+    nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float>(),
+        nb::kw_only(), "num_experts"_a, "top_k"_a, "score"_a, "weight"_a, "num_groups"_a, "groups_kept"_a, "group_top2"_a, "group_fill"_a,
+        "renorm_eps"_a, "scale"_a, "softcap"_a);
+    nb::class_<Program>(m, "Program")
+        .def("__init__", [](Program* self, const Addresses& columns, const std::vector<int>& counts) {
+            new (self) Program();
+            for (size_t i = 0; i < columns.size(); i++) self->columns.push_back({array<int64_t>(columns[i]), counts.at(i)});
+        }, nb::kw_only(), "columns"_a, "counts"_a)
+        .def("__len__", [](const Program& program) { return program.calls.size(); })
+        .def("load", &Program::load, "columns"_a, "counts"_a)
+        .def("run", &Program::run, "first"_a, "stop"_a, "counts"_a, release())
+        .def("__call__", [](const Program& program, const Addresses& columns, const std::vector<int>& counts) {
+            program.load(columns, counts);
+            program.run(0, program.calls.size(), counts);
+        }, "columns"_a, "counts"_a, release());
 
     nb::class_<Logits>(m, "Logits").def("__init__", [](Logits* self, Address values, int count, int vocab) {
         new (self) Logits{array<float>(values), count, vocab};
@@ -116,61 +274,8 @@ NB_MODULE(_cpu, m) {
         .def(nb::init<const std::string&, int>())
         .def_prop_ro("name", &Ops::name)
         .def_prop_ro("threads", &Ops::threads)
-        .def("record", [](Ops& ops, Program* program) { ops.recorder = program; }, nb::arg().none())
-        .def("embed", [](Ops& ops, int dtype, const Matrix& table, Address ids, int rows, float multiplier, Address out) {
-            require_product(Dtype(dtype), table, table.columns);
-            ops.submit(rows, [=, &ops](int r) {
-                ops.embed(Dtype(dtype), table, array<const int64_t>(ids), r, multiplier, array<void>(out));
-            });
-        }, release())
-        .def("linear", [](Ops& ops, const Linear& l, Address x, int rows, Address out, bool wide) {
-            ops.submit(rows, [=, &ops, &l](int r) { ops.linear(l, array<const void>(x), r, array<void>(out), wide); });
-        }, release())
-        .def("experts", [](Ops& ops, const Experts& e, Address x, int rows, Address weights, Address ids, int top_k, Address out) {
-            ops.submit(rows, [=, &ops, &e](int r) {
-                ops.experts(e, array<const void>(x), r, array<const float>(weights), array<const int64_t>(ids), top_k, array<void>(out));
-            });
-        }, release())
-        .def("add_gated", [](Ops& ops, int dtype, Address a, Address b, Address gate, int rows, int n, Address out) {
-            ops.submit(rows, [=, &ops](int r) {
-                ops.add_gated(Dtype(dtype), array<const void>(a), array<const void>(b), array<const float>(gate), r, n, array<void>(out));
-            });
-        }, release())
-        .def("rms_norm", [](Ops& ops, int dtype, Address x, Address update, float multiplier, Address weight, int rows, int n, int stride,
-                            float eps, Address sum, Address out) {
-            ops.submit(rows, [=, &ops](int r) {
-                ops.rms_norm(Dtype(dtype), array<const void>(x), array<const void>(update), multiplier, array<const void>(weight), r, n,
-                             stride, eps, array<void>(sum), array<void>(out));
-            });
-        }, release())
-        .def("rotation", [](Ops& ops, Address positions, int rows, Address inverse, int half, float factor, Address cos, Address sin) {
-            ops.submit(rows, [=, &ops](int r) {
-                ops.rotation(array<const int64_t>(positions), r, array<const float>(inverse), half, factor, array<float>(cos), array<float>(sin));
-            });
-        }, release())
-        .def("rotate_and_store", [](Ops& ops, int dtype, const CacheShape& shape, Address qkv, int rows, int q_heads,
-                                    Address cos, Address sin, int half, Address q_norm, Address k_norm, float eps, Address slots,
-                                    Address cache, Address q_out) {
-            ops.submit(rows, [=, &ops, &shape](int r) {
-                ops.rotate_and_store(Dtype(dtype), shape, array<const void>(qkv), r, q_heads,
-                                     array<const float>(cos), array<const float>(sin), half, array<const void>(q_norm),
-                                     array<const void>(k_norm), eps, array<const int64_t>(slots), array<uint32_t>(cache), array<void>(q_out));
-            });
-        }, release())
-        .def("attention", [](Ops& ops, int dtype, const CacheShape& shape, const StepAttention& step, int rows, Address cache, Address q,
-                             int q_heads, float scale, float softcap, Address sinks, Address out) {
-            ops.submit(rows, [=, &ops, &shape, &step](int) {
-                ops.attention(Dtype(dtype), shape, step, array<const uint32_t>(cache), array<const void>(q), q_heads, scale, softcap,
-                              array<const float>(sinks), array<void>(out));
-            });
-        }, release())
-        .def("route", [](Ops& ops, const RouterSettings& r, Address logits, int rows, Address bias, Address weights, Address ids,
-                         Address pairs, Address sums) {
-            const RouterTally tally{array<int64_t>(pairs), array<double>(sums)};
-            ops.submit(rows, [=, &ops, &r](int n) {
-                ops.route(r, array<const float>(logits), n, array<const float>(bias), array<float>(weights), array<int64_t>(ids), tally);
-            });
-        }, release())
+        .def_prop_ro("scratch_bytes", &Ops::scratch_bytes)
+        .def("most_scratch_bytes", &Ops::most_scratch_bytes, nb::kw_only(), "widest"_a, "shape"_a, "context"_a)
         .def("argmax", &Ops::argmax, release())
         .def("log_softmax_top_k", [](Ops& ops, const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& counts,
                                      const std::vector<float>& temperatures, Address log_sums, Address values, Address ids) {
@@ -179,4 +284,5 @@ NB_MODULE(_cpu, m) {
         .def("draw", &Ops::draw, release())
         .def("ranks", &Ops::ranks, release())
         .def("shape", &Ops::shape, release());
+    bind_calls(m);
 }

@@ -29,25 +29,25 @@ constexpr int SUM_BLOCK = 1024;
 constexpr int KEY_LANES = 16;
 
 // One layer's KV cache, (block, kv head) after (block, kv head):
-//   k  [head_dim / g][block_size] groups, g elements a group     v  [ceil(block_size / g)][padded_dim] groups over tokens
-// so that the lanes of a vector are keys in q k^T and head dimensions in p v. padded_dim is head_dim rounded up to 16.
+//   k  [key_dim / g][block_size] groups, g elements a group     v  [ceil(block_size / g)][padded_dim] groups over tokens
+// so that the lanes of a vector are keys in q k^T and dimensions of values in p v. padded_dim is value_dim rounded up to 16.
 struct CacheShape {
-    int block_size, kv_heads, head_dim, padded_dim, per_group;
+    int block_size, kv_heads, key_dim, value_dim, padded_dim, per_group;
     size_t k_groups, v_groups;  // of one (block, kv head)
 
-    CacheShape(int block_size, int kv_heads, int head_dim, Dtype dtype)
-        : block_size(block_size), kv_heads(kv_heads), head_dim(head_dim), padded_dim((head_dim + 15) / 16 * 16),
+    CacheShape(int block_size, int kv_heads, int key_dim, int value_dim, Dtype dtype)
+        : block_size(block_size), kv_heads(kv_heads), key_dim(key_dim), value_dim(value_dim), padded_dim((value_dim + 15) / 16 * 16),
           per_group(dtype == BF16 ? 2 : 1),
-          k_groups(size_t(block_size) * ((head_dim + per_group - 1) / per_group)),
+          k_groups(size_t(block_size) * ((key_dim + per_group - 1) / per_group)),
           v_groups(size_t((block_size + per_group - 1) / per_group) * padded_dim) {}
     size_t block_bytes() const { return 4 * (k_groups + v_groups) * kv_heads; }
 };
 
 // Some rows of one sequence and one kv head: `queries` consecutive tokens with `group` query heads each.
 struct AttentionBlock {
-    const void* q;           // (tokens, q_heads, head_dim) at the first query's first head of the group
-    void* out;               // the same shape and place
-    size_t token_stride;     // elements between tokens in q and out
+    const void* q;           // (tokens, q_heads, key_dim) at the first query's first head of the group
+    void* out;               // (tokens, q_heads, value_dim) at the same place
+    size_t q_stride, out_stride;  // elements between tokens
     int queries, group;
     int first_position;      // of the first query
     int window;              // 0: none; else a query at p sees p - window + 1 .. p
@@ -103,10 +103,11 @@ inline size_t packed_bytes(int m, int k) {
 // adds, queries and the ends of a tile filled up with zeros, or eight lanes, queries and a tile in float32.
 inline size_t state_floats(const CacheShape& s) { return KEY_TILE + 16 + 2 * s.padded_dim; }
 inline size_t states_floats(int rows, const CacheShape& s) { return size_t((rows + 15) / 16 * 16) * state_floats(s); }
-inline size_t gathered_floats(const CacheShape& s) { return KEY_TILE * (s.head_dim + s.padded_dim); }
+inline size_t gathered_floats(const CacheShape& s) { return KEY_TILE * (s.key_dim + s.padded_dim); }
 inline size_t attention_scratch(int rows, const CacheShape& s) {
-    const size_t queries = size_t(rows + 15) / 16 * 16 * (s.padded_dim + 8), ends = KEY_TILE * 16 + 8 * s.padded_dim;
-    return states_floats(rows, s) + gathered_floats(s) + queries + ends + 2 * KEY_TILE * s.padded_dim;
+    const size_t padded_key = (s.key_dim + 15) / 16 * 16;
+    const size_t queries = size_t(rows + 15) / 16 * 16 * (padded_key + 8), ends = KEY_TILE * 16 + 8 * s.padded_dim;
+    return states_floats(rows, s) + gathered_floats(s) + queries + ends + KEY_TILE * (padded_key + s.padded_dim);
 }
 
 void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head);

@@ -1,3 +1,4 @@
+#include "bytes.h"
 #include "ops.h"
 #if defined(MOEBIUS_HAS_AMX)
 #include "amx_present.h"
@@ -5,20 +6,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
 namespace moebius {
 namespace {
 
-constexpr int ROW_BLOCK = 64;        // rows of x that pass while a chunk of weights is in the second cache
 constexpr size_t CHUNK = 128 << 10;  // bytes of weights that one item reads
 constexpr int MOST_COLUMNS = 256;
-
-size_t size_of(Dtype dtype) { return dtype == BF16 ? 2 : 4; }
-
-const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 int columns_of(size_t row_bytes) { return int(std::clamp<size_t>(CHUNK / row_bytes / 16 * 16, 16, MOST_COLUMNS)); }
 
@@ -79,6 +75,19 @@ const Kernels* select_kernels(const std::string& limit) {
     }
     if (!limit.empty()) throw std::invalid_argument("unknown instruction set " + limit);
     return best;
+}
+
+size_t Ops::scratch_bytes() const {
+    size_t sum = shared_.bytes();
+    for (const Scratch& s : scratch_) sum += s.bytes();
+    return sum;
+}
+
+size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
+    const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
+    const size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
+    const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
+    return threads() * of_a_thread + (splits * attention + Scratch::SPARE) * sizeof(float);
 }
 
 void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide) {
@@ -145,7 +154,8 @@ template <class RowBytes> void Ops::plan_products(int columns_in_all, const RowB
     }
 }
 
-void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out) {
+void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
+                  void* outer, void* out) {
     std::lock_guard<std::mutex> only(one_caller_);
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
     const int count = int(e.gate.size()), pairs = rows * top_k;
@@ -161,8 +171,6 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
     for (int p = 0; p < pairs; p++) pairs_[starts_[ids ? ids[p] : 0]++] = p;
     for (int i = count; i > 0; i--) starts_[i] = starts_[i - 1];
     starts_[0] = 0;
-    if (hidden_.size() < pairs * width_bytes) hidden_.resize(pairs * width_bytes);
-    if (results_.size() < pairs * hidden_bytes && ids) results_.resize(pairs * hidden_bytes);
 
     plan_products(e.width, [&](int expert) { return e.gate[expert].row_bytes() + e.up[expert].row_bytes(); });
     calls_++;
@@ -181,18 +189,18 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
             float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
             if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
             if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.expert], p.column * size));
-            kernels_->gated[e.dtype](g, u, p.columns, e.activation, hidden_.data() + (p.first + i) * width_bytes + p.column * size);
+            kernels_->gated[e.dtype](g, u, p.columns, e.activation, at(inner, (p.first + i) * width_bytes + p.column * size));
         }
     });
 
     plan_products(e.hidden, [&](int expert) { return e.down[expert].row_bytes(); });
     calls_++;
-    void* results = ids ? static_cast<void*>(results_.data()) : out;
+    void* results = ids ? outer : out;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
         float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
         const void* h_rows[ROW_BLOCK];
-        for (int i = 0; i < p.count; i++) h_rows[i] = hidden_.data() + (p.first + i) * width_bytes;
+        for (int i = 0; i < p.count; i++) h_rows[i] = at(inner, (p.first + i) * width_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
         const void* next = then ? e.down[then->expert].row(then->column) : nullptr;
         product(e.dtype, h_rows, p.first, p.count, e.down[p.expert], p.column, next, c, p.columns, scratch_[thread]);
@@ -208,7 +216,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         std::vector<const void*>& chosen = scratch_[thread].rows;
         chosen.resize(top_k);
         for (int t = item * tokens; t < std::min(rows, (item + 1) * tokens); t++) {
-            for (int k = 0; k < top_k; k++) chosen[k] = results_.data() + (size_t(t) * top_k + k) * hidden_bytes;
+            for (int k = 0; k < top_k; k++) chosen[k] = at(outer, (size_t(t) * top_k + k) * hidden_bytes);
             kernels_->combine[e.dtype](chosen.data(), weights + size_t(t) * top_k, top_k, e.hidden, nullptr, at(out, t * hidden_bytes));
         }
     });
@@ -236,16 +244,62 @@ void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, 
     }
 }
 
-void Ops::rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, int stride,
-                   float eps, void* sum, void* out) {
-    const size_t row_bytes = stride * size_of(dtype);
+void Ops::rms_norm(const RmsNorm& n, int rows) {
+    const size_t row_bytes = n.stride * size_of(n.dtype);
     const int chunk = std::max(1, int((16 << 10) / row_bytes));
     pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
         for (int t = item * chunk; t < std::min(rows, (item + 1) * chunk); t++) {
             size_t row = t * row_bytes;
-            kernels_->rms_norm[dtype](at(x, row), update ? at(update, row) : nullptr, multiplier, weight, n, eps,
-                                      update ? at(sum, row) : nullptr, at(out, row));
+            kernels_->rms_norm[n.dtype](at(n.x, row), n.update ? at(n.update, row) : nullptr, n.multiplier, n.weight, n.size, n.eps,
+                                        n.update ? at(n.sum, row) : nullptr, at(n.out, row));
         }
+    });
+}
+
+namespace {
+
+float number(float x) { return x; }
+float number(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+template <class T> void clip_row(const T* x, int n, T low, T high, T* out) {
+    for (int i = 0; i < n; i++) out[i] = number(x[i]) > number(high) ? high : number(x[i]) < number(low) ? low : x[i];
+}
+
+uint16_t bfloat16(float x) {  // rounded to nearest, ties to even; not for NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace
+
+void Ops::clip(const Clip& c, int rows) {
+    pool_.run((rows + 15) / 16, [&](int item, int) {
+        for (int t = item * 16; t < std::min(rows, item * 16 + 16); t++) {
+            const size_t row = size_t(t) * c.size;
+            if (c.dtype == F32)
+                clip_row(static_cast<const float*>(c.x) + row, c.size, -c.limit, c.limit, static_cast<float*>(c.out) + row);
+            else
+                clip_row(static_cast<const uint16_t*>(c.x) + row, c.size, bfloat16(-c.limit), bfloat16(c.limit),
+                         static_cast<uint16_t*>(c.out) + row);
+        }
+    });
+}
+
+void Ops::softcap(const float* x, int rows, int size, float cap, float* out) {
+    pool_.run(rows, [&](int t, int) {
+        for (size_t i = size_t(t) * size; i < size_t(t + 1) * size; i++) out[i] = cap * std::tanh(x[i] / cap);
+    });
+}
+
+void Ops::divide(const float* x, int rows, int size, float divisor, float* out) {
+    pool_.run(rows, [&](int t, int) {
+        for (size_t i = size_t(t) * size; i < size_t(t + 1) * size; i++) out[i] = x[i] / divisor;
     });
 }
 
@@ -257,94 +311,6 @@ void Ops::rotation(const int64_t* positions, int rows, const float* inverse, int
                 cos[size_t(t) * half + i] = float(std::cos(angle)) * factor;
                 sin[size_t(t) * half + i] = float(std::sin(angle)) * factor;
             }
-    });
-}
-
-void Ops::rotate_and_store(Dtype dtype, const CacheShape& shape, const void* qkv, int rows, int q_heads,
-                           const float* cos, const float* sin, int half, const void* q_norm, const void* k_norm, float eps,
-                           const int64_t* slots, uint32_t* cache, void* q_out) {
-    const size_t head_bytes = shape.head_dim * size_of(dtype), q_bytes = q_heads * head_bytes, kv_bytes = shape.kv_heads * head_bytes;
-    const int group = q_heads / shape.kv_heads;
-    // Two neighbouring tokens may share a group of the cache: a head's tokens of one step are written by one thread.
-    const int items = rows <= 4 ? 1 : shape.kv_heads, heads = shape.kv_heads / items;
-    pool_.run(items, [&](int item, int thread) {
-        void* rotated = scratch_[thread].need(shape.head_dim);
-        for (int t = 0; t < rows; t++) {
-            const float *c = cos + size_t(t) * half, *s = sin + size_t(t) * half;
-            const char* row = at(qkv, t * (q_bytes + 2 * kv_bytes));
-            for (int h = item * heads; h < (item + 1) * heads; h++) {
-                for (int i = h * group; i < (h + 1) * group; i++)
-                    kernels_->rotate[dtype](row + i * head_bytes, q_norm, eps, c, s, half, shape.head_dim,
-                                            at(q_out, t * q_bytes + i * head_bytes));
-                kernels_->rotate[dtype](row + q_bytes + h * head_bytes, k_norm, eps, c, s, half, shape.head_dim, rotated);
-                write_kv(dtype, shape, cache, rotated, row + q_bytes + kv_bytes + h * head_bytes, slots[t], h);
-            }
-        }
-    });
-}
-
-void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head) {
-    const int64_t block = slot / shape.block_size;
-    const int offset = int(slot % shape.block_size), g = shape.per_group, n = shape.head_dim;
-    uint32_t* keys = cache + (size_t(block) * shape.kv_heads + head) * (shape.k_groups + shape.v_groups);
-    uint32_t* values = keys + shape.k_groups + size_t(offset / g) * shape.padded_dim;
-    if (dtype == F32) {
-        for (int i = 0; i < n; i++) keys[size_t(i) * shape.block_size + offset] = static_cast<const uint32_t*>(k)[i];
-        std::copy_n(static_cast<const uint32_t*>(v), n, values);
-        return;
-    }
-    const uint16_t *k16 = static_cast<const uint16_t*>(k), *v16 = static_cast<const uint16_t*>(v);
-    for (int i = 0; i < n; i += 2)
-        keys[size_t(i / 2) * shape.block_size + offset] = k16[i] | uint32_t(i + 1 < n ? k16[i + 1] : 0) << 16;
-    uint16_t* to = reinterpret_cast<uint16_t*>(values) + offset % 2;
-    for (int i = 0; i < n; i++) to[2 * i] = v16[i];
-}
-
-void Ops::attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
-                    float scale, float softcap, const float* sinks, void* out) {
-    std::lock_guard<std::mutex> only(one_caller_);
-    const size_t head_bytes = shape.head_dim * size_of(dtype), token_stride = size_t(q_heads) * shape.head_dim;
-    const int group = q_heads / shape.kv_heads, part = std::min(group, ROW_BLOCK), parts = (group + part - 1) / part;
-    const int queries = std::max(1, ROW_BLOCK / part), batch = int(step.seq_lens.size());
-    // Items: (sequence, block of queries, part of a kv head's group). Long ones first would balance better, but sequences
-    // come in the scheduler's order and the queue evens them out. Where they are few, each split of the keys is an item.
-    products_.clear(), splits_.clear();
-    for (int b = 0; b < batch; b++)
-        for (int first = step.query_start[b]; first < step.query_start[b + 1]; first += queries)
-            for (int h = 0; h < shape.kv_heads * parts; h++)
-                products_.push_back({h, first, std::min(queries, step.query_start[b + 1] - first), b, 0});
-    auto block_of = [&](const Product& p) {
-        const int b = p.column, head = p.expert / parts * group + p.expert % parts * part;
-        AttentionBlock a;
-        size_t place = (p.first * token_stride) * size_of(dtype) + head * head_bytes;
-        a.q = at(q, place), a.out = at(out, place), a.token_stride = token_stride;
-        a.queries = p.count, a.group = std::min(part, (p.expert / parts + 1) * group - head);
-        a.first_position = step.seq_lens[b] - (step.query_start[b + 1] - p.first);
-        a.window = step.window, a.scale = scale, a.softcap = softcap, a.sinks = sinks ? sinks + head : nullptr;
-        a.cache = cache, a.block_table = step.block_table.data() + size_t(b) * step.table_width, a.kv_head = p.expert / parts;
-        return a;
-    };
-    const int items = int(products_.size());
-    for (int i = 0; items < 2 * pool_.threads() && i < items; i++) {
-        const AttentionBlock a = block_of(products_[i]);
-        const int first = a.window ? std::max(0, a.first_position - a.window + 1) : 0;
-        products_[i].columns = int(splits_.size());
-        for (int split = first / KEY_SPLIT; split * KEY_SPLIT < a.first_position + a.queries; split++) splits_.push_back({i, split});
-    }
-    const size_t need = (attention_scratch(ROW_BLOCK, shape) + 15) / 16 * 16;
-    if (int(splits_.size()) <= items) {
-        pool_.run(items, [&](int item, int thread) { kernels_->attention[dtype](block_of(products_[item]), shape, scratch_[thread].need(need)); });
-        return;
-    }
-    float* states = shared_.need(splits_.size() * need);
-    pool_.run(int(splits_.size()), [&](int item, int) {
-        AttentionBlock a = block_of(products_[splits_[item].product]);
-        a.split = splits_[item].split;
-        kernels_->attention[dtype](a, shape, states + item * need);
-    });
-    pool_.run(items, [&](int item, int) {
-        const int from = products_[item].columns, to = item + 1 < items ? products_[item + 1].columns : int(splits_.size());
-        kernels_->join_splits[dtype](block_of(products_[item]), shape, states + from * need, need, to - from);
     });
 }
 

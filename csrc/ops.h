@@ -1,6 +1,5 @@
 // Operations on whole steps, spread over threads. Pointers are to contiguous row-major arrays that the caller owns.
 #pragma once
-#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
@@ -78,12 +77,59 @@ struct RouterTally {
     double* sums;    // (2,): the tokens' entropies in nats, and how many tokens
 };
 
-// Operations as they were called on a step of one token, to be called again on a step of any length: all else that they
-// were given, addresses above all, stays as it was.
-struct Program {
-    std::vector<uintptr_t> inputs;  // where the calls read what every step brings
-    std::vector<std::function<void(int rows)>> calls;
+// x (rows, size), `stride` elements apart like those of update, sum and out: sum = x + multiplier * update where there is an
+// update (else sum is not written), out = norm(sum) * weight.
+struct RmsNorm {
+    Dtype dtype;
+    const void* x;
+    const void* update;  // or null
+    float multiplier;
+    const void* weight;  // (size,)
+    int size, stride;
+    float eps;
+    void* sum;
+    void* out;
 };
+
+// Normalises (where norms are given) and rotates queries into q_out, and keys into the cache with their values.
+struct RotateAndStore {
+    Dtype dtype;
+    const CacheShape* shape;
+    const void* qkv;  // (rows, ...): a token's query, key and value heads side by side
+    int q_heads;
+    const float* cos;  // (rows, half), like sin
+    const float* sin;
+    int half;            // of what is rotated of a head
+    const void* q_norm;  // (key_dim,) or null, like k_norm
+    const void* k_norm;
+    float eps;
+    const int64_t* slots;  // (rows,)
+    uint32_t* cache;       // the layer's
+    void* q_out;           // (rows, q_heads, key_dim)
+};
+
+struct Attention {
+    Dtype dtype;
+    const CacheShape* shape;
+    const StepAttention* step;
+    const uint32_t* cache;  // the layer's
+    const void* q;          // (rows, q_heads, key_dim)
+    int q_heads;
+    float scale, softcap;  // softcap 0: none
+    const float* sinks;    // (q_heads,) or null
+    void* out;             // (rows, q_heads, value_dim)
+};
+
+// x (rows, size) with every value between -limit and limit; NaN stays NaN.
+struct Clip {
+    Dtype dtype;
+    const void* x;
+    int size;
+    float limit;
+    void* out;
+};
+
+constexpr int ROW_BLOCK = 64;  // rows of x that pass while a chunk of weights is in the second cache
 
 class Ops {
 public:
@@ -92,34 +138,31 @@ public:
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
 
-    // Where calls are also noted, or null.
-    Program* recorder = nullptr;
-    // Calls `call(rows)`, and notes it. Throws std::logic_error for a noted call of other than one row.
-    template <class Call> void submit(int rows, const Call& call) {
-        if (recorder && rows != 1) throw std::logic_error("a recorded step has one token");
-        if (recorder) recorder->calls.push_back(call);
-        call(rows);
-    }
+    // Bytes that operations keep between calls, and the most that they ever will for products over `widest` inputs and for
+    // attention to a cache of this shape over up to `context` keys.
+    size_t scratch_bytes() const;
+    size_t most_scratch_bytes(int widest, const CacheShape& shape, int context) const;
 
     // out = multiplier * table[ids]. Throws std::out_of_range for an id that is no row of the table.
     void embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, float multiplier, void* out);
     // out = x w^T + bias as the layers' dtype or, with `wide`, float32
     void linear(const Linear& l, const void* x, int rows, void* out, bool wide);
-    void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* out);
+    // out = sum over k of weights[k] * expert ids[k]; without ids, expert 0 alone. For a while it needs `inner`, (rows, top_k,
+    // width), and with ids `outer`, (rows, top_k, hidden). Throws std::out_of_range for an id that is no expert's.
+    void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
+                 void* outer, void* out);
     // out = a + sigmoid(gate) * b, row by row; gate (rows,) float32 or null for 1
     void add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out);
-    // Rows of x, update, sum and out lie `stride` elements apart.
-    void rms_norm(Dtype dtype, const void* x, const void* update, float multiplier, const void* weight, int rows, int n, int stride,
-                  float eps, void* sum, void* out);
+    void rms_norm(const RmsNorm& n, int rows);
+    void clip(const Clip& c, int rows);
+    // out = x / divisor, both float32 (rows, size)
+    void divide(const float* x, int rows, int size, float divisor, float* out);
+    // out = cap * tanh(x / cap), likewise
+    void softcap(const float* x, int rows, int size, float cap, float* out);
     // cos and sin of positions * inverse, times factor: (rows, half) each
     void rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin);
-    // qkv holds a token's query, key and value heads side by side. Normalises (where norms are given) and rotates q into
-    // q_out, and k into the cache with v.
-    void rotate_and_store(Dtype dtype, const CacheShape& shape, const void* qkv, int rows, int q_heads,
-                          const float* cos, const float* sin, int half, const void* q_norm, const void* k_norm, float eps,
-                          const int64_t* slots, uint32_t* cache, void* q_out);
-    void attention(Dtype dtype, const CacheShape& shape, const StepAttention& step, const uint32_t* cache, const void* q, int q_heads,
-                   float scale, float softcap, const float* sinks, void* out);
+    void rotate_and_store(const RotateAndStore& r, int rows);
+    void attention(const Attention& a);  // of the rows that its step says
     // Adds to the tally what it chose.
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,
                const RouterTally& tally);
@@ -147,18 +190,33 @@ private:
         uint64_t packed_call = 0;
         int packed_first = 0;
 
+        static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
-            if (floats.size() < n + 16) floats.resize(n + 16);
+            if (floats.size() < n + SPARE) floats.resize(n + SPARE);
             return aligned(floats.data());
         }
+        size_t bytes() const { return floats.capacity() * sizeof(float) + packed.capacity(); }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
     struct Product {  // rows of x times some columns of one expert
         int expert, first, count, column, columns;
     };
+    struct Attend {  // some queries of one sequence, with some query heads of one kv head
+        int sequence, first, queries;
+        int kv_head, head, heads;
+        int first_split;  // in splits_
+    };
+    struct Split {  // of the keys of an item of attends_
+        int attend, split;
+    };
 
     // row_bytes(e) is what one column of expert e's products reads.
     template <class RowBytes> void plan_products(int columns_in_all, const RowBytes& row_bytes);
+    void plan_attention(const Attention& a);
+    // Floats of one item of attention, and whether so many items are few: then each split of their keys is one.
+    static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
+    int few_items() const { return 2 * pool_.threads(); }
+    AttentionBlock attention_block(const Attention& a, const Attend& item) const;
     // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
     // Of w it takes the rows from `column` on, as many as c has columns.
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
@@ -171,13 +229,10 @@ private:
     // Kept between calls, so that a step allocates nothing once its size has been seen.
     std::vector<int> starts_, pairs_;
     std::vector<Product> products_;
-    struct Split {
-        int product, split;
-    };
+    std::vector<Attend> attends_;
     std::vector<Split> splits_;
     Scratch shared_;
     uint64_t calls_ = 0;  // of products
-    std::vector<char> hidden_, results_;
 };
 
 }  // namespace moebius

@@ -1,4 +1,4 @@
-// How tokens choose experts: the same function as ops/routing.py, over the same settings.
+// How tokens choose experts: the same function as ops/reference/routing.py, over the same settings.
 #include <algorithm>
 #include <cmath>
 

@@ -141,10 +141,9 @@ class Server:
         self.ops = decoder.ops
         self.caches = []
         for spec in config.caches(dtype):
-            heads, size = spec.token[0].shape
-            nbytes = num_blocks * self.ops.kv_cache_bytes_per_block(block_size, heads, size, dtype)
-            buffer = torch.full((nbytes,), 255, dtype=torch.uint8)
-            self.caches.append(self.ops.make_kv_cache(buffer, block_size, heads, size, dtype))
+            size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
+            memory = torch.full((size,), 255, dtype=torch.uint8)
+            self.caches.append(self.ops.make_cache(memory, spec, block_size))
         self.free = torch.randperm(
             num_blocks, generator=torch.Generator().manual_seed(seed)
         ).tolist()

@@ -27,6 +27,7 @@ MOST_COLUMNS = 100
 CORE = (
     "schedule/*.py",
     "engine/engine.py",
+    "engine/loop.py",
     "engine/batch.py",
     "engine/runner.py",
     "models/decoder.py",

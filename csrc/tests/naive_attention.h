@@ -9,10 +9,10 @@ template <class T> struct Paged {
     CacheShape shape;
     StepAttention step;
     std::vector<uint32_t> cache;
-    std::vector<std::vector<T>> keys, values;  // of each sequence: (tokens, kv heads, head size)
+    std::vector<std::vector<T>> keys, values;  // of each sequence: (tokens, kv heads, size of a key or of a value)
 
-    Paged(int block_size, int kv_heads, int head_dim, const std::vector<int>& lengths, const std::vector<int>& fresh)
-        : shape(block_size, kv_heads, head_dim, Number<T>::dtype) {
+    Paged(int block_size, int kv_heads, int key_dim, int value_dim, const std::vector<int>& lengths, const std::vector<int>& fresh)
+        : shape(block_size, kv_heads, key_dim, value_dim, Number<T>::dtype) {
         int blocks = 2;
         for (int n : lengths) {
             const int needed = (n + block_size - 1) / block_size;
@@ -27,7 +27,8 @@ template <class T> struct Paged {
         for (size_t b = 0; b < lengths.size(); b++) {
             step.query_start.push_back(step.query_start.back() + fresh[b]);
             for (int i = 0; i * block_size < lengths[b]; i++) step.block_table[b * step.table_width + i] = order.back(), order.pop_back();
-            keys.push_back(draw<T>(size_t(lengths[b]) * kv_heads * head_dim)), values.push_back(draw<T>(keys[b].size()));
+            keys.push_back(draw<T>(size_t(lengths[b]) * kv_heads * key_dim));
+            values.push_back(draw<T>(size_t(lengths[b]) * kv_heads * value_dim));
         }
     }
     int64_t slot(int b, int position) const {
@@ -35,19 +36,20 @@ template <class T> struct Paged {
         return block * shape.block_size + position % shape.block_size;
     }
     void write(Ops& ops) {
-        const int size = shape.kv_heads * shape.head_dim;
+        const int key_size = shape.kv_heads * shape.key_dim, value_size = shape.kv_heads * shape.value_dim;
         for (size_t b = 0; b < keys.size(); b++) {
             const int n = step.seq_lens[b];
             std::vector<T> rows, q(keys[b].size());
             std::vector<int64_t> slots;
             for (int t = 0; t < n; t++) {
-                for (const std::vector<T>* x : {&keys[b], &keys[b], &values[b]})
-                    rows.insert(rows.end(), x->begin() + t * size, x->begin() + (t + 1) * size);
+                for (int twice = 0; twice < 2; twice++)
+                    rows.insert(rows.end(), keys[b].begin() + t * key_size, keys[b].begin() + (t + 1) * key_size);
+                rows.insert(rows.end(), values[b].begin() + t * value_size, values[b].begin() + (t + 1) * value_size);
                 slots.push_back(slot(int(b), t));
             }
             rows.shrink_to_fit(), slots.shrink_to_fit();
-            ops.rotate_and_store(Number<T>::dtype, shape, rows.data(), n, shape.kv_heads, nullptr, nullptr, 0, nullptr, nullptr, 0,
-                                 slots.data(), cache.data(), q.data());
+            ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), shape.kv_heads, nullptr, nullptr, 0, nullptr, nullptr, 0,
+                                  slots.data(), cache.data(), q.data()}, n);
             check(q == keys[b], "rotate_and_store changed what it should not rotate");
         }
     }
@@ -61,7 +63,7 @@ struct Scoring {
 };
 
 template <class T> void check_row(const Paged<T>& p, const Scoring& s, const T* q, const T* out, int b, int position, int head, int group) {
-    const int n = p.shape.head_dim, stride = p.shape.kv_heads * n, first = s.window ? std::max(0, position - s.window + 1) : 0;
+    const int n = p.shape.key_dim, m = p.shape.value_dim, stride = p.shape.kv_heads * n, first = s.window ? std::max(0, position - s.window + 1) : 0;
     std::vector<double> weights;
     double largest = s.sinks.empty() ? -INFINITY : s.sinks[head], total = 0;
     for (int key = first; key <= position; key++) {
@@ -71,10 +73,10 @@ template <class T> void check_row(const Paged<T>& p, const Scoring& s, const T* 
     }
     for (double& w : weights) total += w = std::exp(w - largest);
     if (!s.sinks.empty()) total += std::exp(s.sinks[head] - largest);
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < m; i++) {
         Sum sum;
         for (int key = first; key <= position; key++)
-            sum.add(weights[key - first] / total * value(p.values[b][size_t(key) * stride + head / group * n + i]));
+            sum.add(weights[key - first] / total * value(p.values[b][(size_t(key) * p.shape.kv_heads + head / group) * m + i]));
         // Rounded: each weight, and the result. Scores are below 64, and so exp's argument is off by 64 * 2^-23 at most.
         close("attention", out[i], sum.exact, (2.1 * Number<T>::roundoff + 64 * 0x1p-23) * sum.terms);
     }
@@ -83,12 +85,12 @@ template <class T> void check_row(const Paged<T>& p, const Scoring& s, const T* 
 // The kernel itself on one sequence's first query, with as much scratch as it asked for and no more.
 template <class T>
 void check_scratch(const Kernels& kernels, const Paged<T>& p, const Scoring& s, const std::vector<T>& q, const std::vector<T>& out, int group) {
-    const size_t stride = size_t(group) * p.shape.kv_heads * p.shape.head_dim;
+    const size_t heads = size_t(group) * p.shape.kv_heads;
     const int rows = std::min(group, 64);
-    std::vector<T> again(rows * size_t(p.shape.head_dim));
+    std::vector<T> again(rows * size_t(p.shape.value_dim));
     std::vector<float> scratch(attention_scratch(rows, p.shape));
     const int first = p.step.seq_lens[0] - p.step.query_start[1];
-    AttentionBlock a{q.data(), again.data(), stride, 1, rows, first, s.window, s.scale, s.softcap, s.sink_data(),
+    AttentionBlock a{q.data(), again.data(), heads * p.shape.key_dim, heads * p.shape.value_dim, 1, rows, first, s.window, s.scale, s.softcap, s.sink_data(),
                      p.cache.data(), p.step.block_table.data(), 0};
     kernels.attention[Number<T>::dtype](a, p.shape, scratch.data());
     check(std::equal(again.begin(), again.end(), out.begin()), "attention: the kernel and the operation differ");
@@ -97,7 +99,7 @@ void check_scratch(const Kernels& kernels, const Paged<T>& p, const Scoring& s, 
 template <class T> void test_attention(Ops& ops) {
     for (int turn = 0; turn < 30; turn++) {
         const int block_size = one_of({1, 3, 7, 8, 16, 24, 64}), kv_heads = uniform(1, 2), group = one_of({1, 2, 4, 7, 71});
-        const int head_dim = one_of({6, 8, 16, 33, 64, 80});
+        const int key_dim = one_of({6, 8, 16, 33, 64, 80}), value_dim = turn % 2 ? key_dim : one_of({6, 16, 33, 80, 96});
         std::vector<int> lengths, fresh;
         for (int b = 0; b < 3; b++) {
             const bool is_long = turn % 10 == 0;
@@ -105,20 +107,20 @@ template <class T> void test_attention(Ops& ops) {
             lengths.push_back(is_long ? one_of({1023, 1024, 1030, 2050}) : some);
             fresh.push_back(is_long ? 1 + b : uniform(1, std::min(some, 20)));
         }
-        Paged<T> p(block_size, kv_heads, head_dim, lengths, fresh);
+        Paged<T> p(block_size, kv_heads, key_dim, value_dim, lengths, fresh);
         p.write(ops);
-        Scoring s{one_of({0, 0, 1, 5, 64, 67}), 1 / std::sqrt(float(head_dim)), one_of({0.0f, 0.0f, 5.0f}), {}};
+        Scoring s{one_of({0, 0, 1, 5, 64, 67}), 1 / std::sqrt(float(key_dim)), one_of({0.0f, 0.0f, 5.0f}), {}};
         if (turn % 3 == 0) s.sinks = draw<float>(kv_heads * group);
         p.step.window = s.window;
         const int heads = kv_heads * group, rows = p.step.query_start.back();
-        std::vector<T> q = draw<T>(size_t(rows) * heads * head_dim, 2), out(q.size());
-        ops.attention(Number<T>::dtype, p.shape, p.step, p.cache.data(), q.data(), heads, s.scale, s.softcap, s.sink_data(), out.data());
+        std::vector<T> q = draw<T>(size_t(rows) * heads * key_dim, 2), out(size_t(rows) * heads * value_dim);
+        ops.attention({Number<T>::dtype, &p.shape, &p.step, p.cache.data(), q.data(), heads, s.scale, s.softcap, s.sink_data(), out.data()});
         check_scratch(*select_kernels(level), p, s, q, out, group);
         for (int b = 0; b < 3; b++)
             for (int i = 0; i < fresh[b]; i += 1 + fresh[b] / 4)
                 for (int h = 0; h < heads; h += 1 + heads / 8) {
-                    const size_t at = (size_t(p.step.query_start[b] + i) * heads + h) * head_dim;
-                    check_row(p, s, &q[at], &out[at], b, lengths[b] - fresh[b] + i, h, group);
+                    const size_t at = size_t(p.step.query_start[b] + i) * heads + h;
+                    check_row(p, s, &q[at * key_dim], &out[at * value_dim], b, lengths[b] - fresh[b] + i, h, group);
                 }
     }
 }
@@ -128,13 +130,13 @@ template <class T> void test_rotated_heads(Ops& ops) {
     for (bool norm : {false, true}) {
         std::vector<T> qkv = draw<T>(rows * (group + 2) * head_dim), weight = draw<T>(head_dim), q(rows * group * head_dim);
         std::vector<float> cos = draw<float>(rows * half), sin = draw<float>(rows * half);
-        CacheShape shape(4, 1, head_dim, Number<T>::dtype);
+        CacheShape shape(4, 1, head_dim, head_dim, Number<T>::dtype);
         std::vector<uint32_t> cache(3 * shape.block_bytes() / 4);
         std::vector<int64_t> slots(rows);
         std::iota(slots.begin(), slots.end(), 0);
         const T* w = norm ? weight.data() : nullptr;
-        ops.rotate_and_store(Number<T>::dtype, shape, qkv.data(), rows, group, cos.data(), sin.data(), half, w, w, 1e-5f,
-                             slots.data(), cache.data(), q.data());
+        ops.rotate_and_store({Number<T>::dtype, &shape, qkv.data(), group, cos.data(), sin.data(), half, w, w, 1e-5f,
+                              slots.data(), cache.data(), q.data()}, rows);
         for (int t = 0; t < rows; t++)
             for (int h = 0; h < group; h++) {
                 const T* x = &qkv[(t * (group + 2) + h) * head_dim];

@@ -157,7 +157,7 @@ struct Cache {
     std::vector<uint32_t> groups;
     std::vector<int32_t> table;
 
-    Cache(const Case& c, const std::vector<bf16>& k, const std::vector<bf16>& v) : shape(c.block_size, 1, c.head_dim, BF16) {
+    Cache(const Case& c, const std::vector<bf16>& k, const std::vector<bf16>& v) : shape(c.block_size, 1, c.head_dim, c.head_dim, BF16) {
         const int blocks = (c.context + c.block_size - 1) / c.block_size;
         for (int i = 0; i < blocks; i++) table.push_back(blocks - 1 - i);
         groups.assign(shape.block_bytes() / 4 * blocks, ~0u);
@@ -186,7 +186,7 @@ struct Attended {
         const int position = c.context - queries + first;
         std::vector<int32_t> seen(cache.table.begin(), cache.table.begin() + (position + count - 1) / cache.shape.block_size + 1);
         const float scale = float(1 / std::sqrt(c.head_dim));
-        AttentionBlock a = {part.data(), out.data(), row, count, c.group, position, c.window, scale, c.softcap,
+        AttentionBlock a = {part.data(), out.data(), row, row, count, c.group, position, c.window, scale, c.softcap,
                             c.sinks ? sinks.data() : nullptr, cache.groups.data(), seen.data(), 0};
         std::vector<float> scratch(attention_scratch(count * c.group, cache.shape), std::numeric_limits<float>::quiet_NaN());
         kernels.attention[BF16](a, cache.shape, scratch.data());
@@ -283,7 +283,9 @@ void test_experts(Ops& ops, Ops& other, int rows) {
         for (int k = 0, from = int(random_bits() % count); k < top_k; k++) ids.push_back((from + k * k) % (i % 2 ? count : 2));
     auto run = [&](Ops& by, int first, int m) {
         std::vector<bf16> out(size_t(m) * hidden);
-        by.experts(e, x.data() + size_t(first) * hidden, m, shares.data(), ids.data() + size_t(first) * top_k, top_k, out.data());
+        std::vector<bf16> inner(size_t(m) * top_k * width), outer(size_t(m) * top_k * hidden);
+        by.experts(e, x.data() + size_t(first) * hidden, m, shares.data(), ids.data() + size_t(first) * top_k, top_k, inner.data(),
+                   outer.data(), out.data());
         return out;
     };
     std::vector<bf16> whole = run(ops, 0, rows), expected = run(other, 0, rows);

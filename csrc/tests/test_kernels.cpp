@@ -133,8 +133,10 @@ template <class T, class W> void test_experts(Ops& ops) {
         for (int64_t& id : ids) id = all_to_one ? e.count - 1 : uniform(0, e.count - 1);
         if (!dense)
             for (float& w : weights) w = float(std::abs(normal()));
+        std::vector<T> inner(size_t(rows) * k * e.width), outer(dense ? 0 : size_t(rows) * k * e.hidden);
         auto run = [&](const Experts& table, std::vector<T>& to) {
-            ops.experts(table, x.data(), rows, dense ? nullptr : weights.data(), dense ? nullptr : ids.data(), k, to.data());
+            ops.experts(table, x.data(), rows, dense ? nullptr : weights.data(), dense ? nullptr : ids.data(), k, inner.data(),
+                        outer.data(), to.data());
         };
         run(e.table(e.weights, activation), out);
         if constexpr (Number<T>::dtype == F32) {
@@ -229,8 +231,8 @@ template <class T> void test_norms(Ops& ops) {
         const float multiplier = turn % 2 ? 1.0f : 0.3f;
         std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), weight = draw<T>(n), sum(x.size()), out(x.size());
         std::vector<T> alone(x.size());
-        ops.rms_norm(Number<T>::dtype, x.data(), update.data(), multiplier, weight.data(), rows, n, n, 1e-5f, sum.data(), out.data());
-        ops.rms_norm(Number<T>::dtype, sum.data(), nullptr, 1, weight.data(), rows, n, n, 1e-5f, nullptr, alone.data());
+        ops.rms_norm({Number<T>::dtype, x.data(), update.data(), multiplier, weight.data(), n, n, 1e-5f, sum.data(), out.data()}, rows);
+        ops.rms_norm({Number<T>::dtype, sum.data(), nullptr, 1, weight.data(), n, n, 1e-5f, nullptr, alone.data()}, rows);
         check(out == alone, "rms_norm: the sum's norm is not the norm of the sum");
         for (size_t i = 0; i < x.size(); i++) {
             Sum s;

@@ -1,4 +1,4 @@
-"""The kernels of csrc, as csrc/bindings.cpp shows them to ops/cpu.py. Arrays are addresses, 0 for
+"""The kernels of csrc, as csrc/bindings.cpp shows them to ops/cpu. Arrays are addresses, 0 for
 none."""
 
 from collections.abc import Sequence
@@ -7,14 +7,124 @@ def available() -> list[str]: ...
 def reads(dtype: int, format: int) -> bool: ...
 
 class Matrix:
-    def __init__(self, format: int, rows: int, columns: int, data: int) -> None: ...
+    def __init__(self, *, format: int, rows: int, columns: int, data: int) -> None: ...
+
+class _Call:
+    """An operation's arguments by name, whose fields csrc/ops.h describes."""
+
+    def run(self, ops: Ops, rows: int) -> None: ...
+    def note(self, ops: Ops, program: Program, count: int, factor: int) -> None: ...
+
+class Embed(_Call):
+    def __init__(
+        self, *, dtype: int, table: Matrix, multiplier: float, ids: int, out: int
+    ) -> None: ...
+
+class LinearCall(_Call):
+    def __init__(self, *, layers: Linear, x: int, wide: bool, out: int) -> None: ...
+
+class ExpertsCall(_Call):
+    def __init__(
+        self,
+        *,
+        experts: Experts,
+        x: int,
+        weights: int,
+        ids: int,
+        top_k: int,
+        inner: int,
+        outer: int,
+        out: int,
+    ) -> None: ...
+
+class AddGated(_Call):
+    def __init__(self, *, dtype: int, a: int, b: int, gate: int, size: int, out: int) -> None: ...
+
+class RmsNorm(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        x: int,
+        update: int,
+        multiplier: float,
+        weight: int,
+        size: int,
+        stride: int,
+        eps: float,
+        sum: int,
+        out: int,
+    ) -> None: ...
+
+class Clip(_Call):
+    def __init__(self, *, dtype: int, x: int, size: int, limit: float, out: int) -> None: ...
+
+class Divide(_Call):
+    def __init__(self, *, x: int, size: int, divisor: float, out: int) -> None: ...
+
+class Softcap(_Call):
+    def __init__(self, *, x: int, size: int, cap: float, out: int) -> None: ...
+
+class Rotation(_Call):
+    def __init__(
+        self, *, positions: int, inverse: int, half: int, factor: float, cos: int, sin: int
+    ) -> None: ...
+
+class RotateAndStore(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        shape: CacheShape,
+        qkv: int,
+        q_heads: int,
+        cos: int,
+        sin: int,
+        half: int,
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        slots: int,
+        cache: int,
+        q_out: int,
+    ) -> None: ...
+
+class Attention(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        shape: CacheShape,
+        step: StepAttention,
+        cache: int,
+        q: int,
+        q_heads: int,
+        scale: float,
+        softcap: float,
+        sinks: int,
+        out: int,
+    ) -> None: ...
+
+class Route(_Call):
+    def __init__(
+        self,
+        *,
+        settings: RouterSettings,
+        logits: int,
+        bias: int,
+        weights: int,
+        ids: int,
+        pairs: int,
+        sums: int,
+    ) -> None: ...
 
 class Linear:
-    def __init__(self, dtype: int, weights: Sequence[Matrix], biases: Sequence[int]) -> None: ...
+    def __init__(self, *, dtype: int, weights: Sequence[Matrix], biases: Sequence[int]) -> None: ...
 
 class Experts:
     def __init__(
         self,
+        *,
         dtype: int,
         hidden: int,
         width: int,
@@ -30,20 +140,42 @@ class Experts:
 class StepAttention:
     def __init__(self, window: int) -> None: ...
     def set(
-        self, query_start: int, seq_lens: int, block_table: int, batch: int, width: int
+        self, *, query_start: int, seq_lens: int, block_table: int, batch: int, width: int
     ) -> None: ...
 
-class Program:
-    def __init__(self, inputs: list[int]) -> None: ...
-    def __call__(self, rows: int, inputs: list[int]) -> None: ...
-
 class CacheShape:
-    def __init__(self, block_size: int, kv_heads: int, head_dim: int, dtype: int) -> None: ...
+    def __init__(
+        self, *, block_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: int
+    ) -> None: ...
     @property
     def block_bytes(self) -> int: ...
 
 class RouterSettings:
-    def __init__(self, *settings: float) -> None: ...
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        top_k: int,
+        score: int,
+        weight: int,
+        num_groups: int,
+        groups_kept: int,
+        group_top2: int,
+        group_fill: float,
+        renorm_eps: float,
+        scale: float,
+        softcap: float,
+    ) -> None: ...
+
+class Program:
+    """Calls, and where they read the columns of int64 that each run brings."""
+
+    def __init__(self, *, columns: Sequence[int], counts: Sequence[int]) -> None: ...
+    def __len__(self) -> int: ...
+    def load(self, columns: Sequence[int], counts: Sequence[int]) -> None: ...
+    def run(self, first: int, stop: int, counts: Sequence[int]) -> None: ...
+    def __call__(self, columns: Sequence[int], counts: Sequence[int]) -> None:
+        """Load, and run all calls."""
 
 class Logits:
     def __init__(self, values: int, count: int, vocab: int) -> None: ...
@@ -70,82 +202,9 @@ class Ops:
     def name(self) -> str: ...
     @property
     def threads(self) -> int: ...
-    def record(self, program: Program | None) -> None: ...
-    def embed(
-        self,
-        dtype: int,
-        table: Matrix,
-        ids: int,
-        rows: int,
-        multiplier: float,
-        out: int,
-    ) -> None: ...
-    def linear(self, layers: Linear, x: int, rows: int, out: int, wide: bool) -> None: ...
-    def experts(
-        self, experts: Experts, x: int, rows: int, weights: int, ids: int, top_k: int, out: int
-    ) -> None: ...
-    def add_gated(
-        self, dtype: int, a: int, b: int, gate: int, rows: int, size: int, out: int
-    ) -> None: ...
-    def rms_norm(
-        self,
-        dtype: int,
-        x: int,
-        update: int,
-        multiplier: float,
-        weight: int,
-        rows: int,
-        size: int,
-        stride: int,
-        eps: float,
-        total: int,
-        out: int,
-    ) -> None: ...
-    def rotation(
-        self, positions: int, rows: int, inverse: int, half: int, factor: float, cos: int, sin: int
-    ) -> None: ...
-    def rotate_and_store(
-        self,
-        dtype: int,
-        shape: CacheShape,
-        qkv: int,
-        rows: int,
-        q_heads: int,
-        cos: int,
-        sin: int,
-        half: int,
-        q_norm: int,
-        k_norm: int,
-        eps: float,
-        slots: int,
-        cache: int,
-        out: int,
-    ) -> None: ...
-    def attention(
-        self,
-        dtype: int,
-        shape: CacheShape,
-        step: StepAttention,
-        rows: int,
-        cache: int,
-        q: int,
-        q_heads: int,
-        scale: float,
-        softcap: float,
-        sinks: int,
-        out: int,
-    ) -> None: ...
-    def route(
-        self,
-        settings: RouterSettings,
-        logits: int,
-        rows: int,
-        bias: int,
-        weights: int,
-        ids: int,
-        pairs: int,
-        sums: int,
-    ) -> None: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def most_scratch_bytes(self, *, widest: int, shape: CacheShape, context: int) -> int: ...
     def argmax(self, logits: Logits, rows: Sequence[int]) -> list[int]: ...
     def log_softmax_top_k(
         self,

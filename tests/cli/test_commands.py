@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
 from moebius.ops import select_ops
+from moebius.ops.cache_spec import key_value_spec
 from moebius.server.settings import ServerSettings
 
 
@@ -65,7 +66,7 @@ def test_plan_prints_what_the_headers_say(
     weights = load_file(model / "model.safetensors")
     assert plan["weights"]["mapped"] == sum(w.numel() * 4 for w in weights.values())
     ops, layers = select_ops("cpu", torch.float32), 2
-    per_block = layers * ops.kv_cache_bytes_per_block(16, 2, 8, torch.float32)
+    per_block = layers * ops.cache_bytes_per_block(key_value_spec(2, 8, torch.float32), 16)
     assert plan["bytes_per_token"] == per_block // 16
     assert plan["num_blocks"] == 1_000_000 // per_block
     assert all(tensor["mapped"] for tensor in plan["tensors"])

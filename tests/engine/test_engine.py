@@ -16,6 +16,7 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
 from moebius.ops import select_ops
+from moebius.ops.cache_spec import key_value_spec
 from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.hashes import BlockHasher
 from moebius.schedule.params import SamplingParams
@@ -38,7 +39,12 @@ def cache_bytes(tokens: int, block_size: int) -> int:
     """What so many of tiny_model's tokens take in the cache, in float32, with the operations that
     serve here."""
     ops = select_ops("cpu", torch.float32)
-    return tokens // block_size * 2 * ops.kv_cache_bytes_per_block(block_size, 2, 8, torch.float32)
+    return (
+        tokens
+        // block_size
+        * 2
+        * ops.cache_bytes_per_block(key_value_spec(2, 8, torch.float32), block_size)
+    )
 
 
 def ask(
@@ -234,10 +240,10 @@ def test_bad_logits_end_one_request_and_leave_the_others(
     honest = other.runner.logits
     calls = 0
 
-    def poisoned(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def poisoned(rows: list[int]) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        logits = honest(hidden, rows).clone()
+        logits = honest(rows).clone()
         if calls == 3:
             logits[1] = math.nan
         return logits

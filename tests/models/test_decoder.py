@@ -209,9 +209,9 @@ def test_a_mixer_of_a_new_kind_needs_no_change_of_the_decoder() -> None:
 def _serve(decoder: Decoder, texts: dict[int, list[int]]) -> dict[int, Tensor]:
     ops, attention = decoder.ops, decoder.config.layers[1].mixer
     assert isinstance(attention, GQA)
-    sizes = attention.num_kv_heads, attention.head_dim, torch.float32
-    buffer = torch.zeros(ops.kv_cache_bytes_per_block(4, *sizes) * 4, dtype=torch.uint8)
-    cache = ops.make_kv_cache(buffer, 4, *sizes)
+    spec = attention.cache(torch.float32)
+    buffer = torch.zeros(ops.cache_bytes_per_block(spec, 4) * 4, dtype=torch.uint8)
+    cache = ops.make_cache(buffer, spec, 4)
     blocks = {0: [2, 0], 1: [3]}
     done = {0: 0, 1: 0}
     kept: dict[tuple[int, int], Tensor] = {}

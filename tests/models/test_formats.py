@@ -122,3 +122,26 @@ def test_a_matrix_of_another_shape_is_refused(tmp_path: Path, ops: Ops) -> None:
     ):
         with pytest.raises(ValueError, match=r"a matrix \(3, 4\) where there is a weight"):
             hold(other)
+
+
+@pytest.mark.usefixtures("int8")
+def test_a_matrix_that_was_replaced_or_moved_is_the_one_that_counts(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen2_moe")
+    decoder = load_decoder(tmp_path, torch.float32, ops=ReferenceOps())
+    experts = decoder.layers[0].mlp.experts.up_proj
+    replaced_by_int8(decoder, widened=False)
+    before = served(decoder)
+    for hold, old in (
+        (decoder.embed_tokens.hold, decoder.embed_tokens.held()),
+        (lambda matrix: experts.hold(0, matrix), experts.held()[0]),
+    ):
+        hold(quantised(2 * old.widened(torch.float32)))
+        after = served(decoder)
+        assert not torch.equal(after, before)
+        before = after
+    places = [plane.data_ptr() for plane in decoder.embed_tokens.held().planes]
+    decoder._apply(lambda x: x.clone())
+    assert places != [plane.data_ptr() for plane in decoder.embed_tokens.held().planes]
+    assert torch.equal(served(decoder), before)
+    with pytest.raises(ValueError, match="toy-int8 matrix"):
+        decoder.to(torch.bfloat16)

@@ -59,8 +59,11 @@ def test_attention_asks_for_what_its_record_has(change: dict[str, Any], feature:
 
 
 @pytest.mark.parametrize("ops", [CpuOps(1), ReferenceOps()], ids=lambda ops: ops.name)
-def test_what_a_backend_lacks_is_refused_by_name(ops: Ops) -> None:
-    check_served(model(FeedForwardConfig(16)), torch.float32, ops)
-    config = model(FeedForwardConfig(16), attention=replace(PLAIN, value_dim=8))
-    with pytest.raises(ConfigError, match=r"lack .* in float32 with values of another size"):
-        check_served(config, torch.float32, ops)
+def test_every_feature_of_attention_is_served(ops: Ops) -> None:
+    every = replace(PLAIN, window=8, softcap=50.0, sinks=True, value_dim=8)
+    check_served(model(FeedForwardConfig(16), attention=every), torch.float32, ops)
+
+
+def test_what_a_backend_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"operations lack .*: add_rms_norm in float16, .*linear"):
+        check_served(model(FeedForwardConfig(16)), torch.float16, CpuOps(1))

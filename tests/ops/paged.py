@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from moebius.ops import Ops
+from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.steps import StepInputs
 
 
 def side_by_side(q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor:
-    """(T, (H + 2G) * N), as rotate_and_store wants them."""
-    return torch.cat((q_THN, k_TGN, v_TGN), dim=1).flatten(1)
+    """(T, (H + G) * N + G * Nv), as rotate_and_store wants them."""
+    return torch.cat((q_THN.flatten(1), k_TGN.flatten(1), v_TGN.flatten(1)), dim=1)
 
 
 def as_is(ops: Ops, cache: Any, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -> None:
@@ -26,13 +27,18 @@ def as_is(ops: Ops, cache: Any, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -
 
 
 def empty_cache(
-    ops: Ops, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ops: Ops,
+    blocks: int,
+    block_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    value_dim: int | None = None,
 ) -> Any:
     """A layer's cache in which every value that nobody wrote is NaN, in bfloat16 and in float32."""
-    size = ops.kv_cache_bytes_per_block(block_size, kv_heads, head_dim, dtype) * blocks
-    return ops.make_kv_cache(
-        torch.full((size,), 255, dtype=torch.uint8), block_size, kv_heads, head_dim, dtype
-    )
+    spec = key_value_spec(kv_heads, head_dim, dtype, value_dim)
+    size = ops.cache_bytes_per_block(spec, block_size) * blocks
+    return ops.make_cache(torch.full((size,), 255, dtype=torch.uint8), spec, block_size)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Sequences:
         """Fill a cache, attend with the step's queries, as an engine would: (T, H, N)."""
         tables, blocks = self.scatter(block_size, seed)
         _, kv_heads, head_dim = self.keys[0].shape
-        cache = empty_cache(ops, blocks, block_size, kv_heads, head_dim, q_THN.dtype)
+        value_dim = self.values[0].shape[2]
+        cache = empty_cache(ops, blocks, block_size, kv_heads, head_dim, q_THN.dtype, value_dim)
         whole = StepInputs.build(
             [[0] * len(k) for k in self.keys], [0] * len(tables), tables, block_size
         )

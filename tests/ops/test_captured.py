@@ -1,22 +1,27 @@
 """A recorded step is the step: the same bits, whatever came before; and what cannot be recorded
-runs as it is."""
+runs as it is, and says why."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
+from moebius.engine.workspace import StepRows
 from moebius.models.store.load import load_decoder
-from moebius.ops.cpu import CpuOps, Recording
+from moebius.ops.cpu import CpuOps, RecordedProgram
+from moebius.ops.program import HostResult, Program, Rows, RowSource, StepSource, Unrecorded
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Step, StepInputs
 from ops.levels import bits
 from oracle import FAMILY, save_tiny
 
@@ -24,10 +29,19 @@ MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 40
 CPU = torch.device("cpu")
 
 
+class Plain(CpuOps):
+    """The kernels, without recording."""
+
+    def record(self, compute: Any, source: Any, device: Any, planned: Any = None) -> Program[Any]:
+        return Unrecorded(compute, source, device, ReferenceOps().trace(compute, source))
+
+
 def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
     decoder = load_decoder(directory, dtype, ops=ops)
     sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "dtype": dtype, "device": CPU}
-    return Runner(decoder, KVCache(decoder.config, ops, **sizes), CPU, MAX_TOKENS)
+    return Runner(
+        decoder, KVCache(decoder.config, ops, **sizes), CPU, StepRows(MAX_TOKENS, MAX_TOKENS)
+    )
 
 
 def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
@@ -47,85 +61,301 @@ def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
 @pytest.mark.parametrize("model_type", sorted(FAMILY))
 def test_recorded_steps_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     save_tiny(tmp_path, model_type)
-    recorded, plain = (runner(tmp_path, CpuOps(1), dtype) for _ in range(2))
-    assert recorded._forward != recorded._compute, "this architecture calls torch in between"
-    plain._forward, plain._logits = ReferenceOps().capture(
-        plain._compute, plain._compute_logits, STEP, MAX_TOKENS
-    )
+    recorded, plain = runner(tmp_path, CpuOps(1), dtype), runner(tmp_path, Plain(1), dtype)
+    for program in (recorded._step, recorded._head):
+        assert program.trace.reason == "" and program.trace.segments == 1
+    assert not plain._step.trace.recorded and not plain._head.trace.recorded
     rng, computed = random.Random(model_type), [0, 0, 0, 0]
     for _ in range(6):
         step = random_step(rng, computed)
-        hidden, exact = recorded.execute(step), plain.execute(step)
-        assert torch.equal(bits(hidden), bits(exact))
+        exact = plain.execute(step)
+        assert torch.equal(bits(recorded.execute(step)), bits(exact))
         rows = rng.sample(range(len(exact)), rng.randint(0, len(exact)))
-        assert torch.equal(recorded.logits(hidden, rows), plain.logits(exact, rows))
+        assert torch.equal(recorded.logits(rows), plain.logits(rows))
 
 
-def test_a_step_beyond_what_was_recorded_is_refused(tmp_path: Path) -> None:
+def test_rows_beyond_what_was_recorded_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "mixtral")
     one = runner(tmp_path, CpuOps(1), torch.bfloat16)
     long = StepInputs.build([list(range(MAX_TOKENS + 1))], [0], [list(range(7))], BLOCK_SIZE)
-    with pytest.raises(ValueError, match="25 rows where 24"):
+    with pytest.raises(ValueError, match="25 tokens where 24"):
         one.execute(long)
 
 
+@pytest.mark.parametrize("ops", [CpuOps(1), Plain(1), ReferenceOps()], ids=["recorded", "", "ref"])
+def test_logits_are_of_rows_of_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ops: CpuOps
+) -> None:
+    """Memory of earlier, longer steps is behind them, and is nobody's; a failed one has none."""
+    save_tiny(tmp_path, "mixtral")
+    one = runner(tmp_path, ops, torch.float32)
+    with pytest.raises(IndexError):
+        one.logits([0])
+    one.execute(StepInputs.build([[1, 2, 3]], [0], [[0]], BLOCK_SIZE))
+    assert len(one.logits([2, 0])) == 2
+    one.execute(StepInputs.build([[4]], [3], [[0]], BLOCK_SIZE))
+    for row in (1, 2, -1):
+        with pytest.raises(IndexError):
+            one.logits([0, row])
+    monkeypatch.setattr(one, "_step", None)
+    with pytest.raises(AttributeError):
+        one.execute(StepInputs.build([[4]], [4], [[0, 1]], BLOCK_SIZE))
+    with pytest.raises(IndexError, match="the last step had 0 rows"):
+        one.logits([0])
+
+
+def test_a_runner_follows_weights_that_are_moved(tmp_path: Path) -> None:
+    """What was recorded of the old ones is not run again."""
+    save_tiny(tmp_path, "mixtral")
+    one = runner(tmp_path, CpuOps(1), torch.float32)
+    step = StepInputs.build([[1, 2, 3]], [0], [[0]], BLOCK_SIZE)
+    before = one.execute(step).clone()
+    one.model._apply(lambda x: x * 1.25)
+    after = one.execute(step).clone()
+    fresh = runner(tmp_path, CpuOps(1), torch.float32)
+    fresh.model._apply(lambda x: x * 1.25)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, fresh.execute(step))
+
+
 TABLE = torch.randn(8, 4)
-STEP = StepInputs.build([[3]], [0], [[0]], BLOCK_SIZE)
-THREE = StepInputs.build([[5, 1], [7]], [0, 0], [[0], [1]], BLOCK_SIZE)
+GAIN = torch.ones(4)
+IDS = [5, 1, 7]
 
 
-def capture(ops: CpuOps, compute: Callable[[StepInputs], Tensor]) -> Callable[[StepInputs], Tensor]:
-    return ops.capture(compute, lambda hidden, rows: ops.embed(rows, hidden), STEP, 8)[0]
+def record(ops: CpuOps, compute: Callable[[Tensor], Tensor], most: int = 8) -> Any:
+    return ops.record(compute, RowSource("rows", most), CPU)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "name"),
     [
-        lambda x: x * 2,
-        lambda x: x.mul_(2),
-        lambda x: torch.cat((x, x), dim=1),
-        lambda x: torch.split(x + 1, 2, dim=1)[0],
-        lambda x: x.__setitem__(0, 1.0) or x,
-        lambda x: x.__iadd__(1.0),
-        lambda x: torch.nn.functional.relu(x),
+        (lambda x: x * 2, "mul"),
+        (lambda x: x.mul_(2), "mul_"),
+        (lambda x: torch.add(x, 1, out=x), "add"),
+        (lambda x: torch.cat((x, x), dim=1), "cat"),
+        (lambda x: torch.split(x + 1, 2, dim=1)[0], "add"),
+        (lambda x: x.__setitem__(0, 1.0) or x, "__setitem__"),
+        (lambda x: x.data.add_(1) is None or x, "add_"),
+        (lambda x: x.detach().add_(1) is None or x, "add_"),
+        (lambda x: x.__iadd__(1.0), ""),
+        (lambda x: torch.nn.functional.relu(x, inplace=True), "relu"),
+        (lambda x: x.view(-1, 2, 2)[:, 0].zero_() is None or x, "zero_"),
+        (lambda x: TABLE[x[:, 0].long()], "long"),
+        (lambda x: torch.ones(len(x), 4) @ x.t() @ x, "matmul"),
+        (lambda x: torch.zeros_like(x), "zeros_like"),
+        (lambda x: torch.zeros(x.shape, device=x.device), "zeros"),
+        (lambda x: x if x.sum() > 0 else -x, "sum"),
     ],
 )
 @torch.inference_mode()
-def test_what_torch_computes_is_not_recorded(change: Callable[[Tensor], Tensor]) -> None:
+def test_what_torch_computes_is_not_recorded(change: Callable[[Tensor], Tensor], name: str) -> None:
     ops = CpuOps(1)
+    program = record(ops, lambda ids: change(ops.embed(ids, TABLE)))
+    assert "torch's" in program.trace.reason and name in program.trace.reason
+    assert isinstance(program, Unrecorded)
 
-    def compute(inputs: StepInputs) -> Tensor:
-        return change(ops.embed(inputs.input_ids, TABLE))
 
-    assert capture(ops, compute) is compute
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0].item(),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "__bool__": lambda x: bool(x[0]),
+    "__int__": lambda x: int(x[0]),
+    "__float__": lambda x: float(x[0]),
+    "__index__": lambda x: [0] * 9 if range(9)[x[0]] else [],
+    "__array__": lambda x: np.asarray(x),
+    "__contains__": lambda x: 3 in x,
+    "cpu": lambda x: x.cpu(),
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "__getitem__": lambda x: TABLE[x],
+    "data_ptr": lambda x: x.data_ptr(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(READS))
+@torch.inference_mode()
+def test_a_value_that_is_read_is_not_frozen(name: str) -> None:
+    """It would be the example's for ever. The computation runs as it is, and says which function
+    read."""
+    ops = CpuOps(1)
+    seen = []
+
+    def compute(ids: Tensor) -> Tensor:
+        seen.append(READS[name](ids))
+        return ops.embed(ids, TABLE)
+
+    program = record(ops, compute)
+    assert name in program.trace.reason
+    seen.clear()
+    for ids in ([3], [6, 2]):
+        assert torch.equal(program.run(array("q", ids)), TABLE[ids])
+    assert len(seen) == 2
 
 
 @torch.inference_mode()
-def test_views_are_recorded() -> None:
+def test_reading_in_vain_is_noticed_too() -> None:
     ops = CpuOps(1)
 
-    def compute(inputs: StepInputs) -> Tensor:
-        return ops.embed(inputs.input_ids, TABLE).view(-1, 2, 2).flatten(1)
+    def compute(ids: Tensor) -> Tensor:
+        try:
+            first = int(ids[0])
+        except Exception:
+            first = 0
+        return ops.embed(ids, TABLE, 2.0 if first == 5 else 1.0)
 
-    captured = capture(ops, compute)
-    assert captured is not compute
-    assert torch.equal(captured(THREE), TABLE[[5, 1, 7]])
+    program = record(ops, compute)
+    assert not program.trace.recorded
+    assert torch.equal(program.run(array("q", IDS)), 2 * TABLE[IDS])
 
 
-def test_a_recording_reuses_memory() -> None:
-    """As many tensors as live at once, however many layers there are."""
-    ops, gain = CpuOps(1), torch.ones(4)
+@torch.inference_mode()
+def test_what_has_no_values_may_be_asked() -> None:
+    ops = CpuOps(1)
 
-    def deep(layers: int) -> Recording:
+    def compute(ids: Tensor) -> Tensor:
+        x = ops.embed(ids, TABLE)
+        assert x.dim() == 2 and x.dtype == TABLE.dtype and x.shape[1] == x.stride(0) == 4
+        assert len(x) == len(ids) and x.is_contiguous() and not x.requires_grad
+        return x.view(-1, 2, 2).flatten(1)
+
+    program = record(ops, compute)
+    assert program.trace.recorded
+    assert torch.equal(program.run(array("q", IDS)), TABLE[IDS])
+
+
+@torch.inference_mode()
+def test_some_of_a_steps_rows_are_not_recorded_as_all() -> None:
+    ops = CpuOps(1)
+    for cut in (lambda x: x[1:], lambda x: x[:-1], lambda x: x[:, :2].contiguous()):
+        program = record(ops, lambda ids, cut=cut: ops.clip(cut(ops.embed(ids, TABLE)), 1.0))
+        assert program.trace.reason
+        assert torch.equal(program.run(array("q", IDS)), cut(TABLE[IDS]).clamp(-1, 1))
+
+
+def test_memory_is_used_again_and_never_while_it_is_needed() -> None:
+    """As much as lives at once, however many layers there are."""
+    ops = CpuOps(1)
+
+    def deep(layers: int) -> Callable[[Tensor], Tensor]:
         def compute(ids: Tensor) -> Tensor:
-            x = ops.embed(ids, TABLE)
+            x = first = ops.embed(ids, TABLE)
             for _ in range(layers):
-                x = ops.rms_norm(x, gain, 1e-6)
-            return x
+                x, _ = ops.add_rms_norm(x, x, 0.5, GAIN, 1e-6)
+            return ops.add_gated(first, x)
 
-        recording = Recording(1, 8)
+        return compute
+
+    with torch.inference_mode():
+        programs = {layers: record(ops, deep(layers)) for layers in (3, 30)}
+        assert programs[3].trace.nbytes == programs[30].trace.nbytes
+        for layers, program in programs.items():
+            assert isinstance(program, RecordedProgram)
+            for ids in (IDS, [2] * 8, [], [0, 3]):
+                exact = deep(layers)(torch.tensor(ids, dtype=torch.int64))
+                assert torch.equal(bits(program.run(array("q", ids))), bits(exact))
+
+
+def test_a_program_holds_what_it_points_to() -> None:
+    """Weights and tables whose owner let them go."""
+    ops = CpuOps(1)
+
+    def made() -> Program[Any]:
+        weight, gain = torch.randn(6, 4), torch.rand(6)
+        table = torch.randn(8, 4)
         with torch.inference_mode():
-            assert ops._note(recording, compute)
-        return recording
+            layer = ops.prepare_linear((weight, None))
+            return record(
+                ops, lambda ids: ops.rms_norm(ops.linear(ops.embed(ids, table), layer), gain, 1e-6)
+            )
 
-    assert sum(map(len, deep(3)._free.values())) == sum(map(len, deep(30)._free.values())) == 1
+    program = made()
+    first = program.run(array("q", IDS)).clone()
+    for _ in range(50):  # takes over memory that is free
+        torch.full((8, 4), torch.nan), torch.full((6, 4), torch.nan), torch.full((6,), torch.nan)
+    assert torch.equal(program.run(array("q", IDS)), first)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@torch.inference_mode()
+def test_calls_to_the_host_between_the_kernels(failing: bool) -> None:
+    """Each run calls anew, on the rows of that run, and what it raises ends the run alone."""
+    ops = CpuOps(1)
+    calls = []
+    broken = [failing]
+
+    def twice(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
+        calls.append([len(x) for x in (*inputs, *outputs)])
+        if broken.pop() if broken else False:
+            raise RuntimeError("a peer is gone")
+        outputs[0].copy_(inputs[0] * 2)
+        return {}
+
+    def compute(ids: Tensor) -> Tensor:
+        x = ops.embed(ids, TABLE)
+        (doubled,) = ops.host(twice, [x], [HostResult(x, (4,), x.dtype)])
+        return ops.add_gated(x, ops.rms_norm(doubled, GAIN, 1e-6))
+
+    program = record(ops, compute)
+    assert calls == [] and program.trace.segments == 2
+    if failing:
+        with pytest.raises(RuntimeError, match="a peer is gone"):
+            program.run(array("q", [4, 4]))
+    broken.clear()
+    for ids in ([3], IDS, [], [1, 2]):
+        found = program.run(array("q", ids)).clone()
+        assert calls[-1] == [len(ids)] * 2
+        assert torch.equal(bits(found), bits(compute(torch.tensor(ids, dtype=torch.int64))))
+
+
+@torch.inference_mode()
+def test_the_host_decides_how_many_rows_come() -> None:
+    """As an exchange of tokens does: what is computed on them has as many, and what goes back has
+    the step's again."""
+    ops = CpuOps(1)
+    received = Rows("received", 20)
+
+    def scatter(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
+        """Row i goes to i places."""
+        (x,), (pairs,) = inputs, outputs
+        rows = torch.repeat_interleave(x, torch.arange(len(x)), dim=0)
+        pairs[: len(rows)] = rows
+        return {"received": len(rows)}
+
+    def gather(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
+        (pairs,), (x,) = inputs, outputs
+        of = torch.repeat_interleave(torch.arange(len(x)), torch.arange(len(x)))
+        x.zero_().index_add_(0, of, pairs)
+        return {}
+
+    def compute(ids: Tensor) -> Tensor:
+        x = ops.embed(ids, TABLE)
+        (pairs,) = ops.host(scatter, [x], [HostResult(received, (4,), x.dtype)])
+        pairs = ops.rms_norm(pairs, GAIN, 1e-6)
+        (back,) = ops.host(gather, [pairs], [HostResult(x, (4,), x.dtype)])
+        return ops.add_gated(x, back)
+
+    program = record(ops, compute, most=6)
+    assert program.trace.segments == 3
+    for ids in ([3], [1, 2, 3, 4, 5], [], [7, 7]):
+        exact = compute(torch.tensor(ids, dtype=torch.int64))
+        assert torch.equal(bits(program.run(array("q", ids))), bits(exact))
+    with pytest.raises(ValueError, match="there are None received"):
+        wrong = record(
+            ops,
+            lambda ids: ops.host(
+                lambda *_: {}, [ops.embed(ids, TABLE)], [HostResult(received, (4,), TABLE.dtype)]
+            )[0],
+        )
+        wrong.run(array("q", [1]))
+
+
+def test_a_step_of_several_groups_brings_slots_for_each() -> None:
+    seen: list[Step] = []
+    source = StepSource(4, groups=2)
+    columns = [torch.empty(4, dtype=torch.int64, device="meta") for _ in range(source.width)]
+    step = source.symbolic(columns)
+    seen += [step.of(0), step.of(1)]
+    assert source.width == 4
+    assert seen[0].slot_mapping is columns[2] and seen[1].slot_mapping is columns[3]

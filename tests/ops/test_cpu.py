@@ -385,3 +385,18 @@ def test_experts_of_two_matrices_are_computed_by_the_reference(ops: CpuOps, rout
             e, share = (int(ids[t, k]), weights[t, k].double()) if routed else (0, 1.0)  # type: ignore[index]
             expected[t] += share * (down[e].double() @ torch.relu(gate[e].double() @ x[t].double()))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_clip_divide_and_cap(ops: CpuOps, dtype: torch.dtype) -> None:
+    """As torch has them, to the bit: NaN stays, infinities and minus zero too."""
+    x = torch.randn(37, 21).to(dtype) * 3
+    x[0, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0])
+    for limit in (0.3, 1.0, 7.77, 1e9):
+        assert torch.equal(bits(ops.clip(x, limit)), bits(x.clamp(-limit, limit)))
+    for cap in (0.5, 30.0):
+        found = ops.softcap(x[1:].float(), cap).double()
+        exact = cap * torch.tanh(x[1:].double() / cap)
+        assert_within(found, exact, 2.0**-21 * exact.abs() + 1e-9)
+    for divisor in (3.0, 0.1, 16.0):
+        assert torch.equal(bits(ops.divide(x.float(), divisor)), bits(x.float() / divisor))
+    assert ops.clip(x[:0], 1.0).shape == (0, 21)

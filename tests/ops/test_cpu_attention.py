@@ -90,9 +90,9 @@ def assert_attends(
     """Against float64 over the same keys; the bound is of the sum of the values' sizes, by
     attending to those."""
     heads, kv_heads, head_dim = case["heads"]
-    keys, values = (
-        [torch.randn(n, kv_heads, head_dim).to(dtype) for n in lengths] for _ in range(2)
-    )
+    value_dim = case.get("value_dim", head_dim)
+    keys = [torch.randn(n, kv_heads, head_dim).to(dtype) for n in lengths]
+    values = [torch.randn(n, kv_heads, value_dim).to(dtype) for n in lengths]
     q = 2 * torch.randn(sum(new), heads, head_dim).to(dtype)
     options = {"window": case["window"], "softcap": case["softcap"]}
     options["sinks_H"] = torch.randn(heads) if case["sinks"] else None
@@ -103,7 +103,7 @@ def assert_attends(
     terms = Sequences(keys, [v.abs() for v in values], new).attend(
         REF, q.double(), scale, 16, **options
     )
-    assert out.dtype == dtype
+    assert out.dtype == dtype and out.shape == (*q.shape[:2], value_dim)
     # Rounded: each weight, and the result. Scores are below 64, and so exp's argument is off by 64
     # * 2^-23 at most.
     assert_within(out, exact, (2.1 * ROUNDOFF[dtype] + 64 * 2.0**-23) * terms)
@@ -111,7 +111,7 @@ def assert_attends(
 
 def test_paged_attention(ops: CpuOps, dtype: torch.dtype) -> None:
     """Random mixes of chunks and decodes, with lengths around block, tile and split ends, in a
-    cache full of NaN."""
+    cache full of NaN; values of the keys' size and of others."""
     rng = random.Random(0)
     shapes = [(4, 4, 6), (8, 2, 64), (7, 1, 80), (71, 1, 64), (4, 1, 128), (1, 1, 8), (6, 3, 33)]
     for i in range(42):
@@ -122,6 +122,8 @@ def test_paged_attention(ops: CpuOps, dtype: torch.dtype) -> None:
             "softcap": rng.choice((None, None, 5.0)),
             "sinks": rng.random() < 0.3,
         }
+        if i % 3 == 0:
+            case["value_dim"] = rng.choice((6, 16, 33, 80, 192))
         b = case["block_size"]
         lengths = rng.sample([1, 2, b, b + 1, 2 * b - 1, 63, 64, 65, 128, 130, 33, 200], 4)
         assert_attends(

@@ -94,6 +94,7 @@ def pointwise(dtype: torch.dtype) -> dict[str, RowWise]:
     for size in (1, 33, 1000):
         x, y, w = rows(size, dtype), rows(size, dtype), torch.randn(size).to(dtype)
         gate = torch.randn(ROWS, 1)
+        named[f"clip {size}"] = lambda ops, at, x=x: (ops.clip(x[at], 0.5),)
         named[f"norm {size}"] = lambda ops, at, x=x, w=w: (ops.rms_norm(x[at], w, 1e-6),)
         named[f"add norm {size}"] = lambda ops, at, x=x, y=y, w=w: ops.add_rms_norm(
             x[at], y[at], 0.3, w, 1e-6
@@ -101,6 +102,9 @@ def pointwise(dtype: torch.dtype) -> dict[str, RowWise]:
         named[f"gated {size}"] = lambda ops, at, x=x, y=y, gate=gate: (
             ops.add_gated(x[at], y[at], gate[at]),
         )
+    logits = rows(33, torch.float32)
+    named["softcap"] = lambda ops, at: (ops.softcap(logits[at], 30.0),)
+    named["divide"] = lambda ops, at: (ops.divide(logits[at], 3.0),)
     positions, inverse = torch.randint(0, 100_000, (ROWS,)), torch.rand(33)
     named["rotation"] = lambda ops, at: ops.rotation(positions[at], inverse, 1.1)
     qkv, norm, angles = (
@@ -195,13 +199,19 @@ class Prompt:
     """One sequence whose rows can be attended to in any cut, beside other sequences."""
 
     def __init__(
-        self, shape: tuple[int, int, int], length: int, dtype: torch.dtype, **options: Any
+        self,
+        shape: tuple[int, int, int],
+        length: int,
+        dtype: torch.dtype,
+        value_dim: int = 0,
+        **options: Any,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = shape
+        self.value_dim = value_dim or self.head_dim
         self.dtype, self.options = dtype, options
-        self.q, self.k, self.v = (
-            torch.randn(length, n, self.head_dim).to(dtype) for n in (shape[0], *shape[1:2] * 2)
-        )
+        self.q = torch.randn(length, self.heads, self.head_dim).to(dtype)
+        self.k = torch.randn(length, self.kv_heads, self.head_dim).to(dtype)
+        self.v = torch.randn(length, self.kv_heads, self.value_dim).to(dtype)
 
     def rows(
         self, ops: CpuOps, start: int, stop: int, block_size: int, others: int = 0, seed: int = 0
@@ -217,7 +227,7 @@ class Prompt:
         for _ in range(others):
             n, m = generator.randint(1, 90), generator.randint(1, 20)
             keys.append(torch.randn(n, self.kv_heads, self.head_dim).to(self.dtype))
-            values.append(torch.randn(n, self.kv_heads, self.head_dim).to(self.dtype))
+            values.append(torch.randn(n, self.kv_heads, self.value_dim).to(self.dtype))
             new.append(min(n, m))
             q.append(torch.randn(new[-1], self.heads, self.head_dim).to(self.dtype))
         at = generator.randint(0, others)
@@ -231,7 +241,7 @@ class Prompt:
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 50}, {"softcap": 4.0, "sinks": True}], ids=repr)
-@pytest.mark.parametrize("shape", [(4, 2, 64), (71, 1, 16), (7, 1, 33)])
+@pytest.mark.parametrize("shape", [(4, 2, 64), (71, 1, 16), (7, 1, 33), (4, 2, 24, 40)])
 @pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
 def test_attention_does_not_know_its_step(
@@ -242,7 +252,7 @@ def test_attention_does_not_know_its_step(
     length, rng = 140, random.Random(1)
     sinks = torch.randn(shape[0]) if "sinks" in options else None
     kept = {name: value for name, value in options.items() if name != "sinks"}
-    prompt = Prompt(shape, length, dtype, **kept, sinks_H=sinks)
+    prompt = Prompt(shape[:3], length, dtype, *shape[3:], **kept, sinks_H=sinks)
     whole = prompt.rows(level(isa, 1), 0, length, 16)
     for i, block_size in enumerate((8, 64, 16, 24, 1, 3, 7)):
         cuts = sorted({0, length, *rng.sample(range(1, length), rng.randint(0, 4))})

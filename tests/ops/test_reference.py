@@ -27,10 +27,13 @@ def naive_attention(q_HN: Tensor, k_SGN: Tensor, v_SGN: Tensor, scale: float) ->
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, TILE, TILE + 3])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 6), (8, 1, 10), (6, 2, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"),
+    [(4, 4, 6, 6), (8, 1, 10, 4), (6, 2, 16, 16), (6, 2, 8, 20)],
+)
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_paged_attention(
-    window: int | None, heads: int, kv_heads: int, head_dim: int, block_size: int
+    window: int | None, heads: int, kv_heads: int, head_dim: int, value_dim: int, block_size: int
 ) -> None:
     """Chunks, whole prompts and decodes of lengths on both sides of a tile, in one step over a
     cache full of NaN."""
@@ -38,7 +41,7 @@ def test_paged_attention(
     lengths = [1, 7, TILE, TILE + 1, 2 * TILE + 5, 33, TILE - 1]
     new = [1, 7, 1, 1, 1, 4, TILE - 1]
     keys = [torch.randn(n, kv_heads, head_dim) for n in lengths]
-    values = [torch.randn(n, kv_heads, head_dim) for n in lengths]
+    values = [torch.randn(n, kv_heads, value_dim) for n in lengths]
     q = torch.randn(sum(new), heads, head_dim)
     out = Sequences(keys, values, new).attend(OPS, q, 0.3, block_size, window=window)
     row = 0

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
-from torch import Tensor
 
 from moebius.engine.batch import Batch, PromptRows, build_batch
 from moebius.engine.client import (
@@ -130,8 +129,8 @@ class Engine:
         outputs = self._end_late(plan)
         if plan.chunks:
             try:
-                batch, hidden_TD = self._execute(plan)
-                results = self._sample(batch, hidden_TD)
+                batch = self._execute(plan)
+                results = self._sample(batch)
             except Exception as error:
                 outputs += self._fail_step(plan, error)
             except BaseException:  # Ctrl-C: the step is made again, should its requests go on
@@ -204,19 +203,19 @@ class Engine:
         late = DeadlineError("the request's deadline passed before it was finished")
         return [self._ended(id, FinishReason.DEADLINE, late) for id in plan.expired]
 
-    def _execute(self, plan: StepPlan) -> tuple[Batch, Tensor]:
-        """The plan's tokens through the model: the batch that they make, and its hidden states."""
+    def _execute(self, plan: StepPlan) -> Batch:
+        """The plan's tokens through the model, and the batch that they make."""
         batch = build_batch(plan, self.scheduler.requests, self.info.block_size, self.runner.device)
-        hidden_TD = self.runner.execute(batch.inputs)
+        self.runner.execute(batch.inputs)
         tokens = len(batch.inputs.input_ids_host)
         self._step_tokens[bisect_left(STEP_TOKENS_BOUNDS, tokens)] += 1
         self._counts["step_tokens"] += tokens
-        return batch, hidden_TD
+        return batch
 
-    def _sample(self, batch: Batch, hidden_TD: Tensor) -> _Results:
+    def _sample(self, batch: Batch) -> _Results:
         """Draw where a chunk reaches its sequence's end, and score the prompts that ask for it."""
         results = _Results()
-        logits_LV = self.runner.logits(hidden_TD, batch.sampled_rows)
+        logits_LV = self.runner.logits(batch.sampled_rows)
         outcomes = sample(logits_LV, batch.sampled, self.runner.ops)
         for request, outcome in zip(batch.sampled, outcomes, strict=True):
             if isinstance(outcome, Sampled):
@@ -226,12 +225,12 @@ class Engine:
         for rows in batch.prompts:
             if rows.request.id not in results.failed:
                 try:
-                    self._score(rows, hidden_TD, results)
+                    self._score(rows, results)
                 except Exception as error:
                     results.failed[rows.request.id] = failure("scoring a prompt", error)
         return results
 
-    def _score(self, rows: PromptRows, hidden_TD: Tensor, results: _Results) -> None:
+    def _score(self, rows: PromptRows, results: _Results) -> None:
         """Log-probabilities of prompt tokens, without those that were sent before a preemption."""
         request = rows.request
         unfinished = self._unfinished[request.id]
@@ -239,7 +238,7 @@ class Engine:
         for offset in range(0, len(rows.token_ids), PROMPT_LOGIT_ROWS):
             tokens = rows.token_ids[offset : offset + PROMPT_LOGIT_ROWS]
             first = rows.first + offset
-            logits = self.runner.logits(hidden_TD, range(first, first + len(tokens)))
+            logits = self.runner.logits(range(first, first + len(tokens)))
             part = token_logprobs(
                 logits, tokens, request.params.prompt_logprobs or 0, self.runner.ops
             )

@@ -11,6 +11,7 @@ import torch
 
 from moebius.models.config import ModelConfig
 from moebius.ops import LayerCache, Ops
+from moebius.ops.cache_spec import CacheSpec
 from moebius.pages import populate
 
 _HUGE_PAGE = 2 * 2**20
@@ -31,33 +32,30 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        per_block = ops.kv_cache_bytes_per_block(
-            block_size, model.num_kv_heads, model.head_dim, dtype
-        )
-        per_layer = num_blocks * per_block
+        specs = model.caches(dtype)
+        sizes = [num_blocks * _block_bytes(ops, spec, block_size) for spec in specs]
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.nbytes = per_layer * model.num_layers
+        self.nbytes = sum(sizes)
         self.last_used = 0.0
         buffer = _reserve(
             self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS
         )
         self.layers: list[LayerCache] = [
-            ops.make_kv_cache(
-                buffer[i * per_layer : (i + 1) * per_layer],
-                block_size,
-                model.num_kv_heads,
-                model.head_dim,
-                dtype,
-            )
-            for i in range(model.num_layers)
+            ops.make_cache(part, spec, block_size) if spec.token else LayerCache()
+            for part, spec in zip(torch.split(buffer, sizes), specs, strict=True)
         ]
 
 
 def bytes_per_token(model: ModelConfig, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
     """What one token takes in the cache, over all layers."""
-    per_block = ops.kv_cache_bytes_per_block(block_size, model.num_kv_heads, model.head_dim, dtype)
-    return -(-per_block // block_size) * model.num_layers
+    per_block = [_block_bytes(ops, spec, block_size) for spec in model.caches(dtype)]
+    return sum(-(-nbytes // block_size) for nbytes in per_block)
+
+
+def _block_bytes(ops: Ops, spec: CacheSpec, block_size: int) -> int:
+    """Of one layer; none where it keeps nothing of the past."""
+    return ops.cache_bytes_per_block(spec, block_size) if spec.token else 0
 
 
 def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> torch.Tensor:

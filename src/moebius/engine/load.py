@@ -12,13 +12,20 @@ from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, bytes_per_token
-from moebius.engine.memory import MemoryPlan, WeightBytes, human_bytes, plan_memory
+from moebius.engine.memory import (
+    MemoryPlan,
+    WeightBytes,
+    human_bytes,
+    logit_rows,
+    plan_memory,
+)
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
+from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError, require
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import load_decoder
-from moebius.models.uses import check_served, uses
+from moebius.models.uses import check_served
 from moebius.ops import Ops, select_ops
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.ops.weights import dtype_name
@@ -40,7 +47,12 @@ class Prepared:
     weights: list[PlannedWeight]
     plan: MemoryPlan
     threads: int
-    batch_invariant: bool
+    workspace: Workspace
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Promise P1: told by the operations that this model uses."""
+        return self.workspace.batch_invariant(self.ops)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
@@ -73,6 +85,14 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     check_served(checkpoint.config, dtype, ops)
     weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype))
     available, available_of = _available(device)
+    workspace = plan_workspace(
+        checkpoint.config,
+        ops,
+        dtype,
+        config.block_size,
+        step_rows(config),
+        config.max_model_len or checkpoint.config.context,
+    )
     plan = plan_memory(
         checkpoint.config,
         config,
@@ -82,10 +102,10 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
         available=available,
         available_of=available_of,
+        recorded=workspace.nbytes if workspace.recorded else None,
     )
-    invariant = ops.batch_invariant(uses(checkpoint.config, dtype))
     threads = config.threads or cores
-    return Prepared(checkpoint, ops, device, dtype, weights, plan, threads, invariant)
+    return Prepared(checkpoint, ops, device, dtype, weights, plan, threads, workspace)
 
 
 def _weight_bytes(weights: list[PlannedWeight], stored: str) -> WeightBytes:
@@ -155,9 +175,14 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
         dtype=prepared.dtype,
         device=prepared.device,
     )
-    runner = Runner(model, cache, prepared.device, config.max_num_batched_tokens)
+    runner = Runner(model, cache, prepared.device, step_rows(config), prepared.workspace)
     runner.warm_up()
     return runner
+
+
+def step_rows(config: EngineConfig) -> StepRows:
+    """How many rows memory is planned for, and recorded for."""
+    return StepRows(config.max_num_batched_tokens, logit_rows(config))
 
 
 def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:

@@ -143,11 +143,15 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> 
     )
     scores = max((mixer.scores for mixer in model.mixers), default=0) * tokens
     scores *= (engine.max_model_len or 0) * _FLOAT32
-    rows = max(engine.max_num_seqs, PROMPT_LOGIT_ROWS)
-    logits = rows * model.vocab_size * _FLOAT32
+    logits = logit_rows(engine) * model.vocab_size * _FLOAT32
     beside = max(logits, sampling_bytes(model.vocab_size, engine.max_model_len or 0))
     activations = tokens * (hidden + max(attention, widest * max(itemsize, _FLOAT32)))
     return activations + min(scores, 2**28) + logits + beside
+
+
+def logit_rows(engine: EngineConfig) -> int:
+    """The most rows whose logits exist at a time."""
+    return max(engine.max_num_seqs, PROMPT_LOGIT_ROWS)
 
 
 def sampling_bytes(vocab_size: int, max_model_len: int) -> int:
@@ -173,12 +177,15 @@ def plan_memory(
     bytes_per_token: int,
     available: int,
     available_of: str = "",
+    recorded: int | None = None,
 ) -> MemoryPlan:
     """Divide `available` bytes. Raises MemoryPlanError or ConfigError with the numbers where the
     wish cannot be met.
 
     Mapped weights count like copied ones: each step reads them all, so pages that the kernel gave
     up for the cache's would come from the disk again and again.
+
+    recorded: what the programs of a step take, where they are recorded; else it is estimated.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
     half of what is left after weights and workspace.
@@ -190,7 +197,10 @@ def plan_memory(
         f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}",
     )
     itemsize = _FLOAT32 if dtype == "float32" else 2
-    workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
+    if recorded is None:
+        workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
+    else:
+        workspace = recorded + sampling_bytes(model.vocab_size, length)
     left = available - weights.mapped - weights.copied - workspace
     of = f" (left of {available_of})" if available_of else ""
     require(

@@ -1,64 +1,101 @@
 """Runs the model on a step's inputs. Real, warm-up and empty steps take the same way."""
 
+import logging
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from moebius.engine.expert_loads import ExpertCounts
 from moebius.engine.kv_cache import KVCache
+from moebius.engine.workspace import StepRows, Workspace, forward, head
 from moebius.models.decoder import Decoder
-from moebius.nn.paged import PagedPast
-from moebius.ops.steps import StepInputs
+from moebius.ops.program import Program, Unrecorded
+from moebius.ops.steps import Step, StepInputs
+
+log = logging.getLogger(__name__)
 
 
 class Runner:
     """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache,
-    and counts of what its routers chose."""
+    and counts of what its routers chose.
+
+    rows: how many a step has at most. planned: what plan_workspace said of these.
+    """
+
+    _step: Program[StepInputs]
+    _head: "Program[array[int]]"
 
     def __init__(
-        self, model: Decoder, cache: KVCache, device: torch.device, max_tokens: int = 2048
+        self,
+        model: Decoder,
+        cache: KVCache,
+        device: torch.device,
+        rows: StepRows = StepRows(2048, 2048),  # noqa: B008 - it cannot be changed
+        planned: Workspace | None = None,
     ) -> None:
         self.model = model
         self.ops = model.ops
         self.cache = cache
         self.device = device
         self.expert_counts = ExpertCounts(model, device)
-        one = StepInputs.build([[0]], [0], [[0]], cache.block_size, device)
-        with torch.inference_mode():
-            self._forward, self._logits = self.ops.capture(
-                self._compute, self._compute_logits, one, max_tokens
-            )
+        self._rows = rows
+        self._last = torch.empty(0)
+        self._num_rows = 0
+        self._record(planned)
 
-    # Not around what calls them: a recorded step computes nothing in torch, and even this would
-    # cost it time.
-    @torch.inference_mode()
-    def _compute(self, inputs: StepInputs) -> Tensor:
-        past = PagedPast(self.ops, self.cache.layers, inputs, self.cache.block_size)
-        hidden_TD: Tensor = self.model(inputs.input_ids, inputs.positions, past)[0]
-        return hidden_TD
+    def _record(self, planned: Workspace | None = None) -> None:
+        """Programs of the model as it lies in memory now."""
+        self._moves = self.model.moves
+        step, logits = (planned.step, planned.head) if planned else (None, None)
+        self._step = self.ops.record(self._hidden, self._rows.step_source(), self.device, step)
+        source = self._rows.head_source()
+        if self._step.whole is None:
+            trace = self._step.trace
+            self._head = Unrecorded(self._logits, source, self.device, trace)
+        else:
+            self._head = self.ops.record(self._logits, source, self.device, logits)
+        for what, program in (("steps", self._step), ("logits", self._head)):
+            if not program.trace.recorded:
+                log.info("%s are not recorded: %s", what, program.trace.reason)
 
-    @torch.inference_mode()
-    def _compute_logits(self, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
-        return self.model.logits(self.ops.embed(rows_L, hidden_TD))
+    # Inference mode is theirs and not around what calls them: a recorded step computes nothing in
+    # torch, and even this would cost it time.
+    def _hidden(self, step: Step) -> Tensor:
+        return forward(self.model, self.cache, step)
+
+    def _logits(self, rows_L: Tensor) -> Tensor:
+        hidden_TD = self._last if self._step.whole is None else self._step.whole
+        return head(self.model, hidden_TD, rows_L)
 
     def execute(self, inputs: StepInputs) -> Tensor:
         """Compute the step, write its keys and values, and return its final hidden states (T, D),
         which are read until the next step.
 
-        `logits` turns rows of it into logits, a few at a time: those of one long prompt would take
-        gigabytes.
+        `logits` turns rows of them into logits, a few at a time: those of one long prompt would
+        take gigabytes.
         """
         self.cache.last_used = time.monotonic()
-        hidden_TD = self._forward(inputs)
+        if self.model.moves != self._moves:
+            self._record()
+        self._num_rows = 0  # should the step fail, none has logits
+        self._last = self._step.run(inputs)
+        self._num_rows = len(self._last)
         self.cache.last_used = time.monotonic()
         self.expert_counts.step()
-        return hidden_TD
+        return self._last
 
-    def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
-        """(L, V) float32 of rows of the last step's hidden states; read until the next call."""
-        return self._logits(hidden_TD, rows)
+    def logits(self, rows: Iterable[int]) -> Tensor:
+        """(L, V) float32 of rows of the last step; read until the next call.
+
+        Raises IndexError for a row that the step did not have.
+        """
+        wanted = array("q", rows)
+        if max(wanted, default=-1) >= self._num_rows:
+            raise IndexError(f"the last step had {self._num_rows} rows, not row {max(wanted)}")
+        return self._head.run(wanted)
 
     def warm_up(self) -> None:
         """Run an empty step and one of a single token, so that the first request meets nothing for
@@ -67,5 +104,6 @@ class Runner:
             inputs = StepInputs.build(
                 zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device
             )
-            self.logits(self.execute(inputs), range(len(zeros)))
+            self.execute(inputs)
+            self.logits(range(len(zeros)))
         self.expert_counts.clear()

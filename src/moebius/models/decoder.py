@@ -5,6 +5,7 @@ Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,8 @@ class Decoder(nn.Module):
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
         self._head: PreparedLinear | None = None
+        # How often parameters were moved: what was recorded of them before is of others.
+        self.moves = 0
 
     @property
     def routers(self) -> dict[int, Router]:
@@ -118,6 +121,11 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """What is computed in: norms and biases have it, matrices may be stored in another."""
         return self.norm.weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        self.moves += 1
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, past: Past
@@ -141,10 +149,9 @@ class Decoder(nn.Module):
             self._head = self.ops.prepare_linear(head, dtype=hidden_LD.dtype)
         logits_LV = self.ops.logits(hidden_LD, self._head)
         if self.config.logits_divisor != 1.0:
-            logits_LV = logits_LV / self.config.logits_divisor
+            logits_LV = self.ops.divide(logits_LV, self.config.logits_divisor)
         if self.config.logits_softcap is not None:
-            cap = self.config.logits_softcap
-            logits_LV = cap * torch.tanh(logits_LV / cap)
+            logits_LV = self.ops.softcap(logits_LV, self.config.logits_softcap)
         return logits_LV
 
     @torch.no_grad()

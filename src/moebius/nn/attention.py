@@ -209,7 +209,7 @@ class Attention(nn.Module):
             for norm, start in ((self.q_norm, 0), (self.k_norm, spec.q_size)):
                 qkv_TI = self.ops.rms_norm_part(qkv_TI, start, norm.weight, norm.eps)
         if spec.clip_qkv is not None:
-            qkv_TI = qkv_TI.clamp(-spec.clip_qkv, spec.clip_qkv)
+            qkv_TI = self.ops.clip(qkv_TI, spec.clip_qkv)
         return qkv_TI
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:

@@ -1,5 +1,8 @@
 """Embedding, linear layers and norms: parameters, and the backend's operation on them."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +26,19 @@ class Weighted(nn.Module):
 
     def hold(self, matrix: Matrix) -> None:
         """Compute with `matrix` in place of the parameter. Raises ValueError for another shape."""
-        _require_shape(matrix, self.weight)
+        _require_shape(matrix, self.held())
         self._matrix = matrix
         self.register_parameter("weight", None)
 
     def held(self) -> Weight:
         """What is computed with."""
         return self.weight if self._matrix is None else self._matrix
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._matrix is not None:
+            self._matrix = self._matrix.moved(fn)
+        return self
 
 
 class WeightList(nn.ParameterList):
@@ -38,8 +47,15 @@ class WeightList(nn.ParameterList):
     def hold(self, index: int, matrix: Matrix) -> None:
         """Compute with `matrix` in place of a parameter. Raises ValueError for another shape."""
         _require_shape(matrix, self[index])
-        del self._parameters[str(index)]
+        self._parameters.pop(str(index), None)
         setattr(self, str(index), matrix)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for index, weight in enumerate(self.held()):
+            if isinstance(weight, Matrix):
+                setattr(self, str(index), weight.moved(fn))
+        return self
 
     def held(self) -> tuple[Weight, ...]:
         """What is computed with; ParameterList's own indexing costs a millisecond a hundred."""
@@ -49,11 +65,9 @@ class WeightList(nn.ParameterList):
         return parameters  # type: ignore[return-value]  # none of them is None
 
 
-def _require_shape(matrix: Matrix, parameter: Tensor) -> None:
-    if matrix.shape != parameter.shape:
-        raise ValueError(
-            f"a matrix {matrix.shape} where there is a weight {tuple(parameter.shape)}"
-        )
+def _require_shape(matrix: Matrix, weight: Weight) -> None:
+    if matrix.shape != weight.shape:
+        raise ValueError(f"a matrix {matrix.shape} where there is a weight {tuple(weight.shape)}")
 
 
 class Embedding(Weighted):

@@ -6,18 +6,16 @@ from torch import Tensor
 
 from moebius.nn.attention import Attention
 from moebius.ops import AttentionPlan, LayerCache, Ops, Pair
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Step
 
 
 class PagedPast:
     """Store the step's keys and values in each layer's cache, and attend over what the cache holds.
 
-    caches are one per layer, as Ops.make_kv_cache made them, with blocks of block_size tokens.
+    caches are one per layer, as Ops.make_cache made them, with blocks of block_size tokens.
     """
 
-    def __init__(
-        self, ops: Ops, caches: Sequence[LayerCache], step: StepInputs, block_size: int
-    ) -> None:
+    def __init__(self, ops: Ops, caches: Sequence[LayerCache], step: Step, block_size: int) -> None:
         self._ops = ops
         self._caches = caches
         self._step = step

@@ -139,7 +139,7 @@ class Rotary:
 
     def __call__(self, positions_T: Tensor) -> Pair:
         """cos and sin (T, R)."""
-        if self._inverse_R.device != positions_T.device:
+        if self._inverse_R.device != positions_T.device and not positions_T.is_meta:
             self._inverse_R = self._inverse_R.to(positions_T.device)
         return self._ops.rotation(positions_T, self._inverse_R, self._factor)
 

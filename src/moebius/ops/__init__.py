@@ -14,7 +14,7 @@ from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.select import select_ops
-from moebius.ops.steps import Compute, ExpertWeights, Pair, RouterTally
+from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 from moebius.ops.weights import FORMATS, Format, Matrix, Weight
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "LOWEST",
     "AttentionPlan",
     "Capability",
-    "Compute",
     "ExpertWeights",
     "Feature",
     "Format",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moebius.errors import require
+from moebius.errors import ConfigError, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +65,27 @@ class CacheSpec:
     @property
     def bytes_per_request(self) -> int:
         return sum(plane.nbytes for plane in self.request)
+
+
+def key_value_planes(spec: CacheSpec) -> tuple[Plane, Plane]:
+    """The planes of attention's keys (G, N) and values (G, Nv). Raises ConfigError for others."""
+    names = [plane.name for plane in spec.token]
+    if names != ["k", "v"]:
+        raise ConfigError(f"attention keeps planes k and v of each token, not {names}")
+    keys, values = spec.token
+    if keys.dtype != values.dtype or keys.shape[:1] != values.shape[:1] or len(keys.shape) != 2:
+        raise ConfigError(f"attention's keys and values do not go together: {keys}, {values}")
+    return keys, values
+
+
+def key_value_spec(
+    num_kv_heads: int,
+    key_size: int,
+    dtype: torch.dtype,
+    value_size: int | None = None,
+    window: int | None = None,
+) -> CacheSpec:
+    """What grouped-query attention keeps: keys (G, N) and values (G, Nv) of each token."""
+    keys = Plane("k", (num_kv_heads, key_size), dtype)
+    values = Plane("v", (num_kv_heads, key_size if value_size is None else value_size), dtype)
+    return CacheSpec(token=(keys, values), window=window)

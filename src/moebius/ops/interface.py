@@ -7,30 +7,34 @@ arguments alone; whether that holds bit for bit, in any batch, is for `capabilit
 
 Legend of shape suffixes:
     T tokens of a step   B sequences   L rows whose logits are wanted   D model width   V vocabulary
-    H query heads   G key/value heads   N head size   E experts   K experts a token   F expert width
-    I, O inputs and outputs of a linear layer   R half of the rotated part of a head
+    H query heads   G key/value heads   N size of a query or key head   Nv size of a value head
+    E experts   K experts a token   F expert width   I, O inputs and outputs of a linear layer
+    R half of the rotated part of a head
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
 from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
-from moebius.ops.sampling import Shaping, TopK
-from moebius.ops.steps import (
-    Captured,
-    Compute,
-    ExpertWeights,
-    Logits,
-    Pair,
-    RouterTally,
-    StepInputs,
+from moebius.ops.program import (
+    Given,
+    HostFunction,
+    HostResult,
+    Program,
+    Source,
+    Trace,
+    Wanted,
+    call_host,
 )
+from moebius.ops.sampling import Shaping, TopK
+from moebius.ops.steps import ExpertWeights, Pair, RouterTally, Step
 from moebius.ops.weights import Weight
 
 
@@ -53,15 +57,39 @@ class Ops(ABC):
         found = [self.capability(use) for use in uses]
         return all(each is not None and each.batch_invariant for each in found)
 
-    @abstractmethod
-    def capture(
-        self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int
-    ) -> Captured:
-        """What computes a step as `compute` does, and `logits` of rows of the last step's result.
+    # Programs
 
-        A backend may record what is called on `example`, a step of one token, and call that again
-        on steps of up to max_tokens. Results may be overwritten by the next call.
+    @abstractmethod
+    def trace(self, compute: Callable[[Wanted], Tensor], source: Source[Given, Wanted]) -> Trace:
+        """What `record` would take, without allocating: weights and caches may lie on meta."""
+
+    @abstractmethod
+    def record(
+        self,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+        device: torch.device | str,
+        planned: Trace | None = None,
+    ) -> Program[Given]:
+        """A program that computes what `compute` does, on what `source` brings each time.
+
+        planned: what `trace` said of the same computation, which need not be found out again.
+
+        Where `compute` reads values, lets torch compute between the operations, or is not for this
+        backend to record, the program calls it as it is, and its trace says why. Where it is
+        recorded, `compute` must call the same operations whatever it is given, and Python's own
+        state is read at recording alone.
         """
+
+    def host(
+        self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
+    ) -> list[Tensor]:
+        """Call `function(inputs, outputs)` between this backend's own calls, in each run anew.
+
+        It is handed as many rows as there are in that run, writes the outputs, and returns by name
+        the counts that it decides. What it raises ends the run.
+        """
+        return call_host(function, inputs, outputs)
 
     # Rows and linear layers
 
@@ -128,6 +156,18 @@ class Ops(ABC):
         """x with rms_norm over the D columns from `start`; x itself may be changed."""
 
     @abstractmethod
+    def clip(self, x_TD: Tensor, limit: float) -> Tensor:
+        """x with every value between -limit and limit, rounded to its dtype; NaN stays NaN."""
+
+    @abstractmethod
+    def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap) in float32, x's dtype (Gemma 2, arXiv 2408.00118)."""
+
+    @abstractmethod
+    def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
+        """x / divisor in float32, x's dtype."""
+
+    @abstractmethod
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         """cos and sin, times `factor`, of positions times inverse frequencies: (T, R) each.
 
@@ -151,18 +191,22 @@ class Ops(ABC):
     # Attention and its cache
 
     @abstractmethod
-    def kv_cache_bytes_per_block(
-        self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
+    def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
         """Bytes that one layer needs for one block of `block_size` tokens."""
 
     @abstractmethod
-    def make_kv_cache(
-        self, buffer: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> LayerCache:
+    def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
+        """The most memory that this backend keeps beside programs and caches, as far as it knows.
+
+        For layers of up to `widest` inputs, and attention to up to `context` tokens of a cache.
+        """
+
+    @abstractmethod
+    def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> LayerCache:
         """One layer's cache over `buffer`, whose layout is the backend's own.
 
-        buffer: uint8, a multiple of kv_cache_bytes_per_block bytes.
+        buffer: uint8, a multiple of cache_bytes_per_block bytes. spec: planes k (G, N) and v
+        (G, Nv), whose sizes may differ.
         """
 
     @abstractmethod
@@ -179,14 +223,14 @@ class Ops(ABC):
     ) -> Tensor:
         """The step's queries (T, H, N); its keys and values go to the cache.
 
-        qkv_TI holds a token's query, key and value heads side by side: (T, (H + 2G) * N). Queries
-        and keys are normed per head where a weight is given, then rotated. slot_mapping_T: int64,
-        block id * block_size + offset.
+        qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
+        Queries and keys are normed per head where a weight is given, then rotated. slot_mapping_T:
+        int64, block id * block_size + offset.
         """
 
     @abstractmethod
     def plan_attention(
-        self, step: StepInputs, block_size: int, window: int | None = None
+        self, step: Step, block_size: int, window: int | None = None
     ) -> AttentionPlan:
         """What paged_attention needs to know of a step, once for all layers with one window."""
 
@@ -200,7 +244,7 @@ class Ops(ABC):
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of each row over its own sequence's cached keys and values: (T, H, N).
+        """Causal attention of each row over its own sequence's cached keys and values: (T, H, Nv).
 
         The step's rows are its sequences' last tokens, in order, already written to the cache. A
         row at position p sees positions max(0, p - window + 1) to p. softcap: scores become c *

@@ -2,10 +2,10 @@
 layer's experts."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,6 @@ from torch import Tensor
 from moebius.ops.weights import Weight, planes_of
 
 Pair = tuple[Tensor, Tensor]
-# A step's final hidden states (T, D).
-Compute = Callable[["StepInputs"], Tensor]
-# Logits (L, V) of rows (L,) of such hidden states.
-Logits = Callable[[Tensor, Tensor], Tensor]
-# Both, as the engine calls them.
-Captured = tuple[Compute, Callable[[Tensor, Sequence[int]], Tensor]]
 
 
 class ExpertWeights(NamedTuple):
@@ -52,6 +46,22 @@ class RouterTally(NamedTuple):
     sums: Tensor
 
 
+class Step(Protocol):
+    """What is computed on: (T,) int64 each, on the model's device."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def slot_mapping(self) -> Tensor: ...
+
+    @property
+    def group(self) -> int: ...
+
+
 @dataclass(eq=False)
 class StepInputs:
     """A step's B sequences, as integers of the host; as tensors on the model's device once these
@@ -74,6 +84,12 @@ class StepInputs:
     # (B, max_blocks) int32 in one row, padded with 0
     block_table_host: "array[int]"
     max_blocks: int
+    group: int = 0
+
+    def of(self, group: int) -> "StepInputs":
+        """The step as the layers of `group` see it."""
+        assert group == self.group, "all layers share one block table"
+        return self
 
     @classmethod
     def build(

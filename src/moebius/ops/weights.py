@@ -5,7 +5,7 @@ PyTorch computes with any of them by widening it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -117,6 +117,11 @@ class Matrix:
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The numbers (rows, columns), each rounded once to `dtype`."""
         return self.format.widened(self.planes, dtype)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Matrix":
+        """Each plane where `move` puts it. Raises ValueError where that makes other numbers of it:
+        a format has its dtypes."""
+        return Matrix(self.format, self.shape, tuple(move(plane) for plane in self.planes))
 
 
 # A parameter is a matrix of one plane.

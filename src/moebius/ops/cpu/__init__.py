@@ -6,8 +6,7 @@ computes a row in the same way whatever rows surround it, however many threads t
 wherever the KV cache holds its tokens: they are batch invariant (promise P1).
 """
 
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,57 +17,96 @@ from moebius.ops.cpu.base import DTYPES
 from moebius.ops.cpu.experts import ExpertOps
 from moebius.ops.cpu.linear import LinearOps
 from moebius.ops.cpu.pointwise import PointwiseOps
-from moebius.ops.cpu.recording import KernelsOnly, Recording
+from moebius.ops.cpu.program import Memory, RecordedProgram
+from moebius.ops.cpu.recorder import Buffer, NotRecorded, Recorder, place
 from moebius.ops.cpu.sampling import SamplingOps
-from moebius.ops.steps import Captured, Compute, Logits, StepInputs
+from moebius.ops.program import (
+    Given,
+    HostFunction,
+    HostResult,
+    Program,
+    Source,
+    Trace,
+    Unrecorded,
+    Wanted,
+)
 
-__all__ = ["CpuOps", "Recording"]
+__all__ = ["CpuOps", "RecordedProgram"]
 
 
 class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
     """C++ kernels on `threads` threads of a pool of their own."""
 
     def capability(self, use: Use) -> Capability | None:
-        if use.dtype not in DTYPES or Feature.VALUE_SIZE in use.features:
+        if use.dtype not in DTYPES:
             return None
         if use.operation == Operation.ROTARY or Feature.TWO_MATRICES in use.features:
             return self._fallback.capability(use)
         recorded = use.operation != Operation.SAMPLING
         return Capability(self.name, batch_invariant=True, recorded=recorded)
 
-    def capture(
-        self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int
-    ) -> Captured:
-        step, head = Recording(3, max_tokens), Recording(1, max_tokens)
+    def trace(self, compute: Callable[[Wanted], Tensor], source: Source[Given, Wanted]) -> Trace:
+        return self._trace(compute, source, on_meta=True)
 
-        def on_step(inputs: StepInputs) -> Tensor:
-            for plan in step.plans:
-                plan.set(inputs)
-            return step(inputs.input_ids_host, inputs.positions_host, inputs.slot_mapping_host)
-
-        def noted(ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-            example.input_ids, example.positions, example.slot_mapping = ids, positions, slots
-            return compute(example)
-
-        plain = self._fallback.capture(compute, logits, example, max_tokens)
-        if not self._note(step, noted):
-            return plain
-        whole = self._note(head, lambda rows_L: logits(step.out, rows_L))
-        return on_step, (lambda _, rows: head(array("q", rows))) if whole else plain[1]
-
-    def _note(self, recording: Recording, compute: Callable[..., Tensor]) -> bool:
-        """Run `compute` on one row of each of the recording's inputs; False where torch computes a
-        part of it."""
-        self._recording, mode = recording, KernelsOnly()
-        self._native.record(recording.program)
+    def record(
+        self,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+        device: torch.device | str,
+        planned: Trace | None = None,
+    ) -> Program[Given]:
+        trace = planned or self._trace(compute, source)
+        if not trace.recorded:
+            return Unrecorded(compute, source, device, trace)
+        memory = Memory(trace.nbytes)
+        places = [place for place, _ in trace.layout]
+        recorder = Recorder(source.rows, source.width, places, memory.address)
         try:
-            with mode:
-                out = compute(*(x[:1] for x in recording.inputs))
+            result = self._follow(recorder, compute, source)
+            if [each.nbytes for each in recorder.buffers] != [nbytes for _, nbytes in trace.layout]:
+                raise recorder.refuse("it called other operations than were planned")
+        except NotRecorded as why:
+            trace = Trace(0, 1, frozenset(recorder.uses), str(why))
+            return Unrecorded(compute, source, device, trace)
+        return RecordedProgram(self._native, source, recorder, result, memory, trace)
+
+    def _trace(
+        self,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+        *,
+        on_meta: bool = False,
+    ) -> Trace:
+        recorder = Recorder(source.rows, source.width, on_meta=on_meta)
+        try:
+            self._follow(recorder, compute, source)
+        except NotRecorded as why:
+            return Trace(0, 1, frozenset(recorder.uses), str(why))
+        places, nbytes = place(recorder.buffers)
+        sizes = [each.nbytes for each in recorder.buffers]
+        layout = tuple(zip(places, sizes, strict=True))
+        return Trace(nbytes, recorder.segments, frozenset(recorder.uses), layout=layout)
+
+    def _follow(
+        self,
+        recorder: Recorder,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+    ) -> Buffer:
+        """Note what `compute` calls; the buffer of its result. Raises NotRecorded."""
+        self._recorder = recorder
+        try:
+            with recorder.follow():
+                out = compute(source.symbolic(recorder.columns))
         finally:
-            self._native.record(None)
-            self._recording = None
-        if mode.only:  # the result is read until the next call, and so is kept
-            recording.out = torch.as_strided(
-                out, (recording.max_rows, *out.shape[1:]), out.stride()
-            )
-        return mode.only
+            self._recorder = None
+        if recorder.reason:
+            raise NotRecorded(recorder.reason)
+        return recorder.keep(out)
+
+    def host(
+        self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
+    ) -> list[Tensor]:
+        if self._recorder is None:
+            return super().host(function, inputs, outputs)
+        return self._recorder.note_host(function, inputs, outputs)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moebius import _cpu, machine
 from moebius.errors import ConfigError
-from moebius.ops.cpu.recording import Recording
+from moebius.ops.capability import Feature, Operation, Use
+from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.weights import Matrix, Weight
@@ -19,9 +20,8 @@ DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 FORMATS = {"bfloat16": 0, "float32": 1, "float16": 2}
 
 
-def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
-    if x is None:
-        return 0
+def check(x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError for what the kernels would read as what it is not."""
     if dtype is not None and x.dtype != dtype:
         raise ValueError(f"the CPU kernels want {dtype} here, not {x.dtype}")
     if not x.is_contiguous():
@@ -29,6 +29,13 @@ def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
             f"the CPU kernels want contiguous tensors, not strides {x.stride()} for shape "
             f"{tuple(x.shape)}"
         )
+
+
+def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    """Where x lies, contiguous and, where that is given, of `dtype`; 0 for none."""
+    if x is None:
+        return 0
+    check(x, dtype)
     return x.data_ptr()
 
 
@@ -64,7 +71,8 @@ def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
     if name not in formats(dtype):
         raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
     (plane,) = matrix.planes
-    return _cpu.Matrix(FORMATS[name], *matrix.shape, address(plane))
+    rows, columns = matrix.shape
+    return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
 
 
 def common_dtype(weights: Iterable[Weight]) -> torch.dtype:
@@ -113,11 +121,51 @@ class CpuBase(Ops):
                 f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference"
             ) from None
         self.name = f"cpu-{self._native.name}"
-        self._recording: Recording | None = None
+        self._recorder: Recorder | None = None
         # What the kernels lack, plain PyTorch computes: `capability` says where.
         self._fallback = ReferenceOps()
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if self._recording:
-            return self._recording.buffer(shape[1:], dtype)[: shape[0]]
-        return torch.empty(shape, dtype=dtype)
+    def _empty(self, like: Tensor, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for as many rows as `like` has."""
+        if self._recorder is not None:
+            return self._recorder.empty(like, row, dtype)
+        return torch.empty((len(like), *row), dtype=dtype)
+
+    def _at(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+        """Where the kernels find x, which must be contiguous and, where that is given, of `dtype`;
+        0 for none."""
+        if x is None or self._recorder is None:
+            return address(x, dtype)
+        check(x, dtype)
+        return self._recorder.address(x)
+
+    def _matrix(self, weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
+        """A weight for products of `dtype`, which a recording holds."""
+        matrix = native_matrix(weight, dtype)
+        for plane in Matrix.of(weight).planes:
+            self._at(plane)
+        return matrix
+
+    def _run(
+        self,
+        operation: Operation,
+        call: Call,
+        x: Tensor,
+        rows: int,
+        *held: object,
+        features: frozenset[Feature] = frozenset(),
+    ) -> None:
+        """Make `call`, or note it: on `rows` rows, x's or a multiple of them.
+
+        held: what the call points to, besides tensors.
+        """
+        if self._recorder is None:
+            call.run(self._native, rows)
+            return
+        self._recorder.note(operation, call, x, rows, features)
+        self._recorder.held += held
+
+    def _lacks(self, use: Use) -> None:
+        """The kernels lack `use`, which the reference computes."""
+        if self._recorder is not None:
+            self._recorder.uses.add(use)

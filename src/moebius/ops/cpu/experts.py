@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
+from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.cpu.base import (
     CpuBase,
@@ -32,6 +33,7 @@ class CpuExperts(PreparedExperts):
 
     table: _cpu.Experts
     dtype: torch.dtype
+    width: int
     held: Held
 
     def is_of(self, weights: ExpertWeights) -> bool:
@@ -48,20 +50,20 @@ class ExpertOps(CpuBase):
         selection_bias_E: Tensor | None = None,
         tally: RouterTally | None = None,
     ) -> Pair:
-        rows = len(logits_TE)
-        weights = self._empty((rows, config.top_k), torch.float32)
-        ids = self._empty((rows, config.top_k), torch.int64)
-        bias = (
-            selection_bias_E.float()
-            if config.selection_bias and selection_bias_E is not None
-            else None
+        weights = self._empty(logits_TE, (config.top_k,), torch.float32)
+        ids = self._empty(logits_TE, (config.top_k,), torch.int64)
+        bias = selection_bias_E if config.selection_bias else None
+        settings = _router_settings(config)
+        call = _cpu.Route(
+            settings=settings,
+            logits=self._at(logits_TE, torch.float32),
+            bias=self._at(bias, torch.float32),
+            weights=self._at(weights),
+            ids=self._at(ids),
+            pairs=self._at(None if tally is None else tally.pairs_E, torch.int64),
+            sums=self._at(None if tally is None else tally.sums, torch.float64),
         )
-        at, bias_at = address(logits_TE, torch.float32), address(bias)
-        pairs, sums = (None, None) if tally is None else tally
-        counts = address(pairs, torch.int64), address(sums, torch.float64)
-        self._native.route(
-            _router_settings(config), at, rows, bias_at, weights.data_ptr(), ids.data_ptr(), *counts
-        )
+        self._run(Operation.ROUTE, call, logits_TE, len(logits_TE), settings)
         return weights, ids
 
     def prepare_experts(
@@ -79,18 +81,18 @@ class ExpertOps(CpuBase):
         gate_bias, up_bias, down_bias = ([address(bias) for bias in kind] for kind in biases)
         width, hidden = weights.gate_FD[0].shape
         table = _cpu.Experts(
-            number,
-            hidden,
-            width,
-            _ACTIVATIONS[activation],
-            gate,
-            up,
-            down,
-            gate_bias,
-            up_bias,
-            down_bias,
+            dtype=number,
+            hidden=hidden,
+            width=width,
+            activation=_ACTIVATIONS[activation],
+            gate=gate,
+            up=up,
+            down=down,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
         )
-        return CpuExperts(table, dtype, Held(tensors))
+        return CpuExperts(table, dtype, width, Held(tensors))
 
     def experts(
         self,
@@ -100,31 +102,45 @@ class ExpertOps(CpuBase):
         experts: PreparedExperts,
     ) -> Tensor:
         if isinstance(experts, ReferenceExperts):
+            self._lacks(Use(Operation.EXPERTS, x_TD.dtype, frozenset({Feature.TWO_MATRICES})))
             return self._fallback.experts(x_TD, weights_TK, expert_ids_TK, experts)
         prepared = own(experts, CpuExperts)
         if x_TD.dtype != prepared.dtype:
             raise ValueError(
                 f"the CPU kernels want one dtype, not {x_TD.dtype} and {prepared.dtype}"
             )
-        out = self._empty(x_TD.shape, x_TD.dtype)
+        out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
-        routing = (address(weights_TK, torch.float32), address(expert_ids_TK, torch.int64), top_k)
-        self._native.experts(prepared.table, address(x_TD), len(x_TD), *routing, out.data_ptr())
+        inner = self._empty(x_TD, (top_k, prepared.width), x_TD.dtype)
+        outer = None
+        if expert_ids_TK is not None:
+            outer = self._empty(x_TD, (top_k, *x_TD.shape[1:]), x_TD.dtype)
+        call = _cpu.ExpertsCall(
+            experts=prepared.table,
+            x=self._at(x_TD),
+            weights=self._at(weights_TK, torch.float32),
+            ids=self._at(expert_ids_TK, torch.int64),
+            top_k=top_k,
+            inner=self._at(inner),
+            outer=self._at(outer),
+            out=self._at(out),
+        )
+        self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)
         return out
 
 
 @cache
 def _router_settings(r: RouterConfig) -> _cpu.RouterSettings:
     return _cpu.RouterSettings(
-        r.num_experts,
-        r.top_k,
-        _SCORES[r.score],
-        _WEIGHTS[r.weight],
-        r.num_groups,
-        r.groups_kept,
-        int(r.group_score == "top2"),
-        r.masked_score,
-        r.renorm_eps,
-        r.scale,
-        r.logit_softcap or 0.0,
+        num_experts=r.num_experts,
+        top_k=r.top_k,
+        score=_SCORES[r.score],
+        weight=_WEIGHTS[r.weight],
+        num_groups=r.num_groups,
+        groups_kept=r.groups_kept,
+        group_top2=int(r.group_score == "top2"),
+        group_fill=r.masked_score,
+        renorm_eps=r.renorm_eps,
+        scale=r.scale,
+        softcap=r.logit_softcap or 0.0,
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
+from moebius.ops.capability import Operation
 from moebius.ops.cpu.base import (
     CpuBase,
     Held,
@@ -48,27 +49,31 @@ class LinearOps(CpuBase):
         dtype = dtype or common_dtype(weights)
         number = require_dtype(dtype, *biases)
         matrices = [native_matrix(weight, dtype) for weight in weights]
-        table = _cpu.Linear(number, matrices, [address(x) for x in biases])
+        addresses = [address(x) for x in biases]
+        table = _cpu.Linear(dtype=number, weights=matrices, biases=addresses)
         out_size = sum(weight.shape[0] for weight in weights)
         return CpuLinear(table, dtype, weights[0].shape[1], out_size, Held(tensors))
 
     def linear(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
         prepared = own(layers, CpuLinear)
-        return self._linear(x_TI, prepared, prepared.dtype)
+        return self._linear(Operation.LINEAR, x_TI, prepared, prepared.dtype)
 
     def logits(self, x_TI: Tensor, layers: PreparedLinear) -> Tensor:
-        return self._linear(x_TI, own(layers, CpuLinear), torch.float32)
+        return self._linear(Operation.LOGITS, x_TI, own(layers, CpuLinear), torch.float32)
 
-    def _linear(self, x: Tensor, layers: CpuLinear, out_dtype: torch.dtype) -> Tensor:
-        rows = x.shape[0]
+    def _linear(
+        self, operation: Operation, x: Tensor, layers: CpuLinear, out_dtype: torch.dtype
+    ) -> Tensor:
         if x.dtype != layers.dtype or x.shape[1] != layers.in_size:
             raise ValueError(
                 f"a linear layer of {layers.in_size} {layers.dtype} values got {tuple(x.shape)} of "
                 f"{x.dtype}"
             )
-        out = self._empty((rows, layers.out_size), out_dtype)
-        wide = out_dtype == torch.float32
-        self._native.linear(layers.table, address(x), rows, out.data_ptr(), wide)
+        out = self._empty(x, (layers.out_size,), out_dtype)
+        call = _cpu.LinearCall(
+            layers=layers.table, x=self._at(x), wide=out_dtype == torch.float32, out=self._at(out)
+        )
+        self._run(operation, call, x, len(x), layers)
         return out
 
     def embed(
@@ -81,11 +86,13 @@ class LinearOps(CpuBase):
         table = Matrix.of(table_VD)
         require_no_gradient(*table.planes)
         dtype = dtype or common_dtype((table,))
-        number = require_dtype(dtype)
-        rows = len(input_ids_T)
-        out = self._empty((rows, table.shape[1]), dtype)
-        ids = address(input_ids_T, torch.int64)
-        self._native.embed(
-            number, native_matrix(table, dtype), ids, rows, multiplier, out.data_ptr()
+        out = self._empty(input_ids_T, (table.shape[1],), dtype)
+        call = _cpu.Embed(
+            dtype=require_dtype(dtype),
+            table=self._matrix(table, dtype),
+            multiplier=multiplier,
+            ids=self._at(input_ids_T, torch.int64),
+            out=self._at(out),
         )
+        self._run(Operation.EMBED, call, input_ids_T, len(input_ids_T))
         return out

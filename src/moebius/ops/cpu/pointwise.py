@@ -3,60 +3,129 @@
 import torch
 from torch import Tensor
 
-from moebius.ops.cpu.base import CpuBase, address, require_dtype
+from moebius import _cpu
+from moebius.ops.capability import Operation, Use
+from moebius.ops.cpu.base import CpuBase, require_dtype
 from moebius.ops.steps import Pair
 
 
 class PointwiseOps(CpuBase):
+    """`rotary`, which serving does in rotate_and_store, is left to the reference."""
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        return self._rms_norm(x_TD, None, 1.0, weight_D, eps)[1]
+        size = x_TD.shape[-1]
+        out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
+        call = _cpu.RmsNorm(
+            dtype=require_dtype(x_TD.dtype, weight_D),
+            x=self._at(x_TD),
+            update=0,
+            multiplier=1.0,
+            weight=self._at(weight_D),
+            size=size,
+            stride=size,
+            eps=eps,
+            sum=0,
+            out=self._at(out),
+        )
+        self._run(Operation.RMS_NORM, call, x_TD, x_TD.numel() // size)
+        return out
 
     def add_rms_norm(
         self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
     ) -> Pair:
-        return self._rms_norm(x_TD, update_TD, multiplier, weight_D, eps)
-
-    def _rms_norm(
-        self, x: Tensor, update: Tensor | None, multiplier: float, weight: Tensor, eps: float
-    ) -> Pair:
-        dtype = require_dtype(x.dtype, update, weight)
-        size = x.shape[-1]
-        total = x if update is None else self._empty(x.shape, x.dtype)
-        out = self._empty(x.shape, x.dtype)
-        rows = x.numel() // size
-        given = (address(x), address(update), multiplier, address(weight))
-        into = (total.data_ptr(), out.data_ptr())
-        self._native.rms_norm(dtype, *given, rows, size, size, eps, *into)
+        size = x_TD.shape[-1]
+        total = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
+        out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
+        call = _cpu.RmsNorm(
+            dtype=require_dtype(x_TD.dtype, update_TD, weight_D),
+            x=self._at(x_TD),
+            update=self._at(update_TD),
+            multiplier=multiplier,
+            weight=self._at(weight_D),
+            size=size,
+            stride=size,
+            eps=eps,
+            sum=self._at(total),
+            out=self._at(out),
+        )
+        self._run(Operation.ADD_RMS_NORM, call, x_TD, x_TD.numel() // size)
         return total, out
 
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
-        dtype = require_dtype(x_TI.dtype, weight_D)
-        rows, width = x_TI.shape
-        size = len(weight_D)
-        at = address(x_TI) + start * x_TI.element_size()
-        self._native.rms_norm(dtype, at, 0, 1.0, address(weight_D), rows, size, width, eps, 0, at)
+        at = self._at(x_TI) + start * x_TI.element_size()
+        call = _cpu.RmsNorm(
+            dtype=require_dtype(x_TI.dtype, weight_D),
+            x=at,
+            update=0,
+            multiplier=1.0,
+            weight=self._at(weight_D),
+            size=len(weight_D),
+            stride=x_TI.shape[1],
+            eps=eps,
+            sum=0,
+            out=at,
+        )
+        self._run(Operation.RMS_NORM_PART, call, x_TI, len(x_TI))
         return x_TI
 
+    def clip(self, x_TD: Tensor, limit: float) -> Tensor:
+        out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
+        call = _cpu.Clip(
+            dtype=require_dtype(x_TD.dtype),
+            x=self._at(x_TD),
+            size=x_TD.shape[-1],
+            limit=limit,
+            out=self._at(out),
+        )
+        self._run(Operation.CLIP, call, x_TD, x_TD.numel() // x_TD.shape[-1])
+        return out
+
+    def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
+        out = self._empty(x_LV, x_LV.shape[1:], x_LV.dtype)
+        call = _cpu.Softcap(
+            x=self._at(x_LV, torch.float32), size=x_LV.shape[-1], cap=cap, out=self._at(out)
+        )
+        self._run(Operation.SOFTCAP, call, x_LV, len(x_LV))
+        return out
+
+    def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
+        out = self._empty(x_LV, x_LV.shape[1:], x_LV.dtype)
+        call = _cpu.Divide(
+            x=self._at(x_LV, torch.float32),
+            size=x_LV.shape[-1],
+            divisor=divisor,
+            out=self._at(out),
+        )
+        self._run(Operation.DIVIDE, call, x_LV, len(x_LV))
+        return out
+
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
-        rows = len(positions_T)
-        half = len(inverse_R)
-        cos = self._empty((rows, half), torch.float32)
-        sin = self._empty((rows, half), torch.float32)
-        at = address(positions_T, torch.int64)
-        inverse = address(inverse_R, torch.float32)
-        self._native.rotation(at, rows, inverse, half, factor, cos.data_ptr(), sin.data_ptr())
+        cos = self._empty(positions_T, inverse_R.shape, torch.float32)
+        sin = self._empty(positions_T, inverse_R.shape, torch.float32)
+        call = _cpu.Rotation(
+            positions=self._at(positions_T, torch.int64),
+            inverse=self._at(inverse_R, torch.float32),
+            half=len(inverse_R),
+            factor=factor,
+            cos=self._at(cos),
+            sin=self._at(sin),
+        )
+        self._run(Operation.ROTATION, call, positions_T, len(positions_T))
         return cos, sin
 
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        # Serving rotates in rotate_and_store.
+        self._lacks(Use(Operation.ROTARY, x_THN.dtype))
         return self._fallback.rotary(x_THN, cos_TR, sin_TR)
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
-        dtype = require_dtype(a_TD.dtype, b_TD)
-        rows, size = a_TD.shape
-        gate = address(gate_T1, torch.float32)
-        out = self._empty(a_TD.shape, a_TD.dtype)
-        self._native.add_gated(
-            dtype, address(a_TD), address(b_TD), gate, rows, size, out.data_ptr()
+        out = self._empty(a_TD, a_TD.shape[1:], a_TD.dtype)
+        call = _cpu.AddGated(
+            dtype=require_dtype(a_TD.dtype, b_TD),
+            a=self._at(a_TD),
+            b=self._at(b_TD),
+            gate=self._at(gate_T1, torch.float32),
+            size=a_TD.shape[1],
+            out=self._at(out),
         )
+        self._run(Operation.ADD_GATED, call, a_TD, len(a_TD))
         return out

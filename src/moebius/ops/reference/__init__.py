@@ -4,15 +4,18 @@ training uses.
 Everything but the KV cache is differentiable. Nothing loops over tokens.
 """
 
-import torch
+from collections.abc import Callable
 
-from moebius.ops.capability import Capability, Feature, Use
+import torch
+from torch import Tensor
+
+from moebius.ops.capability import Capability, Use
+from moebius.ops.program import Given, Program, Source, Trace, Unrecorded, Wanted
 from moebius.ops.reference.attention import TILE, AttentionOps, visible
 from moebius.ops.reference.experts import ExpertOps, activate, combine
 from moebius.ops.reference.linear import LOGITS_ROWS, LinearOps
 from moebius.ops.reference.pointwise import PointwiseOps
 from moebius.ops.reference.sampling import SamplingOps
-from moebius.ops.steps import Captured, Compute, Logits, StepInputs
 
 __all__ = ["LOGITS_ROWS", "TILE", "ReferenceOps", "activate", "combine", "visible"]
 
@@ -24,13 +27,16 @@ class ReferenceOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps
     name = "reference"
 
     def capability(self, use: Use) -> Capability | None:
-        if Feature.VALUE_SIZE in use.features:
-            return None
         return Capability(self.name, batch_invariant=False, recorded=False)
 
-    def capture(
-        self, compute: Compute, logits: Logits, example: StepInputs, max_tokens: int
-    ) -> Captured:
-        return compute, lambda x_TD, rows: logits(
-            x_TD, torch.tensor(rows, dtype=torch.int64, device=x_TD.device)
-        )
+    def trace(self, compute: Callable[[Wanted], Tensor], source: Source[Given, Wanted]) -> Trace:
+        return Trace(0, 1, frozenset(), "plain PyTorch is not recorded")
+
+    def record(
+        self,
+        compute: Callable[[Wanted], Tensor],
+        source: Source[Given, Wanted],
+        device: torch.device | str,
+        planned: Trace | None = None,
+    ) -> Program[Given]:
+        return Unrecorded(compute, source, device, planned or self.trace(compute, source))

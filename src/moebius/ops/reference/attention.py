@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebius.ops.cache_spec import CacheSpec, key_value_planes
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Step, StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles
 # of this size.
@@ -18,7 +19,7 @@ TILE = 64
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCache(LayerCache):
-    """One layer's keys and values: each (blocks, block_size, G, N)."""
+    """One layer's keys and values: (blocks, block_size, G, N) and (..., Nv)."""
 
     k: Tensor
     v: Tensor
@@ -65,11 +66,15 @@ class AttentionOps(Ops):
     ) -> Tensor:
         k_cache = own(cache, ReferenceCache).k
         v_cache = own(cache, ReferenceCache).v
-        kv_heads, head_dim = k_cache.shape[2:]
-        heads_TXN = qkv_TI.view(len(qkv_TI), qkv_TI.shape[1] // head_dim, head_dim)
-        q_THN, k_TGN, v_TGN = torch.split(
-            heads_TXN, [heads_TXN.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1
-        )
+        rows = len(qkv_TI)
+        kv_heads, size = k_cache.shape[2:]
+        k_width = kv_heads * size
+        v_width = kv_heads * v_cache.shape[3]
+        q_width = qkv_TI.shape[1] - k_width - v_width
+        q_TI, k_TI, v_TI = torch.split(qkv_TI, [q_width, k_width, v_width], dim=1)
+        q_THN = q_TI.view(rows, q_width // size, size)
+        k_TGN = k_TI.view(rows, kv_heads, size)
+        v_TGN = v_TI.view(rows, kv_heads, v_cache.shape[3])
         if q_norm_N is not None:
             q_THN = self.rms_norm(q_THN, q_norm_N, eps)
         if k_norm_N is not None:
@@ -78,21 +83,27 @@ class AttentionOps(Ops):
             store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
         return self.rotary(q_THN, cos_TR, sin_TR)
 
-    def kv_cache_bytes_per_block(
-        self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+    def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
+        keys, values = key_value_planes(spec)
+        return block_size * (keys.nbytes + values.nbytes)
 
-    def make_kv_cache(
-        self, buffer: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> LayerCache:
-        k, v = buffer.view(dtype).view(2, -1, block_size, num_kv_heads, head_dim)
+    def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
+        return 0
+
+    def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> LayerCache:
+        keys, values = key_value_planes(spec)
+        blocks = len(buffer) // self.cache_bytes_per_block(spec, block_size)
+        stop = blocks * block_size * keys.nbytes
+        shape = (blocks, block_size)
+        k = buffer[:stop].view(keys.dtype).view(*shape, *keys.shape)
+        v = buffer[stop:].view(values.dtype).view(*shape, *values.shape)
         return ReferenceCache(k, v)
 
     def plan_attention(
-        self, step: StepInputs, block_size: int, window: int | None = None
+        self, step: Step, block_size: int, window: int | None = None
     ) -> AttentionPlan:
-        starts, lengths = step.query_start_host, step.seq_lens_host
+        given = own(step, StepInputs)
+        starts, lengths = given.query_start_host, given.seq_lens_host
         decodes: dict[int, list[int]] = {}
         groups: list[AttentionGroup] = []
         for b, seq_len in enumerate(lengths):
@@ -101,9 +112,9 @@ class AttentionOps(Ops):
             if rows == 1:
                 decodes.setdefault(-(-(seq_len - first) // TILE), []).append(b)
             elif rows > 1:
-                groups.append(_plan_chunk(step, b, first, block_size, window))
+                groups.append(_plan_chunk(given, b, first, block_size, window))
         groups += [
-            _plan_decodes(step, members, n * TILE, block_size, window)
+            _plan_decodes(given, members, n * TILE, block_size, window)
             for n, members in decodes.items()
         ]
         return ReferencePlan(groups)
@@ -117,8 +128,8 @@ class AttentionOps(Ops):
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
-        out_THN = torch.empty_like(q_THN)
         held = own(cache, ReferenceCache)
+        out_THN = q_THN.new_empty((*q_THN.shape[:2], held.v.shape[3]))
         for group in own(plan, ReferencePlan).groups:
             out_THN[group.rows] = _attend(q_THN[group.rows], held, group, scale, softcap, sinks_H)
         return out_THN
@@ -221,4 +232,4 @@ def _attend(
             )
         weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
         out = weights @ v.repeat_interleave(share, 1)
-    return out.reshape(q_QHN.shape) if group.one_row else out.squeeze(0).transpose(0, 1)
+    return out.reshape(*q_QHN.shape[:2], -1) if group.one_row else out.squeeze(0).transpose(0, 1)

@@ -25,6 +25,15 @@ class PointwiseOps(Ops):
         )
         return torch.cat((before_TI, self.rms_norm(part_TD, weight_D, eps), after_TI), dim=1)
 
+    def clip(self, x_TD: Tensor, limit: float) -> Tensor:
+        return x_TD.clamp(-limit, limit)
+
+    def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x_LV / cap)
+
+    def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
+        return x_LV / divisor
+
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
         angles_TR = positions_T.float().unsqueeze(1) * inverse_R
         return angles_TR.cos() * factor, angles_TR.sin() * factor

@@ -1,0 +1,113 @@
+// Attention on whole steps, and the cache that it reads.
+#include <algorithm>
+
+#include "bytes.h"
+#include "ops.h"
+
+namespace moebius {
+
+void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
+    const CacheShape& shape = *r.shape;
+    const size_t size = size_of(r.dtype), key_bytes = shape.key_dim * size, value_bytes = shape.value_dim * size;
+    const size_t q_bytes = r.q_heads * key_bytes, row_bytes = q_bytes + shape.kv_heads * (key_bytes + value_bytes);
+    const int group = r.q_heads / shape.kv_heads;
+    // Two neighbouring tokens may share a group of the cache: a head's tokens of one step are written by one thread.
+    const int items = rows <= 4 ? 1 : shape.kv_heads, heads = shape.kv_heads / items;
+    pool_.run(items, [&](int item, int thread) {
+        void* rotated = scratch_[thread].need(shape.key_dim);
+        for (int t = 0; t < rows; t++) {
+            const float *cos = r.cos + size_t(t) * r.half, *sin = r.sin + size_t(t) * r.half;
+            const char *row = at(r.qkv, t * row_bytes), *keys = row + q_bytes, *values = keys + shape.kv_heads * key_bytes;
+            for (int h = item * heads; h < (item + 1) * heads; h++) {
+                for (int i = h * group; i < (h + 1) * group; i++)
+                    kernels_->rotate[r.dtype](row + i * key_bytes, r.q_norm, r.eps, cos, sin, r.half, shape.key_dim,
+                                              at(r.q_out, t * q_bytes + i * key_bytes));
+                kernels_->rotate[r.dtype](keys + h * key_bytes, r.k_norm, r.eps, cos, sin, r.half, shape.key_dim, rotated);
+                write_kv(r.dtype, shape, r.cache, rotated, values + h * value_bytes, r.slots[t], h);
+            }
+        }
+    });
+}
+
+void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head) {
+    const int64_t block = slot / shape.block_size;
+    const int offset = int(slot % shape.block_size), g = shape.per_group, n = shape.key_dim;
+    uint32_t* keys = cache + (size_t(block) * shape.kv_heads + head) * (shape.k_groups + shape.v_groups);
+    uint32_t* values = keys + shape.k_groups + size_t(offset / g) * shape.padded_dim;
+    if (dtype == F32) {
+        for (int i = 0; i < n; i++) keys[size_t(i) * shape.block_size + offset] = static_cast<const uint32_t*>(k)[i];
+        std::copy_n(static_cast<const uint32_t*>(v), shape.value_dim, values);
+        return;
+    }
+    const uint16_t *k16 = static_cast<const uint16_t*>(k), *v16 = static_cast<const uint16_t*>(v);
+    for (int i = 0; i < n; i += 2)
+        keys[size_t(i / 2) * shape.block_size + offset] = k16[i] | uint32_t(i + 1 < n ? k16[i + 1] : 0) << 16;
+    uint16_t* to = reinterpret_cast<uint16_t*>(values) + offset % 2;
+    for (int i = 0; i < shape.value_dim; i++) to[2 * i] = v16[i];
+}
+
+// Items of work: some consecutive queries of one sequence with (a part of) the query heads that share a kv head. Long ones
+// first would balance better, but sequences come in the scheduler's order and the queue evens them out.
+void Ops::plan_attention(const Attention& a) {
+    const StepAttention& step = *a.step;
+    const int share = a.q_heads / a.shape->kv_heads;  // query heads of a kv head
+    const int heads = std::min(share, ROW_BLOCK), parts = (share + heads - 1) / heads, queries = std::max(1, ROW_BLOCK / heads);
+    attends_.clear();
+    for (int sequence = 0; sequence < int(step.seq_lens.size()); sequence++)
+        for (int first = step.query_start[sequence]; first < step.query_start[sequence + 1]; first += queries) {
+            const int count = std::min(queries, step.query_start[sequence + 1] - first);
+            for (int kv_head = 0; kv_head < a.shape->kv_heads; kv_head++)
+                for (int part = 0; part < parts; part++) {
+                    const int head = kv_head * share + part * heads;
+                    attends_.push_back({sequence, first, count, kv_head, head, std::min(heads, (kv_head + 1) * share - head), 0});
+                }
+        }
+}
+
+AttentionBlock Ops::attention_block(const Attention& a, const Attend& item) const {
+    const StepAttention& step = *a.step;
+    const size_t size = size_of(a.dtype), key_dim = a.shape->key_dim, value_dim = a.shape->value_dim;
+    AttentionBlock b;
+    b.q_stride = a.q_heads * key_dim, b.out_stride = a.q_heads * value_dim;
+    b.q = at(a.q, (item.first * b.q_stride + item.head * key_dim) * size);
+    b.out = at(a.out, (item.first * b.out_stride + item.head * value_dim) * size);
+    b.queries = item.queries, b.group = item.heads;
+    b.first_position = step.seq_lens[item.sequence] - (step.query_start[item.sequence + 1] - item.first);
+    b.window = step.window, b.scale = a.scale, b.softcap = a.softcap, b.sinks = a.sinks ? a.sinks + item.head : nullptr;
+    b.cache = a.cache, b.block_table = step.block_table.data() + size_t(item.sequence) * step.table_width;
+    b.kv_head = item.kv_head;
+    return b;
+}
+
+void Ops::attention(const Attention& a) {
+    std::lock_guard<std::mutex> only(one_caller_);
+    plan_attention(a);
+    const int items = int(attends_.size());
+    // Where there are few items, each split of the keys is one.
+    splits_.clear();
+    for (int i = 0; items < few_items() && i < items; i++) {
+        const AttentionBlock b = attention_block(a, attends_[i]);
+        const int first = b.window ? std::max(0, b.first_position - b.window + 1) : 0;
+        attends_[i].first_split = int(splits_.size());
+        for (int split = first / KEY_SPLIT; split * KEY_SPLIT < b.first_position + b.queries; split++) splits_.push_back({i, split});
+    }
+    const size_t need = attention_need(*a.shape);
+    if (int(splits_.size()) <= items) {
+        pool_.run(items, [&](int item, int thread) {
+            kernels_->attention[a.dtype](attention_block(a, attends_[item]), *a.shape, scratch_[thread].need(need));
+        });
+        return;
+    }
+    float* states = shared_.need(splits_.size() * need);
+    pool_.run(int(splits_.size()), [&](int item, int) {
+        AttentionBlock b = attention_block(a, attends_[splits_[item].attend]);
+        b.split = splits_[item].split;
+        kernels_->attention[a.dtype](b, *a.shape, states + item * need);
+    });
+    pool_.run(items, [&](int item, int) {
+        const int from = attends_[item].first_split, to = item + 1 < items ? attends_[item + 1].first_split : int(splits_.size());
+        kernels_->join_splits[a.dtype](attention_block(a, attends_[item]), *a.shape, states + from * need, need, to - from);
+    });
+}
+
+}  // namespace moebius

@@ -1,0 +1,115 @@
+"""What a step computes and the memory that this takes, told before weights or cache are there.
+
+The runner records its programs with the functions that are here followed on a decoder without
+memory, so that what is planned is what will be allocated, to the byte.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebius.engine.kv_cache import KVCache
+from moebius.errors import ConfigError
+from moebius.models.config import ModelConfig
+from moebius.models.decoder import Decoder
+from moebius.nn.paged import PagedPast
+from moebius.ops import Operation, Ops, Use
+from moebius.ops.program import LOGITS, RowSource, StepSource, Trace
+from moebius.ops.steps import Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The most rows of a step, and the most whose logits are asked for at a time."""
+
+    tokens: int
+    logits: int
+
+    def step_source(self) -> StepSource:
+        return StepSource(self.tokens)
+
+    def head_source(self) -> RowSource:
+        return RowSource(LOGITS, self.logits)
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The programs of a step's hidden states and of its logits, as they will be recorded.
+
+    uses      all operations from tokens to tokens, as far as they were followed
+    scratch   what the backend's operations keep beside that, in bytes
+    """
+
+    step: Trace
+    head: Trace
+    uses: frozenset[Use]
+    scratch: int
+
+    @property
+    def recorded(self) -> bool:
+        return self.step.recorded and self.head.recorded
+
+    @property
+    def reason(self) -> str:
+        """Why not all of it is recorded; empty where it is."""
+        return self.step.reason or self.head.reason
+
+    @property
+    def nbytes(self) -> int:
+        return self.step.nbytes + self.head.nbytes + self.scratch
+
+    def batch_invariant(self, ops: Ops) -> bool:
+        """Whether every operation is, and there are no others: what torch computes between them
+        is nobody's to promise."""
+        return self.recorded and ops.batch_invariant(self.uses)
+
+
+@torch.inference_mode()
+def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
+    """A step's final hidden states (T, D), its keys and values written to the cache."""
+    past = PagedPast(model.ops, cache.layers, step, cache.block_size)
+    hidden_TD: Tensor = model(step.input_ids, step.positions, past)[0]
+    return hidden_TD
+
+
+@torch.inference_mode()
+def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
+    """Logits (L, V), float32, of rows of hidden states."""
+    return model.logits(model.ops.embed(rows_L, hidden_TD))
+
+
+def plan_workspace(
+    config: ModelConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    block_size: int,
+    rows: StepRows,
+    context: int,
+) -> Workspace:
+    """Follow a step of a decoder that has shapes and no memory.
+
+    context: the most tokens of a sequence.
+
+    Raises ConfigError where the backend does not compute in `dtype`.
+    """
+    if ops.capability(Use(Operation.LINEAR, dtype)) is None:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"the {ops.name} kernels do not compute in {name}; use another --dtype")
+    meta = torch.device("meta")
+    model = Decoder(config, ops, dtype, device=meta)
+    cache = KVCache(config, ops, num_blocks=1, block_size=block_size, dtype=dtype, device=meta)
+    hidden_TD = torch.empty(rows.tokens, config.hidden_size, dtype=dtype, device=meta)
+    step = ops.trace(lambda step: forward(model, cache, step), rows.step_source())
+    logits = ops.trace(lambda rows_L: head(model, hidden_TD, rows_L), rows.head_source())
+    sampling = Use(Operation.SAMPLING, torch.float32)
+    widest = max(
+        config.hidden_size,
+        *(mixer.activations for mixer in config.mixers),
+        *(max(part.width, part.shared_width) for part in config.feed_forward),
+    )
+    specs = [spec for spec in config.caches(dtype) if spec.token]
+    scratch = max(
+        (ops.scratch_bytes(widest, spec, block_size, context) for spec in specs), default=0
+    )
+    return Workspace(step, logits, step.uses | logits.uses | {sampling}, scratch)

@@ -1,0 +1,145 @@
+"""What a step takes is planned by what allocates it, and what is promised of it by what it calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import moebius
+from moebius.engine.config import EngineConfig
+from moebius.engine.load import load_engine, prepare, step_rows
+from moebius.engine.workspace import StepRows, Workspace, plan_workspace
+from moebius.errors import ConfigError
+from moebius.models.config import LayerSpec, ModelConfig
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
+from moebius.ops import Feature, Operation, select_ops
+from moebius.ops.cache_spec import key_value_spec
+from moebius.ops.config import RouterConfig
+from moebius.ops.cpu import CpuOps
+from moebius.ops.cpu.program import RecordedProgram
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import StepInputs
+from oracle import FAMILY, save_tiny
+from tiny import write_tokenizer
+
+BUNDLED = Path(moebius.__file__).parent / "bundled"
+SMALL = EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=32, max_num_seqs=3)
+
+
+@pytest.mark.parametrize("tokens", [64, 512])
+@pytest.mark.parametrize("model_type", [*sorted(FAMILY), "bundled"])
+def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: int) -> None:
+    directory = BUNDLED if model_type == "bundled" else tmp_path
+    if model_type != "bundled":
+        save_tiny(tmp_path, model_type)
+        write_tokenizer(tmp_path)
+    config = replace(SMALL, max_num_batched_tokens=tokens)
+    prepared = prepare(directory, config)
+    runner = load_engine(directory, config, prepared=prepared).runner
+    planned = prepared.workspace
+    programs = (runner._step, runner._head)
+    assert planned.reason == ""
+    for program, trace in zip(programs, (planned.step, planned.head), strict=True):
+        assert isinstance(program, RecordedProgram)
+        assert program.trace == trace
+        assert program.memory.nbytes == trace.nbytes > 0
+    assert prepared.plan.workspace >= planned.nbytes
+
+
+PLAIN = GQA(4, 2, 16, rope=RopeConfig())
+
+
+def model(*layers: FeedForwardConfig, attention: GQA = PLAIN) -> ModelConfig:
+    return ModelConfig(
+        model_type="llama",
+        hidden_size=64,
+        vocab_size=100,
+        context=64,
+        layers=tuple(LayerSpec(attention, layer) for layer in layers),
+    )
+
+
+def planned(config: ModelConfig, rows: StepRows = StepRows(8, 8)) -> Workspace:  # noqa: B008
+    return plan_workspace(config, CpuOps(1), torch.bfloat16, 16, rows, 64)
+
+
+def test_the_logits_memory_is_of_the_rows_that_may_be_asked_for() -> None:
+    """Not of as many as a step may have: rows of 100 float32 logits, beside rows of 64 values and
+    their numbers."""
+    config = model(FeedForwardConfig(16))
+    few, more = planned(config, StepRows(512, 64)), planned(config, StepRows(512, 128))
+    assert more.head.nbytes - few.head.nbytes == 64 * (100 * 4 + 64 * 2 + 8)
+    assert more.step == few.step
+
+
+def test_a_promise_follows_from_the_operations_that_a_model_uses() -> None:
+    """Experts of two matrices are plain PyTorch's: one layer of them is enough for a no."""
+    router = RouterConfig(4, 2)
+    for gated in (True, False):
+        found = planned(model(FeedForwardConfig(16), FeedForwardConfig(16, router, gated=gated)))
+        assert found.batch_invariant(CpuOps(1)) == gated
+        assert not found.batch_invariant(ReferenceOps())
+    windowed = planned(model(FeedForwardConfig(16), attention=replace(PLAIN, window=8)))
+    features = [use.features for use in windowed.uses if use.operation == "paged_attention"]
+    assert features == [frozenset({Feature.WINDOW})]
+    plain = planned(model(FeedForwardConfig(16)))
+    routed = planned(model(FeedForwardConfig(16, router)))
+    assert {use.operation for use in routed.uses - plain.uses} == {Operation.ROUTE}
+
+
+@pytest.mark.parametrize("isa", ["", "reference"])
+def test_what_start_says_and_what_the_fingerprint_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str
+) -> None:
+    save_tiny(tmp_path, "mixtral")
+    write_tokenizer(tmp_path)
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
+    prepared = prepare(tmp_path, SMALL)
+    fingerprint = load_engine(tmp_path, SMALL, prepared=prepared).info.fingerprint
+    assert prepared.batch_invariant == (isa == "")
+    assert fingerprint.endswith("-approx") == (isa == "reference")
+    assert prepared.ops.name == select_ops("cpu", torch.float32).name
+
+
+def test_a_dtype_without_kernels_is_refused_before_anything_is_allocated() -> None:
+    with pytest.raises(ConfigError, match="kernels do not compute in float16; use another --dtype"):
+        plan_workspace(
+            model(FeedForwardConfig(16)), CpuOps(1), torch.float16, 16, StepRows(8, 8), 64
+        )
+
+
+def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> None:
+    """Steps then run as they are: nothing is written where another plan had room."""
+    save_tiny(tmp_path, "mixtral")
+    write_tokenizer(tmp_path)
+    prepared = prepare(tmp_path, SMALL)
+    for layers in (1, 3):
+        wrong = replace(model(*[FeedForwardConfig(16)] * layers), vocab_size=64)
+        other = plan_workspace(wrong, prepared.ops, prepared.dtype, 16, step_rows(SMALL), 32)
+        runner = load_engine(tmp_path, SMALL, prepared=replace(prepared, workspace=other)).runner
+        assert runner._step.trace.reason == "it called other operations than were planned"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernels_keep_no_more_than_they_said(threads: int) -> None:
+    """One long sequence, whose keys are split as often as can be; then long rows of products."""
+    context, size, block_size = 5000, 128, 16
+    ops = CpuOps(threads)
+    spec = key_value_spec(1, 64, torch.bfloat16)
+    blocks = -(-context // block_size)
+    buffer = torch.zeros(ops.cache_bytes_per_block(spec, block_size) * blocks, dtype=torch.uint8)
+    cache = ops.make_cache(buffer, spec, block_size)
+    said = ops.scratch_bytes(size, spec, block_size, context)
+    for new in range(1, 65 * threads, 31):
+        tables = [list(range(blocks))]
+        step = StepInputs.build([[0] * new], [context - new], tables, block_size)
+        q = torch.randn(new, 4, 64).bfloat16()
+        ops.paged_attention(q, cache, ops.plan_attention(step, block_size), 1.0)
+    layer = ops.prepare_linear((torch.randn(300, size).bfloat16(), None))
+    ops.linear(torch.randn(200, size).bfloat16(), layer)
+    assert said / 3 < ops._native.scratch_bytes <= said
