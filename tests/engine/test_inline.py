@@ -141,6 +141,31 @@ def test_a_closed_engine_ends_what_is_open_and_takes_no_more(heard: Heard) -> No
     assert sum(output.finish_reason is not None for output in heard.outputs["open"]) == 1
 
 
+def test_what_a_reader_raises_over_ends(tiny_model: Path) -> None:
+    one = engine(tiny_model)
+    client = InlineClient(one)
+    outputs: list[StepOutput] = []
+
+    def deliver(step: list[StepOutput]) -> None:
+        if len(outputs) == 2:
+            outputs.append(StepOutput("raised"))
+            raise ValueError("out of luck")
+        outputs.extend(step)
+
+    client.start(deliver)
+    client.submit(ask(one, "a", [1, 2, 3]))
+    while client.advance(lambda: True):
+        pass
+    assert isinstance(outputs[-1].error, EngineError) and "out of luck" not in str(
+        outputs[-1].error
+    )
+    assert len(outputs) == 4 and one.scheduler.drained
+    client.submit(ask(one, "a", [1, 2, 3]))
+    while client.advance(lambda: True):
+        pass
+    assert len(tokens(outputs)) == 2 + 8
+
+
 def test_it_is_started_once(heard: Heard) -> None:
     with pytest.raises(EngineError, match="started once"):
         heard.client.start(heard.deliver)

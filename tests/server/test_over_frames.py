@@ -29,4 +29,6 @@ def crossed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(servers, "create_app", over_frames)
     yield clients
-    assert all(client.frames or not client.inner.requests for client in clients)
+    for client in clients:
+        assert client.frames or not client.inner.requests
+        assert all(request.prompt_hashes is not None for request in client.inner.requests)

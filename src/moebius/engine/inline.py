@@ -3,12 +3,13 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.engine import Engine
-from moebius.engine.faults import failed
+from moebius.engine.faults import failed, failure
 from moebius.engine.interrupts import Uninterrupted
-from moebius.errors import EngineError, RequestError
+from moebius.errors import EngineError, MoebiusError, RequestError
 from moebius.schedule.engine_request import EngineRequest
 
 Deliver = Callable[[list[StepOutput]], None]
@@ -124,8 +125,21 @@ class InlineClient:
         for output in outputs:
             if output.finish_reason is not None:
                 self._unfinished.pop(output.request_id, None)
-        if outputs and self._deliver is not None:
+        if not outputs or self._deliver is None:
+            return
+        try:
             self._deliver(outputs)
+        except Exception as error:
+            self._give_up(outputs, failure("delivering a step's outputs", error))
+
+    def _give_up(self, outputs: list[StepOutput], error: MoebiusError) -> None:
+        """What was not delivered leaves a gap, so its requests end."""
+        assert self._deliver is not None
+        for request_id in {output.request_id: None for output in outputs}:
+            self._engine.drop(request_id)
+            self._unfinished.pop(request_id, None)
+            with suppress(Exception):  # the log has the first of them
+                self._deliver([failed(request_id, error)])
 
     def _stop(self) -> None:
         if self._closed:

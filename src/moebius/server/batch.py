@@ -23,7 +23,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp
 
-from moebius.errors import ConfigError, StorageError, require
+from moebius.errors import ConfigError, StorageError
 from moebius.files import anyone, check_target, read_text, write_file
 from moebius.server.protocol import first_error
 
@@ -69,12 +69,13 @@ def read_batch(path: Path) -> list[BatchCall]:
         if line.strip():
             where = f"{path}, line {number}"
             call = _call(line, where)
-            require(
-                call.custom_id not in calls,
-                f"{where}: custom_id {call.custom_id!r} was used before; each must be unique",
-            )
+            if call.custom_id in calls:
+                raise ConfigError(
+                    f"{where}: custom_id {call.custom_id!r} was used before; each must be unique"
+                )
             calls[call.custom_id] = call
-    require(bool(calls), f"{path} holds no calls; give one JSON object a line")
+    if not calls:
+        raise ConfigError(f"{path} holds no calls; give one JSON object a line")
     return list(calls.values())
 
 
@@ -83,7 +84,8 @@ def _call(line: str, where: str) -> BatchCall:
         call = BatchCall.model_validate_json(line)
     except ValidationError as error:
         raise ConfigError(f"{where}: {first_error(error)}") from error
-    require(not call.body.get("stream"), f"{where}: body.stream must be false in a batch")
+    if call.body.get("stream"):
+        raise ConfigError(f"{where}: body.stream must be false in a batch")
     return call
 
 
@@ -98,10 +100,10 @@ def open_results(
     is changed, where the file holds what is no result of these calls or another run is writing to
     it; StorageError where it cannot be written.
     """
-    same = path.exists() and path.samefile(source)
-    require(
-        not same, f"--output {path} is the batch file itself; name another file for its results"
-    )
+    if path.exists() and path.samefile(source):
+        raise ConfigError(
+            f"--output {path} is the batch file itself; name another file for its results"
+        )
     check_target(path, anyone)
     with ExitStack() as stack:
         out = stack.enter_context(_open_locked(path))
@@ -125,15 +127,16 @@ def _keep_answers(path: Path, calls: list[BatchCall]) -> set[str]:
     for number, line in _lines(path):
         record = _record(line)
         if record is None:
-            require(_is_broken_off(line), f"--output {path}, line {number}: {_FOREIGN}")
+            if not _is_broken_off(line):
+                raise ConfigError(f"--output {path}, line {number}: {_FOREIGN}")
             dropped.add(number)
             continue
         name = record["custom_id"]
-        asked = known.get(name) == record["id"]
-        require(
-            asked,
-            f"--output {path}, line {number}: the answer to another batch's call {name!r}; {_LEFT}",
-        )
+        if known.get(name) != record["id"]:
+            raise ConfigError(
+                f"--output {path}, line {number}: the answer to another batch's call {name!r}; "
+                f"{_LEFT}"
+            )
         if record["response"]["status_code"] >= 500 or name in done:
             dropped.add(number)
         else:

@@ -17,7 +17,7 @@ import msgspec
 from moebius.engine.client import TokenLogprob
 from moebius.front.assemble import Delta
 from moebius.server.protocol import CompletionRequest, GenerationRequest
-from moebius.server.stream import Call, Choice, News
+from moebius.server.stream import Call, LiveChoice, News
 from moebius.text import Tokenizer, text_offsets
 
 Json = dict[str, Any]
@@ -114,17 +114,17 @@ class Format:
         """What stands beside the choices."""
         return {}
 
-    def _choice(self, choice: Choice, said: Delta) -> Json:
+    def _choice(self, choice: LiveChoice, said: Delta) -> Json:
         raise NotImplementedError
 
-    def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
+    def _chunks(self, choice: LiveChoice, delta: Delta, *, first: bool) -> Iterable[Json]:
         raise NotImplementedError
 
     def _chunk(self, *choices: Json, **fields: Any) -> Json:
         usage = {"usage": None} if self._request.include_usage else {}
         return {**self._head, "object": self.chunk_kind, "choices": choices, **usage, **fields}
 
-    def _running_usage(self, choice: Choice, delta: Delta | None = None) -> Json:
+    def _running_usage(self, choice: LiveChoice, delta: Delta | None = None) -> Json:
         """The choice's own, with what `delta` adds to it; where the client wants it in each
         chunk."""
         self._sent[choice.index] += 0 if delta is None else len(delta.token_ids)
@@ -133,7 +133,7 @@ class Format:
         cached = choice.assembler.num_cached_tokens
         return {"usage": _usage(len(choice.request.prompt_ids), self._sent[choice.index], cached)}
 
-    def _common(self, choice: Choice, delta: Delta) -> Json:
+    def _common(self, choice: LiveChoice, delta: Delta) -> Json:
         """The fields of every kind of choice."""
         stop = {"stop_reason": delta.stop_reason} if delta.finish_reason else {}
         ids = self._ids("token_ids", delta.token_ids)
@@ -147,13 +147,13 @@ class Format:
     def _ids(self, field: str, token_ids: Sequence[int]) -> Json:
         return {field: tuple(token_ids)} if self._request.return_token_ids else {}
 
-    def _prompt_logprobs(self, choice: Choice) -> Json:
+    def _prompt_logprobs(self, choice: LiveChoice) -> Json:
         """vLLM's field: null where not asked for; else a list: null for the first token, then id ->
         logprob, rank and text, the prompt's own included."""
         k = self._request.prompt_logprobs
         return {"prompt_logprobs": None if k is None else encoded_list(self._scored(choice, k))}
 
-    def _scored(self, choice: Choice, k: int) -> Iterator[dict[str, Json] | None]:
+    def _scored(self, choice: LiveChoice, k: int) -> Iterator[dict[str, Json] | None]:
         text = self._tokenizer.token_text
         yield None
         for entry in choice.assembler.prompt_logprobs:
@@ -209,15 +209,15 @@ class CompletionFormat(Format):
         offsets = text_offsets(self._tokenizer, prompt, skip) if scored else ()
         return _Echo(self._tokenizer.decode(prompt, skip), offsets)
 
-    def _choice(self, choice: Choice, said: Delta) -> Json:
+    def _choice(self, choice: LiveChoice, said: Delta) -> Json:
         return {**self._piece(choice, said, first=True), **self._prompt_logprobs(choice)}
 
-    def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
+    def _chunks(self, choice: LiveChoice, delta: Delta, *, first: bool) -> Iterable[Json]:
         yield self._chunk(
             self._piece(choice, delta, first=first), **self._running_usage(choice, delta)
         )
 
-    def _piece(self, choice: Choice, delta: Delta, *, first: bool) -> Json:
+    def _piece(self, choice: LiveChoice, delta: Delta, *, first: bool) -> Json:
         prompt = self._echoed[choice.prompt_index]
         return {
             "text": prompt.text + delta.text if first else delta.text,
@@ -226,7 +226,9 @@ class CompletionFormat(Format):
             **self._common(choice, delta),
         }
 
-    def _logprobs(self, choice: Choice, delta: Delta, prompt: _Echo, *, echo: bool) -> Json | None:
+    def _logprobs(
+        self, choice: LiveChoice, delta: Delta, prompt: _Echo, *, echo: bool
+    ) -> Json | None:
         """The k most likely tokens of each position, and the chosen one besides; a prompt's first
         token has none."""
         if self._top is None:
@@ -270,7 +272,7 @@ class ChatFormat(Format):
             **self._prompt_logprobs(first),
         }
 
-    def _choice(self, choice: Choice, said: Delta) -> Json:
+    def _choice(self, choice: LiveChoice, said: Delta) -> Json:
         message = {"role": "assistant", "content": said.text, "refusal": None}
         return {
             "message": message,
@@ -278,7 +280,7 @@ class ChatFormat(Format):
             **self._common(choice, said),
         }
 
-    def _chunks(self, choice: Choice, delta: Delta, *, first: bool) -> Iterable[Json]:
+    def _chunks(self, choice: LiveChoice, delta: Delta, *, first: bool) -> Iterable[Json]:
         if first:
             role = {"role": "assistant", "content": ""}
             opening = {

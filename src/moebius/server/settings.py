@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from moebius.errors import require, require_seconds, require_word
+from moebius.errors import ConfigError, require_seconds, require_word
 
 UnknownFields = Literal["refuse", "warn"]
 
@@ -48,52 +48,55 @@ class ServerSettings:
     unknown_fields: UnknownFields = "refuse"
 
     def __post_init__(self) -> None:
-        named = bool(self.served_model_names) and all(self.served_model_names)
-        require(named, "served_model_name is empty; give the model at least one name")
-        for key in (
-            self.api_keys
-            if self.metrics_api_key is None
-            else (*self.api_keys, self.metrics_api_key)
-        ):
-            good = key.isascii() and key.isprintable() and key != "" and " " not in key
-            require(
-                good, "an API key must be printable ASCII without spaces, at least one character"
-            )
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ConfigError("served_model_name is empty; give the model at least one name")
+        for key in (*self.api_keys, self.metrics_api_key):
+            if key is not None:
+                _check_key(key)
         require_word("unknown_fields", self.unknown_fields, UnknownFields)
         for name in ("keep_alive", "drain_timeout", "request_timeout", "body_timeout"):
             require_seconds(name, getattr(self, name))
-        size = self.stream_buffer_bytes
-        require(size >= 1024, f"stream_buffer_bytes is {size}; it must be at least 1024")
-        most = self.max_connections
-        require(most >= 1, f"max_connections is {most}; it must be at least 1")
-        rest = self.keep_alive_timeout
-        require(
-            1 <= rest <= 86_400,
-            f"keep_alive_timeout is {rest}; it must lie between 1 second and a day (86400)",
-        )
+        if self.stream_buffer_bytes < 1024:
+            raise ConfigError(
+                f"stream_buffer_bytes is {self.stream_buffer_bytes}; it must be at least 1024"
+            )
+        if self.max_connections < 1:
+            raise ConfigError(f"max_connections is {self.max_connections}; it must be at least 1")
+        if not 1 <= self.keep_alive_timeout <= 86_400:
+            raise ConfigError(
+                f"keep_alive_timeout is {self.keep_alive_timeout}; it must lie between 1 second "
+                "and a day (86400)"
+            )
         for origin in self.cors_origins:
             _check_origin(origin)
 
 
+def _check_key(key: str) -> None:
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            "an API key must be printable ASCII without spaces, at least one character"
+        )
+
+
 def _check_origin(origin: str) -> None:
-    """ConfigError unless this is how a browser names an origin: a wrong one would match none, and
-    nobody would hear."""
+    """ConfigError unless this is how a browser names an origin.
+
+    A wrong one would match none, and nobody would hear.
+    """
     if origin in ("*", "null"):
         return
-    match = re.fullmatch(r"(\w[\w+.-]*)://[^\s/?#@*]+", origin)
-    example = "write scheme://host[:port] as browsers do, such as https://chat.example.com"
-    require(
-        match is not None and origin.isascii(),
-        f"cors_origin is {origin!r}; {example}, or '*' for any",
-    )
-    require(
-        origin == origin.lower(), f"cors_origin is {origin!r}; browsers write it {origin.lower()!r}"
-    )
-    for scheme, port in (("http", ":80"), ("https", ":443")):
-        usual = origin.startswith(f"{scheme}:") and origin.endswith(port)
-        require(
-            not usual, f"cors_origin is {origin!r}; browsers leave out a scheme's own port, {port}"
+    if not origin.isascii() or re.fullmatch(r"(\w[\w+.-]*)://[^\s/?#@*]+", origin) is None:
+        raise ConfigError(
+            f"cors_origin is {origin!r}; write scheme://host[:port] as browsers do, such as "
+            "https://chat.example.com, or '*' for any"
         )
+    if origin != origin.lower():
+        raise ConfigError(f"cors_origin is {origin!r}; browsers write it {origin.lower()!r}")
+    for scheme, port in (("http", ":80"), ("https", ":443")):
+        if origin.startswith(f"{scheme}:") and origin.endswith(port):
+            raise ConfigError(
+                f"cors_origin is {origin!r}; browsers leave out a scheme's own port, {port}"
+            )
 
 
 def host_and_port(host: str, port: int) -> str:

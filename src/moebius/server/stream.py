@@ -35,8 +35,8 @@ class ClientGone(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Choice:
-    """One choice of one prompt on its way: what was asked, its text, and when its tokens came."""
+class LiveChoice:
+    """A choice of a call in flight: what was asked, its text so far, and when its tokens came."""
 
     index: int
     prompt_index: int
@@ -46,7 +46,7 @@ class Choice:
     closed: bool = False
 
 
-News = list[tuple[Choice, Delta]]
+News = list[tuple[LiveChoice, Delta]]
 """What came for a call at one time, in the order it came."""
 
 
@@ -65,7 +65,7 @@ class Call:
     """
 
     def __init__(
-        self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[Choice]
+        self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[LiveChoice]
     ) -> None:
         self.id = id
         self.params = params
@@ -77,7 +77,7 @@ class Call:
         self.fault: Fault | None = None
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
-        self._inbox: list[tuple[Choice, StepOutput]] = []
+        self._inbox: list[tuple[LiveChoice, StepOutput]] = []
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
         self._end = "refused"
@@ -167,7 +167,7 @@ class Call:
         self._inbox = []
         self._waiting_bytes = 0
 
-    def receive(self, choice: Choice, output: StepOutput, now: float) -> None:
+    def receive(self, choice: LiveChoice, output: StepOutput, now: float) -> None:
         """Called on the loop, for each of a step's outputs. Never blocks, never raises."""
         if self._ended is not None:
             return
@@ -196,7 +196,7 @@ class Call:
                 self._door.client.abort(choice.request.id)
         self._wake.set()
 
-    def _take(self, choice: Choice, output: StepOutput) -> Delta:
+    def _take(self, choice: LiveChoice, output: StepOutput) -> Delta:
         choice.times.computed(output)
         delta = choice.assembler.push(output)
         if choice.assembler.wants_abort:
@@ -205,7 +205,7 @@ class Call:
             self._close(choice, delta.finish_reason)
         return delta
 
-    def _close(self, choice: Choice, reason: str) -> None:
+    def _close(self, choice: LiveChoice, reason: str) -> None:
         choice.closed = True
         self._door.metrics.sequence_finished(
             reason,
@@ -229,7 +229,7 @@ class FrontDoor:
 
     def __post_init__(self) -> None:
         self._calls: dict[str, Call] = {}
-        self._by_request: dict[str, tuple[Call, Choice]] = {}
+        self._by_request: dict[str, tuple[Call, LiveChoice]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -274,7 +274,7 @@ class FrontDoor:
         now = self.clock()
         deadline = (now if since is None else since) + min(self.settings.request_timeout, timeout)
         ids = (f"{id}-{index:04d}" for index in count())
-        choices: list[Choice] = []
+        choices: list[LiveChoice] = []
         for prompt_index, prompt in enumerate(prompts):
             opened = self.opener.open(
                 prompt,
@@ -288,7 +288,7 @@ class FrontDoor:
             )
             for one in opened:
                 choices.append(
-                    Choice(
+                    LiveChoice(
                         index=len(choices),
                         prompt_index=prompt_index,
                         request=one.request,
