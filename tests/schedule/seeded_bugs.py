@@ -348,6 +348,8 @@ class _(BlockPool):
 
     def state_slots(self, request, end):
         slots = super().state_slots(request, end)
+        if slots is None:
+            return None
         restore = getattr(self, "restored", {}).pop(request.id, None)
         return slots._replace(restore=restore)
 
@@ -364,17 +366,18 @@ class _(BlockPool):
 class _(BlockPool):
     def state_slots(self, request, end):
         slots = super().state_slots(request, end)
-        if slots.save is not None:
+        if slots is not None and slots.save is not None:
             self.states._enter(0, request.states.digest, slots.save, request.lineage)
         return slots
 
 
-@bug("a snapshot that was not needed is never given back")
+@bug("a snapshot's slot stays owned when its step is over")
 class _(BlockPool):
     def publish(self, request, num_tokens):
-        if request.states is not None and request.states.save is not None:
-            known = request.states.digest in self.states._cached[0]
-            request.states.save = None if known else request.states.save
+        own = request.states
+        if own is not None and own.save is not None and request.publishes:
+            self.states._enter(0, own.digest, own.save, request.lineage)
+            own.save = None
         super().publish(request, num_tokens)
 
 
@@ -397,7 +400,7 @@ class _(BlockPool):
 class _(BlockPool):
     def state_slots(self, request, end):
         slots = super().state_slots(request, end)
-        return StateSlots(0, slots.scratch, slots.restore, slots.save)
+        return slots and StateSlots(0, slots.scratch, slots.restore, slots.save)
 
 
 @bug("snapshots of a failed request stay")

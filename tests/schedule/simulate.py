@@ -110,8 +110,8 @@ def random_groups(rng: Random, seqs: int) -> CacheGroups:
     states = None
     if not windows or rng.random() < 0.5:
         scratch = rng.choice((0, 0, 2))
-        slots = rng.randint(1 + scratch, seqs * (1 + scratch) + 6)
-        states = StateSpec(slots, scratch, interval=rng.choice((1, 2, 4)))
+        spare = rng.randint(0, rng.choice((1, 4, seqs * (1 + scratch) + 6)))
+        states = StateSpec(1 + scratch + spare, scratch, interval=rng.choice((1, 2, 4)))
     request_slots = rng.randint(1, seqs) if rng.random() < 0.2 else None
     return CacheGroups(tuple(map(GroupSpec, windows)), states, request_slots)
 

@@ -39,6 +39,7 @@ def test_200_000_steps_without_a_violation(capsys):
     )
     assert total.requests == total.finished + total.aborted + total.failed + total.expired
     assert total.prefix_hits > 10_000 and total.refused > 1000
+    assert total.blocks_passed > 10_000 and total.snapshots > 3000 and total.restores > 300
 
 
 def test_a_seed_replays():
