@@ -30,7 +30,13 @@ from moebius.files import json_record, write_file  # noqa: E402
 from moebius.models.store.load import load_decoder  # noqa: E402
 from moebius.ops.cpu import CpuOps  # noqa: E402
 from oracle import FAMILY, save_tiny  # noqa: E402
-from random_schedules import MAX_MODEL_LEN, alone, answers, random_schedule, wishes  # noqa: E402
+from random_schedules import (  # noqa: E402
+    MAX_MODEL_LEN,
+    alone,
+    answers,
+    random_schedule,
+    wishes,
+)
 
 BUNDLED_EVERY = 20
 

@@ -49,13 +49,24 @@ INLINE void gather_key(const AttentionBlock& a, const CacheShape& s, int positio
     for (int n = 0; n < s.padded_dim; n++) to[n * g] = from[n * g];
 }
 
-// Finds, or gathers into `packed`, the tile of keys from `start`; no key at or behind `stop` is read.
+// Fills lane `lane` of a packed tile with zeros.
+template <class T> INLINE void clear_key(const CacheShape& s, int inner, uint32_t* k, uint32_t* v, int lane) {
+    for (int n = 0; n < inner; n++) k[n * KEY_LANES + lane] = 0;
+    constexpr int g = per_group<T>();
+    T* to = reinterpret_cast<T*>(v + size_t(lane / g) * s.padded_dim) + lane % g;
+    for (int n = 0; n < s.padded_dim; n++) to[n * g] = 0;
+}
+
+// Finds, or gathers into `packed`, the tile of keys from `start`. No key at or behind `stop` is read, and no block that ends
+// before `seen`, the first key that a row sees: it was given back, and what another sequence writes there may be no number,
+// which a weight of zero would not take away.
 template <class T>
-INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int start, int stop, uint32_t* packed) {
+INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int seen, int start, int stop, uint32_t* packed) {
     Tile t;
     t.keys = min_of(KEY_TILE, stop - start);
     const int inner = int(s.k_groups / s.block_size), v_groups = KEY_LANES / per_group<T>() * s.padded_dim;
-    for (int i = 0; i < VECTORS && i * KEY_LANES < t.keys; i++) {
+    const int first = min_of(VECTORS - 1, max_of(0, seen - start) / KEY_LANES);
+    for (int i = first; i < VECTORS && i * KEY_LANES < t.keys; i++) {
         int position = start + i * KEY_LANES;
         if (s.block_size % KEY_LANES == 0) {
             const uint32_t* head = head_of<T>(a, s, position / s.block_size);
@@ -65,12 +76,17 @@ INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int start, i
             continue;
         }
         uint32_t *k = packed + size_t(i) * (inner * KEY_LANES + v_groups), *v = k + inner * KEY_LANES;
-        for (int lane = 0; lane < min_of(KEY_LANES, stop - position); lane++) gather_key<T>(a, s, position + lane, k, v, lane);
+        for (int lane = 0; lane < min_of(KEY_LANES, stop - position); lane++)
+            position + lane < seen ? clear_key<T>(s, inner, k, v, lane) : gather_key<T>(a, s, position + lane, k, v, lane);
         t.k[i] = k, t.k_stride[i] = KEY_LANES, t.v[i] = v;
     }
-    // Vectors without keys are computed and masked: any address that may be read will do.
-    for (int i = 1; i < VECTORS; i++)
-        if (i * KEY_LANES >= t.keys) t.k[i] = t.k[0], t.k_stride[i] = t.k_stride[0], t.v[i] = t.v[0];
+    // Vectors of which no key is seen are computed and masked. Any keys that may be read will do, and for those before the
+    // first seen, values of zero; behind the last, values are not read.
+    for (int i = 0; i < VECTORS; i++) {
+        if (i >= first && i * KEY_LANES < t.keys) continue;
+        t.k[i] = t.k[first], t.k_stride[i] = t.k_stride[first], t.v[i] = t.v[first];
+        if (i < first) t.v[i] = static_cast<uint32_t*>(memset(packed + size_t(i) * v_groups, 0, size_t(v_groups) * 4));
+    }
     return t;
 }
 
@@ -178,7 +194,7 @@ template <class T, class Rows> void attention(const AttentionBlock& a, const Cac
     Rows all_rows{a, s, rows, states, count, gathered + gathered_floats(s)};
     const int first = rows[0].first / KEY_TILE * KEY_TILE, end = whole ? stop : min_of(stop, (a.split + 1) * KEY_SPLIT);
     for (int start = whole ? first : max_of(first, a.split * KEY_SPLIT); start < end; start += KEY_TILE) {
-        all_rows.meet(find_tile<T>(a, s, start, stop, reinterpret_cast<uint32_t*>(gathered)), start);
+        all_rows.meet(find_tile<T>(a, s, rows[0].first, start, stop, reinterpret_cast<uint32_t*>(gathered)), start);
         if (whole && ((start + KEY_TILE) % KEY_SPLIT == 0 || start + KEY_TILE >= stop))
             for (int r = 0; r < count; r++) end_split(states[r], s.padded_dim), begin_split(states[r], s.padded_dim);
     }

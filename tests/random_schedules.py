@@ -12,15 +12,35 @@ import torch
 from moebius.engine.client import EngineInfo, TokenLogprob
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
-from moebius.engine.kv_cache import KVCache
+from moebius.engine.kv_cache import KVCache, lay_out
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.groups import CacheGroups, GroupSpec
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
 
 MAX_MODEL_LEN = 256
+# Models with windows: model type and what differs from its plainest configuration. In the last two
+# some layers see all, so that there are several block tables; of unequal numbers of layers.
+WINDOWED: dict[str, tuple[str, dict[str, object]]] = {
+    "mistral-window": ("mistral", {"sliding_window": 40}),
+    "mixtral-window": ("mixtral", {"sliding_window": 7}),
+    "qwen2-upper-window": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 33,
+            "max_window_layers": 2,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "qwen3-upper-window": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -107,9 +127,13 @@ def random_schedule(count: int, rng: random.Random) -> Schedule:
 def build(decoder: Decoder, schedule: Schedule) -> Engine:
     """An engine around a decoder that is already loaded."""
     config = decoder.config
+    specs = config.caches(decoder.dtype)
+    windows = lay_out(specs).windows
+    num_blocks = schedule.num_blocks * len(windows)
     pool = BlockPool(
-        schedule.num_blocks,
+        num_blocks,
         schedule.block_size,
+        groups=CacheGroups(tuple(map(GroupSpec, windows))),
         enable_prefix_caching=schedule.prefix_caching,
         key=bytes(16),
     )
@@ -122,15 +146,14 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
         max_queue_tokens=10**6,
     )
     cache = KVCache(
-        config,
+        specs,
         decoder.ops,
-        num_blocks=schedule.num_blocks,
+        num_blocks=num_blocks,
         block_size=schedule.block_size,
-        dtype=decoder.dtype,
         device=torch.device("cpu"),
     )
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
-    info = EngineInfo(limits, frozenset(), schedule.block_size, schedule.num_blocks, "fp")
+    info = EngineInfo(limits, frozenset(), schedule.block_size, num_blocks, "fp")
     return Engine(Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info)
 
 

@@ -110,6 +110,22 @@ def test_the_source_archive_is_the_repository(built: Path) -> None:
     assert names - here <= {"PKG-INFO", *untracked}
 
 
+def test_errors_of_the_kernels_arrive(installed: Path) -> None:
+    """How C++ holds on to an exception is partly replaced in this build: a thousand are held and let go."""
+    code = """
+from moebius import _cpu
+
+caught = 0
+for _ in range(1000):
+    try:
+        _cpu.Ops("sse9", 1)
+    except ValueError as error:
+        caught += str(error) == "unknown instruction set sse9"
+print(caught)
+"""
+    assert run(installed / "python", "-c", code, path=installed).split() == ["1000"]
+
+
 def test_it_generates_from_the_bundled_model(installed: Path) -> None:
     asked = ("generate", "import os\n\ndef", "--temperature", "0", "--max-tokens", "8")
     first = run(installed / "moebius", *asked, path=installed)

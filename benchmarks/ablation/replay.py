@@ -103,5 +103,5 @@ class Replay:
         self.most_blocks = max(self.most_blocks, stats.used_blocks)
         self._held += stats.used_blocks * self._engine.info.block_size
         self._filled += sum(
-            request.num_computed_tokens for request in requests.values() if request.block_ids
+            request.num_computed_tokens for request in requests.values() if any(request.tables)
         )

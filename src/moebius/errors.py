@@ -13,6 +13,8 @@
     ├── DeadlineError                a request's or a wait's time ran out: HTTP 503
     ├── NumericalError               NaN or infinite logits: HTTP 500; in training, such a loss
     ├── StorageError                 a file cannot be written: the disk is full, or not ours
+    ├── CacheDataError               bytes that should be a block or state of a cache are damaged,
+                                     or another cache's
     └── EngineError                  the engine failed or is gone: HTTP 500
         └── WireError                a frame between the front and an engine cannot be read
 
@@ -188,6 +190,10 @@ class NumericalError(MoebiusError, wire_code="numerical"):
 
 class StorageError(MoebiusError, wire_code="storage"):
     """A file cannot be written. What was there before is as it was."""
+
+
+class CacheDataError(MoebiusError, wire_code="cache_data"):
+    """Bytes that should be a block or a state of a cache are damaged, or another cache's."""
 
 
 class EngineError(MoebiusError, wire_code="engine"):

@@ -129,8 +129,7 @@ def test_a_host_call_in_each_layer_changes_no_bit(
 def test_the_step_is_recorded_around_its_calls(tmp_path: Path, dispatch: str, calls: int) -> None:
     save_tiny(tmp_path, "qwen3_moe")
     one = decoder(tmp_path, torch.bfloat16, dispatch)
-    cache = KVCache(
-        one.config, one.ops, num_blocks=4, block_size=4, dtype=torch.bfloat16, device=CPU
-    )
+    specs = one.config.caches(torch.bfloat16)
+    cache = KVCache(specs, one.ops, num_blocks=4, block_size=4, device=CPU)
     trace = Runner(one, cache, CPU)._step.trace
     assert trace.recorded and trace.segments == 1 + calls * len(one.layers)

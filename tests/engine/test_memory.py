@@ -16,6 +16,7 @@ from moebius.engine import load
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import choose_dtype, load_engine, prepare
 from moebius.engine.memory import (
+    CacheSizes,
     MemoryPlan,
     WeightBytes,
     human_bytes,
@@ -40,6 +41,7 @@ MODEL = ModelConfig(
 GIB = 2**30
 # 2 layers x (key and value) x 2 heads x 16 x 2 bytes
 PER_TOKEN = 256
+CACHE = CacheSizes((None,), 16 * PER_TOKEN)
 
 
 def plan(available: int = GIB, copied: int = 0, **options: Any) -> MemoryPlan:
@@ -49,7 +51,7 @@ def plan(available: int = GIB, copied: int = 0, **options: Any) -> MemoryPlan:
         WeightBytes(1000, copied, 500),
         dtype="bfloat16",
         device="cpu",
-        bytes_per_token=PER_TOKEN,
+        cache=CACHE,
         available=available,
     )
 
@@ -172,7 +174,7 @@ def test_mapped_weights_must_stay_resident() -> None:
         WeightBytes(mapped, 0, 1000),
         dtype="bfloat16",
         device="cpu",
-        bytes_per_token=PER_TOKEN,
+        cache=CACHE,
         available=500 * 2**20,
     )
     assert made.kv_cache <= (500 * 2**20 - mapped - made.workspace) // 2
@@ -186,7 +188,7 @@ def test_mapped_weights_must_stay_resident() -> None:
             WeightBytes(mapped, 0, 1000),
             dtype="bfloat16",
             device="cpu",
-            bytes_per_token=PER_TOKEN,
+            cache=CACHE,
             available=300 * 2**20,
             available_of="the cgroup's 700.0 MiB",
         )
@@ -256,3 +258,78 @@ def test_an_engine_of_float16_says_so_and_answers(
         steps = run(one, [make(one, "a", prompt, max_tokens=0, prompt_logprobs=0)])["a"]
         scores.append([scored.logprob for step in steps for scored in step.prompt_logprobs])
     assert scores[1] == pytest.approx(scores[0], abs=0.05)
+
+
+# What a Mistral of 32 layers with 8 heads of 128 keeps of a token in bfloat16, by blocks of 16.
+MISTRAL_BLOCK = 16 * 32 * 2 * 8 * 128 * 2
+
+
+def windowed_plan(cache: CacheSizes, **options: Any) -> MemoryPlan:
+    model = replace(MODEL, max_position_embeddings=32_768)
+    return plan_memory(
+        model,
+        EngineConfig(**options),
+        WeightBytes(1000, 0, 500),
+        dtype="bfloat16",
+        device="cpu",
+        cache=cache,
+        available=2**40,
+    )
+
+
+def test_a_window_of_4096_at_a_context_of_32768_is_planned_as_4096_tokens_a_sequence() -> None:
+    """In a step of 2,048 tokens a sequence holds its window and the step's: 4,095 + 2,048
+    neighbours, which touch at most 385 blocks; not the 2,048 blocks of its whole length."""
+    options = {"kv_cache_memory_bytes": 3850 * MISTRAL_BLOCK}
+    made = windowed_plan(CacheSizes((4096,), MISTRAL_BLOCK), **options)
+    assert made.num_blocks == 3850 and made.most_blocks(32_768) == 385
+    assert made.sequences(32_768) == 10 and made.sequences(1024) == 60
+    full = windowed_plan(CacheSizes((None,), MISTRAL_BLOCK), **options)
+    assert full.most_blocks(32_768) == 2048 and full.sequences(32_768) == 1
+    rows = {name: (amount, remark) for name, amount, remark in made.rows()}
+    assert rows["sequences of 32,768"] == ("10", "at once in the cache, 385 blocks each")
+    assert rows["KV cache"][1].endswith("B a token; freed behind windows of 4,096")
+    # By default it reserves what all sequences can use, and no more.
+    default = windowed_plan(CacheSizes((4096,), MISTRAL_BLOCK), max_num_seqs=10)
+    assert default.num_blocks == 3850
+
+
+def test_a_context_beyond_the_cache_stays_where_its_window_fits() -> None:
+    made = windowed_plan(
+        CacheSizes((4096,), MISTRAL_BLOCK), kv_cache_memory_bytes=385 * MISTRAL_BLOCK
+    )
+    assert made.max_model_len == 32_768 and made.lowered_from is None
+    made = windowed_plan(
+        CacheSizes((4096,), MISTRAL_BLOCK), kv_cache_memory_bytes=384 * MISTRAL_BLOCK
+    )
+    assert (made.max_model_len, made.lowered_from) == (384 * 16, 32_768)
+
+
+def test_groups_of_layers_share_the_blocks() -> None:
+    """Two tables: one keeps everything, one the last 128 tokens and a step's 64."""
+    block = 1000
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+    cache = CacheSizes((None, 128), block)
+    made = windowed_plan(cache, kv_cache_memory_bytes=700 * block, **options)
+    # 127 + 64 neighbours touch at most 13 blocks of 16.
+    assert made.most_blocks(1024) == 64 + 13 and made.sequences(1024) == 700 // 77
+    assert made.most_blocks(100) == 7 + 7
+    assert made.max_model_len == (700 - 13) * 16 and made.lowered_from == 32_768
+    assert made.bytes_per_token == 2 * block // 16 and made.kv_tokens == 350 * 16
+
+
+def test_states_and_request_caches_are_planned_for_all_that_may_run() -> None:
+    cache = CacheSizes((None,), 1000, state=5000, scratch=1, request=700)
+    made = windowed_plan(cache, max_num_seqs=4, kv_cache_memory_bytes=10**6)
+    slots = 4 * (1 + 1 + 2)  # its own, one more, and two snapshots
+    assert made.groups.states is not None and made.groups.states.num_slots == slots
+    assert made.states == slots * 5000 + 4 * 700 and made.groups.request_slots == 4
+    assert made.num_blocks == (10**6 - made.states) // 1000
+    rows = {name: (amount, remark) for name, amount, remark in made.rows()}
+    assert rows["states"] == ("78.1 KiB", "16 slots, 2 snapshots a sequence")
+    assert rows["request caches"] == ("2.7 KiB", "4, written once a request")
+    with pytest.raises(MemoryPlanError, match=r"states of 4 sequences need 80\.9 KiB"):
+        windowed_plan(cache, max_num_seqs=4, kv_cache_memory_bytes=50_000)
+    alone = windowed_plan(CacheSizes((), 0, state=5000), max_num_seqs=4)
+    assert alone.num_blocks == 0 and alone.sequences(30_000) == 4
+    assert alone.max_model_len == 32_768

@@ -17,9 +17,11 @@ import moebius
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
 from moebius.ops.reference import ReferenceOps
+from moebius.schedule.request import SamplingParams
 from oracle import FAMILY, save_tiny
 from random_schedules import (
     MAX_MODEL_LEN,
+    WINDOWED,
     Answer,
     Schedule,
     Wish,
@@ -73,6 +75,32 @@ def test_plain_pytorch_does_not_pass_and_so_the_comparison_can_fail() -> None:
     decoder = load_decoder(BUNDLED, torch.bfloat16, ops=ReferenceOps())
     asked = wishes(12, decoder.config.vocab_size, random.Random(1))
     assert _differs(decoder, asked, Schedule(16, 400, 12, 300, True, (0,) * 12, 1))
+
+
+@pytest.mark.parametrize("name", sorted(WINDOWED))
+def test_windows_that_give_blocks_back_give_one_answer(name: str, tmp_path: Path) -> None:
+    """Whole prompts in a roomy cache hold all their blocks for most of the time; chunks in a small
+    one hardly any. And transformers, which keeps everything, draws the same tokens."""
+    model_type, changes = WINDOWED[name]
+    sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+    theirs = save_tiny(tmp_path, model_type, **sizes, **changes)
+    decoders = [load_decoder(tmp_path, torch.float32, ops=ops) for ops in KERNELS.values()]
+    rng = random.Random(name)
+    asked = wishes(16, 300, rng)
+    expected = {wish.id: alone(decoders[0], wish) for wish in asked}
+    for schedule in (
+        random_schedule(len(asked), rng),
+        Schedule(8, MAX_MODEL_LEN // 8 + 2, 16, 17, True, (0,) * 16, 2),
+    ):
+        for found in answers(rng.choice(decoders), asked, schedule).rounds:
+            assert found == expected, schedule
+    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    wish = Wish("greedy", tuple(rng.randrange(300) for _ in range(120)), greedy, 0)
+    tokens, _, _ = alone(decoders[0], wish)
+    whole = theirs.generate(
+        torch.tensor([wish.prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None
+    )
+    assert tokens == whole[0, 120:].tolist()
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILY))

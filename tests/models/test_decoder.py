@@ -128,17 +128,16 @@ def test_a_rotation_is_worked_out_once_a_step_for_each_rope() -> None:
         assert ops.rotations == 3 * steps
 
 
-def test_layers_with_equal_caches_form_groups_in_the_order_of_the_first() -> None:
+def test_what_each_layer_keeps_of_the_past_follows_from_its_mixer() -> None:
     near, wide = replace(PLAIN, window=4), replace(PLAIN, head_dim=8)
     order = [near, PLAIN, replace(near, rope=None), wide, PLAIN]
     config = model(*(LayerSpec(mixer, DENSE) for mixer in order), LayerSpec(feed_forward=DENSE))
-    groups = config.cache_groups(torch.bfloat16)
-    assert [group.layers for group in groups] == [(0, 2), (1, 4), (3,)]
-    assert [group.spec.window for group in groups] == [4, None, None]
+    caches = config.caches(torch.bfloat16)
+    assert [spec.window for spec in caches] == [4, None, 4, None, None, None]
     # 2 heads of keys and of values, 2 bytes each
-    assert [group.spec.bytes_per_token for group in groups] == [48, 48, 64]
-    assert [plane.shape for plane in groups[2].spec.token] == [(2, 8), (2, 8)]
-    assert config.caches(torch.bfloat16)[5] == CacheSpec()
+    assert [spec.bytes_per_token for spec in caches] == [48, 48, 48, 64, 48, 0]
+    assert [plane.shape for plane in caches[3].token] == [(2, 8), (2, 8)]
+    assert caches[5] == CacheSpec()
 
 
 # A kind of mixer as it would come: a recurrent one, y_t = W h_t with h_t = h_{t-1} / 2 + x_t.
@@ -199,7 +198,8 @@ def test_a_mixer_of_a_new_kind_needs_no_change_of_the_decoder() -> None:
     assert {"layers.2.self_attn.out_proj.weight"} <= {
         source.parameter for source in sources(config, Layout())
     }
-    assert [group.layers for group in config.cache_groups(torch.float32)] == [(0, 2), (1,)]
+    first, attends, last = config.caches(torch.float32)
+    assert first == last != attends
     texts = {0: [3, 1, 4, 1, 5, 9, 2, 6], 1: [2, 7, 1, 8]}
     served = _serve(decoder, texts)
     for sequence, ids in texts.items():

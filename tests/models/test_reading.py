@@ -234,9 +234,9 @@ def test_null_is_not_absent() -> None:
         for key, value in tiny("mistral").items()
         if key not in ("sliding_window", "layer_types")
     }
-    assert model_config(absent).windows == (4096, 4096)
-    assert model_config({**absent, "sliding_window": None}).windows == (None, None)
-    assert model_config(tiny("llama", num_key_value_heads=None)).num_kv_heads == 4
+    assert model_config(absent).attention.window == 4096
+    assert model_config({**absent, "sliding_window": None}).attention.window is None
+    assert model_config(tiny("llama", num_key_value_heads=None)).attention.num_kv_heads == 4
 
 
 @pytest.mark.case("C1")

@@ -40,10 +40,9 @@ class Plain(CpuOps):
 
 def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
     decoder = load_decoder(directory, dtype, ops=ops)
-    sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "dtype": dtype, "device": CPU}
-    return Runner(
-        decoder, KVCache(decoder.config, ops, **sizes), CPU, StepRows(MAX_TOKENS, MAX_TOKENS)
-    )
+    sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "device": CPU}
+    cache = KVCache(decoder.config.caches(dtype), ops, **sizes)
+    return Runner(decoder, cache, CPU, StepRows(MAX_TOKENS, MAX_TOKENS))
 
 
 def random_step(rng: random.Random, computed: list[int]) -> StepInputs:

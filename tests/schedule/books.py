@@ -4,10 +4,12 @@ broken invariant."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import chain
 
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.groups import NO_BLOCK
+from moebius.schedule.places import Places
 from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Scheduler
 
@@ -15,34 +17,89 @@ from moebius.schedule.scheduler import Scheduler
 def check_pool(pool: BlockPool, requests: Collection[Request]) -> None:
     """Recompute everything from the tables of all unfinished requests; AssertionError names the
     invariant."""
-    holders = Counter(chain.from_iterable(request.block_ids for request in requests))
-    assert [holders[block] for block in range(pool.num_blocks)] == pool._refs, (
-        "I2: a reference count is wrong"
-    )
-    groups = (pool._free, pool._evictable, holders)
-    assert sum(map(len, groups)) == pool.num_blocks, (
-        "I3: free and used blocks do not add up to the pool"
-    )
-    assert len(set().union(*groups)) == pool.num_blocks, "I1: a block is in two states, or in none"
-    by_block = {block: entry.hash for block, entry in enumerate(pool._entries) if entry}
-    assert by_block == {block: digest for digest, block in pool._cached.items()}, (
-        "I4: hashes and blocks disagree"
-    )
-    assert all(block in by_block for block in pool._evictable), "I4: an evictable block has no hash"
-    assert not any(block in by_block for block in pool._free), "I4: a free block kept its hash"
+    holders = Counter(chain.from_iterable(t for request in requests for t in request.tables))
+    del holders[NO_BLOCK]
+    check_places(pool, holders)
     for request in requests:
-        table, computed = request.block_ids, request.num_computed_tokens
-        assert len(table) == pool.blocks_for(computed), (
-            f"I6: {len(table)} blocks hold {computed} tokens"
-        )
-        if computed % pool.block_size:
-            assert holders[table[-1]] == 1 and table[-1] not in by_block, (
-                "I5: a block being written is shared"
-            )
+        _check_tables(pool, request, holders)
+    if pool.states is not None:
+        _check_states(pool, requests)
+    slots = [r.request_slot for r in requests if r.request_slot is not None]
+    everywhere = sorted((*slots, *pool._request_slots))
+    assert everywhere == list(range(pool.groups.request_slots or 0)), (
+        "I1: a request's slot is nowhere, or held twice"
+    )
     unfinished = {id(request) for request in requests}
     assert all(id(owner) in unfinished for owner in pool._claims.values()), (
         "I12: a claim outlived its request"
     )
+
+
+def check_places(places: Places, holders: Mapping[int, int]) -> None:
+    """Each place is in one state, and is found by its entry alone; `holders` counts the owners of
+    those that are owned."""
+    count = places.num_places
+    assert [holders.get(place, 0) for place in range(count)] == places._refs, (
+        "I2: a reference count is wrong"
+    )
+    sets = (places._free, places._evictable, holders)
+    assert sum(map(len, sets)) == count, "I3: free and used blocks do not add up to the pool"
+    assert len(set().union(*sets)) == count, "I1: a block is in two states, or in none"
+    by_place = {
+        place: (entry.group, entry.hash) for place, entry in enumerate(places._entries) if entry
+    }
+    found = {
+        place: (group, digest)
+        for group, cached in enumerate(places._cached)
+        for digest, place in cached.items()
+    }
+    assert by_place == found, "I4: hashes and blocks disagree"
+    assert all(place in by_place for place in places._evictable), (
+        "I4: an evictable block has no hash"
+    )
+    assert not any(place in by_place for place in places._free), "I4: a free block kept its hash"
+
+
+def _check_tables(pool: BlockPool, request: Request, holders: Mapping[int, int]) -> None:
+    computed = request.num_computed_tokens
+    entries = pool.blocks_for(computed)
+    running = request.status is RequestStatus.RUNNING
+    assert len(request.tables) == len(pool.groups.blocks) * (running or bool(request.tables)), (
+        "I6: a group has no table"
+    )
+    for group, table in enumerate(request.tables):
+        assert len(table) == entries, f"I6: {len(table)} blocks hold {computed} tokens"
+        passed = request.num_passed[group]
+        assert list(table[:passed]) == [NO_BLOCK] * passed and NO_BLOCK not in table[passed:], (
+            "I6: what a window has passed is not what was given back"
+        )
+        if computed % pool.block_size:
+            assert holders[table[-1]] == 1 and pool._entries[table[-1]] is None, (
+                "I5: a block being written is shared"
+            )
+
+
+def _check_states(pool: BlockPool, requests: Collection[Request]) -> None:
+    states = pool.states
+    assert states is not None
+    owned: Counter[int] = Counter()
+    for request in requests:
+        mine = request.states
+        assert (mine is None) == (request.status is not RequestStatus.RUNNING), (
+            "I6: a running request has no slot for its state, or a waiting one has"
+        )
+        if mine is not None:
+            written = [mine.slot, *mine.scratch, *([] if mine.save is None else [mine.save])]
+            assert not any(states._entries[slot] for slot in written), (
+                "I5: a snapshot is being written"
+            )
+            owned.update(written)
+            owned.update([] if mine.restore is None else [mine.restore])
+            assert len(mine.scratch) == states.spec.scratch, "I6: a scratch slot is missing"
+            assert all(states._refs[slot] == 1 for slot in written), (
+                "I5: a state being written is shared"
+            )
+    check_places(states, owned)
 
 
 def check_books(scheduler: Scheduler) -> None:
@@ -61,7 +118,10 @@ def check_books(scheduler: Scheduler) -> None:
     assert not any(request.finished for request in waiting), (
         "I10: a finished request is still in the books"
     )
-    assert not any(request.block_ids for request in waiting), "I12: a waiting request holds blocks"
+    assert not any(request.tables for request in waiting), "I12: a waiting request holds blocks"
+    assert not any(request.num_computed_tokens for request in waiting), (
+        "I6: no blocks hold a waiting request's tokens"
+    )
     assert queue.num_tokens == sum(r.num_tokens for r in waiting), (
         "I12: the queue lost count of its tokens"
     )

@@ -2,8 +2,9 @@
 of TRUST.md.
 
 Counts alone do not see wrong content, so this keeps an oracle: it remembers what was truly written
-to each block, and computes every expected prefix hash and every expected token a second time, from
-the request alone.
+to each block and to each slot of a state, and computes every expected prefix hash and every
+expected token a second time, from the request alone. A state is a hash chained over all tokens, so
+that one that starts at a wrong place, or takes a token twice, never comes right again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from itertools import chain
 from typing import NoReturn
 
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.groups import NO_BLOCK, GroupSpec
 from moebius.schedule.request import FinishReason, Request, RequestStatus
-from moebius.schedule.scheduler import Scheduler, StepPlan
+from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 from schedule.books import check_books
 
 
@@ -49,10 +51,20 @@ def advance(value: int, token: int) -> int:
     return hash((value, token))
 
 
+def _origin(request: Request) -> int:
+    """What the fake model starts from, before the first token."""
+    return int.from_bytes(request.salt, "little")
+
+
 def draw(secret: int, value: int, vocab_size: int) -> int:
     """The fake model's next token after a position whose cache holds `value`, for a request with
     this secret."""
     return hash((secret, value)) % vocab_size
+
+
+def first_seen(spec: GroupSpec, position: int) -> int:
+    """The first position that a row at `position` sees, in a group of layers."""
+    return 0 if spec.window is None else max(0, position - spec.window + 1)
 
 
 @dataclass(slots=True)
@@ -64,7 +76,7 @@ class Track:
     hashes    the prefix hashes of its full blocks
     expected  all tokens that it will ever draw, and with what reason it then ends
     start     where its next chunk has to begin; None while it does not run
-    blocks    length of its table after the last plan
+    blocks    how many blocks it held after the last plan
     """
 
     request: Request
@@ -93,6 +105,10 @@ class Checker:
         self._key = key
         self._contents: list[list[int]] = [[] for _ in range(self.pool.num_blocks)]
         self._writers: list[frozenset[str]] = [frozenset()] * self.pool.num_blocks
+        self._groups = [-1] * self.pool.num_blocks
+        slots = self.pool.states.num_places if self.pool.states is not None else 0
+        self._states: list[int | None] = [None] * slots
+        self._state_writers: list[frozenset[str]] = [frozenset()] * slots
         self._failed: set[str] = set()
         self._truth: dict[bytes, list[int]] = {}
 
@@ -111,7 +127,7 @@ class Checker:
     def solo(self, request: Request, secret: int) -> tuple[list[int], FinishReason]:
         """The whole output when the request runs alone, by the plainest loop: the answer to compare
         with."""
-        value = int.from_bytes(request.salt, "little")
+        value = _origin(request)
         for token in (*request.prompt_ids, *request.output_ids):
             value = advance(value, token)
         output = list(request.output_ids)
@@ -138,7 +154,8 @@ class Checker:
         started = self._check_chunks(plan)
         self._check_reasons(plan, started)
         for track in self.tracks.values():
-            track.blocks = len(track.request.block_ids)
+            request = track.request
+            track.blocks = sum(map(len, request.tables)) - sum(request.num_passed)
 
     def _check_chunks(self, plan: StepPlan) -> list[Request]:
         """Each chunk goes on where the last one ended, within a step's bounds; returns the requests
@@ -176,14 +193,25 @@ class Checker:
                 chunk.num_tokens == wanted and len(request.output_ids) < request.max_tokens
             ):
                 self.broken("I10", f"{request.id} samples at the wrong time")
-            if chunk.block_ids != request.block_ids or len(chunk.block_ids) != -(
-                -chunk.end // self.pool.block_size
-            ):
-                self.broken(
-                    "I6", f"{request.id} has {len(chunk.block_ids)} blocks for {chunk.end} tokens"
-                )
+            self._check_tables(chunk, request)
             track.start = chunk.end
         return started
+
+    def _check_tables(self, chunk: Chunk, request: Request) -> None:
+        """Each group has the blocks that the chunk reads and writes, and none before its window."""
+        size, specs = self.pool.block_size, self.pool.groups.blocks
+        if chunk.tables != request.tables or len(chunk.tables) != len(specs):
+            self.broken("I6", f"{request.id} is not computed in its own blocks")
+        for table, spec in zip(chunk.tables, specs, strict=True):
+            if len(table) != -(-chunk.end // size):
+                self.broken("I6", f"{request.id} has {len(table)} blocks for {chunk.end} tokens")
+            passed = first_seen(spec, chunk.start) // size
+            if table.count(NO_BLOCK) != passed:
+                self.broken(
+                    "I6",
+                    f"{request.id} gave back {table.count(NO_BLOCK)} of {passed} blocks before "
+                    f"its window of {spec.window}",
+                )
 
     def _check_hit(self, request: Request, start: int) -> None:
         size = self.pool.block_size
@@ -268,43 +296,121 @@ class Checker:
     def computed(self, plan: StepPlan) -> dict[str, int]:
         """The step ran: read all tables, then write all chunks. Returns what the last position of
         each chunk holds."""
-        size, contents = self.pool.block_size, self._contents
-        holders = Counter(chain.from_iterable(t.request.block_ids for t in self.tracks.values()))
-        cached = set(self.pool.cached.values())
         for chunk in plan.chunks:
-            values = self.tracks[chunk.request_id].values
-            for i in range(-(-chunk.start // size)):
+            self._read(chunk)
+        self._load_states(plan)
+        holders = Counter(
+            chain.from_iterable(t for r in self.tracks.values() for t in r.request.tables)
+        )
+        cached = {block for found in self.pool.cached for block in found.values()}
+        for chunk in plan.chunks:
+            self._write(chunk, holders, cached)
+        self._save_states(plan)
+        return {c.request_id: self.tracks[c.request_id].values[c.end - 1] for c in plan.chunks}
+
+    def _read(self, chunk: Chunk) -> None:
+        size, values = self.pool.block_size, self.tracks[chunk.request_id].values
+        for group, (table, spec) in enumerate(
+            zip(chunk.tables, self.pool.groups.blocks, strict=True)
+        ):
+            for i in range(first_seen(spec, chunk.start) // size, -(-chunk.start // size)):
                 wanted = values[i * size : min((i + 1) * size, chunk.start)]
-                if contents[chunk.block_ids[i]][: len(wanted)] != wanted:
+                found = self._contents[table[i]][: len(wanted)]
+                if found != wanted or self._groups[table[i]] != group or table[i] == NO_BLOCK:
                     self.broken(
                         "I4",
-                        f"block {chunk.block_ids[i]} holds something else than {chunk.request_id} "
-                        "reads",
+                        f"block {table[i]} holds something else than {chunk.request_id} reads",
                     )
-        for chunk in plan.chunks:
-            values = self.tracks[chunk.request_id].values
-            first = chunk.start // size
-            lineage = frozenset((chunk.request_id,))
-            if first:
-                lineage |= self._writers[chunk.block_ids[first - 1]]
-            for i, block in enumerate(chunk.block_ids[first:], first):
+
+    def _write(self, chunk: Chunk, holders: Mapping[int, int], cached: set[int]) -> None:
+        size, values = self.pool.block_size, self.tracks[chunk.request_id].values
+        first = chunk.start // size
+        lineage = frozenset((chunk.request_id,))
+        for table in chunk.tables if first else ():
+            if table[first - 1] != NO_BLOCK:
+                lineage |= self._writers[table[first - 1]]
+        if chunk.states is not None:
+            lineage |= self._state_writers[chunk.states.slot]
+            self._state_writers[chunk.states.slot] = lineage
+        for group, table in enumerate(chunk.tables):
+            for i, block in enumerate(table[first:], first):
                 if holders[block] != 1 or block in cached:
                     self.broken(
                         "I5", f"{chunk.request_id} writes to block {block}, which is shared"
                     )
-                contents[block] = values[i * size : min((i + 1) * size, chunk.end)]
+                self._contents[block] = values[i * size : min((i + 1) * size, chunk.end)]
+                self._groups[block] = group
                 self._writers[block] = lineage
-        return {chunk.request_id: contents[chunk.block_ids[-1]][-1] for chunk in plan.chunks}
+
+    def _load_states(self, plan: StepPlan) -> None:
+        """Slots are cleared and snapshots copied in, in whatever order; then each sequence finds
+        the state behind its tokens so far."""
+        states, writers = self._states, self._state_writers
+        for chunk in plan.chunks:
+            if (chunk.states is None) != (self.pool.states is None):
+                self.broken("I6", f"{chunk.request_id} has no slot for its state, or needs none")
+            if chunk.states is not None and not chunk.start:
+                states[chunk.states.slot] = _origin(self.tracks[chunk.request_id].request)
+                writers[chunk.states.slot] = frozenset()
+        for chunk in reversed(plan.chunks):
+            if chunk.states is not None and chunk.states.restore is not None:
+                states[chunk.states.slot] = states[chunk.states.restore]
+                writers[chunk.states.slot] = writers[chunk.states.restore]
+        for chunk in plan.chunks:
+            if chunk.states is None:
+                continue
+            track = self.tracks[chunk.request_id]
+            truth = track.values[chunk.start - 1] if chunk.start else _origin(track.request)
+            if states[chunk.states.slot] != truth:
+                self.broken(
+                    "I4",
+                    f"slot {chunk.states.slot} holds something else than the state of "
+                    f"{chunk.request_id} behind {chunk.start} tokens",
+                )
+
+    def _save_states(self, plan: StepPlan) -> None:
+        """Each sequence's state takes in the chunk's tokens, one by one; then snapshots are
+        taken."""
+        states = self._states
+        for chunk in plan.chunks:
+            if chunk.states is not None:
+                value = states[chunk.states.slot]
+                request = self.tracks[chunk.request_id].request
+                for token in request.tokens(chunk.start, chunk.end):
+                    value = advance(value, token)
+                states[chunk.states.slot] = value
+        for chunk in plan.chunks:
+            if chunk.states is not None and chunk.states.save is not None:
+                if chunk.end % self.pool.block_size:
+                    self.broken("I4", f"{chunk.request_id} takes a snapshot inside a block")
+                states[chunk.states.save] = states[chunk.states.slot]
+                self._state_writers[chunk.states.save] = self._state_writers[chunk.states.slot]
 
     def rolled_back(self, plan: StepPlan) -> None:
         """The step failed, after `rollback`: whatever it was to write is garbage now."""
         size = self.pool.block_size
         for chunk in plan.chunks:
-            values = self.tracks[chunk.request_id].values if chunk.request_id in self.tracks else []
-            for i, block in enumerate(chunk.block_ids[chunk.start // size :], chunk.start // size):
-                self._contents[block] = values[i * size : chunk.start]
-            if chunk.request_id in self.tracks:
-                self.tracks[chunk.request_id].start = chunk.start
+            track = self.tracks.get(chunk.request_id)
+            values = track.values if track else []
+            first = chunk.start // size
+            for table in chunk.tables:
+                for i, block in enumerate(table[first:], first):
+                    self._contents[block] = values[i * size : chunk.start]
+            if chunk.states is not None:
+                for slot in (chunk.states.slot, chunk.states.save, *chunk.states.scratch):
+                    if slot is not None:
+                        self._states[slot] = None
+            if track:
+                track.start = self._goes_on(track, chunk.start)
+
+    def _goes_on(self, track: Track, position: int) -> int | None:
+        """Where a request that was sent back to `position` is to go on: a state cannot be undone,
+        and so it waits to start again."""
+        if self.pool.states is None:
+            return position
+        if track.request.status is not RequestStatus.PREEMPTED:
+            self.broken("I4", f"{track.request.id} goes on with a state that cannot be undone")
+        return None
 
     def updated(
         self, plan: StepPlan, drawn: Mapping[str, Sequence[int]], finished: Sequence[Request]
@@ -324,7 +430,7 @@ class Checker:
                     f"{request.id} has tokens {request.output_ids}, not {track.expected[:got]}",
                 )
             if chunk.samples and not drawn.get(request.id):
-                track.start = chunk.end - 1
+                track.start = self._goes_on(track, chunk.end - 1)
             over = (
                 got == len(track.expected) and chunk.end == len(request.prompt_ids) + track.outputs
             )
@@ -348,11 +454,9 @@ class Checker:
             self.broken(
                 "I10", f"{request.id} ends with {request.finish_reason} instead of {reason}"
             )
-        if request.block_ids or request.id in self.scheduler.requests:
-            self.broken(
-                "I12",
-                f"{request.id} is over, but has {len(request.block_ids)} blocks or is in the books",
-            )
+        held = sum(map(len, request.tables))
+        if held or request.states or request.id in self.scheduler.requests:
+            self.broken("I12", f"{request.id} is over, but has {held} blocks or is in the books")
         if reason is FinishReason.ERROR:
             self._failed.add(request.id)
         self.ends[request.id] = reason
@@ -366,13 +470,25 @@ class Checker:
         except AssertionError as error:
             invariant, _, message = str(error).partition(": ")
             self.broken(invariant, message)
-        for digest, block in self.pool.cached.items():
-            if self._truth.get(digest) != self._contents[block]:
-                self.broken("I4", f"block {block} does not hold what its hash says")
-            if self._failed and not self._writers[block].isdisjoint(self._failed):
-                self.broken(
-                    "I4", f"block {block} is cached, but derives from a request that failed"
-                )
+        for group, cached in enumerate(self.pool.cached):
+            for digest, block in cached.items():
+                if self._truth.get(digest) != self._contents[block]:
+                    self.broken("I4", f"block {block} does not hold what its hash says")
+                if self._groups[block] != group:
+                    self.broken("I4", f"block {block} is found as another group's")
+                if self._failed and not self._writers[block].isdisjoint(self._failed):
+                    self.broken(
+                        "I4", f"block {block} is cached, but derives from a request that failed"
+                    )
+        if self.pool.states is not None:
+            self._check_snapshots(self.pool.states.cached[0])
+
+    def _check_snapshots(self, cached: Mapping[bytes, int]) -> None:
+        for digest, slot in cached.items():
+            if digest not in self._truth or self._truth[digest][-1] != self._states[slot]:
+                self.broken("I4", f"snapshot {slot} is not the state that its hash says")
+            if self._failed and not self._state_writers[slot].isdisjoint(self._failed):
+                self.broken("I4", f"snapshot {slot} derives from a request that failed")
 
     def quiet(self) -> None:
         """All requests are over: everything equals the start (I12), each had its one event
@@ -380,14 +496,16 @@ class Checker:
         self.books()
         if self.tracks:
             self.broken("I10", f"{sorted(self.tracks)} never ended")
-        if not self.scheduler.drained or self.pool.num_free != self.pool.num_blocks:
+        states = self.pool.states
+        back = states is None or states.num_free == states.num_places
+        if not self.scheduler.drained or self.pool.num_free != self.pool.num_blocks or not back:
             self.broken("I12", f"{self.pool.num_used} blocks are held by nobody")
 
     def _learn(self, track: Track) -> None:
         """Take in the request's new tokens: what the cache has to hold for them, and under which
         hashes."""
         request, values, size = track.request, track.values, self.pool.block_size
-        value = values[-1] if values else int.from_bytes(request.salt, "little")
+        value = values[-1] if values else _origin(request)
         for token in request.tokens(len(values), request.num_tokens):
             value = advance(value, token)
             values.append(value)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from moebius.engine.config import EngineConfig
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.groups import CacheGroups
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
@@ -63,9 +64,10 @@ def make_scheduler(
     budget: int = 64,
     length: int = 256,
     caching: bool = True,
+    groups: CacheGroups | None = None,
     **config,
 ) -> Scheduler:
-    pool = BlockPool(blocks, size, key=KEY, enable_prefix_caching=caching)
+    pool = BlockPool(blocks, size, groups=groups, key=KEY, enable_prefix_caching=caching)
     bounds = EngineConfig(
         max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, **config
     )

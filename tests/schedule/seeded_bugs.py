@@ -6,10 +6,13 @@ Each is a subclass with one method done wrong, the way it could be written by mi
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 
-from moebius.schedule.blocks import BlockPool, _Entry
+from moebius.schedule.blocks import BlockPool, Hit
+from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
+from moebius.schedule.places import Entry
 from moebius.schedule.request import FinishReason, RequestStatus
 from moebius.schedule.scheduler import Scheduler
 
@@ -24,23 +27,27 @@ def bug(description: str) -> Callable[[type], type]:
     return register
 
 
+def live(hit: Hit) -> list[int]:
+    return [block for table in hit.tables for block in table if block != NO_BLOCK]
+
+
 # ---------------------------------------------------------------------------------------------------- the block pool
 
 
 @bug("a shared block's reference is forgotten")
 class _(BlockPool):
-    def open(self, request, hit, *, reserved=0):
-        opened = super().open(request, hit, reserved=reserved)
-        if opened and hit:
-            self._refs[hit[-1]] -= 1
+    def open(self, request, hit, chunk, *, reserved=0):
+        opened = super().open(request, hit, chunk, reserved=reserved)
+        if opened and hit.num_blocks and hit.tables:
+            self._refs[hit.tables[0][-1]] -= 1
         return opened
 
 
 @bug("a shared block stays evictable")
 class _(BlockPool):
-    def open(self, request, hit, *, reserved=0):
-        idle = [block for block in hit if not self._refs[block]]
-        opened = super().open(request, hit, reserved=reserved)
+    def open(self, request, hit, chunk, *, reserved=0):
+        idle = [block for block in live(hit) if not self._refs[block]]
+        opened = super().open(request, hit, chunk, reserved=reserved)
         if opened:
             self._evictable.update(dict.fromkeys(idle))
         return opened
@@ -49,14 +56,14 @@ class _(BlockPool):
 @bug("a table's last block is never given back")
 class _(BlockPool):
     def free(self, request):
-        request.block_ids = request.block_ids[:-1]
+        request.tables = tuple(table[:-1] for table in request.tables)
         super().free(request)
 
 
 @bug("blocks are freed twice")
 class _(BlockPool):
     def free(self, request):
-        self._release(request.block_ids)
+        self._release_tables(request.tables)
         super().free(request)
 
 
@@ -64,7 +71,8 @@ class _(BlockPool):
 class _(BlockPool):
     def _release(self, blocks):
         for block in blocks:
-            self._refs[block] = 1
+            if block != NO_BLOCK:
+                self._refs[block] = 1
         super()._release(blocks)
 
 
@@ -119,10 +127,12 @@ class _(BlockPool):
 @bug("a hit goes on beyond a gap")
 class _(BlockPool):
     def match(self, request):
-        limit = self._readable_blocks(request)
-        return [
-            self._cached[h] for h in self._hash_blocks(request, limit)[:limit] if h in self._cached
-        ]
+        hit = super().match(request)
+        if len(hit.tables) != 1 or self._windowed or self.states:
+            return hit
+        limit, cached = self._readable_blocks(request), self._cached[0]
+        found = [cached[h] for h in self._hash_blocks(request, limit)[:limit] if h in cached]
+        return Hit(len(found), (array("i", found),))
 
 
 @bug("a request with prompt log-probabilities reads the cache")
@@ -140,15 +150,9 @@ class _(BlockPool):
 
 @bug("a second publisher takes the hash over")
 class _(BlockPool):
-    def publish(self, request, num_tokens):
-        first = request.num_published_blocks
-        super().publish(request, num_tokens)
-        for i in range(first, request.num_published_blocks):
-            digest, block = request.block_hashes[i], request.block_ids[i]
-            self._cached[digest] = block
-            self._entries[block] = _Entry(
-                digest, request.block_hashes[i - 1] if i else None, request.id
-            )
+    def _enter(self, group, digest, place, lineage):
+        self._cached[group][digest] = place
+        self._entries[place] = Entry(group, digest, lineage)
 
 
 @bug("what a failed request published stays")
@@ -157,15 +161,12 @@ class _(BlockPool):
         pass
 
 
-@bug("what is chained on a failed request's blocks stays")
+@bug("what derives from a failed request's blocks stays")
 class _(BlockPool):
     def withdraw(self, request, running):
-        for block, entry in enumerate(self._entries):
-            if entry and entry.publisher == request.id:
-                self._forget(block)
-                if block in self._evictable:
-                    del self._evictable[block]
-                    self._free.append(block)
+        own = [place for place, entry in enumerate(self._entries) if entry]
+        lineages = self._lineages(own)
+        self._withdraw({one for one in lineages if one.publisher == request.id})
 
 
 @bug("requests that read withdrawn blocks go on publishing")
@@ -183,7 +184,8 @@ class _(BlockPool):
 @bug("a failed step's blocks are freed but stay in the table")
 class _(BlockPool):
     def trim(self, request, num_tokens):
-        self._release(request.block_ids[self.blocks_for(num_tokens) :])
+        keep = self.blocks_for(num_tokens)
+        self._release_tables(tuple(table[keep:] for table in request.tables))
 
 
 @bug("one block too many for a full last block")
@@ -206,9 +208,219 @@ class _(BlockPool):
 
 @bug("room is counted twice: shared idle blocks and free blocks")
 class _(BlockPool):
-    def open(self, request, hit, *, reserved=0):
-        idle = sum(not self._refs[block] for block in hit)
-        return super().open(request, hit, reserved=reserved - idle)
+    def open(self, request, hit, chunk, *, reserved=0):
+        idle = sum(not self._refs[block] for block in live(hit))
+        return super().open(request, hit, chunk, reserved=reserved - idle)
+
+
+# -------------------------------------------------------------------------------------------------- windows and states
+
+
+@bug("a window gives its blocks back one row too early")
+class _(BlockPool):
+    def leave(self, request):
+        request.num_computed_tokens += self.block_size
+        super().leave(request)
+        request.num_computed_tokens -= self.block_size
+
+
+@bug("a window's blocks are kept")
+class _(BlockPool):
+    def leave(self, request):
+        pass
+
+
+@bug("a window's blocks stay in the table when they are given back")
+class _(BlockPool):
+    def leave(self, request):
+        tables = request.tables
+        super().leave(request)
+        request.tables = tables
+
+
+@bug("blocks are given back by where a step will end, not by where it starts")
+class _(Scheduler):
+    def _compute(self, request, num_tokens, draft):
+        request.num_computed_tokens += num_tokens
+        self.pool.leave(request)
+        request.num_computed_tokens -= num_tokens
+        super()._compute(request, num_tokens, draft)
+
+
+@bug("a hit asks for a window's last block alone")
+class _(BlockPool):
+    def match(self, request):
+        windowed, self._windowed = self._windowed, [(g, GroupSpec(1)) for g, _ in self._windowed]
+        best = super()._resumable(
+            self._hash_blocks(request, self._readable_blocks(request)),
+            self._readable_blocks(request),
+        )
+        self._windowed = windowed
+        if self._full or self.states or not best:
+            return super().match(request)
+        hashes = self._hash_blocks(request, best)[:best]
+        tables = [[cached.get(digest, 0) for digest in hashes] for cached in self._cached]
+        for table, spec in zip(tables, self.groups.blocks, strict=True):
+            first = spec.first_block(best * self.block_size, self.block_size)
+            table[:first] = [NO_BLOCK] * first
+        return Hit(best, tuple(array("i", table) for table in tables))
+
+
+@bug("what is found for one group is read by another")
+class _(BlockPool):
+    def _enter(self, group, digest, place, lineage):
+        super()._enter(0, digest, place, lineage)
+        for cached in self._cached[1:]:
+            cached.setdefault(digest, place)
+
+
+@bug("a window is planned without the step's own tokens")
+class _(BlockPool):
+    def most_blocks(self, num_tokens, chunk):
+        return super().most_blocks(num_tokens, 1)
+
+
+@bug("a window is planned as if it kept everything")
+class _(BlockPool):
+    def __init__(self, *args, groups, **kwargs):
+        super().__init__(*args, groups=groups, **kwargs)
+        everything = CacheGroups((GroupSpec(),) * len(groups.blocks), groups.states)
+        self.most_blocks = lambda tokens, chunk: everything.most_blocks(  # type: ignore[method-assign]
+            tokens, chunk, self.block_size
+        )
+
+
+@bug("the state stays where a failed step left it")
+class _(Scheduler):
+    def _rewind(self, request, num_tokens):
+        request.num_computed_tokens = num_tokens
+        self.pool.trim(request, num_tokens)
+        return True
+
+
+@bug("a preempted request goes on from its old slot")
+class _(Scheduler):
+    def _compute(self, request, num_tokens, draft):
+        super()._compute(request, num_tokens, draft)
+        chunk = draft.chunks[request.id]
+        if chunk.states is not None and request.num_preemptions:
+            states = chunk.states._replace(restore=None)
+            draft.chunks[request.id] = chunk._replace(states=states)
+
+
+@bug("a hit takes no notice of snapshots")
+class _(BlockPool):
+    def match(self, request):
+        states, self.states = self.states, None
+        hit = super().match(request)
+        self.states = states
+        if states is None or not hit.num_blocks:
+            return hit
+        digest = self._hash_blocks(request, hit.num_blocks)[hit.num_blocks - 1]
+        return hit._replace(snapshot=states.snapshot(digest))
+
+
+@bug("a hit takes any snapshot of the prefix")
+class _(BlockPool):
+    def match(self, request):
+        hit = super().match(request)
+        if self.states is None or not hit.num_blocks:
+            return hit
+        known = map(self.states.snapshot, request.block_hashes[: hit.num_blocks])
+        return hit._replace(snapshot=next(slot for slot in known if slot is not None))
+
+
+@bug("a snapshot is taken inside a block")
+class _(BlockPool):
+    def next_boundary(self, request, position):
+        return super().next_boundary(request, position - 1) + 1
+
+
+@bug("a snapshot may be taken by another before it was copied")
+class _(BlockPool):
+    def open(self, request, hit, chunk, *, reserved=0):
+        opened = super().open(request, hit, chunk, reserved=reserved)
+        if opened and self.states is not None and request.states.restore is not None:
+            self.states._release((request.states.restore,))
+            request.states.restore = None
+            self.restored = {**getattr(self, "restored", {}), request.id: hit.snapshot}
+        return opened
+
+    def state_slots(self, request, end):
+        slots = super().state_slots(request, end)
+        restore = getattr(self, "restored", {}).pop(request.id, None)
+        return slots._replace(restore=restore)
+
+
+@bug("a snapshot is published although its step failed")
+class _(BlockPool):
+    def free(self, request):
+        if request.states is not None:
+            self.states.settle(request.states, request.lineage)
+        super().free(request)
+
+
+@bug("a snapshot can be found before its step was computed")
+class _(BlockPool):
+    def state_slots(self, request, end):
+        slots = super().state_slots(request, end)
+        if slots.save is not None:
+            self.states._enter(0, request.states.digest, slots.save, request.lineage)
+        return slots
+
+
+@bug("a snapshot that was not needed is never given back")
+class _(BlockPool):
+    def publish(self, request, num_tokens):
+        if request.states is not None and request.states.save is not None:
+            known = request.states.digest in self.states._cached[0]
+            request.states.save = None if known else request.states.save
+        super().publish(request, num_tokens)
+
+
+@bug("a sequence's slots are not given back")
+class _(BlockPool):
+    def free(self, request):
+        request.states = None
+        super().free(request)
+
+
+@bug("scratch slots are not given back")
+class _(BlockPool):
+    def free(self, request):
+        if request.states is not None:
+            request.states.scratch = ()
+        super().free(request)
+
+
+@bug("two sequences share a slot")
+class _(BlockPool):
+    def state_slots(self, request, end):
+        slots = super().state_slots(request, end)
+        return StateSlots(0, slots.scratch, slots.restore, slots.save)
+
+
+@bug("snapshots of a failed request stay")
+class _(BlockPool):
+    def withdraw(self, request, running):
+        states, self.states = self.states, None
+        super().withdraw(request, running)
+        self.states = states
+
+
+@bug("a request's slot is never given back")
+class _(BlockPool):
+    def free(self, request):
+        request.request_slot = None
+        super().free(request)
+
+
+@bug("a request's slot is given back twice")
+class _(BlockPool):
+    def free(self, request):
+        if request.request_slot is not None:
+            self._request_slots.append(request.request_slot)
+        super().free(request)
 
 
 # ----------------------------------------------------------------------------------------------------- the scheduler
@@ -256,9 +468,9 @@ class _(Scheduler):
 @bug("a victim keeps its blocks")
 class _(Scheduler):
     def _preempt(self, victim):
-        table = victim.block_ids
+        tables = victim.tables
         super()._preempt(victim)
-        for block in table[:1]:
+        for block in [block for table in tables for block in table[-1:]]:
             self.pool._refs[block] += 1
             self.pool._evictable.pop(block, None)
 
@@ -375,7 +587,7 @@ class _(Scheduler):
 @bug("a step that drew nothing is never computed again")
 class _(Scheduler):
     def update(self, plan, tokens):
-        self._rewind, keep = (lambda *_: None), self._rewind
+        self._rewind, keep = (lambda *_: True), self._rewind
         finished = super().update(plan, tokens)
         self._rewind = keep
         return finished

@@ -2,8 +2,8 @@
 checked at each step.
 
 `make simulate STEPS=1000000 SEED=1` runs episodes with seeds 1, 2, 3, ...: each a new random
-configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off) and workload (shared
-prefixes, tenants, priorities, deadlines, aborts in every state, failed steps, numerical failures,
+configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, layers with and without
+windows, recurrent states with few slots, slots a request) and workload (shared prefixes, tenants, priorities, deadlines, aborts in every state, failed steps, numerical failures,
 several tokens a step), ending when all is drained. A violation names the invariant, the episode's
 seed and the step, and comes again from that seed.
 """
@@ -15,12 +15,14 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from random import Random
 from timeit import default_timer  # the command's stop watch; the simulation's own clock is virtual
 
 from moebius.engine.config import EngineConfig
 from moebius.errors import OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import FinishReason, Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
@@ -47,6 +49,9 @@ class Stats:
     preemptions: int = 0
     prefix_waits: int = 0
     prefix_hits: int = 0
+    blocks_passed: int = 0
+    snapshots: int = 0
+    restores: int = 0
     computed_tokens: int = 0
 
     def add(self, other: Stats) -> None:
@@ -95,6 +100,32 @@ class Mood:
         )
 
 
+def random_groups(rng: Random, seqs: int) -> CacheGroups:
+    """Most often full attention alone; else windows, states and both, some with slots a request."""
+    if rng.random() < 0.4:
+        return CacheGroups()
+    windows = rng.choice(
+        ((None,), (1,), (5,), (17,), (None, 4), (None, 9, None), (3, 12), (), (), ())
+    )
+    states = None
+    if not windows or rng.random() < 0.5:
+        scratch = rng.choice((0, 0, 2))
+        slots = rng.randint(1 + scratch, seqs * (1 + scratch) + 6)
+        states = StateSpec(slots, scratch, interval=rng.choice((1, 2, 4)))
+    request_slots = rng.randint(1, seqs) if rng.random() < 0.2 else None
+    return CacheGroups(tuple(map(GroupSpec, windows)), states, request_slots)
+
+
+@cache
+def most_blocks(window: int, chunk: int, size: int) -> int:
+    """Blocks that window and chunk can touch, wherever they begin: counted one by one."""
+    tokens = window - 1 + chunk
+    return max(
+        len({position // size for position in range(first, first + tokens)})
+        for first in range(size)
+    )
+
+
 class Episode:
     """One random configuration and workload, from one seed."""
 
@@ -113,6 +144,8 @@ class Episode:
         num_blocks = rng.randint(3, 12) if size >= 8 else rng.randint(6, 40)
         seqs = rng.randint(1, 8)
         longest = min(64, size * num_blocks + 4)
+        groups = random_groups(rng, seqs)
+        num_blocks *= len(groups.blocks)
         self.config = EngineConfig(
             max_num_seqs=seqs,
             max_num_batched_tokens=rng.randint(max(seqs, 4), rng.choice((12, 64))),
@@ -122,7 +155,9 @@ class Episode:
             max_queue_tokens=rng.choice((60, 1000)),
         )
         key = rng.randbytes(32)
-        pool = pool_class(num_blocks, size, enable_prefix_caching=rng.random() < 0.9, key=key)
+        pool = pool_class(
+            num_blocks, size, groups=groups, enable_prefix_caching=rng.random() < 0.9, key=key
+        )
         self.scheduler = scheduler_class(self.config, pool)
         self.checker = Checker(self.scheduler, key, self.mood.vocab, seed)
         self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4, priorities=True)
@@ -152,6 +187,7 @@ class Episode:
         self.stats.steps = checker.step
         self.stats.preemptions = self.scheduler.preemptions
         self.stats.prefix_hits = self.scheduler.prefix_hits
+        assert self.scheduler.pool.idle
         return self.stats
 
     def _turn(self) -> None:
@@ -192,6 +228,15 @@ class Episode:
         self.done += [request.id for request in finished]
         self.stats.finished += len(finished)
         self.stats.computed_tokens += plan.num_tokens
+        groups = self.scheduler.pool.groups
+        if groups.windowed:
+            self.stats.blocks_passed += sum(
+                table.count(NO_BLOCK) for chunk in plan.chunks for table in chunk.tables
+            )
+        if groups.states is not None:
+            slots = [chunk.states for chunk in plan.chunks if chunk.states is not None]
+            self.stats.snapshots += sum(one.save is not None for one in slots)
+            self.stats.restores += sum(one.restore is not None for one in slots)
 
     def _draw(self, request_id: str, values: dict[str, int]) -> list[int]:
         """One token, now and then several or none; from what the cache holds and from the request's
@@ -273,7 +318,15 @@ class Episode:
         if not config.enable_chunked_prefill and prompt > config.max_num_batched_tokens:
             return True
         last_computed = max(prompt, min(prompt + request.max_tokens, config.max_model_len) - 1)
-        return last_computed > pool.num_blocks * pool.block_size
+        size = pool.block_size
+        whole = -(-last_computed // size)
+        needed = 0
+        for spec in pool.groups.blocks:
+            most = whole
+            if spec.window is not None:
+                most = min(whole, most_blocks(spec.window, config.max_num_batched_tokens, size))
+            needed += most
+        return needed > pool.num_blocks
 
     def _full(self, request: Request) -> bool:
         queue = [t.request.num_tokens for t in self.checker.tracks.values() if t.start is None]

@@ -14,14 +14,25 @@ from moebius.schedule.request import Request
 from schedule.books import check_pool
 from schedule.making import KEY, make_asked, make_request
 
+CHUNK = 64
+
 
 def pool_of(blocks: int = 8, size: int = 4, **options) -> BlockPool:
     return BlockPool(blocks, size, key=options.pop("key", KEY), **options)
 
 
+def begin(pool: BlockPool, request, **options) -> bool:
+    return pool.open(request, pool.match(request), CHUNK, **options)
+
+
+def found(pool: BlockPool, request) -> list[int]:
+    """The blocks of the longest cached prefix, in the first group."""
+    return list(pool.match(request).tables[0])
+
+
 def compute(pool: BlockPool, request) -> None:
     """Run a request's known tokens through the pool: open, extend, publish."""
-    assert pool.open(request, pool.match(request))
+    assert begin(pool, request)
     assert pool.extend(request, request.num_tokens)
     request.num_computed_tokens = request.num_tokens
     pool.publish(request, request.num_tokens)
@@ -34,7 +45,7 @@ def release(pool: BlockPool, request) -> None:
 
 @pytest.mark.parametrize(("blocks", "size"), [(0, 4), (4, 0)])
 def test_refuses_an_empty_pool(blocks, size):
-    with pytest.raises(ConfigError, match="must both be at least 1"):
+    with pytest.raises(ConfigError, match="must be at least 1"):
         BlockPool(blocks, size, key=KEY)
 
 
@@ -56,9 +67,9 @@ def test_hash_is_keyed_chained_and_length_prefixed():
 
     root = digest(b"", b"model", b"tenant")
     first = digest(root, struct.pack("<2I", 1, 2))
-    assert pool.cached == {
-        first: request.block_ids[0],
-        digest(first, struct.pack("<2I", 3, 4)): request.block_ids[1],
+    assert pool.cached[0] == {
+        first: request.tables[0][0],
+        digest(first, struct.pack("<2I", 3, 4)): request.tables[0][1],
     }
 
 
@@ -74,21 +85,21 @@ def test_no_hit_across_salts_or_different_prefixes(one, other):
     pool = pool_of()
     base = {"prompt": [1, 2, 3, 4, 5, 6, 7, 8, 9]}
     compute(pool, make_request("a", **(base | one)))
-    assert pool.match(make_request("b", **(base | other))) == []
+    assert found(pool, make_request("b", **(base | other))) == []
 
 
 def test_keys_and_namespaces_give_different_hashes():
     pools = [pool_of(), pool_of(key=bytes(32)), pool_of(namespace=b"other")]
     for pool in pools:
         compute(pool, make_request("a", [1, 2, 3, 4, 5]))
-    assert len(set().union(*(pool.cached for pool in pools))) == 3
+    assert len(set().union(*(pool.cached[0] for pool in pools))) == 3
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(3, 0), (4, 0), (5, 1), (8, 1), (9, 2), (12, 2)])
 def test_a_hit_never_covers_the_last_token(tokens, blocks):
     pool = pool_of()
     compute(pool, make_request("a", range(1, 13)))
-    assert len(pool.match(make_request("b", range(1, tokens + 1)))) == blocks
+    assert len(found(pool, make_request("b", range(1, tokens + 1)))) == blocks
 
 
 def test_shared_blocks_are_counted_and_come_back():
@@ -96,7 +107,7 @@ def test_shared_blocks_are_counted_and_come_back():
     one, two = make_request("a", range(1, 10)), make_request("b", [*range(1, 9), 50])
     compute(pool, one)
     compute(pool, two)
-    assert one.block_ids[:2] == two.block_ids[:2] and one.block_ids[2] != two.block_ids[2]
+    assert one.tables[0][:2] == two.tables[0][:2] and one.tables[0][2] != two.tables[0][2]
     assert (pool.num_used, pool.num_free) == (4, 4)
     check_pool(pool, [one, two])
     release(pool, one)
@@ -104,7 +115,7 @@ def test_shared_blocks_are_counted_and_come_back():
     assert pool.num_used == 3
     release(pool, two)
     check_pool(pool, [])
-    assert pool.num_used == 0 and len(pool.cached) == 2
+    assert pool.num_used == 0 and len(pool.cached[0]) == 2
 
 
 def test_the_tail_of_a_chain_is_evicted_before_its_head():
@@ -114,8 +125,8 @@ def test_the_tail_of_a_chain_is_evicted_before_its_head():
     release(pool, old)
     for wanted, left in ((1, 3), (2, 2), (3, 1)):  # one block was never published: it goes first
         taker = make_request("t", [99] * wanted * 4, salt=b"other")
-        assert pool.open(taker, []) and pool.extend(taker, wanted * 4)
-        assert len(pool.match(make_request("again", range(1, 14)))) == left
+        assert begin(pool, taker) and pool.extend(taker, wanted * 4)
+        assert len(found(pool, make_request("again", range(1, 14)))) == left
         release(pool, taker)
 
 
@@ -126,10 +137,9 @@ def test_the_least_recently_used_chain_is_evicted_first():
         compute(pool, request)
         release(pool, request)
     taker = make_request("t", [99] * 12)
-    assert pool.open(taker, []) and pool.extend(taker, 12)
-    assert pool.match(make_request("a3", range(10, 15))) and not pool.match(
-        make_request("b3", range(20, 25))
-    )
+    assert begin(pool, taker) and pool.extend(taker, 12)
+    assert found(pool, make_request("a3", range(10, 15)))
+    assert not found(pool, make_request("b3", range(20, 25)))
 
 
 def test_extend_and_open_change_nothing_when_there_is_no_room():
@@ -137,21 +147,21 @@ def test_extend_and_open_change_nothing_when_there_is_no_room():
     one = make_request("a", range(1, 9))
     compute(pool, one)
     two = make_request("b", range(1, 17))
-    assert not pool.open(two, pool.match(two)) and not two.block_ids
-    assert not pool.extend(one, 17) and len(one.block_ids) == 2
+    assert not begin(pool, two) and not two.tables
+    assert not pool.extend(one, 17) and len(one.tables[0]) == 2
     assert pool.extend(one, 12) and pool.num_free == 0
-    assert pool.extend(one, 11) and len(one.block_ids) == 3  # it has that already
+    assert pool.extend(one, 11) and len(one.tables[0]) == 3  # it has that already
 
 
 def test_a_table_that_a_plan_holds_stays_as_it_was():
     pool = pool_of(blocks=4)
     request = make_request("a", range(1, 9))
     compute(pool, request)
-    held, was = request.block_ids, list(request.block_ids)
-    assert pool.extend(request, 13) and len(request.block_ids) == 4
+    held, was = request.tables[0], list(request.tables[0])
+    assert pool.extend(request, 13) and len(request.tables[0]) == 4
     pool.trim(request, 5)
     release(pool, request)
-    assert list(held) == was and not request.block_ids
+    assert list(held) == was and not request.tables
 
 
 def test_an_idle_hit_is_not_counted_as_free_room():
@@ -160,20 +170,18 @@ def test_an_idle_hit_is_not_counted_as_free_room():
     compute(pool, one)
     release(pool, one)
     two = make_request("b", range(1, 14))  # four blocks, two of them idle in a pool of three
-    assert len(pool.match(two)) == 2 and not pool.open(two, pool.match(two))
+    assert len(found(pool, two)) == 2 and not begin(pool, two)
     three = make_request("c", range(1, 13))
-    assert not pool.open(three, pool.match(three), reserved=1) and pool.open(
-        three, pool.match(three)
-    )
+    assert not begin(pool, three, reserved=1) and begin(pool, three)
 
 
 def test_fits_is_the_one_rule():
     pool = pool_of(blocks=3)
     assert (
-        pool.fits(12)
-        and not pool.fits(13)
-        and pool.fits(13, held=1)
-        and not pool.fits(9, held=1, free=1)
+        pool.fits(12, CHUNK)
+        and not pool.fits(13, CHUNK)
+        and pool.fits(13, CHUNK, held=1)
+        and not pool.fits(9, CHUNK, held=1, free=1)
     )
 
 
@@ -182,7 +190,9 @@ def test_a_second_publisher_keeps_its_block_private():
     one, two = make_request("a", range(1, 6)), make_request("b", range(1, 6), prompt_logprobs=1)
     compute(pool, one)
     compute(pool, two)
-    assert set(pool.cached.values()) == {one.block_ids[0]} and one.block_ids[0] != two.block_ids[0]
+    assert (
+        set(pool.cached[0].values()) == {one.tables[0][0]} and one.tables[0][0] != two.tables[0][0]
+    )
     check_pool(pool, [one, two])
     release(pool, two)
     assert len(pool._free) == 6
@@ -192,8 +202,8 @@ def test_without_prefix_caching_nothing_is_hashed():
     pool = pool_of(enable_prefix_caching=False)
     request = make_request("a", range(1, 10))
     compute(pool, request)
-    assert request.block_hashes == [] and not pool.cached
-    assert pool.match(make_request("b", range(1, 10))) == []
+    assert request.block_hashes == [] and not pool.cached[0]
+    assert found(pool, make_request("b", range(1, 10))) == []
     assert pool.claimant(make_request("b", range(1, 10))) is None
 
 
@@ -215,7 +225,7 @@ def test_claims_point_to_who_computes():
     pool = pool_of(blocks=16)
     first, second = make_request("a", range(1, 14)), make_request("b", range(1, 14))
     assert pool.claimant(second) is None
-    assert pool.open(first, [])
+    assert begin(pool, first)
     assert pool.claimant(second) is first
     assert pool.extend(first, 8)
     first.num_computed_tokens = 8
@@ -227,7 +237,7 @@ def test_claims_point_to_who_computes():
     assert pool.claimant(second) is None
     third = make_request("c", [*range(1, 13), *range(50, 60)])
     assert (
-        pool.open(third, pool.match(third))
+        begin(pool, third)
         and pool.claimant(make_request("d", [*range(1, 13), *range(50, 55)])) is third
     )
     pool.free(third)
@@ -237,10 +247,10 @@ def test_claims_point_to_who_computes():
 def test_trim_gives_back_what_a_failed_step_took():
     pool = pool_of()
     request = make_request("a", range(1, 14))
-    assert pool.open(request, []) and pool.extend(request, 13)
+    assert begin(pool, request) and pool.extend(request, 13)
     pool.trim(request, 5)
     request.num_computed_tokens = 5
-    assert len(request.block_ids) == 2 and pool.num_used == 2
+    assert len(request.tables[0]) == 2 and pool.num_used == 2
     check_pool(pool, [request])
 
 
@@ -257,7 +267,7 @@ def test_withdraw_takes_what_was_published_and_what_hangs_on_it():
     pool = pool_of()
     bad, child, other = chain_of_three(pool)
     pool.withdraw(bad, [bad, child, other])
-    assert set(pool.cached.values()) == set(other.block_ids[:2])
+    assert set(pool.cached[0].values()) == set(other.tables[0][:2])
     assert not child.publishes and other.publishes
     check_pool(pool, [bad, child, other])
 
@@ -269,29 +279,36 @@ def test_withdraw_frees_idle_blocks_and_leaves_what_the_request_only_read():
     compute(pool, bad)
     release(pool, bad)
     pool.withdraw(bad, [good])
-    assert set(pool.cached.values()) == {good.block_ids[0]} and good.publishes
+    assert set(pool.cached[0].values()) == {good.tables[0][0]} and good.publishes
     check_pool(pool, [good])
 
 
-def test_withdraw_takes_what_hangs_on_an_evicted_block():
+def test_withdraw_takes_what_derives_from_an_evicted_block():
+    pool = pool_of(blocks=4)
+    bad, reader = make_request("bad", range(1, 6)), make_request("reader", range(1, 10))
+    compute(pool, bad)
+    compute(pool, reader)
+    first, second = reader.tables[0][:2]
+    release(pool, bad)
+    release(pool, reader)
+    pool._forget(first)  # the chain is broken: its head is gone
+    del pool._evictable[first]
+    pool._free.append(first)
+    assert set(pool.cached[0].values()) == {second}
+    pool.withdraw(bad, [])
+    assert not pool.cached[0]
+    check_pool(pool, [])
+
+
+def test_withdraw_leaves_what_was_computed_from_scratch_under_a_withdrawn_hash():
     pool = pool_of(blocks=8)
     bad = make_request("bad", range(1, 6))
-    middle = make_request("middle", range(1, 10))
     compute(pool, bad)
-    compute(pool, middle)
-    private = make_request(
-        "private", range(1, 14), prompt_logprobs=1
-    )  # recomputes all: its third block hangs on
-    compute(pool, private)  # the hash of the second, which `middle` holds
-    last = private.block_ids[2]
-    release(pool, middle)
-    taker = make_request("taker", [99] * 4)
-    assert pool.open(taker, []) and pool.extend(taker, 4) and pool.num_free
-    while pool._evictable:
-        pool._take()
-    assert last in pool.cached.values()
-    pool.withdraw(bad, [private])
-    assert not pool.cached and not private.publishes
+    private = make_request("private", range(1, 10), prompt_logprobs=1)  # reads no block of another
+    compute(pool, private)
+    pool.withdraw(bad, [bad, private])
+    assert set(pool.cached[0].values()) == {private.tables[0][1]} and private.publishes
+    check_pool(pool, [bad, private])
 
 
 def test_a_request_that_reads_withdrawn_blocks_publishes_and_claims_no_more():
@@ -299,13 +316,13 @@ def test_a_request_that_reads_withdrawn_blocks_publishes_and_claims_no_more():
     bad = make_request("bad", range(1, 6))
     compute(pool, bad)
     reader = make_request("reader", range(1, 14))
-    assert pool.open(reader, pool.match(reader)) and pool._claims
+    assert begin(pool, reader) and pool._claims
     pool.withdraw(bad, [reader])
     assert not pool._claims
     assert pool.extend(reader, 13)
     reader.num_computed_tokens = 13
     pool.publish(reader, 13)
-    assert not pool.cached
+    assert not pool.cached[0]
     pool.free(reader)
     assert reader.publishes  # what it computes from scratch is sound
 
@@ -313,10 +330,10 @@ def test_a_request_that_reads_withdrawn_blocks_publishes_and_claims_no_more():
 @pytest.mark.parametrize(
     ("harm", "invariant"),
     [
-        (lambda pool, r: pool._refs.__setitem__(r.block_ids[0], 2), "I2"),
+        (lambda pool, r: pool._refs.__setitem__(r.tables[0][0], 2), "I2"),
         (lambda pool, r: pool._free.pop(), "I3"),
         (lambda pool, r: pool._free.__setitem__(0, pool._free[1]), "I1"),
-        (lambda pool, r: pool._cached.clear(), "I4: hashes"),
+        (lambda pool, r: pool._cached[0].clear(), "I4: hashes"),
         (lambda pool, r: pool._evictable.__setitem__(pool._free.pop(), None), "I4: an evictable"),
         (lambda pool, r: setattr(r, "num_computed_tokens", 3), "I6"),
         (lambda pool, r: pool._claims.__setitem__(b"", make_request("gone", [1])), "I12"),
@@ -344,7 +361,7 @@ def test_check_sees_a_free_block_with_a_hash_and_a_shared_block_being_written():
     one, two = make_request("a", range(1, 10)), make_request("b", range(1, 10))
     compute(pool, one)
     pool._refs = [2 * refs for refs in pool._refs]
-    two.block_ids, two.num_computed_tokens = one.block_ids, 9
+    two.tables, two.num_passed, two.num_computed_tokens = one.tables, [0], 9
     with pytest.raises(AssertionError, match="I5"):
         check_pool(pool, [one, two])
 
@@ -361,7 +378,7 @@ def test_match_finds_the_longest_prefix_that_a_naive_search_finds(prompts, size)
         request = make_request(f"r{i}", prompt)
         usable = range(0, len(prompt), size)
         naive = max(n for n in usable if n == 0 or any(old[:n] == prompt[:n] for old in seen))
-        assert len(pool.match(request)) * size == naive
+        assert len(found(pool, request)) * size == naive
         compute(pool, request)
         release(pool, request)
         check_pool(pool, [])

@@ -107,7 +107,7 @@ def chunk_of(plan, **changes):
         ({"num_tokens": 4}, "I10", "a computes 4 of 3 tokens"),
         ({"num_tokens": 0}, "I10", "a computes 0 of 3 tokens"),
         ({"samples": False}, "I10", "a samples at the wrong time"),
-        ({"block_ids": array("i", [0, 1])}, "I6", "a has 2 blocks for 11 tokens"),
+        ({"tables": (array("i", [0, 1]),)}, "I6", "a is not computed in its own blocks"),
         ({"num_tokens": 99}, "budget", "99 tokens of 8"),
     ],
 )
@@ -145,7 +145,7 @@ def test_no_block_is_written_by_two_or_while_it_is_cached():
         story.add(make_request("b", range(50, 57), arrival=1.0)),
     )
     plan = story.plan()
-    two.block_ids = one.block_ids
+    two.tables = one.tables
     with story.contradicts("I5", "a writes to block 0, which is shared"):
         story.checker.computed(plan)
 

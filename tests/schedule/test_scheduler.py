@@ -64,7 +64,7 @@ def test_a_plan_is_plain_data():
     add(scheduler, make_request("a", range(1, 7)), make_request("b", [1], arrival=1.0))
     plan = scheduler.plan(0.0)
     (chunk,) = plan.chunks
-    assert (chunk.request_id, chunk.end, len(chunk.block_ids), chunk.num_cached_tokens) == (
+    assert (chunk.request_id, chunk.end, len(chunk.tables[0]), chunk.num_cached_tokens) == (
         "a",
         6,
         2,
@@ -255,9 +255,7 @@ def test_a_preempted_request_finds_its_published_blocks():
     while not last.num_preemptions:
         step(scheduler)
     assert (
-        last.status is RequestStatus.PREEMPTED
-        and not last.block_ids
-        and last.num_computed_tokens == 0
+        last.status is RequestStatus.PREEMPTED and not last.tables and last.num_computed_tokens == 0
     )
     scheduler.abort("first")
     plan, _ = step(scheduler)
@@ -457,7 +455,7 @@ def test_a_step_that_drew_nothing_computes_its_last_position_again(prompt):
     scheduler.update(scheduler.plan(0.0), {})
     check_books(scheduler)
     assert (
-        len(scheduler.pool.cached) == (prompt - 1) // 4
+        len(scheduler.pool.cached[0]) == (prompt - 1) // 4
     )  # the block to be written again is not published
     plan, _ = step(scheduler)
     assert [(c.start, c.num_tokens, c.samples) for c in plan.chunks] == [(prompt - 1, 1, True)]
@@ -468,9 +466,9 @@ def test_full_blocks_are_published_when_their_step_is_over():
     scheduler = make_scheduler(size=4)
     add(scheduler, make_request("a", range(1, 10)))
     plan = scheduler.plan(0.0)
-    assert not scheduler.pool.cached
+    assert not scheduler.pool.cached[0]
     scheduler.update(plan, {"a": [5]})
-    assert len(scheduler.pool.cached) == 2
+    assert len(scheduler.pool.cached[0]) == 2
 
 
 def test_misuse_is_our_own_fault():
@@ -540,7 +538,7 @@ def test_rollback_computes_the_step_again():
     scheduler.rollback(plan)
     check_books(scheduler)
     assert request.num_computed_tokens == 8 and scheduler.pool.num_used == used
-    assert len(scheduler.pool.cached) == 2
+    assert len(scheduler.pool.cached[0]) == 2
     again = scheduler.plan(0.0)
     assert [(c.start, c.num_tokens) for c in again.chunks] == [
         (c.start, c.num_tokens) for c in plan.chunks
@@ -570,10 +568,10 @@ def test_a_numerical_failure_takes_its_blocks_from_the_cache():
         and bad.finish_reason is FinishReason.ERROR
         and scheduler.fail("bad") is None
     )
-    assert not scheduler.pool.cached
+    assert not scheduler.pool.cached[0]
     check_books(scheduler)
     drain(scheduler)
-    assert not scheduler.pool.cached  # the reader had read them: it published nothing after
+    assert not scheduler.pool.cached[0]  # the reader had read them: it published nothing after
 
 
 # ----------------------------------------------------------------------------------------------------------- deadlines

@@ -183,7 +183,11 @@ def plan(
 
 def _plan_record(prepared: "Prepared", *, tensors: bool) -> dict[str, Any]:
     plan = prepared.plan
-    record = asdict(plan) | {"kv_cache": plan.kv_cache, "kv_tokens": plan.kv_tokens}
+    record = asdict(plan) | {
+        "kv_cache": plan.kv_cache,
+        "kv_tokens": plan.kv_tokens,
+        "bytes_per_token": plan.bytes_per_token,
+    }
     if tensors:
         record["tensors"] = [
             {"name": row.name, "bytes": row.nbytes, "mapped": row.mapped, "format": row.format}

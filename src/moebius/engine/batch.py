@@ -1,13 +1,14 @@
 """StepPlan to StepInputs: the one place where requests become tensors."""
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import StateInputs, StepInputs
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import StepPlan
+from moebius.schedule.scheduler import Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +40,19 @@ def build_batch(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Translate a plan; what is sampled comes in its order."""
-    token_ids, starts, blocks, sampled_rows, sampled = [], [], [], [], []
+    token_ids: list[list[int]] = []
+    starts: list[int] = []
+    tables: list[tuple[array[int], ...]] = []
+    sampled: list[Request] = []
+    sampled_rows: list[int] = []
     prompts: list[PromptRows] = []
     row = 0
-    for request_id, start, num_tokens, samples, block_ids, _ in plan.chunks:
+    for request_id, start, num_tokens, samples, blocks, _, _, _ in plan.chunks:
         request = requests[request_id]
         stop = start + num_tokens
         token_ids.append(request.tokens(start, stop))
         starts.append(start)
-        blocks.append(block_ids)
+        tables.append(blocks)
         if request.params.prompt_logprobs is not None:
             last_scored = min(stop, len(request.prompt_ids) - 1)
             if start < last_scored:
@@ -60,9 +65,28 @@ def build_batch(
         if samples:
             sampled.append(request)
             sampled_rows.append(row - 1)
-    return Batch(
-        StepInputs.build(token_ids, starts, blocks, block_size, device),
-        sampled,
-        sampled_rows,
-        prompts,
+    several = range(1, len(tables[0]) if tables else 1)
+    others = [[each[group] for each in tables] for group in several]
+    inputs = StepInputs.build(
+        token_ids,
+        starts,
+        [each[0] for each in tables],
+        block_size,
+        device,
+        others=others,
+        states=_states(plan.chunks),
+    )
+    return Batch(inputs, sampled, sampled_rows, prompts)
+
+
+def _states(chunks: Sequence[Chunk]) -> StateInputs | None:
+    """What the step does with recurrent states; None where the model has none."""
+    if not chunks or chunks[0].states is None:
+        return None
+    placed = [(chunk.start, chunk.states) for chunk in chunks if chunk.states is not None]
+    return StateInputs(
+        slots=[own.slot for _, own in placed],
+        cleared=[own.slot for start, own in placed if not start],
+        restores=[(own.restore, own.slot) for _, own in placed if own.restore is not None],
+        saves=[(own.slot, own.save) for _, own in placed if own.save is not None],
     )

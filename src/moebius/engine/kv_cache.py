@@ -1,65 +1,263 @@
-"""The tensors behind the blocks: one anonymous mapping for all layers, in huge pages, touched in
-the background."""
+"""The tensors behind blocks and states, in one anonymous mapping of huge pages, touched early on.
 
+Every block has one size: `rows` layers' keys and values of `block_size` tokens. Layers that keep
+the same of the past form a group with a block table of its own (schedule/groups.py says why groups
+share one pool); a group of more than `rows` layers is cut into several. So layer `row` of a block
+lies in the same array for all groups, and no two groups ever use one block of it.
+"""
+
+import json
 import mmap
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from moebius.models.config import ModelConfig
+from moebius.errors import CacheDataError, ConfigError
 from moebius.ops import LayerCache, Ops
-from moebius.ops.cache_spec import CacheSpec
+from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.pages import populate
 
+MOST_TABLES = 8
+"""Block tables that a sequence may have: each costs every step a little, so above this a block with
+some unused memory is the lesser evil."""
 _HUGE_PAGE = 2 * 2**20
 _IDLE_SECONDS = 0.2
+_MAGIC = b"moebius cache\n"
+_CHECKSUM_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Where each layer's past lies.
+
+    windows   of each block table, that is each group of layers (None: the whole past)
+    rows      layers that a block has room for
+    places    each layer's (group, row); None for a layer without keys and values
+    """
+
+    windows: tuple[int | None, ...]
+    rows: int
+    places: tuple[tuple[int, int] | None, ...]
+
+
+def lay_out(specs: Sequence[CacheSpec]) -> CacheLayout:
+    """Group the layers with equal specs, and cut the groups to the size of a block.
+
+    Of the sizes with at most MOST_TABLES tables, the one that leaves least memory unused; of equal
+    ones the largest. ConfigError where layers keep keys and values of different sizes.
+    """
+    groups = Counter(spec for spec in specs if spec.token)
+    sizes = {spec.token for spec in groups}
+    if len(sizes) > 1:
+        names = " and ".join(sorted(f"{spec.bytes_per_token} bytes" for spec in groups))
+        raise ConfigError(
+            f"layers keep {names} a token; all layers with keys and values must keep the same"
+        )
+    rows = _rows(list(groups.values()))
+    windows: list[int | None] = []
+    first: dict[CacheSpec, int] = {}
+    for spec, count in groups.items():
+        first[spec] = len(windows)
+        windows += [spec.window] * -(-count // rows)
+    places: list[tuple[int, int] | None] = []
+    seen: Counter[CacheSpec] = Counter()
+    for spec in specs:
+        group, row = divmod(seen[spec], max(rows, 1))
+        places.append((first[spec] + group, row) if spec.token else None)
+        seen[spec] += 1
+    return CacheLayout(tuple(windows), rows, tuple(places))
+
+
+def _rows(counts: Sequence[int]) -> int:
+    """Layers a block, for groups of so many layers each."""
+    if not counts:
+        return 0
+
+    def tables(rows: int) -> int:
+        return sum(-(-count // rows) for count in counts)
+
+    most = max(MOST_TABLES, len(counts))
+    fitting = [rows for rows in range(1, max(counts) + 1) if tables(rows) <= most]
+    return min(fitting, key=lambda rows: (rows * tables(rows), -rows))
 
 
 class KVCache:
-    """Every layer's cache of `num_blocks` blocks. `layers[i]` is opaque: only the operations'
-    backend reads it."""
+    """Every layer's cache of `num_blocks` blocks, and `num_states` slots of recurrent states.
+
+    `layers[i]` is opaque: only the operations' backend reads it. `groups[i]` is the block table
+    that layer i uses. `states[i]` has layer i's state planes by name, (num_states, *shape) each.
+    """
 
     def __init__(
         self,
-        model: ModelConfig,
+        specs: Sequence[CacheSpec],
         ops: Ops,
         *,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
         device: torch.device,
+        num_states: int = 0,
     ) -> None:
-        specs = model.caches(dtype)
-        sizes = [num_blocks * _block_bytes(ops, spec, block_size) for spec in specs]
+        self.specs = tuple(specs)
+        self.layout = lay_out(specs)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.nbytes = sum(sizes)
         self.last_used = 0.0
+        self._ops = ops
+        per_block = block_bytes(specs, ops, block_size)
+        per_row = num_blocks * per_block // max(self.layout.rows, 1)
+        self.nbytes = num_blocks * per_block
         buffer = _reserve(
             self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS
         )
-        self.layers: list[LayerCache] = [
-            ops.make_cache(part, spec, block_size) if spec.token else LayerCache()
-            for part, spec in zip(torch.split(buffer, sizes), specs, strict=True)
+        rows = [
+            ops.make_cache(buffer[row * per_row : (row + 1) * per_row], _keeping(specs), block_size)
+            for row in range(self.layout.rows)
         ]
+        places = self.layout.places
+        self.layers = [LayerCache() if at is None else rows[at[1]] for at in places]
+        self.groups = tuple(0 if at is None else at[0] for at in places)
+        self.states: tuple[dict[str, Tensor], ...] = tuple(
+            {
+                plane.name: torch.zeros(num_states, *plane.shape, dtype=plane.dtype, device=device)
+                for plane in spec.state
+            }
+            for spec in specs
+        )
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Sequences that begin in these slots begin with zeros."""
+        for plane in self._state_planes():
+            plane[list(slots)] = 0
+
+    def copy_states(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy all layers' states from one slot to another, for each of the pairs."""
+        sources = [source for source, _ in pairs]
+        targets = [target for _, target in pairs]
+        for plane in self._state_planes():
+            plane[targets] = plane[sources]
+
+    def read_block(self, group: int, block: int) -> bytes:
+        """A block with its header and checksum, for `write_block` of an equal cache."""
+        return _seal(self._block_header(group), self._block_memory(group, block))
+
+    def write_block(self, group: int, block: int, data: bytes) -> None:
+        """Put back what `read_block` gave. CacheDataError where that is another cache's, or
+        damaged; nothing is written then."""
+        _unseal(data, self._block_header(group), self._block_memory(group, block))
+
+    def read_state(self, slot: int) -> bytes:
+        """All layers' states in a slot, as `read_block` has it."""
+        return _seal(self._state_header(), [plane[slot] for plane in self._state_planes()])
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        """Put back what `read_state` gave, or raise CacheDataError."""
+        _unseal(data, self._state_header(), [plane[slot] for plane in self._state_planes()])
+
+    def _state_planes(self) -> list[Tensor]:
+        return [plane for planes in self.states for plane in planes.values()]
+
+    def _members(self, group: int) -> list[int]:
+        places = self.layout.places
+        return [i for i, at in enumerate(places) if at is not None and at[0] == group]
+
+    def _block_memory(self, group: int, block: int) -> list[Tensor]:
+        layers = [self.layers[i] for i in self._members(group)]
+        return [part for layer in layers for part in self._ops.block_memory(layer, block)]
+
+    def _block_header(self, group: int) -> dict[str, Any]:
+        layers = self._members(group)
+        spec = self.specs[layers[0]]
+        return {
+            "kind": "block",
+            "layout": self._ops.cache_layout,
+            "block_size": self.block_size,
+            "window": spec.window,
+            "layers": layers,
+            "planes": _planes(spec.token),
+        }
+
+    def _state_header(self) -> dict[str, Any]:
+        layers = {str(i): _planes(spec.state) for i, spec in enumerate(self.specs) if spec.state}
+        return {"kind": "state", "layers": layers}
 
 
-def bytes_per_token(model: ModelConfig, ops: Ops, block_size: int, dtype: torch.dtype) -> int:
-    """What one token takes in the cache, over all layers."""
-    per_block = [_block_bytes(ops, spec, block_size) for spec in model.caches(dtype)]
-    return sum(-(-nbytes // block_size) for nbytes in per_block)
+def block_bytes(specs: Sequence[CacheSpec], ops: Ops, block_size: int) -> int:
+    """What one block takes: the keys and values of `block_size` tokens in as many layers as a block
+    has rows."""
+    rows = lay_out(specs).rows
+    if not rows:
+        return 0
+    return rows * ops.cache_bytes_per_block(_keeping(specs), block_size)
 
 
-def _block_bytes(ops: Ops, spec: CacheSpec, block_size: int) -> int:
-    """Of one layer; none where it keeps nothing of the past."""
-    return ops.cache_bytes_per_block(spec, block_size) if spec.token else 0
+def state_bytes(specs: Sequence[CacheSpec]) -> int:
+    """What one slot takes: a state of each layer that has one."""
+    return sum(spec.bytes_per_state for spec in specs)
+
+
+def scratch_states(specs: Sequence[CacheSpec]) -> int:
+    """How many states more a sequence may need at a time."""
+    return max((spec.scratch_states for spec in specs), default=0)
+
+
+def request_bytes(specs: Sequence[CacheSpec]) -> int:
+    """What is written once a request, over all layers."""
+    return sum(spec.bytes_per_request for spec in specs)
+
+
+def _keeping(specs: Sequence[CacheSpec]) -> CacheSpec:
+    """One of the layers that keep something of each token; all of them keep the same."""
+    return next(spec for spec in specs if spec.token)
+
+
+def _planes(planes: Sequence[Plane]) -> list[list[Any]]:
+    return [[plane.name, list(plane.shape), str(plane.dtype)] for plane in planes]
+
+
+def _seal(header: dict[str, Any], parts: Sequence[Tensor]) -> bytes:
+    """Magic, length of the header, header, memory, checksum of all of it."""
+    described = json.dumps(header, sort_keys=True).encode()
+    memory = [_bytes_of(part).cpu().numpy().tobytes() for part in parts]
+    sealed = b"".join((_MAGIC, len(described).to_bytes(4, "little"), described, *memory))
+    return sealed + blake2b(sealed, digest_size=_CHECKSUM_BYTES).digest()
+
+
+def _unseal(data: bytes, header: dict[str, Any], parts: Sequence[Tensor]) -> None:
+    """Check all of `data`, then copy it to `parts`."""
+    start = len(_MAGIC) + 4
+    if len(data) < start + _CHECKSUM_BYTES or not data.startswith(_MAGIC):
+        raise CacheDataError("this is no block or state of a cache")
+    sealed = data[:-_CHECKSUM_BYTES]
+    if blake2b(sealed, digest_size=_CHECKSUM_BYTES).digest() != data[-_CHECKSUM_BYTES:]:
+        raise CacheDataError("the bytes of a block or state do not match their checksum")
+    end = start + int.from_bytes(sealed[len(_MAGIC) : start], "little")
+    theirs = json.loads(sealed[start:end])
+    if theirs != header:
+        names = sorted(n for n in {*theirs, *header} if theirs.get(n) != header.get(n))
+        found = ", ".join(f"{n} {theirs.get(n)!r} instead of {header.get(n)!r}" for n in names)
+        raise CacheDataError(f"the bytes are of another cache: {found}")
+    for part in parts:
+        memory = _bytes_of(part)
+        piece = sealed[end : end + len(memory)]
+        memory.copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
+        end += len(memory)
+
+
+def _bytes_of(part: Tensor) -> Tensor:
+    return part.view(-1).view(torch.uint8)
 
 
 def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> torch.Tensor:
-    if device.type != "cpu" or sys.platform != "linux":
+    if device.type != "cpu" or sys.platform != "linux" or not nbytes:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     region = mmap.mmap(
         -1, -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

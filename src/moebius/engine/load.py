@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +12,16 @@ from moebius import machine
 from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
-from moebius.engine.kv_cache import KVCache, bytes_per_token
+from moebius.engine.kv_cache import (
+    KVCache,
+    block_bytes,
+    lay_out,
+    request_bytes,
+    scratch_states,
+    state_bytes,
+)
 from moebius.engine.memory import (
+    CacheSizes,
     MemoryPlan,
     WeightBytes,
     human_bytes,
@@ -27,6 +36,7 @@ from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_ch
 from moebius.models.store.load import load_decoder
 from moebius.models.uses import check_served
 from moebius.ops import Ops, select_ops
+from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.ops.weights import dtype_name
 from moebius.schedule.blocks import BlockPool
@@ -99,7 +109,7 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         _weight_bytes(weights, checkpoint.dtype),
         dtype=dtype_name(dtype),
         device=device.type,
-        bytes_per_token=bytes_per_token(checkpoint.config, ops, config.block_size, dtype),
+        cache=_cache_sizes(checkpoint.config.caches(dtype), ops, config.block_size),
         available=available,
         available_of=available_of,
         recorded=workspace.nbytes if workspace.recorded else None,
@@ -134,6 +144,7 @@ def load_engine(
     pool = BlockPool(
         plan.num_blocks,
         plan.block_size,
+        groups=plan.groups,
         enable_prefix_caching=config.enable_prefix_caching,
         key=prefix_key or secrets.token_bytes(32),
         namespace=name.encode(),
@@ -167,13 +178,14 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
     plan, model_config = prepared.plan, prepared.checkpoint.config
     model = load_decoder(prepared.checkpoint, prepared.dtype, prepared.device, prepared.ops)
+    states = plan.groups.states
     cache = KVCache(
-        model_config,
+        model_config.caches(prepared.dtype),
         prepared.ops,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
-        dtype=prepared.dtype,
         device=prepared.device,
+        num_states=0 if states is None else states.num_slots,
     )
     runner = Runner(model, cache, prepared.device, step_rows(config), prepared.workspace)
     runner.warm_up()
@@ -183,6 +195,16 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
 def step_rows(config: EngineConfig) -> StepRows:
     """How many rows memory is planned for, and recorded for."""
     return StepRows(config.max_num_batched_tokens, logit_rows(config))
+
+
+def _cache_sizes(specs: Sequence[CacheSpec], ops: Ops, block_size: int) -> CacheSizes:
+    return CacheSizes(
+        windows=lay_out(specs).windows,
+        block=block_bytes(specs, ops, block_size),
+        state=state_bytes(specs),
+        scratch=scratch_states(specs),
+        request=request_bytes(specs),
+    )
 
 
 def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:

@@ -8,9 +8,10 @@ without loading the model); the engine reserves what it says at start and nothin
 from dataclasses import dataclass, replace
 
 from moebius.engine.config import EngineConfig
-from moebius.errors import MemoryPlanError, require
+from moebius.errors import ConfigError, MemoryPlanError
 from moebius.models.config import ModelConfig
 from moebius.ops.sampling import ROWS_AT_ONCE
+from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.params import LIMITS
 
 # Rows of logits that prompt log-probabilities are computed from at a time.
@@ -18,6 +19,10 @@ PROMPT_LOGIT_ROWS = 64
 # Ids that sampling holds at a time (candidates, or those that penalties name), but for one row's
 # that has more.
 SAMPLED_IDS = 2**16
+# Snapshots of recurrent states that are kept for each sequence that may run, and the blocks between
+# two of them.
+SNAPSHOTS_A_SEQUENCE = 2
+SNAPSHOT_INTERVAL = 64
 _FLOAT32 = 4
 _INT64 = 8
 
@@ -37,8 +42,44 @@ class WeightBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """What a model's cache is made of, in bytes.
+
+    windows   of each block table that a sequence has; None: the whole past
+    block     one block of one table
+    state     one slot for recurrent states; `scratch` more of them a sequence
+    request   what is written once a request
+    """
+
+    windows: tuple[int | None, ...]
+    block: int
+    state: int = 0
+    scratch: int = 0
+    request: int = 0
+
+    def groups(self, max_num_seqs: int) -> CacheGroups:
+        """What the scheduler counts: places for the states of all sequences that may run, and for
+        some snapshots."""
+        states = None
+        if self.state:
+            a_sequence = 1 + self.scratch + SNAPSHOTS_A_SEQUENCE
+            states = StateSpec(max_num_seqs * a_sequence, self.scratch, SNAPSHOT_INTERVAL)
+        blocks = tuple(map(GroupSpec, self.windows))
+        return CacheGroups(blocks, states, max_num_seqs if self.request else None)
+
+    def fixed(self, groups: CacheGroups) -> int:
+        """Bytes of all that does not grow with tokens."""
+        slots = 0 if groups.states is None else groups.states.num_slots
+        return slots * self.state + (groups.request_slots or 0) * self.request
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Sizes in bytes, lengths in tokens.
+
+    A block holds `block_size` tokens of one group of layers; `states` and what is fixed per request
+    are planned beside the blocks. `chunk` is the most tokens of a sequence that one step computes:
+    a window holds them beside its own.
 
     available is what was left when the plan was made, and `available_of` says of what: the machine,
     the control group that limits it, or a device. The default of max_model_len is lowered when one
@@ -47,8 +88,9 @@ class MemoryPlan:
 
     weights: WeightBytes
     block_size: int
-    bytes_per_token: int
+    cache: CacheSizes
     num_blocks: int
+    chunk: int
     workspace: int
     available: int
     max_model_len: int
@@ -59,59 +101,109 @@ class MemoryPlan:
     lowered_from: int | None = None
 
     @property
+    def groups(self) -> CacheGroups:
+        return self.cache.groups(self.max_num_seqs)
+
+    @property
     def kv_cache(self) -> int:
-        return self.num_blocks * self.block_size * self.bytes_per_token
+        return self.num_blocks * self.cache.block
+
+    @property
+    def states(self) -> int:
+        """Recurrent states, snapshots of them, and what is fixed per request."""
+        return self.cache.fixed(self.groups)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token adds to a sequence, until windows have passed it."""
+        return len(self.cache.windows) * self.cache.block // self.block_size
 
     @property
     def kv_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+        """Tokens that the blocks hold, in all layers."""
+        return self.num_blocks // max(len(self.cache.windows), 1) * self.block_size
+
+    def most_blocks(self, length: int) -> int:
+        """Most blocks that a sequence of `length` tokens holds at a time: what admission asks."""
+        return self.groups.most_blocks(length, self.chunk, self.block_size)
 
     def sequences(self, length: int) -> int:
         """How many sequences of `length` tokens the cache holds at once (they may still take turns
         beyond that)."""
-        return self.num_blocks // -(-length // self.block_size)
+        blocks = self.most_blocks(length)
+        return self.num_blocks // blocks if blocks else self.max_num_seqs
+
+    def longest(self) -> int:
+        """The longest sequence, up to max_model_len, of which the cache holds one."""
+        low = 0
+        high = -(-self.max_model_len // self.block_size)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.most_blocks(middle * self.block_size) <= self.num_blocks:
+                low = middle
+            else:
+                high = middle - 1
+        return min(low * self.block_size, self.max_model_len)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, how much, remark) for a table."""
-        weights, blocks = self.weights, f"{self.num_blocks:,} blocks of {self.block_size} tokens"
+        weights = self.weights
         held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
+        held = f"{weights.parameters:,} parameters; {held}"
         changed = ""
         if weights.stored not in ("", self.dtype):
             treated = "copied" if weights.copied > weights.mapped else "read in place"
             changed = f"; weights are {weights.stored} in the files, {treated}"
-        context = (
-            f"lowered from {self.lowered_from:,}: one sequence must fit"
-            if self.lowered_from
-            else "tokens"
-        )
-        lengths = sorted(
-            {min(n, self.max_model_len) for n in (256, 1024, 4096, self.max_model_len)}
-        )
-        fits = [
-            (f"sequences of {n:,}", f"{self.sequences(n):,}", "at once in the cache")
-            for n in lengths
-        ]
+        context = "tokens"
+        if self.lowered_from:
+            context = f"lowered from {self.lowered_from:,}: one sequence must fit"
+        blocks = f"{self.num_blocks:,} blocks of {self.block_size} tokens"
+        workspace = human_bytes(self.workspace)
         return [
-            (
-                "weights",
-                human_bytes(weights.mapped + weights.copied),
-                f"{weights.parameters:,} parameters; {held}",
-            ),
+            ("weights", human_bytes(weights.mapped + weights.copied), held),
             (
                 "KV cache",
                 human_bytes(self.kv_cache),
-                f"{blocks}, {self.bytes_per_token:,} B a token",
+                f"{blocks}, {self.bytes_per_token:,} B a token{self._windows()}",
             ),
-            (
-                "workspace",
-                human_bytes(self.workspace),
-                "activations and logits of the largest step",
-            ),
+            *self._state_rows(),
+            ("workspace", workspace, "activations and logits of the largest step"),
             ("available", human_bytes(self.available), f"left of {self.available_of}"),
             ("computed", self.dtype, f"on {self.device}{changed}"),
             ("context", f"{self.max_model_len:,}", context),
-            *fits,
+            *self._length_rows(),
             ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
+        ]
+
+    def _windows(self) -> str:
+        windows = sorted({window for window in self.cache.windows if window is not None})
+        if not windows:
+            return ""
+        named = " and ".join(f"{window:,}" for window in windows)
+        return f"; freed behind windows of {named}"
+
+    def _state_rows(self) -> list[tuple[str, str, str]]:
+        rows = []
+        states = self.groups.states
+        requests = self.groups.request_slots
+        if states is not None:
+            size = human_bytes(states.num_slots * self.cache.state)
+            remark = f"{states.num_slots:,} slots, {SNAPSHOTS_A_SEQUENCE} snapshots a sequence"
+            rows.append(("states", size, remark))
+        if requests is not None:
+            size = human_bytes(requests * self.cache.request)
+            rows.append(("request caches", size, f"{requests:,}, written once a request"))
+        return rows
+
+    def _length_rows(self) -> list[tuple[str, str, str]]:
+        most = self.max_model_len
+        return [
+            (
+                f"sequences of {n:,}",
+                f"{self.sequences(n):,}",
+                f"at once in the cache, {self.most_blocks(n):,} blocks each",
+            )
+            for n in sorted({min(n, most) for n in (256, 1024, 4096, most)})
         ]
 
 
@@ -174,7 +266,7 @@ def plan_memory(
     *,
     dtype: str,
     device: str,
-    bytes_per_token: int,
+    cache: CacheSizes,
     available: int,
     available_of: str = "",
     recorded: int | None = None,
@@ -190,44 +282,24 @@ def plan_memory(
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
     half of what is left after weights and workspace.
     """
-    wanted, most = engine.max_model_len, model.context
+    wanted = engine.max_model_len
+    most = model.context
     length = wanted or most
-    require(
-        length <= most,
-        f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}",
-    )
-    itemsize = _FLOAT32 if dtype == "float32" else 2
+    if length > most:
+        raise ConfigError(
+            f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}"
+        )
     if recorded is None:
+        itemsize = _FLOAT32 if dtype == "float32" else 2
         workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
     else:
         workspace = recorded + sampling_bytes(model.vocab_size, length)
-    left = available - weights.mapped - weights.copied - workspace
-    of = f" (left of {available_of})" if available_of else ""
-    require(
-        left > 0,
-        f"weights ({human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied) and "
-        f"workspace ({human_bytes(workspace)}) need more than the {human_bytes(available)} "
-        f"available{of}; lower --max-num-batched-tokens, keep the checkpoint's --dtype, or free "
-        "memory",
-        MemoryPlanError,
-    )
-    block_bytes = engine.block_size * bytes_per_token
-    budget = engine.kv_cache_memory_bytes
-    if budget is None:
-        useful = engine.max_num_seqs * -(-length // engine.block_size) * block_bytes
-        budget = min(useful, left // 2)
-    require(
-        budget <= left,
-        f"--kv-cache-memory-bytes {budget} ({human_bytes(budget)}) is more than the "
-        f"{human_bytes(left)} that weights and workspace leave of {human_bytes(available)}{of}; "
-        "lower it",
-        MemoryPlanError,
-    )
     plan = MemoryPlan(
         weights=weights,
         block_size=engine.block_size,
-        bytes_per_token=bytes_per_token,
-        num_blocks=budget // block_bytes,
+        cache=cache,
+        num_blocks=0,
+        chunk=engine.max_num_batched_tokens,
         workspace=workspace,
         available=available,
         available_of=available_of,
@@ -236,20 +308,53 @@ def plan_memory(
         dtype=dtype,
         device=device,
     )
-    return _with_room_for_one(plan, shorter=wanted is None)
+    budget = _cache_budget(plan, engine.kv_cache_memory_bytes)
+    blocks = max(budget - plan.states, 0) // cache.block if cache.block else 0
+    return _with_room_for_one(replace(plan, num_blocks=blocks), budget, shorter=wanted is None)
 
 
-def _with_room_for_one(plan: MemoryPlan, *, shorter: bool) -> MemoryPlan:
+def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
+    """Bytes for the cache, states and all: what is wanted, or the default; MemoryPlanError where
+    there is less."""
+    weights = plan.weights
+    available = human_bytes(plan.available)
+    of = f" (left of {plan.available_of})" if plan.available_of else ""
+    left = plan.available - weights.mapped - weights.copied - plan.workspace
+    if left <= 0:
+        raise MemoryPlanError(
+            f"weights ({human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied) "
+            f"and workspace ({human_bytes(plan.workspace)}) need more than the {available} "
+            f"available{of}; lower --max-num-batched-tokens, keep the checkpoint's --dtype, or "
+            "free memory"
+        )
+    if wanted is None:
+        useful = plan.max_num_seqs * plan.most_blocks(plan.max_model_len) * plan.cache.block
+        return min(useful + plan.states, left // 2)
+    if wanted > left:
+        raise MemoryPlanError(
+            f"--kv-cache-memory-bytes {wanted} ({human_bytes(wanted)}) is more than the "
+            f"{human_bytes(left)} that weights and workspace leave of {available}{of}; lower it"
+        )
+    return wanted
+
+
+def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> MemoryPlan:
     """The plan, whose context is made shorter, if it may be, until one sequence of that length fits
     into the cache."""
-    if plan.kv_tokens >= plan.max_model_len:
+    if budget < plan.states:
+        raise MemoryPlanError(
+            f"the states of {plan.max_num_seqs} sequences need {human_bytes(plan.states)}, but the "
+            f"cache has {human_bytes(budget)}; lower --max-num-seqs or raise "
+            f"--kv-cache-memory-bytes to {plan.states}"
+        )
+    longest = plan.longest()
+    if longest == plan.max_model_len:
         return plan
-    needed = -(-plan.max_model_len // plan.block_size) * plan.block_size * plan.bytes_per_token
-    require(
-        shorter and plan.num_blocks >= 1,
-        f"one sequence of {plan.max_model_len:,} tokens needs {human_bytes(needed)} of KV cache, "
-        f"but it has {human_bytes(plan.kv_cache)} ({plan.kv_tokens:,} tokens); lower "
-        f"--max-model-len or raise --kv-cache-memory-bytes to {needed}",
-        MemoryPlanError,
-    )
-    return replace(plan, max_model_len=plan.kv_tokens, lowered_from=plan.max_model_len)
+    if not (shorter and longest):
+        needed = plan.most_blocks(plan.max_model_len) * plan.cache.block
+        raise MemoryPlanError(
+            f"one sequence of {plan.max_model_len:,} tokens needs {human_bytes(needed)} of KV "
+            f"cache, but it has {human_bytes(plan.kv_cache)} ({plan.kv_tokens:,} tokens); lower "
+            f"--max-model-len or raise --kv-cache-memory-bytes to {needed + plan.states}"
+        )
+    return replace(plan, max_model_len=longest, lowered_from=plan.max_model_len)

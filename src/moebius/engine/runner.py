@@ -51,7 +51,8 @@ class Runner:
         self._moves = self.model.moves
         step = planned.step if planned else None
         logits = planned.head if planned else None
-        self._step = self.ops.record(self._hidden, self._rows.step_source(), self.device, step)
+        steps = self._rows.step_source(len(self.cache.layout.windows))
+        self._step = self.ops.record(self._hidden, steps, self.device, step)
         if not self._step.trace.recorded:  # its results are elsewhere each time
             logits = self._step.trace
         self._head = self.ops.record(self._logits, self._rows.head_source(), self.device, logits)
@@ -79,7 +80,12 @@ class Runner:
         if self.model.moves != self._moves:
             self._record()
         self._num_rows = 0  # should the step fail, none has logits
+        if inputs.states is not None:
+            self.cache.clear_states(inputs.states.cleared)
+            self.cache.copy_states(inputs.states.restores)
         self._last = self._step.run(inputs)
+        if inputs.states is not None:
+            self.cache.copy_states(inputs.states.saves)
         self._num_rows = len(self._last)
         self.cache.last_used = time.monotonic()
         self.expert_counts.step()
@@ -98,10 +104,14 @@ class Runner:
     def warm_up(self) -> None:
         """Run an empty step and one of a single token, so that the first request meets nothing for
         the first time."""
-        for zeros in ([], [[0]]):
-            inputs = StepInputs.build(
-                zeros, [0] * len(zeros), zeros, self.cache.block_size, self.device
-            )
-            self.execute(inputs)
-            self.logits(range(len(zeros)))
+        for sequences in (0, 1):
+            self.execute(self._zeros(sequences))
+            self.logits(range(sequences))
         self.expert_counts.clear()
+
+    def _zeros(self, sequences: int) -> StepInputs:
+        """A step of as many sequences of one token 0, all in block 0."""
+        zeros = [[0]] * sequences
+        others = [zeros] * (len(self.cache.layout.windows) - 1)
+        size = self.cache.block_size
+        return StepInputs.build(zeros, [0] * sequences, zeros, size, self.device, others=others)

@@ -9,7 +9,7 @@ spell out prompts.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,11 +17,12 @@ from moebius.errors import ConfigError, StorageError, require
 from moebius.files import begins_with, check_target
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
+from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import FinishReason, Request
-from moebius.schedule.scheduler import Scheduler, StepPlan
+from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 
-VERSION = 2
+VERSION = 3
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline")
@@ -42,8 +43,9 @@ class TraceWriter:
             raise StorageError(f"--trace {path} cannot be written: {error.strerror}") from error
         self._names: dict[int, int] = {}
         sizes = {name: getattr(pool, name) for name in _POOL}
+        groups = asdict(pool.groups)
         options = {field.name: getattr(config, field.name) for field in fields(SchedulerConfig)}
-        self._write(event="start", version=VERSION, scheduler=options, pool=sizes)
+        self._write(event="start", version=VERSION, scheduler=options, pool=sizes, groups=groups)
 
     def add(self, request: Request) -> None:
         params = request.params
@@ -102,13 +104,24 @@ def plan_record(plan: StepPlan) -> dict[str, Any]:
     id."""
     return {
         "step": plan.step,
-        "chunks": [
-            [c.request_id, c.start, c.num_tokens, c.samples, list(c.block_ids)] for c in plan.chunks
-        ],
+        "chunks": [_chunk_record(chunk) for chunk in plan.chunks],
         "preempted": list(plan.preempted),
         "expired": list(plan.expired),
         "waiting": dict(plan.waiting),
     }
+
+
+def _chunk_record(chunk: Chunk) -> list[Any]:
+    states = chunk.states
+    return [
+        chunk.request_id,
+        chunk.start,
+        chunk.num_tokens,
+        chunk.samples,
+        [list(table) for table in chunk.tables],
+        None if states is None else [states.slot, *states.scratch, states.restore, states.save],
+        chunk.request_slot,
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +208,14 @@ def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
         raise ConfigError(
             f"{path} does not begin with the start line of a trace of version {VERSION}"
         )
-    return Scheduler(
-        SchedulerConfig(**start["scheduler"]), BlockPool(**start["pool"], key=bytes(32))
+    groups = start["groups"]
+    cache = CacheGroups(
+        tuple(GroupSpec(**spec) for spec in groups["blocks"]),
+        None if groups["states"] is None else StateSpec(**groups["states"]),
+        groups["request_slots"],
     )
+    pool = BlockPool(**start["pool"], groups=cache, key=bytes(32))
+    return Scheduler(SchedulerConfig(**start["scheduler"]), pool)
 
 
 def _request(record: dict[str, Any]) -> Request:

@@ -27,8 +27,9 @@ class StepRows:
     tokens: int
     logits: int
 
-    def step_source(self) -> StepSource:
-        return StepSource(self.tokens)
+    def step_source(self, groups: int) -> StepSource:
+        """Steps of a model whose layers form so many groups."""
+        return StepSource(self.tokens, groups)
 
     def head_source(self) -> RowSource:
         return RowSource(LOGITS, self.logits)
@@ -69,7 +70,7 @@ class Workspace:
 @torch.inference_mode()
 def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
     """A step's final hidden states (T, D), its keys and values written to the cache."""
-    past = PagedPast(model.ops, cache.layers, step, cache.block_size)
+    past = PagedPast(model.ops, cache.layers, cache.groups, step, cache.block_size)
     hidden_TD: Tensor = model(step.input_ids, step.positions, past)[0]
     return hidden_TD
 
@@ -99,9 +100,12 @@ def plan_workspace(
         raise ConfigError(f"the {ops.name} kernels do not compute in {name}; use another --dtype")
     meta = torch.device("meta")
     model = Decoder(config, ops, dtype, device=meta)
-    cache = KVCache(config, ops, num_blocks=1, block_size=block_size, dtype=dtype, device=meta)
+    specs = config.caches(dtype)
+    cache = KVCache(specs, ops, num_blocks=1, block_size=block_size, device=meta)
     hidden_TD = torch.empty(rows.tokens, config.hidden_size, dtype=dtype, device=meta)
-    step = ops.trace(lambda step: forward(model, cache, step), rows.step_source())
+    step = ops.trace(
+        lambda step: forward(model, cache, step), rows.step_source(len(cache.layout.windows))
+    )
     logits = ops.trace(lambda rows_L: head(model, hidden_TD, rows_L), rows.head_source())
     sampling = Use(Operation.SAMPLING, torch.float32)
     widest = max(
@@ -109,8 +113,8 @@ def plan_workspace(
         *(mixer.activations for mixer in config.mixers),
         *(max(part.width, part.shared_width) for part in config.feed_forward),
     )
-    specs = [spec for spec in config.caches(dtype) if spec.token]
     scratch = max(
-        (ops.scratch_bytes(widest, spec, block_size, context) for spec in specs), default=0
+        (ops.scratch_bytes(widest, spec, block_size, context) for spec in specs if spec.token),
+        default=0,
     )
     return Workspace(step, logits, step.uses | logits.uses | {sampling}, scratch)

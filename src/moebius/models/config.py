@@ -55,14 +55,6 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheGroup:
-    """Layers, by number, whose caches are alike: one block table serves them all."""
-
-    spec: CacheSpec
-    layers: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer as data.
 
@@ -114,15 +106,6 @@ class ModelConfig:
         mixers = (layer.mixer for layer in self.layers)
         return tuple(CacheSpec() if mixer is None else mixer.cache(dtype) for mixer in mixers)
 
-    def cache_groups(self, dtype: torch.dtype) -> tuple[CacheGroup, ...]:
-        """The layers that keep something, those of equal caches together, in the order of their
-        first ones."""
-        members: dict[CacheSpec, list[int]] = {}
-        for number, spec in enumerate(self.caches(dtype)):
-            if spec != CacheSpec():
-                members.setdefault(spec, []).append(number)
-        return tuple(CacheGroup(spec, tuple(layers)) for spec, layers in members.items())
-
     @property
     def attention(self) -> GQA:
         """The sizes of attention that all layers share, whatever their windows. Raises ConfigError
@@ -134,17 +117,3 @@ class ModelConfig:
                 f"the layers of this {self.model_type} model do not all have attention of one size"
             )
         return found[0]
-
-    # The cache has one geometry for all layers until it is made of groups.
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """windows[i] is layer i's, in tokens; None for none."""
-        return tuple(cache.window for cache in self.caches(torch.float32))
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.attention.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.attention.head_dim

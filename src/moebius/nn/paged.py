@@ -12,26 +12,39 @@ from moebius.ops.steps import Step
 class PagedPast:
     """Store the step's keys and values in each layer's cache, and attend over what the cache holds.
 
-    caches are one per layer, as Ops.make_cache made them, with blocks of block_size tokens.
+    caches are one per layer, as Ops.make_cache made them, with blocks of block_size tokens;
+    groups[i] is the group of layer i, by whose block table its cache is found.
     """
 
-    def __init__(self, ops: Ops, caches: Sequence[LayerCache], step: Step, block_size: int) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        caches: Sequence[LayerCache],
+        groups: Sequence[int],
+        step: Step,
+        block_size: int,
+    ) -> None:
         self._ops = ops
         self._caches = caches
+        self._groups = groups
         self._step = step
         self._block_size = block_size
-        self._plans: dict[int | None, AttentionPlan] = {}
+        self._plans: dict[int, AttentionPlan] = {}
 
-    def _plan(self, window: int | None) -> AttentionPlan:
-        """What attention needs to know of the step: the same for all layers with this window."""
-        if window not in self._plans:
-            self._plans[window] = self._ops.plan_attention(self._step, self._block_size, window)
-        return self._plans[window]
+    def _plan(self, group: int, window: int | None) -> AttentionPlan:
+        """What attention needs to know of the step: the same for all layers of a group, which has
+        one window."""
+        if group not in self._plans:
+            step = self._step.of(group)
+            self._plans[group] = self._ops.plan_attention(step, self._block_size, window)
+        return self._plans[group]
 
     def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Pair) -> Tensor:
         """See moebius.nn.attention.Attends."""
         spec = attention.spec
         cache = self._caches[attention.layer]
+        group = self._groups[attention.layer]
+        slots = self._step.of(group).slot_mapping
         cos_TR, sin_TR = rotation
         q_weight = k_weight = None
         eps = 0.0
@@ -41,12 +54,12 @@ class PagedPast:
             k_weight = k_norm.weight
             eps = q_norm.eps
         q_THN = self._ops.rotate_and_store(
-            qkv_TI, cos_TR, sin_TR, cache, self._step.slot_mapping, q_weight, k_weight, eps
+            qkv_TI, cos_TR, sin_TR, cache, slots, q_weight, k_weight, eps
         )
         return self._ops.paged_attention(
             q_THN,
             cache,
-            self._plan(spec.window),
+            self._plan(group, spec.window),
             attention.scale,
             spec.softcap,
             attention.sinks,

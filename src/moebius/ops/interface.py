@@ -208,6 +208,15 @@ class Ops(ABC):
         (G, Nv), whose sizes may differ.
         """
 
+    @property
+    @abstractmethod
+    def cache_layout(self) -> str:
+        """Names the order of values in a block, for bytes that leave the cache and come back."""
+
+    @abstractmethod
+    def block_memory(self, cache: LayerCache, block: int) -> Sequence[Tensor]:
+        """All of what a layer's cache holds of a block, as tensors over its memory."""
+
     @abstractmethod
     def rotate_and_store(
         self,

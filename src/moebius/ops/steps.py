@@ -3,7 +3,7 @@ layer's experts."""
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -61,6 +61,25 @@ class Step(Protocol):
     @property
     def group(self) -> int: ...
 
+    def of(self, group: int) -> "Step":
+        """The step as the layers of `group` see it."""
+        ...
+
+
+class StateInputs(NamedTuple):
+    """What a step does with the recurrent states of its sequences.
+
+    slots      the slot of each sequence's state (B,)
+    cleared    slots that start from zeros
+    restores   (from, to) slots to copy before the step
+    saves      (from, to) slots to copy after it
+    """
+
+    slots: Sequence[int]
+    cleared: Sequence[int]
+    restores: Sequence[tuple[int, int]]
+    saves: Sequence[tuple[int, int]]
+
 
 @dataclass(eq=False)
 class StepInputs:
@@ -69,8 +88,11 @@ class StepInputs:
 
     Sequence b brings rows query_start[b] to query_start[b + 1] - 1: its last tokens, prefill chunk
     or decode alike. seq_lens counts its tokens in the cache with these; block_table[b, i] is the
-    block of its positions i * block_size onward. Positions are absolute, a slot is block id *
-    block_size + offset.
+    block of its positions i * block_size onward, in the cache of one group of layers, and -1 where
+    these lie before the group's window: its memory is another's, and must not be read. Positions
+    are absolute, a slot is block id * block_size + offset.
+
+    slot_mapping and block_table are those of group `group`; `of` has the same step for the others.
     """
 
     device: torch.device | str
@@ -85,11 +107,8 @@ class StepInputs:
     block_table_host: "array[int]"
     max_blocks: int
     group: int = 0
-
-    def of(self, group: int) -> "StepInputs":
-        """The step as the layers of `group` see it."""
-        assert group == self.group, "all layers share one block table"
-        return self
+    others: "tuple[StepInputs, ...]" = ()
+    states: StateInputs | None = None
 
     @classmethod
     def build(
@@ -99,33 +118,63 @@ class StepInputs:
         block_ids: Sequence[Sequence[int]],
         block_size: int,
         device: torch.device | str = "cpu",
+        *,
+        others: Sequence[Sequence[Sequence[int]]] = (),
+        states: StateInputs | None = None,
     ) -> "StepInputs":
-        """From each sequence's new tokens, the position of the first of them, and its blocks."""
-        ids, positions, slots = (list[int]() for _ in range(3))
-        query_start, seq_lens, table = [0], [], array("i")
-        width = max(map(len, block_ids), default=0)
+        """From each sequence's new tokens, the position of the first of them, and its blocks.
+
+        block_ids are those of the first group of layers, `others` those of each further group.
+        """
+        ids = list[int]()
+        positions = list[int]()
+        slots = list[int]()
+        query_start = [0]
+        seq_lens = list[int]()
         for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
-            stop = start + len(tokens)
             ids += tokens
+            stop = start + len(tokens)
             if stop - start == 1:  # a decode, of which there are hundreds
                 positions.append(start)
                 slots.append(blocks[start // block_size] * block_size + start % block_size)
             else:
                 positions.extend(range(start, stop))
-                for at in range(start // block_size, -(-stop // block_size)):
-                    shift = (blocks[at] - at) * block_size
-                    slots.extend(
-                        range(
-                            max(start, at * block_size) + shift,
-                            min(stop, (at + 1) * block_size) + shift,
-                        )
-                    )
-            table.extend(blocks)
-            table.frombytes(bytes((width - len(blocks)) * table.itemsize))
+                slots += _slots(blocks, start, stop, block_size)
             query_start.append(len(ids))
             seq_lens.append(stop)
-        rows = array("q", ids), array("q", positions), array("q", slots)
-        return cls(device, *rows, array("i", query_start), array("i", seq_lens), table, width)
+        step = cls(
+            device,
+            array("q", ids),
+            array("q", positions),
+            array("q", slots),
+            array("i", query_start),
+            array("i", seq_lens),
+            *_table(block_ids),
+            states=states,
+        )
+        step.others = tuple(
+            replace(
+                step,
+                slot_mapping_host=array(
+                    "q",
+                    (
+                        slot
+                        for blocks, start, stop in zip(tables, starts, seq_lens, strict=True)
+                        for slot in _slots(blocks, start, stop, block_size)
+                    ),
+                ),
+                block_table_host=table,
+                max_blocks=width,
+                group=group,
+            )
+            for group, tables in enumerate(others, 1)
+            for table, width in [_table(tables)]
+        )
+        return step
+
+    def of(self, group: int) -> "StepInputs":
+        """The same step, as the layers of a group see it."""
+        return self if group == self.group else self.others[group - 1]
 
     @cached_property
     def input_ids(self) -> Tensor:
@@ -148,3 +197,25 @@ class StepInputs:
         return (
             torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
         ).to(self.device)
+
+
+def _slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
+    """Where a sequence's positions from `start` to `stop` - 1 lie in the cache."""
+    slots = list[int]()
+    for at in range(start // block_size, -(-stop // block_size)):
+        shift = (blocks[at] - at) * block_size
+        first = max(start, at * block_size) + shift
+        last = min(stop, (at + 1) * block_size) + shift
+        slots.extend(range(first, last))
+    return slots
+
+
+def _table(tables: Sequence[Sequence[int]]) -> "tuple[array[int], int]":
+    """Block tables in one row, padded to the longest; and its length."""
+    width = max(map(len, tables), default=0)
+    table = array("i")
+    for blocks in tables:
+        table.extend(blocks)
+        if len(blocks) < width:
+            table.frombytes(bytes((width - len(blocks)) * table.itemsize))
+    return table, width

@@ -1,217 +1,318 @@
 """The KV cache's blocks, without the tensors: who owns them, who shares them, which may be reused.
 
-A block is `block_size` consecutive token positions of the cache and is in exactly one of three
-states: *free*, *owned* (one or more tables hold it), or *cached-evictable* (no table holds it, but
-its content can be found by its prefix hash). "Block" as in the PagedAttention paper (arXiv
-2309.06180).
+A block is `block_size` consecutive token positions of one group of layers and is in exactly one of
+three states (places.py). "Block" as in the PagedAttention paper (arXiv 2309.06180). A sequence has
+a block table for each group; entry i is the block of positions i * block_size onward, or NO_BLOCK
+once these lie before the group's window.
 """
 
 from array import array
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from types import MappingProxyType
 from typing import NamedTuple
 
 from moebius.errors import ConfigError
+from moebius.schedule.groups import NO_BLOCK, CacheGroups, Lineage, StateSlots, tainted
 from moebius.schedule.hashes import BlockHasher
+from moebius.schedule.places import Places
 from moebius.schedule.request import Request
+from moebius.schedule.states import StatePool
 
 
-class _Entry(NamedTuple):
-    """What a cached block is known by: its hash, that of the block before it (None: it is the
-    first), and by whom."""
+class Hit(NamedTuple):
+    """A cached prefix of `num_blocks` blocks behind which every group can resume.
 
-    hash: bytes
-    parent: bytes | None
-    publisher: str
+    tables     each group's blocks of it, NO_BLOCK before the group's window
+    snapshot   the slot of the state at its end, where the model has states
+    """
+
+    num_blocks: int
+    tables: "tuple[array[int], ...]"
+    snapshot: int | None = None
 
 
-class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens; `key` and `namespace` are the BlockHasher's."""
+class BlockPool(Places):
+    """`num_blocks` blocks of `block_size` tokens, for all `groups` of layers together; `states` has
+    the slots of recurrent states, where the model has some.
+
+    `key` and `namespace` are the BlockHasher's.
+    """
 
     def __init__(
         self,
         num_blocks: int,
         block_size: int,
         *,
+        groups: CacheGroups | None = None,
         enable_prefix_caching: bool = True,
         key: bytes,
         namespace: bytes = b"",
     ) -> None:
-        if num_blocks < 1 or block_size < 1:
+        groups = CacheGroups() if groups is None else groups
+        if num_blocks < len(groups.blocks) or block_size < 1:
             raise ConfigError(
-                f"num_blocks = {num_blocks} and block_size = {block_size} must both be at least 1"
+                f"num_blocks = {num_blocks} and block_size = {block_size} must be at least "
+                f"{len(groups.blocks)} (one for each group of layers) and 1"
             )
+        super().__init__(num_blocks, len(groups.blocks))
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.groups = groups
         self.enable_prefix_caching = enable_prefix_caching
         self.hasher = BlockHasher(key, namespace, block_size)
-        self._refs = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._entries: list[_Entry | None] = [None] * num_blocks
-        self._cached: dict[bytes, int] = {}
+        self.states = None if groups.states is None else StatePool(groups.states)
+        self._windowed = [(g, spec) for g, spec in enumerate(groups.blocks) if spec.window]
+        self._full = [g for g, spec in enumerate(groups.blocks) if spec.window is None]
+        self._request_slots = list(range(groups.request_slots or 0))
         self._claims: dict[bytes, Request] = {}
-        self.cached: Mapping[bytes, int] = MappingProxyType(self._cached)
-        """Prefix hash -> block, owned or not, of all that can be found; read-only."""
 
     @property
-    def num_free(self) -> int:
-        """Blocks that can be had now: free ones and those whose cached content may be given up."""
-        return len(self._free) + len(self._evictable)
-
-    @property
-    def num_used(self) -> int:
-        return self.num_blocks - self.num_free
+    def idle(self) -> bool:
+        """Nothing is held by anyone."""
+        return (
+            not self.num_used
+            and (self.states is None or not self.states.num_used)
+            and len(self._request_slots) == (self.groups.request_slots or 0)
+        )
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Entries of a block table of `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def fits(self, num_tokens: int, *, held: int = 0, free: int | None = None) -> bool:
-        """Whether `num_tokens` find place in `held` blocks plus `free` others (None: an empty
-        pool's).
+    def most_blocks(self, num_tokens: int, chunk: int) -> int:
+        """Most blocks that a sequence of `num_tokens`, computed by at most `chunk` a step, holds at
+        a time."""
+        return self.groups.most_blocks(num_tokens, chunk, self.block_size)
+
+    def fits(self, num_tokens: int, chunk: int, *, held: int = 0, free: int | None = None) -> bool:
+        """Whether a sequence of `num_tokens` finds place in `held` blocks plus `free` others (None:
+        an empty pool's).
 
         The one rule behind refusal, admission and allocation.
         """
-        return self.blocks_for(num_tokens) - held <= (self.num_blocks if free is None else free)
+        needed = self.most_blocks(num_tokens, chunk) - held
+        return needed <= (self.num_blocks if free is None else free)
 
-    def match(self, request: Request) -> list[int]:
-        """The cached blocks of the request's longest cached prefix; takes none of them.
+    def match(self, request: Request) -> Hit:
+        """The request's longest cached prefix; takes nothing of it.
 
-        At most (num_tokens - 1) // block_size, so that the last token is always computed and no
-        shared block is ever written. A request that wants prompt log-probabilities needs every
+        At most (num_tokens - 1) // block_size blocks, so that the last token is always computed and
+        no shared block is ever written. A request that wants prompt log-probabilities needs every
         position computed and matches nothing.
-        """
-        blocks: list[int] = []
-        limit = self._readable_blocks(request)
-        for digest in islice(self._hash_blocks(request, limit), limit):
-            block = self._cached.get(digest)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
-
-    def claimant(self, request: Request) -> Request | None:
-        """The running request that is about to compute this waiting request's first block not in
-        the cache.
-
-        Looks only at blocks beyond those found the last time, so that a wait costs O(1) a step.
         """
         limit = self._readable_blocks(request)
         hashes = self._hash_blocks(request, limit)
-        while (
-            request.num_awaited_blocks < limit
-            and hashes[request.num_awaited_blocks] in self._cached
-        ):
+        for group in self._full:
+            limit = _leading(hashes, self._cached[group], limit)
+        if self._windowed or self.states is not None:
+            limit = self._resumable(hashes, limit)
+        tables = []
+        for cached, spec in zip(self._cached, self.groups.blocks, strict=True):
+            first = spec.first_block(limit * self.block_size, self.block_size)
+            found = [cached[digest] for digest in islice(hashes, first, limit)]
+            tables.append(array("i", [NO_BLOCK] * first + found))
+        snapshot = None
+        if self.states is not None and limit:
+            snapshot = self.states.snapshot(hashes[limit - 1])
+        return Hit(limit, tuple(tables), snapshot)
+
+    def _resumable(self, hashes: Sequence[bytes], limit: int) -> int:
+        """The last of the first `limit` block boundaries at which all windows are cached, and where
+        a snapshot was taken of a state."""
+        size = self.block_size
+        best = 0
+        windows = [(self._cached[g], spec) for g, spec in self._windowed]
+        runs = [0] * len(windows)  # neighbouring cached blocks up to here, of each window's group
+        for count, digest in enumerate(islice(hashes, limit), 1):
+            good = self.states is None or self.states.snapshot(digest) is not None
+            for w, (cached, spec) in enumerate(windows):
+                runs[w] = runs[w] + 1 if digest in cached else 0
+                good = good and runs[w] >= count - spec.first_block(count * size, size)
+            if good:
+                best = count
+        return best
+
+    def claimant(self, request: Request) -> Request | None:
+        """The running request that is about to compute what this waiting request could use next.
+
+        Looks only at blocks beyond those found the last time, so that a wait costs O(1) a step;
+        where there are only windows, or states, at all of its blocks that somebody claims.
+        """
+        limit = self._readable_blocks(request)
+        if not (limit and self._claims):
+            return None
+        hashes = self._hash_blocks(request, limit)
+        if not self._full or self.states is not None:
+            claimed = (self._claims.get(digest) for digest in islice(hashes, limit))
+            return next((owner for owner in claimed if owner is not None), None)
+        cached = self._cached[self._full[0]]
+        while request.num_awaited_blocks < limit and hashes[request.num_awaited_blocks] in cached:
             request.num_awaited_blocks += 1
         if request.num_awaited_blocks == limit:
             return None
         return self._claims.get(hashes[request.num_awaited_blocks])
 
-    def open(self, request: Request, hit: Sequence[int], *, reserved: int = 0) -> bool:
-        """Start the request's table with the blocks of `hit`, if all its tokens fit; else change
-        nothing.
+    def open(self, request: Request, hit: Hit, chunk: int, *, reserved: int = 0) -> bool:
+        """Start the request's tables with the blocks of `hit`, if all its tokens fit, computed by
+        `chunk` a step; else change nothing.
 
         `reserved` blocks of those that are free are promised to others. Claims the blocks it is
         going to compute.
         """
-        idle = sum(not self._refs[block] for block in hit)
-        if not self.fits(request.num_tokens, held=len(hit), free=self.num_free - idle - reserved):
+        held = [block for table in hit.tables for block in table if block != NO_BLOCK]
+        free = self.num_free - sum(not self._refs[block] for block in held) - reserved
+        if not self.fits(request.num_tokens, chunk, held=len(held), free=free):
             return False
-        for block in hit:
-            if not self._refs[block]:
-                del self._evictable[block]
-            self._refs[block] += 1
-        request.block_ids = array("i", hit)
-        request.num_published_blocks = len(hit)
+        if self.groups.request_slots is not None and not self._request_slots:
+            return False
+        lineages = self._lineages(held)
+        if self.states is not None:
+            request.states = self.states.open(hit.snapshot)
+            if request.states is None:
+                return False
+            if hit.snapshot is not None:
+                lineages |= self.states.lineages(hit.snapshot)
+        if self.groups.request_slots is not None:
+            request.request_slot = self._request_slots.pop()
+        self._share(held)
+        request.tables = hit.tables
+        request.num_passed = [table.count(NO_BLOCK) for table in hit.tables]
+        request.num_published_blocks = hit.num_blocks
+        request.lineage = Lineage(request.id, frozenset(lineages))
         if self.enable_prefix_caching:
-            known = request.num_tokens // self.block_size
-            for digest in self._hash_blocks(request, known)[len(hit) : known]:
-                self._claims.setdefault(digest, request)
+            self._claim(request, hit.num_blocks)
         return True
+
+    def _claim(self, request: Request, first: int) -> None:
+        """Tell others what will be found soon: blocks, or with states the boundaries where
+        snapshots are taken."""
+        known = request.num_tokens // self.block_size
+        size = self.block_size
+        hashes = self._hash_blocks(request, known)
+        for i in range(first, known):
+            if self.states is None or self._is_boundary(request, (i + 1) * size):
+                self._claims.setdefault(hashes[i], request)
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        """Grow the request's table to hold `num_tokens` tokens, evicting where needed; else change
+        """Grow the request's tables to hold `num_tokens` tokens, evicting where needed; else change
         nothing."""
-        held = len(request.block_ids)
-        if num_tokens <= held * self.block_size:
+        tables = request.tables
+        if not tables or num_tokens <= len(tables[0]) * self.block_size:
             return True
-        missing = self.blocks_for(num_tokens) - held
-        if not self.fits(num_tokens, held=held, free=self.num_free):
+        missing = self.blocks_for(num_tokens) - len(tables[0])
+        if missing * len(tables) > self.num_free:
             return False
-        request.block_ids = request.block_ids + array("i", [self._take() for _ in range(missing)])
+        request.tables = tuple(
+            table + array("i", [self._take() for _ in range(missing)]) for table in tables
+        )
         return True
 
+    def leave(self, request: Request) -> None:
+        """Give back the blocks that lie before the windows of all tokens still to be computed. Like
+        others they stay findable until they are evicted."""
+        for g, spec in self._windowed:
+            first = spec.first_block(request.num_computed_tokens, self.block_size)
+            passed = request.num_passed[g]
+            if first > passed:
+                tables = list(request.tables)
+                self._release(tables[g][passed:first])
+                tables[g] = array("i", [NO_BLOCK]) * first + tables[g][first:]
+                request.tables = tuple(tables)
+                request.num_passed[g] = first
+
     def trim(self, request: Request, num_tokens: int) -> None:
-        """Shrink the request's table to what `num_tokens` tokens need: a step that failed wrote
+        """Shrink the request's tables to what `num_tokens` tokens need: a step that failed wrote
         nothing."""
         keep = self.blocks_for(num_tokens)
-        self._release(request.block_ids[keep:])
-        request.block_ids = request.block_ids[:keep]
+        self._release_tables(tuple(table[keep:] for table in request.tables))
+        request.tables = tuple(table[:keep] for table in request.tables)
 
     def free(self, request: Request) -> None:
-        """Give the request's blocks back. Those with a hash stay findable until they are
+        """Give back all that the request holds. Blocks with a hash stay findable until they are
         evicted."""
         self._drop_claims(request)
-        self._release(request.block_ids)
-        request.block_ids = array("i")
+        self._release_tables(request.tables)
+        request.tables = ()
+        request.num_passed = []
         request.num_published_blocks = 0
         request.num_awaited_blocks = 0
         request.publishes = True
+        request.lineage = None
+        if self.states is not None and request.states is not None:
+            self.states.free(request.states)
+            request.states = None
+        if request.request_slot is not None:
+            self._request_slots.append(request.request_slot)
+            request.request_slot = None
 
     def publish(self, request: Request, num_tokens: int) -> None:
         """Make the full blocks among the request's first `num_tokens`, all computed, findable by
-        their hash.
+        their hash, and the snapshot that the step took.
 
-        Where a hash is taken already, the request keeps its own block private: no two blocks share
-        a hash.
+        Where a hash is taken already, the request keeps its own block private.
         """
+        if self.states is not None and request.states is not None:
+            self.states.settle(request.states, request.lineage if request.publishes else None)
         end = num_tokens // self.block_size
         first = request.num_published_blocks
         if end <= first or not (self.enable_prefix_caching and request.publishes):
             return
         hashes = self._hash_blocks(request, end)
+        assert request.lineage is not None, "what is published was computed by somebody"
         for i in range(first, end):
             digest = hashes[i]
             if self._claims.get(digest) is request:
                 del self._claims[digest]
-            if digest not in self._cached:
-                block = request.block_ids[i]
-                self._cached[digest] = block
-                self._entries[block] = _Entry(digest, hashes[i - 1] if i else None, request.id)
+            for group, table in enumerate(request.tables):
+                self._enter(group, digest, table[i], request.lineage)
         request.num_published_blocks = end
 
     def withdraw(self, request: Request, running: Iterable[Request]) -> None:
-        """Take from the cache what the request published and what was chained on it: its numbers
-        are not to be trusted.
+        """Take from the cache what the request published and what derives from it: its numbers are
+        not to be trusted.
 
-        A cached block whose chain cannot be followed to its start goes too, because it may hang on
-        a withdrawn one. Of the `running` requests, those that hold a withdrawn block keep what they
-        have but publish no more.
+        Of the `running` requests, those that have read such blocks keep what they have but publish
+        no more.
         """
-        children: defaultdict[bytes | None, list[_Entry]] = defaultdict(list)
-        for block in self._cached.values():
-            entry = self._entries[block]
-            assert entry is not None
-            children[entry.parent].append(entry)
-        sound: set[bytes] = set()
-        found = children[None]
-        while found:
-            entry = found.pop()
-            if entry.publisher != request.id:
-                sound.add(entry.hash)
-                found.extend(children[entry.hash])
-        doomed = {block for digest, block in self._cached.items() if digest not in sound}
-        for block in doomed:
-            self._forget(block)
-            if block in self._evictable:
-                del self._evictable[block]
-                self._free.append(block)
+        running = list(running)
+        known = {other.lineage for other in running if other.lineage is not None}
+        known |= self._lineages(range(self.num_places))
+        if self.states is not None:
+            known |= self.states._lineages(range(self.states.num_places))
+        doomed = tainted(known, request.id)
+        self._withdraw(doomed)
+        if self.states is not None:
+            self.states._withdraw(doomed)
         for other in running:
-            if not doomed.isdisjoint(other.block_ids):
+            if other.lineage in doomed:
                 self._drop_claims(other)
                 other.publishes = False
+
+    def next_boundary(self, request: Request, position: int) -> int:
+        """The next position behind `position` at which a snapshot of the request's state is wanted:
+        every `interval` blocks, and at the last one that a hit of the same prompt can use."""
+        assert self.states is not None, "there are snapshots of states only"
+        size = self.block_size
+        stride = self.block_size * self.states.spec.interval
+        last = (len(request.prompt_ids) - 1) // size * size
+        regular = (position // stride + 1) * stride
+        return last if position < last < regular else regular
+
+    def state_slots(self, request: Request, end: int) -> StateSlots | None:
+        """Where the request's next chunk, which ends at `end`, finds and leaves its state; None
+        where the model has none."""
+        if self.states is None:
+            return None
+        assert request.states is not None, "a running request has slots"
+        digest = None
+        publishes = self.enable_prefix_caching and request.publishes
+        if publishes and self._is_boundary(request, end):
+            count = end // self.block_size
+            digest = self._hash_blocks(request, count)[count - 1]
+        return self.states.place(request.states, digest)
+
+    def _is_boundary(self, request: Request, position: int) -> bool:
+        return self.next_boundary(request, position - 1) == position
 
     def _readable_blocks(self, request: Request) -> int:
         if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:
@@ -237,33 +338,20 @@ class BlockPool:
         if given is not None and given.key_id == self.hasher.key_id:
             request.block_hashes.extend(given.hashes)
 
-    def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._evictable.popitem(last=False)
-            self._forget(block)
-        self._refs[block] = 1
-        return block
-
-    def _release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference each, the last block first: of a chain, the tail is then evicted
-        before the head."""
-        for block in reversed(blocks):
-            self._refs[block] -= 1
-            if not self._refs[block]:
-                if self._entries[block] is None:
-                    self._free.append(block)
-                else:
-                    self._evictable[block] = None
-
-    def _forget(self, block: int) -> None:
-        entry = self._entries[block]
-        assert entry is not None
-        del self._cached[entry.hash]
-        self._entries[block] = None
+    def _release_tables(self, tables: "Sequence[array[int]]") -> None:
+        """The last blocks first, of all groups alike: a prefix is then evicted from its end."""
+        for blocks in zip(*map(reversed, tables), strict=True):
+            self._release(blocks)
 
     def _drop_claims(self, request: Request) -> None:
         for digest in islice(request.block_hashes, request.num_published_blocks, None):
             if self._claims.get(digest) is request:
                 del self._claims[digest]
+
+
+def _leading(hashes: Sequence[bytes], cached: "dict[bytes, int]", limit: int) -> int:
+    """How many of the first `limit` hashes are cached without a gap."""
+    for count, digest in enumerate(islice(hashes, limit)):
+        if digest not in cached:
+            return count
+    return limit

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from moebius.schedule.engine_request import EngineRequest
+from moebius.schedule.groups import Lineage
 from moebius.schedule.hashes import PromptHashes
 from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.schedule.states import OwnedStates
 
 
 class RequestStatus(enum.Enum):
@@ -48,8 +50,12 @@ class Request:
     step's plan)
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
     scheduled           when that was, on the same clock as arrival; a preemption does not change it
-    block_ids           its blocks, in order of position; replaced, never changed: a plan holds it
-                        without a copy
+    tables              its block tables, one a group of layers, in order of position; replaced,
+                        never changed: a plan holds them without a copy
+    num_passed          how many leading entries of each table its window has left behind
+    states              its slots for recurrent states, while it runs
+    request_slot        its place for what is written once a request, while it runs
+    lineage             what its blocks derive from
     block_hashes        prefix hashes of its leading full blocks, computed once
     prompt_hashes       those of the prompt, where the front has made them
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
@@ -77,7 +83,11 @@ class Request:
     num_cached_tokens: int | None = None
     scheduled: float | None = None
     num_preemptions: int = 0
-    block_ids: "array[int]" = field(default_factory=lambda: array("i"))
+    tables: "tuple[array[int], ...]" = ()
+    num_passed: list[int] = field(default_factory=list)
+    states: OwnedStates | None = None
+    request_slot: int | None = None
+    lineage: Lineage | None = None
     block_hashes: list[bytes] = field(default_factory=list)
     prompt_hashes: PromptHashes | None = None
     num_published_blocks: int = 0

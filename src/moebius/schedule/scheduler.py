@@ -30,6 +30,7 @@ from typing import Literal, NamedTuple
 from moebius.errors import ContextLengthError, RequestError
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
+from moebius.schedule.groups import GroupSpec, StateSlots
 from moebius.schedule.request import FinishReason, Request, RequestStatus
 from moebius.schedule.waiting import WaitingQueue
 
@@ -42,16 +43,21 @@ class Chunk(NamedTuple):
     """Positions start to start + num_tokens - 1 of one request, to be computed in this step.
 
     samples            the logits of the last position are wanted, to draw the next token
-    block_ids          the blocks of positions 0 to start + num_tokens - 1, in order
+    tables             for each group of layers the blocks of positions 0 to start + num_tokens - 1,
+                       in order; NO_BLOCK where none of the chunk's rows sees them
     num_cached_tokens  tokens that came from the prefix cache when the request first ran
+    states             where the sequence's recurrent state is, if the model has one
+    request_slot       the place of what was written once for the request, if the model has such
     """
 
     request_id: str
     start: int
     num_tokens: int
     samples: bool
-    block_ids: "array[int]"
+    tables: "tuple[array[int], ...]"
     num_cached_tokens: int
+    states: StateSlots | None = None
+    request_slot: int | None = None
 
     @property
     def end(self) -> int:
@@ -106,6 +112,9 @@ class Scheduler:
         self.prefix_hits = 0
         self.preemptions = 0
         self.num_deferred = 0
+        self._one_table = pool.groups.blocks == (GroupSpec(),)
+        self._windowed = pool.groups.windowed
+        self._slotted = pool.states is not None or pool.groups.request_slots is not None
         self._step = 0
         self._pending: int | None = None
         self._requests: dict[str, Request] = {}
@@ -131,10 +140,7 @@ class Scheduler:
     def drained(self) -> bool:
         """Nothing is left to do and every block is back."""
         return (
-            not self._requests
-            and not self._running
-            and not len(self._waiting)
-            and not self.pool.num_used
+            not self._requests and not self._running and not len(self._waiting) and self.pool.idle
         )
 
     def add(self, request: Request) -> None:
@@ -143,7 +149,7 @@ class Scheduler:
         RequestError (ContextLengthError) if it could never run, OverloadError if the queue is full;
         nothing is kept of a refused request.
         """
-        assert request.status is RequestStatus.WAITING and not request.block_ids, (
+        assert request.status is RequestStatus.WAITING and not request.tables, (
             "a request is added once"
         )
         if request.id in self._requests:
@@ -167,6 +173,9 @@ class Scheduler:
         assert self._pending is None, "the last step was neither updated nor rolled back"
         self._waiting.observe(now)
         expired = self._expire(now)
+        if self._windowed:  # before anybody is preempted for want of a block
+            for request in self._running:
+                self.pool.leave(request)
         draft = _Draft(now, self.config.max_num_batched_tokens)
         self._serve_running(draft)
         self.num_deferred = 0
@@ -188,14 +197,14 @@ class Scheduler:
         """
         self._close(plan)
         finished = []
-        for request_id, start, num_tokens, samples, _, _ in plan.chunks:
-            request = self._requests.get(request_id)
+        for chunk in plan.chunks:
+            request = self._requests.get(chunk.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            drawn = tokens.get(request_id, ())
-            assert samples or not drawn, f"tokens for {request_id}, whose chunk does not sample"
-            if samples and not drawn:
-                self._rewind(request, start + num_tokens - 1)
+            drawn = tokens.get(chunk.request_id, ())
+            assert chunk.samples or not drawn, f"{request.id} drew, but its chunk does not sample"
+            if chunk.samples and not drawn and not self._rewind(request, chunk.end - 1):
+                continue
             self.pool.publish(request, request.num_computed_tokens)
             reason = self._append(request, drawn)
             if reason is not None:
@@ -204,7 +213,7 @@ class Scheduler:
 
     def rollback(self, plan: StepPlan) -> None:
         """Forget a step that failed: its tokens are to be computed again, nothing of it is
-        published."""
+        published. A state that it may have rewritten is given up."""
         self._close(plan)
         for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
@@ -230,7 +239,8 @@ class Scheduler:
         return self._finish(request, FinishReason.ERROR)
 
     def _check_can_run(self, request: Request) -> None:
-        config, prompt = self.config, len(request.prompt_ids)
+        config = self.config
+        prompt = len(request.prompt_ids)
         if request.num_tokens + (len(request.output_ids) < request.max_tokens) > self.max_model_len:
             raise ContextLengthError(
                 f"the request has {request.num_tokens} tokens and max_tokens is "
@@ -244,11 +254,13 @@ class Scheduler:
                 "shorten the prompt or enable chunked prefill"
             )
         longest = self._longest(request)
-        if not self.pool.fits(longest):
+        chunk = config.max_num_batched_tokens
+        if not self.pool.fits(longest, chunk):
             raise ContextLengthError(
                 f"the prompt has {prompt} tokens and max_tokens is {request.max_tokens}: up to "
-                f"{self.pool.blocks_for(longest)} blocks of {self.pool.block_size} tokens, but the "
-                f"KV cache has {self.pool.num_blocks}; shorten the prompt or ask for fewer tokens"
+                f"{self.pool.most_blocks(longest, chunk)} blocks of {self.pool.block_size} tokens, "
+                f"but the KV cache has {self.pool.num_blocks}; shorten the prompt or ask for fewer "
+                "tokens"
             )
 
     def _longest(self, request: Request) -> int:
@@ -280,6 +292,8 @@ class Scheduler:
             position += 1
             computed = request.num_computed_tokens
             num_tokens = self._grant(request.num_tokens - computed, draft.budget)
+            if self._slotted:
+                num_tokens = self._to_boundary(request, computed, num_tokens)
             if not num_tokens:
                 draft.waiting[request.id] = "no_budget"
             elif not self._make_room(request, computed + num_tokens, draft):
@@ -288,7 +302,7 @@ class Scheduler:
                 self._compute(request, num_tokens, draft)
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
-        """Extend the request's table, at the cost of the last running ones; the last itself has to
+        """Extend the request's tables, at the cost of the last running ones; the last itself has to
         wait."""
         while not self.pool.extend(request, num_tokens):
             victim = self._running[-1]
@@ -324,11 +338,22 @@ class Scheduler:
                 promised += self._promised(request)
 
     def _promised(self, request: Request) -> int:
-        """Blocks that a running request will soon need: for all its tokens so far, and one to go on
-        with."""
+        """Blocks that a running request will soon need: for all its tokens so far, and one a group
+        to go on with."""
         pool = self.pool
         soon = min(pool.blocks_for(request.num_tokens) + 1, pool.blocks_for(self._longest(request)))
-        return soon - len(request.block_ids)
+        if self._one_table:
+            return soon - len(request.tables[0])
+        size = pool.block_size
+        chunk = self.config.max_num_batched_tokens
+        chunk = max(1, min(chunk, request.num_tokens - request.num_computed_tokens))
+        promised = 0
+        for spec, table, passed in zip(
+            pool.groups.blocks, request.tables, request.num_passed, strict=True
+        ):
+            most = spec.most_blocks(soon * size, chunk, size)
+            promised += max(0, most - (len(table) - passed))
+        return promised
 
     def _admit(self, request: Request, promised: int, draft: _Draft) -> WaitReason | None:
         """Start a waiting request and plan its first chunk, or say why not."""
@@ -341,16 +366,17 @@ class Scheduler:
         computing = self.pool.claimant(request)
         if computing is not None and computing.id in draft.chunks:
             return "prefix_in_flight"
-        if (
-            self.pool.num_free <= promised
-        ):  # at least one new block is needed, whatever the cache holds
+        # At least one new block a group is needed, whatever the cache holds.
+        if self.pool.num_free - promised < len(self.pool.groups.blocks):
             return "no_blocks"
         hit = self.pool.match(request)
-        hit_tokens = len(hit) * self.pool.block_size
+        hit_tokens = hit.num_blocks * self.pool.block_size
         num_tokens = self._grant(request.num_tokens - hit_tokens, draft.budget)
+        num_tokens = self._to_boundary(request, hit_tokens, num_tokens)
         if not num_tokens:
             return "no_budget"
-        if not self.pool.open(request, hit, reserved=promised):
+        chunk = self.config.max_num_batched_tokens
+        if not self.pool.open(request, hit, chunk, reserved=promised):
             return "no_blocks"
         self._start(request, hit_tokens, draft.now)
         grown = self.pool.extend(request, hit_tokens + num_tokens)
@@ -386,6 +412,15 @@ class Scheduler:
             return 0
         return min(remaining, budget)
 
+    def _to_boundary(self, request: Request, computed: int, num_tokens: int) -> int:
+        """So many tokens, or fewer: a chunk ends where a snapshot of a state is wanted."""
+        pool = self.pool
+        if pool.states is None or not (
+            pool.enable_prefix_caching and self.config.enable_chunked_prefill
+        ):
+            return num_tokens
+        return min(num_tokens, pool.next_boundary(request, computed) - computed)
+
     def _compute(self, request: Request, num_tokens: int, draft: _Draft) -> None:
         start = request.num_computed_tokens
         request.num_computed_tokens = start + num_tokens
@@ -395,9 +430,14 @@ class Scheduler:
             start + num_tokens == request.num_tokens
             and len(request.output_ids) < request.max_tokens
         )
-        draft.chunks[request.id] = Chunk(
-            request.id, start, num_tokens, samples, request.block_ids, request.num_cached_tokens
+        # By position: there are hundreds a step.
+        chunk = Chunk(
+            request.id, start, num_tokens, samples, request.tables, request.num_cached_tokens
         )
+        if self._slotted:
+            states = self.pool.state_slots(request, start + num_tokens)
+            chunk = chunk._replace(states=states, request_slot=request.request_slot)
+        draft.chunks[request.id] = chunk
 
     def _close(self, plan: StepPlan) -> None:
         assert self._pending in (None, plan.step), (
@@ -406,9 +446,17 @@ class Scheduler:
         assert self._pending is not None or not plan.chunks, f"step {plan.step} is over"
         self._pending = None
 
-    def _rewind(self, request: Request, num_tokens: int) -> None:
+    def _rewind(self, request: Request, num_tokens: int) -> bool:
+        """Go back to where `num_tokens` tokens were computed; whether the request still runs.
+
+        A state cannot be undone: its sequence starts again, from the last snapshot.
+        """
+        if request.states is not None:
+            self._preempt(request)
+            return False
         request.num_computed_tokens = num_tokens
         self.pool.trim(request, num_tokens)
+        return True
 
     def _append(self, request: Request, drawn: Iterable[int]) -> FinishReason | None:
         """Append tokens up to a stop; whether, and why, the request is finished."""

@@ -1,5 +1,6 @@
 """Attention over a paged cache by the CPU's kernels, whose layout csrc/kernels.h describes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,15 @@ class AttentionOps(CpuBase):
         num_kv_heads, key_size = keys.shape
         shape = _shape(spec, block_size)
         return CpuCache(buffer, shape, num_kv_heads, key_size, values.shape[1])
+
+    @property
+    def cache_layout(self) -> str:
+        return "lanes of 16 keys, pairs of values"
+
+    def block_memory(self, cache: LayerCache, block: int) -> Sequence[Tensor]:
+        held = own(cache, CpuCache)
+        size = held.shape.block_bytes
+        return (held.buffer[block * size : (block + 1) * size],)
 
     def plan_attention(self, step: Step, block_size: int, window: int | None = None) -> CpuPlan:
         plan = CpuPlan(_cpu.StepAttention(window=window or 0), window)

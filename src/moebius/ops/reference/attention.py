@@ -1,6 +1,7 @@
 """Attention over a paged cache in plain PyTorch. It loops over the sequences of a step that bring
 more than one row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,14 @@ class AttentionOps(Ops):
         k = buffer[:stop].view(keys.dtype).view(*shape, *keys.shape)
         v = buffer[stop:].view(values.dtype).view(*shape, *values.shape)
         return ReferenceCache(k, v)
+
+    @property
+    def cache_layout(self) -> str:
+        return "k and v, each token, head, value"
+
+    def block_memory(self, cache: LayerCache, block: int) -> Sequence[Tensor]:
+        held = own(cache, ReferenceCache)
+        return held.k[block], held.v[block]
 
     def plan_attention(
         self, step: Step, block_size: int, window: int | None = None

@@ -1,0 +1,242 @@
+"""How layers share blocks, what leaves the cache as bytes and comes back, and the copies of
+states."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moebius.engine.config import EngineConfig
+from moebius.engine.kv_cache import KVCache, block_bytes, lay_out, state_bytes
+from moebius.engine.load import load_engine, prepare
+from moebius.errors import CacheDataError, ConfigError
+from moebius.ops import Ops
+from moebius.ops.cache_spec import CacheSpec, Plane
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import StateInputs, StepInputs
+from moebius.schedule.request import Request, SamplingParams
+from ops.levels import LEVELS, level
+from ops.paged import as_is
+from tiny import write_model
+
+CPU = torch.device("cpu")
+
+
+def layer(window: int | None = None, dtype: torch.dtype = torch.bfloat16, heads: int = 2) -> Any:
+    return CacheSpec((Plane("k", (heads, 8), dtype), Plane("v", (heads, 8), dtype)), window)
+
+
+STATE = CacheSpec(
+    state=(Plane("recurrent", (2, 3), torch.float32), Plane("conv", (4,), torch.bfloat16))
+)
+
+
+@pytest.fixture(params=[*LEVELS, "reference"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return ReferenceOps() if request.param == "reference" else level(request.param, 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "rows", "tables", "unused"),
+    [
+        ({None: 28}, 28, 1, 0),
+        ({4096: 32}, 32, 1, 0),
+        ({None: 12, 128: 12}, 12, 2, 0),
+        ({None: 21, 64: 7}, 7, 4, 0),
+        ({None: 5, 64: 25}, 5, 6, 0),
+        ({None: 1, 64: 23}, 4, 7, 4),  # one layer a block would need 24 tables
+        ({None: 2, 16: 2, 32: 2}, 2, 3, 0),
+    ],
+)
+def test_a_block_has_room_for_as_many_layers_as_leave_least_unused(
+    counts: dict[int | None, int], rows: int, tables: int, unused: int
+) -> None:
+    specs = [layer(window) for window, count in counts.items() for _ in range(count)]
+    random.Random(0).shuffle(specs)
+    layout = lay_out(specs)
+    assert (layout.rows, len(layout.windows)) == (rows, tables)
+    assert rows * tables - len(specs) == unused
+    assert len(set(layout.places)) == len(specs), "no two layers lie in one place"
+    for spec, place in zip(specs, layout.places, strict=True):
+        assert place is not None and layout.windows[place[0]] == spec.window
+        assert place[1] < rows
+
+
+def test_layers_without_keys_and_values_have_no_place_and_unequal_ones_are_refused() -> None:
+    layout = lay_out([STATE, layer(), STATE])
+    assert layout.places == (None, (0, 0), None) and layout.windows == (None,)
+    assert lay_out([STATE]).rows == 0
+    with pytest.raises(ConfigError, match="64 bytes and 96 bytes a token"):
+        lay_out([layer(), layer(heads=3)])
+
+
+def filled(ops: Ops, specs: list[CacheSpec], block_size: int, seed: int) -> KVCache:
+    """A cache of 6 blocks and 3 slots, in which everything was written."""
+    torch.manual_seed(seed)
+    cache = KVCache(specs, ops, num_blocks=6, block_size=block_size, device=CPU, num_states=3)
+    tokens = 6 * block_size
+    step = StepInputs.build([[0] * tokens], [0], [list(range(6))], block_size)
+    keeping = [one for one, spec in zip(cache.layers, specs, strict=True) if spec.token]
+    for one in {id(one): one for one in keeping}.values():
+        keys, values = (torch.randn(tokens, 2, 8).to(torch.bfloat16) for _ in range(2))
+        as_is(ops, one, keys, values, step.slot_mapping)
+    for planes in cache.states:
+        for plane in planes.values():
+            plane.copy_(torch.randn(plane.shape))
+    return cache
+
+
+@pytest.mark.parametrize("block_size", [3, 16])
+def test_blocks_and_states_come_back_as_they_left(ops: Ops, block_size: int) -> None:
+    specs = [layer(), layer(5), STATE, layer(5), layer()]
+    ours, theirs = (filled(ops, specs, block_size, seed) for seed in (0, 1))
+    for group in range(2):  # no block belongs to two groups
+        data = ours.read_block(group, 1)
+        target = 4 + group
+        assert theirs.read_block(group, target) != data
+        theirs.write_block(group, target, data)
+        assert theirs.read_block(group, target) == data
+        fresh = filled(ops, specs, block_size, 1)
+        untouched = [theirs.read_block(group, b) == fresh.read_block(group, b) for b in range(4)]
+        assert all(untouched)
+    data = ours.read_state(2)
+    theirs.write_state(0, data)
+    assert theirs.read_state(0) == data
+    for planes, before in zip(theirs.states, ours.states, strict=True):
+        for name, plane in planes.items():
+            assert torch.equal(plane[0], before[name][2])
+    assert len(ours.read_block(0, 0)) >= block_bytes(specs, ops, block_size)
+
+
+def test_bytes_of_another_cache_or_damaged_ones_are_refused_and_change_nothing(ops: Ops) -> None:
+    specs = [layer(), layer(5), STATE]
+    cache = filled(ops, specs, 4, 0)
+    data, before = cache.read_block(0, 1), cache.read_block(0, 2)
+    half = len(data) // 2
+    for wrong, message in (
+        (b"", "no block or state"),
+        (b"x" * 200, "no block or state"),
+        (data[:-1], "checksum"),
+        (data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :], "checksum"),
+        (cache.read_block(1, 1), r"layers \[1\] instead of \[0\], window 5 instead of None"),
+        (cache.read_state(0), "kind 'state' instead of 'block'"),
+        (filled(ops, specs, 8, 0).read_block(0, 1), "block_size 8 instead of 4"),
+        (filled(ops, [layer(), layer()], 4, 0).read_block(0, 1), r"layers \[0, 1\] instead"),
+    ):
+        with pytest.raises(CacheDataError, match=message):
+            cache.write_block(0, 2, wrong)
+    assert cache.read_block(0, 2) == before
+    with pytest.raises(CacheDataError, match="kind 'block'"):
+        cache.write_state(0, data)
+
+
+def test_layouts_of_backends_are_kept_apart() -> None:
+    specs = [layer()]
+    data = filled(ReferenceOps(), specs, 4, 0).read_block(0, 0)
+    with pytest.raises(CacheDataError, match=r"layout .* instead of"):
+        filled(level(LEVELS[0], 1), specs, 4, 0).write_block(0, 0, data)
+
+
+def test_states_are_cleared_and_copied_in_all_layers() -> None:
+    cache = filled(ReferenceOps(), [STATE, layer(), STATE], 4, 0)
+    assert state_bytes(cache.specs) == 2 * (6 * 4 + 4 * 2)
+    before = [{name: plane.clone() for name, plane in planes.items()} for planes in cache.states]
+    cache.copy_states([(0, 1), (1, 2)])
+    for planes, old in zip(cache.states, before, strict=True):
+        for name, plane in planes.items():
+            # All are read before any is written.
+            assert torch.equal(plane, old[name][[0, 0, 1]])
+    cache.clear_states([1])
+    assert all(not plane[1].any() for planes in cache.states for plane in planes.values())
+    assert all(plane[0].any() for planes in cache.states for plane in planes.values())
+
+
+def write_qwen2(directory: Path, **changes: object) -> None:
+    """The tiny model's directory with the sizes of a Qwen2 whose upper layers have a window."""
+    from oracle import save_tiny
+
+    write_model(directory)  # its tokenizer
+    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
+    sizes = {"vocab_size": 320, "num_hidden_layers": 3, "max_position_embeddings": 2048}
+    save_tiny(directory, "qwen2", **{**sizes, **window, **changes})
+
+
+def test_an_engine_holds_a_window_and_says_so(tmp_path: Path) -> None:
+    write_qwen2(tmp_path)
+    config = EngineConfig(
+        block_size=8, max_num_batched_tokens=32, max_num_seqs=2, max_model_len=1024
+    )
+    engine = load_engine(tmp_path, config)
+    groups = engine.scheduler.pool.groups
+    assert sorted(str(spec.window) for spec in groups.blocks) == ["24", "None", "None"]
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    prompt = [i % 300 for i in range(800)]
+    limits = engine.info.limits
+    engine.add(Request.create("a", prompt, params, limits, arrival=0.0, seed=0))
+    request = engine.scheduler.requests["a"]
+    while engine.has_work:
+        engine.step()
+        full = 2 * -(-request.num_computed_tokens // 8)
+        if 1 < len(request.output_ids) < 20:
+            # The window's 24 tokens lie in three or four blocks.
+            assert full + 3 <= engine.stats().used_blocks <= full + 4
+        elif engine.has_work:
+            assert engine.stats().used_blocks <= full + (23 + 32 + 6) // 8 + 1
+    assert engine.stats().used_blocks == 0
+
+
+def test_a_sequence_longer_than_the_cache_runs_in_its_window(tmp_path: Path) -> None:
+    write_qwen2(tmp_path, max_window_layers=0)
+    per_block = prepare(tmp_path, EngineConfig(block_size=8)).plan.cache.block
+    config = EngineConfig(
+        block_size=8,
+        max_num_batched_tokens=32,
+        max_num_seqs=2,
+        kv_cache_memory_bytes=10 * per_block,
+    )
+    prepared = prepare(tmp_path, config)
+    assert prepared.plan.max_model_len == 2048 and prepared.plan.kv_tokens == 80
+    engine = load_engine(tmp_path, config, prepared=prepared)
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+    prompt = [i % 300 for i in range(700)]
+    engine.add(Request.create("a", prompt, params, engine.info.limits, arrival=0.0, seed=0))
+    tokens: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None
+            tokens += output.token_ids
+    from oracle import load_theirs
+
+    whole = load_theirs(tmp_path).generate(
+        torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None
+    )
+    assert tokens == whole[0, 700:].tolist()
+
+
+def test_a_step_copies_states_before_and_after(tmp_path: Path) -> None:
+    """The runner clears and restores before the model runs, and saves after it."""
+    write_model(tmp_path)
+    engine = load_engine(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=128))
+    runner = engine.runner
+    runner.cache.states = filled(ReferenceOps(), [STATE, layer()], 4, 0).states
+    plane = runner.cache.states[0]["recurrent"]
+    one = plane[1].clone()
+    seen: list[torch.Tensor] = []
+    forward = runner._forward
+    runner._forward = lambda step: seen.append(plane.clone()) or forward(step)
+    states = StateInputs(slots=[0], cleared=[0], restores=[(1, 2)], saves=[(2, 0)])
+    runner.execute(StepInputs.build([[5]], [0], [[0]], 16, states=states))
+    assert not seen[0][0].any() and torch.equal(seen[0][2], one)
+    assert torch.equal(plane[0], one)
+
+
+def test_headers_are_plain_json() -> None:
+    data = filled(ReferenceOps(), [layer(7)], 4, 0).read_block(0, 0)
+    start = len(b"moebius cache\n") + 4
+    header = json.loads(data[start : start + int.from_bytes(data[start - 4 : start], "little")])
+    assert header["window"] == 7 and header["planes"][0] == ["k", [2, 8], "torch.bfloat16"]
