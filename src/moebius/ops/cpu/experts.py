@@ -77,20 +77,20 @@ class ExpertOps(CpuBase):
         biases = (weights.gate_bias_F, weights.up_bias_F, weights.down_bias_D)
         dtype = dtype or common_dtype(weight for kind in kinds for weight in kind)
         number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
-        gate, up, down = ([native_matrix(weight, dtype) for weight in kind] for kind in kinds)
-        gate_bias, up_bias, down_bias = ([address(bias) for bias in kind] for kind in biases)
+        matrices = [[native_matrix(weight, dtype) for weight in kind] for kind in kinds]
+        addresses = [[address(bias) for bias in kind] for kind in biases]
         width, hidden = weights.gate_FD[0].shape
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,
             width=width,
             activation=_ACTIVATIONS[activation],
-            gate=gate,
-            up=up,
-            down=down,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down_bias,
+            gate=matrices[0],
+            up=matrices[1],
+            down=matrices[2],
+            gate_bias=addresses[0],
+            up_bias=addresses[1],
+            down_bias=addresses[2],
         )
         return CpuExperts(table, dtype, width, Held(tensors))
 
