@@ -13,7 +13,7 @@ from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.weights import Matrix, Weight
+from moebius.ops.weights import Weight, dense, planes_of
 
 # As csrc/kernels.h numbers them: what is computed in, and what matrices are stored in.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
@@ -66,18 +66,18 @@ def formats(dtype: torch.dtype) -> frozenset[str]:
 
 def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
     """A weight for products of `dtype`, where it lies."""
-    matrix = Matrix.of(weight)
-    name = matrix.format.name
+    name = dense(weight.dtype).name if isinstance(weight, Tensor) else weight.format.name
     if name not in formats(dtype):
         raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
-    (plane,) = matrix.planes
-    rows, columns = matrix.shape
+    (plane,) = planes_of([weight])
+    rows, columns = weight.shape
     return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
 
 
 def common_dtype(weights: Iterable[Weight]) -> torch.dtype:
     """The dtype of all of them."""
-    found = list(dict.fromkeys(Matrix.of(weight).planes[0].dtype for weight in weights))
+    planes = [weight if isinstance(weight, Tensor) else weight.planes[0] for weight in weights]
+    found = list(dict.fromkeys(plane.dtype for plane in planes))
     if len(found) != 1:
         raise ValueError(f"the CPU kernels want one dtype, not {' and '.join(map(str, found))}")
     return found[0]
@@ -142,7 +142,7 @@ class CpuBase(Ops):
     def _matrix(self, weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
         """A weight for products of `dtype`, which a recording holds."""
         matrix = native_matrix(weight, dtype)
-        for plane in Matrix.of(weight).planes:
+        for plane in planes_of([weight]):
             self._at(plane)
         return matrix
 
