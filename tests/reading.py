@@ -43,6 +43,7 @@ COMPILED = {"moebius._cpu"}
 # What only training uses.
 NOT_CORE = {
     "nn/packed.py",
+    "moe/training.py",
     "moe/losses.py",
     "moe/capacity.py",
     "moe/noise.py",

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moebius.files import begins_with, make_directory, write_file
-from moebius.moe.config import FeedForwardConfig, TrainingRouting
+from moebius.moe.config import FeedForwardConfig
+from moebius.moe.training import TrainingRouting
 from moebius.ops.config import RouterConfig
 from moebius.train.recipe import Recipe
 from moebius.train.tables import CorpusRecipe, TokenizerRecipe, TrainingRecipe

@@ -17,9 +17,9 @@ import torch
 
 from claims.experiments import DOMAINS, PAIR_WIDTH, Run, facts, recipe_of
 from moebius.moe import health
-from moebius.moe.config import TrainingRouting
 from moebius.moe.losses import present
 from moebius.moe.router import Router, Routing
+from moebius.moe.training import TrainingRouting
 from moebius.nn.packed import PackedPast
 from moebius.train.data import Batches, PreparedData, evaluation_batches, prepare
 from moebius.train.evaluate import Score, measuring, routers, scores

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moebius.moe.capacity import arrival, capacity, kept
-from moebius.moe.config import FeedForwardConfig, TrainingRouting
+from moebius.moe.config import FeedForwardConfig
 from moebius.moe.layer import FeedForward, LocalDispatcher
 from moebius.moe.noise import jittered
+from moebius.moe.training import TrainingRouting
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 

@@ -13,7 +13,8 @@ import torch
 from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.store.load import load_decoder
-from moebius.moe.config import FeedForwardConfig, TrainingRouting
+from moebius.moe.config import FeedForwardConfig
+from moebius.moe.training import TrainingRouting
 from moebius.nn.attention import GQA
 from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from moebius.errors import ConfigError, NumericalError, StorageError, WeightsError
 from moebius.models.decoder import Decoder
-from moebius.moe.config import TrainingRouting
+from moebius.moe.training import TrainingRouting
 from moebius.nn.packed import PackedPast
 from moebius.ops.reference import ReferenceOps
 from moebius.train import trainer as trainer_module

@@ -6,6 +6,7 @@ Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,8 @@ class Decoder(nn.Module):
         with torch.device(device):
             self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
-                Layer(spec, place.at(number), dispatch) for number, spec in enumerate(config.layers)
+                Layer(spec, replace(place, layer=number), dispatch)
+                for number, spec in enumerate(config.layers)
             )
             self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
             self.lm_head: Linear | None = None

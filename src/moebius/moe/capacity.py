@@ -6,7 +6,7 @@ Shape legend: T tokens, K experts a token, P = T * K pairs of token and choice.
 import torch
 from torch import Tensor
 
-from moebius.moe.config import TrainingRouting
+from moebius.moe.training import TrainingRouting
 
 
 def capacity(tokens: int, num_experts: int, top_k: int, factor: float, least: int) -> int:

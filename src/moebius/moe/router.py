@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moebius.moe.capacity import kept
-from moebius.moe.config import TrainingRouting
 from moebius.moe.noise import jittered, noisy
+from moebius.moe.training import TrainingRouting
 from moebius.ops import Ops, PreparedLinear, RouterTally
 from moebius.ops.config import RouterConfig
 
@@ -47,18 +47,15 @@ class Router(nn.Module):
         self.limits: TrainingRouting | None = None
         self.tally: RouterTally | None = None
         self._prepared: PreparedLinear | None = None
-        self.weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
-        self.bias = (
-            nn.Parameter(torch.empty(config.num_experts, dtype=dtype))
-            if config.logit_bias
-            else None
-        )
-        self.selection_bias: nn.Parameter | None = None
-        if config.selection_bias:
-            self.selection_bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32))
-        self.noise_weight: nn.Parameter | None = None
-        if config.learned_noise:
-            self.noise_weight = nn.Parameter(torch.empty(config.num_experts, width, dtype=dtype))
+
+        def where(wanted: bool, *shape: int, kind: torch.dtype = dtype) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(*shape, dtype=kind)) if wanted else None
+
+        experts = config.num_experts
+        self.weight = nn.Parameter(torch.empty(experts, width, dtype=dtype))
+        self.bias = where(config.logit_bias, experts)
+        self.selection_bias = where(config.selection_bias, experts, kind=torch.float32)
+        self.noise_weight = where(config.learned_noise, experts, width)
 
     def forward(self, x_TD: Tensor) -> Routing:
         layer = (self.weight, self.bias)

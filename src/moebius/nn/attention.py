@@ -193,10 +193,7 @@ class Attention(nn.Module):
             q_norm, k_norm = self.head_norms
             q_THN = q_norm(q_THN.contiguous())
             k_TGN = k_norm(k_TGN.contiguous())
-        cos_TR, sin_TR = rotation
-        q_THN = self.ops.rotary(q_THN, cos_TR, sin_TR)
-        k_TGN = self.ops.rotary(k_TGN, cos_TR, sin_TR)
-        return q_THN, k_TGN, v_TGN
+        return self.ops.rotary(q_THN, *rotation), self.ops.rotary(k_TGN, *rotation), v_TGN
 
     def _projected(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values side by side (T, I): clipped, and normed where all heads are."""

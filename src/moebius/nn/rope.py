@@ -95,11 +95,8 @@ def _llama3(inverse_R: Tensor, rope: RopeConfig) -> Tensor:
 def _yarn(inverse_R: Tensor, rope: RopeConfig, size: int) -> Tensor:
     def dimension(turns: float) -> float:
         """The dimension whose frequency makes so many turns over the original context."""
-        return (
-            size
-            * math.log(rope.original_max_position / (turns * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        of_base = 2 * math.log(rope.theta)
+        return size * math.log(rope.original_max_position / (turns * 2 * math.pi)) / of_base
 
     low = dimension(rope.beta_fast)
     high = dimension(rope.beta_slow)

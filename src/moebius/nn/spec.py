@@ -1,7 +1,7 @@
 """What a record and the module that it describes agree on: parameters, and where they go."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -45,9 +45,6 @@ class Place:
     dtype: torch.dtype
     layer: int = 0
     rotaries: dict[tuple[RopeConfig | None, int], Rotary] = field(default_factory=dict)
-
-    def at(self, layer: int) -> "Place":
-        return replace(self, layer=layer)
 
     def rotary(self, rope: RopeConfig | None, head_dim: int) -> Rotary:
         """The rotation of heads of this size; None turns nothing (NoPE)."""

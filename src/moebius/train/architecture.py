@@ -14,7 +14,8 @@ from typing import Any
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.family import read_config
-from moebius.moe.config import FeedForwardConfig, TrainingRouting
+from moebius.moe.config import FeedForwardConfig
+from moebius.moe.training import TrainingRouting
 from moebius.ops.config import RouterConfig
 from moebius.train.tables import FinetuneRecipe, TrainingRecipe
 

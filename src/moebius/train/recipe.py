@@ -14,7 +14,8 @@ from moebius.files import read_text
 from moebius.models.config import ModelConfig
 from moebius.models.family import model_config
 from moebius.models.hub import resolve_model
-from moebius.moe.config import FeedForwardConfig, TrainingRouting
+from moebius.moe.config import FeedForwardConfig
+from moebius.moe.training import TrainingRouting
 from moebius.train.architecture import (
     check_model_table,
     check_trainable,
