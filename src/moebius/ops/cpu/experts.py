@@ -77,20 +77,18 @@ class ExpertOps(CpuBase):
         biases = (weights.gate_bias_F, weights.up_bias_F, weights.down_bias_D)
         dtype = dtype or common_dtype(weight for kind in kinds for weight in kind)
         number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
-        matrices = [[native_matrix(weight, dtype) for weight in kind] for kind in kinds]
-        addresses = [[address(bias) for bias in kind] for kind in biases]
         width, hidden = weights.gate_FD[0].shape
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,
             width=width,
             activation=_ACTIVATIONS[activation],
-            gate=matrices[0],
-            up=matrices[1],
-            down=matrices[2],
-            gate_bias=addresses[0],
-            up_bias=addresses[1],
-            down_bias=addresses[2],
+            gate=[native_matrix(weight, dtype) for weight in weights.gate_FD],
+            up=[native_matrix(weight, dtype) for weight in weights.up_FD],
+            down=[native_matrix(weight, dtype) for weight in weights.down_DF],
+            gate_bias=[address(bias) for bias in weights.gate_bias_F],
+            up_bias=[address(bias) for bias in weights.up_bias_F],
+            down_bias=[address(bias) for bias in weights.down_bias_D],
         )
         return CpuExperts(table, dtype, width, Held(tensors))
 
