@@ -1,0 +1,1 @@
+"""Tests of the operations. A package, as benchmarks/ops.py would otherwise have its name."""
