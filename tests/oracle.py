@@ -163,7 +163,7 @@ class Server:
             tables.append(table)
             self.done[sequence] = start + len(ids)
         inputs = StepInputs.build([ids for _, ids in work], starts, tables, self.block_size)
-        past = PagedPast(self.ops, self.caches, inputs, self.block_size)
+        past = PagedPast(self.ops, self.caches, [0] * len(self.caches), inputs, self.block_size)
         hidden, _ = self.decoder(inputs.input_ids, inputs.positions, past)
         logits = self.decoder.logits(hidden)
         for (sequence, _), part in zip(
