@@ -14,6 +14,7 @@ from moebius.engine.load import load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
+from moebius.models.decoder import Decoder
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
@@ -65,7 +66,8 @@ def model(*layers: FeedForwardConfig, attention: GQA = PLAIN) -> ModelConfig:
 
 
 def planned(config: ModelConfig, rows: StepRows = StepRows(8, 8)) -> Workspace:  # noqa: B008
-    return plan_workspace(config, CpuOps(1), torch.bfloat16, 16, rows, 64)
+    decoder = Decoder(config, CpuOps(1), torch.bfloat16, device="meta")
+    return plan_workspace(decoder, 16, rows, 64)
 
 
 def test_the_logits_memory_is_of_the_rows_that_may_be_asked_for() -> None:
@@ -107,10 +109,9 @@ def test_what_start_says_and_what_the_fingerprint_says(
 
 
 def test_a_dtype_without_kernels_is_refused_before_anything_is_allocated() -> None:
+    decoder = Decoder(model(FeedForwardConfig(16)), CpuOps(1), torch.float16, device="meta")
     with pytest.raises(ConfigError, match="kernels do not compute in float16; use another --dtype"):
-        plan_workspace(
-            model(FeedForwardConfig(16)), CpuOps(1), torch.float16, 16, StepRows(8, 8), 64
-        )
+        plan_workspace(decoder, 16, StepRows(8, 8), 64)
 
 
 def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> None:
@@ -120,7 +121,8 @@ def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> N
     prepared = prepare(tmp_path, SMALL)
     for layers in (1, 3):
         wrong = replace(model(*[FeedForwardConfig(16)] * layers), vocab_size=64)
-        other = plan_workspace(wrong, prepared.ops, prepared.dtype, 16, step_rows(SMALL), 32)
+        decoder = Decoder(wrong, prepared.ops, prepared.dtype, device="meta")
+        other = plan_workspace(decoder, 16, step_rows(SMALL), 32)
         runner = load_engine(tmp_path, SMALL, prepared=replace(prepared, workspace=other)).runner
         assert runner._step.trace.reason == "it called other operations than were planned"
 

@@ -32,6 +32,7 @@ from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError, require
+from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.models.uses import check_served
@@ -58,6 +59,8 @@ class Prepared:
     plan: MemoryPlan
     threads: int
     workspace: Workspace
+    decoder: Decoder
+    """Without memory; the first engine that is made of this fills it."""
 
     @property
     def batch_invariant(self) -> bool:
@@ -95,10 +98,9 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     check_served(checkpoint.config, dtype, ops)
     weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype))
     available, available_of = _available(device)
+    decoder = Decoder(checkpoint.config, ops, dtype, device="meta")
     workspace = plan_workspace(
-        checkpoint.config,
-        ops,
-        dtype,
+        decoder,
         config.block_size,
         step_rows(config),
         config.max_model_len or checkpoint.config.context,
@@ -115,7 +117,7 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         recorded=workspace.nbytes if workspace.recorded else None,
     )
     threads = config.threads or cores
-    return Prepared(checkpoint, ops, device, dtype, weights, plan, threads, workspace)
+    return Prepared(checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder)
 
 
 def _weight_bytes(weights: list[PlannedWeight], stored: str) -> WeightBytes:
@@ -177,7 +179,13 @@ def load_engine(
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
     plan, model_config = prepared.plan, prepared.checkpoint.config
-    model = load_decoder(prepared.checkpoint, prepared.dtype, prepared.device, prepared.ops)
+    model = load_decoder(
+        prepared.checkpoint,
+        prepared.dtype,
+        prepared.device,
+        prepared.ops,
+        into=prepared.decoder,
+    )
     states = plan.groups.states
     cache = KVCache(
         model_config.caches(prepared.dtype),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moebius.engine.kv_cache import KVCache
 from moebius.errors import ConfigError
-from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
@@ -81,25 +80,20 @@ def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
     return model.logits(model.ops.embed(rows_L, hidden_TD))
 
 
-def plan_workspace(
-    config: ModelConfig,
-    ops: Ops,
-    dtype: torch.dtype,
-    block_size: int,
-    rows: StepRows,
-    context: int,
-) -> Workspace:
-    """Follow a step of a decoder that has shapes and no memory.
+def plan_workspace(model: Decoder, block_size: int, rows: StepRows, context: int) -> Workspace:
+    """Follow a step of a decoder that has shapes and no memory, on the device "meta".
 
     context: the most tokens of a sequence.
 
     Raises ConfigError where the backend does not compute in `dtype`.
     """
+    config = model.config
+    ops = model.ops
+    dtype = model.dtype
     if ops.capability(Use(Operation.LINEAR, dtype)) is None:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(f"the {ops.name} kernels do not compute in {name}; use another --dtype")
     meta = torch.device("meta")
-    model = Decoder(config, ops, dtype, device=meta)
     specs = config.caches(dtype)
     cache = KVCache(specs, ops, num_blocks=1, block_size=block_size, device=meta)
     hidden_TD = torch.empty(rows.tokens, config.hidden_size, dtype=dtype, device=meta)

@@ -25,6 +25,7 @@ def load_decoder(
     ops: Ops | None = None,
     *,
     mapped: bool = True,
+    into: Decoder | None = None,
 ) -> Decoder:
     """A decoder with a checkpoint's weights, which computes in `dtype` on `device`.
 
@@ -32,12 +33,15 @@ def load_decoder(
     are matrices in a format that the backend reads in place: loading copies nothing and processes
     share the pages. All others are copied as `dtype`; Checkpoint.plan_weights says which. Mapped
     weights cannot be written and take no gradient; mapped=False copies all of them, as `dtype`, for
-    training. Raises ConfigError or WeightsError before anything is allocated.
+    training. `into` is a decoder of this configuration that has no memory yet, where there is one.
+    Raises ConfigError or WeightsError before anything is allocated.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
-    decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
+    decoder = into
+    if decoder is None or not decoder.norm.weight.is_meta:
+        decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
     _check_all_have_a_source(decoder, checkpoint.sources)
     formats = decoder.ops.formats(dtype) if mapped else frozenset[str]()
     planned = checkpoint.plan_weights(dtype_name(dtype), device.type, formats)

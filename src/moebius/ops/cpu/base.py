@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -138,6 +139,10 @@ class CpuBase(Ops):
             return address(x, dtype)
         check(x, dtype)
         return self._recorder.address(x)
+
+    def _looking_at(self, tensors: Sequence[Tensor | None]) -> AbstractContextManager[None]:
+        """Around what is worked out of weights alone, whether or not a step is being recorded."""
+        return nullcontext() if self._recorder is None else self._recorder.unwatched(tensors)
 
     def _matrix(self, weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
         """A weight for products of `dtype`, which a recording holds."""

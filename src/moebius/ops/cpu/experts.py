@@ -1,5 +1,6 @@
 """Routers and experts by the CPU's kernels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -72,6 +73,16 @@ class ExpertOps(CpuBase):
         if not weights.up_FD:
             return self._fallback.prepare_experts(weights, activation, dtype)
         tensors = weights.tensors()
+        with self._looking_at(tensors):
+            return self._prepared(weights, activation, dtype, tensors)
+
+    def _prepared(
+        self,
+        weights: ExpertWeights,
+        activation: Activation,
+        dtype: torch.dtype | None,
+        tensors: Sequence[Tensor | None],
+    ) -> PreparedExperts:
         require_no_gradient(*tensors)
         kinds = (weights.gate_FD, weights.up_FD, weights.down_DF)
         biases = (weights.gate_bias_F, weights.up_bias_F, weights.down_bias_D)

@@ -1,5 +1,6 @@
 """Rows of tables and linear layers by the CPU's kernels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,15 @@ class LinearOps(CpuBase):
         self, *layers: tuple[Weight, Tensor | None], dtype: torch.dtype | None = None
     ) -> CpuLinear:
         tensors = planes_of([x for each in layers for x in each])
+        with self._looking_at(tensors):
+            return self._prepared_linear(layers, dtype, tensors)
+
+    def _prepared_linear(
+        self,
+        layers: Sequence[tuple[Weight, Tensor | None]],
+        dtype: torch.dtype | None,
+        tensors: Sequence[Tensor | None],
+    ) -> CpuLinear:
         require_no_gradient(*tensors)
         weights = [weight for weight, _ in layers]
         biases = [bias for _, bias in layers]

@@ -1,6 +1,7 @@
 """Following a computation on tensors without values, to learn what it calls and needs."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,6 +113,7 @@ class Recorder:
         self._on_meta = on_meta
         self._of: dict[int, Buffer] = {}
         self._making = False
+        self._watch = _Watch(self)
         self.columns = [self._buffer(rows, (rows.most,), torch.int64) for _ in range(width)]
 
     def _buffer(self, rows: Rows, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -209,9 +211,24 @@ class Recorder:
         kinds = [isinstance(each, NativeCall) for each in self.calls]
         return sum(native and (i == 0 or not kinds[i - 1]) for i, native in enumerate(kinds))
 
-    def follow(self) -> TorchFunctionMode:
+    @contextmanager
+    def follow(self) -> Iterator[None]:
         """Within it what torch does to this recorder's tensors is watched."""
-        return _Watch(self)
+        with self._watch:
+            yield
+
+    @contextmanager
+    def unwatched(self, tensors: Iterable[Tensor | None]) -> Iterator[None]:
+        """Within it the backend looks at weights, of which there are thousands: watching each look
+        would take longer than all else."""
+        # torch keeps modes on a stack, and this one is on top.
+        self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            if not self._on_meta and any(x is not None and x.is_meta for x in tensors):
+                raise self.refuse("a weight is a tensor that was made for a step")
+            yield
+        finally:
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
 
 
 # What says something of a tensor's shape and nothing of its values.
