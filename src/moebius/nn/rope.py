@@ -56,19 +56,6 @@ class RopeConfig:
             raise ConfigError(f"head_dim is {size}; rotary embedding needs an even one")
         return size
 
-    def context(self, stated: int) -> int:
-        """Longest sequence, in tokens, that positions were made for, where config.json says
-        `stated`.
-
-        yarn and linear stretch the original context by their factor, and a config.json states that
-        context before or after it: the model cards of Qwen and of vicuna add the scaling and leave
-        max_position_embeddings alone, others raise it. llama3's max_position_embeddings is always
-        what it was raised to; its factor is a frequency's.
-        """
-        if self.scaling in ("linear", "yarn"):
-            return max(stated, int(self.original_max_position * self.factor))
-        return stated
-
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies (R,) float32 in radians a position, and the factor of cos and sin."""

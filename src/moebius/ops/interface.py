@@ -23,16 +23,9 @@ from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
 from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
-from moebius.ops.program import (
-    Given,
-    HostFunction,
-    HostResult,
-    Program,
-    Source,
-    Trace,
-    Wanted,
-)
+from moebius.ops.program import Given, HostFunction, HostResult, Program, Trace
 from moebius.ops.sampling import Shaping, TopK
+from moebius.ops.sources import Source, Wanted
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally, Step
 from moebius.ops.weights import Weight
 

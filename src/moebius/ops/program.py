@@ -10,7 +10,6 @@ named number of rows, which a run brings or a call to the host decides.
 """
 
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from moebius.ops.capability import Use
-from moebius.ops.steps import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +45,6 @@ class HostResult(NamedTuple):
 
 
 Given = TypeVar("Given")
-Wanted = TypeVar("Wanted")
-
-
-class Source(ABC, Generic[Given, Wanted]):
-    """How a program gets what each run brings: `width` columns of integers (int64).
-
-    Given is what a run hands in, Wanted what the computation is called with.
-    """
-
-    rows: Rows
-    width: int
-
-    @abstractmethod
-    def arrays(self, given: Given) -> "Sequence[array[int]]":
-        """The columns of a run."""
-
-    @abstractmethod
-    def sequences(self, given: Given) -> StepInputs | None:
-        """The step whose sequences attention is planned for, where there is one."""
-
-    @abstractmethod
-    def wanted(self, given: Given, device: torch.device | str) -> Wanted:
-        """What an unrecorded run calls the computation with."""
-
-    @abstractmethod
-    def symbolic(self, columns: Sequence[Tensor]) -> Wanted:
-        """What a recording calls it with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,16 +137,3 @@ def planes_of(weights: Sequence[Weight | None]) -> list[Tensor | None]:
         else:
             found.append(weight)
     return found
-
-
-def widened_for(x: Tensor, weight: Weight) -> Tensor:
-    """`weight` as a tensor that torch multiplies x by: widened where x's dtype holds it exactly.
-
-    What it does not hold stays as it is: autocast, or torch's refusal, has the word.
-    """
-    if isinstance(weight, Tensor) and weight.dtype == x.dtype:
-        return weight
-    matrix = Matrix.of(weight)
-    if isinstance(weight, Tensor) and not matrix.format.exact_in(x.dtype):
-        return weight
-    return matrix.widened(x.dtype)

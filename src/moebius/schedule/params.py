@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -213,15 +212,6 @@ def _check_stop(string: object) -> None:
         raise RequestError(
             f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}", param="stop"
         )
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """The 64-bit seed of choice `index` of a request with `seed`.
-
-    Choices differ, and repeat from run to run.
-    """
-    data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(4, "little")
-    return int.from_bytes(blake2b(data, digest_size=8, person=b"moebius-choice").digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)

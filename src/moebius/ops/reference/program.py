@@ -7,17 +7,8 @@ import torch
 from torch import Tensor
 
 from moebius.ops.interface import Ops
-from moebius.ops.program import (
-    Given,
-    HostFunction,
-    HostResult,
-    Program,
-    Rows,
-    Source,
-    Trace,
-    Wanted,
-    counted,
-)
+from moebius.ops.program import Given, HostFunction, HostResult, Program, Rows, Trace, counted
+from moebius.ops.sources import Source, Wanted
 
 
 class Unrecorded(Program[Given], Generic[Given, Wanted]):
