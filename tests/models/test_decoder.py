@@ -221,7 +221,7 @@ def _serve(decoder: Decoder, texts: dict[int, list[int]]) -> dict[int, Tensor]:
         rows = [texts[s][done[s] : done[s] + count] for s, count in work]
         tables = [blocks[s] for s, _ in work]
         step = StepInputs.build(rows, [done[s] for s, _ in work], tables, 4)
-        past = PastWithStates(ops, [None, cache, None], step, 4)
+        past = PastWithStates(ops, [None, cache, None], [0, 0, 0], step, 4)
         past.kept = kept
         past.sequences = [s for s, _ in work]
         with torch.no_grad():
