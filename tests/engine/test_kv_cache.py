@@ -19,6 +19,7 @@ from moebius.ops import Ops
 from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StateInputs, StepInputs
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.request import Request, SamplingParams
 from ops.levels import LEVELS, level
 from ops.paged import as_is
@@ -177,7 +178,7 @@ def test_an_engine_holds_a_window_and_says_so(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     prompt = [i % 300 for i in range(800)]
     limits = engine.info.limits
-    engine.add(Request.create("a", prompt, params, limits, arrival=0.0, seed=0))
+    engine.add(Request(EngineRequest.create("a", prompt, params, limits, arrival=0.0, seed=0)))
     request = engine.scheduler.requests["a"]
     while engine.has_work:
         engine.step()
@@ -204,7 +205,9 @@ def test_a_sequence_longer_than_the_cache_runs_in_its_window(tmp_path: Path) -> 
     engine = load_engine(tmp_path, config, prepared=prepared)
     params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
     prompt = [i % 300 for i in range(700)]
-    engine.add(Request.create("a", prompt, params, engine.info.limits, arrival=0.0, seed=0))
+    engine.add(
+        Request(EngineRequest.create("a", prompt, params, engine.info.limits, arrival=0.0, seed=0))
+    )
     tokens: list[int] = []
     while engine.has_work:
         for output in engine.step():

@@ -94,7 +94,7 @@ class Engine:
     def take(self, asked: EngineRequest) -> list[StepOutput]:
         """Queue what a client asks for; a refusal, or whatever fails, is its only output."""
         try:
-            self.add(Request.of(asked))
+            self.add(Request(asked))
         except MoebiusError as error:
             return [failed(asked.id, error)]
         except Exception as error:

@@ -144,7 +144,7 @@ class _Row:
 
     @property
     def uniform(self) -> float:
-        return uniform(self.request.seed, self.request.num_tokens)
+        return uniform(self.request.asked.seed, self.request.num_tokens)
 
     @property
     def num_candidates(self) -> int:

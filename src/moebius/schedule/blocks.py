@@ -328,13 +328,13 @@ class BlockPool(Places):
         if missing > 0:
             start = len(hashes) * self.block_size
             self.hasher.extend(
-                hashes, request.salt, request.tokens(start, start + missing * self.block_size)
+                hashes, request.asked.salt, request.tokens(start, start + missing * self.block_size)
             )
         return hashes
 
     def _take_prompt_hashes(self, request: Request) -> None:
         """Start with the front's hashes, if they were made as this pool makes them."""
-        given = request.prompt_hashes
+        given = request.asked.prompt_hashes
         if given is not None and given.key_id == self.hasher.key_id:
             request.block_hashes.extend(given.hashes)
 

@@ -22,8 +22,17 @@ from moebius.schedule.params import (
 class EngineRequest:
     """What a front asks of an engine: one sequence, never changed. Make it with `create`.
 
-    The front keeps it for as long as it may have to ask again; an engine makes a `Request` of its
-    own from it. Fields are as in Request; output_ids are tokens that an earlier engine has drawn.
+    The front keeps it for as long as it may have to ask again; an engine's `Request` holds it.
+
+    prompt_ids          token ids of the prompt
+    stop_ids            token ids that end it (end-of-sequence and stop_token_ids)
+    max_tokens          resolved: most tokens to draw
+    arrival, deadline   seconds on the engine's monotonic clock
+    salt                separates the prefix caches of tenants
+    generation_start    how many leading tokens of the prompt come before the generation prompt, the
+                        part that a chat template adds for the answer; None where that is not known
+    output_ids          token ids that an earlier engine has drawn
+    prompt_hashes       those of the prompt's full blocks, where the front has made them
     """
 
     id: str

@@ -161,8 +161,8 @@ class Scheduler:
         request.block_hashes.clear()  # another pool's key may have made them
         self._waiting.push(request)  # first: should it fail, nothing was kept
         self._requests[request.id] = request
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if request.asked.deadline is not None:
+            heapq.heappush(self._deadlines, (request.asked.deadline, request.id))
 
     def plan(self, now: float) -> StepPlan:
         """Decide the next step; `now` is in seconds on the clock of the requests' deadlines.
@@ -272,9 +272,9 @@ class Scheduler:
     def _expire(self, now: float) -> tuple[str, ...]:
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
+            deadline, request_id = heapq.heappop(self._deadlines)
             request = self._requests.get(request_id)
-            if request is not None and request.deadline is not None and request.deadline <= now:
+            if request is not None and request.asked.deadline == deadline:
                 self._finish(request, FinishReason.DEADLINE)
                 expired.append(request_id)
         if (

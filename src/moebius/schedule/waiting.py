@@ -90,7 +90,7 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         """Put the request at its place in the order; a preempted one is never refused."""
         if not self._requests:
-            self._backlog_since = request.arrival
+            self._backlog_since = request.asked.arrival
         insort(self._requests, request, key=_order)
         self.num_tokens += request.num_tokens
         if request.status is RequestStatus.PREEMPTED:
