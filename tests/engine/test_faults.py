@@ -17,6 +17,7 @@ import pytest
 from engine.test_engine import ask, engine, make, prompts, tokens
 from engine.test_in_process import Collector
 from moebius.engine import engine as loop
+from moebius.engine import prompt_scores
 from moebius.engine.engine import Engine
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.runner import Runner
@@ -94,7 +95,7 @@ PER_REQUEST: list[tuple[Any, str]] = [
     (Engine, "_score"),
     (Engine, "_output"),
     (loop, "sample"),
-    (loop, "token_logprobs"),
+    (prompt_scores, "token_logprobs"),
     (loop, "build_batch"),
     (Runner, "execute"),
     (Runner, "logits"),

@@ -19,8 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Runner:
-    """A decoder and its KV cache. Nothing is kept between steps but what they write to the cache,
-    and counts of what its routers chose.
+    """A decoder and its KV cache. From step to step it keeps only what its routers chose.
 
     rows: how many a step has at most. planned: what plan_workspace said of these.
     """
@@ -70,8 +69,7 @@ class Runner:
         return head(self.model, hidden_TD, rows_L)
 
     def execute(self, inputs: StepInputs) -> Tensor:
-        """Compute the step, write its keys and values, and return its final hidden states (T, D),
-        which are read until the next step.
+        """Compute the step; its final hidden states (T, D), which are read until the next one.
 
         `logits` turns rows of them into logits, a few at a time: those of one long prompt would
         take gigabytes.
@@ -102,8 +100,7 @@ class Runner:
         return self._head.run(wanted)
 
     def warm_up(self) -> None:
-        """Run an empty step and one of a single token, so that the first request meets nothing for
-        the first time."""
+        """Run an empty step and one of one token: the first request meets nothing new."""
         for sequences in (0, 1):
             self.execute(self._zeros(sequences))
             self.logits(range(sequences))

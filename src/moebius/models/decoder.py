@@ -1,5 +1,4 @@
-"""One decoder for training and for serving. What differs between architectures is data, in
-ModelConfig.
+"""One decoder for training and for serving; architectures are data, in ModelConfig.
 
 Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
@@ -22,8 +21,7 @@ from moebius.ops import Ops, PreparedLinear
 
 
 class Stream(NamedTuple):
-    """The residual stream: x + multiplier * update. Whatever reads it next adds the update, in the
-    same pass as its norm."""
+    """The residual stream x + multiplier * update; its next reader adds, beside its norm."""
 
     x_TD: Tensor
     update_TD: Tensor | None = None
@@ -131,8 +129,7 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, past: Past
     ) -> tuple[Tensor, list[Routing | None]]:
-        """Final hidden states (T, D), after the last norm, and each layer's routing (None for a
-        dense layer)."""
+        """Final hidden states (T, D), normed, and each layer's routing (None for a dense one)."""
         stream = Stream(
             self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
         )

@@ -33,8 +33,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """weight (E, D); bias (E,), selection_bias (E,) and noise_weight (E, D) where the architecture
-    has them.
+    """weight (E, D), and where there are such bias, selection_bias (E,), noise_weight (E, D).
 
     `limits` is what training does beside; nothing that serves sets it. `tally` counts what was
     chosen, where it is set.

@@ -32,8 +32,7 @@ class PagedPast:
         self._plans: dict[int, AttentionPlan] = {}
 
     def _plan(self, group: int, window: int | None) -> AttentionPlan:
-        """What attention needs to know of the step: the same for all layers of a group, which has
-        one window."""
+        """What attention needs to know of the step: the same for all layers of a group."""
         if group not in self._plans:
             step = self._step.of(group)
             self._plans[group] = self._ops.plan_attention(step, self._block_size, window)

@@ -18,8 +18,7 @@ from moebius.ops import Ops, Pair
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding: base `theta` and a length-independent scaling (arXiv 2104.09864;
-    yarn 2309.00071).
+    """Rotary position embedding: base `theta` and a scaling (arXiv 2104.09864; yarn 2309.00071).
 
     original_max_position is the context before scaling, in tokens. partial is the share of a head's
     values that turn, the first ones; the others stay as they are.
@@ -111,8 +110,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 class Rotary:
-    """cos and sin of a step's positions, in float32, for all layers with this rope; None turns
-    nothing."""
+    """cos and sin of a step's positions for all layers with this rope; None turns nothing."""
 
     def __init__(self, rope: RopeConfig | None, head_dim: int, ops: Ops) -> None:
         self._ops = ops
@@ -129,8 +127,7 @@ class Rotary:
 
 
 class Positions:
-    """The positions of a step's rows, and their rotations, each worked out when a layer first asks
-    for it."""
+    """The positions of a step's rows; a rotation is worked out when a layer first asks for it."""
 
     def __init__(self, positions_T: Tensor) -> None:
         self.positions_T = positions_T

@@ -119,8 +119,7 @@ class Matrix:
         return self.format.widened(self.planes, dtype)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Matrix":
-        """Each plane where `move` puts it. Raises ValueError where that makes other numbers of it:
-        a format has its dtypes."""
+        """Each plane where `move` puts it. ValueError where that makes other numbers of it."""
         return Matrix(self.format, self.shape, tuple(move(plane) for plane in self.planes))
 
 

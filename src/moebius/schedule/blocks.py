@@ -32,10 +32,9 @@ class Hit(NamedTuple):
 
 
 class BlockPool(Places):
-    """`num_blocks` blocks of `block_size` tokens, for all `groups` of layers together; `states` has
-    the slots of recurrent states, where the model has some.
+    """`num_blocks` blocks of `block_size` tokens, for all `groups` of layers together.
 
-    `key` and `namespace` are the BlockHasher's.
+    `states` has the slots of recurrent states. `key` and `namespace` are the BlockHasher's.
     """
 
     def __init__(
@@ -80,13 +79,11 @@ class BlockPool(Places):
         return -(-num_tokens // self.block_size)
 
     def most_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Most blocks that a sequence of `num_tokens`, computed by at most `chunk` a step, holds at
-        a time."""
+        """Most blocks that such a sequence, computed by at most `chunk` a step, ever holds."""
         return self.groups.most_blocks(num_tokens, chunk, self.block_size)
 
     def fits(self, num_tokens: int, chunk: int, *, held: int = 0, free: int | None = None) -> bool:
-        """Whether a sequence of `num_tokens` finds place in `held` blocks plus `free` others (None:
-        an empty pool's).
+        """Whether `held` blocks plus `free` others (None: an empty pool's) hold `num_tokens`.
 
         The one rule behind refusal, admission and allocation.
         """
@@ -117,8 +114,7 @@ class BlockPool(Places):
         return Hit(limit, tuple(tables), snapshot)
 
     def _resumable(self, hashes: Sequence[bytes], limit: int) -> int:
-        """The last of the first `limit` block boundaries at which all windows are cached, and where
-        a snapshot was taken of a state."""
+        """The last of `limit` boundaries with all windows cached, and a snapshot of states."""
         size = self.block_size
         best = 0
         windows = [(self._cached[g], spec) for g, spec in self._windowed]
@@ -153,8 +149,7 @@ class BlockPool(Places):
         return self._claims.get(hashes[request.num_awaited_blocks])
 
     def open(self, request: Request, hit: Hit, chunk: int, *, reserved: int = 0) -> bool:
-        """Start the request's tables with the blocks of `hit`, if all its tokens fit, computed by
-        `chunk` a step; else change nothing.
+        """Start the request's tables with `hit`, if all its tokens fit, or else change nothing.
 
         `reserved` blocks of those that are free are promised to others. Claims the blocks it is
         going to compute.
@@ -184,8 +179,7 @@ class BlockPool(Places):
         return True
 
     def _claim(self, request: Request, first: int) -> None:
-        """Tell others what will be found soon: blocks, or with states the boundaries where
-        snapshots are taken."""
+        """Tell others what will be found soon: blocks, or with states those with a snapshot."""
         known = request.num_tokens // self.block_size
         size = self.block_size
         hashes = self._hash_blocks(request, known)
@@ -194,8 +188,7 @@ class BlockPool(Places):
                 self._claims.setdefault(hashes[i], request)
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        """Grow the request's tables to hold `num_tokens` tokens, evicting where needed; else change
-        nothing."""
+        """Grow the request's tables to `num_tokens` tokens, evicting, or else change nothing."""
         tables = request.tables
         if not tables or num_tokens <= len(tables[0]) * self.block_size:
             return True
@@ -208,8 +201,7 @@ class BlockPool(Places):
         return True
 
     def leave(self, request: Request) -> None:
-        """Give back the blocks that lie before the windows of all tokens still to be computed. Like
-        others they stay findable until they are evicted."""
+        """Give back the blocks that lie before the windows of all tokens still to be computed."""
         for g, spec in self._windowed:
             first = spec.first_block(request.num_computed_tokens, self.block_size)
             passed = request.num_passed[g]
@@ -221,15 +213,13 @@ class BlockPool(Places):
                 request.num_passed[g] = first
 
     def trim(self, request: Request, num_tokens: int) -> None:
-        """Shrink the request's tables to what `num_tokens` tokens need: a step that failed wrote
-        nothing."""
+        """Shrink the request's tables to `num_tokens` tokens: a failed step wrote nothing."""
         keep = self.blocks_for(num_tokens)
         self._release_tables(tuple(table[keep:] for table in request.tables))
         request.tables = tuple(table[:keep] for table in request.tables)
 
     def free(self, request: Request) -> None:
-        """Give back all that the request holds. Blocks with a hash stay findable until they are
-        evicted."""
+        """Give back all that the request holds; what has a hash stays findable until evicted."""
         self._drop_claims(request)
         self._release_tables(request.tables)
         request.tables = ()
@@ -246,8 +236,7 @@ class BlockPool(Places):
             request.request_slot = None
 
     def publish(self, request: Request, num_tokens: int) -> None:
-        """Make the full blocks among the request's first `num_tokens`, all computed, findable by
-        their hash, and the snapshot that the step took.
+        """Make the full ones of `num_tokens` computed tokens' blocks, and the snapshot, findable.
 
         Where a hash is taken already, the request keeps its own block private.
         """
@@ -268,8 +257,7 @@ class BlockPool(Places):
         request.num_published_blocks = end
 
     def withdraw(self, request: Request, running: Iterable[Request]) -> None:
-        """Take from the cache what the request published and what derives from it: its numbers are
-        not to be trusted.
+        """Take from the cache what the request published and what derives from it.
 
         Of the `running` requests, those that have read such blocks keep what they have but publish
         no more.
@@ -299,8 +287,7 @@ class BlockPool(Places):
         return last if position < last < regular else regular
 
     def state_slots(self, request: Request, end: int) -> StateSlots | None:
-        """Where the request's next chunk, which ends at `end`, finds and leaves its state; None
-        where the model has none."""
+        """Where the request's chunk up to `end` finds and leaves its state, if it has one."""
         if self.states is None:
             return None
         assert request.states is not None, "a running request has slots"

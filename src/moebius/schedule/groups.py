@@ -41,8 +41,7 @@ class GroupSpec:
         return max(0, position - self.window + 1) // block_size
 
     def most_blocks(self, num_tokens: int, chunk: int, block_size: int) -> int:
-        """Most blocks that a sequence of `num_tokens` holds at a time, when a step computes at most
-        `chunk` of its tokens."""
+        """Most blocks that a sequence of `num_tokens`, `chunk` of them a step, ever holds."""
         whole = -(-num_tokens // block_size)
         if self.window is None:
             return whole
@@ -144,8 +143,7 @@ class Lineage:
 
 
 def tainted(lineages: set[Lineage], publisher: str) -> set[Lineage]:
-    """Those of `lineages` that lead back to `publisher`. Without recursion: a long conversation is
-    a long chain."""
+    """Those of `lineages` that lead back to `publisher`. No recursion: chains are long."""
     verdicts: dict[Lineage, bool] = {}
     stack = list(lineages)
     while stack:

@@ -123,8 +123,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     plain: bool = field(init=False, default=False, repr=False, compare=False)
-    """Greedy and nothing else: the most likely id is all that is asked for. Worked out once, as
-    every step asks it of every request."""
+    """Greedy and nothing else; worked out once, as every step asks it of every request."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -1,5 +1,4 @@
-"""What to compute next. Plain data in, plain data out, never changed once made: no tensors, no
-clock, no I/O.
+"""What to compute next: plain data in and out, no tensors, no clock, no I/O.
 
 A step is `plan(now)`, then the engine computes the plan's chunks, then `update(plan, tokens)`; or
 `rollback(plan)` where the step failed. `add`, `abort` and `fail` may come at any time between two
@@ -35,8 +34,7 @@ from moebius.schedule.request import FinishReason, Request, RequestStatus
 from moebius.schedule.waiting import WaitingQueue
 
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
-"""Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a
-seat given back, or the running request that is computing its prefix."""
+"""Why a request has no chunk: it waits for budget, a block, a seat, or its prefix."""
 
 
 class Chunk(NamedTuple):
@@ -188,8 +186,7 @@ class Scheduler:
         )
 
     def update(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> list[Request]:
-        """Take a computed step's tokens: append, publish full blocks, stop. Returns the requests
-        that finished.
+        """Take a computed step's tokens, publish full blocks, stop; the requests that finished.
 
         `tokens` has 0, 1 or several for each chunk that samples; with none, its last position is
         computed once more. Requests that ended since the plan are skipped, tokens beyond a stop are
@@ -212,8 +209,7 @@ class Scheduler:
         return finished
 
     def rollback(self, plan: StepPlan) -> None:
-        """Forget a step that failed: its tokens are to be computed again, nothing of it is
-        published. A state that it may have rewritten is given up."""
+        """Forget a failed step: all is computed again, a rewritten state is given up."""
         self._close(plan)
         for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
@@ -221,14 +217,12 @@ class Scheduler:
                 self._rewind(request, chunk.start)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
-        """End a request in whatever state it is, between plan and update too. None if there is no
-        such request."""
+        """End a request in any state, between plan and update too; None if it is not here."""
         request = self._requests.get(request_id)
         return None if request is None else self._finish(request, reason)
 
     def fail(self, request_id: str) -> Request | None:
-        """End a request whose numbers went wrong, and withdraw from the cache all that may derive
-        from them.
+        """End a request whose numbers went wrong, and withdraw all that may derive from them.
 
         Best called before `update`, so that nothing of the failed step is published at all.
         """
@@ -264,8 +258,7 @@ class Scheduler:
             )
 
     def _longest(self, request: Request) -> int:
-        """Most tokens of the request that will ever be in the cache: the last one drawn is not
-        computed."""
+        """Most of its tokens that will ever be cached: the last one drawn is not computed."""
         prompt = len(request.prompt_ids)
         return max(request.num_tokens, min(prompt + request.max_tokens, self.max_model_len) - 1)
 
@@ -302,8 +295,7 @@ class Scheduler:
                 self._compute(request, num_tokens, draft)
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
-        """Extend the request's tables, at the cost of the last running ones; the last itself has to
-        wait."""
+        """Extend the request's tables, if need be at the cost of the last running ones."""
         while not self.pool.extend(request, num_tokens):
             victim = self._running[-1]
             if victim is request:
@@ -338,8 +330,7 @@ class Scheduler:
                 promised += self._promised(request)
 
     def _promised(self, request: Request) -> int:
-        """Blocks that a running request will soon need: for all its tokens so far, and one a group
-        to go on with."""
+        """Blocks it will soon need: for all its tokens so far, and one a group to go on."""
         pool = self.pool
         soon = min(pool.blocks_for(request.num_tokens) + 1, pool.blocks_for(self._longest(request)))
         if self._one_table:

@@ -46,8 +46,7 @@ class StatePool(Places):
         return self._lineages((snapshot,))
 
     def open(self, snapshot: int | None) -> OwnedStates | None:
-        """Slots for a sequence that starts from `snapshot`, or from zeros; None where they do not
-        fit."""
+        """Slots for a sequence that starts from `snapshot`, or zeros; None if there are too few."""
         if snapshot is not None:
             self._share((snapshot,))  # nobody may take it before it was copied
         if not self.fits:
@@ -66,8 +65,7 @@ class StatePool(Places):
         return StateSlots(owned.slot, owned.scratch, owned.restore, owned.save)
 
     def settle(self, owned: OwnedStates, lineage: Lineage | None) -> None:
-        """The chunk's step is over: its snapshot can be found from now on; without a `lineage` it
-        is given up."""
+        """The chunk's step is over: its snapshot can be found, or is given up without `lineage`."""
         if owned.restore is not None:
             self._release((owned.restore,))
             owned.restore = None
