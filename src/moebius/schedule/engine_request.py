@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from moebius.errors import ContextExceededError, RequestError
+from moebius.errors import ContextExceededError, RequestError, check_integer, check_number
 from moebius.schedule.hashes import BlockHasher, PromptHashes
 from moebius.schedule.params import (
     LIMITS,
     SamplingParams,
     ServingLimits,
     check_asked,
-    check_integer,
-    check_number,
     check_tokens,
 )
 

@@ -5,67 +5,24 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
 
-from moebius.errors import RequestError
+from moebius.errors import RequestError, check_integer, check_number
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The one table of limits that a request is held to, whichever front door it came by.
-
-    bodies_bytes  the bodies of all requests together that a server has in memory
-    json_values   values in one body; json_parts of them may be strings (names included), lists and
-                  objects, each of which costs the parser ten times what a number costs
-    """
+    """The one table of limits that a request is held to, whichever front door it came by."""
 
     n: int = 16
-    prompts: int = 64
     stop: int = 16
     stop_bytes: int = 256
     stop_token_ids: int = 256
     logit_bias: int = 1024
     logprobs: int = 20
-    messages: int = 4096
-    tools: int = 256
-    body_bytes: int = 8 * 2**20
-    bodies_bytes: int = 64 * 2**20
-    header_bytes: int = 16 * 2**10
-    json_depth: int = 64
-    json_values: int = 2**20
-    json_parts: int = 2**16
     priority: int = 2**31 - 1
     salt_bytes: int = 256
 
 
 LIMITS = Limits()
-
-
-def check_number(
-    name: str, value: object, low: float, high: float, *, open_low: bool = False
-) -> None:
-    """RequestError unless value is a number from low (with open_low: above it) to high.
-
-    low and high are finite, so that neither NaN nor infinity is within; an integer may be beyond
-    every float.
-    """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        high_enough = low < value if open_low else low <= value
-        if high_enough and value <= high:
-            return
-    bracket = "(" if open_low else "["
-    raise RequestError(
-        f"{name} is {value!r}; it must be a number in {bracket}{low:g}, {high:g}]", param=name
-    )
-
-
-def check_integer(name: str, value: object, low: int, high: int, *, none: bool = False) -> None:
-    """RequestError unless value is an integer from low to high, or None where `none` allows it."""
-    if none and value is None:
-        return
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return
-    raise RequestError(
-        f"{name} is {value!r}; it must be an integer from {low} to {high}", param=name
-    )
 
 
 def check_tokens(ids: Sequence[int], vocab_size: int) -> None:
