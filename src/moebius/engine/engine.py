@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from msgspec.structs import replace
-
 from moebius.engine.batch import Batch, build_batch
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.engine.counters import Counters
 from moebius.engine.faults import failed, failure
+from moebius.engine.outputs import Outputs
 from moebius.engine.prompt_scores import PromptRows, score
 from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite, sample
@@ -23,21 +22,6 @@ from moebius.ops.threads import TorchThreads
 from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.request import FinishReason, Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
-
-
-@dataclass(slots=True)
-class _Unfinished:
-    """A request that is here, and what the engine remembers of it from one step to the next.
-
-    The scheduler forgets a request before its last output is made.
-
-    num_scored  how many prompt tokens' log-probabilities were sent
-    counted     whether the counters know its prompt: from its first token on, or from its end
-    """
-
-    request: Request
-    num_scored: int = 0
-    counted: bool = False
 
 
 @dataclass(slots=True)
@@ -69,7 +53,7 @@ class Engine:
         self._trace = Tracing(trace)
         self._torch_threads = TorchThreads(torch_threads)
         self._counters = Counters(clock())
-        self._unfinished: dict[str, _Unfinished] = {}
+        self._outputs = Outputs(self._counters)
 
     @property
     def has_work(self) -> bool:
@@ -78,7 +62,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; RequestError or OverloadError if it cannot be served (ever, or now)."""
         self.scheduler.add(request)
-        self._unfinished[request.id] = _Unfinished(request)
+        self._outputs.add(request)
         self._trace.record(lambda trace: trace.add(request))
 
     def take(self, asked: EngineRequest) -> list[StepOutput]:
@@ -181,14 +165,12 @@ class Engine:
 
     def _score(self, rows: PromptRows, results: _Results) -> None:
         """Log-probabilities of prompt tokens, without those that were sent before a preemption."""
+        request = rows.request
         scored = score(self.runner, rows)
         if scored is None:
-            results.failed[rows.request.id] = not_finite()
-            return
-        unfinished = self._unfinished[rows.request.id]
-        sent = unfinished.num_scored
-        results.prompts[rows.request.id] = scored[max(sent + 1 - rows.start, 0) :]
-        unfinished.num_scored = max(sent, rows.start + len(rows.token_ids) - 1)
+            results.failed[request.id] = not_finite()
+        else:
+            results.prompts[request.id] = self._outputs.unsent(request, rows.start, scored)
 
     def _update(self, plan: StepPlan, results: _Results) -> list[StepOutput]:
         """Hand the tokens to the scheduler, and what is new to the clients."""
@@ -204,43 +186,18 @@ class Engine:
         self._trace.record(lambda trace: trace.update(tokens))
         self._counters.drawn(len(tokens))
         for request in requests:
-            drawn = tokens.get(request.id, ())
-            if drawn or self._has_news(request, results):
-                try:
-                    outputs.append(self._output(request, drawn, results, now))
-                except Exception as error:
-                    cause = failure("handing out a request's tokens", error)
-                    outputs.append(self._fail(request.id, cause))
+            if request.id in results.failed:
+                continue
+            drawn = results.sampled.get(request.id)
+            scored = results.prompts.get(request.id, ())
+            if drawn is None and not scored and not request.finished:
+                continue
+            try:
+                outputs.append(self._outputs.news(request, drawn, scored, now))
+            except Exception as error:
+                cause = failure("handing out a request's tokens", error)
+                outputs.append(self._fail(request.id, cause))
         return outputs
-
-    def _has_news(self, request: Request, results: _Results) -> bool:
-        """Without a token: it ended, or prompt tokens were scored."""
-        if request.id in results.failed:
-            return False
-        return request.finished or bool(results.prompts.get(request.id))
-
-    def _output(
-        self, request: Request, token_ids: tuple[int, ...], results: _Results, now: float
-    ) -> StepOutput:
-        unfinished = self._unfinished[request.id]
-        if not unfinished.counted and (token_ids or request.finished):
-            unfinished.counted = True
-            self._counters.prompt(request)
-        if request.finished:
-            del self._unfinished[request.id]
-        logprob = results.sampled[request.id].logprob if token_ids else None
-        scored = results.prompts.get(request.id, ()) if results.prompts else ()
-        return StepOutput(
-            request_id=request.id,
-            token_ids=token_ids,
-            logprobs=(logprob,) if logprob else (),
-            prompt_logprobs=tuple(scored),
-            finish_reason=request.finish_reason,
-            num_cached_tokens=request.num_cached_tokens or 0,
-            at=now,
-            scheduled=request.scheduled,
-            num_preemptions=request.num_preemptions,
-        )
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The model failed: the step's requests end, nothing of it is kept, the engine goes on."""
@@ -260,9 +217,4 @@ class Engine:
         return self._ended(request_id, FinishReason.ERROR, error)
 
     def _ended(self, request_id: str, reason: FinishReason, error: MoebiusError) -> StepOutput:
-        ended = StepOutput(request_id, finish_reason=reason, error=error, at=self.clock())
-        unfinished = self._unfinished.pop(request_id, None)
-        if unfinished is None:
-            return ended
-        request = unfinished.request
-        return replace(ended, scheduled=request.scheduled, num_preemptions=request.num_preemptions)
+        return self._outputs.last(request_id, reason, error, self.clock())
