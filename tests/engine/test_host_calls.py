@@ -19,7 +19,8 @@ from moebius.moe.layer import Experts
 from moebius.moe.router import Routing
 from moebius.ops import Ops
 from moebius.ops.cpu import CpuOps
-from moebius.ops.program import HostResult, Rows
+from moebius.ops.host import HostResult
+from moebius.ops.program import Rows
 from oracle import save_tiny
 from random_schedules import MAX_MODEL_LEN, alone, answers, random_schedule, wishes
 

@@ -19,7 +19,8 @@ from moebius.engine.runner import Runner
 from moebius.engine.workspace import StepRows
 from moebius.models.store.load import load_decoder
 from moebius.ops.cpu import CpuOps, RecordedProgram
-from moebius.ops.program import HostResult, Program, Rows
+from moebius.ops.host import HostResult
+from moebius.ops.program import Program, Rows
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.program import Unrecorded
 from moebius.ops.sources import RowSource, StepSource

@@ -143,7 +143,6 @@ class Attends(Protocol):
     def attend(self, attention: "Attention", qkv_TI: Tensor, rotation: Pair) -> Tensor:
         """(T, H, value size): each row's heads, as they were projected, over the keys and values
         that it may see, its own among them. `rotation` is cos and sin (T, R) of the rows."""
-        ...
 
 
 class Attention(nn.Module):

@@ -62,7 +62,6 @@ class Step(Protocol):
 
     def of(self, group: int) -> "Step":
         """The step as the layers of `group` see it."""
-        ...
 
 
 class StateInputs(NamedTuple):

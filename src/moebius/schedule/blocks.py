@@ -160,13 +160,13 @@ class BlockPool(Places):
             return False
         if self.groups.request_slots is not None and not self._request_slots:
             return False
-        lineages = self._lineages(held)
+        lineages = self.lineages(held)
         if self.states is not None:
             request.states = self.states.open(hit.snapshot)
             if request.states is None:
                 return False
             if hit.snapshot is not None:
-                lineages |= self.states.lineages(hit.snapshot)
+                lineages |= self.states.lineages((hit.snapshot,))
         if self.groups.request_slots is not None:
             request.request_slot = self._request_slots.pop()
         self._share(held)
@@ -264,9 +264,9 @@ class BlockPool(Places):
         """
         running = list(running)
         known = {other.lineage for other in running if other.lineage is not None}
-        known |= self._lineages(range(self.num_places))
+        known |= self.lineages(range(self.num_places))
         if self.states is not None:
-            known |= self.states._lineages(range(self.states.num_places))
+            known |= self.states.lineages(range(self.states.num_places))
         doomed = tainted(known, request.id)
         self._withdraw(doomed)
         if self.states is not None:
@@ -307,10 +307,11 @@ class BlockPool(Places):
         return (request.num_tokens - 1) // self.block_size
 
     def _hash_blocks(self, request: Request, count: int) -> list[bytes]:
-        """The request's hashes, at least the first `count`, each computed once."""
+        """The request's hashes, the first `count` at least, each computed once, or by the front."""
         hashes = request.block_hashes
-        if not hashes:
-            self._take_prompt_hashes(request)
+        given = request.asked.prompt_hashes
+        if not hashes and given is not None and given.key_id == self.hasher.key_id:
+            hashes.extend(given.hashes)
         missing = count - len(hashes)
         if missing > 0:
             start = len(hashes) * self.block_size
@@ -318,12 +319,6 @@ class BlockPool(Places):
                 hashes, request.asked.salt, request.tokens(start, start + missing * self.block_size)
             )
         return hashes
-
-    def _take_prompt_hashes(self, request: Request) -> None:
-        """Start with the front's hashes, if they were made as this pool makes them."""
-        given = request.asked.prompt_hashes
-        if given is not None and given.key_id == self.hasher.key_id:
-            request.block_hashes.extend(given.hashes)
 
     def _release_tables(self, tables: "Sequence[array[int]]") -> None:
         """The last blocks first, of all groups alike: a prefix is then evicted from its end."""

@@ -83,7 +83,7 @@ class Places:
         del self._cached[entry.group][entry.hash]
         self._entries[place] = None
 
-    def _lineages(self, places: Iterable[int]) -> set[Lineage]:
+    def lineages(self, places: Iterable[int]) -> set[Lineage]:
         """What these cached places derive from."""
         entries = self._entries
         return {entry.lineage for place in places if (entry := entries[place]) is not None}

@@ -270,9 +270,8 @@ class Scheduler:
             if request is not None and request.asked.deadline == deadline:
                 self._finish(request, FinishReason.DEADLINE)
                 expired.append(request_id)
-        if (
-            len(self._deadlines) > 2 * len(self._requests) + 64
-        ):  # most of them ended before their deadline
+        # Where most of them ended before their deadline:
+        if len(self._deadlines) > 2 * len(self._requests) + 64:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
             heapq.heapify(self._deadlines)
         return tuple(expired)

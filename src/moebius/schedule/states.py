@@ -42,9 +42,6 @@ class StatePool(Places):
         """The slot of the state behind the tokens of this hash."""
         return self._cached[0].get(digest)
 
-    def lineages(self, snapshot: int) -> set[Lineage]:
-        return self._lineages((snapshot,))
-
     def open(self, snapshot: int | None) -> OwnedStates | None:
         """Slots for a sequence that starts from `snapshot`, or zeros; None if there are too few."""
         if snapshot is not None:

@@ -6,8 +6,9 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from moebius.ops.host import HostFunction, HostResult, counted
 from moebius.ops.interface import Ops
-from moebius.ops.program import Given, HostFunction, HostResult, Program, Rows, Trace, counted
+from moebius.ops.program import Given, Program, Rows, Trace
 from moebius.ops.sources import Source, Wanted
 
 
