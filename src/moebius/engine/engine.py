@@ -75,15 +75,14 @@ class Engine:
             return [failed(asked.id, failure("queueing a request", error))]
         return []
 
-    def abort(self, request_id: str, error: MoebiusError | None = None) -> StepOutput | None:
+    def abort(self, request_id: str) -> StepOutput | None:
         """End a request between two steps; None if it is not here (any more)."""
         request = self.scheduler.abort(request_id)
         if request is None:
             return None
         self._trace.record(lambda trace: trace.abort(request_id, FinishReason.ABORT))
-        return self._ended(
-            request_id, FinishReason.ABORT, error or EngineError("the request was aborted")
-        )
+        error = EngineError("the request was aborted")
+        return self._ended(request_id, FinishReason.ABORT, error)
 
     def drop(self, request_id: str) -> list[StepOutput]:
         """End a request that its client wants no more of: its last output, if it is here."""

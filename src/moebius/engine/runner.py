@@ -41,8 +41,7 @@ class Runner:
     def execute(self, inputs: StepInputs) -> Tensor:
         """Compute the step; its final hidden states (T, D), which are read until the next one.
 
-        `logits` turns rows of them into logits, a few at a time: those of one long prompt would
-        take gigabytes.
+        `logits` turns rows of them into logits, a few at a time: a long prompt's take gigabytes.
         """
         self.cache.last_used = time.monotonic()
         if not self.programs.current:

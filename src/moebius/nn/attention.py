@@ -2,8 +2,7 @@
 
 How queries meet the keys and values of the past is the caller's: see `Attends`.
 
-Shape legend: T tokens, D model, H query heads, G key/value heads, N head size, I the values of all
-query, key and value heads side by side.
+I stands for the values of all query, key and value heads side by side.
 """
 
 from collections.abc import Iterator

@@ -191,9 +191,8 @@ class StepInputs:
 
     def _tensor(self, values: "array[int]") -> Tensor:
         dtype = torch.int64 if values.typecode == "q" else torch.int32
-        return (
-            torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-        ).to(self.device)
+        host = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+        return host.to(self.device)
 
 
 def _slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:

@@ -100,7 +100,8 @@ class BlockPool(Places):
         limit = self._readable_blocks(request)
         hashes = self._hash_blocks(request, limit)
         for group in self._full:
-            limit = _leading(hashes, self._cached[group], limit)
+            cached = self._cached[group]
+            limit = next((i for i in range(limit) if hashes[i] not in cached), limit)
         if self._windowed or self.states is not None:
             limit = self._resumable(hashes, limit)
         tables = []
@@ -259,8 +260,7 @@ class BlockPool(Places):
     def withdraw(self, request: Request, running: Iterable[Request]) -> None:
         """Take from the cache what the request published and what derives from it.
 
-        Of the `running` requests, those that have read such blocks keep what they have but publish
-        no more.
+        Of the `running` requests, those that have read such blocks go on but publish no more.
         """
         running = list(running)
         known = {other.lineage for other in running if other.lineage is not None}
@@ -329,11 +329,3 @@ class BlockPool(Places):
         for digest in islice(request.block_hashes, request.num_published_blocks, None):
             if self._claims.get(digest) is request:
                 del self._claims[digest]
-
-
-def _leading(hashes: Sequence[bytes], cached: "dict[bytes, int]", limit: int) -> int:
-    """How many of the first `limit` hashes are cached without a gap."""
-    for count, digest in enumerate(islice(hashes, limit)):
-        if digest not in cached:
-            return count
-    return limit

@@ -46,8 +46,7 @@ class SamplingParams:
     max_tokens         None: up to the context
     min_tokens         no end or stop token before this many
     temperature        0 is greedy (ties to the lowest id)
-    top_p              draw from the most likely tokens of this mass; 0 leaves the most likely one
-                       alone
+    top_p              draw from the most likely tokens of this mass; at 0 the most likely alone
     top_k              0 or -1: all
     presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt
                                           and output (CTRL)
@@ -56,8 +55,7 @@ class SamplingParams:
     stop               strings, matched in the text by the front door; stop_token_ids by the engine
     ignore_eos         do not end at the model's end tokens
     skip_special_tokens  leave special tokens out of the text; the front door's, as `stop` is
-    logprobs           None: none; k: the chosen token's and the k most likely ones' at each
-                       position
+    logprobs           None: none; k: at each position the chosen token's and the k likeliest ones'
     prompt_logprobs    the same for the prompt's tokens
     """
 

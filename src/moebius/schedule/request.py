@@ -37,8 +37,7 @@ class Request:
 
     id to max_tokens    those of `asked`: each step reads them
     output_ids          token ids drawn so far, by whichever engine
-    num_computed_tokens how many leading tokens have their keys and values in the cache (or in this
-                        step's plan)
+    num_computed_tokens how many leading tokens are in the cache, with those of this step's plan
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
     scheduled           when that was, on the same clock as arrival; a preemption does not change it
     tables              its block tables, one a group of layers, in order of position; replaced,

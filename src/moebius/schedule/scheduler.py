@@ -9,8 +9,7 @@ that catches up with `num_tokens`, by at most what is left of the step's token b
 served in the order (priority, arrival), the running ones first. Why nobody starves:
 
 - A running request that needs a block takes it from the last running one in the order; the last
-  itself waits with what it holds. So the first is never a victim, and always gets both tokens and
-  blocks.
+  itself waits with what it holds. So the first is never a victim, and always gets what it needs.
 - A waiting request starts only when all its tokens fit beside what is promised to the running ones,
   and none behind it starts before it does. The one exception is a request whose next block is being
   computed by a running one (`prefix_in_flight`): it waits only in steps in which that one moves
@@ -21,6 +20,7 @@ served in the order (priority, arrival), the running ones first. Why nobody star
 
 import heapq
 from array import array
+from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -31,7 +31,7 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.groups import GroupSpec, StateSlots
 from moebius.schedule.request import FinishReason, Request, RequestStatus
-from moebius.schedule.waiting import WaitingQueue
+from moebius.schedule.waiting import WaitingQueue, service_order
 
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
 """Why a request has no chunk: it waits for budget, a block, a seat, or its prefix."""
@@ -137,9 +137,7 @@ class Scheduler:
     @property
     def drained(self) -> bool:
         """Nothing is left to do and every block is back."""
-        return (
-            not self._requests and not self._running and not len(self._waiting) and self.pool.idle
-        )
+        return self.pool.idle and not (self._requests or self._running or len(self._waiting))
 
     def add(self, request: Request) -> None:
         """Queue a new request.
@@ -189,8 +187,7 @@ class Scheduler:
         """Take a computed step's tokens, publish full blocks, stop; the requests that finished.
 
         `tokens` has 0, 1 or several for each chunk that samples; with none, its last position is
-        computed once more. Requests that ended since the plan are skipped, tokens beyond a stop are
-        dropped.
+        computed once more. Requests ended since the plan, and tokens beyond a stop, are dropped.
         """
         self._close(plan)
         finished = []
@@ -384,10 +381,7 @@ class Scheduler:
         if self.pool.enable_prefix_caching and request.params.prompt_logprobs is None:
             self.prefix_queries += request.num_tokens
             self.prefix_hits += hit_tokens
-        position = len(self._running)
-        while position and self._running[position - 1].order > request.order:
-            position -= 1
-        self._running.insert(position, request)
+        insort(self._running, request, key=service_order)
 
     def _grant(self, remaining: int, budget: int) -> int:
         """Tokens to compute of those remaining.
@@ -395,37 +389,32 @@ class Scheduler:
         Without chunked prefill all or none; only what exceeds a whole step's budget, a preempted
         request with a long output, is split.
         """
-        if (
-            not self.config.enable_chunked_prefill
-            and budget < remaining <= self.config.max_num_batched_tokens
-        ):
+        whole = not self.config.enable_chunked_prefill
+        if whole and budget < remaining <= self.config.max_num_batched_tokens:
             return 0
         return min(remaining, budget)
 
     def _to_boundary(self, request: Request, computed: int, num_tokens: int) -> int:
         """So many tokens, or fewer: a chunk ends where a snapshot of a state is wanted."""
         pool = self.pool
-        if pool.states is None or not (
-            pool.enable_prefix_caching and self.config.enable_chunked_prefill
-        ):
+        snapshots = pool.enable_prefix_caching and self.config.enable_chunked_prefill
+        if pool.states is None or not snapshots:
             return num_tokens
         return min(num_tokens, pool.next_boundary(request, computed) - computed)
 
     def _compute(self, request: Request, num_tokens: int, draft: _Draft) -> None:
         start = request.num_computed_tokens
-        request.num_computed_tokens = start + num_tokens
+        end = start + num_tokens
+        request.num_computed_tokens = end
         draft.budget -= num_tokens
         assert request.num_cached_tokens is not None
-        samples = (
-            start + num_tokens == request.num_tokens
-            and len(request.output_ids) < request.max_tokens
-        )
+        samples = end == request.num_tokens and len(request.output_ids) < request.max_tokens
         # By position: there are hundreds a step.
         chunk = Chunk(
             request.id, start, num_tokens, samples, request.tables, request.num_cached_tokens
         )
         if self._slotted:
-            states = self.pool.state_slots(request, start + num_tokens)
+            states = self.pool.state_slots(request, end)
             chunk = chunk._replace(states=states, request_slot=request.request_slot)
         draft.chunks[request.id] = chunk
 
@@ -457,10 +446,9 @@ class Scheduler:
                 return FinishReason.STOP
             if len(output) >= request.max_tokens or request.num_tokens >= self.max_model_len:
                 return FinishReason.LENGTH
-        nothing_wanted = (
-            len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens
-        )
-        return FinishReason.LENGTH if nothing_wanted else None
+        if len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens:
+            return FinishReason.LENGTH
+        return None
 
     def _finish(self, request: Request, reason: FinishReason) -> Request:
         assert not request.finished, f"request {request.id} ends twice"

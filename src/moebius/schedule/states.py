@@ -33,11 +33,6 @@ class StatePool(Places):
         super().__init__(spec.num_slots, 1)
         self.spec = spec
 
-    @property
-    def fits(self) -> bool:
-        """Whether one more sequence finds its slots."""
-        return self.num_free >= self.spec.slots_per_sequence
-
     def snapshot(self, digest: bytes) -> int | None:
         """The slot of the state behind the tokens of this hash."""
         return self._cached[0].get(digest)
@@ -46,7 +41,7 @@ class StatePool(Places):
         """Slots for a sequence that starts from `snapshot`, or zeros; None if there are too few."""
         if snapshot is not None:
             self._share((snapshot,))  # nobody may take it before it was copied
-        if not self.fits:
+        if self.num_free < self.spec.slots_per_sequence:
             self._release(() if snapshot is None else (snapshot,))
             return None
         slot = self._take()
@@ -54,8 +49,7 @@ class StatePool(Places):
         return OwnedStates(slot, scratch, restore=snapshot)
 
     def place(self, owned: OwnedStates, digest: bytes | None) -> StateSlots:
-        """The slots of the next chunk; `digest` names the boundary at its end, where a snapshot is
-        wanted. It is taken if a slot is to be had."""
+        """The slots of the next chunk; with a `digest`, one for a snapshot, if it is to be had."""
         if digest is not None and digest not in self._cached[0] and self.num_free:
             owned.save = self._take()
             owned.digest = digest

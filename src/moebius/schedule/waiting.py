@@ -13,7 +13,7 @@ MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 
 
-def _order(request: Request) -> tuple[int, float, str]:
+def service_order(request: Request) -> tuple[int, float, str]:
     return request.order
 
 
@@ -88,13 +88,13 @@ class WaitingQueue:
         """Put the request at its place in the order; a preempted one is never refused."""
         if not self._requests:
             self._backlog_since = request.asked.arrival
-        insort(self._requests, request, key=_order)
+        insort(self._requests, request, key=service_order)
         self.num_tokens += request.num_tokens
         if request.status is RequestStatus.PREEMPTED:
             self._drain.count(-1, -request.num_tokens)
 
     def remove(self, request: Request) -> None:
-        position = bisect_left(self._requests, request.order, key=_order)
+        position = bisect_left(self._requests, request.order, key=service_order)
         assert self._requests[position] is request, "the waiting queue lost its order"
         del self._requests[position]
         self.num_tokens -= request.num_tokens
