@@ -185,14 +185,13 @@ class Engine:
         self._trace.record(lambda trace: trace.update(tokens))
         self._counters.drawn(len(tokens))
         for request in requests:
-            if request.id in results.failed:
+            drawn = tokens.get(request.id, ())
+            scored = results.prompts.get(request.id, ()) if results.prompts else ()
+            if not (drawn or scored or (request.finished and request.id not in results.failed)):
                 continue
-            drawn = results.sampled.get(request.id)
-            scored = results.prompts.get(request.id, ())
-            if drawn is None and not scored and not request.finished:
-                continue
+            logprob = results.sampled[request.id].logprob if drawn else None
             try:
-                outputs.append(self._outputs.news(request, drawn, scored, now))
+                outputs.append(self._outputs.news(request, drawn, logprob, scored, now))
             except Exception as error:
                 cause = failure("handing out a request's tokens", error)
                 outputs.append(self._fail(request.id, cause))

@@ -7,7 +7,6 @@ from msgspec.structs import replace
 
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.engine.counters import Counters
-from moebius.engine.sampler import Sampled
 from moebius.errors import MoebiusError
 from moebius.schedule.request import FinishReason, Request
 
@@ -49,19 +48,24 @@ class Outputs:
         return scored[max(sent + 1 - start, 0) :]
 
     def news(
-        self, request: Request, drawn: Sampled | None, scored: Sequence[TokenLogprob], now: float
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        logprob: TokenLogprob | None,
+        scored: Sequence[TokenLogprob],
+        now: float,
     ) -> StepOutput:
-        """What a step brought: a token, scores of the prompt, the end."""
+        """What a step brought: tokens and the last one's log-probability, scores, the end."""
         told = self._told[request.id]
-        if not told.counted and (drawn is not None or request.finished):
+        if not told.counted and (token_ids or request.finished):
             told.counted = True
             self._counters.prompt(request)
         if request.finished:
             del self._told[request.id]
         return StepOutput(
             request_id=request.id,
-            token_ids=() if drawn is None else (drawn.token_id,),
-            logprobs=() if drawn is None or drawn.logprob is None else (drawn.logprob,),
+            token_ids=token_ids,
+            logprobs=(logprob,) if logprob else (),
             prompt_logprobs=tuple(scored),
             finish_reason=request.finish_reason,
             num_cached_tokens=request.num_cached_tokens or 0,
