@@ -230,8 +230,8 @@ def test_a_step_copies_states_before_and_after(tmp_path: Path) -> None:
     plane = runner.cache.states[0]["recurrent"]
     one = plane[1].clone()
     seen: list[torch.Tensor] = []
-    forward = runner._forward
-    runner._forward = lambda step: seen.append(plane.clone()) or forward(step)
+    hidden = runner.programs.hidden
+    runner.programs.hidden = lambda step: seen.append(plane.clone()) or hidden(step)
     states = StateInputs(slots=[0], cleared=[0], restores=[(1, 2)], saves=[(2, 0)])
     runner.execute(StepInputs.build([[5]], [0], [[0]], 16, states=states))
     assert not seen[0][0].any() and torch.equal(seen[0][2], one)
