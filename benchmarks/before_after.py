@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from workloads import workload  # noqa: E402
 
 TOLERANCE = 0.02
+
+Answers = list[list[dict[str, Any]]]
 
 
 class Worker:
@@ -74,8 +77,7 @@ def serve(model: str, threads: int) -> None:
     """A worker: a line of standard input names a workload and its draw; answers are JSON lines."""
     from moebius import LLM, SamplingParams
 
-    sizes = {"max_num_seqs": 32, "max_model_len": 2304, "kv_cache_memory_bytes": 2**30}
-    llm = LLM(model, threads=threads, **sizes)
+    llm = LLM(model, threads=threads, max_num_seqs=32, kv_cache_memory_bytes=2**30)
     print(json.dumps({"memory": resident()}), flush=True)
     for line in sys.stdin:
         name, draw = line.split()
@@ -85,11 +87,11 @@ def serve(model: str, threads: int) -> None:
             for one in requests
         ]
         prompts = [one.prompt for one in requests]
-        processor, start = time.process_time(), time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        wall, processor = time.perf_counter() - start, time.process_time() - processor
-        ids = [output.outputs[0].token_ids for output in outputs]
-        answer = {"wall": wall, "processor": processor, "memory": resident(), "ids": hash(str(ids))}
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, progress=False)
+        wall = time.perf_counter() - start
+        ids = zlib.crc32(str([output.outputs[0].token_ids for output in outputs]).encode())
+        answer = {"wall": wall, "memory": resident(), "answers": ids}
         print(json.dumps(answer), flush=True)
 
 
@@ -152,17 +154,18 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     results = {}
     with workers(checkouts, model, args.threads) as made:
         for name in args.workloads:
-            memory = [0, 0]
+            answers: Answers = [[], []]
 
-            def timed(side: int, pair: int, name: str = name, memory: list[int] = memory) -> float:
-                answer = made[side].run(name, pair)
-                memory[side] = answer["memory"]
-                seconds: float = answer["wall"]
+            def timed(side: int, pair: int, name: str = name, answers: Answers = answers) -> float:
+                answers[side].append(made[side].run(name, pair))
+                seconds: float = answers[side][-1]["wall"]
                 return seconds
 
             walls = in_turn(args.pairs, lambda pair: timed(0, pair), lambda pair: timed(1, pair))
             results[name] = compared(walls)
-            results[name]["memory"] = memory
+            results[name]["memory"] = [side[-1]["memory"] for side in answers]
+            drawn = [[answer["answers"] for answer in side] for side in answers]
+            results[name]["same_answers"] = drawn[0] == drawn[1]
             print(f"{Path(model).name} {name}: {shown(results[name])}", flush=True)
     starts = in_turn(
         args.pairs,
@@ -179,6 +182,8 @@ def shown(result: dict[str, Any]) -> str:
         f"{result['before']:.3f} and {result['after']:.3f} s, ratio {result['ratio']:.3f} "
         f"+- {result['spread']:.3f}{', worse' if result['worse'] else ''}"
     )
+    if "same_answers" in result and not result["same_answers"]:
+        text += ", other answers"
     return text + (f"; own memory {' and '.join(memory)} MiB" if memory else "")
 
 

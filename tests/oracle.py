@@ -140,11 +140,7 @@ class Server:
         self.decoder, self.block_size = decoder, block_size
         self.ops = decoder.ops
         self.caches = []
-        specs = config.caches(dtype)
-        windows = list(dict.fromkeys(spec.window for spec in specs))
-        # Layers of one window are a group; here all groups' tables are the same.
-        self.groups = [windows.index(spec.window) for spec in specs]
-        for spec in specs:
+        for spec in config.caches(dtype):
             size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
             memory = torch.full((size,), 255, dtype=torch.uint8)
             self.caches.append(self.ops.make_cache(memory, spec, block_size))
@@ -166,10 +162,8 @@ class Server:
                 table.append(self.free.pop())
             tables.append(table)
             self.done[sequence] = start + len(ids)
-        rows = [ids for _, ids in work]
-        others = [tables] * max(self.groups)
-        inputs = StepInputs.build(rows, starts, tables, self.block_size, others=others)
-        past = PagedPast(self.ops, self.caches, self.groups, inputs, self.block_size)
+        inputs = StepInputs.build([ids for _, ids in work], starts, tables, self.block_size)
+        past = PagedPast(self.ops, self.caches, [0] * len(self.caches), inputs, self.block_size)
         hidden, _ = self.decoder(inputs.input_ids, inputs.positions, past)
         logits = self.decoder.logits(hidden)
         for (sequence, _), part in zip(

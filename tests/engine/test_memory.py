@@ -265,7 +265,7 @@ MISTRAL_BLOCK = 16 * 32 * 2 * 8 * 128 * 2
 
 
 def windowed_plan(cache: CacheSizes, **options: Any) -> MemoryPlan:
-    model = replace(MODEL, max_position_embeddings=32_768)
+    model = replace(MODEL, context=32_768)
     return plan_memory(
         model,
         EngineConfig(**options),

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -262,7 +263,8 @@ def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> tor
     region = mmap.mmap(
         -1, -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
-    region.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError, AttributeError):  # not every system has huge pages
+        region.madvise(mmap.MADV_HUGEPAGE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)

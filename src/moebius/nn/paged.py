@@ -29,14 +29,15 @@ class PagedPast:
         self._groups = groups
         self._step = step
         self._block_size = block_size
-        self._plans: dict[int, AttentionPlan] = {}
+        self._plans: dict[tuple[int, int | None], AttentionPlan] = {}
 
     def _plan(self, group: int, window: int | None) -> AttentionPlan:
-        """What attention needs to know of the step: the same for all layers of a group."""
-        if group not in self._plans:
+        """What attention needs to know of the step: one plan for a group's layers of a window."""
+        key = (group, window)
+        if key not in self._plans:
             step = self._step.of(group)
-            self._plans[group] = self._ops.plan_attention(step, self._block_size, window)
-        return self._plans[group]
+            self._plans[key] = self._ops.plan_attention(step, self._block_size, window)
+        return self._plans[key]
 
     def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Pair) -> Tensor:
         """See moebius.nn.attention.Attends."""
