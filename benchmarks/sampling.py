@@ -19,6 +19,7 @@ import torch
 from moebius.engine.sampler import sample
 from moebius.files import json_record, write_file
 from moebius.ops.cpu import CpuOps
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 
@@ -50,14 +51,16 @@ def requests(greedy: int, other: dict[str, Any] | None, vocab: int) -> list[Requ
         wishes += [other] * (64 if greedy == 0 else 1)
     limits = ServingLimits(vocab, 10 * CONTEXT)
     return [
-        Request.create(
-            str(i),
-            tokens[:-OUTPUT],
-            SamplingParams(max_tokens=CONTEXT, **wish),
-            limits,
-            arrival=0.0,
-            seed=i,
-            output_ids=tokens[-OUTPUT:],
+        Request(
+            EngineRequest.create(
+                str(i),
+                tokens[:-OUTPUT],
+                SamplingParams(max_tokens=CONTEXT, **wish),
+                limits,
+                arrival=0.0,
+                seed=i,
+                output_ids=tokens[-OUTPUT:],
+            )
         )
         for i, wish in enumerate(wishes)
     ]

@@ -23,6 +23,7 @@ from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
 from moebius.models.hub import resolve_model
 from moebius.ops.cpu import RecordedProgram
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import Request
 
@@ -54,7 +55,9 @@ def submit(engine: Engine, sequences: int, steps: int) -> None:
     for i in range(sequences):
         draw = random.Random(i)
         prompt = [draw.randrange(engine.info.limits.vocab_size) for _ in range(PROMPT)]
-        engine.add(Request.create(str(i), prompt, params, engine.info.limits, arrival=0.0, seed=0))
+        limits = engine.info.limits
+        asked = EngineRequest.create(str(i), prompt, params, limits, arrival=0.0, seed=0)
+        engine.add(Request(asked))
 
 
 def measure(directory: Path, sequences: int, steps: int, threads: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from moebius.engine.kv_cache import KVCache, lay_out
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import CacheGroups, GroupSpec
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
@@ -171,13 +172,15 @@ def answers(decoder: Decoder, asked: Sequence[Wish], schedule: Schedule) -> Seen
                 wish = asked[coming.pop(0)[1]]
                 limits = engine.info.limits
                 engine.add(
-                    Request.create(
-                        wish.id,
-                        wish.prompt,
-                        wish.params,
-                        limits,
-                        arrival=engine.clock(),
-                        seed=wish.seed,
+                    Request(
+                        EngineRequest.create(
+                            wish.id,
+                            wish.prompt,
+                            wish.params,
+                            limits,
+                            arrival=engine.clock(),
+                            seed=wish.seed,
+                        )
                     )
                 )
             for output in engine.step():

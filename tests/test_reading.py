@@ -3,6 +3,7 @@ for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,53 +23,6 @@ from reading import (
 )
 
 FILES = sources()
-# Statements that are still to be unpacked, and functions and files still to be cut, by file: these
-# only go down.
-KNOWN_SEVERAL_TARGETS = {
-    "engine/batch.py": 1,
-    "engine/engine.py": 6,
-    "engine/expert_loads.py": 2,
-    "engine/load.py": 1,
-    "engine/memory.py": 2,
-    "engine/sampler.py": 6,
-    "engine/sessions.py": 1,
-    "engine/trace.py": 1,
-    "llm.py": 2,
-    "ops/cpu.py": 17,
-    "ops/reference.py": 7,
-    "ops/routing.py": 1,
-    "ops/sampling.py": 1,
-    "ops/steps.py": 2,
-    "outputs.py": 3,
-    "schedule/blocks.py": 1,
-    "schedule/request.py": 1,
-    "schedule/scheduler.py": 1,
-    "server/access.py": 1,
-    "server/batch.py": 1,
-    "server/body.py": 2,
-    "server/connection.py": 4,
-    "server/faults.py": 1,
-    "server/formats.py": 2,
-    "server/guard.py": 2,
-    "server/metrics.py": 2,
-    "server/protocol.py": 4,
-    "server/run.py": 1,
-    "server/stream.py": 4,
-}
-KNOWN_SPLATS = {
-    "engine/load.py": 1,
-    "llm.py": 1,
-    "server/protocol.py": 1,
-}
-KNOWN_LONG_FUNCTIONS = {
-    "engine/memory.py: plan_memory",
-    "schedule/request.py: Request.create",
-    "server/app.py: create_app",
-}
-KNOWN_LONG_FILES = {"ops/cpu.py"}
-KNOWN_WIDE_LINES = {
-    "schedule/request.py",
-}
 
 
 def test_the_core_path_is_an_afternoons_reading() -> None:
@@ -79,14 +33,13 @@ def test_the_core_path_is_an_afternoons_reading() -> None:
 
 def test_files_are_short() -> None:
     long = {file.name for file in FILES if len(file.lines) > MOST_FILE_LINES}
-    assert long - KNOWN_LONG_FILES == set()
+    assert long == set()
 
 
 def test_lines_are_short() -> None:
     wide = {
         f"{file.name}:{number}"
         for file in FILES
-        if file.name not in KNOWN_WIDE_LINES
         for number, line in enumerate(file.lines, 1)
         if len(line) > MOST_COLUMNS
     }
@@ -100,22 +53,20 @@ def test_functions_are_short() -> None:
         for function in file.functions()
         if function.lines > MOST_FUNCTION_LINES
     }
-    assert long - KNOWN_LONG_FUNCTIONS == set()
+    assert long == set()
 
 
 def test_a_statement_has_one_target() -> None:
-    found = {file.name: file.several_targets() for file in FILES}
-    assert beyond(found, KNOWN_SEVERAL_TARGETS) == {}
+    assert offenders(Source.several_targets) == {}
 
 
 def test_nothing_is_listed_only_to_be_splatted() -> None:
-    found = {file.name: file.splats_of_displays() for file in FILES}
-    assert beyond(found, KNOWN_SPLATS) == {}
+    assert offenders(Source.splats_of_displays) == {}
 
 
-def beyond(found: dict[str, list[int]], known: dict[str, int]) -> dict[str, list[int]]:
-    """The lines in each file that has more of them than are known."""
-    return {name: lines for name, lines in found.items() if len(lines) > known.get(name, 0)}
+def offenders(found_in: Callable[[Source], list[int]]) -> dict[str, list[int]]:
+    """The lines that are found in each file, for those with any."""
+    return {file.name: lines for file in FILES if (lines := found_in(file))}
 
 
 def test_no_files_import_one_another_in_a_ring() -> None:

@@ -9,6 +9,7 @@ from moebius.bench.metrics import Record
 from moebius.bench.workload import Sample
 from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import Request
 
@@ -77,12 +78,14 @@ class Replay:
         drawn = self.tokens[index]
         count = sample.output_tokens if self._variant.cached else 1
         params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
-        request = Request.create(
-            f"{index}.{len(drawn)}",
-            (*sample.prompt, *drawn),
-            params,
-            self._engine.info.limits,
-            arrival=self._start + self._due[index],
+        request = Request(
+            EngineRequest.create(
+                f"{index}.{len(drawn)}",
+                (*sample.prompt, *drawn),
+                params,
+                self._engine.info.limits,
+                arrival=self._start + self._due[index],
+            )
         )
         self._engine.add(request)
 

@@ -18,6 +18,7 @@ from moebius.models.family import model_config
 from moebius.models.store import open_checkpoint
 from moebius.models.store.save import save_checkpoint
 from moebius.moe.config import FeedForwardConfig
+from moebius.train.initial import init_weights
 
 MAX_MODEL_LEN = 1024
 FULL = "full engine"
@@ -121,7 +122,7 @@ def write_twin(prepared: Prepared, twin: str, directory: Path) -> None:
         "tie_word_embeddings": model.tie_word_embeddings,
     }
     decoder = Decoder(model_config(config_json), prepared.ops, prepared.dtype)
-    decoder.init_weights(torch.Generator().manual_seed(0))
+    init_weights(decoder, torch.Generator().manual_seed(0))
     save_checkpoint(decoder, config_json, directory)
 
 

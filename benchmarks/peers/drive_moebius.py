@@ -45,6 +45,7 @@ def load(options: Options) -> Engine:
     baseline = sum(resident())
     from moebius import LLM, SamplingParams, __version__
     from moebius.engine.load import prepare
+    from moebius.schedule.engine_request import EngineRequest
     from moebius.schedule.request import Request
 
     config = engine_config(options.max_seqs, options.threads, options.prefix_cache)
@@ -66,8 +67,15 @@ def load(options: Options) -> Engine:
             name = str(next(numbers))
             index[name] = i
             engine.add(
-                Request.create(
-                    name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0
+                Request(
+                    EngineRequest.create(
+                        name,
+                        wanted.prompt,
+                        params,
+                        engine.info.limits,
+                        arrival=engine.clock(),
+                        seed=0,
+                    )
                 )
             )
         while engine.has_work:

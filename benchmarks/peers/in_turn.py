@@ -32,6 +32,7 @@ from workloads import Workload, workload
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import Request
 
@@ -56,8 +57,10 @@ def steps(engine: Engine, work: Workload, ask: Asked) -> tuple[list[float], list
         params = SamplingParams(temperature=0, max_tokens=wanted.output, ignore_eos=True)
         name = f"{work.name} {number}"
         engine.add(
-            Request.create(
-                name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0
+            Request(
+                EngineRequest.create(
+                    name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0
+                )
             )
         )
     seconds, found, since = [], [ask()], 0.0

@@ -245,3 +245,32 @@ def require_word(name: str, value: Any, words: Any) -> None:
 def require_seconds(name: str, value: float) -> None:
     """ConfigError where an option is no positive, finite time."""
     require(0 < value < math.inf, f"{name} is {value}; it must be a positive number of seconds")
+
+
+def check_number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False
+) -> None:
+    """RequestError unless value is a number from low (with open_low: above it) to high.
+
+    low and high are finite, so that neither NaN nor infinity is within; an integer may be beyond
+    every float.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        high_enough = low < value if open_low else low <= value
+        if high_enough and value <= high:
+            return
+    bracket = "(" if open_low else "["
+    raise RequestError(
+        f"{name} is {value!r}; it must be a number in {bracket}{low:g}, {high:g}]", param=name
+    )
+
+
+def check_integer(name: str, value: object, low: int, high: int, *, none: bool = False) -> None:
+    """RequestError unless value is an integer from low to high, or None where `none` allows it."""
+    if none and value is None:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return
+    raise RequestError(
+        f"{name} is {value!r}; it must be an integer from {low} to {high}", param=name
+    )

@@ -67,7 +67,7 @@ def ask(
 def make(
     one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any
 ) -> Request:
-    return Request.of(ask(one, id, prompt, deadline=deadline, **params))
+    return Request(ask(one, id, prompt, deadline=deadline, **params))
 
 
 def run(one: Engine, requests: list[Request], limit: int = 5000) -> dict[str, list[StepOutput]]:
@@ -346,7 +346,7 @@ def test_requests_that_end_early_say_when_they_were_scheduled_too(tiny_model: Pa
     assert aborted is not None and aborted.scheduled is not None and aborted.at > aborted.scheduled
     one.add(make(one, "never", [5]))
     never = one.abort("never")
-    assert never is not None and never.scheduled is None and not one._unfinished
+    assert never is not None and never.scheduled is None and not len(one._outputs)
 
 
 @pytest.mark.case("C21")
@@ -366,9 +366,7 @@ def test_a_prompt_is_counted_once_whatever_its_output_begins_with(tiny_model: Pa
     drawn = tokens(whole)
     assert one.stats().prompt_tokens == 40
     info = one.info
-    rest = Request.of(
-        replace(ask(one, "rest", [5] * 40, max_tokens=6), output_ids=tuple(drawn[:3]))
-    )
+    rest = Request(replace(ask(one, "rest", [5] * 40, max_tokens=6), output_ids=tuple(drawn[:3])))
     assert tokens(run(one, [rest])["rest"]) == drawn[3:]
     assert one.stats().prompt_tokens == 80
     nothing = run(one, [make(one, "nothing", [5] * 40, max_tokens=0)])["nothing"]
@@ -386,10 +384,10 @@ def test_a_prompt_hashed_by_the_front_meets_the_cache_of_one_hashed_here(tiny_mo
     run(one, [make(one, "here", [5] * 40)])
     asked = ask(one, "front", [5] * 40)
     given = replace(asked, prompt_hashes=hasher.of_prompt(asked.prompt_ids, asked.salt))
-    assert run(one, [Request.of(given)])["front"][-1].num_cached_tokens == 32
+    assert run(one, [Request(given)])["front"][-1].num_cached_tokens == 32
     foreign = BlockHasher(bytes(32), one.info.fingerprint.encode(), 16)
     other = replace(asked, id="other", prompt_hashes=foreign.of_prompt(range(40), b""))
-    assert run(one, [Request.of(other)])["other"][-1].num_cached_tokens == 32
+    assert run(one, [Request(other)])["other"][-1].num_cached_tokens == 32
 
 
 def test_an_engine_without_a_prefix_cache_asks_for_no_hashes(tiny_model: Path) -> None:

@@ -20,6 +20,7 @@ from moebius.nn.packed import PackedPast
 from moebius.ops import RouterTally, select_ops
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import Request
 from oracle import save_tiny
@@ -34,7 +35,8 @@ def generate(one: Engine, prompts: list[list[int]], max_tokens: int) -> list[lis
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     limits = one.info.limits
     requests = [
-        Request.create(str(i), p, params, limits, arrival=0.0) for i, p in enumerate(prompts)
+        Request(EngineRequest.create(str(i), p, params, limits, arrival=0.0))
+        for i, p in enumerate(prompts)
     ]
     for request in requests:
         one.add(request)

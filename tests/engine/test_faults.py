@@ -17,8 +17,10 @@ import pytest
 from engine.test_engine import ask, engine, make, prompts, tokens
 from engine.test_in_process import Collector
 from moebius.engine import engine as loop
+from moebius.engine import prompt_scores
 from moebius.engine.engine import Engine
 from moebius.engine.in_process import InProcessClient
+from moebius.engine.outputs import Outputs
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter, replay
 from moebius.errors import EngineError
@@ -92,9 +94,9 @@ PER_REQUEST: list[tuple[Any, str]] = [
     (WaitingQueue, "check_room"),
     (WaitingQueue, "push"),
     (Engine, "_score"),
-    (Engine, "_output"),
+    (Outputs, "news"),
     (loop, "sample"),
-    (loop, "token_logprobs"),
+    (prompt_scores, "token_logprobs"),
     (loop, "build_batch"),
     (Runner, "execute"),
     (Runner, "logits"),
@@ -223,7 +225,7 @@ def test_a_log_handler_that_raises_does_not_end_the_engine(
             (Scheduler, "add"),
             (loop, "build_batch"),
             (TraceWriter, "plan"),
-            (Engine, "_output"),
+            (Outputs, "news"),
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(

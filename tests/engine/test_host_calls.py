@@ -19,7 +19,8 @@ from moebius.moe.layer import Experts
 from moebius.moe.router import Routing
 from moebius.ops import Ops
 from moebius.ops.cpu import CpuOps
-from moebius.ops.program import HostResult, Rows
+from moebius.ops.host import HostResult
+from moebius.ops.program import Rows
 from oracle import save_tiny
 from random_schedules import MAX_MODEL_LEN, alone, answers, random_schedule, wishes
 
@@ -131,5 +132,5 @@ def test_the_step_is_recorded_around_its_calls(tmp_path: Path, dispatch: str, ca
     one = decoder(tmp_path, torch.bfloat16, dispatch)
     specs = one.config.caches(torch.bfloat16)
     cache = KVCache(specs, one.ops, num_blocks=4, block_size=4, device=CPU)
-    trace = Runner(one, cache, CPU)._step.trace
+    trace = Runner(one, cache, CPU).programs.step.trace
     assert trace.recorded and trace.segments == 1 + calls * len(one.layers)

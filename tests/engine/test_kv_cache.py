@@ -19,6 +19,7 @@ from moebius.ops import Ops
 from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StateInputs, StepInputs
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.request import Request, SamplingParams
 from ops.levels import LEVELS, level
 from ops.paged import as_is
@@ -177,7 +178,7 @@ def test_an_engine_holds_a_window_and_says_so(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     prompt = [i % 300 for i in range(800)]
     limits = engine.info.limits
-    engine.add(Request.create("a", prompt, params, limits, arrival=0.0, seed=0))
+    engine.add(Request(EngineRequest.create("a", prompt, params, limits, arrival=0.0, seed=0)))
     request = engine.scheduler.requests["a"]
     while engine.has_work:
         engine.step()
@@ -204,7 +205,9 @@ def test_a_sequence_longer_than_the_cache_runs_in_its_window(tmp_path: Path) -> 
     engine = load_engine(tmp_path, config, prepared=prepared)
     params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
     prompt = [i % 300 for i in range(700)]
-    engine.add(Request.create("a", prompt, params, engine.info.limits, arrival=0.0, seed=0))
+    engine.add(
+        Request(EngineRequest.create("a", prompt, params, engine.info.limits, arrival=0.0, seed=0))
+    )
     tokens: list[int] = []
     while engine.has_work:
         for output in engine.step():
@@ -227,8 +230,8 @@ def test_a_step_copies_states_before_and_after(tmp_path: Path) -> None:
     plane = runner.cache.states[0]["recurrent"]
     one = plane[1].clone()
     seen: list[torch.Tensor] = []
-    run = runner._step.run
-    runner._step.run = lambda step: seen.append(plane.clone()) or run(step)
+    hidden = runner.programs.hidden
+    runner.programs.hidden = lambda step: seen.append(plane.clone()) or hidden(step)
     states = StateInputs(slots=[0], cleared=[0], restores=[(1, 2)], saves=[(2, 0)])
     runner.execute(StepInputs.build([[5]], [0], [[0]], 16, states=states))
     assert not seen[0][0].any() and torch.equal(seen[0][2], one)

@@ -155,7 +155,7 @@ def refused_and_aborted(there: Process, long: EngineRequest) -> None:
 
 
 def alone(here: Engine, request: EngineRequest) -> list[StepOutput]:
-    here.add(Request.of(request))
+    here.add(Request(request))
     steps: list[StepOutput] = []
     while here.has_work:
         steps += here.step()

@@ -22,6 +22,7 @@ from moebius.errors import EngineError, NumericalError
 from moebius.ops import Ops, select_ops
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from scipy_free import chi_square_limit
@@ -37,15 +38,17 @@ def request(
     vocab: int = VOCAB,
     **params: Any,
 ) -> Request:
-    return Request.create(
-        "r",
-        prompt or [min(1, vocab - 1)],
-        SamplingParams(**params),
-        ServingLimits(vocab, max_model_len=10_000),
-        arrival=0.0,
-        seed=seed,
-        output_ids=output or [],
-        eos_ids=frozenset({0}),
+    return Request(
+        EngineRequest.create(
+            "r",
+            prompt or [min(1, vocab - 1)],
+            SamplingParams(**params),
+            ServingLimits(vocab, max_model_len=10_000),
+            arrival=0.0,
+            seed=seed,
+            output_ids=output or [],
+            eos_ids=frozenset({0}),
+        )
     )
 
 
@@ -198,7 +201,7 @@ def test_each_draw_is_the_one_that_the_uniform_number_picks(ops: Ops) -> None:
                 continue
             shares = naive_shares(logits.tolist(), one)
             ends = dict(zip(shares, accumulate(shares.values()), strict=True))
-            end, u = ends[outcome.token_id], uniform(one.seed, one.num_tokens)
+            end, u = ends[outcome.token_id], uniform(one.asked.seed, one.num_tokens)
             assert end - shares[outcome.token_id] - 1e-5 <= u <= end + 1e-5, one.params
 
 
@@ -330,8 +333,10 @@ def test_nucleus_beyond_the_first_candidates() -> None:
     limits = ServingLimits(vocab_size=4096, max_model_len=10)
     seen = set()
     for seed in range(4000):
-        one = Request.create(
-            "r", [1], SamplingParams(top_p=0.5, max_tokens=1), limits, arrival=0.0, seed=seed
+        one = Request(
+            EngineRequest.create(
+                "r", [1], SamplingParams(top_p=0.5, max_tokens=1), limits, arrival=0.0, seed=seed
+            )
         )
         seen.add(draw(torch.zeros(4096), one))
     assert max(seen) < 2048
@@ -402,13 +407,15 @@ def test_nothing_left_to_draw_is_an_error() -> None:
 @pytest.mark.case("C14")
 @pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
 def test_end_ids_beyond_the_vocabulary_are_left_out(ops: Ops) -> None:
-    one = Request.create(
-        "r",
-        [1],
-        SamplingParams(temperature=0, min_tokens=1),
-        ServingLimits(VOCAB, 100),
-        arrival=0.0,
-        eos_ids=frozenset({7, VOCAB, 100_000, -1}),
+    one = Request(
+        EngineRequest.create(
+            "r",
+            [1],
+            SamplingParams(temperature=0, min_tokens=1),
+            ServingLimits(VOCAB, 100),
+            arrival=0.0,
+            eos_ids=frozenset({7, VOCAB, 100_000, -1}),
+        )
     )
     assert one.stop_ids == {7}
     logits = torch.zeros(1, VOCAB)

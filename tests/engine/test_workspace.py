@@ -43,7 +43,7 @@ def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: 
     prepared = prepare(directory, config)
     runner = load_engine(directory, config, prepared=prepared).runner
     planned = prepared.workspace
-    programs = (runner._step, runner._head)
+    programs = (runner.programs.step, runner.programs.head)
     assert planned.reason == ""
     for program, trace in zip(programs, (planned.step, planned.head), strict=True):
         assert isinstance(program, RecordedProgram)
@@ -124,7 +124,7 @@ def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> N
         decoder = Decoder(wrong, prepared.ops, prepared.dtype, device="meta")
         other = plan_workspace(decoder, 16, step_rows(SMALL), 32)
         runner = load_engine(tmp_path, SMALL, prepared=replace(prepared, workspace=other)).runner
-        assert runner._step.trace.reason == "it called other operations than were planned"
+        assert runner.programs.step.trace.reason == "it called other operations than were planned"
 
 
 @pytest.mark.parametrize("threads", [1, 3])

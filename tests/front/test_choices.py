@@ -9,8 +9,8 @@ import pytest
 
 from moebius.engine.client import EngineInfo
 from moebius.errors import RequestError
-from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
-from moebius.schedule.params import SamplingParams, ServingLimits, choice_seed
+from moebius.front.choices import Choice, ChoiceOpener, choice_seed, draw_prefix_key
+from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.text import EncodedPrompt
 from server.serving import tokenizer
 
@@ -23,6 +23,12 @@ def opened(opener: ChoiceOpener, prompt: EncodedPrompt, **params: Any) -> list[C
     return list(
         opener.open(prompt, SamplingParams(**params), ids, continues=True, arrival=1.0, salt=b"s")
     )
+
+
+def test_choice_seeds_differ_and_repeat() -> None:
+    seeds = {choice_seed(7, i) for i in range(100)} | {choice_seed(8, i) for i in range(100)}
+    assert len(seeds) == 200 and all(0 <= seed < 2**64 for seed in seeds)
+    assert choice_seed(-1, 3) == choice_seed(2**64 - 1, 3)
 
 
 def test_choices_differ_in_id_and_seed_alone() -> None:

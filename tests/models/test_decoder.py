@@ -27,6 +27,7 @@ from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
+from moebius.train.initial import init_weights
 from oracle import Server, assert_close
 
 D, V = 24, 40
@@ -122,7 +123,7 @@ def test_a_rotation_is_worked_out_once_a_step_for_each_rope() -> None:
     mixers = [PLAIN, replace(PLAIN, rope=other), replace(PLAIN, window=2), unturned, unturned]
     ops = CountingOps()
     decoder = Decoder(model(*(LayerSpec(mixer, DENSE) for mixer in mixers)), ops)
-    decoder.init_weights()
+    init_weights(decoder)
     for steps in (1, 2):
         logits(decoder, range(5))
         assert ops.rotations == 3 * steps

@@ -16,6 +16,7 @@ from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
+from moebius.train.initial import init_weights
 from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
 
 YARN = {
@@ -168,7 +169,7 @@ def test_training_logits_and_gradients_equal_transformers(
 def test_documents_in_a_row_do_not_see_each_other() -> None:
     config = model_config(tiny_model("qwen3_moe").config.to_dict())
     decoder = Decoder(config, ReferenceOps())
-    decoder.init_weights(torch.Generator().manual_seed(0), std=0.2)
+    init_weights(decoder, torch.Generator().manual_seed(0), std=0.2)
     ids = torch.arange(12)
     documents = torch.tensor([0] * 5 + [1] * 7)
     positions = torch.cat((torch.arange(5), torch.arange(7)))

@@ -26,6 +26,7 @@ from moebius.ops import select_ops
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.weights import dtype_name
+from moebius.train.initial import init_weights
 from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny
 
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
@@ -376,7 +377,7 @@ def test_saved_checkpoint_is_read_by_transformers(tmp_path: Path, model_type: st
     save_tiny(tmp_path / "theirs", model_type)
     checkpoint = open_checkpoint(tmp_path / "theirs")
     decoder = Decoder(checkpoint.config, select_ops("cpu", torch.float32))
-    decoder.init_weights(torch.Generator().manual_seed(3), std=0.2)
+    init_weights(decoder, torch.Generator().manual_seed(3), std=0.2)
     save_checkpoint(decoder, checkpoint.config_json, tmp_path / "ours")
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
         "config.json",

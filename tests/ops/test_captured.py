@@ -19,7 +19,8 @@ from moebius.engine.runner import Runner
 from moebius.engine.workspace import StepRows
 from moebius.models.store.load import load_decoder
 from moebius.ops.cpu import CpuOps, RecordedProgram
-from moebius.ops.program import HostResult, Program, Rows
+from moebius.ops.host import HostResult
+from moebius.ops.program import Program, Rows
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.program import Unrecorded
 from moebius.ops.sources import RowSource, StepSource
@@ -63,9 +64,9 @@ def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
 def test_recorded_steps_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     save_tiny(tmp_path, model_type)
     recorded, plain = runner(tmp_path, CpuOps(1), dtype), runner(tmp_path, Plain(1), dtype)
-    for program in (recorded._step, recorded._head):
+    for program in (recorded.programs.step, recorded.programs.head):
         assert program.trace.reason == "" and program.trace.segments == 1
-    assert not plain._step.trace.recorded and not plain._head.trace.recorded
+    assert not plain.programs.step.trace.recorded and not plain.programs.head.trace.recorded
     rng, computed = random.Random(model_type), [0, 0, 0, 0]
     for _ in range(6):
         step = random_step(rng, computed)
@@ -98,7 +99,7 @@ def test_logits_are_of_rows_of_the_last_step(
     for row in (1, 2, -1):
         with pytest.raises(IndexError):
             one.logits([0, row])
-    monkeypatch.setattr(one, "_step", None)
+    monkeypatch.setattr(one.programs, "step", None)
     with pytest.raises(AttributeError):
         one.execute(StepInputs.build([[4]], [4], [[0, 1]], BLOCK_SIZE))
     with pytest.raises(IndexError, match="the last step had 0 rows"):

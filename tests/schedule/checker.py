@@ -53,7 +53,7 @@ def advance(value: int, token: int) -> int:
 
 def _origin(request: Request) -> int:
     """What the fake model starts from, before the first token."""
-    return int.from_bytes(request.salt, "little")
+    return int.from_bytes(request.asked.salt, "little")
 
 
 def draw(secret: int, value: int, vocab_size: int) -> int:
@@ -144,11 +144,15 @@ class Checker:
         deadlines."""
         for request_id in plan.expired:
             track = self.tracks.get(request_id)
-            if track is None or track.request.deadline is None or track.request.deadline > now:
+            if (
+                track is None
+                or track.request.asked.deadline is None
+                or track.request.asked.deadline > now
+            ):
                 self.broken("I10", f"{request_id} expired without cause")
             self.ended(track.request, FinishReason.DEADLINE)
         for track in self.tracks.values():
-            if track.request.deadline is not None and track.request.deadline <= now:
+            if track.request.asked.deadline is not None and track.request.asked.deadline <= now:
                 self.broken("I8", f"{track.request.id} is unfinished after its deadline")
         self._check_victims(plan)
         started = self._check_chunks(plan)
@@ -511,7 +515,7 @@ class Checker:
             values.append(value)
         for i in range(len(track.hashes), len(values) // size):
             tokens = struct.pack(f"<{size}I", *request.tokens(i * size, (i + 1) * size))
-            parent = track.hashes[-1] if i else self._digest(b"", b"", request.salt)
+            parent = track.hashes[-1] if i else self._digest(b"", b"", request.asked.salt)
             track.hashes.append(self._digest(parent, tokens))
             self._truth[track.hashes[-1]] = values[i * size : (i + 1) * size]
 

@@ -27,7 +27,7 @@ def make_request(
     arrival: float = 0.0,
     **fields,
 ) -> Request:
-    return Request.of(
+    return Request(
         make_asked(
             request_id,
             prompt,

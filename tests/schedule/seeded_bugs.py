@@ -165,7 +165,7 @@ class _(BlockPool):
 class _(BlockPool):
     def withdraw(self, request, running):
         own = [place for place, entry in enumerate(self._entries) if entry]
-        lineages = self._lineages(own)
+        lineages = self.lineages(own)
         self._withdraw({one for one in lineages if one.publisher == request.id})
 
 

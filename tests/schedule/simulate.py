@@ -22,6 +22,7 @@ from timeit import default_timer  # the command's stop watch; the simulation's o
 from moebius.engine.config import EngineConfig
 from moebius.errors import OverloadError, RequestError
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import FinishReason, Request
@@ -291,16 +292,18 @@ class Episode:
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.2 else 0,
             prompt_logprobs=1 if rng.random() < mood.prompt_logprobs else None,
         )
-        request = Request.create(
-            f"r{self.stats.requests + self.stats.refused}",
-            prompt,
-            params,
-            self.limits,
-            arrival=round(self.now, 1),
-            eos_ids=frozenset((0,)) if rng.random() < 0.3 else frozenset(),
-            priority=rng.randrange(mood.priorities),
-            deadline=self.now + rng.random() * 2 if rng.random() < mood.deadline else None,
-            salt=bytes([rng.randrange(mood.tenants)]),
+        request = Request(
+            EngineRequest.create(
+                f"r{self.stats.requests + self.stats.refused}",
+                prompt,
+                params,
+                self.limits,
+                arrival=round(self.now, 1),
+                eos_ids=frozenset((0,)) if rng.random() < 0.3 else frozenset(),
+                priority=rng.randrange(mood.priorities),
+                deadline=self.now + rng.random() * 2 if rng.random() < mood.deadline else None,
+                salt=bytes([rng.randrange(mood.tenants)]),
+            )
         )
         secret = rng.getrandbits(32)
         if rng.random() < 0.05:  # a replay: some of its tokens were drawn by an engine that is gone

@@ -396,7 +396,7 @@ def test_the_choices_of_a_prompt_share_its_hashes_and_no_others(monkeypatch):
     first = make_asked("a", range(1, 19), max_tokens=20, hasher=pool.hasher)
     asked = [first, *(first.sibling(str(i), i) for i in range(3))]
     assert made == [pool.hasher] * (1 + 4), "the root, and the four blocks, once for all"
-    requests = [Request.of(one) for one in asked]
+    requests = [Request(one) for one in asked]
     for i, request in enumerate(requests):
         request.output_ids.extend([50 + i] * 6)
     hashes = [list(pool._hash_blocks(request, 6)) for request in requests]
@@ -405,5 +405,5 @@ def test_the_choices_of_a_prompt_share_its_hashes_and_no_others(monkeypatch):
     assert len({each[4] for each in hashes}) == 4, "their own tokens differ"
     alone = make_request("alone", range(1, 19), max_tokens=20)
     assert pool._hash_blocks(alone, 4) == hashes[0][:4], "the same without the front's"
-    fresh = Request.of(first.sibling("fresh", 9))
+    fresh = Request(first.sibling("fresh", 9))
     assert other._hash_blocks(fresh, 4) != hashes[0][:4], "another pool has another key"

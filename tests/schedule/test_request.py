@@ -7,10 +7,10 @@ import math
 import pytest
 
 from moebius.errors import ContextLengthError, RequestError
-from moebius.front.choices import ChoiceOpener
+from moebius.front.choices import ChoiceOpener, choice_seed
 from moebius.schedule import engine_request as asked_module
 from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, choice_seed
+from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request, RequestStatus
 from moebius.text import EncodedPrompt, Tokenizer
 from schedule.making import LIMITS, make_request
@@ -50,14 +50,10 @@ def test_values_at_their_limits_are_fine():
         params.with_(n=99)
 
 
-def test_choice_seeds_differ_and_repeat():
-    seeds = {choice_seed(7, i) for i in range(100)} | {choice_seed(8, i) for i in range(100)}
-    assert len(seeds) == 200 and all(0 <= seed < 2**64 for seed in seeds)
-    assert choice_seed(-1, 3) == choice_seed(2**64 - 1, 3)
-
-
 def make(prompt=(1, 2), params=None, **fields):
-    return Request.create("a", prompt, params or SamplingParams(), LIMITS, arrival=0.0, **fields)
+    return Request(
+        EngineRequest.create("a", prompt, params or SamplingParams(), LIMITS, arrival=0.0, **fields)
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,12 +69,20 @@ def make(prompt=(1, 2), params=None, **fields):
         ({"params": SamplingParams(stop_token_ids=(1000,))}, "stop_token_ids"),
         ({"priority": 2**31}, "priority"),
         ({"salt": bytes(257)}, "cache_salt"),
+        ({"salt": "tenant"}, "cache_salt"),
     ],
 )
 def test_a_wrong_request_names_its_field(fields, param):
     with pytest.raises(RequestError) as error:
         make(**fields)
     assert error.value.param == param
+
+
+def test_where_all_are_served_in_order_a_priority_is_refused():
+    limits = ServingLimits(vocab_size=1000, max_model_len=4096)
+    with pytest.raises(RequestError, match="must be 0, unless scheduling_policy") as error:
+        EngineRequest.create("a", [1], SamplingParams(), limits, arrival=0.0, priority=1)
+    assert error.value.param == "priority"
 
 
 @pytest.mark.case("C5")
@@ -110,8 +114,12 @@ def test_defaults_are_resolved_when_it_is_made():
         SamplingParams(max_tokens=None, seed=-1, stop_token_ids=(3,)),
         eos_ids=frozenset({2}),
     )
-    assert request.max_tokens == 4000 and request.seed == 2**64 - 1 and request.stop_ids == {2, 3}
-    assert make(seed=5).seed == 5 and make().seed == 0
+    assert (
+        request.max_tokens == 4000
+        and request.asked.seed == 2**64 - 1
+        and request.stop_ids == {2, 3}
+    )
+    assert make(seed=5).asked.seed == 5 and make().asked.seed == 0
     assert (
         make(params=SamplingParams(ignore_eos=True), eos_ids=frozenset({2})).stop_ids == frozenset()
     )
@@ -199,13 +207,14 @@ def test_an_engine_changes_nothing_that_the_front_holds():
     asked = EngineRequest.create(
         "a", [1, 2, 3], SamplingParams(), LIMITS, arrival=0.0, output_ids=[4], generation_start=2
     )
-    request, again = Request.of(asked), Request.of(asked)
+    request, again = Request(asked), Request(asked)
     request.output_ids.append(5)
     request.status = RequestStatus.RUNNING
     assert asked.output_ids == (4,) and again.output_ids == [4]
     assert again.status is RequestStatus.WAITING and again.block_hashes == []
+    assert again.asked is asked
     for name in EngineRequest.__dataclass_fields__:
-        assert getattr(again, name) == ([4] if name == "output_ids" else getattr(asked, name)), name
+        assert name == "output_ids" or getattr(again, name, None) in (None, getattr(asked, name))
 
 
 @pytest.mark.parametrize("start", [-1, 4, 1.5, True])
@@ -225,7 +234,7 @@ def test_one_wrong_id_among_many_is_named(ids):
 @pytest.mark.parametrize("when", [math.nan, math.inf, "now"])
 def test_times_that_no_order_can_hold_are_refused(when):
     with pytest.raises(RequestError, match="arrival"):
-        Request.create("a", [1], SamplingParams(), LIMITS, arrival=when)
+        Request(EngineRequest.create("a", [1], SamplingParams(), LIMITS, arrival=when))
     with pytest.raises(RequestError, match="deadline"):
         make(deadline=when)
 

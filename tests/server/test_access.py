@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from moebius.errors import EngineError, OverloadError
-from moebius.schedule.params import LIMITS
 from moebius.server.access import logfmt
+from moebius.server.limits import HTTP_LIMITS
 from server.serving import Server, engine, exchange, http_request, listening, run, wait_until
 
 LOGGER = "moebius.server.access"
@@ -72,14 +72,14 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "no such method": ({"method": "GET"}, 405, COMPLETIONS, "method_not_allowed"),
     "slow": ({"content": slow(), "headers": JSON}, 408, COMPLETIONS, "body_timeout"),
     "large": (
-        {"content": b" " * (LIMITS.body_bytes + 1), "headers": JSON},
+        {"content": b" " * (HTTP_LIMITS.body_bytes + 1), "headers": JSON},
         413,
         COMPLETIONS,
         "request_too_large",
     ),
     "no JSON by its type": ({"content": SECRET}, 415, COMPLETIONS, "unsupported_media_type"),
     "large headers": (
-        {"headers": {"X": "x" * LIMITS.header_bytes}},
+        {"headers": {"X": "x" * HTTP_LIMITS.header_bytes}},
         431,
         COMPLETIONS,
         "headers_too_large",
@@ -175,7 +175,7 @@ def test_an_error_inside_a_stream_and_a_client_that_left(caplog: pytest.LogCaptu
     ("data", "status"),
     [
         (b"\x00\x01 nonsense\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nX: " + b"x" * (LIMITS.header_bytes + 1), 431),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * (HTTP_LIMITS.header_bytes + 1), 431),
     ],
     ids=["no HTTP", "endless headers"],
 )

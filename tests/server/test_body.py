@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebius.errors import RequestError
-from moebius.schedule.params import LIMITS
 from moebius.server import body as body_module
 from moebius.server.body import decode_body
+from moebius.server.limits import HTTP_LIMITS
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('\\"[]{},:aé😀\n', max_size=12),
@@ -67,15 +67,19 @@ def at_depth(depth: int) -> bytes:
 @pytest.mark.parametrize(
     ("fits", "too_much", "words"),
     [
-        (at_depth(LIMITS.json_depth), at_depth(LIMITS.json_depth + 1), "deeper than 64 levels"),
         (
-            b'{"a":[' + b"1," * (LIMITS.json_values - 4) + b"1]}",
-            b'{"a":[' + b"1," * LIMITS.json_values + b"1]}",
+            at_depth(HTTP_LIMITS.json_depth),
+            at_depth(HTTP_LIMITS.json_depth + 1),
+            "deeper than 64 levels",
+        ),
+        (
+            b'{"a":[' + b"1," * (HTTP_LIMITS.json_values - 4) + b"1]}",
+            b'{"a":[' + b"1," * HTTP_LIMITS.json_values + b"1]}",
             "more than 1048576 values",
         ),
         (
-            b'{"a":[' + b'"",' * (LIMITS.json_parts - 4) + b'""]}',
-            b'{"a":[' + b'"",' * LIMITS.json_parts + b'""]}',
+            b'{"a":[' + b'"",' * (HTTP_LIMITS.json_parts - 4) + b'""]}',
+            b'{"a":[' + b'"",' * HTTP_LIMITS.json_parts + b'""]}',
             "more than 65536 strings, lists and objects",
         ),
     ],

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 
-from moebius.schedule.params import LIMITS
 from moebius.server import capacity as capacity_module
 from moebius.server import run as run_module
+from moebius.server.limits import HTTP_LIMITS
 from server.serving import engine, exchange, http_request, listening, wait_until
 
 LIVE = b"GET /health/live HTTP/1.1\r\nConnection: close\r\n\r\n"
@@ -119,7 +119,7 @@ def test_as_many_files_are_asked_for_as_connections_need(
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for four bodies of 256 KiB."""
-    monkeypatch.setattr(capacity_module, "LIMITS", replace(LIMITS, bodies_bytes=2**20))
+    monkeypatch.setattr(capacity_module, "HTTP_LIMITS", replace(HTTP_LIMITS, bodies_bytes=2**20))
 
 
 def body_of(size: int) -> bytes:
@@ -200,4 +200,4 @@ def test_a_slow_body_gives_its_room_back() -> None:
 
 @pytest.mark.case("B7")
 def test_the_room_is_that_of_eight_full_bodies() -> None:
-    assert LIMITS.bodies_bytes == 8 * LIMITS.body_bytes
+    assert HTTP_LIMITS.bodies_bytes == 8 * HTTP_LIMITS.body_bytes

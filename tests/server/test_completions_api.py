@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moebius.schedule.params import choice_seed
+from moebius.front.choices import choice_seed
 from moebius.text import GenerationDefaults, Tokenizer
 from server.fake_engine import MINUS_INFINITY_TOKEN, FakeEngine, constant, logprob
 from server.serving import MODEL, Server, engine, run, tokenizer

@@ -18,11 +18,11 @@ import openai
 import pytest
 import uvicorn
 
-from moebius.schedule.params import LIMITS
 from moebius.server import connection as connection_module
 from moebius.server import run as run_module
 from moebius.server.capacity import Capacity
 from moebius.server.connection import Connection, tracked
+from moebius.server.limits import HTTP_LIMITS
 from server.serving import MODEL, engine, events, exchange, listening, until, wait_until
 
 STREAM: dict[str, Any] = {
@@ -314,7 +314,7 @@ def test_nothing_comes_without_end(port: int, start: bytes) -> None:
     endless = b"\r\n" if not start else b"x"
     with Talk(port) as talk:
         status, headers, _ = talk.ask(
-            start + endless * (4 * LIMITS.header_bytes if b"\r\n\r\n" not in start else 2**20)
+            start + endless * (4 * HTTP_LIMITS.header_bytes if b"\r\n\r\n" not in start else 2**20)
         )
         assert (status, headers["connection"]) == (431, "close")
 

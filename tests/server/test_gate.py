@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from moebius.errors import ConfigError
-from moebius.schedule.params import LIMITS
 from moebius.server.access import AccessLog
 from moebius.server.gate import Gate
+from moebius.server.limits import HTTP_LIMITS
 from moebius.server.settings import ServerSettings
 from server.serving import MODEL, Server, run
 
@@ -157,7 +157,7 @@ def test_an_open_server_has_one_cache_unless_a_client_salts() -> None:
 
 def test_header_and_path_limits() -> None:
     async def check(server: Server) -> None:
-        over = "x" * LIMITS.header_bytes
+        over = "x" * HTTP_LIMITS.header_bytes
         for response in (
             await server.http.get("/v1/models", headers={"X-Big": over}),
             await server.http.get("/v1/models/" + over),
@@ -176,7 +176,7 @@ def test_body_limit_whether_the_length_is_told_or_not() -> None:
 
     async def check(server: Server) -> None:
         headers = {"Content-Type": "application/json"}
-        for content in (b" " * (LIMITS.body_bytes + 1), endless()):
+        for content in (b" " * (HTTP_LIMITS.body_bytes + 1), endless()):
             response = await server.http.post("/v1/completions", content=content, headers=headers)
             assert response.status_code == 413
             assert response.json()["error"]["code"] == "request_too_large"
@@ -187,7 +187,7 @@ def test_body_limit_whether_the_length_is_told_or_not() -> None:
 
 def test_a_large_body_within_the_limit_is_read() -> None:
     async def check(server: Server) -> None:
-        body = {"prompt": "hello", "max_tokens": 1, "user": "x" * (LIMITS.body_bytes - 100)}
+        body = {"prompt": "hello", "max_tokens": 1, "user": "x" * (HTTP_LIMITS.body_bytes - 100)}
         assert (await server.post("/v1/completions", body)).status_code == 200
 
     run(check)

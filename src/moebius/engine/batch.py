@@ -6,26 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from moebius.engine.prompt_scores import PromptRows
 from moebius.ops.steps import StateInputs, StepInputs
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class PromptRows:
-    """Rows of a step, from `first` on, that score a prompt's `token_ids`, the first of them at
-    position `start`."""
-
-    request: Request
-    first: int
-    start: int
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """inputs for the runner; `sampled[i]` draws from the step's row `sampled_rows[i]`; `prompts`
-    are scored."""
+    """A step's inputs; `sampled[i]` draws from its row `sampled_rows[i]`, `prompts` are scored."""
 
     inputs: StepInputs
     sampled: list[Request]
@@ -54,13 +43,9 @@ def build_batch(
         starts.append(start)
         tables.append(blocks)
         if request.params.prompt_logprobs is not None:
-            last_scored = min(stop, len(request.prompt_ids) - 1)
-            if start < last_scored:
-                prompts.append(
-                    PromptRows(
-                        request, row, start + 1, request.prompt_ids[start + 1 : last_scored + 1]
-                    )
-                )
+            scored = PromptRows.of(request, row, start, stop)
+            if scored is not None:
+                prompts.append(scored)
         row += num_tokens
         if samples:
             sampled.append(request)

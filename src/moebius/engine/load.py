@@ -91,7 +91,8 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         log.warning(
             "--threads %d is more than the %d cores that we may use, CPU quota included; they will "
             "wait for each other",
-            *(config.threads, cores),
+            config.threads,
+            cores,
         )
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
@@ -178,7 +179,7 @@ def load_engine(
 
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
-    plan, model_config = prepared.plan, prepared.checkpoint.config
+    plan = prepared.plan
     model = load_decoder(
         prepared.checkpoint,
         prepared.dtype,
@@ -188,7 +189,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     )
     states = plan.groups.states
     cache = KVCache(
-        model_config.caches(prepared.dtype),
+        prepared.checkpoint.config.caches(prepared.dtype),
         prepared.ops,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,

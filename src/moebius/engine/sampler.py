@@ -31,7 +31,8 @@ from moebius.engine.client import TokenLogprob
 from moebius.engine.faults import failure, say
 from moebius.engine.memory import SAMPLED_IDS
 from moebius.errors import MoebiusError, NumericalError, frames
-from moebius.ops import LOWEST, Ops, Shaping
+from moebius.ops import LOWEST, Shaping
+from moebius.ops.sampling import SamplerOps
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import Request
 
@@ -68,7 +69,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(
-    logits_LV: Tensor, requests: Sequence[Request], ops: Ops
+    logits_LV: Tensor, requests: Sequence[Request], ops: SamplerOps
 ) -> list[Sampled | MoebiusError]:
     """One token a row; row i belongs to requests[i].
 
@@ -91,7 +92,7 @@ def sample(
         ]
 
 
-def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | MoebiusError:
+def _sample_alone(logits_1V: Tensor, request: Request, ops: SamplerOps) -> Sampled | MoebiusError:
     try:
         return _sample(logits_1V, [request], ops)[0]
     except Exception as error:
@@ -99,7 +100,7 @@ def _sample_alone(logits_1V: Tensor, request: Request, ops: Ops) -> Sampled | Mo
 
 
 def _sample(
-    logits_LV: Tensor, requests: Sequence[Request], ops: Ops
+    logits_LV: Tensor, requests: Sequence[Request], ops: SamplerOps
 ) -> list[Sampled | MoebiusError]:
     if all(request.params.plain for request in requests):
         return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
@@ -144,7 +145,7 @@ class _Row:
 
     @property
     def uniform(self) -> float:
-        return uniform(self.request.seed, self.request.num_tokens)
+        return uniform(self.request.asked.seed, self.request.num_tokens)
 
     @property
     def num_candidates(self) -> int:
@@ -197,7 +198,7 @@ def _shaping(request: Request) -> Shaping | None:
     )
 
 
-def _draw_each_kind(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+def _draw_each_kind(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
     greedy = [row for row in rows if row.params.greedy]
     drawing = [row for row in rows if not row.params.greedy]
     _take_best(logits_LV, greedy, ops)
@@ -209,12 +210,12 @@ def _indices(rows: Iterable[_Row]) -> list[int]:
     return [row.index for row in rows]
 
 
-def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
     for row, token in zip(rows, ops.argmax(logits_LV, _indices(rows)), strict=True):
         row.token_id = token if token >= 0 else None
 
 
-def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
     temperatures = [row.temperature for row in rows]
     uniforms = [row.uniform for row in rows]
     tokens = ops.draw(logits_LV, _indices(rows), temperatures, uniforms)
@@ -222,7 +223,7 @@ def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
         row.token_id = token if token >= 0 else None
 
 
-def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> None:
+def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
     """Rows that saw too few candidates for their top_p or min_p take part in another round."""
     vocab = logits_LV.shape[-1]
     for row in rows:
@@ -236,7 +237,7 @@ def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> 
         rows = undecided
 
 
-def _draw_part(logits_LV: Tensor, rows: Sequence[_Row], ops: Ops) -> list[_Row]:
+def _draw_part(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> list[_Row]:
     """Draw each of the rows from its `width` most likely ids; those that need more of them."""
     found = ops.log_softmax_top_k(
         logits_LV, _indices(rows), [row.width for row in rows], [row.temperature for row in rows]
@@ -288,7 +289,7 @@ def _refuse_banned(logits_LV: Tensor, rows: Iterable[_Row]) -> None:
             row.banned = value == LOWEST
 
 
-def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: Ops) -> None:
+def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: SamplerOps) -> None:
     asked: list[_Row] = []
     token_ids: list[int] = []
     tops: list[int] = []
@@ -313,7 +314,7 @@ def not_finite() -> NumericalError:
 
 
 def token_logprobs(
-    logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: Ops
+    logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: SamplerOps
 ) -> list[TokenLogprob] | None:
     """Log-probabilities of given tokens, one a row: what prompt log-probabilities are. None if not
     finite."""
@@ -322,7 +323,11 @@ def token_logprobs(
 
 
 def _logprobs(
-    logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], tops: Sequence[int], ops: Ops
+    logits_LV: Tensor,
+    rows: Sequence[int],
+    token_ids: Sequence[int],
+    tops: Sequence[int],
+    ops: SamplerOps,
 ) -> list[TokenLogprob]:
     """Row by row: the token's log-probability, its rank, and the `top` most likely tokens'."""
     log_sums_R, values, ids = ops.log_softmax_top_k(logits_LV, rows, tops)

@@ -17,6 +17,7 @@ from moebius.errors import ConfigError, StorageError, require
 from moebius.files import begins_with, check_target
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
+from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.params import SamplingParams
 from moebius.schedule.request import FinishReason, Request
@@ -51,13 +52,13 @@ class TraceWriter:
         params = request.params
         self._write(
             event="add",
-            **{name: getattr(request, name) for name in _REQUEST},
+            **{name: getattr(request.asked, name) for name in _REQUEST},
             prompt=self._rename(request.prompt_ids),
             output=self._rename(request.output_ids),
             stop=self._rename(sorted(request.stop_ids)),
             min_tokens=params.min_tokens,
             prompt_logprobs=params.prompt_logprobs is not None,
-            salt=self._salt_name(request.salt),
+            salt=self._salt_name(request.asked.salt),
         )
 
     def plan(self, now: float, plan: StepPlan) -> None:
@@ -224,12 +225,13 @@ def _request(record: dict[str, Any]) -> Request:
         min_tokens=record["min_tokens"],
         prompt_logprobs=0 if record["prompt_logprobs"] else None,
     )
-    return Request(
+    asked = EngineRequest(
         **{name: record[name] for name in _REQUEST},
         prompt_ids=tuple(record["prompt"]),
         params=params,
         seed=0,
         stop_ids=frozenset(record["stop"]),
         salt=b"" if record["salt"] < 0 else str(record["salt"]).encode(),
-        output_ids=list(record["output"]),
+        output_ids=tuple(record["output"]),
     )
+    return Request(asked)

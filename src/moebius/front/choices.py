@@ -3,13 +3,14 @@
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain
 
 from moebius.engine.client import EngineInfo
 from moebius.front.assemble import SequenceAssembler
 from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import SamplingParams, choice_seed
+from moebius.schedule.params import SamplingParams
 from moebius.text import EncodedPrompt, Tokenizer
 
 
@@ -76,3 +77,12 @@ class ChoiceOpener:
         context: Sequence[int] = first.prompt_ids if continues else ()
         for request in chain((first,), others):
             yield Choice(request, SequenceAssembler(self.tokenizer, params, prompt_ids=context))
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The 64-bit seed of choice `index` of a request with `seed`.
+
+    Choices differ, and repeat from run to run.
+    """
+    data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(4, "little")
+    return int.from_bytes(blake2b(data, digest_size=8, person=b"moebius-choice").digest(), "little")

@@ -1,10 +1,8 @@
-"""One decoder for training and for serving. What differs between architectures is data, in
-ModelConfig.
+"""One decoder for training and for serving; architectures are data, in ModelConfig.
 
 Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -23,8 +21,7 @@ from moebius.ops import Ops, PreparedLinear
 
 
 class Stream(NamedTuple):
-    """The residual stream: x + multiplier * update. Whatever reads it next adds the update, in the
-    same pass as its norm."""
+    """The residual stream x + multiplier * update; its next reader adds, beside its norm."""
 
     x_TD: Tensor
     update_TD: Tensor | None = None
@@ -78,8 +75,8 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, norm and vocabulary projection (absent when tied to the embedding).
 
-    Built on `device` with uninitialised parameters of `dtype`: call init_weights, or load with
-    moebius.models.store.load.
+    Built on `device` with uninitialised parameters of `dtype`, for moebius.models.store.load or
+    moebius.train.initial to fill.
     """
 
     def __init__(
@@ -132,8 +129,7 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, past: Past
     ) -> tuple[Tensor, list[Routing | None]]:
-        """Final hidden states (T, D), after the last norm, and each layer's routing (None for a
-        dense layer)."""
+        """Final hidden states (T, D), normed, and each layer's routing (None for a dense one)."""
         stream = Stream(
             self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
         )
@@ -155,37 +151,3 @@ class Decoder(nn.Module):
         if self.config.logits_softcap is not None:
             logits_LV = self.ops.softcap(logits_LV, self.config.logits_softcap)
         return logits_LV
-
-    @torch.no_grad()
-    def init_weights(
-        self,
-        generator: torch.Generator | None = None,
-        std: float = 0.02,
-        scale: float = 0.0,
-        router: float = 1.0,
-    ) -> None:
-        """Fresh weights: normal, cut off at 3 standard deviations (OLMoE, arXiv 2409.02060); norms
-        one, biases zero.
-
-        Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers),
-        as in GPT-2. With `scale`, matrices but the embedding have sqrt(scale / inputs) instead, cut
-        off at 2 (Switch, arXiv 2101.03961 section 2.4, recommends 0.1 in place of 1). `router`
-        multiplies the routers' width.
-        """
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif parameter.ndim == 1:
-                parameter.zero_()
-            else:
-                width = std
-                cut = 3.0
-                if scale and "embed" not in name:
-                    width = math.sqrt(scale / parameter.shape[1])
-                    cut = 2.0
-                elif "o_proj" in name or "down_proj" in name:
-                    width = std / math.sqrt(2 * self.config.num_layers)
-                width *= router if ".router." in name else 1.0
-                nn.init.trunc_normal_(
-                    parameter, 0.0, width, -cut * width, cut * width, generator=generator
-                )

@@ -241,4 +241,17 @@ def _context(reader: ConfigReader, specs: Sequence[LayerSpec]) -> int:
     """What config.json states, or what the layers' rotary embeddings stretch it to."""
     stated = reader.integer("max_position_embeddings")
     ropes = {spec.mixer.rope for spec in specs if isinstance(spec.mixer, GQA)}
-    return max([stated, *(each.context(stated) for each in ropes if each is not None)])
+    return max([stated, *(stretched(stated, each) for each in ropes if each is not None)])
+
+
+def stretched(stated: int, rope: RopeConfig) -> int:
+    """Longest sequence, in tokens, that positions were made for, where config.json says `stated`.
+
+    yarn and linear stretch the original context by their factor, and a config.json states that
+    context before or after it: the model cards of Qwen and of vicuna add the scaling and leave
+    max_position_embeddings alone, others raise it. llama3's max_position_embeddings is always what
+    it was raised to; its factor is a frequency's.
+    """
+    if rope.scaling in ("linear", "yarn"):
+        return max(stated, int(rope.original_max_position * rope.factor))
+    return stated

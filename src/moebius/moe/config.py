@@ -16,8 +16,7 @@ class FeedForwardConfig:
     """One layer's feed-forward part: `router` None means dense, which is the case of one expert.
 
     width is an expert's hidden size F; shared_width the always-on expert's (0: none), gated by
-    sigmoid(w·x) when shared_gate is set (Qwen2-MoE). An expert that is not gated has two matrices:
-    down(act(gate x)).
+    sigmoid(w·x) when shared_gate is set (Qwen2-MoE). Not gated, an expert is down(act(gate x)).
     """
 
     width: int
@@ -41,8 +40,7 @@ class FeedForwardConfig:
             raise ConfigError("shared_gate gates a shared expert; give shared_width")
 
     def parameters(self, hidden_size: int) -> Parameters:
-        """Those of moebius.moe.layer.FeedForward, in a model of this width. A dense one's have the
-        role of no expert: `gate_proj`."""
+        """Those of FeedForward (moebius.moe.layer); a dense one's have the role of no expert."""
         if self.router is None:
             yield from self._expert("experts.", "", self.width, hidden_size)
             return

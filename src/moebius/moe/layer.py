@@ -12,8 +12,7 @@ from moebius.ops import ExpertWeights, Ops, PreparedExperts
 
 
 class Experts(nn.Module):
-    """E experts of width F: gate_proj.e and, where gated, up_proj.e (F, D), down_proj.e (D, F); a
-    dense feed-forward is E = 1."""
+    """E experts: gate_proj.e, up_proj.e where gated (F, D), down_proj.e (D, F); dense is E = 1."""
 
     def __init__(
         self,

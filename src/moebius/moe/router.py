@@ -1,7 +1,6 @@
 """The router: one linear layer and a choice of experts, in float32 (arXiv 2101.03961 section 2.4).
 
-What training does to a routing and serving never does is in capacity.py and noise.py. Shape legend:
-T tokens, E experts, K experts a token.
+What training does to a routing and serving never does is in capacity.py and noise.py.
 """
 
 from typing import NamedTuple
@@ -22,8 +21,7 @@ class Routing(NamedTuple):
     weights_TK      float32, what each chosen expert's output is multiplied by
     expert_ids_TK   int64, best first, ties to the lowest id
     logits_TE       float32, for the losses and for inspection
-    kept_TK         in training only: which choices there was room for; None where no choice is ever
-                    dropped
+    kept_TK         in training: which choices there was room for; None where none is ever dropped
     """
 
     weights_TK: Tensor
@@ -33,8 +31,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """weight (E, D); bias (E,), selection_bias (E,) and noise_weight (E, D) where the architecture
-    has them.
+    """weight (E, D), and where there are such bias, selection_bias (E,), noise_weight (E, D).
 
     `limits` is what training does beside; nothing that serves sets it. `tally` counts what was
     chosen, where it is set.

@@ -2,8 +2,7 @@
 
 How queries meet the keys and values of the past is the caller's: see `Attends`.
 
-Shape legend: T tokens, D model, H query heads, G key/value heads, N head size, I the values of all
-query, key and value heads side by side.
+I stands for the values of all query, key and value heads side by side.
 """
 
 from collections.abc import Iterator
@@ -143,7 +142,6 @@ class Attends(Protocol):
     def attend(self, attention: "Attention", qkv_TI: Tensor, rotation: Pair) -> Tensor:
         """(T, H, value size): each row's heads, as they were projected, over the keys and values
         that it may see, its own among them. `rotation` is cos and sin (T, R) of the rows."""
-        ...
 
 
 class Attention(nn.Module):
@@ -156,7 +154,6 @@ class Attention(nn.Module):
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
         self.scale = spec.score_scale
-        self._sizes = [spec.q_size, spec.k_size, spec.v_size]
         self._projections: PreparedLinear | None = None
 
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
@@ -181,19 +178,6 @@ class Attention(nn.Module):
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=torch.float32))
-
-    def heads(self, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor, Tensor, Tensor]:
-        """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
-        spec = self.spec
-        q_TI, k_TI, v_TI = torch.split(qkv_TI, self._sizes, dim=1)
-        q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
-        k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
-        v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
-        if self.head_norms is not None:
-            q_norm, k_norm = self.head_norms
-            q_THN = q_norm(q_THN.contiguous())
-            k_TGN = k_norm(k_TGN.contiguous())
-        return self.ops.rotary(q_THN, *rotation), self.ops.rotary(k_TGN, *rotation), v_TGN
 
     def _projected(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values side by side (T, I): clipped, and normed where all heads are."""

@@ -124,8 +124,7 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, update: Tensor | None, multiplier: float) -> tuple[Tensor, Tensor]:
-        """The residual stream x + multiplier * update, and its norm; without an update, x and its
-        norm."""
+        """x + multiplier * update (x without one): the residual stream, and its norm."""
         if update is None:
             return x, self.ops.rms_norm(x, self.weight, self.eps)
         return self.ops.add_rms_norm(x, update, multiplier, self.weight, self.eps)

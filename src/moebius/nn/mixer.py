@@ -30,7 +30,6 @@ class MixerModule(Protocol):
 
     def __call__(self, x_TD: Tensor, positions: Positions, past: Past) -> Tensor:
         """What is added to the residual stream (T, D), of the step's normed rows."""
-        ...
 
 
 class Mixer(Protocol):
@@ -39,25 +38,19 @@ class Mixer(Protocol):
     @property
     def activations(self) -> int:
         """Numbers that a token takes at the widest moment, in and out of the projections."""
-        ...
 
     @property
     def scores(self) -> int:
         """Numbers for each token and each that it sees, where plain PyTorch keeps them; 0: none."""
-        ...
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of the module, in a model of this width."""
-        ...
 
     def cache(self, dtype: torch.dtype) -> CacheSpec:
         """What a layer keeps of the past, in a model of this dtype."""
-        ...
 
     def uses(self, dtype: torch.dtype) -> Iterator[Use]:
         """What serving it in this dtype asks of a backend."""
-        ...
 
     def build(self, place: Place) -> MixerModule:
         """The module, with uninitialised parameters."""
-        ...

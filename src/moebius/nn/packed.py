@@ -43,7 +43,7 @@ class PackedPast:
     def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Pair) -> Tensor:
         """See moebius.nn.attention.Attends."""
         spec = attention.spec
-        q_THN, k_TGN, v_TGN = attention.heads(qkv_TI, rotation)
+        q_THN, k_TGN, v_TGN = _heads(attention, qkv_TI, rotation)
         bias_RLL = self._bias(spec.window, q_THN)
         groups = spec.num_kv_heads
         rows_of = (-1, self._length, groups)
@@ -68,6 +68,21 @@ class PackedPast:
             )
         out_RGLSN = torch.cat(blocks, dim=2)
         return out_RGLSN.transpose(1, 2).reshape(len(q_THN), spec.num_heads, -1)
+
+
+def _heads(attention: Attention, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
+    spec = attention.spec
+    q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_size, spec.k_size, spec.v_size], dim=1)
+    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
+    k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
+    v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
+    if attention.head_norms is not None:
+        q_norm, k_norm = attention.head_norms
+        q_THN = q_norm(q_THN.contiguous())
+        k_TGN = k_norm(k_TGN.contiguous())
+    rotary = attention.ops.rotary
+    return rotary(q_THN, *rotation), rotary(k_TGN, *rotation), v_TGN
 
 
 def _attend(

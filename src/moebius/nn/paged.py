@@ -32,8 +32,7 @@ class PagedPast:
         self._plans: dict[tuple[int, int | None], AttentionPlan] = {}
 
     def _plan(self, group: int, window: int | None) -> AttentionPlan:
-        """What attention needs to know of the step: the same for all layers of a group with this
-        window."""
+        """What attention needs to know of the step: one plan for a group's layers of a window."""
         key = (group, window)
         if key not in self._plans:
             step = self._step.of(group)

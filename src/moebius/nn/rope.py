@@ -18,8 +18,7 @@ from moebius.ops import Ops, Pair
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding: base `theta` and a length-independent scaling (arXiv 2104.09864;
-    yarn 2309.00071).
+    """Rotary position embedding: base `theta` and a scaling (arXiv 2104.09864; yarn 2309.00071).
 
     original_max_position is the context before scaling, in tokens. partial is the share of a head's
     values that turn, the first ones; the others stay as they are.
@@ -55,19 +54,6 @@ class RopeConfig:
         if size % 2:
             raise ConfigError(f"head_dim is {size}; rotary embedding needs an even one")
         return size
-
-    def context(self, stated: int) -> int:
-        """Longest sequence, in tokens, that positions were made for, where config.json says
-        `stated`.
-
-        yarn and linear stretch the original context by their factor, and a config.json states that
-        context before or after it: the model cards of Qwen and of vicuna add the scaling and leave
-        max_position_embeddings alone, others raise it. llama3's max_position_embeddings is always
-        what it was raised to; its factor is a frequency's.
-        """
-        if self.scaling in ("linear", "yarn"):
-            return max(stated, int(self.original_max_position * self.factor))
-        return stated
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
@@ -124,8 +110,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 class Rotary:
-    """cos and sin of a step's positions, in float32, for all layers with this rope; None turns
-    nothing."""
+    """cos and sin of a step's positions for all layers with this rope; None turns nothing."""
 
     def __init__(self, rope: RopeConfig | None, head_dim: int, ops: Ops) -> None:
         self._ops = ops
@@ -142,8 +127,7 @@ class Rotary:
 
 
 class Positions:
-    """The positions of a step's rows, and their rotations, each worked out when a layer first asks
-    for it."""
+    """The positions of a step's rows; a rotation is worked out when a layer first asks for it."""
 
     def __init__(self, positions_T: Tensor) -> None:
         self.positions_T = positions_T

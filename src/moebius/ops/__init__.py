@@ -6,7 +6,9 @@ modules; no global names it.
 
 Legend of shape suffixes, used in all of the numerical code:
     T tokens of a step   B sequences   L rows whose logits are wanted   D model width   V vocabulary
-    H query heads   G key/value heads   N head size   E experts   K experts a token   F expert width
+    H query heads   G key/value heads   N size of a query or key head   Nv size of a value head
+    E experts   K experts a token   F expert width   I, O inputs and outputs of a linear layer
+    R half of the rotated part of a head
 """
 
 from moebius.ops.capability import Capability, Feature, Operation, Use

@@ -5,16 +5,11 @@ serves asks before it computes. Unless said otherwise tensors are contiguous, re
 have the dtype of the first argument, and a row of a result depends on the same row of the
 arguments alone; whether that holds bit for bit, in any batch, is for `capability` to say.
 
-Legend of shape suffixes:
-    T tokens of a step   B sequences   L rows whose logits are wanted   D model width   V vocabulary
-    H query heads   G key/value heads   N size of a query or key head   Nv size of a value head
-    E experts   K experts a token   F expert width   I, O inputs and outputs of a linear layer
-    R half of the rotated part of a head
+The legend of shape suffixes is in moebius.ops.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -22,23 +17,17 @@ from torch import Tensor
 from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
 from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
-from moebius.ops.program import (
-    Given,
-    HostFunction,
-    HostResult,
-    Program,
-    Source,
-    Trace,
-    Wanted,
-)
-from moebius.ops.sampling import Shaping, TopK
+from moebius.ops.program import Given, Program, Trace
+from moebius.ops.sampling import SamplerOps
+from moebius.ops.sources import Source, Wanted
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally, Step
 from moebius.ops.weights import Weight
 
 
-class Ops(ABC):
-    """What a backend computes.
+class Ops(SamplerOps):
+    """What a backend computes: all of a step, and from its logits to tokens what SamplerOps has.
 
     name          names the backend in the fingerprint
     own_threads   it computes on threads of its own, beside which torch needs but one
@@ -300,54 +289,4 @@ class Ops(ABC):
         (float32), runs in routing order in float32. Without up it is down(act(gate x)). Without
         weights and ids (int64) there is one expert, which serves every token: a dense
         feed-forward. Raises IndexError for an id that is no expert's.
-        """
-
-    # From logits to tokens. logits_LV is float32; ties go to the lowest id everywhere.
-
-    @abstractmethod
-    def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
-        """The most likely id of each of `rows` (None: all); -1 where a logit is not finite."""
-
-    @abstractmethod
-    def draw(
-        self,
-        logits_LV: Tensor,
-        rows: Sequence[int],
-        temperatures: Sequence[float],
-        uniforms: Sequence[float],
-    ) -> list[int]:
-        """Of each of `rows` an id drawn from softmax(logits / temperature).
-
-        It is the first whose exp(logit / temperature), summed with those of all ids before it,
-        exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is not finite.
-        Temperatures are rounded to float32; sums are float64.
-        """
-
-    @abstractmethod
-    def log_softmax_top_k(
-        self,
-        logits_LV: Tensor,
-        rows: Sequence[int],
-        counts: Sequence[int],
-        temperatures: Sequence[float] | None = None,
-    ) -> TopK:
-        """Of each of `rows` logsumexp(logits / temperature) and the most likely ids.
-
-        The former is NaN where a logit is not finite; of the latter there are min(count, V) with
-        their logits, largest first, which mean nothing in a row that is not finite. Temperatures
-        are rounded to float32; None stands for 1.
-        """
-
-    @abstractmethod
-    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        """The place of one token a row among all of the vocabulary: 1 for the most likely."""
-
-    @abstractmethod
-    def shaped(
-        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
-    ) -> AbstractContextManager[None]:
-        """Within the context rows[i] of logits_LV is as shapings[i] says; each row once.
-
-        After it all is as it was, bit for bit. Only the logits of ids that a shaping names are
-        read, kept and written. Raises IndexError for an id that is not in the vocabulary.
         """

@@ -10,16 +10,12 @@ named number of rows, which a run brings or a call to the host decides.
 """
 
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from moebius.ops.capability import Use
-from moebius.ops.steps import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,50 +26,7 @@ class Rows:
     most: int
 
 
-# Given (inputs, outputs) it writes the outputs, and returns the counts that it decides.
-HostFunction = Callable[[Sequence[Tensor], Sequence[Tensor]], Mapping[str, int]]
-
-
-class HostResult(NamedTuple):
-    """What a call to the host writes: rows of shape `row`.
-
-    rows   a tensor that has as many, or a count that the call decides and returns by name; then it
-           is handed all `most` rows to write to
-    """
-
-    rows: Tensor | Rows
-    row: tuple[int, ...]
-    dtype: torch.dtype
-
-
 Given = TypeVar("Given")
-Wanted = TypeVar("Wanted")
-
-
-class Source(ABC, Generic[Given, Wanted]):
-    """How a program gets what each run brings: `width` columns of integers (int64).
-
-    Given is what a run hands in, Wanted what the computation is called with.
-    """
-
-    rows: Rows
-    width: int
-
-    @abstractmethod
-    def arrays(self, given: Given) -> "Sequence[array[int]]":
-        """The columns of a run."""
-
-    @abstractmethod
-    def sequences(self, given: Given) -> StepInputs | None:
-        """The step whose sequences attention is planned for, where there is one."""
-
-    @abstractmethod
-    def wanted(self, given: Given, device: torch.device | str) -> Wanted:
-        """What an unrecorded run calls the computation with."""
-
-    @abstractmethod
-    def symbolic(self, columns: Sequence[Tensor]) -> Wanted:
-        """What a recording calls it with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +65,3 @@ class Program(ABC, Generic[Given]):
     @abstractmethod
     def run(self, given: Given) -> Tensor:
         """The result's rows. Raises ValueError for more rows than it was made for."""
-
-
-def counted(counts: Mapping[str, int], rows: Rows) -> int:
-    """What a call to the host says of a count that it decides. Raises ValueError."""
-    found = counts.get(rows.name)
-    if found is None or not 0 <= found <= rows.most:
-        raise ValueError(
-            f"a call to the host decided that there are {found} {rows.name}; it must return "
-            f"between 0 and {rows.most} under that name"
-        )
-    return found

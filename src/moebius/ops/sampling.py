@@ -1,10 +1,12 @@
-"""What the operations from logits to tokens are asked for, and what they find.
+"""The operations from logits to tokens: what a sampler asks of a backend.
 
 Each names the rows that it is about, so that rows with other wishes stay where they are: none is
 copied, and none pays for another's.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -50,3 +52,58 @@ class Shaping(NamedTuple):
     def num_ids(self) -> int:
         """At least as many as the logits that change."""
         return len(self.bias) + len(self.seen) + len(self.drawn) + len(self.banned)
+
+
+class SamplerOps(ABC):
+    """The part of `Ops` from logits (L, V) to tokens.
+
+    logits_LV is float32, V the vocabulary; ties go to the lowest id everywhere.
+    """
+
+    @abstractmethod
+    def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
+        """The most likely id of each of `rows` (None: all); -1 where a logit is not finite."""
+
+    @abstractmethod
+    def draw(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[float],
+    ) -> list[int]:
+        """Of each of `rows` an id drawn from softmax(logits / temperature).
+
+        It is the first whose exp(logit / temperature), summed with those of all ids before it,
+        exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is not finite.
+        Temperatures are rounded to float32; sums are float64.
+        """
+
+    @abstractmethod
+    def log_softmax_top_k(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        temperatures: Sequence[float] | None = None,
+    ) -> TopK:
+        """Of each of `rows` logsumexp(logits / temperature) and the most likely ids.
+
+        The former is NaN where a logit is not finite; of the latter there are min(count, V) with
+        their logits, largest first, which mean nothing in a row that is not finite. Temperatures
+        are rounded to float32; None stands for 1.
+        """
+
+    @abstractmethod
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
+        """The place of one token a row among all of the vocabulary: 1 for the most likely."""
+
+    @abstractmethod
+    def shaped(
+        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+    ) -> AbstractContextManager[None]:
+        """Within the context rows[i] of logits_LV is as shapings[i] says; each row once.
+
+        After it all is as it was, bit for bit. Only the logits of ids that a shaping names are
+        read, kept and written. Raises IndexError for an id that is not in the vocabulary.
+        """

@@ -1,17 +1,46 @@
 """What runs of an engine's programs bring: steps, and rows whose logits are wanted."""
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from moebius.ops.program import Rows, Source
+from moebius.ops.program import Given, Rows
 from moebius.ops.steps import Step, StepInputs
 
 TOKENS = "tokens"
 LOGITS = "logits"
+
+Wanted = TypeVar("Wanted")
+
+
+class Source(ABC, Generic[Given, Wanted]):
+    """How a program gets what each run brings: `width` columns of integers (int64).
+
+    Given is what a run hands in, Wanted what the computation is called with.
+    """
+
+    rows: Rows
+    width: int
+
+    @abstractmethod
+    def arrays(self, given: Given) -> "Sequence[array[int]]":
+        """The columns of a run."""
+
+    @abstractmethod
+    def sequences(self, given: Given) -> StepInputs | None:
+        """The step whose sequences attention is planned for, where there is one."""
+
+    @abstractmethod
+    def wanted(self, given: Given, device: torch.device | str) -> Wanted:
+        """What an unrecorded run calls the computation with."""
+
+    @abstractmethod
+    def symbolic(self, columns: Sequence[Tensor]) -> Wanted:
+        """What a recording calls it with."""
 
 
 class RecordedStep(NamedTuple):

@@ -1,5 +1,4 @@
-"""What operations are handed: a step (the same record for real, warm-up and empty ones) and a
-layer's experts."""
+"""What operations are handed: a step, be it real, warm-up or empty, and a layer's experts."""
 
 from array import array
 from collections.abc import Sequence
@@ -63,7 +62,6 @@ class Step(Protocol):
 
     def of(self, group: int) -> "Step":
         """The step as the layers of `group` see it."""
-        ...
 
 
 class StateInputs(NamedTuple):
@@ -83,8 +81,7 @@ class StateInputs(NamedTuple):
 
 @dataclass(eq=False)
 class StepInputs:
-    """A step's B sequences, as integers of the host; as tensors on the model's device once these
-    are asked for.
+    """A step's B sequences: integers of the host, and tensors on the device once asked for.
 
     Sequence b brings rows query_start[b] to query_start[b + 1] - 1: its last tokens, prefill chunk
     or decode alike. seq_lens counts its tokens in the cache with these; block_table[b, i] is the
@@ -194,9 +191,8 @@ class StepInputs:
 
     def _tensor(self, values: "array[int]") -> Tensor:
         dtype = torch.int64 if values.typecode == "q" else torch.int32
-        return (
-            torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-        ).to(self.device)
+        host = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+        return host.to(self.device)
 
 
 def _slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:

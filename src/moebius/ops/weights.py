@@ -119,8 +119,7 @@ class Matrix:
         return self.format.widened(self.planes, dtype)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Matrix":
-        """Each plane where `move` puts it. Raises ValueError where that makes other numbers of it:
-        a format has its dtypes."""
+        """Each plane where `move` puts it. ValueError where that makes other numbers of it."""
         return Matrix(self.format, self.shape, tuple(move(plane) for plane in self.planes))
 
 
@@ -137,16 +136,3 @@ def planes_of(weights: Sequence[Weight | None]) -> list[Tensor | None]:
         else:
             found.append(weight)
     return found
-
-
-def widened_for(x: Tensor, weight: Weight) -> Tensor:
-    """`weight` as a tensor that torch multiplies x by: widened where x's dtype holds it exactly.
-
-    What it does not hold stays as it is: autocast, or torch's refusal, has the word.
-    """
-    if isinstance(weight, Tensor) and weight.dtype == x.dtype:
-        return weight
-    matrix = Matrix.of(weight)
-    if isinstance(weight, Tensor) and not matrix.format.exact_in(x.dtype):
-        return weight
-    return matrix.widened(x.dtype)

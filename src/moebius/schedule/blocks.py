@@ -32,10 +32,9 @@ class Hit(NamedTuple):
 
 
 class BlockPool(Places):
-    """`num_blocks` blocks of `block_size` tokens, for all `groups` of layers together; `states` has
-    the slots of recurrent states, where the model has some.
+    """`num_blocks` blocks of `block_size` tokens, for all `groups` of layers together.
 
-    `key` and `namespace` are the BlockHasher's.
+    `states` has the slots of recurrent states. `key` and `namespace` are the BlockHasher's.
     """
 
     def __init__(
@@ -80,13 +79,11 @@ class BlockPool(Places):
         return -(-num_tokens // self.block_size)
 
     def most_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Most blocks that a sequence of `num_tokens`, computed by at most `chunk` a step, holds at
-        a time."""
+        """Most blocks that such a sequence, computed by at most `chunk` a step, ever holds."""
         return self.groups.most_blocks(num_tokens, chunk, self.block_size)
 
     def fits(self, num_tokens: int, chunk: int, *, held: int = 0, free: int | None = None) -> bool:
-        """Whether a sequence of `num_tokens` finds place in `held` blocks plus `free` others (None:
-        an empty pool's).
+        """Whether `held` blocks plus `free` others (None: an empty pool's) hold `num_tokens`.
 
         The one rule behind refusal, admission and allocation.
         """
@@ -103,7 +100,8 @@ class BlockPool(Places):
         limit = self._readable_blocks(request)
         hashes = self._hash_blocks(request, limit)
         for group in self._full:
-            limit = _leading(hashes, self._cached[group], limit)
+            cached = self._cached[group]
+            limit = next((i for i in range(limit) if hashes[i] not in cached), limit)
         if self._windowed or self.states is not None:
             limit = self._resumable(hashes, limit)
         tables = []
@@ -117,8 +115,7 @@ class BlockPool(Places):
         return Hit(limit, tuple(tables), snapshot)
 
     def _resumable(self, hashes: Sequence[bytes], limit: int) -> int:
-        """The last of the first `limit` block boundaries at which all windows are cached, and where
-        a snapshot was taken of a state."""
+        """The last of `limit` boundaries with all windows cached, and a snapshot of states."""
         size = self.block_size
         best = 0
         windows = [(self._cached[g], spec) for g, spec in self._windowed]
@@ -153,8 +150,7 @@ class BlockPool(Places):
         return self._claims.get(hashes[request.num_awaited_blocks])
 
     def open(self, request: Request, hit: Hit, chunk: int, *, reserved: int = 0) -> bool:
-        """Start the request's tables with the blocks of `hit`, if all its tokens fit, computed by
-        `chunk` a step; else change nothing.
+        """Start the request's tables with `hit`, if all its tokens fit, or else change nothing.
 
         `reserved` blocks of those that are free are promised to others. Claims the blocks it is
         going to compute.
@@ -165,13 +161,13 @@ class BlockPool(Places):
             return False
         if self.groups.request_slots is not None and not self._request_slots:
             return False
-        lineages = self._lineages(held)
+        lineages = self.lineages(held)
         if self.states is not None:
             request.states = self.states.open(hit.snapshot)
             if request.states is None:
                 return False
             if hit.snapshot is not None:
-                lineages |= self.states.lineages(hit.snapshot)
+                lineages |= self.states.lineages((hit.snapshot,))
         if self.groups.request_slots is not None:
             request.request_slot = self._request_slots.pop()
         self._share(held)
@@ -184,8 +180,7 @@ class BlockPool(Places):
         return True
 
     def _claim(self, request: Request, first: int) -> None:
-        """Tell others what will be found soon: blocks, or with states the boundaries where
-        snapshots are taken."""
+        """Tell others what will be found soon: blocks, or with states those with a snapshot."""
         known = request.num_tokens // self.block_size
         size = self.block_size
         hashes = self._hash_blocks(request, known)
@@ -194,8 +189,7 @@ class BlockPool(Places):
                 self._claims.setdefault(hashes[i], request)
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        """Grow the request's tables to hold `num_tokens` tokens, evicting where needed; else change
-        nothing."""
+        """Grow the request's tables to `num_tokens` tokens, evicting, or else change nothing."""
         tables = request.tables
         if not tables or num_tokens <= len(tables[0]) * self.block_size:
             return True
@@ -208,8 +202,7 @@ class BlockPool(Places):
         return True
 
     def leave(self, request: Request) -> None:
-        """Give back the blocks that lie before the windows of all tokens still to be computed. Like
-        others they stay findable until they are evicted."""
+        """Give back the blocks that lie before the windows of all tokens still to be computed."""
         for g, spec in self._windowed:
             first = spec.first_block(request.num_computed_tokens, self.block_size)
             passed = request.num_passed[g]
@@ -221,15 +214,13 @@ class BlockPool(Places):
                 request.num_passed[g] = first
 
     def trim(self, request: Request, num_tokens: int) -> None:
-        """Shrink the request's tables to what `num_tokens` tokens need: a step that failed wrote
-        nothing."""
+        """Shrink the request's tables to `num_tokens` tokens: a failed step wrote nothing."""
         keep = self.blocks_for(num_tokens)
         self._release_tables(tuple(table[keep:] for table in request.tables))
         request.tables = tuple(table[:keep] for table in request.tables)
 
     def free(self, request: Request) -> None:
-        """Give back all that the request holds. Blocks with a hash stay findable until they are
-        evicted."""
+        """Give back all that the request holds; what has a hash stays findable until evicted."""
         self._drop_claims(request)
         self._release_tables(request.tables)
         request.tables = ()
@@ -246,8 +237,7 @@ class BlockPool(Places):
             request.request_slot = None
 
     def publish(self, request: Request, num_tokens: int) -> None:
-        """Make the full blocks among the request's first `num_tokens`, all computed, findable by
-        their hash, and the snapshot that the step took.
+        """Make the full ones of `num_tokens` computed tokens' blocks, and the snapshot, findable.
 
         Where a hash is taken already, the request keeps its own block private.
         """
@@ -268,17 +258,15 @@ class BlockPool(Places):
         request.num_published_blocks = end
 
     def withdraw(self, request: Request, running: Iterable[Request]) -> None:
-        """Take from the cache what the request published and what derives from it: its numbers are
-        not to be trusted.
+        """Take from the cache what the request published and what derives from it.
 
-        Of the `running` requests, those that have read such blocks keep what they have but publish
-        no more.
+        Of the `running` requests, those that have read such blocks go on but publish no more.
         """
         running = list(running)
         known = {other.lineage for other in running if other.lineage is not None}
-        known |= self._lineages(range(self.num_places))
+        known |= self.lineages(range(self.num_places))
         if self.states is not None:
-            known |= self.states._lineages(range(self.states.num_places))
+            known |= self.states.lineages(range(self.states.num_places))
         doomed = tainted(known, request.id)
         self._withdraw(doomed)
         if self.states is not None:
@@ -299,8 +287,7 @@ class BlockPool(Places):
         return last if position < last < regular else regular
 
     def state_slots(self, request: Request, end: int) -> StateSlots | None:
-        """Where the request's next chunk, which ends at `end`, finds and leaves its state; None
-        where the model has none."""
+        """Where the request's chunk up to `end` finds and leaves its state, if it has one."""
         if self.states is None:
             return None
         assert request.states is not None, "a running request has slots"
@@ -320,23 +307,18 @@ class BlockPool(Places):
         return (request.num_tokens - 1) // self.block_size
 
     def _hash_blocks(self, request: Request, count: int) -> list[bytes]:
-        """The request's hashes, at least the first `count`, each computed once."""
+        """The request's hashes, the first `count` at least, each computed once, or by the front."""
         hashes = request.block_hashes
-        if not hashes:
-            self._take_prompt_hashes(request)
+        given = request.asked.prompt_hashes
+        if not hashes and given is not None and given.key_id == self.hasher.key_id:
+            hashes.extend(given.hashes)
         missing = count - len(hashes)
         if missing > 0:
             start = len(hashes) * self.block_size
             self.hasher.extend(
-                hashes, request.salt, request.tokens(start, start + missing * self.block_size)
+                hashes, request.asked.salt, request.tokens(start, start + missing * self.block_size)
             )
         return hashes
-
-    def _take_prompt_hashes(self, request: Request) -> None:
-        """Start with the front's hashes, if they were made as this pool makes them."""
-        given = request.prompt_hashes
-        if given is not None and given.key_id == self.hasher.key_id:
-            request.block_hashes.extend(given.hashes)
 
     def _release_tables(self, tables: "Sequence[array[int]]") -> None:
         """The last blocks first, of all groups alike: a prefix is then evicted from its end."""
@@ -347,11 +329,3 @@ class BlockPool(Places):
         for digest in islice(request.block_hashes, request.num_published_blocks, None):
             if self._claims.get(digest) is request:
                 del self._claims[digest]
-
-
-def _leading(hashes: Sequence[bytes], cached: "dict[bytes, int]", limit: int) -> int:
-    """How many of the first `limit` hashes are cached without a gap."""
-    for count, digest in enumerate(islice(hashes, limit)):
-        if digest not in cached:
-            return count
-    return limit

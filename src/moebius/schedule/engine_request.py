@@ -5,25 +5,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from moebius.errors import ContextExceededError, RequestError
+from moebius.errors import ContextExceededError, RequestError, check_integer, check_number
 from moebius.schedule.hashes import BlockHasher, PromptHashes
-from moebius.schedule.params import (
-    LIMITS,
-    SamplingParams,
-    ServingLimits,
-    check_asked,
-    check_integer,
-    check_number,
-    check_tokens,
-)
+from moebius.schedule.params import LIMITS, SamplingParams, ServingLimits, check_asked, check_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """What a front asks of an engine: one sequence, never changed. Make it with `create`.
 
-    The front keeps it for as long as it may have to ask again; an engine makes a `Request` of its
-    own from it. Fields are as in Request; output_ids are tokens that an earlier engine has drawn.
+    The front keeps it for as long as it may have to ask again; an engine's `Request` holds it.
+
+    prompt_ids          token ids of the prompt
+    stop_ids            token ids that end it (end-of-sequence and stop_token_ids)
+    max_tokens          resolved: most tokens to draw
+    arrival, deadline   seconds on the engine's monotonic clock
+    salt                separates the prefix caches of tenants
+    generation_start    how many leading tokens of the prompt come before the generation prompt, the
+                        part that a chat template adds for the answer; None where that is not known
+    output_ids          token ids that an earlier engine has drawn
+    prompt_hashes       those of the prompt's full blocks, where the front has made them
     """
 
     id: str
@@ -86,11 +87,9 @@ class EngineRequest:
             output_ids=tuple(output_ids),
         )
         asked.check(limits)
-        return (
-            asked
-            if hasher is None
-            else replace(asked, prompt_hashes=hasher.of_prompt(prompt, salt))
-        )
+        if hasher is not None:  # only now: what was refused cannot be hashed
+            asked = replace(asked, prompt_hashes=hasher.of_prompt(prompt, salt))
+        return asked
 
     def check(self, limits: ServingLimits) -> None:
         """RequestError where an engine with these limits cannot serve it, naming the field."""
@@ -112,16 +111,11 @@ class EngineRequest:
         if len(self.salt) > LIMITS.salt_bytes:
             raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
         check_integer("generation_start", self.generation_start, 0, len(self.prompt_ids), none=True)
-        self._check_room(limits.max_model_len - len(self.prompt_ids), limits.max_model_len)
-
-    def _check_room(self, room: int, context: int) -> None:
-        """`room` tokens are left of the context; at least one where nobody says how many."""
+        room = limits.max_model_len - len(self.prompt_ids)
         unlimited = self.params.max_tokens is None
         if room < (1 if unlimited else self.max_tokens):
-            least = 1 if room == 0 else None
-            raise ContextExceededError(
-                context, len(self.prompt_ids), least if unlimited else self.max_tokens
-            )
+            wanted = self.max_tokens if not unlimited else 1 if room == 0 else None
+            raise ContextExceededError(limits.max_model_len, len(self.prompt_ids), wanted)
 
     def sibling(self, id: str, seed: int) -> Self:
         """Another choice of the same prompt, nothing of it drawn yet.

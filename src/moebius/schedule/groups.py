@@ -1,16 +1,14 @@
 """What the scheduler knows of a model's layers: which of them keep the same of the past.
 
 Layers that keep keys and values of the same tokens form a *group* and share one block table a
-sequence. All groups take their blocks from one pool of equal blocks. Two ways were open:
+sequence. All groups take their blocks from one pool of equal blocks:
 
-- A pool for each group needs no equal blocks, but its size has to be guessed: the right split
-  between full and windowed layers depends on how long sequences are and on how many prefixes are
-  worth keeping. Planned for 8,192 tokens, a model with five windowed layers of 512 tokens to each
-  full one would leave two thirds of its memory idle under prompts of 1,024.
-- One pool has one count of free blocks, one order of eviction and one rule of what fits, and no
-  block can be in the wrong part of memory. The price is that blocks have one size: where groups
-  differ in their number of layers, the larger one is cut into several groups of as many layers as
-  the smaller one has (engine/kv_cache.py), each with a table of its own.
+- It has one count of free blocks, one order of eviction and one rule of what fits, and no block can
+  be in the wrong part of memory. The price is that where groups differ in their number of layers,
+  the larger one is cut into several of as many layers as the smaller one (engine/kv_cache.py).
+- A pool for each group would need no equal blocks, but its size would have to be guessed. Planned
+  for 8,192 tokens, a model with five windowed layers of 512 tokens to each full one would leave two
+  thirds of its memory idle under prompts of 1,024.
 
 A recurrent *state* is nothing per token: a sequence has one of each state layer, all of them in
 one slot. Slots are counted apart, because a state is as large as thousands of tokens are.
@@ -41,8 +39,7 @@ class GroupSpec:
         return max(0, position - self.window + 1) // block_size
 
     def most_blocks(self, num_tokens: int, chunk: int, block_size: int) -> int:
-        """Most blocks that a sequence of `num_tokens` holds at a time, when a step computes at most
-        `chunk` of its tokens."""
+        """Most blocks that a sequence of `num_tokens`, `chunk` of them a step, ever holds."""
         whole = -(-num_tokens // block_size)
         if self.window is None:
             return whole
@@ -109,8 +106,7 @@ class CacheGroups:
         return any(spec.window is not None for spec in self.blocks)
 
     def most_blocks(self, num_tokens: int, chunk: int, block_size: int) -> int:
-        """Most blocks of all groups that a sequence of `num_tokens` holds at a time. The memory
-        plan, refusal and admission all count with this."""
+        """Of all groups together: memory plan, refusal and admission all count with this."""
         return sum(spec.most_blocks(num_tokens, chunk, block_size) for spec in self.blocks)
 
 
@@ -144,8 +140,7 @@ class Lineage:
 
 
 def tainted(lineages: set[Lineage], publisher: str) -> set[Lineage]:
-    """Those of `lineages` that lead back to `publisher`. Without recursion: a long conversation is
-    a long chain."""
+    """Those of `lineages` that lead back to `publisher`. No recursion: chains are long."""
     verdicts: dict[Lineage, bool] = {}
     stack = list(lineages)
     while stack:

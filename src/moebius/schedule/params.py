@@ -2,71 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, Self
 
-from moebius.errors import RequestError
+from moebius.errors import RequestError, check_integer, check_number
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The one table of limits that a request is held to, whichever front door it came by.
-
-    bodies_bytes  the bodies of all requests together that a server has in memory
-    json_values   values in one body; json_parts of them may be strings (names included), lists and
-                  objects, each of which costs the parser ten times what a number costs
-    """
+    """The one table of limits that a request is held to, whichever front door it came by."""
 
     n: int = 16
-    prompts: int = 64
     stop: int = 16
     stop_bytes: int = 256
     stop_token_ids: int = 256
     logit_bias: int = 1024
     logprobs: int = 20
-    messages: int = 4096
-    tools: int = 256
-    body_bytes: int = 8 * 2**20
-    bodies_bytes: int = 64 * 2**20
-    header_bytes: int = 16 * 2**10
-    json_depth: int = 64
-    json_values: int = 2**20
-    json_parts: int = 2**16
     priority: int = 2**31 - 1
     salt_bytes: int = 256
 
 
 LIMITS = Limits()
-
-
-def check_number(
-    name: str, value: object, low: float, high: float, *, open_low: bool = False
-) -> None:
-    """RequestError unless value is a number from low (with open_low: above it) to high.
-
-    low and high are finite, so that neither NaN nor infinity is within; an integer may be beyond
-    every float.
-    """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        high_enough = low < value if open_low else low <= value
-        if high_enough and value <= high:
-            return
-    bracket = "(" if open_low else "["
-    raise RequestError(
-        f"{name} is {value!r}; it must be a number in {bracket}{low:g}, {high:g}]", param=name
-    )
-
-
-def check_integer(name: str, value: object, low: int, high: int, *, none: bool = False) -> None:
-    """RequestError unless value is an integer from low to high, or None where `none` allows it."""
-    if none and value is None:
-        return
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return
-    raise RequestError(
-        f"{name} is {value!r}; it must be an integer from {low} to {high}", param=name
-    )
 
 
 def check_tokens(ids: Sequence[int], vocab_size: int) -> None:
@@ -90,8 +46,7 @@ class SamplingParams:
     max_tokens         None: up to the context
     min_tokens         no end or stop token before this many
     temperature        0 is greedy (ties to the lowest id)
-    top_p              draw from the most likely tokens of this mass; 0 leaves the most likely one
-                       alone
+    top_p              draw from the most likely tokens of this mass; at 0 the most likely alone
     top_k              0 or -1: all
     presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt
                                           and output (CTRL)
@@ -100,8 +55,7 @@ class SamplingParams:
     stop               strings, matched in the text by the front door; stop_token_ids by the engine
     ignore_eos         do not end at the model's end tokens
     skip_special_tokens  leave special tokens out of the text; the front door's, as `stop` is
-    logprobs           None: none; k: the chosen token's and the k most likely ones' at each
-                       position
+    logprobs           None: none; k: at each position the chosen token's and the k likeliest ones'
     prompt_logprobs    the same for the prompt's tokens
     """
 
@@ -124,8 +78,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     plain: bool = field(init=False, default=False, repr=False, compare=False)
-    """Greedy and nothing else: the most likely id is all that is asked for. Worked out once, as
-    every step asks it of every request."""
+    """Greedy and nothing else; worked out once, as every step asks it of every request."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -213,15 +166,6 @@ def _check_stop(string: object) -> None:
         raise RequestError(
             f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}", param="stop"
         )
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """The 64-bit seed of choice `index` of a request with `seed`.
-
-    Choices differ, and repeat from run to run.
-    """
-    data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(4, "little")
-    return int.from_bytes(blake2b(data, digest_size=8, person=b"moebius-choice").digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,7 @@ class Places:
                     self._evictable[place] = None
 
     def _enter(self, group: int, digest: bytes, place: int, lineage: Lineage) -> None:
-        """Let an owned place be found. Where the hash is taken, the place stays private: no two
-        places of a group share a hash."""
+        """Let an owned place be found, unless its hash is taken: then it stays private."""
         if digest not in self._cached[group]:
             self._cached[group][digest] = place
             self._entries[place] = Entry(group, digest, lineage)
@@ -84,7 +83,7 @@ class Places:
         del self._cached[entry.group][entry.hash]
         self._entries[place] = None
 
-    def _lineages(self, places: Iterable[int]) -> set[Lineage]:
+    def lineages(self, places: Iterable[int]) -> set[Lineage]:
         """What these cached places derive from."""
         entries = self._entries
         return {entry.lineage for place in places if (entry := entries[place]) is not None}

@@ -6,14 +6,11 @@ or on a replay): positions, penalties, min and max tokens are pure functions of 
 
 import enum
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import Lineage
-from moebius.schedule.hashes import PromptHashes
-from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.schedule.params import SamplingParams
 from moebius.schedule.states import OwnedStates
 
 
@@ -36,18 +33,11 @@ class FinishReason(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence on its way through the scheduler: what is asked, and how far it has come.
+    """One sequence on its way through the scheduler: what is `asked`, and how far it has come.
 
-    prompt_ids          token ids of the prompt
-    output_ids          token ids drawn so far
-    stop_ids            token ids that end it (end-of-sequence and stop_token_ids)
-    max_tokens          resolved: most tokens to draw
-    arrival, deadline   seconds on the engine's monotonic clock
-    salt                separates the prefix caches of tenants
-    generation_start    how many leading tokens of the prompt come before the generation prompt, the
-                        part that a chat template adds for the answer; None where that is not known
-    num_computed_tokens how many leading tokens have their keys and values in the cache (or in this
-    step's plan)
+    id to max_tokens    those of `asked`: each step reads them
+    output_ids          token ids drawn so far, by whichever engine
+    num_computed_tokens how many leading tokens are in the cache, with those of this step's plan
     num_cached_tokens   how many of these came from the prefix cache when it was first scheduled
     scheduled           when that was, on the same clock as arrival; a preemption does not change it
     tables              its block tables, one a group of layers, in order of position; replaced,
@@ -57,26 +47,18 @@ class Request:
     request_slot        its place for what is written once a request, while it runs
     lineage             what its blocks derive from
     block_hashes        prefix hashes of its leading full blocks, computed once
-    prompt_hashes       those of the prompt, where the front has made them
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
-    num_awaited_blocks  while it waits: how many leading blocks were in the cache when last looked
-                        at
-    publishes           False once a block it reads was withdrawn: what it computes from then on is
-                        suspect
+    num_awaited_blocks  while it waits: how many leading blocks the cache had when last looked at
+    publishes           False once a block it reads was withdrawn: all that it computes is suspect
     """
 
-    id: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    stop_ids: frozenset[int]
-    max_tokens: int
-    arrival: float
-    priority: int = 0
-    deadline: float | None = None
-    salt: bytes = b""
-    generation_start: int | None = None
-    output_ids: list[int] = field(default_factory=list)
+    asked: EngineRequest
+    id: str = field(init=False)
+    prompt_ids: tuple[int, ...] = field(init=False)
+    params: SamplingParams = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+    max_tokens: int = field(init=False)
+    output_ids: list[int] = field(init=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
@@ -89,44 +71,17 @@ class Request:
     request_slot: int | None = None
     lineage: Lineage | None = None
     block_hashes: list[bytes] = field(default_factory=list)
-    prompt_hashes: PromptHashes | None = None
     num_published_blocks: int = 0
     num_awaited_blocks: int = 0
     publishes: bool = True
 
-    @classmethod
-    def of(cls, asked: EngineRequest) -> Self:
-        """What an engine keeps of what it was asked, nothing of it computed yet."""
-        return cls(
-            id=asked.id,
-            prompt_ids=asked.prompt_ids,
-            params=asked.params,
-            seed=asked.seed,
-            stop_ids=asked.stop_ids,
-            max_tokens=asked.max_tokens,
-            arrival=asked.arrival,
-            priority=asked.priority,
-            deadline=asked.deadline,
-            salt=asked.salt,
-            generation_start=asked.generation_start,
-            output_ids=list(asked.output_ids),
-            prompt_hashes=asked.prompt_hashes,
-        )
-
-    @classmethod
-    def create(
-        cls,
-        id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        limits: ServingLimits,
-        *,
-        arrival: float,
-        **fields: Any,
-    ) -> Self:
-        """`EngineRequest.create`, for who feeds a scheduler or an engine without a front."""
-        asked = EngineRequest.create(id, prompt_ids, params, limits, arrival=arrival, **fields)
-        return cls.of(asked)
+    def __post_init__(self) -> None:
+        self.id = self.asked.id
+        self.prompt_ids = self.asked.prompt_ids
+        self.params = self.asked.params
+        self.stop_ids = self.asked.stop_ids
+        self.max_tokens = self.asked.max_tokens
+        self.output_ids = list(self.asked.output_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +94,7 @@ class Request:
     @property
     def order(self) -> tuple[int, float, str]:
         """Lower is served first; the last in it is preempted first."""
-        return (self.priority, self.arrival, self.id)
+        return (self.asked.priority, self.asked.arrival, self.id)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids at positions start to stop - 1 of prompt and output together."""

@@ -1,5 +1,4 @@
-"""What to compute next. Plain data in, plain data out, never changed once made: no tensors, no
-clock, no I/O.
+"""What to compute next: plain data in and out, no tensors, no clock, no I/O.
 
 A step is `plan(now)`, then the engine computes the plan's chunks, then `update(plan, tokens)`; or
 `rollback(plan)` where the step failed. `add`, `abort` and `fail` may come at any time between two
@@ -10,8 +9,7 @@ that catches up with `num_tokens`, by at most what is left of the step's token b
 served in the order (priority, arrival), the running ones first. Why nobody starves:
 
 - A running request that needs a block takes it from the last running one in the order; the last
-  itself waits with what it holds. So the first is never a victim, and always gets both tokens and
-  blocks.
+  itself waits with what it holds. So the first is never a victim, and always gets what it needs.
 - A waiting request starts only when all its tokens fit beside what is promised to the running ones,
   and none behind it starts before it does. The one exception is a request whose next block is being
   computed by a running one (`prefix_in_flight`): it waits only in steps in which that one moves
@@ -22,6 +20,7 @@ served in the order (priority, arrival), the running ones first. Why nobody star
 
 import heapq
 from array import array
+from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -32,11 +31,10 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.groups import GroupSpec, StateSlots
 from moebius.schedule.request import FinishReason, Request, RequestStatus
-from moebius.schedule.waiting import WaitingQueue
+from moebius.schedule.waiting import WaitingQueue, service_order
 
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
-"""Why a request has no chunk in a plan, and so what wakes it: the next step's budget, a block or a
-seat given back, or the running request that is computing its prefix."""
+"""Why a request has no chunk: it waits for budget, a block, a seat, or its prefix."""
 
 
 class Chunk(NamedTuple):
@@ -139,9 +137,7 @@ class Scheduler:
     @property
     def drained(self) -> bool:
         """Nothing is left to do and every block is back."""
-        return (
-            not self._requests and not self._running and not len(self._waiting) and self.pool.idle
-        )
+        return self.pool.idle and not (self._requests or self._running or len(self._waiting))
 
     def add(self, request: Request) -> None:
         """Queue a new request.
@@ -161,8 +157,8 @@ class Scheduler:
         request.block_hashes.clear()  # another pool's key may have made them
         self._waiting.push(request)  # first: should it fail, nothing was kept
         self._requests[request.id] = request
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if request.asked.deadline is not None:
+            heapq.heappush(self._deadlines, (request.asked.deadline, request.id))
 
     def plan(self, now: float) -> StepPlan:
         """Decide the next step; `now` is in seconds on the clock of the requests' deadlines.
@@ -188,12 +184,10 @@ class Scheduler:
         )
 
     def update(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> list[Request]:
-        """Take a computed step's tokens: append, publish full blocks, stop. Returns the requests
-        that finished.
+        """Take a computed step's tokens, publish full blocks, stop; the requests that finished.
 
         `tokens` has 0, 1 or several for each chunk that samples; with none, its last position is
-        computed once more. Requests that ended since the plan are skipped, tokens beyond a stop are
-        dropped.
+        computed once more. Requests ended since the plan, and tokens beyond a stop, are dropped.
         """
         self._close(plan)
         finished = []
@@ -212,8 +206,7 @@ class Scheduler:
         return finished
 
     def rollback(self, plan: StepPlan) -> None:
-        """Forget a step that failed: its tokens are to be computed again, nothing of it is
-        published. A state that it may have rewritten is given up."""
+        """Forget a failed step: all is computed again, a rewritten state is given up."""
         self._close(plan)
         for chunk in plan.chunks:
             request = self._requests.get(chunk.request_id)
@@ -221,14 +214,12 @@ class Scheduler:
                 self._rewind(request, chunk.start)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
-        """End a request in whatever state it is, between plan and update too. None if there is no
-        such request."""
+        """End a request in any state, between plan and update too; None if it is not here."""
         request = self._requests.get(request_id)
         return None if request is None else self._finish(request, reason)
 
     def fail(self, request_id: str) -> Request | None:
-        """End a request whose numbers went wrong, and withdraw from the cache all that may derive
-        from them.
+        """End a request whose numbers went wrong, and withdraw all that may derive from them.
 
         Best called before `update`, so that nothing of the failed step is published at all.
         """
@@ -264,22 +255,20 @@ class Scheduler:
             )
 
     def _longest(self, request: Request) -> int:
-        """Most tokens of the request that will ever be in the cache: the last one drawn is not
-        computed."""
+        """Most of its tokens that will ever be cached: the last one drawn is not computed."""
         prompt = len(request.prompt_ids)
         return max(request.num_tokens, min(prompt + request.max_tokens, self.max_model_len) - 1)
 
     def _expire(self, now: float) -> tuple[str, ...]:
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
+            deadline, request_id = heapq.heappop(self._deadlines)
             request = self._requests.get(request_id)
-            if request is not None and request.deadline is not None and request.deadline <= now:
+            if request is not None and request.asked.deadline == deadline:
                 self._finish(request, FinishReason.DEADLINE)
                 expired.append(request_id)
-        if (
-            len(self._deadlines) > 2 * len(self._requests) + 64
-        ):  # most of them ended before their deadline
+        # Where most of them ended before their deadline:
+        if len(self._deadlines) > 2 * len(self._requests) + 64:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
             heapq.heapify(self._deadlines)
         return tuple(expired)
@@ -302,8 +291,7 @@ class Scheduler:
                 self._compute(request, num_tokens, draft)
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
-        """Extend the request's tables, at the cost of the last running ones; the last itself has to
-        wait."""
+        """Extend the request's tables, if need be at the cost of the last running ones."""
         while not self.pool.extend(request, num_tokens):
             victim = self._running[-1]
             if victim is request:
@@ -338,8 +326,7 @@ class Scheduler:
                 promised += self._promised(request)
 
     def _promised(self, request: Request) -> int:
-        """Blocks that a running request will soon need: for all its tokens so far, and one a group
-        to go on with."""
+        """Blocks it will soon need: for all its tokens so far, and one a group to go on."""
         pool = self.pool
         soon = min(pool.blocks_for(request.num_tokens) + 1, pool.blocks_for(self._longest(request)))
         if self._one_table:
@@ -394,10 +381,7 @@ class Scheduler:
         if self.pool.enable_prefix_caching and request.params.prompt_logprobs is None:
             self.prefix_queries += request.num_tokens
             self.prefix_hits += hit_tokens
-        position = len(self._running)
-        while position and self._running[position - 1].order > request.order:
-            position -= 1
-        self._running.insert(position, request)
+        insort(self._running, request, key=service_order)
 
     def _grant(self, remaining: int, budget: int) -> int:
         """Tokens to compute of those remaining.
@@ -405,37 +389,32 @@ class Scheduler:
         Without chunked prefill all or none; only what exceeds a whole step's budget, a preempted
         request with a long output, is split.
         """
-        if (
-            not self.config.enable_chunked_prefill
-            and budget < remaining <= self.config.max_num_batched_tokens
-        ):
+        whole = not self.config.enable_chunked_prefill
+        if whole and budget < remaining <= self.config.max_num_batched_tokens:
             return 0
         return min(remaining, budget)
 
     def _to_boundary(self, request: Request, computed: int, num_tokens: int) -> int:
         """So many tokens, or fewer: a chunk ends where a snapshot of a state is wanted."""
         pool = self.pool
-        if pool.states is None or not (
-            pool.enable_prefix_caching and self.config.enable_chunked_prefill
-        ):
+        snapshots = pool.enable_prefix_caching and self.config.enable_chunked_prefill
+        if pool.states is None or not snapshots:
             return num_tokens
         return min(num_tokens, pool.next_boundary(request, computed) - computed)
 
     def _compute(self, request: Request, num_tokens: int, draft: _Draft) -> None:
         start = request.num_computed_tokens
-        request.num_computed_tokens = start + num_tokens
+        end = start + num_tokens
+        request.num_computed_tokens = end
         draft.budget -= num_tokens
         assert request.num_cached_tokens is not None
-        samples = (
-            start + num_tokens == request.num_tokens
-            and len(request.output_ids) < request.max_tokens
-        )
+        samples = end == request.num_tokens and len(request.output_ids) < request.max_tokens
         # By position: there are hundreds a step.
         chunk = Chunk(
             request.id, start, num_tokens, samples, request.tables, request.num_cached_tokens
         )
         if self._slotted:
-            states = self.pool.state_slots(request, start + num_tokens)
+            states = self.pool.state_slots(request, end)
             chunk = chunk._replace(states=states, request_slot=request.request_slot)
         draft.chunks[request.id] = chunk
 
@@ -467,10 +446,9 @@ class Scheduler:
                 return FinishReason.STOP
             if len(output) >= request.max_tokens or request.num_tokens >= self.max_model_len:
                 return FinishReason.LENGTH
-        nothing_wanted = (
-            len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens
-        )
-        return FinishReason.LENGTH if nothing_wanted else None
+        if len(output) >= request.max_tokens and request.num_computed_tokens == request.num_tokens:
+            return FinishReason.LENGTH
+        return None
 
     def _finish(self, request: Request, reason: FinishReason) -> Request:
         assert not request.finished, f"request {request.id} ends twice"

@@ -33,24 +33,15 @@ class StatePool(Places):
         super().__init__(spec.num_slots, 1)
         self.spec = spec
 
-    @property
-    def fits(self) -> bool:
-        """Whether one more sequence finds its slots."""
-        return self.num_free >= self.spec.slots_per_sequence
-
     def snapshot(self, digest: bytes) -> int | None:
         """The slot of the state behind the tokens of this hash."""
         return self._cached[0].get(digest)
 
-    def lineages(self, snapshot: int) -> set[Lineage]:
-        return self._lineages((snapshot,))
-
     def open(self, snapshot: int | None) -> OwnedStates | None:
-        """Slots for a sequence that starts from `snapshot`, or from zeros; None where they do not
-        fit."""
+        """Slots for a sequence that starts from `snapshot`, or zeros; None if there are too few."""
         if snapshot is not None:
             self._share((snapshot,))  # nobody may take it before it was copied
-        if not self.fits:
+        if self.num_free < self.spec.slots_per_sequence:
             self._release(() if snapshot is None else (snapshot,))
             return None
         slot = self._take()
@@ -58,16 +49,14 @@ class StatePool(Places):
         return OwnedStates(slot, scratch, restore=snapshot)
 
     def place(self, owned: OwnedStates, digest: bytes | None) -> StateSlots:
-        """The slots of the next chunk; `digest` names the boundary at its end, where a snapshot is
-        wanted. It is taken if a slot is to be had."""
+        """The slots of the next chunk; with a `digest`, one for a snapshot, if it is to be had."""
         if digest is not None and digest not in self._cached[0] and self.num_free:
             owned.save = self._take()
             owned.digest = digest
         return StateSlots(owned.slot, owned.scratch, owned.restore, owned.save)
 
     def settle(self, owned: OwnedStates, lineage: Lineage | None) -> None:
-        """The chunk's step is over: its snapshot can be found from now on; without a `lineage` it
-        is given up."""
+        """The chunk's step is over: its snapshot can be found, or is given up without `lineage`."""
         if owned.restore is not None:
             self._release((owned.restore,))
             owned.restore = None

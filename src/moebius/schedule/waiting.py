@@ -13,13 +13,12 @@ MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 
 
-def _order(request: Request) -> tuple[int, float, str]:
+def service_order(request: Request) -> tuple[int, float, str]:
     return request.order
 
 
 class DrainRate:
-    """Requests and tokens that leave a queue per second, while there is something in it; old news
-    fades."""
+    """Requests and tokens that leave a backlog per second; old news fades."""
 
     def __init__(self) -> None:
         self._last: float | None = None
@@ -33,8 +32,7 @@ class DrainRate:
         self._tokens += tokens
 
     def observe(self, now: float, *, backlog: bool, since: float = -math.inf) -> None:
-        """Let the time since the last call pass; it counts only where there was a backlog to drain,
-        from `since` on."""
+        """Let time pass; it counts only where there was a backlog to drain, from `since` on."""
         elapsed = 0.0 if self._last is None else max(0.0, now - max(self._last, since))
         self._last = now
         if backlog:
@@ -76,8 +74,7 @@ class WaitingQueue:
         self._drain.observe(now, backlog=bool(self._requests), since=self._backlog_since)
 
     def check_room(self, request: Request) -> None:
-        """OverloadError if the queue is full. An empty queue takes any request, or a long one would
-        never be served."""
+        """OverloadError if the queue is full; an empty one takes any request, however long."""
         requests = len(self._requests) + 1 - self._max_requests
         tokens = self.num_tokens + request.num_tokens - self._max_tokens
         if self._requests and (requests > 0 or tokens > 0):
@@ -90,14 +87,14 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         """Put the request at its place in the order; a preempted one is never refused."""
         if not self._requests:
-            self._backlog_since = request.arrival
-        insort(self._requests, request, key=_order)
+            self._backlog_since = request.asked.arrival
+        insort(self._requests, request, key=service_order)
         self.num_tokens += request.num_tokens
         if request.status is RequestStatus.PREEMPTED:
             self._drain.count(-1, -request.num_tokens)
 
     def remove(self, request: Request) -> None:
-        position = bisect_left(self._requests, request.order, key=_order)
+        position = bisect_left(self._requests, request.order, key=service_order)
         assert self._requests[position] is request, "the waiting queue lost its order"
         del self._requests[position]
         self.num_tokens -= request.num_tokens

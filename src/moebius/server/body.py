@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from moebius.errors import RequestError
-from moebius.schedule.params import LIMITS
+from moebius.server.limits import HTTP_LIMITS
 
 _PIECE = 2**18
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
@@ -65,13 +65,16 @@ class _Contents:
 
 
 def _check_size(body: bytes) -> None:
-    if len(body) <= LIMITS.json_parts and body.count(b"[") + body.count(b"{") <= LIMITS.json_depth:
+    if (
+        len(body) <= HTTP_LIMITS.json_parts
+        and body.count(b"[") + body.count(b"{") <= HTTP_LIMITS.json_depth
+    ):
         return  # too short to hold too much: every part takes a byte
     contents = _contents(body)
     for what, found, most in (
-        ("nests deeper than {} levels", contents.depth, LIMITS.json_depth),
-        ("holds more than {} values", contents.values, LIMITS.json_values),
-        ("holds more than {} strings, lists and objects", contents.parts, LIMITS.json_parts),
+        ("nests deeper than {} levels", contents.depth, HTTP_LIMITS.json_depth),
+        ("holds more than {} values", contents.values, HTTP_LIMITS.json_values),
+        ("holds more than {} strings, lists and objects", contents.parts, HTTP_LIMITS.json_parts),
     ):
         if found > most:
             raise RequestError(f"the body {what.format(most)}")

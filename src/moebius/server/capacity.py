@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from moebius.errors import OverloadError
-from moebius.schedule.params import LIMITS
 from moebius.server.faults import Fault
+from moebius.server.limits import HTTP_LIMITS
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Capacity:
 
 
 class BodyRoom:
-    """How much of all requests' bodies a server has in memory: at most LIMITS.bodies_bytes."""
+    """How much of all requests' bodies a server has in memory: at most HTTP_LIMITS.bodies_bytes."""
 
     def __init__(self) -> None:
         self._taken = 0
@@ -113,10 +113,10 @@ class BodyRoom:
             nonlocal mine
             if size <= max(SMALL_BODY, mine):
                 return
-            if self._taken - mine + size > LIMITS.bodies_bytes:
+            if self._taken - mine + size > HTTP_LIMITS.bodies_bytes:
                 raise OverloadError(
                     f"request bodies of {self._taken - mine} bytes are being worked on; with this "
-                    f"one they would pass {LIMITS.bodies_bytes} bytes"
+                    f"one they would pass {HTTP_LIMITS.bodies_bytes} bytes"
                 )
             self._taken += size - mine
             mine = size

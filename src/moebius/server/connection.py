@@ -17,9 +17,9 @@ from typing import Any, Protocol, cast
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moebius.schedule.params import LIMITS
 from moebius.server.capacity import Capacity
 from moebius.server.faults import Fault
+from moebius.server.limits import HTTP_LIMITS
 
 _HEADER_SECONDS = 30.0
 _STALL_SECONDS = 60.0
@@ -51,8 +51,8 @@ class Framing(Protocol):
 class Connection(asyncio.Protocol):
     """One client's connection.
 
-    A client must complete a request's headers within _HEADER_SECONDS and LIMITS.header_bytes, and
-    take what waits for it within _STALL_SECONDS. uvicorn gets one request after the other: what
+    A client must complete a request's headers within _HEADER_SECONDS and HTTP_LIMITS.header_bytes,
+    and take what waits for it within _STALL_SECONDS. uvicorn gets one request after the other: what
     comes in behind one that is being answered waits here. Requests find scope["moebius.abort"],
     which cuts the connection.
     """
@@ -110,7 +110,7 @@ class Connection(asyncio.Protocol):
             return  # it is read so that the client reads our answer, instead of failing to send
         if self._in_pieces or (self._answering and self._received):
             self._held += data
-            if len(self._held) > LIMITS.header_bytes:
+            if len(self._held) > HTTP_LIMITS.header_bytes:
                 self._transport.pause_reading()
             return
         self._feed(data)
@@ -248,7 +248,7 @@ class Connection(asyncio.Protocol):
             if (
                 not _END_OF_HEAD.search(data)
                 and _may_be_head(data)
-                and self._loose_bytes <= LIMITS.header_bytes
+                and self._loose_bytes <= HTTP_LIMITS.header_bytes
             ):
                 self._held = data
                 return
@@ -289,9 +289,9 @@ class Connection(asyncio.Protocol):
     def _check_size(self) -> None:
         """Headers, and what frames a body without being of it (chunks' extensions, trailers), must
         come to an end."""
-        most = _UNREAD_BYTES if self._answering else LIMITS.header_bytes
+        most = _UNREAD_BYTES if self._answering else HTTP_LIMITS.header_bytes
         if self._loose_bytes > most and not self._closing:
-            message = f"request line and headers are larger than {LIMITS.header_bytes} bytes"
+            message = f"request line and headers are larger than {HTTP_LIMITS.header_bytes} bytes"
             self._complain(Fault(431, message, "headers_too_large"))
 
     def _complain(self, fault: Fault) -> None:

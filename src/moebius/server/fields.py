@@ -13,6 +13,7 @@ from pydantic import BeforeValidator
 from moebius.errors import RequestError
 from moebius.files import package_table
 from moebius.schedule.params import LIMITS
+from moebius.server.limits import HTTP_LIMITS
 
 _TABLE = package_table("server/fields.toml")
 HARMLESS = frozenset(_TABLE["harmless"])
@@ -60,7 +61,7 @@ def without_idle_tools(given: dict[str, Any]) -> dict[str, Any]:
 def _check_tools(name: str, found: object) -> None:
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise RequestError(f"{name} must be a list of objects", param=name)
-    _check_count(name, "has", len(found), "entries", LIMITS.tools)
+    _check_count(name, "has", len(found), "entries", HTTP_LIMITS.tools)
 
 
 def _check_count(name: str, verb: str, count: int, what: str, most: int) -> None:
@@ -104,7 +105,7 @@ def as_prompts(value: Any) -> Prompts:
             "of token ids, not empty",
             param="prompt",
         )
-    _check_count("prompt", "holds", len(items), "prompts", LIMITS.prompts)
+    _check_count("prompt", "holds", len(items), "prompts", HTTP_LIMITS.prompts)
     return items
 
 
@@ -128,7 +129,7 @@ def as_messages(value: Any) -> list[dict[str, Any]]:
             "messages must be a list of objects with `role` and `content`, not empty",
             param="messages",
         )
-    _check_count("messages", "holds", len(value), "entries", LIMITS.messages)
+    _check_count("messages", "holds", len(value), "entries", HTTP_LIMITS.messages)
     return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moebius.schedule.params import LIMITS
 from moebius.server.access import AccessLog
 from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors
 from moebius.server.faults import Fault, fault_of
+from moebius.server.limits import HTTP_LIMITS
 
 # What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing
 # else.
@@ -103,7 +103,7 @@ def _digest(key: bytes) -> bytes:
 
 def too_large() -> Fault:
     """The body is over the limit; the connection is closed rather than read to its end."""
-    message = f"the body is larger than {LIMITS.body_bytes} bytes"
+    message = f"the body is larger than {HTTP_LIMITS.body_bytes} bytes"
     return Fault(413, message, "request_too_large", headers={"Connection": "close"})
 
 
@@ -128,11 +128,15 @@ def _check_framing(scope: Scope) -> None:
 def _check_size(scope: Scope) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
-    if size > LIMITS.header_bytes:
-        message = f"request line and headers are larger than {LIMITS.header_bytes} bytes"
+    if size > HTTP_LIMITS.header_bytes:
+        message = f"request line and headers are larger than {HTTP_LIMITS.header_bytes} bytes"
         raise Fault(431, message, "headers_too_large", headers={"Connection": "close"})
     for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value[:20]) > LIMITS.body_bytes:
+        if (
+            name == b"content-length"
+            and value.isdigit()
+            and int(value[:20]) > HTTP_LIMITS.body_bytes
+        ):
             raise too_large()
 
 
@@ -168,7 +172,7 @@ async def _read(request: Request, timeout: float, grow: Callable[[int], None]) -
         async with asyncio.timeout(timeout):
             async for part in request.stream():
                 body += part
-                if len(body) > LIMITS.body_bytes:
+                if len(body) > HTTP_LIMITS.body_bytes:
                     raise too_large()
                 grow(len(body))
     except ClientDisconnect:

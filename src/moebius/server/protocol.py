@@ -35,6 +35,7 @@ from moebius.server.fields import (
     without_idle_tools,
     without_nulls,
 )
+from moebius.server.limits import HTTP_LIMITS
 from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -278,7 +279,7 @@ class TokenizeRequest(Body):
         beyond."""
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
-        most = max(context, min(_COUNTED * context, LIMITS.json_values))
+        most = max(context, min(_COUNTED * context, HTTP_LIMITS.json_values))
         try:
             if self.messages is None:
                 return tokenizer.encode(self.prompt or "", self.add_special_tokens, at_most=most)

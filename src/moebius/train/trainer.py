@@ -31,6 +31,7 @@ from moebius.moe.router import Routing
 from moebius.nn.packed import PackedPast
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
+from moebius.train.initial import init_weights
 from moebius.train.masters import SELECTION_BIAS, Masters
 from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
@@ -324,7 +325,8 @@ def _fresh(recipe: Recipe, data: PreparedData) -> _Start:
     if any(part.router and part.router.score == "softmax" for part in config.feed_forward):
         raw["router_aux_loss_coef"] = training.load_balance
     decoder = Decoder(config, TrainingOps())
-    decoder.init_weights(
+    init_weights(
+        decoder,
         torch.Generator().manual_seed(recipe.seed),
         raw["initializer_range"],
         training.init_scale,

@@ -20,16 +20,10 @@ from moebius.ops.cpu.pointwise import PointwiseOps
 from moebius.ops.cpu.program import Memory, RecordedProgram
 from moebius.ops.cpu.recorder import Buffer, NotRecorded, Recorder, place
 from moebius.ops.cpu.sampling import SamplingOps
-from moebius.ops.program import (
-    Given,
-    HostFunction,
-    HostResult,
-    Program,
-    Source,
-    Trace,
-    Wanted,
-)
+from moebius.ops.host import HostFunction, HostResult
+from moebius.ops.program import Given, Program, Trace
 from moebius.ops.reference.program import Unrecorded
+from moebius.ops.sources import Source, Wanted
 
 __all__ = ["CpuOps", "RecordedProgram"]
 

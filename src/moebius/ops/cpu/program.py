@@ -8,7 +8,9 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.cpu.recorder import Buffer, HostCall, NativeCall, Recorder
-from moebius.ops.program import Given, Program, Rows, Source, Trace, Wanted, counted
+from moebius.ops.host import counted
+from moebius.ops.program import Given, Program, Rows, Trace
+from moebius.ops.sources import Source, Wanted
 
 _ALIGNMENT = 64
 

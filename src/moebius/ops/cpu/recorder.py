@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from moebius import _cpu
 from moebius.ops.capability import Feature, Operation, Use
-from moebius.ops.program import HostFunction, HostResult, Rows
+from moebius.ops.host import HostFunction, HostResult
+from moebius.ops.program import Rows
 from moebius.ops.steps import StepInputs
 
 # Buffers begin at cache lines.

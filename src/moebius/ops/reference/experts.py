@@ -10,9 +10,10 @@ from torch import Tensor
 from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedExperts, own, same
+from moebius.ops.reference.linear import widened_for
 from moebius.ops.reference.routing import count, route
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
-from moebius.ops.weights import Matrix, Weight, widened_for
+from moebius.ops.weights import Matrix, Weight
 
 Hidden = Callable[[Tensor, Tensor | None], Tensor]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedLinear, own
-from moebius.ops.weights import Matrix, Weight, dtype_name, widened_for
+from moebius.ops.weights import Matrix, Weight, dtype_name
 
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
 LOGITS_ROWS = 16_384
@@ -76,3 +76,16 @@ class LinearOps(Ops):
             rows = (matrix.rows(start, start + LOGITS_ROWS) for start in starts)
             out = torch.cat([F.linear(x, part.widened(torch.float32)) for part in rows], dim=-1)
             return out if bias is None else out + bias
+
+
+def widened_for(x: Tensor, weight: Weight) -> Tensor:
+    """`weight` as a tensor that torch multiplies x by: widened where x's dtype holds it exactly.
+
+    What it does not hold stays as it is: autocast, or torch's refusal, has the word.
+    """
+    if isinstance(weight, Tensor) and weight.dtype == x.dtype:
+        return weight
+    matrix = Matrix.of(weight)
+    if isinstance(weight, Tensor) and not matrix.format.exact_in(x.dtype):
+        return weight
+    return matrix.widened(x.dtype)

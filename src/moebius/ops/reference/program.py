@@ -6,18 +6,10 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from moebius.ops.host import HostFunction, HostResult, counted
 from moebius.ops.interface import Ops
-from moebius.ops.program import (
-    Given,
-    HostFunction,
-    HostResult,
-    Program,
-    Rows,
-    Source,
-    Trace,
-    Wanted,
-    counted,
-)
+from moebius.ops.program import Given, Program, Rows, Trace
+from moebius.ops.sources import Source, Wanted
 
 
 class Unrecorded(Program[Given], Generic[Given, Wanted]):

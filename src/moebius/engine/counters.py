@@ -1,0 +1,61 @@
+"""What an engine counts from its start on, and the snapshot of it that its clients see."""
+
+from bisect import bisect_left
+
+from moebius.engine.client import STEP_TOKENS_BOUNDS, EngineStats
+from moebius.schedule.request import Request
+from moebius.schedule.scheduler import Scheduler
+
+
+class Counters:
+    """Counts that only grow; the engine's thread adds, any thread may read."""
+
+    def __init__(self, now: float) -> None:
+        self._last_step = now
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._prompt_tokens_cached = 0
+        self._generation_tokens = 0
+        self._step_tokens = [0] * (len(STEP_TOKENS_BOUNDS) + 1)
+        self._step_tokens_sum = 0
+
+    def step(self, now: float) -> None:
+        """A step is over."""
+        self._steps += 1
+        self._last_step = now
+
+    def computed(self, tokens: int) -> None:
+        """A step computed so many tokens, prompts' and drawn ones alike."""
+        self._step_tokens[bisect_left(STEP_TOKENS_BOUNDS, tokens)] += 1
+        self._step_tokens_sum += tokens
+
+    def drawn(self, tokens: int) -> None:
+        self._generation_tokens += tokens
+
+    def prompt(self, request: Request) -> None:
+        """A prompt was computed."""
+        self._prompt_tokens += len(request.prompt_ids)
+        self._prompt_tokens_cached += request.num_cached_tokens or 0
+
+    def stats(self, scheduler: Scheduler, now: float) -> EngineStats:
+        """These and the scheduler's own."""
+        pool = scheduler.pool
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            deferred=scheduler.num_deferred,
+            used_blocks=pool.num_used,
+            total_blocks=pool.num_blocks,
+            steps=self._steps,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            prompt_tokens_cached=self._prompt_tokens_cached,
+            generation_tokens=self._generation_tokens,
+            step_tokens=tuple(self._step_tokens),
+            step_tokens_sum=self._step_tokens_sum,
+            last_step=self._last_step,
+            now=now,
+            ready=True,
+        )

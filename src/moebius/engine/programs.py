@@ -1,0 +1,71 @@
+"""A step and the logits of its rows, as programs of a model as it lies in memory."""
+
+import logging
+from array import array
+
+import torch
+from torch import Tensor
+
+from moebius.engine.kv_cache import KVCache
+from moebius.engine.workspace import StepRows, Workspace, forward, head
+from moebius.models.decoder import Decoder
+from moebius.ops.program import Program
+from moebius.ops.steps import Step, StepInputs
+
+log = logging.getLogger(__name__)
+
+
+class StepPrograms:
+    """What a runner runs, recorded where the backend can.
+
+    rows: how many a step has at most. planned: what plan_workspace said of these.
+    """
+
+    step: Program[StepInputs]
+    head: "Program[array[int]]"
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        device: torch.device,
+        rows: StepRows,
+        planned: Workspace | None = None,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._moves = model.moves
+        self._last = torch.empty(0)
+        ops = model.ops
+        source = rows.step_source(len(cache.layout.windows))
+        self.step = ops.record(self._hidden, source, device, planned.step if planned else None)
+        logits = planned.head if planned else None
+        if not self.step.trace.recorded:  # its results are elsewhere each time
+            logits = self.step.trace
+        self.head = ops.record(self._logits, rows.head_source(), device, logits)
+        for what, program in (("steps", self.step), ("logits", self.head)):
+            if not program.trace.recorded:
+                log.info("%s are not recorded: %s", what, program.trace.reason)
+
+    @property
+    def current(self) -> bool:
+        """No parameter was moved since: what was recorded would be of others."""
+        return self._model.moves == self._moves
+
+    def hidden(self, inputs: StepInputs) -> Tensor:
+        """A step's final hidden states (T, D), read until the next step."""
+        self._last = self.step.run(inputs)
+        return self._last
+
+    def logits(self, rows: "array[int]") -> Tensor:
+        """(L, V) float32 of rows of the last step, read until the next call."""
+        return self.head.run(rows)
+
+    # Inference mode is theirs and not around what calls them: a recorded step computes nothing in
+    # torch, and even this would cost it time.
+    def _hidden(self, step: Step) -> Tensor:
+        return forward(self._model, self._cache, step)
+
+    def _logits(self, rows_L: Tensor) -> Tensor:
+        hidden_TD = self._last if self.step.whole is None else self.step.whole
+        return head(self._model, hidden_TD, rows_L)
