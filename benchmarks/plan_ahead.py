@@ -55,7 +55,7 @@ def decoding(directory: Path, sequences: int, steps: int, threads: int) -> Engin
         asked = EngineRequest.create(
             str(i), prompt, params, engine.info.limits, arrival=0.0, seed=0
         )
-        engine.add(Request.of(asked))
+        engine.add(Request(asked))
     while any(one.num_computed_tokens < PROMPT for one in engine.scheduler.requests.values()):
         engine.step()
     return engine
