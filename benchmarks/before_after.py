@@ -1,13 +1,13 @@
 """Two checkouts of Moebius in turn: is one slower than the other?
 
     .venv/bin/python benchmarks/before_after.py BEFORE [AFTER] [--models MODEL ...]
-        [--workloads w1 w2 w4] [--pairs 7] [--threads 2] [--json FILE]
+        [--workloads w1 w2 w4 start] [--pairs 7] [--threads 2] [--json FILE]
 
 BEFORE and AFTER are folders with sources and built kernels (`src/moebius/_cpu*.so`); AFTER is this
 checkout by default. Both keep the model loaded, in a process each, and serve the same requests one
 after the other, so that they meet the same moments of a shared machine. The workloads are those of
 benchmarks/peers: one stream (w1), 64 requests of which 32 run (w2), one prompt of 2,048 tokens
-(w4). Beside them stand the time from starting a process to its first token, and its memory.
+(w4). `start` is the time from starting a process to its first token. Memory stands beside them.
 
 A figure is the ratio after / before of seconds, or of bytes: above 1 is worse. Which checkout goes
 first changes from pair to pair. A ratio counts as worse where its median exceeds 1.02, and 1 by
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from workloads import workload  # noqa: E402
 
 TOLERANCE = 0.02
+START = "start"
 
 Answers = list[list[dict[str, Any]]]
 
@@ -153,7 +154,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     checkouts = [args.before, args.after]
     results = {}
     with workers(checkouts, model, args.threads) as made:
-        for name in args.workloads:
+        for name in [name for name in args.workloads if name != START]:
             answers: Answers = [[], []]
 
             def timed(side: int, pair: int, name: str = name, answers: Answers = answers) -> float:
@@ -167,12 +168,14 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
             drawn = [[answer["answers"] for answer in side] for side in answers]
             results[name]["same_answers"] = drawn[0] == drawn[1]
             print(f"{Path(model).name} {name}: {shown(results[name])}", flush=True)
+    if START not in args.workloads:
+        return results
     starts = in_turn(
         args.pairs,
         *(lambda _, one=one: cold_start(one, model, args.threads) for one in checkouts),
     )
-    results["cold start"] = compared(starts)
-    print(f"{Path(model).name} cold start: {shown(results['cold start'])}", flush=True)
+    results[START] = compared(starts)
+    print(f"{Path(model).name} {START}: {shown(results[START])}", flush=True)
     return results
 
 
@@ -194,7 +197,7 @@ def main() -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path, nargs="?", default=ROOT)
     parser.add_argument("--models", nargs="+", default=["bundled"])
-    parser.add_argument("--workloads", nargs="+", default=["w1", "w2", "w4"])
+    parser.add_argument("--workloads", nargs="+", default=["w1", "w2", "w4", START])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

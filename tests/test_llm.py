@@ -581,7 +581,7 @@ def test_a_step_has_torch_threads_of_its_own(
 def test_an_llm_that_cannot_be_loaded_leaves_no_file_open(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("moebius.engine.load.load_decoder", fails)
