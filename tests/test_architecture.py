@@ -18,6 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # What each package of moebius may import, besides itself.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "logs": set(),
     "files": {"errors"},
     "schedule": {"errors"},
     "text": {"errors", "files", "schedule"},
@@ -25,17 +26,20 @@ ARROWS: dict[str, set[str]] = {
     "machine": set(),
     "_cpu": set(),  # built from csrc
     "ops": {"errors", "machine", "_cpu"},
-    "nn": {"errors", "ops"},
-    "moe": {"errors", "ops", "nn"},
+    "parallel": {"errors", "ops"},
+    "nn": {"errors", "ops", "parallel"},
+    "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "pages", "ops", "nn", "moe"},
     "engine": {
         "errors",
+        "logs",
         "files",
         "machine",
         "pages",
         "schedule",
         "text",
         "ops",
+        "parallel",
         "nn",
         "moe",
         "models",

@@ -16,7 +16,9 @@
     ├── CacheDataError               bytes that should be a block or state of a cache are damaged,
                                      or another cache's
     └── EngineError                  the engine failed or is gone: HTTP 500
-        └── WireError                a frame between the front and an engine cannot be read
+        ├── WireError                a frame between the front and an engine cannot be read
+        └── ChannelError             a connection between processes broke, or is refused
+            └── ChannelClosedError   the other end has closed it
 
 `assert` is for what can only be our own fault; these classes are for everything else.
 
@@ -26,8 +28,10 @@ class that it refines.
 """
 
 import math
+import os
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_args
 
@@ -212,6 +216,14 @@ class WireError(EngineError, wire_code="wire"):
     """A frame between the front and an engine cannot be read: damaged, or of another version."""
 
 
+class ChannelError(EngineError, wire_code="channel"):
+    """A connection between two processes broke, or one of them refuses it."""
+
+
+class ChannelClosedError(ChannelError, wire_code="channel_closed"):
+    """The other end of a connection has closed it."""
+
+
 def frames(error: BaseException) -> str:
     """What a log says of an exception: its kind and the places it came from, those of its causes
     first.
@@ -228,6 +240,41 @@ def frames(error: BaseException) -> str:
         for each in reversed(chain)
     )
     return "".join(told).rstrip()
+
+
+_LONGEST_LINE = 600
+_PACKAGE = Path(__file__).parent
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a person is told of an error that ended a command; of one that nobody foresaw, where."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE - 3]}..."
+    match error:
+        case MoebiusError():
+            return text or type(error).__name__
+        case OSError(strerror=str(why)):
+            return why if error.filename is None else f"{error.filename}: {why}"
+        case MemoryError():
+            return "out of memory" + (f": {text}" if text else "")
+    kind = type(error).__name__
+    what = f"{kind}: {text}" if text else kind
+    return f"unexpected {what}{_place(error)}; MOEBIUS_TRACEBACK=1 shows how it came to that"
+
+
+def _place(error: BaseException) -> str:
+    """The last line of ours that was running."""
+    trace = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in trace if Path(frame.filename).is_relative_to(_PACKAGE)]
+    if not ours:
+        return ""
+    name = Path(ours[-1].filename).relative_to(_PACKAGE.parent)
+    return f" (at {name}:{ours[-1].lineno})"
+
+
+def wants_traceback() -> bool:
+    """Whether whoever started this process wants to see where errors come from, too."""
+    return os.environ.get("MOEBIUS_TRACEBACK", "0") not in ("", "0")
 
 
 def require(condition: bool, message: str, error: type[UsageError] = ConfigError) -> None:

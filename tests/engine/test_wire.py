@@ -22,7 +22,10 @@ from moebius.engine.client import (
     StepOutput,
     TokenLogprob,
 )
+from moebius.engine.config import EngineConfig
 from moebius.errors import (
+    ChannelClosedError,
+    ChannelError,
     ContextExceededError,
     ContextLengthError,
     EngineError,
@@ -101,7 +104,7 @@ outputs = st.builds(
 
 def there_and_back(message: Any) -> Any:
     frame = wire.encode(message)
-    if isinstance(message, (wire.Submit, wire.Abort)):
+    if isinstance(message, wire.ToEngine):
         return wire.decode_to_engine(frame)
     return wire.decode_from_engine(frame)
 
@@ -137,7 +140,12 @@ STATS = EngineStats(running=3, step_tokens=tuple(range(14)), last_step=1.5, read
 @pytest.mark.parametrize(
     "message",
     [
+        wire.Launch("/a/model", EngineConfig(threads=2), bytes(32), frozenset({1}), "debug"),
         wire.Abort("a request"),
+        wire.ReadLoads(),
+        wire.Stop(2.5),
+        wire.Heartbeat(),
+        wire.Planned([("weights", "1 B", "mapped")], True, "cpu-avx2"),
         wire.Loaded(INFO),
         wire.Stats(STATS),
         wire.Loads(ExpertLoads(7, (LOAD, replace(LOAD, layer=5)))),
@@ -173,6 +181,8 @@ FIELDS: dict[type[MoebiusError], dict[str, Any]] = {
     OverloadError: {"retry_after": 7.5},
     EngineError: {"error_id": "0badcafe"},
     WireError: {"error_id": "0badcafe"},
+    ChannelError: {"error_id": "0badcafe"},
+    ChannelClosedError: {"error_id": "0badcafe"},
 }
 
 
@@ -202,7 +212,8 @@ def test_every_error_has_a_code_and_comes_back_as_what_it_was(cls: type[MoebiusE
 
 STABLE = {
     "moebius", "usage", "config", "weights", "tokenizer", "memory_plan", "request", "context_length",
-    "context_exceeded", "overload", "deadline", "numerical", "storage", "engine", "wire",
+    "context_exceeded", "overload", "deadline", "numerical", "storage", "engine", "wire", "channel",
+    "channel_closed",
 }  # fmt: skip
 
 

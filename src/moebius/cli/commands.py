@@ -7,6 +7,7 @@ import typer
 
 from moebius.cli import options as o
 from moebius.cli.bench import bench
+from moebius.cli.cluster import cluster
 from moebius.cli.generate import chat, generate
 from moebius.cli.serve import plan, serve
 from moebius.cli.train import train
@@ -22,6 +23,7 @@ app = typer.Typer(
 for command in (serve, generate, chat, plan, train):
     app.command()(command)
 app.add_typer(bench)
+app.add_typer(cluster)
 
 
 @app.command()

@@ -162,7 +162,7 @@ class ExpertLoads:
 
 class EngineClient(Protocol):
     """An engine, in this process or elsewhere. All methods are safe to call from any thread and,
-    but for `advance`, never block long."""
+    but for `advance` and `expert_loads`, never block long."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -194,9 +194,11 @@ class EngineClient(Protocol):
         False where nothing can be done here: the engine has no work, or runs elsewhere.
         """
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """Of an engine that is elsewhere, they may be some tenths of a second old."""
 
-    def expert_loads(self) -> ExpertLoads: ...
+    def expert_loads(self) -> ExpertLoads:
+        """An engine that is elsewhere is asked, for a second at most."""
 
     def close(self, timeout: float) -> None:
         """Stop the engine within `timeout` seconds; what is unfinished ends with EngineError."""
