@@ -75,9 +75,9 @@ class Traffic:
     """What an exchange has moved so far, between this rank and others.
 
     calls             of agree, dispatch and combine
-    bytes_out         rows and ids that went to other ranks
-    bytes_in          those that came from them
-    seconds_waited    for other ranks
+    bytes_out         of rows that went to other ranks; counts and ids, far less, are left out
+    bytes_in          of rows that came from them
+    seconds_waited    for other ranks, and for what they send
     """
 
     calls: int = 0
