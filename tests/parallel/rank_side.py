@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moebius.parallel.collective import CollectiveExchange
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
-from moebius.parallel.shared_memory import SharedMemoryExchange
+from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
 
 Held = dict[str, Any]
 
@@ -188,3 +189,66 @@ def agree_unlike(held: Held) -> list[tuple[int, ...]]:
 def waited(held: Held) -> tuple[int, float]:
     traffic = held["exchange"].traffic
     return traffic.calls, traffic.seconds_waited
+
+
+def agree_in_a_thread(held: Held) -> None:
+    """Returns while the thread waits for the others."""
+    found: list[Any] = []
+    exchange = held["exchange"]
+    thread = threading.Thread(target=lambda: found.append(exchange.agree((7,))), daemon=True)
+    thread.start()
+    held["thread"] = (thread, found)
+
+
+def agreed_in_the_thread(held: Held) -> list[tuple[int, ...]]:
+    thread, found = held["thread"]
+    thread.join()
+    return found[0]
+
+
+def is_waiting(held: Held) -> bool:
+    return held["thread"][0].is_alive()
+
+
+def wrong_tensors(held: Held, name: str) -> None:
+    """A dispatch of one row in which one thing is wrong."""
+    exchange = held["exchange"]
+    spec = exchange.spec
+    most = spec.size * spec.tokens
+    given = {
+        "x_TD": torch.zeros(1, spec.hidden, dtype=spec.dtype),
+        "ids_TK": torch.arange(spec.top_k)[None],
+        "owners_CE": torch.zeros(1, 5, dtype=torch.int32),
+        "rows_RD": torch.zeros(most, spec.hidden, dtype=spec.dtype),
+        "ids_RK": torch.zeros(most, spec.top_k, dtype=torch.int64),
+    }
+    wrong = {
+        "too many rows": {
+            "x_TD": torch.zeros(spec.tokens + 1, spec.hidden, dtype=spec.dtype),
+            "ids_TK": torch.zeros(spec.tokens + 1, spec.top_k, dtype=torch.int64),
+        },
+        "other rows": {"x_TD": torch.zeros(1, spec.hidden + 1, dtype=spec.dtype)},
+        "another dtype": {"x_TD": torch.zeros(1, spec.hidden, dtype=torch.float64)},
+        "fewer ids": {"ids_TK": torch.zeros(1, spec.top_k - 1, dtype=torch.int64)},
+        "not contiguous": {"rows_RD": torch.zeros(most, 2 * spec.hidden, dtype=spec.dtype)[:, ::2]},
+        "little room": {"rows_RD": torch.zeros(most - 1, spec.hidden, dtype=spec.dtype)},
+        "no owners": {"owners_CE": torch.zeros(0, 5, dtype=torch.int32)},
+        "an id too large": {"ids_TK": torch.full((1, spec.top_k), 5)},
+        "an id below zero": {"ids_TK": torch.full((1, spec.top_k), -1)},
+        "an owner too large": {"owners_CE": torch.full((1, 5), spec.size, dtype=torch.int32)},
+        "an expert nowhere": {"owners_CE": torch.full((1, 5), -1, dtype=torch.int32)},
+    }[name]
+    exchange.dispatch(**{**given, **wrong})
+
+
+def combine_without_dispatch(held: Held) -> None:
+    spec = held["exchange"].spec
+    held["exchange"].combine(
+        torch.zeros(0, spec.top_k, spec.hidden, dtype=spec.dtype),
+        torch.zeros(0, spec.top_k, spec.hidden, dtype=spec.dtype),
+    )
+
+
+def start_segment(held: Held, spec: ExchangeSpec, epoch: Epoch) -> str:
+    held["segment"] = Segment(spec, epoch)
+    return held["segment"].place

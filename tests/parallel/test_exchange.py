@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,3 +218,46 @@ def test_ranks_out_of_step_notice(pool: list[Rank], meet: Meet) -> None:
         error = pool[own].error()
         assert error.kind is PeerError and error.ranks == (1 - own,), error
         assert "something else" in error.text
+
+
+WRONG = {
+    "too many rows": "x has 7 rows; the group was made for 6",
+    "other rows": r"x: torch.bfloat16 of shape \(1, 11\); it must be torch.bfloat16 of shape \(1, 10\)",
+    "another dtype": "x: torch.float64",
+    "fewer ids": r"ids: torch.int64 of shape \(1, 2\)",
+    "not contiguous": "received rows: .* contiguous",
+    "little room": "room for 23 rows; 24 may come",
+    "no owners": r"owners: torch.int32 of shape \(0, 5\)",
+    "an id too large": "expert",
+    "an id below zero": "expert",
+    "an owner too large": "rank",
+    "an expert nowhere": "rank",
+}
+
+
+def test_bad_input_is_refused_and_can_be_corrected(pool: list[Rank], meet: Meet) -> None:
+    """Before anything is sent, so that a rank that is refused can go on with the others."""
+    together(pool, rank_side.join, meet())
+    for wrong, words in WRONG.items():
+        pool[2].start(rank_side.wrong_tensors, wrong)
+        error = pool[2].error()
+        assert error.kind is ValueError and re.search(words, error.text), error
+    pool[2].start(rank_side.combine_without_dispatch)
+    assert "combine follows dispatch" in pool[2].error().text
+    check(pool, SPEC, cases(4, 6)[:3])
+
+
+def test_waiting_lets_other_threads_run(pool: list[Rank], meet: Meet) -> None:
+    together(pool[:2], rank_side.join, meet(ExchangeSpec(2, 6, 10, 3, torch.bfloat16)))
+    pool[0].result_of(rank_side.agree_in_a_thread)
+    assert pool[0].result_of(rank_side.is_waiting)
+    assert pool[1].result_of(rank_side.agree, (1,)) == [[(7,), (2,)]]
+    assert pool[0].result_of(rank_side.agreed_in_the_thread) == [(7,), (2,)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"size": 0}, {"tokens": 0}, {"hidden": -1}, {"top_k": 0}, {"dtype": torch.float64}]
+)
+def test_a_group_that_no_exchange_can_be_for(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong.values())).__repr__().split(".")[-1]):
+        replace(SPEC, **wrong)
