@@ -189,9 +189,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        groups = [
-            Group(kind, ranks, Path(folder), stack) for ranks in args.ranks for kind in KINDS
-        ]
+        groups = [Group(kind, ranks, Path(folder), stack) for ranks in args.ranks for kind in KINDS]
         found = list(results(groups, args.rounds, args.layers))
     print(f"{'':14} {'ranks':>5}  {'':18} {'median':>9} {'fastest':>9} {'KiB out':>8}")
     for each in found:

@@ -277,8 +277,8 @@ void SharedExchange::write_rows(const Tokens& tokens) {
             }
     }
     const size_t pairs = size_t(tokens.count) * top_k;
-    std::memcpy(at(rank_, layout_.ids()), tokens.ids, pairs * sizeof(int64_t));
-    std::memcpy(at(rank_, layout_.owners()), owners_.data(), pairs);
+    std::copy_n(tokens.ids, pairs, reinterpret_cast<int64_t*>(at(rank_, layout_.ids())));
+    std::copy_n(owners_.data(), pairs, reinterpret_cast<uint8_t*>(at(rank_, layout_.owners())));
 }
 
 int SharedExchange::read_rows(const Tokens& tokens, char* rows, int64_t* ids) {
@@ -309,7 +309,7 @@ int SharedExchange::read_rows(const Tokens& tokens, char* rows, int64_t* ids) {
             traffic_.bytes_in += layout_.row_bytes;
         }
     }
-    return received();
+    return int(received_.size());
 }
 
 // Neighbouring pairs that go one way go in one copy.
@@ -324,14 +324,14 @@ void SharedExchange::combine(const void* outputs, void* back) {
     begin(COMBINE);
     const int top_k = layout_.top_k;
     const size_t row_bytes = layout_.row_bytes;
-    for (int r = 0; r < received(); r++) {
+    for (size_t r = 0; r < received_.size(); r++) {
         const Received from = received_[r];
         const bool own = from.home == rank_;
         char* home = own ? static_cast<char*>(back) : at(from.home, layout_.home());
-        for_each_run(here_.data() + size_t(r) * top_k, top_k, [&](uint8_t here, int first, int count) {
+        for_each_run(here_.data() + r * top_k, top_k, [&](uint8_t here, int first, int count) {
             if (!here) return;
             std::memcpy(home + (size_t(from.row) * top_k + first) * row_bytes,
-                        static_cast<const char*>(outputs) + (size_t(r) * top_k + first) * row_bytes, count * row_bytes);
+                        static_cast<const char*>(outputs) + (r * top_k + first) * row_bytes, count * row_bytes);
             if (!own) traffic_.bytes_out += count * row_bytes;
         });
     }

@@ -116,8 +116,6 @@ public:
     // Whoever waits for this rank learns of it at once.
     void leave();
 
-    int received() const { return int(received_.size()); }
-    int tokens() const { return tokens_; }
     const ExchangeTraffic& traffic() const { return traffic_; }
 
 private:

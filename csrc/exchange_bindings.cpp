@@ -76,7 +76,5 @@ void bind_exchange(nb::module_& m) {
             exchange.combine(array<void>(outputs), array<void>(back));
         }, "outputs"_a, "back"_a, release())
         .def("leave", &SharedExchange::leave)
-        .def_prop_ro("received", &SharedExchange::received)
-        .def_prop_ro("tokens", &SharedExchange::tokens)
         .def_prop_ro("traffic", [](const SharedExchange& exchange) { return exchange.traffic(); });
 }

@@ -29,5 +29,12 @@ def build(name: str, *settings: str, targets: Sequence[str] = ()) -> Path:
         pytest.skip("needs cmake")
     folder = ROOT / "build" / name
     run(cmake, "-S", ROOT, "-B", folder, "-DMOEBIUS_TESTS=ON", *settings)
-    run(cmake, "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))), *(["--target", *targets] if targets else []))
+    run(
+        cmake,
+        "--build",
+        folder,
+        "--parallel",
+        str(len(os.sched_getaffinity(0))),
+        *(["--target", *targets] if targets else []),
+    )
     return folder

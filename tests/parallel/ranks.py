@@ -20,8 +20,7 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "parallel.rank_sid
 ANSWER_SECONDS = 60
 
 
-
-@dataclass(frozen=True)
+@dataclass
 class Raised(Exception):
     """What a rank's process raised: not every error can be made again from its pieces."""
 

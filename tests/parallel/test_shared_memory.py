@@ -132,7 +132,9 @@ def test_a_rank_that_leaves_and_one_that_is_given_up_are_known_at_once(pool: lis
                 assert error.kind is PeerError and error.ranks == (0,)
             if given_up:
                 pool[0].start(rank_side.agree, (1,))
-                assert "the others have given up rank 0, of which this is one" in pool[0].error().text
+                assert (
+                    "the others have given up rank 0, of which this is one" in pool[0].error().text
+                )
 
 
 @pytest.mark.parametrize("cores", [1, 64])

@@ -87,9 +87,11 @@ def test_more_ranks_than_divide_evenly(two_sockets: Host) -> None:
 
 def test_more_ranks_than_cores_share_those_of_a_node(two_sockets: Host) -> None:
     places = two_sockets.places(10)
-    assert places == [(4, (0, 1, 2, 3, 8, 9, 10, 11), (0,))] * 5 + [
-        (4, (4, 5, 6, 7, 12, 13, 14, 15), (1,))
-    ] * 5
+    assert (
+        places
+        == [(4, (0, 1, 2, 3, 8, 9, 10, 11), (0,))] * 5
+        + [(4, (4, 5, 6, 7, 12, 13, 14, 15), (1,))] * 5
+    )
 
 
 def test_a_cpuset(two_sockets: Host) -> None:

@@ -51,7 +51,7 @@ class CollectiveExchange(Exchange):
     device    of all tensors
 
     Making one is the first thing that ranks do together. Raises ConfigError where they differ in
-    what they are for, PeerError.
+    what they are for, PeerError. The group is its giver's to end, by which others learn of it.
     """
 
     def __init__(
@@ -81,25 +81,19 @@ class CollectiveExchange(Exchange):
         self._bytes_in = 0
         self._seconds_waited = 0.0
         self._sent: _Sent | None = None
-        self._over = False
         self._greet()
 
     @property
     def traffic(self) -> Traffic:
         return Traffic(self._calls, self._bytes_out, self._bytes_in, self._seconds_waited)
 
-    def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
-        if len(values) > MOST_VALUES:
-            raise ValueError(f"{len(values)} values; ranks can agree on {MOST_VALUES}")
-        self._begin(combine=False)
+    def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         self._calls += 1
         return self._trade_headers(_AGREE, [tuple(values)] * self.size)
 
-    def dispatch(
+    def _dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> int:
-        self._begin(combine=False)
-        self._check_dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
         experts = owners_CE.shape[1]
         owners_TK = self._owners(ids_TK, owners_CE)
         needed_PT = (owners_TK == self._ranks_P[:, None, None]).any(2)
@@ -122,30 +116,17 @@ class CollectiveExchange(Exchange):
         self._count_rows(rows_to, rows_from)
         return received
 
-    def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
-        self._begin(combine=True)
+    def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
         sent = self._sent
         assert sent is not None
-        received = len(sent.here_RK)
-        self._check_combine(outputs_RKD, back_TKD, received, len(sent.owners_TK))
         # Both sides know which pairs there are: home's rows in order, a row's choices in order.
-        pairs_ND = outputs_RKD[:received][sent.here_RK]
+        pairs_ND = outputs_RKD[: len(sent.here_RK)][sent.here_RK]
         back_ND = torch.empty_like(back_TKD.flatten(0, 1))
         self._all_to_all(_bytes(back_ND), _bytes(pairs_ND), sent.pairs_to, sent.pairs_from)
         self._sent = None
         places_N = sent.owners_TK.flatten().sort(stable=True).indices
         back_TKD.flatten(0, 1).index_copy_(0, places_N, back_ND)
         self._count_rows(sent.pairs_from, sent.pairs_to)
-
-    def close(self) -> None:
-        """The process group is its giver's to end, by which the others learn of it."""
-        self._over = True
-
-    def _begin(self, combine: bool) -> None:
-        if self._over:
-            raise PeerError(f"{self.epoch} is over for rank {self.rank}", ranks=(self.rank,))
-        if combine != (self._sent is not None):
-            raise RuntimeError("combine follows dispatch, and nothing else does")
 
     def _greet(self) -> None:
         spec = self.spec
@@ -208,16 +189,13 @@ class CollectiveExchange(Exchange):
 
     def _trade_headers(self, doing: int, values: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Sends each rank its values; every rank's for this one. It waits for them on the host."""
-        rows = [
-            (doing, len(each), *each, *([0] * (MOST_VALUES - len(each)))) for each in values
-        ]
+        rows = [(doing, len(each), *each, *([0] * (MOST_VALUES - len(each)))) for each in values]
         headers_PH = torch.tensor(rows, dtype=torch.int64, device=self._device)
         found_PH = torch.empty_like(headers_PH)
         self._all_to_all(found_PH, headers_PH, [1] * self.size, [1] * self.size, on_host=True)
         found = found_PH.tolist()
         others = tuple(rank for rank, header in enumerate(found) if header[0] != doing)
         if others:
-            self._over = True
             raise PeerError(
                 f"{self.epoch}: ranks {', '.join(map(str, others))} did something else than rank "
                 f"{self.rank} at the same point of a step",
@@ -243,7 +221,6 @@ class CollectiveExchange(Exchange):
             work = self._group.alltoall_base(received, sent, counts_from, counts_to)
             self._wait(work, on_host, begun + self.timeout)
         except (RuntimeError, TimeoutError) as error:
-            self._over = True
             raise self._lost(error) from None
         self._seconds_waited += time.monotonic() - begun
 
@@ -254,7 +231,7 @@ class CollectiveExchange(Exchange):
         work.wait()
         if not on_host:
             return
-        reached = torch.cuda.Event()
+        reached = torch.Event(self._device)
         reached.record()
         while not reached.query():
             if time.monotonic() > until:

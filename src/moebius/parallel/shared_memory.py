@@ -107,25 +107,25 @@ class SharedMemoryExchange(Exchange):
             )
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
-        self._left = False
 
     @property
     def traffic(self) -> Traffic:
         found = self._native.traffic
         return Traffic(found.calls, found.bytes_out, found.bytes_in, found.seconds_waited)
 
-    def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
-        self._check_open()
+    def close(self) -> None:
+        super().close()
+        self._native.leave()
+
+    def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         try:
             return [tuple(each) for each in self._native.agree(values)]
         except _cpu.PeersLost as lost:
             raise self._peer_error(lost) from None
 
-    def dispatch(
+    def _dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> int:
-        self._check_open()
-        self._check_dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
         splits, experts = owners_CE.shape
         try:
             return self._native.dispatch(
@@ -141,39 +141,24 @@ class SharedMemoryExchange(Exchange):
         except _cpu.PeersLost as lost:
             raise self._peer_error(lost) from None
 
-    def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
-        self._check_open()
-        self._check_combine(outputs_RKD, back_TKD, self._native.received, self._native.tokens)
+    def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
         try:
             self._native.combine(outputs_RKD.data_ptr(), back_TKD.data_ptr())
         except _cpu.PeersLost as lost:
             raise self._peer_error(lost) from None
 
-    def close(self) -> None:
-        if not self._left:
-            self._left = True
-            self._native.leave()
-
-    def _check_open(self) -> None:
-        if self._left:
-            raise PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
-
     def _peer_error(self, lost: _cpu.PeersLost) -> PeerError:
+        """What is known of ranks that this one cannot go on with, in words."""
         ranks, missing = lost.args
-        return peer_error(self, tuple(ranks), missing)
-
-
-def peer_error(exchange: Exchange, ranks: tuple[int, ...], missing: bool) -> PeerError:
-    """What is known of ranks that this one cannot go on with, in words."""
-    named = ", ".join(str(rank) for rank in ranks)
-    some = f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
-    if not missing:
-        text = f"{some} did something else than rank {exchange.rank} at the same point of a step"
-    elif exchange.rank in ranks:
-        text = f"the others have given up {some}, of which this is one"
-    else:
-        text = f"{some} did not come within {exchange.timeout:g} s, ended or left"
-    return PeerError(f"{exchange.epoch}: {text}", ranks=ranks)
+        named = ", ".join(str(rank) for rank in ranks)
+        some = f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
+        if not missing:
+            text = f"{some} did something else than rank {self.rank} at the same point of a step"
+        elif self.rank in ranks:
+            text = f"the others have given up {some}, of which this is one"
+        else:
+            text = f"{some} did not come within {self.timeout:g} s, ended or left"
+        return PeerError(f"{self.epoch}: {text}", ranks=tuple(ranks))
 
 
 class _Memory:
