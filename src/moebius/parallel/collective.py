@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from moebius.errors import ConfigError, PeerError
-from moebius.parallel.exchange import DTYPES, MOST_VALUES, Epoch, Exchange, ExchangeSpec, Traffic
+from moebius.parallel.exchange import (
+    DTYPES,
+    MOST_VALUES,
+    CheckedExchange,
+    Epoch,
+    ExchangeSpec,
+    Traffic,
+)
 
 # What a rank sends each other before anything else: what it does, how many values follow, values.
 _HEADER = 2 + MOST_VALUES
@@ -44,7 +51,7 @@ class _Sent:
     pairs_from: list[int]
 
 
-class CollectiveExchange(Exchange):
+class CollectiveExchange(CheckedExchange):
     """A rank's part in a process group, which is this epoch's alone.
 
     group     its own timeout bounds how long gloo's threads try, after this exchange's has passed

@@ -112,9 +112,6 @@ class Exchange(ABC):
         self.rank = rank
         self.epoch = epoch
         self.timeout = timeout
-        self._over: PeerError | None = None
-        # Between dispatch and combine: rows received, and this rank's tokens.
-        self._dispatched: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:
@@ -124,6 +121,7 @@ class Exchange(ABC):
     @abstractmethod
     def traffic(self) -> Traffic: ...
 
+    @abstractmethod
     def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         """Every rank's values, in the order of ranks.
 
@@ -131,15 +129,8 @@ class Exchange(ABC):
 
         Raises ValueError for more; PeerError.
         """
-        self._begin(combine=False)
-        if len(values) > MOST_VALUES:
-            raise ValueError(f"{len(values)} values; ranks can agree on {MOST_VALUES}")
-        try:
-            return self._agree(values)
-        except PeerError as error:
-            self._over = error
-            raise
 
+    @abstractmethod
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> int:
@@ -158,16 +149,8 @@ class Exchange(ABC):
         Raises ValueError for tensors of other shapes or dtypes, and for ids and owners out of
         range; PeerError.
         """
-        self._begin(combine=False)
-        self._check_dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
-        try:
-            received = self._dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
-        except PeerError as error:
-            self._over = error
-            raise
-        self._dispatched = (received, len(x_TD))
-        return received
 
+    @abstractmethod
     def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
         """Brings the outputs of the last dispatch's rows home.
 
@@ -176,38 +159,10 @@ class Exchange(ABC):
 
         Raises ValueError as `dispatch` does; PeerError.
         """
-        received, tokens = self._begin(combine=True)
-        self._check_combine(outputs_RKD, back_TKD, received, tokens)
-        try:
-            self._combine(outputs_RKD, back_TKD)
-        except PeerError as error:
-            self._over = error
-            raise
-        self._dispatched = None
 
+    @abstractmethod
     def close(self) -> None:
         """Leaves the group; whoever waits for this rank learns of it at once, where it can."""
-        left = PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
-        self._over = self._over or left
-
-    @abstractmethod
-    def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]: ...
-
-    @abstractmethod
-    def _dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
-    ) -> int: ...
-
-    @abstractmethod
-    def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None: ...
-
-    def _begin(self, combine: bool) -> tuple[int, int]:
-        """What was dispatched, for `combine`."""
-        if self._over is not None:
-            raise PeerError(str(self._over), ranks=self._over.ranks)
-        if combine != (self._dispatched is not None):
-            raise RuntimeError("combine follows dispatch, and nothing else does")
-        return self._dispatched or (0, 0)
 
     def _check_dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
@@ -234,6 +189,73 @@ class Exchange(ABC):
         pairs = (spec.top_k, spec.hidden)
         _check("outputs", outputs_RKD, (len(outputs_RKD), *pairs), spec.dtype)
         _check("back", back_TKD, (tokens, *pairs), spec.dtype)
+
+
+class CheckedExchange(Exchange):
+    """What transports share: calls are checked before they come to `_agree`, `_dispatch` and
+    `_combine`, and once a peer is lost every call says so again."""
+
+    def __init__(self, spec: ExchangeSpec, rank: int, epoch: Epoch, timeout: float) -> None:
+        super().__init__(spec, rank, epoch, timeout)
+        self._over: PeerError | None = None
+        # Between dispatch and combine: rows received, and this rank's tokens.
+        self._dispatched: tuple[int, int] | None = None
+
+    def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        self._begin(combine=False)
+        if len(values) > MOST_VALUES:
+            raise ValueError(f"{len(values)} values; ranks can agree on {MOST_VALUES}")
+        try:
+            return self._agree(values)
+        except PeerError as error:
+            self._over = error
+            raise
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
+    ) -> int:
+        self._begin(combine=False)
+        self._check_dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
+        try:
+            received = self._dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
+        except PeerError as error:
+            self._over = error
+            raise
+        self._dispatched = (received, len(x_TD))
+        return received
+
+    def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
+        received, tokens = self._begin(combine=True)
+        self._check_combine(outputs_RKD, back_TKD, received, tokens)
+        try:
+            self._combine(outputs_RKD, back_TKD)
+        except PeerError as error:
+            self._over = error
+            raise
+        self._dispatched = None
+
+    def close(self) -> None:
+        left = PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
+        self._over = self._over or left
+
+    @abstractmethod
+    def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]: ...
+
+    @abstractmethod
+    def _dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
+    ) -> int: ...
+
+    @abstractmethod
+    def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None: ...
+
+    def _begin(self, combine: bool) -> tuple[int, int]:
+        """What was dispatched, for `combine`."""
+        if self._over is not None:
+            raise PeerError(str(self._over), ranks=self._over.ranks)
+        if combine != (self._dispatched is not None):
+            raise RuntimeError("combine follows dispatch, and nothing else does")
+        return self._dispatched or (0, 0)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moebius import _cpu, machine
 from moebius.errors import ConfigError, PeerError
-from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec, Traffic
+from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traffic
 
 
 def segment_bytes(spec: ExchangeSpec) -> int:
@@ -71,7 +71,7 @@ class Segment:
         self.close()
 
 
-class SharedMemoryExchange(Exchange):
+class SharedMemoryExchange(CheckedExchange):
     """A rank's part in a segment.
 
     place     the segment's
