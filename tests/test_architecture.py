@@ -26,8 +26,8 @@ ARROWS: dict[str, set[str]] = {
     "machine": set(),
     "_cpu": set(),  # built from csrc
     "ops": {"errors", "machine", "_cpu"},
-    "parallel": {"errors", "ops"},
-    "nn": {"errors", "ops", "parallel"},
+    "parallel": {"errors", "machine", "_cpu", "ops"},
+    "nn": {"errors", "ops"},
     "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "pages", "ops", "nn", "moe"},
     "engine": {

@@ -19,6 +19,7 @@
         ├── WireError                a frame between the front and an engine cannot be read
         └── ChannelError             a connection between processes broke, or is refused
             └── ChannelClosedError   the other end has closed it
+        └── PeerError                ranks of a group did not come, or are not in step
 
 `assert` is for what can only be our own fault; these classes are for everything else.
 
@@ -222,6 +223,32 @@ class ChannelError(EngineError, wire_code="channel"):
 
 class ChannelClosedError(ChannelError, wire_code="channel_closed"):
     """The other end of a connection has closed it."""
+class PeerError(EngineError, wire_code="peer"):
+    """Ranks of a group did not come in time, have left, or are not in step with this one.
+
+    ranks   which: all that it can be, where the transport does not say; this rank itself, where the
+            others have given it up
+
+    The exchange that raised it is over. A step that it ends is rolled back, and made again in the
+    group's next epoch.
+    """
+
+    def __init__(
+        self, message: str, *, ranks: tuple[int, ...], error_id: str | None = None
+    ) -> None:
+        super().__init__(message, error_id=error_id)
+        self.ranks = ranks
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        return {"ranks": " ".join(map(str, self.ranks)), "error_id": self.error_id}
+
+    @classmethod
+    def again(cls, text: str, facts: Mapping[str, Any]) -> Self:
+        words = str(facts.get("ranks")).split()
+        if not all(word.isdecimal() for word in words):
+            raise TypeError(f"{facts.get('ranks')!r} are no ranks")
+        return cls(text, **{**facts, "ranks": tuple(map(int, words))})
 
 
 def frames(error: BaseException) -> str:
