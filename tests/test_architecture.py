@@ -25,8 +25,9 @@ ARROWS: dict[str, set[str]] = {
     "machine": set(),
     "_cpu": set(),  # built from csrc
     "ops": {"errors", "machine", "_cpu"},
+    "parallel": {"errors", "machine", "_cpu", "ops"},
     "nn": {"errors", "ops"},
-    "moe": {"errors", "ops", "nn"},
+    "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "pages", "ops", "nn", "moe"},
     "engine": {
         "errors",
@@ -36,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
         "schedule",
         "text",
         "ops",
+        "parallel",
         "nn",
         "moe",
         "models",

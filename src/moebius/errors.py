@@ -16,7 +16,8 @@
     ├── CacheDataError               bytes that should be a block or state of a cache are damaged,
                                      or another cache's
     └── EngineError                  the engine failed or is gone: HTTP 500
-        └── WireError                a frame between the front and an engine cannot be read
+        ├── WireError                a frame between the front and an engine cannot be read
+        └── PeerError                ranks of a group did not come, or are not in step
 
 `assert` is for what can only be our own fault; these classes are for everything else.
 
@@ -31,7 +32,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_args
 
-Fact = str | int | float | bool | None
+Fact = str | int | float | bool | tuple[int, ...] | None
 """What an error may hold beside its text, so that it can cross to another process."""
 
 _BY_CODE: dict[str, "type[MoebiusError]"] = {}
@@ -210,6 +211,27 @@ class EngineError(MoebiusError, wire_code="engine"):
 
 class WireError(EngineError, wire_code="wire"):
     """A frame between the front and an engine cannot be read: damaged, or of another version."""
+
+
+class PeerError(EngineError, wire_code="peer"):
+    """Ranks of a group did not come in time, have left, or are not in step with this one.
+
+    ranks   which: all that it can be, where the transport does not say; this rank itself, where the
+            others have given it up
+
+    The exchange that raised it is over. A step that it ends is rolled back, and made again in the
+    group's next epoch.
+    """
+
+    def __init__(
+        self, message: str, *, ranks: tuple[int, ...], error_id: str | None = None
+    ) -> None:
+        super().__init__(message, error_id=error_id)
+        self.ranks = ranks
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        return {"ranks": self.ranks, "error_id": self.error_id}
 
 
 def frames(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from moebius.errors import (
     EngineError,
     MoebiusError,
     OverloadError,
+    PeerError,
     RequestError,
     WireError,
 )
@@ -173,6 +174,7 @@ FIELDS: dict[type[MoebiusError], dict[str, Any]] = {
     OverloadError: {"retry_after": 7.5},
     EngineError: {"error_id": "0badcafe"},
     WireError: {"error_id": "0badcafe"},
+    PeerError: {"ranks": (1, 3), "error_id": "0badcafe"},
 }
 
 
@@ -203,6 +205,7 @@ def test_every_error_has_a_code_and_comes_back_as_what_it_was(cls: type[MoebiusE
 STABLE = {
     "moebius", "usage", "config", "weights", "tokenizer", "memory_plan", "request", "context_length",
     "context_exceeded", "overload", "deadline", "numerical", "storage", "engine", "wire",
+    "peer",
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""What processes and machines that serve one model say to each other."""

@@ -1,0 +1,196 @@
+"""How ranks trade the rows of a step's tokens: each to the ranks that hold its experts, and back.
+
+Every rank calls the same operations in the same order, those with nothing to do with no rows:
+
+    agree, then for each layer: dispatch, combine; and again
+
+Bits are moved and never computed with: each (token, choice) pair has one row, which is made where
+its expert is and comes home as it is, so that what home sums does not depend on who computed it.
+
+Shapes: T tokens of this rank, R rows received, C rows of the owners table, E experts, K choices a
+token, D hidden size.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebius.errors import ConfigError, require_seconds
+
+MOST_RANKS = 1024
+MOST_VALUES = 16
+"""How many numbers a rank may bring to `Exchange.agree`."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSpec:
+    """What all ranks of a group have in common.
+
+    size        how many ranks
+    tokens      T of a rank's largest step
+    hidden      D
+    top_k       K
+    dtype       of the rows
+    """
+
+    size: int
+    tokens: int
+    hidden: int
+    top_k: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= MOST_RANKS:
+            raise ConfigError(f"a group of {self.size} ranks; it must have 1 to {MOST_RANKS}")
+        for name in ("tokens", "hidden", "top_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ConfigError(f"rows of {self.dtype} cannot be exchanged; they must be {known}")
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """A membership of a group: a rank that comes or goes makes the next one."""
+
+    group: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"epoch {self.number} of group {self.group}"
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What an exchange has moved so far, between this rank and others.
+
+    calls             of agree, dispatch and combine
+    bytes_out         rows and ids that went to other ranks
+    bytes_in          those that came from them
+    seconds_waited    for other ranks
+    """
+
+    calls: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    seconds_waited: float = 0.0
+
+    def __sub__(self, before: "Traffic") -> "Traffic":
+        return Traffic(
+            self.calls - before.calls,
+            self.bytes_out - before.bytes_out,
+            self.bytes_in - before.bytes_in,
+            self.seconds_waited - before.seconds_waited,
+        )
+
+
+class Exchange(ABC):
+    """One rank's part in a group, for one epoch.
+
+    timeout     seconds that any operation waits for other ranks. After that it raises PeerError,
+                and so does every later one: the epoch is over.
+
+    The operations are called from one thread, and return when their outputs are written.
+    """
+
+    def __init__(self, spec: ExchangeSpec, rank: int, epoch: Epoch, timeout: float) -> None:
+        if not 0 <= rank < spec.size:
+            raise ConfigError(f"rank {rank} of a group of {spec.size}; it must be below that")
+        require_seconds("timeout", timeout)
+        self.spec = spec
+        self.rank = rank
+        self.epoch = epoch
+        self.timeout = timeout
+
+    @property
+    def size(self) -> int:
+        return self.spec.size
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic: ...
+
+    @abstractmethod
+    def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        """Every rank's values, in the order of ranks.
+
+        values   at most MOST_VALUES integers of 64 bits; ranks may bring different numbers of them
+        """
+
+    @abstractmethod
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
+    ) -> int:
+        """Sends each row of x once to every rank that holds any of its experts.
+
+        x_TD        T may be 0
+        ids_TK      int64, the experts of each row, in routing order
+        owners_CE   int32: the rank that computes expert e of row t is owners[t % C, e], so that
+                    replicas of an expert split its rows
+        rows_RD     written: what this rank has to compute, in the order (home rank, home row); has
+                    memory for size * spec.tokens rows
+        ids_RK      written, int64: the experts of each received row, and E where another rank
+                    computes that choice
+
+        Returns R, the rows received; memory beyond them is left alone.
+        Raises ValueError for tensors of other shapes or dtypes, and for ids and owners out of
+        range; PeerError.
+        """
+
+    @abstractmethod
+    def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
+        """Brings the outputs of the last dispatch's rows home.
+
+        outputs_RKD   a row for each choice that ids_RK names an expert of; others are not read
+        back_TKD      written: all pairs' rows of this rank's own tokens
+
+        Raises ValueError as `dispatch` does; PeerError.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leaves the group; whoever waits for this rank learns of it at once, where it can."""
+
+    def _check_dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
+    ) -> None:
+        spec = self.spec
+        tokens = len(x_TD)
+        most = spec.size * spec.tokens
+        if tokens > spec.tokens:
+            raise ValueError(f"x has {tokens} rows; the group was made for {spec.tokens} a rank")
+        if len(rows_RD) < most or len(ids_RK) < most:
+            raise ValueError(f"rows and ids have room for {len(rows_RD)} rows; {most} may come")
+        _check("x", x_TD, (tokens, spec.hidden), spec.dtype)
+        _check("ids", ids_TK, (tokens, spec.top_k), torch.int64)
+        _check("owners", owners_CE, (max(1, len(owners_CE)), owners_CE.shape[-1]), torch.int32)
+        _check("received rows", rows_RD, (len(rows_RD), spec.hidden), spec.dtype)
+        _check("received ids", ids_RK, (len(ids_RK), spec.top_k), torch.int64)
+
+    def _check_combine(
+        self, outputs_RKD: Tensor, back_TKD: Tensor, received: int, tokens: int
+    ) -> None:
+        spec = self.spec
+        if len(outputs_RKD) < received:
+            raise ValueError(f"outputs have {len(outputs_RKD)} rows; {received} were received")
+        pairs = (spec.top_k, spec.hidden)
+        _check("outputs", outputs_RKD, (len(outputs_RKD), *pairs), spec.dtype)
+        _check("back", back_TKD, (tokens, *pairs), spec.dtype)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {dtype} of shape "
+            f"{shape}, contiguous"
+        )
