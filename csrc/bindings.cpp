@@ -99,11 +99,11 @@ struct ExpertRows {
 
 struct Combine {
     Dtype dtype;
-    const void* pairs;
+    const void* x;
     const float* weights;
     int top_k, size;
     void* out;
-    void operator()(Ops& ops, int rows) const { ops.combine(dtype, pairs, weights, rows, top_k, size, out); }
+    void operator()(Ops& ops, int rows) const { ops.combine(dtype, x, weights, rows, top_k, size, out); }
 };
 
 struct AddGated {
@@ -195,9 +195,9 @@ void bind_calls(nb::module_& m) {
                                               Address out) {
         new (self) ExpertRows{&experts, array<V>(x), array<int64_t>(ids), top_k, array<V>(inner), array<V>(out)};
     }, "experts"_a, "x"_a, "ids"_a, "top_k"_a, "inner"_a, "out"_a);
-    bind_call<Combine>(m, "Combine", [](Combine* self, int dtype, Address pairs, Address weights, int top_k, int size, Address out) {
-        new (self) Combine{Dtype(dtype), array<V>(pairs), array<float>(weights), top_k, size, array<V>(out)};
-    }, "dtype"_a, "pairs"_a, "weights"_a, "top_k"_a, "size"_a, "out"_a);
+    bind_call<Combine>(m, "Combine", [](Combine* self, int dtype, Address x, Address weights, int top_k, int size, Address out) {
+        new (self) Combine{Dtype(dtype), array<V>(x), array<float>(weights), top_k, size, array<V>(out)};
+    }, "dtype"_a, "x"_a, "weights"_a, "top_k"_a, "size"_a, "out"_a);
     bind_call<AddGated>(m, "AddGated", [](AddGated* self, int dtype, Address a, Address b, Address gate, int size, Address out) {
         new (self) AddGated{Dtype(dtype), array<V>(a), array<V>(b), array<float>(gate), size, array<V>(out)};
     }, "dtype"_a, "a"_a, "b"_a, "gate"_a, "size"_a, "out"_a);

@@ -213,25 +213,12 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
     });
 }
 
-void Ops::combine_rows(Dtype dtype, const void* pairs, const float* weights, int rows, int top_k, int n, void* out) {
-    const size_t row_bytes = n * size_of(dtype);
-    const int tokens = 16;
-    pool_.run((rows + tokens - 1) / tokens, [&](int item, int thread) {
-        std::vector<const void*>& chosen = scratch_[thread].rows;
-        chosen.resize(top_k);
-        for (int t = item * tokens; t < std::min(rows, (item + 1) * tokens); t++) {
-            for (int k = 0; k < top_k; k++) chosen[k] = at(pairs, (size_t(t) * top_k + k) * row_bytes);
-            kernels_->combine[dtype](chosen.data(), weights + size_t(t) * top_k, top_k, n, nullptr, at(out, t * row_bytes));
-        }
-    });
-}
-
 void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
                   void* outer, void* out) {
     std::lock_guard<std::mutex> only(one_caller_);
     sort_pairs(e, ids, rows * top_k, false);
     pair_rows(e, x, top_k, inner, ids ? outer : out);
-    if (ids) combine_rows(e.dtype, outer, weights, rows, top_k, e.hidden, out);
+    if (ids) combine(e.dtype, outer, weights, rows, top_k, e.hidden, out);
 }
 
 void Ops::expert_rows(const Experts& e, const void* x, int rows, const int64_t* ids, int top_k, void* inner, void* out) {
@@ -240,9 +227,17 @@ void Ops::expert_rows(const Experts& e, const void* x, int rows, const int64_t* 
     pair_rows(e, x, top_k, inner, out);
 }
 
-void Ops::combine(Dtype dtype, const void* pairs, const float* weights, int rows, int top_k, int n, void* out) {
-    std::lock_guard<std::mutex> only(one_caller_);
-    combine_rows(dtype, pairs, weights, rows, top_k, n, out);
+void Ops::combine(Dtype dtype, const void* x, const float* weights, int rows, int top_k, int size, void* out) {
+    const size_t row_bytes = size * size_of(dtype);
+    const int tokens = 16;
+    pool_.run((rows + tokens - 1) / tokens, [&](int item, int thread) {
+        std::vector<const void*>& chosen = scratch_[thread].rows;
+        chosen.resize(top_k);
+        for (int t = item * tokens; t < std::min(rows, (item + 1) * tokens); t++) {
+            for (int k = 0; k < top_k; k++) chosen[k] = at(x, (size_t(t) * top_k + k) * row_bytes);
+            kernels_->combine[dtype](chosen.data(), weights + size_t(t) * top_k, top_k, size, nullptr, at(out, t * row_bytes));
+        }
+    });
 }
 
 void Ops::add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out) {

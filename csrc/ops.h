@@ -156,8 +156,8 @@ public:
     // The two halves of `experts`. out[k] = expert ids[k], (rows, top_k, hidden), for a while with `inner`; what an id of as
     // many as there are experts leaves alone.
     void expert_rows(const Experts& e, const void* x, int rows, const int64_t* ids, int top_k, void* inner, void* out);
-    // out = sum over k of weights[k] * pairs[k], of pairs (rows, top_k, n)
-    void combine(Dtype dtype, const void* pairs, const float* weights, int rows, int top_k, int n, void* out);
+    // out = the sum over k of weights[k] * x[k], in that order: x (rows, top_k, size)
+    void combine(Dtype dtype, const void* x, const float* weights, int rows, int top_k, int size, void* out);
     // out = a + sigmoid(gate) * b, row by row; gate (rows,) float32 or null for 1
     void add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out);
     void rms_norm(const RmsNorm& n, int rows);
@@ -222,7 +222,6 @@ private:
     void sort_pairs(const Experts& e, const int64_t* ids, int pairs, bool skip);
     // Each sorted pair's row of its expert, to the pair's place in out.
     void pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out);
-    void combine_rows(Dtype dtype, const void* pairs, const float* weights, int rows, int top_k, int n, void* out);
     // row_bytes(e) is what one column of expert e's products reads.
     template <class RowBytes> void plan_products(int columns_in_all, const RowBytes& row_bytes);
     void plan_attention(const Attention& a);

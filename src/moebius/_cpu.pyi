@@ -44,7 +44,7 @@ class ExpertRows(_Call):
 
 class Combine(_Call):
     def __init__(
-        self, *, dtype: int, pairs: int, weights: int, top_k: int, size: int, out: int
+        self, *, dtype: int, x: int, weights: int, top_k: int, size: int, out: int
     ) -> None: ...
 
 class AddGated(_Call):

@@ -1,6 +1,6 @@
 """The feed-forward part of a layer: router, dispatch, experts, and the expert that is always on."""
 
-from collections.abc import Collection
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from moebius.ops import Ops
 
 
 class FeedForward(nn.Module):
-    """Dense (no router, one expert) or a mixture of experts, by its configuration."""
+    """Dense (no router, one expert) or a mixture of experts, by its configuration.
+
+    held: the experts that lie at this rank; None for all of them.
+    """
 
     def __init__(
         self,
@@ -23,6 +26,7 @@ class FeedForward(nn.Module):
         ops: Ops,
         dispatch: Dispatcher,
         dtype: torch.dtype,
+        held: Container[int] | None = None,
     ) -> None:
         super().__init__()
         self.ops = ops
@@ -30,7 +34,7 @@ class FeedForward(nn.Module):
         router = config.router
         self.router = None if router is None else Router(ops, router, hidden_size, dtype)
         count = 1 if router is None else router.num_experts
-        self.experts = Experts(ops, config, count, hidden_size, config.width, dtype)
+        self.experts = Experts(ops, config, count, hidden_size, config.width, dtype, held)
         self.shared: Experts | None = None
         self.shared_gate: Linear | None = None
         if config.shared_width:

@@ -292,14 +292,15 @@ class Ops(SamplerOps):
         """
 
     @abstractmethod
-    def expert_rows(
-        self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts
-    ) -> Tensor:
+    def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
         """What `experts` sums, before the sum: each choice's output, rounded: (R, K, D).
 
         An id of E stands for none, whose row holds anything. Raises IndexError as `experts`.
         """
 
     @abstractmethod
-    def combine(self, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        """The sum of `experts`, of such rows: (T, D)."""
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        """The sum over k, in that order, of weights (float32) times rows: (T, D).
+
+        In float32, rounded once: so what experts elsewhere gave is the sum of those here.
+        """

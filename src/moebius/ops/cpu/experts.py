@@ -138,9 +138,7 @@ class ExpertOps(CpuBase):
         self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)
         return out
 
-    def expert_rows(
-        self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts
-    ) -> Tensor:
+    def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
         if isinstance(experts, ReferenceExperts):
             self._lacks(Use(Operation.EXPERT_ROWS, x_RD.dtype, frozenset({Feature.TWO_MATRICES})))
             return self._fallback.expert_rows(x_RD, expert_ids_RK, experts)
@@ -159,18 +157,18 @@ class ExpertOps(CpuBase):
         self._run(Operation.EXPERT_ROWS, call, x_RD, len(x_RD), prepared)
         return out
 
-    def combine(self, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        _, top_k, size = rows_TKD.shape
-        out = self._empty(rows_TKD, (size,), rows_TKD.dtype)
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        rows, top_k, size = x_TKD.shape
+        out = self._empty(x_TKD, (size,), x_TKD.dtype)
         call = _cpu.Combine(
-            dtype=require_dtype(rows_TKD.dtype),
-            pairs=self._at(rows_TKD),
+            dtype=require_dtype(x_TKD.dtype),
+            x=self._at(x_TKD),
             weights=self._at(weights_TK, torch.float32),
             top_k=top_k,
             size=size,
             out=self._at(out),
         )
-        self._run(Operation.COMBINE, call, rows_TKD, len(rows_TKD))
+        self._run(Operation.COMBINE, call, x_TKD, rows)
         return out
 
 

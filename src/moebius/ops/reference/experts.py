@@ -83,13 +83,11 @@ class ExpertOps(Ops):
         rows_TKD = self._rows(x_TD, expert_ids_TK, prepared, drops=self.drops)
         return weighted_sum(rows_TKD, weights_TK).to(x_TD.dtype)
 
-    def expert_rows(
-        self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts
-    ) -> Tensor:
+    def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
         return self._rows(x_RD, expert_ids_RK, own(experts, ReferenceExperts), drops=True)
 
-    def combine(self, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        return weighted_sum(rows_TKD, weights_TK).to(rows_TKD.dtype)
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        return weighted_sum(x_TKD, weights_TK).to(x_TKD.dtype)
 
     def _rows(
         self, x_TD: Tensor, ids_TK: Tensor, prepared: ReferenceExperts, *, drops: bool
@@ -190,8 +188,11 @@ def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, hidden: 
     dtype = _compute_dtype(rows_PD)
     rows = rows_PD.to(dtype)
 
-    def product(x: Tensor, weights: Sequence[Weight]) -> Tensor:
-        stored = [w.widened(dtype) if isinstance(w, Matrix) else w for w in weights]
+    def product(x: Tensor, weights: Sequence[Weight | None]) -> Tensor:
+        held = [
+            weight for weight in weights if weight is not None
+        ]  # all of them, as _can_stack says
+        stored = [w.widened(dtype) if isinstance(w, Matrix) else w for w in held]
         return F.grouped_mm(x, torch.stack(stored).to(dtype).transpose(1, 2), offs=ends_E)
 
     gated = hidden(product(rows, w.gate_FD), product(rows, w.up_FD) if w.up_FD else None)
