@@ -38,7 +38,9 @@ Experts make_experts(int dtype, int hidden, int width, int activation, const Mat
                      const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
     for (const Matrices* matrices : {&gate, &up}) for (const Matrix& w : *matrices) require_product(Dtype(dtype), w, hidden);
     for (const Matrix& w : down) require_product(Dtype(dtype), w, width);
-    return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias)};
+    bool holes = false;
+    for (const Matrix& w : gate) holes |= w.data == nullptr;
+    return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes};
 }
 
 void set_step(StepAttention& step, Address query_start, Address seq_lens, Address block_table, int batch, int width) {
@@ -85,6 +87,24 @@ struct ExpertsCall {
     int top_k;
     void *inner, *outer, *out;
     void operator()(Ops& ops, int rows) const { ops.experts(*experts, x, rows, weights, ids, top_k, inner, outer, out); }
+};
+
+struct ExpertRows {
+    const Experts* experts;
+    const void* x;
+    const int64_t* ids;
+    int top_k;
+    void *inner, *out;
+    void operator()(Ops& ops, int rows) const { ops.expert_rows(*experts, x, rows, ids, top_k, inner, out); }
+};
+
+struct Combine {
+    Dtype dtype;
+    const void* x;
+    const float* weights;
+    int top_k, size;
+    void* out;
+    void operator()(Ops& ops, int rows) const { ops.combine(dtype, x, weights, rows, top_k, size, out); }
 };
 
 struct AddGated {
@@ -172,6 +192,13 @@ void bind_calls(nb::module_& m) {
         new (self) ExpertsCall{&experts, array<V>(x), array<float>(weights), array<int64_t>(ids), top_k, array<V>(inner), array<V>(outer),
                                array<V>(out)};
     }, "experts"_a, "x"_a, "weights"_a, "ids"_a, "top_k"_a, "inner"_a, "outer"_a, "out"_a);
+    bind_call<ExpertRows>(m, "ExpertRows", [](ExpertRows* self, const Experts& experts, Address x, Address ids, int top_k, Address inner,
+                                              Address out) {
+        new (self) ExpertRows{&experts, array<V>(x), array<int64_t>(ids), top_k, array<V>(inner), array<V>(out)};
+    }, "experts"_a, "x"_a, "ids"_a, "top_k"_a, "inner"_a, "out"_a);
+    bind_call<Combine>(m, "Combine", [](Combine* self, int dtype, Address x, Address weights, int top_k, int size, Address out) {
+        new (self) Combine{Dtype(dtype), array<V>(x), array<float>(weights), top_k, size, array<V>(out)};
+    }, "dtype"_a, "x"_a, "weights"_a, "top_k"_a, "size"_a, "out"_a);
     bind_call<AddGated>(m, "AddGated", [](AddGated* self, int dtype, Address a, Address b, Address gate, int size, Address out) {
         new (self) AddGated{Dtype(dtype), array<V>(a), array<V>(b), array<float>(gate), size, array<V>(out)};
     }, "dtype"_a, "a"_a, "b"_a, "gate"_a, "size"_a, "out"_a);

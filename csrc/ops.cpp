@@ -154,24 +154,27 @@ template <class RowBytes> void Ops::plan_products(int columns_in_all, const RowB
     }
 }
 
-void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
-                  void* outer, void* out) {
-    std::lock_guard<std::mutex> only(one_caller_);
-    const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
-    const int count = int(e.gate.size()), pairs = rows * top_k;
-    // Pairs (token, choice) sorted by expert: starts_[e] to starts_[e + 1] of pairs_.
-    starts_.assign(count + 1, 0);
+void Ops::sort_pairs(const Experts& e, const int64_t* ids, int pairs, bool skip) {
+    const int count = int(e.gate.size()), most = skip ? count : count - 1;
+    starts_.assign(count + 2, 0);
     pairs_.resize(pairs);
     for (int p = 0; p < pairs; p++) {
         const int64_t id = ids ? ids[p] : 0;
-        if (id < 0 || id >= count) throw std::out_of_range("expert id " + std::to_string(id) + " is none of " + std::to_string(count));
+        if (id < 0 || id > most) throw std::out_of_range("expert id " + std::to_string(id) + " is none of " + std::to_string(count));
         starts_[id + 1]++;
     }
+    if (e.holes)
+        for (int i = 0; i < count; i++)
+            if (starts_[i + 1] && !e.gate[i].data) throw std::out_of_range("expert " + std::to_string(i) + " is not held here");
     for (int i = 0; i < count; i++) starts_[i + 1] += starts_[i];
     for (int p = 0; p < pairs; p++) pairs_[starts_[ids ? ids[p] : 0]++] = p;
     for (int i = count; i > 0; i--) starts_[i] = starts_[i - 1];
     starts_[0] = 0;
+    starts_.pop_back();
+}
 
+void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out) {
+    const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
     plan_products(e.width, [&](int expert) { return e.gate[expert].row_bytes() + e.up[expert].row_bytes(); });
     calls_++;
     pool_.run(int(products_.size()), [&](int item, int thread) {
@@ -195,7 +198,6 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
 
     plan_products(e.hidden, [&](int expert) { return e.down[expert].row_bytes(); });
     calls_++;
-    void* results = ids ? outer : out;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
         float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
@@ -207,17 +209,33 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
         const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
         for (int i = 0; i < p.count; i++)
             kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,
-                                     at(results, pairs_[p.first + i] * hidden_bytes + p.column * size));
+                                     at(out, pairs_[p.first + i] * hidden_bytes + p.column * size));
     });
-    if (!ids) return;
+}
 
+void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
+                  void* outer, void* out) {
+    std::lock_guard<std::mutex> only(one_caller_);
+    sort_pairs(e, ids, rows * top_k, false);
+    pair_rows(e, x, top_k, inner, ids ? outer : out);
+    if (ids) combine(e.dtype, outer, weights, rows, top_k, e.hidden, out);
+}
+
+void Ops::expert_rows(const Experts& e, const void* x, int rows, const int64_t* ids, int top_k, void* inner, void* out) {
+    std::lock_guard<std::mutex> only(one_caller_);
+    sort_pairs(e, ids, rows * top_k, true);
+    pair_rows(e, x, top_k, inner, out);
+}
+
+void Ops::combine(Dtype dtype, const void* x, const float* weights, int rows, int top_k, int size, void* out) {
+    const size_t row_bytes = size * size_of(dtype);
     const int tokens = 16;
     pool_.run((rows + tokens - 1) / tokens, [&](int item, int thread) {
         std::vector<const void*>& chosen = scratch_[thread].rows;
         chosen.resize(top_k);
         for (int t = item * tokens; t < std::min(rows, (item + 1) * tokens); t++) {
-            for (int k = 0; k < top_k; k++) chosen[k] = at(outer, (size_t(t) * top_k + k) * hidden_bytes);
-            kernels_->combine[e.dtype](chosen.data(), weights + size_t(t) * top_k, top_k, e.hidden, nullptr, at(out, t * hidden_bytes));
+            for (int k = 0; k < top_k; k++) chosen[k] = at(x, (size_t(t) * top_k + k) * row_bytes);
+            kernels_->combine[dtype](chosen.data(), weights + size_t(t) * top_k, top_k, size, nullptr, at(out, t * row_bytes));
         }
     });
 }

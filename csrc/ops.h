@@ -47,6 +47,7 @@ struct Experts {
     Activation activation;
     std::vector<Matrix> gate, up, down;                      // (width, hidden), (width, hidden), (hidden, width)
     std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, of the experts' dtype, or empty
+    bool holes = false;  // some are not held here: their matrices have no data
 };
 
 struct StepAttention {  // what all layers with one window share
@@ -148,9 +149,15 @@ public:
     // out = x w^T + bias as the layers' dtype or, with `wide`, float32
     void linear(const Linear& l, const void* x, int rows, void* out, bool wide);
     // out = sum over k of weights[k] * expert ids[k]; without ids, expert 0 alone. For a while it needs `inner`, (rows, top_k,
-    // width), and with ids `outer`, (rows, top_k, hidden). Throws std::out_of_range for an id that is no expert's.
+    // width), and with ids `outer`, (rows, top_k, hidden). Throws std::out_of_range for an id that is no expert's, or one's
+    // that is not held here.
     void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
                  void* outer, void* out);
+    // The two halves of `experts`. out[k] = expert ids[k], (rows, top_k, hidden), for a while with `inner`; what an id of as
+    // many as there are experts leaves alone.
+    void expert_rows(const Experts& e, const void* x, int rows, const int64_t* ids, int top_k, void* inner, void* out);
+    // out = the sum over k of weights[k] * x[k], in that order: x (rows, top_k, size)
+    void combine(Dtype dtype, const void* x, const float* weights, int rows, int top_k, int size, void* out);
     // out = a + sigmoid(gate) * b, row by row; gate (rows,) float32 or null for 1
     void add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out);
     void rms_norm(const RmsNorm& n, int rows);
@@ -210,6 +217,11 @@ private:
         int attend, split;
     };
 
+    // Sorts pairs (token, choice) by expert: those of e are pairs_[starts_[e]] to pairs_[starts_[e + 1] - 1]. Without ids all are
+    // of expert 0. With `skip`, the number after the last expert's stands for none.
+    void sort_pairs(const Experts& e, const int64_t* ids, int pairs, bool skip);
+    // Each sorted pair's row of its expert, to the pair's place in out.
+    void pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out);
     // row_bytes(e) is what one column of expert e's products reads.
     template <class RowBytes> void plan_products(int columns_in_all, const RowBytes& row_bytes);
     void plan_attention(const Attention& a);

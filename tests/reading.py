@@ -40,7 +40,7 @@ CORE = (
 )
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
-# What only training uses.
+# What only training uses, and what only several ranks do.
 NOT_CORE = {
     "nn/packed.py",
     "moe/training.py",
@@ -49,6 +49,7 @@ NOT_CORE = {
     "moe/noise.py",
     "moe/health.py",
     "moe/placement.py",
+    "moe/ranks.py",
 }
 
 _NOT_CODE = {

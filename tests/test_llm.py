@@ -584,7 +584,7 @@ def test_an_llm_that_cannot_be_loaded_leaves_no_file_open(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("moebius.engine.load.load_decoder", fails)
+    monkeypatch.setattr("moebius.engine.load.Loader.fill", fails)
     trace = tmp_path / "trace.jsonl"
     with pytest.raises(type(error)):
         LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, trace=str(trace))

@@ -37,6 +37,16 @@ class ExpertsCall(_Call):
         out: int,
     ) -> None: ...
 
+class ExpertRows(_Call):
+    def __init__(
+        self, *, experts: Experts, x: int, ids: int, top_k: int, inner: int, out: int
+    ) -> None: ...
+
+class Combine(_Call):
+    def __init__(
+        self, *, dtype: int, x: int, weights: int, top_k: int, size: int, out: int
+    ) -> None: ...
+
 class AddGated(_Call):
     def __init__(self, *, dtype: int, a: int, b: int, gate: int, size: int, out: int) -> None: ...
 

@@ -15,7 +15,7 @@ from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
-from moebius.moe.layer import Experts
+from moebius.moe.experts import Experts
 from moebius.moe.router import Routing
 from moebius.ops import Ops
 from moebius.ops.cpu import CpuOps

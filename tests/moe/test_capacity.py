@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moebius.moe.capacity import arrival, capacity, kept
 from moebius.moe.config import FeedForwardConfig
-from moebius.moe.layer import FeedForward, LocalDispatcher
+from moebius.moe.dispatch import LocalDispatcher
+from moebius.moe.layer import FeedForward
 from moebius.moe.noise import jittered
 from moebius.moe.training import TrainingRouting
 from moebius.ops.config import RouterConfig

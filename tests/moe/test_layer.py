@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.moe.config import FeedForwardConfig
-from moebius.moe.layer import FeedForward, LocalDispatcher
+from moebius.moe.dispatch import LocalDispatcher
+from moebius.moe.layer import FeedForward
 from moebius.ops import Ops, select_ops
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps

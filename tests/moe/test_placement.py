@@ -2,31 +2,42 @@
 brute force."""
 
 import random
+from collections.abc import Callable
 from itertools import permutations
 
+import pytest
 import torch
 
-from moebius.moe.placement import pack, place, rank_loads, replicate
+from moebius.errors import ConfigError
+from moebius.moe.placement import LayerPlacement, Placement, place, rank_loads, replicate
 
 LOADS = [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]
 
 
-def test_the_published_example_by_hand() -> None:
-    """12 experts in 4 groups on 2 nodes of 4 ranks, 16 slots: groups to nodes, then each node by
-    itself.
+def test_the_published_example() -> None:
+    """12 experts in 4 groups, 16 replicas, 2 nodes of 4 ranks: what its README prints.
 
-    Groups weigh 262, 330, 116, 325. 330 and 325 go first, 262 to 325 and 116 to 330: nodes of
-    experts 3 to 8 and 0 to 2 with 9 to 11. In the first, 165 then 104 are doubled: 82.5 82.5 73 61
-    take a rank each, then 52 the lightest, 61, 52 the next, 73, and 39 and 4 the two of 82.5.
+    By hand for the first layer: groups weigh 262, 330, 116, 325. 330 and 325 go first, 262 to 325
+    and 116 to 330: nodes of experts 3 to 8 and 0 to 2 with 9 to 11. In the first, 165 then 104 are
+    doubled: 82.5 82.5 73 61 take a rank each, then 52 the lightest, 61, 52 the next, 73, and 39 and
+    4 the two of 82.5.
     """
-    groups = [sum(LOADS[g : g + 3]) for g in range(0, 12, 3)]
-    assert pack(groups, 2) == [[1, 2], [3, 0]]
-    placed = []
-    for node in ([3, 4, 5, 6, 7, 8], [0, 1, 2, 9, 10, 11]):
-        placed += [
-            [node[i] for i in rank] for rank in place([LOADS[e] for e in node], ranks=4, slots=8)
-        ]
-    assert placed == [[5, 6], [5, 7], [8, 4], [3, 4], [10, 9], [10, 2], [0, 1], [11, 1]]
+    printed = {
+        tuple(LOADS): [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        (20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27): [
+            7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1,
+        ],
+    }  # fmt: skip
+    for loads, slots in printed.items():
+        held = place(loads, ranks=8, slots=16, groups=4, nodes=2)
+        assert [e for rank in held for e in rank] == slots
+
+
+def test_groups_that_nodes_do_not_divide_are_placed_as_one() -> None:
+    flat = place(LOADS, 8, 16)
+    assert place(LOADS, 8, 16, groups=3, nodes=2) == flat
+    assert place(LOADS, 7, 14, groups=4, nodes=2) == place(LOADS, 7, 14)
+    assert place(LOADS, 8, 16, groups=4, nodes=2) != flat
 
 
 def test_replicas_go_where_a_copy_carries_most() -> None:
@@ -52,7 +63,106 @@ def test_packing_is_complete_and_near_the_best() -> None:
 
 
 def test_ranks_may_hold_unequal_numbers() -> None:
+    """By one at most, so that none is without, whatever the loads."""
     held = place([1.0] * 7, 3)
     assert sorted(map(len, held)) == [2, 2, 3] and sorted(e for rank in held for e in rank) == list(
         range(7)
     )
+    draw = random.Random(1)
+    for ranks in range(1, 9):
+        for loads in ([0.0] * 8, [9.0] + [0.0] * 7, [draw.random() for _ in range(8)]):
+            for slots in (8, 9, 8 + ranks):
+                found = [len(experts) for experts in place(loads, ranks, slots)]
+                assert sum(found) == slots and max(found) - min(found) <= 1
+
+
+def test_a_copy_goes_to_a_rank_that_has_none() -> None:
+    """4 of 9 copies of expert 0 weigh 25 each; the lightest rank with room would hold two."""
+    held = place([100, 8, 8, 8, 8, 8], ranks=3, slots=9)
+    assert all(len(set(experts)) == 3 or experts.count(0) == 2 for experts in held)
+    assert [0 in experts for experts in held] == [True] * 3
+
+
+def test_the_usual_placement_is_even_and_in_order() -> None:
+    made = Placement.linear({1: 7, 4: 3}, 3)
+    assert made.ranks == 3 and made.experts == {1: 7, 4: 3}
+    assert made.layers[1].held == ((0, 1, 2), (3, 4), (5, 6))
+    assert made.layers[4].held == ((0,), (1,), (2,))
+    for home in range(3):
+        assert made.layers[1].owners(home).tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+
+
+def test_what_no_placement_can_be() -> None:
+    wrong: dict[str, Callable[[], object]] = {
+        "5 ranks cannot share the 4 experts of a layer": lambda: Placement.linear({0: 4}, 5),
+        "0 ranks cannot share": lambda: Placement.linear({0: 4}, 0),
+        "5 ranks cannot share the 4": lambda: Placement.balanced({0: [1.0] * 4}, 5),
+        "no layer has experts": lambda: Placement.linear({}, 2),
+        "expert 2 is at no rank": lambda: LayerPlacement(3, ((0,), (1,))),
+        "expert 3 does not exist": lambda: LayerPlacement(3, ((0, 1), (2, 3))),
+        "rank 1 of 2 holds no expert": lambda: LayerPlacement(3, ((0, 1, 2), ())),
+        r"different numbers of ranks: \[1, 2\]": lambda: Placement(
+            {0: LayerPlacement(2, ((0, 1),)), 1: LayerPlacement(2, ((0,), (1,)))}
+        ),
+    }
+    for message, make in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            make()
+
+
+def test_replicas_share_rows_evenly() -> None:
+    """Of many rows of one home, of one row each of many homes, and of one row's many experts."""
+    placed = LayerPlacement(3, ((0, 1), (0, 2), (0, 1)))
+    tables = [placed.owners(home) for home in range(6)]
+    for owners in tables:
+        assert owners.dtype == torch.int32 and owners.shape == (6, 3)  # 3 and 2 replicas
+        assert torch.bincount(owners[:, 0], minlength=3).tolist() == [2, 2, 2]
+        assert torch.bincount(owners[:, 1], minlength=3).tolist() == [3, 0, 3]
+        assert owners[:, 2].tolist() == [1] * 6
+    assert sorted(int(owners[0, 0]) for owners in tables) == [0, 0, 1, 1, 2, 2]
+    everywhere = LayerPlacement(4, ((0, 1, 2, 3), (0, 1, 2, 3)))
+    assert torch.bincount(everywhere.owners(0)[0]).tolist() == [2, 2]
+
+
+def test_an_expert_held_twice_by_a_rank_gets_two_shares() -> None:
+    owners = LayerPlacement(1, ((0, 0),)).owners(0)
+    assert owners.unique().tolist() == [0]
+    uneven = LayerPlacement(2, ((0, 0, 1), (0,)))
+    assert torch.bincount(uneven.owners(0)[:, 0]).tolist() == [2, 1]
+
+
+def test_the_table_stays_small() -> None:
+    """Replicas in numbers whose common multiple is 27,720: even but for one row in a hundred."""
+    held: list[list[int]] = [[] for _ in range(12)]
+    for e, copies in enumerate((5, 7, 8, 9, 11)):
+        for rank in range(copies):
+            held[rank].append(e)
+    held[11] += range(5, 12)
+    owners = LayerPlacement(12, tuple(map(tuple, held))).owners(3)
+    assert owners.shape == (256, 12)
+    for e, copies in enumerate((5, 7, 8, 9, 11)):
+        rows = torch.bincount(owners[:, e])
+        assert len(rows) == copies and int(rows.max() - rows.min()) <= 1
+
+
+def test_balanced_is_better_than_in_order_and_replicas_better_still() -> None:
+    loads = {0: [float(load) for load in LOADS], 3: [100.0] + [1.0] * 11}
+    ways = {
+        "in order": Placement.linear({0: 12, 3: 12}, 4),
+        "balanced": Placement.balanced(loads, 4),
+        "spare": Placement.balanced(loads, 4, spare=2),
+    }
+    found = {name: placement.imbalance(loads) for name, placement in ways.items()}
+    # In order ranks get 262, 330, 116 and 325 of 1,033; the hot expert's 102 of 111.
+    assert found["in order"] == pytest.approx({0: 330 / (1033 / 4), 3: 102 / (111 / 4)})
+    assert found["in order"][0] > found["balanced"][0] > found["spare"][0] >= 1
+    assert found["in order"][3] == found["balanced"][3]  # one expert is at one rank
+    assert found["spare"][3] < 1.2
+    assert ways["spare"].imbalance({0: [0.0] * 12, 3: [1.0] * 12})[0] == 1
+    for layer in ways["spare"].layers.values():
+        assert {len(experts) for experts in layer.held} == {5}
+
+
+def test_there_is_never_more_than_one_copy_of_each_a_rank_at_most() -> None:
+    placed = Placement.balanced({0: [3.0, 2.0, 1.0]}, 3, spare=9)
+    assert [sorted(experts) for experts in placed.layers[0].held] == [[0, 1, 2]] * 3

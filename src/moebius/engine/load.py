@@ -24,6 +24,7 @@ from moebius.engine.memory import (
     CacheSizes,
     MemoryPlan,
     WeightBytes,
+    exchange_bytes,
     human_bytes,
     logit_rows,
     plan_memory,
@@ -32,10 +33,13 @@ from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError, require
+from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
-from moebius.models.store.load import load_decoder
+from moebius.models.store.load import Loader
 from moebius.models.uses import check_served
+from moebius.moe.placement import Placement
+from moebius.moe.ranks import ExpertRank
 from moebius.ops import Ops, select_ops
 from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.threads import TorchThreads, default_threads
@@ -45,6 +49,32 @@ from moebius.schedule.params import ServingLimits
 from moebius.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """Which of several ranks that share a model's experts an engine is to be.
+
+    placement: what each of them holds; None: in order, as evenly as it goes.
+    """
+
+    rank: int
+    ranks: int
+    placement: Placement | None = None
+
+    def of(self, model: ModelConfig, config: EngineConfig) -> ExpertRank:
+        """The rank of this model. Raises ConfigError for a model without experts, or with fewer
+        of them than ranks, and for a placement that is not for it."""
+        if not model.experts:
+            raise ConfigError(
+                f"this {model.model_type} model has no experts, which is what ranks share"
+            )
+        placement = self.placement or Placement.linear(model.experts, self.ranks)
+        if placement.ranks != self.ranks:
+            raise ConfigError(
+                f"experts are placed on {placement.ranks} ranks, but there are {self.ranks}"
+            )
+        return ExpertRank(placement, self.rank, config.max_num_batched_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +91,7 @@ class Prepared:
     workspace: Workspace
     decoder: Decoder
     """Without memory; the first engine that is made of this fills it."""
+    loader: Loader
 
     @property
     def batch_invariant(self) -> bool:
@@ -71,13 +102,30 @@ class Prepared:
         """The plan as a table: (what, how much, remark)."""
         return [
             *self.plan.rows(),
+            *self._rank_rows(),
             ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
         ]
 
+    def _rank_rows(self) -> list[tuple[str, str, str]]:
+        ranks = self.decoder.ranks
+        if ranks is None:
+            return []
+        count = ranks.placement.ranks
+        held = {len(ranks.held(layer) or ()) for layer in ranks.placement.layers}
+        of = set(ranks.placement.experts.values())
+        exchanged = exchange_bytes(self.decoder.config, ranks.tokens, count, self.dtype.itemsize)
+        experts = f"{_range(held)} of {_range(of)} experts a layer"
+        traded = f"{human_bytes(exchanged)} exchanged in the largest step at most"
+        return [("rank", f"{ranks.rank} of {count}", f"{experts}; {traded}")]
 
-def prepare(directory: Path, config: EngineConfig) -> Prepared:
+
+def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = None) -> Prepared:
     """Read configuration and safetensors headers, check them, and plan the memory. Raises
-    UsageError."""
+    UsageError.
+
+    share: the rank to plan for, where several share the experts. It joins an exchange
+    (Prepared.decoder.ranks) before an engine is loaded.
+    """
     checkpoint = open_checkpoint(directory)
     why = checkpoint.config.unpublished
     require(
@@ -97,9 +145,12 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
     check_served(checkpoint.config, dtype, ops)
-    weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype))
+    ranks = None if share is None else share.of(checkpoint.config, config)
+    weights = checkpoint.plan_weights(
+        dtype_name(dtype), device.type, ops.formats(dtype), checkpoint.sources_at(ranks)
+    )
     available, available_of = _available(device)
-    decoder = Decoder(checkpoint.config, ops, dtype, device="meta")
+    decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
         decoder,
         config.block_size,
@@ -116,9 +167,19 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
         available=available,
         available_of=available_of,
         recorded=workspace.nbytes if workspace.recorded else None,
+        ranks=1 if share is None else share.ranks,
     )
     threads = config.threads or cores
-    return Prepared(checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder)
+    loader = Loader(checkpoint, device)
+    return Prepared(
+        checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
+    )
+
+
+def _range(numbers: set[int]) -> str:
+    low = min(numbers)
+    high = max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _weight_bytes(weights: list[PlannedWeight], stored: str) -> WeightBytes:
@@ -180,13 +241,11 @@ def load_engine(
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
     plan = prepared.plan
-    model = load_decoder(
-        prepared.checkpoint,
-        prepared.dtype,
-        prepared.device,
-        prepared.ops,
-        into=prepared.decoder,
-    )
+    model = prepared.decoder
+    if not model.norm.weight.is_meta:  # an engine was made of this before
+        ranks = prepared.decoder.ranks
+        model = Decoder(model.config, prepared.ops, prepared.dtype, device="meta", ranks=ranks)
+    prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(
         prepared.checkpoint.config.caches(prepared.dtype),

@@ -217,11 +217,12 @@ def human_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> int:
+def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int, ranks: int = 1) -> int:
     """Bound on what one step allocates: the activations of its widest moment, and its logits.
 
     T tokens pass each layer: hidden states, residual and norm; q, k, v and attention's output, in
-    float32 inside the kernels; or (token, expert) rows of the feed-forward. Then L rows of logits.
+    float32 inside the kernels; or (token, expert) rows of the feed-forward, of all ranks' tokens
+    where several share the experts. Then L rows of logits.
     Beside them lie at first the parts that plain PyTorch puts them together from, then what
     sampling needs.
     """
@@ -229,7 +230,7 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> 
     hidden = 4 * model.hidden_size * _FLOAT32
     attention = 2 * max((mixer.activations for mixer in model.mixers), default=0) * _FLOAT32
     widest = max(
-        (part.router.top_k if part.router else 1) * (3 * part.width + 2 * model.hidden_size)
+        (part.router.top_k * ranks if part.router else 1) * (3 * part.width + 2 * model.hidden_size)
         + 3 * part.shared_width
         for part in model.feed_forward
     )
@@ -239,6 +240,21 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int) -> 
     beside = max(logits, sampling_bytes(model.vocab_size, engine.max_model_len or 0))
     activations = tokens * (hidden + max(attention, widest * max(itemsize, _FLOAT32)))
     return activations + min(scores, 2**28) + logits + beside
+
+
+def exchange_bytes(model: ModelConfig, tokens: int, ranks: int, itemsize: int) -> int:
+    """The most that a step of so many tokens sends to other ranks and gets back from them.
+
+    A token's row and its ids go once to each rank that computes any of its choices; a row for each
+    choice comes back.
+    """
+    total = 0
+    for part in model.feed_forward:
+        if part.router is not None and ranks > 1:
+            top_k = part.router.top_k
+            row = model.hidden_size * itemsize
+            total += min(top_k, ranks - 1) * (row + top_k * _INT64) + top_k * row
+    return tokens * total
 
 
 def logit_rows(engine: EngineConfig) -> int:
@@ -270,6 +286,7 @@ def plan_memory(
     available: int,
     available_of: str = "",
     recorded: int | None = None,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Divide `available` bytes. Raises MemoryPlanError or ConfigError with the numbers where the
     wish cannot be met.
@@ -278,6 +295,7 @@ def plan_memory(
     up for the cache's would come from the disk again and again.
 
     recorded: what the programs of a step take, where they are recorded; else it is estimated.
+    ranks: how many share the experts; weights and all else are those of one of them.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
     half of what is left after weights and workspace.
@@ -291,7 +309,7 @@ def plan_memory(
         )
     if recorded is None:
         itemsize = _FLOAT32 if dtype == "float32" else 2
-        workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize)
+        workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize, ranks)
     else:
         workspace = recorded + sampling_bytes(model.vocab_size, length)
     plan = MemoryPlan(

@@ -101,6 +101,16 @@ class ModelConfig:
         parts = (layer.feed_forward for layer in self.layers)
         return tuple(part for part in parts if part is not None)
 
+    @property
+    def experts(self) -> dict[int, int]:
+        """How many each layer has that has a router, by the layer's number."""
+        parts = enumerate(layer.feed_forward for layer in self.layers)
+        return {
+            number: part.router.num_experts
+            for number, part in parts
+            if part is not None and part.router is not None
+        }
+
     def caches(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """What each layer keeps of the past, in a model of `dtype`; an empty one keeps nothing."""
         mixers = (layer.mixer for layer in self.layers)

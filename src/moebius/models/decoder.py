@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moebius.models.config import LayerSpec, ModelConfig
-from moebius.moe.layer import Dispatcher, FeedForward, LocalDispatcher
+from moebius.moe.dispatch import LocalDispatcher
+from moebius.moe.layer import FeedForward
+from moebius.moe.ranks import ExpertRank
 from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Embedding, Linear, RMSNorm
 from moebius.nn.mixer import MixerModule, Past
@@ -31,7 +33,7 @@ class Stream(NamedTuple):
 class Layer(nn.Module):
     """What a LayerSpec describes. Its parts are named as in published checkpoints of Llama."""
 
-    def __init__(self, spec: LayerSpec, place: Place, dispatch: Dispatcher) -> None:
+    def __init__(self, spec: LayerSpec, place: Place, ranks: ExpertRank | None = None) -> None:
         super().__init__()
         self.multiplier = spec.residual_multiplier
 
@@ -47,8 +49,10 @@ class Layer(nn.Module):
             self.mixer_output_norm = norm() if sandwich else None
         if spec.feed_forward is not None:
             self.post_attention_layernorm = norm()
+            dispatch = ranks.dispatcher(place.ops, place.layer) if ranks else LocalDispatcher()
+            held = ranks.held(place.layer) if ranks else None
             self.mlp = FeedForward(
-                spec.feed_forward, place.hidden_size, place.ops, dispatch, place.dtype
+                spec.feed_forward, place.hidden_size, place.ops, dispatch, place.dtype, held
             )
             self.mlp_output_norm = norm() if sandwich else None
 
@@ -77,6 +81,8 @@ class Decoder(nn.Module):
 
     Built on `device` with uninitialised parameters of `dtype`, for moebius.models.store.load or
     moebius.train.initial to fill.
+
+    ranks: where its layers' experts are spread over several ranks, this one's part.
     """
 
     def __init__(
@@ -85,17 +91,19 @@ class Decoder(nn.Module):
         ops: Ops,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        dispatch: Dispatcher | None = None,
+        ranks: ExpertRank | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.ops = ops
-        dispatch = dispatch or LocalDispatcher()
+        if ranks is not None:
+            ranks.require(config.experts)
+        self.ranks = ranks
         place = Place(ops, config.hidden_size, config.norm_eps, dtype)
         with torch.device(device):
             self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
-                Layer(spec, replace(place, layer=number), dispatch)
+                Layer(spec, replace(place, layer=number), ranks)
                 for number, spec in enumerate(config.layers)
             )
             self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)

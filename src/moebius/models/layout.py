@@ -103,12 +103,14 @@ class Layout:
         stored = self.names.get(role) or USUAL.get(role) or role
         before = self.layer.replace("{i}", str(number))
         ours = f"layers.{number}.{name}"
+        whose = None if expert is None else (number, expert)
         if isinstance(stored, str):
             theirs = before + stored.replace("{e}", str(expert))
-            return Source(ours, shape, theirs, shape, None, 0, float32)
+            return Source(ours, shape, theirs, shape, None, 0, float32, whose)
         rows = shape[0]
         whole = (experts, stored.parts * rows, *shape[1:])
-        return Source(ours, shape, before + stored.name, whole, expert, stored.part * rows, float32)
+        first = stored.part * rows
+        return Source(ours, shape, before + stored.name, whole, expert, first, float32, whose)
 
 
 class Source(NamedTuple):
@@ -116,7 +118,8 @@ class Source(NamedTuple):
     stacked one.
 
     shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32
-    stays so in any model.
+    stays so in any model. expert is whose it is in which layer, where it belongs to one of several
+    experts.
     """
 
     parameter: str
@@ -126,6 +129,7 @@ class Source(NamedTuple):
     entry: int | None = None
     start: int = 0
     float32: bool = False
+    expert: tuple[int, int] | None = None
 
 
 def _whole(parameter: str, name: str, *shape: int) -> Source:

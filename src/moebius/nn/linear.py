@@ -1,6 +1,6 @@
 """Embedding, linear layers and norms: parameters, and the backend's operation on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Self
 
 import torch
@@ -42,27 +42,49 @@ class Weighted(nn.Module):
 
 
 class WeightList(nn.ParameterList):
-    """As many weights (O, I), each a parameter or, to serve, a matrix: see Weighted."""
+    """`count` weights, each a parameter or, to serve, a matrix: see Weighted.
+
+    Of those that are not in `held` (None: all are) there is the number and nothing else: a hole.
+    """
+
+    def __init__(
+        self, count: int, *shape: int, dtype: torch.dtype, held: Container[int] | None = None
+    ) -> None:
+        super().__init__()
+        self._size = count
+        self._matrices: dict[str, Matrix] = {}
+        for index in range(count):
+            here = held is None or index in held
+            made = nn.Parameter(torch.empty(*shape, dtype=dtype)) if here else None
+            self.register_parameter(str(index), made)
 
     def hold(self, index: int, matrix: Matrix) -> None:
         """Compute with `matrix` in place of a parameter. Raises ValueError for another shape."""
-        _require_shape(matrix, self[index])
-        self._parameters.pop(str(index), None)
-        setattr(self, str(index), matrix)
+        weight = self.held()[index]
+        if weight is not None:
+            _require_shape(matrix, weight)
+        self._parameters[str(index)] = None
+        self._matrices[str(index)] = matrix
+
+    def drop(self, index: int) -> None:
+        """Make a hole of it."""
+        self._parameters[str(index)] = None
+        self._matrices.pop(str(index), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for index, weight in enumerate(self.held()):
-            if isinstance(weight, Matrix):
-                setattr(self, str(index), weight.moved(fn))
+        self._matrices = {name: matrix.moved(fn) for name, matrix in self._matrices.items()}
         return self
 
-    def held(self) -> tuple[Weight, ...]:
+    def held(self) -> tuple[Weight | None, ...]:
         """What is computed with; ParameterList's own indexing costs a millisecond a hundred."""
-        parameters = tuple(self._parameters.values())
-        if len(parameters) < len(self):
-            return tuple(getattr(self, str(index)) for index in range(len(self)))
-        return parameters  # type: ignore[return-value]  # none of them is None
+        if not self._matrices:
+            return self.vectors()
+        return tuple(self._matrices.get(name, x) for name, x in self._parameters.items())
+
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """The same where no matrix takes a parameter's place."""
+        return tuple(self._parameters.values())
 
 
 def _require_shape(matrix: Matrix, weight: Weight) -> None:

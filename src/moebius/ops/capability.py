@@ -24,6 +24,8 @@ class Operation(StrEnum):
     PAGED_ATTENTION = "paged_attention"
     ROUTE = "route"
     EXPERTS = "experts"
+    EXPERT_ROWS = "expert_rows"
+    COMBINE = "combine"
     ADD_GATED = "add_gated"
     SAMPLING = "sampling"
 

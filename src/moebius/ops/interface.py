@@ -269,7 +269,7 @@ class Ops(SamplerOps):
     def prepare_experts(
         self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
     ) -> PreparedExperts:
-        """What `experts` needs to know of one layer's experts; the tensors stay where they are.
+        """What `experts` and `expert_rows` need of one layer's experts; the tensors stay in place.
 
         Formats and dtype are as in prepare_linear. Raises ValueError for what the backend cannot
         read in place.
@@ -288,5 +288,19 @@ class Ops(SamplerOps):
         Each expert's output is rounded to the model's dtype; the sum over k, times weights_TK
         (float32), runs in routing order in float32. Without up it is down(act(gate x)). Without
         weights and ids (int64) there is one expert, which serves every token: a dense
-        feed-forward. Raises IndexError for an id that is no expert's.
+        feed-forward. Raises IndexError for an id that is no expert's, or a hole's.
+        """
+
+    @abstractmethod
+    def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
+        """What `experts` sums, before the sum: each choice's output, rounded: (R, K, D).
+
+        An id of E stands for none, whose row holds anything. Raises IndexError as `experts`.
+        """
+
+    @abstractmethod
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        """The sum over k, in that order, of weights (float32) times rows: (T, D).
+
+        In float32, rounded once: so what experts elsewhere gave is the sum of those here.
         """

@@ -20,14 +20,17 @@ class ExpertWeights(NamedTuple):
     gate_FD, up_FD   E weights (F, D); up is empty where experts have two matrices
     down_DF          E weights (D, F)
     the biases       E tensors each, (F,), (F,) and (D,), or empty for none
+
+    All that an expert has is None where another rank holds it: a hole. There is at least one
+    that is none.
     """
 
-    gate_FD: Sequence[Weight]
-    up_FD: Sequence[Weight]
-    down_DF: Sequence[Weight]
-    gate_bias_F: Sequence[Tensor] = ()
-    up_bias_F: Sequence[Tensor] = ()
-    down_bias_D: Sequence[Tensor] = ()
+    gate_FD: Sequence[Weight | None]
+    up_FD: Sequence[Weight | None]
+    down_DF: Sequence[Weight | None]
+    gate_bias_F: Sequence[Tensor | None] = ()
+    up_bias_F: Sequence[Tensor | None] = ()
+    down_bias_D: Sequence[Tensor | None] = ()
 
     def tensors(self) -> list[Tensor | None]:
         """What all of them lie in, kind after kind."""

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -22,6 +22,7 @@ from moebius.models.layout import Layout, Source, sources
 from moebius.models.store.kinds import open_store
 from moebius.models.store.plan import PlannedWeight, planned_weight
 from moebius.models.store.tensors import Store, StoredTensor, check, short_name
+from moebius.moe.ranks import ExpertRank
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +56,29 @@ class Checkpoint:
             sizes[str(tensor.format)] += size // math.prod(tensor.shape)
         return max(sizes, key=lambda name: sizes[name])
 
+    def sources_at(self, ranks: ExpertRank | None) -> Sequence[Source]:
+        """Those of what a rank holds; all of them without ranks."""
+        if ranks is None:
+            return self.sources
+        held = ranks.holds
+        return [each for each in self.sources if each.expert is None or held(*each.expert)]
+
     def plan_weights(
-        self, dtype: str, device: str = "cpu", formats: Collection[str] = ()
+        self,
+        dtype: str,
+        device: str = "cpu",
+        formats: Collection[str] = (),
+        sources: Sequence[Source] | None = None,
     ) -> list[PlannedWeight]:
         """How each parameter is held on `device` by a model that computes in `dtype`.
 
         formats: those of matrices that the backend reads where they lie (Ops.formats), besides
-        `dtype` itself. Loads none; loading holds each as this says.
+        `dtype` itself. sources: of the parameters in question, None for all. Loads none; loading
+        holds each as this says.
         """
         return [
             planned_weight(source, self.tensors[source.name], dtype, device, formats)
-            for source in self.sources
+            for source in (self.sources if sources is None else sources)
         ]
 
 

@@ -1,7 +1,7 @@
 """A checkpoint's tensors into a Decoder, where they lie in their files wherever that can be."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,12 @@ from moebius.models.layout import Source
 from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
+from moebius.moe.placement import Placement
+from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import FORMATS, Matrix, Ops, Weight, select_ops
 from moebius.ops.weights import Dense, dtype_name
+from moebius.pages import Span
 
 
 def load_decoder(
@@ -25,45 +28,141 @@ def load_decoder(
     ops: Ops | None = None,
     *,
     mapped: bool = True,
-    into: Decoder | None = None,
+    ranks: ExpertRank | None = None,
 ) -> Decoder:
     """A decoder with a checkpoint's weights, which computes in `dtype` on `device`.
 
-    On a CPU, tensors are used where they lie in the mapped file if they are stored as `dtype`, or
-    are matrices in a format that the backend reads in place: loading copies nothing and processes
-    share the pages. All others are copied as `dtype`; Checkpoint.plan_weights says which. Mapped
-    weights cannot be written and take no gradient; mapped=False copies all of them, as `dtype`, for
-    training. `into` is a decoder of this configuration that has no memory yet, where there is one.
-    Raises ConfigError or WeightsError before anything is allocated.
+    ranks: where its experts are spread over several ranks, the one whose share is to be loaded.
+    The other arguments and what is raised are as in Loader.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
-    decoder = into
-    if decoder is None or not decoder.norm.weight.is_meta:
-        decoder = Decoder(checkpoint.config, ops or select_ops(device, dtype), dtype, device="meta")
-    _check_all_have_a_source(decoder, checkpoint.sources)
-    formats = decoder.ops.formats(dtype) if mapped else frozenset[str]()
-    planned = checkpoint.plan_weights(dtype_name(dtype), device.type, formats)
-    files = MappedFiles()
-    modules = dict(decoder.named_modules())
-    for source, plan in zip(checkpoint.sources, planned, strict=True):
-        weight = _view(files, source, checkpoint.tensors[source.name])
-        if not plan.mapped:
-            weight = _copied(weight, plan.format, device)
-        elif not mapped and isinstance(weight, Tensor):
-            weight = weight.clone()
-        module, _, leaf = source.parameter.rpartition(".")
-        _put(modules[module], leaf, weight, requires_grad=not mapped)
+    ops = ops or select_ops(device, dtype)
+    decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
+    Loader(checkpoint, device, mapped=mapped).fill(decoder)
     return decoder
+
+
+class Loader:
+    """Puts a checkpoint's tensors into decoders, where they lie in their files if that can be.
+
+    On a CPU, tensors are used where they lie in the mapped file if they are stored as the dtype
+    that is computed in, or are matrices in a format that the backend reads in place: loading copies
+    nothing and processes share the pages. All others are copied as that dtype;
+    Checkpoint.plan_weights says which. Mapped weights cannot be written and take no gradient;
+    mapped=False copies all of them, for training.
+
+    A rank that shares experts with others reads and holds its own alone.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, *, mapped: bool = True
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self._mapped = mapped
+        self._whole = MappedFiles()
+        self._parts = MappedFiles(whole=False)
+
+    def fill(self, decoder: Decoder) -> None:
+        """Give all parameters of a decoder on meta their values.
+
+        Raises ConfigError or WeightsError before anything is allocated.
+        """
+        sources = self.checkpoint.sources_at(decoder.ranks)
+        _check_all_have_a_source(decoder, sources)
+        self._put(decoder, self._values(decoder, sources, self._files(decoder)))
+
+    def move_experts(self, decoder: Decoder, placement: Placement, rank: int | None = None) -> None:
+        """Let a rank hold what `placement` says of it, between two steps of all ranks.
+
+        New experts are there when this returns, and those that went to others are no longer.
+        Programs of the decoder have to be recorded anew (Decoder.moves says so). rank: its number
+        from now on, where it is another. Raises ConfigError as ExpertRank.place and WeightsError;
+        then all is as it was.
+        """
+        ranks = decoder.ranks
+        assert ranks is not None, "this decoder holds all experts"
+        rank = ranks.rank if rank is None else rank
+        ranks.check(placement, rank)
+        files = self._files(decoder)
+        before = self._expert_sources(ranks)
+        after = self._expert_sources(ExpertRank(placement, rank, ranks.tokens))
+        come = [source for name, source in after.items() if name not in before]
+        gone = [source for name, source in before.items() if name not in after]
+        self._put(decoder, self._values(decoder, come, files))
+        ranks.place(placement, rank)
+        modules = dict(decoder.named_modules())
+        for source in gone:
+            module, _, leaf = source.parameter.rpartition(".")
+            experts = modules[module]
+            assert isinstance(experts, WeightList)
+            experts.drop(int(leaf))
+        for file, spans in self._spans(gone).items():
+            files.release(file, spans)
+        decoder.moves += 1
+
+    def _files(self, decoder: Decoder) -> MappedFiles:
+        return self._whole if decoder.ranks is None else self._parts
+
+    def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
+        sources = self.checkpoint.sources_at(ranks)
+        return {source.parameter: source for source in sources if source.expert is not None}
+
+    def _spans(self, sources: Iterable[Source]) -> dict[Path, list[Span]]:
+        """Where sources lie in their files."""
+        found: dict[Path, list[Span]] = {}
+        for source in sources:
+            stored = self.checkpoint.tensors[source.name]
+            found.setdefault(stored.file, []).append(_span(source, stored))
+        return found
+
+    def _values(
+        self, decoder: Decoder, sources: Sequence[Source], files: MappedFiles
+    ) -> list[tuple[Source, Weight]]:
+        """What a decoder's parameters will be, for these sources."""
+        dtype = dtype_name(decoder.dtype)
+        formats = decoder.ops.formats(decoder.dtype) if self._mapped else frozenset[str]()
+        planned = self.checkpoint.plan_weights(dtype, self.device.type, formats, sources)
+        if not files.whole:
+            for file, spans in self._spans(sources).items():
+                files.fetch(file, spans)
+        values = []
+        for source, plan in zip(sources, planned, strict=True):
+            weight = _view(files, source, self.checkpoint.tensors[source.name])
+            if not plan.mapped:
+                weight = _copied(weight, plan.format, self.device)
+            elif not self._mapped and isinstance(weight, Tensor):
+                weight = weight.clone()
+            values.append((source, weight))
+        return values
+
+    def _put(self, decoder: Decoder, values: Iterable[tuple[Source, Weight]]) -> None:
+        modules = dict(decoder.named_modules())
+        for source, weight in values:
+            module, _, leaf = source.parameter.rpartition(".")
+            _put(modules[module], leaf, weight, requires_grad=not self._mapped)
+
+
+def _span(source: Source, stored: StoredTensor) -> Span:
+    """The bytes of a source in its file."""
+    if source.entry is None:
+        return stored.start, stored.stop
+    row_bytes = (stored.stop - stored.start) // math.prod(stored.shape[:2])
+    first = stored.start + row_bytes * _first_row(source)
+    return first, first + row_bytes * source.shape[0]
+
+
+def _first_row(source: Source) -> int:
+    """Where a source begins in the rows of all entries of its tensor."""
+    return 0 if source.entry is None else source.entry * source.stored_shape[1] + source.start
 
 
 def _view(files: MappedFiles, source: Source, stored: StoredTensor) -> Weight:
     """The source's values where they lie, as they are stored."""
     format = FORMATS[str(stored.format)]
-    first_row = 0
-    if source.entry is not None:
-        first_row = source.entry * source.stored_shape[1] + source.start
+    first_row = _first_row(source)
     if isinstance(format, Dense):
         skipped = first_row * math.prod(source.stored_shape[2:])
         return files.view(stored, format.dtype, skipped, source.shape)

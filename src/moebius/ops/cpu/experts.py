@@ -11,6 +11,7 @@ from moebius import _cpu
 from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.cpu.base import (
+    FORMATS,
     CpuBase,
     Held,
     address,
@@ -22,6 +23,7 @@ from moebius.ops.cpu.base import (
 from moebius.ops.prepared import PreparedExperts, own
 from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
+from moebius.ops.weights import Weight, dtype_name
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
@@ -86,17 +88,20 @@ class ExpertOps(CpuBase):
         require_no_gradient(*tensors)
         kinds = (weights.gate_FD, weights.up_FD, weights.down_DF)
         biases = (weights.gate_bias_F, weights.up_bias_F, weights.down_bias_D)
-        dtype = dtype or common_dtype(weight for kind in kinds for weight in kind)
+        held = [weight for kind in kinds for weight in kind if weight is not None]
+        if not held:
+            raise ValueError("none of a layer's experts is held here; a rank needs at least one")
+        dtype = dtype or common_dtype(held)
         number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
-        width, hidden = weights.gate_FD[0].shape
+        width, hidden = held[0].shape
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,
             width=width,
             activation=_ACTIVATIONS[activation],
-            gate=[native_matrix(weight, dtype) for weight in weights.gate_FD],
-            up=[native_matrix(weight, dtype) for weight in weights.up_FD],
-            down=[native_matrix(weight, dtype) for weight in weights.down_DF],
+            gate=_matrices(weights.gate_FD, (width, hidden), dtype),
+            up=_matrices(weights.up_FD, (width, hidden), dtype),
+            down=_matrices(weights.down_DF, (hidden, width), dtype),
             gate_bias=[address(bias) for bias in weights.gate_bias_F],
             up_bias=[address(bias) for bias in weights.up_bias_F],
             down_bias=[address(bias) for bias in weights.down_bias_D],
@@ -113,11 +118,7 @@ class ExpertOps(CpuBase):
         if isinstance(experts, ReferenceExperts):
             self._lacks(Use(Operation.EXPERTS, x_TD.dtype, frozenset({Feature.TWO_MATRICES})))
             return self._fallback.experts(x_TD, weights_TK, expert_ids_TK, experts)
-        prepared = own(experts, CpuExperts)
-        if x_TD.dtype != prepared.dtype:
-            raise ValueError(
-                f"the CPU kernels want one dtype, not {x_TD.dtype} and {prepared.dtype}"
-            )
+        prepared = _own(experts, x_TD)
         out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
         inner = self._empty(x_TD, (top_k, prepared.width), x_TD.dtype)
@@ -136,6 +137,56 @@ class ExpertOps(CpuBase):
         )
         self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)
         return out
+
+    def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
+        if isinstance(experts, ReferenceExperts):
+            self._lacks(Use(Operation.EXPERT_ROWS, x_RD.dtype, frozenset({Feature.TWO_MATRICES})))
+            return self._fallback.expert_rows(x_RD, expert_ids_RK, experts)
+        prepared = _own(experts, x_RD)
+        top_k = expert_ids_RK.shape[1]
+        out = self._empty(x_RD, (top_k, *x_RD.shape[1:]), x_RD.dtype)
+        inner = self._empty(x_RD, (top_k, prepared.width), x_RD.dtype)
+        call = _cpu.ExpertRows(
+            experts=prepared.table,
+            x=self._at(x_RD),
+            ids=self._at(expert_ids_RK, torch.int64),
+            top_k=top_k,
+            inner=self._at(inner),
+            out=self._at(out),
+        )
+        self._run(Operation.EXPERT_ROWS, call, x_RD, len(x_RD), prepared)
+        return out
+
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        rows, top_k, size = x_TKD.shape
+        out = self._empty(x_TKD, (size,), x_TKD.dtype)
+        call = _cpu.Combine(
+            dtype=require_dtype(x_TKD.dtype),
+            x=self._at(x_TKD),
+            weights=self._at(weights_TK, torch.float32),
+            top_k=top_k,
+            size=size,
+            out=self._at(out),
+        )
+        self._run(Operation.COMBINE, call, x_TKD, rows)
+        return out
+
+
+def _own(experts: PreparedExperts, x: Tensor) -> CpuExperts:
+    """This backend's experts, for rows of x's dtype. Raises ValueError for those of another."""
+    prepared = own(experts, CpuExperts)
+    if x.dtype != prepared.dtype:
+        raise ValueError(f"the CPU kernels want one dtype, not {x.dtype} and {prepared.dtype}")
+    return prepared
+
+
+def _matrices(
+    weights: Sequence[Weight | None], shape: tuple[int, int], dtype: torch.dtype
+) -> list[_cpu.Matrix]:
+    """Each weight where it lies; a hole's lies nowhere."""
+    rows, columns = shape
+    hole = _cpu.Matrix(format=FORMATS[dtype_name(dtype)], rows=rows, columns=columns, data=0)
+    return [hole if weight is None else native_matrix(weight, dtype) for weight in weights]
 
 
 @cache

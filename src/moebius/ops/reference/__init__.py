@@ -6,13 +6,13 @@ Everything but the KV cache is differentiable. Nothing loops over tokens.
 
 from moebius.ops.capability import Capability, Use
 from moebius.ops.reference.attention import TILE, AttentionOps, visible
-from moebius.ops.reference.experts import ExpertOps, activate, combine
+from moebius.ops.reference.experts import ExpertOps, activate
 from moebius.ops.reference.linear import LOGITS_ROWS, LinearOps
 from moebius.ops.reference.pointwise import PointwiseOps
 from moebius.ops.reference.program import ProgramOps
 from moebius.ops.reference.sampling import SamplingOps
 
-__all__ = ["LOGITS_ROWS", "TILE", "ReferenceOps", "activate", "combine", "visible"]
+__all__ = ["LOGITS_ROWS", "TILE", "ReferenceOps", "activate", "visible"]
 
 
 class ReferenceOps(ProgramOps, LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):

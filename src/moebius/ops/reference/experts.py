@@ -77,21 +77,29 @@ class ExpertOps(Ops):
         experts: PreparedExperts,
     ) -> Tensor:
         prepared = own(experts, ReferenceExperts)
-        weights = prepared.weights
-
-        def hidden(gate: Tensor, up: Tensor | None) -> Tensor:
-            inner = activate(gate, prepared.activation)
-            return self.dropout(
-                inner if up is None else inner * up, routed=expert_ids_TK is not None
-            )
-
         if weights_TK is None or expert_ids_TK is None:
-            return _one_expert(x_TD, weights, 0, hidden)
-        tokens, k = expert_ids_TK.shape
+            hidden = self._hidden(prepared.activation, routed=False)
+            return _one_expert(x_TD, prepared.weights, 0, hidden)
+        rows_TKD = self._rows(x_TD, expert_ids_TK, prepared, drops=self.drops)
+        return weighted_sum(rows_TKD, weights_TK).to(x_TD.dtype)
+
+    def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
+        return self._rows(x_RD, expert_ids_RK, own(experts, ReferenceExperts), drops=True)
+
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        return weighted_sum(x_TKD, weights_TK).to(x_TKD.dtype)
+
+    def _rows(
+        self, x_TD: Tensor, ids_TK: Tensor, prepared: ReferenceExperts, *, drops: bool
+    ) -> Tensor:
+        """Each choice's output (T, K, D). drops: an id of E stands for none, whose row is zeros."""
+        weights = prepared.weights
+        hidden = self._hidden(prepared.activation, routed=True)
+        tokens, k = ids_TK.shape
         num_experts = len(weights.gate_FD)
-        flat_ids = expert_ids_TK.reshape(-1)
+        flat_ids = ids_TK.reshape(-1)
         order = torch.argsort(flat_ids, stable=True)
-        chosen = order[: int((flat_ids < num_experts).sum())] if self.drops else order
+        chosen = order[: int((flat_ids < num_experts).sum())] if drops else order
         rows_PD = x_TD.index_select(0, chosen.div(k, rounding_mode="floor") if k > 1 else chosen)
         if torch.is_grad_enabled() and _can_stack(weights, x_TD):
             every_E = torch.arange(num_experts, device=x_TD.device)
@@ -106,8 +114,16 @@ class ExpertOps(Ops):
             )
         position = torch.empty_like(order)
         position[order] = torch.arange(order.numel(), device=order.device)
-        out_TKD = out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
-        return combine(out_TKD, weights_TK).to(x_TD.dtype)
+        return out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
+
+    def _hidden(self, activation: Activation, *, routed: bool) -> Hidden:
+        """From an expert's gate and up to what down reads."""
+
+        def hidden(gate: Tensor, up: Tensor | None) -> Tensor:
+            inner = activate(gate, activation)
+            return self.dropout(inner if up is None else inner * up, routed=routed)
+
+        return hidden
 
     def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
         """What fine-tuning does to the inner values of a feed-forward, of experts behind a router
@@ -115,7 +131,7 @@ class ExpertOps(Ops):
         return x
 
 
-def combine(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+def weighted_sum(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """The weighted sum over k, in routing order, in float32: (T, D) float32."""
     total = out_TKD[:, 0].float() * weights_TK[:, :1]
     for k in range(1, out_TKD.shape[1]):
@@ -123,13 +139,18 @@ def combine(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     return total
 
 
-def _bias(biases: Sequence[Tensor], e: int) -> Tensor | None:
+def _bias(biases: Sequence[Tensor | None], e: int) -> Tensor | None:
     return biases[e] if biases else None
 
 
 def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, hidden: Hidden) -> Tensor:
-    def product(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor]) -> Tensor:
-        return F.linear(x, widened_for(x, weights[e]), _bias(biases, e))
+    def product(
+        x: Tensor, weights: Sequence[Weight | None], biases: Sequence[Tensor | None]
+    ) -> Tensor:
+        weight = weights[e]
+        if weight is None:
+            raise IndexError(f"expert {e} is not held here")
+        return F.linear(x, widened_for(x, weight), _bias(biases, e))
 
     gate = product(x_TD, w.gate_FD, w.gate_bias_F)
     up = product(x_TD, w.up_FD, w.up_bias_F) if w.up_FD else None
@@ -150,12 +171,15 @@ def _experts_in_turn(
 
 
 def _can_stack(w: ExpertWeights, x_TD: Tensor) -> bool:
-    """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no
-    bias."""
+    """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no bias;
+    a hole has nothing to stack."""
     dtype = _compute_dtype(x_TD)
     if w.down_bias_D or (x_TD.is_cuda and dtype != torch.bfloat16):
         return False
-    return all(size * dtype.itemsize % 16 == 0 for size in w.gate_FD[0].shape)
+    sizes = [None if weight is None else weight.shape for weight in w.gate_FD]
+    if sizes[0] is None or None in sizes:
+        return False
+    return all(size * dtype.itemsize % 16 == 0 for size in sizes[0])
 
 
 def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, hidden: Hidden) -> Tensor:
@@ -164,8 +188,11 @@ def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, hidden: 
     dtype = _compute_dtype(rows_PD)
     rows = rows_PD.to(dtype)
 
-    def product(x: Tensor, weights: Sequence[Weight]) -> Tensor:
-        stored = [w.widened(dtype) if isinstance(w, Matrix) else w for w in weights]
+    def product(x: Tensor, weights: Sequence[Weight | None]) -> Tensor:
+        held = [
+            weight for weight in weights if weight is not None
+        ]  # all of them, as _can_stack says
+        stored = [w.widened(dtype) if isinstance(w, Matrix) else w for w in held]
         return F.grouped_mm(x, torch.stack(stored).to(dtype).transpose(1, 2), offs=ends_E)
 
     gated = hidden(product(rows, w.gate_FD), product(rows, w.up_FD) if w.up_FD else None)

@@ -1,0 +1,68 @@
+"""A layer's experts: their parameters, and the backend's operations on them."""
+
+from collections.abc import Container
+
+import torch
+from torch import Tensor, nn
+
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.linear import WeightList
+from moebius.ops import ExpertWeights, Ops, PreparedExperts
+
+
+class Experts(nn.Module):
+    """E experts: gate_proj.e, up_proj.e where gated (F, D), down_proj.e (D, F); dense is E = 1.
+
+    held: those that lie at this rank, None for all. The others are holes, without parameters.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: FeedForwardConfig,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        dtype: torch.dtype,
+        held: Container[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.ops = ops
+        self.activation = config.activation
+        self._prepared: PreparedExperts | None = None
+
+        def weights(*shape: int, wanted: bool = True) -> WeightList:
+            return WeightList(num_experts if wanted else 0, *shape, dtype=dtype, held=held)
+
+        self.gate_proj = weights(width, hidden_size)
+        self.up_proj = weights(width, hidden_size, wanted=config.gated)
+        self.down_proj = weights(hidden_size, width)
+        self.gate_bias = weights(width, wanted=config.bias)
+        self.up_bias = weights(width, wanted=config.bias and config.gated)
+        self.down_bias = weights(hidden_size, wanted=config.bias)
+
+    def weights(self) -> ExpertWeights:
+        """The weights as they are now."""
+        return ExpertWeights(
+            self.gate_proj.held(),
+            self.up_proj.held(),
+            self.down_proj.held(),
+            self.gate_bias.vectors(),
+            self.up_bias.vectors(),
+            self.down_bias.vectors(),
+        )
+
+    def forward(
+        self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None
+    ) -> Tensor:
+        return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self._handle(x_TD.dtype))
+
+    def rows(self, x_RD: Tensor, expert_ids_RK: Tensor) -> Tensor:
+        """Each choice's own output (R, K, D); an id of E stands for none."""
+        return self.ops.expert_rows(x_RD, expert_ids_RK, self._handle(x_RD.dtype))
+
+    def _handle(self, dtype: torch.dtype) -> PreparedExperts:
+        weights = self.weights()
+        if self._prepared is None or not self._prepared.is_of(weights):
+            self._prepared = self.ops.prepare_experts(weights, self.activation, dtype)
+        return self._prepared
