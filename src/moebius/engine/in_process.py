@@ -16,6 +16,8 @@ from moebius.schedule.engine_request import EngineRequest
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[list[StepOutput]], None]
+_Item = EngineRequest | str | Callable[[], None]
+"""A request, the id of one to abort, or other work between two steps."""
 _IDLE_SECONDS = 0.5
 
 
@@ -31,7 +33,9 @@ class InProcessClient:
     def __init__(self, engine: Engine, *, step_deadline: float) -> None:
         self._engine = engine
         self._step_deadline = step_deadline
-        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[EngineRequest | str | Callable[[], None] | None] = (
+            queue.SimpleQueue()
+        )
         self._deliver: Deliver | None = None
         self._lock = threading.Lock()
         self._unfinished: dict[str, None] = {}
@@ -69,6 +73,10 @@ class InProcessClient:
         with self._lock:
             if not self._stopping.is_set():
                 self._inbox.put(request_id)
+
+    def between_steps(self, work: Callable[[], None]) -> None:
+        """Do some work on the engine's thread, in its turn among requests and aborts."""
+        self._inbox.put(work)
 
     def advance(self, wanted: Callable[[], bool]) -> bool:
         """Nothing: the engine makes its steps itself."""
@@ -170,3 +178,5 @@ class InProcessClient:
                 outputs += self._engine.take(item)
             elif isinstance(item, str):
                 outputs += self._engine.drop(item)
+            elif item is not None:
+                item()
