@@ -14,6 +14,8 @@ from moebius.schedule.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
+_Item = EngineRequest | str | Callable[[], None]
+"""A request, the id of one to abort, or other work between two steps."""
 _IDLE_SECONDS = 0.5
 
 
@@ -24,7 +26,7 @@ class InProcessClient:
     def __init__(self, engine: Engine, *, step_deadline: float) -> None:
         self._engine = engine
         self._step_deadline = step_deadline
-        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._deliveries = Deliveries(engine.drop)
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -50,6 +52,10 @@ class InProcessClient:
 
     def abort(self, request_id: str) -> None:
         self._deliveries.while_running(lambda: self._inbox.put(request_id))
+
+    def between_steps(self, work: Callable[[], None]) -> None:
+        """Do some work on the engine's thread, in its turn among requests and aborts."""
+        self._inbox.put(work)
 
     def advance(self, wanted: Callable[[], bool]) -> bool:
         """Nothing: the engine makes its steps itself."""
@@ -115,3 +121,5 @@ class InProcessClient:
                 outputs += self._engine.take(item)
             elif isinstance(item, str):
                 outputs += self._engine.drop(item)
+            elif item is not None:
+                item()
