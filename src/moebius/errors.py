@@ -223,6 +223,8 @@ class ChannelError(EngineError, wire_code="channel"):
 
 class ChannelClosedError(ChannelError, wire_code="channel_closed"):
     """The other end of a connection has closed it."""
+
+
 class PeerError(EngineError, wire_code="peer"):
     """Ranks of a group did not come in time, have left, or are not in step with this one.
 

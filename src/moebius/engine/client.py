@@ -96,10 +96,10 @@ class EngineStats:
 
     step_tokens[i] counts the steps that computed at most STEP_TOKENS_BOUNDS[i] tokens, prompts' and
     drawn ones alike, and more than the bound before; the last entry counts those beyond all bounds.
-    step_tokens_sum is of all steps. restarts counts engines that took the place of lost ones, and
-    replayed the requests that were asked for again. deferred of those that waited at the last step did so for a
+    step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
     prefix that another was computing, not for room. last_step and now are on the engine's monotonic
-    clock, in seconds.
+    clock, in seconds. restarts counts engines that took the place of lost ones, and replayed the
+    requests that were asked for again.
     """
 
     running: int = 0

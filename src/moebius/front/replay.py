@@ -345,12 +345,12 @@ class ReplayClient:
     def _welcome(self, number: int, life: int, engine: EngineClient) -> None:
         """A new engine takes the place of a lost one, unless it is lost, or not wanted, already."""
         with self._lock:
-            if not self._stopping and self._lives[number] == life:
+            wanted = not self._stopping and self._lives[number] == life
+            if wanted:
                 engine.start(partial(self._take, number, life))
                 self._engines[number] = engine
                 self._restarts += 1
-                engine = None
-        if engine is not None:
+        if not wanted:
             engine.close(0.0)
             return
         left = len(self._waiting)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from moebius.engine.client import EngineStats, ExpertLoads, LayerLoad
 
@@ -17,16 +18,19 @@ def add_stats(present: Sequence[EngineStats], past: EngineStats) -> EngineStats:
 
     Ready where all are, and there is one; the times are the latest.
     """
+    names = [field.name for field in fields(EngineStats) if field.name != "ready"]
     total = past
     for stats in present:
-        total = replace(total, **{name: _added(name, total, stats) for name in _NAMES})
+        sums: dict[str, Any] = {name: _added(name, total, stats) for name in names}
+        total = replace(total, **sums)
     ready = bool(present) and all(stats.ready for stats in present)
     return replace(total, ready=ready)
 
 
 def counters_of(stats: EngineStats) -> EngineStats:
     """What stays of an engine that is gone: its counters, without its gauges."""
-    return replace(stats, ready=False, **dict.fromkeys(_GAUGES, 0))
+    zeros: dict[str, Any] = dict.fromkeys(_GAUGES, 0)
+    return replace(stats, ready=False, **zeros)
 
 
 def add_loads(each: Sequence[ExpertLoads]) -> ExpertLoads:
@@ -39,9 +43,6 @@ def add_loads(each: Sequence[ExpertLoads]) -> ExpertLoads:
     return ExpertLoads(
         max(loads.steps for loads in each), tuple(_add_layers(layer) for layer in layers)
     )
-
-
-_NAMES = [field.name for field in fields(EngineStats) if field.name != "ready"]
 
 
 def _added(name: str, a: EngineStats, b: EngineStats) -> object:
