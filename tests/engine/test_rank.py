@@ -40,13 +40,9 @@ class Pair:
         self.join()
 
     def _rank(self, one: Engine, rank: int) -> RankEngine:
-        return RankEngine(
-            one.runner,
-            one.scheduler,
-            one.info,
-            use=self.used.append,
-            on_parted=lambda error: self.parted.append((rank, error)),
-        )
+        made = RankEngine(one.runner, one.scheduler, one.info, use=self.used.append)
+        made.on_parted = lambda error: self.parted.append((rank, error))
+        return made
 
     def join(self) -> None:
         self.epoch += 1

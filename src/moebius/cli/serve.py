@@ -116,16 +116,16 @@ def _serve_on(
 
     Whatever is wrong is said before the weights are read; the port opens when tokens can flow.
     """
-    from moebius.engine.supervisor import EngineProcess
     from moebius.engine.wire import Launch
     from moebius.front.choices import draw_prefix_key
+    from moebius.front.engines import EngineProcesses
     from moebius.models.hub import resolve_model
     from moebius.server.app import create_app
     from moebius.server.run import run_server
     from moebius.text import GenerationDefaults, Tokenizer
 
     directory = resolve_model(model)
-    with EngineProcess() as process:
+    with EngineProcesses(config.ranks) as processes:
         tokenizer = Tokenizer.load(directory)
         generation = GenerationDefaults.load(directory, tokenizer)
         key = draw_prefix_key()
@@ -134,13 +134,14 @@ def _serve_on(
         )
         if options.generation_config == "none":
             generation = replace(generation, sampling={})
-        client = process.launch(launch, lambda planned: _say_plan(model, planned, generation))
+        client = processes.launch(launch, lambda planned: _say_plan(model, planned, generation))
         app = create_app(client, tokenizer, generation, settings, prefix_key=key)
         address = host_and_port(options.host, sockets[0].getsockname()[1])
         line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
         # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
         gc.freeze()
         run_server(app, sockets, on_start=lambda: typer.echo(line, err=True))
+        processes.check()
 
 
 def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") -> None:

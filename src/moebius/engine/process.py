@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ from moebius.schedule.engine_request import EngineRequest
 
 if TYPE_CHECKING:
     from moebius.engine.in_process import InProcessClient
+    from moebius.engine.member import Member
 
 log = logging.getLogger(__name__)
 
@@ -93,16 +95,25 @@ class Pulse:
 class Service:
     """Serves one engine to the front at the other end of a channel."""
 
-    def __init__(self, channel: Channel, engine: "InProcessClient", prefix_key: bytes) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        engine: "InProcessClient",
+        prefix_key: bytes,
+        member: "Member | None" = None,
+    ) -> None:
+        """member   of the group of ranks that this engine is one of"""
         self._channel = channel
         self._engine = engine
+        self._member = member
+        self._rows = None if member is None else member.rows
         self._limits = engine.info.limits
         self._hasher = engine.info.hasher(prefix_key)
 
     def run(self, pulse: Pulse) -> None:
         """Until the front says Stop, or is gone: ChannelError. WireError for what is no frame."""
         self._engine.start(self._deliver)
-        _send(self._channel, wire.Loaded(self._engine.info))
+        _send(self._channel, wire.Loaded(self._engine.info, self._rows))
         pulse.watch(self._engine)
         timeout = _LAST_SECONDS
         try:
@@ -119,8 +130,15 @@ class Service:
             except DeadlineError:
                 continue
             match wire.decode_to_engine(frame):
-                case wire.Submit(request):
+                case wire.Submit(request, number):
                     self._submit(request)
+                    self._hear(number)
+                case wire.Hear(number):
+                    self._hear(number)
+                case wire.Join() as join:
+                    if self._member is None:
+                        raise WireError("an engine that is no rank was told to join a group")
+                    self._engine.between_steps(partial(self._member.join, join))
                 case wire.Abort(request_id):
                     self._engine.abort(request_id)
                 case wire.ReadLoads():
@@ -135,6 +153,10 @@ class Service:
             self._engine.submit(wire.received(request, self._limits, self._hasher))
         except MoebiusError as error:
             self._deliver([failed(request.id, error)])
+
+    def _hear(self, number: int) -> None:
+        if self._member is not None:
+            self._engine.between_steps(partial(self._member.hear, number))
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Send a step's outputs. That the front is gone is for the reading thread to see."""
@@ -179,23 +201,27 @@ def _run(channel: Channel, pulse: Pulse) -> int:
         raise WireError(f"a {type(launch).__name__} came before a Launch")
     logs.to_stderr(launch.log_level)
     try:
-        engine = _load(channel, launch)
+        service = _load(channel, launch)
     except (ChannelError, WireError):
         raise
     except Exception as error:
         return _fail(channel, error)
     # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
     gc.freeze()
-    Service(channel, engine, launch.prefix_key).run(pulse)
+    service.run(pulse)
     return 0
 
 
-def _load(channel: Channel, launch: wire.Launch) -> "InProcessClient":
+def _load(channel: Channel, launch: wire.Launch) -> Service:
     from moebius.engine.in_process import InProcessClient
-    from moebius.engine.load import load_engine, prepare
+    from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
+    from moebius.engine.member import Member
+    from moebius.engine.rank import RankEngine
 
     directory = Path(launch.directory)
-    prepared = prepare(directory, launch.config)
+    ranks = launch.config.ranks
+    share = ExpertShare(launch.rank, ranks, neighbours=launch.neighbours) if ranks > 1 else None
+    prepared = prepare(directory, launch.config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
     engine = load_engine(
@@ -205,7 +231,11 @@ def _load(channel: Channel, launch: wire.Launch) -> "InProcessClient":
         prefix_key=launch.prefix_key,
         prepared=prepared,
     )
-    return InProcessClient(engine, step_deadline=launch.config.step_deadline)
+    member = None
+    if isinstance(engine, RankEngine):
+        member = Member(engine, exchange_spec(prepared), launch.rank, partial(_send, channel))
+    client = InProcessClient(engine, step_deadline=launch.config.step_deadline)
+    return Service(channel, client, launch.prefix_key, member)
 
 
 def _fail(channel: Channel, error: Exception) -> int:

@@ -19,9 +19,10 @@ log = logging.getLogger(__name__)
 class RankEngine(Engine):
     """An engine that computes only while it is in a group, whose members may change.
 
-    on_parted   called with the error when a rank of the group is lost: then this engine keeps its
-                requests, its cache and its weights, and rests until it joins the next epoch
-    use         gives the model's dispatchers an exchange
+    When a rank of the group is lost, this engine keeps its requests, its cache and its weights. It
+    tells `on_parted`, and rests until it joins the next epoch.
+
+    use   gives the model's dispatchers an exchange
     """
 
     def __init__(
@@ -31,13 +32,12 @@ class RankEngine(Engine):
         info: EngineInfo,
         *,
         use: Callable[[Exchange], None],
-        on_parted: Callable[[PeerError], None] = lambda error: None,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
     ) -> None:
         super().__init__(runner, scheduler, info, trace=trace, torch_threads=torch_threads)
         self._use = use
-        self._on_parted = on_parted
+        self.on_parted: Callable[[PeerError], None] = lambda error: None
         self._exchange: Exchange | None = None
         self._lockstep: Lockstep | None = None
 
@@ -104,4 +104,4 @@ class RankEngine(Engine):
     def _part(self, error: PeerError) -> None:
         say(log.warning, "rank %d is without its group: %s", self._rank, error)
         self.leave()
-        self._on_parted(error)
+        self.on_parted(error)

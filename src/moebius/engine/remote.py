@@ -33,7 +33,7 @@ _LOADS_SECONDS = 1.0
 
 def launch(
     channel: Channel, message: wire.Launch, planned: Callable[[wire.Planned], None]
-) -> EngineInfo:
+) -> wire.Loaded:
     """Have the process at the other end load a model; return when it can take requests.
 
     planned is called once the model was checked, before its weights are read. Raises the error that
@@ -50,8 +50,8 @@ def launch(
                 continue
             case wire.Planned() as plan:
                 planned(plan)
-            case wire.Loaded(info):
-                return info
+            case wire.Loaded() as loaded:
+                return loaded
             case wire.Failed(cause):
                 raise cause
             case other:
@@ -85,9 +85,11 @@ class RemoteClient:
         self._ended = ended
         self._clock = clock
         self._deliveries = Deliveries(self.abort)
+        self.heard: Callable[[wire.Joined | wire.Parted], None] = lambda message: None
+        """Called, on the reading thread, with what a rank says of its group."""
         self._early: list[bytes] | None = []
         self._stats = EngineStats()
-        self._heard = clock()
+        self._last_heard = clock()
         self._loads = _Loads()
         self._unsent = threading.Event()
         self._done = threading.Event()
@@ -101,7 +103,7 @@ class RemoteClient:
     @property
     def silent_for(self) -> float:
         """Seconds since the engine's process was last heard of."""
-        return self._clock() - self._heard
+        return self._clock() - self._last_heard
 
     @property
     def stopped(self) -> bool:
@@ -111,16 +113,21 @@ class RemoteClient:
     def start(self, deliver: Deliver) -> None:
         self._deliveries.start(deliver, self._begin)
 
-    def submit(self, request: EngineRequest) -> None:
+    def submit(self, request: EngineRequest, number: int = 0) -> None:
         """As in EngineClient; where the engine's process takes nothing any more, and much waits for
-        it already, an output says OverloadError."""
-        frame = wire.encode(wire.Submit(request))
+        it already, an output says OverloadError. number: see wire.Submit."""
+        frame = wire.encode(wire.Submit(request, number))
         try:
             self._deliveries.take(request.id, lambda: self._in_order(frame))
         except OverloadError as error:
             self._deliveries.refuse(failed(request.id, error))
         except ChannelError as error:
             raise EngineError(str(error)) from error
+
+    def tell(self, message: wire.ToEngine) -> None:
+        """Send what is neither a request nor an abort, without waiting."""
+        with suppress(ChannelError, OverloadError):
+            self._deliveries.while_running(lambda: self._post(wire.encode(message)))
 
     def abort(self, request_id: str) -> None:
         with suppress(ChannelError, OverloadError):  # it ends, or is ended, for that
@@ -209,7 +216,7 @@ class RemoteClient:
             except DeadlineError:
                 continue
             message = wire.decode_from_engine(frame)
-            self._heard = self._clock()
+            self._last_heard = self._clock()
             match message:
                 case wire.Outputs(outputs):
                     self._deliveries.send(outputs)
@@ -219,6 +226,8 @@ class RemoteClient:
                     self._loads.heard(loads)
                 case wire.Failed(error):
                     raise error if isinstance(error, EngineError) else EngineError(str(error))
+                case wire.Joined() | wire.Parted():
+                    self.heard(message)
                 case wire.Heartbeat() | wire.Planned() | wire.Loaded():
                     pass
 

@@ -36,11 +36,14 @@ class EngineProcess:
     log goes where this process's goes. Whatever ends it, `client`'s unfinished requests end, and it
     is reaped; when the connection to it is over, it is killed where it does not end by itself.
 
-    died   called once, on a thread of this object, when it has ended and nobody wanted that
+    died   called once, after the last output of its engine, when it has ended and nobody wanted
+           that; not where it ends while it loads, which `launch` says
     """
 
-    def __init__(self, died: Callable[["EngineProcess"], None] = lambda process: None) -> None:
-        self._died = died
+    def __init__(self) -> None:
+        self.died: Callable[[EngineProcess], None] = lambda process: None
+        self.rows: wire.Rows | None = None
+        """What a rank exchanges with the others of its group; known once it is loaded."""
         self._listener, self._variables = _private_listener()
         self._client: RemoteClient | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -65,14 +68,15 @@ class EngineProcess:
         try:
             channel = self._connected()
             try:
-                info = launch(channel, message, planned)
+                loaded = launch(channel, message, planned)
             except BaseException:
                 channel.close()
                 raise
         except ChannelError as error:
             self._exited.wait(_GRACE_SECONDS)
             raise EngineError(f"{self.state} before the model was loaded") from error
-        self._client = RemoteClient(channel, info, ended=self._hung_up)
+        self.rows = loaded.rows
+        self._client = RemoteClient(channel, loaded.info, ended=self._hung_up)
         return self._client
 
     @property
@@ -164,13 +168,18 @@ class EngineProcess:
             self._started.set()
         self._process.wait()
         self._exited.set()
-        if not self._wanted:
-            self._died(self)
 
     def _hung_up(self, cause: EngineError) -> None:
         """Nothing more comes from it."""
         if not self._exited.wait(_GRACE_SECONDS):
             self._kill()
+        if not self._wanted:
+            self.died(self)
+
+    def end(self) -> None:
+        """Kill it, stopped or stuck as it may be, as one that is lost: `died` is called."""
+        assert self._process is not None
+        self._process.kill()
 
     def _kill(self) -> None:
         assert self._process is not None

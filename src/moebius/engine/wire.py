@@ -45,6 +45,9 @@ class Launch(_Record, frozen=True, tag="launch"):
     prefix_key   the launch's, by which the front hashes prompts
     eos_ids      the model's end tokens
     log_level    what the engine's process logs
+    rank         which of config.ranks engines it is that share the model's experts
+    neighbours   of these on its own host, itself among them: how many have not taken their memory
+                 yet
     """
 
     directory: str
@@ -52,12 +55,36 @@ class Launch(_Record, frozen=True, tag="launch"):
     prefix_key: bytes
     eos_ids: frozenset[int]
     log_level: str = "info"
+    rank: int = 0
+    neighbours: int = 1
 
 
 class Submit(_Record, frozen=True, tag="submit"):
-    """Front to engine: compute this."""
+    """Front to engine: compute this. number: how many requests its group has had with it."""
 
     request: EngineRequest
+    number: int = 0
+
+
+class Hear(_Record, frozen=True, tag="hear"):
+    """Front to a rank: request `number` of its group is another rank's."""
+
+    number: int
+
+
+class Join(_Record, frozen=True, tag="join"):
+    """Front to a rank: compute with the others, in this epoch of their group.
+
+    place     where the group's shared memory is
+    timeout   seconds that any wait for the others may take
+    heard     how many requests the group has had
+    """
+
+    group: str
+    epoch: int
+    place: str
+    timeout: float
+    heard: int
 
 
 class Abort(_Record, frozen=True, tag="abort"):
@@ -93,10 +120,34 @@ class Planned(_Record, frozen=True, tag="planned"):
     kernels: str
 
 
+class Rows(_Record, frozen=True):
+    """What the ranks of a group exchange: ExchangeSpec, as a frame can hold it."""
+
+    size: int
+    tokens: int
+    hidden: int
+    top_k: int
+    dtype: str
+
+
 class Loaded(_Record, frozen=True, tag="loaded"):
-    """Engine to front: it can take requests."""
+    """Engine to front: it can take requests, a rank once it has joined its group."""
 
     info: EngineInfo
+    rows: Rows | None = None
+
+
+class Joined(_Record, frozen=True, tag="joined"):
+    """A rank to the front: it is in this epoch of its group."""
+
+    epoch: int
+
+
+class Parted(_Record, frozen=True, tag="parted"):
+    """A rank to the front: it cannot go on with the others, and waits for the next epoch."""
+
+    epoch: int
+    error: MoebiusError
 
 
 class Failed(_Record, frozen=True, tag="failed"):
@@ -123,8 +174,8 @@ class Loads(_Record, frozen=True, tag="loads"):
     loads: ExpertLoads
 
 
-ToEngine = Launch | Submit | Abort | ReadLoads | Stop
-FromEngine = Heartbeat | Planned | Loaded | Failed | Outputs | Stats | Loads
+ToEngine = Launch | Submit | Hear | Join | Abort | ReadLoads | Stop
+FromEngine = Heartbeat | Planned | Loaded | Joined | Parted | Failed | Outputs | Stats | Loads
 
 
 class _Error(_Record, frozen=True):

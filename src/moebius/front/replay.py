@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -69,9 +70,7 @@ class ReplayClient:
         # The suspect that has an engine of its own, or is to have it once that has finished.
         self._alone: tuple[int, Flight] | None = None
         self._past = EngineStats()
-        self._started: list[EngineClient] = []
-        for number in range(count):
-            self._started.append(launch(number, partial(self._lose, number, 0)))
+        self._started = self._launch_all()
         self._info = self._started[0].info
         self._loads = [self._new_load() for _ in range(count)]
 
@@ -146,6 +145,22 @@ class ReplayClient:
         for engine in engines:
             engine.close(max(deadline - time.monotonic(), 0.0))
         self._end_all(EngineError("the engine has stopped"))
+
+    def _launch_all(self) -> list[EngineClient]:
+        """Start all engines at the same time."""
+        count = len(self._engines)
+        with ThreadPoolExecutor(count) as pool:
+            starts = [
+                pool.submit(self._launch, number, partial(self._lose, number, 0))
+                for number in range(count)
+            ]
+        failures = [start.exception() for start in starts]
+        if any(failures):
+            for start, failure in zip(starts, failures, strict=True):
+                if failure is None:
+                    start.result().close(0.0)
+            raise next(failure for failure in failures if failure is not None)
+        return [start.result() for start in starts]
 
     def _new_load(self) -> EngineLoad:
         return EngineLoad(self._info.num_blocks, self._info.block_size)
