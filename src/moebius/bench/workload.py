@@ -102,7 +102,8 @@ class Dataset:
         samples = []
         for inputs, outputs in zip(prompts, answers, strict=True):
             drawn = rng.choice(words, inputs).tolist()
-            samples.append(Sample(tuple(drawn) if ids else " ".join(drawn), inputs, outputs))
+            prompt: str | tuple[int, ...] = tuple(drawn) if ids else " ".join(drawn)
+            samples.append(Sample(prompt, inputs, outputs))
         return samples
 
     def _read(self, path: Path, count: int, tokenizer: Tokenizer | None) -> list[Sample]:

@@ -55,13 +55,16 @@ def inspect(
     from moebius.models.hub import resolve_model
 
     documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
+    other = None
+    if against is not None:
+        other = resolve_model(against)
     found = write_report(
         resolve_model(model),
         documents,
         out,
         config,
         name=model,
-        against=None if against is None else resolve_model(against),
+        against=other,
         against_name=against,
         progress=o.progress_bar,
     )

@@ -145,9 +145,7 @@ def chat(
 
     llm = LLM.from_config(model, config)
     if not llm.tokenizer.has_chat_template:
-        raise typer.BadParameter(
-            f"{model} has no chat template; use `moebius generate` instead", param_hint="MODEL"
-        )
+        raise ConfigError(f"{model} has no chat template; use `moebius generate` instead")
     warmth = {} if temperature is None else {"temperature": temperature}
     params = llm.default_params(max_tokens=max_tokens, seed=seed, **warmth)
     start = [{"role": "system", "content": system}] if system else []
