@@ -291,14 +291,10 @@ def bodies() -> str:
     kinds = record["kinds_ms"]
     worst = sorted(kinds, key=lambda kind: -kind["pause"])[:8]
     nothing = [kind for kind in kinds if kind["kind"] == "nothing"]
-    rows = [
-        [
-            kind["kind"],
-            f"{kind['bytes'] / 1e6:.2f}",
-            *(f"{kind[key]:.1f}" for key in ("pause", "health", "answer")),
-        ]
-        for kind in worst + nothing
-    ]
+    rows = []
+    for kind in worst + nothing:
+        times = [f"{kind[key]:.1f}" for key in ("pause", "health", "answer")]
+        rows.append([kind["kind"], f"{kind['bytes'] / 1e6:.2f}", *times])
     head = [
         "body",
         "MB",

@@ -89,8 +89,8 @@ def ablate(
 ) -> Ablation:
     """Run the full engine and the named variants (None: all) in turn, several rounds of them.
 
-    Without a request rate the requests arrive in a quarter of the time that the full engine takes for all of them at once, so
-    that every variant is at its limit.
+    Without a request rate the requests arrive in a quarter of the time that the full engine takes
+    for all of them at once, so that every variant is at its limit.
     """
     config, prepared = settle(directory, config, num_prompts)
     require_positive(prompts=num_prompts, rounds=rounds)

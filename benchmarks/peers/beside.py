@@ -171,16 +171,12 @@ def speed_rows(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]
     """Head and rows: each engine's median, our ratio to the best of the others, our share of the
     roofline."""
     engines = [peer for peer in ENGINES if any(peer in one.values for one in found)]
-    rows = [
-        [
-            one.label,
-            *(number(one.values[peer]) if peer in one.values else "" for peer in engines),
-            one.spread,
-            "" if one.share is None else f"{one.share:.0%}",
-            f"{one.started[:10]}, `{one.source}`",
-        ]
-        for one in found
-    ]
+    rows = []
+    for one in found:
+        speeds = [number(one.values[peer]) if peer in one.values else "" for peer in engines]
+        share = "" if one.share is None else f"{one.share:.0%}"
+        record = f"{one.started[:10]}, `{one.source}`"
+        rows.append([one.label, *speeds, one.spread, share, record])
     head = [
         "",
         *(ENGINES[peer] for peer in engines),
