@@ -14,10 +14,12 @@ import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from models.test_parity import CASES as PARITY
 from moebius.cli.commands import app
 from moebius.files import package_table
 from moebius.schedule.params import SamplingParams
 from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
+from schedule.seeded_bugs import BUGS
 
 ROOT = Path(__file__).parent.parent
 # Behind all other paths: benchmarks/ops.py must not hide tests/ops.
@@ -182,6 +184,15 @@ def test_the_chart_shows_the_figures_of_its_record() -> None:
     for one in tables.beside.comparisons(tables.CHART_RECORD, record):
         if one.measure != tables.beside.TTFT:
             assert {tables.number(value) for value in one.values.values()} <= written
+
+
+def test_the_counts_on_the_page_are_those_of_the_tests() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    [bugs] = re.findall(r"^\| bugs seeded .*? \| (\d+) \|", text, re.MULTILINE)
+    assert int(bugs) == len(BUGS)
+    [(types, configurations)] = re.findall(r"(\d+) model types, (\d+) configurations", text)
+    assert int(configurations) == len(PARITY)
+    assert int(types) == len({model_type for _, model_type, _ in PARITY})
 
 
 def test_reference_names_every_sampling_parameter() -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -151,15 +151,9 @@ def _match(
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        if missing == [head]:
-            more = (
-                "; if the embedding is meant to serve as head, config.json must say "
-                "tie_word_embeddings = true"
-            )
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or directory.name
-        raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{more}")
+        raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
     for source in wanted:
         stored = tensors[source.name]
         where = f"{short_name(stored.file)}: tensor {source.name!r}"
@@ -178,6 +172,16 @@ def _match(
         left_over = f": tensor {name!r} is left over; {config.model_type} has no such tensor"
         check(wanted_here, short_name(stored.file), left_over)
     return wanted
+
+
+def _remark(missing: Sequence[str], head: str) -> str:
+    """What to say of the missing tensors beyond the first one's name."""
+    if missing == [head]:
+        return (
+            "; if the embedding is meant to serve as head, config.json must say "
+            "tie_word_embeddings = true"
+        )
+    return f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:
