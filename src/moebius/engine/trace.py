@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from moebius.errors import ConfigError, StorageError, require
+from moebius.errors import ConfigError, StorageError
 from moebius.files import begins_with, check_target
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
@@ -199,8 +199,10 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             raise ConfigError(
                 f"{where}: not JSON ({error}); is this a file that --trace wrote?"
             ) from error
-        good = isinstance(record, dict) and "event" in record
-        require(good, f"{path}, line {number}: no trace event; is this a file that --trace wrote?")
+        if not isinstance(record, dict) or "event" not in record:
+            raise ConfigError(
+                f"{path}, line {number}: no trace event; is this a file that --trace wrote?"
+            )
         yield record
 
 

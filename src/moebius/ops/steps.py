@@ -150,26 +150,24 @@ class StepInputs:
             states=states,
         )
         step.others = tuple(
-            step._with_tables(group, tables, starts, block_size)
+            replace(
+                step,
+                slot_mapping_host=array(
+                    "q",
+                    (
+                        slot
+                        for blocks, start, stop in zip(tables, starts, seq_lens, strict=True)
+                        for slot in _slots(blocks, start, stop, block_size)
+                    ),
+                ),
+                block_table_host=table,
+                max_blocks=width,
+                group=group,
+            )
             for group, tables in enumerate(others, 1)
+            for table, width in [_table(tables)]
         )
         return step
-
-    def _with_tables(
-        self, group: int, tables: Sequence[Sequence[int]], starts: Sequence[int], block_size: int
-    ) -> "StepInputs":
-        """The same step for a further group of layers, whose blocks are others."""
-        slots = list[int]()
-        for blocks, start, stop in zip(tables, starts, self.seq_lens_host, strict=True):
-            slots += _slots(blocks, start, stop, block_size)
-        table, width = _table(tables)
-        return replace(
-            self,
-            slot_mapping_host=array("q", slots),
-            block_table_host=table,
-            max_blocks=width,
-            group=group,
-        )
 
     def of(self, group: int) -> "StepInputs":
         """The same step, as the layers of a group see it."""
