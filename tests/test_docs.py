@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from markdown_it.token import Token
 
 from models.test_parity import CASES as PARITY
 from moebius.cli.commands import app
+from moebius.engine.memory import human_bytes
 from moebius.files import package_table
-from moebius.schedule.params import SamplingParams
+from moebius.schedule.params import LIMITS, SamplingParams
+from moebius.server.limits import HTTP_LIMITS
 from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
 from schedule.seeded_bugs import BUGS
 
@@ -148,6 +151,20 @@ def test_files_that_are_named_exist(path: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_files_of_the_code_that_are_named_exist() -> None:
+    """`ops/interface.py` and `pool.cpp`, as ARCHITECTURE names them: by the end of their path."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w./])((?:\w+/)*\w+\.(?:py|toml|cpp|h))\b", text)
+    there = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("src", "csrc", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.*")
+    ]
+    assert {
+        name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in there)
+    } == set()
+
+
 def test_an_option_that_is_not_there_is_found() -> None:
     assert unknown(["bench", "serve", "--request-rate", "4", "--rate=5", "-x"]) == [
         "--rate=5",
@@ -201,6 +218,19 @@ def test_reference_names_every_sampling_parameter() -> None:
     assert {
         name for name, field in SamplingParams.__dataclass_fields__.items() if field.init
     } <= named
+
+
+def test_operating_names_every_limit() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    [section] = re.findall(r"bounded before it costs anything:(.*?)\n\n[^|]", text, re.DOTALL)
+    named = set(re.findall(r"[\d,]+(?: [KM]iB)?", section))
+    limits = asdict(HTTP_LIMITS) | asdict(LIMITS)
+    del limits["priority"]  # what any integer may be
+    for name, value in limits.items():
+        shown = f"{value:,}"
+        if name in ("header_bytes", "body_bytes", "bodies_bytes"):
+            shown = human_bytes(value).replace(".0", "")
+        assert shown in named, name
 
 
 def test_operating_names_every_metric() -> None:
