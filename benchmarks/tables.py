@@ -39,7 +39,8 @@ _MARK = re.compile(
     r"(<!-- made by benchmarks/tables\.py: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
 
-ZEN4, ZEN3 = "AMD EPYC (Zen 4), 2 cores", "AMD EPYC (Zen 3), 2 cores"
+ZEN4 = "AMD EPYC (Zen 4), 2 cores"
+ZEN3 = "AMD EPYC (Zen 3), 2 cores"
 
 
 class Source(NamedTuple):
