@@ -17,8 +17,11 @@ from markdown_it.token import Token
 
 from models.test_parity import CASES as PARITY
 from moebius.cli.commands import app
+from moebius.engine.config import EngineConfig
+from moebius.engine.load import prepare
 from moebius.engine.memory import human_bytes
 from moebius.files import package_table
+from moebius.models.hub import BUNDLED, resolve_model
 from moebius.schedule.params import LIMITS, SamplingParams
 from moebius.server.limits import HTTP_LIMITS
 from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
@@ -218,6 +221,17 @@ def test_reference_names_every_sampling_parameter() -> None:
     assert {
         name for name, field in SamplingParams.__dataclass_fields__.items() if field.init
     } <= named
+
+
+def test_the_plan_that_is_shown_has_todays_rows() -> None:
+    """All but what depends on the machine: memory that is free, processors, kernels."""
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"moebius plan bundled\n(.*?)```", text, re.DOTALL)
+    config = EngineConfig(kv_cache_memory_bytes=384 * 2**20)
+    for what, size, remark in prepare(resolve_model(BUNDLED), config).rows():
+        assert f"\n{what} " in shown
+        if what in ("weights", "KV cache", "context") or what.startswith("sequences"):
+            assert f"{size}  {remark}\n" in shown
 
 
 def test_operating_names_every_limit() -> None:

@@ -114,7 +114,8 @@ class Dataset:
             else:
                 entries = [json.loads(line) for line in text.split("\n") if line]
         except OSError as error:
-            raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
+            reason = error.strerror or error
+            raise ConfigError(f"--dataset-path {path} cannot be read: {reason}") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"--dataset-path {path} does not hold one JSON object a line: {error}"

@@ -73,7 +73,7 @@ def latency(
     batch_size: Annotated[int, typer.Option(help="Prompts in the batch.")] = 8,
     n: Annotated[int, typer.Option("-n", "--n", help="Answers per prompt.")] = 1,
     num_iters: Annotated[int, typer.Option(help="Batches that are timed.")] = 30,
-    num_iters_warmup: Annotated[int, typer.Option(help="Batches before them.")] = 10,
+    num_iters_warmup: Annotated[int, typer.Option(help="Batches before them, not timed.")] = 10,
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
@@ -161,10 +161,10 @@ class TargetOptions:
     api_key: Annotated[
         str | None, typer.Option(envvar="OPENAI_API_KEY", help="The key the server wants.")
     ] = None
-    model: Annotated[str | None, "Its name there; default: the first that the server lists."] = None
-    tokenizer: Annotated[str | None, "Directory of one, for exact prompts; default: --model."] = (
-        None
-    )
+    model: Annotated[str | None, "Its model's name; default: the first that it lists."] = None
+    tokenizer: Annotated[
+        str | None, "Directory of the model's tokenizer, for exact prompts; default: --model."
+    ] = None
 
     def root(self) -> str:
         return self.base_url or f"http://{host_and_port(self.host, self.port)}"
@@ -223,7 +223,7 @@ def serve(
     requests: DatasetOptions,
     load: LoadOptions,
     shown: ReportOptions,
-    more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more_goodput: Annotated[list[str] | None, typer.Argument(metavar="LIMITS", hidden=True)] = None,
 ) -> None:
     """Measure latencies, throughput and goodput of any server."""
     from moebius.bench import metrics, report

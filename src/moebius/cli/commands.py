@@ -30,7 +30,7 @@ def inspect(
     config: InspectConfig,
     model: o.Model,
     more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILES]...", help="More of --text.")
+        list[Path] | None, typer.Argument(metavar="FILES", help="More of --text.")
     ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Text files, or directories of them.")

@@ -187,8 +187,11 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a trace: {error}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{path} cannot be read as a trace: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read as a trace: it is no UTF-8 text") from error
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
