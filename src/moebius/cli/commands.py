@@ -85,7 +85,7 @@ def replay(file: Annotated[Path, typer.Argument(help="A file that --trace wrote.
 
     found = run(file)
     if found.difference is None:
-        typer.echo(f"the same: {found.steps} steps of {found.requests} requests, every decision")
+        typer.echo(f"the same: every decision of {found.steps} steps (requests: {found.requests})")
         return
     typer.echo(f"different at {found.difference}")
     raise typer.Exit(1)
