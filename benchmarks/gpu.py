@@ -45,6 +45,8 @@ NO_CUDA = (
     "torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small"
 )
 
+NO_TORCH = "has no torch; name a Python that has: PYTHON=PROGRAM benchmarks/gpu.sh"
+
 
 @dataclass(slots=True)
 class Stage:
@@ -241,8 +243,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        print(f"{sys.executable} {NO_TORCH}", file=sys.stderr)
+        sys.exit(2)
     if given.device == "cuda" and not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         sys.exit(2)
