@@ -239,12 +239,14 @@ def require(condition: bool, message: str, error: type[UsageError] = ConfigError
 def require_word(name: str, value: Any, words: Any) -> None:
     """ConfigError where a value is none of the words of a Literal, as `words`."""
     known = get_args(words)
-    require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 def require_seconds(name: str, value: float) -> None:
     """ConfigError where an option is no positive, finite time."""
-    require(0 < value < math.inf, f"{name} is {value}; it must be a positive number of seconds")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
 
 
 def check_number(

@@ -31,7 +31,7 @@ from moebius.engine.memory import (
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import load_decoder
@@ -80,11 +80,11 @@ def prepare(directory: Path, config: EngineConfig) -> Prepared:
     UsageError."""
     checkpoint = open_checkpoint(directory)
     why = checkpoint.config.unpublished
-    require(
-        not why,
-        f"{directory} can be trained and measured, but not served: no published architecture has "
-        f"{why}",
-    )
+    if why:
+        raise ConfigError(
+            f"{directory} can be trained and measured, but not served: no published architecture "
+            f"has {why}"
+        )
     device = _device(config.device)
     cores = machine.threads()
     if config.threads is not None and config.threads > cores:

@@ -114,7 +114,9 @@ class EngineRequest:
         room = limits.max_model_len - len(self.prompt_ids)
         unlimited = self.params.max_tokens is None
         if room < (1 if unlimited else self.max_tokens):
-            wanted = self.max_tokens if not unlimited else 1 if room == 0 else None
+            wanted: int | None = self.max_tokens
+            if unlimited:
+                wanted = 1 if room == 0 else None
             raise ContextExceededError(limits.max_model_len, len(self.prompt_ids), wanted)
 
     def sibling(self, id: str, seed: int) -> Self:

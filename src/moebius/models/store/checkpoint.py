@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -21,7 +21,7 @@ from moebius.models.family import family, read_config
 from moebius.models.layout import Layout, Source, sources
 from moebius.models.store.kinds import open_store
 from moebius.models.store.plan import PlannedWeight, planned_weight
-from moebius.models.store.tensors import Store, StoredTensor, check, short_name
+from moebius.models.store.tensors import Store, StoredTensor, short_name
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +127,8 @@ def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
             file.seek(tensor.start)
             for left in range(tensor.stop - tensor.start, 0, -len(buffer)):
                 wanted = memoryview(buffer)[:left]
-                check(
-                    file.readinto(wanted) == len(wanted),
-                    short_name(tensor.file),
-                    " shrank while it was read",
-                )
+                if file.readinto(wanted) != len(wanted):
+                    raise WeightsError(f"{short_name(tensor.file)} shrank while it was read")
                 yield buffer
     except OSError as cause:
         raise WeightsError(
@@ -151,33 +148,41 @@ def _match(
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        if missing == [head]:
-            more = (
-                "; if the embedding is meant to serve as head, config.json must say "
-                "tie_word_embeddings = true"
-            )
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or directory.name
-        raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{more}")
+        raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
     for source in wanted:
-        stored = tensors[source.name]
-        where = f"{short_name(stored.file)}: tensor {source.name!r}"
-        same = stored.shape == source.stored_shape
-        check(
-            same,
-            where,
-            f" has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}",
-        )
-        supported = ", ".join(store.dtypes)
-        known = stored.format is not None
-        check(known, where, f" has dtype {stored.dtype}; supported are {supported}")
+        _check_stored(tensors[source.name], source, store)
     used = {source.name for source in wanted}
     for name, stored in tensors.items():
-        wanted_here = name in used or _harmless(name, config, head)
-        left_over = f": tensor {name!r} is left over; {config.model_type} has no such tensor"
-        check(wanted_here, short_name(stored.file), left_over)
+        if name not in used and not _harmless(name, config, head):
+            raise WeightsError(
+                f"{short_name(stored.file)}: tensor {name!r} is left over; {config.model_type} has "
+                "no such tensor"
+            )
     return wanted
+
+
+def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
+    """WeightsError where a parameter's tensor has another shape, or a dtype that nothing reads."""
+    where = f"{short_name(stored.file)}: tensor {source.name!r}"
+    if stored.shape != source.stored_shape:
+        raise WeightsError(
+            f"{where} has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}"
+        )
+    if stored.format is None:
+        supported = ", ".join(store.dtypes)
+        raise WeightsError(f"{where} has dtype {stored.dtype}; supported are {supported}")
+
+
+def _remark(missing: Sequence[str], head: str) -> str:
+    """What to say of the missing tensors beyond the first one's name."""
+    if missing == [head]:
+        return (
+            "; if the embedding is meant to serve as head, config.json must say "
+            "tie_word_embeddings = true"
+        )
+    return f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:
