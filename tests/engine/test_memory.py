@@ -150,6 +150,8 @@ def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
         ({"max_num_seqs": None}, "max_num_seqs is None; it must be an integer"),
         ({"max_num_seqs": "8"}, "max_num_seqs is '8'; it must be an integer"),
         ({"threads": True}, "threads is True; it must be an integer"),
+        ({"step_deadline": "5"}, "step_deadline is '5'; it must be a number"),
+        ({"step_deadline": True}, "step_deadline is True; it must be a number"),
         ({"enable_prefix_caching": "no"}, "prefix_caching is 'no'; it must be True or False"),
     ],
 )

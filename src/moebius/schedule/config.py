@@ -47,13 +47,17 @@ class SchedulerConfig:
 
 
 def _check_type(field: Field[Any], value: object) -> None:
-    """ConfigError for a switch that is no bool, and for a count that is no integer of 1 or more."""
+    """ConfigError for a switch that is no bool, a count that is no integer of 1 or more, and a time
+    that is no number."""
     kind = get_args(field.type)[0]  # what is Annotated
     kinds = get_args(kind) or (kind,)
     if bool in kinds:
         require(isinstance(value, bool), f"{field.name} is {value!r}; it must be True or False")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if float in kinds and not number:
+        raise ConfigError(f"{field.name} is {value!r}; it must be a number")
     if int not in kinds or (value is None and NoneType in kinds):
         return
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not (number and isinstance(value, int)):
         raise ConfigError(f"{field.name} is {value!r}; it must be an integer")
     require(value >= 1, f"{field.name} is {value}; it must be at least 1")
