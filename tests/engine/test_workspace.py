@@ -26,6 +26,7 @@ from moebius.ops.cpu.program import RecordedProgram
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from oracle import FAMILY, save_tiny
+from random_schedules import WINDOWED
 from tiny import write_tokenizer
 
 BUNDLED = Path(moebius.__file__).parent / "bundled"
@@ -33,11 +34,12 @@ SMALL = EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=32, max_num_seqs
 
 
 @pytest.mark.parametrize("tokens", [64, 512])
-@pytest.mark.parametrize("model_type", [*sorted(FAMILY), "bundled"])
-def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: int) -> None:
-    directory = BUNDLED if model_type == "bundled" else tmp_path
-    if model_type != "bundled":
-        save_tiny(tmp_path, model_type)
+@pytest.mark.parametrize("name", [*sorted(FAMILY), "bundled", *sorted(WINDOWED)])
+def test_the_plan_is_what_is_allocated(tmp_path: Path, name: str, tokens: int) -> None:
+    directory = BUNDLED if name == "bundled" else tmp_path
+    if name != "bundled":
+        model_type, changes = WINDOWED.get(name, (name, {}))
+        save_tiny(tmp_path, model_type, **changes)
         write_tokenizer(tmp_path)
     config = replace(SMALL, max_num_batched_tokens=tokens)
     prepared = prepare(directory, config)
@@ -50,6 +52,8 @@ def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: 
         assert program.trace == trace
         assert program.memory.nbytes == trace.nbytes > 0
     assert prepared.plan.workspace >= planned.nbytes
+    assert runner.cache.nbytes == prepared.plan.kv_cache > 0
+    assert len(runner.cache.layout.windows) == len(prepared.plan.groups.blocks)
 
 
 PLAIN = GQA(4, 2, 16, rope=RopeConfig())
