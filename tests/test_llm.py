@@ -671,3 +671,35 @@ def test_a_signal_that_comes_while_another_is_handled_is_not_lost() -> None:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_handler_that_raises_while_others_are_held_or_given_back_leaves_all_in_place() -> None:
+    """At every line: else Ctrl-C would be noted, and never heard of again."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    def hold() -> None:
+        with Uninterrupted():
+            pass
+
+    def quiet(*_: object) -> None:
+        pass
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.signal(number, quiet) for number in numbers]
+    try:
+        lines = traced(InterruptsAt(0, signal.SIGALRM), hold)
+        for raising in numbers:
+            for n in range(1, lines):
+                for number in numbers:
+                    signal.signal(number, late if number is raising else quiet)
+                with pytest.raises(TimeoutError):
+                    traced(InterruptsAt(n, raising), hold)
+                held = [
+                    each.name for each in numbers if signal.getsignal(each) not in (late, quiet)
+                ]
+                assert not held, f"{raising.name} at line {n}"
+    finally:
+        for pair in zip(numbers, before, strict=True):
+            signal.signal(*pair)
