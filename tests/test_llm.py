@@ -189,6 +189,24 @@ def test_a_queue_that_is_full_is_waited_for(
         assert len(next(other).outputs[0].token_ids) == 40
 
 
+def test_a_queue_that_empties_in_one_step_takes_what_it_has_refused(tiny_model: Path) -> None:
+    """The last of the others starts and ends in one step: none is left whose end is to come."""
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    with LLM(
+        str(tiny_model),
+        kv_cache_memory_bytes=2**21,
+        max_model_len=512,
+        max_num_seqs=1,
+        max_queue_requests=1,
+    ) as small:
+        others = small.stream([("a", params), ("b", params.with_(max_tokens=1))])
+        next(others)
+        assert small.client.stats().waiting == 1, "the queue is full"
+        (output,) = small.generate("c", params)
+        assert len(output.outputs[0].token_ids) == 2
+        assert next(others).prompt == "b"
+
+
 def test_what_no_empty_queue_would_take_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
