@@ -234,6 +234,25 @@ def test_a_closed_llm_says_so(tiny_model: Path) -> None:
     assert one.engine.scheduler.drained
 
 
+def test_a_step_that_breaks_the_engine_ends_all_that_is_open(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its books may be half written: nobody's answer goes on from there, and nobody waits."""
+    one = LLM(str(tiny_model), kv_cache_memory_bytes=2**21, max_model_len=512)
+    other = one.stream([("a", GREEDY.with_(max_tokens=1)), ("b", GREEDY)])
+    next(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(one.engine.scheduler, "update", lambda plan, tokens: 1 / 0)
+        with pytest.raises(EngineError, match="error id"):
+            one.generate("c", GREEDY)
+    with pytest.raises(EngineError, match="error id"):
+        next(other)
+    with pytest.raises(EngineError, match="has stopped"):
+        one.generate("d", GREEDY)
+    assert not one.client.stats().ready and one.engine.scheduler.drained
+    one.close()
+
+
 def test_an_abandoned_stream_leaves_nothing_behind(llm: LLM) -> None:
     stream = llm.stream(
         (f"p{i}", SamplingParams(max_tokens=30, ignore_eos=True)) for i in range(20)
