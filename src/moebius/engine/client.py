@@ -22,7 +22,7 @@ from moebius.schedule.params import ServingLimits
 from moebius.schedule.request import FinishReason
 
 
-class TokenLogprob(Struct, frozen=True, array_like=True):
+class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One position's log-probabilities (natural log, of the model's own softmax).
 
     rank is the token's place among all of the vocabulary, 1 for the most likely. top holds the k
@@ -36,7 +36,7 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class StepOutput(Struct, frozen=True, array_like=True):
+class StepOutput(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What one step brought one request. The one with a `finish_reason` is the last of its request.
 
     token_ids        drawn in this step, in order
