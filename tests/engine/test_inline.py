@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -214,6 +217,59 @@ def test_who_closes_it_in_the_middle_of_a_step_has_it_stopped_after_it(
     assert len(tokens(heard.outputs["a"])) == 1, "what the step has brought is not lost"
     assert "has stopped" in str(heard.outputs["a"][-1].error)
     assert one.scheduler.drained and not heard.client.advance(lambda: True)
+
+
+class CallsAt:
+    """Traces the client, and makes a call at its n-th line, on the thread that is there: as the
+    garbage collector may."""
+
+    def __init__(self, n: int, call: Callable[[], None]) -> None:
+        self.n, self.lines, self._call = n, 0, call
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        return self.line if frame.f_code.co_filename.endswith("engine/inline.py") else None
+
+    def line(self, frame: FrameType, event: str, arg: object) -> Any:
+        self.lines += event == "line"
+        if self.lines == self.n:
+            self.lines += 1
+            self._call()
+        return self.line
+
+
+def advanced(one: Heard, trace: CallsAt) -> int:
+    """Make a step; how many lines of the client that took."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        one.client.advance(lambda: True)
+    finally:
+        sys.settrace(before)
+    return trace.lines
+
+
+@pytest.mark.parametrize("way", ["abort", "close"])
+def test_what_a_finaliser_asks_at_any_line_is_done_when_the_step_is(
+    tiny_model: Path, way: str
+) -> None:
+    """None has to wait for a next step, which may never come."""
+    n = 0
+    lines = 1
+    while n <= lines:
+        one = Heard(tiny_model, max_num_seqs=2)
+        one.client.submit(ask(one.engine, "a", [1, 2, 3]))
+        calls = {
+            "abort": partial(one.client.abort, "a"),
+            "close": partial(one.client.close, 1),
+        }
+        found = advanced(one, CallsAt(n, calls[way]))
+        if n == 0:
+            lines = found
+        else:
+            assert one.engine.scheduler.drained, f"at line {n}"
+            reasons = [output.finish_reason is not None for output in one.outputs["a"]]
+            assert reasons == [*[False] * (len(reasons) - 1), True], f"at line {n}"
+        n += 1
 
 
 def test_an_engine_that_fails_ends_every_request_once(

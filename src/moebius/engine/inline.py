@@ -112,11 +112,21 @@ class InlineClient:
         """Do some work with the engine, then what came into the inbox, and deliver the outputs.
 
         Nothing before the start, and where this very thread is in the middle of it: then the inbox
-        is taken on its way out. An engine that fails is stopped: its books may be half written.
+        is taken on its way out.
         """
         if self._busy or (self._deliver is None and not self._stopping):
             return
         self._busy = True
+        try:
+            self._send(self._outputs_of(work))
+        finally:
+            self._busy = False
+            if self._inbox or (self._stopping and not self._stopped):
+                self._use(list)  # it was asked for when the above had been looked at
+
+    def _outputs_of(self, work: Callable[[], list[StepOutput]]) -> list[StepOutput]:
+        """What the work and the inbox bring. An engine that fails is stopped: its books may be half
+        written."""
         outputs: list[StepOutput] = []
         cause = EngineError(_STOPPED)
         try:
@@ -124,12 +134,10 @@ class InlineClient:
         except Exception as error:
             self._stopping = True
             cause = failure("the engine's step", error)
-        finally:
-            outputs += self._take()
-            if self._stopping:
-                outputs += self._stop(cause)
-            self._busy = False
-            self._send(outputs)
+        outputs += self._take()
+        if self._stopping:
+            outputs += self._stop(cause)
+        return outputs
 
     def _take(self) -> list[StepOutput]:
         outputs: list[StepOutput] = []
