@@ -9,14 +9,15 @@ from dataclasses import replace
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.engine import Engine
-from moebius.engine.faults import failed, failure, say
-from moebius.errors import EngineError, MoebiusError, RequestError, frames
+from moebius.engine.faults import failed, failure
+from moebius.errors import EngineError, MoebiusError, RequestError
 from moebius.schedule.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[list[StepOutput]], None]
 _IDLE_SECONDS = 0.5
+_STOPPED = "the engine has stopped"
 
 
 class InProcessClient:
@@ -97,24 +98,25 @@ class InProcessClient:
         self._thread.join(timeout)
         if self._thread.is_alive():
             log.error("the engine did not stop within %.1f s", timeout)
-            self._end_unfinished()
+            self._end_unfinished(EngineError(_STOPPED))
 
     def _require_running(self) -> None:
         if self._stopping.is_set():
-            raise EngineError("the engine has stopped")
+            raise EngineError(_STOPPED)
 
     def _run(self) -> None:
+        cause = EngineError(_STOPPED)
         try:
             while not self._stopping.is_set():
                 self._send(self._turn())
         except Exception as error:
-            say(log.error, "the engine thread failed: %s", frames(error))
+            cause = failure("the engine thread", error)
         finally:
             with self._lock:
                 self._stopping.set()
             for request_id in list(self._engine.scheduler.requests):
                 self._engine.drop(request_id)
-            self._end_unfinished()
+            self._end_unfinished(cause)
             self._engine.close()
 
     def _turn(self) -> list[StepOutput]:
@@ -126,9 +128,8 @@ class InProcessClient:
         self._busy_since = None
         return outputs
 
-    def _end_unfinished(self) -> None:
-        error = EngineError("the engine has stopped")
-        self._send([failed(request_id, error) for request_id in list(self._unfinished)])
+    def _end_unfinished(self, cause: EngineError) -> None:
+        self._send([failed(request_id, cause) for request_id in list(self._unfinished)])
 
     def _send(self, outputs: list[StepOutput]) -> None:
         """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so

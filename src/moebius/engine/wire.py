@@ -27,45 +27,51 @@ from moebius.schedule.hashes import BlockHasher
 from moebius.schedule.params import ServingLimits
 
 VERSION = 1
+"""Another one whenever a record that crosses gets or loses a field, or a field changes its type:
+else a process of another release would take one thing for another (tests/engine/test_wire.py)."""
 
 
-class Submit(Struct, frozen=True, array_like=True, tag="submit"):
+class _Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+class Submit(_Record, frozen=True, tag="submit"):
     """Front to engine: compute this."""
 
     request: EngineRequest
 
 
-class Abort(Struct, frozen=True, array_like=True, tag="abort"):
+class Abort(_Record, frozen=True, tag="abort"):
     """Front to engine: end this request."""
 
     request_id: str
 
 
-class Loaded(Struct, frozen=True, array_like=True, tag="loaded"):
+class Loaded(_Record, frozen=True, tag="loaded"):
     """Engine to front, first of all: it can take requests."""
 
     info: EngineInfo
 
 
-class Failed(Struct, frozen=True, array_like=True, tag="failed"):
+class Failed(_Record, frozen=True, tag="failed"):
     """Engine to front: it cannot go on, or could not begin."""
 
     error: MoebiusError
 
 
-class Outputs(Struct, frozen=True, array_like=True, tag="outputs"):
+class Outputs(_Record, frozen=True, tag="outputs"):
     """Engine to front: what one step brought."""
 
     outputs: list[StepOutput]
 
 
-class Stats(Struct, frozen=True, array_like=True, tag="stats"):
+class Stats(_Record, frozen=True, tag="stats"):
     """Engine to front."""
 
     stats: EngineStats
 
 
-class Loads(Struct, frozen=True, array_like=True, tag="loads"):
+class Loads(_Record, frozen=True, tag="loads"):
     """Engine to front."""
 
     loads: ExpertLoads
@@ -75,7 +81,7 @@ ToEngine = Submit | Abort
 FromEngine = Loaded | Failed | Outputs | Stats | Loads
 
 
-class _Error(Struct, frozen=True, array_like=True):
+class _Error(_Record, frozen=True):
     code: str
     text: str
     facts: dict[str, Fact]
@@ -117,10 +123,10 @@ def received(
     return request
 
 
-_Message = TypeVar("_Message")
+_Decoded = TypeVar("_Decoded")
 
 
-def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_Message]) -> _Message:
+def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_Decoded]) -> _Decoded:
     if not frame:
         raise WireError("a frame without a byte; it must begin with its version")
     if frame[0] != VERSION:
