@@ -129,7 +129,7 @@ def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> N
 
 def test_the_kernels_keep_no_more_while_a_context_grows() -> None:
     """By one split of its keys more: no vector grows to twice what it was."""
-    most, block_size = 7 * 1024, 16
+    most, block_size = 5 * 1024, 16
     ops = CpuOps(1)
     spec = key_value_spec(1, 64, torch.bfloat16)
     blocks = most // block_size
