@@ -252,6 +252,12 @@ def test_a_shaping_of_an_id_out_of_range_changes_nothing(ops: ReferenceOps, fiel
         assert torch.equal(logits, before)
 
 
+def test_fewer_candidates_than_none() -> None:
+    """The next row's would be written before the first's."""
+    with pytest.raises(ValueError, match="-1 candidates of 8"):
+        OPS.log_softmax_top_k(X, [0, 1], [-1, 3])
+
+
 def test_as_many_parameters_as_rows() -> None:
     for call in (
         lambda: OPS.draw(X, [0, 1], [1.0], [0.5, 0.5]),

@@ -161,6 +161,26 @@ def test_the_host_sees_the_dtype_that_it_is_given() -> None:
     assert torch.equal(program.run(array("q", IDS)), TABLE[IDS]) and seen == [torch.int32]
 
 
+def test_the_host_computes_no_gradients() -> None:
+    """As where it is not recorded: a graph would grow from step to step."""
+    ops = CpuOps(1)
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+
+    def times(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
+        outputs[0].copy_(inputs[0] @ weight)
+        return {}
+
+    def compute(ids: Tensor) -> Tensor:
+        x = ops.embed(ids, TABLE)
+        return ops.host(times, [x], [HostResult(x, (4,), x.dtype)])[0]
+
+    with torch.inference_mode():
+        program = record(ops, compute)
+    found = program.run(array("q", IDS))
+    assert program.trace.recorded and not found.requires_grad
+    assert torch.equal(found, TABLE[IDS] @ weight.detach())
+
+
 @torch.inference_mode()
 def test_a_program_may_be_nothing_but_a_call_to_the_host() -> None:
     ops = CpuOps(1)
