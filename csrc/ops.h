@@ -52,6 +52,7 @@ struct Experts {
 struct StepAttention {  // what all layers with one window share
     std::vector<int32_t> query_start, seq_lens, block_table;
     int table_width = 0, window = 0;
+    int block_size = 1, last_block = -1;  // of the table, and the largest number in it
 };
 
 struct RouterSettings {
@@ -151,6 +152,8 @@ public:
     // width), and with ids `outer`, (rows, top_k, hidden). Throws std::out_of_range for an id that is no expert's.
     void experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
                  void* outer, void* out);
+    // out = the sum over k of weights[k] * x[k], in that order: x (rows, top_k, size)
+    void combine(Dtype dtype, const void* x, const float* weights, int rows, int top_k, int size, void* out);
     // out = a + sigmoid(gate) * b, row by row; gate (rows,) float32 or null for 1
     void add_gated(Dtype dtype, const void* a, const void* b, const float* gate, int rows, int n, void* out);
     void rms_norm(const RmsNorm& n, int rows);
@@ -192,8 +195,13 @@ private:
 
         static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
-            if (floats.size() < n + SPARE) floats.resize(n + SPARE);
+            if (floats.size() < n + SPARE) renew(floats, n + SPARE);
             return aligned(floats.data());
+        }
+        // Not a byte more than was planned: a vector that grows takes up to twice as much, and copies.
+        template <class T> static void renew(std::vector<T>& v, size_t n) {
+            std::vector<T>().swap(v);
+            v.resize(n);
         }
         size_t bytes() const { return floats.capacity() * sizeof(float) + packed.capacity(); }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }

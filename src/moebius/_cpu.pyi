@@ -37,6 +37,11 @@ class ExpertsCall(_Call):
         out: int,
     ) -> None: ...
 
+class Combine(_Call):
+    def __init__(
+        self, *, dtype: int, x: int, weights: int, top_k: int, size: int, out: int
+    ) -> None: ...
+
 class AddGated(_Call):
     def __init__(self, *, dtype: int, a: int, b: int, gate: int, size: int, out: int) -> None: ...
 
@@ -76,6 +81,7 @@ class RotateAndStore(_Call):
         *,
         dtype: int,
         shape: CacheShape,
+        blocks: int,
         qkv: int,
         q_heads: int,
         cos: int,
@@ -95,6 +101,7 @@ class Attention(_Call):
         *,
         dtype: int,
         shape: CacheShape,
+        blocks: int,
         step: StepAttention,
         cache: int,
         q: int,
@@ -138,7 +145,7 @@ class Experts:
     ) -> None: ...
 
 class StepAttention:
-    def __init__(self, window: int) -> None: ...
+    def __init__(self, *, window: int, block_size: int) -> None: ...
     def set(
         self, *, query_start: int, seq_lens: int, block_table: int, batch: int, width: int
     ) -> None: ...

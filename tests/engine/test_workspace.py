@@ -131,6 +131,21 @@ def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> N
         assert runner.programs.step.trace.reason == "it called other operations than were planned"
 
 
+def test_the_kernels_keep_no_more_while_a_context_grows() -> None:
+    """By one split of its keys more: no vector grows to twice what it was."""
+    most, block_size = 5 * 1024, 16
+    ops = CpuOps(1)
+    spec = key_value_spec(1, 64, torch.bfloat16)
+    blocks = most // block_size
+    buffer = torch.zeros(ops.cache_bytes_per_block(spec, block_size) * blocks, dtype=torch.uint8)
+    cache = ops.make_cache(buffer, spec, block_size)
+    for context in range(1024, most + 1, 1024):
+        step = StepInputs.build([[0]], [context - 1], [list(range(blocks))], block_size)
+        q = torch.randn(1, 4, 64).bfloat16()
+        ops.paged_attention(q, cache, ops.plan_attention(step, block_size), 1.0)
+    assert ops._native.scratch_bytes <= ops.scratch_bytes(64, spec, block_size, most)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_kernels_keep_no_more_than_they_said(threads: int) -> None:
     """One long sequence, whose keys are split as often as can be; then long rows of products."""

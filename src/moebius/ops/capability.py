@@ -24,6 +24,7 @@ class Operation(StrEnum):
     PAGED_ATTENTION = "paged_attention"
     ROUTE = "route"
     EXPERTS = "experts"
+    COMBINE = "combine"
     ADD_GATED = "add_gated"
     SAMPLING = "sampling"
 
@@ -40,7 +41,10 @@ class Feature(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """An operation computed in `dtype`, whatever its weights' formats, as a model asks for it."""
+    """An operation as a model of `dtype` asks for it, whatever its weights' formats.
+
+    Rotations, routers, logits' caps and divisors, and sampling are float32 in any model.
+    """
 
     operation: Operation
     dtype: torch.dtype

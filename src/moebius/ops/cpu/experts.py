@@ -14,6 +14,7 @@ from moebius.ops.cpu.base import (
     CpuBase,
     Held,
     address,
+    check_shape,
     common_dtype,
     native_matrix,
     require_dtype,
@@ -34,6 +35,7 @@ class CpuExperts(PreparedExperts):
 
     table: _cpu.Experts
     dtype: torch.dtype
+    hidden: int
     width: int
     held: Held
 
@@ -51,9 +53,16 @@ class ExpertOps(CpuBase):
         selection_bias_E: Tensor | None = None,
         tally: RouterTally | None = None,
     ) -> Pair:
+        check_shape("a router's logits", logits_TE, len(logits_TE), config.num_experts)
         weights = self._empty(logits_TE, (config.top_k,), torch.float32)
         ids = self._empty(logits_TE, (config.top_k,), torch.int64)
         bias = selection_bias_E if config.selection_bias else None
+        if config.selection_bias and bias is None:
+            raise ValueError("this router chooses with a selection bias, and none is given")
+        check_shape("a selection bias", bias, config.num_experts)
+        if tally is not None:
+            check_shape("a tally", tally.pairs_E, config.num_experts)
+            check_shape("a tally's sums", tally.sums, 2)
         settings = _router_settings(config)
         call = _cpu.Route(
             settings=settings,
@@ -89,6 +98,9 @@ class ExpertOps(CpuBase):
         dtype = dtype or common_dtype(weight for kind in kinds for weight in kind)
         number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
         width, hidden = weights.gate_FD[0].shape
+        for size, kind in zip((width, width, hidden), biases, strict=True):
+            for bias in kind:
+                check_shape("an expert's bias", bias, size)
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,
@@ -101,7 +113,7 @@ class ExpertOps(CpuBase):
             up_bias=[address(bias) for bias in weights.up_bias_F],
             down_bias=[address(bias) for bias in weights.down_bias_D],
         )
-        return CpuExperts(table, dtype, width, Held(tensors))
+        return CpuExperts(table, dtype, hidden, width, Held(tensors))
 
     def experts(
         self,
@@ -118,12 +130,19 @@ class ExpertOps(CpuBase):
             raise ValueError(
                 f"the CPU kernels want one dtype, not {x_TD.dtype} and {prepared.dtype}"
             )
-        out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
-        top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
+        check_shape("rows for experts", x_TD, len(x_TD), prepared.hidden)
+        top_k = 1
+        if weights_TK is not None and expert_ids_TK is not None:
+            top_k = expert_ids_TK.shape[1]
+            check_shape("ids of experts", expert_ids_TK, len(x_TD), top_k)
+            check_shape("weights of experts", weights_TK, len(x_TD), top_k)
+        elif weights_TK is not expert_ids_TK:
+            raise ValueError("of weights and ids of experts there are both or neither")
+        out = self._empty(x_TD, (prepared.hidden,), x_TD.dtype)
         inner = self._empty(x_TD, (top_k, prepared.width), x_TD.dtype)
         outer = None
         if expert_ids_TK is not None:
-            outer = self._empty(x_TD, (top_k, *x_TD.shape[1:]), x_TD.dtype)
+            outer = self._empty(x_TD, (top_k, prepared.hidden), x_TD.dtype)
         call = _cpu.ExpertsCall(
             experts=prepared.table,
             x=self._at(x_TD),
@@ -135,6 +154,21 @@ class ExpertOps(CpuBase):
             out=self._at(out),
         )
         self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)
+        return out
+
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        rows, top_k, size = x_TKD.shape
+        check_shape("weights of experts", weights_TK, rows, top_k)
+        out = self._empty(x_TKD, (size,), x_TKD.dtype)
+        call = _cpu.Combine(
+            dtype=require_dtype(x_TKD.dtype),
+            x=self._at(x_TKD),
+            weights=self._at(weights_TK, torch.float32),
+            top_k=top_k,
+            size=size,
+            out=self._at(out),
+        )
+        self._run(Operation.COMBINE, call, x_TKD, rows)
         return out
 
 

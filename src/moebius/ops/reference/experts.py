@@ -109,6 +109,9 @@ class ExpertOps(Ops):
         out_TKD = out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
         return combine(out_TKD, weights_TK).to(x_TD.dtype)
 
+    def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        return combine(x_TKD, weights_TK).to(x_TKD.dtype)
+
     def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
         """What fine-tuning does to the inner values of a feed-forward, of experts behind a router
         or of a dense one."""

@@ -42,10 +42,13 @@ class LinearOps(Ops):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         if isinstance(table_VD, Matrix):
-            x_TD = table_VD.take(input_ids_T, dtype or torch.float32)
+            dtype = dtype or table_VD.planes[0].dtype
+            x_TD = table_VD.take(input_ids_T, torch.promote_types(dtype, torch.float32))
         else:
-            x_TD = F.embedding(input_ids_T, table_VD).to(dtype)
-        return x_TD if multiplier == 1.0 else x_TD * multiplier
+            dtype = dtype or table_VD.dtype
+            x_TD = F.embedding(input_ids_T, table_VD)
+            x_TD = x_TD.to(torch.promote_types(dtype, table_VD.dtype))
+        return (x_TD if multiplier == 1.0 else x_TD * multiplier).to(dtype)
 
     def prepare_linear(
         self, *layers: tuple[Weight, Tensor | None], dtype: torch.dtype | None = None
