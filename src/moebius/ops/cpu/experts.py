@@ -98,9 +98,7 @@ class ExpertOps(CpuBase):
         dtype = dtype or common_dtype(weight for kind in kinds for weight in kind)
         number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
         width, hidden = weights.gate_FD[0].shape
-        for size, kind in zip((width, width, hidden), biases, strict=True):
-            for bias in kind:
-                check_shape("an expert's bias", bias, size)
+        _check_biases(weights, hidden, width)
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,
@@ -170,6 +168,14 @@ class ExpertOps(CpuBase):
         )
         self._run(Operation.COMBINE, call, x_TKD, rows)
         return out
+
+
+def _check_biases(weights: ExpertWeights, hidden: int, width: int) -> None:
+    """Raises ValueError for a bias of another size."""
+    for bias in (*weights.gate_bias_F, *weights.up_bias_F):
+        check_shape("an expert's bias", bias, width)
+    for bias in weights.down_bias_D:
+        check_shape("an expert's bias", bias, hidden)
 
 
 @cache
