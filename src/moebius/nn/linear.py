@@ -44,10 +44,13 @@ class Weighted(nn.Module):
 class WeightList(nn.ParameterList):
     """As many weights (O, I), each a parameter or, to serve, a matrix: see Weighted."""
 
+    _holds_matrices = False
+
     def hold(self, index: int, matrix: Matrix) -> None:
         """Compute with `matrix` in place of a parameter. Raises ValueError for another shape."""
         _require_shape(matrix, self[index])
         self._parameters.pop(str(index), None)
+        self._holds_matrices = True
         setattr(self, str(index), matrix)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -59,10 +62,9 @@ class WeightList(nn.ParameterList):
 
     def held(self) -> tuple[Weight, ...]:
         """What is computed with; ParameterList's own indexing costs a millisecond a hundred."""
-        parameters = tuple(self._parameters.values())
-        if len(parameters) < len(self):
+        if self._holds_matrices:
             return tuple(getattr(self, str(index)) for index in range(len(self)))
-        return parameters  # type: ignore[return-value]  # none of them is None
+        return tuple(self._parameters.values())  # type: ignore[arg-type]  # none of them is None
 
 
 def _require_shape(matrix: Matrix, weight: Weight) -> None:

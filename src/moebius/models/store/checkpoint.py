@@ -21,7 +21,7 @@ from moebius.models.family import family, read_config
 from moebius.models.layout import Layout, Source, sources
 from moebius.models.store.kinds import open_store
 from moebius.models.store.plan import PlannedWeight, planned_weight
-from moebius.models.store.tensors import Store, StoredTensor, short_name
+from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor, short_name
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +47,16 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> str:
-        """What most numbers of the files are: bfloat16, float16 or float32."""
+        """What most bytes of plain numbers are: bfloat16, float16 or float32.
+
+        Matrices in other formats say nothing of what to compute in; float32 where all are such.
+        """
         sizes: Counter[str] = Counter()
         for source in self.sources:
-            tensor = self.tensors[source.name]
-            size = math.prod(source.shape) * (tensor.stop - tensor.start)
-            sizes[str(tensor.format)] += size // math.prod(tensor.shape)
-        return max(sizes, key=lambda name: sizes[name])
+            name = str(self.tensors[source.name].format)
+            if name in NUMBER_BYTES:
+                sizes[name] += math.prod(source.shape) * NUMBER_BYTES[name]
+        return max(sizes, key=lambda name: sizes[name], default="float32")
 
     def plan_weights(
         self, dtype: str, device: str = "cpu", formats: Collection[str] = ()
@@ -220,15 +223,16 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest = blake2b(digest_size=8, person=b"moebius-weights")
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
-    tensors = sorted(checkpoint.tensors.values(), key=lambda t: (t.file.name, t.start))
-    for path in sorted({tensor.file for tensor in tensors}):
+    files: dict[Path, list[StoredTensor]] = {}
+    for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.start):
+        files.setdefault(tensor.file, []).append(tensor)
+    for path, tensors in sorted(files.items()):
         with path.open("rb") as file:
             size = file.seek(0, 2)
             header = checkpoint.store.header(path)
             for part in (path.name.encode(), size.to_bytes(8, "little"), header):
                 digest.update(len(part).to_bytes(8, "little") + part)
             for tensor in tensors:
-                if tensor.file == path:
-                    file.seek(tensor.start)
-                    digest.update(file.read(min(_SAMPLE, tensor.stop - tensor.start)))
+                file.seek(tensor.start)
+                digest.update(file.read(min(_SAMPLE, tensor.stop - tensor.start)))
     return digest.hexdigest()

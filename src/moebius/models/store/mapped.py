@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import WeightsError
-from moebius.models.store.tensors import StoredTensor
+from moebius.models.store.tensors import StoredTensor, short_name
 from moebius.pages import populate
 
 
@@ -31,7 +31,7 @@ class MappedFiles:
         """
         region = self._region(stored.file)
         if len(region) < stored.stop:
-            raise WeightsError(f"{stored.file} shrank while it was loaded")
+            raise WeightsError(f"{short_name(stored.file)} shrank while it was loaded")
         start = stored.start + skipped * dtype.itemsize
         count = math.prod(shape)
         with warnings.catch_warnings():
@@ -46,8 +46,7 @@ class MappedFiles:
 
     def _region(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
-            with file.open("rb") as opened:
-                region = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            region = _mapped(file)
             # What is read from now on is read ahead, and in huge pages where the kernel has them
             # for files. Not every system knows these words.
             for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
@@ -57,3 +56,14 @@ class MappedFiles:
             populate(address, len(region), write=False, keep=region)
             self._maps[file] = region
         return self._maps[file]
+
+
+def _mapped(file: Path) -> mmap.mmap:
+    try:
+        with file.open("rb") as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as cause:
+        reason = cause.strerror or cause
+        raise WeightsError(f"{short_name(file)} cannot be mapped: {reason}") from None
+    except ValueError:  # of an empty file
+        raise WeightsError(f"{short_name(file)} shrank while it was loaded") from None

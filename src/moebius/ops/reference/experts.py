@@ -26,7 +26,7 @@ class ReferenceExperts(PreparedExperts):
     activation: Activation
 
     def is_of(self, weights: ExpertWeights) -> bool:
-        return same(weights.tensors(), self.weights.tensors())
+        return all(map(same, weights, self.weights))
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -131,12 +131,12 @@ def _bias(biases: Sequence[Tensor], e: int) -> Tensor | None:
 
 
 def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, hidden: Hidden) -> Tensor:
-    def product(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor]) -> Tensor:
-        return F.linear(x, widened_for(x, weights[e]), _bias(biases, e))
-
-    gate = product(x_TD, w.gate_FD, w.gate_bias_F)
-    up = product(x_TD, w.up_FD, w.up_bias_F) if w.up_FD else None
-    return product(hidden(gate, up), w.down_DF, w.down_bias_D)
+    gate = F.linear(x_TD, widened_for(x_TD, w.gate_FD[e]), _bias(w.gate_bias_F, e))
+    up = None
+    if w.up_FD:
+        up = F.linear(x_TD, widened_for(x_TD, w.up_FD[e]), _bias(w.up_bias_F, e))
+    inner = hidden(gate, up)
+    return F.linear(inner, widened_for(inner, w.down_DF[e]), _bias(w.down_bias_D, e))
 
 
 def _experts_in_turn(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.ops.interface import Ops
-from moebius.ops.prepared import PreparedLinear, own
+from moebius.ops.prepared import PreparedLinear, own, same
 from moebius.ops.weights import Matrix, Weight, dtype_name
 
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
@@ -21,10 +21,7 @@ class ReferenceLinear(PreparedLinear):
     layers: tuple[tuple[Weight, Tensor | None], ...]
 
     def is_of(self, *layers: tuple[Weight, Tensor | None]) -> bool:
-        if len(layers) != len(self.layers):
-            return False
-        pairs = zip(layers, self.layers, strict=True)
-        return all(weight is w and bias is b for (weight, bias), (w, b) in pairs)
+        return len(layers) == len(self.layers) and all(map(same, layers, self.layers))
 
 
 class LinearOps(Ops):
@@ -67,15 +64,14 @@ class LinearOps(Ops):
         with torch.autocast(x_TI.device.type, enabled=False):
             x = x_TI.float()
             bias = None if bias_O is None else bias_O.float()
-            matrix = Matrix.of(weight_OI)
-            count = matrix.shape[0]
-            if (
-                matrix.planes[0].dtype == torch.float32
+            if isinstance(weight_OI, Tensor) and (
+                weight_OI.dtype == torch.float32
                 or torch.is_grad_enabled()
-                or count <= LOGITS_ROWS
+                or len(weight_OI) <= LOGITS_ROWS
             ):
-                return F.linear(x, matrix.widened(torch.float32), bias)
-            starts = range(0, count, LOGITS_ROWS)
+                return F.linear(x, weight_OI.float(), bias)
+            matrix = Matrix.of(weight_OI)
+            starts = range(0, matrix.shape[0], LOGITS_ROWS)
             rows = (matrix.rows(start, start + LOGITS_ROWS) for start in starts)
             out = torch.cat([F.linear(x, part.widened(torch.float32)) for part in rows], dim=-1)
             return out if bias is None else out + bias
