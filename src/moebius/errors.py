@@ -16,6 +16,7 @@
     ├── CacheDataError               bytes that should be a block or state of a cache are damaged,
                                      or another cache's
     └── EngineError                  the engine failed or is gone: HTTP 500
+        ├── EngineLostError          the engine is gone, and the request with it
         ├── WireError                a frame between the front and an engine cannot be read
         └── ChannelError             a connection between processes broke, or is refused
             └── ChannelClosedError   the other end has closed it
@@ -213,6 +214,10 @@ class EngineError(MoebiusError, wire_code="engine"):
         return {"error_id": self.error_id}
 
 
+class EngineLostError(EngineError, wire_code="engine_lost"):
+    """The engine is gone, and not for this request's sake: another may be asked for the same."""
+
+
 class WireError(EngineError, wire_code="wire"):
     """A frame between the front and an engine cannot be read: damaged, or of another version."""
 
@@ -315,12 +320,14 @@ def require(condition: bool, message: str, error: type[UsageError] = ConfigError
 def require_word(name: str, value: Any, words: Any) -> None:
     """ConfigError where a value is none of the words of a Literal, as `words`."""
     known = get_args(words)
-    require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 def require_seconds(name: str, value: float) -> None:
     """ConfigError where an option is no positive, finite time."""
-    require(0 < value < math.inf, f"{name} is {value}; it must be a positive number of seconds")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
 
 
 def check_number(

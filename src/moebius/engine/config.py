@@ -27,7 +27,7 @@ class EngineConfig(SchedulerConfig):
         120.0
     )
     threads: Annotated[
-        int | None, "Compute threads; default: one a core, as far as a CPU quota goes."
+        int | None, "Compute threads; default: one per core, as far as a CPU quota goes."
     ] = None
     ranks: Annotated[
         int,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.deliveries import Deliver, Deliveries
 from moebius.engine.engine import Engine
-from moebius.engine.faults import failure
+from moebius.engine.faults import failure, lost
 from moebius.schedule.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class InProcessClient:
             while not self.stopped:
                 self._deliveries.send(self._turn())
         except Exception as error:
-            self._deliveries.stop(failure("the engine thread", error))
+            self._deliveries.stop(lost(failure("the engine thread", error)))
         finally:
             self._deliveries.stop()
             for request_id in list(self._engine.scheduler.requests):

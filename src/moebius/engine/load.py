@@ -33,7 +33,7 @@ from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
@@ -135,11 +135,11 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         share = ExpertShare(0, config.ranks, neighbours=config.ranks)
     checkpoint = open_checkpoint(directory)
     why = checkpoint.config.unpublished
-    require(
-        not why,
-        f"{directory} can be trained and measured, but not served: no published architecture has "
-        f"{why}",
-    )
+    if why:
+        raise ConfigError(
+            f"{directory} can be trained and measured, but not served: no published architecture "
+            f"has {why}"
+        )
     device = _device(config.device)
     cores = machine.threads()
     if config.threads is not None and config.threads > cores:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from moebius.engine import wire
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
 from moebius.engine.deliveries import Deliver, Deliveries
-from moebius.engine.faults import failed, failure
+from moebius.engine.faults import failed, failure, lost
 from moebius.errors import (
     ChannelClosedError,
     ChannelError,
@@ -200,7 +200,7 @@ class RemoteClient:
         except Exception as error:
             cause = failure("reading what the engine says", error)
         finally:
-            self._deliveries.stop(cause)
+            self._deliveries.stop(lost(cause))
             self._channel.close()
             self._unsent.set()
             self._deliveries.end_all()

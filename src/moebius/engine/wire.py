@@ -27,7 +27,9 @@ from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.hashes import BlockHasher
 from moebius.schedule.params import ServingLimits
 
-VERSION = 1
+VERSION = 2
+"""Another one whenever a record that crosses gets or loses a field, or a field changes its type:
+else a process of another release would take one thing for another (tests/engine/test_wire.py)."""
 HEARTBEAT_SECONDS = 0.25
 """An engine's process is heard of this often, whatever it does."""
 SEND_SECONDS = 30.0

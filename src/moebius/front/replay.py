@@ -20,7 +20,7 @@ from functools import partial
 
 from moebius.engine.client import EngineClient, EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed, say
-from moebius.errors import EngineError, MoebiusError, OverloadError, RequestError
+from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError, RequestError
 from moebius.front.flight import Flight
 from moebius.front.restarts import RestartBudget
 from moebius.front.routing import EngineLoad, choose
@@ -192,6 +192,8 @@ class ReplayClient:
 
     def _heard(self, flight: Flight, output: StepOutput) -> list[StepOutput]:
         """What the client is to hear of an output; nothing where the request is asked for again."""
+        if isinstance(output.error, EngineLostError):
+            return []  # it is asked for again, once `_lose` has been called
         assert flight.engine is not None
         ended = output.finish_reason
         if output.token_ids or ended is not None:
