@@ -114,7 +114,7 @@ class Group:
 
     def move(self, placement: Placement) -> None:
         for loader, one in zip(self.loaders, self.runners, strict=True):
-            loader.move_experts(one.model, placement)
+            loader.move_experts(one.model, loader.bring_experts(one.model, placement))
 
 
 def spec_of(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int) -> ExchangeSpec:

@@ -99,7 +99,9 @@ class EngineStats:
     step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
     prefix that another was computing, not for room. last_step and now are on the engine's monotonic
     clock, in seconds. restarts counts engines that took the place of lost ones, and replayed the
-    requests that were asked for again.
+    requests that were asked for again. exchange_bytes_out and exchange_bytes_in are rows that went
+    to other ranks and came from them; exchange_seconds is what was waited for those, in
+    exchange_calls calls.
     """
 
     running: int = 0
@@ -121,6 +123,10 @@ class EngineStats:
     ready: bool = False
     restarts: int = 0
     replayed: int = 0
+    exchange_calls: int = 0
+    exchange_bytes_out: int = 0
+    exchange_bytes_in: int = 0
+    exchange_seconds: float = 0.0
 
     @property
     def kv_cache_usage(self) -> float:
@@ -161,6 +167,49 @@ class ExpertLoads:
 
     steps: int = 0
     layers: tuple[LayerLoad, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpread:
+    """Where one layer's experts are.
+
+    held                 for each rank the experts that it holds
+    imbalance            tokens of the busiest rank over the mean, by the loads of the last steps; 1
+                         when even
+    imbalance_at_start   what it would be with the placement that the engines started with
+    """
+
+    layer: int
+    held: tuple[tuple[int, ...], ...]
+    imbalance: float
+    imbalance_at_start: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankTraffic:
+    """Rows that a rank has sent to others and got from them, and how long it waited for those;
+    computing: whether it takes part in the group's steps now."""
+
+    rank: int
+    computing: bool
+    calls: int
+    bytes_out: int
+    bytes_in: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpread:
+    """How ranks share a model's experts.
+
+    epoch   how often the group of ranks was formed
+    moves   how often a layer's experts have moved since the start
+    """
+
+    epoch: int
+    moves: int
+    ranks: tuple[RankTraffic, ...]
+    layers: tuple[LayerSpread, ...]
 
 
 class EngineClient(Protocol):

@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
-from moebius.engine.client import EngineInfo, StepOutput
+from moebius.engine.client import EngineInfo, EngineStats, StepOutput
 from moebius.engine.engine import Engine
 from moebius.engine.faults import say
 from moebius.engine.lockstep import Lockstep
+from moebius.engine.moves import ExpertMoves
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import PeerError
-from moebius.parallel.exchange import Exchange
+from moebius.parallel.exchange import Exchange, Traffic
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
 log = logging.getLogger(__name__)
@@ -22,7 +24,8 @@ class RankEngine(Engine):
     When a rank of the group is lost, this engine keeps its requests, its cache and its weights. It
     tells `on_parted`, and rests until it joins the next epoch.
 
-    use   gives the model's dispatchers an exchange
+    use     gives the model's dispatchers an exchange
+    moves   of its experts, between two steps; None: they stay where they are
     """
 
     def __init__(
@@ -32,14 +35,18 @@ class RankEngine(Engine):
         info: EngineInfo,
         *,
         use: Callable[[Exchange], None],
+        moves: ExpertMoves | None = None,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
     ) -> None:
         super().__init__(runner, scheduler, info, trace=trace, torch_threads=torch_threads)
         self._use = use
+        self.moves = moves
         self.on_parted: Callable[[PeerError], None] = lambda error: None
         self._exchange: Exchange | None = None
         self._lockstep: Lockstep | None = None
+        # What exchanges that were left have moved, and the one that is used.
+        self._exchanges: tuple[Traffic, Exchange | None] = (Traffic(), None)
 
     @property
     def has_work(self) -> bool:
@@ -53,6 +60,7 @@ class RankEngine(Engine):
         """
         self.leave()
         self._exchange = exchange
+        self._exchanges = (self._traffic(), exchange)
         self._use(exchange)
         self._lockstep = Lockstep(exchange, heard)
 
@@ -60,6 +68,7 @@ class RankEngine(Engine):
         """Compute no more, until the next `join`."""
         self._lockstep = None
         if self._exchange is not None:
+            self._exchanges = (self._traffic(), None)
             self._exchange.close()
             self._exchange = None
 
@@ -68,17 +77,32 @@ class RankEngine(Engine):
         if self._lockstep is not None:
             self._lockstep.hear(number)
 
+    def stats(self) -> EngineStats:
+        traffic = self._traffic()
+        return replace(
+            super().stats(),
+            exchange_calls=traffic.calls,
+            exchange_bytes_out=traffic.bytes_out,
+            exchange_bytes_in=traffic.bytes_in,
+            exchange_seconds=traffic.seconds_waited,
+        )
+
     def close(self) -> None:
         self.leave()
         super().close()
 
     def _step(self) -> list[StepOutput]:
         assert self._lockstep is not None, "a step is made in a group"
+        moves = self.moves
         try:
-            if not self._lockstep.agree(self.scheduler.has_work):
-                return []
+            ready = 0 if moves is None else moves.ready()
+            some_work = self._lockstep.agree(self.scheduler.has_work, ready)
         except PeerError as error:
             self._part(error)
+            return []
+        if moves is not None and self._lockstep.ready is not None:
+            moves.agreed(self._lockstep.ready)
+        if not some_work:
             return []
         return super()._step()
 
@@ -96,6 +120,10 @@ class RankEngine(Engine):
         # The others may be waiting for what this rank was about to send.
         self._part(PeerError("a step failed on this rank", ranks=(self._rank,)))
         return outputs
+
+    def _traffic(self) -> Traffic:
+        past, exchange = self._exchanges
+        return past if exchange is None else past + exchange.traffic
 
     @property
     def _rank(self) -> int:

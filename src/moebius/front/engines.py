@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from moebius.engine import wire
-from moebius.engine.client import EngineClient
+from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess
 from moebius.errors import MoebiusError
 from moebius.front.group import RankGroup
@@ -27,6 +27,7 @@ class EngineProcesses:
     def __init__(self, count: int) -> None:
         self._early: dict[int, EngineProcess] = {number: EngineProcess() for number in range(count)}
         self._client: ReplayClient | None = None
+        self._group: RankGroup | None = None
         self._reason: MoebiusError | None = None
 
     def launch(
@@ -37,6 +38,7 @@ class EngineProcesses:
         Raises the error that loading ends with.
         """
         group = RankGroup(message) if message.config.ranks > 1 else None
+        self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
             process = self._early.pop(number, None)
@@ -48,12 +50,18 @@ class EngineProcesses:
         self._client = ReplayClient(start, message.config.ranks, on_give_up=self._give_up)
         return self._client
 
+    def spread(self) -> ExpertSpread | None:
+        """How ranks share the model's experts; None where one process has them all."""
+        return None if self._group is None else self._group.spread()
+
     def check(self) -> None:
         """Raises the reason why the engines were given up, where they were."""
         if self._reason is not None:
             raise self._reason
 
     def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
         for process in self._early.values():
             process.kill()
         if self._client is not None:

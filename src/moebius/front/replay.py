@@ -127,7 +127,6 @@ class ReplayClient:
             return replace(
                 total,
                 waiting=total.waiting + len(self._waiting),
-                ready=total.ready and len(engines) == len(self._engines),
                 restarts=self._restarts,
                 replayed=self._replayed,
             )

@@ -85,6 +85,14 @@ class Traffic:
     bytes_in: int = 0
     seconds_waited: float = 0.0
 
+    def __add__(self, more: "Traffic") -> "Traffic":
+        return Traffic(
+            self.calls + more.calls,
+            self.bytes_out + more.bytes_out,
+            self.bytes_in + more.bytes_in,
+            self.seconds_waited + more.seconds_waited,
+        )
+
     def __sub__(self, before: "Traffic") -> "Traffic":
         return Traffic(
             self.calls - before.calls,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,6 +45,19 @@ def load_decoder(
     return decoder
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertMove:
+    """Experts on their way: rank `rank` is to hold what `placement` says of it.
+
+    come   what it lacked, with its values; gone: what is others' then
+    """
+
+    placement: Placement
+    rank: int
+    come: Sequence[tuple[Source, Weight]]
+    gone: Sequence[Source]
+
+
 class Loader:
     """Puts a checkpoint's tensors into decoders, where they lie in their files if that can be.
 
@@ -74,32 +88,45 @@ class Loader:
         _check_all_have_a_source(decoder, sources)
         self._put(decoder, self._values(decoder, sources, self._files(decoder)))
 
-    def move_experts(self, decoder: Decoder, placement: Placement, rank: int | None = None) -> None:
-        """Let a rank hold what `placement` says of it, between two steps of all ranks.
+    def bring_experts(
+        self, decoder: Decoder, placement: Placement, rank: int | None = None
+    ) -> ExpertMove:
+        """Read what a rank lacks of what `placement` says of it, while it goes on with what it has.
 
-        New experts are there when this returns, and those that went to others are no longer.
-        Programs of the decoder have to be recorded anew (Decoder.moves says so). rank: its number
-        from now on, where it is another. Raises ConfigError as ExpertRank.place and WeightsError;
-        then all is as it was.
+        On any thread. rank: its number from then on, where it is another. Raises ConfigError as
+        ExpertRank.place and WeightsError.
         """
         ranks = decoder.ranks
         assert ranks is not None, "this decoder holds all experts"
         rank = ranks.rank if rank is None else rank
         ranks.check(placement, rank)
-        files = self._files(decoder)
         before = self._expert_sources(ranks)
         after = self._expert_sources(ExpertRank(placement, rank, ranks.tokens))
         come = [source for name, source in after.items() if name not in before]
         gone = [source for name, source in before.items() if name not in after]
-        self._put(decoder, self._values(decoder, come, files))
-        ranks.place(placement, rank)
+        values = self._values(decoder, come, self._files(decoder))
+        return ExpertMove(placement, rank, values, gone)
+
+    def move_experts(self, decoder: Decoder, move: ExpertMove) -> None:
+        """Let a rank hold what was brought for it, between two steps of all ranks.
+
+        Experts that went to others are there no longer. Programs of the decoder have to be recorded
+        anew (Decoder.moves says so). Nothing else may have been moved since.
+        """
+        ranks = decoder.ranks
+        assert ranks is not None, "this decoder holds all experts"
+        ranks.place(move.placement, move.rank)
+        if not (move.come or move.gone):
+            return
+        self._put(decoder, move.come)
         modules = dict(decoder.named_modules())
-        for source in gone:
+        for source in move.gone:
             module, _, leaf = source.parameter.rpartition(".")
             experts = modules[module]
             assert isinstance(experts, WeightList)
             experts.drop(int(leaf))
-        for file, spans in self._spans(gone).items():
+        files = self._files(decoder)
+        for file, spans in self._spans(move.gone).items():
             files.release(file, spans)
         decoder.moves += 1
 
