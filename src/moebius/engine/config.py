@@ -55,10 +55,6 @@ class EngineConfig(SchedulerConfig):
         require_seconds("step_deadline", self.step_deadline)
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks!r}; it must be a number of at least 1")
-        if not isinstance(self.spare_experts, int) or self.spare_experts < 0:
-            raise ConfigError(
-                f"spare_experts is {self.spare_experts!r}; it must be a number of at least 0"
-            )
         if not self.expert_placement:
             raise ConfigError("expert_placement is empty; use linear, balanced, or a file")
         for name in ("expert_placement", "spare_experts"):

@@ -4,6 +4,7 @@ An epoch is a membership, with a piece of shared memory of its own. When a rank 
 is over for all of them at once; the others keep process, cache and weights. Where they have every
 expert between them, they go on in an epoch of their own; else they wait with what they have. When
 the lost rank is loaded again, all join the next epoch.
+"""
 
 import logging
 import secrets
