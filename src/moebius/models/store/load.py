@@ -62,7 +62,7 @@ class Loader:
         self.checkpoint = checkpoint
         self.device = device
         self._mapped = mapped
-        self._whole = MappedFiles()
+        # Of ranks that hold parts of files, and may come to hold others.
         self._parts = MappedFiles(whole=False)
 
     def fill(self, decoder: Decoder) -> None:
@@ -104,7 +104,7 @@ class Loader:
         decoder.moves += 1
 
     def _files(self, decoder: Decoder) -> MappedFiles:
-        return self._whole if decoder.ranks is None else self._parts
+        return MappedFiles() if decoder.ranks is None else self._parts
 
     def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
         sources = self.checkpoint.sources_at(ranks)
