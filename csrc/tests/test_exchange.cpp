@@ -132,7 +132,7 @@ void test_a_rank_that_does_not_come() {
     const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
     Memory memory(layout);
     run_ranks(3, [&](int rank) {
-        SharedExchange exchange(layout, memory.at.get(), rank, 0.2, false);
+        SharedExchange exchange(layout, memory.at.get(), rank, 3, false);
         exchange.agree({});
         if (rank == 1) return;
         require(lost([&] { exchange.agree({}); }).ranks == 2, "it is named");

@@ -94,19 +94,20 @@ class SharedMemoryExchange(CheckedExchange):
     ) -> None:
         super().__init__(spec, rank, epoch, timeout)
         layout = _layout(spec, epoch)
-        self._memory = _open(place, epoch)
+        memory = _open(place, epoch)
         usable = machine.threads() if cores is None else cores
         try:
-            layout.check(self._memory.address, self._memory.bytes)
+            layout.check(memory.address, memory.bytes)
             self._native = _cpu.SharedExchange(
                 layout,
-                self._memory.address,
+                memory.address,
                 rank=rank,
                 timeout=timeout,
                 crowded=spec.size > usable,
             )
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
+        self._memory: _Memory | None = memory
 
     @property
     def traffic(self) -> Traffic:
@@ -115,7 +116,9 @@ class SharedMemoryExchange(CheckedExchange):
 
     def close(self) -> None:
         super().close()
-        self._native.leave()
+        if self._memory is not None:
+            self._native.leave()
+            self._memory = None
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         try:
@@ -131,7 +134,7 @@ class SharedMemoryExchange(CheckedExchange):
             return self._native.dispatch(
                 x_TD.data_ptr(),
                 ids_TK.data_ptr(),
-                len(x_TD),
+                x_TD.shape[0],
                 owners_CE.data_ptr(),
                 splits,
                 experts,
