@@ -34,7 +34,6 @@ class Meeting:
     spec: ExchangeSpec
     epoch: Epoch
     timeout: float = 30.0
-    cores: int | None = None
 
 
 def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
@@ -50,7 +49,6 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
             rank,
             meeting.epoch,
             timeout=meeting.timeout,
-            cores=meeting.cores,
         )
         return
     if dist.is_initialized():

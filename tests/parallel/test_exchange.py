@@ -191,6 +191,10 @@ def test_a_peer_that_is_killed_or_stopped_while_others_wait(meet: Meet, how: str
         for rank in survivors:
             rank.result()
         check(survivors, spec, cases(3, 6)[:2])
+        if how == "stop":  # it goes on where nobody is any more
+            members[2].go_on()
+            members[2].start(rank_side.agree, (1,))
+            assert members[2].error().kind is PeerError
 
 
 def test_a_rank_of_another_epoch_or_kind_is_refused(pool: list[Rank], meet: Meet) -> None:

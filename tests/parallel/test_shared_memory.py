@@ -35,8 +35,8 @@ def pool() -> Iterator[list[Rank]]:
         yield started
 
 
-def meeting(segment: Segment, cores: int | None = None) -> Meeting:
-    return Meeting("shared", segment.place, segment.spec, segment.epoch, LONG, cores)
+def meeting(segment: Segment) -> Meeting:
+    return Meeting("shared", segment.place, segment.spec, segment.epoch, LONG)
 
 
 def join(segment: Segment, rank: int = 0, **changed: object) -> SharedMemoryExchange:
@@ -153,8 +153,8 @@ def test_a_rank_that_is_killed_anywhere_in_a_layer(microseconds: int) -> None:
 
 @pytest.mark.parametrize("cores", [1, 64])
 def test_fewer_cores_than_ranks_and_more(pool: list[Rank], cores: int) -> None:
-    with Segment(SPEC, EPOCH) as segment:
-        together(pool, rank_side.join, meeting(segment, cores))
+    with Segment(SPEC, EPOCH, cores=cores) as segment:
+        together(pool, rank_side.join, meeting(segment))
         agreed = together(pool, rank_side.repeated, Case(1, (6, 0, 3), 7), 30)
         assert agreed == [[(29, 0), (29, 1), (29, 2)]] * 3
 
