@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "exchange_bindings.h"
 #include "ops.h"
 #include "program.h"
 
@@ -312,4 +313,5 @@ NB_MODULE(_cpu, m) {
         .def("ranks", &Ops::ranks, release())
         .def("shape", &Ops::shape, release());
     bind_calls(m);
+    bind_exchange(m);
 }

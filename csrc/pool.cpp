@@ -3,6 +3,8 @@
 #include <chrono>
 #include <utility>
 
+#include "spin.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -11,16 +13,6 @@ namespace moebius {
 namespace {
 
 constexpr auto SPIN = std::chrono::microseconds(200);
-
-void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb");  // waits for some tens of cycles, as x86's pause does; `yield` is over at once
-#else
-    std::this_thread::yield();
-#endif
-}
 
 // Subnormal numbers take a hundred times as long and mean nothing here; flushed on every thread alike, and so for one
 // answer. What the caller had is put back.

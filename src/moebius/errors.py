@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_args
 
-Fact = str | int | float | bool | tuple[int, ...] | None
+Fact = str | int | float | bool | None
 """What an error may hold beside its text, so that it can cross to another process."""
 
 _BY_CODE: dict[str, "type[MoebiusError]"] = {}
@@ -231,7 +231,14 @@ class PeerError(EngineError, wire_code="peer"):
 
     @property
     def facts(self) -> dict[str, Fact]:
-        return {"ranks": self.ranks, "error_id": self.error_id}
+        return {"ranks": " ".join(map(str, self.ranks)), "error_id": self.error_id}
+
+    @classmethod
+    def again(cls, text: str, facts: Mapping[str, Any]) -> Self:
+        words = str(facts.get("ranks")).split()
+        if not all(word.isdecimal() for word in words):
+            raise TypeError(f"{facts.get('ranks')!r} are no ranks")
+        return cls(text, **{**facts, "ranks": tuple(map(int, words))})
 
 
 def frames(error: BaseException) -> str:

@@ -197,8 +197,8 @@ def test_every_error_has_a_code_and_comes_back_as_what_it_was(cls: type[MoebiusE
     ):
         assert type(back) is cls and str(back) == str(error) and back.args == error.args
         assert vars(back) == vars(error)
+        assert back.facts == error.facts
         for name, value in FIELDS.get(cls, {}).items():
-            assert back.facts[name] == value
             assert getattr(back, name, value) == value
 
 
@@ -327,6 +327,8 @@ def test_a_field_of_another_type_is_refused(field: str, value: Any) -> None:
         ["overload", 3, {}],
         ["context_exceeded", "text", {"context": "x", "prompt_tokens": "y", "max_tokens": 1}],
         ["engine", "text", {"error_id": [1]}],
+        ["peer", "text", {"ranks": "1 b"}],
+        ["peer", "text", {}],
         [],
         None,
     ],

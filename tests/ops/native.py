@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,19 @@ def run(*command: str | Path, seconds: float = 1200) -> str:
     return done.stdout
 
 
-def build(name: str, *settings: str) -> Path:
-    """The folder with the test programs, built anew where a source changed; skips where there is no cmake."""
+def build(name: str, *settings: str, targets: Sequence[str] = ()) -> Path:
+    """The folder with the test programs (or some), built anew where a source changed; skips where there is no cmake."""
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("needs cmake")
     folder = ROOT / "build" / name
     run(cmake, "-S", ROOT, "-B", folder, "-DMOEBIUS_TESTS=ON", *settings)
-    run(cmake, "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
+    run(
+        cmake,
+        "--build",
+        folder,
+        "--parallel",
+        str(len(os.sched_getaffinity(0))),
+        *(["--target", *targets] if targets else []),
+    )
     return folder

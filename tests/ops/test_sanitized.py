@@ -24,17 +24,27 @@ COMPILER = next(
 
 @pytest.fixture(scope="module")
 def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the test programs, built anew where a source changed."""
+    return sanitized(request, tmp_path_factory, "address,undefined")
+
+
+def sanitized(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    sanitizers: str,
+    *targets: str,
+) -> Path:
+    """The folder with the test programs (or some), built anew where a source changed."""
     if "sanitize" not in request.config.getoption("-m"):
         pytest.skip("takes minutes; ask for it with -m sanitize")
     if not COMPILER:
         pytest.skip("needs a C++17 compiler")
     empty = tmp_path_factory.mktemp("sanitizers") / "empty.cpp"
     empty.write_text("int main() {}\n")
-    command = [COMPILER, "-fsanitize=address,undefined", empty, "-o", empty.with_suffix("")]
+    command = [COMPILER, f"-fsanitize={sanitizers}", empty, "-o", empty.with_suffix("")]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip(f"{COMPILER} has no AddressSanitizer")
-    return build("sanitized", f"-DCMAKE_CXX_COMPILER={COMPILER}")
+        pytest.skip(f"{COMPILER} has no sanitizers {sanitizers}")
+    settings = (f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DMOEBIUS_SANITIZERS={sanitizers}")
+    return build(f"sanitized-{sanitizers.replace(',', '-')}", *settings, targets=targets)
 
 
 @pytest.mark.sanitize
@@ -55,3 +65,13 @@ def test_emulated_amx(programs: Path) -> None:
             "this compiler or processor has no AVX-512, which the emulated tiles are built on"
         )
     run(programs / "test_amx")
+
+
+@pytest.mark.sanitize
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_exchange(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, sanitizers: str
+) -> None:
+    """ThreadSanitizer sees memory that is read before whoever writes it was waited for."""
+    run(sanitized(request, tmp_path_factory, sanitizers, "test_exchange") / "test_exchange")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.errors import ConfigError, require_seconds
+from moebius.errors import ConfigError, PeerError, require_seconds
 
 MOST_RANKS = 1024
 MOST_VALUES = 16
@@ -75,9 +75,9 @@ class Traffic:
     """What an exchange has moved so far, between this rank and others.
 
     calls             of agree, dispatch and combine
-    bytes_out         rows and ids that went to other ranks
-    bytes_in          those that came from them
-    seconds_waited    for other ranks
+    bytes_out         of rows that went to other ranks; counts and ids, far less, are left out
+    bytes_in          of rows that came from them
+    seconds_waited    for other ranks, and for what they send
     """
 
     calls: int = 0
@@ -100,7 +100,8 @@ class Exchange(ABC):
     timeout     seconds that any operation waits for other ranks. After that it raises PeerError,
                 and so does every later one: the epoch is over.
 
-    The operations are called from one thread, and return when their outputs are written.
+    The operations are called from one thread, and return when their outputs are written. What they
+    raise ValueError for they refuse before anything is sent, so that the call can be made again.
     """
 
     def __init__(self, spec: ExchangeSpec, rank: int, epoch: Epoch, timeout: float) -> None:
@@ -125,6 +126,8 @@ class Exchange(ABC):
         """Every rank's values, in the order of ranks.
 
         values   at most MOST_VALUES integers of 64 bits; ranks may bring different numbers of them
+
+        Raises ValueError for more; PeerError.
         """
 
     @abstractmethod
@@ -165,27 +168,97 @@ class Exchange(ABC):
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> None:
         spec = self.spec
-        tokens = len(x_TD)
+        tokens = x_TD.shape[0]
+        room = rows_RD.shape[0]
         most = spec.size * spec.tokens
         if tokens > spec.tokens:
             raise ValueError(f"x has {tokens} rows; the group was made for {spec.tokens} a rank")
-        if len(rows_RD) < most or len(ids_RK) < most:
-            raise ValueError(f"rows and ids have room for {len(rows_RD)} rows; {most} may come")
+        if room < most:
+            raise ValueError(f"there is room for {room} received rows; {most} may come")
+        if 0 in owners_CE.shape:
+            raise ValueError(f"an owners table of shape {tuple(owners_CE.shape)}")
         _check("x", x_TD, (tokens, spec.hidden), spec.dtype)
         _check("ids", ids_TK, (tokens, spec.top_k), torch.int64)
-        _check("owners", owners_CE, (max(1, len(owners_CE)), owners_CE.shape[-1]), torch.int32)
-        _check("received rows", rows_RD, (len(rows_RD), spec.hidden), spec.dtype)
-        _check("received ids", ids_RK, (len(ids_RK), spec.top_k), torch.int64)
+        _check("owners", owners_CE, (owners_CE.shape[0], owners_CE.shape[-1]), torch.int32)
+        _check("received rows", rows_RD, (room, spec.hidden), spec.dtype)
+        _check("received ids", ids_RK, (room, spec.top_k), torch.int64)
 
     def _check_combine(
         self, outputs_RKD: Tensor, back_TKD: Tensor, received: int, tokens: int
     ) -> None:
         spec = self.spec
-        if len(outputs_RKD) < received:
-            raise ValueError(f"outputs have {len(outputs_RKD)} rows; {received} were received")
-        pairs = (spec.top_k, spec.hidden)
-        _check("outputs", outputs_RKD, (len(outputs_RKD), *pairs), spec.dtype)
-        _check("back", back_TKD, (tokens, *pairs), spec.dtype)
+        rows = outputs_RKD.shape[0]
+        if rows < received:
+            raise ValueError(f"outputs have {rows} rows; {received} were received")
+        _check("outputs", outputs_RKD, (rows, spec.top_k, spec.hidden), spec.dtype)
+        _check("back", back_TKD, (tokens, spec.top_k, spec.hidden), spec.dtype)
+
+
+class CheckedExchange(Exchange):
+    """What transports share: calls are checked before they come to `_agree`, `_dispatch` and
+    `_combine`, and once a peer is lost every call says so again."""
+
+    def __init__(self, spec: ExchangeSpec, rank: int, epoch: Epoch, timeout: float) -> None:
+        super().__init__(spec, rank, epoch, timeout)
+        self._over: PeerError | None = None
+        # Between dispatch and combine: rows received, and this rank's tokens.
+        self._dispatched: tuple[int, int] | None = None
+
+    def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        self._begin(combine=False)
+        if len(values) > MOST_VALUES:
+            raise ValueError(f"{len(values)} values; ranks can agree on {MOST_VALUES}")
+        try:
+            return self._agree(values)
+        except PeerError as error:
+            self._over = error
+            raise
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
+    ) -> int:
+        self._begin(combine=False)
+        self._check_dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
+        try:
+            received = self._dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
+        except PeerError as error:
+            self._over = error
+            raise
+        self._dispatched = (received, x_TD.shape[0])
+        return received
+
+    def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
+        received, tokens = self._begin(combine=True)
+        self._check_combine(outputs_RKD, back_TKD, received, tokens)
+        try:
+            self._combine(outputs_RKD, back_TKD)
+        except PeerError as error:
+            self._over = error
+            raise
+        self._dispatched = None
+
+    def close(self) -> None:
+        left = PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
+        self._over = self._over or left
+
+    @abstractmethod
+    def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]: ...
+
+    @abstractmethod
+    def _dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
+    ) -> int: ...
+
+    @abstractmethod
+    def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None: ...
+
+    def _begin(self, combine: bool) -> tuple[int, int]:
+        """What was dispatched, for `combine`."""
+        if self._over is not None:
+            raise PeerError(str(self._over), ranks=self._over.ranks)
+        if combine != (self._dispatched is not None):
+            raise RuntimeError("combine follows dispatch, and nothing else does")
+        return self._dispatched or (0, 0)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

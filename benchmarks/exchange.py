@@ -1,0 +1,212 @@
+"""What it takes to send a layer's rows to the ranks of their experts and back, without any experts.
+
+    .venv/bin/python benchmarks/exchange.py [--ranks 2 4] [--rounds 9] [--layers 300] [--json FILE]
+
+Through shared memory and through gloo, between processes of this machine. A layer is one dispatch
+and one combine, called from Python as the engine calls them. The cases take turns, so that a busy
+machine slows all of them alike; printed are microseconds a layer, at the slowest rank: the median
+round, and the fastest one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moebius import machine
+from moebius.files import json_record, write_file
+from moebius.parallel.collective import CollectiveExchange
+from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
+from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
+
+HIDDEN = 1024
+TOP_K = 8
+EXPERTS = 64
+MOST_TOKENS = 512
+TIMEOUT = 60.0
+# Tokens of rank 0, and of every other.
+LOADS = {
+    "one token in all": (1, 0),
+    "one token a rank": (1, 1),
+    "32 tokens a rank": (32, 32),
+    "512 tokens a rank": (512, 512),
+}
+KINDS = ("shared memory", "gloo")
+
+
+@dataclass
+class Result:
+    """Microseconds a layer; bytes that rank 0 sends in one."""
+
+    kind: str
+    ranks: int
+    load: str
+    median: float
+    fastest: float
+    bytes_out: int
+
+
+def join(kind: str, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
+    epoch = Epoch("benchmark", 1)
+    if kind == "shared memory":
+        return SharedMemoryExchange(place, spec, rank, epoch, timeout=TIMEOUT)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(place, spec.size),
+        rank=rank,
+        world_size=spec.size,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    assert dist.group.WORLD is not None
+    return CollectiveExchange(dist.group.WORLD, spec, rank, epoch, timeout=TIMEOUT)
+
+
+class Received:
+    """A rank's memory for what comes, and for what experts would make of it."""
+
+    def __init__(self, spec: ExchangeSpec) -> None:
+        most = spec.size * spec.tokens
+        self.rows_RD = torch.empty(most, HIDDEN, dtype=spec.dtype)
+        self.ids_RK = torch.empty(most, TOP_K, dtype=torch.int64)
+        self.outputs_RKD = torch.zeros(most, TOP_K, HIDDEN, dtype=spec.dtype)
+
+
+class Layer:
+    """A rank's tensors for one load. Experts are at ranks in turn."""
+
+    def __init__(self, exchange: Exchange, received: Received, tokens: int) -> None:
+        spec = exchange.spec
+        drawn = torch.Generator().manual_seed(exchange.rank)
+        self._exchange = exchange
+        self._received = received
+        self._x_TD = torch.randn(tokens, HIDDEN, generator=drawn).to(spec.dtype)
+        self._ids_TK = torch.rand(tokens, EXPERTS, generator=drawn).topk(TOP_K).indices
+        self._owners_CE = (torch.arange(EXPERTS, dtype=torch.int32) % spec.size)[None]
+        self._back_TKD = torch.empty(tokens, TOP_K, HIDDEN, dtype=spec.dtype)
+
+    def run(self) -> None:
+        memory = self._received
+        rows = self._exchange.dispatch(
+            self._x_TD, self._ids_TK, self._owners_CE, memory.rows_RD, memory.ids_RK
+        )
+        self._exchange.combine(memory.outputs_RKD[:rows], self._back_TKD)
+
+
+def serve(pipe: Connection, kind: str, place: str, spec: ExchangeSpec, rank: int) -> None:
+    """In a rank's process: measures loads until told to end."""
+    torch.set_num_threads(1)
+    exchange = join(kind, place, spec, rank)
+    received = Received(spec)
+    layers = {name: Layer(exchange, received, load[min(rank, 1)]) for name, load in LOADS.items()}
+    pipe.send(None)
+    while (order := pipe.recv()) is not None:
+        name, count = order
+        before = exchange.traffic
+        exchange.agree(())
+        begun = time.perf_counter()
+        for _ in range(count):
+            layers[name].run()
+        taken = time.perf_counter() - begun
+        pipe.send((taken / count * 1e6, (exchange.traffic - before).bytes_out // count))
+
+
+class Group:
+    """The processes of one kind and number of ranks."""
+
+    def __init__(self, kind: str, ranks: int, folder: Path, stack: ExitStack) -> None:
+        self.kind = kind
+        self.ranks = ranks
+        spec = ExchangeSpec(ranks, MOST_TOKENS, HIDDEN, TOP_K, torch.bfloat16)
+        place = str(folder / f"{kind}{ranks}")
+        if kind == "shared memory":
+            place = stack.enter_context(Segment(spec, Epoch("benchmark", 1))).place
+        context = multiprocessing.get_context("spawn")
+        self._pipes = []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, kind, place, spec, rank))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            stack.callback(process.join)
+        stack.callback(self._send, None)
+        self._answers()
+
+    def measure(self, load: str, count: int) -> tuple[float, int]:
+        """Microseconds at the slowest rank, and bytes that rank 0 has sent."""
+        self._send((load, count))
+        answers = self._answers()
+        return max(taken for taken, _ in answers), answers[0][1]
+
+    def _send(self, order: tuple[str, int] | None) -> None:
+        for pipe in self._pipes:
+            pipe.send(order)
+
+    def _answers(self) -> list[Any]:
+        return [pipe.recv() for pipe in self._pipes]
+
+
+def results(groups: list[Group], rounds: int, layers: int) -> Iterator[Result]:
+    cases = [(group, load) for group in groups for load in LOADS]
+    taken: dict[int, list[tuple[float, int]]] = {number: [] for number in range(len(cases))}
+    for _ in range(rounds):
+        for number, (group, load) in enumerate(cases):
+            count = max(3, layers // (1 + LOADS[load][0] // 8))
+            if group.kind == "gloo":
+                count = max(3, count // 5)
+            taken[number].append(group.measure(load, count))
+    for number, (group, load) in enumerate(cases):
+        times = [each for each, _ in taken[number]]
+        yield Result(
+            group.kind,
+            group.ranks,
+            load,
+            round(statistics.median(times), 1),
+            round(min(times), 1),
+            taken[number][0][1],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=300)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        groups = [Group(kind, ranks, Path(folder), stack) for ranks in args.ranks for kind in KINDS]
+        found = list(results(groups, args.rounds, args.layers))
+    print(f"{'':14} {'ranks':>5}  {'':18} {'median':>9} {'fastest':>9} {'KiB out':>8}")
+    for each in found:
+        print(
+            f"{each.kind:14} {each.ranks:5}  {each.load:18} {each.median:9.1f} "
+            f"{each.fastest:9.1f} {each.bytes_out / 1024:8.1f}"
+        )
+    if args.json:
+        record = {
+            "processors": machine.processors(),
+            "hidden": HIDDEN,
+            "top_k": TOP_K,
+            "dtype": "bfloat16",
+            "results": [asdict(each) for each in found],
+        }
+        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+
+
+if __name__ == "__main__":
+    main()

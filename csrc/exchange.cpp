@@ -1,0 +1,348 @@
+#include "exchange.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <thread>
+
+#include "spin.h"
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#endif
+
+namespace moebius {
+namespace {
+
+using std::chrono::microseconds;
+
+constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '1'};
+constexpr size_t LINE = 64, PAGE = 4096;
+// How long a rank looks for the others before it sleeps: where each has a core; where they share cores, before it yields its
+// own; and then.
+constexpr microseconds SPIN{500}, SPIN_CROWDED{20}, YIELD_CROWDED{200};
+
+size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+uint64_t bit(int rank) { return uint64_t(1) << rank; }
+
+std::string told(const std::string& group, uint64_t epoch, uint64_t ranks, uint64_t tokens, uint64_t top_k, uint64_t row_bytes) {
+    return "epoch " + std::to_string(epoch) + " of group " + group + ", " + std::to_string(ranks) + " ranks of " + std::to_string(tokens) +
+           " tokens, " + std::to_string(top_k) + " experts a token, rows of " + std::to_string(row_bytes) + " bytes";
+}
+
+#if defined(__linux__)
+// Until the word is no longer `seen`, or a time, or for no reason. Between processes, so without FUTEX_PRIVATE_FLAG.
+void futex_wait(std::atomic<uint32_t>& word, uint32_t seen, std::chrono::steady_clock::time_point until) {
+    const auto since = std::chrono::duration_cast<std::chrono::nanoseconds>(until.time_since_epoch()).count();
+    const timespec at{time_t(since / 1000000000), long(since % 1000000000)};
+    syscall(SYS_futex, &word, FUTEX_WAIT_BITSET, seen, &at, nullptr, FUTEX_BITSET_MATCH_ANY);
+}
+void futex_wake_all(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+#else
+void futex_wait(std::atomic<uint32_t>&, uint32_t, std::chrono::steady_clock::time_point) { std::this_thread::sleep_for(microseconds(100)); }
+void futex_wake_all(std::atomic<uint32_t>&) {}
+#endif
+
+// Gives the memory its pages, near the processor that runs this, so that no step waits for them.
+void populate(char* from, size_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+    if (madvise(from, bytes, MADV_POPULATE_WRITE) == 0) return;
+#endif
+    for (size_t i = 0; i < bytes; i += PAGE) *static_cast<volatile char*>(from + i) = 0;
+}
+
+}  // namespace
+
+// --- the layout: the header, then for each rank, from a page of its own on, the parts that ExchangeLayout names ---
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free, "a lock would be a process's own");
+
+constexpr size_t AGREED_BYTES = 2 * (1 + MOST_AGREED) * sizeof(int64_t);
+
+size_t ExchangeLayout::rank_at(int rank) const { return rounded(sizeof(ExchangeHeader), PAGE) + rank * rank_bytes(); }
+size_t ExchangeLayout::lists() const { return rounded(AGREED_BYTES, LINE); }
+size_t ExchangeLayout::ids() const { return rounded(lists() + sizeof(int32_t) * ranks * (size_t(tokens) + 1), LINE); }
+size_t ExchangeLayout::owners() const { return ids() + sizeof(int64_t) * (1 + size_t(tokens) * top_k); }
+size_t ExchangeLayout::rows() const { return rounded(owners() + size_t(tokens) * top_k, LINE); }
+size_t ExchangeLayout::home() const { return rounded(rows() + tokens * row_bytes, PAGE); }
+size_t ExchangeLayout::rank_bytes() const { return rounded(home() + size_t(tokens) * top_k * row_bytes, PAGE); }
+size_t ExchangeLayout::bytes() const { return rank_at(ranks); }
+
+void ExchangeLayout::check() const {
+    if (ranks < 1 || ranks > MOST_SHARED_RANKS)
+        throw std::invalid_argument("a group of " + std::to_string(ranks) + " ranks; through shared memory there are 1 to " +
+                                    std::to_string(MOST_SHARED_RANKS));
+    if (group.empty() || group.size() >= sizeof(ExchangeHeader::group))
+        throw std::invalid_argument("a group's name of " + std::to_string(group.size()) + " bytes; it must have 1 to " +
+                                    std::to_string(sizeof(ExchangeHeader::group) - 1));
+    if (tokens < 1 || top_k < 1 || row_bytes < 1) throw std::invalid_argument("an exchange of no tokens, no experts or no bytes");
+}
+
+void ExchangeLayout::write(void* segment, int cores) const {
+    check();
+    auto* header = new (segment) ExchangeHeader();
+    header->ranks = ranks, header->tokens = tokens, header->top_k = top_k, header->cores = cores;
+    header->row_bytes = row_bytes, header->epoch = epoch;
+    std::copy(group.begin(), group.end(), header->group);
+    std::copy(std::begin(MAGIC), std::end(MAGIC), header->magic);
+}
+
+void ExchangeLayout::check(const void* segment, size_t segment_bytes) const {
+    check();
+    const auto& found = *static_cast<const ExchangeHeader*>(segment);
+    if (segment_bytes < sizeof(ExchangeHeader) || std::memcmp(found.magic, MAGIC, sizeof(MAGIC)))
+        throw std::invalid_argument("this memory is no segment of an exchange, or another version's");
+    const std::string found_group(found.group, strnlen(found.group, sizeof(found.group)));
+    const std::string theirs = told(found_group, found.epoch, found.ranks, found.tokens, found.top_k, found.row_bytes);
+    const std::string ours = told(group, epoch, ranks, tokens, top_k, row_bytes);
+    if (theirs != ours) throw std::invalid_argument("the segment is for " + theirs + "; this rank is for " + ours);
+    if (segment_bytes < bytes()) throw std::invalid_argument("the segment is cut short");
+}
+
+// --- the barrier. All of its atomic operations are sequentially consistent ---
+
+uint64_t ExchangeHeader::joined() const {
+    uint64_t found = 0;
+    for (uint32_t r = 0; r < ranks; r++)
+        if (line[r].process) found |= bit(r);
+    return found;
+}
+
+uint64_t ExchangeHeader::missing_at(uint32_t barrier) const {
+    uint64_t missing = 0;
+    for (uint32_t r = 0; r < ranks; r++)
+        if (int32_t(line[r].arrived.load() - barrier) < 0) missing |= bit(r);
+    return missing;
+}
+
+bool ExchangeHeader::all_at(uint32_t barrier) const {
+    for (uint32_t r = 0; r < ranks; r++)
+        if (int32_t(line[r].arrived.load() - barrier) < 0) return false;
+    return true;
+}
+
+void ExchangeHeader::give_up(uint64_t given_up) {
+    lost.fetch_or(given_up);
+    wake();
+}
+
+// For whoever has just made a sleeper's condition true. A sleeper counts itself, reads `events`, looks at its condition and
+// only then sleeps, unless `events` has changed. In the one order of all these operations either its counting comes before
+// our look at `sleepers`, and we change `events`; or after it, and then its look at the condition finds it true.
+void ExchangeHeader::wake() {
+    if (sleepers.load() == 0) return;
+    events.fetch_add(1);
+    futex_wake_all(events);
+}
+
+void SharedExchange::begin(Doing doing) {
+    if (combine_next_ != (doing == COMBINE)) throw std::logic_error("combine follows dispatch, and nothing else does");
+    if (uint64_t lost = header_.lost.load()) throw PeersLost(lost, Fault::MISSING);
+}
+
+void SharedExchange::meet(Doing doing) {
+    const uint32_t barrier = ++barrier_;
+    ExchangeHeader::Line& mine = header_.line[rank_];
+    mine.doing[barrier % 2] = doing;
+    mine.arrived.store(barrier);
+    traffic_.calls++;
+    // Of those that arrive last at once, at least one sees that all are here, and wakes who sleeps.
+    if (header_.all_at(barrier)) header_.wake();
+    else wait(barrier);
+    for (int r = 0; r < layout_.ranks; r++)
+        if (header_.line[r].doing[barrier % 2] != doing) {
+            header_.give_up(bit(r));
+            throw PeersLost(bit(r), Fault::OUT_OF_STEP);
+        }
+}
+
+void SharedExchange::wait(uint32_t barrier) {
+    const auto from = Clock::now();
+    const auto until = from + timeout_;
+    const auto spun = from + (crowded_ ? SPIN_CROWDED : SPIN), yielded = spun + (crowded_ ? YIELD_CROWDED : microseconds(0));
+    auto now = from;
+    for (int turn = 1; !header_.all_at(barrier); turn++) {
+        // Who has left may have arrived before: its arrival, if any, can be seen after this.
+        const uint64_t lost = header_.lost.load();
+        if (lost && !header_.all_at(barrier)) throw PeersLost(lost, Fault::MISSING);
+        if (now >= until) {
+            const uint64_t missing = header_.missing_at(barrier);
+            if (!missing) break;
+            header_.give_up(missing);
+            throw PeersLost(header_.lost.load(), Fault::MISSING);
+        }
+        if (now < spun) {
+            pause();
+            if (turn % 32) continue;
+        } else if (now < yielded) {
+            std::this_thread::yield();
+        } else {
+            sleep(barrier, until);
+        }
+        now = Clock::now();
+    }
+    traffic_.seconds_waited += std::chrono::duration<double>(Clock::now() - from).count();
+}
+
+void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
+    // A rank that is killed in here stays counted: then others make a call to the kernel in vain.
+    header_.sleepers.fetch_add(1);
+    const uint32_t seen = header_.events.load();
+    if (!header_.all_at(barrier) && !header_.lost.load()) futex_wait(header_.events, seen, until);
+    header_.sleepers.fetch_sub(1);
+}
+
+// --- the operations ---
+
+SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier)
+    : layout_(layout), segment_(static_cast<char*>(segment)), header_(*static_cast<ExchangeHeader*>(segment)), rank_(rank),
+      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), barrier_(barrier) {
+    if (rank < 0 || rank >= layout.ranks) throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
+    uint32_t process = 0;
+    if (!header_.line[rank].process.compare_exchange_strong(process, uint32_t(getpid())))
+        throw std::invalid_argument("rank " + std::to_string(rank) + " has joined already, as process " + std::to_string(process));
+    populate(at(rank, 0), layout.rank_bytes());
+    const size_t most = size_t(layout.ranks) * layout.tokens;
+    owners_.resize(size_t(layout.tokens) * layout.top_k);
+    own_rows_.reserve(layout.tokens);
+    received_.reserve(most);
+    here_.reserve(most * layout.top_k);
+}
+
+void SharedExchange::leave() { header_.give_up(bit(rank_)); }
+
+std::vector<std::vector<int64_t>> SharedExchange::agree(const std::vector<int64_t>& values) {
+    if (values.size() > MOST_AGREED) throw std::invalid_argument("more values than ranks can agree on");
+    begin(AGREE);
+    const size_t copy = (barrier_ + 1) % 2 * (1 + MOST_AGREED);
+    auto of = [&](int r) { return reinterpret_cast<int64_t*>(at(r, 0)) + copy; };
+    int64_t* mine = of(rank_);
+    mine[0] = int64_t(values.size());
+    std::copy(values.begin(), values.end(), mine + 1);
+    meet(AGREE);
+    std::vector<std::vector<int64_t>> all;
+    for (int r = 0; r < layout_.ranks; r++) {
+        const int64_t* theirs = of(r);
+        all.emplace_back(theirs + 1, theirs + 1 + std::clamp<int64_t>(theirs[0], 0, MOST_AGREED));
+    }
+    return all;
+}
+
+int SharedExchange::dispatch(const Tokens& tokens, void* rows, int64_t* ids) {
+    begin(DISPATCH);
+    if (tokens.count > layout_.tokens) throw std::invalid_argument("more tokens than the segment has memory for");
+    write_rows(tokens);
+    meet(DISPATCH);
+    combine_next_ = true;
+    return read_rows(tokens, static_cast<char*>(rows), ids);
+}
+
+// A row that others need is written once, however many they are, at its own place; a list for each rank says which are
+// for it.
+void SharedExchange::write_rows(const Tokens& tokens) {
+    const int top_k = layout_.top_k;
+    auto* counts = reinterpret_cast<int32_t*>(at(rank_, layout_.lists()));
+    std::fill_n(counts, layout_.ranks, 0);
+    own_rows_.clear();
+    tokens_ = tokens.count;
+    for (int t = 0; t < tokens.count; t++) {
+        const int32_t* owners = tokens.owners + size_t(t % tokens.splits) * tokens.experts;
+        uint64_t needed = 0;
+        for (int pair = t * top_k; pair < (t + 1) * top_k; pair++) {
+            const int64_t id = tokens.ids[pair];
+            if (id < 0 || id >= tokens.experts)
+                throw std::invalid_argument("row " + std::to_string(t) + " chose expert " + std::to_string(id) + " of " +
+                                            std::to_string(tokens.experts));
+            const int32_t owner = owners[id];
+            if (owner < 0 || owner >= layout_.ranks)
+                throw std::invalid_argument("expert " + std::to_string(id) + " is at rank " + std::to_string(owner) + " of " +
+                                            std::to_string(layout_.ranks));
+            owners_[pair] = uint8_t(owner);
+            needed |= bit(owner);
+        }
+        if (needed & bit(rank_)) own_rows_.push_back(t);
+        needed &= ~bit(rank_);
+        if (!needed) continue;
+        std::memcpy(at(rank_, layout_.rows()) + t * layout_.row_bytes, static_cast<const char*>(tokens.x) + t * layout_.row_bytes,
+                    layout_.row_bytes);
+        for (int r = 0; r < layout_.ranks; r++)
+            if (needed & bit(r)) {
+                counts[layout_.ranks + size_t(r) * layout_.tokens + counts[r]++] = t;
+                traffic_.bytes_out += layout_.row_bytes;
+            }
+    }
+    const size_t pairs = size_t(tokens.count) * top_k;
+    std::copy_n(tokens.ids, pairs, reinterpret_cast<int64_t*>(at(rank_, layout_.ids())));
+    std::copy_n(owners_.data(), pairs, reinterpret_cast<uint8_t*>(at(rank_, layout_.owners())));
+}
+
+int SharedExchange::read_rows(const Tokens& tokens, char* rows, int64_t* ids) {
+    received_.clear();
+    here_.clear();
+    const int top_k = layout_.top_k;
+    auto take = [&](int home, int row, const char* x, const int64_t* home_ids, const uint8_t* home_owners) {
+        const size_t place = received_.size();
+        std::memcpy(rows + place * layout_.row_bytes, x + row * layout_.row_bytes, layout_.row_bytes);
+        for (int k = 0; k < top_k; k++) {
+            const size_t pair = size_t(row) * top_k + k;
+            const bool here = home_owners[pair] == rank_;
+            ids[place * top_k + k] = here ? home_ids[pair] : tokens.experts;
+            here_.push_back(here);
+        }
+        received_.push_back({home, row});
+    };
+    for (int home = 0; home < layout_.ranks; home++) {
+        if (home == rank_) {
+            for (int row : own_rows_) take(home, row, static_cast<const char*>(tokens.x), tokens.ids, owners_.data());
+            continue;
+        }
+        const auto* counts = reinterpret_cast<const int32_t*>(at(home, layout_.lists()));
+        const int32_t* list = counts + layout_.ranks + size_t(rank_) * layout_.tokens;
+        for (int i = 0; i < std::min(counts[rank_], layout_.tokens); i++) {
+            take(home, std::clamp(list[i], 0, layout_.tokens - 1), at(home, layout_.rows()),
+                 reinterpret_cast<const int64_t*>(at(home, layout_.ids())), reinterpret_cast<const uint8_t*>(at(home, layout_.owners())));
+            traffic_.bytes_in += layout_.row_bytes;
+        }
+    }
+    return int(received_.size());
+}
+
+// Neighbouring pairs that go one way go in one copy.
+template <class Send> static void for_each_run(const uint8_t* flags, int count, const Send& send) {
+    for (int first = 0, stop; first < count; first = stop) {
+        for (stop = first + 1; stop < count && flags[stop] == flags[first]; stop++) {}
+        send(flags[first], first, stop - first);
+    }
+}
+
+void SharedExchange::combine(const void* outputs, void* back) {
+    begin(COMBINE);
+    const int top_k = layout_.top_k;
+    const size_t row_bytes = layout_.row_bytes;
+    for (size_t r = 0; r < received_.size(); r++) {
+        const Received from = received_[r];
+        const bool own = from.home == rank_;
+        char* home = own ? static_cast<char*>(back) : at(from.home, layout_.home());
+        for_each_run(here_.data() + r * top_k, top_k, [&](uint8_t here, int first, int count) {
+            if (!here) return;
+            std::memcpy(home + (size_t(from.row) * top_k + first) * row_bytes,
+                        static_cast<const char*>(outputs) + (r * top_k + first) * row_bytes, count * row_bytes);
+            if (!own) traffic_.bytes_out += count * row_bytes;
+        });
+    }
+    meet(COMBINE);
+    combine_next_ = false;
+    const char* home = at(rank_, layout_.home());
+    for_each_run(owners_.data(), tokens_ * top_k, [&](uint8_t owner, int first, int count) {
+        if (owner == rank_) return;
+        std::memcpy(static_cast<char*>(back) + first * row_bytes, home + first * row_bytes, count * row_bytes);
+        traffic_.bytes_in += count * row_bytes;
+    });
+}
+
+}  // namespace moebius

@@ -1,0 +1,81 @@
+#include "exchange_bindings.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "exchange.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace moebius;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T> T* array(Address address) { return reinterpret_cast<T*>(address); }
+
+std::vector<int> numbers(uint64_t ranks) {
+    std::vector<int> found;
+    for (int r = 0; r < MOST_SHARED_RANKS; r++)
+        if (ranks >> r & 1) found.push_back(r);
+    return found;
+}
+
+// Raised with the ranks, and whether they are missing (they may else be out of step).
+PyObject* peers_lost_type = nullptr;
+
+void raise_peers_lost(const std::exception_ptr& thrown, void*) {
+    try {
+        std::rethrow_exception(thrown);
+    } catch (const PeersLost& lost) {
+        PyErr_SetObject(peers_lost_type, nb::make_tuple(nb::cast(numbers(lost.ranks)), lost.fault == Fault::MISSING).ptr());
+    }
+}
+
+}  // namespace
+
+void bind_exchange(nb::module_& m) {
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    peers_lost_type = PyErr_NewException("moebius._cpu.PeersLost", PyExc_Exception, nullptr);
+    m.attr("PeersLost") = nb::borrow(peers_lost_type);
+    nb::register_exception_translator(raise_peers_lost);
+
+    nb::class_<ExchangeLayout>(m, "ExchangeLayout")
+        .def("__init__", [](ExchangeLayout* self, int ranks, int tokens, int top_k, size_t row_bytes, std::string group, uint64_t epoch) {
+            new (self) ExchangeLayout{ranks, tokens, top_k, row_bytes, std::move(group), epoch};
+            self->check();
+        }, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "row_bytes"_a, "group"_a, "epoch"_a)
+        .def_prop_ro("bytes", &ExchangeLayout::bytes)
+        .def("write", [](const ExchangeLayout& layout, Address segment, int cores) { layout.write(array<void>(segment), cores); }, "segment"_a,
+             "cores"_a)
+        .def("check", [](const ExchangeLayout& layout, Address segment, size_t bytes) { layout.check(array<void>(segment), bytes); },
+             "segment"_a, "bytes"_a);
+    m.def("exchange_joined", [](Address segment) { return numbers(array<ExchangeHeader>(segment)->joined()); }, "segment"_a);
+    m.def("exchange_give_up", [](Address segment, const std::vector<int>& ranks) {
+        uint64_t lost = 0;
+        for (int r : ranks) lost |= uint64_t(1) << r;
+        array<ExchangeHeader>(segment)->give_up(lost);
+    }, "segment"_a, "ranks"_a);
+
+    nb::class_<ExchangeTraffic>(m, "ExchangeTraffic")
+        .def_ro("calls", &ExchangeTraffic::calls)
+        .def_ro("bytes_out", &ExchangeTraffic::bytes_out)
+        .def_ro("bytes_in", &ExchangeTraffic::bytes_in)
+        .def_ro("seconds_waited", &ExchangeTraffic::seconds_waited);
+    nb::class_<SharedExchange>(m, "SharedExchange")
+        .def("__init__", [](SharedExchange* self, const ExchangeLayout& layout, Address segment, int rank, double timeout) {
+            new (self) SharedExchange(layout, array<void>(segment), rank, timeout);
+        }, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a)
+        .def("agree", &SharedExchange::agree, "values"_a, release())
+        .def("dispatch", [](SharedExchange& exchange, Address x, Address ids, int tokens, Address owners, int splits, int experts, Address rows,
+                            Address ids_out) {
+            return exchange.dispatch({array<void>(x), array<int64_t>(ids), tokens, array<int32_t>(owners), splits, experts}, array<void>(rows),
+                                     array<int64_t>(ids_out));
+        }, "x"_a, "ids"_a, "tokens"_a, "owners"_a, "splits"_a, "experts"_a, "rows"_a, "ids_out"_a, release())
+        .def("combine", [](SharedExchange& exchange, Address outputs, Address back) {
+            exchange.combine(array<void>(outputs), array<void>(back));
+        }, "outputs"_a, "back"_a, release())
+        .def("leave", &SharedExchange::leave)
+        .def_prop_ro("traffic", [](const SharedExchange& exchange) { return exchange.traffic(); });
+}

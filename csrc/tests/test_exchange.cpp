@@ -1,0 +1,195 @@
+// The exchange through shared memory between threads, each of which is a rank: random steps against plain loops, and what
+// happens when a rank does not come. Threads, so that a sanitizer sees both sides of every access.
+//
+//   cmake -S . -B build/thread -DMOEBIUS_TESTS=ON -DMOEBIUS_SANITIZERS=thread
+//   cmake --build build/thread --target test_exchange && build/thread/test_exchange
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+
+#include "exchange.h"
+
+using namespace moebius;
+
+namespace {
+
+void require(bool good, const char* what) {
+    if (good) return;
+    std::fprintf(stderr, "FAILED: %s\n", what);
+    std::abort();
+}
+
+struct Memory {
+    explicit Memory(const ExchangeLayout& layout, int cores = 64) : bytes(layout.bytes()), at(std::aligned_alloc(4096, bytes), std::free) {
+        std::memset(at.get(), 0, bytes);
+        layout.write(at.get(), cores);
+        layout.check(at.get(), bytes);
+    }
+    size_t bytes;
+    std::unique_ptr<void, decltype(&std::free)> at;
+};
+
+// A layer's tokens of all ranks, the same in each thread, drawn by its number. Rows are of 4-byte numbers.
+struct Layer {
+    Layer(const ExchangeLayout& layout, int number) : width(int(layout.row_bytes / 4)), top_k(layout.top_k) {
+        std::mt19937 random(number);
+        auto below = [&](int n) { return int(random() % n); };
+        experts = top_k + below(6);
+        splits = 1 + below(3);
+        for (int i = 0; i < splits * experts; i++) owners.push_back(below(layout.ranks));
+        for (int r = 0; r < layout.ranks; r++) {
+            const int count = below(3) ? below(layout.tokens + 1) : 0;
+            counts.push_back(count);
+            x.emplace_back();
+            ids.emplace_back();
+            for (int i = 0; i < count * width; i++) x[r].push_back(random());
+            for (int t = 0; t < count; t++) {
+                const int first = below(experts);
+                for (int k = 0; k < top_k; k++) ids[r].push_back((first + k) % experts);
+            }
+        }
+    }
+    int owner(int home, int pair) const { return owners[(pair / top_k % splits) * experts + ids[home][pair]]; }
+
+    int width, top_k, experts, splits;
+    std::vector<int32_t> owners;
+    std::vector<int> counts;
+    std::vector<std::vector<uint32_t>> x;
+    std::vector<std::vector<int64_t>> ids;
+};
+
+uint32_t output(uint32_t x, int64_t expert) { return x * 3 + 7 * uint32_t(expert); }
+
+void check_layer(SharedExchange& exchange, const ExchangeLayout& layout, const Layer& layer, int rank) {
+    const int width = layer.width, top_k = layer.top_k;
+    std::vector<uint32_t> want_rows, outputs, back(size_t(layer.counts[rank]) * top_k * width);
+    std::vector<int64_t> want_ids;
+    for (int home = 0; home < layout.ranks; home++)
+        for (int t = 0; t < layer.counts[home]; t++) {
+            std::vector<int64_t> ids;
+            bool any = false;
+            for (int k = 0; k < top_k; k++) {
+                const bool here = layer.owner(home, t * top_k + k) == rank;
+                ids.push_back(here ? layer.ids[home][t * top_k + k] : layer.experts);
+                any |= here;
+            }
+            if (!any) continue;
+            want_ids.insert(want_ids.end(), ids.begin(), ids.end());
+            want_rows.insert(want_rows.end(), layer.x[home].begin() + t * width, layer.x[home].begin() + (t + 1) * width);
+        }
+    const int want = int(want_ids.size()) / top_k;
+    // Exactly as large as they have to be, so that writing one element too many is found.
+    std::vector<uint32_t> rows(size_t(want) * width);
+    std::vector<int64_t> ids(size_t(want) * top_k);
+    const int received = exchange.dispatch({layer.x[rank].data(), layer.ids[rank].data(), layer.counts[rank], layer.owners.data(), layer.splits,
+                                            layer.experts}, rows.data(), ids.data());
+    require(received == want && rows == want_rows && ids == want_ids, "dispatch gives the rows in order");
+    for (int pair = 0; pair < want * top_k; pair++)
+        for (int i = 0; i < width; i++) outputs.push_back(output(rows[size_t(pair / top_k) * width + i], ids[pair]));
+    exchange.combine(outputs.data(), back.data());
+    for (size_t i = 0; i < back.size(); i++) {
+        const size_t pair = i / width;
+        require(back[i] == output(layer.x[rank][pair / top_k * width + i % width], layer.ids[rank][pair]), "combine brings all pairs home");
+    }
+}
+
+void run_ranks(int count, const std::function<void(int)>& body) {
+    std::vector<std::thread> threads;
+    for (int r = 0; r < count; r++) threads.emplace_back(body, r);
+    for (std::thread& thread : threads) thread.join();
+}
+
+void test_steps(int ranks, int layers, int cores) {
+    const ExchangeLayout layout{ranks, 5, 3, 12, "test", 1};
+    Memory memory(layout, cores);
+    run_ranks(ranks, [&](int rank) {
+        SharedExchange exchange(layout, memory.at.get(), rank, 60);
+        for (int number = 0; number < layers; number++) {
+            const auto agreed = exchange.agree({number, rank});
+            for (int r = 0; r < ranks; r++) require(agreed[r] == std::vector<int64_t>{number, r}, "agree gives all values");
+            // Some ranks come late, so that others spin, yield and sleep.
+            if (number % 16 == rank) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            check_layer(exchange, layout, Layer(layout, number), rank);
+        }
+    });
+}
+
+template <class Body> PeersLost lost(const Body& body) {
+    try {
+        body();
+    } catch (const PeersLost& error) {
+        return error;
+    }
+    require(false, "a rank that does not come is noticed");
+    std::abort();
+}
+
+void test_a_rank_that_does_not_come() {
+    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
+    Memory memory(layout);
+    run_ranks(3, [&](int rank) {
+        SharedExchange exchange(layout, memory.at.get(), rank, 3);
+        exchange.agree({});
+        if (rank == 1) return;
+        require(lost([&] { exchange.agree({}); }).ranks == 2, "it is named");
+        require(lost([&] { exchange.agree({}); }).ranks == 2, "and later again");
+    });
+}
+
+void test_a_rank_that_leaves_and_one_that_is_given_up() {
+    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
+    for (bool given_up : {false, true}) {
+        Memory memory(layout);
+        auto* header = static_cast<ExchangeHeader*>(memory.at.get());
+        run_ranks(3, [&](int rank) {
+            SharedExchange exchange(layout, memory.at.get(), rank, 600);
+            exchange.agree({});
+            if (rank == 1) {
+                std::this_thread::sleep_for(std::chrono::milliseconds(5));
+                if (given_up) header->give_up(2);
+                else exchange.leave();
+            } else require(lost([&] { exchange.agree({}); }).ranks == 2, "those who wait learn of it at once");
+        });
+    }
+}
+
+void test_out_of_step() {
+    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
+    Memory memory(layout);
+    run_ranks(2, [&](int rank) {
+        SharedExchange exchange(layout, memory.at.get(), rank, 60);
+        const PeersLost error = lost([&] {
+            if (rank) exchange.agree({});
+            else check_layer(exchange, layout, Layer(layout, 1), rank);
+        });
+        require(error.fault == Fault::OUT_OF_STEP, "ranks out of step notice");
+    });
+}
+
+// A segment's counter is near its end after some days: barriers go on past it.
+void test_barriers_count_on() {
+    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
+    Memory memory(layout);
+    constexpr uint32_t start = UINT32_MAX - 5;
+    for (int r = 0; r < 2; r++) static_cast<ExchangeHeader*>(memory.at.get())->line[r].arrived = start;
+    run_ranks(2, [&](int rank) {
+        SharedExchange exchange(layout, memory.at.get(), rank, 60, start);
+        for (int number = 0; number < 20; number++) check_layer(exchange, layout, Layer(layout, number), rank);
+    });
+}
+
+}  // namespace
+
+int main() {
+    for (int ranks = 1; ranks <= 4; ranks++)
+        for (int cores : {1, 64}) test_steps(ranks, 200, cores);
+    test_a_rank_that_does_not_come();
+    test_a_rank_that_leaves_and_one_that_is_given_up();
+    test_out_of_step();
+    test_barriers_count_on();
+    std::puts("exchange: passed");
+}

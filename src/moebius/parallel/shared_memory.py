@@ -1,0 +1,207 @@
+"""The exchange between CPU ranks of one host: memory that all have mapped, and a barrier in it.
+
+The group's starter makes a `Segment` and tells the ranks its `place`. It has no name in a file
+system, so that nothing is left of it when its processes have ended, however they did. A rank that
+is bound to a node of memory has its part of the segment there.
+
+Importing this needs the compiled kernels.
+"""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from moebius import _cpu, machine
+from moebius.errors import ConfigError, PeerError
+from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traffic
+
+
+def segment_bytes(spec: ExchangeSpec) -> int:
+    """The memory that a group of this kind shares, all of its ranks together."""
+    return _layout(spec, Epoch("none", 0)).bytes
+
+
+class Segment:
+    """A group's shared memory for one epoch, at its starter.
+
+    place   where its ranks find it, as long as the starter holds it open and lives
+    cores   how many its ranks may use together; None for what this process may use. With fewer than
+            ranks, who waits gives up its core soon.
+    """
+
+    def __init__(self, spec: ExchangeSpec, epoch: Epoch, *, cores: int | None = None) -> None:
+        """Raises ConfigError where this system has no such memory, and for what no segment can
+        be."""
+        layout = _layout(spec, epoch)
+        if not hasattr(os, "memfd_create"):
+            raise ConfigError("ranks share memory on Linux only; let them exchange through gloo")
+        name = f"moebius-{epoch.group}-{epoch.number}"
+        self._file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._file, layout.bytes)
+        # Nobody can shorten it: reading mapped memory that is gone would end a process.
+        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._memory = _Memory(self._file, layout.bytes)
+        self.spec = spec
+        self.epoch = epoch
+        self.place = f"/proc/{os.getpid()}/fd/{self._file}"
+        layout.write(self._memory.address, machine.threads() if cores is None else cores)
+
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """The ranks that have joined. When all have, the segment may be closed here."""
+        return tuple(_cpu.exchange_joined(self._memory.address))
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
+        for rank in ranks:
+            if not 0 <= rank < self.spec.size:
+                raise ValueError(f"rank {rank} of {self.spec.size}")
+        _cpu.exchange_give_up(self._memory.address, list(ranks))
+
+    def close(self) -> None:
+        """Ranks that have joined keep the memory; no other one can join."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SharedMemoryExchange(CheckedExchange):
+    """A rank's part in a segment.
+
+    place   the segment's
+
+    Raises PeerError where the segment is gone, and ConfigError where it is for another group, epoch
+    or kind of rows, or this rank has joined already.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        spec: ExchangeSpec,
+        rank: int,
+        epoch: Epoch,
+        *,
+        timeout: float,
+    ) -> None:
+        super().__init__(spec, rank, epoch, timeout)
+        layout = _layout(spec, epoch)
+        memory = _open(place, epoch)
+        try:
+            layout.check(memory.address, memory.bytes)
+            self._native = _cpu.SharedExchange(
+                layout,
+                memory.address,
+                rank=rank,
+                timeout=timeout,
+            )
+        except ValueError as error:
+            raise ConfigError(f"{epoch}: {error}") from None
+        self._memory: _Memory | None = memory
+
+    @property
+    def traffic(self) -> Traffic:
+        found = self._native.traffic
+        return Traffic(found.calls, found.bytes_out, found.bytes_in, found.seconds_waited)
+
+    def close(self) -> None:
+        super().close()
+        if self._memory is not None:
+            self._native.leave()
+            self._memory = None
+
+    def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        try:
+            return [tuple(each) for each in self._native.agree(values)]
+        except _cpu.PeersLost as lost:
+            raise self._peer_error(lost) from None
+
+    def _dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
+    ) -> int:
+        splits, experts = owners_CE.shape
+        try:
+            return self._native.dispatch(
+                x_TD.data_ptr(),
+                ids_TK.data_ptr(),
+                x_TD.shape[0],
+                owners_CE.data_ptr(),
+                splits,
+                experts,
+                rows_RD.data_ptr(),
+                ids_RK.data_ptr(),
+            )
+        except _cpu.PeersLost as lost:
+            raise self._peer_error(lost) from None
+
+    def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
+        try:
+            self._native.combine(outputs_RKD.data_ptr(), back_TKD.data_ptr())
+        except _cpu.PeersLost as lost:
+            raise self._peer_error(lost) from None
+
+    def _peer_error(self, lost: _cpu.PeersLost) -> PeerError:
+        """What is known of ranks that this one cannot go on with, in words."""
+        ranks, missing = lost.args
+        named = ", ".join(str(rank) for rank in ranks)
+        some = f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
+        if not missing:
+            text = f"{some} did something else than rank {self.rank} at the same point of a step"
+        elif self.rank in ranks:
+            text = f"the others have given up {some}, of which this is one"
+        else:
+            text = f"{some} did not come within {self.timeout:g} s, ended or left"
+        return PeerError(f"{self.epoch}: {text}", ranks=tuple(ranks))
+
+
+class _Memory:
+    """A mapped file and its address."""
+
+    def __init__(self, file: int, bytes: int) -> None:
+        # The tensor keeps the mapping, and whoever uses the address keeps this.
+        self._tensor = torch.frombuffer(mmap.mmap(file, bytes), dtype=torch.uint8)
+        self.address = self._tensor.data_ptr()
+        self.bytes = bytes
+
+
+def _open(place: str, epoch: Epoch) -> _Memory:
+    try:
+        file = os.open(place, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        reason = error.strerror
+        raise PeerError(
+            f"{epoch}: its segment {place} cannot be opened ({reason}); the process that made it "
+            "has closed it or ended",
+            ranks=(),
+        ) from None
+    try:
+        bytes = os.fstat(file).st_size
+        if bytes == 0:
+            raise ConfigError(f"{epoch}: {place} is empty, and no segment")
+        return _Memory(file, bytes)
+    finally:
+        os.close(file)
+
+
+def _layout(spec: ExchangeSpec, epoch: Epoch) -> _cpu.ExchangeLayout:
+    try:
+        return _cpu.ExchangeLayout(
+            ranks=spec.size,
+            tokens=spec.tokens,
+            top_k=spec.top_k,
+            row_bytes=spec.row_bytes,
+            group=epoch.group,
+            epoch=epoch.number,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

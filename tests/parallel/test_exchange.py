@@ -1,0 +1,266 @@
+"""Both exchanges between real processes, against what one process says they must give."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moebius.errors import ConfigError, PeerError
+from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.shared_memory import Segment
+from parallel import rank_side
+from parallel.rank_side import Case, Meeting, Outcome, bits, expert_output
+from parallel.ranks import Raised, Rank, ranks, together
+
+SPEC = ExchangeSpec(4, 6, 10, 3, torch.bfloat16)
+KINDS = ("shared", "gloo")
+
+Meet = Callable[..., Meeting]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[list[Rank]]:
+    with ranks(4) as started:
+        yield started
+
+
+@pytest.fixture(params=KINDS)
+def meet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Meet]:
+    """Makes meeting places, each for an epoch of its own."""
+    numbers = itertools.count(1)
+    with ExitStack() as stack:
+
+        def place(spec: ExchangeSpec = SPEC, timeout: float = 30.0) -> Meeting:
+            epoch = Epoch("test", next(numbers))
+            if request.param == "gloo":
+                return Meeting("gloo", str(tmp_path / f"store{epoch.number}"), spec, epoch, timeout)
+            segment = stack.enter_context(Segment(spec, epoch))
+            return Meeting("shared", segment.place, spec, epoch, timeout)
+
+        yield place
+
+
+def wanted(case: Case, spec: ExchangeSpec, rank: int) -> Outcome:
+    """What a rank must get, by the definition, pair by pair."""
+    owners = case.owners_CE()
+    rows = []
+    ids = []
+    bytes_in = 0
+    bytes_out = 0
+    for home in range(spec.size):
+        chosen = case.ids_TK(home, spec)
+        for t, x in enumerate(case.x_TD(home, spec)):
+            ranks_of = [int(owners[t % case.splits, e]) for e in chosen[t].tolist()]
+            if rank in ranks_of:
+                rows.append(bits(x))
+                pairs = zip(chosen[t].tolist(), ranks_of, strict=True)
+                ids.append([e if owner == rank else case.experts for e, owner in pairs])
+            if home != rank and rank in ranks_of:
+                bytes_in += spec.row_bytes
+                bytes_out += spec.row_bytes * ranks_of.count(rank)
+            if home == rank:
+                others = [owner for owner in ranks_of if owner != rank]
+                bytes_out += spec.row_bytes * len(set(others))
+                bytes_in += spec.row_bytes * len(others)
+    return Outcome(
+        torch.stack(rows) if rows else bits(torch.empty(0, spec.hidden, dtype=spec.dtype)),
+        torch.tensor(ids, dtype=torch.int64).reshape(len(ids), spec.top_k),
+        True,
+        wanted_back(case, spec, rank),
+        bytes_out,
+        bytes_in,
+    )
+
+
+def wanted_back(case: Case, spec: ExchangeSpec, rank: int) -> Tensor:
+    back_TKD = bits(torch.empty(case.tokens[rank], spec.top_k, spec.hidden, dtype=spec.dtype))
+    x_TD = case.x_TD(rank, spec)
+    for t, chosen in enumerate(case.ids_TK(rank, spec).tolist()):
+        for k, expert in enumerate(chosen):
+            back_TKD[t, k] = expert_output(x_TD[t], expert)
+    return back_TKD
+
+
+def check(members: Sequence[Rank], spec: ExchangeSpec, cases: list[Case]) -> None:
+    for rank, outcomes in enumerate(together(members, rank_side.layers, cases)):
+        for case, found in zip(cases, outcomes, strict=True):
+            right = wanted(case, spec, rank)
+            where = f"{case}, rank {rank}"
+            assert torch.equal(found.rows_RD, right.rows_RD), where
+            assert torch.equal(found.ids_RK, right.ids_RK), where
+            assert found.untouched, where
+            assert torch.equal(found.back_TKD, right.back_TKD), where
+            assert (found.bytes_out, found.bytes_in) == (right.bytes_out, right.bytes_in), where
+
+
+def cases(size: int, most: int) -> list[Case]:
+    """None, one, most and uneven numbers of tokens; replicas; everything at one rank."""
+    uneven = tuple((3 * rank + 1) % (most + 1) for rank in range(size))
+    one = tuple(int(rank == size - 1) for rank in range(size))
+    return [
+        Case(1, uneven, 7),
+        Case(2, (0,) * size, 7),
+        Case(3, one, 7),
+        Case(4, (most,) * size, 5),
+        Case(5, uneven, 4, splits=3),
+        Case(6, (most,) * size, 9, splits=most + 1),
+        Case(7, uneven, 7, one_rank=True),
+        Case(8, one[::-1], 3),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_and_pairs(pool: list[Rank], meet: Meet, size: int, dtype: torch.dtype) -> None:
+    spec = ExchangeSpec(size, 6, 10, 3, dtype)
+    members = pool[:size]
+    together(members, rank_side.join, meet(spec))
+    check(members, spec, cases(size, 6))
+
+
+def test_rows_of_odd_sizes(pool: list[Rank], meet: Meet) -> None:
+    spec = ExchangeSpec(3, 2, 1, 1, torch.bfloat16)
+    together(pool[:3], rank_side.join, meet(spec))
+    check(pool[:3], spec, [Case(1, (2, 1, 0), 5), Case(2, (1, 2, 2), 1)])
+
+
+def test_large_rows_of_many_tokens(pool: list[Rank], meet: Meet) -> None:
+    """More than sockets and caches hold at once."""
+    spec = ExchangeSpec(2, 300, 1000, 2, torch.float32)
+    together(pool[:2], rank_side.join, meet(spec))
+    check(pool[:2], spec, [Case(1, (300, 17), 8), Case(2, (0, 300), 8)])
+
+
+def test_many_layers_in_a_row(pool: list[Rank], meet: Meet) -> None:
+    """Ranks that run ahead overwrite nothing that others have yet to read."""
+    together(pool, rank_side.join, meet())
+    agreed = together(pool, rank_side.repeated, Case(1, (6, 0, 3, 1), 7), 40)
+    assert agreed == [[(39, 0), (39, 1), (39, 2), (39, 3)]] * 4
+    calls, waited = pool[0].result_of(rank_side.waited)
+    assert calls == 41 * 2 + 40 and waited > 0
+
+
+def test_agree(pool: list[Rank], meet: Meet) -> None:
+    together(pool, rank_side.join, meet())
+    values = [(5, -7), (), (2**62,), tuple(range(16))]
+    right = [[tuple(v + rank for v in each) for rank in range(4)] for each in values]
+    assert together(pool, rank_side.agree, *values) == [right] * 4
+    assert together(pool, rank_side.agree_unlike) == [[(), (0,), (0, 1), (0, 1, 2)]] * 4
+
+
+def names_the_missing(meeting: Meeting, error: Raised, missing: int, own: int) -> bool:
+    """Sockets do not say which of the others it is."""
+    if meeting.kind == "shared":
+        return error.ranks == (missing,) and f"rank {missing}" in error.text
+    return error.ranks == tuple(rank for rank in range(4) if rank != own)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_peer_that_is_killed_or_stopped_while_others_wait(meet: Meet, how: str) -> None:
+    meeting = meet(timeout=4.0)
+    with ranks(4) as members:
+        together(members, rank_side.join, meeting)
+        together(members, rank_side.agree, (1,))
+        survivors = members[:2] + members[3:]
+        for rank in survivors:
+            rank.start(rank_side.agree, (1,))
+        getattr(members[2], how)()
+        for own, rank in zip((0, 1, 3), survivors, strict=True):
+            error = rank.error()
+            assert error.kind is PeerError, error
+            assert names_the_missing(meeting, error, 2, own), error
+            assert str(meeting.epoch) in error.text
+            # Those who wait sleep.
+            assert error.seconds < 20 and error.processor_seconds < 1
+        # The epoch is over for who has survived it; in the next one, smaller, all is well.
+        survivors[0].start(rank_side.agree, (1,))
+        assert survivors[0].error().kind is PeerError
+        spec = ExchangeSpec(3, 6, 10, 3, torch.bfloat16)
+        following = meet(spec)
+        for number, rank in enumerate(survivors):
+            rank.start(rank_side.join, following, number)
+        for rank in survivors:
+            rank.result()
+        check(survivors, spec, cases(3, 6)[:2])
+        if how == "stop":  # it goes on where nobody is any more
+            members[2].go_on()
+            members[2].start(rank_side.agree, (1,))
+            assert members[2].error().kind is PeerError
+
+
+def test_a_rank_of_another_epoch_or_kind_is_refused(pool: list[Rank], meet: Meet) -> None:
+    spec = ExchangeSpec(2, 6, 10, 3, torch.bfloat16)
+    meeting = meet(spec)
+    older = Meeting(meeting.kind, meeting.place, spec, Epoch("test", 77), 30.0)
+    pool[0].start(rank_side.join, meeting)
+    pool[1].start(rank_side.join, older)
+    error = pool[1].error()
+    assert error.kind is ConfigError, error
+    if meeting.kind == "gloo":
+        assert "differ in epoch" in pool[0].error().text
+    else:
+        assert "epoch 1 of group test" in error.text and "epoch 77" in error.text
+        pool[0].result()
+
+
+def test_ranks_out_of_step_notice(pool: list[Rank], meet: Meet) -> None:
+    spec = ExchangeSpec(2, 6, 10, 3, torch.bfloat16)
+    together(pool[:2], rank_side.join, meet(spec))
+    pool[0].start(rank_side.agree, (1,))
+    pool[1].start(rank_side.layers, [Case(1, (1, 1), 5)])
+    for own in (0, 1):
+        error = pool[own].error()
+        assert error.kind is PeerError and error.ranks == (1 - own,), error
+        assert "something else" in error.text
+
+
+WRONG = {
+    "too many rows": "x has 7 rows; the group was made for 6",
+    "other rows": r"x: torch.bfloat16 of shape \(1, 11\); it must be torch.bfloat16 of shape \(1, 10\)",
+    "another dtype": "x: torch.float64",
+    "fewer ids": r"ids: torch.int64 of shape \(1, 2\)",
+    "not contiguous": "received rows: .* contiguous",
+    "little room": "room for 23 received rows; 24 may come",
+    "no owners": r"an owners table of shape \(0, 5\)",
+    "an id too large": "expert",
+    "an id below zero": "expert",
+    "an owner too large": "rank",
+    "an expert nowhere": "rank",
+}
+
+
+def test_bad_input_is_refused_and_can_be_corrected(pool: list[Rank], meet: Meet) -> None:
+    """Before anything is sent, so that a rank that is refused can go on with the others."""
+    together(pool, rank_side.join, meet())
+    for wrong, words in WRONG.items():
+        pool[2].start(rank_side.wrong_tensors, wrong)
+        error = pool[2].error()
+        assert error.kind is ValueError and re.search(words, error.text), error
+    pool[2].start(rank_side.combine_without_dispatch)
+    assert "combine follows dispatch" in pool[2].error().text
+    check(pool, SPEC, cases(4, 6)[:3])
+
+
+def test_waiting_lets_other_threads_run(pool: list[Rank], meet: Meet) -> None:
+    together(pool[:2], rank_side.join, meet(ExchangeSpec(2, 6, 10, 3, torch.bfloat16)))
+    pool[0].result_of(rank_side.agree_in_a_thread)
+    assert pool[0].result_of(rank_side.is_waiting)
+    assert pool[1].result_of(rank_side.agree, (1,)) == [[(7,), (2,)]]
+    assert pool[0].result_of(rank_side.agreed_in_the_thread) == [(7,), (2,)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"size": 0}, {"tokens": 0}, {"hidden": -1}, {"top_k": 0}, {"dtype": torch.float64}]
+)
+def test_a_group_that_no_exchange_can_be_for(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong.values())).__repr__().split(".")[-1]):
+        replace(SPEC, **wrong)
