@@ -28,7 +28,7 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.parallel.exchange import ExchangeSpec
 from oracle import FAMILY, save_tiny
-from ranks import group, together
+from rank_threads import group, together
 from tiny import write_tokenizer
 
 BUNDLED = Path(moebius.__file__).parent / "bundled"
