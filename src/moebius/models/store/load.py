@@ -98,7 +98,7 @@ class Loader:
             module, _, leaf = source.parameter.rpartition(".")
             experts = modules[module]
             assert isinstance(experts, WeightList)
-            experts.drop(int(leaf))
+            experts.hold(int(leaf), None)
         for file, spans in self._spans(gone).items():
             files.release(file, spans)
         decoder.moves += 1
