@@ -23,6 +23,7 @@ from moebius.models.store.load import Loader, load_decoder
 from moebius.moe.placement import LayerPlacement, Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops.cpu import CpuOps
+from moebius.ops.cpu.experts import CpuExperts
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
@@ -147,7 +148,7 @@ def test_any_placement_gives_the_same_bits_and_experts_move_between_steps(
         made.move(placement)
         made.step()
         for rank, one in enumerate(made.runners):
-            assert one.programs is not before[rank]
+            assert one.programs is before[rank]  # which go on with the experts that came
             for layer, placed in placement.layers.items():
                 held = one.model.layers[layer].mlp.experts.down_proj.held()
                 there = {e for e, weight in enumerate(held) if weight is not None}
@@ -189,6 +190,44 @@ def test_plain_pytorch_takes_part_too(tmp_path: Path, ops: type[Ops]) -> None:
     found = together(made.exchanges, lambda rank: made.runners[rank].execute(step).clone())
     for rank in range(2):
         torch.testing.assert_close(found[rank], made.alone[rank].execute(step))
+
+
+def test_programs_are_recorded_anew_where_they_cannot_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuExperts, "become", lambda *_: False)
+    save_tiny(tmp_path, "mixtral")
+    checkpoint = open_checkpoint(tmp_path)
+    experts = checkpoint.config.experts
+    made = Group.load(checkpoint, torch.bfloat16, Placement.linear(experts, 2))
+    before = [one.programs for one in made.runners]
+    made.step()
+    made.move(random_placement(experts, 2, random.Random(0)))
+    made.step()
+    assert all(one.programs is not was for one, was in zip(made.runners, before, strict=True))
+
+
+def test_a_group_goes_on_with_fewer_ranks_and_with_more_again(tmp_path: Path) -> None:
+    """One leaves, the others hold all experts between them, and then it is back."""
+    save_tiny(tmp_path, "olmoe")
+    checkpoint = open_checkpoint(tmp_path)
+    experts = checkpoint.config.experts
+    made = Group.load(checkpoint, torch.bfloat16, Placement.linear(experts, 3))
+    made.step()
+    everyone = list(zip(made.loaders, made.runners, made.alone, made.batches, strict=True))
+    for members in (everyone[1:], everyone):
+        loaders, runners, alone, batches = map(list, zip(*members, strict=True))
+        size = len(members)
+        exchanges = group(spec_of(checkpoint, torch.bfloat16, size))
+        for rank, (loader, one) in enumerate(zip(loaders, runners, strict=True)):
+            loader.move_experts(one.model, Placement.linear(experts, size), rank)
+            if size == 2:  # the group that it had joined was another's
+                with pytest.raises(PeerError, match="has joined no group yet"):
+                    one.execute(StepInputs.build([[7]], [0], [[BLOCKS - 1]], BLOCK_SIZE))
+            one.model.ranks.join(exchanges[rank])
+        part = Group(runners, alone, exchanges, loaders, batches)
+        for _ in range(3):
+            part.step()
 
 
 def test_a_rank_that_fails_ends_the_step_of_the_others(tmp_path: Path) -> None:

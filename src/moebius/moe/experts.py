@@ -50,14 +50,17 @@ class Experts(nn.Module):
     def forward(
         self, x_TD: Tensor, weights_TK: Tensor | None = None, expert_ids_TK: Tensor | None = None
     ) -> Tensor:
-        return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self._handle(x_TD.dtype))
+        return self.ops.experts(x_TD, weights_TK, expert_ids_TK, self.prepared(x_TD.dtype))
 
     def rows(self, x_RD: Tensor, expert_ids_RK: Tensor) -> Tensor:
         """Each choice's own output (R, K, D); an id of E stands for none."""
-        return self.ops.expert_rows(x_RD, expert_ids_RK, self._handle(x_RD.dtype))
+        return self.ops.expert_rows(x_RD, expert_ids_RK, self.prepared(x_RD.dtype))
 
-    def _handle(self, dtype: torch.dtype) -> PreparedExperts:
+    def prepared(self, dtype: torch.dtype) -> PreparedExperts:
+        """The backend's handle, which stays the same object where the backend can do so."""
         weights = self.weights()
         if self._prepared is None or not self._prepared.is_of(weights):
-            self._prepared = self.ops.prepare_experts(weights, self.activation, dtype)
+            made = self.ops.prepare_experts(weights, self.activation, dtype)
+            if self._prepared is None or not self._prepared.become(made):
+                self._prepared = made
         return self._prepared
