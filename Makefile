@@ -16,8 +16,8 @@ serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
 
 test: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks recipes
+	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100
 	$(BIN)/pytest --ignore=tests/schedule
@@ -49,8 +49,8 @@ setup: .venv/.installed
 	@touch $@
 
 format: setup
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks recipes
+	$(BIN)/ruff format src tests benchmarks recipes
 
 constraints: setup
 	{ echo "# The versions that the tests run with. Regenerate: make constraints"; \

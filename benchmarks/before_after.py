@@ -27,6 +27,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def serve(model: str, threads: int) -> None:
 
 
 def resident() -> int:
-    """The most memory that this process has had of its own, in bytes: pages of files apart."""
+    """Memory that this process has of its own now, in bytes: pages of files apart."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -190,6 +191,22 @@ def shown(result: dict[str, Any]) -> str:
     return text + (f"; own memory {' and '.join(memory)} MiB" if memory else "")
 
 
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def revision(checkout: Path) -> str:
+    """The commit of a checkout; its name where git knows none."""
+    asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    told = subprocess.run(asked, capture_output=True, text=True)
+    return told.stdout.strip() or checkout.name
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -210,7 +227,15 @@ def main() -> int:
 
     results = {Path(model).name: measure(args, model) for model in args.models}
     if args.json:
-        record = {"processor": platform.processor(), "threads": args.threads, "models": results}
+        record = {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "date": date.today().isoformat(),
+            "before": revision(args.before),
+            "after": revision(args.after),
+            "threads": args.threads,
+            "models": results,
+        }
         write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
     return int(any(one["worse"] for model in results.values() for one in model.values()))
 

@@ -45,6 +45,8 @@ NO_CUDA = (
     "torch finds no CUDA device; a rehearsal without one: benchmarks/gpu.sh --device cpu --small"
 )
 
+NO_TORCH = "has no torch; name a Python that has: PYTHON=PROGRAM benchmarks/gpu.sh"
+
 
 @dataclass(slots=True)
 class Stage:
@@ -95,7 +97,8 @@ def environment(stage: Stage) -> None:
             capability=list(torch.cuda.get_device_capability(0)),
             cuda=torch.version.cuda,
         )
-    size, side = (2**22, 256) if stage.small else (2**32, 8192)
+    size = 2**22 if stage.small else 2**32
+    side = 256 if stage.small else 8192
     source = torch.zeros(size, dtype=torch.uint8, device=stage.device)
     target = torch.empty_like(source)
     a_MK = torch.randn(side, side, device=stage.device).bfloat16()
@@ -109,7 +112,8 @@ def environment(stage: Stage) -> None:
 
 
 def tests(stage: Stage) -> None:
-    log, results = stage.out / "tests.log", Path(tempfile.gettempdir()) / "moebius-gpu-tests.xml"
+    log = stage.out / "tests.log"
+    results = Path(tempfile.gettempdir()) / "moebius-gpu-tests.xml"
     command = [sys.executable, "-m", "pytest", "tests/test_device.py", f"--junit-xml={results}"]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "MOEBIUS_TEST_DEVICE": stage.device, "PYTHONPATH": path}
@@ -183,7 +187,8 @@ def generate(
 
 
 def prefill(stage: Stage) -> None:
-    prompt, repetitions = (128, 1) if stage.small else (2048, 7)
+    prompt = 128 if stage.small else 2048
+    repetitions = 1 if stage.small else 7
     with load(stage) as llm:
         walls: list[float] = []
         for turn in range(repetitions + 1):
@@ -199,7 +204,9 @@ def prefill(stage: Stage) -> None:
 
 def decode(stage: Stage) -> None:
     """Time per token: what `output` tokens take beyond what one takes, of the same prompts."""
-    prompt, output, repetitions = (8, 4, 1) if stage.small else (128, 128, 3)
+    prompt = 8 if stage.small else 128
+    output = 4 if stage.small else 128
+    repetitions = 1 if stage.small else 3
     sizes = stage.sizes
     used = sizes.layers * (sizes.attention + sizes.router + sizes.top_k * sizes.expert) + sizes.head
     stage.keep(prompt=prompt, output=output, bytes_per_token_alone=2 * used)
@@ -236,8 +243,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        print(f"{sys.executable} {NO_TORCH}", file=sys.stderr)
+        sys.exit(2)
     if given.device == "cuda" and not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         sys.exit(2)

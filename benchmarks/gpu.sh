@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Tests and measurements on a machine with one CUDA device, in at most ten minutes:
 #
-#     [OUT=FOLDER] [PYTHON=python3] [WHEELS=FOLDER] benchmarks/gpu.sh [--device cpu --small]
+#     [OUT=FOLDER] [PYTHON=PROGRAM] [WHEELS=FOLDER] benchmarks/gpu.sh [--device cpu --small]
+#
+# PYTHON is .venv's by default, or python3 where there is none.
 #
 # Each stage has its time limit and leaves OUT/STAGE.json (gpu.py names the stages), which says `"finished": false` where it
 # was stopped; then the next begins. Returns 2 where nothing can be measured, else 1 if a stage did not finish.
@@ -12,7 +14,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-build/gpu}
-PYTHON=${PYTHON:-python3}
+[ -x .venv/bin/python ] && venv=.venv/bin/python
+PYTHON=${PYTHON:-${venv:-python3}}
 WHEELS=${WHEELS:-build/gpu-wheels}
 PACKAGES=build/gpu-packages
 # stage:seconds

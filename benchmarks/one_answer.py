@@ -5,9 +5,10 @@
 Every schedule serves 1 to 64 requests with random batch sizes, chunk sizes, block sizes, cache
 sizes (some force preemptions), arrivals, thread counts and cold or warm prefix caches, and compares
 every token's log-probabilities with those of the request served alone. Models: the bundled one (one
-schedule in twenty) and, of every supported architecture, a random one in bfloat16 and one stored in
-float16, which is computed in float32. Ends with exit code 1 at the first difference, naming the
-schedule.
+schedule in twenty) and, of every supported architecture and of some whose layers have windows, a
+random one in bfloat16 and one stored in float16, which is computed in float32; and one of three
+kinds of layers, with windows and without, in bfloat16 and float32. Ends with exit code 1 at the
+first difference, naming the schedule.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,13 +29,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import moebius  # noqa: E402
 from moebius.files import json_record, write_file  # noqa: E402
+from moebius.models.decoder import Decoder  # noqa: E402
 from moebius.models.store.load import load_decoder  # noqa: E402
 from moebius.ops.cpu import CpuOps  # noqa: E402
 from oracle import FAMILY, save_tiny  # noqa: E402
 from random_schedules import (  # noqa: E402
     MAX_MODEL_LEN,
+    WINDOWED,
     alone,
     answers,
+    groups_of,
+    mixed,
     random_schedule,
     wishes,
 )
@@ -44,11 +50,10 @@ BUNDLED_EVERY = 20
 class Subject:
     """A model on 1 and on 2 threads, its requests, and what each gives alone."""
 
-    def __init__(
-        self, name: str, directory: Path, kernels: list[CpuOps], dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, name: str, decoders: list[Decoder]) -> None:
         self.name = name
-        self.decoders = [load_decoder(directory, dtype, ops=ops) for ops in kernels]
+        self.decoders = decoders
+        self.groups = groups_of(decoders[0])
         self.wishes = wishes(64, self.decoders[0].config.vocab_size, random.Random(name))
         self.expected = {wish.id: alone(self.decoders[0], wish) for wish in self.wishes}
 
@@ -62,21 +67,34 @@ def main() -> int:
     torch.set_num_threads(1)
     kernels = [CpuOps(1), CpuOps(2)]
     with tempfile.TemporaryDirectory() as scratch:
-        subjects = []
-        for model_type in sorted(FAMILY):
-            directory = Path(scratch) / model_type
-            half = Path(scratch) / f"{model_type}-float16"
-            sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
-            model = save_tiny(directory, model_type, **sizes)
-            model.half().save_pretrained(half)
-            subjects.append(Subject(model_type, directory, kernels))
-            subjects.append(Subject(half.name, half, kernels, torch.float32))
-        bundled = Subject("bundled", Path(moebius.__file__).parent / "bundled", kernels)
+        subjects = list(random_models(Path(scratch), kernels))
+        bundled = Subject("bundled", load(Path(moebius.__file__).parent / "bundled", kernels))
         result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
     print(json.dumps(result))
     if args.json:
         write_file(args.json, json.dumps(result, indent=2) + "\n", ours=json_record)
     return 1 if result["different"] else 0
+
+
+def load(
+    directory: Path, kernels: list[CpuOps], dtype: torch.dtype = torch.bfloat16
+) -> list[Decoder]:
+    return [load_decoder(directory, dtype, ops=ops) for ops in kernels]
+
+
+def random_models(scratch: Path, kernels: list[CpuOps]) -> Iterator[Subject]:
+    """Of every architecture, with windows and without, in each dtype."""
+    models = {model_type: (model_type, {}) for model_type in FAMILY} | WINDOWED
+    for name, (model_type, changes) in models.items():
+        directory = scratch / name
+        half = scratch / f"{name}-float16"
+        sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+        model = save_tiny(directory, model_type, **sizes, **changes)
+        model.half().save_pretrained(half)
+        yield Subject(name, load(directory, kernels))
+        yield Subject(half.name, load(half, kernels, torch.float32))
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Subject(f"mixed-{dtype}", [mixed(ops, dtype) for ops in kernels])
 
 
 def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -> dict[str, object]:
@@ -86,7 +104,7 @@ def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -
         rng = random.Random(f"{args.seed}-{number}")
         subject = bundled if number % BUNDLED_EVERY == 0 else rng.choice(subjects)
         some = rng.sample(subject.wishes, rng.choice((1, 2, 4, 8, 16, 32, 64)))
-        schedule = random_schedule(len(some), rng)
+        schedule = random_schedule(len(some), rng, subject.groups)
         seen = answers(rng.choice(subject.decoders), some, schedule)
         for found in seen.rounds:
             for wish in some:

@@ -121,6 +121,11 @@ def free_cases() -> Iterator[Case]:
         )
 
 
+def drawn_experts(rows: int, experts: int, top_k: int) -> torch.Tensor:
+    """Different experts for each row (rows, top_k)."""
+    return torch.stack([torch.randperm(experts)[:top_k] for _ in range(rows)])
+
+
 def expert_cases(ops: CpuOps) -> Iterator[Case]:
     for experts, top_k, hidden, width in ((32, 4, 1024, 512), (64, 8, 2048, 1024)):
         each = 2 * 3 * hidden * width
@@ -133,10 +138,8 @@ def expert_cases(ops: CpuOps) -> Iterator[Case]:
         for rows in (1, 8, 32, 64, 2048):
             x = random(rows, hidden)
             # Other experts each time, so that a few are not found in a cache.
-            turns = [
-                torch.stack([torch.randperm(experts)[:top_k] for _ in range(rows)])
-                for _ in range(20 if rows < 64 else 2)
-            ]
+            count = 20 if rows < 64 else 2
+            turns = [drawn_experts(rows, experts, top_k) for _ in range(count)]
             share = torch.full((rows, top_k), 1 / top_k)
 
             def call(x=x, turns=turns, share=share, handle=handle) -> None:  # type: ignore[no-untyped-def]

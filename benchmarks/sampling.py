@@ -43,27 +43,25 @@ BATCHES: dict[str, tuple[int, dict[str, Any] | None]] = {
 
 
 def requests(greedy: int, other: dict[str, Any] | None, vocab: int) -> list[Request]:
-    tokens = torch.randint(
-        0, vocab, (CONTEXT,), generator=torch.Generator().manual_seed(0)
-    ).tolist()
+    seeded = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab, (CONTEXT,), generator=seeded).tolist()
     wishes: list[dict[str, Any]] = [{"temperature": 0}] * greedy
     if other is not None:
         wishes += [other] * (64 if greedy == 0 else 1)
     limits = ServingLimits(vocab, 10 * CONTEXT)
-    return [
-        Request(
-            EngineRequest.create(
-                str(i),
-                tokens[:-OUTPUT],
-                SamplingParams(max_tokens=CONTEXT, **wish),
-                limits,
-                arrival=0.0,
-                seed=i,
-                output_ids=tokens[-OUTPUT:],
-            )
+    found = []
+    for i, wish in enumerate(wishes):
+        asked = EngineRequest.create(
+            str(i),
+            tokens[:-OUTPUT],
+            SamplingParams(max_tokens=CONTEXT, **wish),
+            limits,
+            arrival=0.0,
+            seed=i,
+            output_ids=tokens[-OUTPUT:],
         )
-        for i, wish in enumerate(wishes)
-    ]
+        found.append(Request(asked))
+    return found
 
 
 def main() -> None:

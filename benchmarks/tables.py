@@ -39,7 +39,8 @@ _MARK = re.compile(
     r"(<!-- made by benchmarks/tables\.py: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
 
-ZEN4, ZEN3 = "AMD EPYC (Zen 4), 2 cores", "AMD EPYC (Zen 3), 2 cores"
+ZEN4 = "AMD EPYC (Zen 4), 2 cores"
+ZEN3 = "AMD EPYC (Zen 3), 2 cores"
 
 
 class Source(NamedTuple):
@@ -74,7 +75,15 @@ COLD_STARTS = (
         f"{PYTHON} benchmarks/cold_start.py --runs 7 --model $PEERS/models/m2",
     ),
 )
-OVERHEAD = Source("step_overhead.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/step_overhead.py")
+OVERHEADS = (
+    Source("step_overhead.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/step_overhead.py"),
+    Source(
+        "step_overhead_m1.json",
+        ZEN4,
+        "2026-11-26",
+        f"{PYTHON} benchmarks/step_overhead.py --model $PEERS/models/m1 --sequences 1 32",
+    ),
+)
 OPERATIONS = (
     Source("ops.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/ops.py --isa all"),
     Source("ops_avx2.json", ZEN3, "2026-11-26", f"{PYTHON} benchmarks/ops.py"),
@@ -98,10 +107,6 @@ ABLATION = Source(
     "2026-11-26",
     ".venv/bin/python benchmarks/ablate.py --rounds 3 --threads 2",
 )
-IN_TURN = {
-    "avx512": ("in_turn.json", "in_turn_m1_w2_w4.json", "in_turn_m2_w4.json"),
-    "avx2": ("in_turn.json",),
-}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
@@ -159,50 +164,6 @@ def _run_row(source: str, record: dict[str, Any]) -> list[str]:
     return [link, *speeds, f"`{beside.command(record['settings'])}`"]
 
 
-def roofline_in_turn() -> str:
-    """A row a machine, model and workload: over its repetitions the range of the ceilings, and of
-    our shares."""
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for name, files in IN_TURN.items():
-        for file in files:
-            for row in json.loads((HERE / "peers" / name / file).read_text(encoding="utf-8"))[
-                "rows"
-            ]:
-                found.setdefault((beside.MACHINES[name], row["model"], row["workload"]), []).append(
-                    row
-                )
-    rows = [
-        _in_turn_row(machine, model, name, found[machine, model, name])
-        for machine, model, name in sorted(found)
-    ]
-    head = [
-        "machine",
-        "",
-        "repetitions",
-        "read loop, GB/s",
-        "mapped file, GB/s",
-        "product, GFLOP/s",
-    ]
-    return table([*head, "share, read loop", "share, mapped file"], rows, (0, 1))
-
-
-def _in_turn_row(machine: str, model: str, name: str, rows: list[dict[str, Any]]) -> list[str]:
-    speeds = [
-        _range([row[key] for row in rows], "{:.0f}")
-        for key in ("anonymous_gbs", "mapped_gbs", "matrix_gflops")
-    ]
-    shares = [
-        _range([row[key] for row in rows], "{:.0%}") for key in ("share_anonymous", "share_mapped")
-    ]
-    return [machine, f"{beside.MODELS[model]} {name.upper()}", str(len(rows)), *speeds, *shares]
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    """`31 to 46`, or `31` where that is all."""
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
 def cold_starts() -> str:
     names = {
         "generate": "`moebius generate`, one token",
@@ -214,8 +175,7 @@ def cold_starts() -> str:
         for key, what in names.items():
             span = f"{record[key]['min']:.2f} to {record[key]['max']:.2f}"
             rows.append([_model(record["model"]), what, f"{record[key]['median']:.2f}", span])
-    notes = "\n".join(f"- {provenance(source)}" for source in COLD_STARTS)
-    return table(["model", "", "median, s", "range"], rows, (0, 1)) + "\n\n" + notes
+    return table(["model", "", "median, s", "range"], rows, (0, 1)) + "\n\n" + _notes(COLD_STARTS)
 
 
 def _model(name: str) -> str:
@@ -223,19 +183,19 @@ def _model(name: str) -> str:
 
 
 def step_overhead() -> str:
-    rows = [
-        [
-            _model(record["model"]),
-            str(step["sequences"]),
-            f"{step['step_ms']:.1f}",
-            f"{step['python_ms']:.2f}",
-            f"{step['share']:.1%}",
-        ]
-        for record in OVERHEAD.read()
-        for step in record["steps"]
-    ]
+    rows = []
+    for source in OVERHEADS:
+        record = source.read()
+        for step in record["steps"]:
+            row = [_model(record["model"]), str(step["sequences"]), f"{step['step_ms']:.1f}"]
+            row += [f"{step['python_ms']:.2f}", f"{step['share']:.1%}"]
+            rows.append(row)
     head = ["model", "sequences", "step, ms", "of it Python, ms", "share"]
-    return table(head, rows) + "\n\n" + provenance(OVERHEAD)
+    return table(head, rows) + "\n\n" + _notes(OVERHEADS)
+
+
+def _notes(sources: Sequence[Source]) -> str:
+    return "\n".join(f"- {provenance(source)}" for source in sources)
 
 
 def sampling() -> str:
@@ -250,38 +210,24 @@ def sampling() -> str:
 def operations() -> str:
     """A row an operation, a column an instruction set: the share of the roofline, and what was
     reached."""
-    columns = [
-        (source, kernels)
-        for source in OPERATIONS
-        for kernels in dict.fromkeys(row["kernels"] for row in source.read()["rows"])
-        if kernels != "torch"
-    ]
-    cells = {
-        (row["operation"], source.file, row["kernels"]): row
-        for source in OPERATIONS
-        for row in source.read()["rows"]
-    }
-    names = [
-        name for name in dict.fromkeys(key[0] for key in cells) if not name.startswith("torch's")
-    ]
-    rows = [
-        [f"`{name}`", *(_reached(cells[name, source.file, kernels]) for source, kernels in columns)]
-        for name in names
-    ]
-    head = [
-        "",
-        *(f"{kernels.removeprefix('cpu-')}, {source.generation}" for source, kernels in columns),
-    ]
-    return table(head, rows) + "\n\n" + _operation_notes()
+    names: dict[str, None] = {}
+    columns: dict[str, dict[str, str]] = {}
+    for source in OPERATIONS:
+        for row in source.read()["rows"]:
+            if row["kernels"] == "torch":
+                continue
+            names[row["operation"]] = None
+            column = f"{row['kernels'].removeprefix('cpu-')}, {source.generation}"
+            columns.setdefault(column, {})[row["operation"]] = _reached(row)
+    rows = [[f"`{name}`", *(column[name] for column in columns.values())] for name in names]
+    return table(["", *columns], rows) + "\n\n" + _operation_notes()
 
 
 def _reached(row: dict[str, Any]) -> str:
     """`98% (33.8 GB/s)`: the figure of what bounds the operation."""
-    speed = (
-        f"{row['gflops']:.0f} GFLOP/s"
-        if row["gflops"] > 4 * row["gbs"]
-        else f"{row['gbs']:.1f} GB/s"
-    )
+    speed = f"{row['gbs']:.1f} GB/s"
+    if row["gflops"] > 4 * row["gbs"]:
+        speed = f"{row['gflops']:.0f} GFLOP/s"
     return f"{row['of_floor']:.0%} ({speed})"
 
 
@@ -346,14 +292,10 @@ def bodies() -> str:
     kinds = record["kinds_ms"]
     worst = sorted(kinds, key=lambda kind: -kind["pause"])[:8]
     nothing = [kind for kind in kinds if kind["kind"] == "nothing"]
-    rows = [
-        [
-            kind["kind"],
-            f"{kind['bytes'] / 1e6:.2f}",
-            *(f"{kind[key]:.1f}" for key in ("pause", "health", "answer")),
-        ]
-        for kind in worst + nothing
-    ]
+    rows = []
+    for kind in worst + nothing:
+        times = [f"{kind[key]:.1f}" for key in ("pause", "health", "answer")]
+        rows.append([kind["kind"], f"{kind['bytes'] / 1e6:.2f}", *times])
     head = [
         "body",
         "MB",
@@ -371,43 +313,29 @@ def bodies() -> str:
 
 
 def ablation() -> str:
-    record = ABLATION.read()
-    runs = [
-        value
-        for value in record.values()
-        if isinstance(value, dict) and "output_throughput" in value
-    ]
+    runs = [value for value in ABLATION.read().values() if _is_run(value)]
     full = runs[0]["output_throughput"]
-    rows = [
-        [
-            run["name"],
-            f"{run['output_throughput']:,.0f}",
-            f"{run['output_throughput'] / full:.2f}",
-            *(
-                f"{number(run[f'median_{key}_ms'])} / {number(run[f'p99_{key}_ms'])}"
-                for key in ("ttft", "itl")
-            ),
-            f"{run['median_e2el_ms'] / 1000:.2f} / {run['p99_e2el_ms'] / 1000:.2f}",
-            str(run["most_running"]),
-            f"{run['kv_held'] / 2**20:.1f}",
-            f"{run['fill']:.0%}",
-            f"{run['weights'] / 2**20:.1f}",
-            "another model" if run["same"] is None else f"{run['same']} of {run['completed']}",
-        ]
-        for run in runs
-    ]
-    head = [
-        "engine",
-        "tokens/s",
-        "× full",
-        "TTFT, ms",
-        "ITL, ms",
-        "whole request, s",
-        "running",
-        "KV held, MiB",
-    ]
-    head += ["filled", "weights, MiB", "same answers"]
+    head = ["engine", "tokens/s", "× full", "TTFT, ms", "ITL, ms", "whole request, s", "running"]
+    head += ["KV held, MiB", "filled", "weights, MiB", "same answers"]
+    rows = [_ablation_row(run, full) for run in runs]
     return f"{table(head, rows)}\n\n{provenance(ABLATION)}"
+
+
+def _is_run(value: Any) -> bool:
+    return isinstance(value, dict) and "output_throughput" in value
+
+
+def _ablation_row(run: dict[str, Any], full: float) -> list[str]:
+    """An engine's figures; latencies as `median / 99th percentile`."""
+    speed = run["output_throughput"]
+    row = [run["name"], f"{speed:,.0f}", f"{speed / full:.2f}"]
+    for key in ("ttft", "itl"):
+        row.append(f"{number(run[f'median_{key}_ms'])} / {number(run[f'p99_{key}_ms'])}")
+    row.append(f"{run['median_e2el_ms'] / 1000:.2f} / {run['p99_e2el_ms'] / 1000:.2f}")
+    row += [str(run["most_running"]), f"{run['kv_held'] / 2**20:.1f}", f"{run['fill']:.0%}"]
+    row.append(f"{run['weights'] / 2**20:.1f}")
+    row.append("another model" if run["same"] is None else f"{run['same']} of {run['completed']}")
+    return row
 
 
 def claims() -> str:
@@ -426,7 +354,7 @@ def claim_runs() -> str:
 
 
 def headline() -> str:
-    """The README's one table: each figure with the command that repeats it."""
+    """The README's one table: each figure with its day and the command that repeats it."""
     found = beside.records("avx512")
     newest, _ = beside.latest(
         one for source, record in found.items() for one in beside.comparisons(source, record)
@@ -437,67 +365,77 @@ def headline() -> str:
     for one in speeds:
         ours = f"**{number(one.values['moebius'])}**"
         best = f"{beside.ENGINES[one.best]} {number(one.values[one.best])}"
-        command = f"`{beside.command(found[one.source]['settings'])}`"
-        rows.append([one.label, ours, best, one.spread, command])
-    head = ["what", "Moebius", "fastest other engine", "ratio", "command"]
-    return table(head, _said_once([*rows, *_own_rows()]), range(5))
+        command = beside.command(found[one.source]["settings"])
+        rows.append([one.label, ours, best, one.spread, one.started[:10], f"`{command}`"])
+    rows += [
+        *_start_figures(),
+        _python_figure(),
+        _pause_figure(),
+        _schedules_figure(),
+    ]
+    head = ["what", "Moebius", "fastest other engine", "ratio", "day", "command"]
+    return table(head, _said_once(rows), range(6))
 
 
 def _said_once(rows: list[list[str]]) -> list[list[str]]:
     """Where the last column repeats the row above it, it says so."""
-    above = ["", *(row[-1] for row in rows)]
-    return [
-        [*row[:-1], "the same run"] if row[-1] == before else row
-        for row, before in zip(rows, above, strict=False)
-    ]
+    told = []
+    above = ""
+    for row in rows:
+        command = row[-1]
+        told.append([*row[:-1], "the same run" if command == above else command])
+        above = command
+    return told
 
 
-def _own_rows() -> list[list[str]]:
-    """Figures that have no counterpart in another engine."""
+def _own(what: str, figure: str, source: Source) -> list[str]:
+    """A row of the README's table for what has no counterpart in another engine."""
+    return [what, figure, "", "", source.date, f"`{source.command}`"]
+
+
+def _start_figures() -> list[list[str]]:
     rows = []
     for source in COLD_STARTS:
-        record = source.read()["serve"]
-        label = (
-            f"`moebius serve` {_model(source.read()['model'])}: process start to first streamed "
-            "chunk, s"
-        )
-        span = f"**{record['median']:.1f}** ({record['min']:.1f} to {record['max']:.1f})"
-        rows.append([label, span, "", "", f"`{source.command}`"])
-    step = OVERHEAD.read()[-1]["steps"][-1]
-    label = (
-        f"Python in a decoding step of {step['step_ms']:.1f} ms, M1, {step['sequences']} "
-        "sequences, ms"
+        model = _model(source.read()["model"])
+        times = source.read()["serve"]
+        figure = f"**{times['median']:.1f}** ({times['min']:.1f} to {times['max']:.1f})"
+        what = f"`moebius serve` {model}: process start to first streamed chunk, s"
+        rows.append(_own(what, figure, source))
+    return rows
+
+
+def _python_figure() -> list[str]:
+    source = OVERHEADS[-1]
+    record = source.read()
+    step = record["steps"][-1]
+    what = (
+        f"Python in a decoding step of {step['step_ms']:.1f} ms, {_model(record['model'])}, "
+        f"{step['sequences']} sequences, ms"
     )
-    share = f"**{step['python_ms']:.2f}** ({step['share']:.1%})"
-    rows.append(
-        [label, share, "", "", f"`{OVERHEAD.command} --model $PEERS/models/m1 --sequences 1 32`"]
-    )
+    return _own(what, f"**{step['python_ms']:.2f}** ({step['share']:.1%})", source)
+
+
+def _pause_figure() -> list[str]:
     worst = BODIES.read()["slowest_ms"]["pause"]
-    rows.append(
-        [
-            "longest pause of a stream beside hostile bodies, ms",
-            f"**{worst}**",
-            "",
-            "",
-            f"`{BODIES.command}`",
-        ]
-    )
+    return _own("longest pause of a stream beside hostile bodies, ms", f"**{worst}**", BODIES)
+
+
+def _schedules_figure() -> list[str]:
     source = max(SCHEDULES, key=lambda source: source.read()["schedules"])
     record = source.read()
     different = "none" if record["different"] is None else record["different"]
-    label = (
+    what = (
         f"answers that differ by a bit from the same request alone, of {record['answers']:,} in "
         f"{record['schedules']:,} random schedules ({source.generation})"
     )
-    rows.append([label, f"**{different}**", "", "", f"`{source.command}`"])
-    return rows
+    return _own(what, f"**{different}**", source)
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "beside-avx512": lambda: beside_others("avx512"),
     "beside-avx2": lambda: beside_others("avx2"),
-    "roofline": roofline_in_turn,
+    "roofline": lambda: table(*beside.in_turn_rows(), (0, 1)),
     "cold-start": cold_starts,
     "step-overhead": step_overhead,
     "sampling": sampling,

@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -119,8 +120,16 @@ class Watch:
                 time.sleep(0.002)
 
 
-def measure(port: int, model: str, worst: WorstBody) -> tuple[float, float, float]:
+class Times(NamedTuple):
     """Milliseconds: the stream's longest pause, the slowest health, and the body's own answer."""
+
+    pause: float
+    health: float
+    answer: float
+
+
+def measure(port: int, model: str, worst: WorstBody) -> Times:
+    """What a stream and `/health/live` see beside a body."""
     with Watch(port, model) as watch:
         time.sleep(0.1)
         watch.slowest = 0.0
@@ -135,8 +144,10 @@ def measure(port: int, model: str, worst: WorstBody) -> tuple[float, float, floa
                 assert good, f"{worst.name}: {status} {answer[:300]!r}"
         end = time.perf_counter()
         time.sleep(0.1)
-    return tuple(
-        1000 * value for value in (watch.longest_pause(start, end), watch.slowest, end - start)
+    return Times(
+        pause=1000 * watch.longest_pause(start, end),
+        health=1000 * watch.slowest,
+        answer=1000 * (end - start),
     )
 
 
@@ -189,20 +200,15 @@ def main() -> None:
             if worst is not NOTHING and given.only not in worst.name:
                 continue
             rounds = [measure(port, given.model, worst) for _ in range(given.rounds)]
-            medians = [round(statistics.median(column), 1) for column in zip(*rounds, strict=True)]
-            pause, health, answer = medians
-            kind = {
-                "kind": worst.name,
-                "bytes": len(worst.body),
-                "pause": pause,
-                "health": health,
-                "answer": answer,
-            }
+            kind: dict[str, Any] = {"kind": worst.name, "bytes": len(worst.body)}
+            for name in Times._fields:
+                median = statistics.median(getattr(one, name) for one in rounds)
+                kind[name] = round(median, 1)
             kinds.append(kind)
-            mark = " over" if max(pause, health) > GOAL_MS else ""
+            mark = " over" if max(kind["pause"], kind["health"]) > GOAL_MS else ""
             print(
-                f"{worst.name:34} pause {pause:7.1f}  health {health:7.1f}  answer {answer:8.1f} "
-                f"ms{mark}",
+                f"{worst.name:34} pause {kind['pause']:7.1f}  health {kind['health']:7.1f}  "
+                f"answer {kind['answer']:8.1f} ms{mark}",
                 flush=True,
             )
     slowest = {name: max(kind[name] for kind in kinds) for name in ("pause", "health")}
@@ -215,16 +221,13 @@ def main() -> None:
             "model": given.model,
             "python": platform.python_version(),
             "machine": platform.machine(),
-        }
-        record |= {
             "cores": os.cpu_count(),
             "rounds": given.rounds,
             "goal_ms": GOAL_MS,
             "slowest_ms": slowest,
+            "kinds_ms": kinds,
         }
-        write_file(
-            given.json, json.dumps(record | {"kinds_ms": kinds}, indent=1) + "\n", ours=json_record
-        )
+        write_file(given.json, json.dumps(record, indent=1) + "\n", ours=json_record)
 
 
 if __name__ == "__main__":

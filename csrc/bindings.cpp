@@ -34,22 +34,41 @@ void require_product(Dtype dtype, const Matrix& w, int columns) {
     if (w.format < 0 || w.format >= FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
 }
 
+// Throws std::invalid_argument for other than `count` matrices (rows, columns), or so many biases or none.
+void require_experts(Dtype dtype, size_t count, const Matrices& matrices, int rows, int columns, const Addresses& biases) {
+    for (const Matrix& w : matrices) {
+        require_product(dtype, w, columns);
+        if (w.rows != rows) throw std::invalid_argument("an expert's matrix of " + std::to_string(w.rows) + " rows where the first one's sizes ask for " + std::to_string(rows));
+    }
+    if (matrices.size() != count || (biases.size() != count && !biases.empty()))
+        throw std::invalid_argument("not as many matrices or biases of each kind as there are experts, " + std::to_string(count));
+}
+
 Experts make_experts(int dtype, int hidden, int width, int activation, const Matrices& gate, const Matrices& up, const Matrices& down,
                      const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
-    for (const Matrices* matrices : {&gate, &up}) for (const Matrix& w : *matrices) require_product(Dtype(dtype), w, hidden);
-    for (const Matrix& w : down) require_product(Dtype(dtype), w, width);
+    require_experts(Dtype(dtype), gate.size(), gate, width, hidden, gate_bias);
+    require_experts(Dtype(dtype), gate.size(), up, width, hidden, up_bias);
+    require_experts(Dtype(dtype), gate.size(), down, hidden, width, down_bias);
     bool holes = false;
     for (const Matrix& w : gate) holes |= w.data == nullptr;
     return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes};
 }
 
+// Throws std::invalid_argument for a sequence whose tokens its table has no blocks for.
 void set_step(StepAttention& step, Address query_start, Address seq_lens, Address block_table, int batch, int width) {
     const int32_t *starts = array<const int32_t>(query_start), *lens = array<const int32_t>(seq_lens);
     const int32_t* table = array<const int32_t>(block_table);
+    for (int b = 0; b < batch; b++) {
+        const int rows = starts[b + 1] - starts[b];
+        if (rows >= 0 && starts[0] == 0 && rows <= lens[b] && lens[b] <= int64_t(width) * step.block_size) continue;
+        throw std::invalid_argument("a sequence of " + std::to_string(lens[b]) + " tokens, " + std::to_string(rows) + " of them new, in " +
+                                    std::to_string(width) + " blocks of " + std::to_string(step.block_size));
+    }
     step.query_start.assign(starts, starts + batch + 1);
     step.seq_lens.assign(lens, lens + batch);
     step.block_table.assign(table, table + size_t(batch) * width);
-    step.table_width = width;
+    step.table_width = width, step.last_block = -1;
+    for (int32_t block : step.block_table) step.last_block = std::max(step.last_block, block);
 }
 
 Linear make_linear(int dtype, const Matrices& weights, const Addresses& biases) {
@@ -159,11 +178,27 @@ struct ClipCall : Clip {
 };
 
 struct RotateAndStoreCall : RotateAndStore {
-    void operator()(Ops& ops, int rows) const { ops.rotate_and_store(*this, rows); }
+    int blocks;
+    // Throws std::out_of_range for a slot that the cache has not.
+    void operator()(Ops& ops, int rows) const {
+        const int64_t count = int64_t(blocks) * shape->block_size;
+        for (int t = 0; t < rows; t++)
+            if (slots[t] < 0 || slots[t] >= count) throw std::out_of_range("slot " + std::to_string(slots[t]) + " is none of " + std::to_string(count));
+        ops.rotate_and_store(*this, rows);
+    }
 };
 
 struct AttentionCall : Attention {
-    void operator()(Ops& ops, int) const { ops.attention(*this); }
+    int blocks;
+    // Throws std::out_of_range for a block that the cache has not, std::invalid_argument for other rows than the
+    // plan's, or blocks of another size.
+    void operator()(Ops& ops, int rows) const {
+        if (step->last_block >= blocks) throw std::out_of_range("block " + std::to_string(step->last_block) + " is none of " + std::to_string(blocks));
+        if (step->block_size != shape->block_size) throw std::invalid_argument("attention was planned for blocks of " + std::to_string(step->block_size) + " tokens, not " + std::to_string(shape->block_size));
+        const int planned = step->query_start.empty() ? 0 : step->query_start.back();
+        if (rows != planned) throw std::invalid_argument(std::to_string(rows) + " rows of queries, where attention was planned for " + std::to_string(planned));
+        ops.attention(*this);
+    }
 };
 
 // A record of an operation's arguments as a class of Python: made from named fields, run, or noted in a program, which it and
@@ -219,19 +254,19 @@ void bind_calls(nb::module_& m) {
     bind_call<Rotation>(m, "Rotation", [](Rotation* self, Address positions, Address inverse, int half, float factor, Address cos, Address sin) {
         new (self) Rotation{array<int64_t>(positions), array<float>(inverse), half, factor, array<float>(cos), array<float>(sin)};
     }, "positions"_a, "inverse"_a, "half"_a, "factor"_a, "cos"_a, "sin"_a);
-    bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, Address qkv, int q_heads,
+    bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, int blocks, Address qkv, int q_heads,
                                                           Address cos, Address sin, int half, Address q_norm, Address k_norm, float eps,
                                                           Address slots, Address cache, Address q_out) {
         new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, array<float>(cos), array<float>(sin), half,
                                        array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
-                                       array<V>(q_out)}};
-    }, "dtype"_a, "shape"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
+                                       array<V>(q_out)}, blocks};
+    }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
        "q_out"_a);
-    bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, const StepAttention& step, Address cache,
-                                                Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
+    bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
+                                                Address cache, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
         new (self) AttentionCall{{Dtype(dtype), &shape, &step, array<uint32_t>(cache), array<V>(q), q_heads, scale, softcap,
-                                  array<float>(sinks), array<V>(out)}};
-    }, "dtype"_a, "shape"_a, "step"_a, "cache"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a);
+                                  array<float>(sinks), array<V>(out)}, blocks};
+    }, "dtype"_a, "shape"_a, "blocks"_a, "step"_a, "cache"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a);
     bind_call<Route>(m, "Route", [](Route* self, const RouterSettings& settings, Address logits, Address bias, Address weights, Address ids,
                                     Address pairs, Address sums) {
         new (self) Route{&settings, array<float>(logits), array<float>(bias), array<float>(weights), array<int64_t>(ids),
@@ -261,10 +296,10 @@ NB_MODULE(_cpu, m) {
     }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a)
         .def("assign", [](Experts& self, const Experts& other) { self = other; }, "other"_a);
     nb::class_<StepAttention>(m, "StepAttention")
-        .def("__init__", [](StepAttention* self, int window) {
+        .def("__init__", [](StepAttention* self, int window, int block_size) {
             new (self) StepAttention();
-            self->window = window;
-        }, "window"_a)
+            self->window = window, self->block_size = block_size;
+        }, nb::kw_only(), "window"_a, "block_size"_a)
         .def("set", &set_step, nb::kw_only(), "query_start"_a, "seq_lens"_a, "block_table"_a, "batch"_a, "width"_a);
     nb::class_<CacheShape>(m, "CacheShape")
         .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int dtype) {

@@ -69,7 +69,7 @@ struct Kernels {
     void (*product[2][FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
     // out = round(multiplier * row) of n values of a matrix
     void (*scaled_row[2][FORMATS])(const void* row, float multiplier, int n, void* out);
-    // out = round(c + bias); bias may be null. `add` also returns float32 where out_f32 is given instead.
+    // out = round(c + bias); bias may be null.
     void (*store[2])(const float* c, int n, const void* bias, void* out);
     // c += bias
     void (*add_bias[2])(float* c, int n, const void* bias);

@@ -132,7 +132,7 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
     const int k = w.columns;
     if (!kernels_->pack[dtype]) return kernel(x, m, w.row(column), k, columns, k, next, c, columns);
     const size_t bytes = packed_bytes(m, k) + 64;
-    if (s.packed.size() < bytes) s.packed.resize(bytes), s.packed_call = 0;
+    if (s.packed.size() < bytes) s.renew(s.packed, bytes), s.packed_call = 0;
     void* packed = s.aligned(s.packed.data());
     if (s.packed_call != calls_ || s.packed_first != first) kernels_->pack[dtype](x, m, k, packed);
     s.packed_call = calls_, s.packed_first = first;
@@ -254,12 +254,15 @@ void Ops::add_gated(Dtype dtype, const void* a, const void* b, const float* gate
 void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, float multiplier, void* out) {
     const size_t row_bytes = table.columns * size_of(dtype);
     const bool as_it_lies = multiplier == 1.0f && int(table.format) == int(dtype);
-    for (int t = 0; t < rows; t++) {
-        if (ids[t] < 0 || ids[t] >= table.rows) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(table.rows));
-        const void* row = table.row(ids[t]);
-        if (as_it_lies) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
-        else kernels_->scaled_row[dtype][table.format](row, multiplier, table.columns, at(out, t * row_bytes));
-    }
+    // One item, which the pool computes as all others: with subnormal numbers flushed, whoever calls.
+    pool_.run(rows > 0 ? 1 : 0, [&](int, int) {
+        for (int t = 0; t < rows; t++) {
+            if (ids[t] < 0 || ids[t] >= table.rows) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(table.rows));
+            const void* row = table.row(ids[t]);
+            if (as_it_lies) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
+            else kernels_->scaled_row[dtype][table.format](row, multiplier, table.columns, at(out, t * row_bytes));
+        }
+    });
 }
 
 void Ops::rms_norm(const RmsNorm& n, int rows) {

@@ -53,6 +53,7 @@ struct Experts {
 struct StepAttention {  // what all layers with one window share
     std::vector<int32_t> query_start, seq_lens, block_table;
     int table_width = 0, window = 0;
+    int block_size = 1, last_block = -1;  // of the table, and the largest number in it
 };
 
 struct RouterSettings {
@@ -199,8 +200,13 @@ private:
 
         static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
-            if (floats.size() < n + SPARE) floats.resize(n + SPARE);
+            if (floats.size() < n + SPARE) renew(floats, n + SPARE);
             return aligned(floats.data());
+        }
+        // Not a byte more than was planned: a vector that grows takes up to twice as much, and copies.
+        template <class T> static void renew(std::vector<T>& v, size_t n) {
+            std::vector<T>().swap(v);
+            v.resize(n);
         }
         size_t bytes() const { return floats.capacity() * sizeof(float) + packed.capacity(); }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }

@@ -28,7 +28,7 @@ struct Program {
     }
     // Calls `first` to `stop` - 1.
     void run(size_t first, size_t stop, const std::vector<int>& counts) const {
-        for (size_t i = first; i < stop; i++) calls.at(i).call(counts[calls[i].count] * calls[i].factor);
+        for (size_t i = first; i < stop; i++) calls.at(i).call(counts.at(calls[i].count) * calls[i].factor);
     }
 };
 

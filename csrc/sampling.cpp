@@ -197,7 +197,10 @@ void Ops::log_softmax_top_k(const Logits& x, const std::vector<int32_t>& rows, c
                             const std::vector<float>& temperatures, double* log_sums, float* values, int64_t* ids) {
     x.check(rows, {counts.size(), temperatures.size()});
     std::vector<size_t> starts{0};
-    for (int32_t count : counts) starts.push_back(starts.back() + count);
+    for (int32_t count : counts) {
+        if (count < 0 || count > x.vocab) throw std::invalid_argument(std::to_string(count) + " candidates of " + std::to_string(x.vocab));
+        starts.push_back(starts.back() + count);
+    }
     pool_.run(int(rows.size()), [&](int i, int) {
         const float *row = x.row(rows[i]), factor = 1.0f / temperatures[i];
         const int k = counts[i];

@@ -4,17 +4,23 @@ bits are the same."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from moebius.engine.client import EngineInfo, TokenLogprob
+from moebius.engine.client import EngineInfo, StepOutput, TokenLogprob
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, lay_out
 from moebius.engine.runner import Runner
+from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
+from moebius.ops import LayerCache, Ops
+from moebius.ops.config import RouterConfig
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import CacheGroups, GroupSpec
@@ -42,6 +48,30 @@ WINDOWED: dict[str, tuple[str, dict[str, object]]] = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
 }
+# Three kinds of layers, in unequal numbers: the whole past, a short window, a longer one.
+_FULL = GQA(4, 2, 16, value_dim=8, rope=RopeConfig(), sinks=True, softcap=5.0)
+_NEAR = replace(_FULL, window=7)
+_FAR = replace(_FULL, window=40, rope=None)
+_ROUTED = FeedForwardConfig(16, RouterConfig(4, 2))
+MIXED = ModelConfig(
+    model_type="mixed",
+    hidden_size=32,
+    vocab_size=300,
+    context=256,
+    layers=tuple(
+        LayerSpec(mixer, _ROUTED, "sandwich") for mixer in (_NEAR, _FULL, _NEAR, _FAR, _NEAR)
+    ),
+)
+
+
+def mixed(ops: Ops, dtype: torch.dtype) -> Decoder:
+    """MIXED with random weights, the same ones for all `ops`."""
+    decoder = Decoder(MIXED, ops, dtype)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in decoder.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(0.3 * drawn + float(parameter.ndim == 1))
+    return decoder.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -56,8 +86,10 @@ class Wish:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What may change around a request without changing it. arrivals[i] is the step in which wish i
-    comes."""
+    """What may change around a request without changing it.
+
+    num_blocks counts those of all groups of layers; arrivals[i] is the step in which wish i comes.
+    """
 
     block_size: int
     num_blocks: int
@@ -108,12 +140,19 @@ def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
     return made
 
 
-def random_schedule(count: int, rng: random.Random) -> Schedule:
+def groups_of(decoder: Decoder) -> CacheGroups:
+    """The block tables that a sequence of this model has."""
+    windows = lay_out(decoder.config.caches(decoder.dtype)).windows
+    return CacheGroups(tuple(map(GroupSpec, windows)))
+
+
+def random_schedule(count: int, rng: random.Random, groups: CacheGroups | None = None) -> Schedule:
     """Batches of 1 to 64, chunks of 1 to 2,048 tokens, blocks of 8 to 64, and caches too small for
-    all at once."""
+    all at once: down to what one sequence holds at most, which is little where there are windows.
+    """
     block_size = rng.choice((8, 12, 16, 24, 32, 64))
     budget = rng.choice((1, 2, 5, 17, 64, 300, 2048))
-    one = -(-MAX_MODEL_LEN // block_size)
+    one = (groups or CacheGroups()).most_blocks(MAX_MODEL_LEN, budget, block_size)
     return Schedule(
         block_size=block_size,
         num_blocks=one + rng.choice((0, 2, one, 20 * one)),
@@ -125,16 +164,28 @@ def random_schedule(count: int, rng: random.Random) -> Schedule:
     )
 
 
+class PoisonedPool(BlockPool):
+    """A pool whose blocks are full of NaN when they are taken: what is read before it was written
+    shows, and what is read of a block that was given back and is another sequence's now."""
+
+    cache: KVCache
+
+    def _take(self) -> int:
+        block = super()._take()
+        rows: dict[int, LayerCache] = {id(layer): layer for layer in self.cache.layers}
+        for layer in rows.values():
+            for part in self.cache._ops.block_memory(layer, block):
+                part.view(-1).view(torch.uint8).fill_(255)
+        return block
+
+
 def build(decoder: Decoder, schedule: Schedule) -> Engine:
     """An engine around a decoder that is already loaded."""
     config = decoder.config
-    specs = config.caches(decoder.dtype)
-    windows = lay_out(specs).windows
-    num_blocks = schedule.num_blocks * len(windows)
-    pool = BlockPool(
-        num_blocks,
+    pool = PoisonedPool(
+        schedule.num_blocks,
         schedule.block_size,
-        groups=CacheGroups(tuple(map(GroupSpec, windows))),
+        groups=groups_of(decoder),
         enable_prefix_caching=schedule.prefix_caching,
         key=bytes(16),
     )
@@ -147,18 +198,24 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
         max_queue_tokens=10**6,
     )
     cache = KVCache(
-        specs,
+        config.caches(decoder.dtype),
         decoder.ops,
-        num_blocks=num_blocks,
+        num_blocks=schedule.num_blocks,
         block_size=schedule.block_size,
         device=torch.device("cpu"),
     )
+    pool.cache = cache
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
-    info = EngineInfo(limits, frozenset(), schedule.block_size, num_blocks, "fp")
+    info = EngineInfo(limits, frozenset(), schedule.block_size, schedule.num_blocks, "fp")
     return Engine(Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info)
 
 
-def answers(decoder: Decoder, asked: Sequence[Wish], schedule: Schedule) -> Seen:
+def answers(
+    decoder: Decoder,
+    asked: Sequence[Wish],
+    schedule: Schedule,
+    make_step: Callable[[Engine], list[StepOutput]] = Engine.step,
+) -> Seen:
     """Serve the wishes `rounds` times over (the second time with a warm cache), and collect every
     round's answers."""
     engine = build(decoder, schedule)
@@ -183,7 +240,7 @@ def answers(decoder: Decoder, asked: Sequence[Wish], schedule: Schedule) -> Seen
                         )
                     )
                 )
-            for output in engine.step():
+            for output in make_step(engine):
                 assert output.error is None, output.error
                 tokens, logprobs, prompt_logprobs = found[output.request_id]
                 tokens.extend(output.token_ids)
@@ -196,5 +253,5 @@ def answers(decoder: Decoder, asked: Sequence[Wish], schedule: Schedule) -> Seen
 
 def alone(decoder: Decoder, wish: Wish) -> Answer:
     """The request with nobody else there, its prompt in one piece."""
-    schedule = Schedule(16, 64, 1, 2048, False, (0,), 1)
+    schedule = Schedule(16, 128, 1, 2048, False, (0,), 1)
     return answers(decoder, [wish], schedule).rounds[0][wish.id]

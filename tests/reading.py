@@ -21,13 +21,13 @@ PACKAGE = Path(__file__).parent.parent / "src" / "moebius"
 MOST_CORE_LINES = 4000
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60
+MOST_BRANCHES = 12
 MOST_COLUMNS = 100
 
 # The path of one request: what schedules it, the engine's loop, and what the model computes.
 CORE = (
     "schedule/*.py",
     "engine/engine.py",
-    "engine/loop.py",
     "engine/batch.py",
     "engine/runner.py",
     "models/decoder.py",
@@ -180,6 +180,15 @@ def core(files: list[Source]) -> list[Source]:
     ]
 
 
+def beside_core(files: list[Source]) -> list[Source]:
+    """The files that one request's path imports and that are not on it: what its reader meets by
+    name alone."""
+    path = core(files)
+    graph = arrows(files)
+    met = set().union(*(graph[file.module] for file in path)) - {file.module for file in path}
+    return [file for file in files if file.module in met]
+
+
 def arrows(files: list[Source]) -> dict[str, set[str]]:
     """For each module those that it imports."""
     modules = {file.module for file in files}
@@ -248,10 +257,14 @@ def _makes_several(value: ast.expr) -> bool:
     return False
 
 
+def _total(files: list[Source]) -> int:
+    return sum(len(file.lines) for file in files)
+
+
 def report(files: list[Source]) -> str:
     """The measures, a line each."""
     path = core(files)
-    lines = sum(len(file.lines) for file in files)
+    lines = _total(files)
     code = sum(file.code_lines for file in files)
     wide = sum(len(line) > MOST_COLUMNS for file in files for line in file.lines)
     longest_file = max(files, key=lambda file: len(file.lines))
@@ -259,8 +272,10 @@ def report(files: list[Source]) -> str:
     longest, longest_in = max(functions, key=lambda pair: pair[0].lines)
     forked, forked_in = max(functions, key=lambda pair: pair[0].branches)
     tenths = quantiles([function.lines for function, _ in functions], n=10)
+    beside = beside_core(files)
     rows = [
-        ("core path", f"{sum(len(file.lines) for file in path)} lines of {MOST_CORE_LINES}"),
+        ("core path", f"{_total(path)} lines of {MOST_CORE_LINES}, in {len(path)} files"),
+        ("imported by it", f"{_total(beside)} lines, in {len(beside)} files that are not on it"),
         ("package", f"{lines} lines, {code} of them code, in {len(files)} files"),
         ("longest file", f"{longest_file.name}, {len(longest_file.lines)} lines"),
         ("functions", f"{tenths[4]:.0f} lines at the median, {tenths[8]:.0f} at 90 %"),

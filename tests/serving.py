@@ -14,6 +14,7 @@ import loop_guard
 from moebius.engine.config import EngineConfig
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.load import load_engine
+from moebius.front.choices import draw_prefix_key
 from moebius.server.app import create_app
 from moebius.server.run import Server
 from moebius.server.settings import ServerSettings
@@ -27,10 +28,11 @@ def serving(directory: Path, name: str, **options: Any) -> Iterator[str]:
     tokenizer = Tokenizer.load(directory)
     defaults = GenerationDefaults.load(directory, tokenizer)
     config = EngineConfig(kv_cache_memory_bytes=2**24, **options)
-    client = InProcessClient(
-        load_engine(directory, config, eos_ids=defaults.eos_ids), step_deadline=60
-    )
-    server = Server(create_app(client, tokenizer, defaults, ServerSettings((name,))))
+    key = draw_prefix_key()
+    engine = load_engine(directory, config, eos_ids=defaults.eos_ids, prefix_key=key)
+    client = InProcessClient(engine, step_deadline=60)
+    settings = ServerSettings((name,))
+    server = Server(create_app(client, tokenizer, defaults, settings, prefix_key=key))
     with socket.create_server(("127.0.0.1", 0)) as sock:
         thread = threading.Thread(target=lambda: loop_guard.run(server.serve([sock])))
         thread.start()

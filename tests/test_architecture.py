@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # What each package of moebius may import, besides itself.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "logs": set(),
     "files": {"errors"},
     "schedule": {"errors"},
     "text": {"errors", "files", "schedule"},
@@ -31,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"errors", "files", "pages", "ops", "nn", "moe"},
     "engine": {
         "errors",
+        "logs",
         "files",
         "machine",
         "pages",
@@ -87,6 +90,60 @@ def test_an_engine_is_reached_through_its_client_alone(package: str) -> None:
         names = imported(ast.parse(path.read_text()))
         of_engine = {name.split(".")[2] for name in names if name.startswith("moebius.engine.")}
         assert of_engine <= {"client", "interrupts"}, f"{path.name} imports {of_engine}"
+
+
+# A JSON object, whose values are checked by whoever reads them.
+JSON = {"Mapping[str, Any]", "dict[str, Any]"}
+TYPED = ("schedule", "ops", "nn", "moe", "models", "engine", "front")
+# What makes of config.json's values what they have to be.
+READS_VALUES = {"models/parts.py", "models/reading.py"}
+
+
+def annotations(node: ast.AST) -> Iterator[ast.expr]:
+    """Those of what can be used from elsewhere: public functions, classes and their fields."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.ClassDef(name=name) if not name.startswith("_"):
+                yield from annotations(child)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                if name.startswith("_") and name != "__init__":
+                    continue
+                args = child.args
+                named = [*args.posonlyargs, *args.args, *args.kwonlyargs]
+                given = [arg.annotation for arg in named]
+                yield from filter(None, [*given, child.returns])
+            case ast.AnnAssign(target=ast.Name(id=name)) if not name.startswith("_"):
+                yield child.annotation
+
+
+def untyped(tree: ast.AST) -> set[str]:
+    """Annotations with an `Any` that is not of a JSON object."""
+    found = set()
+    for annotation in annotations(tree):
+        text = ast.unparse(annotation)
+        for known in JSON:
+            text = text.replace(known, "")
+        if re.search(r"\bAny\b", text):
+            found.add(ast.unparse(annotation))
+    return found
+
+
+def test_no_any_crosses_the_border_of_a_package() -> None:
+    found = {}
+    for path in FILES:
+        name = path.relative_to(SOURCE).as_posix()
+        if name.startswith(TYPED) and name not in READS_VALUES:
+            found[name] = untyped(ast.parse(path.read_text()))
+    assert {name: kinds for name, kinds in found.items() if kinds} == {}
+
+
+def test_an_any_is_found() -> None:
+    text = (
+        "def f(a: int, *, b: list[Any]) -> dict[str, Any]: ...\n"
+        "def _g(a: Any): ...\n"
+        "class A:\n    x: Any | None\n    def h(self) -> Any: ...\n"
+    )
+    assert untyped(ast.parse(text)) == {"list[Any]", "Any | None", "Any"}
 
 
 def test_the_arrows_have_no_cycle() -> None:

@@ -90,7 +90,7 @@ def test_starts_and_memory_are_the_shortest_and_the_largest() -> None:
 
 def test_the_command_that_repeats_a_run() -> None:
     settings = {"peers": ["moebius", "vllm"], "models": ["m1"], "workloads": ["w4"], "reps": 2}
-    line = "python benchmarks/peers/run.py --peers moebius,vllm --models m1 --workloads w4 --reps 2"
+    line = ".venv/bin/python benchmarks/peers/run.py --peers moebius,vllm --models m1 --workloads w4 --reps 2"
     assert beside.command({**settings, "together": "auto"}) == line
     assert beside.command({**settings, "together": "no"}) == f"{line} --together no"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from models.test_parity import CASES as PARITY
 from moebius.cli.commands import app
+from moebius.engine.config import EngineConfig
+from moebius.engine.load import prepare
+from moebius.engine.memory import human_bytes
 from moebius.files import package_table
-from moebius.schedule.params import SamplingParams
+from moebius.models.hub import BUNDLED, resolve_model
+from moebius.schedule.params import LIMITS, SamplingParams
+from moebius.server.limits import HTTP_LIMITS
 from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
+from schedule.seeded_bugs import BUGS
 
 ROOT = Path(__file__).parent.parent
 # Behind all other paths: benchmarks/ops.py must not hide tests/ops.
@@ -146,6 +154,20 @@ def test_files_that_are_named_exist(path: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_files_of_the_code_that_are_named_exist() -> None:
+    """`ops/interface.py` and `pool.cpp`, as ARCHITECTURE names them: by the end of their path."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w./])((?:\w+/)*\w+\.(?:py|toml|cpp|h))\b", text)
+    there = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("src", "csrc", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.*")
+    ]
+    assert {
+        name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in there)
+    } == set()
+
+
 def test_an_option_that_is_not_there_is_found() -> None:
     assert unknown(["bench", "serve", "--request-rate", "4", "--rate=5", "-x"]) == [
         "--rate=5",
@@ -184,12 +206,45 @@ def test_the_chart_shows_the_figures_of_its_record() -> None:
             assert {tables.number(value) for value in one.values.values()} <= written
 
 
+def test_the_counts_on_the_page_are_those_of_the_tests() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    [bugs] = re.findall(r"^\| bugs seeded .*? \| (\d+) \|", text, re.MULTILINE)
+    assert int(bugs) == len(BUGS)
+    [(types, configurations)] = re.findall(r"(\d+) model types, (\d+) configurations", text)
+    assert int(configurations) == len(PARITY)
+    assert int(types) == len({model_type for _, model_type, _ in PARITY})
+
+
 def test_reference_names_every_sampling_parameter() -> None:
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", text))
     assert {
         name for name, field in SamplingParams.__dataclass_fields__.items() if field.init
     } <= named
+
+
+def test_the_plan_that_is_shown_has_todays_rows() -> None:
+    """All but what depends on the machine: memory that is free, processors, kernels."""
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"moebius plan bundled\n(.*?)```", text, re.DOTALL)
+    config = EngineConfig(kv_cache_memory_bytes=384 * 2**20)
+    for what, size, remark in prepare(resolve_model(BUNDLED), config).rows():
+        assert f"\n{what} " in shown
+        if what in ("weights", "KV cache", "context") or what.startswith("sequences"):
+            assert f"{size}  {remark}\n" in shown
+
+
+def test_operating_names_every_limit() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    [section] = re.findall(r"bounded before it costs anything:(.*?)\n\n[^|]", text, re.DOTALL)
+    named = set(re.findall(r"[\d,]+(?: [KM]iB)?", section))
+    limits = asdict(HTTP_LIMITS) | asdict(LIMITS)
+    del limits["priority"]  # what any integer may be
+    for name, value in limits.items():
+        shown = f"{value:,}"
+        if name in ("header_bytes", "body_bytes", "bodies_bytes"):
+            shown = human_bytes(value).replace(".0", "")
+        assert shown in named, name
 
 
 def test_operating_names_every_metric() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from serving import serving
+from tiny import write_model
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,34 @@ def test_a_scored_prompt_has_transformers_numbers(client: openai.OpenAI, referen
         assert scores.token_logprobs[1:] == pytest.approx(want, abs=1e-4)
         best = [max(top.values()) for top in scores.top_logprobs[1:]]
         assert best == pytest.approx(expected.max(-1).values[:-1].tolist(), abs=1e-4)
+
+
+def test_a_float16_checkpoint_answers_as_its_weights_do_in_float32(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_model(tmp_path, dtype=torch.float16, seed=3)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompts = [[5, 6, 7, 8], list(range(20, 90))]
+    with (
+        serving(tmp_path, "half", max_model_len=256) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        answer = client.completions.create(
+            model="half",
+            prompt=prompts,
+            max_tokens=10,
+            temperature=0,
+            logprobs=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+    for prompt, choice in zip(prompts, sorted(answer.choices, key=lambda c: c.index), strict=True):
+        ids: list[int] = choice.token_ids  # type: ignore[attr-defined]
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        scores = torch.log_softmax(logits.double(), -1)
+        assert scores.argmax(-1).tolist() == ids and len(ids) == 10
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs == pytest.approx(scores.amax(-1).tolist(), abs=1e-4)
 
 
 def test_64_concurrent_requests_get_what_each_gets_alone(client: openai.OpenAI) -> None:

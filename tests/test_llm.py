@@ -189,6 +189,24 @@ def test_a_queue_that_is_full_is_waited_for(
         assert len(next(other).outputs[0].token_ids) == 40
 
 
+def test_a_queue_that_empties_in_one_step_takes_what_it_has_refused(tiny_model: Path) -> None:
+    """The last of the others starts and ends in one step: none is left whose end is to come."""
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    with LLM(
+        str(tiny_model),
+        kv_cache_memory_bytes=2**21,
+        max_model_len=512,
+        max_num_seqs=1,
+        max_queue_requests=1,
+    ) as small:
+        others = small.stream([("a", params), ("b", params.with_(max_tokens=1))])
+        next(others)
+        assert small.client.stats().waiting == 1, "the queue is full"
+        (output,) = small.generate("c", params)
+        assert len(output.outputs[0].token_ids) == 2
+        assert next(others).prompt == "b"
+
+
 def test_what_no_empty_queue_would_take_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +232,25 @@ def test_a_closed_llm_says_so(tiny_model: Path) -> None:
         one.generate("a", params)
     one.close()
     assert one.engine.scheduler.drained
+
+
+def test_a_step_that_breaks_the_engine_ends_all_that_is_open(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its books may be half written: nobody's answer goes on from there, and nobody waits."""
+    one = LLM(str(tiny_model), kv_cache_memory_bytes=2**21, max_model_len=512)
+    other = one.stream([("a", GREEDY.with_(max_tokens=1)), ("b", GREEDY)])
+    next(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(one.engine.scheduler, "update", lambda plan, tokens: 1 / 0)
+        with pytest.raises(EngineError, match="error id"):
+            one.generate("c", GREEDY)
+    with pytest.raises(EngineError, match="error id"):
+        next(other)
+    with pytest.raises(EngineError, match="has stopped"):
+        one.generate("d", GREEDY)
+    assert not one.client.stats().ready and one.engine.scheduler.drained
+    one.close()
 
 
 def test_an_abandoned_stream_leaves_nothing_behind(llm: LLM) -> None:
@@ -671,3 +708,35 @@ def test_a_signal_that_comes_while_another_is_handled_is_not_lost() -> None:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_handler_that_raises_while_others_are_held_or_given_back_leaves_all_in_place() -> None:
+    """At every line: else Ctrl-C would be noted, and never heard of again."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    def hold() -> None:
+        with Uninterrupted():
+            pass
+
+    def quiet(*_: object) -> None:
+        pass
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.signal(number, quiet) for number in numbers]
+    try:
+        lines = traced(InterruptsAt(0, signal.SIGALRM), hold)
+        for raising in numbers:
+            for n in range(1, lines):
+                for number in numbers:
+                    signal.signal(number, late if number is raising else quiet)
+                with pytest.raises(TimeoutError):
+                    traced(InterruptsAt(n, raising), hold)
+                held = [
+                    each.name for each in numbers if signal.getsignal(each) not in (late, quiet)
+                ]
+                assert not held, f"{raising.name} at line {n}"
+    finally:
+        for pair in zip(numbers, before, strict=True):
+            signal.signal(*pair)

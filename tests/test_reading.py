@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 from reading import (
+    CORE,
+    MOST_BRANCHES,
     MOST_COLUMNS,
     MOST_CORE_LINES,
     MOST_FILE_LINES,
     MOST_FUNCTION_LINES,
+    NOT_CORE,
+    PACKAGE,
     Source,
     arrows,
+    beside_core,
     circle,
     core,
     in_order,
@@ -23,12 +28,28 @@ from reading import (
 )
 
 FILES = sources()
+BENCHMARKS = sources(PACKAGE.parents[1] / "benchmarks")
 
 
 def test_the_core_path_is_an_afternoons_reading() -> None:
     lines = {file.name: len(file.lines) for file in core(FILES)}
     assert {"models/decoder.py", "schedule/scheduler.py", "engine/engine.py"} <= set(lines)
     assert sum(lines.values()) <= MOST_CORE_LINES
+
+
+def test_the_core_path_names_files_that_there_are() -> None:
+    names = {file.name for file in FILES}
+    assert {glob for glob in CORE if not any(Path(name).match(glob) for name in names)} == set()
+    assert names >= NOT_CORE
+
+
+def test_what_the_core_path_imports_is_counted_beside_it() -> None:
+    files = [
+        source("from moebius.engine import sampler\n", "engine/engine.py"),
+        source("from moebius import errors\n", "engine/sampler.py"),
+        source("", "errors.py"),
+    ]
+    assert [file.name for file in beside_core(files)] == ["engine/sampler.py"]
 
 
 def test_files_are_short() -> None:
@@ -56,8 +77,20 @@ def test_functions_are_short() -> None:
     assert long == set()
 
 
+def test_functions_have_few_branches() -> None:
+    forked = {
+        f"{file.name}: {function.name}"
+        for file in FILES
+        for function in file.functions()
+        if function.branches > MOST_BRANCHES
+    }
+    assert forked == set()
+
+
 def test_a_statement_has_one_target() -> None:
     assert offenders(Source.several_targets) == {}
+    crammed = {file.name: file.several_targets() for file in BENCHMARKS}
+    assert {name: lines for name, lines in crammed.items() if lines} == {}
 
 
 def test_nothing_is_listed_only_to_be_splatted() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ablation.replay import Replay
 from ablation.variants import (
@@ -68,6 +68,14 @@ def measure(
     }
 
 
+class Ablation(NamedTuple):
+    """What was run: how, and the median run of each variant."""
+
+    request_rate: float
+    config: EngineConfig
+    outcomes: list[Outcome]
+
+
 def ablate(
     directory: Path,
     config: EngineConfig,
@@ -78,12 +86,11 @@ def ablate(
     rounds: int = 1,
     seed: int = 0,
     progress: Callable[[str], None] = lambda message: None,
-) -> tuple[float, EngineConfig, list[Outcome]]:
+) -> Ablation:
     """Run the full engine and the named variants (None: all) in turn, several rounds of them.
 
-    Returns request rate, configuration, and the median run of each. Without a request rate the
-    requests arrive in a quarter of the time that the full engine takes for all of them at once, so
-    that every variant is at its limit.
+    Without a request rate the requests arrive in a quarter of the time that the full engine takes
+    for all of them at once, so that every variant is at its limit.
     """
     config, prepared = settle(directory, config, num_prompts)
     require_positive(prompts=num_prompts, rounds=rounds)
@@ -110,7 +117,7 @@ def ablate(
                 place = Path(twins, variant.twin) if variant.twin else directory
                 runs[name].append(measure(name, variant, place, config, samples, due))
     full = runs[FULL][0]
-    return request_rate, config, [_median(each, full) for each in runs.values()]
+    return Ablation(request_rate, config, [_median(each, full) for each in runs.values()])
 
 
 def _chosen(

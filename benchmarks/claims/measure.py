@@ -41,11 +41,9 @@ class PureBatches(Batches):
     def _shuffled(self, epoch: int) -> np.ndarray:
         order = super()._shuffled(epoch)
         size = self._rows // self.parts
-        groups = [
-            rows
-            for kind in np.unique(order[:, 0])
-            for rows in _groups(order[order[:, 0] == kind], size)
-        ]
+        groups: list[np.ndarray] = []
+        for kind in np.unique(order[:, 0]):
+            groups += _groups(order[order[:, 0] == kind], size)
         chosen = np.random.default_rng((self._seed, epoch, 1)).permutation(len(groups))
         return np.concatenate([groups[i] for i in chosen])
 
@@ -156,10 +154,8 @@ def train(name: str, run: Run, seed: int, folder: Path, steps: int) -> dict[str,
             "bfloat16_changed": probe.flipped(),
             **probe.logits(),
         }
-        result["saturation"] = [
-            health.overlap(a, b).mean().item()
-            for a, b in ((_flat(s), _flat(seen[-1])) for s in seen)
-        ]
+        last = _flat(seen[-1])
+        result["saturation"] = [health.overlap(_flat(one), last).mean().item() for one in seen]
         result["at_capacity"] = {str(factor): value for factor, value in _sweep(trainer)}
     return result
 

@@ -69,11 +69,17 @@ def steps_ratio(
     return dense[-1]["step"] / first_step(sparse, dense[-1]["loss"])
 
 
+def word_for(*, confirmed: bool, refuted: bool) -> str:
+    if confirmed:
+        return CONFIRMED
+    return REFUTED if refuted else OPEN
+
+
 def judged(
     values: Sequence[float], good: Callable[[float], bool], bad: Callable[[float], bool]
 ) -> str:
     """Confirmed where every seed's value is good, refuted where any is bad."""
-    return CONFIRMED if all(map(good, values)) else REFUTED if any(map(bad, values)) else OPEN
+    return word_for(confirmed=all(map(good, values)), refuted=any(map(bad, values)))
 
 
 def told(values: Sequence[float], unit: str = "") -> str:
@@ -113,15 +119,14 @@ def more_experts(results: Results) -> Verdict:
     columns = list(zip(*together(results, "dense", "e2", "e4", "e8", "e16"), strict=True))
     losses = [[run["loss"]["all"] for run in column] for column in columns]
     means = [fmean(column) for column in losses]
-    rises = [
-        (b - a, max(spread(x), spread(y)))
-        for a, b, x, y in zip(means, means[1:], losses, losses[1:], strict=False)
-    ]
-    falls = all(rise < 0 for rise, _ in rises)
-    word = CONFIRMED if falls else REFUTED if any(rise > noise for rise, noise in rises) else OPEN
-    return Verdict(
-        word, "mean loss at E = 1, 2, 4, 8, 16: " + ", ".join(f"{mean:.4f}" for mean in means)
-    )
+    noises = [spread(column) for column in losses]
+    falls = all(after < before for before, after in pairwise(means))
+    rises = False
+    for i in range(1, len(means)):
+        rises = rises or means[i] - means[i - 1] > max(noises[i - 1], noises[i])
+    figures = ", ".join(f"{mean:.4f}" for mean in means)
+    word = word_for(confirmed=falls, refuted=rises)
+    return Verdict(word, f"mean loss at E = 1, 2, 4, 8, 16: {figures}")
 
 
 def balance(results: Results) -> Verdict:
@@ -130,10 +135,7 @@ def balance(results: Results) -> Verdict:
     for without, with_loss in together(results, "alpha0", "e8"):
         ratios.append(mean_violation(without) / mean_violation(with_loss))
         gains.append(without["at_capacity"]["1.25"] - with_loss["at_capacity"]["1.25"])
-    both = [
-        min(ratio / 2, 1.0) if gain > 0 else 0.0 for ratio, gain in zip(ratios, gains, strict=True)
-    ]
-    word = CONFIRMED if min(both) >= 1 else REFUTED if max(ratios) < 1.1 else OPEN
+    word = word_for(confirmed=min(ratios) >= 2 and min(gains) > 0, refuted=max(ratios) < 1.1)
     return Verdict(
         word, f"MaxVio falls {told(ratios)} times; loss at capacity 1.25 falls by {told(gains)}"
     )
@@ -160,7 +162,7 @@ def z_loss(results: Results) -> Verdict:
         worse = fmean(losses[1]) - fmean(losses[0])
         noise = max(map(spread, losses))
         falls = min(*z, *logit) >= 2 and worse <= noise
-        words.append(CONFIRMED if falls else REFUTED if worse > noise else OPEN)
+        words.append(word_for(confirmed=falls, refuted=worse > noise))
         figures.append(
             f"{where}z falls {told(z)}, largest logit {told(logit)} times; loss {worse:+.4f}, "
             f"noise {noise:.4f}"
@@ -176,18 +178,12 @@ def loss_free(results: Results) -> Verdict:
         best = False
         for rate in ("0.001", "0.01"):
             pairs = together(results, f"aux-{score}", f"bias-{score}-{rate}")
-            violation = fmean(mean_violation(b) for _, b in pairs) - fmean(
-                mean_violation(a) for a, _ in pairs
-            )
-            loss = fmean(b["loss"]["all"] for _, b in pairs) - fmean(
-                a["loss"]["all"] for a, _ in pairs
-            )
+            violation = fmean(mean_violation(b) - mean_violation(a) for a, b in pairs)
+            loss = fmean(b["loss"]["all"] - a["loss"]["all"] for a, b in pairs)
             best = best or (violation <= 0 and loss <= 0)
             figures.append(f"{score} u = {rate}: MaxVio {violation:+.3f}, loss {loss:+.4f}")
         good.append(best)
-    return Verdict(
-        CONFIRMED if all(good) else REFUTED if not any(good) else OPEN, "; ".join(figures)
-    )
+    return Verdict(word_for(confirmed=all(good), refuted=not any(good)), "; ".join(figures))
 
 
 def capacity(results: Results) -> Verdict:
@@ -227,7 +223,7 @@ def global_balance(results: Results) -> Verdict:
     good = fmean(variation) > 0 and fmean(loss) <= 0
     both_wrong = fmean(variation) <= 0 and fmean(loss) > 0
     figures = f"domain variation {told(variation)}, loss {told(loss)} (global less local)"
-    return Verdict(CONFIRMED if good else REFUTED if both_wrong else OPEN, figures)
+    return Verdict(word_for(confirmed=good, refuted=both_wrong), figures)
 
 
 def saturation(results: Results) -> Verdict:

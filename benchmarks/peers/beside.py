@@ -30,6 +30,11 @@ ENGINES = {
 MODELS = {"m1": "M1", "m2": "M2", "olmoe": "OLMoE"}
 # What a record does not say of its machine: which generation of processor it was.
 MACHINES = {"avx512": "AMD EPYC (Zen 4), AVX-512 with bfloat16", "avx2": "AMD EPYC (Zen 3), AVX2"}
+# Records of in_turn.py, by the folder of their machine.
+IN_TURN = {
+    "avx512": ("in_turn.json", "in_turn_m1_w2_w4.json", "in_turn_m2_w4.json"),
+    "avx2": ("in_turn.json",),
+}
 TTFT = "ttft"
 MEASURES = {
     ("w1", HEADLINE["w1"]): ("decode, one stream", "tokens/s"),
@@ -166,16 +171,12 @@ def speed_rows(found: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]
     """Head and rows: each engine's median, our ratio to the best of the others, our share of the
     roofline."""
     engines = [peer for peer in ENGINES if any(peer in one.values for one in found)]
-    rows = [
-        [
-            one.label,
-            *(number(one.values[peer]) if peer in one.values else "" for peer in engines),
-            one.spread,
-            "" if one.share is None else f"{one.share:.0%}",
-            f"{one.started[:10]}, `{one.source}`",
-        ]
-        for one in found
-    ]
+    rows = []
+    for one in found:
+        speeds = [number(one.values[peer]) if peer in one.values else "" for peer in engines]
+        share = "" if one.share is None else f"{one.share:.0%}"
+        record = f"{one.started[:10]}, `{one.source}`"
+        rows.append([one.label, *speeds, one.spread, share, record])
     head = [
         "",
         *(ENGINES[peer] for peer in engines),
@@ -193,44 +194,74 @@ def process_rows(found: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     runs = [run for record in found for run in record["runs"]]
     engines = [peer for peer in ENGINES if any(start["peer"] == peer for start in starts)]
     rows = []
-    for model in [model for model in MODELS if any(start["model"] == model for start in starts)]:
+    for model, name in MODELS.items():
         started = [start for start in starts if start["model"] == model]
+        if not started:
+            continue
+        seconds = _by_engine(started, lambda start: start["first_token_s"])
+        rows.append([f"{name}, process start to first token, s", *_picked(min, seconds, engines)])
         ran = [run for run in runs if run["model"] == model]
-        beyond = [run for run in ran if "beyond" in run["memory"]]
-        rows += [
-            [f"{MODELS[model]}, {label}", *_per_engine(measured, pick, value, engines)]
-            for label, measured, pick, value in (
-                (
-                    "process start to first token, s",
-                    started,
-                    min,
-                    lambda start: start["first_token_s"],
-                ),
-                ("peak memory, GB", ran, max, lambda run: run["memory"]["total"]),
-                (
-                    "of it beyond torch, weights and planned KV cache, GB",
-                    beyond,
-                    max,
-                    lambda run: run["memory"]["beyond"],
-                ),
-            )
-        ]
+        memory = _by_engine(ran, lambda run: run["memory"]["total"])
+        rows.append([f"{name}, peak memory, GB", *_picked(max, memory, engines)])
+        beyond = _by_engine(ran, lambda run: run["memory"].get("beyond"))
+        label = f"{name}, of it beyond torch, weights and planned KV cache, GB"
+        rows.append([label, *_picked(max, beyond, engines)])
     return ["", *(ENGINES[peer] for peer in engines)], rows
 
 
-def _per_engine(
-    rows: list[dict[str, Any]],
-    pick: Callable[..., float],
-    value: Callable[[dict[str, Any]], float],
-    engines: list[str],
+def _by_engine(
+    rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]
+) -> dict[str, list[float]]:
+    """Each engine's values, where a row has one."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        measured = value(row)
+        if measured is not None:
+            found.setdefault(row["peer"], []).append(measured)
+    return found
+
+
+def _picked(
+    pick: Callable[[list[float]], float], values: dict[str, list[float]], engines: list[str]
 ) -> list[str]:
-    values = {peer: [value(row) for row in rows if row["peer"] == peer] for peer in engines}
-    return [number(pick(values[peer])) if values[peer] else "" for peer in engines]
+    return [number(pick(values[peer])) if peer in values else "" for peer in engines]
+
+
+def in_turn_rows() -> tuple[list[str], list[list[str]]]:
+    """Head and rows, a row a machine, model and workload: over its repetitions the range of the
+    ceilings, and of our shares."""
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for name, files in IN_TURN.items():
+        for file in files:
+            record = json.loads((HERE / name / file).read_text(encoding="utf-8"))
+            for row in record["rows"]:
+                key = (MACHINES[name], row["model"], row["workload"])
+                found.setdefault(key, []).append(row)
+    rows = []
+    for key in sorted(found):
+        where, model, work = key
+        measured = found[key]
+        row = [where, f"{MODELS[model]} {work.upper()}", str(len(measured))]
+        for ceiling in ("anonymous_gbs", "mapped_gbs", "matrix_gflops"):
+            row.append(_range([one[ceiling] for one in measured], "{:.0f}"))
+        for share in ("share_anonymous", "share_mapped"):
+            row.append(_range([one[share] for one in measured], "{:.0%}"))
+        rows.append(row)
+    head = ["machine", "", "repetitions", "read loop, GB/s", "mapped file, GB/s"]
+    head += ["product, GFLOP/s", "share, read loop", "share, mapped file"]
+    return head, rows
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """`31 to 46`, or `31` where that is all."""
+    low = form.format(min(values))
+    high = form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def command(settings: dict[str, Any]) -> str:
     """The line that repeats a run; where its figures go is left to whoever runs it."""
-    words = ["python benchmarks/peers/run.py"]
+    words = [".venv/bin/python benchmarks/peers/run.py"]
     words += [f"--{key} {','.join(settings[key])}" for key in ("peers", "models", "workloads")]
     words.append(f"--reps {settings['reps']}")
     if settings["together"] != "auto":

@@ -23,8 +23,10 @@ from typing import Any
 SIDE = 2048
 # A pass in turn with other work: short, but not so short that threads that have just woken up set
 # its pace.
-ASKED_SIDE, ASKED_PRODUCTS = 1024, 3
-READS, PRODUCTS = 12, 20
+ASKED_SIDE = 1024
+ASKED_PRODUCTS = 3
+READS = 12
+PRODUCTS = 20
 # Small products tell which dtype is the faster: a processor without bfloat16 products takes minutes
 # for large ones.
 TRIAL_SIDE = 256
@@ -98,7 +100,8 @@ def faster_dtype() -> Any:
 def _seconds(side: int, dtype: Any, products: int) -> float:
     import torch
 
-    left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
+    left = torch.randn(side, side).to(dtype)
+    right = torch.randn(side, side).to(dtype)
     times = []
     for _ in range(products):
         start = time.perf_counter()

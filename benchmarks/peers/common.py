@@ -143,19 +143,19 @@ class Peak:
 
 def resident() -> tuple[float, float]:
     """(anonymous, file) resident memory of this process and its children now, in GB."""
-    anonymous = file = 0
+    anonymous = 0
+    file = 0
     for process in [os.getpid(), *_children(os.getpid())]:
         try:
             lines = Path(f"/proc/{process}/status").read_text().splitlines()
         except OSError:
             continue  # it has ended since
-        sizes = {
-            name: int(value.split()[0])
-            for name, _, value in (line.partition(":") for line in lines)
-            if "kB" in value
-        }
-        anonymous += sizes.get("RssAnon", 0)
-        file += sizes.get("RssFile", 0) + sizes.get("RssShmem", 0)
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name == "RssAnon":
+                anonymous += int(value.split()[0])
+            elif name in ("RssFile", "RssShmem"):
+                file += int(value.split()[0])
     return anonymous * 1024 / 1e9, file * 1024 / 1e9
 
 

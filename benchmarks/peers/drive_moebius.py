@@ -51,7 +51,8 @@ def load(options: Options) -> Engine:
     config = engine_config(options.max_seqs, options.threads, options.prefix_cache)
     plan = prepare(options.directory, config).plan
     llm = LLM.from_config(str(options.directory), config)
-    engine, numbers = llm.engine, count()
+    engine = llm.engine
+    numbers = count()
 
     def run(work: Workload) -> Timing:
         # run.py stops an engine while it waits its turn, so that ours would never find the rest in
@@ -66,18 +67,10 @@ def load(options: Options) -> Engine:
             params = SamplingParams(temperature=0, max_tokens=wanted.output, ignore_eos=True)
             name = str(next(numbers))
             index[name] = i
-            engine.add(
-                Request(
-                    EngineRequest.create(
-                        name,
-                        wanted.prompt,
-                        params,
-                        engine.info.limits,
-                        arrival=engine.clock(),
-                        seed=0,
-                    )
-                )
+            asked = EngineRequest.create(
+                name, wanted.prompt, params, engine.info.limits, arrival=engine.clock(), seed=0
             )
+            engine.add(Request(asked))
         while engine.has_work:
             for output in engine.step():
                 if output.error is not None:
@@ -88,7 +81,8 @@ def load(options: Options) -> Engine:
     def memory(peak: Peak) -> dict[str, float]:
         """What we take beyond `import torch`, the weights mapped from the file and the planned KV
         cache."""
-        mapped, cache = plan.weights.mapped / 1e9, plan.kv_cache / 1e9
+        mapped = plan.weights.mapped / 1e9
+        cache = plan.kv_cache / 1e9
         return {
             "import_torch": baseline,
             "mapped": mapped,

@@ -25,7 +25,8 @@ def load(options: Options) -> Engine:
     @torch.inference_mode()
     def generate(batch: list[Request], streamer: object = None) -> None:
         """One batch; every row is computed to the longest output of the batch."""
-        length, output = max(len(r.prompt) for r in batch), max(r.output for r in batch)
+        length = max(len(r.prompt) for r in batch)
+        output = max(r.output for r in batch)
         pads = [length - len(r.prompt) for r in batch]
         ids = torch.tensor([[PAD] * pad + r.prompt for pad, r in zip(pads, batch, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in pads])

@@ -152,13 +152,14 @@ def _environment(folder: Path, peer: Peer, pauses: PauseClock) -> dict[str, str]
     if peer.venv == "venv-vllm":
         # What vLLM's documentation asks for on CPUs, where it is installed. Without, it decodes a
         # fifth slower.
-        openmp, allocator = (
-            folder / "venv-vllm" / "lib" / "libiomp5.so",
-            find_library("tcmalloc_minimal"),
-        )
-        environment["LD_PRELOAD"] = ":".join(
-            [str(openmp)] * openmp.exists() + ([allocator] if allocator else [])
-        )
+        openmp = folder / "venv-vllm" / "lib" / "libiomp5.so"
+        allocator = find_library("tcmalloc_minimal")
+        preloaded = []
+        if openmp.exists():
+            preloaded.append(str(openmp))
+        if allocator:
+            preloaded.append(allocator)
+        environment["LD_PRELOAD"] = ":".join(preloaded)
     return environment
 
 

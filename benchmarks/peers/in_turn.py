@@ -63,7 +63,9 @@ def steps(engine: Engine, work: Workload, ask: Asked) -> tuple[list[float], list
                 )
             )
         )
-    seconds, found, since = [], [ask()], 0.0
+    seconds = []
+    found = [ask()]
+    since = 0.0
     while engine.has_work:
         start = time.perf_counter()
         engine.step()

@@ -75,7 +75,9 @@ def config(sizes: Sizes) -> dict[str, object]:
 
 def shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor's name in the checkpoint and its shape, in the order of the layers."""
-    hidden, query, kv = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    hidden = sizes.hidden
+    query = sizes.heads * sizes.head_dim
+    kv = sizes.kv_heads * sizes.head_dim
     yield "model.embed_tokens.weight", (sizes.vocab, hidden)
     for layer in range(sizes.layers):
         prefix = f"model.layers.{layer}"
@@ -122,7 +124,8 @@ def shards(sizes: Sizes) -> list[list[tuple[str, tuple[int, ...]]]]:
 def write_weights(sizes: Sizes, out: Path, seed: int) -> int:
     """Draw and write shard by shard; returns the number of parameters."""
     generator = torch.Generator().manual_seed(seed)
-    groups, parameters = shards(sizes), 0
+    groups = shards(sizes)
+    parameters = 0
     index: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = (

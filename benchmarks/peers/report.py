@@ -127,7 +127,9 @@ def _workload_rows(
     model: str, name: str, summary: dict[str, Any], names: list[str]
 ) -> list[list[str]]:
     label = f"{model.upper()} {name.upper()}"
-    headline, peers, ideal = summary["headline"], summary["peers"], summary["roofline"]
+    headline = summary["headline"]
+    peers = summary["peers"]
+    ideal = summary["roofline"]
     shares = [ideal[kind]["share"].get(OURS) for kind in ("anonymous", "mapped")]
     rows = [
         [

@@ -52,7 +52,8 @@ def floor(
     """bandwidth in GB/s, matrix in GFLOP/s; prefix_cache: the common prefix is computed once."""
     result = Floor()
     for step in _steps(work, work.shared_prefix if prefix_cache else 0):
-        moved, computed = _bytes(sizes, step) / 1e9, _operations(sizes, step) / 1e9
+        moved = _bytes(sizes, step) / 1e9
+        computed = _operations(sizes, step) / 1e9
         seconds = max(moved / bandwidth, computed / matrix)
         result.first_seconds = result.first_seconds or seconds
         result.seconds += seconds

@@ -21,7 +21,8 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, choices=SIZES)
     model = parser.parse_args().model
-    models, llama = peers_folder() / "models", peers_folder() / "llama-src" / "vendor" / "llama.cpp"
+    models = peers_folder() / "models"
+    llama = peers_folder() / "llama-src" / "vendor" / "llama.cpp"
     sys.path[:0] = [str(llama), str(llama / "gguf-py")]
     from conversion import base
 

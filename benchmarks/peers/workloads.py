@@ -10,7 +10,8 @@ NAMES = ("w1", "w2", "w3", "w4")
 # Lengths come from one stream and never change; token ids come from one stream per draw.
 _LENGTHS_SEED = 1234
 # Ids below are byte tokens and specials, ids at the very end may be fillers of the vocabulary.
-_FIRST_ID, _LAST_IDS = 300, 64
+_FIRST_ID = 300
+_LAST_IDS = 64
 
 
 @dataclass(frozen=True, slots=True)

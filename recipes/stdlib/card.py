@@ -1,9 +1,11 @@
-"""The bundled model's card: its figures beside a 5-gram model's over the same tokens, and beside its dense twin's.
+"""The bundled model's card: its figures beside a 5-gram model's over the same tokens, and beside
+its dense twin's.
 
     .venv/bin/python recipes/stdlib/card.py DIR [--twin TWIN]
 
-writes README.md into DIR, which `moebius train recipes/bundled.toml --out DIR` has filled, TWIN with --dense-twin; what
-they measured is read from DIR/training and TWIN/training. The twin's run may have ended early.
+writes README.md into DIR, which `moebius train recipes/bundled.toml --out DIR` has filled, TWIN
+with --dense-twin; what they measured is read from DIR/training and TWIN/training. The twin's run
+may have ended early.
 """
 
 import argparse
@@ -37,14 +39,15 @@ SAMPLE_TOKENS = 64
 class NGrams:
     """An interpolated n-gram model with Witten-Bell weights (Chen and Goodman 1998, section 2.5).
 
-    P_n(w | h) = (c(h w) + N(h) P_{n-1}(w | shorter h)) / (c(h) + N(h)), where N(h) counts the distinct words that
-    followed h; below the unigrams all of the vocabulary is equally likely.
+    P_n(w | h) = (c(h w) + N(h) P_{n-1}(w | shorter h)) / (c(h) + N(h)), where N(h) counts the
+    distinct words that followed h; below the unigrams all of the vocabulary is equally likely.
     """
 
     def __init__(self, streams: Iterable[np.ndarray], vocab_size: int) -> None:
         tokens = np.concatenate([np.asarray(stream, np.int64) for stream in streams])
         self._vocab = vocab_size
-        # Grams of each order as sorted keys: (number of the gram without its last word) * vocabulary + last word.
+        # Grams of each order as sorted keys: (number of the gram without its last word) times the
+        # vocabulary's size, plus the last word.
         self._keys: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
         prefix = np.zeros(len(tokens), np.int64)
@@ -71,7 +74,8 @@ class NGrams:
         return float(-np.log(probability[1:]).sum())
 
     def _find(self, tokens: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each position from n - 1 on: the number of the n-gram that ends there and of its context; -1 unseen."""
+        """For each position from n - 1 on: the number of the n-gram that ends there and of its
+        context; -1 unseen."""
         number = context = np.zeros(len(tokens), np.int64)
         for m in range(1, n + 1):
             context = number[: len(tokens) - n + 1] if m == n else number
@@ -83,7 +87,7 @@ class NGrams:
         return number, context
 
     def _followers(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each context of n - 1 words: how many words followed it, and how many distinct ones."""
+        """Of each context of n - 1 words: how many words followed it, and how many distinct."""
         contexts = self._keys[n - 1] // self._vocab
         size = 1 if n == 1 else len(self._keys[n - 2])
         return np.bincount(contexts, self._counts[n - 1], size), np.bincount(
@@ -115,8 +119,10 @@ def beside_twin(out: Path, twin: Path) -> str:
             rows.append((step, mine[step][key]["all"], theirs[step][key]["all"]))
     return "\n".join(
         [
-            "Beside its dense twin, which has as many parameters as a token uses here and saw the same batches at the",
-            f"same learning rates ({max(theirs):,} steps of it), in bits a byte of a part of the held-out text. Median",
+            "Beside its dense twin, which has as many parameters as a token uses here and saw the "
+            "same batches at the",
+            f"same learning rates ({max(theirs):,} steps of it), in bits a byte of a part of the "
+            "held-out text. Median",
             f"speed of training on one CPU core, beside other work at times: {speed:,.0f} and "
             f"{their_speed:,.0f} tokens/s.",
             "",

@@ -1,11 +1,12 @@
-"""The text that the recipes beside train on: Python's standard library, as JSON lines of four kinds.
+"""The text that the recipes beside train on: Python's standard library, as JSON lines of four
+kinds.
 
     .venv/bin/python recipes/stdlib/prepare.py
 
-writes library.jsonl, tests.jsonl, docs.jsonl (help topics) and chat.jsonl into recipes/stdlib/text. An object has the
-document's `text`, its `path` and its `split`. What is written depends on this Python alone: the same one gives the same
-documents in the same order, and a document's split follows from a hash of its path. The texts are under the PSF
-licence 2.0.
+writes library.jsonl, tests.jsonl, docs.jsonl (help topics) and chat.jsonl into recipes/stdlib/text.
+An object has the document's `text`, its `path` and its `split`. What is written depends on this
+Python alone: the same one gives the same documents in the same order, and a document's split
+follows from a hash of its path. The texts are under the PSF licence 2.0.
 """
 
 import argparse
@@ -48,9 +49,9 @@ _OURS = begins_with(b'{"path": "')
 def read_library(heldout_share: float = HELDOUT_SHARE, root: Path | None = None) -> list[Document]:
     """The standard library under `root` (this Python's by default), split by whole documents.
 
-    `heldout_share` is the expected share of documents held out, chosen by a hash of the path, so that adding or
-    removing a file moves no other; near-duplicates of training documents are left out. Raises: ConfigError, when there
-    is too little text to train on.
+    `heldout_share` is the expected share of documents held out, chosen by a hash of the path, so
+    that adding or removing a file moves no other; near-duplicates of training documents are left
+    out. Raises: ConfigError, when there is too little text to train on.
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     texts: dict[str, tuple[str, str]] = {}
@@ -66,7 +67,8 @@ def read_library(heldout_share: float = HELDOUT_SHARE, root: Path | None = None)
     ]
     if {d.split for d in kept} != set(SPLITS):
         raise ConfigError(
-            f"{folder} holds {len(documents)} usable documents; training needs the standard library's .py sources"
+            f"{folder} holds {len(documents)} usable documents; training needs the standard "
+            "library's .py sources"
         )
     return kept
 
@@ -83,7 +85,8 @@ def _modules(root: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _readable_source(raw: bytes) -> str | None:
-    """The text of a module that is UTF-8 and parses, with Unix line ends; None for the deliberately broken ones."""
+    """The text of a module that is UTF-8 and parses, with Unix line ends; None for the deliberately
+    broken ones."""
     try:
         text = raw.decode("utf-8").replace("\r\n", "\n")
         with warnings.catch_warnings():
@@ -127,11 +130,13 @@ def _shared(text: str, known: set[int]) -> float:
 
 
 def conversations(documents: Iterable[Document], limit: int, seed: int) -> list[list[Message]]:
-    """At most `limit` conversations of two messages, made by rule from training documents of kind library and docs.
+    """At most `limit` conversations of two messages, made by rule from training documents of kind
+    library and docs.
 
-    No text is invented: a question is a fixed phrase around a function's name, signature or docstring, or around a help
-    topic's name; the answer is the function's own source, its docstring's first paragraph, or the topic's first
-    paragraph. Which ones, and their order, follow from a hash of `seed` and the text alone.
+    No text is invented: a question is a fixed phrase around a function's name, signature or
+    docstring, or around a help topic's name; the answer is the function's own source, its
+    docstring's first paragraph, or the topic's first paragraph. Which ones, and their order, follow
+    from a hash of `seed` and the text alone.
     """
     found: dict[str, list[Message]] = {}
     makers = {"library": _about_functions, "docs": _about_topic}

@@ -86,6 +86,7 @@ class RotateAndStore(_Call):
         *,
         dtype: int,
         shape: CacheShape,
+        blocks: int,
         qkv: int,
         q_heads: int,
         cos: int,
@@ -105,6 +106,7 @@ class Attention(_Call):
         *,
         dtype: int,
         shape: CacheShape,
+        blocks: int,
         step: StepAttention,
         cache: int,
         q: int,
@@ -149,7 +151,7 @@ class Experts:
     def assign(self, other: Experts) -> None: ...
 
 class StepAttention:
-    def __init__(self, window: int) -> None: ...
+    def __init__(self, *, window: int, block_size: int) -> None: ...
     def set(
         self, *, query_start: int, seq_lens: int, block_table: int, batch: int, width: int
     ) -> None: ...

@@ -16,7 +16,10 @@
     ├── CacheDataError               bytes that should be a block or state of a cache are damaged,
                                      or another cache's
     └── EngineError                  the engine failed or is gone: HTTP 500
+        ├── EngineLostError          the engine is gone, and the request with it
         ├── WireError                a frame between the front and an engine cannot be read
+        └── ChannelError             a connection between processes broke, or is refused
+            └── ChannelClosedError   the other end has closed it
         └── PeerError                ranks of a group did not come, or are not in step
 
 `assert` is for what can only be our own fault; these classes are for everything else.
@@ -27,8 +30,10 @@ class that it refines.
 """
 
 import math
+import os
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_args
 
@@ -209,8 +214,20 @@ class EngineError(MoebiusError, wire_code="engine"):
         return {"error_id": self.error_id}
 
 
+class EngineLostError(EngineError, wire_code="engine_lost"):
+    """The engine is gone, and not for this request's sake: another may be asked for the same."""
+
+
 class WireError(EngineError, wire_code="wire"):
     """A frame between the front and an engine cannot be read: damaged, or of another version."""
+
+
+class ChannelError(EngineError, wire_code="channel"):
+    """A connection between two processes broke, or one of them refuses it."""
+
+
+class ChannelClosedError(ChannelError, wire_code="channel_closed"):
+    """The other end of a connection has closed it."""
 
 
 class PeerError(EngineError, wire_code="peer"):
@@ -259,6 +276,41 @@ def frames(error: BaseException) -> str:
     return "".join(told).rstrip()
 
 
+_LONGEST_LINE = 600
+_PACKAGE = Path(__file__).parent
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a person is told of an error that ended a command; of one that nobody foresaw, where."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE - 3]}..."
+    match error:
+        case MoebiusError():
+            return text or type(error).__name__
+        case OSError(strerror=str(why)):
+            return why if error.filename is None else f"{error.filename}: {why}"
+        case MemoryError():
+            return "out of memory" + (f": {text}" if text else "")
+    kind = type(error).__name__
+    what = f"{kind}: {text}" if text else kind
+    return f"unexpected {what}{_place(error)}; MOEBIUS_TRACEBACK=1 shows how it came to that"
+
+
+def _place(error: BaseException) -> str:
+    """The last line of ours that was running."""
+    trace = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in trace if Path(frame.filename).is_relative_to(_PACKAGE)]
+    if not ours:
+        return ""
+    name = Path(ours[-1].filename).relative_to(_PACKAGE.parent)
+    return f" (at {name}:{ours[-1].lineno})"
+
+
+def wants_traceback() -> bool:
+    """Whether whoever started this process wants to see where errors come from, too."""
+    return os.environ.get("MOEBIUS_TRACEBACK", "0") not in ("", "0")
+
+
 def require(condition: bool, message: str, error: type[UsageError] = ConfigError) -> None:
     """Raise an error with the message unless the condition holds."""
     if not condition:
@@ -268,12 +320,14 @@ def require(condition: bool, message: str, error: type[UsageError] = ConfigError
 def require_word(name: str, value: Any, words: Any) -> None:
     """ConfigError where a value is none of the words of a Literal, as `words`."""
     known = get_args(words)
-    require(value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 def require_seconds(name: str, value: float) -> None:
     """ConfigError where an option is no positive, finite time."""
-    require(0 < value < math.inf, f"{name} is {value}; it must be a positive number of seconds")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}; it must be a positive number of seconds")
 
 
 def check_number(

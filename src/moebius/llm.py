@@ -67,12 +67,14 @@ class _Feed:
 
     again    what the engine was too full to take
     refused  why, until something has come that may have made room
+    idle     the engine had nothing else when it was last asked
     live     what the engine has, by id of the request
     """
 
     waiting: Iterator[tuple[_Job, Choice]]
     again: deque[tuple[_Job, Choice]] = field(default_factory=deque)
     refused: OverloadError | None = None
+    idle: bool = False
     live: dict[str, tuple[_Job, Choice]] = field(default_factory=dict)
 
     def next(self) -> tuple[_Job, Choice] | None:
@@ -273,10 +275,14 @@ class LLM:
             session.submit(choice.request)
 
     def _expect_room(self, feed: _Feed) -> None:
-        """All was refused: others' requests may make room. OverloadError where there are none."""
-        stats = self.client.stats()
-        if feed.refused is not None and not stats.running and not stats.waiting:
+        """All was refused: others' requests may make room, or have made it by now.
+
+        OverloadError where there were none when it was refused.
+        """
+        if feed.refused is not None and feed.idle:
             raise feed.refused
+        stats = self.client.stats()
+        feed.idle = not stats.running and not stats.waiting
         feed.refused = None
 
     def _take(self, session: Session, step: StepOutput, feed: _Feed) -> Iterator[RequestOutput]:
@@ -288,6 +294,7 @@ class LLM:
             feed.refused = step.error
             return
         feed.refused = None
+        feed.idle = False
         job, choice = feed.live[request_id]
         if step.finish_reason is not None:
             del feed.live[request_id]

@@ -15,11 +15,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def gpu(out: Path, stages: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
+def gpu(
+    out: Path, stages: str, *arguments: str, python: str = sys.executable
+) -> tuple[int, dict[str, Any], str]:
     """What the script returned, the records that it left, by stage, and what it said."""
     environment = os.environ | {
         "OUT": str(out),
-        "PYTHON": sys.executable,
+        "PYTHON": python,
         "WHEELS": str(out / "none"),
         "STAGES": stages,
         "TMPDIR": str(out),
@@ -74,3 +76,12 @@ def test_without_a_cuda_device_it_says_so_and_measures_nothing(tmp_path: Path) -
         )
         == 1
     )
+
+
+def test_a_python_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    code, records, said = gpu(tmp_path, "environment:120 decode:120", python=str(bare))
+    assert code == 2 and not records
+    assert said.count("has no torch; name a Python that has: PYTHON=PROGRAM") == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moebius.engine.batch import build_batch
 from moebius.engine.trace import TraceWriter, replay
+from moebius.engine.workspace import StepRows
 from moebius.ops.steps import StateInputs, StepInputs
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from schedule.making import make_request, make_scheduler, step
@@ -59,6 +60,28 @@ def test_a_plan_says_what_happens_to_states() -> None:
         for row, chunk in zip(tables, plan.chunks, strict=True):
             assert row[: len(chunk.tables[group])] == chunk.tables[group].tolist()
     assert build_batch(plan, scheduler.requests, 2).inputs.of(1).block_table[0, 0] == -1
+
+
+def test_a_model_of_states_alone_has_no_table_and_no_slots() -> None:
+    """Its tokens, positions and lengths are those of a model with tables; its states are served."""
+    groups = CacheGroups((), StateSpec(9, interval=2))
+    scheduler = make_scheduler(size=2, seqs=4, groups=groups, budget=4)
+    scheduler.add(make_request("a", [7, 8, 9], max_tokens=9))
+    step(scheduler)
+    scheduler.add(make_request("b", [5, 6, 7, 8], max_tokens=9, arrival=1.0))
+    plan = scheduler.plan(0.0)
+    inputs = build_batch(plan, scheduler.requests, 2).inputs
+    ends = [chunk.end for chunk in plan.chunks]
+    assert ends == [3, 2] and inputs.seq_lens_host.tolist() == ends
+    assert inputs.input_ids_host.tolist() == [9, 5, 6]
+    assert inputs.positions_host.tolist() == [2, 0, 1]
+    assert inputs.query_start_host.tolist() == [0, 1, 3]
+    assert not inputs.slot_mapping_host and not inputs.others
+    assert inputs.block_table.shape == (2, 0)
+    slots = [chunk.states.slot for chunk in plan.chunks]
+    assert inputs.states.slots == slots and inputs.states.cleared == slots[1:]
+    columns = StepRows(8, 8).step_source(0).arrays(inputs)
+    assert columns == [inputs.input_ids_host, inputs.positions_host]
 
 
 def test_a_trace_of_groups_and_states_replays_to_the_same_decisions(tmp_path: Path) -> None:

@@ -374,6 +374,21 @@ def test_a_prompt_is_counted_once_whatever_its_output_begins_with(tiny_model: Pa
     assert one.stats().prompt_tokens_cached == 2 * (39 // info.block_size) * info.block_size
 
 
+def test_what_an_earlier_engine_has_told_is_not_told_again(tiny_model: Path) -> None:
+    """Its tokens are no part of the prompt, though they are found in the cache like one; and it has
+    scored the prompt before it drew any."""
+    one = engine(tiny_model, block_size=16)
+    drawn = tokens(run(one, [make(one, "whole", [5] * 40, max_tokens=20)])["whole"])
+    asked = ask(one, "rest", [5] * 40, max_tokens=20)
+    rest = run(one, [Request(replace(asked, output_ids=tuple(drawn[:19])))])["rest"]
+    assert tokens(rest) == drawn[19:]
+    assert rest[-1].num_cached_tokens == 40, "48 positions were found"
+    assert one.stats().prompt_tokens_cached == 40
+    scored = ask(one, "scored", [5] * 40, max_tokens=20, prompt_logprobs=0)
+    replayed = run(one, [Request(replace(scored, output_ids=tuple(drawn[:3])))])["scored"]
+    assert tokens(replayed) == drawn[3:] and not any(step.prompt_logprobs for step in replayed)
+
+
 def test_a_prompt_hashed_by_the_front_meets_the_cache_of_one_hashed_here(tiny_model: Path) -> None:
     key = bytes(range(32))
     one = load_engine(

@@ -72,14 +72,7 @@ class Exchange:
             return {"received": count}
 
         def back(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
-            pairs, weights = inputs
-            each = torch.empty_like(pairs)
-            each[home[0]] = pairs
-            each_TKD = each.view(len(weights), k, -1).float()
-            total = each_TKD[:, 0] * weights[:, :1]
-            for i in range(1, k):
-                total = torch.addcmul(total, each_TKD[:, i], weights[:, i : i + 1])
-            outputs[0].copy_(total)
+            outputs[0].flatten(0, 1)[home[0]] = inputs[0]
             return {}
 
         width = x_TD.shape[1:]
@@ -93,8 +86,8 @@ class Exchange:
             ],
         )
         out_PD = experts(rows_PD, ones_P1, ids_P1)
-        given = [out_PD, routing.weights_TK]
-        return self.ops.host(back, given, [HostResult(x_TD, width, x_TD.dtype)])[0]
+        (out_TKD,) = self.ops.host(back, [out_PD], [HostResult(x_TD, (k, *width), x_TD.dtype)])
+        return self.ops.combine(out_TKD, routing.weights_TK)
 
 
 def decoder(directory: Path, dtype: torch.dtype, dispatch: str, threads: int = 1) -> Decoder:

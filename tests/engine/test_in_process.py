@@ -103,8 +103,9 @@ def test_close_ends_what_is_unfinished_and_refuses_the_rest(client: InProcessCli
 
 
 def test_a_dead_engine_ends_every_request_and_is_not_ready(
-    client: InProcessClient, monkeypatch: pytest.MonkeyPatch
+    client: InProcessClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """By the id that its clients are told an operator finds the cause in the log."""
     collector = Collector()
 
     def die(now: float) -> None:
@@ -114,7 +115,10 @@ def test_a_dead_engine_ends_every_request_and_is_not_ready(
     client.start(collector)
     client.submit(ask(client._engine, "victim", [1, 2, 3]))
     collector.wait(lambda: collector.ended("victim"))
-    assert isinstance(collector.outputs["victim"][-1].error, EngineError)
+    error = collector.outputs["victim"][-1].error
+    assert isinstance(error, EngineError) and error.error_id
+    (record,) = [each for each in caplog.records if error.error_id in each.getMessage()]
+    assert "RuntimeError" in record.getMessage()
     client._thread.join(5)
     assert not client.stats().ready
 

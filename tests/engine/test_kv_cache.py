@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def test_layers_without_keys_and_values_have_no_place_and_unequal_ones_are_refus
     layout = lay_out([STATE, layer(), STATE])
     assert layout.places == (None, (0, 0), None) and layout.windows == (None,)
     assert lay_out([STATE]).rows == 0
-    with pytest.raises(ConfigError, match="64 bytes and 96 bytes a token"):
-        lay_out([layer(), layer(heads=3)])
+    sizes = r"k \(2, 8\) .*: 64 bytes; k \(3, 8\) bfloat16, v \(3, 8\) bfloat16: 96 bytes\)"
+    with pytest.raises(ConfigError, match=sizes):
+        lay_out([layer(), layer(heads=3), layer(5), layer(5, heads=3)])
 
 
 def filled(ops: Ops, specs: list[CacheSpec], block_size: int, seed: int) -> KVCache:
@@ -134,6 +136,47 @@ def test_bytes_of_another_cache_or_damaged_ones_are_refused_and_change_nothing(o
     assert cache.read_block(0, 2) == before
     with pytest.raises(CacheDataError, match="kind 'block'"):
         cache.write_state(0, data)
+
+
+def resealed(header: bytes, memory: bytes) -> bytes:
+    """What another program could have written, with a checksum that is right."""
+    data = b"".join((b"moebius cache\n", len(header).to_bytes(4, "little"), header, memory))
+    return data + blake2b(data, digest_size=16).digest()
+
+
+def test_bytes_with_a_right_checksum_are_not_believed_either() -> None:
+    cache = filled(ReferenceOps(), [layer(), STATE], 4, 0)
+    data = cache.read_block(0, 1)
+    start = len(b"moebius cache\n") + 4
+    end = start + int.from_bytes(data[start - 4 : start], "little")
+    header, memory = data[start:end], data[end:-16]
+    assert resealed(header, memory) == data
+    for wrong, message in (
+        (resealed(header, memory[:-1]), "255 of memory instead of 256"),
+        (resealed(header, memory + b"x"), "257 of memory instead of 256"),
+        (resealed(header[:-1], memory), "header cannot be read"),
+        (resealed(b"[]", memory), "header cannot be read"),
+        (resealed(b"\xff", memory), "header cannot be read"),
+        (resealed(b"[" * 10**5, memory), "header cannot be read"),
+        (resealed(header + b" ", memory), "header cannot be read"),
+        (resealed(header, memory)[: start - 4] + b"\xff" * 4 + data[start:], "checksum"),
+    ):
+        before = cache.read_block(0, 2)
+        with pytest.raises(CacheDataError, match=message):
+            cache.write_block(0, 2, wrong)
+        assert cache.read_block(0, 2) == before
+
+
+@pytest.mark.parametrize("index", [-1, 6])
+def test_what_is_no_block_or_slot_is_not_read(ops: Ops, index: int) -> None:
+    """-1 is a table's entry for a block that was given back, not the last block."""
+    cache = filled(ops, [layer(), STATE], 4, 0)
+    for call in (cache.read_block, lambda group, block: cache.write_block(group, block, b"")):
+        with pytest.raises(IndexError, match=f"block {index} is none of 6"):
+            call(0, index)
+    for call in (cache.read_state, lambda slot: cache.write_state(slot, b"")):
+        with pytest.raises(IndexError, match=f"slot {index} is none of 3"):
+            call(index)
 
 
 def test_layouts_of_backends_are_kept_apart() -> None:

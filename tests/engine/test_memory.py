@@ -101,6 +101,17 @@ def test_sampling_is_a_part_of_the_workspace() -> None:
     assert sizes[101_000] - sizes[100_000] == 1000 * (64 * 4 + 8 * 64 + 64)
 
 
+def test_a_model_without_feed_forward_parts_has_a_workspace_too() -> None:
+    """Of its four rows of 64 and of attention's in float32, and of its logits twice."""
+    bare = replace(MODEL, layers=(replace(MODEL.layers[0], feed_forward=None),))
+    sizes = [
+        workspace_bytes(bare, EngineConfig(max_num_seqs=64, max_num_batched_tokens=n), 2)
+        for n in (64, 164)
+    ]
+    attends = 2 * (64 + 32 + 32 + 64)
+    assert sizes[1] - sizes[0] == 100 * 4 * (4 * 64 + attends)
+
+
 def test_too_little_memory_and_too_long_a_context() -> None:
     with pytest.raises(MemoryPlanError, match=r"need more than the 1\.0 MiB available"):
         plan(available=2**20)
@@ -137,6 +148,13 @@ def test_the_engine_reserves_what_the_plan_says(tiny_model: Path) -> None:
         ),
         ({"step_deadline": float("nan")}, "step_deadline"),
         ({"max_queue_tokens": -1}, "max_queue_tokens is -1"),
+        ({"max_num_seqs": 2.5}, "max_num_seqs is 2.5; it must be an integer"),
+        ({"max_num_seqs": None}, "max_num_seqs is None; it must be an integer"),
+        ({"max_num_seqs": "8"}, "max_num_seqs is '8'; it must be an integer"),
+        ({"threads": True}, "threads is True; it must be an integer"),
+        ({"step_deadline": "5"}, "step_deadline is '5'; it must be a number"),
+        ({"step_deadline": True}, "step_deadline is True; it must be a number"),
+        ({"enable_prefix_caching": "no"}, "prefix_caching is 'no'; it must be True or False"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -7,18 +7,25 @@ benchmarks/one_answer.py runs the same with ten thousand schedules.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 
 import moebius
+from moebius.engine.client import StepOutput
+from moebius.engine.engine import Engine
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
+from moebius.nn.packed import PackedPast
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import StepInputs
+from moebius.schedule.groups import CacheGroups
 from moebius.schedule.request import SamplingParams
-from oracle import FAMILY, save_tiny
+from oracle import FAMILY, load_theirs, save_tiny
 from random_schedules import (
     MAX_MODEL_LEN,
     WINDOWED,
@@ -27,6 +34,8 @@ from random_schedules import (
     Wish,
     alone,
     answers,
+    groups_of,
+    mixed,
     random_schedule,
     wishes,
 )
@@ -77,30 +86,124 @@ def test_plain_pytorch_does_not_pass_and_so_the_comparison_can_fail() -> None:
     assert _differs(decoder, asked, Schedule(16, 400, 12, 300, True, (0,) * 12, 1))
 
 
-@pytest.mark.parametrize("name", sorted(WINDOWED))
-def test_windows_that_give_blocks_back_give_one_answer(name: str, tmp_path: Path) -> None:
-    """Whole prompts in a roomy cache hold all their blocks for most of the time; chunks in a small
-    one hardly any. And transformers, which keeps everything, draws the same tokens."""
+def windowed(name: str, directory: Path, dtype: torch.dtype) -> list[Decoder]:
+    """A model with windows on one thread and on two."""
+    if name == "mixed":
+        return [mixed(ops, dtype) for ops in KERNELS.values()]
     model_type, changes = WINDOWED[name]
     sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
-    theirs = save_tiny(tmp_path, model_type, **sizes, **changes)
-    decoders = [load_decoder(tmp_path, torch.float32, ops=ops) for ops in KERNELS.values()]
+    save_tiny(directory, model_type, **sizes, **changes)
+    return [load_decoder(directory, dtype, ops=ops) for ops in KERNELS.values()]
+
+
+def growing(count: int, rng: random.Random) -> list[Wish]:
+    """The first half have short prompts and long answers, for which no room is promised: so that
+    several of them run out of blocks together."""
+    made = wishes(count, 300, rng)
+    for i in range(count // 2):
+        params = made[i].params.with_(max_tokens=60)
+        made[i] = replace(made[i], prompt=made[i].prompt[:2], params=params)
+    return made
+
+
+def tight(groups: CacheGroups, sequences: int = 1) -> Schedule:
+    """16 at once in chunks of 17 tokens, twice over, in hardly more blocks than so many hold."""
+    blocks = sequences * groups.most_blocks(MAX_MODEL_LEN, 17, 4) + 4 * len(groups.blocks)
+    return Schedule(4, blocks, 16, 17, True, (0,) * 16, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [*sorted(WINDOWED), "mixed"])
+def test_windows_that_give_blocks_back_give_one_answer(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Whole prompts in a roomy cache hold all their blocks for most of the time; chunks in a cache
+    of hardly more than one sequence's blocks lose them to others, and begin again from a prefix
+    that they or others have left behind."""
+    decoders = windowed(name, tmp_path, dtype)
     rng = random.Random(name)
-    asked = wishes(16, 300, rng)
+    asked = growing(16, rng)
     expected = {wish.id: alone(decoders[0], wish) for wish in asked}
+    groups = groups_of(decoders[0])
+    preemptions = prefix_hits = 0
     for schedule in (
-        random_schedule(len(asked), rng),
-        Schedule(8, MAX_MODEL_LEN // 8 + 2, 16, 17, True, (0,) * 16, 2),
+        random_schedule(len(asked), rng, groups),
+        tight(groups),
+        tight(groups, sequences=4),
     ):
-        for found in answers(rng.choice(decoders), asked, schedule).rounds:
+        seen = answers(rng.choice(decoders), asked, schedule)
+        for found in seen.rounds:
             assert found == expected, schedule
-    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-    wish = Wish("greedy", tuple(rng.randrange(300) for _ in range(120)), greedy, 0)
-    tokens, _, _ = alone(decoders[0], wish)
-    whole = theirs.generate(
+        preemptions += seen.preemptions
+        prefix_hits += seen.prefix_hits
+    assert preemptions and prefix_hits, "or else nothing was compared"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_steps_that_are_interrupted_and_made_again_change_no_bit(written: bool) -> None:
+    """Before anything was computed, or when keys and values were written already."""
+    decoder = mixed(KERNELS[2], torch.bfloat16)
+    rng = random.Random(1)
+    asked = growing(16, rng)
+    expected = {wish.id: alone(decoder, wish) for wish in asked}
+    interrupts = 0
+
+    def make_step(engine: Engine) -> list[StepOutput]:
+        nonlocal interrupts
+        outputs: list[StepOutput] = []
+        if rng.random() < 0.3:
+            with pytest.MonkeyPatch.context() as patch:
+                interrupt(engine, patch, written=written)
+                try:
+                    outputs = engine.step()
+                except KeyboardInterrupt:
+                    interrupts += 1
+        return outputs + engine.step()
+
+    seen = answers(decoder, asked, tight(groups_of(decoder)), make_step)
+    assert all(found == expected for found in seen.rounds)
+    assert interrupts > 20 and seen.preemptions and seen.prefix_hits
+
+
+def interrupt(engine: Engine, patch: pytest.MonkeyPatch, *, written: bool) -> None:
+    """Let Ctrl-C come while the next step is computed."""
+    execute = engine.runner.execute
+
+    def interrupted(inputs: StepInputs) -> NoReturn:
+        if written:
+            execute(inputs)
+        raise KeyboardInterrupt
+
+    patch.setattr(engine.runner, "execute", interrupted)
+
+
+@pytest.mark.parametrize("name", sorted(WINDOWED))
+def test_windows_draw_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
+    decoder = windowed(name, tmp_path, torch.float32)[0]
+    wish = greedy(random.Random(name))
+    whole = load_theirs(tmp_path).generate(
         torch.tensor([wish.prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None
     )
-    assert tokens == whole[0, 120:].tolist()
+    assert alone(decoder, wish)[0] == whole[0, 120:].tolist()
+
+
+@torch.no_grad()
+def test_layers_of_several_windows_draw_the_tokens_of_a_loop_that_keeps_nothing() -> None:
+    """Each token from the whole text before it, on plain PyTorch and without a cache."""
+    naive = mixed(ReferenceOps(), torch.float32)
+    wish = greedy(random.Random(0))
+    ids = list(wish.prompt)
+    for _ in range(30):
+        hidden_TD, _ = naive(torch.tensor(ids), torch.arange(len(ids)), PackedPast(len(ids)))
+        ids.append(int(naive.logits(hidden_TD[-1:]).argmax()))
+    for ops in KERNELS.values():
+        assert alone(mixed(ops, torch.float32), wish)[0] == ids[120:]
+
+
+def greedy(rng: random.Random) -> Wish:
+    """30 tokens behind a prompt of 120."""
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    return Wish("greedy", tuple(rng.randrange(300) for _ in range(120)), params, 0)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILY))

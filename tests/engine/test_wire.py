@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import fields, replace
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -22,7 +23,10 @@ from moebius.engine.client import (
     StepOutput,
     TokenLogprob,
 )
+from moebius.engine.config import EngineConfig
 from moebius.errors import (
+    ChannelClosedError,
+    ChannelError,
     ContextExceededError,
     ContextLengthError,
     EngineError,
@@ -102,7 +106,7 @@ outputs = st.builds(
 
 def there_and_back(message: Any) -> Any:
     frame = wire.encode(message)
-    if isinstance(message, (wire.Submit, wire.Abort)):
+    if isinstance(message, wire.ToEngine):
         return wire.decode_to_engine(frame)
     return wire.decode_from_engine(frame)
 
@@ -138,7 +142,12 @@ STATS = EngineStats(running=3, step_tokens=tuple(range(14)), last_step=1.5, read
 @pytest.mark.parametrize(
     "message",
     [
+        wire.Launch("/a/model", EngineConfig(threads=2), bytes(32), frozenset({1}), "debug"),
         wire.Abort("a request"),
+        wire.ReadLoads(),
+        wire.Stop(2.5),
+        wire.Heartbeat(),
+        wire.Planned([("weights", "1 B", "mapped")], True, "cpu-avx2"),
         wire.Loaded(INFO),
         wire.Stats(STATS),
         wire.Loads(ExpertLoads(7, (LOAD, replace(LOAD, layer=5)))),
@@ -174,6 +183,8 @@ FIELDS: dict[type[MoebiusError], dict[str, Any]] = {
     OverloadError: {"retry_after": 7.5},
     EngineError: {"error_id": "0badcafe"},
     WireError: {"error_id": "0badcafe"},
+    ChannelError: {"error_id": "0badcafe"},
+    ChannelClosedError: {"error_id": "0badcafe"},
     PeerError: {"ranks": (1, 3), "error_id": "0badcafe"},
 }
 
@@ -204,8 +215,8 @@ def test_every_error_has_a_code_and_comes_back_as_what_it_was(cls: type[MoebiusE
 
 STABLE = {
     "moebius", "usage", "config", "weights", "tokenizer", "memory_plan", "request", "context_length",
-    "context_exceeded", "overload", "deadline", "numerical", "storage", "engine", "wire",
-    "peer",
+    "context_exceeded", "overload", "deadline", "numerical", "storage", "engine", "wire", "channel",
+    "channel_closed", "peer",
 }  # fmt: skip
 
 
@@ -278,6 +289,9 @@ def test_hashes_of_another_launch_are_left_out() -> None:
         ({"deadline": math.inf}, "deadline"),
         ({"generation_start": 11}, "generation_start"),
         ({"max_tokens": 491}, "prompt"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"stop_ids": frozenset({1000})}, "stop_token_ids"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_what_came_as_a_frame_is_checked_like_what_came_by_the_front(
@@ -317,6 +331,53 @@ def test_a_field_of_another_type_is_refused(field: str, value: Any) -> None:
     tag, request = body(wire.Submit(asked()))
     with pytest.raises(WireError, match="cannot be read"):
         wire.decode_to_engine(framed([tag, {**request, field: value}]))
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        (wire.Abort("a"), ()),
+        (wire.Outputs([]), ()),
+        (wire.Outputs([StepOutput("a")]), (1, 0)),
+        (wire.Outputs([StepOutput("a", (3,), (TokenLogprob(3, -1.0, 1),))]), (1, 0, 2, 0)),
+        (wire.Failed(EngineError("gone")), (1,)),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_record_with_more_than_it_has_is_another_releases(
+    message: Any, place: tuple[int, ...]
+) -> None:
+    """Without this one it would pass for ours, and what the other end meant with it is lost."""
+    found = body(message)
+    record = found
+    for index in place:
+        record = record[index]
+    record.append(None)
+    assert there_and_back(message) is not None
+    decode = wire.decode_to_engine if isinstance(message, wire.Abort) else wire.decode_from_engine
+    with pytest.raises(WireError, match="cannot be read"):
+        decode(framed(found))
+
+
+def fields_of(schema: Any) -> Any:
+    """A JSON schema without what does not cross: documentation."""
+    if isinstance(schema, dict):
+        skipped = ("description", "title")
+        return {key: fields_of(each) for key, each in schema.items() if key not in skipped}
+    return [fields_of(each) for each in schema] if isinstance(schema, list) else schema
+
+
+# Of version 1. Where a record has changed: raise wire.VERSION, and put here what the test found.
+LAYOUT = "edf3603bc96770c7"
+
+
+def test_a_record_that_changes_needs_another_version() -> None:
+    """Records cross without their fields' names, or with names of which unknown ones count for
+    nothing."""
+    every = tuple[wire.ToEngine, wire.FromEngine]
+    schema = msgspec.json.schema(every, schema_hook=lambda kind: {"type": kind.__name__})
+    text = msgspec.json.encode(fields_of(schema), order="sorted")
+    assert (wire.VERSION, blake2b(text, digest_size=8).hexdigest()) == (1, LAYOUT)
 
 
 @pytest.mark.parametrize(

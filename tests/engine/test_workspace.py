@@ -28,6 +28,7 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.parallel.exchange import ExchangeSpec
 from oracle import FAMILY, save_tiny
+from random_schedules import WINDOWED
 from rank_threads import group, together
 from tiny import write_tokenizer
 
@@ -36,11 +37,12 @@ SMALL = EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=32, max_num_seqs
 
 
 @pytest.mark.parametrize("tokens", [64, 512])
-@pytest.mark.parametrize("model_type", [*sorted(FAMILY), "bundled"])
-def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: int) -> None:
-    directory = BUNDLED if model_type == "bundled" else tmp_path
-    if model_type != "bundled":
-        save_tiny(tmp_path, model_type)
+@pytest.mark.parametrize("name", [*sorted(FAMILY), "bundled", *sorted(WINDOWED)])
+def test_the_plan_is_what_is_allocated(tmp_path: Path, name: str, tokens: int) -> None:
+    directory = BUNDLED if name == "bundled" else tmp_path
+    if name != "bundled":
+        model_type, changes = WINDOWED.get(name, (name, {}))
+        save_tiny(tmp_path, model_type, **changes)
         write_tokenizer(tmp_path)
     config = replace(SMALL, max_num_batched_tokens=tokens)
     prepared = prepare(directory, config)
@@ -53,6 +55,8 @@ def test_the_plan_is_what_is_allocated(tmp_path: Path, model_type: str, tokens: 
         assert program.trace == trace
         assert program.memory.nbytes == trace.nbytes > 0
     assert prepared.plan.workspace >= planned.nbytes
+    assert runner.cache.nbytes == prepared.plan.kv_cache > 0
+    assert len(runner.cache.layout.windows) == len(prepared.plan.groups.blocks)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "dots1"])
@@ -175,6 +179,21 @@ def test_a_plan_that_does_not_fit_the_model_is_not_recorded(tmp_path: Path) -> N
         other = plan_workspace(decoder, 16, step_rows(SMALL), 32)
         runner = load_engine(tmp_path, SMALL, prepared=replace(prepared, workspace=other)).runner
         assert runner.programs.step.trace.reason == "it called other operations than were planned"
+
+
+def test_the_kernels_keep_no_more_while_a_context_grows() -> None:
+    """By one split of its keys more: no vector grows to twice what it was."""
+    most, block_size = 5 * 1024, 16
+    ops = CpuOps(1)
+    spec = key_value_spec(1, 64, torch.bfloat16)
+    blocks = most // block_size
+    buffer = torch.zeros(ops.cache_bytes_per_block(spec, block_size) * blocks, dtype=torch.uint8)
+    cache = ops.make_cache(buffer, spec, block_size)
+    for context in range(1024, most + 1, 1024):
+        step = StepInputs.build([[0]], [context - 1], [list(range(blocks))], block_size)
+        q = torch.randn(1, 4, 64).bfloat16()
+        ops.paged_attention(q, cache, ops.plan_attention(step, block_size), 1.0)
+    assert ops._native.scratch_bytes <= ops.scratch_bytes(64, spec, block_size, most)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

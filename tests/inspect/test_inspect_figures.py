@@ -62,6 +62,11 @@ def test_load_and_router_figures(report: dict[str, Any], logits: list[torch.Tens
         assert found["max_violation"] == pytest.approx(
             max(counts.values()) / (counts.total() / E) - 1, abs=1e-4
         )
+        # Multiples of the even share, as the page shows them, agree with MaxVio in every digit shown.
+        shares = [counts[e] / counts.total() for e in range(E)]
+        assert [E * load for load in found["load"]] == pytest.approx(
+            [E * s for s in shares], abs=1e-5
+        )
         p = logits_TE.softmax(-1).double()
         entropy = sum(-x * math.log(x) for row in p.tolist() for x in row) / len(p)
         mean = sum(-x * math.log(x) for x in p.mean(0).tolist())

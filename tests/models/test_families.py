@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from models.config_keys import as_json, derive
 from moebius.errors import ConfigError, WeightsError
 from moebius.models import families
-from moebius.models.family import family, model_config, model_types
+from moebius.models.family import family, model_config, model_types, read_config
 from moebius.models.store.load import load_decoder
 from moebius.models.store.save import save_checkpoint
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
-from oracle import TINY, Server, assert_close, save_tiny, tiny_of
+from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_of
 from test_architecture import FILES, SOURCE, imported
 
 FAMILIES = SOURCE / "models" / "families"
@@ -52,18 +52,27 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     },
 }
 
+GLM: dict[str, Any] = {
+    **TINY,
+    **FAMILY["dots1"],
+    "head_dim": 16,
+    "use_qk_norm": True,
+    "attention_bias": True,
+}
+del GLM["sliding_window"]
+
 
 @pytest.fixture
 def with_new_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if the files of NEW, and the tables that are made for them, lay among the families."""
     directory = tmp_path / "families"
     shutil.copytree(NEW, directory, ignore=shutil.ignore_patterns("__pycache__"))
-    for kind in NEWCOMERS:
+    for kind in (*NEWCOMERS, "glm4_moe"):
         (directory / f"{kind}.json").write_text(as_json(derive(kind)))
     shutil.copy(FAMILIES / "llama.json", directory / "renamed.json")
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(directory)])
     yield
-    for kind in (*NEWCOMERS, "renamed"):
+    for kind in (*NEWCOMERS, "glm4_moe", "renamed"):
         sys.modules.pop(f"{families.__name__}.{kind}", None)
         if hasattr(families, kind):
             delattr(families, kind)
@@ -101,6 +110,32 @@ def test_a_family_that_was_dropped_in_serves_the_logits_of_transformers(
         server.step([(0, [token])])
     with torch.inference_mode():
         assert_close(server.all_logits(0), model(torch.tensor([IDS])).logits[0])
+
+
+@pytest.mark.usefixtures("with_new_families")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+        {"rope_parameters": None, "rope_theta": 50.0},
+        {"rope_parameters": None, "partial_rotary_factor": 1.0},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ],
+)
+def test_a_part_of_each_head_turns_as_transformers_reads_it(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    tiny_of(AutoConfig.for_model("glm4_moe", **GLM)).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert "partial" not in " ".join(read_config(raw).ignored)
+    server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=8)
+    server.step([(0, IDS)])
+    with torch.inference_mode():
+        assert_close(server.all_logits(0), load_theirs(tmp_path)(torch.tensor([IDS])).logits[0])
 
 
 @pytest.mark.usefixtures("with_new_families")

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from moebius.cli.main import main
 from moebius.errors import ConfigError
@@ -98,6 +98,39 @@ def test_what_may_be_a_hub_id_is_asked_for(
         lambda asked, **_: str(model_at(tmp_path / "c" / asked)),
     )
     assert resolve_model(name) == tmp_path / "c" / name
+
+
+REPOSITORY = {
+    "config.json": True,
+    "generation_config.json": True,
+    "tokenizer.json": True,
+    "chat_template.jinja": True,
+    "additional_chat_templates/tool_use.jinja": True,
+    "model.safetensors.index.json": True,
+    "model-00001-of-00002.safetensors": True,
+    "model-00002-of-00002.safetensors": True,
+    "LICENSE": True,
+    "consolidated.safetensors": False,
+    "consolidated-00001-of-00004.safetensors": False,
+    "checkpoint-500/model.safetensors": False,
+    "original/consolidated.00.pth": False,
+    "pytorch_model-00001-of-00002.bin": False,
+    "model-Q4_K_M.gguf": False,
+}
+"""Files as they lie on the hub, and whether they are needed; Mistral's have every weight twice."""
+
+
+def test_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def fake(repo_id: str, **patterns: Any) -> str:
+        fetched.extend(filter_repo_objects(REPOSITORY, **patterns))
+        return str(model_at(tmp_path / "cache"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    resolve_model("mistralai/Mistral-7B-Instruct-v0.3")
+    assert fetched == [name for name, needed in REPOSITORY.items() if needed]
 
 
 @pytest.mark.case("C16")

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moebius.engine.config import EngineConfig
+from moebius.engine.load import prepare
 from moebius.errors import WeightsError
 from moebius.models.decoder import Decoder
 from moebius.models.store import Store, StoredTensor, fingerprint, open_checkpoint
@@ -91,14 +93,14 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_toy(directory: Path, model_type: str) -> dict[str, Tensor]:
-    """A tiny model whose matrices but routers are blocks; returns what they mean, by name."""
+    """A tiny model whose matrices are blocks; returns what they mean, by name."""
     save_tiny(directory, model_type)
     file = directory / "model.safetensors"
     tensors = load_file(file)
     file.unlink()
     data, entries, meant = b"", {}, {}
     for name, tensor in tensors.items():
-        plain = tensor.ndim == 1 or "router" in name
+        plain = tensor.ndim == 1
         raw = tensor.numpy().tobytes() if plain else encoded(tensor)
         data += bytes(-len(data) % 4)
         entries[name] = (
@@ -145,6 +147,14 @@ def test_blocks_of_bytes_are_held_where_they_lie(tmp_path: Path, model_type: str
         assert torch.equal(parameters[source.parameter], expected), source.parameter
     assert isinstance(held.embed_tokens.held(), Matrix)
     assert torch.equal(logits(held), logits(copied))
+
+
+def test_what_is_computed_in_follows_from_the_plain_numbers(tmp_path: Path) -> None:
+    """Blocks are nothing that one computes in, however many bytes they are."""
+    save_toy(tmp_path, "granitemoe")
+    assert open_checkpoint(tmp_path).dtype == "float32"
+    prepared = prepare(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20))
+    assert prepared.dtype == torch.float32
 
 
 def test_a_copy_of_every_weight_is_widened_to_train(tmp_path: Path) -> None:

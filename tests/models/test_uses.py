@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from moebius.engine.workspace import StepRows, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
+from moebius.models.decoder import Decoder
+from moebius.models.family import model_config
 from moebius.models.uses import check_served, uses
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
@@ -18,6 +21,7 @@ from moebius.ops import Feature, Operation, Ops, Use
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
+from oracle import FAMILY, tiny_model
 
 PLAIN = GQA(4, 2, 16, rope=RopeConfig())
 
@@ -67,3 +71,36 @@ def test_every_feature_of_attention_is_served(ops: Ops) -> None:
 def test_what_a_backend_lacks_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"operations lack .*: add_rms_norm in float16, .*linear"):
         check_served(model(FeedForwardConfig(16)), torch.float16, CpuOps(1))
+
+
+EVERYTHING = ModelConfig(
+    model_type="test",
+    hidden_size=64,
+    vocab_size=100,
+    context=64,
+    layers=(
+        LayerSpec(
+            replace(PLAIN, qk_norm="full", clip_qkv=1.0, softcap=5.0, sinks=True, window=8),
+            FeedForwardConfig(16, RouterConfig(4, 2), shared_width=16, shared_gate=True),
+            "sandwich",
+        ),
+    ),
+    logits_divisor=2.0,
+    logits_softcap=30.0,
+)
+OPTIONS = {"olmoe": {"clip_qkv": 0.5}, "mistral": {"sliding_window": 4}}
+
+
+@pytest.mark.parametrize("model_type", [*FAMILY, "everything"])
+def test_what_a_step_calls_is_what_was_asked_for(model_type: str) -> None:
+    """What is left out would be refused in the middle of a step; what is too much, for nothing."""
+    config = EVERYTHING
+    if model_type != "everything":
+        config = model_config(
+            tiny_model(model_type, **OPTIONS.get(model_type, {})).config.to_dict()
+        )
+    decoder = Decoder(config, CpuOps(1), torch.bfloat16, device="meta")
+    followed = plan_workspace(decoder, 16, StepRows(8, 8), 64)
+    assert followed.reason == ""
+    asked = {(use.operation, use.features) for use in uses(config, torch.bfloat16)}
+    assert {(use.operation, use.features) for use in followed.uses} == asked

@@ -212,6 +212,20 @@ def test_shard_missing(broken: Path) -> None:
     refused(broken, "model-00002-of-00003.safetensors", "missing")
 
 
+@pytest.mark.parametrize("left", ["", "half"])
+def test_a_file_that_changes_while_it_is_loaded(broken: Path, left: str) -> None:
+    """Between the look at its header and the look at its numbers."""
+    checkpoint = open_checkpoint(broken)
+    file = broken / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) // 2] if left else b"")
+    with pytest.raises(WeightsError, match=r"model/model\.safetensors shrank while it was loaded"):
+        load_decoder(checkpoint, torch.float32)
+    file.unlink()
+    with pytest.raises(WeightsError, match=r"model/model\.safetensors cannot be mapped: No such"):
+        load_decoder(checkpoint, torch.float32)
+
+
 def test_index_and_shards_disagree(broken: Path) -> None:
     shard(broken)
     index = broken / "model.safetensors.index.json"
@@ -265,7 +279,9 @@ def test_no_parameter_may_be_left_without_values(good: Path) -> None:
         assert not parameter.is_meta
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "dots1"]
+)
 def test_stacked_layout_of_transformers_5_equals_the_published_one(
     tmp_path: Path, model_type: str
 ) -> None:

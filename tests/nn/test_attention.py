@@ -116,6 +116,11 @@ def test_sinks_learn() -> None:
         ({"num_heads": 0}, "num_heads is 0; it must be at least 1"),
         ({"num_kv_heads": 3}, "num_attention_heads = 4 is no multiple of num_key_value_heads = 3"),
         ({"head_dim": 7}, "head_dim is 7; rotary embedding needs an even one"),
+        (
+            {"head_dim": 6, "rope": RopeConfig(partial=0.5)},
+            r"head_dim = 6 times partial_rotary_factor = 0\.5 is 3; rotary .* needs an even one",
+        ),
+        ({"softcap": 0.0}, r"softcap is 0\.0; it must be positive"),
         ({"value_dim": 0}, "value_dim is 0"),
         ({"window": 0}, "window is 0"),
         ({"qk_norm": "some"}, "qk_norm is 'some'; it must be one of none, head, full"),

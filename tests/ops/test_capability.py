@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebius.ops import ExpertWeights, Feature, Operation, Use
+from moebius.ops import Feature, Operation, Use
+from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
-from ops.levels import ROUNDOFF, bits
+from ops.levels import ROUNDOFF
 
 TWO_MATRICES = frozenset({Feature.TWO_MATRICES})
 
@@ -35,22 +36,21 @@ def test_what_the_reference_computes_for_the_kernels_claims_nothing(ops: CpuOps)
     assert ops.batch_invariant([Use(Operation.LINEAR, torch.float32)])
 
 
-def test_experts_of_two_matrices_do_know_their_neighbours() -> None:
-    """So the declaration above is no modesty: torch's products depend on the rows beside."""
-    generator = torch.Generator().manual_seed(0)
-    gate = torch.randn(512, 768, generator=generator)
-    down = torch.randn(768, 512, generator=generator)
-    ops = CpuOps(1)
-    experts = ops.prepare_experts(ExpertWeights((gate,), (), (down,)), "relu")
-    x = torch.randn(67, 768, generator=generator)
-    whole = bits(ops.experts(x, None, None, experts))
-    alone = [bits(ops.experts(x[i : i + 1], None, None, experts)) for i in range(67)]
-    assert not torch.equal(whole, torch.cat(alone))
-
-
 def test_a_dtype_without_kernels_is_not_there(ops: CpuOps) -> None:
     assert ops.capability(Use(Operation.LINEAR, torch.float64)) is None
     assert not ops.batch_invariant([Use(Operation.LINEAR, torch.float64)])
+
+
+def test_what_is_computed_in_float32_alone_is_refused_in_words(ops: CpuOps) -> None:
+    x = torch.ones(2, 4).bfloat16()
+    for call in (
+        lambda: ops.softcap(x, 1.0),
+        lambda: ops.divide(x, 2.0),
+        lambda: ops.route(x, RouterConfig(4, 2)),
+        lambda: ops.argmax(x),
+    ):
+        with pytest.raises(ValueError, match=r"want torch.float32 here, not torch.bfloat16"):
+            call()
 
 
 def test_handles_of_another_backend_are_refused(ops: CpuOps) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.engine.workspace import StepRows
 from moebius.models.store.load import load_decoder
+from moebius.ops.capability import Operation, Use
 from moebius.ops.cpu import CpuOps, RecordedProgram
-from moebius.ops.host import HostResult
-from moebius.ops.program import Program, Rows
+from moebius.ops.program import Program
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.program import Unrecorded
 from moebius.ops.sources import RowSource, StepSource
@@ -279,78 +279,63 @@ def test_a_program_holds_what_it_points_to() -> None:
     assert torch.equal(program.run(array("q", IDS)), first)
 
 
-@pytest.mark.parametrize("failing", [False, True])
 @torch.inference_mode()
-def test_calls_to_the_host_between_the_kernels(failing: bool) -> None:
-    """Each run calls anew, on the rows of that run, and what it raises ends the run alone."""
+def test_random_numbers_are_not_frozen() -> None:
     ops = CpuOps(1)
-    calls = []
-    broken = [failing]
-
-    def twice(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
-        calls.append([len(x) for x in (*inputs, *outputs)])
-        if broken.pop() if broken else False:
-            raise RuntimeError("a peer is gone")
-        outputs[0].copy_(inputs[0] * 2)
-        return {}
-
-    def compute(ids: Tensor) -> Tensor:
-        x = ops.embed(ids, TABLE)
-        (doubled,) = ops.host(twice, [x], [HostResult(x, (4,), x.dtype)])
-        return ops.add_gated(x, ops.rms_norm(doubled, GAIN, 1e-6))
-
-    program = record(ops, compute)
-    assert calls == [] and program.trace.segments == 2
-    if failing:
-        with pytest.raises(RuntimeError, match="a peer is gone"):
-            program.run(array("q", [4, 4]))
-    broken.clear()
-    for ids in ([3], IDS, [], [1, 2]):
-        found = program.run(array("q", ids)).clone()
-        assert calls[-1] == [len(ids)] * 2
-        assert torch.equal(bits(found), bits(compute(torch.tensor(ids, dtype=torch.int64))))
+    program = record(ops, lambda ids: ops.rms_norm(ops.embed(ids, TABLE), torch.rand(4), 1e-6))
+    assert program.trace.reason.startswith("it draws random numbers")
+    first, second = (program.run(array("q", IDS)).clone() for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 @torch.inference_mode()
-def test_the_host_decides_how_many_rows_come() -> None:
-    """As an exchange of tokens does: what is computed on them has as many, and what goes back has
-    the step's again."""
+def test_the_result_has_the_shape_that_was_returned() -> None:
     ops = CpuOps(1)
-    received = Rows("received", 20)
+    for row in ((4,), (2, 2), (2,), (1, 4)):
+        program = record(ops, lambda ids, row=row: ops.embed(ids, TABLE).view(-1, *row))
+        assert program.trace.recorded
+        for ids in (IDS, [], [3]):
+            assert torch.equal(program.run(array("q", ids)), TABLE[ids].view(-1, *row))
 
-    def scatter(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
-        """Row i goes to i places."""
-        (x,), (pairs,) = inputs, outputs
-        rows = torch.repeat_interleave(x, torch.arange(len(x)), dim=0)
-        pairs[: len(rows)] = rows
-        return {"received": len(rows)}
 
-    def gather(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
-        (pairs,), (x,) = inputs, outputs
-        of = torch.repeat_interleave(torch.arange(len(x)), torch.arange(len(x)))
-        x.zero_().index_add_(0, of, pairs)
-        return {}
+@torch.inference_mode()
+def test_a_plan_of_other_lifetimes_is_not_used() -> None:
+    """Though its buffers have the same sizes in the same order."""
+    ops = CpuOps(1)
 
-    def compute(ids: Tensor) -> Tensor:
-        x = ops.embed(ids, TABLE)
-        (pairs,) = ops.host(scatter, [x], [HostResult(received, (4,), x.dtype)])
-        pairs = ops.rms_norm(pairs, GAIN, 1e-6)
-        (back,) = ops.host(gather, [pairs], [HostResult(x, (4,), x.dtype)])
-        return ops.add_gated(x, back)
+    def short(ids: Tensor) -> Tensor:
+        x = ops.clip(ops.clip(ops.embed(ids, TABLE), 3.0), 2.0)
+        return ops.add_gated(x, x)
 
-    program = record(ops, compute, most=6)
-    assert program.trace.segments == 3
-    for ids in ([3], [1, 2, 3, 4, 5], [], [7, 7]):
-        exact = compute(torch.tensor(ids, dtype=torch.int64))
-        assert torch.equal(bits(program.run(array("q", ids))), bits(exact))
-    with pytest.raises(ValueError, match="there are None received"):
-        wrong = record(
-            ops,
-            lambda ids: ops.host(
-                lambda *_: {}, [ops.embed(ids, TABLE)], [HostResult(received, (4,), TABLE.dtype)]
-            )[0],
+    def long(ids: Tensor) -> Tensor:
+        first = ops.embed(ids, TABLE)
+        return ops.add_gated(first, ops.clip(ops.clip(first, 3.0), 2.0))
+
+    source = RowSource("rows", 8)
+    program = ops.record(long, source, CPU, ops.trace(short, source))
+    assert torch.equal(program.run(array("q", IDS)), long(torch.tensor(IDS)))
+    assert program.trace.reason == "it called other operations than were planned"
+
+
+@torch.inference_mode()
+def test_a_trace_says_in_what_each_operation_computes() -> None:
+    ops = CpuOps(1)
+    half = TABLE.bfloat16()
+    trace = ops.trace(lambda ids: ops.embed(ids, half), RowSource("rows", 8))
+    assert trace.uses == {Use(Operation.EMBED, torch.bfloat16)}
+
+
+def test_columns_of_unequal_lengths_are_refused() -> None:
+    """What lies behind the shorter one would be read."""
+    ops = CpuOps(1)
+    with torch.inference_mode():
+        program = ops.record(
+            lambda step: ops.embed(step.input_ids, TABLE), StepSource(8, groups=1), CPU
         )
-        wrong.run(array("q", [1]))
+    step = StepInputs.build([[1, 2, 3]], [0], [[0]], BLOCK_SIZE)
+    step.slot_mapping_host.pop()
+    with pytest.raises(ValueError, match="a column of 2 beside one of 3 tokens"):
+        program.run(step)
 
 
 def test_a_step_of_several_groups_brings_slots_for_each() -> None:

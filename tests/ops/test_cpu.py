@@ -210,6 +210,39 @@ def test_experts(
     assert torch.equal(dense, everyone)
 
 
+def test_rows_of_experts_combine_to_what_experts_give(ops: CpuOps, dtype: torch.dtype) -> None:
+    """To the bit: so experts elsewhere, a row for each pair, are experts here."""
+    count, k, width, hidden = 5, 3, 40, 33
+    experts = ops.prepare_experts(make_experts(count, width, hidden, dtype, bias=True), "silu")
+    for tokens in (0, 1, 5, 70):
+        x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, k)
+        ids = torch.randint(0, count, (tokens, k))
+        pairs = ops.experts(
+            x.repeat_interleave(k, 0), torch.ones(tokens * k, 1), ids.view(-1, 1), experts
+        )
+        found = ops.combine(pairs.view(tokens, k, hidden), weights)
+        assert torch.equal(bits(found), bits(ops.experts(x, weights, ids, experts)))
+        exact = (pairs.view(tokens, k, hidden).double() * weights.double().unsqueeze(2)).sum(1)
+        terms = (
+            (pairs.view(tokens, k, hidden).double() * weights.double().unsqueeze(2)).abs().sum(1)
+        )
+        assert_within(found, exact, ROUNDOFF[dtype] * exact.abs() + k * 2.0**-23 * terms)
+
+
+def test_the_callers_own_floating_point_control_changes_no_bit(ops: CpuOps) -> None:
+    """Subnormal numbers are flushed on whatever thread an operation is called."""
+    ids = torch.tensor([1, 0])
+    for table in (torch.full((2, 33), 2.0**-130), torch.full((2, 33), 2.0**-130).bfloat16()):
+        found = []
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            try:
+                found.append(ops.embed(ids, table, 2.0**20))
+            finally:
+                torch.set_flush_denormal(False)
+        assert torch.equal(bits(found[0]), bits(found[1]))
+
+
 def test_add_gated(ops: CpuOps, dtype: torch.dtype) -> None:
     for rows, size in ((0, 5), (1, 1), (17, 33), (70, 1000)):
         a, b, gate = (
@@ -400,3 +433,6 @@ def test_clip_divide_and_cap(ops: CpuOps, dtype: torch.dtype) -> None:
     for divisor in (3.0, 0.1, 16.0):
         assert torch.equal(bits(ops.divide(x.float(), divisor)), bits(x.float() / divisor))
     assert ops.clip(x[:0], 1.0).shape == (0, 21)
+    heads = torch.randn(5, 3, 7)
+    assert torch.equal(ops.divide(heads, 3.0), heads / 3.0)
+    assert torch.equal(ops.softcap(heads, 2.0), ops.softcap(heads.view(15, 7), 2.0).view(5, 3, 7))

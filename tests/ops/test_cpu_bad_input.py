@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moebius.errors import ConfigError
-from moebius.ops import ExpertWeights, Shaping, select_ops
+from moebius.ops import AttentionPlan, ExpertWeights, RouterTally, Shaping, select_ops
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import StepInputs
 from ops.paged import empty_cache
 
 OPS = CpuOps(threads=1)
@@ -86,12 +88,91 @@ def test_not_contiguous(call: Callable[[], object], message: str) -> None:
             "want torch.float32",
         ),
         (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS.int()), "want torch.int64"),
-        (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS, BF16[0]), "one dtype"),
+        (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS, BF16[0, :4]), "one dtype"),
     ],
 )
 def test_another_dtype(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+Q = torch.ones(3, 1, 4)
+TWO_HEADS = empty_cache(OPS, 2, 4, 2, 4, torch.float32)
+
+
+def plan(*tables: list[int], tokens: int = 3) -> AttentionPlan:
+    return OPS.plan_attention(StepInputs.build([[0]], [tokens - 1], [*tables], 4), 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: OPS.embed(IDS, X),
+        lambda: OPS.prepare_linear((torch.ones(4, 8), torch.ones(3))),
+        lambda: OPS.linear(torch.ones(2, 8, 4), LAYER),
+        lambda: OPS.rms_norm(X, torch.ones(7), 0.1),
+        lambda: OPS.add_rms_norm(X, X[:2], 1.0, X[0], 0.1),
+        lambda: OPS.add_rms_norm(X, X, 1.0, torch.ones(9), 0.1),
+        lambda: OPS.rms_norm_part(X.clone(), 5, torch.ones(4), 0.1),
+        lambda: OPS.rms_norm_part(X.clone(), -1, torch.ones(4), 0.1),
+        lambda: OPS.add_gated(X, X[:2]),
+        lambda: OPS.add_gated(X, X, torch.ones(2, 1)),
+        lambda: OPS.route(torch.ones(3, 7), ROUTER),
+        lambda: OPS.route(X, replace(ROUTER, selection_bias=True), torch.ones(7)),
+        lambda: OPS.route(X, replace(ROUTER, selection_bias=True)),
+        lambda: OPS.route(X, ROUTER, None, RouterTally(torch.zeros(7).long(), torch.zeros(2))),
+        lambda: OPS.experts(torch.ones(3, 7), WEIGHTS, IDS, EXPERTS),
+        lambda: OPS.experts(X, WEIGHTS, IDS[:2], EXPERTS),
+        lambda: OPS.experts(X, WEIGHTS[:2], IDS, EXPERTS),
+        lambda: OPS.experts(X, None, IDS, EXPERTS),
+        lambda: OPS.experts(X, WEIGHTS, None, EXPERTS),
+        lambda: OPS.rotate_and_store(QKV[:, :11].contiguous(), ANGLES, ANGLES, CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV[:, :8].contiguous(), ANGLES, ANGLES, CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV, QKV[:, :3].contiguous(), ANGLES, CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES[:2], CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS[:2]),
+        lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS, torch.ones(3)),
+        lambda: OPS.rotate_and_store(QKV.bfloat16(), ANGLES, ANGLES, CACHE, SLOTS),
+        lambda: OPS.paged_attention(torch.ones(1, 1, 5), CACHE, plan([0]), 1.0),
+        lambda: OPS.paged_attention(torch.ones(2, 1, 4), CACHE, plan([0]), 1.0),
+        lambda: OPS.paged_attention(Q[:1], CACHE, plan([0]), 1.0, None, torch.ones(2)),
+        lambda: OPS.paged_attention(Q[:1].bfloat16(), CACHE, plan([0]), 1.0),
+        lambda: OPS.paged_attention(torch.ones(1, 3, 4), TWO_HEADS, plan([0]), 1.0),
+    ],
+)
+def test_another_shape(call: Callable[[], object]) -> None:
+    """What lies behind an array's end would be read, or written to."""
+    with pytest.raises(ValueError):
+        call()
+
+
+def test_a_sequence_without_blocks_for_all_of_its_tokens() -> None:
+    step = StepInputs.build([[0]], [4], [[0, 1]], 4)
+    del step.block_table_host[1:]
+    step.max_blocks = 1
+    with pytest.raises(ValueError, match="5 tokens, 1 of them new, in 1 blocks of 4"):
+        OPS.plan_attention(step, 4)
+    with pytest.raises(ValueError, match="planned for blocks of 8 tokens, not 4"):
+        OPS.paged_attention(Q[:1], CACHE, OPS.plan_attention(step, 8), 1.0)
+
+
+def test_slots_and_blocks_that_the_cache_has_not() -> None:
+    for slot in (-1, 8):
+        with pytest.raises(IndexError, match=f"slot {slot} is none of 8"):
+            OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, torch.tensor([0, slot, 1]))
+    with pytest.raises(IndexError, match="block 2 is none of 2"):
+        OPS.paged_attention(Q[:1], CACHE, plan([0, 2], tokens=5), 1.0)
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_experts_of_unequal_sizes(kind: int) -> None:
+    """More of one kind than of the others, or one that is smaller than the rest."""
+    shapes = ((2, 8), (2, 8), (8, 2), (2,), (2,), (8,))
+    kinds = [[torch.ones(shape)] * 2 for shape in shapes]
+    OPS.prepare_experts(ExpertWeights(*kinds), "silu")
+    for wrong in ([torch.ones(shapes[kind])], [torch.ones(shapes[kind])[1:].clone()] * 2):
+        with pytest.raises(ValueError):
+            OPS.prepare_experts(ExpertWeights(*kinds[:kind], wrong, *kinds[kind + 1 :]), "silu")
 
 
 def test_gradients() -> None:
@@ -169,6 +250,12 @@ def test_a_shaping_of_an_id_out_of_range_changes_nothing(ops: ReferenceOps, fiel
         with pytest.raises(IndexError), ops.shaped(logits, [0, 1], [fine, wrong]):
             pytest.fail("shaped")
         assert torch.equal(logits, before)
+
+
+def test_fewer_candidates_than_none() -> None:
+    """The next row's would be written before the first's."""
+    with pytest.raises(ValueError, match="-1 candidates of 8"):
+        OPS.log_softmax_top_k(X, [0, 1], [-1, 3])
 
 
 def test_as_many_parameters_as_rows() -> None:

@@ -102,6 +102,8 @@ def pointwise(dtype: torch.dtype) -> dict[str, RowWise]:
         named[f"gated {size}"] = lambda ops, at, x=x, y=y, gate=gate: (
             ops.add_gated(x[at], y[at], gate[at]),
         )
+    pairs, share = rows(3 * 33, dtype).view(ROWS, 3, 33), torch.rand(ROWS, 3)
+    named["combine"] = lambda ops, at: (ops.combine(pairs[at], share[at]),)
     logits = rows(33, torch.float32)
     named["softcap"] = lambda ops, at: (ops.softcap(logits[at], 30.0),)
     named["divide"] = lambda ops, at: (ops.divide(logits[at], 3.0),)

@@ -16,13 +16,24 @@ from ops.paged import Sequences, as_is, empty_cache
 OPS = ReferenceOps()
 
 
-def naive_attention(q_HN: Tensor, k_SGN: Tensor, v_SGN: Tensor, scale: float) -> Tensor:
+def naive_attention(
+    q_HN: Tensor,
+    k_SGN: Tensor,
+    v_SGN: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """One query over the keys it may see."""
     heads, share = q_HN.shape[0], q_HN.shape[0] // k_SGN.shape[1]
     rows = []
     for h in range(heads):
-        p = torch.softmax(k_SGN[:, h // share] @ q_HN[h] * scale, 0)
-        rows.append(p @ v_SGN[:, h // share])
+        scores = k_SGN[:, h // share] @ q_HN[h] * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.exp()
+        total = weights.sum() + (0.0 if sinks_H is None else sinks_H[h].exp())
+        rows.append(weights / total @ v_SGN[:, h // share])
     return torch.stack(rows)
 
 
@@ -49,6 +60,30 @@ def test_paged_attention(
         for position in range(length - new[b], length):
             seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
             expected = naive_attention(q[row], keys[b][seen], values[b][seen], 0.3)
+            torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-5)
+            row += 1
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_capped_scores_and_sinks(window: int | None, sinks: bool, softcap: float | None) -> None:
+    """In chunks, whole prompts and decodes, with values of another size than keys."""
+    torch.manual_seed(0)
+    lengths, new = [9, TILE + 1, 6, 2], [9, 1, 4, 1]
+    keys = [torch.randn(n, 2, 8) for n in lengths]
+    values = [torch.randn(n, 2, 5) for n in lengths]
+    q = 3 * torch.randn(sum(new), 6, 8)
+    sinks_H = torch.randn(6) if sinks else None
+    options = {"window": window, "softcap": softcap, "sinks_H": sinks_H}
+    out = Sequences(keys, values, new).attend(OPS, q, 0.3, 4, **options)
+    row = 0
+    for b, length in enumerate(lengths):
+        for position in range(length - new[b], length):
+            seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
+            expected = naive_attention(
+                q[row], keys[b][seen], values[b][seen], 0.3, softcap, sinks_H
+            )
             torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-5)
             row += 1
 

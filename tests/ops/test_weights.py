@@ -150,6 +150,19 @@ def test_the_reference_widens_rows(stored: torch.dtype) -> None:
         assert torch.equal(found, numbers[ids] * 2.0)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("as_matrix", [False, True])
+def test_the_reference_rounds_an_embedding_once(stored: torch.dtype, as_matrix: bool) -> None:
+    """By default to the table's dtype."""
+    table = torch.randn(40, 33).to(stored)
+    given = Matrix.of(table) if as_matrix else table
+    ids = torch.randint(0, 40, (50,))
+    for dtype in (None, torch.bfloat16, torch.float32):
+        found = REFERENCE.embed(ids, given, 12.375, dtype)
+        exact = (table[ids].float() * 12.375).to(dtype or stored)
+        assert found.dtype == exact.dtype and torch.equal(found, exact)
+
+
 def test_what_no_kernel_reads_is_refused_when_it_is_prepared() -> None:
     ops = level(LEVELS[-1], 1)
     x = torch.ones(4, 8)

@@ -103,8 +103,8 @@ def _check_states(pool: BlockPool, requests: Collection[Request]) -> None:
 
 
 def check_books(scheduler: Scheduler) -> None:
-    """Recompute the books from the requests; AssertionError names the broken invariant
-    (TRUST.md)."""
+    """Recompute the books from the requests; AssertionError names the broken invariant, by its
+    number in schedule/checker.py."""
     check_pool(scheduler.pool, scheduler.requests.values())
     queue, requests = scheduler._waiting, scheduler.requests.values()
     running = [r for r in requests if r.status is RequestStatus.RUNNING]

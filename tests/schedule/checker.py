@@ -1,5 +1,19 @@
-"""Watches a scheduler from outside and proves it right or wrong, step by step: invariants I1 to I12
-of TRUST.md.
+"""Watches a scheduler from outside and proves it right or wrong, step by step.
+
+The invariants:
+
+I1   a block is either free, or held by requests, or cached and evictable
+I2   a reference count equals the references
+I3   free and used blocks are all blocks
+I4   a cached block or snapshot holds what its hash says
+I5   no two requests may write to one block or state
+I6   a table has the blocks of its request's tokens; those that a window has passed are empty
+I7   an unfinished request has a named reason to go on or to wait
+I8   work that is pending makes progress within some steps
+I9   the oldest request is not preempted for ever
+I10  an admitted request ends once, and its tokens come without gap or repeat
+I11  a token depends on no other request: the fake model draws it from its request's own secret
+I12  when all is quiet, pool, queue and states equal the start
 
 Counts alone do not see wrong content, so this keeps an oracle: it remembers what was truly written
 to each block and to each slot of a state, and computes every expected prefix hash and every

@@ -3,9 +3,10 @@ checked at each step.
 
 `make simulate STEPS=1000000 SEED=1` runs episodes with seeds 1, 2, 3, ...: each a new random
 configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, layers with and without
-windows, recurrent states with few slots, slots a request) and workload (shared prefixes, tenants, priorities, deadlines, aborts in every state, failed steps, numerical failures,
-several tokens a step), ending when all is drained. A violation names the invariant, the episode's
-seed and the step, and comes again from that seed.
+windows, recurrent states with few slots, slots a request) and workload (shared prefixes, tenants,
+priorities, deadlines, aborts in every state, failed steps, numerical failures, several tokens a
+step), ending when all is drained. A violation names the invariant, the episode's seed and the step,
+and comes again from that seed.
 """
 
 from __future__ import annotations

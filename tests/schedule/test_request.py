@@ -174,7 +174,7 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
     monkeypatch.setattr(
         asked_module,
         "check_tokens",
-        lambda ids, size: checks.append(len(ids)) or honest(ids, size),
+        lambda ids, *rest: checks.append(len(ids)) or honest(ids, *rest),
     )
     ids = CountedIds([5, 6, 7] * 1000)
     params = SamplingParams(n=16, seed=3, max_tokens=8, stop_token_ids=(9,), logit_bias={4: 1.0})
@@ -183,7 +183,7 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
     opener = ChoiceOpener(tokenizer, Info)
     opened = opener.open(EncodedPrompt(ids), params, names, continues=False, **fields)
     made = [choice.request for choice in opened]
-    assert ids.walks == 1 and checks == [3000, 0]
+    assert ids.walks == 1 and checks == [3000, 0, 2]
     assert all(request.prompt_ids is made[0].prompt_ids for request in made)
     assert [request.id for request in made] == [str(i) for i in range(16)]
     for i, request in enumerate(made):

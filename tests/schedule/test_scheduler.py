@@ -31,7 +31,7 @@ def add(scheduler, *requests):
         ("max_model_len", "max_model_len is 0"),
         ("max_queue_requests", "max_queue_requests is 0"),
         ("max_queue_tokens", "max_queue_tokens is 0"),
-        ("max_num_batched_tokens", "max_num_batched_tokens = 0 is less than max_num_seqs = 2"),
+        ("max_num_batched_tokens", "max_num_batched_tokens is 0; it must be at least 1"),
     ],
 )
 def test_config_is_checked(field, message):

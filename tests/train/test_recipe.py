@@ -260,7 +260,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.toml cannot be read: No such file or directory$"):
         read_recipe(tmp_path / "none.toml")
 
 

@@ -228,7 +228,9 @@ def _reason(error: Exception) -> str:
 
 def _message(body: Mapping[str, Any]) -> str:
     error = body["error"]
-    return str(error.get("message", error) if isinstance(error, Mapping) else error)
+    if isinstance(error, Mapping):
+        error = error.get("message", error)
+    return str(error)
 
 
 def _refusal(status: int, body: bytes) -> str:

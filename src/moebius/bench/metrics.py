@@ -117,11 +117,11 @@ def statistics(
     """
     figures: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
     figures |= {f"p{p:g}": partial(np.percentile, q=p) for p in percentiles}
+    keys = {key: f"{key}_{name}_ms" for key in figures}
+    if not seconds:
+        return dict.fromkeys(keys.values())
     values = np.asarray(seconds) * 1000
-    return {
-        f"{key}_{name}_ms": float(figure(values)) if seconds else None
-        for key, figure in figures.items()
-    }
+    return {keys[key]: float(figure(values)) for key, figure in figures.items()}
 
 
 def latencies(records: Iterable[Record]) -> dict[str, list[float]]:

@@ -19,11 +19,9 @@ def timed(
     Every answer has exactly the tokens asked for; temperature 1, so that random weights do not
     repeat themselves.
     """
+    each = SamplingParams(n=n, temperature=1.0, ignore_eos=True)
     params = [
-        SamplingParams(
-            n=n, max_tokens=sample.output_tokens, temperature=1.0, ignore_eos=True, seed=i
-        )
-        for i, sample in enumerate(samples)
+        each.with_(max_tokens=sample.output_tokens, seed=i) for i, sample in enumerate(samples)
     ]
     start = perf_counter()
     outputs = llm.generate([sample.prompt for sample in samples], params, progress=progress)

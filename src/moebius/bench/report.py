@@ -108,7 +108,8 @@ def log_scale(axis: Any) -> None:
         return  # nothing lies above 0, as where every answer arrived in one part
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 60 * low else (1, 2, 5)))
+    numbers = (1,) if high > 60 * low else (1, 2, 5)
+    axis.xaxis.set_major_locator(LogLocator(subs=numbers))
     axis.xaxis.set_major_formatter("{x:,g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
 

@@ -102,7 +102,8 @@ class Dataset:
         samples = []
         for inputs, outputs in zip(prompts, answers, strict=True):
             drawn = rng.choice(words, inputs).tolist()
-            samples.append(Sample(tuple(drawn) if ids else " ".join(drawn), inputs, outputs))
+            prompt: str | tuple[int, ...] = tuple(drawn) if ids else " ".join(drawn)
+            samples.append(Sample(prompt, inputs, outputs))
         return samples
 
     def _read(self, path: Path, count: int, tokenizer: Tokenizer | None) -> list[Sample]:
@@ -113,7 +114,8 @@ class Dataset:
             else:
                 entries = [json.loads(line) for line in text.split("\n") if line]
         except OSError as error:
-            raise ConfigError(f"--dataset-path {path} cannot be read: {error}") from error
+            reason = error.strerror or error
+            raise ConfigError(f"--dataset-path {path} cannot be read: {reason}") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"--dataset-path {path} does not hold one JSON object a line: {error}"

@@ -34,7 +34,7 @@ class DatasetOptions:
     """Which requests a benchmark sends: see moebius.bench.workload.Dataset."""
 
     dataset_name: Annotated[
-        str, "random, or jsonl: prompts of --dataset-path, one JSON object a line."
+        str, "random, or jsonl: prompts of --dataset-path, one JSON object per line."
     ] = "random"
     dataset_path: Annotated[Path | None, "Lines of {prompt, output_tokens}, or of ShareGPT."] = None
     input_len: Annotated[
@@ -45,7 +45,7 @@ class DatasetOptions:
         typer.Option(
             "--random-output-len",
             "--output-len",
-            help="Tokens an answer; default 128, or the file's.",
+            help="Tokens per answer; default 128, or the file's.",
         ),
     ] = None
     random_range_ratio: Annotated[float, "Random lengths differ by up to this share, 0 to 1."] = 0.0
@@ -71,9 +71,9 @@ def latency(
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     output_len: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Prompts in the batch.")] = 8,
-    n: Annotated[int, typer.Option("-n", "--n", help="Answers a prompt.")] = 1,
+    n: Annotated[int, typer.Option("-n", "--n", help="Answers per prompt.")] = 1,
     num_iters: Annotated[int, typer.Option(help="Batches that are timed.")] = 30,
-    num_iters_warmup: Annotated[int, typer.Option(help="Batches before them.")] = 10,
+    num_iters_warmup: Annotated[int, typer.Option(help="Batches before them, not timed.")] = 10,
     seed: Seed = 0,
     output_json: OutputJson = None,
 ) -> None:
@@ -161,10 +161,10 @@ class TargetOptions:
     api_key: Annotated[
         str | None, typer.Option(envvar="OPENAI_API_KEY", help="The key the server wants.")
     ] = None
-    model: Annotated[str | None, "Its name there; default: the first that the server lists."] = None
-    tokenizer: Annotated[str | None, "Directory of one, for exact prompts; default: --model."] = (
-        None
-    )
+    model: Annotated[str | None, "Its model's name; default: the first that it lists."] = None
+    tokenizer: Annotated[
+        str | None, "Directory of the model's tokenizer, for exact prompts; default: --model."
+    ] = None
 
     def root(self) -> str:
         return self.base_url or f"http://{host_and_port(self.host, self.port)}"
@@ -175,7 +175,7 @@ class LoadOptions:
     """How many requests are sent, when, and how."""
 
     num_prompts: NumPrompts = 1000
-    request_rate: Annotated[float, "Requests a second (Poisson); inf: all at once."] = math.inf
+    request_rate: Annotated[float, "Requests per second (Poisson); inf: all at once."] = math.inf
     burstiness: Annotated[float, "1: Poisson; less: in bursts; more: evenly (gamma)."] = 1.0
     max_concurrency: Annotated[int | None, "Most requests under way at once."] = None
     num_warmups: Annotated[int, "Requests before the run, one after the other."] = 1
@@ -223,7 +223,7 @@ def serve(
     requests: DatasetOptions,
     load: LoadOptions,
     shown: ReportOptions,
-    more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more_goodput: Annotated[list[str] | None, typer.Argument(metavar="LIMITS", hidden=True)] = None,
 ) -> None:
     """Measure latencies, throughput and goodput of any server."""
     from moebius.bench import metrics, report

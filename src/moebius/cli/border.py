@@ -4,9 +4,8 @@ import asyncio
 import os
 import sys
 import traceback
-from pathlib import Path
 
-from moebius.errors import MoebiusError
+from moebius.errors import EngineError, MoebiusError, in_one_line, wants_traceback
 
 USAGE = 2
 """What was asked for cannot be done: the line says what would be right."""
@@ -14,9 +13,6 @@ FAILED = 1
 INTERRUPTED = 130
 NO_READER = 141
 """What a shell reports of a program that SIGPIPE ended."""
-
-_LONGEST = 600
-_PACKAGE = Path(__file__).parent.parent
 
 
 def open_streams() -> None:
@@ -46,7 +42,7 @@ def report(error: BaseException) -> int:
     MOEBIUS_TRACEBACK=1 shows where it happened as well, whatever it was.
     """
     error = _cause(error)
-    if os.environ.get("MOEBIUS_TRACEBACK", "0") not in ("", "0"):
+    if wants_traceback():
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
@@ -55,8 +51,9 @@ def report(error: BaseException) -> int:
         return NO_READER
     if isinstance(error, OSError):
         _drop_output()
-    print(f"moebius: {_line(error)}", file=sys.stderr)
-    return USAGE if isinstance(error, MoebiusError) else FAILED
+    print(f"moebius: {in_one_line(error)}", file=sys.stderr)
+    wished = isinstance(error, MoebiusError) and not isinstance(error, EngineError)
+    return USAGE if wished else FAILED
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -65,31 +62,6 @@ def _cause(error: BaseException) -> BaseException:
         told = [each for each in error.exceptions if not isinstance(each, asyncio.CancelledError)]
         error = (told or error.exceptions)[0]
     return error
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    match error:
-        case MoebiusError():
-            return text or type(error).__name__
-        case OSError(strerror=str(why)):
-            return why if error.filename is None else f"{error.filename}: {why}"
-        case MemoryError():
-            return "out of memory" + (f": {text}" if text else "")
-    kind = type(error).__name__
-    what = f"{kind}: {text}" if text else kind
-    return f"unexpected {what}{_place(error)}; MOEBIUS_TRACEBACK=1 shows how it came to that"
-
-
-def _place(error: BaseException) -> str:
-    """The last line of ours that was running."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
-    if not ours:
-        return ""
-    name = Path(ours[-1].filename).relative_to(_PACKAGE.parent)
-    return f" (at {name}:{ours[-1].lineno})"
 
 
 def _drop_output() -> None:

@@ -7,6 +7,7 @@ import typer
 
 from moebius.cli import options as o
 from moebius.cli.bench import bench
+from moebius.cli.cluster import cluster
 from moebius.cli.generate import chat, generate
 from moebius.cli.serve import plan, serve
 from moebius.cli.train import train
@@ -22,6 +23,7 @@ app = typer.Typer(
 for command in (serve, generate, chat, plan, train):
     app.command()(command)
 app.add_typer(bench)
+app.add_typer(cluster)
 
 
 @app.command()
@@ -30,7 +32,7 @@ def inspect(
     config: InspectConfig,
     model: o.Model,
     more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILES]...", help="More of --text.")
+        list[Path] | None, typer.Argument(metavar="FILES", help="More of --text.")
     ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Text files, or directories of them.")
@@ -55,13 +57,16 @@ def inspect(
     from moebius.models.hub import resolve_model
 
     documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
+    other = None
+    if against is not None:
+        other = resolve_model(against)
     found = write_report(
         resolve_model(model),
         documents,
         out,
         config,
         name=model,
-        against=None if against is None else resolve_model(against),
+        against=other,
         against_name=against,
         progress=o.progress_bar,
     )
@@ -82,7 +87,7 @@ def replay(file: Annotated[Path, typer.Argument(help="A file that --trace wrote.
 
     found = run(file)
     if found.difference is None:
-        typer.echo(f"the same: {found.steps} steps of {found.requests} requests, every decision")
+        typer.echo(f"the same: every decision of {found.steps} steps (requests: {found.requests})")
         return
     typer.echo(f"different at {found.difference}")
     raise typer.Exit(1)

@@ -29,9 +29,7 @@ def generate(
         Path | None,
         typer.Option(help="Where a batch's results go; run again with the same files to resume."),
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens a prompt; default: up to the context.")
-    ] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of one completion.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; default: the model's.")
     ] = None,
@@ -45,7 +43,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be repeated.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Completions a prompt.")] = 1,
+    n: Annotated[int, typer.Option("-n", help="Completions per prompt.")] = 1,
 ) -> None:
     """Complete prompts, or answer a batch file into another."""
     if batch is not None:
@@ -145,9 +143,7 @@ def chat(
 
     llm = LLM.from_config(model, config)
     if not llm.tokenizer.has_chat_template:
-        raise typer.BadParameter(
-            f"{model} has no chat template; use `moebius generate` instead", param_hint="MODEL"
-        )
+        raise ConfigError(f"{model} has no chat template; use `moebius generate` instead")
     warmth = {} if temperature is None else {"temperature": temperature}
     params = llm.default_params(max_tokens=max_tokens, seed=seed, **warmth)
     start = [{"role": "system", "content": system}] if system else []

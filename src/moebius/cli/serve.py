@@ -1,14 +1,13 @@
 """moebius serve MODEL: the OpenAI-compatible server; moebius plan MODEL: what a model takes."""
 
 import gc
-import logging
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moebius import logs
 from moebius.cli import options as o
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
@@ -17,8 +16,8 @@ from moebius.server.settings import ServerSettings, UnknownFields, host_and_port
 
 if TYPE_CHECKING:
     from moebius.engine.load import Prepared
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
+    from moebius.engine.wire import Planned
+    from moebius.text import GenerationDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +68,9 @@ class ServeOptions:
             raise ConfigError(
                 f"--generation-config is {self.generation_config!r}; use auto or none"
             )
-        if self.log_level not in LOG_LEVELS:
+        if self.log_level not in logs.LEVELS:
             raise ConfigError(
-                f"--log-level is {self.log_level!r}; use one of {', '.join(LOG_LEVELS)}"
+                f"--log-level is {self.log_level!r}; use one of {', '.join(logs.LEVELS)}"
             )
 
     def settings(self, model: str) -> ServerSettings:
@@ -99,14 +98,11 @@ _OTHERS = (field.name for field in fields(EngineConfig) if field.name not in o.S
 def serve(config: EngineConfig, options: ServeOptions, model: o.Model = "bundled") -> None:
     """Serve a model over OpenAI's API."""
     settings = options.settings(model)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.to_stderr(options.log_level)
     from moebius.server.listen import reserve
 
-    defaults = options.generation_config == "auto"
     with reserve(options.host, options.port, api_keys=settings.api_keys) as sockets:
-        _serve_on(sockets, model, config, settings, options.host, defaults=defaults)
+        _serve_on(sockets, model, config, settings, options)
 
 
 def _serve_on(
@@ -114,45 +110,47 @@ def _serve_on(
     model: str,
     config: EngineConfig,
     settings: ServerSettings,
-    host: str,
-    *,
-    defaults: bool,
+    options: ServeOptions,
 ) -> None:
-    """Refuse what can be refused, read the weights, and serve.
+    """Refuse what can be refused, have an engine's process read the weights, and serve.
 
     Whatever is wrong is said before the weights are read; the port opens when tokens can flow.
     """
-    from moebius.engine.in_process import InProcessClient
-    from moebius.engine.load import load_engine, prepare
+    from moebius.engine.wire import Launch
     from moebius.front.choices import draw_prefix_key
+    from moebius.front.engines import EngineProcesses
     from moebius.models.hub import resolve_model
     from moebius.server.app import create_app
     from moebius.server.run import run_server
     from moebius.text import GenerationDefaults, Tokenizer
 
     directory = resolve_model(model)
-    tokenizer = Tokenizer.load(directory)
-    generation = GenerationDefaults.load(directory, tokenizer)
-    prepared = prepare(directory, config)
-    say = partial(typer.echo, err=True)
-    say(_plan_text(model, prepared.rows()))
-    key = draw_prefix_key()
-    engine = load_engine(
-        directory, config, eos_ids=generation.eos_ids, prefix_key=key, prepared=prepared
-    )
-    if not defaults:
-        generation = replace(generation, sampling={})
+    with EngineProcesses(config.ranks) as processes:
+        tokenizer = Tokenizer.load(directory)
+        generation = GenerationDefaults.load(directory, tokenizer)
+        key = draw_prefix_key()
+        launch = Launch(
+            str(directory.absolute()), config, key, generation.eos_ids, options.log_level
+        )
+        if options.generation_config == "none":
+            generation = replace(generation, sampling={})
+        client = processes.launch(launch, lambda planned: _say_plan(model, planned, generation))
+        app = create_app(client, tokenizer, generation, settings, prefix_key=key)
+        address = host_and_port(options.host, sockets[0].getsockname()[1])
+        line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
+        # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
+        gc.freeze()
+        run_server(app, sockets, on_start=lambda: typer.echo(line, err=True))
+        processes.check()
+
+
+def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") -> None:
+    """What an operator wants to know before the weights are read."""
+    typer.echo(_plan_text(model, planned.rows), err=True)
+    invariant = "on" if planned.batch_invariant else "off"
+    typer.echo(f"batch invariant: {invariant} ({planned.kernels} kernels)", err=True)
     sampling = [f"{name} {value}" for name, value in generation.sampling.items()]
-    invariant = "on" if prepared.batch_invariant else "off"
-    say(f"batch invariant: {invariant} ({prepared.ops.name} kernels)")
-    say("sampling defaults: " + (", ".join(sampling) or "OpenAI's"))
-    client = InProcessClient(engine, step_deadline=config.step_deadline)
-    app = create_app(client, tokenizer, generation, settings, prefix_key=key)
-    address = host_and_port(host, sockets[0].getsockname()[1])
-    line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
-    # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
-    gc.freeze()
-    run_server(app, sockets, on_start=lambda: say(line))
+    typer.echo("sampling defaults: " + (", ".join(sampling) or "OpenAI's"), err=True)
 
 
 @o.options_of("config", EngineConfig, *o.SIZES)

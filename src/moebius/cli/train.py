@@ -20,12 +20,14 @@ def train(
     dense_twin: Annotated[
         bool,
         typer.Option(
-            "--dense-twin", help="Train the dense model of equal active parameters in its place."
+            "--dense-twin", help="Train the dense model of equal active parameters instead."
         ),
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="The dense twin's --out, whose figures stand in the model card beside."),
+        typer.Option(
+            help="The dense twin's --out, whose figures the model card gives beside its own."
+        ),
     ] = None,
     evaluate_only: Annotated[
         bool,

@@ -50,15 +50,15 @@ def build_batch(
         if samples:
             sampled.append(request)
             sampled_rows.append(row - 1)
-    several = range(1, len(tables[0]) if tables else 1)
-    others = [[each[group] for each in tables] for group in several]
+    groups = range(len(tables[0]) if tables else 0)
+    by_group = [[each[group] for each in tables] for group in groups]
     inputs = StepInputs.build(
         token_ids,
         starts,
-        [each[0] for each in tables],
+        by_group[0] if by_group else None,
         block_size,
         device,
-        others=others,
+        others=by_group[1:],
         states=_states(plan.chunks),
     )
     return Batch(inputs, sampled, sampled_rows, prompts)

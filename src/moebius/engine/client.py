@@ -22,7 +22,7 @@ from moebius.schedule.params import ServingLimits
 from moebius.schedule.request import FinishReason
 
 
-class TokenLogprob(Struct, frozen=True, array_like=True):
+class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One position's log-probabilities (natural log, of the model's own softmax).
 
     rank is the token's place among all of the vocabulary, 1 for the most likely. top holds the k
@@ -36,7 +36,7 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class StepOutput(Struct, frozen=True, array_like=True):
+class StepOutput(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What one step brought one request. The one with a `finish_reason` is the last of its request.
 
     token_ids        drawn in this step, in order
@@ -98,7 +98,8 @@ class EngineStats:
     drawn ones alike, and more than the bound before; the last entry counts those beyond all bounds.
     step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
     prefix that another was computing, not for room. last_step and now are on the engine's monotonic
-    clock, in seconds.
+    clock, in seconds. restarts counts engines that took the place of lost ones, and replayed the
+    requests that were asked for again.
     """
 
     running: int = 0
@@ -118,6 +119,8 @@ class EngineStats:
     last_step: float = 0.0
     now: float = 0.0
     ready: bool = False
+    restarts: int = 0
+    replayed: int = 0
 
     @property
     def kv_cache_usage(self) -> float:
@@ -162,14 +165,18 @@ class ExpertLoads:
 
 class EngineClient(Protocol):
     """An engine, in this process or elsewhere. All methods are safe to call from any thread and,
-    but for `advance`, never block long."""
+    but for `advance` and `expert_loads`, never block long.
+
+    Each request that `submit` takes gets exactly one StepOutput with a finish reason, its last. An
+    engine that fails as a whole ends all of them with one EngineError, whose id the log has.
+    """
 
     @property
     def info(self) -> EngineInfo: ...
 
     def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
         """Start the engine, once; `deliver` is called once a step, with that step's outputs, on the
-        thread that made it.
+        thread that made it, and with what ends without a step on the thread that ends it.
 
         Outputs that `deliver` raises over are lost, so their requests end with EngineError. Raises
         EngineError for a second start, and once the engine has stopped.
@@ -194,9 +201,15 @@ class EngineClient(Protocol):
         False where nothing can be done here: the engine has no work, or runs elsewhere.
         """
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """Of an engine that is elsewhere, they may be some tenths of a second old."""
 
-    def expert_loads(self) -> ExpertLoads: ...
+    def expert_loads(self) -> ExpertLoads:
+        """An engine that is elsewhere is asked, for a second at most."""
 
     def close(self, timeout: float) -> None:
-        """Stop the engine within `timeout` seconds; what is unfinished ends with EngineError."""
+        """Stop the engine; what is unfinished ends with EngineError.
+
+        It does so after `timeout` seconds, even where a step is not done by then. Closing again
+        does nothing.
+        """

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from moebius.errors import require_seconds, require_word
+from moebius.errors import ConfigError, require_seconds, require_word
 from moebius.schedule.config import SchedulerConfig
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -27,8 +27,12 @@ class EngineConfig(SchedulerConfig):
         120.0
     )
     threads: Annotated[
-        int | None, "Compute threads; default: one a core, as far as a CPU quota goes."
+        int | None, "Compute threads; default: one per core, as far as a CPU quota goes."
     ] = None
+    ranks: Annotated[
+        int,
+        "Engines, a process each, that share the model's experts. Each serves requests of its own.",
+    ] = 1
     trace: Annotated[
         str | None, "File that every scheduling decision is written to, as JSON lines."
     ] = None
@@ -38,3 +42,5 @@ class EngineConfig(SchedulerConfig):
         require_word("dtype", self.dtype, Dtype)
         require_word("device", self.device, Device)
         require_seconds("step_deadline", self.step_deadline)
+        if not isinstance(self.ranks, int) or self.ranks < 1:
+            raise ConfigError(f"ranks is {self.ranks!r}; it must be a number of at least 1")

@@ -3,7 +3,6 @@
 from bisect import bisect_left
 
 from moebius.engine.client import STEP_TOKENS_BOUNDS, EngineStats
-from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
 
 
@@ -32,10 +31,10 @@ class Counters:
     def drawn(self, tokens: int) -> None:
         self._generation_tokens += tokens
 
-    def prompt(self, request: Request) -> None:
-        """A prompt was computed."""
-        self._prompt_tokens += len(request.prompt_ids)
-        self._prompt_tokens_cached += request.num_cached_tokens or 0
+    def prompt(self, tokens: int, cached: int) -> None:
+        """A prompt was computed, or `cached` of its tokens were found."""
+        self._prompt_tokens += tokens
+        self._prompt_tokens_cached += cached
 
     def stats(self, scheduler: Scheduler, now: float) -> EngineStats:
         """These and the scheduler's own."""

@@ -17,7 +17,7 @@ from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite, sample
 from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
-from moebius.errors import DeadlineError, EngineError, MoebiusError
+from moebius.errors import DeadlineError, EngineError, MoebiusError, PeerError
 from moebius.ops.threads import TorchThreads
 from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.request import FinishReason, Request
@@ -100,19 +100,26 @@ class Engine:
     def _step(self) -> list[StepOutput]:
         plan = self._plan()
         outputs = self._end_late(plan)
-        if plan.chunks:
-            try:
-                batch = self._execute(plan)
-                results = self._sample(batch)
-            except Exception as error:
-                outputs += self._fail_step(plan, error)
-            except BaseException:  # Ctrl-C: the step is made again, should its requests go on
-                self._roll_back(plan)
-                raise
-            else:
-                outputs += self._update(plan, results)
+        outputs += self._computed(plan)
         self._counters.step(self.clock())
         return outputs
+
+    def _computed(self, plan: StepPlan) -> list[StepOutput]:
+        """What computing the plan's chunks brings their requests."""
+        if not plan.chunks:
+            return []
+        try:
+            batch = self._execute(plan)
+            results = self._sample(batch)
+        except PeerError:  # not the step's fault: it is made again in the group's next epoch
+            self._roll_back(plan)
+            raise
+        except Exception as error:
+            return self._fail_step(plan, error)
+        except BaseException:  # Ctrl-C: the step is made again, should its requests go on
+            self._roll_back(plan)
+            raise
+        return self._update(plan, results)
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap, and safe to call while another thread steps."""

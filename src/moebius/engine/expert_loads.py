@@ -3,6 +3,7 @@ read when asked for."""
 
 import math
 from collections import deque
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -88,15 +89,22 @@ def _layer_load(
     """nats is the sum of the entropies of `tokens` tokens: of all but those whose numbers went
     wrong."""
     pairs = tuple(pairs_E.tolist())
-    some = sum(pairs) > 0
-    return LayerLoad(
+    load = LayerLoad(
         layer=layer,
         top_k=top_k,
         tokens=sum(pairs) // top_k,
-        max_over_mean=float(health.max_over_mean(pairs_E)) if some else math.nan,
-        cv=float(health.coefficient_of_variation(pairs_E)) if some else math.nan,
+        max_over_mean=math.nan,
+        cv=math.nan,
         router_entropy=nats / tokens if tokens else math.nan,
-        dead=tuple(health.dead_experts(pairs_E).nonzero().flatten().tolist()) if some else (),
+        dead=(),
         pairs=pairs,
         total_pairs=tuple(total_E.tolist()),
+    )
+    if not any(pairs):
+        return load
+    return replace(
+        load,
+        max_over_mean=float(health.max_over_mean(pairs_E)),
+        cv=float(health.coefficient_of_variation(pairs_E)),
+        dead=tuple(health.dead_experts(pairs_E).nonzero().flatten().tolist()),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from moebius.engine.client import StepOutput
-from moebius.errors import EngineError, MoebiusError, frames
+from moebius.errors import EngineError, EngineLostError, MoebiusError, frames
 from moebius.schedule.request import FinishReason
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,11 @@ def failure(what: str, error: Exception) -> EngineError:
     )
     told.__cause__ = error
     return told
+
+
+def lost(cause: EngineError) -> EngineLostError:
+    """What requests end with whose engine is gone because of `cause`."""
+    return EngineLostError(str(cause), error_id=cause.error_id)
 
 
 def failed(request_id: str, error: MoebiusError) -> StepOutput:

@@ -1,9 +1,11 @@
 """EngineClient without a thread: whoever waits for outputs makes the steps that bring them."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.engine import Engine
@@ -12,7 +14,10 @@ from moebius.engine.interrupts import Uninterrupted
 from moebius.errors import EngineError, MoebiusError, RequestError
 from moebius.schedule.engine_request import EngineRequest
 
+log = logging.getLogger(__name__)
+
 Deliver = Callable[[list[StepOutput]], None]
+_STOPPED = "the engine has stopped"
 
 
 class InlineClient:
@@ -23,7 +28,7 @@ class InlineClient:
 
     A caller's iterator may be closed by Python's garbage collector in the middle of anything, a
     step among it. So what is asked goes through an inbox, which is taken when nothing else uses the
-    engine.
+    engine; and who closes it in the middle of a step has it stopped when that is done.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -33,7 +38,8 @@ class InlineClient:
         self._inbox: deque[EngineRequest | str] = deque()
         self._unfinished: dict[str, None] = {}
         self._busy = False
-        self._closed = False
+        self._stopping = False
+        self._stopped = False
 
     @property
     def info(self) -> EngineInfo:
@@ -46,8 +52,10 @@ class InlineClient:
             if self._deliver is not None:
                 raise EngineError("the engine was started before; it is started once")
             self._deliver = deliver
+            self._use(list)
 
     def submit(self, request: EngineRequest) -> None:
+        """Hand over a request, before or after the start."""
         with Uninterrupted(), self._lock:
             self._require_running()
             if request.id in self._unfinished:
@@ -75,41 +83,61 @@ class InlineClient:
             return True
 
     def stats(self) -> EngineStats:
-        return self._engine.stats()
+        """ready: it was started, and has not stopped."""
+        ready = self._deliver is not None and not self._stopping
+        return replace(self._engine.stats(), ready=ready)
 
     def expert_loads(self) -> ExpertLoads:
         return self._engine.expert_loads()
 
     def close(self, timeout: float) -> None:
-        """Stop, once the step under way is done; it is not waited for longer than `timeout`."""
+        """Stop the engine. Where a step takes longer than `timeout` seconds, its requests end
+        without it, and the engine stops after it."""
         with Uninterrupted():
-            if not self._lock.acquire(timeout=timeout):
-                raise EngineError(f"the engine did not stop within {timeout:.1f} s")
-            try:
-                self._stop()
-            finally:
-                self._lock.release()
+            self._stopping = True
+            if self._lock.acquire(timeout=timeout):
+                try:
+                    self._use(list)
+                finally:
+                    self._lock.release()
+            else:
+                log.error("the engine did not stop within %.1f s", timeout)
+                self._send(self._endings(EngineError(_STOPPED)))
 
     def _require_running(self) -> None:
-        if self._closed:
-            raise EngineError("the engine has stopped")
+        if self._stopping:
+            raise EngineError(_STOPPED)
 
     def _use(self, work: Callable[[], list[StepOutput]]) -> None:
         """Do some work with the engine, then what came into the inbox, and deliver the outputs.
 
-        Nothing where this very thread is in the middle of it: then the inbox is taken on its way
-        out.
+        Nothing before the start, and where this very thread is in the middle of it: then the inbox
+        is taken on its way out.
         """
-        if self._busy:
+        if self._busy or (self._deliver is None and not self._stopping):
             return
         self._busy = True
+        try:
+            self._send(self._outputs_of(work))
+        finally:
+            self._busy = False
+            if self._inbox or (self._stopping and not self._stopped):
+                self._use(list)  # it was asked for when the above had been looked at
+
+    def _outputs_of(self, work: Callable[[], list[StepOutput]]) -> list[StepOutput]:
+        """What the work and the inbox bring. An engine that fails is stopped: its books may be half
+        written."""
         outputs: list[StepOutput] = []
+        cause = EngineError(_STOPPED)
         try:
             outputs += work()
-        finally:
-            outputs += self._take()
-            self._busy = False
-            self._send(outputs)
+        except Exception as error:
+            self._stopping = True
+            cause = failure("the engine's step", error)
+        outputs += self._take()
+        if self._stopping:
+            outputs += self._stop(cause)
+        return outputs
 
     def _take(self) -> list[StepOutput]:
         outputs: list[StepOutput] = []
@@ -121,32 +149,39 @@ class InlineClient:
                 outputs += self._engine.drop(item)
         return outputs
 
+    def _stop(self, cause: EngineError) -> list[StepOutput]:
+        """Give back what requests hold; the last outputs of all that are unfinished."""
+        if self._stopped:
+            return []
+        self._stopped = True
+        for request_id in list(self._engine.scheduler.requests):
+            self._engine.drop(request_id)
+        self._engine.close()
+        return self._endings(cause)
+
+    def _endings(self, cause: EngineError) -> list[StepOutput]:
+        return [failed(request_id, cause) for request_id in list(self._unfinished)]
+
     def _send(self, outputs: list[StepOutput]) -> None:
+        """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so
+        its request ends."""
+        heard: list[StepOutput] = []
         for output in outputs:
-            if output.finish_reason is not None:
-                self._unfinished.pop(output.request_id, None)
-        if not outputs or self._deliver is None:
+            if output.request_id in self._unfinished:
+                heard.append(output)
+                if output.finish_reason is not None:
+                    self._unfinished.pop(output.request_id, None)
+        if not heard or self._deliver is None:
             return
         try:
-            self._deliver(outputs)
+            self._deliver(heard)
         except Exception as error:
-            self._give_up(outputs, failure("delivering a step's outputs", error))
+            self._give_up(heard, failure("delivering a step's outputs", error))
 
     def _give_up(self, outputs: list[StepOutput], error: MoebiusError) -> None:
-        """What was not delivered leaves a gap, so its requests end."""
         assert self._deliver is not None
         for request_id in {output.request_id: None for output in outputs}:
             self._engine.drop(request_id)
             self._unfinished.pop(request_id, None)
             with suppress(Exception):  # the log has the first of them
                 self._deliver([failed(request_id, error)])
-
-    def _stop(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        for request_id in self._unfinished:
-            self._engine.drop(request_id)
-        error = EngineError("the engine has stopped")
-        self._send([failed(request_id, error) for request_id in list(self._unfinished)])
-        self._engine.close()

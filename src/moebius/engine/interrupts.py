@@ -29,13 +29,17 @@ class Uninterrupted:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in _SIGNALS:
-            handler = signal.getsignal(number)
-            if callable(handler) and not isinstance(
-                getattr(handler, "__self__", None), Uninterrupted
-            ):
-                self._handlers[number] = handler
-                signal.signal(number, self._note)
+        try:
+            for number in _SIGNALS:
+                handler = signal.getsignal(number)
+                if callable(handler) and not isinstance(
+                    getattr(handler, "__self__", None), Uninterrupted
+                ):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._note)
+        except BaseException:  # one that did not wait yet has raised
+            self._give_back()
+            raise
         return self
 
     def __exit__(
@@ -44,9 +48,23 @@ class Uninterrupted:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """The handlers back to the program, though one that is back raises before the next one is;
+        then run what waited."""
+        try:
+            try:
+                self._restore()
+            except BaseException:
+                self._restore()
+                raise
+        finally:
+            self.run_noted()
+
+    def _restore(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self.run_noted()
 
     def run_noted(self) -> None:
         """Run the handlers of what came until now: each one, though one before it raises.

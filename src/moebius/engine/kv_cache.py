@@ -24,6 +24,7 @@ from torch import Tensor
 from moebius.errors import CacheDataError, ConfigError
 from moebius.ops import LayerCache, Ops
 from moebius.ops.cache_spec import CacheSpec, Plane
+from moebius.ops.weights import dtype_name
 from moebius.pages import populate
 
 MOST_TABLES = 8
@@ -56,11 +57,12 @@ def lay_out(specs: Sequence[CacheSpec]) -> CacheLayout:
     ones the largest. ConfigError where layers keep keys and values of different sizes.
     """
     groups = Counter(spec for spec in specs if spec.token)
-    sizes = {spec.token for spec in groups}
-    if len(sizes) > 1:
-        names = " and ".join(sorted(f"{spec.bytes_per_token} bytes" for spec in groups))
+    kept = {spec.token: spec.bytes_per_token for spec in groups}
+    if len(kept) > 1:
+        names = "; ".join(sorted(f"{_named(token)}: {size} bytes" for token, size in kept.items()))
         raise ConfigError(
-            f"layers keep {names} a token; all layers with keys and values must keep the same"
+            f"layers keep different things of a token ({names}); all layers with keys and values "
+            "must keep the same"
         )
     rows = _rows(list(groups.values()))
     windows: list[int | None] = []
@@ -110,6 +112,7 @@ class KVCache:
         self.specs = tuple(specs)
         self.layout = lay_out(specs)
         self.num_blocks = num_blocks
+        self.num_states = num_states
         self.block_size = block_size
         self.last_used = 0.0
         self._ops = ops
@@ -147,21 +150,26 @@ class KVCache:
             plane[targets] = plane[sources]
 
     def read_block(self, group: int, block: int) -> bytes:
-        """A block with its header and checksum, for `write_block` of an equal cache."""
+        """A block with its header and checksum, for `write_block` of an equal cache.
+
+        IndexError for a block or a group that is none of this cache's.
+        """
         return _seal(self._block_header(group), self._block_memory(group, block))
 
     def write_block(self, group: int, block: int, data: bytes) -> None:
-        """Put back what `read_block` gave. CacheDataError where that is another cache's, or
-        damaged; nothing is written then."""
+        """Put back what `read_block` gave.
+
+        Raises CacheDataError where that is another cache's, or damaged; nothing is written then.
+        """
         _unseal(data, self._block_header(group), self._block_memory(group, block))
 
     def read_state(self, slot: int) -> bytes:
         """All layers' states in a slot, as `read_block` has it."""
-        return _seal(self._state_header(), [plane[slot] for plane in self._state_planes()])
+        return _seal(self._state_header(), self._state_memory(slot))
 
     def write_state(self, slot: int, data: bytes) -> None:
         """Put back what `read_state` gave, or raise CacheDataError."""
-        _unseal(data, self._state_header(), [plane[slot] for plane in self._state_planes()])
+        _unseal(data, self._state_header(), self._state_memory(slot))
 
     def _state_planes(self) -> list[Tensor]:
         return [plane for planes in self.states for plane in planes.values()]
@@ -170,7 +178,14 @@ class KVCache:
         places = self.layout.places
         return [i for i, at in enumerate(places) if at is not None and at[0] == group]
 
+    def _state_memory(self, slot: int) -> list[Tensor]:
+        if not 0 <= slot < self.num_states:
+            raise IndexError(f"slot {slot} is none of {self.num_states}")
+        return [plane[slot] for plane in self._state_planes()]
+
     def _block_memory(self, group: int, block: int) -> list[Tensor]:
+        if not 0 <= block < self.num_blocks:  # as NO_BLOCK is not
+            raise IndexError(f"block {block} is none of {self.num_blocks}")
         layers = [self.layers[i] for i in self._members(group)]
         return [part for layer in layers for part in self._ops.block_memory(layer, block)]
 
@@ -192,8 +207,7 @@ class KVCache:
 
 
 def block_bytes(specs: Sequence[CacheSpec], ops: Ops, block_size: int) -> int:
-    """What one block takes: the keys and values of `block_size` tokens in as many layers as a block
-    has rows."""
+    """What one block takes: keys and values of `block_size` tokens, in as many layers as rows."""
     rows = lay_out(specs).rows
     if not rows:
         return 0
@@ -220,13 +234,18 @@ def _keeping(specs: Sequence[CacheSpec]) -> CacheSpec:
     return next(spec for spec in specs if spec.token)
 
 
+def _named(planes: Sequence[Plane]) -> str:
+    kinds = (f"{plane.name} {plane.shape} {dtype_name(plane.dtype)}" for plane in planes)
+    return ", ".join(kinds)
+
+
 def _planes(planes: Sequence[Plane]) -> list[list[Any]]:
     return [[plane.name, list(plane.shape), str(plane.dtype)] for plane in planes]
 
 
 def _seal(header: dict[str, Any], parts: Sequence[Tensor]) -> bytes:
     """Magic, length of the header, header, memory, checksum of all of it."""
-    described = json.dumps(header, sort_keys=True).encode()
+    described = _described(header)
     memory = [_bytes_of(part).cpu().numpy().tobytes() for part in parts]
     sealed = b"".join((_MAGIC, len(described).to_bytes(4, "little"), described, *memory))
     return sealed + blake2b(sealed, digest_size=_CHECKSUM_BYTES).digest()
@@ -241,16 +260,36 @@ def _unseal(data: bytes, header: dict[str, Any], parts: Sequence[Tensor]) -> Non
     if blake2b(sealed, digest_size=_CHECKSUM_BYTES).digest() != data[-_CHECKSUM_BYTES:]:
         raise CacheDataError("the bytes of a block or state do not match their checksum")
     end = start + int.from_bytes(sealed[len(_MAGIC) : start], "little")
-    theirs = json.loads(sealed[start:end])
-    if theirs != header:
-        names = sorted(n for n in {*theirs, *header} if theirs.get(n) != header.get(n))
-        found = ", ".join(f"{n} {theirs.get(n)!r} instead of {header.get(n)!r}" for n in names)
-        raise CacheDataError(f"the bytes are of another cache: {found}")
-    for part in parts:
-        memory = _bytes_of(part)
+    if sealed[start:end] != _described(header):
+        raise CacheDataError(
+            f"the bytes are of another cache: {_difference(sealed[start:end], header)}"
+        )
+    memories = [_bytes_of(part) for part in parts]
+    wanted = sum(map(len, memories))
+    if len(sealed) - end != wanted:
+        raise CacheDataError(
+            f"the bytes are of another cache: {len(sealed) - end} of memory instead of {wanted}"
+        )
+    for memory in memories:
         piece = sealed[end : end + len(memory)]
         memory.copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
         end += len(memory)
+
+
+def _described(header: dict[str, Any]) -> bytes:
+    return json.dumps(header, sort_keys=True).encode()
+
+
+def _difference(described: bytes, header: dict[str, Any]) -> str:
+    """What another cache's header says instead of ours."""
+    try:
+        theirs = json.loads(described)
+    except (ValueError, RecursionError):
+        theirs = None
+    if not isinstance(theirs, dict) or theirs == header:
+        return "its header cannot be read"
+    names = sorted(n for n in {*theirs, *header} if theirs.get(n) != header.get(n))
+    return ", ".join(f"{n} {theirs.get(n)!r} instead of {header.get(n)!r}" for n in names)
 
 
 def _bytes_of(part: Tensor) -> Tensor:

@@ -29,10 +29,11 @@ from moebius.engine.memory import (
     logit_rows,
     plan_memory,
 )
+from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
-from moebius.errors import ConfigError, require
+from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
@@ -44,6 +45,8 @@ from moebius.ops import Ops, select_ops
 from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.ops.weights import dtype_name
+from moebius.parallel.alone import Alone
+from moebius.parallel.exchange import ExchangeSpec
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.params import ServingLimits
 from moebius.schedule.scheduler import Scheduler
@@ -55,12 +58,14 @@ log = logging.getLogger(__name__)
 class ExpertShare:
     """Which of several ranks that share a model's experts an engine is to be.
 
-    placement: what each of them holds; None: in order, as evenly as it goes.
+    placement: what each of them holds; None: in order, as evenly as it goes. neighbours: of these
+    on this host, itself among them, that have not taken their memory yet.
     """
 
     rank: int
     ranks: int
     placement: Placement | None = None
+    neighbours: int = 1
 
     def of(self, model: ModelConfig, config: EngineConfig) -> ExpertRank:
         """The rank of this model. Raises ConfigError for a model without experts, or with fewer
@@ -123,16 +128,18 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     """Read configuration and safetensors headers, check them, and plan the memory. Raises
     UsageError.
 
-    share: the rank to plan for, where several share the experts. It joins an exchange
-    (Prepared.decoder.ranks) before an engine is loaded.
+    share: the rank to plan for, where several share the experts; None: the first of config.ranks,
+    as if all were on this host.
     """
+    if share is None and config.ranks > 1:
+        share = ExpertShare(0, config.ranks, neighbours=config.ranks)
     checkpoint = open_checkpoint(directory)
     why = checkpoint.config.unpublished
-    require(
-        not why,
-        f"{directory} can be trained and measured, but not served: no published architecture has "
-        f"{why}",
-    )
+    if why:
+        raise ConfigError(
+            f"{directory} can be trained and measured, but not served: no published architecture "
+            f"has {why}"
+        )
     device = _device(config.device)
     cores = machine.threads()
     if config.threads is not None and config.threads > cores:
@@ -146,10 +153,16 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     ops = select_ops(device, dtype, config.threads)
     check_served(checkpoint.config, dtype, ops)
     ranks = None if share is None else share.of(checkpoint.config, config)
-    weights = checkpoint.plan_weights(
-        dtype_name(dtype), device.type, ops.formats(dtype), checkpoint.sources_at(ranks)
-    )
+    sources = checkpoint.sources_at(ranks)
+    weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype), sources)
     available, available_of = _available(device)
+    if share is not None and device.type == "cpu":
+        common = sum(
+            weight.nbytes
+            for source, weight in zip(sources, weights, strict=True)
+            if weight.mapped and source.expert is None
+        )
+        available = (available - common) // share.neighbours + common
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
         decoder,
@@ -235,7 +248,10 @@ def load_engine(
         fingerprint=name,
         prefix_caching=config.enable_prefix_caching,
     )
-    return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
+    ranks = runner.model.ranks
+    if ranks is None:
+        return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
+    return RankEngine(runner, scheduler, info, use=ranks.join, trace=trace, torch_threads=threads)
 
 
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
@@ -255,9 +271,26 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
         device=prepared.device,
         num_states=0 if states is None else states.num_slots,
     )
+    if model.ranks is not None:
+        model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))
     runner = Runner(model, cache, prepared.device, step_rows(config), prepared.workspace)
     runner.warm_up()
     return runner
+
+
+def exchange_spec(prepared: Prepared) -> ExchangeSpec:
+    """What the ranks of this model's group have in common."""
+    ranks = prepared.decoder.ranks
+    assert ranks is not None, "this engine shares its experts with nobody"
+    model = prepared.decoder.config
+    routers = [part.router for part in model.feed_forward if part.router is not None]
+    return ExchangeSpec(
+        size=ranks.placement.ranks,
+        tokens=ranks.tokens,
+        hidden=model.hidden_size,
+        top_k=max(router.top_k for router in routers),
+        dtype=prepared.dtype,
+    )
 
 
 def step_rows(config: EngineConfig) -> StepRows:

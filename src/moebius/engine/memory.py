@@ -1,5 +1,4 @@
-"""The memory plan: what weights, KV cache and workspace take, computed before anything is
-allocated.
+"""The memory plan: what weights, KV cache and workspace take, before anything is allocated.
 
 It is made from the configuration and the safetensors headers alone (`moebius plan MODEL` prints it
 without loading the model); the engine reserves what it says at start and nothing that grows later.
@@ -29,8 +28,7 @@ _INT64 = 8
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """Bytes of weights read in place from the files (`mapped`) and of those converted into memory
-    (`copied`).
+    """Bytes of weights that are read in place from the files (`mapped`), or converted (`copied`).
 
     stored is the dtype that most of them have in the files.
     """
@@ -58,8 +56,7 @@ class CacheSizes:
     request: int = 0
 
     def groups(self, max_num_seqs: int) -> CacheGroups:
-        """What the scheduler counts: places for the states of all sequences that may run, and for
-        some snapshots."""
+        """What the scheduler counts: states have slots for all that may run, and snapshots."""
         states = None
         if self.state:
             a_sequence = 1 + self.scratch + SNAPSHOTS_A_SEQUENCE
@@ -128,8 +125,7 @@ class MemoryPlan:
         return self.groups.most_blocks(length, self.chunk, self.block_size)
 
     def sequences(self, length: int) -> int:
-        """How many sequences of `length` tokens the cache holds at once (they may still take turns
-        beyond that)."""
+        """How many sequences of `length` tokens the cache holds at once; more take turns."""
         blocks = self.most_blocks(length)
         return self.num_blocks // blocks if blocks else self.max_num_seqs
 
@@ -230,9 +226,13 @@ def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int, ran
     hidden = 4 * model.hidden_size * _FLOAT32
     attention = 2 * max((mixer.activations for mixer in model.mixers), default=0) * _FLOAT32
     widest = max(
-        (part.router.top_k * ranks if part.router else 1) * (3 * part.width + 2 * model.hidden_size)
-        + 3 * part.shared_width
-        for part in model.feed_forward
+        (
+            (part.router.top_k * ranks if part.router else 1)
+            * (3 * part.width + 2 * model.hidden_size)
+            + 3 * part.shared_width
+            for part in model.feed_forward
+        ),
+        default=0,
     )
     scores = max((mixer.scores for mixer in model.mixers), default=0) * tokens
     scores *= (engine.max_model_len or 0) * _FLOAT32
@@ -288,8 +288,9 @@ def plan_memory(
     recorded: int | None = None,
     ranks: int = 1,
 ) -> MemoryPlan:
-    """Divide `available` bytes. Raises MemoryPlanError or ConfigError with the numbers where the
-    wish cannot be met.
+    """Divide `available` bytes.
+
+    Raises MemoryPlanError or ConfigError, with the numbers, where the wish cannot be met.
 
     Mapped weights count like copied ones: each step reads them all, so pages that the kernel gave
     up for the cache's would come from the disk again and again.
@@ -332,8 +333,10 @@ def plan_memory(
 
 
 def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
-    """Bytes for the cache, states and all: what is wanted, or the default; MemoryPlanError where
-    there is less."""
+    """Bytes for the cache with its states: what is wanted, or the default.
+
+    Raises MemoryPlanError where there is less.
+    """
     weights = plan.weights
     available = human_bytes(plan.available)
     of = f" (left of {plan.available_of})" if plan.available_of else ""
@@ -357,8 +360,7 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
 
 
 def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> MemoryPlan:
-    """The plan, whose context is made shorter, if it may be, until one sequence of that length fits
-    into the cache."""
+    """The plan, its context made shorter, if it may be, until one sequence fits into the cache."""
     if budget < plan.states:
         raise MemoryPlanError(
             f"the states of {plan.max_num_seqs} sequences need {human_bytes(plan.states)}, but the "

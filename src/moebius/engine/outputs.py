@@ -15,12 +15,14 @@ from moebius.schedule.request import FinishReason, Request
 class _Told:
     """A request whose last output is still to be made; the scheduler forgets it before.
 
-    num_scored  how many prompt tokens' log-probabilities were sent
+    num_scored  how many prompt tokens' log-probabilities were sent, by whichever engine
+    num_cached  how many prompt tokens came from the prefix cache
     counted     whether the counters know its prompt: from its first token on, or from its end
     """
 
     request: Request
     num_scored: int = 0
+    num_cached: int = 0
     counted: bool = False
 
 
@@ -36,7 +38,9 @@ class Outputs:
         return len(self._told)
 
     def add(self, request: Request) -> None:
-        self._told[request.id] = _Told(request)
+        # An engine that has drawn tokens has scored the whole prompt before.
+        scored = len(request.prompt_ids) - 1 if request.output_ids else 0
+        self._told[request.id] = _Told(request, scored)
 
     def unsent(
         self, request: Request, start: int, scored: list[TokenLogprob]
@@ -59,7 +63,10 @@ class Outputs:
         told = self._told[request.id]
         if not told.counted and (token_ids or request.finished):
             told.counted = True
-            self._counters.prompt(request)
+            prompt = len(request.prompt_ids)
+            # What an earlier engine has drawn may have been found, too.
+            told.num_cached = min(request.num_cached_tokens or 0, prompt)
+            self._counters.prompt(prompt, told.num_cached)
         if request.finished:
             del self._told[request.id]
         return StepOutput(
@@ -68,7 +75,7 @@ class Outputs:
             logprobs=(logprob,) if logprob else (),
             prompt_logprobs=tuple(scored),
             finish_reason=request.finish_reason,
-            num_cached_tokens=request.num_cached_tokens or 0,
+            num_cached_tokens=told.num_cached,
             at=now,
             scheduled=request.scheduled,
             num_preemptions=request.num_preemptions,

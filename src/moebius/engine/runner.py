@@ -58,6 +58,10 @@ class Runner:
         self.expert_counts.step()
         return hidden_TD
 
+    def execute_empty(self) -> None:
+        """Take part in a step without a token of one's own, where other ranks have some."""
+        self.execute(self._zeros(0))
+
     def logits(self, rows: Iterable[int]) -> Tensor:
         """(L, V) float32 of rows of the last step; read until the next call.
 

@@ -106,12 +106,10 @@ def _sample(
         return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
     rows = [_Row(index, request, _shaping(request)) for index, request in enumerate(requests)]
     for part in _parts(rows, lambda row: row.shaping.num_ids if row.shaping else 0):
-        shaped = [(row, row.shaping) for row in part if row.shaping]
-        with ops.shaped(
-            logits_LV, [row.index for row, _ in shaped], [shaping for _, shaping in shaped]
-        ):
+        shaped = [row for row in part if row.shaping]
+        with ops.shaped(logits_LV, _indices(shaped), _shapings(shaped)):
             _draw_each_kind(logits_LV, part, ops)
-            _refuse_banned(logits_LV, [row for row, _ in shaped])
+            _refuse_banned(logits_LV, shaped)
     _add_logprobs(logits_LV, rows, ops)
     return [row.outcome for row in rows]
 
@@ -208,6 +206,10 @@ def _draw_each_kind(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) ->
 
 def _indices(rows: Iterable[_Row]) -> list[int]:
     return [row.index for row in rows]
+
+
+def _shapings(rows: Iterable[_Row]) -> list[Shaping]:
+    return [row.shaping for row in rows if row.shaping]
 
 
 def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from moebius.errors import ConfigError, StorageError, require
+from moebius.errors import ConfigError, StorageError
 from moebius.files import begins_with, check_target
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
@@ -187,8 +187,11 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a trace: {error}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{path} cannot be read as a trace: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read as a trace: it is no UTF-8 text") from error
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -199,8 +202,10 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             raise ConfigError(
                 f"{where}: not JSON ({error}); is this a file that --trace wrote?"
             ) from error
-        good = isinstance(record, dict) and "event" in record
-        require(good, f"{path}, line {number}: no trace event; is this a file that --trace wrote?")
+        if not isinstance(record, dict) or "event" not in record:
+            raise ConfigError(
+                f"{path}, line {number}: no trace event; is this a file that --trace wrote?"
+            )
         yield record
 
 

@@ -21,61 +21,166 @@ import msgspec
 from msgspec import Struct
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.config import EngineConfig
 from moebius.errors import ERRORS_BY_CODE, Fact, MoebiusError, WireError
 from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.hashes import BlockHasher
 from moebius.schedule.params import ServingLimits
 
-VERSION = 1
+VERSION = 2
+"""Another one whenever a record that crosses gets or loses a field, or a field changes its type:
+else a process of another release would take one thing for another (tests/engine/test_wire.py)."""
+HEARTBEAT_SECONDS = 0.25
+"""An engine's process is heard of this often, whatever it does."""
+SEND_SECONDS = 30.0
+"""What the other end gets to take a frame."""
 
 
-class Submit(Struct, frozen=True, array_like=True, tag="submit"):
-    """Front to engine: compute this."""
+class _Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+class Launch(_Record, frozen=True, tag="launch"):
+    """Front to engine, first of all: load this.
+
+    directory    the model's, on the engine's own host
+    prefix_key   the launch's, by which the front hashes prompts
+    eos_ids      the model's end tokens
+    log_level    what the engine's process logs
+    rank         which of config.ranks engines it is that share the model's experts
+    neighbours   of these on its own host, itself among them: how many have not taken their memory
+                 yet
+    """
+
+    directory: str
+    config: EngineConfig
+    prefix_key: bytes
+    eos_ids: frozenset[int]
+    log_level: str = "info"
+    rank: int = 0
+    neighbours: int = 1
+
+
+class Submit(_Record, frozen=True, tag="submit"):
+    """Front to engine: compute this. number: how many requests its group has had with it."""
 
     request: EngineRequest
+    number: int = 0
 
 
-class Abort(Struct, frozen=True, array_like=True, tag="abort"):
+class Hear(_Record, frozen=True, tag="hear"):
+    """Front to a rank: request `number` of its group is another rank's."""
+
+    number: int
+
+
+class Join(_Record, frozen=True, tag="join"):
+    """Front to a rank: compute with the others, in this epoch of their group.
+
+    place     where the group's shared memory is
+    timeout   seconds that any wait for the others may take
+    heard     how many requests the group has had
+    """
+
+    group: str
+    epoch: int
+    place: str
+    timeout: float
+    heard: int
+
+
+class Abort(_Record, frozen=True, tag="abort"):
     """Front to engine: end this request."""
 
     request_id: str
 
 
-class Loaded(Struct, frozen=True, array_like=True, tag="loaded"):
-    """Engine to front, first of all: it can take requests."""
+class ReadLoads(_Record, frozen=True, tag="read_loads"):
+    """Front to engine: answer with Loads."""
+
+
+class Stop(_Record, frozen=True, tag="stop"):
+    """Front to engine: end what is unfinished, within so many seconds, and the process."""
+
+    timeout: float
+
+
+class Heartbeat(_Record, frozen=True, tag="heartbeat"):
+    """Engine to front, several times a second until it has Stats to send: the process lives."""
+
+
+class Planned(_Record, frozen=True, tag="planned"):
+    """Engine to front: the model can be served, and its weights are now read.
+
+    rows              the memory plan as a table: (what, how much, remark)
+    batch_invariant   promise P1
+    kernels           the name of what computes
+    """
+
+    rows: list[tuple[str, str, str]]
+    batch_invariant: bool
+    kernels: str
+
+
+class Rows(_Record, frozen=True):
+    """What the ranks of a group exchange: ExchangeSpec, as a frame can hold it."""
+
+    size: int
+    tokens: int
+    hidden: int
+    top_k: int
+    dtype: str
+
+
+class Loaded(_Record, frozen=True, tag="loaded"):
+    """Engine to front: it can take requests, a rank once it has joined its group."""
 
     info: EngineInfo
+    rows: Rows | None = None
 
 
-class Failed(Struct, frozen=True, array_like=True, tag="failed"):
-    """Engine to front: it cannot go on, or could not begin."""
+class Joined(_Record, frozen=True, tag="joined"):
+    """A rank to the front: it is in this epoch of its group."""
+
+    epoch: int
+
+
+class Parted(_Record, frozen=True, tag="parted"):
+    """A rank to the front: it cannot go on with the others, and waits for the next epoch."""
+
+    epoch: int
+    error: MoebiusError
+
+
+class Failed(_Record, frozen=True, tag="failed"):
+    """Engine to front, last of all: it cannot go on, or could not begin."""
 
     error: MoebiusError
 
 
-class Outputs(Struct, frozen=True, array_like=True, tag="outputs"):
+class Outputs(_Record, frozen=True, tag="outputs"):
     """Engine to front: what one step brought."""
 
     outputs: list[StepOutput]
 
 
-class Stats(Struct, frozen=True, array_like=True, tag="stats"):
-    """Engine to front."""
+class Stats(_Record, frozen=True, tag="stats"):
+    """Engine to front, several times a second: the process lives, and how far the engine is."""
 
     stats: EngineStats
 
 
-class Loads(Struct, frozen=True, array_like=True, tag="loads"):
-    """Engine to front."""
+class Loads(_Record, frozen=True, tag="loads"):
+    """Engine to front, which asked."""
 
     loads: ExpertLoads
 
 
-ToEngine = Submit | Abort
-FromEngine = Loaded | Failed | Outputs | Stats | Loads
+ToEngine = Launch | Submit | Hear | Join | Abort | ReadLoads | Stop
+FromEngine = Heartbeat | Planned | Loaded | Joined | Parted | Failed | Outputs | Stats | Loads
 
 
-class _Error(Struct, frozen=True, array_like=True):
+class _Error(_Record, frozen=True):
     code: str
     text: str
     facts: dict[str, Fact]
@@ -117,10 +222,10 @@ def received(
     return request
 
 
-_Message = TypeVar("_Message")
+_Decoded = TypeVar("_Decoded")
 
 
-def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_Message]) -> _Message:
+def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_Decoded]) -> _Decoded:
     if not frame:
         raise WireError("a frame without a byte; it must begin with its version")
     if frame[0] != VERSION:

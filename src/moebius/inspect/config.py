@@ -12,17 +12,17 @@ from moebius.errors import ConfigError
 class InspectConfig:
     """How much text `moebius inspect` runs, in which pieces, and what it works out costs for."""
 
-    max_tokens: Annotated[int, "Run at most so many tokens, chosen evenly from the text."] = 200_000
-    row_length: Annotated[int, "Tokens that see each other: the context's length."] = 512
-    step_tokens: Annotated[int, "Tokens in one step, over which a step's balance is taken."] = 2048
+    max_tokens: Annotated[int, "Most tokens that are run, chosen evenly from the text."] = 200_000
+    row_length: Annotated[int, "Tokens in a row, which see each other."] = 512
+    step_tokens: Annotated[int, "Tokens in a step; balance is also measured over each step."] = 2048
     capacity_factor: Annotated[
-        Sequence[float], "Capacity factors whose dropped share to work out."
+        Sequence[float], "Capacity factors to report the dropped share for."
     ] = (1, 1.25, 1.5, 2)
     ranks: Annotated[
         Sequence[int], "Numbers of ranks to place the experts on; default: 2, 4, ..."
     ] = ()
     threads: Annotated[
-        int | None, "Compute threads; default: one a core, as far as a CPU quota goes."
+        int | None, "Compute threads; default: one per core, as far as a CPU quota goes."
     ] = None
 
     def __post_init__(self) -> None:

@@ -82,7 +82,8 @@ def write_report(
     other = None if against is None else _load_other(checkpoint, against, rows, tokenizer, config)
     # The kernels have a pool of their own; a second one that spins beside it costs both dearly on
     # few cores.
-    with TorchThreads(1 if decoder.ops.own_threads else config.threads or default_threads()):
+    threads = config.threads or default_threads()
+    with TorchThreads(1 if decoder.ops.own_threads else threads):
         tally = collect(decoder, rows, config.step_tokens, other, progress)
     check_finite(tally, list(layers))
     report = _facts(decoder, tally, name or directory.name)
@@ -198,21 +199,37 @@ def _largest_maps(maps: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted(by_spread[:room])
 
 
+def _visible(text: str) -> str:
+    """Text in which spaces, tabs and line ends can be seen."""
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+
+
+def _tail(text: str, length: int) -> str:
+    """A text's last `length` characters, the first of them an ellipsis where it has more."""
+    if len(text) <= length:
+        return text
+    return "…" + text[1 - length :]
+
+
+def _usual(placements: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The one for a number of ranks that comes closest to eight, a usual machine's."""
+    return min(placements, key=lambda one: abs(one["ranks"] - 8))
+
+
 def _render(template: str, report: Mapping[str, Any], *, escape: bool) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {
-        "visible": lambda text: text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·"),
+        "visible": _visible,
         "tint": _tint,
         "ticks": _ticks,
         "largest_maps": _largest_maps,
-        # Eight ranks are a usual machine.
-        "usual": lambda rows: min(rows, key=lambda row: abs(row["ranks"] - 8)),
+        "usual": _usual,
         "plain": lambda number: f"{number:g}",
         "times": lambda number, factor: number * factor,
-        "tail": lambda text, length: text if len(text) <= length else "…" + text[1 - length :],
+        "tail": _tail,
     }
     return environment.get_template(template).render(report)
 

@@ -72,6 +72,8 @@ def layer_figures(
         "dropped": torch.stack(dropped, 1),
     }
     lists = {name: rounded(values) for name, values in columns.items()}
+    # Shown as multiples of the even share: hundreds of times as much.
+    lists["load"] = rounded(columns["load"], 7)
     found = []
     for m, layer in enumerate(layers):
         dead = dead_ME[m].nonzero().flatten().tolist()

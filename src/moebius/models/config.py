@@ -83,6 +83,16 @@ class ModelConfig:
         for name in ("hidden_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.norm_eps >= 0:
+            raise ConfigError(
+                f"norm_eps (rms_norm_eps) is {self.norm_eps}; it must not be negative"
+            )
+        if self.logits_divisor == 0:
+            raise ConfigError("logits_divisor (logits_scaling) is 0; logits are divided by it")
+        if self.logits_softcap is not None and not self.logits_softcap > 0:
+            raise ConfigError(
+                f"logits_softcap is {self.logits_softcap}; it must be positive, or left out"
+            )
         if not self.layers:
             raise ConfigError("num_layers is 0; it must be at least 1")
 

@@ -24,6 +24,8 @@ _FILES = [
     "NOTICE*",
     "README.md",
 ]
+# Copies of the same weights in another layout, and those of other models: twice the download.
+_NOT_FILES = ["consolidated*.safetensors", "*/*.safetensors"]
 
 
 def resolve_model(name: str) -> Path:
@@ -104,7 +106,7 @@ def _download(repo_id: str) -> Path:
 
     missing = f"there is no directory {repo_id} here"
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=_FILES, ignore_patterns=_NOT_FILES))
     except GatedRepoError:
         raise ConfigError(
             f"{repo_id} needs its owner's permission: accept its terms on the hub and set HF_TOKEN"

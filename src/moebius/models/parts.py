@@ -52,16 +52,23 @@ def sliding_window(reader: ConfigReader) -> int | None:
     return None if reader.get("sliding_window") is None else reader.integer("sliding_window")
 
 
-def rope(reader: ConfigReader) -> RopeConfig:
+def rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
     """rope_theta and rope_scaling (transformers 4) or rope_parameters (5); rope_scaling wins as it
-    does there."""
+    does there. `partial` is as in rope_of."""
     old = reader.get("rope_scaling")
     new = reader.get("rope_parameters")
-    return rope_of(reader, "rope_scaling", old) if old else rope_of(reader, "rope_parameters", new)
+    name = "rope_scaling" if old else "rope_parameters"
+    return rope_of(reader, name, old or new, partial)
 
 
-def rope_of(reader: ConfigReader, name: str, value: Any) -> RopeConfig:
-    """One object of rope's entries, which stands under `name`; None for an empty one."""
+def rope_of(
+    reader: ConfigReader, name: str, value: Any, partial: float | None = None
+) -> RopeConfig:
+    """One object of rope's entries, which stands under `name`; None for an empty one.
+
+    partial: what an absent partial_rotary_factor means to families that turn a part of each head;
+    None for the others.
+    """
     given = value or {}
     if not isinstance(given, dict):
         raise reader.error(f"{name} is {given!r}; it must be an object")
@@ -82,8 +89,12 @@ def rope_of(reader: ConfigReader, name: str, value: Any) -> RopeConfig:
         raise entries.error(
             f"{nested} are objects; all layers of this type have the same frequencies"
         )
-    _check_partial(reader, entries)
     config = _scaled(reader, kind, entries)
+    if partial is None:
+        _check_partial(reader, entries)
+    else:
+        key = "partial_rotary_factor"
+        config = replace(config, partial=entries.number(key, reader.number(key, partial)))
     entries.finish()
     reader.ignored += [f"{name}.{ignored}" for ignored in entries.ignored]
     return config

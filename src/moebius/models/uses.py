@@ -22,6 +22,10 @@ def uses(config: ModelConfig, dtype: torch.dtype) -> frozenset[Use]:
         found.update(mixer.uses(dtype))
     for part in config.feed_forward:
         found.update(part.uses(dtype))
+    if config.logits_divisor != 1.0:
+        found.add(Use(Operation.DIVIDE, torch.float32))
+    if config.logits_softcap is not None:
+        found.add(Use(Operation.SOFTCAP, torch.float32))
     return frozenset(found)
 
 

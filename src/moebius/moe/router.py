@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moebius.moe.capacity import kept
 from moebius.moe.noise import jittered, noisy
 from moebius.moe.training import TrainingRouting
+from moebius.nn.linear import Weighted
 from moebius.ops import Ops, PreparedLinear, RouterTally
 from moebius.ops.config import RouterConfig
 
@@ -30,7 +31,7 @@ class Routing(NamedTuple):
     kept_TK: Tensor | None = None
 
 
-class Router(nn.Module):
+class Router(Weighted):
     """weight (E, D), and where there are such bias, selection_bias (E,), noise_weight (E, D).
 
     `limits` is what training does beside; nothing that serves sets it. `tally` counts what was
@@ -38,7 +39,7 @@ class Router(nn.Module):
     """
 
     def __init__(self, ops: Ops, config: RouterConfig, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(config.num_experts, width, dtype)
         self.ops = ops
         self.config = config
         self.limits: TrainingRouting | None = None
@@ -49,13 +50,12 @@ class Router(nn.Module):
             return nn.Parameter(torch.empty(*shape, dtype=kind)) if wanted else None
 
         experts = config.num_experts
-        self.weight = nn.Parameter(torch.empty(experts, width, dtype=dtype))
         self.bias = where(config.logit_bias, experts)
         self.selection_bias = where(config.selection_bias, experts, kind=torch.float32)
         self.noise_weight = where(config.learned_noise, experts, width)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        layer = (self.weight, self.bias)
+        layer = (self.held(), self.bias)
         if self._prepared is None or not self._prepared.is_of(layer):
             self._prepared = self.ops.prepare_linear(layer, dtype=x_TD.dtype)
         if self.limits is not None and self.limits.jitter and self.training:

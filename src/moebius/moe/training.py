@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from moebius.errors import require
+from moebius.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +36,26 @@ class TrainingRouting:
     def __post_init__(self) -> None:
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            require(
-                value is None or 0 < value < math.inf,
-                f"routing.{name} is {value}; it must be positive",
+            if value is None:
+                continue
+            if not 0 < value < math.inf:
+                raise ConfigError(f"routing.{name} is {value}; it must be positive")
+            if self.dropless:
+                raise ConfigError(
+                    f"routing.{name} is {value}, but a dropless router has no capacity; set "
+                    "routing.dropless = false"
+                )
+        if not self.dropless and self.capacity_factor is None:
+            raise ConfigError("routing.dropless is false; give capacity_factor")
+        if self.min_capacity < 0:
+            raise ConfigError(
+                f"routing.min_capacity is {self.min_capacity}; it must not be negative"
             )
-            require(
-                value is None or not self.dropless,
-                f"routing.{name} is {value}, but a dropless router has no capacity; set "
-                "routing.dropless = false",
+        if not 0 < self.second_threshold < 1:
+            raise ConfigError(
+                f"routing.second_threshold is {self.second_threshold}; it must lie between 0 and 1"
             )
-        require(
-            self.dropless or self.capacity_factor is not None,
-            "routing.dropless is false; give capacity_factor",
-        )
-        require(
-            self.min_capacity >= 0,
-            f"routing.min_capacity is {self.min_capacity}; it must not be negative",
-        )
-        require(
-            0 < self.second_threshold < 1,
-            f"routing.second_threshold is {self.second_threshold}; use 0 < it < 1",
-        )
-        require(
-            0 <= self.jitter < 1,
-            f"routing.jitter is {self.jitter}; it must be at least 0 and less than 1",
-        )
+        if not 0 <= self.jitter < 1:
+            raise ConfigError(
+                f"routing.jitter is {self.jitter}; it must be at least 0 and less than 1"
+            )

@@ -59,6 +59,10 @@ class GQA:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name in ("softcap", "clip_qkv"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"{name} is {limit}; it must be positive, or left out")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_attention_heads = {self.num_heads} is no multiple of num_key_value_heads = "
@@ -131,6 +135,8 @@ class GQA:
         yield Use(Operation.PAGED_ATTENTION, dtype, features)
         if self.qk_norm == "full":
             yield Use(Operation.RMS_NORM_PART, dtype)
+        if self.clip_qkv is not None:
+            yield Use(Operation.CLIP, dtype)
 
     def build(self, place: Place) -> "Attention":
         return Attention(self, place)

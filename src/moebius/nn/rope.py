@@ -41,8 +41,19 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if not (self.theta > 0 and math.isfinite(self.theta)):
             raise ConfigError(f"rope_theta is {self.theta}; it must be positive")
-        if not self.factor >= 1.0:
-            raise ConfigError(f"the rope scaling factor is {self.factor}; it must be at least 1")
+        if not 1.0 <= self.factor < 2**32:
+            raise ConfigError(
+                f"the rope scaling factor is {self.factor}; it must be at least 1, less than 2^32"
+            )
+        for name in ("beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(
+                    f"the rope's {name} is {getattr(self, name)}; it must be positive"
+                )
+        if self.scaling == "yarn" and self.theta == 1:
+            raise ConfigError(
+                "rope_theta is 1, where yarn finds no frequencies; it must be another"
+            )
         if not 0 < self.partial <= 1:
             raise ConfigError(
                 f"partial_rotary_factor is {self.partial}; it must be positive and at most 1"
@@ -52,7 +63,10 @@ class RopeConfig:
         """How many of a head's values turn. Raises ConfigError where they are not pairs."""
         size = int(head_dim * self.partial)
         if size % 2:
-            raise ConfigError(f"head_dim is {size}; rotary embedding needs an even one")
+            what = "head_dim"
+            if self.partial != 1:
+                what += f" = {head_dim} times partial_rotary_factor = {self.partial}"
+            raise ConfigError(f"{what} is {size}; rotary embedding needs an even one")
         return size
 
 

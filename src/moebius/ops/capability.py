@@ -42,7 +42,10 @@ class Feature(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """An operation computed in `dtype`, whatever its weights' formats, as a model asks for it."""
+    """An operation as a model of `dtype` asks for it, whatever its weights' formats.
+
+    Rotations, routers, logits' caps and divisors, and sampling are float32 in any model.
+    """
 
     operation: Operation
     dtype: torch.dtype

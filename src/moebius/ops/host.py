@@ -1,6 +1,7 @@
 """What a program calls on the host, between two segments of its own calls (`Ops.host`)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -24,12 +25,21 @@ class HostResult(NamedTuple):
     dtype: torch.dtype
 
 
-def counted(counts: Mapping[str, int], rows: Rows) -> int:
-    """What a call to the host says of a count that it decides. Raises ValueError."""
-    found = counts.get(rows.name)
-    if found is None or not 0 <= found <= rows.most:
-        raise ValueError(
-            f"a call to the host decided that there are {found} {rows.name}; it must return "
-            f"between 0 and {rows.most} under that name"
-        )
+def decided_by(outputs: Sequence[HostResult]) -> tuple[Rows, ...]:
+    """The counts that a call with such outputs decides, each once."""
+    return tuple(dict.fromkeys(each.rows for each in outputs if isinstance(each.rows, Rows)))
+
+
+def counted(counts: Mapping[str, int], decides: Sequence[Rows]) -> list[int]:
+    """What a call to the host says of the counts that it decides. Raises ValueError."""
+    if counts.keys() != {rows.name for rows in decides}:
+        wanted = [rows.name for rows in decides]
+        raise ValueError(f"a call to the host decided {list(counts)}; it must decide {wanted}")
+    found = [index(counts[rows.name]) for rows in decides]
+    for number, rows in zip(found, decides, strict=True):
+        if not 0 <= number <= rows.most:
+            raise ValueError(
+                f"a call to the host decided that there are {number} {rows.name}; there must be "
+                f"between 0 and {rows.most}"
+            )
     return found

@@ -65,8 +65,8 @@ class Ops(SamplerOps):
 
         Where `compute` reads values, lets torch compute between the operations, or is not for this
         backend to record, the program calls it as it is, and its trace says why. Where it is
-        recorded, `compute` must call the same operations whatever it is given, and Python's own
-        state is read at recording alone.
+        recorded, `compute` must call the same operations whatever it is given; Python's own state
+        is read at recording alone, and numbers of rows are then the most that there may be.
         """
 
     @abstractmethod
@@ -76,7 +76,9 @@ class Ops(SamplerOps):
         """Call `function(inputs, outputs)` between this backend's own calls, in each run anew.
 
         It is handed as many rows as there are in that run, writes the outputs, and returns by name
-        the counts that it decides. What it raises ends the run.
+        the counts that it decides. What it raises ends the run, and so does a count that it does
+        not return (ValueError). The memory is other calls' before and after. Promise P1 is the
+        function's to keep: it moves rows, or computes each from itself alone.
         """
 
     # Rows and linear layers
@@ -149,11 +151,11 @@ class Ops(SamplerOps):
 
     @abstractmethod
     def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
-        """cap * tanh(x / cap) in float32, x's dtype (Gemma 2, arXiv 2408.00118)."""
+        """cap * tanh(x / cap) of float32 (Gemma 2, arXiv 2408.00118)."""
 
     @abstractmethod
     def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
-        """x / divisor in float32, x's dtype."""
+        """x / divisor of float32."""
 
     @abstractmethod
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:

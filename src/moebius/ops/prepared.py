@@ -6,6 +6,7 @@ it asks `is_of` before each use: a parameter may have been moved or replaced sin
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from operator import is_
 from typing import TypeVar
 
 from torch import Tensor
@@ -51,11 +52,9 @@ class AttentionPlan:
     __slots__ = ()
 
 
-def same(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """Whether both are the same objects in the same order."""
-    if len(tensors) != len(others):
-        return False
-    return all(a is b for a, b in zip(tensors, others, strict=True))
+def same(weights: Sequence[Weight | None], others: Sequence[Weight | None]) -> bool:
+    """Whether both are the same objects in the same order; asked in each layer of each pass."""
+    return len(weights) == len(others) and all(map(is_, weights, others))
 
 
 _Own = TypeVar("_Own")

@@ -37,14 +37,14 @@ class Trace:
     segments   runs of the backend's own calls, with calls to the host between them
     uses       the operations that it calls, as far as it was followed
     reason     why it is not recorded; empty where it is
-    layout     (place, bytes) of each of its buffers in that memory
+    places     where each of its buffers lies in that memory
     """
 
     nbytes: int
     segments: int
     uses: frozenset[Use]
     reason: str = ""
-    layout: tuple[tuple[int, int], ...] = ()
+    places: tuple[int, ...] = ()
 
     @property
     def recorded(self) -> bool:

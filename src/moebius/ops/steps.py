@@ -114,7 +114,7 @@ class StepInputs:
         cls,
         token_ids: Sequence[Sequence[int]],
         starts: Sequence[int],
-        block_ids: Sequence[Sequence[int]],
+        block_ids: Sequence[Sequence[int]] | None,
         block_size: int,
         device: torch.device | str = "cpu",
         *,
@@ -123,45 +123,40 @@ class StepInputs:
     ) -> "StepInputs":
         """From each sequence's new tokens, the position of the first of them, and its blocks.
 
-        block_ids are those of the first group of layers, `others` those of each further group.
+        block_ids are those of the first group of layers, `others` those of each further group;
+        None where no layer has any, as in a model of recurrent states alone.
         """
         ids = list[int]()
         positions = list[int]()
-        slots = list[int]()
         query_start = [0]
         seq_lens = list[int]()
-        for tokens, start, blocks in zip(token_ids, starts, block_ids, strict=True):
-            ids += tokens
-            stop = start + len(tokens)
-            if stop - start == 1:  # a decode, of which there are hundreds
+        for tokens, start in zip(token_ids, starts, strict=True):
+            count = len(tokens)
+            if count == 1:  # a decode, of which there are hundreds
+                ids.append(tokens[0])
                 positions.append(start)
-                slots.append(blocks[start // block_size] * block_size + start % block_size)
             else:
-                positions.extend(range(start, stop))
-                slots += _slots(blocks, start, stop, block_size)
+                ids += tokens
+                positions += range(start, start + count)
+            seq_lens.append(start + count)
             query_start.append(len(ids))
-            seq_lens.append(stop)
+        slots = array("q")
+        if block_ids is not None:
+            slots = _slots(block_ids, starts, seq_lens, block_size)
         step = cls(
             device,
             array("q", ids),
             array("q", positions),
-            array("q", slots),
+            slots,
             array("i", query_start),
             array("i", seq_lens),
-            *_table(block_ids),
+            *_table(block_ids or ()),
             states=states,
         )
         step.others = tuple(
             replace(
                 step,
-                slot_mapping_host=array(
-                    "q",
-                    (
-                        slot
-                        for blocks, start, stop in zip(tables, starts, seq_lens, strict=True)
-                        for slot in _slots(blocks, start, stop, block_size)
-                    ),
-                ),
+                slot_mapping_host=_slots(tables, starts, seq_lens, block_size),
                 block_table_host=table,
                 max_blocks=width,
                 group=group,
@@ -197,15 +192,21 @@ class StepInputs:
         return host.to(self.device)
 
 
-def _slots(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
-    """Where a sequence's positions from `start` to `stop` - 1 lie in the cache."""
+def _slots(
+    tables: Sequence[Sequence[int]], starts: Sequence[int], stops: Sequence[int], block_size: int
+) -> "array[int]":
+    """Where each sequence's positions from `starts` to `stops` - 1 lie in the cache."""
     slots = list[int]()
-    for at in range(start // block_size, -(-stop // block_size)):
-        shift = (blocks[at] - at) * block_size
-        first = max(start, at * block_size) + shift
-        last = min(stop, (at + 1) * block_size) + shift
-        slots.extend(range(first, last))
-    return slots
+    for blocks, start, stop in zip(tables, starts, stops, strict=True):
+        if stop - start == 1:
+            slots.append(blocks[start // block_size] * block_size + start % block_size)
+            continue
+        for at in range(start // block_size, -(-stop // block_size)):
+            shift = (blocks[at] - at) * block_size
+            first = max(start, at * block_size) + shift
+            last = min(stop, (at + 1) * block_size) + shift
+            slots.extend(range(first, last))
+    return array("q", slots)
 
 
 def _table(tables: Sequence[Sequence[int]]) -> "tuple[array[int], int]":

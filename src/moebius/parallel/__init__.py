@@ -1,1 +1,1 @@
-"""What processes and machines that serve one model say to each other."""
+"""Between processes: keyed channels of whole frames, and the exchange of rows between ranks."""

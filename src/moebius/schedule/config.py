@@ -1,9 +1,10 @@
 """What an operator chooses about scheduling. Names are vLLM's where the meaning is the same."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import Field, dataclass, fields
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
-from moebius.errors import require, require_word
+from moebius.errors import ConfigError, require, require_word
 
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -33,15 +34,30 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         require_word("scheduling_policy", self.scheduling_policy, SchedulingPolicy)
+        for field in fields(self):
+            _check_type(field, getattr(self, field.name))
         require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = "
             f"{self.max_num_seqs}; each running sequence needs at least one token a step",
         )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                require(value >= 1, f"{field.name} is {value}; it must be at least 1")
         require(
             self.block_size <= 1024, f"block_size is {self.block_size}; it must be at most 1024"
         )
+
+
+def _check_type(field: Field[Any], value: object) -> None:
+    """ConfigError for a switch that is no bool, a count that is no integer of 1 or more, and a time
+    that is no number."""
+    kind = get_args(field.type)[0]  # what is Annotated
+    kinds = get_args(kind) or (kind,)
+    if bool in kinds:
+        require(isinstance(value, bool), f"{field.name} is {value!r}; it must be True or False")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if float in kinds and not number:
+        raise ConfigError(f"{field.name} is {value!r}; it must be a number")
+    if int not in kinds or (value is None and NoneType in kinds):
+        return
+    if not (number and isinstance(value, int)):
+        raise ConfigError(f"{field.name} is {value!r}; it must be an integer")
+    require(value >= 1, f"{field.name} is {value}; it must be at least 1")

@@ -99,6 +99,8 @@ class EngineRequest:
             )
         check_tokens(self.prompt_ids, limits.vocab_size)
         check_tokens(self.output_ids, limits.vocab_size)
+        check_tokens(self.stop_ids, limits.vocab_size, "stop_token_ids")
+        check_integer("seed", self.seed, 0, 2**64 - 1)
         check_asked(self.params, limits, self.priority)
         check_number("arrival", self.arrival, -sys.float_info.max, sys.float_info.max)
         if self.deadline is not None:
@@ -114,8 +116,11 @@ class EngineRequest:
         room = limits.max_model_len - len(self.prompt_ids)
         unlimited = self.params.max_tokens is None
         if room < (1 if unlimited else self.max_tokens):
-            wanted = self.max_tokens if not unlimited else 1 if room == 0 else None
+            wanted: int | None = self.max_tokens
+            if unlimited:
+                wanted = 1 if room == 0 else None
             raise ContextExceededError(limits.max_model_len, len(self.prompt_ids), wanted)
+        check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
 
     def sibling(self, id: str, seed: int) -> Self:
         """Another choice of the same prompt, nothing of it drawn yet.

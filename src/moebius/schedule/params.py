@@ -1,6 +1,6 @@
 """SamplingParams: how a request's tokens are drawn; and the limits that each request is held to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
@@ -25,14 +25,14 @@ class Limits:
 LIMITS = Limits()
 
 
-def check_tokens(ids: Sequence[int], vocab_size: int) -> None:
-    """RequestError unless all are token ids of the model."""
+def check_tokens(ids: Collection[int], vocab_size: int, param: str = "prompt") -> None:
+    """RequestError, naming `param`, unless all are token ids of the model."""
     if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
         return  # as a rule; a loop over a long prompt would take ten times as long
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             message = f"token id {token!r} is not an integer from 0 to {vocab_size - 1}"
-            raise RequestError(message, param="prompt")
+            raise RequestError(message, param=param)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,13 +105,13 @@ class Api:
         return _json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(
-            self.door.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        # On a thread: the engine may take a while to answer.
+        text = await asyncio.to_thread(self.door.metrics.exposition)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def moe_stats(self, request: Request) -> Response:
         """How each layer's router spread the last steps' tokens; a dense model has no layers."""
-        loads = self.door.client.expert_loads()
+        loads = await asyncio.to_thread(self.door.client.expert_loads)
         return _json({"object": "moe.stats", "window_steps": loads.steps, "layers": loads.layers})
 
     async def embeddings(self, request: Request) -> Response:

@@ -6,7 +6,7 @@ values are fixed when the server starts, or of a fixed few; none comes from a re
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -103,18 +103,16 @@ class ServerMetrics:
             ("method", "handler", "status"),
             registry=self._single,
         )
-        self._observe = {
-            name: Histogram(
+        self._observe: dict[str, Callable[[float], None]] = {}
+        for name, (text, buckets) in _TABLE["histograms"].items():
+            histogram = Histogram(
                 _OWN + name,
                 text,
                 _LABELS,
                 buckets=_TABLE["buckets"][buckets],
                 registry=self._registry,
             )
-            .labels(*self._labels)
-            .observe
-            for name, (text, buckets) in _TABLE["histograms"].items()
-        }
+            self._observe[name] = histogram.labels(*self._labels).observe
         self._finished = self._counter(
             "request_success", "Sequences that ended", "finished_reason", FINISHED_REASONS
         )

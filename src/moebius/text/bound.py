@@ -55,7 +55,7 @@ class TokenBound:
             return
         texts = [token.content for token in added]
         if backend.normalizer is not None:
-            texts += [backend.normalizer.normalize_str(token.content) for token in added]
+            texts += map(backend.normalizer.normalize_str, list(texts))
         self._most_bytes = max([longest, *(len(text.encode()) for text in texts)])
         replaced = [spec["pattern"]["String"] for spec in normalisers if spec["type"] == "Replace"]
         if not any(map(_letters, replaced)):

@@ -34,6 +34,18 @@ class Document(NamedTuple):
     goes_on: bool = False
 
 
+class _File(NamedTuple):
+    """A file of a corpus: its kind of text, and what it is called there.
+
+    named   whether the recipe names the file itself, and not a folder above it
+    """
+
+    kind: str
+    name: str
+    path: Path
+    named: bool
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Text files, folders of them and .jsonl files, by kind; every pass reads them anew.
@@ -52,32 +64,38 @@ class Corpus:
     def key(self) -> str:
         """Fingerprint of every file's path, size and time of change."""
         stats = []
-        for kind, _, name, path in self._paths():
-            stat = path.stat()
-            stats.append((kind, name, stat.st_size, stat.st_mtime_ns))
+        for file in self._files():
+            stat = file.path.stat()
+            stats.append((file.kind, file.name, stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(repr((stats, self.recipe.text_key)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped.clear()
         self.empty.clear()
-        kinds = Counter(kind for kind, _, _, _ in self._paths())
-        for kind, named, name, path in self._paths():
-            if path.suffix == ".jsonl":
-                yield from self._lines(kind, name, path)
+        files_of_kind = Counter(file.kind for file in self._files())
+        for file in self._files():
+            if file.path.suffix == ".jsonl":
+                yield from self._lines(file)
                 continue
-            length = self._length(path, named)
+            length = self._length(file)
             if not length:
                 continue
-            if kinds[kind] > 1:
-                yield from _in_pieces(self._split(name), kind, name, _blocks(path))
-                continue
-            at = _heldout_start(path, int(length * (1 - self.recipe.heldout_share)))
-            end = f"{name}:end"
-            yield from _in_pieces("train", kind, name, _between(_blocks(path), 0, at))
-            yield from _in_pieces("heldout", kind, end, _between(_blocks(path), at, length))
+            if files_of_kind[file.kind] == 1:
+                yield from self._cut(file, length)
+            else:
+                split = self._split(file.name)
+                yield from _in_pieces(split, file.kind, file.name, _blocks(file.path))
 
-    def _paths(self) -> Iterator[tuple[str, bool, str, Path]]:
-        """Kind, whether the file itself was named, the name, the path; in order."""
+    def _cut(self, file: _File, length: int) -> Iterator[Document]:
+        """The only file of its kind, as two documents: of its text the end is held out."""
+        at = _heldout_start(file.path, int(length * (1 - self.recipe.heldout_share)))
+        start = _between(_blocks(file.path), 0, at)
+        yield from _in_pieces("train", file.kind, file.name, start)
+        end = _between(_blocks(file.path), at, length)
+        yield from _in_pieces("heldout", file.kind, f"{file.name}:end", end)
+
+    def _files(self) -> Iterator[_File]:
+        """In order."""
         for kind, roots in self.recipe.files.items():
             for root in map(Path, roots):
                 if not root.exists():
@@ -88,48 +106,48 @@ class Corpus:
                         f"corpus.files.{kind}: {root} is neither a file nor a directory"
                     )
                 if not root.is_dir():
-                    yield kind, True, root.name, root
+                    yield _File(kind, root.name, root, named=True)
                     continue
                 for path in sorted(p for p in root.rglob("*") if p.is_file()):
                     relative = path.relative_to(root)
                     if not _is_hidden(relative):
-                        yield kind, False, relative.as_posix(), path
+                        yield _File(kind, relative.as_posix(), path, named=False)
 
     def _split(self, path: str) -> str:
         return SPLITS[is_held_out(path, self.recipe.heldout_share)]
 
-    def _length(self, path: Path, named: bool) -> int:
+    def _length(self, file: _File) -> int:
         """How many characters of text a file has; 0 for one that is passed over."""
         length = 0
         blank = True
         binary = False
         try:
-            for block in _blocks(path):
+            for block in _blocks(file.path):
                 length += len(block)
                 blank = blank and block.isspace()
                 binary = binary or "\0" in block
         except UnicodeDecodeError:
             binary = True
-        if binary and named:
-            raise ConfigError(f"{path} is binary: it is no UTF-8 text, or holds a zero byte")
+        if binary and file.named:
+            raise ConfigError(f"{file.path} is binary: it is no UTF-8 text, or holds a zero byte")
         if binary:
-            self.skipped.append(str(path))
+            self.skipped.append(str(file.path))
             return 0
         if blank:
-            self.empty.append(str(path))
+            self.empty.append(str(file.path))
             return 0
         return length
 
-    def _lines(self, kind: str, name: str, path: Path) -> Iterator[Document]:
-        with path.open("rb") as lines:
+    def _lines(self, file: _File) -> Iterator[Document]:
+        with file.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                where = f"{path}, line {number}"
-                place = f"{name}:{number}"
+                where = f"{file.path}, line {number}"
+                place = f"{file.name}:{number}"
                 split, text = self._entry(line, where, place)
                 if text.strip():
-                    yield from _in_pieces(split, kind, place, [text])
+                    yield from _in_pieces(split, file.kind, place, [text])
                 else:
                     self.empty.append(where)
 

@@ -287,7 +287,9 @@ def _encoded(
         own = tokens_behind(context, whole)
         if own is None:
             own = encode([piece.text])[0]
-        yield np.array(own if piece.goes_on else [*own, end_of_text], np.uint32)
+        if not piece.goes_on:
+            own = [*own, end_of_text]
+        yield np.array(own, np.uint32)
 
 
 class _Stream:
@@ -377,14 +379,18 @@ class Batches:
                 raise ConfigError(
                     f"mixture.{kind} names no training stream; there are {', '.join(data.train)}"
                 )
-        self._streams = [(data.train[kind], mixture.get(kind, 1)) for kind in sorted(data.train)]
+        kinds = sorted(data.train)
+        self._streams = [data.train[kind] for kind in kinds]
+        self._copies = [mixture.get(kind, 1) for kind in kinds]
         self._rows = rows
         self._length = length
         self._seed = seed
         self._end = data.end_of_text
         self._im_start = data.im_start
-        per_stream = [copies * rows_in(len(t), length) for t, copies in self._streams]
-        self.steps_per_epoch = sum(per_stream) // rows
+        rows_of_epoch = 0
+        for stream, copies in zip(self._streams, self._copies, strict=True):
+            rows_of_epoch += copies * rows_in(len(stream), length)
+        self.steps_per_epoch = rows_of_epoch // rows
         if not self.steps_per_epoch:
             raise ConfigError(
                 f"the training text has fewer than {rows} rows of {length} tokens, not one batch"
@@ -399,7 +405,7 @@ class Batches:
             self._order = self._shuffled(epoch)
             self._epoch = epoch
         chosen = self._order[index * self._rows : (index + 1) * self._rows]
-        rows = [self._streams[s][0][start : start + self._length + 1] for s, start in chosen]
+        rows = [self._streams[s][start : start + self._length + 1] for s, start in chosen]
         tokens_RL1 = torch.from_numpy(np.stack(rows).astype(np.int64))
         input_RL = tokens_RL1[:, :-1].contiguous()
         numbers_RL = document_numbers(tokens_RL1, self._end, self._im_start)[:, :-1].contiguous()
@@ -408,9 +414,9 @@ class Batches:
     def _shuffled(self, epoch: int) -> np.ndarray:
         generator = np.random.default_rng((self._seed, epoch))
         order = []
-        for index, (tokens, copies) in enumerate(self._streams):
-            count = rows_in(len(tokens), self._length)
-            for _ in range(copies):
+        for index, stream in enumerate(self._streams):
+            count = rows_in(len(stream), self._length)
+            for _ in range(self._copies[index]):
                 starts = generator.integers(self._length) + self._length * np.arange(count)
                 order.append(np.stack([np.full(count, index), starts], axis=1))
         return generator.permutation(np.concatenate(order))

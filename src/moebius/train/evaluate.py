@@ -104,7 +104,8 @@ def score(
             nats += float(F.cross_entropy(logits_LV, target_T[piece], reduction="sum"))
         counts = [chosen_counts(routing)[0].double().cpu() for routing in present(routings)]
         num_bytes = int(data.bytes_V[batch.target_RL].sum())
-        total += Score(nats, target_T.numel(), num_bytes, torch.stack(counts) if counts else 0)
+        counts_SE = torch.stack(counts) if counts else 0
+        total += Score(nats, target_T.numel(), num_bytes, counts_SE)
     return total
 
 

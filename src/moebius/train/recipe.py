@@ -115,8 +115,11 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         table = tomllib.loads(read_text(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the recipe {path} cannot be read: {error}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"the recipe {path} cannot be read: {reason}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the recipe {path} is no UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the recipe {path} is not TOML: {error}") from None
     except RecursionError:

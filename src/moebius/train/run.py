@@ -220,7 +220,11 @@ def _run_with_progress(trainer: Trainer, folder: Path) -> None:
                 soft_wrap=True,
             )
 
-        run(trainer, folder, show, tell, (lambda path: export(trainer, path)) if first else None)
+        def write_model(to: Path) -> None:
+            if first:
+                export(trainer, to)
+
+        run(trainer, folder, show, tell, write_model)
 
 
 def _health(line: Line) -> str:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,14 @@ from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe
 from moebius.train.step import Losses, StepReport, StepSums
 from moebius.train.tables import TokenizerRecipe
+
+
+class _Computed(NamedTuple):
+    """A micro-batch, its hidden states as the logits' product takes them, and its routings."""
+
+    batch: Batch
+    hidden_TD: Tensor
+    routings: list[Routing]
 
 
 class Trainer:
@@ -130,8 +138,8 @@ class Trainer:
         self.done += 1
         return sums.report(norm.item(), rate)
 
-    def _forward(self, batch: Batch, index: int) -> tuple[Batch, Tensor, list[Routing]]:
-        """Micro-batch `index`, hidden states as the logits' product takes them, and routings."""
+    def _forward(self, batch: Batch, index: int) -> _Computed:
+        """Micro-batch `index` through the decoder, with random numbers of its own."""
         part = batch.part(index, self.recipe.training.accumulation)
         seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
@@ -142,7 +150,7 @@ class Trainer:
         divisor = self.decoder.config.logits_divisor
         if divisor != 1.0:
             hidden_TD = hidden_TD / divisor
-        return part, hidden_TD, present(routings)
+        return _Computed(part, hidden_TD, present(routings))
 
     def _losses(
         self, batch: Batch, index: int, counts: list[Tensor] | None
@@ -155,10 +163,13 @@ class Trainer:
         loss = cross_entropy(hidden_TD, head.weight, part.target_RL.reshape(-1))
         if not routings:
             return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss)), routings
+        sequences = 1
+        if training.balance == "sequence":
+            sequences = len(part.input_RL)
         balance = load_balance_loss(
             routings,
             self._routers[0].config,
-            sequences=len(part.input_RL) if training.balance == "sequence" else 1,
+            sequences=sequences,
             counts=counts,
             first_only=training.first_choices,
         )
@@ -182,7 +193,7 @@ class Trainer:
         first_only = self.recipe.training.first_choices
         total_SE = torch.zeros(len(self._routers), self._num_experts, device=self.device)
         for index in self._mine:
-            *_, routings = self._forward(batch, index)
+            routings = self._forward(batch, index).routings
             if routings:
                 counts = [chosen_counts(r, first_only=first_only)[0] for r in routings]
                 total_SE += torch.stack(counts)

@@ -21,7 +21,7 @@ from moebius.models.family import family, read_config
 from moebius.models.layout import Layout, Source, sources
 from moebius.models.store.kinds import open_store
 from moebius.models.store.plan import PlannedWeight, planned_weight
-from moebius.models.store.tensors import Store, StoredTensor, check, short_name
+from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor, short_name
 from moebius.moe.ranks import ExpertRank
 
 log = logging.getLogger(__name__)
@@ -48,13 +48,16 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> str:
-        """What most numbers of the files are: bfloat16, float16 or float32."""
+        """What most bytes of plain numbers are: bfloat16, float16 or float32.
+
+        Matrices in other formats say nothing of what to compute in; float32 where all are such.
+        """
         sizes: Counter[str] = Counter()
         for source in self.sources:
-            tensor = self.tensors[source.name]
-            size = math.prod(source.shape) * (tensor.stop - tensor.start)
-            sizes[str(tensor.format)] += size // math.prod(tensor.shape)
-        return max(sizes, key=lambda name: sizes[name])
+            name = str(self.tensors[source.name].format)
+            if name in NUMBER_BYTES:
+                sizes[name] += math.prod(source.shape) * NUMBER_BYTES[name]
+        return max(sizes, key=lambda name: sizes[name], default="float32")
 
     def sources_at(self, ranks: ExpertRank | None) -> Sequence[Source]:
         """Those of what a rank holds; all of them without ranks."""
@@ -140,11 +143,8 @@ def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
             file.seek(tensor.start)
             for left in range(tensor.stop - tensor.start, 0, -len(buffer)):
                 wanted = memoryview(buffer)[:left]
-                check(
-                    file.readinto(wanted) == len(wanted),
-                    short_name(tensor.file),
-                    " shrank while it was read",
-                )
+                if file.readinto(wanted) != len(wanted):
+                    raise WeightsError(f"{short_name(tensor.file)} shrank while it was read")
                 yield buffer
     except OSError as cause:
         raise WeightsError(
@@ -164,33 +164,41 @@ def _match(
     wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        if missing == [head]:
-            more = (
-                "; if the embedding is meant to serve as head, config.json must say "
-                "tie_word_embeddings = true"
-            )
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or directory.name
-        raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{more}")
+        raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
     for source in wanted:
-        stored = tensors[source.name]
-        where = f"{short_name(stored.file)}: tensor {source.name!r}"
-        same = stored.shape == source.stored_shape
-        check(
-            same,
-            where,
-            f" has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}",
-        )
-        supported = ", ".join(store.dtypes)
-        known = stored.format is not None
-        check(known, where, f" has dtype {stored.dtype}; supported are {supported}")
+        _check_stored(tensors[source.name], source, store)
     used = {source.name for source in wanted}
     for name, stored in tensors.items():
-        wanted_here = name in used or _harmless(name, config, head)
-        left_over = f": tensor {name!r} is left over; {config.model_type} has no such tensor"
-        check(wanted_here, short_name(stored.file), left_over)
+        if name not in used and not _harmless(name, config, head):
+            raise WeightsError(
+                f"{short_name(stored.file)}: tensor {name!r} is left over; {config.model_type} has "
+                "no such tensor"
+            )
     return wanted
+
+
+def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
+    """WeightsError where a parameter's tensor has another shape, or a dtype that nothing reads."""
+    where = f"{short_name(stored.file)}: tensor {source.name!r}"
+    if stored.shape != source.stored_shape:
+        raise WeightsError(
+            f"{where} has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}"
+        )
+    if stored.format is None:
+        supported = ", ".join(store.dtypes)
+        raise WeightsError(f"{where} has dtype {stored.dtype}; supported are {supported}")
+
+
+def _remark(missing: Sequence[str], head: str) -> str:
+    """What to say of the missing tensors beyond the first one's name."""
+    if missing == [head]:
+        return (
+            "; if the embedding is meant to serve as head, config.json must say "
+            "tie_word_embeddings = true"
+        )
+    return f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:
@@ -228,15 +236,16 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest = blake2b(digest_size=8, person=b"moebius-weights")
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
-    tensors = sorted(checkpoint.tensors.values(), key=lambda t: (t.file.name, t.start))
-    for path in sorted({tensor.file for tensor in tensors}):
+    files: dict[Path, list[StoredTensor]] = {}
+    for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.start):
+        files.setdefault(tensor.file, []).append(tensor)
+    for path, tensors in sorted(files.items()):
         with path.open("rb") as file:
             size = file.seek(0, 2)
             header = checkpoint.store.header(path)
             for part in (path.name.encode(), size.to_bytes(8, "little"), header):
                 digest.update(len(part).to_bytes(8, "little") + part)
             for tensor in tensors:
-                if tensor.file == path:
-                    file.seek(tensor.start)
-                    digest.update(file.read(min(_SAMPLE, tensor.stop - tensor.start)))
+                file.seek(tensor.start)
+                digest.update(file.read(min(_SAMPLE, tensor.stop - tensor.start)))
     return digest.hexdigest()

@@ -187,7 +187,7 @@ def _put(module: nn.Module, leaf: str, weight: Weight, *, requires_grad: bool) -
         module.register_parameter(leaf, nn.Parameter(weight, requires_grad=requires_grad))
     elif isinstance(module, WeightList):
         module.hold(int(leaf), weight)
-    elif isinstance(module, Weighted):
+    elif isinstance(module, Weighted) and leaf == "weight":
         module.hold(weight)
     else:
         raise WeightsError(

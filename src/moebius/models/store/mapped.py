@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import WeightsError
-from moebius.models.store.tensors import StoredTensor
+from moebius.models.store.tensors import StoredTensor, short_name
 from moebius.pages import Span, populate, whole_pages
 
 # What the kernel reads a file in, where it has huge pages for files.
@@ -62,7 +62,7 @@ class MappedFiles:
         """
         region = self._region(stored.file)
         if len(region) < stored.stop:
-            raise WeightsError(f"{stored.file} shrank while it was loaded")
+            raise WeightsError(f"{short_name(stored.file)} shrank while it was loaded")
         start = stored.start + skipped * dtype.itemsize
         count = math.prod(shape)
         with warnings.catch_warnings():
@@ -77,8 +77,7 @@ class MappedFiles:
 
     def _region(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
-            with file.open("rb") as opened:
-                region = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            region = _mapped(file)
             self._maps[file] = region
             if self.whole:
                 all_of_it = (0, len(region))
@@ -99,3 +98,14 @@ def _advise(region: mmap.mmap, advice: str, span: Span) -> None:
     if start < stop:
         with suppress(OSError, AttributeError):
             region.madvise(getattr(mmap, advice), start, stop - start)
+
+
+def _mapped(file: Path) -> mmap.mmap:
+    try:
+        with file.open("rb") as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as cause:
+        reason = cause.strerror or cause
+        raise WeightsError(f"{short_name(file)} cannot be mapped: {reason}") from None
+    except ValueError:  # of an empty file
+        raise WeightsError(f"{short_name(file)} shrank while it was loaded") from None

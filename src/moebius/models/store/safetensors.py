@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from moebius.errors import WeightsError
 from moebius.files import read_json
-from moebius.models.store.tensors import Store, StoredTensor, check, short_name
+from moebius.models.store.tensors import Store, StoredTensor, short_name
 
 # Bytes an element, of every dtype that the format knows and whose size is whole bytes.
 _ITEM_BYTES = {
@@ -67,9 +67,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
-            fits = size >= 8 and 2 <= length <= min(size - 8, _MAX_HEADER)
-            what = f"a header of {length} bytes in a file of {size}"
-            check(fits, short_name(path), f": {what}; it is truncated or not safetensors")
+            if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise WeightsError(
+                    f"{short_name(path)}: a header of {length} bytes in a file of {size}; it is "
+                    "truncated or not safetensors"
+                )
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as cause:
         reason = cause.strerror or cause
@@ -78,7 +80,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if isinstance(cause, WeightsError):
             raise
         raise WeightsError(f"{short_name(path)}: the header is no valid JSON: {cause}") from None
-    check(isinstance(header, dict), short_name(path), ": the header is no JSON object")
+    if not isinstance(header, dict):
+        raise WeightsError(f"{short_name(path)}: the header is no JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
     _check_extent(path, tensors, 8 + length, size)
@@ -89,25 +92,23 @@ def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
     def integers(value: Any) -> bool:
         return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
-    where = f"{short_name(path)}: tensor {name!r}: "
-    good = (
-        isinstance(entry, dict)
-        and integers(entry.get("shape"))
-        and integers(entry.get("data_offsets"))
-    )
-    check(good, where, "the header's entry has no valid shape and data_offsets")
-    shape = entry["shape"]
-    offsets = entry["data_offsets"]
-    dtype = entry.get("dtype")
-    check(len(offsets) == 2, where, f"data_offsets is {offsets}; it must be a start and a stop")
-    check(isinstance(dtype, str) and dtype in _ITEM_BYTES, where, f"dtype {dtype!r} is unknown")
+    where = f"{short_name(path)}: tensor {name!r}"
+    fields: Any = entry if isinstance(entry, dict) else {}
+    shape = fields.get("shape")
+    offsets = fields.get("data_offsets")
+    dtype = fields.get("dtype")
+    if not integers(shape) or not integers(offsets):
+        raise WeightsError(f"{where}: the header's entry has no valid shape and data_offsets")
+    if len(offsets) != 2:
+        raise WeightsError(f"{where}: data_offsets is {offsets}; it must be a start and a stop")
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise WeightsError(f"{where}: dtype {dtype!r} is unknown")
     stored = offsets[1] - offsets[0]
     needed = math.prod(shape) * _ITEM_BYTES[dtype]
-    check(
-        stored == needed,
-        where,
-        f"{stored} bytes stored, but shape {shape} of {dtype} needs {needed}",
-    )
+    if stored != needed:
+        raise WeightsError(
+            f"{where}: {stored} bytes stored, but shape {shape} of {dtype} needs {needed}"
+        )
     return StoredTensor(
         path,
         name,
@@ -121,21 +122,24 @@ def _stored(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
 
 def _check_extent(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
     """The tensors fill the file from the header to its end, without gap or overlap."""
-    where = f"{short_name(path)}: "
+    file = short_name(path)
     last = "the header"
     at = base
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
-        kind = "a gap" if tensor.start > at else "an overlap"
         this = f"tensor {tensor.name!r}"
-        check(tensor.start == at, where, f"{kind} between {last} and {this}")
-        check(
-            tensor.stop <= size,
-            where,
-            f"{this} ends at byte {tensor.stop}, the file at {size}; it is truncated",
-        )
+        if tensor.start != at:
+            kind = "a gap" if tensor.start > at else "an overlap"
+            raise WeightsError(f"{file}: {kind} between {last} and {this}")
+        if tensor.stop > size:
+            raise WeightsError(
+                f"{file}: {this} ends at byte {tensor.stop}, the file at {size}; it is truncated"
+            )
         at = tensor.stop
         last = this
-    check(at == size, where, f"{size - at} bytes follow {last}; the file does not match its header")
+    if at != size:
+        raise WeightsError(
+            f"{file}: {size - at} bytes follow {last}; the file does not match its header"
+        )
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -143,12 +147,10 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     if (directory / _SINGLE).exists():
         return read_header(directory / _SINGLE)
     if not (directory / _INDEX).exists():
+        hint = ""
         other = sorted(path.name for path in directory.glob("*.bin"))
-        hint = (
-            f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors"
-            if other
-            else ""
-        )
+        if other:
+            hint = f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors"
         raise WeightsError(f"{directory} holds neither {_SINGLE} nor {_INDEX}{hint}")
     return _read_shards(directory)
 
@@ -157,25 +159,28 @@ def _read_shards(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of all files that an index names, each where the index says."""
     weight_map = read_json(directory / _INDEX, error=WeightsError).get("weight_map")
     index = short_name(directory / _INDEX)
-    good = isinstance(weight_map, dict) and all(
-        isinstance(shard, str) for shard in weight_map.values()
-    )
-    check(good, index, ": weight_map must map tensor names to files")
+    shards = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(shard, str) for shard in shards):
+        raise WeightsError(f"{index}: weight_map must map tensor names to files")
     assert isinstance(weight_map, dict)
     tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        check(Path(shard).name == shard, index, f": {shard!r} is no file name within the directory")
+    for shard in sorted(set(shards)):
+        if Path(shard).name != shard:
+            raise WeightsError(f"{index}: {shard!r} is no file name within the directory")
         where = short_name(directory / shard)
-        check((directory / shard).exists(), where, f" is missing, but {_INDEX} names it")
+        if not (directory / shard).exists():
+            raise WeightsError(f"{where} is missing, but {_INDEX} names it")
         found = read_header(directory / shard)
         for name in found:
-            here = weight_map.get(name) == shard
-            check(here, where, f": tensor {name!r} is left over; {_INDEX} does not place it there")
+            if weight_map.get(name) != shard:
+                raise WeightsError(
+                    f"{where}: tensor {name!r} is left over; {_INDEX} does not place it there"
+                )
         tensors.update(found)
     for name, shard in weight_map.items():
-        check(
-            name in tensors,
-            short_name(directory / shard),
-            f": tensor {name!r} is missing, but {_INDEX} places it there",
-        )
+        if name not in tensors:
+            raise WeightsError(
+                f"{short_name(directory / shard)}: tensor {name!r} is missing, but {_INDEX} places "
+                "it there"
+            )
     return tensors

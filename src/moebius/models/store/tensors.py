@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
-from moebius.errors import WeightsError
-
 # Bytes a number, of the formats (moebius.ops.FORMATS) whose matrices are plain numbers.
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -62,9 +60,3 @@ class Store(ABC):
 def short_name(path: Path) -> str:
     """`directory/file`, for messages."""
     return f"{path.parent.name}/{path.name}"
-
-
-def check(good: bool, where: str, message: str) -> None:
-    """Raises WeightsError where not good."""
-    if not good:
-        raise WeightsError(f"{where}{message}")

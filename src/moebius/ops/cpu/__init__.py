@@ -18,7 +18,7 @@ from moebius.ops.cpu.experts import ExpertOps
 from moebius.ops.cpu.linear import LinearOps
 from moebius.ops.cpu.pointwise import PointwiseOps
 from moebius.ops.cpu.program import Memory, RecordedProgram
-from moebius.ops.cpu.recorder import Buffer, NotRecorded, Recorder, place
+from moebius.ops.cpu.recorder import NotRecorded, Recorder, View, place
 from moebius.ops.cpu.sampling import SamplingOps
 from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.program import Given, Program, Trace
@@ -53,11 +53,10 @@ class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
         if not trace.recorded:
             return Unrecorded(compute, source, device, trace)
         memory = Memory(trace.nbytes)
-        places = [place for place, _ in trace.layout]
-        recorder = Recorder(source.rows, source.width, places, memory.address)
+        recorder = Recorder(source.rows, source.width, trace.places, memory.address)
         try:
             result = self._follow(recorder, compute, source)
-            if [each.nbytes for each in recorder.buffers] != [nbytes for _, nbytes in trace.layout]:
+            if place(recorder.buffers) != (trace.places, trace.nbytes):
                 raise recorder.refuse("it called other operations than were planned")
         except NotRecorded as why:
             trace = Trace(0, 1, frozenset(recorder.uses), str(why))
@@ -77,17 +76,15 @@ class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
         except NotRecorded as why:
             return Trace(0, 1, frozenset(recorder.uses), str(why))
         places, nbytes = place(recorder.buffers)
-        sizes = [each.nbytes for each in recorder.buffers]
-        layout = tuple(zip(places, sizes, strict=True))
-        return Trace(nbytes, recorder.segments, frozenset(recorder.uses), layout=layout)
+        return Trace(nbytes, recorder.segments, frozenset(recorder.uses), places=places)
 
     def _follow(
         self,
         recorder: Recorder,
         compute: Callable[[Wanted], Tensor],
         source: Source[Given, Wanted],
-    ) -> Buffer:
-        """Note what `compute` calls; the buffer of its result. Raises NotRecorded."""
+    ) -> View:
+        """Note what `compute` calls; its result. Raises NotRecorded."""
         self._recorder = recorder
         try:
             with recorder.follow():
@@ -96,7 +93,7 @@ class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
             self._recorder = None
         if recorder.reason:
             raise NotRecorded(recorder.reason)
-        return recorder.keep(out)
+        return recorder.view_of(out)
 
     def host(
         self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.ops.cache_spec import CacheSpec, key_value_planes
+from moebius.ops.cache_spec import CacheSpec, Plane, key_value_planes
 from moebius.ops.capability import Feature, Operation
-from moebius.ops.cpu.base import CpuBase, require_dtype
+from moebius.ops.cpu.base import CpuBase, check_shape, require_dtype
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.steps import Step, StepInputs
 
@@ -20,9 +20,12 @@ class CpuCache(LayerCache):
 
     buffer: Tensor
     shape: _cpu.CacheShape
-    num_kv_heads: int
-    key_size: int
-    value_size: int
+    keys: Plane
+    values: Plane
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.buffer) // self.shape.block_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +59,17 @@ def _shape(spec: CacheSpec, block_size: int) -> _cpu.CacheShape:
     )
 
 
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError where not as many query heads share each key head."""
+    if num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads")
+
+
+def _dtype_of(cache: CpuCache, *tensors: Tensor | None) -> int:
+    """The dtype of a cache and of all that goes in or comes out of it."""
+    return require_dtype(cache.keys.dtype, *tensors)
+
+
 class AttentionOps(CpuBase):
     """Every feature of the interface, in bfloat16 and float32."""
 
@@ -71,17 +85,32 @@ class AttentionOps(CpuBase):
         eps: float = 0.0,
     ) -> Tensor:
         held = own(cache, CpuCache)
-        kv_size = held.num_kv_heads * (held.key_size + held.value_size)
-        num_heads = (qkv_TI.shape[1] - kv_size) // held.key_size
-        out = self._empty(qkv_TI, (num_heads, held.key_size), qkv_TI.dtype)
+        num_kv_heads, key_size = held.keys.shape
+        rows, width = qkv_TI.shape
+        half = cos_TR.shape[1]
+        q_size = width - num_kv_heads * (key_size + held.values.shape[1])
+        num_heads = q_size // key_size
+        if q_size % key_size or 2 * half > key_size:
+            raise ValueError(
+                f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
+                f"values of {num_kv_heads} key heads of {key_size} values"
+            )
+        _check_heads(num_heads, num_kv_heads)
+        check_shape("cosines", cos_TR, rows, half)
+        check_shape("sines", sin_TR, rows, half)
+        check_shape("slots", slot_mapping_T, rows)
+        for norm in (q_norm_N, k_norm_N):
+            check_shape("a norm's weight", norm, key_size)
+        out = self._empty(qkv_TI, (num_heads, key_size), qkv_TI.dtype)
         call = _cpu.RotateAndStore(
-            dtype=require_dtype(qkv_TI.dtype, q_norm_N, k_norm_N),
+            dtype=_dtype_of(held, qkv_TI, q_norm_N, k_norm_N),
             shape=held.shape,
+            blocks=held.num_blocks,
             qkv=self._at(qkv_TI),
             q_heads=num_heads,
             cos=self._at(cos_TR, torch.float32),
             sin=self._at(sin_TR, torch.float32),
-            half=cos_TR.shape[1],
+            half=half,
             q_norm=self._at(q_norm_N),
             k_norm=self._at(k_norm_N),
             eps=eps,
@@ -89,7 +118,7 @@ class AttentionOps(CpuBase):
             cache=self._at(held.buffer),
             q_out=self._at(out),
         )
-        self._run(Operation.ROTATE_AND_STORE, call, qkv_TI, len(qkv_TI), held)
+        self._run(Operation.ROTATE_AND_STORE, call, qkv_TI, rows, held)
         return out
 
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
@@ -100,10 +129,7 @@ class AttentionOps(CpuBase):
         return self._native.most_scratch_bytes(widest=widest, shape=shape, context=context)
 
     def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> CpuCache:
-        keys, values = key_value_planes(spec)
-        num_kv_heads, key_size = keys.shape
-        shape = _shape(spec, block_size)
-        return CpuCache(buffer, shape, num_kv_heads, key_size, values.shape[1])
+        return CpuCache(buffer, _shape(spec, block_size), *key_value_planes(spec))
 
     @property
     def cache_layout(self) -> str:
@@ -115,7 +141,7 @@ class AttentionOps(CpuBase):
         return (held.buffer[block * size : (block + 1) * size],)
 
     def plan_attention(self, step: Step, block_size: int, window: int | None = None) -> CpuPlan:
-        plan = CpuPlan(_cpu.StepAttention(window=window or 0), window)
+        plan = CpuPlan(_cpu.StepAttention(window=window or 0, block_size=block_size), window)
         if self._recorder is not None:
             self._recorder.plans.append((plan, step.group))
         else:
@@ -133,11 +159,17 @@ class AttentionOps(CpuBase):
     ) -> Tensor:
         held = own(cache, CpuCache)
         planned = own(plan, CpuPlan)
-        num_heads = q_THN.shape[1]
-        out = self._empty(q_THN, (num_heads, held.value_size), q_THN.dtype)
+        num_kv_heads, key_size = held.keys.shape
+        value_size = held.values.shape[1]
+        rows, num_heads, _ = q_THN.shape
+        _check_heads(num_heads, num_kv_heads)
+        check_shape("queries", q_THN, rows, num_heads, key_size)
+        check_shape("sinks", sinks_H, num_heads)
+        out = self._empty(q_THN, (num_heads, value_size), q_THN.dtype)
         call = _cpu.Attention(
-            dtype=require_dtype(q_THN.dtype),
+            dtype=_dtype_of(held, q_THN),
             shape=held.shape,
+            blocks=held.num_blocks,
             step=planned.step,
             cache=self._at(held.buffer),
             q=self._at(q_THN),
@@ -151,9 +183,9 @@ class AttentionOps(CpuBase):
             Feature.WINDOW: planned.window is not None,
             Feature.SOFTCAP: softcap is not None,
             Feature.SINKS: sinks_H is not None,
-            Feature.VALUE_SIZE: held.value_size != held.key_size,
+            Feature.VALUE_SIZE: value_size != key_size,
         }
         features = frozenset(feature for feature, is_asked in asked.items() if is_asked)
         use = Operation.PAGED_ATTENTION
-        self._run(use, call, q_THN, len(q_THN), held, planned, features=features)
+        self._run(use, call, q_THN, rows, held, planned, features=features)
         return out

@@ -32,6 +32,12 @@ def check(x: Tensor, dtype: torch.dtype | None = None) -> None:
         )
 
 
+def check_shape(what: str, x: Tensor | None, *shape: int) -> None:
+    """Raises ValueError for an x of another shape, behind whose end the kernels would read."""
+    if x is not None and x.shape != shape:
+        raise ValueError(f"the CPU kernels want {what} {shape}, not {tuple(x.shape)}")
+
+
 def address(x: Tensor | None, dtype: torch.dtype | None = None) -> int:
     """Where x lies, contiguous and, where that is given, of `dtype`; 0 for none."""
     if x is None:
@@ -158,16 +164,17 @@ class CpuBase(Ops):
         x: Tensor,
         rows: int,
         *held: object,
+        dtype: torch.dtype | None = None,
         features: frozenset[Feature] = frozenset(),
     ) -> None:
         """Make `call`, or note it: on `rows` rows, x's or a multiple of them.
 
-        held: what the call points to, besides tensors.
+        held: what the call points to, besides tensors. dtype: what it computes in, None for x's.
         """
         if self._recorder is None:
             call.run(self._native, rows)
             return
-        self._recorder.note(operation, call, x, rows, features)
+        self._recorder.note(operation, call, x, rows, dtype or x.dtype, features)
         self._recorder.held += held
 
     def _lacks(self, use: Use) -> None:

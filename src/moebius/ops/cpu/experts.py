@@ -15,6 +15,7 @@ from moebius.ops.cpu.base import (
     CpuBase,
     Held,
     address,
+    check_shape,
     common_dtype,
     native_matrix,
     require_dtype,
@@ -36,6 +37,7 @@ class CpuExperts(PreparedExperts):
 
     table: _cpu.Experts
     dtype: torch.dtype
+    hidden: int
     width: int
     held: Held
 
@@ -61,9 +63,16 @@ class ExpertOps(CpuBase):
         selection_bias_E: Tensor | None = None,
         tally: RouterTally | None = None,
     ) -> Pair:
+        check_shape("a router's logits", logits_TE, len(logits_TE), config.num_experts)
         weights = self._empty(logits_TE, (config.top_k,), torch.float32)
         ids = self._empty(logits_TE, (config.top_k,), torch.int64)
         bias = selection_bias_E if config.selection_bias else None
+        if config.selection_bias and bias is None:
+            raise ValueError("this router chooses with a selection bias, and none is given")
+        check_shape("a selection bias", bias, config.num_experts)
+        if tally is not None:
+            check_shape("a tally", tally.pairs_E, config.num_experts)
+            check_shape("a tally's sums", tally.sums, 2)
         settings = _router_settings(config)
         call = _cpu.Route(
             settings=settings,
@@ -102,6 +111,7 @@ class ExpertOps(CpuBase):
         dtype = dtype or common_dtype(held)
         number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
         width, hidden = held[0].shape
+        _check_biases(weights, hidden, width)
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,
@@ -114,7 +124,7 @@ class ExpertOps(CpuBase):
             up_bias=[address(bias) for bias in weights.up_bias_F],
             down_bias=[address(bias) for bias in weights.down_bias_D],
         )
-        return CpuExperts(table, dtype, width, Held(tensors))
+        return CpuExperts(table, dtype, hidden, width, Held(tensors))
 
     def experts(
         self,
@@ -127,12 +137,18 @@ class ExpertOps(CpuBase):
             self._lacks(Use(Operation.EXPERTS, x_TD.dtype, frozenset({Feature.TWO_MATRICES})))
             return self._fallback.experts(x_TD, weights_TK, expert_ids_TK, experts)
         prepared = _own(experts, x_TD)
-        out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
-        top_k = 1 if expert_ids_TK is None else expert_ids_TK.shape[1]
+        top_k = 1
+        if weights_TK is not None and expert_ids_TK is not None:
+            top_k = expert_ids_TK.shape[1]
+            check_shape("ids of experts", expert_ids_TK, len(x_TD), top_k)
+            check_shape("weights of experts", weights_TK, len(x_TD), top_k)
+        elif weights_TK is not expert_ids_TK:
+            raise ValueError("of weights and ids of experts there are both or neither")
+        out = self._empty(x_TD, (prepared.hidden,), x_TD.dtype)
         inner = self._empty(x_TD, (top_k, prepared.width), x_TD.dtype)
         outer = None
         if expert_ids_TK is not None:
-            outer = self._empty(x_TD, (top_k, *x_TD.shape[1:]), x_TD.dtype)
+            outer = self._empty(x_TD, (top_k, prepared.hidden), x_TD.dtype)
         call = _cpu.ExpertsCall(
             experts=prepared.table,
             x=self._at(x_TD),
@@ -152,6 +168,7 @@ class ExpertOps(CpuBase):
             return self._fallback.expert_rows(x_RD, expert_ids_RK, experts)
         prepared = _own(experts, x_RD)
         top_k = expert_ids_RK.shape[1]
+        check_shape("ids of experts", expert_ids_RK, len(x_RD), top_k)
         out = self._empty(x_RD, (top_k, *x_RD.shape[1:]), x_RD.dtype)
         inner = self._empty(x_RD, (top_k, prepared.width), x_RD.dtype)
         call = _cpu.ExpertRows(
@@ -167,6 +184,7 @@ class ExpertOps(CpuBase):
 
     def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         rows, top_k, size = x_TKD.shape
+        check_shape("weights of experts", weights_TK, rows, top_k)
         out = self._empty(x_TKD, (size,), x_TKD.dtype)
         call = _cpu.Combine(
             dtype=require_dtype(x_TKD.dtype),
@@ -185,6 +203,7 @@ def _own(experts: PreparedExperts, x: Tensor) -> CpuExperts:
     prepared = own(experts, CpuExperts)
     if x.dtype != prepared.dtype:
         raise ValueError(f"the CPU kernels want one dtype, not {x.dtype} and {prepared.dtype}")
+    check_shape("rows for experts", x, len(x), prepared.hidden)
     return prepared
 
 
@@ -195,6 +214,14 @@ def _matrices(
     rows, columns = shape
     hole = _cpu.Matrix(format=FORMATS[dtype_name(dtype)], rows=rows, columns=columns, data=0)
     return [hole if weight is None else native_matrix(weight, dtype) for weight in weights]
+
+
+def _check_biases(weights: ExpertWeights, hidden: int, width: int) -> None:
+    """Raises ValueError for a bias of another size."""
+    for bias in (*weights.gate_bias_F, *weights.up_bias_F):
+        check_shape("an expert's bias", bias, width)
+    for bias in weights.down_bias_D:
+        check_shape("an expert's bias", bias, hidden)
 
 
 @cache

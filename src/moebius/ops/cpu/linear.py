@@ -12,6 +12,7 @@ from moebius.ops.cpu.base import (
     CpuBase,
     Held,
     address,
+    check_shape,
     common_dtype,
     formats,
     native_matrix,
@@ -56,6 +57,8 @@ class LinearOps(CpuBase):
         require_no_gradient(*tensors)
         weights = [weight for weight, _ in layers]
         biases = [bias for _, bias in layers]
+        for weight, bias in layers:
+            check_shape("a bias", bias, weight.shape[0])
         dtype = dtype or common_dtype(weights)
         number = require_dtype(dtype, *biases)
         matrices = [native_matrix(weight, dtype) for weight in weights]
@@ -74,7 +77,7 @@ class LinearOps(CpuBase):
     def _linear(
         self, operation: Operation, x: Tensor, layers: CpuLinear, out_dtype: torch.dtype
     ) -> Tensor:
-        if x.dtype != layers.dtype or x.shape[1] != layers.in_size:
+        if x.dtype != layers.dtype or x.shape != (len(x), layers.in_size):
             raise ValueError(
                 f"a linear layer of {layers.in_size} {layers.dtype} values got {tuple(x.shape)} of "
                 f"{x.dtype}"
@@ -93,6 +96,7 @@ class LinearOps(CpuBase):
         multiplier: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
+        check_shape("ids", input_ids_T, len(input_ids_T))
         table = Matrix.of(table_VD)
         require_no_gradient(*table.planes)
         dtype = dtype or common_dtype((table,))
@@ -104,5 +108,5 @@ class LinearOps(CpuBase):
             ids=self._at(input_ids_T, torch.int64),
             out=self._at(out),
         )
-        self._run(Operation.EMBED, call, input_ids_T, len(input_ids_T))
+        self._run(Operation.EMBED, call, input_ids_T, len(input_ids_T), dtype=dtype)
         return out

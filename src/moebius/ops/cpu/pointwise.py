@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.capability import Operation, Use
-from moebius.ops.cpu.base import CpuBase, require_dtype
+from moebius.ops.cpu.base import CpuBase, check_shape, require_dtype
 from moebius.ops.steps import Pair
 
 
@@ -14,6 +14,7 @@ class PointwiseOps(CpuBase):
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         size = x_TD.shape[-1]
+        check_shape("a norm's weight", weight_D, size)
         out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         call = _cpu.RmsNorm(
             dtype=require_dtype(x_TD.dtype, weight_D),
@@ -34,6 +35,8 @@ class PointwiseOps(CpuBase):
         self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
     ) -> Pair:
         size = x_TD.shape[-1]
+        check_shape("an update", update_TD, *x_TD.shape)
+        check_shape("a norm's weight", weight_D, size)
         total = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         call = _cpu.RmsNorm(
@@ -52,6 +55,9 @@ class PointwiseOps(CpuBase):
         return total, out
 
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
+        rows, width = x_TI.shape
+        if not 0 <= start <= width - len(weight_D):
+            raise ValueError(f"{len(weight_D)} columns from {start} are not all of {width}")
         at = self._at(x_TI) + start * x_TI.element_size()
         call = _cpu.RmsNorm(
             dtype=require_dtype(x_TI.dtype, weight_D),
@@ -60,12 +66,12 @@ class PointwiseOps(CpuBase):
             multiplier=1.0,
             weight=self._at(weight_D),
             size=len(weight_D),
-            stride=x_TI.shape[1],
+            stride=width,
             eps=eps,
             sum=0,
             out=at,
         )
-        self._run(Operation.RMS_NORM_PART, call, x_TI, len(x_TI))
+        self._run(Operation.RMS_NORM_PART, call, x_TI, rows)
         return x_TI
 
     def clip(self, x_TD: Tensor, limit: float) -> Tensor:
@@ -85,7 +91,7 @@ class PointwiseOps(CpuBase):
         call = _cpu.Softcap(
             x=self._at(x_LV, torch.float32), size=x_LV.shape[-1], cap=cap, out=self._at(out)
         )
-        self._run(Operation.SOFTCAP, call, x_LV, len(x_LV))
+        self._run(Operation.SOFTCAP, call, x_LV, x_LV.numel() // x_LV.shape[-1])
         return out
 
     def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
@@ -96,10 +102,12 @@ class PointwiseOps(CpuBase):
             divisor=divisor,
             out=self._at(out),
         )
-        self._run(Operation.DIVIDE, call, x_LV, len(x_LV))
+        self._run(Operation.DIVIDE, call, x_LV, x_LV.numel() // x_LV.shape[-1])
         return out
 
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
+        check_shape("positions", positions_T, len(positions_T))
+        check_shape("frequencies", inverse_R, len(inverse_R))
         cos = self._empty(positions_T, inverse_R.shape, torch.float32)
         sin = self._empty(positions_T, inverse_R.shape, torch.float32)
         call = _cpu.Rotation(
@@ -110,7 +118,7 @@ class PointwiseOps(CpuBase):
             cos=self._at(cos),
             sin=self._at(sin),
         )
-        self._run(Operation.ROTATION, call, positions_T, len(positions_T))
+        self._run(Operation.ROTATION, call, positions_T, len(positions_T), dtype=torch.float32)
         return cos, sin
 
     def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -118,14 +126,17 @@ class PointwiseOps(CpuBase):
         return self._fallback.rotary(x_THN, cos_TR, sin_TR)
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
-        out = self._empty(a_TD, a_TD.shape[1:], a_TD.dtype)
+        rows, size = a_TD.shape
+        check_shape("what is added", b_TD, rows, size)
+        check_shape("gates", gate_T1, rows, 1)
+        out = self._empty(a_TD, (size,), a_TD.dtype)
         call = _cpu.AddGated(
             dtype=require_dtype(a_TD.dtype, b_TD),
             a=self._at(a_TD),
             b=self._at(b_TD),
             gate=self._at(gate_T1, torch.float32),
-            size=a_TD.shape[1],
+            size=size,
             out=self._at(out),
         )
-        self._run(Operation.ADD_GATED, call, a_TD, len(a_TD))
+        self._run(Operation.ADD_GATED, call, a_TD, rows)
         return out

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.ops.cpu.recorder import Buffer, HostCall, NativeCall, Recorder
+from moebius.ops.cpu.recorder import HostCall, NativeCall, Recorder, View
 from moebius.ops.host import counted
 from moebius.ops.program import Given, Program, Rows, Trace
 from moebius.ops.sources import Source, Wanted
 
 _ALIGNMENT = 64
+# Views of up to so many rows are kept: as many as decodes have.
+_MOST_KEPT = 256
 
 
 class Memory:
@@ -24,10 +26,34 @@ class Memory:
         self.address = self.bytes.data_ptr()
         self.nbytes = nbytes
 
-    def rows(self, buffer: Buffer) -> Tensor:
-        """A buffer's rows."""
-        shape = buffer.whole.shape
-        return self.bytes[buffer.at :][: buffer.nbytes].view(buffer.whole.dtype).view(shape)
+    def whole(self, view: View) -> Tensor:
+        """All rows that a view may ever have."""
+        buffer = view.buffer
+        flat = self.bytes[buffer.at :][: buffer.nbytes].view(view.dtype)
+        return flat.view(buffer.rows.most * view.factor, *view.row)
+
+
+class _RunRows:
+    """As many rows of a view as a run has.
+
+    Of few rows they are made once: it costs torch as much as a small kernel.
+    """
+
+    def __init__(self, view: View, memory: Memory, counts: Sequence[Rows]) -> None:
+        rows = view.buffer.rows
+        self.whole = memory.whole(view)
+        self._count = counts.index(rows)
+        self._factor = view.factor
+        self._views = {rows.most: self.whole}
+
+    def of(self, counts: Sequence[int]) -> Tensor:
+        count = counts[self._count]
+        found = self._views.get(count)
+        if found is None:
+            found = self.whole[: count * self._factor]
+            if count <= _MOST_KEPT:
+                self._views[count] = found
+        return found
 
 
 class _Host:
@@ -35,18 +61,19 @@ class _Host:
 
     def __init__(self, call: HostCall, memory: Memory, counts: Sequence[Rows]) -> None:
         self._function = call.function
-        self._inputs = [(memory.rows(each), *_count(each, counts)) for each in call.inputs]
-        self._outputs = [(memory.rows(each), *_count(each, counts)) for each in call.outputs]
-        self._decides = [(counts.index(rows), rows) for rows in call.decides]
+        self._inputs = [_RunRows(each, memory, counts) for each in call.inputs]
+        self._outputs = [_RunRows(each, memory, counts) for each in call.outputs]
+        self._decides = call.decides
+        self._places = [counts.index(rows) for rows in call.decides]
 
     def run(self, counts: list[int]) -> None:
-        for at, rows in self._decides:
+        inputs = [each.of(counts) for each in self._inputs]
+        for at, rows in zip(self._places, self._decides, strict=True):
             counts[at] = rows.most
-        inputs = [whole[: counts[at] * factor] for whole, at, factor in self._inputs]
-        outputs = [whole[: counts[at] * factor] for whole, at, factor in self._outputs]
-        decided = self._function(inputs, outputs)
-        for at, rows in self._decides:
-            counts[at] = counted(decided, rows)
+        outputs = [each.of(counts) for each in self._outputs]
+        decided = counted(self._function(inputs, outputs), self._decides)
+        for at, number in zip(self._places, decided, strict=True):
+            counts[at] = number
 
 
 class _Segment:
@@ -61,10 +88,6 @@ class _Segment:
         self._native.run(self._first, self._stop, counts)
 
 
-def _count(buffer: Buffer, counts: Sequence[Rows]) -> tuple[int, int]:
-    return counts.index(buffer.rows), buffer.factor
-
-
 class RecordedProgram(Program[Given]):
     """Calls that were noted once, and are made again on as many rows as come."""
 
@@ -73,7 +96,7 @@ class RecordedProgram(Program[Given]):
         ops: _cpu.Ops,
         source: Source[Given, Wanted],
         recorder: Recorder,
-        result: Buffer,
+        result: View,
         memory: Memory,
         trace: Trace,
     ) -> None:
@@ -83,14 +106,13 @@ class RecordedProgram(Program[Given]):
         self._rows = source.rows
         self._plans = recorder.plans
         counts = _counts(source.rows, recorder.calls)
-        self._num_counts = len(counts)
+        self._num_decided = len(counts) - 1
+        self._only_native = all(isinstance(call, NativeCall) for call in recorder.calls)
         places = [memory.address + each.at for each in recorder.buffers[: source.width]]
         self._native = _cpu.Program(columns=places, counts=[0] * source.width)
         self._parts = self._make_parts(ops, recorder.calls, memory, counts)
-        self.whole: Tensor = memory.rows(result)
-        self._result_count = counts.index(result.rows)
-        self._result_factor = result.factor
-        self._views: dict[int, Tensor] = {}
+        self._result = _RunRows(result, memory, counts)
+        self.whole: Tensor = self._result.whole
         self.memory = memory
         self._held = (ops, recorder.calls, recorder.held)
 
@@ -128,19 +150,22 @@ class RecordedProgram(Program[Given]):
             assert step is not None, "attention is recorded, but a run brings no sequences"
             for plan, group in self._plans:
                 plan.set(step.of(group))
-        columns = [x.buffer_info()[0] for x in arrays]
-        if len(self._parts) == 1 and self._num_counts == 1:
-            self._native(columns, [count])
-            rows = count * self._result_factor
+        columns = []
+        for x in arrays:
+            at, length = x.buffer_info()
+            if length != count:
+                raise ValueError(f"a column of {length} beside one of {count} {self._rows.name}")
+            columns.append(at)
+        counts = [count]
+        if self._only_native:
+            self._native(columns, counts)
         else:
-            counts = [count] + [0] * (self._num_counts - 1)
+            counts += [0] * self._num_decided
             self._native.load(columns, counts)
-            for part in self._parts:
-                part.run(counts)
-            rows = counts[self._result_count] * self._result_factor
-        if rows not in self._views:  # a view costs torch as much as a small kernel
-            self._views[rows] = self.whole[:rows]
-        return self._views[rows]
+            with torch.inference_mode():  # as where it is not recorded
+                for part in self._parts:
+                    part.run(counts)
+        return self._result.of(counts)
 
 
 def _counts(given: Rows, calls: Sequence[NativeCall | HostCall]) -> list[Rows]:

@@ -1,5 +1,6 @@
 """Following a computation on tensors without values, to learn what it calls and needs."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from moebius import _cpu
 from moebius.ops.capability import Feature, Operation, Use
-from moebius.ops.host import HostFunction, HostResult
+from moebius.ops.host import HostFunction, HostResult, decided_by
 from moebius.ops.program import Rows
 from moebius.ops.steps import StepInputs
 
@@ -43,13 +44,15 @@ class Buffer:
     """Memory between calls.
 
     whole         all its rows, on meta
-    rows          the count that says how many a run has, times whole.shape[0] / rows.most
+    rows          the count that says how many of them a run has
+    decided       how often that count had been decided when the buffer was written
     first, last   the calls from which on and up to which it is needed
     at            where it lies in the program's memory
     """
 
     whole: Tensor
     rows: Rows
+    decided: int
     first: int
     last: int
     at: int = 0
@@ -58,9 +61,15 @@ class Buffer:
     def nbytes(self) -> int:
         return self.whole.numel() * self.whole.element_size()
 
-    @property
-    def factor(self) -> int:
-        return len(self.whole) // self.rows.most
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A buffer as it is seen outside: `factor` rows, of shape `row`, for each of its count's."""
+
+    buffer: Buffer
+    factor: int
+    row: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +86,8 @@ class HostCall:
     """A call to the host, and the counts that it decides."""
 
     function: HostFunction
-    inputs: tuple[Buffer, ...]
-    outputs: tuple[Buffer, ...]
+    inputs: tuple[View, ...]
+    outputs: tuple[View, ...]
     decides: tuple[Rows, ...]
 
 
@@ -109,10 +118,15 @@ class Recorder:
         # What calls point to besides the buffers.
         self.held: list[object] = []
         self.reason = ""
+        self._rows = rows
         self._places = places
         self._memory = memory
         self._on_meta = on_meta
         self._of: dict[int, Buffer] = {}
+        # The buffers that the next call is given.
+        self._given: list[Buffer] = []
+        # How often calls to the host have decided each count.
+        self._decided = Counter[Rows]()
         self._making = False
         self._watch = _Watch(self)
         self.columns = [self._buffer(rows, (rows.most,), torch.int64) for _ in range(width)]
@@ -122,7 +136,8 @@ class Recorder:
         with torch.inference_mode(False):  # only other tensors know how often they were changed
             whole = torch.empty(shape, dtype=dtype, device="meta")
         self._making = False
-        buffer = Buffer(whole, rows, len(self.calls), len(self.calls))
+        now = len(self.calls)
+        buffer = Buffer(whole, rows, self._decided[rows], first=now, last=now)
         if self._places:
             if len(self.buffers) == len(self._places):
                 raise self.refuse("it called other operations than were planned")
@@ -153,7 +168,18 @@ class Recorder:
             raise self.refuse("an operation is given a tensor that is not of this step")
         if x.storage_offset() or x.numel() * x.element_size() != found.nbytes:
             raise self.refuse("an operation is given some of a step's rows or columns")
+        if found.decided != self._decided[found.rows]:
+            raise self.refuse(f"it was written before the number of {found.rows.name} changed")
         return found
+
+    def view_of(self, x: Tensor) -> View:
+        """x as it is to be seen at the next call, or behind the last."""
+        buffer = self.buffer_of(x)
+        buffer.last = len(self.calls)
+        factor, rest = divmod(len(x) if x.dim() else 0, buffer.rows.most)
+        if rest or not factor or not x.is_contiguous():
+            raise self.refuse("a step's rows are wanted in another order")
+        return View(buffer, factor, tuple(x.shape[1:]), x.dtype)
 
     def empty(self, like: Tensor, row: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for as many rows as `like` has."""
@@ -164,6 +190,7 @@ class Recorder:
         if self.find(x) is not None:
             buffer = self.buffer_of(x)
             buffer.last = len(self.calls)
+            self._given.append(buffer)
             return self._memory + buffer.at
         if x.is_meta and not self._on_meta:
             raise self.refuse("an operation is given a tensor that was made for a step")
@@ -171,13 +198,25 @@ class Recorder:
         return 0 if x.is_meta else x.data_ptr()
 
     def note(
-        self, operation: Operation, call: Call, x: Tensor, rows: int, features: frozenset[Feature]
+        self,
+        operation: Operation,
+        call: Call,
+        x: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        features: frozenset[Feature],
     ) -> None:
-        """`call` on `rows` rows, which are those of x or a multiple of them."""
+        """`call`, which computes in `dtype` on `rows` rows: those of x or a multiple of them."""
         count = self.buffer_of(x).rows
         if rows % count.most:
             raise self.refuse(f"{operation} is called on another number of rows than the step's")
-        dtype = x.dtype if x.is_floating_point() else torch.float32
+        for other in self._given:
+            if other.rows != count:
+                raise self.refuse(
+                    f"{operation} is called on as many {count.name} as {other.rows.name}, which "
+                    "may differ"
+                )
+        self._given.clear()
         self.uses.add(Use(operation, dtype, features))
         self.calls.append(NativeCall(call, count, rows // count.most))
 
@@ -185,26 +224,27 @@ class Recorder:
         self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
     ) -> list[Tensor]:
         """A call to the host, and what it writes."""
-        given = tuple(self.buffer_of(x) for x in inputs)
+        given = tuple(self.view_of(x) for x in inputs)
+        rows_of = [
+            each.rows if isinstance(each.rows, Rows) else self.buffer_of(each.rows).rows
+            for each in outputs
+        ]
+        decides = decided_by(outputs)
+        for rows in decides:
+            self._require_own_name(rows)
+            self._decided[rows] += 1
         made: list[Tensor] = []
-        decides: list[Rows] = []
-        for buffer in given:
-            buffer.last = len(self.calls)
-        for rows, row, dtype in outputs:
-            if isinstance(rows, Rows):
-                decides += [] if rows in decides else [rows]
-                made.append(self._buffer(rows, (rows.most, *row), dtype))
-            else:
-                made.append(self.empty(rows, row, dtype))
-        written = tuple(self.buffer_of(x) for x in made)
-        self.calls.append(HostCall(function, given, written, tuple(decides)))
+        for rows, (like, row, dtype) in zip(rows_of, outputs, strict=True):
+            number = rows.most if isinstance(like, Rows) else len(like)
+            made.append(self._buffer(rows, (number, *row), dtype))
+        self.calls.append(HostCall(function, given, tuple(map(self.view_of, made)), decides))
         return made
 
-    def keep(self, x: Tensor) -> Buffer:
-        """The result's buffer, which is needed to the end and beyond."""
-        buffer = self.buffer_of(x)
-        buffer.last = len(self.calls)
-        return buffer
+    def _require_own_name(self, rows: Rows) -> None:
+        """A name means one count: raises ValueError for the run's, or one of another `most`."""
+        for other in (self._rows, *self._decided):
+            if other.name == rows.name and (other == self._rows or other != rows):
+                raise ValueError(f"a call to the host decides {rows}, but there are {other}")
 
     @property
     def segments(self) -> int:
@@ -215,8 +255,11 @@ class Recorder:
     @contextmanager
     def follow(self) -> Iterator[None]:
         """Within it what torch does to this recorder's tensors is watched."""
+        random = torch.get_rng_state()
         with self._watch:
             yield
+        if not torch.equal(torch.get_rng_state(), random):
+            self.refuse("it draws random numbers, which would be the same in each run")
 
     @contextmanager
     def unwatched(self, tensors: Iterable[Tensor | None]) -> Iterator[None]:
@@ -298,11 +341,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def place(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
-    """A place for each buffer, and the memory that all need: none shares a byte with another that
-    is needed at the same time.
+def place(buffers: Sequence[Buffer]) -> tuple[tuple[int, ...], int]:
+    """A place for each buffer, and the memory that all need.
 
-    Each takes the lowest room there is; in a decoder, whose layers need the same, that is the best.
+    None shares a byte with another that is needed at the same time. Each takes the lowest room
+    there is; in a decoder, whose layers need the same, that is the best.
     """
     places: list[int] = []
     taken: list[tuple[int, int, int]] = []  # (from, to, last call)
@@ -318,4 +361,4 @@ def place(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
         places.append(at)
         taken.append((at, at + nbytes, buffer.last))
         size = max(size, at + nbytes)
-    return places, size
+    return tuple(places), size

@@ -26,7 +26,7 @@ class ReferenceExperts(PreparedExperts):
     activation: Activation
 
     def is_of(self, weights: ExpertWeights) -> bool:
-        return same(weights.tensors(), self.weights.tensors())
+        return all(map(same, weights, self.weights))
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

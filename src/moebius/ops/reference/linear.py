@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.ops.interface import Ops
-from moebius.ops.prepared import PreparedLinear, own
+from moebius.ops.prepared import PreparedLinear, own, same
 from moebius.ops.weights import Matrix, Weight, dtype_name
 
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
@@ -21,10 +21,7 @@ class ReferenceLinear(PreparedLinear):
     layers: tuple[tuple[Weight, Tensor | None], ...]
 
     def is_of(self, *layers: tuple[Weight, Tensor | None]) -> bool:
-        if len(layers) != len(self.layers):
-            return False
-        pairs = zip(layers, self.layers, strict=True)
-        return all(weight is w and bias is b for (weight, bias), (w, b) in pairs)
+        return len(layers) == len(self.layers) and all(map(same, layers, self.layers))
 
 
 class LinearOps(Ops):
@@ -42,10 +39,13 @@ class LinearOps(Ops):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         if isinstance(table_VD, Matrix):
-            x_TD = table_VD.take(input_ids_T, dtype or torch.float32)
+            dtype = dtype or table_VD.planes[0].dtype
+            x_TD = table_VD.take(input_ids_T, torch.promote_types(dtype, torch.float32))
         else:
-            x_TD = F.embedding(input_ids_T, table_VD).to(dtype)
-        return x_TD if multiplier == 1.0 else x_TD * multiplier
+            dtype = dtype or table_VD.dtype
+            x_TD = F.embedding(input_ids_T, table_VD)
+            x_TD = x_TD.to(torch.promote_types(dtype, table_VD.dtype))
+        return (x_TD if multiplier == 1.0 else x_TD * multiplier).to(dtype)
 
     def prepare_linear(
         self, *layers: tuple[Weight, Tensor | None], dtype: torch.dtype | None = None
@@ -64,15 +64,14 @@ class LinearOps(Ops):
         with torch.autocast(x_TI.device.type, enabled=False):
             x = x_TI.float()
             bias = None if bias_O is None else bias_O.float()
-            matrix = Matrix.of(weight_OI)
-            count = matrix.shape[0]
-            if (
-                matrix.planes[0].dtype == torch.float32
+            if isinstance(weight_OI, Tensor) and (
+                weight_OI.dtype == torch.float32
                 or torch.is_grad_enabled()
-                or count <= LOGITS_ROWS
+                or len(weight_OI) <= LOGITS_ROWS
             ):
-                return F.linear(x, matrix.widened(torch.float32), bias)
-            starts = range(0, count, LOGITS_ROWS)
+                return F.linear(x, weight_OI.float(), bias)
+            matrix = Matrix.of(weight_OI)
+            starts = range(0, matrix.shape[0], LOGITS_ROWS)
             rows = (matrix.rows(start, start + LOGITS_ROWS) for start in starts)
             out = torch.cat([F.linear(x, part.widened(torch.float32)) for part in rows], dim=-1)
             return out if bias is None else out + bias

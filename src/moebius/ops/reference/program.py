@@ -6,7 +6,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from moebius.ops.host import HostFunction, HostResult, counted
+from moebius.ops.host import HostFunction, HostResult, counted, decided_by
 from moebius.ops.interface import Ops
 from moebius.ops.program import Given, Program, Rows, Trace
 from moebius.ops.sources import Source, Wanted
@@ -49,13 +49,14 @@ class ProgramOps(Ops):
     def host(
         self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
     ) -> list[Tensor]:
+        device = inputs[0].device if inputs else None
         made = []
-        for result in outputs:
-            rows = result.rows.most if isinstance(result.rows, Rows) else len(result.rows)
-            shape = (rows, *result.row)
-            made.append(torch.empty(shape, dtype=result.dtype, device=inputs[0].device))
-        counts = function(inputs, made)
+        for rows, row, dtype in outputs:
+            number = rows.most if isinstance(rows, Rows) else len(rows)
+            made.append(torch.empty((number, *row), dtype=dtype, device=device))
+        decides = decided_by(outputs)
+        counts = dict(zip(decides, counted(function(inputs, made), decides), strict=True))
         return [
-            out[: counted(counts, result.rows)] if isinstance(result.rows, Rows) else out
-            for out, result in zip(made, outputs, strict=True)
+            out[: counts[rows]] if isinstance(rows, Rows) else out
+            for out, (rows, _, _) in zip(made, outputs, strict=True)
         ]

@@ -16,12 +16,7 @@ from moebius.ops.sampling import LOWEST, ROWS_AT_ONCE, Shaping, TopK
 
 
 class SamplingOps(Ops):
-    """The part of `Ops` that turns logits into tokens. logits_LV is float32; ties go to the lowest
-    id everywhere."""
-
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
-        """The most likely id of each of `rows` (None: of all); -1 where a logit of the row is not
-        finite."""
         found: list[int] = []
         for part in _parts(range(len(logits_LV)) if rows is None else rows):
             logits_RV = logits_LV[_index(part, logits_LV)]
@@ -36,9 +31,6 @@ class SamplingOps(Ops):
         temperatures: Sequence[float],
         uniforms: Sequence[float],
     ) -> list[int]:
-        """Of each of `rows` the first id whose exp(logit / temperature), summed with those of all
-        ids before it, exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is
-        not finite. Temperatures are rounded to float32; sums are float64."""
         found: list[int] = []
         for part in _parts(range(len(rows))):
             at = slice(part[0], part[-1] + 1)
@@ -65,10 +57,6 @@ class SamplingOps(Ops):
         counts: Sequence[int],
         temperatures: Sequence[float] | None = None,
     ) -> TopK:
-        """Of each of `rows` logsumexp(logits / temperature), NaN where a logit is not finite, and
-        the min(count, V) most likely ids with their logits, largest first; of a row that is not
-        finite these mean nothing. Temperatures are rounded to float32; None stands for 1.
-        """
         vocab = logits_LV.shape[-1]
         places = defaultdict(list)
         for place, count in enumerate(counts):
@@ -95,7 +83,6 @@ class SamplingOps(Ops):
         return TopK(log_sums_R, torch.cat(values), torch.cat(ids))
 
     def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        """The place of one token a row among all of the vocabulary: 1 for the most likely."""
         found = []
         for row, token in zip(rows, token_ids, strict=True):
             logits_V = logits_LV[row]
@@ -107,12 +94,6 @@ class SamplingOps(Ops):
     def shaped(
         self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
     ) -> Iterator[None]:
-        """Within the context rows[i] of logits_LV (contiguous, each row once) is as shapings[i]
-        says; after it all is as it was, bit for bit. Only the logits of ids that a shaping names
-        are read, kept and written.
-
-        Raises IndexError for an id that is not in the vocabulary.
-        """
         kept: list[tuple[int, Tensor, Tensor]] = []
         try:
             for row, shaping in zip(rows, shapings, strict=True):

@@ -1,0 +1,273 @@
+"""An engine in a process of its own: `python -m moebius.engine.process ADDRESS`.
+
+It connects to its front at ADDRESS, hears in one frame what to load, answers with Loaded or with
+Failed, and serves until the front tells it to stop, or is gone. What computes is InProcessClient,
+on a thread; this module's thread reads frames, another sends heartbeats.
+
+It outlives its front by a second at most: the end of the connection is the front's end, and Linux
+kills it where it is too stuck to see that. Signals that end a front in order are sent to whole
+groups of processes, so they are ignored here: the front has requests to finish first.
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moebius import logs
+from moebius.engine import wire
+from moebius.engine.client import StepOutput
+from moebius.engine.faults import failed, say
+from moebius.errors import (
+    ChannelError,
+    DeadlineError,
+    EngineError,
+    MoebiusError,
+    WireError,
+    frames,
+    in_one_line,
+    wants_traceback,
+)
+from moebius.parallel.channel import Channel
+from moebius.parallel.key import ClusterKey
+from moebius.parallel.meet import Address, connect, forget
+from moebius.schedule.engine_request import EngineRequest
+
+if TYPE_CHECKING:
+    from moebius.engine.in_process import InProcessClient
+    from moebius.engine.member import Member
+
+log = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 30.0
+_LAUNCH_SECONDS = 600.0
+_LAST_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Pulse:
+    """Heartbeats to the front, until `end`: that the process lives, and how far its engine is."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._engine: InProcessClient | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
+
+    def watch(self, engine: "InProcessClient") -> None:
+        """Send this one's statistics from now on. Where it fails, say so and hang up."""
+        self._engine = engine
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.wait(wire.HEARTBEAT_SECONDS):
+                self._beat()
+        except ChannelError:
+            pass  # the front is gone, which the thread that reads sees, too
+        except Exception as error:
+            say(log.error, "no more heartbeats: %s", frames(error))
+
+    def _beat(self) -> None:
+        engine = self._engine
+        if engine is None:
+            _send(self._channel, wire.Heartbeat())
+            return
+        if engine.stopped and not self._ended.is_set():
+            _send(self._channel, wire.Failed(EngineError("the engine has failed; see its log")))
+            self._channel.close()
+            self._ended.set()
+            return
+        _send(self._channel, wire.Stats(engine.stats()))
+
+
+class Service:
+    """Serves one engine to the front at the other end of a channel."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        engine: "InProcessClient",
+        prefix_key: bytes,
+        member: "Member | None" = None,
+    ) -> None:
+        """member   of the group of ranks that this engine is one of"""
+        self._channel = channel
+        self._engine = engine
+        self._member = member
+        self._rows = None if member is None else member.rows
+        self._limits = engine.info.limits
+        self._hasher = engine.info.hasher(prefix_key)
+
+    def run(self, pulse: Pulse) -> None:
+        """Until the front says Stop, or is gone: ChannelError. WireError for what is no frame."""
+        self._engine.start(self._deliver)
+        _send(self._channel, wire.Loaded(self._engine.info, self._rows))
+        pulse.watch(self._engine)
+        timeout = _LAST_SECONDS
+        try:
+            timeout = self._read()
+        finally:
+            pulse.end()
+            self._engine.close(timeout)
+
+    def _read(self) -> float:
+        """Do what the front says; the seconds that it gives to stop in."""
+        while True:
+            try:
+                frame = self._channel.receive(wire.HEARTBEAT_SECONDS)
+            except DeadlineError:
+                continue
+            match wire.decode_to_engine(frame):
+                case wire.Submit(request, number):
+                    self._submit(request)
+                    self._hear(number)
+                case wire.Hear(number):
+                    self._hear(number)
+                case wire.Join() as join:
+                    if self._member is None:
+                        raise WireError("an engine that is no rank was told to join a group")
+                    self._engine.between_steps(partial(self._member.join, join))
+                case wire.Abort(request_id):
+                    self._engine.abort(request_id)
+                case wire.ReadLoads():
+                    _send(self._channel, wire.Loads(self._engine.expert_loads()))
+                case wire.Stop(timeout):
+                    return timeout
+                case wire.Launch():
+                    raise WireError("a second launch; a process loads one model")
+
+    def _submit(self, request: EngineRequest) -> None:
+        try:
+            self._engine.submit(wire.received(request, self._limits, self._hasher))
+        except MoebiusError as error:
+            self._deliver([failed(request.id, error)])
+
+    def _hear(self, number: int) -> None:
+        if self._member is not None:
+            self._engine.between_steps(partial(self._member.hear, number))
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        """Send a step's outputs. That the front is gone is for the reading thread to see."""
+        with suppress(ChannelError):
+            _send(self._channel, wire.Outputs(outputs))
+
+
+def _send(channel: Channel, message: wire.FromEngine) -> None:
+    channel.send(wire.encode(message), wire.SEND_SECONDS)
+
+
+def main(argument: str) -> int:
+    """Connect, load and serve; the exit status."""
+    gc.set_threshold(100_000)  # as cli/main.py, and for its reason
+    _live_with_the_front()
+    address = _address(argument)
+    if isinstance(address, Path):
+        try:
+            channel = connect(address, _CONNECT_SECONDS)
+        finally:
+            forget(address)
+    else:
+        channel = connect(address, _CONNECT_SECONDS, ClusterKey.from_environment())
+    pulse = Pulse(channel)
+    try:
+        return _run(channel, pulse)
+    except ChannelError:  # the front is gone, or Pulse has told it why there is an end
+        return 1
+    except WireError as error:
+        log.error("the front is not understood: %s", error)
+        return _fail(channel, error)
+    finally:
+        pulse.end()
+        channel.close()
+
+
+def _run(channel: Channel, pulse: Pulse) -> int:
+    import moebius.engine.load  # noqa: F401 - for seconds, in which the front reads the tokenizer
+
+    launch = wire.decode_to_engine(channel.receive(_LAUNCH_SECONDS))
+    if not isinstance(launch, wire.Launch):
+        raise WireError(f"a {type(launch).__name__} came before a Launch")
+    logs.to_stderr(launch.log_level)
+    try:
+        service = _load(channel, launch)
+    except (ChannelError, WireError):
+        raise
+    except Exception as error:
+        return _fail(channel, error)
+    # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
+    gc.freeze()
+    service.run(pulse)
+    return 0
+
+
+def _load(channel: Channel, launch: wire.Launch) -> Service:
+    from moebius.engine.in_process import InProcessClient
+    from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
+    from moebius.engine.member import Member
+    from moebius.engine.rank import RankEngine
+
+    directory = Path(launch.directory)
+    ranks = launch.config.ranks
+    share = ExpertShare(launch.rank, ranks, neighbours=launch.neighbours) if ranks > 1 else None
+    prepared = prepare(directory, launch.config, share)
+    planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
+    _send(channel, planned)
+    engine = load_engine(
+        directory,
+        launch.config,
+        eos_ids=launch.eos_ids,
+        prefix_key=launch.prefix_key,
+        prepared=prepared,
+    )
+    member = None
+    if isinstance(engine, RankEngine):
+        member = Member(engine, exchange_spec(prepared), launch.rank, partial(_send, channel))
+    client = InProcessClient(engine, step_deadline=launch.config.step_deadline)
+    return Service(channel, client, launch.prefix_key, member)
+
+
+def _fail(channel: Channel, error: Exception) -> int:
+    """Tell the front why this process ends; the exit status."""
+    if wants_traceback():
+        traceback.print_exception(error)
+    told = error if isinstance(error, MoebiusError) else EngineError(in_one_line(error))
+    with suppress(ChannelError):
+        _send(channel, wire.Failed(told))
+    return 1
+
+
+def _live_with_the_front() -> None:
+    """End when the front does, and not before: see above."""
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):  # the supervisor has them blocked until now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _address(text: str) -> Address:
+    """The path of a socket, or HOST:PORT."""
+    if os.sep in text:
+        return Path(text)
+    host, _, port = text.rpartition(":")
+    return host, int(port)
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1])
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)  # with torch loaded, taking down Python's modules takes most of a second

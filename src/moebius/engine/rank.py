@@ -1,0 +1,107 @@
+"""RankEngine: one of several engines that make each step together, as each holds some experts."""
+
+import logging
+from collections.abc import Callable
+
+from moebius.engine.client import EngineInfo, StepOutput
+from moebius.engine.engine import Engine
+from moebius.engine.faults import say
+from moebius.engine.lockstep import Lockstep
+from moebius.engine.runner import Runner
+from moebius.engine.trace import TraceWriter
+from moebius.errors import PeerError
+from moebius.parallel.exchange import Exchange
+from moebius.schedule.scheduler import Scheduler, StepPlan
+
+log = logging.getLogger(__name__)
+
+
+class RankEngine(Engine):
+    """An engine that computes only while it is in a group, whose members may change.
+
+    When a rank of the group is lost, this engine keeps its requests, its cache and its weights. It
+    tells `on_parted`, and rests until it joins the next epoch.
+
+    use   gives the model's dispatchers an exchange
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        *,
+        use: Callable[[Exchange], None],
+        trace: TraceWriter | None = None,
+        torch_threads: int | None = None,
+    ) -> None:
+        super().__init__(runner, scheduler, info, trace=trace, torch_threads=torch_threads)
+        self._use = use
+        self.on_parted: Callable[[PeerError], None] = lambda error: None
+        self._exchange: Exchange | None = None
+        self._lockstep: Lockstep | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the group awaits this rank; never without a group."""
+        return self._lockstep is not None and self._lockstep.awake
+
+    def join(self, exchange: Exchange, heard: int) -> None:
+        """Compute in this epoch from now on; the former one is left.
+
+        heard: how many requests the front has handed to the group so far.
+        """
+        self.leave()
+        self._exchange = exchange
+        self._use(exchange)
+        self._lockstep = Lockstep(exchange, heard)
+
+    def leave(self) -> None:
+        """Compute no more, until the next `join`."""
+        self._lockstep = None
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+
+    def hear(self, number: int) -> None:
+        """The front has handed request `number` to this rank or to another one."""
+        if self._lockstep is not None:
+            self._lockstep.hear(number)
+
+    def close(self) -> None:
+        self.leave()
+        super().close()
+
+    def _step(self) -> list[StepOutput]:
+        assert self._lockstep is not None, "a step is made in a group"
+        try:
+            if not self._lockstep.agree(self.scheduler.has_work):
+                return []
+        except PeerError as error:
+            self._part(error)
+            return []
+        return super()._step()
+
+    def _computed(self, plan: StepPlan) -> list[StepOutput]:
+        try:
+            if plan.chunks:
+                return super()._computed(plan)
+            self.runner.execute_empty()
+        except PeerError as error:
+            self._part(error)
+        return []
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
+        outputs = super()._fail_step(plan, error)
+        # The others may be waiting for what this rank was about to send.
+        self._part(PeerError("a step failed on this rank", ranks=(self._rank,)))
+        return outputs
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._exchange is None else self._exchange.rank
+
+    def _part(self, error: PeerError) -> None:
+        say(log.warning, "rank %d is without its group: %s", self._rank, error)
+        self.leave()
+        self.on_parted(error)

@@ -1,0 +1,206 @@
+"""Ranks that share a model's experts: their processes, and the epochs in which they compute.
+
+An epoch is a membership: all ranks, with a piece of shared memory of its own. When a rank is lost,
+its epoch is over for all of them at once; the others keep process, cache and weights, and wait with
+what they have. When the lost rank is loaded again, all join the next epoch.
+"""
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import msgspec
+import torch
+
+from moebius import machine
+from moebius.engine import wire
+from moebius.engine.client import EngineStats
+from moebius.engine.faults import say
+from moebius.engine.remote import RemoteClient
+from moebius.engine.supervisor import EngineProcess
+from moebius.front.launched import LaunchedEngine
+from moebius.front.replay import Lost
+from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.shared_memory import Segment
+from moebius.schedule.engine_request import EngineRequest
+
+log = logging.getLogger(__name__)
+
+_JOIN_SECONDS = 30.0
+_PAUSE_SECONDS = 0.2
+
+
+class RankGroup:
+    """The engines that ReplayClient is given, one a rank.
+
+    message   what each is launched with; its rank is filled in here
+    """
+
+    def __init__(self, message: wire.Launch) -> None:
+        self._message = message
+        self._name = secrets.token_hex(4)
+        self._lock = threading.RLock()
+        self._clients: list[RankClient | None] = [None] * message.config.ranks
+        self._epoch = 0
+        self._segment: Segment | None = None
+        self._joined: set[int] = set()
+        self._given = 0
+
+    @property
+    def size(self) -> int:
+        return len(self._clients)
+
+    def launch(
+        self,
+        rank: int,
+        lost: Lost,
+        planned: Callable[[wire.Planned], None],
+        process: EngineProcess | None,
+    ) -> "RankClient":
+        """Start a rank, and return once it is loaded; as LaunchedEngine."""
+        client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
+        with self._lock:
+            self._clients[rank] = client
+            if all(self._clients):
+                self._form()
+        return client
+
+    def _launch_of(self, rank: int) -> wire.Launch:
+        with self._lock:
+            others = sum(client is not None for client in self._clients)
+        message = self._message
+        config = message.config
+        threads = config.threads or max(1, machine.threads() // self.size)
+        trace = None if config.trace is None else f"{config.trace}.{rank}"
+        return msgspec.structs.replace(
+            message,
+            config=replace(config, threads=threads, trace=trace),
+            rank=rank,
+            neighbours=self.size - others,
+        )
+
+    @property
+    def formed(self) -> bool:
+        """Whether all ranks are in the present epoch."""
+        return self._segment is not None and len(self._joined) == self.size
+
+    def submit(self, rank: int, remote: RemoteClient, request: EngineRequest) -> None:
+        """Give a request to one rank, and its number to all."""
+        with self._lock:
+            self._given += 1
+            remote.submit(request, self._given)
+            for client in self._clients:
+                if client is not None and client.rank != rank:
+                    client.remote.tell(wire.Hear(self._given))
+
+    def hear(self, client: "RankClient", message: wire.Joined | wire.Parted) -> None:
+        """What a rank says of its group."""
+        with self._lock:
+            if message.epoch != self._epoch or self._clients[client.rank] is not client:
+                return
+            if isinstance(message, wire.Joined):
+                self._joined.add(client.rank)
+                return
+            say(log.warning, "rank %d: %s", client.rank, message.error)
+            self._give_up((client.rank,))
+            again = all(self._clients)
+            epoch = self._epoch
+        if again:
+            self._later(_PAUSE_SECONDS, partial(self._form_again, epoch))
+
+    def lose(self, client: "RankClient") -> None:
+        """A rank's process is gone: nobody shall wait for it."""
+        with self._lock:
+            if self._clients[client.rank] is client:
+                self._clients[client.rank] = None
+                self._give_up((client.rank,))
+
+    def _give_up(self, ranks: Sequence[int]) -> None:
+        """This epoch is over: whoever waits in it for these ranks waits no longer."""
+        if self._segment is not None:
+            self._segment.give_up(list(ranks))
+            self._segment.close()
+            self._segment = None
+
+    def _form_again(self, epoch: int) -> None:
+        with self._lock:
+            if self._epoch == epoch and all(self._clients):
+                self._form()
+
+    def _form(self) -> None:
+        """Begin the next epoch, with all ranks."""
+        self._give_up(range(self.size))
+        self._epoch += 1
+        epoch = Epoch(self._name, self._epoch)
+        clients = [client for client in self._clients if client is not None]
+        self._segment = Segment(_spec(clients[0].rows), epoch)
+        self._joined = set()
+        join = wire.Join(
+            group=self._name,
+            epoch=self._epoch,
+            place=self._segment.place,
+            timeout=self._message.config.step_deadline,
+            heard=self._given,
+        )
+        for client in clients:
+            client.remote.tell(join)
+        log.info("%s begins, with %d ranks", epoch, self.size)
+        self._later(_JOIN_SECONDS, partial(self._end_absent, self._epoch))
+
+    def _end_absent(self, epoch: int) -> None:
+        """Kill the ranks that have not come to an epoch: they are stuck."""
+        with self._lock:
+            if self._epoch != epoch or self._segment is None:
+                return
+            absent = [
+                client for client in self._clients if client and client.rank not in self._joined
+            ]
+        for client in absent:
+            say(log.error, "rank %d did not join within %.0f s", client.rank, _JOIN_SECONDS)
+            client.end()
+
+    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, work)
+        timer.daemon = True
+        timer.start()
+
+
+class RankClient(LaunchedEngine):
+    """One rank: an engine of its own, which computes in its group."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        rank: int,
+        message: wire.Launch,
+        lost: Lost,
+        planned: Callable[[wire.Planned], None],
+        process: EngineProcess | None,
+    ) -> None:
+        self.rank = rank
+        self._group = group
+        super().__init__(message, lost, planned, process)
+        self.remote.heard = partial(group.hear, self)
+
+    def submit(self, request: EngineRequest) -> None:
+        self._group.submit(self.rank, self.remote, request)
+
+    def stats(self) -> EngineStats:
+        stats = super().stats()
+        return replace(stats, ready=stats.ready and self._group.formed)
+
+    def close(self, timeout: float) -> None:
+        self._group.lose(self)
+        super().close(timeout)
+
+    def _died(self, process: EngineProcess) -> None:
+        self._group.lose(self)
+        super()._died(process)
+
+
+def _spec(rows: wire.Rows | None) -> ExchangeSpec:
+    assert rows is not None, "a rank says what it exchanges"
+    return ExchangeSpec(rows.size, rows.tokens, rows.hidden, rows.top_k, getattr(torch, rows.dtype))

@@ -1,0 +1,89 @@
+"""An engine's process as ReplayClient wants it: watched, and its loss told once."""
+
+import threading
+from collections.abc import Callable
+
+from moebius.engine import wire
+from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
+from moebius.engine.deliveries import Deliver
+from moebius.engine.remote import RemoteClient
+from moebius.engine.supervisor import EngineProcess
+from moebius.errors import EngineError
+from moebius.front.replay import Lost
+from moebius.schedule.engine_request import EngineRequest
+
+_LOOK_SECONDS = 0.25
+# An engine is not ready while it is silent, or a step takes longer than it may; neither passes.
+_PATIENCE_SECONDS = 1.0
+
+
+class LaunchedEngine:
+    """Has a process load `message`. Raises the error that this ends with.
+
+    process   one that was started before; None: starts one
+    planned   hears of the memory plan, before the weights are read
+    lost      is called, once and after the last output, when the engine cannot go on: its process
+              has ended, or was stuck and has been killed
+    """
+
+    def __init__(
+        self,
+        message: wire.Launch,
+        lost: Lost,
+        planned: Callable[[wire.Planned], None] = lambda plan: None,
+        process: EngineProcess | None = None,
+    ) -> None:
+        self._lost = lost
+        self._done = threading.Event()
+        self._process = process or EngineProcess()
+        self._process.died = self._died
+        try:
+            self.remote: RemoteClient = self._process.launch(message, planned)
+        except BaseException:
+            self._process.kill()
+            raise
+        self.rows = self._process.rows
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.remote.info
+
+    def start(self, deliver: Deliver) -> None:
+        self.remote.start(deliver)
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def submit(self, request: EngineRequest) -> None:
+        self.remote.submit(request)
+
+    def abort(self, request_id: str) -> None:
+        self.remote.abort(request_id)
+
+    def advance(self, wanted: Callable[[], bool]) -> bool:
+        return self.remote.advance(wanted)
+
+    def stats(self) -> EngineStats:
+        return self.remote.stats()
+
+    def expert_loads(self) -> ExpertLoads:
+        return self.remote.expert_loads()
+
+    def close(self, timeout: float) -> None:
+        self._done.set()
+        self._process.close(timeout)
+
+    def end(self) -> None:
+        """Kill it: it does not do what it must."""
+        self._process.end()
+
+    def _watch(self) -> None:
+        """Kill it where it is stuck."""
+        misses = 0.0
+        while not self._done.wait(_LOOK_SECONDS):
+            misses = 0.0 if self.remote.stats().ready else misses + _LOOK_SECONDS
+            if misses >= _PATIENCE_SECONDS:
+                self._process.end()
+                return
+
+    def _died(self, process: EngineProcess) -> None:
+        self._done.set()
+        self._lost(EngineError(process.state))
