@@ -83,10 +83,10 @@ void ExchangeLayout::check() const {
     if (tokens < 1 || top_k < 1 || row_bytes < 1) throw std::invalid_argument("an exchange of no tokens, no experts or no bytes");
 }
 
-void ExchangeLayout::write(void* segment) const {
+void ExchangeLayout::write(void* segment, int cores) const {
     check();
     auto* header = new (segment) ExchangeHeader();
-    header->ranks = ranks, header->tokens = tokens, header->top_k = top_k;
+    header->ranks = ranks, header->tokens = tokens, header->top_k = top_k, header->cores = cores;
     header->row_bytes = row_bytes, header->epoch = epoch;
     std::copy(group.begin(), group.end(), header->group);
     std::copy(std::begin(MAGIC), std::end(MAGIC), header->magic);
@@ -199,9 +199,9 @@ void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
 
 // --- the operations ---
 
-SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, bool crowded, uint32_t barrier)
+SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier)
     : layout_(layout), segment_(static_cast<char*>(segment)), header_(*static_cast<ExchangeHeader*>(segment)), rank_(rank),
-      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(crowded), barrier_(barrier) {
+      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), barrier_(barrier) {
     if (rank < 0 || rank >= layout.ranks) throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
     uint32_t process = 0;
     if (!header_.line[rank].process.compare_exchange_strong(process, uint32_t(getpid())))

@@ -15,7 +15,7 @@ from engine.test_engine import ask, engine, prompts, tokens
 from moebius.engine.client import StepOutput
 from moebius.engine.in_process import InProcessClient
 from moebius.errors import EngineError, OverloadError, RequestError
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
 
 
 class Collector:

@@ -25,9 +25,10 @@ from moebius.errors import (
     WeightsError,
     WireError,
 )
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
-from moebius.schedule.request import FinishReason, Request
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams
+from moebius.schedule.request import Request
 
 HERE = Path(__file__).parent
 KEY = secrets.token_bytes(32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import signal
 import threading
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,7 +34,6 @@ class Meeting:
     spec: ExchangeSpec
     epoch: Epoch
     timeout: float = 30.0
-    cores: int | None = None
 
 
 def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
@@ -48,7 +49,6 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
             rank,
             meeting.epoch,
             timeout=meeting.timeout,
-            cores=meeting.cores,
         )
         return
     if dist.is_initialized():
@@ -172,6 +172,15 @@ def repeated(held: Held, case: Case, times: int) -> list[tuple[int, ...]]:
         assert torch.equal(again.back_TKD, first.back_TKD)
         assert torch.equal(again.rows_RD, first.rows_RD)
     return agreed
+
+
+def layers_without_end(held: Held, case: Case, killed: int, microseconds: int) -> None:
+    """The rank that is to be killed is, by a timer, so long after its third layer."""
+    exchange = held["exchange"]
+    for number in itertools.count():
+        if number == 3 and exchange.rank == killed:
+            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+        layer(exchange, case)
 
 
 def agree(held: Held, *values: tuple[int, ...]) -> list[list[tuple[int, ...]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -167,7 +166,7 @@ def names_the_missing(meeting: Meeting, error: Raised, missing: int, own: int) -
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_peer_that_is_killed_or_stopped_while_others_wait(meet: Meet, how: str) -> None:
-    meeting = meet(timeout=2.0)
+    meeting = meet(timeout=4.0)
     with ranks(4) as members:
         together(members, rank_side.join, meeting)
         together(members, rank_side.agree, (1,))
@@ -175,13 +174,13 @@ def test_a_peer_that_is_killed_or_stopped_while_others_wait(meet: Meet, how: str
         for rank in survivors:
             rank.start(rank_side.agree, (1,))
         getattr(members[2], how)()
-        begun = time.monotonic()
         for own, rank in zip((0, 1, 3), survivors, strict=True):
             error = rank.error()
             assert error.kind is PeerError, error
             assert names_the_missing(meeting, error, 2, own), error
             assert str(meeting.epoch) in error.text
-        assert time.monotonic() - begun < 30  # not the answer's own bound
+            # Those who wait sleep.
+            assert error.seconds < 20 and error.processor_seconds < 1
         # The epoch is over for who has survived it; in the next one, smaller, all is well.
         survivors[0].start(rank_side.agree, (1,))
         assert survivors[0].error().kind is PeerError
@@ -192,6 +191,10 @@ def test_a_peer_that_is_killed_or_stopped_while_others_wait(meet: Meet, how: str
         for rank in survivors:
             rank.result()
         check(survivors, spec, cases(3, 6)[:2])
+        if how == "stop":  # it goes on where nobody is any more
+            members[2].go_on()
+            members[2].start(rank_side.agree, (1,))
+            assert members[2].error().kind is PeerError
 
 
 def test_a_rank_of_another_epoch_or_kind_is_refused(pool: list[Rank], meet: Meet) -> None:
@@ -226,8 +229,8 @@ WRONG = {
     "another dtype": "x: torch.float64",
     "fewer ids": r"ids: torch.int64 of shape \(1, 2\)",
     "not contiguous": "received rows: .* contiguous",
-    "little room": "room for 23 rows; 24 may come",
-    "no owners": r"owners: torch.int32 of shape \(0, 5\)",
+    "little room": "room for 23 received rows; 24 may come",
+    "no owners": r"an owners table of shape \(0, 5\)",
     "an id too large": "expert",
     "an id below zero": "expert",
     "an owner too large": "rank",

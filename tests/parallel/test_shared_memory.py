@@ -35,8 +35,8 @@ def pool() -> Iterator[list[Rank]]:
         yield started
 
 
-def meeting(segment: Segment, cores: int | None = None) -> Meeting:
-    return Meeting("shared", segment.place, segment.spec, segment.epoch, LONG, cores)
+def meeting(segment: Segment) -> Meeting:
+    return Meeting("shared", segment.place, segment.spec, segment.epoch, LONG)
 
 
 def join(segment: Segment, rank: int = 0, **changed: object) -> SharedMemoryExchange:
@@ -137,10 +137,24 @@ def test_a_rank_that_leaves_and_one_that_is_given_up_are_known_at_once(pool: lis
                 )
 
 
+@pytest.mark.parametrize("microseconds", [10, 70, 330, 1900])
+def test_a_rank_that_is_killed_anywhere_in_a_layer(microseconds: int) -> None:
+    """Whoever sees it die tells the others, who need not wait for their deadline."""
+    with Segment(SPEC, EPOCH) as segment, ranks(3) as members:
+        together(members, rank_side.join, meeting(segment))
+        for rank in members:
+            rank.start(rank_side.layers_without_end, Case(1, (6, 2, 3), 7), 1, microseconds)
+        members[1].wait_for_its_end()
+        segment.give_up([1])
+        for rank in (members[0], members[2]):
+            error = rank.error()
+            assert error.kind is PeerError and error.ranks == (1,), error
+
+
 @pytest.mark.parametrize("cores", [1, 64])
 def test_fewer_cores_than_ranks_and_more(pool: list[Rank], cores: int) -> None:
-    with Segment(SPEC, EPOCH) as segment:
-        together(pool, rank_side.join, meeting(segment, cores))
+    with Segment(SPEC, EPOCH, cores=cores) as segment:
+        together(pool, rank_side.join, meeting(segment))
         agreed = together(pool, rank_side.repeated, Case(1, (6, 0, 3), 7), 30)
         assert agreed == [[(29, 0), (29, 1), (29, 2)]] * 3
 

@@ -10,10 +10,11 @@ from array import array
 from collections.abc import Callable
 from dataclasses import replace
 
+from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool, Hit
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
-from moebius.schedule.request import FinishReason, RequestStatus
+from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
 
 BUGS: dict[str, type[Scheduler] | type[BlockPool]] = {}

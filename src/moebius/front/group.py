@@ -37,7 +37,7 @@ from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 

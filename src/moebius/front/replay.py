@@ -25,8 +25,8 @@ from moebius.front.flight import Flight
 from moebius.front.restarts import RestartBudget
 from moebius.front.routing import EngineLoad, choose
 from moebius.front.sums import add_loads, add_stats, counters_of
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,10 @@
 """The exchange between CPU ranks of one host: memory that all have mapped, and a barrier in it.
 
 The group's starter makes a `Segment` and tells the ranks its `place`. It has no name in a file
-system, so that nothing is left of it when its processes have ended, however they did.
+system, so that nothing is left of it when its processes have ended, however they did. A rank that
+is bound to a node of memory has its part of the segment there.
+
+Importing this needs the compiled kernels.
 """
 
 import fcntl
@@ -27,9 +30,11 @@ class Segment:
     """A group's shared memory for one epoch, at its starter.
 
     place   where its ranks find it, as long as the starter holds it open and lives
+    cores   how many its ranks may use together; None for what this process may use. With fewer than
+            ranks, who waits gives up its core soon.
     """
 
-    def __init__(self, spec: ExchangeSpec, epoch: Epoch) -> None:
+    def __init__(self, spec: ExchangeSpec, epoch: Epoch, *, cores: int | None = None) -> None:
         """Raises ConfigError where this system has no such memory, and for what no segment can
         be."""
         layout = _layout(spec, epoch)
@@ -44,7 +49,7 @@ class Segment:
         self.spec = spec
         self.epoch = epoch
         self.place = f"/proc/{os.getpid()}/fd/{self._file}"
-        layout.write(self._memory.address)
+        layout.write(self._memory.address, machine.threads() if cores is None else cores)
 
     @property
     def joined(self) -> tuple[int, ...]:
@@ -74,9 +79,7 @@ class Segment:
 class SharedMemoryExchange(CheckedExchange):
     """A rank's part in a segment.
 
-    place     the segment's
-    cores     how many this host's ranks may use together; None for what this process may use. With
-              fewer than ranks, waiting gives up its core soon.
+    place   the segment's
 
     Raises PeerError where the segment is gone, and ConfigError where it is for another group, epoch
     or kind of rows, or this rank has joined already.
@@ -90,23 +93,21 @@ class SharedMemoryExchange(CheckedExchange):
         epoch: Epoch,
         *,
         timeout: float,
-        cores: int | None = None,
     ) -> None:
         super().__init__(spec, rank, epoch, timeout)
         layout = _layout(spec, epoch)
-        self._memory = _open(place, epoch)
-        usable = machine.threads() if cores is None else cores
+        memory = _open(place, epoch)
         try:
-            layout.check(self._memory.address, self._memory.bytes)
+            layout.check(memory.address, memory.bytes)
             self._native = _cpu.SharedExchange(
                 layout,
-                self._memory.address,
+                memory.address,
                 rank=rank,
                 timeout=timeout,
-                crowded=spec.size > usable,
             )
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
+        self._memory: _Memory | None = memory
 
     @property
     def traffic(self) -> Traffic:
@@ -115,7 +116,9 @@ class SharedMemoryExchange(CheckedExchange):
 
     def close(self) -> None:
         super().close()
-        self._native.leave()
+        if self._memory is not None:
+            self._native.leave()
+            self._memory = None
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         try:
@@ -131,7 +134,7 @@ class SharedMemoryExchange(CheckedExchange):
             return self._native.dispatch(
                 x_TD.data_ptr(),
                 ids_TK.data_ptr(),
-                len(x_TD),
+                x_TD.shape[0],
                 owners_CE.data_ptr(),
                 splits,
                 experts,

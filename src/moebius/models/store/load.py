@@ -14,10 +14,11 @@ from moebius.models.layout import Source
 from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
+from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
-from moebius.ops import FORMATS, Matrix, Ops, Weight, select_ops
+from moebius.ops import FORMATS, Matrix, Ops, PreparedExperts, Weight, select_ops
 from moebius.ops.weights import Dense, dtype_name
 from moebius.pages import Span
 
@@ -57,6 +58,12 @@ class ExpertMove:
     come: Sequence[tuple[Source, Weight]]
     gone: Sequence[Source]
 
+    @property
+    def modules(self) -> list[str]:
+        """The names of the Experts that change."""
+        sources = [*(source for source, _ in self.come), *self.gone]
+        return sorted({source.parameter.rsplit(".", 2)[0] for source in sources})
+
 
 class Loader:
     """Puts a checkpoint's tensors into decoders, where they lie in their files if that can be.
@@ -76,7 +83,7 @@ class Loader:
         self.checkpoint = checkpoint
         self.device = device
         self._mapped = mapped
-        self._whole = MappedFiles()
+        # Of ranks that hold parts of files, and may come to hold others.
         self._parts = MappedFiles(whole=False)
 
     def fill(self, decoder: Decoder) -> None:
@@ -86,7 +93,8 @@ class Loader:
         """
         sources = self.checkpoint.sources_at(decoder.ranks)
         _check_all_have_a_source(decoder, sources)
-        self._put(decoder, self._values(decoder, sources, self._files(decoder)))
+        files = MappedFiles() if decoder.ranks is None else self._parts
+        self._put(decoder, self._values(decoder, sources, files))
 
     def bring_experts(
         self, decoder: Decoder, placement: Placement, rank: int | None = None
@@ -104,34 +112,32 @@ class Loader:
         after = self._expert_sources(ExpertRank(placement, rank, ranks.tokens))
         come = [source for name, source in after.items() if name not in before]
         gone = [source for name, source in before.items() if name not in after]
-        values = self._values(decoder, come, self._files(decoder))
+        values = self._values(decoder, come, self._parts)
         return ExpertMove(placement, rank, values, gone)
 
     def move_experts(self, decoder: Decoder, move: ExpertMove) -> None:
         """Let a rank hold what was brought for it, between two steps of all ranks.
 
-        Experts that went to others are there no longer. Programs of the decoder have to be recorded
-        anew (Decoder.moves says so). Nothing else may have been moved since.
+        Experts that went to others are there no longer. Programs that were recorded go on with the
+        new ones where the backend can exchange them; else they have to be recorded anew
+        (Decoder.moves). Nothing else may have been moved since.
         """
         ranks = decoder.ranks
         assert ranks is not None, "this decoder holds all experts"
         ranks.place(move.placement, move.rank)
-        if not (move.come or move.gone):
-            return
+        layers = [decoder.get_submodule(name) for name in move.modules]
+        handles = [_prepared(experts, decoder) for experts in layers]
         self._put(decoder, move.come)
-        modules = dict(decoder.named_modules())
         for source in move.gone:
-            module, _, leaf = source.parameter.rpartition(".")
-            experts = modules[module]
-            assert isinstance(experts, WeightList)
-            experts.drop(int(leaf))
-        files = self._files(decoder)
+            name, _, number = source.parameter.rpartition(".")
+            weights = decoder.get_submodule(name)
+            assert isinstance(weights, WeightList)
+            weights.hold(int(number), None)
+        now = [_prepared(experts, decoder) for experts in layers]
+        if any(one is not other for one, other in zip(now, handles, strict=True)):
+            decoder.moves += 1
         for file, spans in self._spans(move.gone).items():
-            files.release(file, spans)
-        decoder.moves += 1
-
-    def _files(self, decoder: Decoder) -> MappedFiles:
-        return self._whole if decoder.ranks is None else self._parts
+            self._parts.release(file, spans)
 
     def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
         sources = self.checkpoint.sources_at(ranks)
@@ -170,6 +176,11 @@ class Loader:
         for source, weight in values:
             module, _, leaf = source.parameter.rpartition(".")
             _put(modules[module], leaf, weight, requires_grad=not self._mapped)
+
+
+def _prepared(experts: nn.Module, decoder: Decoder) -> PreparedExperts:
+    assert isinstance(experts, Experts)
+    return experts.prepared(decoder.dtype)
 
 
 def _span(source: Source, stored: StoredTensor) -> Span:
