@@ -86,8 +86,9 @@ class RemoteClient:
         self._clock = clock
         self._deliveries = Deliveries(self.abort)
         self._early: list[bytes] | None = []
-        self._stats = EngineStats()
         self._heard = clock()
+        # What it says by itself in a moment.
+        self._stats = EngineStats(total_blocks=info.num_blocks, now=self._heard, ready=True)
         self._loads = _Loads()
         self._unsent = threading.Event()
         self._done = threading.Event()
@@ -133,8 +134,9 @@ class RemoteClient:
 
     def stats(self) -> EngineStats:
         """The last ones that were heard, at most a heartbeat old; not ready in silence."""
-        silent = self.silent_for > self._silence
-        return replace(self._stats, ready=self._stats.ready and not silent and not self.stopped)
+        heard = self.silent_for <= self._silence
+        started = self._early is None and not self.stopped
+        return replace(self._stats, ready=self._stats.ready and started and heard)
 
     def expert_loads(self) -> ExpertLoads:
         """Those of this second. It asks for them, and waits for a second at most; without an answer
