@@ -39,7 +39,8 @@ def launch(
     planned is called once the model was checked, before its weights are read. Raises the error that
     the process ends with, ChannelError where it just ends, EngineError where it falls silent.
     """
-    channel.send(wire.encode(message), wire.SEND_SECONDS)
+    with suppress(ChannelError):  # a process that is gone may have said why
+        channel.send(wire.encode(message), wire.SEND_SECONDS)
     while True:
         try:
             frame = channel.receive(_LOADING_SILENCE_SECONDS)
