@@ -6,12 +6,14 @@
 Two servers of this checkout run at a time, one with its engine on a thread, one with it in another
 process. A client sends both the same requests over HTTP, streamed, in turns: 16 requests at once
 (prompts of 32 to 128 tokens, 32 tokens of answer each), and one request after the other (8 tokens,
-4 of answer) for the time to the first token. Which server goes first changes from pair to pair.
+1 of answer) for the time to the first token. Which server goes first changes from pair to pair.
 
 Throughput is the ratio apart / together of a pair's seconds: above 1 is worse. The first token is
 the difference apart - together of neighbouring requests, in milliseconds: medians, and half the
-distance between the quartiles. Beside them stand seconds of processor time a run: of all of a
-server's processes, and of the client.
+distance between the quartiles. `outside` is the part of it in which the engine does not compute,
+as the server's own metrics say: from the arrival to the first step, and from that step's end to the
+event loop. Beside them stand seconds of processor time a run: of all of a server's processes, and
+of the client.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ import json
 import os
 import platform
 import random
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -177,38 +182,55 @@ def batches(both: dict[str, Server], pairs: int) -> dict[str, Any]:
 def firsts(both: dict[str, Server], count: int) -> dict[str, Any]:
     """One request after the other; the first two of each server warm up."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    waits: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(count + 2):
         for kind in KINDS if number % 2 else reversed(KINDS):
-            (record,) = ask(both[kind], samples(number, 1, (8, 8), 4), 1)
+            before = outside(both[kind])
+            (record,) = ask(both[kind], samples(number, 1, (8, 8), 1), 1)
             found[kind].append(record.ttft * 1000)
-    differences = [
-        apart - together
-        for together, apart in zip(found[TOGETHER][2:], found[APART][2:], strict=True)
-    ]
-    low, median, high = statistics.quantiles(differences, n=4)
-    return {
-        "together ms": statistics.median(found[TOGETHER][2:]),
-        "apart ms": statistics.median(found[APART][2:]),
-        "difference ms": median,
-        "spread ms": (high - low) / 2,
-    }
+            waits[kind].append((outside(both[kind]) - before) * 1000)
+    result = {}
+    for name, times in (("first token", found), ("outside", waits)):
+        pairs = zip(times[TOGETHER][2:], times[APART][2:], strict=True)
+        low, median, high = statistics.quantiles([apart - here for here, apart in pairs], n=4)
+        result[name] = {
+            "together ms": statistics.median(times[TOGETHER][2:]),
+            "apart ms": statistics.median(times[APART][2:]),
+            "difference ms": median,
+            "spread ms": (high - low) / 2,
+        }
+    return result
+
+
+def outside(server: Server) -> float:
+    """Seconds that all first tokens so far spent outside the engine's steps."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        text = answer.read().decode()
+
+    def total(name: str) -> float:
+        return float(
+            re.findall(rf"^moebius_{name}_seconds_sum{{.*}} (\S+)$", text, re.MULTILINE)[0]
+        )
+
+    return total("time_to_first_token") - total("request_prefill_time")
 
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     with servers(model, args.threads) as both:
-        result = {"first token": firsts(both, args.firsts)}
-        print(json.dumps(result), flush=True)
+        result = firsts(both, args.firsts)
         for server in both.values():
             server.seconds.clear()
             server.processor.clear()
             server.client.clear()
         result["batch"] = batches(both, args.pairs)
     name = Path(model).name
-    first, batch = result["first token"], result["batch"]
-    print(
-        f"{name} first token: {first['together ms']:.2f} and {first['apart ms']:.2f} ms, "
-        f"{first['difference ms']:+.2f} +- {first['spread ms']:.2f} ms"
-    )
+    batch = result["batch"]
+    for what in ("first token", "outside"):
+        one = result[what]
+        print(
+            f"{name} {what}: {one['together ms']:.2f} and {one['apart ms']:.2f} ms, "
+            f"{one['difference ms']:+.2f} +- {one['spread ms']:.2f} ms"
+        )
     print(
         f"{name} batch: {batch['before']:.2f} and {batch['after']:.2f} s, ratio "
         f"{batch['ratio']:.3f} +- {batch['spread']:.3f}; processor seconds "
@@ -238,6 +260,7 @@ def main() -> int:
         return 0
     from moebius.files import json_record, write_file
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the servers end, too
     results = {Path(model).name: measure(model, args) for model in args.models}
     if args.json:
         record = {"processor": platform.processor(), "threads": args.threads, "models": results}
