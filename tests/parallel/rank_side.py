@@ -6,6 +6,7 @@ import gc
 import itertools
 import signal
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -202,21 +203,29 @@ def waited(held: Held) -> tuple[int, float]:
 
 def agree_in_a_thread(held: Held) -> None:
     """Returns while the thread waits for the others."""
-    found: list[Any] = []
+    agreed: Future[list[tuple[int, ...]]] = Future()
     exchange = held["exchange"]
-    thread = threading.Thread(target=lambda: found.append(exchange.agree((7,))), daemon=True)
-    thread.start()
-    held["thread"] = (thread, found)
+
+    def agree() -> None:
+        try:
+            agreed.set_result(exchange.agree((7,)))
+        except Exception as error:
+            agreed.set_exception(error)
+
+    threading.Thread(target=agree, daemon=True).start()
+    held["agreed"] = agreed
 
 
 def agreed_in_the_thread(held: Held) -> list[tuple[int, ...]]:
-    thread, found = held["thread"]
-    thread.join()
-    return found[0]
+    return held["agreed"].result()
+
+
+def give_up(held: Held, ranks: tuple[int, ...]) -> None:
+    held["exchange"].give_up(ranks)
 
 
 def is_waiting(held: Held) -> bool:
-    return held["thread"][0].is_alive()
+    return not held["agreed"].done()
 
 
 def wrong_tensors(held: Held, name: str) -> None:

@@ -258,6 +258,19 @@ def test_waiting_lets_other_threads_run(pool: list[Rank], meet: Meet) -> None:
     assert pool[0].result_of(rank_side.agreed_in_the_thread) == [(7,), (2,)]
 
 
+def test_another_thread_can_give_up(pool: list[Rank], meet: Meet) -> None:
+    """What waits ends at once, not when its time is over."""
+    spec = ExchangeSpec(2, 6, 10, 3, torch.bfloat16)
+    together(pool[:2], rank_side.join, meet(spec, timeout=600.0))
+    pool[0].result_of(rank_side.agree_in_a_thread)
+    assert pool[0].result_of(rank_side.is_waiting)
+    pool[0].result_of(rank_side.give_up, (1,))
+    for call, args in ((rank_side.agreed_in_the_thread, ()), (rank_side.agree, ((1,),))):
+        pool[0].start(call, *args)
+        error = pool[0].error()
+        assert error.kind is PeerError and error.ranks == (1,), error
+
+
 @pytest.mark.parametrize(
     "wrong", [{"size": 0}, {"tokens": 0}, {"hidden": -1}, {"top_k": 0}, {"dtype": torch.float64}]
 )

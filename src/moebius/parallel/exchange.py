@@ -164,6 +164,12 @@ class Exchange(ABC):
     def close(self) -> None:
         """Leaves the group; whoever waits for this rank learns of it at once, where it can."""
 
+    def give_up(self, ranks: Sequence[int]) -> None:
+        """Ends the epoch, from any thread: what waits here raises a PeerError that names these
+        ranks, and so does every later call. Other ranks learn of it where the transport can tell
+        them; a transport that knows no better leaves the group."""
+        self.close()
+
     def _check_dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> None:

@@ -23,7 +23,7 @@ from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traf
 
 def segment_bytes(spec: ExchangeSpec) -> int:
     """The memory that a group of this kind shares, all of its ranks together."""
-    return _layout(spec, Epoch("none", 0)).bytes
+    return _layout(spec, Epoch("none", 0)).nbytes
 
 
 class Segment:
@@ -42,10 +42,10 @@ class Segment:
             raise ConfigError("ranks share memory on Linux only; let them exchange through gloo")
         name = f"moebius-{epoch.group}-{epoch.number}"
         self._file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._file, layout.bytes)
+        os.ftruncate(self._file, layout.nbytes)
         # Nobody can shorten it: reading mapped memory that is gone would end a process.
         fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self._memory = _Memory(self._file, layout.bytes)
+        self._memory = _Memory(self._file, layout.nbytes)
         self.spec = spec
         self.epoch = epoch
         self.place = f"/proc/{os.getpid()}/fd/{self._file}"
@@ -58,10 +58,7 @@ class Segment:
 
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
-        for rank in ranks:
-            if not 0 <= rank < self.spec.size:
-                raise ValueError(f"rank {rank} of {self.spec.size}")
-        _cpu.exchange_give_up(self._memory.address, list(ranks))
+        _give_up(self._memory, self.spec, ranks)
 
     def close(self) -> None:
         """Ranks that have joined keep the memory; no other one can join."""
@@ -98,7 +95,7 @@ class SharedMemoryExchange(CheckedExchange):
         layout = _layout(spec, epoch)
         memory = _open(place, epoch)
         try:
-            layout.check(memory.address, memory.bytes)
+            layout.check(memory.address, memory.nbytes)
             self._native = _cpu.SharedExchange(
                 layout,
                 memory.address,
@@ -119,6 +116,11 @@ class SharedMemoryExchange(CheckedExchange):
         if self._memory is not None:
             self._native.leave()
             self._memory = None
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        memory = self._memory
+        if memory is not None:
+            _give_up(memory, self.spec, ranks)
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         try:
@@ -167,11 +169,18 @@ class SharedMemoryExchange(CheckedExchange):
 class _Memory:
     """A mapped file and its address."""
 
-    def __init__(self, file: int, bytes: int) -> None:
+    def __init__(self, file: int, nbytes: int) -> None:
         # The tensor keeps the mapping, and whoever uses the address keeps this.
-        self._tensor = torch.frombuffer(mmap.mmap(file, bytes), dtype=torch.uint8)
+        self._tensor = torch.frombuffer(mmap.mmap(file, nbytes), dtype=torch.uint8)
         self.address = self._tensor.data_ptr()
-        self.bytes = bytes
+        self.nbytes = nbytes
+
+
+def _give_up(memory: _Memory, spec: ExchangeSpec, ranks: Sequence[int]) -> None:
+    for rank in ranks:
+        if not 0 <= rank < spec.size:
+            raise ValueError(f"rank {rank} of {spec.size}")
+    _cpu.exchange_give_up(memory.address, list(ranks))
 
 
 def _open(place: str, epoch: Epoch) -> _Memory:
@@ -185,10 +194,10 @@ def _open(place: str, epoch: Epoch) -> _Memory:
             ranks=(),
         ) from None
     try:
-        bytes = os.fstat(file).st_size
-        if bytes == 0:
+        nbytes = os.fstat(file).st_size
+        if nbytes == 0:
             raise ConfigError(f"{epoch}: {place} is empty, and no segment")
-        return _Memory(file, bytes)
+        return _Memory(file, nbytes)
     finally:
         os.close(file)
 
