@@ -62,15 +62,10 @@ def join(kind: str, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
     epoch = Epoch("benchmark", 1)
     if kind == "shared memory":
         return SharedMemoryExchange(place, spec, rank, epoch, timeout=TIMEOUT)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(place, spec.size),
-        rank=rank,
-        world_size=spec.size,
-        timeout=timedelta(seconds=TIMEOUT),
+    group = dist.ProcessGroupGloo(
+        dist.FileStore(place, spec.size), rank, spec.size, timedelta(seconds=TIMEOUT)
     )
-    assert dist.group.WORLD is not None
-    return CollectiveExchange(dist.group.WORLD, spec, rank, epoch, timeout=TIMEOUT)
+    return CollectiveExchange(group, spec, rank, epoch, timeout=TIMEOUT)
 
 
 class Received:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import signal
 import threading
@@ -40,7 +39,8 @@ class Meeting:
 def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
     """Joins as the process's own rank, where the test names no other."""
     torch.set_num_threads(1)
-    held.pop("exchange", None)
+    if "exchange" in held:
+        held.pop("exchange").close()
     rank = held["rank"] if rank is None else rank
     spec = meeting.spec
     if meeting.kind == "shared":
@@ -52,25 +52,17 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
             timeout=meeting.timeout,
         )
         return
-    if dist.is_initialized():
-        held.pop("group").shutdown()
-        dist.destroy_process_group()
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(meeting.place, spec.size),
-        rank=rank,
-        world_size=spec.size,
-        timeout=timedelta(seconds=meeting.timeout),
+    group = dist.ProcessGroupGloo(
+        dist.FileStore(meeting.place, spec.size),
+        rank,
+        spec.size,
+        timedelta(seconds=meeting.timeout),
     )
-    held["group"] = dist.group.WORLD
-    held["exchange"] = CollectiveExchange(
-        held["group"], spec, rank, meeting.epoch, timeout=meeting.timeout
-    )
+    held["exchange"] = CollectiveExchange(group, spec, rank, meeting.epoch, timeout=meeting.timeout)
 
 
 def leave(held: Held) -> None:
     held.pop("exchange").close()
-    gc.collect()
 
 
 @dataclass(frozen=True)

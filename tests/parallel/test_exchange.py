@@ -269,6 +269,10 @@ def test_another_thread_can_give_up(pool: list[Rank], meet: Meet) -> None:
         pool[0].start(call, *args)
         error = pool[0].error()
         assert error.kind is PeerError and error.ranks == (1,), error
+    # Nor does the next epoch wait for that.
+    alone = ExchangeSpec(1, 6, 10, 3, torch.bfloat16)
+    together(pool[:1], rank_side.join, meet(alone))
+    check(pool[:1], alone, cases(1, 6)[:1])
 
 
 @pytest.mark.parametrize(

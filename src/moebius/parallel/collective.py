@@ -6,14 +6,16 @@ together: what a call costs, it costs once.
 """
 
 import hashlib
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import Work
 
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.exchange import (
@@ -52,11 +54,24 @@ class _Sent:
     pairs_from: list[int]
 
 
+class Group(Protocol):
+    """What is used of a process group; torch's ProcessGroupGloo and ProcessGroupNCCL alone, without
+    torch's global state, have it too."""
+
+    def rank(self) -> int: ...
+    def size(self) -> int: ...
+    def alltoall_base(
+        self, output: Tensor, input: Tensor, output_counts: list[int], input_counts: list[int]
+    ) -> Work: ...
+    def abort(self) -> None: ...
+
+
 class CollectiveExchange(CheckedExchange):
     """A rank's part in a process group, which is this epoch's alone.
 
-    group     its giver's to end. Where a rank is lost, dropping the last reference to it waits for
-              gloo's threads, which try for as long as its own timeout says.
+    group     given for good: where a rank is lost, dropping the last reference to it waits for
+              gloo's threads, which try for as long as the group's own timeout says. `close` drops
+              it where nobody waits.
     device    of all tensors
 
     Making one is the first thing that ranks do together. Raises ConfigError where they differ in
@@ -65,7 +80,7 @@ class CollectiveExchange(CheckedExchange):
 
     def __init__(
         self,
-        group: ProcessGroup,
+        group: Group,
         spec: ExchangeSpec,
         rank: int,
         epoch: Epoch,
@@ -79,7 +94,7 @@ class CollectiveExchange(CheckedExchange):
                 f"{epoch}: rank {rank} of {spec.size} was given a process group in which it is "
                 f"rank {group.rank()} of {group.size()}"
             )
-        self._group = group
+        self._group: Group | None = group
         self._device = torch.device(device)
         self._ranks_P = torch.arange(spec.size, dtype=torch.int32, device=self._device)
         # A row on its way: its bytes, then the experts that it is sent to as int32.
@@ -95,6 +110,12 @@ class CollectiveExchange(CheckedExchange):
     @property
     def traffic(self) -> Traffic:
         return Traffic(self._calls, self._bytes_out, self._bytes_in, self._seconds_waited)
+
+    def close(self) -> None:
+        super().close()
+        held = [self._group]
+        self._group = None
+        threading.Thread(target=held.clear, name="drop group", daemon=True).start()
 
     def give_up(self, ranks: Sequence[int]) -> None:
         named = ", ".join(map(str, ranks))
@@ -222,13 +243,15 @@ class CollectiveExchange(CheckedExchange):
         self, received: Tensor, sent: Tensor, counts_from: list[int], counts_to: list[int]
     ) -> None:
         """Rows of `sent` to each rank, those of each into `received`."""
+        group = self._group
+        assert group is not None, "a closed exchange refuses calls"
         begun = time.monotonic()
         try:
-            work = self._group.alltoall_base(received, sent, counts_from, counts_to)
+            work = group.alltoall_base(received, sent, counts_from, counts_to)
             if self._device.type == "cpu":
                 self._wait(work, begun + self.timeout)
             else:
-                self._wait_for_device(work, begun + self.timeout)
+                self._wait_for_device(group, work, begun + self.timeout)
         except (RuntimeError, TimeoutError) as error:
             raise self._lost(error) from None
         self._seconds_waited += time.monotonic() - begun
@@ -245,7 +268,7 @@ class CollectiveExchange(CheckedExchange):
                 if work.is_completed() or self._over or time.monotonic() > until:
                     raise
 
-    def _wait_for_device(self, work: Work, until: float) -> None:
+    def _wait_for_device(self, group: Group, work: Work, until: float) -> None:
         """On a GPU an operation is only put in line; the host waits until its turn has come, as
         else it would wait without a deadline for whatever it reads from the device next."""
         work.wait()
@@ -253,7 +276,7 @@ class CollectiveExchange(CheckedExchange):
         reached.record()
         while not reached.query():
             if self._over or time.monotonic() > until:
-                self._group.abort()  # or the device would wait on
+                group.abort()  # or the device would wait on
                 raise TimeoutError("timed out")
             time.sleep(_POLL_SECONDS)
 
