@@ -23,9 +23,9 @@ using std::chrono::microseconds;
 
 constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '1'};
 constexpr size_t LINE = 64, PAGE = 4096;
-// How long a rank looks for the others before it sleeps: where each has a core; where they share cores, before it yields its
-// own; and then.
-constexpr microseconds SPIN{500}, SPIN_CROWDED{20}, YIELD_CROWDED{200};
+// How long a rank looks for the others before it sleeps: where each has a core, as long as one layer's ranks are likely to
+// differ, since waking up takes some 50 microseconds; where they share cores, before it yields its own; and then.
+constexpr microseconds SPIN{2000}, SPIN_CROWDED{20}, YIELD_CROWDED{200};
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 uint64_t bit(int rank) { return uint64_t(1) << rank; }

@@ -25,8 +25,8 @@ Held = dict[str, Any]
 class Meeting:
     """Where and as what the ranks of a test meet.
 
-    kind    "shared" or "gloo"
-    place   the segment's, or the file of gloo's store
+    kind    "shared", "gloo" or "nccl"
+    place   the segment's, or the file of the process group's store
     """
 
     kind: str
@@ -52,13 +52,21 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
             timeout=meeting.timeout,
         )
         return
-    group = dist.ProcessGroupGloo(
-        dist.FileStore(meeting.place, spec.size),
+    store = dist.FileStore(meeting.place, spec.size)
+    if meeting.kind == "nccl":
+        torch.set_default_device("cuda")
+        group = dist.ProcessGroupNCCL(store, rank, spec.size)
+    else:
+        timeout = timedelta(seconds=meeting.timeout)
+        group = dist.ProcessGroupGloo(store, rank, spec.size, timeout)
+    held["exchange"] = CollectiveExchange(
+        group,
+        spec,
         rank,
-        spec.size,
-        timedelta(seconds=meeting.timeout),
+        meeting.epoch,
+        timeout=meeting.timeout,
+        device=torch.get_default_device(),
     )
-    held["exchange"] = CollectiveExchange(group, spec, rank, meeting.epoch, timeout=meeting.timeout)
 
 
 def leave(held: Held) -> None:
@@ -76,23 +84,27 @@ class Case:
     one_rank: bool = False  # holds all experts
 
     def owners_CE(self) -> Tensor:
-        drawn = torch.Generator().manual_seed(self.seed)
         shape = (self.splits, self.experts)
-        owners = torch.randint(0, len(self.tokens), shape, generator=drawn, dtype=torch.int32)
+        owners = draw(self.seed, len(self.tokens), shape, torch.int32)
         return torch.full_like(owners, len(self.tokens) - 1) if self.one_rank else owners
 
     def ids_TK(self, rank: int, spec: ExchangeSpec) -> Tensor:
         """Different experts for one token."""
-        drawn = torch.Generator().manual_seed(self.seed + 1000 * rank + 1)
-        chances = torch.rand(self.tokens[rank], self.experts, generator=drawn)
+        shape = (self.tokens[rank], self.experts)
+        chances = draw(self.seed + 1000 * rank + 1, 2**30, shape, torch.int64)
         return chances.topk(spec.top_k, dim=1).indices
 
     def x_TD(self, rank: int, spec: ExchangeSpec) -> Tensor:
         """Any bits, those of infinities and of numbers that are none among them."""
-        drawn = torch.Generator().manual_seed(self.seed + 1000 * rank + 2)
         shape = (self.tokens[rank], spec.row_bytes)
-        drawn_bytes = torch.randint(0, 256, shape, generator=drawn, dtype=torch.uint8)
-        return drawn_bytes.view(spec.dtype)
+        return draw(self.seed + 1000 * rank + 2, 256, shape, torch.uint8).view(spec.dtype)
+
+
+def draw(seed: int, below: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randint(0, below, shape, generator=generator, dtype=dtype, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -141,10 +153,10 @@ def layer(exchange: Exchange, case: Case) -> Outcome:
     moved = exchange.traffic - before
     untouched = (rows_RD[received:] == GUARD).all() and (ids_RK[received:] == GUARD).all()
     return Outcome(
-        bits(rows_RD[:received]).clone(),
-        ids_RK[:received].clone(),
+        bits(rows_RD[:received]).clone().cpu(),
+        ids_RK[:received].clone().cpu(),
         bool(untouched),
-        bits(back_TKD),
+        bits(back_TKD).cpu(),
         moved.bytes_out,
         moved.bytes_in,
     )
