@@ -6,6 +6,7 @@ together: what a call costs, it costs once.
 """
 
 import hashlib
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -284,7 +285,8 @@ class CollectiveExchange(CheckedExchange):
         if self._over is not None:
             return self._over
         others = tuple(rank for rank in range(self.size) if rank != self.rank)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Without the place in gloo's source that it begins with.
+        reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
         return PeerError(
             f"{self.epoch}: of ranks {', '.join(map(str, others))} one or more did not come within "
             f"{self.timeout:g} s, ended or left ({reason})",
