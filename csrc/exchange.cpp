@@ -3,8 +3,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <climits>
 #include <cstring>
+#include <new>
 #include <thread>
 
 #include "spin.h"
@@ -48,10 +50,11 @@ void futex_wait(std::atomic<uint32_t>&, uint32_t, std::chrono::steady_clock::tim
 void futex_wake_all(std::atomic<uint32_t>&) {}
 #endif
 
-// Gives the memory its pages, near the processor that runs this, so that no step waits for them.
+// Gives the memory its pages, near the processor that runs this, so that no step waits for them, nor ends for want of them.
 void populate(char* from, size_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
     if (madvise(from, bytes, MADV_POPULATE_WRITE) == 0) return;
+    if (errno != EINVAL) throw std::bad_alloc();  // else the kernel is older than 5.14
 #endif
     for (size_t i = 0; i < bytes; i += PAGE) *static_cast<volatile char*>(from + i) = 0;
 }

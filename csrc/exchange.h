@@ -93,7 +93,8 @@ struct ExchangeTraffic {
 // One rank's part. Called from one thread.
 class SharedExchange {
 public:
-    // Joins. Throws std::invalid_argument where the rank is taken. `barrier` is what all count barriers from.
+    // Joins. Throws std::invalid_argument where the rank is taken, std::bad_alloc where its part of the segment cannot be had.
+    // `barrier` is what all count barriers from.
     SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier = 0);
     SharedExchange(const SharedExchange&) = delete;
     SharedExchange& operator=(const SharedExchange&) = delete;

@@ -97,7 +97,7 @@ def names_the_missing(meeting: Meeting, error: Raised, missing: int, own: int) -
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_peer_that_is_killed_or_stopped_while_others_wait(meet: Meet, how: str) -> None:
-    meeting = meet(timeout=4.0)
+    meeting = meet(timeout=3.0)
     with ranks(4) as members:
         together(members, rank_side.join, meeting)
         together(members, rank_side.agree, (1,))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu, machine
-from moebius.errors import ConfigError, PeerError
+from moebius.errors import ConfigError, MemoryPlanError, PeerError
 from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traffic
 
 
@@ -42,29 +42,36 @@ class Segment:
             raise ConfigError("ranks share memory on Linux only; let them exchange through gloo")
         name = f"moebius-{epoch.group}-{epoch.number}"
         self._file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._file, layout.nbytes)
-        # Nobody can shorten it: reading mapped memory that is gone would end a process.
-        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self._memory = _Memory(self._file, layout.nbytes)
+        try:
+            os.ftruncate(self._file, layout.nbytes)
+            # Nobody can shorten it: reading mapped memory that is gone would end a process.
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            memory = _Memory(self._file, layout.nbytes)
+        except BaseException:
+            os.close(self._file)
+            raise
+        layout.write(memory.address, machine.threads() if cores is None else cores)
+        self._memory: _Memory | None = memory
         self.spec = spec
         self.epoch = epoch
         self.place = f"/proc/{os.getpid()}/fd/{self._file}"
-        layout.write(self._memory.address, machine.threads() if cores is None else cores)
 
     @property
     def joined(self) -> tuple[int, ...]:
-        """The ranks that have joined. When all have, the segment may be closed here."""
+        """The ranks that have joined."""
+        assert self._memory is not None, "a closed segment knows nothing"
         return tuple(_cpu.exchange_joined(self._memory.address))
 
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
+        assert self._memory is not None, "a closed segment reaches nobody"
         _give_up(self._memory, self.spec, ranks)
 
     def close(self) -> None:
-        """Ranks that have joined keep the memory; no other one can join."""
-        if self._file >= 0:
+        """Lets go of the memory. Ranks that have joined keep it; no other one can join."""
+        if self._memory is not None:
+            self._memory = None
             os.close(self._file)
-            self._file = -1
 
     def __enter__(self) -> Self:
         return self
@@ -79,31 +86,23 @@ class SharedMemoryExchange(CheckedExchange):
     place   the segment's
 
     Raises PeerError where the segment is gone, and ConfigError where it is for another group, epoch
-    or kind of rows, or this rank has joined already.
+    or kind of rows, or this rank has joined already; MemoryPlanError where there is too little
+    memory.
     """
 
     def __init__(
-        self,
-        place: str,
-        spec: ExchangeSpec,
-        rank: int,
-        epoch: Epoch,
-        *,
-        timeout: float,
+        self, place: str, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
     ) -> None:
         super().__init__(spec, rank, epoch, timeout)
         layout = _layout(spec, epoch)
         memory = _open(place, epoch)
         try:
             layout.check(memory.address, memory.nbytes)
-            self._native = _cpu.SharedExchange(
-                layout,
-                memory.address,
-                rank=rank,
-                timeout=timeout,
-            )
+            self._native = _cpu.SharedExchange(layout, memory.address, rank=rank, timeout=timeout)
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
+        except MemoryError:
+            raise _too_little_memory(memory.nbytes) from None
         self._memory: _Memory | None = memory
 
     @property
@@ -171,9 +170,20 @@ class _Memory:
 
     def __init__(self, file: int, nbytes: int) -> None:
         # The tensor keeps the mapping, and whoever uses the address keeps this.
-        self._tensor = torch.frombuffer(mmap.mmap(file, nbytes), dtype=torch.uint8)
+        try:
+            mapped = mmap.mmap(file, nbytes)
+        except OSError:
+            raise _too_little_memory(nbytes) from None
+        self._tensor = torch.frombuffer(mapped, dtype=torch.uint8)
         self.address = self._tensor.data_ptr()
         self.nbytes = nbytes
+
+
+def _too_little_memory(nbytes: int) -> MemoryPlanError:
+    return MemoryPlanError(
+        f"the {nbytes / 2**20:.1f} MiB that ranks share cannot be had; fewer tokens a step need "
+        "less"
+    )
 
 
 def _give_up(memory: _Memory, spec: ExchangeSpec, ranks: Sequence[int]) -> None:
