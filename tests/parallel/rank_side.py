@@ -25,7 +25,7 @@ Held = dict[str, Any]
 class Meeting:
     """Where and as what the ranks of a test meet.
 
-    kind    "shared", "gloo" or "nccl"
+    kind    "shared", "gloo", "nccl", or "gloo group" for one that no epoch's name is part of
     place   the segment's, or the file of the process group's store
     """
 
@@ -53,19 +53,26 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
         )
         return
     store = dist.FileStore(meeting.place, spec.size)
-    if meeting.kind == "nccl":
-        torch.set_default_device("cuda")
-        group = dist.ProcessGroupNCCL(store, rank, spec.size)
-    else:
+    if meeting.kind == "gloo":
+        held["exchange"] = CollectiveExchange.over_gloo(
+            store, spec, rank, meeting.epoch, timeout=meeting.timeout
+        )
+        return
+    if meeting.kind == "gloo group":
         timeout = timedelta(seconds=meeting.timeout)
         group = dist.ProcessGroupGloo(store, rank, spec.size, timeout)
+        held["exchange"] = CollectiveExchange(
+            group, spec, rank, meeting.epoch, timeout=meeting.timeout
+        )
+        return
+    torch.set_default_device("cuda")
     held["exchange"] = CollectiveExchange(
-        group,
+        dist.ProcessGroupNCCL(store, rank, spec.size),
         spec,
         rank,
         meeting.epoch,
         timeout=meeting.timeout,
-        device=torch.get_default_device(),
+        device="cuda",
     )
 
 

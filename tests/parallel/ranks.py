@@ -53,7 +53,11 @@ class Rank:
     def result(self, seconds: float = ANSWER_SECONDS) -> Any:
         if not self._pipe.poll(seconds):
             raise TimeoutError(f"process {self.pid} did not answer")
-        found = self._pipe.recv()
+        try:
+            found = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise AssertionError(f"a rank ended, with {self._process.exitcode}") from None
         if isinstance(found, Raised):
             raise found
         return found

@@ -93,6 +93,11 @@ def test_a_segment_for_something_else_is_refused(
         join(segment, **changed)
 
 
+def test_a_rank_of_another_epoch_is_refused(segment: Segment) -> None:
+    with pytest.raises(ConfigError, match=r"for epoch 5 of group shared.*is for epoch 6 of "):
+        SharedMemoryExchange(segment.place, SPEC, 0, Epoch("shared", 6), timeout=LONG)
+
+
 def test_other_files_are_no_segments(segment: Segment, tmp_path: Path) -> None:
     for content in (b"", b"x" * 10, b"x" * segment_bytes(SPEC)):
         (tmp_path / "file").write_bytes(content)
