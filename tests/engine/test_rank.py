@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.test_engine import ask, engine, prompts, tokens
-from engine.test_in_process import Collector
+from engine.collector import Collector
 from moebius.engine.engine import Engine
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.rank import RankEngine
