@@ -17,7 +17,7 @@ from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import resolve_model
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int]

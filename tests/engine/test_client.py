@@ -17,7 +17,7 @@ from engine.test_engine import ask, engine, prompts, tokens
 from engine.test_in_process import dies_when
 from moebius.engine.client import StepOutput
 from moebius.errors import EngineError, OverloadError, RequestError
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
 
 
 @pytest.fixture(params=KINDS)

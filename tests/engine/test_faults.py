@@ -24,7 +24,7 @@ from moebius.engine.outputs import Outputs
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter, replay
 from moebius.errors import EngineError
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.waiting import WaitingQueue
 

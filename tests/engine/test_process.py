@@ -30,7 +30,7 @@ from moebius.errors import (
     in_one_line,
 )
 from moebius.parallel.channel import Channel
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
 
 
 class Front:

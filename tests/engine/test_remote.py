@@ -30,9 +30,9 @@ from moebius.errors import (
 )
 from moebius.parallel import channel as channels
 from moebius.parallel.channel import Channel
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams, ServingLimits
 
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=200_000)
 INFO = EngineInfo(LIMITS, frozenset({1}), 16, 640, "fp_x")

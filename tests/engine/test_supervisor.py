@@ -32,9 +32,10 @@ from moebius.errors import (
 )
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.meet import Listener
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
-from moebius.schedule.request import FinishReason, Request
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams
+from moebius.schedule.request import Request
 
 KEY = secrets.token_bytes(32)
 CONFIG = EngineConfig(

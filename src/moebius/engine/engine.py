@@ -21,8 +21,9 @@ from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
 from moebius.errors import DeadlineError, EngineError, MoebiusError, PeerError
 from moebius.ops.threads import TorchThreads
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.request import FinishReason, Request
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
 

@@ -21,7 +21,7 @@ from moebius.errors import (
     WireError,
 )
 from moebius.parallel.channel import Channel
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 

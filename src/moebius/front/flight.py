@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from moebius.engine.client import StepOutput
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 SUSPECT_AFTER = 2
 """So many engines lost while a request was in flight make it a suspect."""

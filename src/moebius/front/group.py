@@ -27,7 +27,7 @@ from moebius.front.fleet import Lost
 from moebius.front.launched import LaunchedEngine
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess
 from moebius.errors import EngineError
 from moebius.front.fleet import Lost
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 _LOOK_SECONDS = 0.25
 # An engine is not ready while it is silent, or a step takes longer than it may; neither passes.

@@ -23,9 +23,9 @@ from moebius.front.flight import Flight
 from moebius.front.outbox import Deliver, Outbox
 from moebius.front.restarts import RestartBudget
 from moebius.front.sums import add_loads
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
 from moebius.schedule.config import SchedulerConfig
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.request import FinishReason
 
 __all__ = ["Launch", "Lost", "ReplayClient"]
 

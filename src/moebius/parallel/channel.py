@@ -217,6 +217,7 @@ def _wait(sock: socket.socket, seconds: float, *, writing: bool) -> bool:
         poller = select.poll()
         poller.register(sock, select.POLLOUT if writing else select.POLLIN)
         return bool(poller.poll(seconds * 1000))
-    read = [] if writing else [sock]
-    written = [sock] if writing else []
-    return any(select.select(read, written, [], seconds))
+    waits = [sock]
+    if writing:
+        return any(select.select([], waits, [], seconds))
+    return any(select.select(waits, [], [], seconds))
