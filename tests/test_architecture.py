@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
         "models",
     },
     "front": {"errors", "schedule", "text", "engine"},
-    "llm": {"errors", "files", "schedule", "text", "engine", "front", "models"},
+    "llm": {"errors", "logs", "files", "schedule", "text", "engine", "front", "models"},
     "server": {"errors", "files", "schedule", "text", "engine", "front"},
     "bench": {"errors", "files", "schedule", "text", "models", "engine", "llm"},
     "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
