@@ -16,7 +16,6 @@ from functools import partial
 import msgspec
 import torch
 
-from moebius import machine
 from moebius.engine import wire
 from moebius.engine.client import EngineStats
 from moebius.engine.faults import say
@@ -82,13 +81,14 @@ class RankGroup:
             others = sum(client is not None for client in self._clients)
         message = self._message
         config = message.config
-        threads = config.threads or max(1, machine.threads() // self.size)
         trace = None if config.trace is None else f"{config.trace}.{rank}"
         return msgspec.structs.replace(
             message,
-            config=replace(config, threads=threads, trace=trace),
+            config=replace(config, trace=trace),
             rank=rank,
             neighbours=self.size - others,
+            local_rank=rank,
+            local_ranks=self.size,
         )
 
     @property

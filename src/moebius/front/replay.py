@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.config import EngineConfig
 from moebius.engine.faults import failed, failure, say
 from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError, RequestError
 from moebius.front.assignment import Assignment
@@ -25,7 +26,6 @@ from moebius.front.restarts import RestartBudget
 from moebius.front.sums import add_loads
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
-from moebius.schedule.config import SchedulerConfig
 
 __all__ = ["Launch", "Lost", "ReplayClient"]
 
@@ -50,11 +50,11 @@ class ReplayClient:
         count: int = 1,
         *,
         budget: RestartBudget | None = None,
-        queue: SchedulerConfig | None = None,
+        queue: EngineConfig | None = None,
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
     ) -> None:
         self._budget = budget or RestartBudget(time.monotonic)
-        self._queue = queue or SchedulerConfig()
+        self._queue = queue or EngineConfig()
         self._on_give_up = on_give_up
         self._lock = threading.Lock()
         self._started = False
