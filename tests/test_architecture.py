@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
         "models",
     },
     "front": {"errors", "request", "text", "engine"},
-    "llm": {"errors", "files", "request", "text", "engine", "front", "models"},
+    "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "models"},
     "server": {"errors", "files", "request", "text", "engine", "front"},
     "bench": {"errors", "files", "request", "text", "models", "engine", "llm"},
     "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},

@@ -21,6 +21,7 @@ from moebius.errors import (
     ChannelError,
     DeadlineError,
     EngineError,
+    EngineLostError,
     MoebiusError,
     OverloadError,
     RequestError,
@@ -168,8 +169,9 @@ def test_a_broken_connection_ends_what_is_unfinished(
     happens(far)
     for id in ("a", "b"):
         error = near.error(id)
-        assert type(error) is kind and why in str(error)
+        assert type(error) is EngineLostError and why in str(error)
     eventually(lambda: len(near.causes) == 1)
+    assert type(near.causes[0]) is kind
     assert not near.client.stats().ready
     with pytest.raises(EngineError, match="has stopped"):
         near.client.submit(request("c"))

@@ -169,7 +169,8 @@ def test_what_was_unfinished_ends_with_the_process(tiny_model: Path, how: str) -
         died.append(process)
         told.set()
 
-    with EngineProcess(note) as process:
+    with EngineProcess() as process:
+        process.died = note
         other = There(process, tiny_model)
         other.submit(*(other.ask(str(i), [1, 2, 3], max_tokens=500) for i in range(3)))
         other.wait(lambda: len(other.outputs) == 3)

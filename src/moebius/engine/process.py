@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,25 +217,32 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
     from moebius.engine.member import Member
+    from moebius.engine.place import place
     from moebius.engine.rank import RankEngine
 
     directory = Path(launch.directory)
-    ranks = launch.config.ranks
+    config = launch.config
+    ranks = config.ranks
+    here = place(launch.local_rank, launch.local_ranks, config.threads)
+    here.take()
+    config = replace(config, threads=here.threads)
     share = ExpertShare(launch.rank, ranks, neighbours=launch.neighbours) if ranks > 1 else None
-    prepared = prepare(directory, launch.config, share)
+    prepared = prepare(directory, config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
     engine = load_engine(
         directory,
-        launch.config,
+        config,
         eos_ids=launch.eos_ids,
         prefix_key=launch.prefix_key,
         prepared=prepared,
     )
     member = None
     if isinstance(engine, RankEngine):
-        member = Member(engine, exchange_spec(prepared), launch.rank, partial(_send, channel))
-    client = InProcessClient(engine, step_deadline=launch.config.step_deadline)
+        member = Member(
+            engine, exchange_spec(prepared), launch.rank, partial(_send, channel), here.at_once
+        )
+    client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member)
 
 

@@ -50,6 +50,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     rank         which of config.ranks engines it is that share the model's experts
     neighbours   of these on its own host, itself among them: how many have not taken their memory
                  yet
+    local_rank   which of local_ranks it is, of those on its own host: these share its processors
     """
 
     directory: str
@@ -59,6 +60,8 @@ class Launch(_Record, frozen=True, tag="launch"):
     log_level: str = "info"
     rank: int = 0
     neighbours: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
 
 
 class Submit(_Record, frozen=True, tag="submit"):
