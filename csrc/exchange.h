@@ -93,7 +93,8 @@ struct ExchangeTraffic {
 // One rank's part. Called from one thread.
 class SharedExchange {
 public:
-    // Joins. Throws std::invalid_argument where the rank is taken. `barrier` is what all count barriers from.
+    // Joins. Throws std::invalid_argument where the rank is taken, std::bad_alloc where its part of the segment cannot be had.
+    // `barrier` is what all count barriers from.
     SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier = 0);
     SharedExchange(const SharedExchange&) = delete;
     SharedExchange& operator=(const SharedExchange&) = delete;
@@ -112,8 +113,8 @@ public:
     int dispatch(const Tokens& tokens, void* rows, int64_t* ids);
     void combine(const void* outputs, void* back);
 
-    // Whoever waits for this rank learns of it at once.
-    void leave();
+    // Ends the epoch for all, at once for those who wait. From any thread.
+    void give_up(uint64_t ranks) { header_.give_up(ranks); }
 
     const ExchangeTraffic& traffic() const { return traffic_; }
 

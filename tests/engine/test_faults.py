@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from engine.collector import Collector
 from engine.test_engine import ask, engine, make, prompts, tokens
-from engine.test_in_process import Collector
 from moebius.engine import engine as loop
 from moebius.engine import prompt_scores
 from moebius.engine.engine import Engine

@@ -99,9 +99,9 @@ class EngineStats:
     step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
     prefix that another was computing, not for room. last_step and now are on the engine's monotonic
     clock, in seconds. restarts counts engines that took the place of lost ones, and replayed the
-    requests that were asked for again. exchange_bytes_out and exchange_bytes_in are rows that went
-    to other ranks and came from them; exchange_seconds is what was waited for those, in
-    exchange_calls calls.
+    requests that were asked for again. exchanges counts calls to the other ranks, the bytes are
+    those of tokens' rows that went out to them and came in, exchange_wait the seconds that were
+    spent waiting for them.
     """
 
     running: int = 0
@@ -123,10 +123,10 @@ class EngineStats:
     ready: bool = False
     restarts: int = 0
     replayed: int = 0
-    exchange_calls: int = 0
+    exchanges: int = 0
     exchange_bytes_out: int = 0
     exchange_bytes_in: int = 0
-    exchange_seconds: float = 0.0
+    exchange_wait: float = 0.0
 
     @property
     def kv_cache_usage(self) -> float:

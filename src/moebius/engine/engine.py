@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from moebius.engine.batch import Batch, build_batch
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.engine.counters import Counters
@@ -114,6 +116,8 @@ class Engine:
             results = self._sample(batch)
         except PeerError:  # not the step's fault: it is made again in the group's next epoch
             self._roll_back(plan)
+            raise
+        except torch.AcceleratorError:  # a device that has failed once fails always
             raise
         except Exception as error:
             return self._fail_step(plan, error)

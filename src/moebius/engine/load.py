@@ -31,6 +31,7 @@ from moebius.engine.memory import (
     plan_memory,
 )
 from moebius.engine.moves import ExpertMoves
+from moebius.engine.place import share_threads
 from moebius.engine.placing import start_placement
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
@@ -138,6 +139,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     if share is None and config.ranks > 1:
         placement = start_placement(directory, config)
         share = ExpertShare(0, config.ranks, placement, neighbours=config.ranks)
+        config = replace(config, threads=share_threads(config.threads, config.ranks))
     checkpoint = _published(directory)
     device = _device(config.device)
     cores = machine.threads()
@@ -191,6 +193,12 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     return Prepared(
         checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
     )
+
+
+def check_ranks(directory: Path, config: EngineConfig) -> None:
+    """Raises ConfigError where this model has not the experts that config.ranks are to share."""
+    if config.ranks > 1:
+        ExpertShare(0, config.ranks).of(open_checkpoint(directory).config, config)
 
 
 def _published(directory: Path) -> Checkpoint:

@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,21 +217,26 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
     from moebius.engine.member import Member
+    from moebius.engine.place import place
     from moebius.engine.rank import RankEngine
     from moebius.moe.placement import Placement
 
     directory = Path(launch.directory)
-    ranks = launch.config.ranks
+    config = launch.config
+    ranks = config.ranks
+    here = place(launch.local_rank, launch.local_ranks, config.threads)
+    here.take()
+    config = replace(config, threads=here.threads)
     share = None
     if ranks > 1:
         placement = None if launch.held is None else Placement.of(launch.held)
         share = ExpertShare(launch.rank, ranks, placement, neighbours=launch.neighbours)
-    prepared = prepare(directory, launch.config, share)
+    prepared = prepare(directory, config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
     engine = load_engine(
         directory,
-        launch.config,
+        config,
         eos_ids=launch.eos_ids,
         prefix_key=launch.prefix_key,
         prepared=prepared,
@@ -238,7 +244,7 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     member = None
     if isinstance(engine, RankEngine):
         member = Member(engine, exchange_spec(prepared), partial(_send, channel))
-    client = InProcessClient(engine, step_deadline=launch.config.step_deadline)
+    client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member)
 
 

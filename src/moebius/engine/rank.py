@@ -44,9 +44,8 @@ class RankEngine(Engine):
         self.moves = moves
         self.on_parted: Callable[[PeerError], None] = lambda error: None
         self._exchange: Exchange | None = None
+        self._past = Traffic()
         self._lockstep: Lockstep | None = None
-        # What exchanges that were left have moved, and the one that is used.
-        self._exchanges: tuple[Traffic, Exchange | None] = (Traffic(), None)
 
     @property
     def has_work(self) -> bool:
@@ -60,7 +59,6 @@ class RankEngine(Engine):
         """
         self.leave()
         self._exchange = exchange
-        self._exchanges = (self._traffic(), exchange)
         self._use(exchange)
         self._lockstep = Lockstep(exchange, heard)
 
@@ -68,24 +66,30 @@ class RankEngine(Engine):
         """Compute no more, until the next `join`."""
         self._lockstep = None
         if self._exchange is not None:
-            self._exchanges = (self._traffic(), None)
             self._exchange.close()
+            self._past = self.traffic
             self._exchange = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was exchanged in all epochs so far."""
+        exchange = self._exchange
+        return self._past if exchange is None else self._past + exchange.traffic
+
+    def stats(self) -> EngineStats:
+        traffic = self.traffic
+        return replace(
+            super().stats(),
+            exchanges=traffic.calls,
+            exchange_bytes_out=traffic.bytes_out,
+            exchange_bytes_in=traffic.bytes_in,
+            exchange_wait=traffic.seconds_waited,
+        )
 
     def hear(self, number: int) -> None:
         """The front has handed request `number` to this rank or to another one."""
         if self._lockstep is not None:
             self._lockstep.hear(number)
-
-    def stats(self) -> EngineStats:
-        traffic = self._traffic()
-        return replace(
-            super().stats(),
-            exchange_calls=traffic.calls,
-            exchange_bytes_out=traffic.bytes_out,
-            exchange_bytes_in=traffic.bytes_in,
-            exchange_seconds=traffic.seconds_waited,
-        )
 
     def close(self) -> None:
         self.leave()
@@ -120,10 +124,6 @@ class RankEngine(Engine):
         # The others may be waiting for what this rank was about to send.
         self._part(PeerError("a step failed on this rank", ranks=(self._rank,)))
         return outputs
-
-    def _traffic(self) -> Traffic:
-        past, exchange = self._exchanges
-        return past if exchange is None else past + exchange.traffic
 
     @property
     def _rank(self) -> int:

@@ -54,6 +54,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     held         for each layer with a router, the experts that each of these holds
     neighbours   of these on its own host, itself among them: how many have not taken their memory
                  yet
+    local_rank   which of local_ranks it is, of those on its own host: these share its processors
     """
 
     directory: str
@@ -64,6 +65,8 @@ class Launch(_Record, frozen=True, tag="launch"):
     rank: int = 0
     held: Held | None = None
     neighbours: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
 
 
 class Submit(_Record, frozen=True, tag="submit"):

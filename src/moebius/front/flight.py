@@ -42,6 +42,11 @@ class Flight:
         return self.request.id
 
     @property
+    def num_tokens(self) -> int:
+        """Those that an engine has to hold of it when it takes it."""
+        return len(self.request.prompt_ids) + len(self.request.output_ids) + len(self.emitted)
+
+    @property
     def suspect(self) -> bool:
         """Engines were lost with it more often than chance has it."""
         return self.losses >= SUSPECT_AFTER

@@ -9,6 +9,7 @@ the lost rank is loaded again, all join the next epoch.
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from moebius import machine
 from moebius.engine import wire
 from moebius.engine.client import (
     EngineStats,
@@ -27,12 +27,14 @@ from moebius.engine.client import (
     RankTraffic,
 )
 from moebius.engine.faults import say
+from moebius.engine.place import place
 from moebius.engine.placing import start_placement
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess
+from moebius.errors import MoebiusError
+from moebius.front.fleet import Lost
 from moebius.front.launched import LaunchedEngine
 from moebius.front.places import Balancer, Journey, Places, pairs_of
-from moebius.front.replay import Lost
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
 from moebius.parallel.exchange import Epoch, ExchangeSpec
@@ -60,6 +62,8 @@ class RankGroup:
         self._segment: Segment | None = None
         self._members: list[int] = []
         self._joined: set[int] = set()
+        # Since when all ranks are there, and not all in one epoch.
+        self._apart_since: float | None = None
         self._given = 0
         self._closing = False
         config = message.config
@@ -84,9 +88,14 @@ class RankGroup:
     ) -> "RankClient":
         """Start a rank, and return once it is loaded; as LaunchedEngine."""
         client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
-        with self._lock:
-            self._clients[rank] = client
-            self._form()
+        try:
+            with self._lock:
+                if not client.gone:
+                    self._clients[rank] = client
+                    self._form()
+        except BaseException:
+            client.close(0.0)
+            raise
         return client
 
     def close(self) -> None:
@@ -101,14 +110,15 @@ class RankGroup:
             others = sum(client is not None for client in self._clients)
         message = self._message
         config = message.config
-        threads = config.threads or max(1, machine.threads() // self.size)
         trace = None if config.trace is None else f"{config.trace}.{rank}"
         return msgspec.structs.replace(
             message,
-            config=replace(config, threads=threads, trace=trace),
+            config=replace(config, trace=trace),
             rank=rank,
             held=self.places.now.held,
             neighbours=self.size - others,
+            local_rank=rank,
+            local_ranks=self.size,
         )
 
     @property
@@ -133,6 +143,8 @@ class RankGroup:
             match message:
                 case wire.Joined(epoch) if epoch == self._epoch:
                     self._joined.add(client.rank)
+                    if self.formed:
+                        self._apart_since = None
                 case wire.Parted(epoch, error) if epoch == self._epoch:
                     say(log.warning, "rank %d: %s", client.rank, error)
                     self._give_up((client.rank,))
@@ -194,10 +206,19 @@ class RankGroup:
     def lose(self, client: "RankClient") -> None:
         """A rank's process is gone: nobody shall wait for it."""
         with self._lock:
+            client.gone = True
             if self._clients[client.rank] is client:
                 self._clients[client.rank] = None
+                self._apart_since = None
                 self._give_up((client.rank,))
                 self._form()
+
+    def absent_for(self, client: "RankClient") -> float:
+        """Seconds that the others, which are all there, have waited for this rank to join them."""
+        with self._lock:
+            if self._apart_since is None or client.rank in self._joined:
+                return 0.0
+            return time.monotonic() - self._apart_since
 
     def _give_up(self, ranks: Sequence[int]) -> None:
         """This epoch is over: whoever waits in it for these ranks waits no longer."""
@@ -210,8 +231,15 @@ class RankGroup:
 
     def _form_again(self, epoch: int) -> None:
         with self._lock:
-            if self._epoch == epoch:
+            if self._epoch != epoch or self._closing:
+                return
+            try:
                 self._form()
+            except (MoebiusError, OSError) as error:
+                # Started again, this rank asks for the same once more, as often as that is allowed.
+                say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
+                first = next(client for client in self._clients if client is not None)
+                first.end()
 
     def _form(self) -> None:
         """Begin the next epoch, if those that are there have every expert; at first, with all."""
@@ -226,36 +254,25 @@ class RankGroup:
         self._give_up(self._members)
         self._epoch += 1
         epoch = Epoch(self._name, self._epoch)
-        self._segment = Segment(_spec(clients[0].rows, len(members)), epoch)
+        at_once = place(0, self.size, self._message.config.threads).at_once
+        self._segment = Segment(_spec(clients[0].rows, len(members)), epoch, cores=at_once)
         self._members = members
-        for place, client in enumerate(clients):
+        if self._apart_since is None:
+            self._apart_since = time.monotonic()
+        for number_here, client in enumerate(clients):
             join = wire.Join(
                 group=self._name,
                 epoch=self._epoch,
-                rank=place,
+                rank=number_here,
                 held=placement.held,
                 number=number,
                 place=self._segment.place,
-                timeout=self._message.config.step_deadline,
+                # Half of it: who waits for a stuck rank comes back before it seems stuck itself.
+                timeout=self._message.config.step_deadline / 2,
                 heard=self._given,
             )
             client.remote.tell(join)
         log.info("%s begins, with %d of %d ranks", epoch, len(members), self.size)
-        self._later(_JOIN_SECONDS, partial(self._end_absent, self._epoch))
-
-    def _end_absent(self, epoch: int) -> None:
-        """Kill the ranks that have not come to an epoch: they are stuck."""
-        with self._lock:
-            if self._epoch != epoch or self._segment is None:
-                return
-            absent = [
-                client
-                for client in self._clients
-                if client and client.rank in self._members and client.rank not in self._joined
-            ]
-        for client in absent:
-            say(log.error, "rank %d did not join within %.0f s", client.rank, _JOIN_SECONDS)
-            client.end()
 
     def _later(self, seconds: float, work: Callable[[], None]) -> None:
         timer = threading.Timer(seconds, work)
@@ -276,6 +293,7 @@ class RankClient(LaunchedEngine):
         process: EngineProcess | None,
     ) -> None:
         self.rank = rank
+        self.gone = False
         self._group = group
         super().__init__(message, lost, planned, process)
         self.remote.heard = partial(group.hear, self)
@@ -291,6 +309,12 @@ class RankClient(LaunchedEngine):
         self._group.lose(self)
         super().close(timeout)
 
+    def _trouble(self) -> str | None:
+        seconds = self._group.absent_for(self)
+        if seconds > _JOIN_SECONDS:
+            return f"it did not join the other ranks for {seconds:.0f} s"
+        return super()._trouble()
+
     def _died(self, process: EngineProcess) -> None:
         self._group.lose(self)
         super()._died(process)
@@ -300,10 +324,10 @@ def _traffic(rank: int, stats: EngineStats, joined: Collection[int]) -> RankTraf
     return RankTraffic(
         rank,
         rank in joined,
-        stats.exchange_calls,
+        stats.exchanges,
         stats.exchange_bytes_out,
         stats.exchange_bytes_in,
-        stats.exchange_seconds,
+        stats.exchange_wait,
     )
 
 

@@ -85,12 +85,12 @@ class Traffic:
     bytes_in: int = 0
     seconds_waited: float = 0.0
 
-    def __add__(self, more: "Traffic") -> "Traffic":
+    def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(
-            self.calls + more.calls,
-            self.bytes_out + more.bytes_out,
-            self.bytes_in + more.bytes_in,
-            self.seconds_waited + more.seconds_waited,
+            self.calls + other.calls,
+            self.bytes_out + other.bytes_out,
+            self.bytes_in + other.bytes_in,
+            self.seconds_waited + other.seconds_waited,
         )
 
     def __sub__(self, before: "Traffic") -> "Traffic":
@@ -171,6 +171,12 @@ class Exchange(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leaves the group; whoever waits for this rank learns of it at once, where it can."""
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        """Ends the epoch, from any thread: what waits here raises a PeerError that names these
+        ranks, and so does every later call. Other ranks learn of it where the transport can tell
+        them; a transport that knows no better leaves the group."""
+        self.close()
 
     def _check_dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor

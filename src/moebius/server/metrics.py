@@ -108,6 +108,7 @@ class ServerMetrics:
         self._single = CollectorRegistry(auto_describe=False)
         self._single.register(_Experts(client, self._labels))
         self._single.register(_Ranks(spread, self._labels))
+        self._single.register(_Exchanges(client, self._labels))
         ProcessCollector(registry=self._single)
         self._answered = Counter(
             "http_requests",
@@ -280,15 +281,25 @@ class _Ranks(Collector):
             family.add_metric((*self._labels, number, "present"), layer.imbalance)
             family.add_metric((*self._labels, number, "start"), layer.imbalance_at_start)
         yield family
-        for name, (text, figure) in _TABLE["ranks"].items():
-            counter = CounterMetricFamily(_OWN + name, text, labels=(*_LABELS, "rank"))
-            for rank in spread.ranks:
-                counter.add_metric((*self._labels, str(rank.rank)), getattr(rank, figure))
-            yield counter
         for name, (text, figure) in _TABLE["group"].items():
             counter = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
             counter.add_metric(self._labels, getattr(spread, figure))
             yield counter
+
+
+class _Exchanges(Collector):
+    """What ranks that share experts have sent each other; nothing where there are none."""
+
+    def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
+        self._client = client
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._client.stats()
+        for name, (text, field) in _TABLE["exchange"].items() if stats.exchanges else ():
+            family = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
+            family.add_metric(self._labels, getattr(stats, field))
+            yield family
 
 
 def _figure(layer: LayerLoad, name: str) -> float:
