@@ -13,6 +13,7 @@ from moebius.engine.load import ExpertShare, prepare
 from moebius.engine.placing import start_placement
 from moebius.errors import ConfigError
 from moebius.inspect.config import InspectConfig
+from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
 from moebius.moe.placement import Placement
 
@@ -38,7 +39,7 @@ def test_by_the_loads_of_a_file(tiny_model: Path, tmp_path: Path, name: str) -> 
 
 def test_what_inspect_writes_is_such_a_file(tiny_model: Path, tmp_path: Path) -> None:
     config = InspectConfig(max_tokens=300, row_length=50, step_tokens=100)
-    found = write_report(tiny_model, [("a text", "text", "some words " * 100)], tmp_path, config)
+    found = write_report(tiny_model, [Document("a", "text", "some words " * 100)], tmp_path, config)
     loads = {row["layer"]: row["counts"] for row in found["layers"]}
     file = str(tmp_path / "report.json")
     placed = start_placement(tiny_model, EngineConfig(ranks=2, expert_placement=file))
