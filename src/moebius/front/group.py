@@ -19,6 +19,7 @@ import torch
 from moebius.engine import wire
 from moebius.engine.client import EngineStats
 from moebius.engine.faults import say
+from moebius.engine.place import place
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess
 from moebius.errors import MoebiusError
@@ -163,7 +164,8 @@ class RankGroup:
         self._epoch += 1
         epoch = Epoch(self._name, self._epoch)
         clients = [client for client in self._clients if client is not None]
-        self._segment = Segment(_spec(clients[0].rows), epoch)
+        at_once = place(0, self.size, self._message.config.threads).at_once
+        self._segment = Segment(_spec(clients[0].rows), epoch, cores=at_once)
         self._joined = set()
         if self._apart_since is None:
             self._apart_since = time.monotonic()
