@@ -39,7 +39,8 @@ from typing import Any
 
 from before_after import compared, in_turn
 
-TOGETHER, APART = "together", "apart"
+TOGETHER = "together"
+APART = "apart"
 KINDS = (TOGETHER, APART)
 _REQUESTS = 16
 _TOKENS = 32
