@@ -21,10 +21,10 @@ from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 from moebius.ops import LayerCache, Ops
 from moebius.ops.config import RouterConfig
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import CacheGroups, GroupSpec
-from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
 

@@ -27,7 +27,7 @@ from moebius.front.engines import EngineProcesses
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import resolve_model
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int]

@@ -16,10 +16,10 @@ from typing import Protocol
 from msgspec import Struct
 
 from moebius.errors import MoebiusError
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import ServingLimits
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -40,7 +40,7 @@ from moebius.errors import (
 from moebius.parallel.channel import Channel
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.meet import Address, connect, forget
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 if TYPE_CHECKING:
     from moebius.engine.in_process import InProcessClient

@@ -23,9 +23,9 @@ from msgspec import Struct
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.errors import ERRORS_BY_CODE, Fact, MoebiusError, WireError
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import ServingLimits
+from moebius.request.engine_request import EngineRequest
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import ServingLimits
 
 VERSION = 2
 """Another one whenever a record that crosses gets or loses a field, or a field changes its type:

@@ -67,7 +67,9 @@ class EngineProcesses:
                 return LaunchedEngine(message, lost, hears, process)
             return group.launch(number, lost, hears, process)
 
-        self._client = ReplayClient(start, message.config.ranks, on_give_up=self._give_up)
+        self._client = ReplayClient(
+            start, message.config.ranks, queue=message.config, on_give_up=self._give_up
+        )
         return self._client
 
     @property

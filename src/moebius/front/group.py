@@ -8,6 +8,7 @@ what they have. When the lost rank is loaded again, all join the next epoch.
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,11 +21,12 @@ from moebius.engine.client import EngineStats
 from moebius.engine.faults import say
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess
+from moebius.errors import MoebiusError
+from moebius.front.fleet import Lost
 from moebius.front.launched import LaunchedEngine
-from moebius.front.replay import Lost
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class RankGroup:
         self._epoch = 0
         self._segment: Segment | None = None
         self._joined: set[int] = set()
+        # Since when all ranks are there, and not all in one epoch.
+        self._apart_since: float | None = None
         self._given = 0
 
     @property
@@ -61,10 +65,15 @@ class RankGroup:
     ) -> "RankClient":
         """Start a rank, and return once it is loaded; as LaunchedEngine."""
         client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
-        with self._lock:
-            self._clients[rank] = client
-            if all(self._clients):
-                self._form()
+        try:
+            with self._lock:
+                if not client.gone:
+                    self._clients[rank] = client
+                    if all(self._clients):
+                        self._form()
+        except BaseException:
+            client.close(0.0)
+            raise
         return client
 
     def _launch_of(self, rank: int) -> wire.Launch:
@@ -103,6 +112,8 @@ class RankGroup:
                 return
             if isinstance(message, wire.Joined):
                 self._joined.add(client.rank)
+                if self.formed:
+                    self._apart_since = None
                 return
             say(log.warning, "rank %d: %s", client.rank, message.error)
             self._give_up((client.rank,))
@@ -114,9 +125,18 @@ class RankGroup:
     def lose(self, client: "RankClient") -> None:
         """A rank's process is gone: nobody shall wait for it."""
         with self._lock:
+            client.gone = True
             if self._clients[client.rank] is client:
                 self._clients[client.rank] = None
+                self._apart_since = None
                 self._give_up((client.rank,))
+
+    def absent_for(self, client: "RankClient") -> float:
+        """Seconds that the others, which are all there, have waited for this rank to join them."""
+        with self._lock:
+            if self._apart_since is None or client.rank in self._joined:
+                return 0.0
+            return time.monotonic() - self._apart_since
 
     def _give_up(self, ranks: Sequence[int]) -> None:
         """This epoch is over: whoever waits in it for these ranks waits no longer."""
@@ -127,8 +147,15 @@ class RankGroup:
 
     def _form_again(self, epoch: int) -> None:
         with self._lock:
-            if self._epoch == epoch and all(self._clients):
+            clients = [client for client in self._clients if client is not None]
+            if self._epoch != epoch or len(clients) < self.size:
+                return
+            try:
                 self._form()
+            except (MoebiusError, OSError) as error:
+                # Started again, this rank asks for the same once more, as often as that is allowed.
+                say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
+                clients[0].end()
 
     def _form(self) -> None:
         """Begin the next epoch, with all ranks."""
@@ -138,29 +165,19 @@ class RankGroup:
         clients = [client for client in self._clients if client is not None]
         self._segment = Segment(_spec(clients[0].rows), epoch)
         self._joined = set()
+        if self._apart_since is None:
+            self._apart_since = time.monotonic()
         join = wire.Join(
             group=self._name,
             epoch=self._epoch,
             place=self._segment.place,
-            timeout=self._message.config.step_deadline,
+            # Half of it: a rank that waits for a stuck one comes back before it seems stuck itself.
+            timeout=self._message.config.step_deadline / 2,
             heard=self._given,
         )
         for client in clients:
             client.remote.tell(join)
         log.info("%s begins, with %d ranks", epoch, self.size)
-        self._later(_JOIN_SECONDS, partial(self._end_absent, self._epoch))
-
-    def _end_absent(self, epoch: int) -> None:
-        """Kill the ranks that have not come to an epoch: they are stuck."""
-        with self._lock:
-            if self._epoch != epoch or self._segment is None:
-                return
-            absent = [
-                client for client in self._clients if client and client.rank not in self._joined
-            ]
-        for client in absent:
-            say(log.error, "rank %d did not join within %.0f s", client.rank, _JOIN_SECONDS)
-            client.end()
 
     def _later(self, seconds: float, work: Callable[[], None]) -> None:
         timer = threading.Timer(seconds, work)
@@ -181,6 +198,7 @@ class RankClient(LaunchedEngine):
         process: EngineProcess | None,
     ) -> None:
         self.rank = rank
+        self.gone = False
         self._group = group
         super().__init__(message, lost, planned, process)
         self.remote.heard = partial(group.hear, self)
@@ -195,6 +213,12 @@ class RankClient(LaunchedEngine):
     def close(self, timeout: float) -> None:
         self._group.lose(self)
         super().close(timeout)
+
+    def _trouble(self) -> str | None:
+        seconds = self._group.absent_for(self)
+        if seconds > _JOIN_SECONDS:
+            return f"it did not join the other ranks for {seconds:.0f} s"
+        return super()._trouble()
 
     def _died(self, process: EngineProcess) -> None:
         self._group.lose(self)
