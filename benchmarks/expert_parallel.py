@@ -181,8 +181,8 @@ class Served:
 
     def take(self, requests: list[Request]) -> None:
         from moebius.engine.rank import RankEngine
-        from moebius.schedule.engine_request import EngineRequest
-        from moebius.schedule.params import SamplingParams
+        from moebius.request.engine_request import EngineRequest
+        from moebius.request.params import SamplingParams
 
         engine = self.engine
         for request in requests:

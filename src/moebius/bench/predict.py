@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
@@ -73,9 +73,7 @@ class Simulation:
         )
         blocks = seats * -(-max_model_len // 16)
         self._schedulers = [
-            Scheduler(
-                config, BlockPool(blocks, 16, enable_prefix_caching=False, key=bytes(16))
-            )
+            Scheduler(config, BlockPool(blocks, 16, enable_prefix_caching=False, key=bytes(16)))
             for _ in range(ranks)
         ]
         self._limits = ServingLimits(2**15, max_model_len)
@@ -147,4 +145,6 @@ def busiest(pairs: int, ranks: int) -> float:
         return float(pairs)
     share = 1 / ranks
     deviation = math.sqrt(pairs * share * (1 - share))
-    return min(float(pairs), pairs * share + deviation * math.sqrt(2 * math.log(ranks) / math.pi * 2))
+    return min(
+        float(pairs), pairs * share + deviation * math.sqrt(2 * math.log(ranks) / math.pi * 2)
+    )
