@@ -39,6 +39,7 @@ class EngineProcesses:
         self._client: ReplayClient | None = None
         self._group: RankGroup | None = None
         self._reason: MoebiusError | None = None
+        self._failure: MoebiusError | None = None
         self._closed = False
         try:
             for number in range(count):
@@ -65,9 +66,12 @@ class EngineProcesses:
             if self._closed:
                 process.kill()
                 raise EngineError("the engines are closed")
-            if group is None:
-                return LaunchedEngine(message, lost, hears, process)
-            return group.launch(number, lost, hears, process)
+            try:
+                if group is None:
+                    return LaunchedEngine(message, lost, hears, process)
+                return group.launch(number, lost, hears, process)
+            except MoebiusError as error:
+                raise self._none_at_all(error) from error
 
         self._client = ReplayClient(
             start, message.config.ranks, queue=message.config, on_give_up=self._give_up
@@ -77,6 +81,18 @@ class EngineProcesses:
     def spread(self) -> ExpertSpread | None:
         """How ranks share the model's experts; None where one process has them all."""
         return None if self._group is None else self._group.spread()
+
+    def _none_at_all(self, error: MoebiusError) -> MoebiusError:
+        """An engine does not start. The first time all have to, so the others are ended, too.
+
+        What came first is the error of all.
+        """
+        if self._client is not None:
+            return error
+        self._failure = self._failure or error
+        for process in list(self._processes.values()):
+            process.kill()
+        return self._failure
 
     @property
     def processes(self) -> tuple[EngineProcess, ...]:
