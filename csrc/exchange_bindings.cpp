@@ -46,10 +46,11 @@ void bind_exchange(nb::module_& m) {
             new (self) ExchangeLayout{ranks, tokens, top_k, row_bytes, std::move(group), epoch};
             self->check();
         }, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "row_bytes"_a, "group"_a, "epoch"_a)
-        .def_prop_ro("bytes", &ExchangeLayout::bytes)
-        .def("write", [](const ExchangeLayout& layout, Address segment) { layout.write(array<void>(segment)); }, "segment"_a)
+        .def_prop_ro("nbytes", &ExchangeLayout::bytes)
+        .def("write", [](const ExchangeLayout& layout, Address segment, int cores) { layout.write(array<void>(segment), cores); }, "segment"_a,
+             "cores"_a)
         .def("check", [](const ExchangeLayout& layout, Address segment, size_t bytes) { layout.check(array<void>(segment), bytes); },
-             "segment"_a, "bytes"_a);
+             "segment"_a, "nbytes"_a);
     m.def("exchange_joined", [](Address segment) { return numbers(array<ExchangeHeader>(segment)->joined()); }, "segment"_a);
     m.def("exchange_give_up", [](Address segment, const std::vector<int>& ranks) {
         uint64_t lost = 0;
@@ -63,9 +64,9 @@ void bind_exchange(nb::module_& m) {
         .def_ro("bytes_in", &ExchangeTraffic::bytes_in)
         .def_ro("seconds_waited", &ExchangeTraffic::seconds_waited);
     nb::class_<SharedExchange>(m, "SharedExchange")
-        .def("__init__", [](SharedExchange* self, const ExchangeLayout& layout, Address segment, int rank, double timeout, bool crowded) {
-            new (self) SharedExchange(layout, array<void>(segment), rank, timeout, crowded);
-        }, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a, "crowded"_a)
+        .def("__init__", [](SharedExchange* self, const ExchangeLayout& layout, Address segment, int rank, double timeout) {
+            new (self) SharedExchange(layout, array<void>(segment), rank, timeout);
+        }, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a)
         .def("agree", &SharedExchange::agree, "values"_a, release())
         .def("dispatch", [](SharedExchange& exchange, Address x, Address ids, int tokens, Address owners, int splits, int experts, Address rows,
                             Address ids_out) {

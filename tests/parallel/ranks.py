@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ ANSWER_SECONDS = 60
 
 @dataclass
 class Raised(Exception):
-    """What a rank's process raised: not every error can be made again from its pieces."""
+    """What a rank's process raised, and what it took: not every error can be sent."""
 
     kind: type[Exception]
     text: str
     ranks: tuple[int, ...]
     trace: str
+    seconds: float
+    processor_seconds: float
 
 
 class Rank:
@@ -71,6 +74,10 @@ class Rank:
         self._process.kill()
         self._process.join()
 
+    def wait_for_its_end(self) -> None:
+        self._process.join(ANSWER_SECONDS)
+        assert self._process.exitcode is not None
+
     def stop(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
 
@@ -90,11 +97,22 @@ def serve(pipe: Connection, rank: int) -> None:
             function, args = pipe.recv()
         except EOFError:
             return
+        begun = time.monotonic()
+        used = time.process_time()
         try:
             pipe.send(function(held, *args))
         except Exception as error:
             ranks = getattr(error, "ranks", ())
-            pipe.send(Raised(type(error), str(error), ranks, traceback.format_exc()))
+            pipe.send(
+                Raised(
+                    type(error),
+                    str(error),
+                    ranks,
+                    traceback.format_exc(),
+                    time.monotonic() - begun,
+                    time.process_time() - used,
+                )
+            )
 
 
 @contextmanager
