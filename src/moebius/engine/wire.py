@@ -3,7 +3,8 @@
 A frame is one byte, the version, and one message in MessagePack, typed on both sides: what does not
 decode into the very record is refused with a WireError, and nothing is ever unpickled. How frames
 are told apart in a stream is the transport's. Times are seconds on the monotonic clock, which the
-processes of one machine share.
+processes of one machine share; a frame to another machine says when it was `sent` by its sender's
+clock, and who receives it moves its times (engine/clocks.py).
 
 An error crosses as its class's code, its text and its facts (errors.py), and comes back as the same
 class.
@@ -15,7 +16,7 @@ let one tenant read what another has said.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -50,6 +51,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     rank         which of config.ranks engines it is that share the model's experts
     neighbours   of these on its own host, itself among them: how many have not taken their memory
                  yet
+    isa          the instruction set of a CPU's kernels; empty: the highest that it has
     """
 
     directory: str
@@ -59,6 +61,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     log_level: str = "info"
     rank: int = 0
     neighbours: int = 1
+    isa: str = ""
 
 
 class Submit(_Record, frozen=True, tag="submit"):
@@ -66,6 +69,7 @@ class Submit(_Record, frozen=True, tag="submit"):
 
     request: EngineRequest
     number: int = 0
+    sent: float | None = None
 
 
 class Hear(_Record, frozen=True, tag="hear"):
@@ -77,7 +81,8 @@ class Hear(_Record, frozen=True, tag="hear"):
 class Join(_Record, frozen=True, tag="join"):
     """Front to a rank: compute with the others, in this epoch of their group.
 
-    place     where the group's shared memory is
+    place     where the group's shared memory is; or gloo://ADDRESS, this rank's own, where some
+              ranks are on other hosts
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
     """
@@ -87,6 +92,21 @@ class Join(_Record, frozen=True, tag="join"):
     place: str
     timeout: float
     heard: int
+
+
+class Put(_Record, frozen=True, tag="put"):
+    """A rank to the front, and the front to all others: what gloo needs of it to connect."""
+
+    epoch: int
+    key: str
+    value: bytes
+
+
+class GiveUp(_Record, frozen=True, tag="give_up"):
+    """Front to a rank: this epoch is over, because of these ranks."""
+
+    epoch: int
+    ranks: tuple[int, ...]
 
 
 class Abort(_Record, frozen=True, tag="abort"):
@@ -162,6 +182,7 @@ class Outputs(_Record, frozen=True, tag="outputs"):
     """Engine to front: what one step brought."""
 
     outputs: list[StepOutput]
+    sent: float | None = None
 
 
 class Stats(_Record, frozen=True, tag="stats"):
@@ -176,8 +197,10 @@ class Loads(_Record, frozen=True, tag="loads"):
     loads: ExpertLoads
 
 
-ToEngine = Launch | Submit | Hear | Join | Abort | ReadLoads | Stop
-FromEngine = Heartbeat | Planned | Loaded | Joined | Parted | Failed | Outputs | Stats | Loads
+OfGroup = Joined | Parted | Put
+"""What a rank says of its group."""
+ToEngine = Launch | Submit | Hear | Join | Put | GiveUp | Abort | ReadLoads | Stop
+FromEngine = Heartbeat | Planned | Loaded | OfGroup | Failed | Outputs | Stats | Loads
 
 
 class _Error(_Record, frozen=True):
@@ -188,19 +211,17 @@ class _Error(_Record, frozen=True):
 
 def encode(message: ToEngine | FromEngine) -> bytes:
     """The message as a frame."""
-    frame = bytearray((VERSION,))
-    _ENCODER.encode_into(message, frame, 1)
-    return bytes(frame)
+    return framed(message)
 
 
 def decode_to_engine(frame: bytes) -> ToEngine:
     """What a front has sent. WireError where the frame is no such message, or another version's."""
-    return _decode(frame, _TO_ENGINE)
+    return unframed(frame, _TO_ENGINE)
 
 
 def decode_from_engine(frame: bytes) -> FromEngine:
     """What an engine has sent. WireError, as above."""
-    return _decode(frame, _FROM_ENGINE)
+    return unframed(frame, _FROM_ENGINE)
 
 
 def received(
@@ -225,7 +246,20 @@ def received(
 _Decoded = TypeVar("_Decoded")
 
 
-def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_Decoded]) -> _Decoded:
+def framed(message: Struct) -> bytes:
+    """A record as a frame."""
+    frame = bytearray((VERSION,))
+    _ENCODER.encode_into(message, frame, 1)
+    return bytes(frame)
+
+
+def decoder(kinds: object) -> msgspec.msgpack.Decoder[Any]:
+    """What reads frames of these records."""
+    return msgspec.msgpack.Decoder(kinds, dec_hook=_from_wire)
+
+
+def unframed(frame: bytes, decoder: msgspec.msgpack.Decoder[_Decoded]) -> _Decoded:
+    """The record in a frame. WireError where it is none of them, or of another version."""
     if not frame:
         raise WireError("a frame without a byte; it must begin with its version")
     if frame[0] != VERSION:
@@ -263,9 +297,5 @@ def _from_wire(kind: type, value: object) -> object:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_wire)
-_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(
-    ToEngine, dec_hook=_from_wire
-)
-_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(
-    FromEngine, dec_hook=_from_wire
-)
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = decoder(ToEngine)
+_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = decoder(FromEngine)

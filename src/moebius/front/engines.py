@@ -11,6 +11,7 @@ from moebius.engine.client import EngineClient
 from moebius.engine.supervisor import EngineProcess
 from moebius.errors import MoebiusError
 from moebius.front.group import RankGroup
+from moebius.front.hosts import Hosts
 from moebius.front.launched import LaunchedEngine
 from moebius.front.replay import Lost, ReplayClient
 
@@ -18,7 +19,7 @@ _CLOSE_SECONDS = 5.0
 
 
 class EngineProcesses:
-    """`count` processes, which import what takes seconds while it is not known yet what to load.
+    """`count` processes of this host, which import what takes seconds before they are told a model.
 
     with EngineProcesses(1) as processes:
         client = processes.launch(message, planned)
@@ -30,13 +31,16 @@ class EngineProcesses:
         self._reason: MoebiusError | None = None
 
     def launch(
-        self, message: wire.Launch, planned: Callable[[wire.Planned], None] = lambda plan: None
+        self,
+        message: wire.Launch,
+        planned: Callable[[wire.Planned], None] = lambda plan: None,
+        hosts: Hosts | None = None,
     ) -> ReplayClient:
         """Load the model in each; `planned` hears of the first one's memory plan.
 
-        Raises the error that loading ends with.
+        hosts: where the ranks are; None: all on this one. Raises the error that loading ends with.
         """
-        group = RankGroup(message) if message.config.ranks > 1 else None
+        group = RankGroup(message, hosts) if message.config.ranks > 1 else None
 
         def start(number: int, lost: Lost) -> EngineClient:
             process = self._early.pop(number, None)

@@ -1,6 +1,6 @@
 """Ranks that share a model's experts: their processes, and the epochs in which they compute.
 
-An epoch is a membership: all ranks, with a piece of shared memory of its own. When a rank is lost,
+An epoch is a membership: all ranks, with a place of its own for their rows. When a rank is lost,
 its epoch is over for all of them at once; the others keep process, cache and weights, and wait with
 what they have. When the lost rank is loaded again, all join the next epoch.
 """
@@ -12,19 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import msgspec
 import torch
 
-from moebius import machine
 from moebius.engine import wire
-from moebius.engine.client import EngineStats
+from moebius.engine.client import EngineInfo, EngineStats
 from moebius.engine.faults import say
 from moebius.engine.remote import RemoteClient
-from moebius.engine.supervisor import EngineProcess
+from moebius.engine.supervisor import WatchedProcess
+from moebius.errors import ConfigError, UsageError
+from moebius.front.alike import check_engines_alike
+from moebius.front.hosts import EpochPlace, Hosts, OneHost
 from moebius.front.launched import LaunchedEngine
 from moebius.front.replay import Lost
 from moebius.parallel.exchange import Epoch, ExchangeSpec
-from moebius.parallel.shared_memory import Segment
 from moebius.schedule.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -37,15 +37,18 @@ class RankGroup:
     """The engines that ReplayClient is given, one a rank.
 
     message   what each is launched with; its rank is filled in here
+    hosts     where the ranks are; None: all on this one
     """
 
-    def __init__(self, message: wire.Launch) -> None:
+    def __init__(self, message: wire.Launch, hosts: Hosts | None = None) -> None:
         self._message = message
+        self._hosts = hosts or OneHost(message.config.ranks)
         self._name = secrets.token_hex(4)
         self._lock = threading.RLock()
         self._clients: list[RankClient | None] = [None] * message.config.ranks
+        self._info: EngineInfo | None = None
         self._epoch = 0
-        self._segment: Segment | None = None
+        self._place: EpochPlace | None = None
         self._joined: set[int] = set()
         self._given = 0
 
@@ -58,10 +61,15 @@ class RankGroup:
         rank: int,
         lost: Lost,
         planned: Callable[[wire.Planned], None],
-        process: EngineProcess | None,
+        process: WatchedProcess | None,
     ) -> "RankClient":
         """Start a rank, and return once it is loaded; as LaunchedEngine."""
-        client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
+        process = process or self._hosts.start(rank)
+        try:
+            client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
+        except UsageError as error:
+            raise ConfigError(f"{self._hosts.name(rank)}: {error}") from error
+        self._check(client)
         with self._lock:
             self._clients[rank] = client
             if all(self._clients):
@@ -70,22 +78,23 @@ class RankGroup:
 
     def _launch_of(self, rank: int) -> wire.Launch:
         with self._lock:
-            others = sum(client is not None for client in self._clients)
-        message = self._message
-        config = message.config
-        threads = config.threads or max(1, machine.threads() // self.size)
-        trace = None if config.trace is None else f"{config.trace}.{rank}"
-        return msgspec.structs.replace(
-            message,
-            config=replace(config, threads=threads, trace=trace),
-            rank=rank,
-            neighbours=self.size - others,
-        )
+            loaded = [other for other, client in enumerate(self._clients) if client is not None]
+        return self._hosts.launch(self._message, rank, loaded)
+
+    def _check(self, client: "RankClient") -> None:
+        """ConfigError, and no such rank, where it is not like those that were loaded before."""
+        with self._lock:
+            self._info = self._info or client.info
+        try:
+            check_engines_alike(self._info, client.info, self._hosts.name(client.rank))
+        except ConfigError:
+            client.close(0.0)
+            raise
 
     @property
     def formed(self) -> bool:
         """Whether all ranks are in the present epoch."""
-        return self._segment is not None and len(self._joined) == self.size
+        return self._place is not None and len(self._joined) == self.size
 
     def submit(self, rank: int, remote: RemoteClient, request: EngineRequest) -> None:
         """Give a request to one rank, and its number to all."""
@@ -96,13 +105,17 @@ class RankGroup:
                 if client is not None and client.rank != rank:
                     client.remote.tell(wire.Hear(self._given))
 
-    def hear(self, client: "RankClient", message: wire.Joined | wire.Parted) -> None:
+    def hear(self, client: "RankClient", message: wire.OfGroup) -> None:
         """What a rank says of its group."""
         with self._lock:
             if message.epoch != self._epoch or self._clients[client.rank] is not client:
                 return
             if isinstance(message, wire.Joined):
                 self._joined.add(client.rank)
+                return
+            if isinstance(message, wire.Put):
+                if self._place is not None:
+                    self._place.carry(message, client.rank)
                 return
             say(log.warning, "rank %d: %s", client.rank, message.error)
             self._give_up((client.rank,))
@@ -120,10 +133,9 @@ class RankGroup:
 
     def _give_up(self, ranks: Sequence[int]) -> None:
         """This epoch is over: whoever waits in it for these ranks waits no longer."""
-        if self._segment is not None:
-            self._segment.give_up(list(ranks))
-            self._segment.close()
-            self._segment = None
+        if self._place is not None:
+            self._place.give_up(ranks)
+            self._place = None
 
     def _form_again(self, epoch: int) -> None:
         with self._lock:
@@ -136,16 +148,18 @@ class RankGroup:
         self._epoch += 1
         epoch = Epoch(self._name, self._epoch)
         clients = [client for client in self._clients if client is not None]
-        self._segment = Segment(_spec(clients[0].rows), epoch)
+        remotes = [client.remote for client in clients]
+        place = self._hosts.place(_spec(clients[0].rows), epoch, remotes)
+        self._place = place
         self._joined = set()
-        join = wire.Join(
-            group=self._name,
-            epoch=self._epoch,
-            place=self._segment.place,
-            timeout=self._message.config.step_deadline,
-            heard=self._given,
-        )
         for client in clients:
+            join = wire.Join(
+                group=self._name,
+                epoch=self._epoch,
+                place=place.of(client.rank),
+                timeout=self._message.config.step_deadline,
+                heard=self._given,
+            )
             client.remote.tell(join)
         log.info("%s begins, with %d ranks", epoch, self.size)
         self._later(_JOIN_SECONDS, partial(self._end_absent, self._epoch))
@@ -153,7 +167,7 @@ class RankGroup:
     def _end_absent(self, epoch: int) -> None:
         """Kill the ranks that have not come to an epoch: they are stuck."""
         with self._lock:
-            if self._epoch != epoch or self._segment is None:
+            if self._epoch != epoch or self._place is None:
                 return
             absent = [
                 client for client in self._clients if client and client.rank not in self._joined
@@ -178,7 +192,7 @@ class RankClient(LaunchedEngine):
         message: wire.Launch,
         lost: Lost,
         planned: Callable[[wire.Planned], None],
-        process: EngineProcess | None,
+        process: WatchedProcess,
     ) -> None:
         self.rank = rank
         self._group = group
@@ -196,7 +210,7 @@ class RankClient(LaunchedEngine):
         self._group.lose(self)
         super().close(timeout)
 
-    def _died(self, process: EngineProcess) -> None:
+    def _died(self, process: WatchedProcess) -> None:
         self._group.lose(self)
         super()._died(process)
 

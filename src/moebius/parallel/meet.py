@@ -201,7 +201,8 @@ class Listener:
 def connect(address: Address, timeout: float, key: ClusterKey | None = None) -> Channel:
     """The channel to who listens at an address; TCP takes the cluster's key.
 
-    ChannelError, which names the address, where nobody is there or the proof fails.
+    ChannelError, which names the address, where the proof fails; with an OSError as its cause where
+    nobody is there.
     """
     name = _name(address)
     deadline = time.monotonic() + timeout
@@ -246,8 +247,9 @@ def _introduced(sock: socket.socket, name: str, key: ClusterKey, deadline: float
     sock.sendall(introduction.answer)
     try:
         confirmation = _read(sock, CONFIRMATION_BYTES, name, deadline)
-    except (ChannelError, ConnectionError) as error:
-        raise ChannelError(f"{name} refused this process: it holds another cluster key") from error
+    except (ChannelError, ConnectionError):
+        # Without a cause of the network's, where one could try again.
+        raise ChannelError(f"{name} refused this process: it holds another cluster key") from None
     return Channel(sock, name, introduction.check(confirmation))
 
 
