@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -64,10 +63,8 @@ def join(kind: str, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
     epoch = Epoch("benchmark", 1)
     if kind == "shared memory":
         return SharedMemoryExchange(place, spec, rank, epoch, timeout=TIMEOUT)
-    group = dist.ProcessGroupGloo(
-        dist.FileStore(place, spec.size), rank, spec.size, timedelta(seconds=TIMEOUT)
-    )
-    return CollectiveExchange(group, spec, rank, epoch, timeout=TIMEOUT)
+    store = dist.FileStore(place, spec.size)
+    return CollectiveExchange.over_gloo(store, spec, rank, epoch, timeout=TIMEOUT)
 
 
 class Received:

@@ -217,8 +217,6 @@ SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int 
     here_.reserve(most * layout.top_k);
 }
 
-void SharedExchange::leave() { header_.give_up(bit(rank_)); }
-
 std::vector<std::vector<int64_t>> SharedExchange::agree(const std::vector<int64_t>& values) {
     if (values.size() > MOST_AGREED) throw std::invalid_argument("more values than ranks can agree on");
     begin(AGREE);

@@ -113,8 +113,8 @@ public:
     int dispatch(const Tokens& tokens, void* rows, int64_t* ids);
     void combine(const void* outputs, void* back);
 
-    // Whoever waits for this rank learns of it at once.
-    void leave();
+    // Ends the epoch for all, at once for those who wait. From any thread.
+    void give_up(uint64_t ranks) { header_.give_up(ranks); }
 
     const ExchangeTraffic& traffic() const { return traffic_; }
 

@@ -151,7 +151,7 @@ void test_a_rank_that_leaves_and_one_that_is_given_up() {
             if (rank == 1) {
                 std::this_thread::sleep_for(std::chrono::milliseconds(5));
                 if (given_up) header->give_up(2);
-                else exchange.leave();
+                else exchange.give_up(2);
             } else require(lost([&] { exchange.agree({}); }).ranks == 2, "those who wait learn of it at once");
         });
     }

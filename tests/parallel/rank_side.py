@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import signal
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ Held = dict[str, Any]
 class Meeting:
     """Where and as what the ranks of a test meet.
 
-    kind    "shared", "gloo" or "nccl"
+    kind    "shared", "gloo", "nccl", or "gloo group" for one that no epoch's name is part of
     place   the segment's, or the file of the process group's store
     """
 
@@ -53,19 +55,26 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
         )
         return
     store = dist.FileStore(meeting.place, spec.size)
-    if meeting.kind == "nccl":
-        torch.set_default_device("cuda")
-        group = dist.ProcessGroupNCCL(store, rank, spec.size)
-    else:
+    if meeting.kind == "gloo":
+        held["exchange"] = CollectiveExchange.over_gloo(
+            store, spec, rank, meeting.epoch, timeout=meeting.timeout
+        )
+        return
+    if meeting.kind == "gloo group":
         timeout = timedelta(seconds=meeting.timeout)
         group = dist.ProcessGroupGloo(store, rank, spec.size, timeout)
+        held["exchange"] = CollectiveExchange(
+            group, spec, rank, meeting.epoch, timeout=meeting.timeout
+        )
+        return
+    torch.set_default_device("cuda")
     held["exchange"] = CollectiveExchange(
-        group,
+        dist.ProcessGroupNCCL(store, rank, spec.size),
         spec,
         rank,
         meeting.epoch,
         timeout=meeting.timeout,
-        device=torch.get_default_device(),
+        device="cuda",
     )
 
 
@@ -274,3 +283,10 @@ def combine_without_dispatch(held: Held) -> None:
 def start_segment(held: Held, spec: ExchangeSpec, epoch: Epoch) -> str:
     held["segment"] = Segment(spec, epoch)
     return held["segment"].place
+
+
+def start_segment_without_memory(held: Held, spec: ExchangeSpec, epoch: Epoch) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    in_use = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use, in_use))
+    Segment(spec, epoch)

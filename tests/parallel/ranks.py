@@ -40,6 +40,7 @@ class Rank:
         self._pipe, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=serve, args=(theirs, rank), daemon=True)
         self._process.start()
+        self._calls = 0
         theirs.close()
 
     @property
@@ -48,12 +49,20 @@ class Rank:
         return self._process.pid
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
-        self._pipe.send((function, args))
+        self._calls += 1
+        self._pipe.send((self._calls, function, args))
 
-    def result(self, seconds: float = ANSWER_SECONDS) -> Any:
-        if not self._pipe.poll(seconds):
-            raise TimeoutError(f"process {self.pid} did not answer")
-        found = self._pipe.recv()
+    def result(self) -> Any:
+        call = 0
+        # A test that failed may have left answers of its calls.
+        while call < self._calls:
+            if not self._pipe.poll(ANSWER_SECONDS):
+                raise AssertionError(f"rank {self.pid} did not answer")
+            try:
+                call, found = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self._process.join()
+                raise AssertionError(f"a rank ended, with {self._process.exitcode}") from None
         if isinstance(found, Raised):
             raise found
         return found
@@ -94,25 +103,19 @@ def serve(pipe: Connection, rank: int) -> None:
     held: dict[str, Any] = {"rank": rank}
     while True:
         try:
-            function, args = pipe.recv()
+            call, function, args = pipe.recv()
         except EOFError:
             return
         begun = time.monotonic()
         used = time.process_time()
         try:
-            pipe.send(function(held, *args))
+            pipe.send((call, function(held, *args)))
         except Exception as error:
             ranks = getattr(error, "ranks", ())
-            pipe.send(
-                Raised(
-                    type(error),
-                    str(error),
-                    ranks,
-                    traceback.format_exc(),
-                    time.monotonic() - begun,
-                    time.process_time() - used,
-                )
-            )
+            seconds = time.monotonic() - begun
+            trace = traceback.format_exc()
+            spent = time.process_time() - used
+            pipe.send((call, Raised(type(error), str(error), ranks, trace, seconds, spent)))
 
 
 @contextmanager

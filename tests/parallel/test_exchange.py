@@ -128,21 +128,6 @@ def test_a_peer_that_is_killed_or_stopped_while_others_wait(meet: Meet, how: str
             assert members[2].error().kind is PeerError
 
 
-def test_a_rank_of_another_epoch_or_kind_is_refused(pool: list[Rank], meet: Meet) -> None:
-    spec = ExchangeSpec(2, 6, 10, 3, torch.bfloat16)
-    meeting = meet(spec)
-    older = Meeting(meeting.kind, meeting.place, spec, Epoch("test", 77), 30.0)
-    pool[0].start(rank_side.join, meeting)
-    pool[1].start(rank_side.join, older)
-    error = pool[1].error()
-    assert error.kind is ConfigError, error
-    if meeting.kind == "gloo":
-        assert "differ in epoch" in pool[0].error().text
-    else:
-        assert "epoch 1 of group test" in error.text and "epoch 77" in error.text
-        pool[0].result()
-
-
 def test_ranks_out_of_step_notice(pool: list[Rank], meet: Meet) -> None:
     spec = ExchangeSpec(2, 6, 10, 3, torch.bfloat16)
     together(pool[:2], rank_side.join, meet(spec))
@@ -204,6 +189,16 @@ def test_another_thread_can_give_up(pool: list[Rank], meet: Meet) -> None:
     alone = ExchangeSpec(1, 6, 10, 3, torch.bfloat16)
     together(pool[:1], rank_side.join, meet(alone))
     check(pool[:1], alone, cases(1, 6)[:1])
+
+
+def test_closing_ends_what_another_thread_waits_for(pool: list[Rank], meet: Meet) -> None:
+    spec = ExchangeSpec(2, 6, 10, 3, torch.bfloat16)
+    together(pool[:2], rank_side.join, meet(spec))
+    pool[0].result_of(rank_side.agree_in_a_thread)
+    pool[0].result_of(rank_side.leave)
+    pool[0].start(rank_side.agreed_in_the_thread)
+    error = pool[0].error()
+    assert error.kind is PeerError and error.ranks == (0,), error
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moebius.errors import ConfigError, PeerError
+from moebius.errors import ConfigError, MemoryPlanError, PeerError
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange, segment_bytes
 from parallel import rank_side
@@ -93,6 +91,11 @@ def test_a_segment_for_something_else_is_refused(
         join(segment, **changed)
 
 
+def test_a_rank_of_another_epoch_is_refused(segment: Segment) -> None:
+    with pytest.raises(ConfigError, match=r"for epoch 5 of group shared.*is for epoch 6 of "):
+        SharedMemoryExchange(segment.place, SPEC, 0, Epoch("shared", 6), timeout=LONG)
+
+
 def test_other_files_are_no_segments(segment: Segment, tmp_path: Path) -> None:
     for content in (b"", b"x" * 10, b"x" * segment_bytes(SPEC)):
         (tmp_path / "file").write_bytes(content)
@@ -168,22 +171,12 @@ def test_fewer_cores_than_ranks_and_more(pool: list[Rank], cores: int) -> None:
 def test_memory_that_cannot_be_had() -> None:
     """In a process that may have no more than it has."""
     spec = replace(SPEC, tokens=4096, hidden=4096)
-    code = f"""
-import resource
-import torch
-from moebius.errors import MemoryPlanError
-from moebius.parallel.exchange import Epoch, ExchangeSpec
-from moebius.parallel.shared_memory import Segment
-pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (4096 * pages, 4096 * pages))
-try:
-    Segment({spec!r}, Epoch("large", 1))
-except MemoryPlanError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    with ranks(1) as [rank]:
+        rank.start(rank_side.start_segment_without_memory, spec, EPOCH)
+        error = rank.error()
+    assert error.kind is MemoryPlanError
     mebibytes = segment_bytes(spec) / 2**20
-    assert f"the {mebibytes:.1f} MiB that ranks share cannot be had" in done.stdout, done.stderr
+    assert f"the {mebibytes:.1f} MiB that ranks share cannot be had" in error.text
 
 
 def test_what_is_closed_holds_no_memory() -> None:

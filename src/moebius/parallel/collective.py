@@ -12,11 +12,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import Work
+from torch.distributed import ProcessGroupGloo, Work
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.exchange import (
@@ -107,6 +108,22 @@ class CollectiveExchange(CheckedExchange):
         self._seconds_waited = 0.0
         self._sent: _Sent | None = None
         self._greet()
+
+    @classmethod
+    def over_gloo(
+        cls, store: Store, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
+    ) -> Self:
+        """Meets the other ranks at a store, which later epochs can use too.
+
+        gloo's sockets are at the interface that the variable GLOO_SOCKET_IFNAME names. Raises as
+        making one from a group does.
+        """
+        place = PrefixStore(str(epoch), store)
+        try:
+            group = ProcessGroupGloo(place, rank, spec.size, timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise _lost_peers(spec.size, rank, epoch, timeout, error) from None
+        return cls(cast(Group, group), spec, rank, epoch, timeout=timeout)
 
     @property
     def traffic(self) -> Traffic:
@@ -284,19 +301,24 @@ class CollectiveExchange(CheckedExchange):
     def _lost(self, error: Exception) -> PeerError:
         if self._over is not None:
             return self._over
-        others = tuple(rank for rank in range(self.size) if rank != self.rank)
-        # Without the place in gloo's source that it begins with.
-        reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
-        return PeerError(
-            f"{self.epoch}: of ranks {', '.join(map(str, others))} one or more did not come within "
-            f"{self.timeout:g} s, ended or left ({reason})",
-            ranks=others,
-        )
+        return _lost_peers(self.size, self.rank, self.epoch, self.timeout, error)
 
     def _count_rows(self, out: list[int], back: list[int]) -> None:
         self._calls += 1
         self._bytes_out += self.spec.row_bytes * (sum(out) - out[self.rank])
         self._bytes_in += self.spec.row_bytes * (sum(back) - back[self.rank])
+
+
+def _lost_peers(size: int, own: int, epoch: Epoch, timeout: float, error: Exception) -> PeerError:
+    """Sockets do not say whose they were: it is one or more of the others."""
+    others = tuple(rank for rank in range(size) if rank != own)
+    # Without the place in gloo's source that it begins with.
+    reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
+    return PeerError(
+        f"{epoch}: of ranks {', '.join(map(str, others))} one or more did not come within "
+        f"{timeout:g} s, ended or left ({reason})",
+        ranks=others,
+    )
 
 
 def _aligned(bytes: int) -> int:

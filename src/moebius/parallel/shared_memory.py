@@ -65,7 +65,8 @@ class Segment:
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
         assert self._memory is not None, "a closed segment reaches nobody"
-        _give_up(self._memory, self.spec, ranks)
+        _check_ranks(ranks, self.spec)
+        _cpu.exchange_give_up(self._memory.address, ranks)
 
     def close(self) -> None:
         """Lets go of the memory. Ranks that have joined keep it; no other one can join."""
@@ -98,41 +99,50 @@ class SharedMemoryExchange(CheckedExchange):
         memory = _open(place, epoch)
         try:
             layout.check(memory.address, memory.nbytes)
-            self._native = _cpu.SharedExchange(layout, memory.address, rank=rank, timeout=timeout)
+            native = _cpu.SharedExchange(memory, layout, memory.address, rank=rank, timeout=timeout)
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
         except MemoryError:
             raise _too_little_memory(memory.nbytes) from None
-        self._memory: _Memory | None = memory
+        # None when it has been closed, with the memory.
+        self._native: _cpu.SharedExchange | None = native
+        self._traffic_at_close = Traffic()
 
     @property
     def traffic(self) -> Traffic:
-        found = self._native.traffic
+        native = self._native
+        if native is None:
+            return self._traffic_at_close
+        found = native.traffic
         return Traffic(found.calls, found.bytes_out, found.bytes_in, found.seconds_waited)
 
     def close(self) -> None:
         super().close()
-        if self._memory is not None:
-            self._native.leave()
-            self._memory = None
+        if self._native is not None:
+            self._native.give_up([self.rank])
+            self._traffic_at_close = self.traffic
+            self._native = None
 
     def give_up(self, ranks: Sequence[int]) -> None:
-        memory = self._memory
-        if memory is not None:
-            _give_up(memory, self.spec, ranks)
+        _check_ranks(ranks, self.spec)
+        native = self._native
+        if native is not None:
+            native.give_up(ranks)
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        native = self._open()
         try:
-            return [tuple(each) for each in self._native.agree(values)]
+            return [tuple(each) for each in native.agree(values)]
         except _cpu.PeersLost as lost:
             raise self._peer_error(lost) from None
 
     def _dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> int:
+        native = self._open()
         splits, experts = owners_CE.shape
         try:
-            return self._native.dispatch(
+            return native.dispatch(
                 x_TD.data_ptr(),
                 ids_TK.data_ptr(),
                 x_TD.shape[0],
@@ -146,10 +156,18 @@ class SharedMemoryExchange(CheckedExchange):
             raise self._peer_error(lost) from None
 
     def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
+        native = self._open()
         try:
-            self._native.combine(outputs_RKD.data_ptr(), back_TKD.data_ptr())
+            native.combine(outputs_RKD.data_ptr(), back_TKD.data_ptr())
         except _cpu.PeersLost as lost:
             raise self._peer_error(lost) from None
+
+    def _open(self) -> _cpu.SharedExchange:
+        """Whoever calls it keeps it, and the memory, until the call has returned."""
+        native = self._native
+        if native is None:
+            raise PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
+        return native
 
     def _peer_error(self, lost: _cpu.PeersLost) -> PeerError:
         """What is known of ranks that this one cannot go on with, in words."""
@@ -186,11 +204,10 @@ def _too_little_memory(nbytes: int) -> MemoryPlanError:
     )
 
 
-def _give_up(memory: _Memory, spec: ExchangeSpec, ranks: Sequence[int]) -> None:
+def _check_ranks(ranks: Sequence[int], spec: ExchangeSpec) -> None:
     for rank in ranks:
         if not 0 <= rank < spec.size:
             raise ValueError(f"rank {rank} of {spec.size}")
-    _cpu.exchange_give_up(memory.address, list(ranks))
 
 
 def _open(place: str, epoch: Epoch) -> _Memory:
