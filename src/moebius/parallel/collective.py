@@ -282,8 +282,11 @@ class CollectiveExchange(CheckedExchange):
                 work.wait(timedelta(seconds=seconds))
                 return
             except RuntimeError:
-                # What is not completed has only taken longer than the slice.
-                if work.is_completed() or self._over or time.monotonic() > until:
+                if work.is_completed():
+                    # It has failed, which this raises; or was done just when the slice was over.
+                    work.wait()
+                    return
+                if self._over or time.monotonic() > until:
                     raise
 
     def _wait_for_device(self, group: Group, work: Work, until: float) -> None:
