@@ -1,6 +1,7 @@
 """Ten thousand random schedules against promise P1: one answer, bit for bit.
 
     python benchmarks/one_answer.py --schedules 10000 --json benchmarks/one_answer.json
+    python benchmarks/one_answer.py --schedules 500 --ranks 1 2 3 4
 
 Every schedule serves 1 to 64 requests with random batch sizes, chunk sizes, block sizes, cache
 sizes (some force preemptions), arrivals, thread counts and cold or warm prefix caches, and compares
@@ -9,6 +10,9 @@ schedule in twenty) and, of every supported architecture and of some whose layer
 random one in bfloat16 and one stored in float16, which is computed in float32; and one of three
 kinds of layers, with windows and without, in bfloat16 and float32. Ends with exit code 1 at the
 first difference, naming the schedule.
+
+With --ranks, the models that have experts are served by groups of so many ranks, each with a random
+schedule of its own. Experts are placed evenly in order or anyhow, some at several ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,9 +39,12 @@ from moebius.models.decoder import Decoder  # noqa: E402
 from moebius.models.store.load import load_decoder  # noqa: E402
 from moebius.ops.cpu import CpuOps  # noqa: E402
 from oracle import FAMILY, save_tiny  # noqa: E402
+from random_ranks import answers_of_ranks, load_ranks, random_placement  # noqa: E402
 from random_schedules import (  # noqa: E402
     MAX_MODEL_LEN,
     WINDOWED,
+    Seen,
+    Wish,
     alone,
     answers,
     groups_of,
@@ -45,30 +54,76 @@ from random_schedules import (  # noqa: E402
 )
 
 BUNDLED_EVERY = 20
+PLACEMENTS = 3
+"""Of the experts, for each model and number of ranks."""
+
+
+class Served(NamedTuple):
+    """What was answered, and how it came about."""
+
+    seen: Seen
+    how: str
+    ranks: int = 1
 
 
 class Subject:
-    """A model on 1 and on 2 threads, its requests, and what each gives alone."""
+    """A model on 1 and on 2 threads, its requests, and what each gives alone.
 
-    def __init__(self, name: str, decoders: list[Decoder]) -> None:
+    directory   where it is, if it can be loaded for ranks
+    """
+
+    def __init__(self, name: str, decoders: list[Decoder], directory: Path | None = None) -> None:
         self.name = name
+        self.directory = directory
         self.decoders = decoders
         self.groups = groups_of(decoders[0])
         self.wishes = wishes(64, self.decoders[0].config.vocab_size, random.Random(name))
         self.expected = {wish.id: alone(self.decoders[0], wish) for wish in self.wishes}
+        self._groups: dict[int, list[list[Decoder]]] = {}
+
+    @property
+    def has_experts(self) -> bool:
+        return self.directory is not None and bool(self.decoders[0].config.experts)
+
+    def answers(self, some: list[Wish], rng: random.Random, ranks: Sequence[int]) -> Served:
+        """Serve some of the wishes, on one of these numbers of ranks if there are any."""
+        if not ranks:
+            schedule = random_schedule(len(some), rng, self.groups)
+            return Served(answers(rng.choice(self.decoders), some, schedule), str(schedule))
+        decoders = self._ranks(rng.choice(ranks), rng)
+        schedules = [random_schedule(len(some), rng, self.groups) for _ in decoders]
+        homes = [rng.randrange(len(decoders)) for _ in some]
+        seen = answers_of_ranks(decoders, some, homes, schedules)
+        where = f"ranks {homes} with {schedules}"
+        return Served(seen, where, len(decoders))
+
+    def _ranks(self, count: int, rng: random.Random) -> list[Decoder]:
+        """Decoders of a group; of few placements, as loading takes time."""
+        assert self.directory is not None
+        made = self._groups.setdefault(count, [])
+        if len(made) < PLACEMENTS:
+            one = self.decoders[0]
+            placement = random_placement(one, count, rng)
+            made.append(load_ranks(self.directory, one.dtype, placement, rng.choice((1, 2))))
+            return made[-1]
+        return rng.choice(made)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--schedules", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     kernels = [CpuOps(1), CpuOps(2)]
     with tempfile.TemporaryDirectory() as scratch:
         subjects = list(random_models(Path(scratch), kernels))
-        bundled = Subject("bundled", load(Path(moebius.__file__).parent / "bundled", kernels))
+        if args.ranks:
+            subjects = [subject for subject in subjects if subject.has_experts]
+        place = Path(moebius.__file__).parent / "bundled"
+        bundled = Subject("bundled", load(place, kernels), place)
         result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
     print(json.dumps(result))
     if args.json:
@@ -91,27 +146,26 @@ def random_models(scratch: Path, kernels: list[CpuOps]) -> Iterator[Subject]:
         sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
         model = save_tiny(directory, model_type, **sizes, **changes)
         model.half().save_pretrained(half)
-        yield Subject(name, load(directory, kernels))
-        yield Subject(half.name, load(half, kernels, torch.float32))
+        yield Subject(name, load(directory, kernels), directory)
+        yield Subject(half.name, load(half, kernels, torch.float32), half)
     for dtype in (torch.bfloat16, torch.float32):
         yield Subject(f"mixed-{dtype}", [mixed(ops, dtype) for ops in kernels])
 
 
 def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -> dict[str, object]:
     counts = {"schedules": 0, "answers": 0, "tokens": 0, "preemptions": 0, "prefix_hit_tokens": 0}
+    by_ranks: Counter[int] = Counter()
     start = time.monotonic()
     for number in range(args.schedules):
         rng = random.Random(f"{args.seed}-{number}")
         subject = bundled if number % BUNDLED_EVERY == 0 else rng.choice(subjects)
         some = rng.sample(subject.wishes, rng.choice((1, 2, 4, 8, 16, 32, 64)))
-        schedule = random_schedule(len(some), rng, subject.groups)
-        seen = answers(rng.choice(subject.decoders), some, schedule)
+        seen, how, ranks = subject.answers(some, rng, args.ranks)
+        by_ranks[ranks] += 1
         for found in seen.rounds:
             for wish in some:
                 if found[wish.id] != subject.expected[wish.id]:
-                    where = (
-                        f"schedule {number} of {subject.name}: {wish.id} differs under {schedule}"
-                    )
+                    where = f"schedule {number} of {subject.name}: {wish.id} differs under {how}"
                     return counts | {"different": where}
                 counts["answers"] += 1
                 counts["tokens"] += len(found[wish.id][0])
@@ -124,7 +178,9 @@ def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -
                 f"{time.monotonic() - start:.0f} s",
                 flush=True,
             )
-    return counts | {"different": None, "seconds": round(time.monotonic() - start)}
+    seconds = round(time.monotonic() - start)
+    groups = {"ranks": dict(sorted(by_ranks.items()))} if args.ranks else {}
+    return counts | groups | {"different": None, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
 from moebius.models.hub import resolve_model
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 
 PROMPT = 200

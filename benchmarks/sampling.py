@@ -19,8 +19,8 @@ import torch
 from moebius.engine.sampler import sample
 from moebius.files import json_record, write_file
 from moebius.ops.cpu import CpuOps
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 
 CONTEXT = 1000

@@ -21,10 +21,10 @@ from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 from moebius.ops import LayerCache, Ops
 from moebius.ops.config import RouterConfig
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import CacheGroups, GroupSpec
-from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
 
@@ -181,6 +181,11 @@ class PoisonedPool(BlockPool):
 
 def build(decoder: Decoder, schedule: Schedule) -> Engine:
     """An engine around a decoder that is already loaded."""
+    return Engine(*parts(decoder, schedule))
+
+
+def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, EngineInfo]:
+    """What such an engine is made of."""
     config = decoder.config
     pool = PoisonedPool(
         schedule.num_blocks,
@@ -207,7 +212,30 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
     pool.cache = cache
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
     info = EngineInfo(limits, frozenset(), schedule.block_size, schedule.num_blocks, "fp")
-    return Engine(Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info)
+    return Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info
+
+
+def request_of(wish: Wish, engine: Engine) -> Request:
+    """The wish as this engine takes it."""
+    return Request(
+        EngineRequest.create(
+            wish.id,
+            wish.prompt,
+            wish.params,
+            engine.info.limits,
+            arrival=engine.clock(),
+            seed=wish.seed,
+        )
+    )
+
+
+def note(output: StepOutput, found: dict[str, Answer]) -> None:
+    """Put what a step brought behind what its request has."""
+    assert output.error is None, output.error
+    tokens, logprobs, prompt_logprobs = found[output.request_id]
+    tokens.extend(output.token_ids)
+    logprobs.extend(output.logprobs)
+    prompt_logprobs.extend(output.prompt_logprobs)
 
 
 def answers(
@@ -226,26 +254,9 @@ def answers(
         step = 0
         while coming or engine.has_work:
             while coming and coming[0][0] <= step:
-                wish = asked[coming.pop(0)[1]]
-                limits = engine.info.limits
-                engine.add(
-                    Request(
-                        EngineRequest.create(
-                            wish.id,
-                            wish.prompt,
-                            wish.params,
-                            limits,
-                            arrival=engine.clock(),
-                            seed=wish.seed,
-                        )
-                    )
-                )
+                engine.add(request_of(asked[coming.pop(0)[1]], engine))
             for output in make_step(engine):
-                assert output.error is None, output.error
-                tokens, logprobs, prompt_logprobs = found[output.request_id]
-                tokens.extend(output.token_ids)
-                logprobs.extend(output.logprobs)
-                prompt_logprobs.extend(output.prompt_logprobs)
+                note(output, found)
             step += 1
         rounds.append(found)
     return Seen(rounds, engine.scheduler.preemptions, engine.scheduler.prefix_hits)

@@ -40,7 +40,7 @@ CORE = (
 )
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
-# What only training uses, and what only several ranks do.
+# What only training uses, and where experts are to lie.
 NOT_CORE = {
     "nn/packed.py",
     "moe/training.py",
@@ -49,7 +49,6 @@ NOT_CORE = {
     "moe/noise.py",
     "moe/health.py",
     "moe/placement.py",
-    "moe/ranks.py",
 }
 
 _NOT_CODE = {

@@ -21,8 +21,9 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "files": {"errors"},
-    "schedule": {"errors"},
-    "text": {"errors", "files", "schedule"},
+    "request": {"errors"},
+    "schedule": {"errors", "request"},
+    "text": {"errors", "files", "request"},
     "pages": set(),
     "machine": set(),
     "_cpu": set(),  # built from csrc
@@ -37,6 +38,7 @@ ARROWS: dict[str, set[str]] = {
         "files",
         "machine",
         "pages",
+        "request",
         "schedule",
         "text",
         "ops",
@@ -45,10 +47,10 @@ ARROWS: dict[str, set[str]] = {
         "moe",
         "models",
     },
-    "front": {"errors", "schedule", "text", "engine"},
-    "llm": {"errors", "files", "schedule", "text", "engine", "front", "models"},
-    "server": {"errors", "files", "schedule", "text", "engine", "front"},
-    "bench": {"errors", "files", "schedule", "text", "models", "engine", "llm"},
+    "front": {"errors", "request", "text", "engine"},
+    "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "models"},
+    "server": {"errors", "files", "request", "text", "engine", "front"},
+    "bench": {"errors", "files", "request", "text", "models", "engine", "llm"},
     "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }
@@ -232,11 +234,12 @@ def test_options_are_counted() -> None:
 
 
 def test_light_imports_stay_light() -> None:
-    """The package, its command line's help and the scheduler do not wait for torch."""
+    """The package, its command line's help, the scheduler and a server's front do not wait for
+    torch."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
         "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.wire, "
-        "moebius.cli.commands\n"
+        "moebius.cli.commands, moebius.engine.supervisor, moebius.server.run, moebius.server.app\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -22,7 +22,7 @@ from moebius.engine.load import prepare
 from moebius.engine.memory import human_bytes
 from moebius.files import package_table
 from moebius.models.hub import BUNDLED, resolve_model
-from moebius.schedule.params import LIMITS, SamplingParams
+from moebius.request.params import LIMITS, SamplingParams
 from moebius.server.limits import HTTP_LIMITS
 from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
 from schedule.seeded_bugs import BUGS

@@ -83,19 +83,19 @@ def may_make_hosts() -> bool:
 
 @contextmanager
 def namespaces() -> Iterator[tuple[Where, Where]]:
-    """Two hosts with a link between them: 10.77.0.1 and 10.77.0.2, interface `link` at each."""
+    """Two hosts with a link between them: 10.77.0.1 and 10.77.0.2, interface eth0 at each."""
     names = [f"moebius-{os.getpid()}-{number}" for number in range(2)]
     try:
         for name in names:
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")
         run(
-            *("ip", "link", "add", "link", "netns", names[0]),
-            *("type", "veth", "peer", "name", "link", "netns", names[1]),
+            *("ip", "link", "add", "eth0", "netns", names[0]),
+            *("type", "veth", "peer", "name", "eth0", "netns", names[1]),
         )
         for number, name in enumerate(names):
-            run("ip", "-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "link")
-            run("ip", "-n", name, "link", "set", "link", "up")
+            run("ip", "-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
+            run("ip", "-n", name, "link", "set", "eth0", "up")
         first, second = (Where(("ip", "netns", "exec", name)) for name in names)
         yield first, second
     finally:
@@ -114,7 +114,7 @@ def test_hosts_of_their_own(key: Path) -> None:
     few = bodies("bundled", count=2, max_tokens=4)
     expected = of_one_process(directory, "bundled", asked)
     expected_few = of_one_process(directory, "bundled", few)
-    options = ("--ranks", "3", "--cluster-interface", "link", "--rdzv-timeout", "120", *SIZES)
+    options = ("--ranks", "3", "--cluster-interface", "eth0", "--rdzv-timeout", "120", *SIZES)
     with (
         namespaces() as wheres,
         hosts(wheres, "bundled", "10.77.0.1:29500", key, *options) as ((front, node), url),
@@ -125,11 +125,11 @@ def test_hosts_of_their_own(key: Path) -> None:
         # The link is cut under load: each side gives the other up, and they meet again.
         asking = Asking(here, url, asked)
         asking.wait_for_tokens()
-        run(*wheres[1].prefix, "ip", "link", "set", "link", "down")
+        run(*wheres[1].prefix, "ip", "link", "set", "eth0", "down")
         front.wait_for("rank 2 on node 1 .* its host is lost", seconds=15)
         node.wait_for("the front is lost", seconds=15)
         wait_until(lambda: not node.children)
-        run(*wheres[1].prefix, "ip", "link", "set", "link", "up")
+        run(*wheres[1].prefix, "ip", "link", "set", "eth0", "up")
         assert asking.answers(300) == expected
         ranks_here = front.children
 
@@ -153,5 +153,5 @@ def test_hosts_of_their_own(key: Path) -> None:
 
 def may_delay(where: Where) -> bool:
     """Have what a host sends take 20 ms, where the kernel can."""
-    command = ("tc", "qdisc", "add", "dev", "link", "root", "netem", "delay", "20ms")
+    command = ("tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", "20ms")
     return subprocess.run([*where.prefix, *command], capture_output=True).returncode == 0

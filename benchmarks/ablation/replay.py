@@ -9,8 +9,8 @@ from moebius.bench.metrics import Record
 from moebius.bench.workload import Sample
 from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 
 

@@ -45,7 +45,7 @@ def load(options: Options) -> Engine:
     baseline = sum(resident())
     from moebius import LLM, SamplingParams, __version__
     from moebius.engine.load import prepare
-    from moebius.schedule.engine_request import EngineRequest
+    from moebius.request.engine_request import EngineRequest
     from moebius.schedule.request import Request
 
     config = engine_config(options.max_seqs, options.threads, options.prefix_cache)

@@ -32,8 +32,8 @@ from workloads import Workload, workload
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
 from moebius.files import json_record, write_file
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 
 # Seconds of steps between two passes. A pass takes some 0.07 s.

@@ -5,7 +5,7 @@ The public names are below; what imports torch is imported when it is first aske
 
 from typing import TYPE_CHECKING, Any
 
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 
 if TYPE_CHECKING:
     from moebius.front.results import CompletionOutput, RequestOutput

@@ -1,23 +1,33 @@
-"""LLM: the offline front door. Its engine computes in this process, on the caller's thread."""
+"""LLM: the offline front door.
+
+Its engine computes in this process, on the caller's thread; several ranks do in processes of their
+own, which end with it.
+"""
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any, Self
 
-from moebius.engine.client import StepOutput
+from moebius import logs
+from moebius.engine.client import EngineClient, StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.engine.inline import InlineClient
 from moebius.engine.interrupts import Uninterrupted
-from moebius.engine.load import load_engine
+from moebius.engine.load import check_ranks, load_engine
+from moebius.engine.supervisor import EngineProcess
+from moebius.engine.wire import Launch
 from moebius.errors import OverloadError, RequestError
 from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
+from moebius.front.engines import EngineProcesses
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import resolve_model
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -108,14 +118,32 @@ class LLM:
         self.tokenizer = Tokenizer.load(directory)
         self.defaults = GenerationDefaults.load(directory, self.tokenizer)
         key = draw_prefix_key()
-        self.engine = load_engine(
-            directory, self.config, eos_ids=self.defaults.eos_ids, prefix_key=key
-        )
-        self.client = InlineClient(self.engine)
+        self._engines: EngineProcesses | None = None
+        self.client = self._start(directory, key)
         info = self.client.info
         self._opener = ChoiceOpener(self.tokenizer, info, info.hasher(key))
         self._sessions = Sessions(self.client)
         self._ids = count()
+
+    def _start(self, directory: Path, key: bytes) -> EngineClient:
+        """The engine on this thread, or one in a process for each rank."""
+        if self.config.ranks == 1:
+            self.engine = load_engine(
+                directory, self.config, eos_ids=self.defaults.eos_ids, prefix_key=key
+            )
+            return InlineClient(self.engine)
+        check_ranks(directory, self.config)
+        message = Launch(
+            str(directory.absolute()), self.config, key, self.defaults.eos_ids, logs.level()
+        )
+        # That they cannot be started any more, all that is asked ends with: no reason to end here.
+        self._engines = EngineProcesses(self.config.ranks, on_give_up=lambda: None)
+        weakref.finalize(self, self._engines.close)  # where nobody closes this
+        try:
+            return self._engines.launch(message)
+        except BaseException:  # Ctrl-C among them
+            self._engines.close()
+            raise
 
     @classmethod
     def from_config(cls, model: str, config: EngineConfig) -> Self:
@@ -188,9 +216,16 @@ class LLM:
                 for step in session.outputs():
                     yield choice.assembler.push(step).text
 
+    @property
+    def processes(self) -> tuple[EngineProcess, ...]:
+        """Those of the ranks, where there are several."""
+        return () if self._engines is None else self._engines.processes
+
     def close(self) -> None:
         """Stop the engine. What is not read to its end yet ends with EngineError."""
         self.client.close(_CLOSE_SECONDS)
+        if self._engines is not None:
+            self._engines.close()
 
     def __enter__(self) -> Self:
         return self

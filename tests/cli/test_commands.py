@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moebius.cli.main import main
+from moebius.engine.supervisor import EngineProcess
 from moebius.ops import select_ops
 from moebius.ops.cache_spec import key_value_spec
 from moebius.server.settings import ServerSettings
@@ -345,9 +346,7 @@ def test_serve_says_nothing_of_a_port_that_it_did_not_get(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another process takes the port while the model is loaded."""
-    from moebius.engine import load
-
-    loads = load.load_engine
+    loads = EngineProcess.launch
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", 0))
@@ -357,7 +356,7 @@ def test_serve_says_nothing_of_a_port_that_it_did_not_get(
             other.listen()
             return loads(*arguments, **options)
 
-        monkeypatch.setattr(load, "load_engine", late)
+        monkeypatch.setattr(EngineProcess, "launch", late)
         assert moebius(monkeypatch, "serve", str(model), "--port", str(port)) == 2
     err = capsys.readouterr().err
     assert f"moebius: cannot listen on 127.0.0.1:{port}: " in err and "serving on" not in err

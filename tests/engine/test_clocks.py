@@ -13,9 +13,9 @@ from moebius.engine.client import EngineInfo, EngineStats, StepOutput
 from moebius.engine.clocks import move_outputs, move_request, move_stats
 from moebius.engine.remote import RemoteClient
 from moebius.parallel.channel import Channel
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams, ServingLimits
 
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=500)
 INFO = EngineInfo(LIMITS, frozenset(), block_size=4, num_blocks=9, fingerprint="fp")

@@ -17,10 +17,11 @@ from moebius.engine.load import load_engine
 from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
 from moebius.ops import select_ops
 from moebius.ops.cache_spec import key_value_spec
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import SamplingParams
-from moebius.schedule.request import FinishReason, Request
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import SamplingParams
+from moebius.schedule.request import Request
 from schedule.books import check_books
 
 

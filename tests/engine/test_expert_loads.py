@@ -20,8 +20,8 @@ from moebius.nn.packed import PackedPast
 from moebius.ops import RouterTally, select_ops
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 from oracle import save_tiny
 

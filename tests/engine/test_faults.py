@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from engine.collector import Collector
 from engine.test_engine import ask, engine, make, prompts, tokens
-from engine.test_in_process import Collector
 from moebius.engine import engine as loop
 from moebius.engine import prompt_scores
 from moebius.engine.engine import Engine
@@ -24,7 +24,7 @@ from moebius.engine.outputs import Outputs
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter, replay
 from moebius.errors import EngineError
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.waiting import WaitingQueue
 

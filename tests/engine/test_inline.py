@@ -16,7 +16,7 @@ from engine.test_engine import ask, engine, tokens
 from moebius.engine.client import StepOutput
 from moebius.engine.inline import InlineClient
 from moebius.errors import ContextLengthError, EngineError, OverloadError, RequestError
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
 
 
 class Heard:

@@ -20,7 +20,7 @@ from moebius.ops import Ops
 from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StateInputs, StepInputs
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 from moebius.schedule.request import Request, SamplingParams
 from ops.levels import LEVELS, level
 from ops.paged import as_is

@@ -1,173 +1,189 @@
-"""An engine in another process answers as one in this: everything crosses as frames, and is enough."""
+"""What an engine's process does with what comes over its channel, here on a thread of this one."""
 
 from __future__ import annotations
 
-import os
-import secrets
 import socket
-import subprocess
-import sys
-from collections import defaultdict
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from engine.engine_process import Frames
-from engine.test_engine import engine, tokens
-from moebius.engine import wire
-from moebius.engine.client import StepOutput
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.clients import KEY
+from engine.test_engine import ask, engine
+from moebius.engine import process, wire
+from moebius.engine.client import EngineStats
 from moebius.engine.engine import Engine
+from moebius.engine.in_process import InProcessClient
+from moebius.engine.process import Pulse, Service
 from moebius.errors import (
-    ContextExceededError,
-    OverloadError,
+    ChannelError,
+    ConfigError,
+    EngineError,
+    MoebiusError,
     RequestError,
-    WeightsError,
     WireError,
+    in_one_line,
 )
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
-from moebius.schedule.request import FinishReason, Request
-
-HERE = Path(__file__).parent
-KEY = secrets.token_bytes(32)
+from moebius.parallel.channel import Channel
+from moebius.request.finish import FinishReason
 
 
-class Process:
-    """The other end: what it was sent, by request."""
+class Front:
+    """The other end of a served engine."""
 
-    def __init__(self, frames: Frames) -> None:
-        self._frames = frames
-        self.outputs: defaultdict[str, list[StepOutput]] = defaultdict(list)
+    def __init__(self, channel: Channel, one: Engine) -> None:
+        self.channel = channel
+        self.engine = one
+        self.ended: BaseException | None = None
 
-    def next(self) -> wire.FromEngine:
-        frame = self._frames.receive()
-        assert frame is not None, "the engine's process has ended"
-        return wire.decode_from_engine(frame)
+    def say(self, message: wire.ToEngine) -> None:
+        self.channel.send(wire.encode(message), 5)
 
-    def send(self, message: wire.ToEngine) -> None:
-        self._frames.send(wire.encode(message))
-
-    def listen(self) -> None:
-        message = self.next()
-        assert isinstance(message, wire.Outputs)
-        for output in message.outputs:
-            self.outputs[output.request_id].append(output)
-
-    def listen_until_ended(self, *ids: str) -> None:
-        while not all(self.outputs[id] and self.outputs[id][-1].finish_reason for id in ids):
-            self.listen()
+    def hears(self, *kinds: type) -> wire.FromEngine:
+        """The next message of one of these kinds."""
+        while not isinstance(
+            message := wire.decode_from_engine(self.channel.receive(20)), kinds or object
+        ):
+            pass
+        return message
 
 
 @contextmanager
-def process(directory: Path) -> Iterator[Process]:
-    ours, theirs = socket.socketpair()
-    ours.settimeout(120)
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (
-        ours,
-        subprocess.Popen(
-            [
-                sys.executable,
-                HERE / "engine_process.py",
-                directory,
-                str(theirs.fileno()),
-                KEY.hex(),
-            ],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": path},
-        ) as child,
-    ):
-        theirs.close()
-        yield Process(Frames(ours))
-        ours.close()
-        assert child.wait(60) == 0
+def serving(one: Engine) -> Iterator[Front]:
+    front, back = socket.socketpair()
+    ours, theirs = Channel(front, "the engine"), Channel(back, "the front")
+    found = Front(ours, one)
+
+    def serve() -> None:
+        pulse = Pulse(theirs)
+        try:
+            Service(theirs, InProcessClient(one, step_deadline=5.0), KEY).run(pulse)
+        except MoebiusError as error:
+            found.ended = error
+        finally:
+            pulse.end()
+            theirs.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield found
+    ours.close()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
-def test_a_process_answers_as_an_engine_here(tiny_model: Path) -> None:
-    here = engine(tiny_model)
-    with process(tiny_model) as there:
-        loaded = there.next()
-        assert isinstance(loaded, wire.Loaded)
-        info = loaded.info
-        assert info.fingerprint == here.info.fingerprint
-        hasher = info.hasher(KEY)
-
-        def ask(id: str, prompt: list[int], **params: object) -> EngineRequest:
-            wanted = SamplingParams(**{"ignore_eos": True, "max_tokens": 12, **params})
-            return EngineRequest.create(
-                id, prompt, wanted, info.limits, arrival=0.0, eos_ids=info.eos_ids, hasher=hasher
+def test_it_is_heard_of_all_the_time(tiny_model: Path) -> None:
+    with serving(engine(tiny_model)) as front:
+        assert isinstance(front.hears(), wire.Loaded)
+        for _ in range(2):
+            stats = front.hears()
+            assert isinstance(stats, wire.Stats)
+            assert replace(stats.stats, now=0.0, last_step=0.0) == EngineStats(
+                total_blocks=front.engine.info.num_blocks, ready=True
             )
-
-        many = [
-            ask("greedy", [5] * 40, temperature=0),
-            ask("drawn", [7, 8, 9], seed=3, top_p=0.9, presence_penalty=0.5, logprobs=2),
-            ask("scored", list(range(10, 60)), temperature=0, prompt_logprobs=1, logprobs=0),
-            ask("biased", [7], seed=4, logit_bias={9: 5.0}, min_tokens=3, stop_token_ids=(9,)),
-        ]
-        for request in many:
-            there.send(wire.Submit(request))
-        there.listen_until_ended(*(request.id for request in many))
-        for request in many:
-            expected = alone(here, request)
-            got = there.outputs[request.id]
-            assert tokens(got) == tokens(expected)
-            for field in ("logprobs", "prompt_logprobs"):
-                assert [x for s in got for x in getattr(s, field)] == [
-                    x for s in expected for x in getattr(s, field)
-                ]
-            assert got[-1].finish_reason is expected[-1].finish_reason
-
-        # What is there of a prefix is found by the hash that the front has made.
-        there.send(wire.Submit(ask("again", [5] * 40, temperature=0)))
-        there.listen_until_ended("again")
-        assert there.outputs["again"][-1].num_cached_tokens == 32
-        # A replay: the rest of what was drawn, and the same.
-        drawn = tokens(there.outputs["drawn"])
-        there.send(wire.Submit(replace(many[1], id="replay", output_ids=tuple(drawn[:5]))))
-        there.listen_until_ended("replay")
-        assert tokens(there.outputs["replay"]) == drawn[5:]
-
-        refused_and_aborted(there, ask("long", [5, 6], max_tokens=400))
+        front.say(wire.Stop(5.0))
+        with pytest.raises(ChannelError):
+            while True:
+                front.hears()
+    assert front.ended is None
 
 
-def refused_and_aborted(there: Process, long: EngineRequest) -> None:
-    """Errors of several classes, and an abort, come back as what they are."""
-    # A prompt of 16 tokens has one full block, and these are the hashes of one that has none.
-    there.send(wire.Submit(replace(long, id="hashes", prompt_ids=tuple(range(16)))))
-    there.send(wire.Submit(replace(long, id="context", max_tokens=511)))
-    there.send(wire.Submit(replace(long, id="token", prompt_ids=(10**6,), prompt_hashes=None)))
-    there.listen_until_ended("hashes", "context", "token")
-    kinds = {id: type(there.outputs[id][-1].error) for id in ("hashes", "context", "token")}
-    assert kinds == {"hashes": WireError, "context": ContextExceededError, "token": RequestError}
-    crowd = [replace(long, id=f"crowd{i}") for i in range(30)]
-    for request in crowd:
-        there.send(wire.Submit(request))
-    while not any(tokens(there.outputs[request.id]) for request in crowd):
-        there.listen()
-    for request in crowd:
-        there.send(wire.Abort(request.id))
-    there.listen_until_ended(*(request.id for request in crowd))
-    lasts = [there.outputs[request.id][-1] for request in crowd]
-    full = [last.error for last in lasts if isinstance(last.error, OverloadError)]
-    assert full and all(error.retry_after > 0 for error in full)
-    assert any(last.finish_reason is FinishReason.ABORT for last in lasts)
+def test_what_the_front_asks_wrongly_is_its_requests_error(tiny_model: Path) -> None:
+    with serving(engine(tiny_model)) as front:
+        good = ask(front.engine, "good", [1, 2, 3], max_tokens=2)
+        front.say(wire.Submit(replace(good, id="bad", prompt_ids=())))
+        message = front.hears(wire.Outputs)
+        assert isinstance(message, wire.Outputs)
+        assert message.outputs[0].finish_reason is FinishReason.ERROR
+        assert isinstance(message.outputs[0].error, RequestError)
+        front.say(wire.Submit(good))
+        assert isinstance(front.hears(wire.Outputs), wire.Outputs)
+        front.say(wire.ReadLoads())
+        assert isinstance(front.hears(wire.Loads), wire.Loads)
 
 
-def alone(here: Engine, request: EngineRequest) -> list[StepOutput]:
-    here.add(Request(request))
-    steps: list[StepOutput] = []
-    while here.has_work:
-        steps += here.step()
-    return steps
+def test_a_front_that_is_gone_ends_it(tiny_model: Path) -> None:
+    with serving(engine(tiny_model)) as front:
+        front.say(wire.Submit(ask(front.engine, "long", [1, 2, 3], max_tokens=400)))
+        front.hears(wire.Outputs)
+        front.channel.close()
+    assert isinstance(front.ended, ChannelError)
+    assert front.engine.scheduler.drained
 
 
-def test_an_engine_that_cannot_begin_says_why(tmp_path: Path, tiny_model: Path) -> None:
-    for file in tiny_model.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with process(tmp_path) as there:
-        message = there.next()
-    assert isinstance(message, wire.Failed) and type(message.error) is WeightsError
-    assert "model.safetensors" in str(message.error)
+def test_an_engine_that_fails_says_so_and_hangs_up(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = engine(tiny_model)
+
+    def die(now: float) -> None:
+        raise RuntimeError("scheduler broke")
+
+    monkeypatch.setattr(one.scheduler, "plan", die)
+    with serving(one) as front:
+        front.say(wire.Submit(ask(one, "victim", [1, 2, 3])))
+        failed = front.hears(wire.Failed)
+        assert isinstance(failed, wire.Failed) and isinstance(failed.error, EngineError)
+        with pytest.raises(ChannelError):
+            front.hears()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.binary(max_size=30), min_size=1, max_size=3), st.booleans(), st.booleans())
+def test_frames_that_mean_nothing_end_it_with_a_typed_error(
+    tiny_model: Path, frames: list[bytes], versioned: bool, launched: bool
+) -> None:
+    with serving(idle(tiny_model)) as front:
+        if launched:
+            frames = [wire.encode(LAUNCH)]
+        elif versioned:
+            frames = [bytes([wire.VERSION]) + frame for frame in frames]
+        for frame in frames:
+            try:
+                front.channel.send(frame, 5)
+            except ChannelError:
+                break
+        with pytest.raises(ChannelError):
+            while True:
+                front.hears()
+    assert isinstance(front.ended, WireError)
+
+
+LAUNCH = wire.Launch("/a/model", wire.EngineConfig(), KEY, frozenset())
+
+
+def idle(directory: Path, made: dict[Path, Engine] = {}) -> Engine:  # noqa: B006 - kept on purpose
+    """One engine for many examples: none of them comes to compute anything."""
+    return made.setdefault(directory, engine(directory))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("block_size is 0"),
+        FileNotFoundError(2, "No such file or directory", "/a/model/config.json"),
+        RuntimeError("what nobody foresaw"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_ends_a_start_is_told_as_one_process_would(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shown in ("0", "1"):
+        monkeypatch.setenv("MOEBIUS_TRACEBACK", shown)
+        front, back = socket.socketpair()
+        ours, theirs = Channel(front, "the engine"), Channel(back, "the front")
+        assert process._fail(theirs, error) == 1
+        told = wire.decode_from_engine(ours.receive(5))
+        assert isinstance(told, wire.Failed) and in_one_line(told.error) == in_one_line(error)
+        kind = type(error) if isinstance(error, MoebiusError) else EngineError
+        assert type(told.error) is kind
+        assert (type(error).__name__ in capsys.readouterr().err) is (shown == "1")
+        ours.close()
+        theirs.close()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.collector import Collector
 from engine.test_engine import ask, engine, prompts, tokens
-from engine.test_in_process import Collector
 from moebius.engine.engine import Engine
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.rank import RankEngine

@@ -22,8 +22,8 @@ from moebius.errors import EngineError, NumericalError
 from moebius.ops import Ops, select_ops
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from scipy_free import chi_square_limit
 

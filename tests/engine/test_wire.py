@@ -36,10 +36,10 @@ from moebius.errors import (
     RequestError,
     WireError,
 )
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import SamplingParams, ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.server.faults import DrainingError
 
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=500, priorities=True)

@@ -9,8 +9,8 @@ from moebius.engine import wire
 from moebius.engine.client import EngineClient, EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed
 from moebius.errors import MoebiusError
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
+from moebius.request.engine_request import EngineRequest
+from moebius.request.hashes import BlockHasher
 
 
 def to_engine(message: wire.ToEngine) -> Any:

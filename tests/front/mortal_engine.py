@@ -10,9 +10,9 @@ from hashlib import blake2b
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.engine.faults import failed
 from moebius.errors import EngineError, MoebiusError, OverloadError
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams, ServingLimits
 
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=500)
 Deliver = Callable[[list[StepOutput]], None]

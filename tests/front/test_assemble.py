@@ -11,8 +11,8 @@ from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import DeadlineError, EngineError
 from moebius.front.assemble import Delta, SequenceAssembler
 from moebius.front.results import CompletionOutput, RequestOutput
-from moebius.schedule.params import SamplingParams
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams
 from moebius.text import Tokenizer, text_offsets
 from text.tiny_tokenizers import FAMILIES, SPECIALS
 

@@ -10,7 +10,7 @@ import pytest
 from moebius.engine.client import EngineInfo
 from moebius.errors import RequestError
 from moebius.front.choices import Choice, ChoiceOpener, choice_seed, draw_prefix_key
-from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.text import EncodedPrompt
 from server.serving import tokenizer
 

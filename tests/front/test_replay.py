@@ -15,7 +15,7 @@ from moebius.engine.client import StepOutput
 from moebius.errors import EngineError, MoebiusError, RequestError, WeightsError
 from moebius.front.replay import ReplayClient
 from moebius.front.restarts import RestartBudget
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
 
 
 class House:

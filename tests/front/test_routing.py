@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from moebius.front.routing import EngineLoad, choose
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import SamplingParams, ServingLimits
+from moebius.request.engine_request import EngineRequest
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import SamplingParams, ServingLimits
 
 LIMITS = ServingLimits(vocab_size=100, max_model_len=500)
 HASHER = BlockHasher(bytes(32), b"a model", 4)

@@ -9,9 +9,9 @@ import pytest
 from moebius.engine.client import StepOutput
 from moebius.errors import EngineError
 from moebius.front.sessions import Session, Sessions
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams, ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams, ServingLimits
 
 
 class Client:

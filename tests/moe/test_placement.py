@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from itertools import permutations
 
+import msgspec
 import pytest
 import torch
 
@@ -90,6 +91,15 @@ def test_the_usual_placement_is_even_and_in_order() -> None:
     assert made.layers[4].held == ((0,), (1,), (2,))
     for home in range(3):
         assert made.layers[1].owners(home).tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+
+
+def test_a_placement_crosses_to_another_process_as_what_it_is() -> None:
+    made = Placement.balanced({2: [3.0, 2.0, 1.0], 5: [1.0] * 4}, 2, spare=1)
+    frame = msgspec.msgpack.encode(made)
+    assert msgspec.msgpack.decode(frame, type=Placement) == made
+    bare = msgspec.msgpack.encode({"layers": {0: {"num_experts": 2, "held": [[0], [0]]}}})
+    with pytest.raises(msgspec.ValidationError, match="expert 1 is at no rank"):
+        msgspec.msgpack.decode(bare, type=Placement)
 
 
 def test_what_no_placement_can_be() -> None:

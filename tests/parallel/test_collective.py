@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.collective import CollectiveExchange
@@ -57,13 +59,39 @@ def test_ranks_that_differ_are_refused(tmp_path: Path, other: str) -> None:
             assert f"ranks {own} and {1 - own} differ in {other}" in error.text
 
 
-def test_a_group_of_other_ranks_is_refused(tmp_path: Path) -> None:
-    class Group:
-        def size(self) -> int:
-            return 3
+class Group:
+    """One of one rank, whose operations are done just after the first wait for them has ended."""
 
-        def rank(self) -> int:
-            return 2
+    def __init__(self, size: int = 1, rank: int = 0) -> None:
+        self._size = size
+        self._rank = rank
+        self.waits = 0
 
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def alltoall_base(self, output: Tensor, given: Tensor, *counts: list[int]) -> Group:
+        output.copy_(given)
+        self.waits = 0
+        return self
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_what_comes_as_a_wait_for_it_ends_has_come() -> None:
+    exchange = CollectiveExchange(Group(), SPEC, 0, EPOCH, timeout=30)
+    assert exchange.agree((5,)) == [(5,)]
+
+
+def test_a_group_of_other_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rank 0 of 1 was given .* it is rank 2 of 3"):
-        CollectiveExchange(Group(), SPEC, 0, EPOCH, timeout=1)
+        CollectiveExchange(Group(3, 2), SPEC, 0, EPOCH, timeout=1)

@@ -31,9 +31,10 @@ from hashlib import blake2b
 from itertools import chain
 from typing import NoReturn
 
+from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import NO_BLOCK, GroupSpec
-from moebius.schedule.request import FinishReason, Request, RequestStatus
+from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 from schedule.books import check_books
 

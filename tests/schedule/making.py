@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moebius.engine.config import EngineConfig
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import CacheGroups
-from moebius.schedule.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.books import check_books

@@ -10,10 +10,11 @@ from array import array
 from collections.abc import Callable
 from dataclasses import replace
 
+from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool, Hit
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
-from moebius.schedule.request import FinishReason, RequestStatus
+from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
 
 BUGS: dict[str, type[Scheduler] | type[BlockPool]] = {}
@@ -445,7 +446,7 @@ class _(Scheduler):
 class _(Scheduler):
     def _make_room(self, request, num_tokens, draft):
         while not self.pool.extend(request, num_tokens):
-            victim = max(self._running, key=lambda r: (r.arrival, r.id))
+            victim = max(self._running, key=lambda r: (r.asked.arrival, r.id))
             if victim is request:
                 return False
             self._preempt(victim)
@@ -784,7 +785,7 @@ class _(Scheduler):
 @bug("the queue is first come, first served, whatever the priority")
 class _(Scheduler):
     def _serve_waiting(self, draft):
-        self._waiting._requests.sort(key=lambda r: (r.arrival, r.id))
+        self._waiting._requests.sort(key=lambda r: (r.asked.arrival, r.id))
         super()._serve_waiting(draft)
 
 

@@ -22,11 +22,12 @@ from timeit import default_timer  # the command's stop watch; the simulation's o
 
 from moebius.engine.config import EngineConfig
 from moebius.errors import OverloadError, RequestError
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSpec
-from moebius.schedule.params import SamplingParams, ServingLimits
-from moebius.schedule.request import FinishReason, Request
+from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 from schedule.checker import Checker, Violation, advance, draw
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebius.errors import ConfigError
+from moebius.request.hashes import BlockHasher
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.hashes import BlockHasher
 from moebius.schedule.request import Request
 from schedule.books import check_pool
 from schedule.making import KEY, make_asked, make_request

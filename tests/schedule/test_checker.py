@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from moebius.schedule.request import FinishReason, Request, RequestStatus
+from moebius.request.finish import FinishReason
+from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import StepPlan
 from schedule.checker import Checker, Violation, advance, draw
 from schedule.making import KEY, make_request, make_scheduler

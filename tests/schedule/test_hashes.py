@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebius.errors import ConfigError
-from moebius.schedule.hashes import BlockHasher
+from moebius.request.hashes import BlockHasher
 
 KEY = bytes(range(32))
 

@@ -11,8 +11,9 @@ import pytest
 
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError, ContextLengthError, OverloadError, RequestError
+from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import FinishReason, RequestStatus
+from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
 from schedule.books import check_books
 from schedule.making import KEY, drain, make_request, make_scheduler, step

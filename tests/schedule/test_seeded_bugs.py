@@ -3,6 +3,8 @@ pool."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from moebius.schedule.blocks import BlockPool
@@ -13,6 +15,8 @@ from schedule.simulate import simulate
 
 MAX_STEPS = 200_000
 SEED = 500_000
+# How a bug ends that names what is not there: it was not found, it never ran.
+MISSPELT = re.compile("AttributeError|NameError|TypeError")
 
 
 def find(cls: type[Scheduler] | type[BlockPool]) -> Violation | None:
@@ -32,7 +36,7 @@ def test_simulation_finds_every_seeded_bug(capsys):
     missed = []
     for description, cls in BUGS.items():
         violation = find(cls)
-        if violation is None:
+        if violation is None or MISSPELT.search(str(violation)):
             missed.append(description)
         with capsys.disabled():
             print(f"\n  {description}: {violation or 'MISSED'}", end="")

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.errors import EngineError, MoebiusError
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import ServingLimits
 
 Script = Callable[[EngineRequest], Sequence[int]]
 Fault = Callable[[EngineRequest, int], MoebiusError | None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moebius.llm import LLM
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 from moebius.text import GenerationDefaults, Tokenizer
 from text.tiny_tokenizers import byte_level, save
 

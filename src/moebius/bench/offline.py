@@ -8,7 +8,7 @@ import numpy as np
 
 from moebius.bench.workload import Sample
 from moebius.llm import LLM
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 
 
 def timed(

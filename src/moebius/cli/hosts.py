@@ -89,7 +89,7 @@ class HostOptions:
 
     def hello(self, directory: Path, config: EngineConfig) -> "HostHello":
         """What this host is. Raises ConfigError, WeightsError."""
-        from moebius import __version__, machine
+        from moebius import __version__
         from moebius.engine.cluster import HostHello
         from moebius.engine.load import weights_name
         from moebius.ops.select import kernel_levels
@@ -109,7 +109,6 @@ class HostOptions:
             weights=weights_name(directory),
             config=config,
             isas=kernel_levels(),
-            processors=machine.threads(),
         )
 
 

@@ -128,16 +128,18 @@ def _serve_on(
 
     Whatever is wrong is said before the weights are read; the port opens when tokens can flow.
     """
-    from moebius.engine.wire import Launch
-    from moebius.front.choices import draw_prefix_key
     from moebius.front.engines import EngineProcesses
     from moebius.models.hub import resolve_model
-    from moebius.server.app import create_app
-    from moebius.server.run import run_server
-    from moebius.text import GenerationDefaults, Tokenizer
 
     directory = resolve_model(model)
     with EngineProcesses(assembly.ranks_here(config)) as processes:
+        # While they start.
+        from moebius.engine.wire import Launch
+        from moebius.front.choices import draw_prefix_key
+        from moebius.server.app import create_app
+        from moebius.server.run import run_server
+        from moebius.text import GenerationDefaults, Tokenizer
+
         tokenizer = Tokenizer.load(directory)
         generation = GenerationDefaults.load(directory, tokenizer)
         key = draw_prefix_key()

@@ -16,10 +16,10 @@ from typing import Protocol
 from msgspec import Struct
 
 from moebius.errors import MoebiusError
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import ServingLimits
-from moebius.schedule.request import FinishReason
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import ServingLimits
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -99,7 +99,9 @@ class EngineStats:
     step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
     prefix that another was computing, not for room. last_step and now are on the engine's monotonic
     clock, in seconds. restarts counts engines that took the place of lost ones, and replayed the
-    requests that were asked for again.
+    requests that were asked for again. exchanges counts calls to the other ranks, the bytes are
+    those of tokens' rows that went out to them and came in, exchange_wait the seconds that were
+    spent waiting for them.
     """
 
     running: int = 0
@@ -121,6 +123,10 @@ class EngineStats:
     ready: bool = False
     restarts: int = 0
     replayed: int = 0
+    exchanges: int = 0
+    exchange_bytes_out: int = 0
+    exchange_bytes_in: int = 0
+    exchange_wait: float = 0.0
 
     @property
     def kv_cache_usage(self) -> float:

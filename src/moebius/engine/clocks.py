@@ -8,7 +8,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from moebius.engine.client import EngineStats, StepOutput
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 
 def move_request(request: EngineRequest, seconds: float) -> EngineRequest:

@@ -34,7 +34,6 @@ class HostHello(_Record, frozen=True, tag="host"):
     weights      the fingerprint of that model's files
     config       the engine's options as they were given there
     isas         the instruction sets that its kernels have, the lowest first
-    processors   how many its ranks may use together
     """
 
     release: str
@@ -46,7 +45,6 @@ class HostHello(_Record, frozen=True, tag="host"):
     weights: str
     config: EngineConfig
     isas: tuple[str, ...]
-    processors: int
 
 
 class RankHello(_Record, frozen=True, tag="rank"):

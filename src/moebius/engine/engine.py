@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from moebius.engine.batch import Batch, build_batch
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.engine.counters import Counters
@@ -19,8 +21,9 @@ from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
 from moebius.errors import DeadlineError, EngineError, MoebiusError, PeerError
 from moebius.ops.threads import TorchThreads
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.request import FinishReason, Request
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
 
@@ -113,6 +116,8 @@ class Engine:
             results = self._sample(batch)
         except PeerError:  # not the step's fault: it is made again in the group's next epoch
             self._roll_back(plan)
+            raise
+        except torch.AcceleratorError:  # a device that has failed once fails always
             raise
         except Exception as error:
             return self._fail_step(plan, error)

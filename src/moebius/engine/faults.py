@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from moebius.engine.client import StepOutput
 from moebius.errors import EngineError, EngineLostError, MoebiusError, frames
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutp
 from moebius.engine.deliveries import Deliver, Deliveries
 from moebius.engine.engine import Engine
 from moebius.engine.faults import failure, lost
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from moebius.engine.engine import Engine
 from moebius.engine.faults import failed, failure
 from moebius.engine.interrupts import Uninterrupted
 from moebius.errors import EngineError, MoebiusError, RequestError
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from moebius.engine.memory import (
     logit_rows,
     plan_memory,
 )
+from moebius.engine.place import share_threads
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
@@ -47,8 +48,8 @@ from moebius.ops.threads import TorchThreads, default_threads
 from moebius.ops.weights import dtype_name
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
+from moebius.request.params import ServingLimits
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.params import ServingLimits
 from moebius.schedule.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -133,13 +134,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     """
     if share is None and config.ranks > 1:
         share = ExpertShare(0, config.ranks, neighbours=config.ranks)
-    checkpoint = open_checkpoint(directory)
-    why = checkpoint.config.unpublished
-    if why:
-        raise ConfigError(
-            f"{directory} can be trained and measured, but not served: no published architecture "
-            f"has {why}"
-        )
+        config = replace(config, threads=share_threads(config.threads, config.ranks))
+    checkpoint = _published(directory)
     device = _device(config.device)
     cores = machine.threads()
     if config.threads is not None and config.threads > cores:
@@ -157,6 +153,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype), sources)
     available, available_of = _available(device)
     if share is not None and device.type == "cpu":
+        # What all of this host's ranks map is there once.
         common = sum(
             weight.nbytes
             for source, weight in zip(sources, weights, strict=True)
@@ -187,6 +184,24 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     return Prepared(
         checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
     )
+
+
+def check_ranks(directory: Path, config: EngineConfig) -> None:
+    """Raises ConfigError where this model has not the experts that config.ranks are to share."""
+    if config.ranks > 1:
+        ExpertShare(0, config.ranks).of(open_checkpoint(directory).config, config)
+
+
+def _published(directory: Path) -> Checkpoint:
+    """The checkpoint in a directory. Raises ConfigError for what can be trained alone."""
+    checkpoint = open_checkpoint(directory)
+    why = checkpoint.config.unpublished
+    if why:
+        raise ConfigError(
+            f"{directory} can be trained and measured, but not served: no published architecture "
+            f"has {why}"
+        )
+    return checkpoint
 
 
 def _range(numbers: set[int]) -> str:

@@ -10,8 +10,8 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError, MemoryPlanError
 from moebius.models.config import ModelConfig
 from moebius.ops.sampling import ROWS_AT_ONCE
+from moebius.request.params import LIMITS
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
-from moebius.schedule.params import LIMITS
 
 # Rows of logits that prompt log-probabilities are computed from at a time.
 PROMPT_LOGIT_ROWS = 64

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.engine.counters import Counters
 from moebius.errors import MoebiusError
-from moebius.schedule.request import FinishReason, Request
+from moebius.request.finish import FinishReason
+from moebius.schedule.request import Request
 
 
 @dataclass(slots=True)

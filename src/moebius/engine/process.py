@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ from moebius.parallel.channel import Channel
 from moebius.parallel.endpoint import parse_endpoint
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.meet import Address, connect, forget
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 if TYPE_CHECKING:
     from moebius.engine.in_process import InProcessClient
@@ -240,19 +241,24 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
     from moebius.engine.member import Member
+    from moebius.engine.place import place
     from moebius.engine.rank import RankEngine
 
     if launch.isa:
         os.environ["MOEBIUS_CPU_ISA"] = launch.isa
     directory = Path(launch.directory)
-    ranks = launch.config.ranks
+    config = launch.config
+    ranks = config.ranks
+    here = place(launch.local_rank, launch.local_ranks, config.threads)
+    here.take()
+    config = replace(config, threads=here.threads)
     share = ExpertShare(launch.rank, ranks, neighbours=launch.neighbours) if ranks > 1 else None
-    prepared = prepare(directory, launch.config, share)
+    prepared = prepare(directory, config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
     engine = load_engine(
         directory,
-        launch.config,
+        config,
         eos_ids=launch.eos_ids,
         prefix_key=launch.prefix_key,
         prepared=prepared,
@@ -260,7 +266,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     member = None
     if isinstance(engine, RankEngine):
         member = Member(engine, exchange_spec(prepared), launch.rank, partial(_send, channel))
-    client = InProcessClient(engine, step_deadline=launch.config.step_deadline)
+    client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member, far)
 
 

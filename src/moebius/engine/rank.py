@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
-from moebius.engine.client import EngineInfo, StepOutput
+from moebius.engine.client import EngineInfo, EngineStats, StepOutput
 from moebius.engine.engine import Engine
 from moebius.engine.faults import say
 from moebius.engine.lockstep import Lockstep
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import PeerError
-from moebius.parallel.exchange import Exchange
+from moebius.parallel.exchange import Exchange, Traffic
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class RankEngine(Engine):
         self._use = use
         self.on_parted: Callable[[PeerError], None] = lambda error: None
         self._exchange: Exchange | None = None
+        self._past = Traffic()
         self._lockstep: Lockstep | None = None
 
     @property
@@ -61,7 +63,24 @@ class RankEngine(Engine):
         self._lockstep = None
         if self._exchange is not None:
             self._exchange.close()
+            self._past = self.traffic
             self._exchange = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was exchanged in all epochs so far."""
+        exchange = self._exchange
+        return self._past if exchange is None else self._past + exchange.traffic
+
+    def stats(self) -> EngineStats:
+        traffic = self.traffic
+        return replace(
+            super().stats(),
+            exchanges=traffic.calls,
+            exchange_bytes_out=traffic.bytes_out,
+            exchange_bytes_in=traffic.bytes_in,
+            exchange_wait=traffic.seconds_waited,
+        )
 
     def hear(self, number: int) -> None:
         """The front has handed request `number` to this rank or to another one."""

@@ -22,7 +22,7 @@ from moebius.errors import (
     WireError,
 )
 from moebius.parallel.channel import Channel
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def launch(
     planned is called once the model was checked, before its weights are read. Raises the error that
     the process ends with, ChannelError where it just ends, EngineError where it falls silent.
     """
-    channel.send(wire.encode(message), wire.SEND_SECONDS)
+    with suppress(ChannelError):  # a process that is gone may have said why
+        channel.send(wire.encode(message), wire.SEND_SECONDS)
     while True:
         try:
             frame = channel.receive(_LOADING_SILENCE_SECONDS)
@@ -92,8 +93,9 @@ class RemoteClient:
         self.heard: Callable[[wire.OfGroup], None] = lambda message: None
         """Called, on the reading thread, with what a rank says of its group."""
         self._early: list[bytes] | None = []
-        self._stats = EngineStats()
         self._last_heard = clock()
+        # What it says by itself in a moment.
+        self._stats = EngineStats(total_blocks=info.num_blocks, now=self._last_heard, ready=True)
         self._loads = _Loads()
         self._unsent = threading.Event()
         self._done = threading.Event()
@@ -145,8 +147,9 @@ class RemoteClient:
 
     def stats(self) -> EngineStats:
         """The last ones that were heard, at most a heartbeat old; not ready in silence."""
-        silent = self.silent_for > self._silence
-        return replace(self._stats, ready=self._stats.ready and not silent and not self.stopped)
+        heard = self.silent_for <= self._silence
+        started = self._early is None and not self.stopped
+        return replace(self._stats, ready=self._stats.ready and started and heard)
 
     def expert_loads(self) -> ExpertLoads:
         """Those of this second. It asks for them, and waits for a second at most; without an answer

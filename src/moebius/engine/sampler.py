@@ -33,7 +33,7 @@ from moebius.engine.memory import SAMPLED_IDS
 from moebius.errors import MoebiusError, NumericalError, frames
 from moebius.ops import LOWEST, Shaping
 from moebius.ops.sampling import SamplerOps
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,13 @@ from typing import IO, Any
 
 from moebius.errors import ConfigError, StorageError
 from moebius.files import begins_with, check_target
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
-from moebius.schedule.engine_request import EngineRequest
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
-from moebius.schedule.params import SamplingParams
-from moebius.schedule.request import FinishReason, Request
+from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 
 VERSION = 3

@@ -24,9 +24,9 @@ from msgspec import Struct
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.errors import ERRORS_BY_CODE, Fact, MoebiusError, WireError
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import ServingLimits
+from moebius.request.engine_request import EngineRequest
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import ServingLimits
 
 VERSION = 2
 """Another one whenever a record that crosses gets or loses a field, or a field changes its type:
@@ -52,6 +52,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     neighbours   of these on its own host, itself among them: how many have not taken their memory
                  yet
     isa          the instruction set of a CPU's kernels; empty: the highest that it has
+    local_rank   which of local_ranks it is, of those on its own host: these share its processors
     """
 
     directory: str
@@ -62,6 +63,8 @@ class Launch(_Record, frozen=True, tag="launch"):
     rank: int = 0
     neighbours: int = 1
     isa: str = ""
+    local_rank: int = 0
+    local_ranks: int = 1
 
 
 class Submit(_Record, frozen=True, tag="submit"):

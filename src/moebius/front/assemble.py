@@ -8,8 +8,8 @@ from itertools import chain
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import EngineError
 from moebius.front.results import CompletionOutput, EndReason
-from moebius.schedule.params import SamplingParams
-from moebius.schedule.request import FinishReason
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams
 from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
 
 _END_REASONS: dict[FinishReason, EndReason] = {

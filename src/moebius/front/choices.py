@@ -8,9 +8,9 @@ from itertools import chain
 
 from moebius.engine.client import EngineInfo
 from moebius.front.assemble import SequenceAssembler
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.hashes import BlockHasher
-from moebius.schedule.params import SamplingParams
+from moebius.request.engine_request import EngineRequest
+from moebius.request.hashes import BlockHasher
+from moebius.request.params import SamplingParams
 from moebius.text import EncodedPrompt, Tokenizer
 
 

@@ -9,13 +9,18 @@ from typing import Self
 from moebius.engine import wire
 from moebius.engine.client import EngineClient
 from moebius.engine.supervisor import EngineProcess
-from moebius.errors import MoebiusError
+from moebius.errors import EngineError, MoebiusError
 from moebius.front.group import RankGroup
 from moebius.front.hosts import Hosts
 from moebius.front.launched import LaunchedEngine
 from moebius.front.replay import Lost, ReplayClient
 
 _CLOSE_SECONDS = 5.0
+
+
+def _end_in_order() -> None:
+    """As when the operator asks for it."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class EngineProcesses:
@@ -25,10 +30,22 @@ class EngineProcesses:
         client = processes.launch(message, planned)
     """
 
-    def __init__(self, count: int) -> None:
-        self._early: dict[int, EngineProcess] = {number: EngineProcess() for number in range(count)}
+    def __init__(self, count: int, on_give_up: Callable[[], None] = _end_in_order) -> None:
+        """on_give_up   called when engines were restarted too often for nothing; then every
+        request ends with the reason, and `check` raises it"""
+        self._count = count
+        self._on_give_up = on_give_up
+        self._early: dict[int, EngineProcess] = {}
+        self._processes: dict[int, EngineProcess] = {}
         self._client: ReplayClient | None = None
         self._reason: MoebiusError | None = None
+        self._closed = False
+        try:
+            for number in range(count):
+                self._early[number] = EngineProcess()
+        except BaseException:
+            self.close()
+            raise
 
     def launch(
         self,
@@ -43,14 +60,26 @@ class EngineProcesses:
         group = RankGroup(message, hosts) if message.config.ranks > 1 else None
 
         def start(number: int, lost: Lost) -> EngineClient:
-            process = self._early.pop(number, None)
-            hears = planned if process is not None and number == 0 else lambda plan: None
+            early = self._early.pop(number, None)
+            hears = planned if early is not None and number == 0 else lambda plan: None
+            process = early or EngineProcess()
+            self._processes[number] = process
+            if self._closed:
+                process.kill()
+                raise EngineError("the engines are closed")
             if group is None:
                 return LaunchedEngine(message, lost, hears, process)
             return group.launch(number, lost, hears, process)
 
-        self._client = ReplayClient(start, message.config.ranks, on_give_up=self._give_up)
+        self._client = ReplayClient(
+            start, message.config.ranks, queue=message.config, on_give_up=self._give_up
+        )
         return self._client
+
+    @property
+    def processes(self) -> tuple[EngineProcess, ...]:
+        """The ones that serve, or will."""
+        return tuple((self._early | self._processes)[number] for number in range(self._count))
 
     def check(self) -> None:
         """Raises the reason why the engines were given up, where they were."""
@@ -58,10 +87,12 @@ class EngineProcesses:
             raise self._reason
 
     def close(self) -> None:
-        for process in self._early.values():
-            process.kill()
+        """Stop the engines and wait for the ends of their processes, loaded or not."""
+        self._closed = True
         if self._client is not None:
             self._client.close(_CLOSE_SECONDS)
+        for process in [*self._early.values(), *self._processes.values()]:
+            process.kill()
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +103,5 @@ class EngineProcesses:
         self.close()
 
     def _give_up(self, reason: MoebiusError) -> None:
-        """Nothing can be served any more: end as when the operator asks for it, but say why."""
         self._reason = reason
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._on_give_up()

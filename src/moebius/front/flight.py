@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from moebius.engine.client import StepOutput
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 SUSPECT_AFTER = 2
 """So many engines lost while a request was in flight make it a suspect."""
@@ -40,6 +40,11 @@ class Flight:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def num_tokens(self) -> int:
+        """Those that an engine has to hold of it when it takes it."""
+        return len(self.request.prompt_ids) + len(self.request.output_ids) + len(self.emitted)
 
     @property
     def suspect(self) -> bool:

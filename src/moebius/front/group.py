@@ -8,6 +8,7 @@ what they have. When the lost rank is loaded again, all join the next epoch.
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,13 +20,13 @@ from moebius.engine.client import EngineInfo, EngineStats
 from moebius.engine.faults import say
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import WatchedProcess
-from moebius.errors import ConfigError, UsageError
+from moebius.errors import ConfigError, MoebiusError, UsageError
 from moebius.front.alike import check_engines_alike
+from moebius.front.fleet import Lost
 from moebius.front.hosts import EpochPlace, Hosts, OneHost
 from moebius.front.launched import LaunchedEngine
-from moebius.front.replay import Lost
 from moebius.parallel.exchange import Epoch, ExchangeSpec
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class RankGroup:
 
     def __init__(self, message: wire.Launch, hosts: Hosts | None = None) -> None:
         self._message = message
-        self._hosts = hosts or OneHost(message.config.ranks)
+        self._hosts = hosts or OneHost(message.config.ranks, message.config.threads)
         self._name = secrets.token_hex(4)
         self._lock = threading.RLock()
         self._clients: list[RankClient | None] = [None] * message.config.ranks
@@ -50,6 +51,8 @@ class RankGroup:
         self._epoch = 0
         self._place: EpochPlace | None = None
         self._joined: set[int] = set()
+        # Since when all ranks are there, and not all in one epoch.
+        self._apart_since: float | None = None
         self._given = 0
 
     @property
@@ -69,11 +72,16 @@ class RankGroup:
             client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
         except UsageError as error:
             raise ConfigError(f"{self._hosts.name(rank)}: {error}") from error
-        self._check(client)
-        with self._lock:
-            self._clients[rank] = client
-            if all(self._clients):
-                self._form()
+        try:
+            self._check(client)
+            with self._lock:
+                if not client.gone:
+                    self._clients[rank] = client
+                    if all(self._clients):
+                        self._form()
+        except BaseException:
+            client.close(0.0)
+            raise
         return client
 
     def _launch_of(self, rank: int) -> wire.Launch:
@@ -82,14 +90,10 @@ class RankGroup:
         return self._hosts.launch(self._message, rank, loaded)
 
     def _check(self, client: "RankClient") -> None:
-        """ConfigError, and no such rank, where it is not like those that were loaded before."""
+        """ConfigError where it is not like those that were loaded before."""
         with self._lock:
             self._info = self._info or client.info
-        try:
             check_engines_alike(self._info, client.info, self._hosts.name(client.rank))
-        except ConfigError:
-            client.close(0.0)
-            raise
 
     @property
     def formed(self) -> bool:
@@ -112,6 +116,8 @@ class RankGroup:
                 return
             if isinstance(message, wire.Joined):
                 self._joined.add(client.rank)
+                if self.formed:
+                    self._apart_since = None
                 return
             if isinstance(message, wire.Put):
                 if self._place is not None:
@@ -127,9 +133,18 @@ class RankGroup:
     def lose(self, client: "RankClient") -> None:
         """A rank's process is gone: nobody shall wait for it."""
         with self._lock:
+            client.gone = True
             if self._clients[client.rank] is client:
                 self._clients[client.rank] = None
+                self._apart_since = None
                 self._give_up((client.rank,))
+
+    def absent_for(self, client: "RankClient") -> float:
+        """Seconds that the others, which are all there, have waited for this rank to join them."""
+        with self._lock:
+            if self._apart_since is None or client.rank in self._joined:
+                return 0.0
+            return time.monotonic() - self._apart_since
 
     def _give_up(self, ranks: Sequence[int]) -> None:
         """This epoch is over: whoever waits in it for these ranks waits no longer."""
@@ -139,8 +154,15 @@ class RankGroup:
 
     def _form_again(self, epoch: int) -> None:
         with self._lock:
-            if self._epoch == epoch and all(self._clients):
+            clients = [client for client in self._clients if client is not None]
+            if self._epoch != epoch or len(clients) < self.size:
+                return
+            try:
                 self._form()
+            except (MoebiusError, OSError) as error:
+                # Started again, this rank asks for the same once more, as often as that is allowed.
+                say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
+                clients[0].end()
 
     def _form(self) -> None:
         """Begin the next epoch, with all ranks."""
@@ -152,29 +174,19 @@ class RankGroup:
         place = self._hosts.place(_spec(clients[0].rows), epoch, remotes)
         self._place = place
         self._joined = set()
+        if self._apart_since is None:
+            self._apart_since = time.monotonic()
         for client in clients:
             join = wire.Join(
                 group=self._name,
                 epoch=self._epoch,
                 place=place.of(client.rank),
-                timeout=self._message.config.step_deadline,
+                # Half of it: who waits for a stuck one comes back before it seems stuck itself.
+                timeout=self._message.config.step_deadline / 2,
                 heard=self._given,
             )
             client.remote.tell(join)
         log.info("%s begins, with %d ranks", epoch, self.size)
-        self._later(_JOIN_SECONDS, partial(self._end_absent, self._epoch))
-
-    def _end_absent(self, epoch: int) -> None:
-        """Kill the ranks that have not come to an epoch: they are stuck."""
-        with self._lock:
-            if self._epoch != epoch or self._place is None:
-                return
-            absent = [
-                client for client in self._clients if client and client.rank not in self._joined
-            ]
-        for client in absent:
-            say(log.error, "rank %d did not join within %.0f s", client.rank, _JOIN_SECONDS)
-            client.end()
 
     def _later(self, seconds: float, work: Callable[[], None]) -> None:
         timer = threading.Timer(seconds, work)
@@ -195,6 +207,7 @@ class RankClient(LaunchedEngine):
         process: WatchedProcess,
     ) -> None:
         self.rank = rank
+        self.gone = False
         self._group = group
         super().__init__(message, lost, planned, process)
         self.remote.heard = partial(group.hear, self)
@@ -209,6 +222,12 @@ class RankClient(LaunchedEngine):
     def close(self, timeout: float) -> None:
         self._group.lose(self)
         super().close(timeout)
+
+    def _trouble(self) -> str | None:
+        seconds = self._group.absent_for(self)
+        if seconds > _JOIN_SECONDS:
+            return f"it did not join the other ranks for {seconds:.0f} s"
+        return super()._trouble()
 
     def _died(self, process: WatchedProcess) -> None:
         self._group.lose(self)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import msgspec
 
-from moebius import machine
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.member import GLOO
+from moebius.engine.place import place
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.front.alike import common_isa
@@ -37,8 +37,9 @@ class EpochPlace(ABC):
 class SharedPlace(EpochPlace):
     """Memory of one host."""
 
-    def __init__(self, spec: ExchangeSpec, epoch: Epoch) -> None:
-        self._segment = Segment(spec, epoch)
+    def __init__(self, spec: ExchangeSpec, epoch: Epoch, at_once: int) -> None:
+        """at_once   how many of the ranks can compute at the same time"""
+        self._segment = Segment(spec, epoch, cores=at_once)
 
     def of(self, rank: int) -> str:
         return self._segment.place
@@ -103,8 +104,9 @@ class Hosts(ABC):
 class OneHost(Hosts):
     """All ranks are here."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, threads: int | None) -> None:
         self._size = size
+        self._at_once = place(0, size, threads).at_once
 
     def name(self, rank: int) -> str:
         return f"rank {rank}"
@@ -114,19 +116,20 @@ class OneHost(Hosts):
 
     def launch(self, message: wire.Launch, rank: int, loaded: Sequence[int]) -> wire.Launch:
         config = message.config
-        threads = config.threads or max(1, machine.threads() // self._size)
         trace = None if config.trace is None else f"{config.trace}.{rank}"
         return msgspec.structs.replace(
             message,
-            config=replace(config, threads=threads, trace=trace),
+            config=replace(config, trace=trace),
             rank=rank,
             neighbours=self._size - len(loaded),
+            local_rank=rank,
+            local_ranks=self._size,
         )
 
     def place(
         self, spec: ExchangeSpec, epoch: Epoch, remotes: Sequence[RemoteClient]
     ) -> EpochPlace:
-        return SharedPlace(spec, epoch)
+        return SharedPlace(spec, epoch, self._at_once)
 
 
 class ManyHosts(Hosts):
@@ -169,13 +172,15 @@ class ManyHosts(Hosts):
             directory=host.directory,
             config=replace(
                 message.config,
-                threads=own.threads or max(1, host.processors // len(here)),
+                threads=own.threads,
                 trace=None if own.trace is None else f"{own.trace}.{rank}",
                 kv_cache_memory_bytes=own.kv_cache_memory_bytes,
             ),
             rank=rank,
             neighbours=len(set(here) - set(loaded)),
             isa=self.isa,
+            local_rank=here.index(rank),
+            local_ranks=len(here),
         )
 
     def place(

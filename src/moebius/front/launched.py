@@ -9,8 +9,8 @@ from moebius.engine.deliveries import Deliver
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError
-from moebius.front.replay import Lost
-from moebius.schedule.engine_request import EngineRequest
+from moebius.front.fleet import Lost
+from moebius.request.engine_request import EngineRequest
 
 _LOOK_SECONDS = 0.25
 # An engine is not ready while it is silent, or a step takes longer than it may; neither passes.
@@ -34,6 +34,7 @@ class LaunchedEngine:
         process: WatchedProcess | None = None,
     ) -> None:
         self._lost = lost
+        self._stuck: str | None = None
         self._done = threading.Event()
         self._process: WatchedProcess = process or EngineProcess()
         self._process.died = self._died
@@ -72,18 +73,30 @@ class LaunchedEngine:
         self._process.close(timeout)
 
     def end(self) -> None:
-        """Kill it: it does not do what it must."""
+        """Kill it, as one that is lost."""
         self._process.end()
+
+    def _trouble(self) -> str | None:
+        """What it does not do that it must, if that goes on; None where it is well."""
+        if self.remote.stats().ready:
+            return None
+        return (
+            f"nothing was heard of it for {self.remote.silent_for:.1f} s, or a step took longer "
+            "than --step-deadline"
+        )
 
     def _watch(self) -> None:
         """Kill it where it is stuck."""
         misses = 0.0
         while not self._done.wait(_LOOK_SECONDS):
-            misses = 0.0 if self.remote.stats().ready else misses + _LOOK_SECONDS
+            trouble = self._trouble()
+            misses = 0.0 if trouble is None else misses + _LOOK_SECONDS
             if misses >= _PATIENCE_SECONDS:
-                self._process.end()
+                self._stuck = trouble
+                self.end()
                 return
 
     def _died(self, process: WatchedProcess) -> None:
         self._done.set()
-        self._lost(EngineError(process.state))
+        why = process.state if self._stuck is None else f"it was stuck and is ended: {self._stuck}"
+        self._lost(EngineError(why))

@@ -7,7 +7,7 @@ from typing import Self
 
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.engine.interrupts import Uninterrupted
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
 
 _WAIT_SECONDS = 0.1
 

@@ -33,8 +33,9 @@ def counters_of(stats: EngineStats) -> EngineStats:
     return replace(stats, ready=False, **zeros)
 
 
-def add_loads(each: Sequence[ExpertLoads]) -> ExpertLoads:
+def add_loads(known: Sequence[ExpertLoads]) -> ExpertLoads:
     """The experts' loads by the tokens of all engines, over the most steps that one has made."""
+    each = [loads for loads in known if loads.layers]  # one that has not answered yet says nothing
     if len(each) == 1:
         return each[0]
     if not each:

@@ -10,7 +10,7 @@ Shapes: E experts, C rows of an owners table.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,7 +82,6 @@ class Placement:
     """
 
     layers: Mapping[int, LayerPlacement]
-    ranks: int = field(init=False)
 
     def __post_init__(self) -> None:
         counts = {len(each.held) for each in self.layers.values()}
@@ -90,7 +89,11 @@ class Placement:
             raise ConfigError("no layer has experts; there is nothing to spread over ranks")
         if len(counts) > 1:
             raise ConfigError(f"layers are placed on different numbers of ranks: {sorted(counts)}")
-        object.__setattr__(self, "ranks", counts.pop())
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.layers.values())).held)
 
     @property
     def experts(self) -> dict[int, int]:

@@ -217,5 +217,7 @@ def _wait(sock: socket.socket, seconds: float, *, writing: bool) -> bool:
         poller = select.poll()
         poller.register(sock, select.POLLOUT if writing else select.POLLIN)
         return bool(poller.poll(seconds * 1000))
-    reading, written = ([], [sock]) if writing else ([sock], [])
-    return any(select.select(reading, written, [], seconds))
+    waits = [sock]
+    if writing:
+        return any(select.select([], waits, [], seconds))
+    return any(select.select(waits, [], [], seconds))

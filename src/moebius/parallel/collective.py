@@ -262,7 +262,8 @@ class CollectiveExchange(CheckedExchange):
     ) -> None:
         """Rows of `sent` to each rank, those of each into `received`."""
         group = self._group
-        assert group is not None, "a closed exchange refuses calls"
+        if group is None:
+            raise self._lost(RuntimeError("closed"))
         begun = time.monotonic()
         try:
             work = group.alltoall_base(received, sent, counts_from, counts_to)
@@ -283,8 +284,7 @@ class CollectiveExchange(CheckedExchange):
                 return
             except RuntimeError:
                 if work.is_completed():
-                    # It has failed, which this raises; or was done just when the slice was over.
-                    work.wait()
+                    work.wait()  # raises what it failed with, unless it came just now
                     return
                 if self._over or time.monotonic() > until:
                     raise
@@ -324,9 +324,9 @@ def _lost_peers(size: int, own: int, epoch: Epoch, timeout: float, error: Except
     )
 
 
-def _aligned(bytes: int) -> int:
+def _aligned(nbytes: int) -> int:
     """Where 8-byte values may begin, after so many bytes."""
-    return (bytes + 7) // 8 * 8
+    return (nbytes + 7) // 8 * 8
 
 
 def _bytes(rows_ND: Tensor) -> Tensor:

@@ -85,6 +85,14 @@ class Traffic:
     bytes_in: int = 0
     seconds_waited: float = 0.0
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            self.calls + other.calls,
+            self.bytes_out + other.bytes_out,
+            self.bytes_in + other.bytes_in,
+            self.seconds_waited + other.seconds_waited,
+        )
+
     def __sub__(self, before: "Traffic") -> "Traffic":
         return Traffic(
             self.calls - before.calls,

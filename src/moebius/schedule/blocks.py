@@ -12,8 +12,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from moebius.errors import ConfigError
+from moebius.request.hashes import BlockHasher
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, Lineage, StateSlots, tainted
-from moebius.schedule.hashes import BlockHasher
 from moebius.schedule.places import Places
 from moebius.schedule.request import Request
 from moebius.schedule.states import StatePool

@@ -8,9 +8,10 @@ import enum
 from array import array
 from dataclasses import dataclass, field
 
-from moebius.schedule.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest
+from moebius.request.finish import FinishReason
+from moebius.request.params import SamplingParams
 from moebius.schedule.groups import Lineage
-from moebius.schedule.params import SamplingParams
 from moebius.schedule.states import OwnedStates
 
 
@@ -19,16 +20,6 @@ class RequestStatus(enum.Enum):
     RUNNING = "running"
     PREEMPTED = "preempted"
     FINISHED = "finished"
-
-
-class FinishReason(enum.Enum):
-    """Why a sequence ended. The first two are OpenAI's; the others reach clients as errors."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    DEADLINE = "deadline"
-    ERROR = "error"
 
 
 @dataclass(slots=True, eq=False)

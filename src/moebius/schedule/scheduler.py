@@ -27,10 +27,11 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from moebius.errors import ContextLengthError, RequestError
+from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.groups import GroupSpec, StateSlots
-from moebius.schedule.request import FinishReason, Request, RequestStatus
+from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.waiting import WaitingQueue, service_order
 
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]

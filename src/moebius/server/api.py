@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 import moebius
 from moebius.errors import DeadlineError, RequestError
-from moebius.schedule.params import check_asked
+from moebius.request.params import check_asked
 from moebius.server.access import Visit
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body

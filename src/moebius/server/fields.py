@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 
 from moebius.errors import RequestError
 from moebius.files import package_table
-from moebius.schedule.params import LIMITS
+from moebius.request.params import LIMITS
 from moebius.server.limits import HTTP_LIMITS
 
 _TABLE = package_table("server/fields.toml")

@@ -96,6 +96,7 @@ class ServerMetrics:
         # What goes by one name only.
         self._single = CollectorRegistry(auto_describe=False)
         self._single.register(_Experts(client, self._labels))
+        self._single.register(_Exchanges(client, self._labels))
         ProcessCollector(registry=self._single)
         self._answered = Counter(
             "http_requests",
@@ -244,6 +245,21 @@ class _Experts(Collector):
             family = GaugeMetricFamily(_OWN + name, text, labels=(*_LABELS, "layer"))
             for layer in layers:
                 family.add_metric((*self._labels, str(layer.layer)), _figure(layer, figure))
+            yield family
+
+
+class _Exchanges(Collector):
+    """What ranks that share experts have sent each other; nothing where there are none."""
+
+    def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
+        self._client = client
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._client.stats()
+        for name, (text, field) in _TABLE["exchange"].items() if stats.exchanges else ():
+            family = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
+            family.add_metric(self._labels, getattr(stats, field))
             yield family
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from moebius.errors import ContextExceededError, ContextLengthError, RequestError
-from moebius.schedule.params import LIMITS, SamplingParams
+from moebius.request.params import LIMITS, SamplingParams
 from moebius.server.fields import (
     HARMLESS,
     UNSUPPORTED,

@@ -15,8 +15,8 @@ from moebius.engine.client import EngineClient, StepOutput
 from moebius.errors import DeadlineError, EngineError, MoebiusError
 from moebius.front.assemble import Delta, SequenceAssembler
 from moebius.front.choices import ChoiceOpener
-from moebius.schedule.engine_request import EngineRequest
-from moebius.schedule.params import SamplingParams
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings

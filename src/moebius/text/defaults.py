@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from moebius.errors import ConfigError, RequestError
 from moebius.files import read_json
-from moebius.schedule.params import SamplingParams
+from moebius.request.params import SamplingParams
 from moebius.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -108,7 +108,7 @@ class Trainer:
         routed = False
         if ".experts." in name:
             layer = int(name.split(".")[1])
-            routed = self.decoder.config.feed_forward[layer].router is not None
+            routed = layer in self.decoder.routers
         return routed == (part == "experts")
 
     def step(self) -> StepReport:

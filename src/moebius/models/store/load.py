@@ -13,6 +13,7 @@ from moebius.models.layout import Source
 from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
+from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
@@ -62,7 +63,7 @@ class Loader:
         self.checkpoint = checkpoint
         self.device = device
         self._mapped = mapped
-        self._whole = MappedFiles()
+        # Of ranks that hold parts of files, and may come to hold others.
         self._parts = MappedFiles(whole=False)
 
     def fill(self, decoder: Decoder) -> None:
@@ -72,39 +73,39 @@ class Loader:
         """
         sources = self.checkpoint.sources_at(decoder.ranks)
         _check_all_have_a_source(decoder, sources)
-        self._put(decoder, self._values(decoder, sources, self._files(decoder)))
+        files = MappedFiles() if decoder.ranks is None else self._parts
+        self._put(decoder, self._values(decoder, sources, files))
 
     def move_experts(self, decoder: Decoder, placement: Placement, rank: int | None = None) -> None:
         """Let a rank hold what `placement` says of it, between two steps of all ranks.
 
         New experts are there when this returns, and those that went to others are no longer.
-        Programs of the decoder have to be recorded anew (Decoder.moves says so). rank: its number
-        from now on, where it is another. Raises ConfigError as ExpertRank.place and WeightsError;
-        then all is as it was.
+        Programs that were recorded go on with them where the backend can exchange them; else they
+        have to be recorded anew (Decoder.moves). rank: its number from now on, where it is another.
+        Raises ConfigError as ExpertRank.place and WeightsError; then all is as it was.
         """
         ranks = decoder.ranks
         assert ranks is not None, "this decoder holds all experts"
         rank = ranks.rank if rank is None else rank
         ranks.check(placement, rank)
-        files = self._files(decoder)
+        layers = [module for module in decoder.modules() if isinstance(module, Experts)]
+        handles = [experts.prepared(decoder.dtype) for experts in layers]
         before = self._expert_sources(ranks)
         after = self._expert_sources(ExpertRank(placement, rank, ranks.tokens))
         come = [source for name, source in after.items() if name not in before]
         gone = [source for name, source in before.items() if name not in after]
-        self._put(decoder, self._values(decoder, come, files))
+        self._put(decoder, self._values(decoder, come, self._parts))
         ranks.place(placement, rank)
-        modules = dict(decoder.named_modules())
         for source in gone:
-            module, _, leaf = source.parameter.rpartition(".")
-            experts = modules[module]
-            assert isinstance(experts, WeightList)
-            experts.drop(int(leaf))
+            name, _, number = source.parameter.rpartition(".")
+            weights = decoder.get_submodule(name)
+            assert isinstance(weights, WeightList)
+            weights.hold(int(number), None)
+        now = [experts.prepared(decoder.dtype) for experts in layers]
+        if any(one is not other for one, other in zip(now, handles, strict=True)):
+            decoder.moves += 1
         for file, spans in self._spans(gone).items():
-            files.release(file, spans)
-        decoder.moves += 1
-
-    def _files(self, decoder: Decoder) -> MappedFiles:
-        return self._whole if decoder.ranks is None else self._parts
+            self._parts.release(file, spans)
 
     def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
         sources = self.checkpoint.sources_at(ranks)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from moebius.errors import ContextExceededError, RequestError, check_integer, check_number
-from moebius.schedule.hashes import BlockHasher, PromptHashes
-from moebius.schedule.params import LIMITS, SamplingParams, ServingLimits, check_asked, check_tokens
+from moebius.request.hashes import BlockHasher, PromptHashes
+from moebius.request.params import LIMITS, SamplingParams, ServingLimits, check_asked, check_tokens
 
 
 @dataclass(frozen=True, slots=True)

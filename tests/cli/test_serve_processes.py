@@ -1,0 +1,142 @@
+"""moebius serve is two processes that end together, however the one in front ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from server.serving import http_request
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc says who is whose child")
+
+
+@contextmanager
+def serve(model: Path, scratch: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The front and its port; the leader of a process group, as of a terminal's job."""
+    scratch.mkdir()
+    command = [sys.executable, "-m", "moebius", "serve", str(model), "--port", "0"]
+    command += ["--kv-cache-memory-bytes", "4000000"]
+    env = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as front:
+        assert front.stderr is not None
+        while "serving on" not in (line := front.stderr.readline()):
+            assert line != ""
+        try:
+            yield front, int(re.findall(r":(\d+)/v1", line)[0])
+        finally:
+            front.kill()
+
+
+def stat_of(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat behind the name: state, parent and more; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def child_of(parent: int) -> int:
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    (child,) = [pid for pid in pids if stat_of(pid)[1:2] == [str(parent)]]
+    return child
+
+
+def wait_until_gone(pid: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while stat_of(pid)[:1] not in ([], ["Z"]):
+        assert time.monotonic() < deadline, "the engine outlives its front"
+        time.sleep(0.01)
+
+
+def begun(port: int) -> socket.socket:
+    """A stream of some seconds, of which tokens have come."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+    body = {"prompt": "x", "stream": True, "max_tokens": 400, "ignore_eos": True}
+    sock.sendall(http_request("/v1/completions", body))
+    data = b""
+    while b"text_completion" not in data:
+        data += sock.recv(65536)
+    return sock
+
+
+def rest(sock: socket.socket) -> bytes:
+    data = b""
+    try:
+        while part := sock.recv(65536):
+            data += part
+    except ConnectionResetError:
+        pass
+    return data
+
+
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C", "two signals"])
+def test_an_engine_ends_with_its_front(tiny_model: Path, tmp_path: Path, how: str) -> None:
+    """A signal that reaches both has the front finish what is in flight first."""
+    scratch = tmp_path / "scratch"
+    with serve(tiny_model, scratch) as (front, port):
+        engine = child_of(front.pid)
+        with begun(port) as sock:
+            if how == "kill -9":
+                front.kill()
+            else:
+                os.killpg(front.pid, signal.SIGINT)
+            if how == "two signals":
+                while b'"draining"' not in refusal(port):
+                    pass
+                os.killpg(front.pid, signal.SIGTERM)
+            answered = b"data: [DONE]" in rest(sock)
+        wait_until_gone(engine, 20 if how == "Ctrl-C" else 2)
+        front.wait(20)
+        assert front.stderr is not None
+        said = front.stderr.read()
+    assert answered is (how == "Ctrl-C")
+    assert front.returncode == {"kill -9": -9, "Ctrl-C": 0, "two signals": 128 + 15}[how]
+    assert "Traceback" not in said and "ERROR" not in said
+    assert list(scratch.iterdir()) == [], "nothing stays"
+
+
+def refusal(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(http_request("/v1/completions", {"prompt": "x", "max_tokens": 1}))
+        return rest(sock)
+
+
+def test_a_wedged_engine_is_not_ready(tiny_model: Path, tmp_path: Path) -> None:
+    with serve(tiny_model, tmp_path / "scratch") as (front, port):
+        engine = child_of(front.pid)
+        assert ready(port) == b"200"
+        os.kill(engine, signal.SIGSTOP)
+        while ready(port) != b"503":
+            time.sleep(0.05)
+        os.kill(engine, signal.SIGCONT)
+        while ready(port) != b"200":
+            time.sleep(0.05)
+        os.kill(engine, signal.SIGKILL)
+        while ready(port) != b"503":
+            time.sleep(0.05)
+        assert b'"status":"live"' in get(port, "/health/live")
+        front.terminate()
+        assert front.wait(20) == 0
+
+
+def get(port: int, path: str) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path.encode())
+        return rest(sock)
+
+
+def ready(port: int) -> bytes:
+    """The status of /health/ready."""
+    return get(port, "/health/ready").split()[1]

@@ -1,0 +1,107 @@
+"""One answer on any number of ranks: bit for bit that of one process, whatever else is served there
+and wherever the experts lie.
+
+`benchmarks/one_answer.py --ranks` runs the same with as many schedules as one likes.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import moebius
+from moebius.models.decoder import Decoder
+from moebius.models.store.load import load_decoder
+from moebius.moe.placement import Placement
+from moebius.parallel.shared_memory import SharedMemoryExchange
+from oracle import FAMILY, save_tiny
+from random_ranks import answers_of_ranks, load_ranks, random_placement
+from random_schedules import (
+    MAX_MODEL_LEN,
+    WINDOWED,
+    Schedule,
+    Wish,
+    alone,
+    groups_of,
+    random_schedule,
+    wishes,
+)
+
+cpu = pytest.importorskip("moebius.ops.cpu")
+BUNDLED = Path(moebius.__file__).parent / "bundled"
+WITH_EXPERTS = {
+    **{name: (name, {}) for name in FAMILY},
+    "mixtral-window": WINDOWED["mixtral-window"],
+}
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check(directory: Path, one: Decoder, asked: list[Wish], ranks: int, rng: random.Random) -> None:
+    expected = {wish.id: alone(one, wish) for wish in asked}
+    placement = random_placement(one, ranks, rng)
+    decoders = load_ranks(directory, one.dtype, placement, rng.choice((1, 2)))
+    schedules = [random_schedule(len(asked), rng, groups_of(one)) for _ in decoders]
+    homes = [rng.randrange(ranks) for _ in asked]
+    for found in answers_of_ranks(decoders, asked, homes, schedules).rounds:
+        assert found == expected, (placement, homes, schedules)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", sorted(WITH_EXPERTS.keys() - set(DENSE)))
+def test_every_architecture_gives_one_answer_on_any_number_of_ranks(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Experts that do not divide evenly among them."""
+    model_type, changes = WITH_EXPERTS[name]
+    sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+    save_tiny(tmp_path, model_type, **sizes, **changes)
+    one = load_decoder(tmp_path, dtype, ops=cpu.CpuOps(1))
+    rng = random.Random(f"{name} {dtype}")
+    check(tmp_path, one, wishes(12, 300, rng), rng.choice((2, 3, 4)), rng)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_bundled_model_gives_one_answer_on_any_number_of_ranks(ranks: int) -> None:
+    one = load_decoder(BUNDLED, torch.bfloat16, ops=cpu.CpuOps(1))
+    rng = random.Random(ranks)
+    check(BUNDLED, one, wishes(8, one.config.vocab_size, rng), ranks, rng)
+
+
+def test_preemption_and_warm_caches_are_among_the_schedules(tmp_path: Path) -> None:
+    """The comparison above means something: small caches do preempt, and warm ones do hit."""
+    sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+    save_tiny(tmp_path, "qwen3_moe", **sizes)
+    one = load_decoder(tmp_path, torch.bfloat16, ops=cpu.CpuOps(1))
+    asked = wishes(16, 300, random.Random(0))
+    schedule = Schedule(8, MAX_MODEL_LEN // 8, 16, 50, True, (0,) * 16, 2)
+    decoders = load_ranks(tmp_path, torch.bfloat16, Placement.linear(one.config.experts, 2))
+    seen = answers_of_ranks(decoders, asked, [i % 2 for i in range(16)], [schedule] * 2)
+    assert seen.preemptions > 0 and seen.prefix_hits > 0
+    expected = {wish.id: alone(one, wish) for wish in asked}
+    assert all(found == expected for found in seen.rounds)
+
+
+def test_the_lowest_bit_of_what_comes_home_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison can fail."""
+    sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
+    save_tiny(tmp_path, "dots1", **sizes)
+    one = load_decoder(tmp_path, torch.bfloat16, ops=cpu.CpuOps(1))
+    asked = wishes(6, 300, random.Random(0))
+    expected = {wish.id: alone(one, wish) for wish in asked}
+    combine = SharedMemoryExchange.combine
+
+    def changed(self: SharedMemoryExchange, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
+        combine(self, outputs_RKD, back_TKD)
+        back_TKD.view(torch.int16).bitwise_xor_(1)
+
+    monkeypatch.setattr(SharedMemoryExchange, "combine", changed)
+    decoders = load_ranks(tmp_path, torch.bfloat16, Placement.linear(one.config.experts, 2))
+    schedule = Schedule(16, 400, 6, 300, True, (0,) * 6, 1)
+    seen = answers_of_ranks(decoders, asked, [i % 2 for i in range(6)], [schedule] * 2)
+    assert seen.rounds[0] != expected

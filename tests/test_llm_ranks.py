@@ -1,0 +1,121 @@
+"""LLM over processes that share a model's experts: the answers of one process, and no process left."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moebius import LLM, SamplingParams
+from moebius.errors import ConfigError, EngineError
+from tiny import write_tokenizer
+
+SIZES = {"kv_cache_memory_bytes": 2**21, "max_model_len": 512, "max_num_seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_model), ranks=2, **SIZES) as llm:
+        yield llm
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(320) for _ in range(rng.randint(1, 60))] for _ in range(count)]
+
+
+def test_two_ranks_answer_as_one_process(two: LLM, tiny_model: Path) -> None:
+    params = [
+        SamplingParams(
+            temperature=i % 2, max_tokens=5 + i, seed=i, logprobs=2, ignore_eos=True, n=1 + i % 2
+        )
+        for i in range(12)
+    ]
+    with LLM(str(tiny_model), **SIZES) as one:
+        expected = one.generate(prompts(12), params)
+    found = two.generate(prompts(12), params)
+    assert [each.outputs for each in found] == [each.outputs for each in expected]
+
+
+def test_what_ranks_send_each_other_is_counted(two: LLM) -> None:
+    before = two.client.stats()
+    two.generate([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
+    deadline = time.monotonic() + 10
+    while (after := two.client.stats()).exchange_bytes_out == before.exchange_bytes_out:
+        assert time.monotonic() < deadline, "ranks say several times a second what they counted"
+        time.sleep(0.05)
+    assert after.exchanges > before.exchanges and after.exchange_wait >= before.exchange_wait
+
+
+def test_an_answer_that_is_not_read_to_its_end_is_given_up(two: LLM) -> None:
+    stream = two.stream_chat([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=400))
+    next(stream)
+    stream.close()
+    deadline = time.monotonic() + 10
+    while two.client.stats().running:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_more_ranks_than_experts_are_refused_before_a_process_starts(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="5 ranks cannot share the 4 experts of a layer"):
+        LLM(str(tiny_model), ranks=5, **SIZES)
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    from oracle import save_tiny
+
+    save_tiny(tmp_path, "llama", vocab_size=320)
+    write_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="this llama model has no experts"):
+        LLM(str(tmp_path), ranks=2)
+
+
+_SCRIPT = """
+import sys, threading, time
+from moebius import LLM, SamplingParams
+llm = LLM(sys.argv[1], ranks=2, kv_cache_memory_bytes=2**21, max_model_len=512, max_num_seqs=8)
+def tell():
+    while not llm.client.stats().running:
+        time.sleep(0.01)
+    print(*(process.pid for process in llm.processes), flush=True)
+threading.Thread(target=tell).start()
+try:
+    llm.generate([[1, 2]] * 100000, SamplingParams(max_tokens=400, ignore_eos=True, n=8))
+except KeyboardInterrupt:
+    print(len(llm.generate([1, 2], SamplingParams(max_tokens=9, ignore_eos=True))), flush=True)
+"""
+
+
+def test_ctrl_c_ends_what_runs_and_no_process_is_left(tiny_model: Path) -> None:
+    """The LLM serves on after it, and is never closed: its processes end with the script."""
+    command = [sys.executable, "-c", _SCRIPT, str(tiny_model)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        pids = [int(word) for word in run.stdout.readline().split()]
+        assert len(pids) == 2
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        assert run.stdout.readline() == "1\n"
+        assert run.wait(30) == 0
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_closed_one_says_so_and_has_no_process(tiny_model: Path) -> None:
+    llm = LLM(str(tiny_model), ranks=2, **SIZES)
+    pids = [process.pid for process in llm.processes]
+    os.kill(pids[0], signal.SIGKILL)
+    assert len(llm.generate([1, 2], SamplingParams(max_tokens=9, ignore_eos=True))) == 1
+    pids += [process.pid for process in llm.processes]
+    llm.close()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    with pytest.raises(EngineError, match="stopped"):
+        llm.generate([1, 2])
