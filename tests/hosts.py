@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,12 @@ class Serving:
     @property
     def children(self) -> list[int]:
         """Its engines' processes."""
-        path = Path(f"/proc/{self.process.pid}/task")
-        found = [(each / "children").read_text().split() for each in path.iterdir()]
-        return [int(pid) for pids in found for pid in pids]
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                if path.read_text().rpartition(")")[2].split()[1] == str(self.process.pid):
+                    found.append(int(path.parent.name))
+        return sorted(found)
 
     def end(self, seconds: float = 30.0) -> int:
         """SIGTERM; its exit status."""

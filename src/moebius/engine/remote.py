@@ -168,10 +168,6 @@ class RemoteClient:
             self._channel.close()
             self._deliveries.end_all()
 
-    def hang_up(self) -> None:
-        """Break the connection; what is unfinished ends."""
-        self._channel.close()
-
     def _begin(self) -> None:
         early = self._early or []
         self._early = None

@@ -62,12 +62,11 @@ class HostedProcess(WatchedProcess):
         self._how = how
         self._exited.set()
         self._arrived.set()
-        if self._client is not None:
-            self._client.hang_up()
+        self._hang_up()
 
     def end(self) -> None:
         self._host.end(self.ticket)
-        self.client.hang_up()  # the host may be as silent as its rank
+        self._hang_up()  # the host may be as silent as its rank
 
     def _connected(self) -> Channel:
         self._arrived.wait(CONNECT_SECONDS)
@@ -83,9 +82,12 @@ class HostedProcess(WatchedProcess):
     def _kill(self) -> None:
         self._host.end(self.ticket)
         self._exited.wait(_LOOK_SECONDS)
+        self._hang_up()
+        self._host.forget(self.ticket)
+
+    def _hang_up(self) -> None:
         if self._channel is not None:
             self._channel.close()
-        self._host.forget(self.ticket)
 
 
 class Host:

@@ -71,6 +71,8 @@ class RankGroup:
         try:
             client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
         except UsageError as error:
+            if isinstance(self._hosts, OneHost):
+                raise
             raise ConfigError(f"{self._hosts.name(rank)}: {error}") from error
         try:
             self._check(client)
