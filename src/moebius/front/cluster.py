@@ -24,7 +24,7 @@ from moebius.errors import (
 )
 from moebius.front.alike import check_alike
 from moebius.parallel.channel import Channel
-from moebius.parallel.meet import Listener
+from moebius.parallel.meet import Listener, name_of
 
 log = logging.getLogger(__name__)
 
@@ -210,8 +210,8 @@ class Cluster:
             if absent:
                 raise ConfigError(
                     f"node {', '.join(map(str, absent))} of {self._own.nodes} did not come to "
-                    f"{self._listener.address} within {self._patience:g} s; is `moebius serve` "
-                    "running there, with the same --rdzv-endpoint and key?"
+                    f"{name_of(self._listener.address)} within {self._patience:g} s; does `moebius "
+                    "serve` run there, with the same --rdzv-endpoint and key?"
                 )
             return [self._own, *(self._hosts[node].hello for node in nodes)]
 
