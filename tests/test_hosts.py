@@ -110,7 +110,7 @@ def test_hosts_of_their_own(key: Path) -> None:
     if not may_make_hosts():
         pytest.skip("network namespaces cannot be made here")
     directory = resolve_model("bundled")
-    asked = bodies("bundled", count=6, max_tokens=80)
+    asked = bodies("bundled", count=4, max_tokens=30)
     few = bodies("bundled", count=2, max_tokens=4)
     expected = of_one_process(directory, "bundled", asked)
     expected_few = of_one_process(directory, "bundled", few)
@@ -120,7 +120,7 @@ def test_hosts_of_their_own(key: Path) -> None:
         hosts(wheres, "bundled", "10.77.0.1:29500", key, *options) as ((front, node), url),
     ):
         here = wheres[0]
-        assert Asking(here, url, asked).answers() == expected
+        assert Asking(here, url, asked).answers(300) == expected
 
         # The link is cut under load: each side gives the other up, and they meet again.
         asking = Asking(here, url, asked)

@@ -190,6 +190,7 @@ class Cluster:
         self._own = own
         self._patience = patience
         self._hosts: dict[int, Host] = {}
+        self._hellos: dict[int, cluster.HostHello] = {own.node: own}
         self._changed = threading.Condition()
         self._refusal: ConfigError | None = None
         self._closed = False
@@ -213,7 +214,11 @@ class Cluster:
                     f"{name_of(self._listener.address)} within {self._patience:g} s; does `moebius "
                     "serve` run there, with the same --rdzv-endpoint and key?"
                 )
-            return [self._own, *(self._hosts[node].hello for node in nodes)]
+            return [self._hellos[node] for node in range(self._own.nodes)]
+
+    def hello(self, node: int) -> cluster.HostHello:
+        """What a host has last said that it is."""
+        return self._hellos[node]
 
     def start(self, node: int, rank: int) -> HostedProcess:
         """A new process on a host, which may have to come back first. EngineError where it does
@@ -283,6 +288,7 @@ class Cluster:
                 )
             host = Host(hello, channel, self._lose)
             self._hosts[hello.node] = host
+            self._hellos[hello.node] = hello
             self._changed.notify_all()
         say(log.info, "%s has come", host.name)
 

@@ -190,7 +190,7 @@ class ManyHosts(Hosts):
         return GlooPlace(epoch, addresses, remotes)
 
     def _host(self, rank: int) -> HostHello:
-        return self._hosts[self._node_of[rank]]
+        return self._cluster.hello(self._node_of[rank])
 
 
 def local_ranks(ranks: int, nodes: int, node: int) -> int:
