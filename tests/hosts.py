@@ -87,6 +87,7 @@ class Serving:
         if not self.gone:
             self.process.kill()
         self._reader.join()
+        print(*self.lines, sep="\n")  # for who reads of a failure
 
     def _with(self, pattern: str) -> list[str]:
         return [line for line in self.lines if re.search(pattern, line)]
@@ -148,7 +149,10 @@ class Asking:
         assert self._process.stdout.readline() == "begun\n"
 
     def answers(self, seconds: float = 120.0) -> list[Any]:
-        out, _ = self._process.communicate(timeout=seconds)
+        try:
+            out, _ = self._process.communicate(timeout=seconds)
+        finally:
+            self._process.kill()
         assert self._process.returncode == 0
         found: list[Any] = json.loads(out.removeprefix("begun\n"))
         return found

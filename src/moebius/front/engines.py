@@ -8,7 +8,7 @@ from typing import Self
 
 from moebius.engine import wire
 from moebius.engine.client import EngineClient
-from moebius.engine.supervisor import EngineProcess
+from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
 from moebius.front.group import RankGroup
 from moebius.front.hosts import Hosts
@@ -36,7 +36,7 @@ class EngineProcesses:
         self._count = count
         self._on_give_up = on_give_up
         self._early: dict[int, EngineProcess] = {}
-        self._processes: dict[int, EngineProcess] = {}
+        self._processes: dict[int, WatchedProcess] = {}
         self._client: ReplayClient | None = None
         self._reason: MoebiusError | None = None
         self._closed = False
@@ -62,7 +62,7 @@ class EngineProcesses:
         def start(number: int, lost: Lost) -> EngineClient:
             early = self._early.pop(number, None)
             hears = planned if early is not None and number == 0 else lambda plan: None
-            process = early or EngineProcess()
+            process = early or (EngineProcess() if hosts is None else hosts.start(number))
             self._processes[number] = process
             if self._closed:
                 process.kill()
@@ -78,8 +78,9 @@ class EngineProcesses:
 
     @property
     def processes(self) -> tuple[EngineProcess, ...]:
-        """The ones that serve, or will."""
-        return tuple((self._early | self._processes)[number] for number in range(self._count))
+        """The ones of this host that serve, or will."""
+        each = (self._processes.get(n, self._early.get(n)) for n in range(self._count))
+        return tuple(process for process in each if isinstance(process, EngineProcess))
 
     def check(self) -> None:
         """Raises the reason why the engines were given up, where they were."""

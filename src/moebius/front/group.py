@@ -64,10 +64,9 @@ class RankGroup:
         rank: int,
         lost: Lost,
         planned: Callable[[wire.Planned], None],
-        process: WatchedProcess | None,
+        process: WatchedProcess,
     ) -> "RankClient":
-        """Start a rank, and return once it is loaded; as LaunchedEngine."""
-        process = process or self._hosts.start(rank)
+        """Have a rank's process load, and return once it has; as LaunchedEngine."""
         try:
             client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
         except UsageError as error:
