@@ -62,9 +62,10 @@ def test_two_commands_serve_as_one_process_and_outlive_a_rank(tiny_model: Path, 
         front.wait_for("rank 1 on node 1 .* was ended by SIGKILL")
         assert lost not in node.children and len(node.children) == 1
         left = [*front.children, *node.children]
-        assert front.end() == 0
-        assert node.process.wait(10) == 0
+        front.process.kill()
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
+        node.wait_for("the front is lost")
+        assert node.end() == 0
 
 
 def run(*command: str) -> None:
@@ -111,9 +112,7 @@ def test_hosts_of_their_own(key: Path) -> None:
         pytest.skip("network namespaces cannot be made here")
     directory = resolve_model("bundled")
     asked = bodies("bundled", count=4, max_tokens=30)
-    few = bodies("bundled", count=2, max_tokens=4)
     expected = of_one_process(directory, "bundled", asked)
-    expected_few = of_one_process(directory, "bundled", few)
     options = ("--ranks", "3", "--cluster-interface", "eth0", "--rdzv-timeout", "120", *SIZES)
     with (
         namespaces() as wheres,
@@ -142,16 +141,29 @@ def test_hosts_of_their_own(key: Path) -> None:
         try:
             assert asking.answers(300) == expected
             assert front.children == ranks_here, "no other rank was restarted"
-
-            if may_delay(wheres[1]):
-                assert Asking(here, url, few).answers(300) == expected_few
+            left = [*front.children, *node.children]
             assert front.end(60) == 0
             assert node.process.wait(10) == 0
+            assert not any(Path(f"/proc/{pid}").exists() for pid in left)
         finally:
             node.close()
 
 
-def may_delay(where: Where) -> bool:
-    """Have what a host sends take 20 ms, where the kernel can."""
+def delay(where: Where) -> bool:
+    """Have what a host sends take 20 ms; False where the kernel cannot."""
     command = ("tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", "20ms")
     return subprocess.run([*where.prefix, *command], capture_output=True).returncode == 0
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(1200)
+def test_a_slow_link(key: Path) -> None:
+    if not may_make_hosts():
+        pytest.skip("network namespaces cannot be made here")
+    asked = bodies("bundled", count=3, max_tokens=5)
+    with namespaces() as wheres:
+        if not all(delay(where) for where in wheres):
+            pytest.skip("this kernel cannot delay packets (netem)")
+        expected = of_one_process(resolve_model("bundled"), "bundled", asked)
+        with hosts(wheres, "bundled", "10.77.0.1:29500", key, "--ranks", "2", *SIZES) as (_, url):
+            assert Asking(wheres[0], url, asked).answers(300) == expected

@@ -87,9 +87,11 @@ Hello = HostHello | RankHello
 FromHost = Beat | Ended
 ToHost = Beat | Start | End | Dismissed
 
-_HELLO: msgspec.msgpack.Decoder[Hello] = wire.decoder(Hello)
-_FROM_HOST: msgspec.msgpack.Decoder[FromHost] = wire.decoder(FromHost)
-_TO_HOST: msgspec.msgpack.Decoder[ToHost] = wire.decoder(ToHost)
+_HELLO: msgspec.msgpack.Decoder[Hello] = msgspec.msgpack.Decoder(Hello, dec_hook=wire.from_wire)
+_FROM_HOST: msgspec.msgpack.Decoder[FromHost] = msgspec.msgpack.Decoder(
+    FromHost, dec_hook=wire.from_wire
+)
+_TO_HOST: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost, dec_hook=wire.from_wire)
 
 
 def encode_hello(message: Hello) -> bytes:

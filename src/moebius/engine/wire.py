@@ -16,7 +16,7 @@ let one tenant read what another has said.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -256,11 +256,6 @@ def framed(message: Struct) -> bytes:
     return bytes(frame)
 
 
-def decoder(kinds: object) -> msgspec.msgpack.Decoder[Any]:
-    """What reads frames of these records."""
-    return msgspec.msgpack.Decoder(kinds, dec_hook=_from_wire)
-
-
 def unframed(frame: bytes, decoder: msgspec.msgpack.Decoder[_Decoded]) -> _Decoded:
     """The record in a frame. WireError where it is none of them, or of another version."""
     if not frame:
@@ -287,7 +282,8 @@ def _to_wire(value: object) -> object:
     raise NotImplementedError(f"{type(value).__name__} does not cross between processes")
 
 
-def _from_wire(kind: type, value: object) -> object:
+def from_wire(kind: type, value: object) -> object:
+    """What a decoder of these frames makes of the one kind that MessagePack does not have."""
     assert kind is MoebiusError, f"no record holds a {kind.__name__}"
     found = msgspec.convert(value, _Error)
     made = ERRORS_BY_CODE.get(found.code)
@@ -300,5 +296,9 @@ def _from_wire(kind: type, value: object) -> object:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_wire)
-_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = decoder(ToEngine)
-_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = decoder(FromEngine)
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(
+    ToEngine, dec_hook=from_wire
+)
+_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(
+    FromEngine, dec_hook=from_wire
+)
