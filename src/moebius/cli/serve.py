@@ -152,7 +152,9 @@ def _serve_on(
         client = processes.launch(
             launch, lambda planned: _say_plan(model, planned, generation), hosts
         )
-        app = create_app(client, tokenizer, generation, settings, prefix_key=key)
+        app = create_app(
+            client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
+        )
         address = host_and_port(options.host, sockets[0].getsockname()[1])
         line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
         # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
@@ -170,7 +172,7 @@ def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") 
     typer.echo("sampling defaults: " + (", ".join(sampling) or "OpenAI's"), err=True)
 
 
-@o.options_of("config", EngineConfig, *o.SIZES)
+@o.options_of("config", EngineConfig, *o.SIZES, "ranks", "expert_placement", "spare_experts")
 def plan(
     config: EngineConfig,
     model: o.Model = "bundled",

@@ -139,18 +139,15 @@ class Service:
                 frame = self._channel.receive(wire.HEARTBEAT_SECONDS)
             except DeadlineError:
                 continue
-            match wire.decode_to_engine(frame):
+            message = wire.decode_to_engine(frame)
+            match message:
                 case wire.Submit(request, number, sent):
                     if sent is not None:
                         request = move_request(request, time.monotonic() - sent)
                     self._submit(request)
-                    self._hear(number)
-                case wire.Hear(number):
-                    self._hear(number)
-                case wire.Join() | wire.Put() | wire.GiveUp() as message:
-                    if self._member is None:
-                        raise WireError("an engine that is no rank was told of a group")
-                    self._hear_of_group(self._member, message)
+                    self._tell_member(wire.Hear(number))
+                case wire.Hear() | wire.Join() | wire.Move() | wire.Put() | wire.GiveUp():
+                    self._tell_member(message)
                 case wire.Abort(request_id):
                     self._engine.abort(request_id)
                 case wire.ReadLoads():
@@ -160,25 +157,28 @@ class Service:
                 case wire.Launch():
                     raise WireError("a second launch; a process loads one model")
 
-    def _hear_of_group(self, member: "Member", message: wire.Join | wire.Put | wire.GiveUp) -> None:
-        match message:
-            case wire.Join():
-                member.expect(message)
-                self._engine.between_steps(partial(member.join, message))
-            case wire.Put():
-                member.hear_put(message)
-            case wire.GiveUp():
-                member.give_up(message)
-
     def _submit(self, request: EngineRequest) -> None:
         try:
             self._engine.submit(wire.received(request, self._limits, self._hasher))
         except MoebiusError as error:
             self._deliver([failed(request.id, error)])
 
-    def _hear(self, number: int) -> None:
-        if self._member is not None:
-            self._engine.between_steps(partial(self._member.hear, number))
+    def _tell_member(self, message: wire.ToMember) -> None:
+        member = self._member
+        if member is None:
+            if not isinstance(message, wire.Hear):
+                raise WireError(f"an engine that is no rank was sent {type(message).__name__}")
+            return
+        match message:
+            case wire.Put():
+                member.hear_put(message)
+                return
+            case wire.GiveUp():
+                member.give_up(message)
+                return
+            case wire.Join():
+                member.expect(message)
+        self._engine.between_steps(partial(member.take, message))
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Send a step's outputs. That the front is gone is for the reading thread to see."""
@@ -243,6 +243,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     from moebius.engine.member import Member
     from moebius.engine.place import place
     from moebius.engine.rank import RankEngine
+    from moebius.moe.placement import Placement
 
     if launch.isa:
         os.environ["MOEBIUS_CPU_ISA"] = launch.isa
@@ -252,7 +253,10 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     here = place(launch.local_rank, launch.local_ranks, config.threads)
     here.take()
     config = replace(config, threads=here.threads)
-    share = ExpertShare(launch.rank, ranks, neighbours=launch.neighbours) if ranks > 1 else None
+    share = None
+    if ranks > 1:
+        placement = None if launch.held is None else Placement.of(launch.held)
+        share = ExpertShare(launch.rank, ranks, placement, neighbours=launch.neighbours)
     prepared = prepare(directory, config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
@@ -265,7 +269,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     )
     member = None
     if isinstance(engine, RankEngine):
-        member = Member(engine, exchange_spec(prepared), launch.rank, partial(_send, channel))
+        member = Member(engine, exchange_spec(prepared), partial(_send, channel))
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member, far)
 

@@ -36,6 +36,9 @@ HEARTBEAT_SECONDS = 0.25
 SEND_SECONDS = 30.0
 """What the other end gets to take a frame."""
 
+Held = dict[int, tuple[tuple[int, ...], ...]]
+"""By a layer's number, the experts that each rank holds of it."""
+
 
 class _Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     pass
@@ -49,6 +52,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     eos_ids      the model's end tokens
     log_level    what the engine's process logs
     rank         which of config.ranks engines it is that share the model's experts
+    held         for each layer with a router, the experts that each of these holds
     neighbours   of these on its own host, itself among them: how many have not taken their memory
                  yet
     isa          the instruction set of a CPU's kernels; empty: the highest that it has
@@ -61,6 +65,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     eos_ids: frozenset[int]
     log_level: str = "info"
     rank: int = 0
+    held: Held | None = None
     neighbours: int = 1
     isa: str = ""
     local_rank: int = 0
@@ -84,6 +89,9 @@ class Hear(_Record, frozen=True, tag="hear"):
 class Join(_Record, frozen=True, tag="join"):
     """Front to a rank: compute with the others, in this epoch of their group.
 
+    rank      which of them it is in this epoch
+    held      for each layer with a router, the experts that each of them holds, and the number of
+              this placement: it is what is computed by when the epoch begins
     place     where the group's shared memory is; or gloo://ADDRESS, this rank's own, where some
               ranks are on other hosts
     timeout   seconds that any wait for the others may take
@@ -92,6 +100,9 @@ class Join(_Record, frozen=True, tag="join"):
 
     group: str
     epoch: int
+    rank: int
+    held: Held
+    number: int
     place: str
     timeout: float
     heard: int
@@ -110,6 +121,17 @@ class GiveUp(_Record, frozen=True, tag="give_up"):
 
     epoch: int
     ranks: tuple[int, ...]
+
+
+class Move(_Record, frozen=True, tag="move"):
+    """Front to a rank: for these layers hold what `held` says of it, beside what it holds now, and
+    from the step on in which all ranks do, compute by it. It answers with Moved or Unmoved.
+
+    A move that is not made yet is not wanted any more.
+    """
+
+    number: int
+    held: Held
 
 
 class Abort(_Record, frozen=True, tag="abort"):
@@ -175,6 +197,19 @@ class Parted(_Record, frozen=True, tag="parted"):
     error: MoebiusError
 
 
+class Moved(_Record, frozen=True, tag="moved"):
+    """A rank to the front: it computes by the placement of this number, as all do."""
+
+    number: int
+
+
+class Unmoved(_Record, frozen=True, tag="unmoved"):
+    """A rank to the front: it cannot have the experts that this placement says."""
+
+    number: int
+    error: MoebiusError
+
+
 class Failed(_Record, frozen=True, tag="failed"):
     """Engine to front, last of all: it cannot go on, or could not begin."""
 
@@ -200,9 +235,11 @@ class Loads(_Record, frozen=True, tag="loads"):
     loads: ExpertLoads
 
 
-OfGroup = Joined | Parted | Put
+OfGroup = Joined | Parted | Put | Moved | Unmoved
 """What a rank says of its group."""
-ToEngine = Launch | Submit | Hear | Join | Put | GiveUp | Abort | ReadLoads | Stop
+ToMember = Hear | Join | Put | GiveUp | Move
+"""What it hears of it."""
+ToEngine = Launch | Submit | ToMember | Abort | ReadLoads | Stop
 FromEngine = Heartbeat | Planned | Loaded | OfGroup | Failed | Outputs | Stats | Loads
 
 

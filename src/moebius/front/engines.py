@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from moebius.engine import wire
-from moebius.engine.client import EngineClient
+from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
 from moebius.front.group import RankGroup
@@ -38,7 +38,9 @@ class EngineProcesses:
         self._early: dict[int, EngineProcess] = {}
         self._processes: dict[int, WatchedProcess] = {}
         self._client: ReplayClient | None = None
+        self._group: RankGroup | None = None
         self._reason: MoebiusError | None = None
+        self._failure: MoebiusError | None = None
         self._closed = False
         try:
             for number in range(count):
@@ -58,6 +60,7 @@ class EngineProcesses:
         hosts: where the ranks are; None: all on this one. Raises the error that loading ends with.
         """
         group = RankGroup(message, hosts) if message.config.ranks > 1 else None
+        self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
             early = self._early.pop(number, None)
@@ -67,14 +70,33 @@ class EngineProcesses:
             if self._closed:
                 process.kill()
                 raise EngineError("the engines are closed")
-            if group is None:
-                return LaunchedEngine(message, lost, hears, process)
-            return group.launch(number, lost, hears, process)
+            try:
+                if group is None:
+                    return LaunchedEngine(message, lost, hears, process)
+                return group.launch(number, lost, hears, process)
+            except MoebiusError as error:
+                raise self._none_at_all(error) from error
 
         self._client = ReplayClient(
             start, message.config.ranks, queue=message.config, on_give_up=self._give_up
         )
         return self._client
+
+    def spread(self) -> ExpertSpread | None:
+        """How ranks share the model's experts; None where one process has them all."""
+        return None if self._group is None else self._group.spread()
+
+    def _none_at_all(self, error: MoebiusError) -> MoebiusError:
+        """An engine does not start. The first time all have to, so the others are ended, too.
+
+        What came first is the error of all.
+        """
+        if self._client is not None:
+            return error
+        self._failure = self._failure or error
+        for process in list(self._processes.values()):
+            process.kill()
+        return self._failure
 
     @property
     def processes(self) -> tuple[EngineProcess, ...]:
@@ -90,6 +112,8 @@ class EngineProcesses:
     def close(self) -> None:
         """Stop the engines and wait for the ends of their processes, loaded or not."""
         self._closed = True
+        if self._group is not None:
+            self._group.close()
         if self._client is not None:
             self._client.close(_CLOSE_SECONDS)
         for process in [*self._early.values(), *self._processes.values()]:

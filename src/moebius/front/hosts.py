@@ -1,7 +1,7 @@
 """Where the ranks of a group are, and where an epoch's ranks exchange their rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -19,7 +19,7 @@ from moebius.parallel.shared_memory import Segment
 
 
 class EpochPlace(ABC):
-    """What the ranks of one epoch meet at."""
+    """What the ranks of one epoch meet at. Ranks are numbered as in that epoch here."""
 
     @abstractmethod
     def of(self, rank: int) -> str:
@@ -96,9 +96,9 @@ class Hosts(ABC):
 
     @abstractmethod
     def place(
-        self, spec: ExchangeSpec, epoch: Epoch, remotes: Sequence[RemoteClient]
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
     ) -> EpochPlace:
-        """Where the ranks meet in an epoch."""
+        """Where ranks meet in an epoch; `remotes` has its members by their rank, in order."""
 
 
 class OneHost(Hosts):
@@ -127,7 +127,7 @@ class OneHost(Hosts):
         )
 
     def place(
-        self, spec: ExchangeSpec, epoch: Epoch, remotes: Sequence[RemoteClient]
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
     ) -> EpochPlace:
         return SharedPlace(spec, epoch, self._at_once)
 
@@ -184,10 +184,10 @@ class ManyHosts(Hosts):
         )
 
     def place(
-        self, spec: ExchangeSpec, epoch: Epoch, remotes: Sequence[RemoteClient]
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
     ) -> EpochPlace:
-        addresses = [self._host(rank).address for rank in range(spec.size)]
-        return GlooPlace(epoch, addresses, remotes)
+        addresses = [self._host(rank).address for rank in remotes]
+        return GlooPlace(epoch, addresses, list(remotes.values()))
 
     def _host(self, rank: int) -> HostHello:
         return self._cluster.hello(self._node_of[rank])
