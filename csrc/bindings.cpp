@@ -293,7 +293,8 @@ NB_MODULE(_cpu, m) {
     nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Matrices& gate,
             const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
         new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias));
-    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a);
+    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a)
+        .def("assign", [](Experts& self, const Experts& other) { self = other; }, "other"_a);
     nb::class_<StepAttention>(m, "StepAttention")
         .def("__init__", [](StepAttention* self, int window, int block_size) {
             new (self) StepAttention();

@@ -3,8 +3,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <climits>
 #include <cstring>
+#include <new>
 #include <thread>
 
 #include "spin.h"
@@ -23,9 +25,9 @@ using std::chrono::microseconds;
 
 constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '1'};
 constexpr size_t LINE = 64, PAGE = 4096;
-// How long a rank looks for the others before it sleeps: where each has a core; where they share cores, before it yields its
-// own; and then.
-constexpr microseconds SPIN{500}, SPIN_CROWDED{20}, YIELD_CROWDED{200};
+// How long a rank looks for the others before it sleeps: where each has a core, as long as one layer's ranks are likely to
+// differ, since waking up takes some 50 microseconds; where they share cores, before it yields its own; and then.
+constexpr microseconds SPIN{2000}, SPIN_CROWDED{20}, YIELD_CROWDED{200};
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 uint64_t bit(int rank) { return uint64_t(1) << rank; }
@@ -48,10 +50,11 @@ void futex_wait(std::atomic<uint32_t>&, uint32_t, std::chrono::steady_clock::tim
 void futex_wake_all(std::atomic<uint32_t>&) {}
 #endif
 
-// Gives the memory its pages, near the processor that runs this, so that no step waits for them.
+// Gives the memory its pages, near the processor that runs this, so that no step waits for them, nor ends for want of them.
 void populate(char* from, size_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
     if (madvise(from, bytes, MADV_POPULATE_WRITE) == 0) return;
+    if (errno != EINVAL) throw std::bad_alloc();  // else the kernel is older than 5.14
 #endif
     for (size_t i = 0; i < bytes; i += PAGE) *static_cast<volatile char*>(from + i) = 0;
 }
@@ -83,10 +86,10 @@ void ExchangeLayout::check() const {
     if (tokens < 1 || top_k < 1 || row_bytes < 1) throw std::invalid_argument("an exchange of no tokens, no experts or no bytes");
 }
 
-void ExchangeLayout::write(void* segment) const {
+void ExchangeLayout::write(void* segment, int cores) const {
     check();
     auto* header = new (segment) ExchangeHeader();
-    header->ranks = ranks, header->tokens = tokens, header->top_k = top_k;
+    header->ranks = ranks, header->tokens = tokens, header->top_k = top_k, header->cores = cores;
     header->row_bytes = row_bytes, header->epoch = epoch;
     std::copy(group.begin(), group.end(), header->group);
     std::copy(std::begin(MAGIC), std::end(MAGIC), header->magic);
@@ -199,9 +202,9 @@ void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
 
 // --- the operations ---
 
-SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, bool crowded, uint32_t barrier)
+SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier)
     : layout_(layout), segment_(static_cast<char*>(segment)), header_(*static_cast<ExchangeHeader*>(segment)), rank_(rank),
-      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(crowded), barrier_(barrier) {
+      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), barrier_(barrier) {
     if (rank < 0 || rank >= layout.ranks) throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
     uint32_t process = 0;
     if (!header_.line[rank].process.compare_exchange_strong(process, uint32_t(getpid())))
@@ -213,8 +216,6 @@ SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int 
     received_.reserve(most);
     here_.reserve(most * layout.top_k);
 }
-
-void SharedExchange::leave() { header_.give_up(bit(rank_)); }
 
 std::vector<std::vector<int64_t>> SharedExchange::agree(const std::vector<int64_t>& values) {
     if (values.size() > MOST_AGREED) throw std::invalid_argument("more values than ranks can agree on");

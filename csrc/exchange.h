@@ -34,8 +34,8 @@ struct ExchangeLayout {
     // Throws std::invalid_argument for numbers out of range.
     void check() const;
     size_t bytes() const;
-    // Makes a segment of zeros one of this layout.
-    void write(void* segment) const;
+    // Makes a segment of zeros one of this layout, for ranks that share so many cores.
+    void write(void* segment, int cores) const;
     // Throws std::invalid_argument where the segment is none of this layout, with both told.
     void check(const void* segment, size_t bytes) const;
 
@@ -63,7 +63,7 @@ struct PeersLost : std::exception {
 // The words that ranks wait for each other by. Zeros are its first state.
 struct ExchangeHeader {
     char magic[8];
-    uint32_t ranks, tokens, top_k, reserved;
+    uint32_t ranks, tokens, top_k, cores;
     uint64_t row_bytes, epoch;
     char group[64];
     // Ranks that somebody has given up. The epoch is over when it is not 0.
@@ -93,9 +93,9 @@ struct ExchangeTraffic {
 // One rank's part. Called from one thread.
 class SharedExchange {
 public:
-    // Joins. Throws std::invalid_argument where the rank is taken. With `crowded` there are fewer cores than ranks, and
-    // waiting gives up the core soon. `barrier` is what all count barriers from.
-    SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, bool crowded, uint32_t barrier = 0);
+    // Joins. Throws std::invalid_argument where the rank is taken, std::bad_alloc where its part of the segment cannot be had.
+    // `barrier` is what all count barriers from.
+    SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier = 0);
     SharedExchange(const SharedExchange&) = delete;
     SharedExchange& operator=(const SharedExchange&) = delete;
 
@@ -113,8 +113,8 @@ public:
     int dispatch(const Tokens& tokens, void* rows, int64_t* ids);
     void combine(const void* outputs, void* back);
 
-    // Whoever waits for this rank learns of it at once.
-    void leave();
+    // Ends the epoch for all, at once for those who wait. From any thread.
+    void give_up(uint64_t ranks) { header_.give_up(ranks); }
 
     const ExchangeTraffic& traffic() const { return traffic_; }
 
@@ -138,7 +138,7 @@ private:
     ExchangeHeader& header_;
     const int rank_;
     const Clock::duration timeout_;
-    const bool crowded_;
+    const bool crowded_;  // there are fewer cores than ranks: who waits gives up its core soon
     uint32_t barrier_;
     bool combine_next_ = false;
     int tokens_ = 0;

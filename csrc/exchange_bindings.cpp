@@ -22,6 +22,12 @@ std::vector<int> numbers(uint64_t ranks) {
     return found;
 }
 
+uint64_t bits(const std::vector<int>& ranks) {
+    uint64_t found = 0;
+    for (int r : ranks) found |= uint64_t(1) << r;
+    return found;
+}
+
 // Raised with the ranks, and whether they are missing (they may else be out of step).
 PyObject* peers_lost_type = nullptr;
 
@@ -46,15 +52,14 @@ void bind_exchange(nb::module_& m) {
             new (self) ExchangeLayout{ranks, tokens, top_k, row_bytes, std::move(group), epoch};
             self->check();
         }, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "row_bytes"_a, "group"_a, "epoch"_a)
-        .def_prop_ro("bytes", &ExchangeLayout::bytes)
-        .def("write", [](const ExchangeLayout& layout, Address segment) { layout.write(array<void>(segment)); }, "segment"_a)
+        .def_prop_ro("nbytes", &ExchangeLayout::bytes)
+        .def("write", [](const ExchangeLayout& layout, Address segment, int cores) { layout.write(array<void>(segment), cores); }, "segment"_a,
+             "cores"_a)
         .def("check", [](const ExchangeLayout& layout, Address segment, size_t bytes) { layout.check(array<void>(segment), bytes); },
-             "segment"_a, "bytes"_a);
+             "segment"_a, "nbytes"_a);
     m.def("exchange_joined", [](Address segment) { return numbers(array<ExchangeHeader>(segment)->joined()); }, "segment"_a);
     m.def("exchange_give_up", [](Address segment, const std::vector<int>& ranks) {
-        uint64_t lost = 0;
-        for (int r : ranks) lost |= uint64_t(1) << r;
-        array<ExchangeHeader>(segment)->give_up(lost);
+        array<ExchangeHeader>(segment)->give_up(bits(ranks));
     }, "segment"_a, "ranks"_a);
 
     nb::class_<ExchangeTraffic>(m, "ExchangeTraffic")
@@ -63,9 +68,10 @@ void bind_exchange(nb::module_& m) {
         .def_ro("bytes_in", &ExchangeTraffic::bytes_in)
         .def_ro("seconds_waited", &ExchangeTraffic::seconds_waited);
     nb::class_<SharedExchange>(m, "SharedExchange")
-        .def("__init__", [](SharedExchange* self, const ExchangeLayout& layout, Address segment, int rank, double timeout, bool crowded) {
-            new (self) SharedExchange(layout, array<void>(segment), rank, timeout, crowded);
-        }, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a, "crowded"_a)
+        // Keeps `memory`, in which the segment is mapped, as long as it lives, and so as long as any call of it lasts.
+        .def("__init__", [](SharedExchange* self, nb::handle, const ExchangeLayout& layout, Address segment, int rank, double timeout) {
+            new (self) SharedExchange(layout, array<void>(segment), rank, timeout);
+        }, "memory"_a, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a, nb::keep_alive<1, 2>())
         .def("agree", &SharedExchange::agree, "values"_a, release())
         .def("dispatch", [](SharedExchange& exchange, Address x, Address ids, int tokens, Address owners, int splits, int experts, Address rows,
                             Address ids_out) {
@@ -75,6 +81,6 @@ void bind_exchange(nb::module_& m) {
         .def("combine", [](SharedExchange& exchange, Address outputs, Address back) {
             exchange.combine(array<void>(outputs), array<void>(back));
         }, "outputs"_a, "back"_a, release())
-        .def("leave", &SharedExchange::leave)
+        .def("give_up", [](SharedExchange& exchange, const std::vector<int>& ranks) { exchange.give_up(bits(ranks)); }, "ranks"_a)
         .def_prop_ro("traffic", [](const SharedExchange& exchange) { return exchange.traffic(); });
 }

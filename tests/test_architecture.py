@@ -234,11 +234,12 @@ def test_options_are_counted() -> None:
 
 
 def test_light_imports_stay_light() -> None:
-    """The package, its command line's help and the scheduler do not wait for torch."""
+    """The package, its command line's help, the scheduler and a server's front do not wait for
+    torch."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
         "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.wire, "
-        "moebius.cli.commands\n"
+        "moebius.cli.commands, moebius.engine.supervisor, moebius.server.run, moebius.server.app\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -24,9 +24,9 @@ void require(bool good, const char* what) {
 }
 
 struct Memory {
-    explicit Memory(const ExchangeLayout& layout) : bytes(layout.bytes()), at(std::aligned_alloc(4096, bytes), std::free) {
+    explicit Memory(const ExchangeLayout& layout, int cores = 64) : bytes(layout.bytes()), at(std::aligned_alloc(4096, bytes), std::free) {
         std::memset(at.get(), 0, bytes);
-        layout.write(at.get());
+        layout.write(at.get(), cores);
         layout.check(at.get(), bytes);
     }
     size_t bytes;
@@ -103,11 +103,11 @@ void run_ranks(int count, const std::function<void(int)>& body) {
     for (std::thread& thread : threads) thread.join();
 }
 
-void test_steps(int ranks, int layers, bool crowded) {
+void test_steps(int ranks, int layers, int cores) {
     const ExchangeLayout layout{ranks, 5, 3, 12, "test", 1};
-    Memory memory(layout);
+    Memory memory(layout, cores);
     run_ranks(ranks, [&](int rank) {
-        SharedExchange exchange(layout, memory.at.get(), rank, 60, crowded);
+        SharedExchange exchange(layout, memory.at.get(), rank, 60);
         for (int number = 0; number < layers; number++) {
             const auto agreed = exchange.agree({number, rank});
             for (int r = 0; r < ranks; r++) require(agreed[r] == std::vector<int64_t>{number, r}, "agree gives all values");
@@ -132,7 +132,7 @@ void test_a_rank_that_does_not_come() {
     const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
     Memory memory(layout);
     run_ranks(3, [&](int rank) {
-        SharedExchange exchange(layout, memory.at.get(), rank, 0.2, false);
+        SharedExchange exchange(layout, memory.at.get(), rank, 3);
         exchange.agree({});
         if (rank == 1) return;
         require(lost([&] { exchange.agree({}); }).ranks == 2, "it is named");
@@ -146,12 +146,12 @@ void test_a_rank_that_leaves_and_one_that_is_given_up() {
         Memory memory(layout);
         auto* header = static_cast<ExchangeHeader*>(memory.at.get());
         run_ranks(3, [&](int rank) {
-            SharedExchange exchange(layout, memory.at.get(), rank, 600, false);
+            SharedExchange exchange(layout, memory.at.get(), rank, 600);
             exchange.agree({});
             if (rank == 1) {
                 std::this_thread::sleep_for(std::chrono::milliseconds(5));
                 if (given_up) header->give_up(2);
-                else exchange.leave();
+                else exchange.give_up(2);
             } else require(lost([&] { exchange.agree({}); }).ranks == 2, "those who wait learn of it at once");
         });
     }
@@ -161,7 +161,7 @@ void test_out_of_step() {
     const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
     Memory memory(layout);
     run_ranks(2, [&](int rank) {
-        SharedExchange exchange(layout, memory.at.get(), rank, 60, false);
+        SharedExchange exchange(layout, memory.at.get(), rank, 60);
         const PeersLost error = lost([&] {
             if (rank) exchange.agree({});
             else check_layer(exchange, layout, Layer(layout, 1), rank);
@@ -177,7 +177,7 @@ void test_barriers_count_on() {
     constexpr uint32_t start = UINT32_MAX - 5;
     for (int r = 0; r < 2; r++) static_cast<ExchangeHeader*>(memory.at.get())->line[r].arrived = start;
     run_ranks(2, [&](int rank) {
-        SharedExchange exchange(layout, memory.at.get(), rank, 60, false, start);
+        SharedExchange exchange(layout, memory.at.get(), rank, 60, start);
         for (int number = 0; number < 20; number++) check_layer(exchange, layout, Layer(layout, number), rank);
     });
 }
@@ -186,7 +186,7 @@ void test_barriers_count_on() {
 
 int main() {
     for (int ranks = 1; ranks <= 4; ranks++)
-        for (bool crowded : {false, true}) test_steps(ranks, 200, crowded);
+        for (int cores : {1, 64}) test_steps(ranks, 200, cores);
     test_a_rank_that_does_not_come();
     test_a_rank_that_leaves_and_one_that_is_given_up();
     test_out_of_step();

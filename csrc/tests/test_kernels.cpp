@@ -121,6 +121,36 @@ template <class T, class W> struct ExpertArrays {
     }
 };
 
+// Rows of pairs, summed, are what `experts` gives; where a rank holds half of the experts, theirs are the same rows and all
+// others are left alone.
+template <class T> void check_rows(Ops& ops, Experts table, const std::vector<T>& x, const std::vector<float>& weights,
+                                   const std::vector<int64_t>& ids, int k, const std::vector<T>& out) {
+    const int rows = int(ids.size()) / k, count = int(table.gate.size());
+    std::vector<T> inner(ids.size() * table.width), pairs(ids.size() * table.hidden), sum(out.size());
+    ops.expert_rows(table, x.data(), rows, ids.data(), k, inner.data(), pairs.data());
+    ops.combine(Number<T>::dtype, pairs.data(), weights.data(), rows, k, table.hidden, sum.data());
+    check(sum == out, "experts: other bits than its rows' sum");
+    for (int half = 0; half < 2; half++) {
+        Experts here = table;
+        here.holes = true;
+        std::vector<int64_t> kept = ids;
+        for (int e = half; e < count; e += 2) here.gate[e].data = here.up[e].data = here.down[e].data = nullptr;
+        for (int64_t& id : kept) if (id % 2 == half) id = count;
+        std::vector<T> some(pairs.size(), T(77));
+        ops.expert_rows(here, x.data(), rows, kept.data(), k, inner.data(), some.data());
+        for (size_t i = 0; i < some.size(); i++)
+            check(some[i] == (kept[i / table.hidden] == count ? T(77) : pairs[i]), "expert rows: of the experts that are held");
+        bool refused = false;
+        for (int64_t id : ids) refused |= id % 2 == half;
+        try {
+            ops.expert_rows(here, x.data(), rows, ids.data(), k, inner.data(), some.data());
+        } catch (const std::out_of_range&) {
+            refused = !refused;
+        }
+        check(!refused, "expert rows: a hole is refused, and nothing else");
+    }
+}
+
 template <class T, class W> void test_experts(Ops& ops) {
     for (int turn = 0; turn < 24; turn++) {
         ExpertArrays<T, W> e(one_of({1, 3, 6}), one_of({1, 31, 70}), one_of({1, 17, 48}), turn % 3 == 0);
@@ -139,6 +169,7 @@ template <class T, class W> void test_experts(Ops& ops) {
                         outer.data(), to.data());
         };
         run(e.table(e.weights, activation), out);
+        if (!dense) check_rows(ops, e.table(e.weights, activation), x, weights, ids, k, out);
         if constexpr (Number<T>::dtype == F32) {
             std::vector<std::vector<float>> copies[3];
             for (int kind = 0; kind < 3; kind++)

@@ -19,6 +19,7 @@ from moebius.engine.memory import (
     CacheSizes,
     MemoryPlan,
     WeightBytes,
+    exchange_bytes,
     human_bytes,
     plan_memory,
     sampling_bytes,
@@ -29,6 +30,7 @@ from moebius.models.config import LayerSpec, ModelConfig
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
+from moebius.ops.config import RouterConfig
 from tiny import write_model
 
 MODEL = ModelConfig(
@@ -351,3 +353,22 @@ def test_states_and_request_caches_are_planned_for_all_that_may_run() -> None:
     alone = windowed_plan(CacheSizes((), 0, state=5000), max_num_seqs=4)
     assert alone.num_blocks == 0 and alone.sequences(30_000) == 4
     assert alone.max_model_len == 32_768
+
+
+def test_what_ranks_exchange_worked_by_hand() -> None:
+    """Of 3 choices, rows of 64 bfloat16: on 2 ranks a row and its 3 ids go to the other; on 8 to 3
+    others. 3 rows come back. Dense layers exchange nothing."""
+    routed = FeedForwardConfig(32, RouterConfig(8, 3))
+    layers = (LayerSpec(None, routed), LayerSpec(None, FeedForwardConfig(128)))
+    config = replace(MODEL, layers=layers * 2)
+    assert exchange_bytes(config, 5, 1, 2) == 0
+    assert exchange_bytes(config, 5, 2, 2) == 5 * 2 * ((128 + 24) + 3 * 128)
+    assert exchange_bytes(config, 5, 8, 2) == 5 * 2 * (3 * (128 + 24) + 3 * 128)
+
+
+def test_a_rank_needs_room_for_all_ranks_rows() -> None:
+    """Where steps are not recorded: (row, choice) pairs of 3 * 32 + 2 * 64 numbers of 4 bytes."""
+    config = replace(MODEL, layers=(LayerSpec(None, FeedForwardConfig(32, RouterConfig(8, 3))),))
+    engine = EngineConfig(max_num_batched_tokens=100)
+    more = workspace_bytes(config, engine, 2, ranks=3) - workspace_bytes(config, engine, 2)
+    assert more == 2 * 100 * 3 * (3 * 32 + 2 * 64) * 4

@@ -10,12 +10,13 @@ import torch
 
 import moebius
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import load_engine, prepare, step_rows
+from moebius.engine.load import ExpertShare, load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.moe.config import FeedForwardConfig
+from moebius.moe.placement import Placement
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 from moebius.ops import Feature, Operation, select_ops
@@ -25,8 +26,10 @@ from moebius.ops.cpu import CpuOps
 from moebius.ops.cpu.program import RecordedProgram
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
+from moebius.parallel.exchange import ExchangeSpec
 from oracle import FAMILY, save_tiny
 from random_schedules import WINDOWED
+from rank_threads import group, together
 from tiny import write_tokenizer
 
 BUNDLED = Path(moebius.__file__).parent / "bundled"
@@ -54,6 +57,53 @@ def test_the_plan_is_what_is_allocated(tmp_path: Path, name: str, tokens: int) -
     assert prepared.plan.workspace >= planned.nbytes
     assert runner.cache.nbytes == prepared.plan.kv_cache > 0
     assert len(runner.cache.layout.windows) == len(prepared.plan.groups.blocks)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "dots1"])
+def test_a_ranks_plan_is_what_it_allocates(tmp_path: Path, model_type: str) -> None:
+    """Three ranks' engines, which warm up together: bytes of weights and of each one's programs."""
+    save_tiny(tmp_path, model_type)
+    write_tokenizer(tmp_path)
+    whole = prepare(tmp_path, SMALL)
+    each = [prepare(tmp_path, SMALL, ExpertShare(rank, 3)) for rank in range(3)]
+    config = whole.checkpoint.config
+    (top_k,) = {part.router.top_k for part in config.feed_forward if part.router is not None}
+    tokens = SMALL.max_num_batched_tokens
+    exchanges = group(ExchangeSpec(3, tokens, config.hidden_size, top_k, whole.dtype))
+    for prepared, exchange in zip(each, exchanges, strict=True):
+        assert prepared.decoder.ranks is not None
+        prepared.decoder.ranks.join(exchange)
+    engines = together(exchanges, lambda rank: load_engine(tmp_path, SMALL, prepared=each[rank]))
+    for engine, prepared in zip(engines, each, strict=True):
+        program = engine.runner.programs.step
+        assert isinstance(program, RecordedProgram)
+        assert program.trace == prepared.workspace.step
+        assert program.memory.nbytes == prepared.workspace.step.nbytes
+        # Rows of three ranks come, and their choices' outputs go.
+        received = 3 * tokens * (top_k + 1) * config.hidden_size * prepared.dtype.itemsize
+        assert prepared.workspace.step.nbytes > received
+        held = sum(x.nbytes for x in engine.runner.model.parameters())
+        assert held == prepared.plan.weights.mapped + prepared.plan.weights.copied
+    experts = [source for source in whole.checkpoint.sources if source.expert is not None]
+    rest = len(whole.checkpoint.sources) - len(experts)
+    assert sum(len(prepared.weights) for prepared in each) == len(experts) + 3 * rest
+    assert all(prepared.plan.weights.mapped < whole.plan.weights.mapped for prepared in each)
+    (row,) = [row for row in each[1].rows() if row[0] == "rank"]
+    assert row[1:] == ("1 of 3", row[2]) and row[2].startswith("2 of ")
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    with pytest.raises(ConfigError, match="this llama model has no experts"):
+        prepare(tmp_path, SMALL, ExpertShare(0, 2))
+    save_tiny(tmp_path, "mixtral")
+    with pytest.raises(ConfigError, match="6 ranks cannot share the 5 experts of a layer"):
+        prepare(tmp_path, SMALL, ExpertShare(0, 6))
+    with pytest.raises(ConfigError, match="rank 2 is none of the 2"):
+        prepare(tmp_path, SMALL, ExpertShare(2, 2))
+    placement = Placement.linear({0: 5, 1: 5}, 3)
+    with pytest.raises(ConfigError, match="placed on 3 ranks, but there are 2"):
+        prepare(tmp_path, SMALL, ExpertShare(0, 2, placement))
 
 
 PLAIN = GQA(4, 2, 16, rope=RopeConfig())

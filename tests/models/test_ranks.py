@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import rank_steps
 from moebius.engine.config import EngineConfig
-from moebius.engine.kv_cache import KVCache
 from moebius.engine.load import ExpertShare, prepare
 from moebius.engine.runner import Runner
-from moebius.engine.workspace import StepRows
 from moebius.errors import ConfigError, PeerError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, open_checkpoint
@@ -24,50 +23,23 @@ from moebius.models.store.load import Loader, load_decoder
 from moebius.moe.placement import LayerPlacement, Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops.cpu import CpuOps
+from moebius.ops.cpu.experts import CpuExperts
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
-from moebius.parallel.exchange import ExchangeSpec
+from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.shared_memory import Segment
 from ops.levels import bits
 from oracle import FAMILY, save_tiny
-from ranks import ThreadExchange, group, together
+from parallel import rank_side
+from parallel import ranks as processes
+from parallel.rank_side import Meeting
+from rank_steps import BLOCK_SIZE, BLOCKS, CPU, MAX_TOKENS, Batches, hidden_bytes, runner
+from rank_threads import ThreadExchange, group, together
 
 WITH_EXPERTS = sorted(
     name for name, sizes in FAMILY.items() if any("experts" in key for key in sizes)
 )
-MAX_TOKENS = 24
-BLOCK_SIZE = 4
-BLOCKS = 41  # one more than batches have
-CPU = torch.device("cpu")
-
-
-def runner(decoder: Decoder) -> Runner:
-    specs = decoder.config.caches(decoder.dtype)
-    cache = KVCache(specs, decoder.ops, num_blocks=BLOCKS, block_size=BLOCK_SIZE, device=CPU)
-    return Runner(decoder, cache, CPU, StepRows(MAX_TOKENS, MAX_TOKENS))
-
-
-class Batches:
-    """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9."""
-
-    def __init__(self, seed: object) -> None:
-        self._rng = random.Random(repr(seed))
-        self._computed = [0] * 4
-
-    def step(self, *, empty: bool = False) -> StepInputs:
-        """A prompt's chunk, a decoding token or nothing, of each."""
-        rng = self._rng
-        some = [s for s in range(4) if rng.random() < 0.7 and not empty]
-        counts = [rng.choice((1, rng.randint(1, MAX_TOKENS // 4))) for _ in some]
-        starts = []
-        for s, count in zip(some, counts, strict=True):
-            if self._computed[s] + count > 10 * BLOCK_SIZE:
-                self._computed[s] = 0  # another sequence
-            starts.append(self._computed[s])
-            self._computed[s] += count
-        ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
-        blocks = [range(10 * s, 10 * s + -(-self._computed[s] // BLOCK_SIZE)) for s in some]
-        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE)
 
 
 @dataclass
@@ -97,7 +69,7 @@ class Group:
             made.loaders.append(loader)
             made.runners.append(runner(decoder))
             made.alone.append(runner(load_decoder(checkpoint, dtype, ops=ops())))
-            made.batches.append(Batches((checkpoint.config.model_type, rank)))
+            made.batches.append(Batches(rank))
         return made
 
     def step(self, *, empty: Sequence[int] = ()) -> list[Tensor]:
@@ -114,7 +86,7 @@ class Group:
 
     def move(self, placement: Placement) -> None:
         for loader, one in zip(self.loaders, self.runners, strict=True):
-            loader.move_experts(one.model, placement)
+            loader.move_experts(one.model, loader.bring_experts(one.model, placement))
 
 
 def spec_of(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int) -> ExchangeSpec:
@@ -176,11 +148,35 @@ def test_any_placement_gives_the_same_bits_and_experts_move_between_steps(
         made.move(placement)
         made.step()
         for rank, one in enumerate(made.runners):
-            assert one.programs is not before[rank]
+            assert one.programs is before[rank]  # which go on with the experts that came
             for layer, placed in placement.layers.items():
                 held = one.model.layers[layer].mlp.experts.down_proj.held()
                 there = {e for e, weight in enumerate(held) if weight is not None}
                 assert there == set(placed.held[rank])
+
+
+@pytest.mark.parametrize("kind", ["shared", "gloo"])
+def test_processes_that_share_experts_give_the_bits_of_one(tmp_path: Path, kind: str) -> None:
+    """Three of them, over what they will really use, before and after experts were moved."""
+    save_tiny(tmp_path, "qwen2_moe")
+    checkpoint = open_checkpoint(tmp_path)
+    experts = checkpoint.config.experts
+    alone = [runner(load_decoder(tmp_path, torch.bfloat16, ops=CpuOps(1))) for _ in range(3)]
+    batches = [Batches(rank) for rank in range(3)]
+    spec = spec_of(checkpoint, torch.bfloat16, 3)
+    epoch = Epoch("test", 1)
+    with Segment(spec, epoch) as segment, processes.ranks(3) as members:
+        place = segment.place if kind == "shared" else str(tmp_path / "store")
+        processes.together(members, rank_side.join, Meeting(kind, place, spec, epoch))
+        first = Placement.linear(experts, 3)
+        processes.together(members, rank_steps.load, tmp_path, torch.bfloat16, first)
+        for turn in range(4):
+            found = processes.together(members, rank_steps.step)
+            for rank, one in enumerate(alone):
+                assert found[rank] == hidden_bytes(one, batches[rank].step())
+            if turn == 1:
+                other = random_placement(experts, 3, random.Random(kind))
+                processes.together(members, rank_steps.move, other)
 
 
 @pytest.mark.parametrize("ops", [CpuOps, ReferenceOps], ids=["unrecorded", "reference"])
@@ -194,6 +190,45 @@ def test_plain_pytorch_takes_part_too(tmp_path: Path, ops: type[Ops]) -> None:
     found = together(made.exchanges, lambda rank: made.runners[rank].execute(step).clone())
     for rank in range(2):
         torch.testing.assert_close(found[rank], made.alone[rank].execute(step))
+
+
+def test_programs_are_recorded_anew_where_they_cannot_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuExperts, "become", lambda *_: False)
+    save_tiny(tmp_path, "mixtral")
+    checkpoint = open_checkpoint(tmp_path)
+    experts = checkpoint.config.experts
+    made = Group.load(checkpoint, torch.bfloat16, Placement.linear(experts, 2))
+    before = [one.programs for one in made.runners]
+    made.step()
+    made.move(random_placement(experts, 2, random.Random(0)))
+    made.step()
+    assert all(one.programs is not was for one, was in zip(made.runners, before, strict=True))
+
+
+def test_a_group_goes_on_with_fewer_ranks_and_with_more_again(tmp_path: Path) -> None:
+    """One leaves, the others hold all experts between them, and then it is back."""
+    save_tiny(tmp_path, "olmoe")
+    checkpoint = open_checkpoint(tmp_path)
+    experts = checkpoint.config.experts
+    made = Group.load(checkpoint, torch.bfloat16, Placement.linear(experts, 3))
+    made.step()
+    everyone = list(zip(made.loaders, made.runners, made.alone, made.batches, strict=True))
+    for members in (everyone[1:], everyone):
+        loaders, runners, alone, batches = map(list, zip(*members, strict=True))
+        size = len(members)
+        exchanges = group(spec_of(checkpoint, torch.bfloat16, size))
+        for rank, (loader, one) in enumerate(zip(loaders, runners, strict=True)):
+            move = loader.bring_experts(one.model, Placement.linear(experts, size), rank)
+            loader.move_experts(one.model, move)
+            if size == 2:  # the group that it had joined was another's
+                with pytest.raises(PeerError, match="has joined no group yet"):
+                    one.execute(StepInputs.build([[7]], [0], [[BLOCKS - 1]], BLOCK_SIZE))
+            one.model.ranks.join(exchanges[rank])
+        part = Group(runners, alone, exchanges, loaders, batches)
+        for _ in range(3):
+            part.step()
 
 
 def test_a_rank_that_fails_ends_the_step_of_the_others(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.layer import FeedForward
 from moebius.moe.noise import jittered
 from moebius.moe.training import TrainingRouting
+from moebius.nn.spec import Place
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 
@@ -98,7 +99,7 @@ def test_the_second_policy() -> None:
 def part(config: FeedForwardConfig, limits: TrainingRouting) -> FeedForward:
     ops = ReferenceOps()
     ops.drops = True
-    built = FeedForward(config, 8, ops, LocalDispatcher(), torch.float32)
+    built = FeedForward(config, Place(ops, 8, 1e-6, torch.float32), LocalDispatcher())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in built.parameters():

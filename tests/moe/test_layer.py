@@ -10,6 +10,7 @@ from torch import Tensor
 from moebius.moe.config import FeedForwardConfig
 from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.layer import FeedForward
+from moebius.nn.spec import Place
 from moebius.ops import Ops, select_ops
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
@@ -20,7 +21,8 @@ D = 16
 def layer(
     config: FeedForwardConfig, dtype: torch.dtype = torch.float32, ops: Ops | None = None
 ) -> FeedForward:
-    built = FeedForward(config, D, ops or select_ops("cpu", dtype), LocalDispatcher(), dtype)
+    place = Place(ops or select_ops("cpu", dtype), D, 1e-6, dtype)
+    built = FeedForward(config, place, LocalDispatcher())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in built.parameters():

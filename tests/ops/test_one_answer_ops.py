@@ -80,11 +80,19 @@ def products(dtype: torch.dtype, stored: torch.dtype | None = None) -> dict[str,
         ) -> Any:
             return (ops.experts(x[at], share[at], ids[at], ops.prepare_experts(w, "silu", dtype)),)
 
+        def some(ops: CpuOps, at: Tensor, w: Any = w, x: Any = x, ids: Any = ids) -> Any:
+            """The rows of half of the experts, as a rank that holds these computes them."""
+            here = ids % 2 == 0
+            kept = ids.masked_fill(~here, len(w.gate_FD))
+            pairs = ops.expert_rows(x[at], kept[at], ops.prepare_experts(w, "silu", dtype))
+            return (pairs.masked_fill(~here[at].unsqueeze(2), 0).flatten(1),)
+
         def dense(ops: CpuOps, at: Tensor, w: Any = w, x: Any = x) -> Any:
             one = ExpertWeights(*(tensors[:1] for tensors in w))
             return (ops.experts(x[at], None, None, ops.prepare_experts(one, "gelu", dtype)),)
 
         named[f"experts {count, k, width, hidden}"] = routed
+        named[f"rows of experts {count, k, width, hidden}"] = some
         named[f"dense {width, hidden}"] = dense
     return named
 

@@ -69,15 +69,9 @@ def test_emulated_amx(programs: Path) -> None:
 
 @pytest.mark.sanitize
 @pytest.mark.timeout(1800)
-def test_exchange(programs: Path) -> None:
-    run(programs / "test_exchange")
-
-
-@pytest.mark.sanitize
-@pytest.mark.timeout(1800)
-def test_exchange_between_threads(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_exchange(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, sanitizers: str
 ) -> None:
-    """Under ThreadSanitizer, which sees memory that is read before whoever writes it is waited for."""
-    folder = sanitized(request, tmp_path_factory, "thread", "test_exchange")
-    run(folder / "test_exchange")
+    """ThreadSanitizer sees memory that is read before whoever writes it was waited for."""
+    run(sanitized(request, tmp_path_factory, sanitizers, "test_exchange") / "test_exchange")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import gc
+import itertools
+import resource
+import signal
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +27,8 @@ Held = dict[str, Any]
 class Meeting:
     """Where and as what the ranks of a test meet.
 
-    kind    "shared" or "gloo"
-    place   the segment's, or the file of gloo's store
+    kind    "shared", "gloo", "nccl", or "gloo group" for one that no epoch's name is part of
+    place   the segment's, or the file of the process group's store
     """
 
     kind: str
@@ -32,13 +36,13 @@ class Meeting:
     spec: ExchangeSpec
     epoch: Epoch
     timeout: float = 30.0
-    cores: int | None = None
 
 
 def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
     """Joins as the process's own rank, where the test names no other."""
     torch.set_num_threads(1)
-    held.pop("exchange", None)
+    if "exchange" in held:
+        held.pop("exchange").close()
     rank = held["rank"] if rank is None else rank
     spec = meeting.spec
     if meeting.kind == "shared":
@@ -48,28 +52,34 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
             rank,
             meeting.epoch,
             timeout=meeting.timeout,
-            cores=meeting.cores,
         )
         return
-    if dist.is_initialized():
-        held.pop("group").shutdown()
-        dist.destroy_process_group()
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(meeting.place, spec.size),
-        rank=rank,
-        world_size=spec.size,
-        timeout=timedelta(seconds=meeting.timeout),
-    )
-    held["group"] = dist.group.WORLD
+    store = dist.FileStore(meeting.place, spec.size)
+    if meeting.kind == "gloo":
+        held["exchange"] = CollectiveExchange.over_gloo(
+            store, spec, rank, meeting.epoch, timeout=meeting.timeout
+        )
+        return
+    if meeting.kind == "gloo group":
+        timeout = timedelta(seconds=meeting.timeout)
+        group = dist.ProcessGroupGloo(store, rank, spec.size, timeout)
+        held["exchange"] = CollectiveExchange(
+            group, spec, rank, meeting.epoch, timeout=meeting.timeout
+        )
+        return
+    torch.set_default_device("cuda")
     held["exchange"] = CollectiveExchange(
-        held["group"], spec, rank, meeting.epoch, timeout=meeting.timeout
+        dist.ProcessGroupNCCL(store, rank, spec.size),
+        spec,
+        rank,
+        meeting.epoch,
+        timeout=meeting.timeout,
+        device="cuda",
     )
 
 
 def leave(held: Held) -> None:
     held.pop("exchange").close()
-    gc.collect()
 
 
 @dataclass(frozen=True)
@@ -83,23 +93,27 @@ class Case:
     one_rank: bool = False  # holds all experts
 
     def owners_CE(self) -> Tensor:
-        drawn = torch.Generator().manual_seed(self.seed)
         shape = (self.splits, self.experts)
-        owners = torch.randint(0, len(self.tokens), shape, generator=drawn, dtype=torch.int32)
+        owners = draw(self.seed, len(self.tokens), shape, torch.int32)
         return torch.full_like(owners, len(self.tokens) - 1) if self.one_rank else owners
 
     def ids_TK(self, rank: int, spec: ExchangeSpec) -> Tensor:
         """Different experts for one token."""
-        drawn = torch.Generator().manual_seed(self.seed + 1000 * rank + 1)
-        chances = torch.rand(self.tokens[rank], self.experts, generator=drawn)
+        shape = (self.tokens[rank], self.experts)
+        chances = draw(self.seed + 1000 * rank + 1, 2**30, shape, torch.int64)
         return chances.topk(spec.top_k, dim=1).indices
 
     def x_TD(self, rank: int, spec: ExchangeSpec) -> Tensor:
         """Any bits, those of infinities and of numbers that are none among them."""
-        drawn = torch.Generator().manual_seed(self.seed + 1000 * rank + 2)
         shape = (self.tokens[rank], spec.row_bytes)
-        drawn_bytes = torch.randint(0, 256, shape, generator=drawn, dtype=torch.uint8)
-        return drawn_bytes.view(spec.dtype)
+        return draw(self.seed + 1000 * rank + 2, 256, shape, torch.uint8).view(spec.dtype)
+
+
+def draw(seed: int, below: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randint(0, below, shape, generator=generator, dtype=dtype, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -148,10 +162,10 @@ def layer(exchange: Exchange, case: Case) -> Outcome:
     moved = exchange.traffic - before
     untouched = (rows_RD[received:] == GUARD).all() and (ids_RK[received:] == GUARD).all()
     return Outcome(
-        bits(rows_RD[:received]).clone(),
-        ids_RK[:received].clone(),
+        bits(rows_RD[:received]).clone().cpu(),
+        ids_RK[:received].clone().cpu(),
         bool(untouched),
-        bits(back_TKD),
+        bits(back_TKD).cpu(),
         moved.bytes_out,
         moved.bytes_in,
     )
@@ -174,6 +188,15 @@ def repeated(held: Held, case: Case, times: int) -> list[tuple[int, ...]]:
     return agreed
 
 
+def layers_without_end(held: Held, case: Case, killed: int, microseconds: int) -> None:
+    """The rank that is to be killed is, by a timer, so long after its third layer."""
+    exchange = held["exchange"]
+    for number in itertools.count():
+        if number == 3 and exchange.rank == killed:
+            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+        layer(exchange, case)
+
+
 def agree(held: Held, *values: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
     """One agreement for each tuple; each rank adds its own rank to every value."""
     exchange = held["exchange"]
@@ -193,21 +216,29 @@ def waited(held: Held) -> tuple[int, float]:
 
 def agree_in_a_thread(held: Held) -> None:
     """Returns while the thread waits for the others."""
-    found: list[Any] = []
+    agreed: Future[list[tuple[int, ...]]] = Future()
     exchange = held["exchange"]
-    thread = threading.Thread(target=lambda: found.append(exchange.agree((7,))), daemon=True)
-    thread.start()
-    held["thread"] = (thread, found)
+
+    def agree() -> None:
+        try:
+            agreed.set_result(exchange.agree((7,)))
+        except Exception as error:
+            agreed.set_exception(error)
+
+    threading.Thread(target=agree, daemon=True).start()
+    held["agreed"] = agreed
 
 
 def agreed_in_the_thread(held: Held) -> list[tuple[int, ...]]:
-    thread, found = held["thread"]
-    thread.join()
-    return found[0]
+    return held["agreed"].result()
+
+
+def give_up(held: Held, ranks: tuple[int, ...]) -> None:
+    held["exchange"].give_up(ranks)
 
 
 def is_waiting(held: Held) -> bool:
-    return held["thread"][0].is_alive()
+    return not held["agreed"].done()
 
 
 def wrong_tensors(held: Held, name: str) -> None:
@@ -252,3 +283,10 @@ def combine_without_dispatch(held: Held) -> None:
 def start_segment(held: Held, spec: ExchangeSpec, epoch: Epoch) -> str:
     held["segment"] = Segment(spec, epoch)
     return held["segment"].place
+
+
+def start_segment_without_memory(held: Held, spec: ExchangeSpec, epoch: Epoch) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    in_use = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use, in_use))
+    Segment(spec, epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ ANSWER_SECONDS = 60
 
 @dataclass
 class Raised(Exception):
-    """What a rank's process raised: not every error can be made again from its pieces."""
+    """What a rank's process raised, and what it took: not every error can be sent."""
 
     kind: type[Exception]
     text: str
     ranks: tuple[int, ...]
     trace: str
+    seconds: float
+    processor_seconds: float
 
 
 class Rank:
@@ -37,6 +40,7 @@ class Rank:
         self._pipe, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=serve, args=(theirs, rank), daemon=True)
         self._process.start()
+        self._calls = 0
         theirs.close()
 
     @property
@@ -45,12 +49,20 @@ class Rank:
         return self._process.pid
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
-        self._pipe.send((function, args))
+        self._calls += 1
+        self._pipe.send((self._calls, function, args))
 
-    def result(self, seconds: float = ANSWER_SECONDS) -> Any:
-        if not self._pipe.poll(seconds):
-            raise TimeoutError(f"process {self.pid} did not answer")
-        found = self._pipe.recv()
+    def result(self) -> Any:
+        call = 0
+        # A test that failed may have left answers of its calls.
+        while call < self._calls:
+            if not self._pipe.poll(ANSWER_SECONDS):
+                raise AssertionError(f"rank {self.pid} did not answer")
+            try:
+                call, found = self._pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self._process.join()
+                raise AssertionError(f"a rank ended, with {self._process.exitcode}") from None
         if isinstance(found, Raised):
             raise found
         return found
@@ -71,6 +83,10 @@ class Rank:
         self._process.kill()
         self._process.join()
 
+    def wait_for_its_end(self) -> None:
+        self._process.join(ANSWER_SECONDS)
+        assert self._process.exitcode is not None
+
     def stop(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
 
@@ -87,14 +103,19 @@ def serve(pipe: Connection, rank: int) -> None:
     held: dict[str, Any] = {"rank": rank}
     while True:
         try:
-            function, args = pipe.recv()
+            call, function, args = pipe.recv()
         except EOFError:
             return
+        begun = time.monotonic()
+        used = time.process_time()
         try:
-            pipe.send(function(held, *args))
+            pipe.send((call, function(held, *args)))
         except Exception as error:
             ranks = getattr(error, "ranks", ())
-            pipe.send(Raised(type(error), str(error), ranks, traceback.format_exc()))
+            seconds = time.monotonic() - begun
+            trace = traceback.format_exc()
+            spent = time.process_time() - used
+            pipe.send((call, Raised(type(error), str(error), ranks, trace, seconds, spent)))
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from moebius.errors import ConfigError, PeerError
+from moebius.errors import ConfigError, MemoryPlanError, PeerError
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange, segment_bytes
 from parallel import rank_side
@@ -35,8 +36,8 @@ def pool() -> Iterator[list[Rank]]:
         yield started
 
 
-def meeting(segment: Segment, cores: int | None = None) -> Meeting:
-    return Meeting("shared", segment.place, segment.spec, segment.epoch, LONG, cores)
+def meeting(segment: Segment) -> Meeting:
+    return Meeting("shared", segment.place, segment.spec, segment.epoch, LONG)
 
 
 def join(segment: Segment, rank: int = 0, **changed: object) -> SharedMemoryExchange:
@@ -46,17 +47,20 @@ def join(segment: Segment, rank: int = 0, **changed: object) -> SharedMemoryExch
 
 def mapped_anywhere(name: str) -> list[str]:
     """Processes that have a segment of this name in their memory or among their files."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            try:
-                held = (process / "maps").read_text()
-                held += "".join(os.readlink(file) for file in (process / "fd").iterdir())
-            except OSError:  # it has ended, or is not ours
-                continue
-            if f"memfd:{name}" in held:
-                found.append(process.name)
-    return found
+    processes = (process for process in Path("/proc").iterdir() if process.name.isdecimal())
+    return [process.name for process in processes if f"memfd:{name}" in held_by(process)]
+
+
+def held_by(process: Path) -> str:
+    """Empty where the process has ended, or is not ours."""
+    try:
+        held = (process / "maps").read_text()
+        for file in list((process / "fd").iterdir()):
+            with suppress(OSError):  # it has been closed
+                held += os.readlink(file)
+    except OSError:
+        return ""
+    return held
 
 
 def test_joining_and_who_has(segment: Segment) -> None:
@@ -67,11 +71,11 @@ def test_joining_and_who_has(segment: Segment) -> None:
         join(segment, 2)
     with pytest.raises(ConfigError, match="rank 3 of a group of 3"):
         join(segment, 3)
-    # Once all have joined nobody needs the place; those who have, keep the memory.
+    segment.give_up([1])
+    # Those who have joined keep the memory.
     segment.close()
     with pytest.raises(PeerError, match="has closed it or ended"):
         join(segment, 1)
-    segment.give_up([1])
     for exchange in held:
         with pytest.raises(PeerError, match=r"epoch 5 of group shared: rank 1 .* ended or left"):
             exchange.agree(())
@@ -85,6 +89,11 @@ def test_a_segment_for_something_else_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"the segment is for .* 3 ranks of 6 tokens, 3 .* 20 "):
         join(segment, **changed)
+
+
+def test_a_rank_of_another_epoch_is_refused(segment: Segment) -> None:
+    with pytest.raises(ConfigError, match=r"for epoch 5 of group shared.*is for epoch 6 of "):
+        SharedMemoryExchange(segment.place, SPEC, 0, Epoch("shared", 6), timeout=LONG)
 
 
 def test_other_files_are_no_segments(segment: Segment, tmp_path: Path) -> None:
@@ -137,12 +146,50 @@ def test_a_rank_that_leaves_and_one_that_is_given_up_are_known_at_once(pool: lis
                 )
 
 
+@pytest.mark.parametrize("microseconds", [10, 70, 330, 1900])
+def test_a_rank_that_is_killed_anywhere_in_a_layer(microseconds: int) -> None:
+    """Whoever sees it die tells the others, who need not wait for their deadline."""
+    with Segment(SPEC, EPOCH) as segment, ranks(3) as members:
+        together(members, rank_side.join, meeting(segment))
+        for rank in members:
+            rank.start(rank_side.layers_without_end, Case(1, (6, 2, 3), 7), 1, microseconds)
+        members[1].wait_for_its_end()
+        segment.give_up([1])
+        for rank in (members[0], members[2]):
+            error = rank.error()
+            assert error.kind is PeerError and error.ranks == (1,), error
+
+
 @pytest.mark.parametrize("cores", [1, 64])
 def test_fewer_cores_than_ranks_and_more(pool: list[Rank], cores: int) -> None:
-    with Segment(SPEC, EPOCH) as segment:
-        together(pool, rank_side.join, meeting(segment, cores))
+    with Segment(SPEC, EPOCH, cores=cores) as segment:
+        together(pool, rank_side.join, meeting(segment))
         agreed = together(pool, rank_side.repeated, Case(1, (6, 0, 3), 7), 30)
         assert agreed == [[(29, 0), (29, 1), (29, 2)]] * 3
+
+
+def test_memory_that_cannot_be_had() -> None:
+    """In a process that may have no more than it has."""
+    spec = replace(SPEC, tokens=4096, hidden=4096)
+    with ranks(1) as [rank]:
+        rank.start(rank_side.start_segment_without_memory, spec, EPOCH)
+        error = rank.error()
+    assert error.kind is MemoryPlanError
+    mebibytes = segment_bytes(spec) / 2**20
+    assert f"the {mebibytes:.1f} MiB that ranks share cannot be had" in error.text
+
+
+def test_what_is_closed_holds_no_memory() -> None:
+    epoch = Epoch(f"closed{os.getpid()}", 1)
+    name = f"moebius-{epoch.group}"
+    segment = Segment(SPEC, epoch)
+    exchange = SharedMemoryExchange(segment.place, SPEC, 0, epoch, timeout=LONG)
+    segment.close()
+    assert mapped_anywhere(name) == [str(os.getpid())]
+    exchange.close()
+    assert mapped_anywhere(name) == []
+    with pytest.raises(PeerError, match="rank 0 has left it"):
+        exchange.agree(())
 
 
 def test_nothing_is_left_of_a_segment_whoever_is_killed() -> None:

@@ -116,16 +116,18 @@ def _serve_on(
 
     Whatever is wrong is said before the weights are read; the port opens when tokens can flow.
     """
-    from moebius.engine.wire import Launch
-    from moebius.front.choices import draw_prefix_key
     from moebius.front.engines import EngineProcesses
     from moebius.models.hub import resolve_model
-    from moebius.server.app import create_app
-    from moebius.server.run import run_server
-    from moebius.text import GenerationDefaults, Tokenizer
 
     directory = resolve_model(model)
     with EngineProcesses(config.ranks) as processes:
+        # While they start.
+        from moebius.engine.wire import Launch
+        from moebius.front.choices import draw_prefix_key
+        from moebius.server.app import create_app
+        from moebius.server.run import run_server
+        from moebius.text import GenerationDefaults, Tokenizer
+
         tokenizer = Tokenizer.load(directory)
         generation = GenerationDefaults.load(directory, tokenizer)
         key = draw_prefix_key()
@@ -135,7 +137,9 @@ def _serve_on(
         if options.generation_config == "none":
             generation = replace(generation, sampling={})
         client = processes.launch(launch, lambda planned: _say_plan(model, planned, generation))
-        app = create_app(client, tokenizer, generation, settings, prefix_key=key)
+        app = create_app(
+            client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
+        )
         address = host_and_port(options.host, sockets[0].getsockname()[1])
         line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
         # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
@@ -153,7 +157,7 @@ def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") 
     typer.echo("sampling defaults: " + (", ".join(sampling) or "OpenAI's"), err=True)
 
 
-@o.options_of("config", EngineConfig, *o.SIZES)
+@o.options_of("config", EngineConfig, *o.SIZES, "ranks", "expert_placement", "spare_experts")
 def plan(
     config: EngineConfig,
     model: o.Model = "bundled",

@@ -130,16 +130,13 @@ class Service:
                 frame = self._channel.receive(wire.HEARTBEAT_SECONDS)
             except DeadlineError:
                 continue
-            match wire.decode_to_engine(frame):
+            message = wire.decode_to_engine(frame)
+            match message:
                 case wire.Submit(request, number):
                     self._submit(request)
-                    self._hear(number)
-                case wire.Hear(number):
-                    self._hear(number)
-                case wire.Join() as join:
-                    if self._member is None:
-                        raise WireError("an engine that is no rank was told to join a group")
-                    self._engine.between_steps(partial(self._member.join, join))
+                    self._tell_member(wire.Hear(number))
+                case wire.Hear() | wire.Join() | wire.Move():
+                    self._tell_member(message)
                 case wire.Abort(request_id):
                     self._engine.abort(request_id)
                 case wire.ReadLoads():
@@ -155,9 +152,12 @@ class Service:
         except MoebiusError as error:
             self._deliver([failed(request.id, error)])
 
-    def _hear(self, number: int) -> None:
-        if self._member is not None:
-            self._engine.between_steps(partial(self._member.hear, number))
+    def _tell_member(self, message: wire.Hear | wire.Join | wire.Move) -> None:
+        member = self._member
+        if member is not None:
+            self._engine.between_steps(partial(member.take, message))
+        elif not isinstance(message, wire.Hear):
+            raise WireError(f"an engine that is no rank was sent {type(message).__name__}")
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Send a step's outputs. That the front is gone is for the reading thread to see."""
@@ -219,6 +219,7 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     from moebius.engine.member import Member
     from moebius.engine.place import place
     from moebius.engine.rank import RankEngine
+    from moebius.moe.placement import Placement
 
     directory = Path(launch.directory)
     config = launch.config
@@ -226,7 +227,10 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     here = place(launch.local_rank, launch.local_ranks, config.threads)
     here.take()
     config = replace(config, threads=here.threads)
-    share = ExpertShare(launch.rank, ranks, neighbours=launch.neighbours) if ranks > 1 else None
+    share = None
+    if ranks > 1:
+        placement = None if launch.held is None else Placement.of(launch.held)
+        share = ExpertShare(launch.rank, ranks, placement, neighbours=launch.neighbours)
     prepared = prepare(directory, config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
@@ -239,9 +243,7 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     )
     member = None
     if isinstance(engine, RankEngine):
-        member = Member(
-            engine, exchange_spec(prepared), launch.rank, partial(_send, channel), here.at_once
-        )
+        member = Member(engine, exchange_spec(prepared), partial(_send, channel))
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member)
 

@@ -86,7 +86,7 @@ class RemoteClient:
         self._ended = ended
         self._clock = clock
         self._deliveries = Deliveries(self.abort)
-        self.heard: Callable[[wire.Joined | wire.Parted], None] = lambda message: None
+        self.heard: Callable[[wire.OfGroup], None] = lambda message: None
         """Called, on the reading thread, with what a rank says of its group."""
         self._early: list[bytes] | None = []
         self._last_heard = clock()
@@ -229,7 +229,7 @@ class RemoteClient:
                     self._loads.heard(loads)
                 case wire.Failed(error):
                     raise error if isinstance(error, EngineError) else EngineError(str(error))
-                case wire.Joined() | wire.Parted():
+                case wire.Joined() | wire.Parted() | wire.Moved() | wire.Unmoved():
                     self.heard(message)
                 case wire.Heartbeat() | wire.Planned() | wire.Loaded():
                     pass

@@ -35,6 +35,9 @@ HEARTBEAT_SECONDS = 0.25
 SEND_SECONDS = 30.0
 """What the other end gets to take a frame."""
 
+Held = dict[int, tuple[tuple[int, ...], ...]]
+"""By a layer's number, the experts that each rank holds of it."""
+
 
 class _Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     pass
@@ -48,6 +51,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     eos_ids      the model's end tokens
     log_level    what the engine's process logs
     rank         which of config.ranks engines it is that share the model's experts
+    held         for each layer with a router, the experts that each of these holds
     neighbours   of these on its own host, itself among them: how many have not taken their memory
                  yet
     local_rank   which of local_ranks it is, of those on its own host: these share its processors
@@ -59,6 +63,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     eos_ids: frozenset[int]
     log_level: str = "info"
     rank: int = 0
+    held: Held | None = None
     neighbours: int = 1
     local_rank: int = 0
     local_ranks: int = 1
@@ -80,6 +85,9 @@ class Hear(_Record, frozen=True, tag="hear"):
 class Join(_Record, frozen=True, tag="join"):
     """Front to a rank: compute with the others, in this epoch of their group.
 
+    rank      which of them it is in this epoch
+    held      for each layer with a router, the experts that each of them holds, and the number of
+              this placement: it is what is computed by when the epoch begins
     place     where the group's shared memory is
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
@@ -87,9 +95,23 @@ class Join(_Record, frozen=True, tag="join"):
 
     group: str
     epoch: int
+    rank: int
+    held: Held
+    number: int
     place: str
     timeout: float
     heard: int
+
+
+class Move(_Record, frozen=True, tag="move"):
+    """Front to a rank: for these layers hold what `held` says of it, beside what it holds now, and
+    from the step on in which all ranks do, compute by it. It answers with Moved or Unmoved.
+
+    A move that is not made yet is not wanted any more.
+    """
+
+    number: int
+    held: Held
 
 
 class Abort(_Record, frozen=True, tag="abort"):
@@ -155,6 +177,19 @@ class Parted(_Record, frozen=True, tag="parted"):
     error: MoebiusError
 
 
+class Moved(_Record, frozen=True, tag="moved"):
+    """A rank to the front: it computes by the placement of this number, as all do."""
+
+    number: int
+
+
+class Unmoved(_Record, frozen=True, tag="unmoved"):
+    """A rank to the front: it cannot have the experts that this placement says."""
+
+    number: int
+    error: MoebiusError
+
+
 class Failed(_Record, frozen=True, tag="failed"):
     """Engine to front, last of all: it cannot go on, or could not begin."""
 
@@ -179,8 +214,9 @@ class Loads(_Record, frozen=True, tag="loads"):
     loads: ExpertLoads
 
 
-ToEngine = Launch | Submit | Hear | Join | Abort | ReadLoads | Stop
-FromEngine = Heartbeat | Planned | Loaded | Joined | Parted | Failed | Outputs | Stats | Loads
+ToEngine = Launch | Submit | Hear | Join | Move | Abort | ReadLoads | Stop
+OfGroup = Joined | Parted | Moved | Unmoved
+FromEngine = Heartbeat | Planned | Loaded | OfGroup | Failed | Outputs | Stats | Loads
 
 
 class _Error(_Record, frozen=True):

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from moebius.engine import wire
-from moebius.engine.client import EngineClient
+from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess
 from moebius.errors import EngineError, MoebiusError
 from moebius.front.group import RankGroup
@@ -37,6 +37,7 @@ class EngineProcesses:
         self._early: dict[int, EngineProcess] = {}
         self._processes: dict[int, EngineProcess] = {}
         self._client: ReplayClient | None = None
+        self._group: RankGroup | None = None
         self._reason: MoebiusError | None = None
         self._failure: MoebiusError | None = None
         self._closed = False
@@ -55,6 +56,7 @@ class EngineProcesses:
         Raises the error that loading ends with.
         """
         group = RankGroup(message) if message.config.ranks > 1 else None
+        self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
             early = self._early.pop(number, None)
@@ -75,6 +77,10 @@ class EngineProcesses:
             start, message.config.ranks, queue=message.config, on_give_up=self._give_up
         )
         return self._client
+
+    def spread(self) -> ExpertSpread | None:
+        """How ranks share the model's experts; None where one process has them all."""
+        return None if self._group is None else self._group.spread()
 
     def _none_at_all(self, error: MoebiusError) -> MoebiusError:
         """An engine does not start. The first time all have to, so the others are ended, too.
@@ -101,6 +107,8 @@ class EngineProcesses:
     def close(self) -> None:
         """Stop the engines and wait for the ends of their processes, loaded or not."""
         self._closed = True
+        if self._group is not None:
+            self._group.close()
         if self._client is not None:
             self._client.close(_CLOSE_SECONDS)
         for process in [*self._early.values(), *self._processes.values()]:

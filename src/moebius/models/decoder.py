@@ -51,9 +51,7 @@ class Layer(nn.Module):
             self.post_attention_layernorm = norm()
             dispatch = ranks.dispatcher(place.ops, place.layer) if ranks else LocalDispatcher()
             held = ranks.held(place.layer) if ranks else None
-            self.mlp = FeedForward(
-                spec.feed_forward, place.hidden_size, place.ops, dispatch, place.dtype, held
-            )
+            self.mlp = FeedForward(spec.feed_forward, place, dispatch, held)
             self.mlp_output_norm = norm() if sandwich else None
 
     def forward(
@@ -80,9 +78,7 @@ class Decoder(nn.Module):
     """Embedding, layers, norm and vocabulary projection (absent when tied to the embedding).
 
     Built on `device` with uninitialised parameters of `dtype`, for moebius.models.store.load or
-    moebius.train.initial to fill.
-
-    ranks: where its layers' experts are spread over several ranks, this one's part.
+    moebius.train.initial to fill. `ranks` is this one's part where several share the experts.
     """
 
     def __init__(

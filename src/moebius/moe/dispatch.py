@@ -1,7 +1,4 @@
-"""How a layer's tokens get to their experts and back, where all of these are here.
-
-moebius.moe.ranks is for experts over several ranks.
-"""
+"""How a layer's tokens get to their experts and back; over several ranks see moebius.moe.ranks."""
 
 from typing import Protocol
 

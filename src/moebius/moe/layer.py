@@ -1,46 +1,35 @@
 """The feed-forward part of a layer: router, dispatch, experts, and the expert that is always on."""
 
-from collections.abc import Container
-
-import torch
 from torch import Tensor, nn
 
 from moebius.moe.config import FeedForwardConfig
 from moebius.moe.dispatch import Dispatcher
-from moebius.moe.experts import Experts
+from moebius.moe.experts import Experts, Held
 from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Linear
-from moebius.ops import Ops
+from moebius.nn.spec import Place
 
 
 class FeedForward(nn.Module):
-    """Dense (no router, one expert) or a mixture of experts, by its configuration.
-
-    held: the experts that lie at this rank; None for all of them.
-    """
+    """Dense (no router, one expert) or a mixture of experts, by its configuration."""
 
     def __init__(
-        self,
-        config: FeedForwardConfig,
-        hidden_size: int,
-        ops: Ops,
-        dispatch: Dispatcher,
-        dtype: torch.dtype,
-        held: Container[int] | None = None,
+        self, config: FeedForwardConfig, place: Place, dispatch: Dispatcher, held: Held = None
     ) -> None:
         super().__init__()
-        self.ops = ops
+        self.ops = place.ops
         self.dispatch = dispatch
+        size = place.hidden_size
         router = config.router
-        self.router = None if router is None else Router(ops, router, hidden_size, dtype)
+        self.router = None if router is None else Router(place.ops, router, size, place.dtype)
         count = 1 if router is None else router.num_experts
-        self.experts = Experts(ops, config, count, hidden_size, config.width, dtype, held)
+        self.experts = Experts(config, place, count, config.width, held)
         self.shared: Experts | None = None
         self.shared_gate: Linear | None = None
         if config.shared_width:
-            self.shared = Experts(ops, config, 1, hidden_size, config.shared_width, dtype)
+            self.shared = Experts(config, place, 1, config.shared_width)
             if config.shared_gate:
-                self.shared_gate = Linear(ops, hidden_size, 1, dtype=dtype)
+                self.shared_gate = Linear(place.ops, size, 1, dtype=place.dtype)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing | None]:
         """The layer's output (T, D), and where its tokens went, None for a dense one."""

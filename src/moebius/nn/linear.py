@@ -58,18 +58,15 @@ class WeightList(nn.ParameterList):
             made = nn.Parameter(torch.empty(*shape, dtype=dtype)) if here else None
             self.register_parameter(str(index), made)
 
-    def hold(self, index: int, matrix: Matrix) -> None:
-        """Compute with `matrix` in place of a parameter. Raises ValueError for another shape."""
+    def hold(self, index: int, matrix: Matrix | None) -> None:
+        """Compute with `matrix`, ValueError for another shape; None makes a hole."""
         weight = self.held()[index]
-        if weight is not None:
+        if matrix is not None and weight is not None:
             _require_shape(matrix, weight)
         self._parameters[str(index)] = None
-        self._matrices[str(index)] = matrix
-
-    def drop(self, index: int) -> None:
-        """Make a hole of it."""
-        self._parameters[str(index)] = None
         self._matrices.pop(str(index), None)
+        if matrix is not None:
+            self._matrices[str(index)] = matrix
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -285,24 +285,20 @@ class Ops(SamplerOps):
         expert_ids_TK: Tensor | None,
         experts: PreparedExperts,
     ) -> Tensor:
-        """Gated feed-forward down(act(gate x) * up x) of each token's experts, summed: (T, D).
+        """What `expert_rows` gives, summed as by `combine`: (T, D).
 
-        Each expert's output is rounded to the model's dtype; the sum over k, times weights_TK
-        (float32), runs in routing order in float32. Without up it is down(act(gate x)). Without
-        weights and ids (int64) there is one expert, which serves every token: a dense
+        Without weights and ids there is one expert, which serves every token: a dense
         feed-forward. Raises IndexError for an id that is no expert's, or a hole's.
         """
 
     @abstractmethod
     def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
-        """What `experts` sums, before the sum: each choice's output, rounded: (R, K, D).
+        """Gated feed-forward down(act(gate x) * up x) of each choice's expert, rounded: (R, K, D).
 
-        An id of E stands for none, whose row holds anything. Raises IndexError as `experts`.
+        Without up it is down(act(gate x)). expert_ids_RK: int64; E stands for none, whose row holds
+        anything. Raises IndexError as `experts`.
         """
 
     @abstractmethod
     def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        """The sum over k, in that order, of weights (float32) times rows: (T, D).
-
-        In float32, rounded once: so what experts elsewhere gave is the sum of those here.
-        """
+        """The sum over k, in that order, of weights (float32) times rows, rounded once: (T, D)."""

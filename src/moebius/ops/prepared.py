@@ -34,6 +34,11 @@ class PreparedExperts(ABC):
     def is_of(self, weights: ExpertWeights) -> bool:
         """Whether it was made of these very tensors, and they lie where they lay."""
 
+    def become(self, other: "PreparedExperts") -> bool:
+        """Take the place of `other`, of the same sizes, in programs too that were recorded with
+        this; between two runs. False where this backend records nothing, or cannot."""
+        return False
+
 
 class LayerCache:
     """One layer's keys and values, in the layout of the backend that made it."""

@@ -21,8 +21,7 @@ class ExpertWeights(NamedTuple):
     down_DF          E weights (D, F)
     the biases       E tensors each, (F,), (F,) and (D,), or empty for none
 
-    All that an expert has is None where another rank holds it: a hole. There is at least one
-    that is none.
+    All of an expert is None where another rank holds it: a hole. Not all are.
     """
 
     gate_FD: Sequence[Weight | None]

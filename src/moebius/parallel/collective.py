@@ -6,14 +6,18 @@ together: what a call costs, it costs once.
 """
 
 import hashlib
+import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroupGloo, Work
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.exchange import (
@@ -31,7 +35,8 @@ _HELLO = 1
 _AGREE = 2
 _DISPATCH = 3
 _VERSION = 1
-# Between two looks at a device that has not come so far.
+# Between two looks whether somebody has given up; and whether a device has come so far.
+_SLICE_SECONDS = 0.05
 _POLL_SECONDS = 20e-6
 
 
@@ -51,19 +56,33 @@ class _Sent:
     pairs_from: list[int]
 
 
+class Group(Protocol):
+    """What is used of a process group; torch's ProcessGroupGloo and ProcessGroupNCCL alone, without
+    torch's global state, have it too."""
+
+    def rank(self) -> int: ...
+    def size(self) -> int: ...
+    def alltoall_base(
+        self, output: Tensor, input: Tensor, output_counts: list[int], input_counts: list[int]
+    ) -> Work: ...
+    def abort(self) -> None: ...
+
+
 class CollectiveExchange(CheckedExchange):
     """A rank's part in a process group, which is this epoch's alone.
 
-    group     its own timeout bounds how long gloo's threads try, after this exchange's has passed
+    group     given for good: where a rank is lost, dropping the last reference to it waits for
+              gloo's threads, which try for as long as the group's own timeout says. `close` drops
+              it where nobody waits.
     device    of all tensors
 
     Making one is the first thing that ranks do together. Raises ConfigError where they differ in
-    what they are for, PeerError. The group is its giver's to end, by which others learn of it.
+    what they are for, PeerError.
     """
 
     def __init__(
         self,
-        group: ProcessGroup,
+        group: Group,
         spec: ExchangeSpec,
         rank: int,
         epoch: Epoch,
@@ -77,7 +96,7 @@ class CollectiveExchange(CheckedExchange):
                 f"{epoch}: rank {rank} of {spec.size} was given a process group in which it is "
                 f"rank {group.rank()} of {group.size()}"
             )
-        self._group = group
+        self._group: Group | None = group
         self._device = torch.device(device)
         self._ranks_P = torch.arange(spec.size, dtype=torch.int32, device=self._device)
         # A row on its way: its bytes, then the experts that it is sent to as int32.
@@ -90,9 +109,37 @@ class CollectiveExchange(CheckedExchange):
         self._sent: _Sent | None = None
         self._greet()
 
+    @classmethod
+    def over_gloo(
+        cls, store: Store, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
+    ) -> Self:
+        """Meets the other ranks at a store, which later epochs can use too.
+
+        gloo's sockets are at the interface that the variable GLOO_SOCKET_IFNAME names. Raises as
+        making one from a group does.
+        """
+        place = PrefixStore(str(epoch), store)
+        try:
+            group = ProcessGroupGloo(place, rank, spec.size, timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise _lost_peers(spec.size, rank, epoch, timeout, error) from None
+        return cls(cast(Group, group), spec, rank, epoch, timeout=timeout)
+
     @property
     def traffic(self) -> Traffic:
         return Traffic(self._calls, self._bytes_out, self._bytes_in, self._seconds_waited)
+
+    def close(self) -> None:
+        super().close()
+        held = [self._group]
+        self._group = None
+        threading.Thread(target=held.clear, name="drop group", daemon=True).start()
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        named = ", ".join(map(str, ranks))
+        self._over = self._over or PeerError(
+            f"{self.epoch}: ranks {named} were given up", ranks=tuple(ranks)
+        )
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         self._calls += 1
@@ -195,11 +242,11 @@ class CollectiveExchange(CheckedExchange):
         return ids_SB.view(torch.int32)
 
     def _trade_headers(self, doing: int, values: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Sends each rank its values; every rank's for this one. It waits for them on the host."""
+        """Sends each rank its values, and returns every rank's for this one."""
         rows = [(doing, len(each), *each, *([0] * (MOST_VALUES - len(each)))) for each in values]
         headers_PH = torch.tensor(rows, dtype=torch.int64, device=self._device)
         found_PH = torch.empty_like(headers_PH)
-        self._all_to_all(found_PH, headers_PH, [1] * self.size, [1] * self.size, on_host=True)
+        self._all_to_all(found_PH, headers_PH, [1] * self.size, [1] * self.size)
         found = found_PH.tolist()
         others = tuple(rank for rank, header in enumerate(found) if header[0] != doing)
         if others:
@@ -211,49 +258,53 @@ class CollectiveExchange(CheckedExchange):
         return [tuple(header[2 : 2 + header[1]]) for header in found]
 
     def _all_to_all(
-        self,
-        received: Tensor,
-        sent: Tensor,
-        counts_from: list[int],
-        counts_to: list[int],
-        on_host: bool = False,
+        self, received: Tensor, sent: Tensor, counts_from: list[int], counts_to: list[int]
     ) -> None:
-        """Rows of `sent` to each rank, those of each into `received`.
-
-        On a GPU what follows in its stream finds them there; the host waits only with `on_host`,
-        and so meets there what held up an earlier call.
-        """
+        """Rows of `sent` to each rank, those of each into `received`."""
+        group = self._group
+        if group is None:
+            raise self._lost(RuntimeError("closed"))
         begun = time.monotonic()
         try:
-            work = self._group.alltoall_base(received, sent, counts_from, counts_to)
-            self._wait(work, on_host, begun + self.timeout)
+            work = group.alltoall_base(received, sent, counts_from, counts_to)
+            if self._device.type == "cpu":
+                self._wait(work, begun + self.timeout)
+            else:
+                self._wait_for_device(group, work, begun + self.timeout)
         except (RuntimeError, TimeoutError) as error:
             raise self._lost(error) from None
         self._seconds_waited += time.monotonic() - begun
 
-    def _wait(self, work: Work, on_host: bool, until: float) -> None:
-        if self._device.type == "cpu":
-            work.wait(timedelta(seconds=self.timeout))
-            return
+    def _wait(self, work: Work, until: float) -> None:
+        """In slices, between which another thread may have given up."""
+        while True:
+            seconds = min(_SLICE_SECONDS, max(0.001, until - time.monotonic()))
+            try:
+                work.wait(timedelta(seconds=seconds))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # raises what it failed with, unless it came just now
+                    return
+                if self._over or time.monotonic() > until:
+                    raise
+
+    def _wait_for_device(self, group: Group, work: Work, until: float) -> None:
+        """On a GPU an operation is only put in line; the host waits until its turn has come, as
+        else it would wait without a deadline for whatever it reads from the device next."""
         work.wait()
-        if not on_host:
-            return
         reached = torch.Event(self._device)
         reached.record()
         while not reached.query():
-            if time.monotonic() > until:
-                self._group.abort()  # else the device would wait on
+            if self._over or time.monotonic() > until:
+                group.abort()  # or the device would wait on
                 raise TimeoutError("timed out")
             time.sleep(_POLL_SECONDS)
 
     def _lost(self, error: Exception) -> PeerError:
-        others = tuple(rank for rank in range(self.size) if rank != self.rank)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return PeerError(
-            f"{self.epoch}: of ranks {', '.join(map(str, others))} one or more did not come within "
-            f"{self.timeout:g} s, ended or left ({reason})",
-            ranks=others,
-        )
+        if self._over is not None:
+            return self._over
+        return _lost_peers(self.size, self.rank, self.epoch, self.timeout, error)
 
     def _count_rows(self, out: list[int], back: list[int]) -> None:
         self._calls += 1
@@ -261,9 +312,21 @@ class CollectiveExchange(CheckedExchange):
         self._bytes_in += self.spec.row_bytes * (sum(back) - back[self.rank])
 
 
-def _aligned(bytes: int) -> int:
+def _lost_peers(size: int, own: int, epoch: Epoch, timeout: float, error: Exception) -> PeerError:
+    """Sockets do not say whose they were: it is one or more of the others."""
+    others = tuple(rank for rank in range(size) if rank != own)
+    # Without the place in gloo's source that it begins with.
+    reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
+    return PeerError(
+        f"{epoch}: of ranks {', '.join(map(str, others))} one or more did not come within "
+        f"{timeout:g} s, ended or left ({reason})",
+        ranks=others,
+    )
+
+
+def _aligned(nbytes: int) -> int:
     """Where 8-byte values may begin, after so many bytes."""
-    return (bytes + 7) // 8 * 8
+    return (nbytes + 7) // 8 * 8
 
 
 def _bytes(rows_ND: Tensor) -> Tensor:

@@ -172,31 +172,40 @@ class Exchange(ABC):
     def close(self) -> None:
         """Leaves the group; whoever waits for this rank learns of it at once, where it can."""
 
+    def give_up(self, ranks: Sequence[int]) -> None:
+        """Ends the epoch, from any thread: what waits here raises a PeerError that names these
+        ranks, and so does every later call. Other ranks learn of it where the transport can tell
+        them; a transport that knows no better leaves the group."""
+        self.close()
+
     def _check_dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> None:
         spec = self.spec
-        tokens = len(x_TD)
+        tokens = x_TD.shape[0]
+        room = rows_RD.shape[0]
         most = spec.size * spec.tokens
         if tokens > spec.tokens:
             raise ValueError(f"x has {tokens} rows; the group was made for {spec.tokens} a rank")
-        if len(rows_RD) < most or len(ids_RK) < most:
-            raise ValueError(f"rows and ids have room for {len(rows_RD)} rows; {most} may come")
+        if room < most:
+            raise ValueError(f"there is room for {room} received rows; {most} may come")
+        if 0 in owners_CE.shape:
+            raise ValueError(f"an owners table of shape {tuple(owners_CE.shape)}")
         _check("x", x_TD, (tokens, spec.hidden), spec.dtype)
         _check("ids", ids_TK, (tokens, spec.top_k), torch.int64)
-        _check("owners", owners_CE, (max(1, len(owners_CE)), owners_CE.shape[-1]), torch.int32)
-        _check("received rows", rows_RD, (len(rows_RD), spec.hidden), spec.dtype)
-        _check("received ids", ids_RK, (len(ids_RK), spec.top_k), torch.int64)
+        _check("owners", owners_CE, (owners_CE.shape[0], owners_CE.shape[-1]), torch.int32)
+        _check("received rows", rows_RD, (room, spec.hidden), spec.dtype)
+        _check("received ids", ids_RK, (room, spec.top_k), torch.int64)
 
     def _check_combine(
         self, outputs_RKD: Tensor, back_TKD: Tensor, received: int, tokens: int
     ) -> None:
         spec = self.spec
-        if len(outputs_RKD) < received:
-            raise ValueError(f"outputs have {len(outputs_RKD)} rows; {received} were received")
-        pairs = (spec.top_k, spec.hidden)
-        _check("outputs", outputs_RKD, (len(outputs_RKD), *pairs), spec.dtype)
-        _check("back", back_TKD, (tokens, *pairs), spec.dtype)
+        rows = outputs_RKD.shape[0]
+        if rows < received:
+            raise ValueError(f"outputs have {rows} rows; {received} were received")
+        _check("outputs", outputs_RKD, (rows, spec.top_k, spec.hidden), spec.dtype)
+        _check("back", back_TKD, (tokens, spec.top_k, spec.hidden), spec.dtype)
 
 
 class CheckedExchange(Exchange):
@@ -229,7 +238,7 @@ class CheckedExchange(Exchange):
         except PeerError as error:
             self._over = error
             raise
-        self._dispatched = (received, len(x_TD))
+        self._dispatched = (received, x_TD.shape[0])
         return received
 
     def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:

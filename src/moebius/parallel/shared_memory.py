@@ -1,7 +1,10 @@
 """The exchange between CPU ranks of one host: memory that all have mapped, and a barrier in it.
 
 The group's starter makes a `Segment` and tells the ranks its `place`. It has no name in a file
-system, so that nothing is left of it when its processes have ended, however they did.
+system, so that nothing is left of it when its processes have ended, however they did. A rank that
+is bound to a node of memory has its part of the segment there.
+
+Importing this needs the compiled kernels.
 """
 
 import fcntl
@@ -14,22 +17,24 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu, machine
-from moebius.errors import ConfigError, PeerError
+from moebius.errors import ConfigError, MemoryPlanError, PeerError
 from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traffic
 
 
 def segment_bytes(spec: ExchangeSpec) -> int:
     """The memory that a group of this kind shares, all of its ranks together."""
-    return _layout(spec, Epoch("none", 0)).bytes
+    return _layout(spec, Epoch("none", 0)).nbytes
 
 
 class Segment:
     """A group's shared memory for one epoch, at its starter.
 
     place   where its ranks find it, as long as the starter holds it open and lives
+    cores   how many its ranks may use together; None for what this process may use. With fewer than
+            ranks, who waits gives up its core soon.
     """
 
-    def __init__(self, spec: ExchangeSpec, epoch: Epoch) -> None:
+    def __init__(self, spec: ExchangeSpec, epoch: Epoch, *, cores: int | None = None) -> None:
         """Raises ConfigError where this system has no such memory, and for what no segment can
         be."""
         layout = _layout(spec, epoch)
@@ -37,32 +42,37 @@ class Segment:
             raise ConfigError("ranks share memory on Linux only; let them exchange through gloo")
         name = f"moebius-{epoch.group}-{epoch.number}"
         self._file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._file, layout.bytes)
-        # Nobody can shorten it: reading mapped memory that is gone would end a process.
-        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self._memory = _Memory(self._file, layout.bytes)
+        try:
+            os.ftruncate(self._file, layout.nbytes)
+            # Nobody can shorten it: reading mapped memory that is gone would end a process.
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            memory = _Memory(self._file, layout.nbytes)
+        except BaseException:
+            os.close(self._file)
+            raise
+        layout.write(memory.address, machine.threads() if cores is None else cores)
+        self._memory: _Memory | None = memory
         self.spec = spec
         self.epoch = epoch
         self.place = f"/proc/{os.getpid()}/fd/{self._file}"
-        layout.write(self._memory.address)
 
     @property
     def joined(self) -> tuple[int, ...]:
-        """The ranks that have joined. When all have, the segment may be closed here."""
+        """The ranks that have joined."""
+        assert self._memory is not None, "a closed segment knows nothing"
         return tuple(_cpu.exchange_joined(self._memory.address))
 
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
-        for rank in ranks:
-            if not 0 <= rank < self.spec.size:
-                raise ValueError(f"rank {rank} of {self.spec.size}")
-        _cpu.exchange_give_up(self._memory.address, list(ranks))
+        assert self._memory is not None, "a closed segment reaches nobody"
+        _check_ranks(ranks, self.spec)
+        _cpu.exchange_give_up(self._memory.address, ranks)
 
     def close(self) -> None:
-        """Ranks that have joined keep the memory; no other one can join."""
-        if self._file >= 0:
+        """Lets go of the memory. Ranks that have joined keep it; no other one can join."""
+        if self._memory is not None:
+            self._memory = None
             os.close(self._file)
-            self._file = -1
 
     def __enter__(self) -> Self:
         return self
@@ -74,64 +84,68 @@ class Segment:
 class SharedMemoryExchange(CheckedExchange):
     """A rank's part in a segment.
 
-    place     the segment's
-    cores     how many this host's ranks may use together; None for what this process may use. With
-              fewer than ranks, waiting gives up its core soon.
+    place   the segment's
 
     Raises PeerError where the segment is gone, and ConfigError where it is for another group, epoch
-    or kind of rows, or this rank has joined already.
+    or kind of rows, or this rank has joined already; MemoryPlanError where there is too little
+    memory.
     """
 
     def __init__(
-        self,
-        place: str,
-        spec: ExchangeSpec,
-        rank: int,
-        epoch: Epoch,
-        *,
-        timeout: float,
-        cores: int | None = None,
+        self, place: str, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
     ) -> None:
         super().__init__(spec, rank, epoch, timeout)
         layout = _layout(spec, epoch)
-        self._memory = _open(place, epoch)
-        usable = machine.threads() if cores is None else cores
+        memory = _open(place, epoch)
         try:
-            layout.check(self._memory.address, self._memory.bytes)
-            self._native = _cpu.SharedExchange(
-                layout,
-                self._memory.address,
-                rank=rank,
-                timeout=timeout,
-                crowded=spec.size > usable,
-            )
+            layout.check(memory.address, memory.nbytes)
+            native = _cpu.SharedExchange(memory, layout, memory.address, rank=rank, timeout=timeout)
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
+        except MemoryError:
+            raise _too_little_memory(memory.nbytes) from None
+        # None when it has been closed, with the memory.
+        self._native: _cpu.SharedExchange | None = native
+        self._traffic_at_close = Traffic()
 
     @property
     def traffic(self) -> Traffic:
-        found = self._native.traffic
+        native = self._native
+        if native is None:
+            return self._traffic_at_close
+        found = native.traffic
         return Traffic(found.calls, found.bytes_out, found.bytes_in, found.seconds_waited)
 
     def close(self) -> None:
         super().close()
-        self._native.leave()
+        if self._native is not None:
+            self._native.give_up([self.rank])
+            self._traffic_at_close = self.traffic
+            self._native = None
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        _check_ranks(ranks, self.spec)
+        native = self._native
+        if native is not None:
+            native.give_up(ranks)
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
+        native = self._open()
         try:
-            return [tuple(each) for each in self._native.agree(values)]
+            return [tuple(each) for each in native.agree(values)]
         except _cpu.PeersLost as lost:
             raise self._peer_error(lost) from None
 
     def _dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> int:
+        native = self._open()
         splits, experts = owners_CE.shape
         try:
-            return self._native.dispatch(
+            return native.dispatch(
                 x_TD.data_ptr(),
                 ids_TK.data_ptr(),
-                len(x_TD),
+                x_TD.shape[0],
                 owners_CE.data_ptr(),
                 splits,
                 experts,
@@ -142,10 +156,18 @@ class SharedMemoryExchange(CheckedExchange):
             raise self._peer_error(lost) from None
 
     def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
+        native = self._open()
         try:
-            self._native.combine(outputs_RKD.data_ptr(), back_TKD.data_ptr())
+            native.combine(outputs_RKD.data_ptr(), back_TKD.data_ptr())
         except _cpu.PeersLost as lost:
             raise self._peer_error(lost) from None
+
+    def _open(self) -> _cpu.SharedExchange:
+        """Whoever calls it keeps it, and the memory, until the call has returned."""
+        native = self._native
+        if native is None:
+            raise PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
+        return native
 
     def _peer_error(self, lost: _cpu.PeersLost) -> PeerError:
         """What is known of ranks that this one cannot go on with, in words."""
@@ -164,11 +186,28 @@ class SharedMemoryExchange(CheckedExchange):
 class _Memory:
     """A mapped file and its address."""
 
-    def __init__(self, file: int, bytes: int) -> None:
+    def __init__(self, file: int, nbytes: int) -> None:
         # The tensor keeps the mapping, and whoever uses the address keeps this.
-        self._tensor = torch.frombuffer(mmap.mmap(file, bytes), dtype=torch.uint8)
+        try:
+            mapped = mmap.mmap(file, nbytes)
+        except OSError:
+            raise _too_little_memory(nbytes) from None
+        self._tensor = torch.frombuffer(mapped, dtype=torch.uint8)
         self.address = self._tensor.data_ptr()
-        self.bytes = bytes
+        self.nbytes = nbytes
+
+
+def _too_little_memory(nbytes: int) -> MemoryPlanError:
+    return MemoryPlanError(
+        f"the {nbytes / 2**20:.1f} MiB that ranks share cannot be had; fewer tokens a step need "
+        "less"
+    )
+
+
+def _check_ranks(ranks: Sequence[int], spec: ExchangeSpec) -> None:
+    for rank in ranks:
+        if not 0 <= rank < spec.size:
+            raise ValueError(f"rank {rank} of {spec.size}")
 
 
 def _open(place: str, epoch: Epoch) -> _Memory:
@@ -182,10 +221,10 @@ def _open(place: str, epoch: Epoch) -> _Memory:
             ranks=(),
         ) from None
     try:
-        bytes = os.fstat(file).st_size
-        if bytes == 0:
+        nbytes = os.fstat(file).st_size
+        if nbytes == 0:
             raise ConfigError(f"{epoch}: {place} is empty, and no segment")
-        return _Memory(file, bytes)
+        return _Memory(file, nbytes)
     finally:
         os.close(file)
 

@@ -31,7 +31,7 @@ _SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
 _WEIGHTS = {"raw": 0, "renorm": 1, "softmax": 2, "sigmoid": 3}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CpuExperts(PreparedExperts):
     """One layer's experts: a table of addresses, and what lies there."""
 
@@ -43,6 +43,14 @@ class CpuExperts(PreparedExperts):
 
     def is_of(self, weights: ExpertWeights) -> bool:
         return self.held.is_of(weights.tensors())
+
+    def become(self, other: PreparedExperts) -> bool:
+        made = own(other, CpuExperts)
+        if made.dtype != self.dtype:
+            return False
+        self.table.assign(made.table)
+        self.held = made.held
+        return True
 
 
 class ExpertOps(CpuBase):

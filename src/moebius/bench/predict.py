@@ -1,0 +1,150 @@
+"""The throughput of ranks that nobody has here: the real schedulers on a clock that is computed.
+
+Each rank's scheduler plans its steps as it would while serving; a step takes as long as the slowest
+rank's, by measured costs (costs.py). Not in it: fronts, networks that are shared, and loads of
+experts other than those of tokens that choose evenly.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.config import SchedulerConfig
+from moebius.schedule.request import Request
+from moebius.schedule.scheduler import Scheduler, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Tokens of a request's prompt and of its answer."""
+
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of all ranks together, in tokens of answers, seconds and steps.
+
+    exchange_share   of the time that ranks exchange
+    tokens           computed by a rank in a step, on average; bytes_out: sent by it to others
+    """
+
+    speed: float
+    seconds: float
+    steps: int
+    exchange_share: float
+    tokens: float
+    bytes_out: float
+
+
+class Simulation:
+    """Ranks that share experts evenly, and a queue in front of them.
+
+    concurrency   requests that run at once, of all ranks together
+    """
+
+    def __init__(
+        self,
+        sizes: ExpertSizes,
+        costs: Costs,
+        exchange: ExchangeCosts | None,
+        ranks: int,
+        *,
+        concurrency: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self._sizes = sizes
+        self._costs = costs
+        self._exchange = exchange
+        self._ranks = ranks
+        seats = -(-concurrency // ranks)
+        config = SchedulerConfig(
+            max_num_seqs=seats,
+            max_num_batched_tokens=max(max_num_batched_tokens, seats),
+            max_model_len=max_model_len,
+            max_queue_requests=10**6,
+            max_queue_tokens=10**9,
+        )
+        blocks = seats * -(-max_model_len // 16)
+        self._schedulers = [
+            Scheduler(config, BlockPool(blocks, 16, enable_prefix_caching=False, key=bytes(16)))
+            for _ in range(ranks)
+        ]
+        self._limits = ServingLimits(2**15, max_model_len)
+        self._left = [0] * ranks
+
+    def run(self, jobs: Sequence[Job]) -> Prediction:
+        """All at once; each goes to the rank with the fewest tokens left."""
+        for number, job in enumerate(jobs):
+            self._give(number, job)
+        now = exchanging = bytes_out = 0.0
+        steps = computed = 0
+        while any(scheduler.has_work for scheduler in self._schedulers):
+            plans = [scheduler.plan(now) for scheduler in self._schedulers]
+            compute, traded, moved = self._seconds(plans)
+            now += compute + traded
+            exchanging += traded
+            bytes_out += moved
+            steps += 1
+            computed += sum(plan.num_tokens for plan in plans)
+            for scheduler, plan in zip(self._schedulers, plans, strict=True):
+                scheduler.update(
+                    plan, {chunk.request_id: (1,) for chunk in plan.chunks if chunk.samples}
+                )
+        drawn = sum(job.output for job in jobs)
+        rank_steps = max(1, steps * self._ranks)
+        return Prediction(
+            drawn / now, now, steps, exchanging / now, computed / rank_steps, bytes_out / rank_steps
+        )
+
+    def _give(self, number: int, job: Job) -> None:
+        rank = self._left.index(min(self._left))
+        self._left[rank] += job.output
+        params = SamplingParams(max_tokens=job.output, ignore_eos=True)
+        asked = EngineRequest.create(
+            str(number), [1] * job.prompt, params, self._limits, arrival=0.0, seed=0
+        )
+        self._schedulers[rank].add(Request(asked))
+
+    def _seconds(self, plans: Sequence[StepPlan]) -> tuple[float, float, float]:
+        """Of one step: computing and exchanging at the slowest rank; bytes that all send."""
+        sizes = self._sizes
+        tokens = [plan.num_tokens for plan in plans]
+        total = sum(tokens)
+        pairs = busiest(total * sizes.top_k, self._ranks) * sizes.layers
+        experts = sizes.read(total, self._ranks)
+        compute = max(
+            self._costs.steps.seconds(plan.num_tokens, context(plan), experts, pairs)
+            for plan in plans
+        )
+        if self._exchange is None or self._ranks == 1:
+            return compute, 0.0, 0.0
+        sent = [sizes.bytes_out(count, self._ranks) for count in tokens]
+        traded = self._exchange.seconds(sizes.layers, max(sent), self._ranks)
+        return compute, traded, sum(sent)
+
+
+def context(plan: StepPlan) -> int:
+    """Pairs of a token and one that it attends to."""
+    return sum(
+        chunk.num_tokens * chunk.start + chunk.num_tokens * (chunk.num_tokens + 1) // 2
+        for chunk in plan.chunks
+    )
+
+
+def busiest(pairs: int, ranks: int) -> float:
+    """Pairs of the rank that gets most, where each goes to any rank as likely: the mean, and as
+    many standard deviations as the highest of so many normal draws is above theirs."""
+    if ranks == 1:
+        return float(pairs)
+    share = 1 / ranks
+    deviation = math.sqrt(pairs * share * (1 - share))
+    return min(
+        float(pairs), pairs * share + deviation * math.sqrt(2 * math.log(ranks) / math.pi * 2)
+    )
