@@ -226,6 +226,7 @@ def refuse(folder: Path, name: str, count: int, recipes: list[str]) -> None:
 def run(what: str, folder: Path) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
+    trainer(folder, "capacity")  # imports what the optimiser does not before it is made
     if what == "compare":
         for count in (2, 4):
             assert ended(start(count, lambda rank: measure(folder, rank))) == [0] * count
