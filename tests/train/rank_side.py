@@ -20,7 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import moebius
 from moebius.cli.main import main
+from moebius.errors import NumericalError
 from moebius.moe.config import FeedForwardConfig
 from moebius.moe.dispatch import Dispatcher, LocalDispatcher
 from moebius.moe.experts import Experts
@@ -178,6 +180,7 @@ def measure(folder: Path, rank: int) -> None:
         if rank == 0:
             (folder / f"{name}-{size}.json").write_text(json.dumps(found))
             save_file(weights, folder / f"{name}-{size}.weights")
+    (folder / f"broken-{size}-{rank}").write_text(broken(folder, ranks))
     went_on = trainer(folder, "capacity", ranks)
     went_on.restore(folder / f"before-{size}")
     went_on.save(folder / f"again-{size}")
@@ -187,40 +190,64 @@ def measure(folder: Path, rank: int) -> None:
     ranks.leave()
 
 
+def broken(folder: Path, ranks: Ranks) -> str:
+    """What a rank says where an expert that another may have is no number."""
+    trained = trainer(folder, "capacity", ranks)
+    for name, copy in trained.masters.copies.items():
+        if name == "layers.1.mlp.experts.gate_proj.5":
+            copy.data[0, 0] = float("nan")
+    try:
+        trained.step()
+    except NumericalError as error:
+        return str(error)
+    return "nothing"
+
+
+def command(folder: Path, name: str, rank: int, *arguments: str) -> None:
+    """`moebius train` as one rank, which says into NAME-RANK.log and NAME-RANK.out."""
+    for stream, ending in ((1, "out"), (2, "log")):
+        os.dup2(os.open(folder / f"{name}-{rank}.{ending}", os.O_CREAT | os.O_WRONLY), stream)
+    sys.argv = ["moebius", "train", *arguments]
+    main()
+
+
 def lose(folder: Path, how: signal.Signals) -> None:
-    """Rank 1 of three is lost in the middle of a run; how the others end, and how soon."""
-    seconds = 8.0
-
-    def act(rank: int) -> None:
-        log = os.open(folder / f"{how.name}-{rank}.log", os.O_CREAT | os.O_WRONLY)
-        os.dup2(log, 2)
-        out = ["--out", str(folder / how.name), "--rank-timeout", str(seconds)]
-        sys.argv = ["moebius", "train", str(folder / "endless.toml"), *out]
-        main()
-
-    started = start(3, act)
+    """Rank 1 of three gets a signal in the middle of a run; how the others end, and how soon."""
+    recipe = str(folder / "endless.toml")
+    options = ["--out", str(folder / how.name), "--rank-timeout", "8"]
+    started = start(3, lambda rank: command(folder, how.name, rank, recipe, *options))
     while not (folder / how.name / "training" / "checkpoint.safetensors").exists():
         time.sleep(0.05)
     os.kill(started[1], how)
-    begun = time.monotonic()
     codes = ended([started[0], started[2]])
-    took = time.monotonic() - begun
     os.kill(started[1], signal.SIGKILL)
-    ended([started[1]])
-    (folder / f"{how.name}.json").write_text(json.dumps({"codes": codes, "seconds": took}))
+    codes += ended([started[1]])
+    (folder / f"{how.name}.json").write_text(json.dumps(codes))
 
 
-def refuse(folder: Path, name: str, count: int, recipes: list[str]) -> None:
-    """The command with recipes that cannot be; what each rank says, and its exit code."""
+def refuse(
+    folder: Path,
+    name: str,
+    recipes: list[str],
+    *options: str,
+    out: str = "",
+    version: str = "",
+    only: int | None = None,
+) -> None:
+    """The command, a recipe a rank, with what cannot be; what each rank says, and how it ends.
+
+    version: rank 1's, where it is to be another. only: the rank that is started.
+    """
 
     def act(rank: int) -> None:
-        log = os.open(folder / f"{name}-{rank}.log", os.O_CREAT | os.O_WRONLY)
-        os.dup2(log, 2)
-        recipe = folder / f"{recipes[rank % len(recipes)]}.toml"
-        sys.argv = ["moebius", "train", str(recipe), "--out", str(folder / name)]
-        main()
+        if only not in (None, rank):
+            return
+        if rank == 1 and version:
+            moebius.__version__ = version
+        recipe = str(folder / f"{recipes[rank]}.toml")
+        command(folder, name, rank, recipe, "--out", str(folder / (out or name)), *options)
 
-    (folder / f"{name}.json").write_text(json.dumps(ended(start(count, act))))
+    (folder / f"{name}.json").write_text(json.dumps(ended(start(len(recipes), act))))
 
 
 def run(what: str, folder: Path) -> None:
@@ -231,12 +258,17 @@ def run(what: str, folder: Path) -> None:
         for count in (2, 4):
             assert ended(start(count, lambda rank: measure(folder, rank))) == [0] * count
     elif what == "lose":
-        lose(folder, signal.SIGKILL)
-        lose(folder, signal.SIGSTOP)
+        for how in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM):
+            lose(folder, how)
     else:
-        refuse(folder, "differ", 2, ["capacity", "endless"])
-        refuse(folder, "few", 3, ["few"])
-        refuse(folder, "uneven", 3, ["capacity"])
+        refuse(folder, "differ", ["capacity", "endless"])
+        refuse(folder, "version", ["capacity"] * 2, version="0.0.7")
+        refuse(folder, "few", ["few"] * 3)
+        refuse(folder, "uneven", ["capacity"] * 3)
+        refuse(folder, "unwritable", ["capacity"] * 2, out="few.toml/out")
+        refuse(folder, "missing", ["capacity", "nothing"])
+        refuse(folder, "alone", ["capacity"] * 2, "--rank-timeout", "1", only=1)
+        refuse(folder, "evaluated", ["bias"] * 2, "--evaluate-only", out="base")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moebius.train.export import export
+import moebius
+from moebius.train.export import export, figures_table
+from moebius.train.run import main_from_recipe
 from moebius.train.trainer import Trainer
 from train import rank_side
 from train.rank_side import HOPS, LAYERS, MEASURES, STEPS, TOKENS
@@ -200,13 +203,27 @@ def test_a_run_goes_on_with_any_number_of_ranks(compared: Path) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
+def test_what_is_no_number_is_named_by_all_ranks(compared: Path) -> None:
+    """Expert 5 lies at one rank; its layer's outputs break at all of them."""
+    said = {(compared / f"broken-{n}-{r}").read_text() for n in (2, 4) for r in range(n)}
+    assert said == {
+        "step 0: the loss is nan, and layer 1's feed-forward the first that is no number"
+    }
+
+
 def test_a_rank_that_is_lost_ends_the_others(recipes: Path) -> None:
-    """Killed: at once. Stopped: when the time is over. The checkpoint is whole."""
+    """Killed: at once. Stopped: when the time is over. Asked to end: all, after the same step."""
     launched("lose", recipes)
     host = re.escape(socket.gethostname())
-    for how in ("SIGKILL", "SIGSTOP"):
-        ending = json.loads((recipes / f"{how}.json").read_text())
-        assert ending["codes"] == [1, 1], how
+    for how in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+        codes = json.loads((recipes / f"{how}.json").read_text())
+        resumed = rank_side.trainer(recipes, "endless")
+        resumed.restore(recipes / how / "training" / "checkpoint.safetensors")
+        assert resumed.done >= 1
+        if how == "SIGTERM":
+            assert codes == [130, 130, 130]
+            continue
+        assert codes == [1, 1, -signal.SIGKILL], how
         for rank in (0, 2):
             said = (recipes / f"{how}-{rank}.log").read_text().splitlines()[-1]
             assert re.match(
@@ -214,27 +231,49 @@ def test_a_rank_that_is_lost_ends_the_others(recipes: Path) -> None:
                 r" or did not come within 8 s .*training stopped, the checkpoint before is whole",
                 said,
             ), said
-        resumed = rank_side.trainer(recipes, "endless")
-        resumed.restore(recipes / how / "training" / "checkpoint.safetensors")
-        assert resumed.done >= 1
 
 
-def test_what_cannot_be_is_one_line_that_names_rank_and_host(recipes: Path) -> None:
-    launched("refuse", recipes)
+@pytest.fixture(scope="module")
+def commanded(recipes: Path) -> Path:
+    """The folder, with what commands said that could not be, and one that could."""
+    launched("command", recipes)
+    return recipes
+
+
+def test_what_cannot_be_is_one_line_that_names_rank_and_host(commanded: Path) -> None:
+    recipes = commanded
     host = socket.gethostname()
     lines = {
-        "differ": f"moebius: rank 1 of 2 on {host} has recipe ",
-        "few": f"moebius: rank 0 of 3 on {host}: 3 ranks cannot share the 2 experts of a layer",
-        "uneven": f"moebius: rank 0 of 3 on {host}: the 4 rows of a micro-batch "
-        "(training.rows_per_step = 4, accumulation = 1) cannot be shared by 3 ranks evenly",
+        "differ": f"rank 1 of 2 on {host} has recipe ",
+        "version": f"rank 1 of 2 on {host} has moebius 0.0.7, but rank 0 of 2 on {host} has "
+        f"{moebius.__version__}; all ranks must be started alike",
+        "few": f"rank 0 of 3 on {host}: 3 ranks cannot share the 2 experts of a layer",
+        "uneven": f"rank 0 of 3 on {host}: the 4 rows of a micro-batch (training.rows_per_step = "
+        "4, accumulation = 1) cannot be shared by 3 ranks evenly",
+        "unwritable": f"rank 0 of 2 on {host}: ",
+        "missing": f"rank 1 of 2 on {host}: the recipe {recipes}/nothing.toml cannot be read",
     }
     for name, line in lines.items():
         codes = json.loads((recipes / f"{name}.json").read_text())
         assert codes == [2] * len(codes), name
         for rank in range(len(codes)):
-            (said,) = [
-                each
-                for each in (recipes / f"{name}-{rank}.log").read_text().splitlines()
-                if each.startswith("moebius:")
-            ]
-            assert said.startswith(line), said
+            assert [said.startswith(f"moebius: {line}") for said in _said(recipes, name, rank)] == [
+                True
+            ], (name, rank)
+    (said,) = _said(recipes, "alone", 1)
+    assert said.startswith(f"moebius: rank 1 of 2 on {host} found no group of 2 at 127.0.0.1:")
+    assert json.loads((recipes / "alone.json").read_text()) == [0, 2]
+
+
+def _said(folder: Path, name: str, rank: int) -> list[str]:
+    lines = (folder / f"{name}-{rank}.log").read_text().splitlines()
+    return [line for line in lines if line.startswith("moebius:")]
+
+
+def test_ranks_measure_a_model_together(commanded: Path) -> None:
+    """As one process does, and the first of them says it."""
+    recipes = commanded
+    assert json.loads((recipes / "evaluated.json").read_text()) == [0, 0]
+    figures = main_from_recipe(recipes / "bias.toml", recipes / "base", evaluate_only=True)
+    assert (recipes / "evaluated-0.out").read_text() == figures_table(figures) + "\n"
+    assert (recipes / "evaluated-1.out").read_text() == ""
