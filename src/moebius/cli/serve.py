@@ -9,6 +9,7 @@ import typer
 
 from moebius import logs
 from moebius.cli import options as o
+from moebius.cli.hosts import Assembly, HostOptions, listening, serve_ranks
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import json_text
@@ -95,14 +96,24 @@ _OTHERS = (field.name for field in fields(EngineConfig) if field.name not in o.S
 
 @o.options_of("config", EngineConfig, *o.SIZES, *_OTHERS)
 @o.options_of("options", ServeOptions)
-def serve(config: EngineConfig, options: ServeOptions, model: o.Model = "bundled") -> None:
+@o.options_of("nodes", HostOptions)
+def serve(
+    config: EngineConfig, options: ServeOptions, nodes: HostOptions, model: o.Model = "bundled"
+) -> None:
     """Serve a model over OpenAI's API."""
     settings = options.settings(model)
+    nodes.check(config)
     logs.to_stderr(options.log_level)
+    if nodes.node_rank > 0:
+        serve_ranks(nodes, model, config)
+        return
     from moebius.server.listen import reserve
 
-    with reserve(options.host, options.port, api_keys=settings.api_keys) as sockets:
-        _serve_on(sockets, model, config, settings, options)
+    with (
+        reserve(options.host, options.port, api_keys=settings.api_keys) as sockets,
+        listening(nodes) as assembly,
+    ):
+        _serve_on(sockets, model, config, settings, options, assembly)
 
 
 def _serve_on(
@@ -111,6 +122,7 @@ def _serve_on(
     config: EngineConfig,
     settings: ServerSettings,
     options: ServeOptions,
+    assembly: Assembly,
 ) -> None:
     """Refuse what can be refused, have an engine's process read the weights, and serve.
 
@@ -120,7 +132,7 @@ def _serve_on(
     from moebius.models.hub import resolve_model
 
     directory = resolve_model(model)
-    with EngineProcesses(config.ranks) as processes:
+    with EngineProcesses(assembly.ranks_here(config)) as processes:
         # While they start.
         from moebius.engine.wire import Launch
         from moebius.front.choices import draw_prefix_key
@@ -136,7 +148,10 @@ def _serve_on(
         )
         if options.generation_config == "none":
             generation = replace(generation, sampling={})
-        client = processes.launch(launch, lambda planned: _say_plan(model, planned, generation))
+        hosts = assembly.hosts(directory, config)
+        client = processes.launch(
+            launch, lambda planned: _say_plan(model, planned, generation), hosts
+        )
         app = create_app(
             client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
         )

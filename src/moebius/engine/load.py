@@ -403,6 +403,11 @@ def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wish]
 
 
+def weights_name(directory: Path) -> str:
+    """What tells a model's files from another's. Raises UsageError for what is no model."""
+    return fingerprint(open_checkpoint(directory))
+
+
 def _fingerprint(prepared: Prepared) -> str:
     """Names weights, configuration and kernels; `-approx` where batch mates may change a bit
     (promise P1 is off)."""

@@ -8,9 +8,10 @@ from typing import Self
 
 from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
-from moebius.engine.supervisor import EngineProcess
+from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
 from moebius.front.group import RankGroup
+from moebius.front.hosts import Hosts
 from moebius.front.launched import LaunchedEngine
 from moebius.front.replay import Lost, ReplayClient
 
@@ -23,7 +24,7 @@ def _end_in_order() -> None:
 
 
 class EngineProcesses:
-    """`count` processes, which import what takes seconds while it is not known yet what to load.
+    """`count` processes of this host, which import what takes seconds before they are told a model.
 
     with EngineProcesses(1) as processes:
         client = processes.launch(message, planned)
@@ -35,7 +36,7 @@ class EngineProcesses:
         self._count = count
         self._on_give_up = on_give_up
         self._early: dict[int, EngineProcess] = {}
-        self._processes: dict[int, EngineProcess] = {}
+        self._processes: dict[int, WatchedProcess] = {}
         self._client: ReplayClient | None = None
         self._group: RankGroup | None = None
         self._reason: MoebiusError | None = None
@@ -49,19 +50,22 @@ class EngineProcesses:
             raise
 
     def launch(
-        self, message: wire.Launch, planned: Callable[[wire.Planned], None] = lambda plan: None
+        self,
+        message: wire.Launch,
+        planned: Callable[[wire.Planned], None] = lambda plan: None,
+        hosts: Hosts | None = None,
     ) -> ReplayClient:
         """Load the model in each; `planned` hears of the first one's memory plan.
 
-        Raises the error that loading ends with.
+        hosts: where the ranks are; None: all on this one. Raises the error that loading ends with.
         """
-        group = RankGroup(message) if message.config.ranks > 1 else None
+        group = RankGroup(message, hosts) if message.config.ranks > 1 else None
         self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
             early = self._early.pop(number, None)
             hears = planned if early is not None and number == 0 else lambda plan: None
-            process = early or EngineProcess()
+            process = early or (EngineProcess() if hosts is None else hosts.start(number))
             self._processes[number] = process
             if self._closed:
                 process.kill()
@@ -96,8 +100,9 @@ class EngineProcesses:
 
     @property
     def processes(self) -> tuple[EngineProcess, ...]:
-        """The ones that serve, or will."""
-        return tuple((self._early | self._processes)[number] for number in range(self._count))
+        """The ones of this host that serve, or will."""
+        each = (self._processes.get(n, self._early.get(n)) for n in range(self._count))
+        return tuple(process for process in each if isinstance(process, EngineProcess))
 
     def check(self) -> None:
         """Raises the reason why the engines were given up, where they were."""

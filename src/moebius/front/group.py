@@ -1,6 +1,6 @@
 """Ranks that share a model's experts: their processes, and the epochs in which they compute.
 
-An epoch is a membership, with a piece of shared memory of its own. When a rank is lost, its epoch
+An epoch is a membership, with a place of its own to trade rows at. When a rank is lost, its epoch
 is over for all of them at once; the others keep process, cache and weights. Where they have every
 expert between them, they go on in an epoch of their own; else they wait with what they have. When
 the lost rank is loaded again, all join the next epoch.
@@ -15,11 +15,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import torch
+from msgspec import structs
 
 from moebius.engine import wire
 from moebius.engine.client import (
+    EngineInfo,
     EngineStats,
     ExpertLoads,
     ExpertSpread,
@@ -27,18 +28,18 @@ from moebius.engine.client import (
     RankTraffic,
 )
 from moebius.engine.faults import say
-from moebius.engine.place import place
 from moebius.engine.placing import start_placement
 from moebius.engine.remote import RemoteClient
-from moebius.engine.supervisor import EngineProcess
-from moebius.errors import MoebiusError
+from moebius.engine.supervisor import WatchedProcess
+from moebius.errors import ConfigError, MoebiusError, UsageError
+from moebius.front.alike import check_engines_alike
 from moebius.front.fleet import Lost
+from moebius.front.hosts import EpochPlace, Hosts, OneHost
 from moebius.front.launched import LaunchedEngine
 from moebius.front.places import Balancer, Journey, Places, pairs_of
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
 from moebius.parallel.exchange import Epoch, ExchangeSpec
-from moebius.parallel.shared_memory import Segment
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -51,15 +52,18 @@ class RankGroup:
     """The engines that ReplayClient is given, one a rank.
 
     message   what each is launched with; its rank is filled in here
+    hosts     where the ranks are; None: all on this one
     """
 
-    def __init__(self, message: wire.Launch) -> None:
+    def __init__(self, message: wire.Launch, hosts: Hosts | None = None) -> None:
         self._message = message
+        self._hosts = hosts or OneHost(message.config.ranks, message.config.threads)
         self._name = secrets.token_hex(4)
         self._lock = threading.RLock()
         self._clients: list[RankClient | None] = [None] * message.config.ranks
+        self._info: EngineInfo | None = None
         self._epoch = 0
-        self._segment: Segment | None = None
+        self._place: EpochPlace | None = None
         self._members: list[int] = []
         self._joined: set[int] = set()
         # Since when all ranks are there, and not all in one epoch.
@@ -84,12 +88,19 @@ class RankGroup:
         rank: int,
         lost: Lost,
         planned: Callable[[wire.Planned], None],
-        process: EngineProcess | None,
+        process: WatchedProcess,
     ) -> "RankClient":
-        """Start a rank, and return once it is loaded; as LaunchedEngine."""
-        client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
+        """Have a rank's process load, and return once it has; as LaunchedEngine."""
+        try:
+            client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
+        except UsageError as error:
+            if isinstance(self._hosts, OneHost):
+                raise
+            raise ConfigError(f"{self._hosts.name(rank)}: {error}") from error
         try:
             with self._lock:
+                self._info = self._info or client.info
+                check_engines_alike(self._info, client.info, self._hosts.name(rank))
                 if not client.gone:
                     self._clients[rank] = client
                     self._form()
@@ -107,24 +118,14 @@ class RankGroup:
 
     def _launch_of(self, rank: int) -> wire.Launch:
         with self._lock:
-            others = sum(client is not None for client in self._clients)
-        message = self._message
-        config = message.config
-        trace = None if config.trace is None else f"{config.trace}.{rank}"
-        return msgspec.structs.replace(
-            message,
-            config=replace(config, trace=trace),
-            rank=rank,
-            held=self.places.now.held,
-            neighbours=self.size - others,
-            local_rank=rank,
-            local_ranks=self.size,
-        )
+            loaded = [other for other, client in enumerate(self._clients) if client is not None]
+        message = self._hosts.launch(self._message, rank, loaded)
+        return structs.replace(message, held=self.places.now.held)
 
     @property
     def formed(self) -> bool:
         """Whether its ranks compute: all members of the present epoch have joined it."""
-        return self._segment is not None and len(self._joined) == len(self._members)
+        return self._place is not None and len(self._joined) == len(self._members)
 
     def submit(self, rank: int, remote: RemoteClient, request: EngineRequest) -> None:
         """Give a request to one rank, and its number to all."""
@@ -149,6 +150,8 @@ class RankGroup:
                     say(log.warning, "rank %d: %s", client.rank, error)
                     self._give_up((client.rank,))
                     self._later(_PAUSE_SECONDS, partial(self._form_again, epoch))
+                case wire.Put(epoch) if epoch == self._epoch and self._place is not None:
+                    self._place.carry(message, self._members.index(client.rank))
                 case wire.Moved(number):
                     self.places.moved(number, client.rank)
                 case wire.Unmoved(number, error):
@@ -222,11 +225,10 @@ class RankGroup:
 
     def _give_up(self, ranks: Sequence[int]) -> None:
         """This epoch is over: whoever waits in it for these ranks waits no longer."""
-        if self._segment is not None:
-            places = [self._members.index(rank) for rank in ranks if rank in self._members]
-            self._segment.give_up(places or list(range(len(self._members))))
-            self._segment.close()
-            self._segment = None
+        if self._place is not None:
+            numbers = [self._members.index(rank) for rank in ranks if rank in self._members]
+            self._place.give_up(numbers or list(range(len(self._members))))
+            self._place = None
             self._joined = set()
 
     def _form_again(self, epoch: int) -> None:
@@ -256,8 +258,9 @@ class RankGroup:
         self._give_up(self._members)
         self._epoch += 1
         epoch = Epoch(self._name, self._epoch)
-        at_once = place(0, self.size, self._message.config.threads).at_once
-        self._segment = Segment(_spec(clients[0].rows, len(members)), epoch, cores=at_once)
+        remotes = {client.rank: client.remote for client in clients}
+        place = self._hosts.place(_spec(clients[0].rows, len(members)), epoch, remotes)
+        self._place = place
         self._members = members
         if self._apart_since is None:
             self._apart_since = time.monotonic()
@@ -268,7 +271,7 @@ class RankGroup:
                 rank=number_here,
                 held=placement.held,
                 number=number,
-                place=self._segment.place,
+                place=place.of(number_here),
                 # Half of it: who waits for a stuck rank comes back before it seems stuck itself.
                 timeout=self._message.config.step_deadline / 2,
                 heard=self._given,
@@ -292,7 +295,7 @@ class RankClient(LaunchedEngine):
         message: wire.Launch,
         lost: Lost,
         planned: Callable[[wire.Planned], None],
-        process: EngineProcess | None,
+        process: WatchedProcess,
     ) -> None:
         self.rank = rank
         self.gone = False
@@ -317,7 +320,7 @@ class RankClient(LaunchedEngine):
             return f"it did not join the other ranks for {seconds:.0f} s"
         return super()._trouble()
 
-    def _died(self, process: EngineProcess) -> None:
+    def _died(self, process: WatchedProcess) -> None:
         self._group.lose(self)
         super()._died(process)
 
