@@ -17,6 +17,7 @@ from moebius.engine.client import EngineInfo, EngineStats
 from moebius.engine.config import EngineConfig
 from moebius.errors import MoebiusError, PeerError
 from moebius.front import group as groups
+from moebius.front import hosts
 from moebius.front.group import RankClient, RankGroup
 
 INFO = EngineInfo(LIMITS, frozenset(), block_size=4, num_blocks=9, fingerprint="fp")
@@ -210,7 +211,7 @@ def test_an_epoch_without_memory_ends_the_rank_that_would_begin_it(
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(groups, "Segment", none)
+        patch.setattr(hosts, "Segment", none)
         with pytest.raises(OSError, match="Too many"):
             made.load(1)
     assert made.ranks[1].closed
