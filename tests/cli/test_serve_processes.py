@@ -24,11 +24,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc says who 
 
 
 @contextmanager
-def serve(model: Path, scratch: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def serve(model: Path, scratch: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The front and its port; the leader of a process group, as of a terminal's job."""
     scratch.mkdir()
     command = [sys.executable, "-m", "moebius", "serve", str(model), "--port", "0"]
-    command += ["--kv-cache-memory-bytes", "4000000"]
+    command += ["--kv-cache-memory-bytes", "4000000", *options]
     env = os.environ | {"TMPDIR": str(scratch)}
     with subprocess.Popen(
         command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -50,9 +50,13 @@ def stat_of(pid: int) -> list[str]:
         return []
 
 
-def child_of(parent: int) -> int:
+def children_of(parent: int) -> list[int]:
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    (child,) = [pid for pid in pids if stat_of(pid)[1:2] == [str(parent)]]
+    return [pid for pid in pids if stat_of(pid)[1:2] == [str(parent)]]
+
+
+def child_of(parent: int) -> int:
+    (child,) = children_of(parent)
     return child
 
 
@@ -140,6 +144,20 @@ def test_clients_outlive_engines(tiny_model: Path, tmp_path: Path) -> None:
         front.terminate()
         assert stream.answer() == undisturbed
         assert front.wait(60) == 0
+    assert list(scratch.iterdir()) == [], "nothing stays"
+
+
+@pytest.mark.losses
+def test_ranks_end_with_their_front(tiny_model: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    with serve(tiny_model, scratch, "--ranks", "2") as (front, port):
+        ranks = children_of(front.pid)
+        assert len(ranks) == 2
+        with begun(port):
+            front.kill()
+            deadline = time.monotonic() + 2
+            for rank in ranks:
+                wait_until_gone(rank, deadline - time.monotonic())
     assert list(scratch.iterdir()) == [], "nothing stays"
 
 
