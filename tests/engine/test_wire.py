@@ -137,6 +137,7 @@ def test_infinite_log_probabilities_cross() -> None:
 
 LOAD = LayerLoad(3, 2, 100, 1.5, 0.25, 2.0, (7,), (50, 150), (500, 1500))
 INFO = EngineInfo(LIMITS, frozenset({1, 2}), 16, 640, "fp_x", prefix_caching=False)
+HELD = {0: ((0, 1, 2), (3, 0)), 5: ((1, 3), (0, 2))}
 STATS = EngineStats(running=3, step_tokens=tuple(range(14)), last_step=1.5, ready=True)
 
 
@@ -144,6 +145,10 @@ STATS = EngineStats(running=3, step_tokens=tuple(range(14)), last_step=1.5, read
     "message",
     [
         wire.Launch("/a/model", EngineConfig(threads=2), bytes(32), frozenset({1}), "debug"),
+        wire.Launch("/a/model", EngineConfig(ranks=2), bytes(32), frozenset(), held=HELD, rank=1),
+        wire.Move(7, HELD),
+        wire.Move(8, {}),
+        wire.Moved(7),
         wire.Abort("a request"),
         wire.ReadLoads(),
         wire.Stop(2.5),
@@ -158,6 +163,12 @@ STATS = EngineStats(running=3, step_tokens=tuple(range(14)), last_step=1.5, read
 )
 def test_every_other_message_comes_back_as_it_was(message: Any) -> None:
     assert there_and_back(message) == message
+
+
+def test_why_a_rank_keeps_its_experts_crosses() -> None:
+    back = there_and_back(wire.Unmoved(7, errors.WeightsError("model.safetensors shrank")))
+    assert back.number == 7 and type(back.error) is errors.WeightsError
+    assert str(back.error) == "model.safetensors shrank"
 
 
 def test_what_no_token_was_counted_for_stays_no_number() -> None:

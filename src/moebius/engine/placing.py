@@ -32,7 +32,13 @@ def start_placement(directory: Path, config: EngineConfig) -> Placement:
     spare = config.spare_experts
     if config.expert_placement in ("linear", "balanced"):
         return Placement.linear(model.experts, config.ranks, spare)
-    loads = read_loads(Path(config.expert_placement), model.experts)
+    path = Path(config.expert_placement)
+    if not path.is_file():
+        raise ConfigError(
+            f"expert_placement is {config.expert_placement!r}, which is no file; use linear, "
+            "balanced, or a file with loads"
+        )
+    loads = read_loads(path, model.experts)
     return Placement.balanced(loads, config.ranks, spare=spare)
 
 
