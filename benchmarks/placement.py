@@ -2,10 +2,10 @@
 
     python benchmarks/placement.py --out placement.json
 
-Half of the corpus is text of one kind, Python's own sources, and the rest little of others, so that
-some experts get far more than others. The model's routers are measured on it by `moebius inspect`'s
-own functions. Experts are placed by the loads of every other step and judged on the steps between,
-which they have not seen: the busiest rank's tokens over the mean, 1 when even.
+The corpus is one module's source and one line of a test, again and again, so that some experts get
+far more than others. The model's routers are measured on it by `moebius inspect`'s own functions.
+Experts are placed by the loads of every other step and judged on the steps between, which they have
+not seen: the busiest rank's tokens over the mean, 1 when even.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SPARE = (0, 1, 2)
 
 
 def corpus() -> list[Document]:
-    """The same line of Python again and again, between sources: a tenant with one kind of text."""
+    """A module, and as much of one line again and again: a tenant with one kind of text."""
     source = Path(argparse.__file__).read_text()
     repeated = "    self.assertEqual(len(self.values), 12)\n" * 400
     return [Document("argparse", "python", source), Document("tests", "repeated", repeated * 2)]

@@ -140,6 +140,21 @@ def test_a_move_that_waits_for_traffic_ends_with_the_server() -> None:
     assert not balancer._thread.is_alive()
 
 
+def test_a_look_that_fails_is_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    looks = threading.Semaphore(0)
+
+    def measure() -> ExpertLoads | None:
+        looks.release()
+        raise RuntimeError("no answer")
+
+    group = Group()
+    balancer = Balancer(measure, group.places, group.move, spare=0, seconds=0.01)
+    balancer.start()
+    assert all(looks.acquire(timeout=10) for _ in range(2))
+    balancer.stop()
+    assert "experts were not balanced: " in caplog.text
+
+
 def test_survivors_go_on_where_they_have_every_expert() -> None:
     assert Places(Placement.linear({0: 4}, 2)).among([1]) is None
     alone = Places(Placement.linear({0: 4}, 2, spare=2)).among([1])

@@ -214,7 +214,7 @@ class RankGroup:
                 self._clients[client.rank] = None
                 self._apart_since = None
                 self._give_up((client.rank,))
-                self._form()
+                self._form_or_end()
 
     def absent_for(self, client: "RankClient") -> float:
         """Seconds that the others, which are all there, have waited for this rank to join them."""
@@ -233,15 +233,17 @@ class RankGroup:
 
     def _form_again(self, epoch: int) -> None:
         with self._lock:
-            if self._epoch != epoch or self._closing:
-                return
-            try:
-                self._form()
-            except (MoebiusError, OSError) as error:
-                # Started again, this rank asks for the same once more, as often as that is allowed.
-                say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
-                first = next(client for client in self._clients if client is not None)
-                first.end()
+            if self._epoch == epoch and not self._closing:
+                self._form_or_end()
+
+    def _form_or_end(self) -> None:
+        """Begin the next epoch; where that cannot be, end a rank: its successor tries once more, as
+        often as ranks may be started."""
+        try:
+            self._form()
+        except (MoebiusError, OSError) as error:
+            say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
+            next(client for client in self._clients if client is not None).end()
 
     def _form(self) -> None:
         """Begin the next epoch, if those that are there have every expert; at first, with all."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from moebius.engine import wire
 from moebius.engine.client import ExpertLoads
-from moebius.errors import ConfigError
+from moebius.engine.faults import say
+from moebius.errors import ConfigError, frames
 from moebius.moe.placement import LayerPlacement, Placement
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,10 @@ class Balancer:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._seconds):
-            self.look()
+            try:
+                self.look()
+            except Exception as error:
+                say(log.error, "experts were not balanced: %s", frames(error))
 
 
 def pairs_of(loads: ExpertLoads) -> dict[int, tuple[int, ...]]:

@@ -108,7 +108,7 @@ class ServerMetrics:
         self._single = CollectorRegistry(auto_describe=False)
         self._single.register(_Experts(client, self._labels))
         self._single.register(_Ranks(spread, self._labels))
-        self._single.register(_Exchanges(client, self._labels))
+        self._single.register(_Engines(client, self._labels))
         ProcessCollector(registry=self._single)
         self._answered = Counter(
             "http_requests",
@@ -287,8 +287,9 @@ class _Ranks(Collector):
             yield counter
 
 
-class _Exchanges(Collector):
-    """What ranks that share experts have sent each other; nothing where there are none."""
+class _Engines(Collector):
+    """What engines in processes of their own are counted by: how many were lost; and what those
+    that share experts have sent each other, nothing where there are none."""
 
     def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
         self._client = client
@@ -296,7 +297,8 @@ class _Exchanges(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self._client.stats()
-        for name, (text, field) in _TABLE["exchange"].items() if stats.exchanges else ():
+        exchanged = _TABLE["exchange"] if stats.exchanges else {}
+        for name, (text, field) in (_TABLE["losses"] | exchanged).items():
             family = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
             family.add_metric(self._labels, getattr(stats, field))
             yield family
