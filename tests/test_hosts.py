@@ -72,14 +72,16 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=30)
 
 
-def may_make_hosts() -> bool:
-    """Whether network namespaces can be made here."""
+@pytest.fixture
+def hosts_of_their_own(request: pytest.FixtureRequest) -> None:
+    """Skips what was not asked for, and where network namespaces cannot be made."""
+    if "hosts" not in request.config.getoption("-m"):
+        pytest.skip("-m hosts makes hosts")
     try:
         run("ip", "netns", "add", "moebius-probe")
         run("ip", "netns", "del", "moebius-probe")
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
 
 
 @contextmanager
@@ -105,11 +107,10 @@ def namespaces() -> Iterator[tuple[Where, Where]]:
 
 
 @pytest.mark.hosts
+@pytest.mark.usefixtures("hosts_of_their_own")
 @pytest.mark.timeout(1200)
 def test_hosts_of_their_own(key: Path) -> None:
     """The bundled model on three ranks: two on the front's host, one on the other."""
-    if not may_make_hosts():
-        pytest.skip("network namespaces cannot be made here")
     directory = resolve_model("bundled")
     asked = bodies("bundled", count=4, max_tokens=30)
     expected = of_one_process(directory, "bundled", asked)
@@ -156,10 +157,9 @@ def delay(where: Where) -> bool:
 
 
 @pytest.mark.hosts
+@pytest.mark.usefixtures("hosts_of_their_own")
 @pytest.mark.timeout(1200)
 def test_a_slow_link(key: Path) -> None:
-    if not may_make_hosts():
-        pytest.skip("network namespaces cannot be made here")
     asked = bodies("bundled", count=3, max_tokens=5)
     with namespaces() as wheres:
         if not all(delay(where) for where in wheres):

@@ -56,6 +56,8 @@ class HostedProcess(WatchedProcess):
         """The process has connected."""
         self._channel = channel
         self._arrived.set()
+        if self._exited.is_set():
+            channel.close()
 
     def ended(self, how: str) -> None:
         """The process has ended, or its host is gone."""
