@@ -212,7 +212,7 @@ def environment_variables() -> set[str]:
 
 READS = ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop")
 # torchrun's own, by which processes find each other; nobody sets them by hand.
-TORCHRUN = {"WORLD_SIZE", "LOCAL_RANK"}
+TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def test_options_are_counted() -> None:

@@ -39,8 +39,7 @@ def train(
         str, typer.Option(help="auto (cuda when torch has it), cpu or cuda.")
     ] = "auto",
     rank_timeout: Annotated[
-        float,
-        typer.Option(help="Seconds that ranks wait for one that does not come; then all end."),
+        float, typer.Option(help="Seconds that ranks wait for each other; then all end.")
     ] = 300.0,
 ) -> None:
     """Train a recipe's model, or go on with one.

@@ -21,8 +21,8 @@ class Masters:
 
     copies           the decoder's own parameters by name; those that require a gradient are trained
     gradient         of all trained weights in one vector
-    shared_gradient  its first part, of weights that all ranks have: they add it up in one exchange
-    own_gradient     the rest, of weights that this rank alone has, which `own` tells by their names
+    shared_gradient  its first part, of weights that all ranks have: they add it up in one exchange.
+                     The rest is of those that this rank alone has, which `own` tells by their names
     optimizer        AdamW over the trained masters; only matrices decay
     """
 
@@ -45,7 +45,7 @@ class Masters:
         self.gradient = torch.zeros(sum(sizes), device=device)
         shared = sum(master.numel() for name, master in trained.items() if not own(name))
         self.shared_gradient = self.gradient[:shared]
-        self.own_gradient = self.gradient[shared:]
+        self._is_own = own
         self._gradients: dict[str, Tensor] = {}
         parts = torch.split(self.gradient, sizes)
         for (name, master), part in zip(trained.items(), parts, strict=True):
@@ -67,6 +67,16 @@ class Masters:
             if copy.grad is not None:
                 gradient += copy.grad
             copy.grad = None
+
+    def squared_norm(self, *, own: bool) -> Tensor:
+        """Of the gradient of weights that this rank alone has, or of the others: float64.
+
+        Norms are of one weight each, so that they do not depend on which others are here.
+        """
+        gradients = [x for name, x in self._gradients.items() if self._is_own(name) == own]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.gradient.device)
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
     def update(self, rate: float) -> None:
         """One step of AdamW along `gradient`."""

@@ -99,10 +99,10 @@ class FinetuneRecipe:
 class TrainingRecipe:
     """Steps, batch, optimiser, losses.
 
-    A step takes rows_per_step rows of row_length tokens, in `accumulation` micro-batches, which
-    torchrun's ranks share out. The learning rate rises linearly over warmup_steps to learning_rate,
-    then falls along a half cosine to final_share of it at the last step. weight_decay applies to
-    matrices only.
+    A step takes rows_per_step rows of row_length tokens, in `accumulation` micro-batches, whose
+    rows torchrun's ranks share evenly. The learning rate rises linearly over warmup_steps to
+    learning_rate, then falls along a half cosine to final_share of it at the last step.
+    weight_decay applies to matrices only.
 
     load_balance, z_loss   weights of the auxiliary losses (ST-MoE, arXiv 2202.08906, eq 6)
     balance          over which tokens the load is measured: each micro-`batch`, each `sequence`

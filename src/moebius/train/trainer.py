@@ -134,9 +134,9 @@ class Trainer:
         sums = StepSums(len(self._routers), self._num_experts, self.device)
         for index in range(training.accumulation):
             self._micro_batch(batch, index, loads, sums)
-        sums.square += _norm(self.masters.own_gradient).square()
+        sums.square += self.masters.squared_norm(own=True)
         self.ranks.add_up(self.masters.shared_gradient, sums.vector)
-        norm = (_norm(self.masters.shared_gradient).square() + sums.square).sqrt()
+        norm = (self.masters.squared_norm(own=False) + sums.square).sqrt().float()
         if not (torch.isfinite(sums.vector).all() and torch.isfinite(norm)):
             raise NumericalError(self._what_is_no_number(batch, sums.losses[0].item()))
         gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
@@ -369,9 +369,3 @@ def _named_parts(decoder: Decoder) -> Iterator[tuple[torch.nn.Module, str]]:
 def _earliest(broken: Sequence[str], parts: Sequence[str]) -> str:
     """Of what ranks found first, the first on the way forwards, else any gradient."""
     return min(broken, key=lambda name: parts.index(name) if name in parts else len(parts))
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    """In float64, so that it is the same however many ranks work it out."""
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-    return norm
