@@ -11,7 +11,6 @@ from moebius.errors import ChannelError, MoebiusError, PeerError
 from moebius.moe.placement import Placement
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
 from moebius.parallel.gloo import Meeting, join_epoch
-from moebius.parallel.shared_memory import SharedMemoryExchange
 
 Say = Callable[[wire.FromEngine], None]
 

@@ -1,6 +1,7 @@
 """Where the ranks of a group are, and where an epoch's ranks exchange their rows."""
 
-from abc import ABC, abstractmethod
+from abc import importlib.util
+import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,6 @@ from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.front.alike import common_isa
 from moebius.front.cluster import Cluster
 from moebius.parallel.exchange import Epoch, ExchangeSpec
-from moebius.parallel.shared_memory import Segment
 
 
 class EpochPlace(ABC):
@@ -39,6 +39,8 @@ class SharedPlace(EpochPlace):
 
     def __init__(self, spec: ExchangeSpec, epoch: Epoch, at_once: int) -> None:
         """at_once   how many of the ranks can compute at the same time"""
+        from moebius.parallel.shared_memory import Segment  # which needs the compiled kernels
+
         self._segment = Segment(spec, epoch, cores=at_once)
 
     def of(self, rank: int) -> str:
@@ -105,6 +107,11 @@ class OneHost(Hosts):
     """All ranks are here."""
 
     def __init__(self, size: int, threads: int | None) -> None:
+        if importlib.util.find_spec("moebius._cpu") is None:
+            raise ConfigError(
+                "ranks of one host need the compiled kernels, which this installation lacks: "
+                "install again with a C++ compiler at hand, or use --ranks 1"
+            )
         self._size = size
         self._at_once = place(0, size, threads).at_once
 
