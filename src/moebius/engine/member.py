@@ -95,6 +95,8 @@ class Member:
     def _exchange_of(self, asked: wire.Join, spec: ExchangeSpec) -> Exchange:
         epoch = Epoch(asked.group, asked.epoch)
         if not asked.place.startswith(GLOO):
+            from moebius.parallel.shared_memory import SharedMemoryExchange
+
             return SharedMemoryExchange(asked.place, spec, asked.rank, epoch, timeout=asked.timeout)
         meeting = self._meeting
         assert meeting is not None, "an epoch over several hosts is expected before it is joined"

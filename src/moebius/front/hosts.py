@@ -1,7 +1,7 @@
 """Where the ranks of a group are, and where an epoch's ranks exchange their rows."""
 
-from abc import importlib.util
-import ABC, abstractmethod
+import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
