@@ -13,6 +13,7 @@ from moebius.engine.member import GLOO
 from moebius.engine.place import place
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
+from moebius.errors import ConfigError
 from moebius.front.alike import common_isa
 from moebius.front.cluster import Cluster
 from moebius.parallel.exchange import Epoch, ExchangeSpec
