@@ -117,9 +117,9 @@ class Clocked:
         return timed
 
 
-def join(kind: Kind, place: str, spec: ExchangeSpec, rank: int, at_once: int) -> Exchange:
+def join(kind: Kind, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
     if kind.exchange == "shared memory":
-        return SharedMemoryExchange(place, spec, rank, EPOCH, timeout=TIMEOUT, cores=at_once)
+        return SharedMemoryExchange(place, spec, rank, EPOCH, timeout=TIMEOUT)
     import torch.distributed as dist
 
     from moebius.parallel.collective import CollectiveExchange
@@ -162,7 +162,6 @@ class Served:
         self.spec = exchange_spec(prepared) if share else None
         self.clocked = Clocked()
         self.exchange: Exchange | None = None
-        self._at_once = here.at_once
         self._kind = kind
         self._rank = rank
         self._number = 0
@@ -175,14 +174,14 @@ class Served:
         if self.spec is None:
             return
         assert isinstance(self.engine, RankEngine)
-        self.exchange = join(self._kind, place, self.spec, self._rank, self._at_once)
+        self.exchange = join(self._kind, place, self.spec, self._rank)
         self.clocked.wrap(self.exchange)
         self.engine.join(self.exchange, 0)
 
     def take(self, requests: list[Request]) -> None:
         from moebius.engine.rank import RankEngine
-        from moebius.schedule.engine_request import EngineRequest
-        from moebius.schedule.params import SamplingParams
+        from moebius.request.engine_request import EngineRequest
+        from moebius.request.params import SamplingParams
 
         engine = self.engine
         for request in requests:

@@ -15,17 +15,7 @@ Say = Callable[[wire.FromEngine], None]
 class Member:
     """Joins epochs, on the engine's thread."""
 
-    def __init__(
-        self,
-        engine: RankEngine,
-        spec: ExchangeSpec,
-        rank: int,
-        say: Say,
-        at_once: int | None = None,
-    ) -> None:
-        """at_once   how many of this host's ranks can compute at the same time, where fewer than
-        all may be"""
-        self._at_once = at_once
+    def __init__(self, engine: RankEngine, spec: ExchangeSpec, rank: int, say: Say) -> None:
         self._engine = engine
         self._spec = spec
         self._rank = rank
@@ -51,7 +41,6 @@ class Member:
                 self._rank,
                 Epoch(asked.group, asked.epoch),
                 timeout=asked.timeout,
-                cores=self._at_once,
             )
         except MoebiusError as error:
             self._parted(error)

@@ -239,9 +239,7 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     )
     member = None
     if isinstance(engine, RankEngine):
-        member = Member(
-            engine, exchange_spec(prepared), launch.rank, partial(_send, channel), here.at_once
-        )
+        member = Member(engine, exchange_spec(prepared), launch.rank, partial(_send, channel))
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member)
 
