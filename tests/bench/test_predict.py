@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes, Measured, StepCosts
 from moebius.bench.predict import Job, Simulation, busiest
-from moebius.cli.main import app
+from moebius.cli.commands import app
 from moebius.errors import ConfigError
 
 SIZES = ExpertSizes(layers=4, experts=8, top_k=2, row_bytes=100, share=0.5)
