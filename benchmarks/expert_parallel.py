@@ -346,7 +346,9 @@ def summed(
         return median(sum(map(of, parts)) / sum(p.stepping for p in parts) for parts in runs)
 
     exchanging = [median([part.exchanging for part in parts]) for parts in runs]
-    moving = [median([part.exchanging - part.waited for part in parts]) for parts in runs]
+    moving = [
+        median([part.exchanging + part.agreeing - part.waited for part in parts]) for parts in runs
+    ]
     return Result(
         model,
         work.name,
