@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("losses") and "losses" not in item.config.getoption("-m"):
+        pytest.skip("takes minutes; ask for it with -m losses")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     import torch

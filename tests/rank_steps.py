@@ -67,7 +67,9 @@ def load(held: dict[str, Any], directory: Path, dtype: torch.dtype, placement: P
 
 
 def move(held: dict[str, Any], placement: Placement) -> None:
-    held["loader"].move_experts(held["runner"].model, placement)
+    loader = held["loader"]
+    model = held["runner"].model
+    loader.move_experts(model, loader.bring_experts(model, placement))
 
 
 def step(held: dict[str, Any], *, empty: bool = False) -> bytes:

@@ -47,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
         "moe",
         "models",
     },
-    "front": {"errors", "request", "text", "engine"},
+    "front": {"errors", "request", "text", "parallel", "moe", "engine"},
     "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "models"},
     "server": {"errors", "files", "request", "text", "engine", "front"},
     "bench": {"errors", "files", "request", "schedule", "text", "models", "engine", "llm"},

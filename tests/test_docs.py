@@ -252,7 +252,9 @@ def test_operating_names_every_metric() -> None:
     named = {name.removesuffix("_total") for name in re.findall(r"`(\w+)`", text)}
     table = package_table("server/metrics.toml")
     series = {
-        name for kind in ("gauges", "counters", "experts", "histograms") for name in table[kind]
-    }
+        name
+        for kind in ("gauges", "counters", "experts", "histograms", "group")
+        for name in table[kind]
+    } | {"expert_rank_imbalance"}
     assert series <= named
     assert {*FINISHED_REASONS, *REJECTIONS} <= named

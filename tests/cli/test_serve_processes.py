@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,22 +116,96 @@ def refusal(port: int) -> bytes:
         return rest(sock)
 
 
-def test_a_wedged_engine_is_not_ready(tiny_model: Path, tmp_path: Path) -> None:
-    with serve(tiny_model, tmp_path / "scratch") as (front, port):
+def test_clients_outlive_engines(tiny_model: Path, tmp_path: Path) -> None:
+    """A stopped engine is replaced; a stream goes on over the end of another, which comes with a
+    signal to the server in the middle of it."""
+    scratch = tmp_path / "scratch"
+    with serve(tiny_model, scratch) as (front, port):
         engine = child_of(front.pid)
-        assert ready(port) == b"200"
+        Asked(port).answer()  # from here on its prompt is cached
+        undisturbed = Asked(port).answer()
+        assert undisturbed[2]["prompt_tokens_details"]["cached_tokens"] > 0
         os.kill(engine, signal.SIGSTOP)
-        while ready(port) != b"503":
-            time.sleep(0.05)
-        os.kill(engine, signal.SIGCONT)
-        while ready(port) != b"200":
-            time.sleep(0.05)
-        os.kill(engine, signal.SIGKILL)
-        while ready(port) != b"503":
-            time.sleep(0.05)
+        wait_for_ready(port, b"503")
         assert b'"status":"live"' in get(port, "/health/live")
+        wait_for_ready(port, b"200")
+        assert b"moebius_engine_restarts_total{" in get(port, "/metrics")
+        second = child_of(front.pid)
+        assert second != engine and stat_of(engine) == []
+        Asked(port).answer()
+        stream = Asked(port)
+        stream.begin()
+        os.kill(second, signal.SIGKILL)
+        wait_for_ready(port, b"503")
         front.terminate()
-        assert front.wait(20) == 0
+        assert stream.answer() == undisturbed
+        assert front.wait(60) == 0
+    assert list(scratch.iterdir()) == [], "nothing stays"
+
+
+@pytest.mark.losses
+def test_a_server_whose_engines_do_not_start_again_says_why(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    scratch = tmp_path / "scratch"
+    with serve(model, scratch) as (front, _):
+        weights = model / "model.safetensors"
+        changed = weights.with_name("changed")
+        changed.write_bytes(weights.read_bytes()[:-100])
+        changed.rename(weights)
+        os.kill(child_of(front.pid), signal.SIGKILL)
+        assert front.wait(200) == 1
+        assert front.stderr is not None
+        last = front.stderr.read().splitlines()[-1]
+    assert "moebius: engines were started 5 times" in last and "model.safetensors" in last
+    assert list(scratch.iterdir()) == [], "nothing stays"
+
+
+class Asked:
+    """A streamed completion with a seed."""
+
+    def __init__(self, port: int) -> None:
+        body = {
+            "prompt": "def fibonacci(n):" * 8,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "max_tokens": 300,
+            "seed": 5,
+            "logprobs": 1,
+            "ignore_eos": True,
+        }
+        self._sock = socket.create_connection(("127.0.0.1", port), timeout=120)
+        self._sock.sendall(http_request("/v1/completions", body))
+        self._data = b""
+
+    def begin(self) -> None:
+        """Until tokens have come."""
+        while b"text_completion" not in self._data:
+            self._data += self._sock.recv(65536)
+
+    def answer(self) -> tuple[str, list[float], dict[str, Any]]:
+        """The whole text, its log-probabilities, and the usage."""
+        with self._sock:
+            while b"data: [DONE]" not in self._data:
+                part = self._sock.recv(65536)
+                assert part, "the stream is cut off"
+                self._data += part
+        lines = self._data.splitlines()
+        events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        choices = [choice for event in events for choice in event["choices"]]
+        scores = [
+            x for each in choices if each["logprobs"] for x in each["logprobs"]["token_logprobs"]
+        ]
+        return "".join(each["text"] for each in choices), scores, events[-1]["usage"]
+
+
+def wait_for_ready(port: int, status: bytes) -> None:
+    deadline = time.monotonic() + 120
+    while ready(port) != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def get(port: int, path: str) -> bytes:

@@ -1,5 +1,5 @@
-"""Every client that leaves the computing to another thread, or to another process: each submitted
-request ends exactly once, whatever happens to the engine."""
+"""What holds for every EngineClient: each submitted request ends exactly once, whatever happens to
+the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.clients import KINDS, Served
+from engine.clients import KINDS, OF_ONE_ENGINE, Served
 from engine.clients import served as served_as
 from engine.collector import Collector
 from engine.test_engine import ask, engine, prompts, tokens
@@ -22,6 +22,14 @@ from moebius.request.finish import FinishReason
 
 @pytest.fixture(params=KINDS)
 def served(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Served]:
+    one = engine(tiny_model, max_queue_requests=40, max_num_seqs=4)
+    with served_as(one, request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=OF_ONE_ENGINE)
+def threaded(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Served]:
+    """Clients whose engine has a thread, and no other one after it."""
     one = engine(tiny_model, max_queue_requests=40, max_num_seqs=4)
     with served_as(one, request.param) as found:
         yield found
@@ -94,7 +102,7 @@ def test_close_ends_what_is_unfinished_and_refuses_the_rest(served: Served) -> N
 
 
 def test_a_dead_engine_ends_every_request_and_is_not_ready(
-    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    threaded: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By the id that its clients are told an operator finds the cause in the log."""
     collector = Collector()
@@ -102,75 +110,77 @@ def test_a_dead_engine_ends_every_request_and_is_not_ready(
     def die(now: float) -> None:
         raise RuntimeError("scheduler broke")
 
-    monkeypatch.setattr(served.engine.scheduler, "plan", die)
-    served.client.start(collector)
-    served.client.submit(ask(served.engine, "victim", [1, 2, 3]))
+    monkeypatch.setattr(threaded.engine.scheduler, "plan", die)
+    threaded.client.start(collector)
+    threaded.client.submit(ask(threaded.engine, "victim", [1, 2, 3]))
     collector.wait(lambda: collector.ended("victim"))
     error = collector.outputs["victim"][-1].error
     assert isinstance(error, EngineError) and error.error_id
     (record,) = [each for each in caplog.records if error.error_id in each.getMessage()]
     assert "RuntimeError" in record.getMessage()
-    served.wait_until_stopped()
-    eventually(lambda: not served.client.stats().ready)
+    threaded.wait_until_stopped()
+    eventually(lambda: not threaded.client.stats().ready)
 
 
-def test_a_stuck_step_is_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    served.runs._step_deadline = 0.05
-    release, honest = threading.Event(), served.engine.step
+def test_a_stuck_step_is_not_ready(threaded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    threaded.runs._step_deadline = 0.05
+    release, honest = threading.Event(), threaded.engine.step
 
     def stuck() -> list[StepOutput]:
         release.wait(10)
         return honest()
 
-    monkeypatch.setattr(served.engine, "step", stuck)
+    monkeypatch.setattr(threaded.engine, "step", stuck)
     collector = Collector()
-    served.client.start(collector)
-    assert served.client.stats().ready
-    served.client.submit(ask(served.engine, "slow", [1, 2, 3], max_tokens=1))
-    eventually(lambda: not served.client.stats().ready)
+    threaded.client.start(collector)
+    assert threaded.client.stats().ready
+    threaded.client.submit(ask(threaded.engine, "slow", [1, 2, 3], max_tokens=1))
+    eventually(lambda: not threaded.client.stats().ready)
     release.set()
     collector.wait(lambda: collector.ended("slow"))
-    eventually(lambda: served.client.stats().ready)
-    served.client.close(5)
+    eventually(lambda: threaded.client.stats().ready)
+    threaded.client.close(5)
 
 
 @pytest.mark.case("B8")
 def test_outputs_of_a_step_that_broke_the_engine_are_not_lost(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    threaded: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refusal is decided in the turn in which the step fails: its request ends, too."""
     released = threading.Event()
     released.set()
-    monkeypatch.setattr(served.engine, "step", dies_when(released))
+    monkeypatch.setattr(threaded.engine, "step", dies_when(released))
     collector = Collector()
-    good = [ask(served.engine, f"good{i}", [1]) for i in range(41)]  # one more than the queue takes
+    good = [
+        ask(threaded.engine, f"good{i}", [1]) for i in range(41)
+    ]  # one more than the queue takes
     for request in good:
-        served.client.submit(request)
-    served.client.start(collector)
+        threaded.client.submit(request)
+    threaded.client.start(collector)
     collector.wait(lambda: all(collector.ended(request.id) for request in good))
     assert all(len(steps) == 1 for steps in collector.outputs.values())
 
 
 @pytest.mark.case("B8")
 def test_requests_end_though_a_step_never_does(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    threaded: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, honest = threading.Event(), served.engine.step
+    release, honest = threading.Event(), threaded.engine.step
 
     def stuck() -> list[StepOutput]:
         release.wait(20)
         return honest()
 
-    monkeypatch.setattr(served.engine, "step", stuck)
+    monkeypatch.setattr(threaded.engine, "step", stuck)
     collector = Collector()
-    served.client.start(collector)
-    served.client.submit(ask(served.engine, "stuck", [1, 2, 3], max_tokens=1))
-    while served.runs._busy_since is None:
+    threaded.client.start(collector)
+    threaded.client.submit(ask(threaded.engine, "stuck", [1, 2, 3], max_tokens=1))
+    while threaded.runs._busy_since is None:
         time.sleep(0.001)
-    served.client.close(0.01)
+    threaded.client.close(0.01)
     assert isinstance(collector.outputs["stuck"][-1].error, EngineError)
     release.set()
-    served.wait_until_stopped()
+    threaded.wait_until_stopped()
     assert len(collector.outputs["stuck"]) == 1, "it has ended: nothing comes after"
 
 

@@ -25,7 +25,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_ranks_share_a_hosts_threads_and_each_is_near_its_memory(host: Path) -> None:
     places = [place(rank, 2, root=host) for rank in range(2)]
-    assert [each.threads for each in places] == [4, 4]
+    assert [(each.threads, each.at_once) for each in places] == [(4, 2)] * 2
     bound = [each.binding for each in places]
     assert [each and (each.processors, each.memory_nodes) for each in bound] == [
         ((0, 1, 2, 3), (0,)),
@@ -46,8 +46,8 @@ def test_a_quota_counts(host: Path) -> None:
 
 
 def test_who_is_alone_or_wants_more_than_its_share_is_not_bound(host: Path) -> None:
-    assert place(0, 1, root=host) == Place(8)
-    assert place(1, 2, 5, root=host) == Place(5)
+    assert place(0, 1, root=host) == Place(8, 1)
+    assert place(1, 2, 5, root=host) == Place(5, 1)
     assert place(1, 2, 4, root=host).binding is not None
 
 
@@ -55,12 +55,12 @@ _SCRIPT = """
 import os, threading
 from moebius.engine.place import Place
 from moebius.parallel.topology import Binding
-Place(1, Binding(1, (int(os.environ["CPU"]),), ())).take()
+Place(1, 1, Binding(1, (int(os.environ["CPU"]),), ())).take()
 found = []
 thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
 thread.start(); thread.join()
 print(*found[0])
-Place(1, Binding(1, (4095,), ())).take()
+Place(1, 1, Binding(1, (4095,), ())).take()
 print("still here")
 """
 

@@ -86,7 +86,7 @@ class Group:
 
     def move(self, placement: Placement) -> None:
         for loader, one in zip(self.loaders, self.runners, strict=True):
-            loader.move_experts(one.model, placement)
+            loader.move_experts(one.model, loader.bring_experts(one.model, placement))
 
 
 def spec_of(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int) -> ExchangeSpec:
@@ -220,7 +220,8 @@ def test_a_group_goes_on_with_fewer_ranks_and_with_more_again(tmp_path: Path) ->
         size = len(members)
         exchanges = group(spec_of(checkpoint, torch.bfloat16, size))
         for rank, (loader, one) in enumerate(zip(loaders, runners, strict=True)):
-            loader.move_experts(one.model, Placement.linear(experts, size), rank)
+            move = loader.bring_experts(one.model, Placement.linear(experts, size), rank)
+            loader.move_experts(one.model, move)
             if size == 2:  # the group that it had joined was another's
                 with pytest.raises(PeerError, match="has joined no group yet"):
                     one.execute(StepInputs.build([[7]], [0], [[BLOCKS - 1]], BLOCK_SIZE))

@@ -104,12 +104,14 @@ def events(raw: bytes) -> list[str]:
 @contextlib.asynccontextmanager
 async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterator[Server]:
     fake = fake or engine()
+    spread = options.pop("spread", lambda: None)
     chosen = {name: options.pop(name) for name in ("tokenizer", "defaults") if name in options}
     app = create_app(
         fake,
         chosen.get("tokenizer", tokenizer()),
         chosen.get("defaults", GenerationDefaults()),
         settings(**options),
+        spread=spread,
     )
     transport = httpx.ASGITransport(loop_guard.apart(app), raise_app_exceptions=True)
     async with (

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moebius.engine.client import ExpertLoads, LayerLoad
+from moebius.engine.client import (
+    ExpertLoads,
+    ExpertSpread,
+    LayerLoad,
+    LayerSpread,
+    RankTraffic,
+)
 from moebius.errors import EngineError, OverloadError
 from moebius.server.metrics import ServerMetrics
 from server.serving import Server, engine, run, tokenizer
@@ -322,3 +328,75 @@ def test_what_ranks_exchange_is_shown_where_there_are_ranks() -> None:
         f"moebius_exchange_bytes_in_total{labels} 5.0",
         f"moebius_exchange_wait_seconds_total{labels} 0.25",
     }
+
+
+def test_how_ranks_share_experts_is_told() -> None:
+    spread = ExpertSpread(
+        epoch=3,
+        moves=2,
+        ranks=(RankTraffic(0, True, 7, 100, 200, 0.5), RankTraffic(1, False, 0, 0, 0, 0.0)),
+        layers=(
+            LayerSpread(1, ((0, 1), (2, 0)), imbalance=1.25, imbalance_at_start=1.5),
+            LayerSpread(4, ((0, 1, 2), (1,)), imbalance=1.0, imbalance_at_start=1.0),
+        ),
+    )
+
+    async def check(server: Server) -> None:
+        _, values = await scrape(server)
+        name = "moebius_expert_rank_imbalance"
+        assert {key[1]: value for key, value in values.items() if key[0] == name} == {
+            ("1", "present"): 1.25,
+            ("1", "start"): 1.5,
+            ("4", "present"): 1.0,
+            ("4", "start"): 1.0,
+        }
+        assert values["moebius_group_epochs_total", None] == 3
+        assert values["moebius_expert_moves_total", None] == 2
+        group = (await server.http.get("/v1/moe/stats")).json()["group"]
+        assert group == {
+            "epoch": 3,
+            "moves": 2,
+            "ranks": [
+                {
+                    "rank": 0,
+                    "computing": True,
+                    "calls": 7,
+                    "bytes_out": 100,
+                    "bytes_in": 200,
+                    "seconds": 0.5,
+                },
+                {
+                    "rank": 1,
+                    "computing": False,
+                    "calls": 0,
+                    "bytes_out": 0,
+                    "bytes_in": 0,
+                    "seconds": 0.0,
+                },
+            ],
+            "layers": [
+                {
+                    "layer": 1,
+                    "held": [[0, 1], [2, 0]],
+                    "imbalance": 1.25,
+                    "imbalance_at_start": 1.5,
+                },
+                {
+                    "layer": 4,
+                    "held": [[0, 1, 2], [1]],
+                    "imbalance": 1.0,
+                    "imbalance_at_start": 1.0,
+                },
+            ],
+        }
+
+    run(check, spread=lambda: spread)
+
+
+def test_one_process_has_no_group() -> None:
+    async def check(server: Server) -> None:
+        types, _ = await scrape(server)
+        assert not [name for name in types if "rank" in name or "group" in name]
+        assert (await server.http.get("/v1/moe/stats")).json()["group"] is None
+
+    run(check)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 
 from moebius.train.masters import Masters
@@ -36,14 +38,16 @@ def test_an_update_is_adamw_by_hand_and_leaves_the_frozen_alone() -> None:
     made = masters()
     made.gradient.copy_(torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, -6.0]))
     made.update(0.1)
-    found = made.tensors()
+    found = made.state()
     sign = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
-    torch.testing.assert_close(found["master.matrix"], INITIAL["matrix"] * 0.95 - 0.1 * sign)
-    torch.testing.assert_close(found["master.gain"], torch.tensor([0.9, 1.1]))
-    assert torch.equal(found["master.frozen"], INITIAL["frozen"])
-    assert set(found) == {
-        *(f"master.{name}" for name in INITIAL),
-        *(f"{moment}.{name}" for moment in ("mean", "square") for name in ("matrix", "gain")),
+    torch.testing.assert_close(found["master"]["matrix"], INITIAL["matrix"] * 0.95 - 0.1 * sign)
+    torch.testing.assert_close(found["master"]["gain"], torch.tensor([0.9, 1.1]))
+    assert torch.equal(found["master"]["frozen"], INITIAL["frozen"])
+    moments = {"matrix", "gain"}
+    assert {kind: set(tensors) for kind, tensors in found.items()} == {
+        "master": {*INITIAL},
+        "mean": moments,
+        "square": moments,
     }
 
 
@@ -62,12 +66,13 @@ def test_a_restored_one_goes_on_as_the_first_would() -> None:
     first.update(0.1)
     first.round()
     second = masters()
-    second.restore({name: x.clone() for name, x in first.tensors().items()}, 1)
+    second.restore(deepcopy(first.state()), 1)
     for made in (first, second):
         made.gradient.copy_(-(torch.arange(6.0) ** 2))
         made.update(0.05)
-    for name, tensor in first.tensors().items():
-        assert torch.equal(second.tensors()[name], tensor), name
+    for kind, tensors in first.state().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(second.state()[kind][name], tensor), (kind, name)
     assert torch.equal(second.copies["gain"], first.copies["gain"])
 
 

@@ -64,11 +64,12 @@ def test_the_learning_rate_by_hand() -> None:
 def test_dropout_only_while_training_and_harder_within_experts() -> None:
     """Rates .1 and .4: what is kept is divided by .9 and .6, so that the mean stays."""
     torch.manual_seed(0)
-    ops_, x = TrainingOps(0.1, 0.4), torch.ones(200, 200)
-    assert torch.equal(ops_.dropout(x, routed=True), x)
+    ops_, x = TrainingOps(0.1, 0.4), torch.ones(200, 8)
+    assert ops_.dropout_mask(x, 200, routed=True) is None
     ops_.training = True
     for routed, rate in ((False, 0.1), (True, 0.4)):
-        out = ops_.dropout(x, routed=routed)
+        out = ops_.dropout_mask(x, 200, routed=routed)
+        assert out is not None and out.shape == (200, 200)
         assert (out == 0).float().mean().item() == pytest.approx(rate, abs=0.01)
         assert out.max().item() == pytest.approx(
             1 / (1 - rate)

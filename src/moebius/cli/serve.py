@@ -10,6 +10,7 @@ import typer
 
 from moebius import logs
 from moebius.cli import options as o
+from moebius.cli.hosts import Assembly, HostOptions, listening, serve_ranks
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import json_text
@@ -97,14 +98,24 @@ _OTHERS = (field.name for field in fields(EngineConfig) if field.name not in o.S
 
 @o.options_of("config", EngineConfig, *o.SIZES, *_OTHERS)
 @o.options_of("options", ServeOptions)
-def serve(config: EngineConfig, options: ServeOptions, model: o.Model = "bundled") -> None:
+@o.options_of("nodes", HostOptions)
+def serve(
+    config: EngineConfig, options: ServeOptions, nodes: HostOptions, model: o.Model = "bundled"
+) -> None:
     """Serve a model over OpenAI's API."""
     settings = options.settings(model)
+    nodes.check(config)
     logs.to_stderr(options.log_level)
+    if nodes.node_rank > 0:
+        serve_ranks(nodes, model, config)
+        return
     from moebius.server.listen import reserve
 
-    with reserve(options.host, options.port, api_keys=settings.api_keys) as sockets:
-        _serve_on(sockets, model, config, settings, options)
+    with (
+        reserve(options.host, options.port, api_keys=settings.api_keys) as sockets,
+        listening(nodes) as assembly,
+    ):
+        _serve_on(sockets, model, config, settings, options, assembly)
 
 
 def _serve_on(
@@ -113,6 +124,7 @@ def _serve_on(
     config: EngineConfig,
     settings: ServerSettings,
     options: ServeOptions,
+    assembly: Assembly,
 ) -> None:
     """Refuse what can be refused, have an engine's process read the weights, and serve.
 
@@ -122,7 +134,7 @@ def _serve_on(
     from moebius.models.hub import resolve_model
 
     directory = resolve_model(model)
-    with EngineProcesses(config.ranks) as processes:
+    with EngineProcesses(assembly.ranks_here(config)) as processes:
         # While they start.
         from moebius.engine.wire import Launch
         from moebius.front.choices import draw_prefix_key
@@ -138,8 +150,13 @@ def _serve_on(
         )
         if options.generation_config == "none":
             generation = replace(generation, sampling={})
-        client = processes.launch(launch, lambda planned: _say_plan(model, planned, generation))
-        app = create_app(client, tokenizer, generation, settings, prefix_key=key)
+        hosts = assembly.hosts(directory, config)
+        client = processes.launch(
+            launch, lambda planned: _say_plan(model, planned, generation), hosts
+        )
+        app = create_app(
+            client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
+        )
         address = host_and_port(options.host, sockets[0].getsockname()[1])
         line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
         # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
@@ -157,7 +174,7 @@ def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") 
     typer.echo("sampling defaults: " + (", ".join(sampling) or "OpenAI's"), err=True)
 
 
-@o.options_of("config", EngineConfig, *o.SIZES, "ranks")
+@o.options_of("config", EngineConfig, *o.SIZES, "ranks", "expert_placement", "spare_experts")
 def plan(
     config: EngineConfig,
     model: o.Model = "bundled",

@@ -38,6 +38,10 @@ def train(
     device: Annotated[
         str, typer.Option(help="auto (cuda when torch has it), cpu or cuda.")
     ] = "auto",
+    rank_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds that ranks wait for one that does not come; then all end."),
+    ] = 300.0,
 ) -> None:
     """Train a recipe's model, or go on with one.
 
@@ -63,4 +67,5 @@ def train(
         dense_twin=dense_twin,
         against=against,
         device=device,
+        rank_timeout=rank_timeout,
     )

@@ -169,6 +169,49 @@ class ExpertLoads:
     layers: tuple[LayerLoad, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSpread:
+    """Where one layer's experts are.
+
+    held                 for each rank the experts that it holds
+    imbalance            tokens of the busiest rank over the mean, by the loads of the last steps; 1
+                         when even
+    imbalance_at_start   what it would be with the placement that the engines started with
+    """
+
+    layer: int
+    held: tuple[tuple[int, ...], ...]
+    imbalance: float
+    imbalance_at_start: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankTraffic:
+    """Rows that a rank has sent to others and got from them, and how long it waited for those;
+    computing: whether it takes part in the group's steps now."""
+
+    rank: int
+    computing: bool
+    calls: int
+    bytes_out: int
+    bytes_in: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpread:
+    """How ranks share a model's experts.
+
+    epoch   how often the group of ranks was formed
+    moves   how often a layer's experts have moved since the start
+    """
+
+    epoch: int
+    moves: int
+    ranks: tuple[RankTraffic, ...]
+    layers: tuple[LayerSpread, ...]
+
+
 class EngineClient(Protocol):
     """An engine, in this process or elsewhere. All methods are safe to call from any thread and,
     but for `advance` and `expert_loads`, never block long.

@@ -33,6 +33,17 @@ class EngineConfig(SchedulerConfig):
         int,
         "Engines, a process each, that share the model's experts. Each serves requests of its own.",
     ] = 1
+    expert_placement: Annotated[
+        str,
+        "Which rank holds which experts: linear (in order), balanced (placed again by measured "
+        "load, while serving), or a file with loads: report.json of moebius inspect, or an answer "
+        "of GET /v1/moe/stats.",
+    ] = "linear"
+    spare_experts: Annotated[
+        int,
+        "Replicas of experts that a rank holds of each layer. They even out loads; where the other "
+        "ranks have every expert, they go on at once when one is lost.",
+    ] = 0
     trace: Annotated[
         str | None, "File that every scheduling decision is written to, as JSON lines."
     ] = None
@@ -44,3 +55,10 @@ class EngineConfig(SchedulerConfig):
         require_seconds("step_deadline", self.step_deadline)
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks!r}; it must be a number of at least 1")
+        if not self.expert_placement:
+            raise ConfigError("expert_placement is empty; use linear, balanced, or a file")
+        for name in ("expert_placement", "spare_experts"):
+            if self.ranks == 1 and getattr(self, name) not in ("linear", 0):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, but one rank holds all experts; set ranks"
+                )

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from moebius.engine.memory import (
     logit_rows,
     plan_memory,
 )
+from moebius.engine.moves import ExpertMoves
 from moebius.engine.place import share_threads
+from moebius.engine.placing import start_placement
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
@@ -37,6 +40,7 @@ from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
 from moebius.models.uses import check_served
@@ -133,7 +137,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     as if all were on this host.
     """
     if share is None and config.ranks > 1:
-        share = ExpertShare(0, config.ranks, neighbours=config.ranks)
+        placement = start_placement(directory, config)
+        share = ExpertShare(0, config.ranks, placement, neighbours=config.ranks)
         config = replace(config, threads=share_threads(config.threads, config.ranks))
     checkpoint = _published(directory)
     device = _device(config.device)
@@ -160,6 +165,10 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
             if weight.mapped and source.expert is None
         )
         available = (available - common) // share.neighbours + common
+    weight_bytes = _weight_bytes(weights, checkpoint.dtype)
+    if ranks is not None and config.expert_placement == "balanced":
+        moving = _moving_bytes(sources, weights, ranks, config.spare_experts)
+        weight_bytes = replace(weight_bytes, moving=moving)
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
         decoder,
@@ -170,7 +179,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     plan = plan_memory(
         checkpoint.config,
         config,
-        _weight_bytes(weights, checkpoint.dtype),
+        weight_bytes,
         dtype=dtype_name(dtype),
         device=device.type,
         cache=_cache_sizes(checkpoint.config.caches(dtype), ops, config.block_size),
@@ -214,6 +223,26 @@ def _weight_bytes(weights: list[PlannedWeight], stored: str) -> WeightBytes:
     mapped = sum(weight.nbytes for weight in weights if weight.mapped)
     copied = sum(weight.nbytes for weight in weights if not weight.mapped)
     return WeightBytes(mapped, copied, sum(weight.count for weight in weights), stored)
+
+
+def _moving_bytes(
+    sources: Sequence[Source], weights: Sequence[PlannedWeight], ranks: ExpertRank, spare: int
+) -> int:
+    """Room for a rank's experts to become others, a layer at a time, and one more of a layer where
+    they don't divide evenly."""
+    sizes: Counter[int] = Counter()
+    for source, weight in zip(sources, weights, strict=True):
+        if source.expert is not None:
+            sizes[source.expert[0]] += weight.nbytes
+    more = 0
+    largest = 0
+    for layer, count in ranks.placement.experts.items():
+        held = len(ranks.held(layer) or ())
+        most = min(count, -(-count // ranks.placement.ranks) + spare)
+        one = sizes[layer] // max(held, 1)
+        more += one * max(most - held, 0)
+        largest = max(largest, one * most)
+    return more + largest
 
 
 def load_engine(
@@ -266,7 +295,15 @@ def load_engine(
     ranks = runner.model.ranks
     if ranks is None:
         return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
-    return RankEngine(runner, scheduler, info, use=ranks.join, trace=trace, torch_threads=threads)
+    return RankEngine(
+        runner,
+        scheduler,
+        info,
+        use=ranks.join,
+        moves=ExpertMoves(prepared.loader, runner.model),
+        trace=trace,
+        torch_threads=threads,
+    )
 
 
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
@@ -364,6 +401,11 @@ def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:
     if wish == "auto":
         wish = "float32" if stored == "float16" and device == "cpu" else stored
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wish]
+
+
+def weights_name(directory: Path) -> str:
+    """What tells a model's files from another's. Raises UsageError for what is no model."""
+    return fingerprint(open_checkpoint(directory))
 
 
 def _fingerprint(prepared: Prepared) -> str:

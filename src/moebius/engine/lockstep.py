@@ -23,6 +23,8 @@ class Lockstep:
         self._settled = heard
         # Ranks that join a group don't know what the others were doing.
         self._running = True
+        self.ready: int | None = None
+        """What all brought as `ready` to the last step; None where they differed."""
 
     @property
     def awake(self) -> bool:
@@ -33,11 +35,15 @@ class Lockstep:
         """The front has handed out request `number`, to this rank or to another."""
         self._heard = max(self._heard, number)
 
-    def agree(self, has_work: bool) -> bool:
-        """Whether all ranks make a step now. Raises PeerError."""
-        told = self._exchange.agree((int(has_work), self._heard))
-        numbers = [heard for _, heard in told]
-        some_work = any(work for work, _ in told)
+    def agree(self, has_work: bool, ready: int = 0) -> bool:
+        """Whether all ranks make a step now. Raises PeerError.
+
+        ready: the number of the placement of experts that this rank can compute by.
+        """
+        told = self._exchange.agree((int(has_work), self._heard, ready))
+        numbers = [heard for _, heard, _ in told]
+        some_work = any(work for work, _, _ in told)
+        self.ready = ready if all(each == ready for _, _, each in told) else None
         self._settled = max(numbers)
         self._running = some_work or min(numbers) < max(numbers)
         return some_work

@@ -1,27 +1,42 @@
 """A rank's engine as a member of its group: what its front tells it, and hears of it."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from moebius.engine import wire
 from moebius.engine.rank import RankEngine
-from moebius.errors import ChannelError, MoebiusError
-from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.errors import ChannelError, MoebiusError, PeerError
+from moebius.moe.placement import Placement
+from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
+from moebius.parallel.gloo import Meeting, join_epoch
 from moebius.parallel.shared_memory import SharedMemoryExchange
 
 Say = Callable[[wire.FromEngine], None]
 
+GLOO = "gloo://"
+"""What a place begins with where ranks share no memory; this host's address follows."""
+_PATIENCE_SECONDS = 20.0
+
 
 class Member:
-    """Joins epochs, on the engine's thread."""
+    """Joins epochs. `expect`, `hear_put` and `give_up` belong to the thread that reads what the
+    front says, all else to the engine's."""
 
-    def __init__(self, engine: RankEngine, spec: ExchangeSpec, rank: int, say: Say) -> None:
+    def __init__(self, engine: RankEngine, spec: ExchangeSpec, say: Say) -> None:
+        assert engine.moves is not None, "the front tells a rank which experts it holds"
         self._engine = engine
+        self._moves = engine.moves
         self._spec = spec
-        self._rank = rank
         self._say = say
         self._epoch = 0
+        self._lock = threading.Lock()
+        self._meeting: Meeting | None = None
+        self._exchange: Exchange | None = None
         engine.on_parted = self._parted
+        self._moves.moved = lambda number: self._tell(wire.Moved(number))
+        self._moves.failed = lambda number, error: self._tell(wire.Unmoved(number, error))
 
     @property
     def rows(self) -> wire.Rows:
@@ -30,26 +45,77 @@ class Member:
         dtype = str(spec.dtype).removeprefix("torch.")
         return wire.Rows(spec.size, spec.tokens, spec.hidden, spec.top_k, dtype)
 
-    def join(self, asked: wire.Join) -> None:
+    def expect(self, asked: wire.Join) -> None:
+        """This epoch will be joined once the engine comes to it: whatever that still waits for in
+        an earlier one, it waits no longer."""
+        if not asked.place.startswith(GLOO):
+            return
+        with self._lock:
+            earlier = self._meeting
+            self._meeting = Meeting(
+                Epoch(asked.group, asked.epoch),
+                lambda key, value: self._tell(wire.Put(asked.epoch, key, value)),
+            )
+        if earlier is not None:
+            self._end(earlier, range(self._spec.size))
+
+    def hear_put(self, put: wire.Put) -> None:
+        meeting = self._meeting
+        if meeting is not None and meeting.epoch.number == put.epoch:
+            meeting.hear(put.key, put.value)
+
+    def give_up(self, told: wire.GiveUp) -> None:
+        """The epoch is over: what the engine waits for in it will not come."""
+        meeting = self._meeting
+        if meeting is not None and meeting.epoch.number == told.epoch:
+            self._end(meeting, told.ranks)
+
+    def take(self, message: wire.Hear | wire.Join | wire.Move) -> None:
+        match message:
+            case wire.Hear(number):
+                self._engine.hear(number)
+            case wire.Move(number, held):
+                self._moves.ask(number, held)
+            case wire.Join():
+                self._join(message)
+
+    def _join(self, asked: wire.Join) -> None:
         """Leave the epoch that it is in, and compute in this one."""
         self._engine.leave()
         self._epoch = asked.epoch
         try:
-            exchange = SharedMemoryExchange(
-                asked.place,
-                self._spec,
-                self._rank,
-                Epoch(asked.group, asked.epoch),
-                timeout=asked.timeout,
-            )
+            placement = Placement.of(asked.held)
+            self._moves.set(asked.number, placement, asked.rank)
+            exchange = self._exchange_of(asked, replace(self._spec, size=placement.ranks))
         except MoebiusError as error:
             self._parted(error)
             return
         self._engine.join(exchange, asked.heard)
         self._tell(wire.Joined(asked.epoch))
 
-    def hear(self, number: int) -> None:
-        self._engine.hear(number)
+    def _exchange_of(self, asked: wire.Join, spec: ExchangeSpec) -> Exchange:
+        epoch = Epoch(asked.group, asked.epoch)
+        if not asked.place.startswith(GLOO):
+            return SharedMemoryExchange(asked.place, spec, asked.rank, epoch, timeout=asked.timeout)
+        meeting = self._meeting
+        assert meeting is not None, "an epoch over several hosts is expected before it is joined"
+        if meeting.epoch != epoch:
+            raise PeerError(f"{epoch} was over before it was joined", ranks=())
+        address = asked.place.removeprefix(GLOO)
+        exchange = join_epoch(meeting, spec, asked.rank, address, asked.timeout, _PATIENCE_SECONDS)
+        with self._lock:
+            self._exchange = exchange
+        if meeting.over is not None:
+            exchange.close()
+            raise meeting.over
+        return exchange
+
+    def _end(self, meeting: Meeting, ranks: Sequence[int]) -> None:
+        meeting.give_up(ranks)
+        with self._lock:
+            exchange = self._exchange
+        if exchange is not None and exchange.epoch == meeting.epoch:
+            exchange.give_up(ranks)
 
     def _parted(self, error: MoebiusError) -> None:
         self._tell(wire.Parted(self._epoch, error))

@@ -30,13 +30,19 @@ _INT64 = 8
 class WeightBytes:
     """Bytes of weights that are read in place from the files (`mapped`), or converted (`copied`).
 
-    stored is the dtype that most of them have in the files.
+    stored is the dtype that most of them have in the files. moving is room for experts that come
+    before others go, and for as many as a rank may come to hold.
     """
 
     mapped: int
     copied: int
     parameters: int
     stored: str = ""
+    moving: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.mapped + self.copied + self.moving
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +152,8 @@ class MemoryPlan:
         weights = self.weights
         held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
         held = f"{weights.parameters:,} parameters; {held}"
+        if weights.moving:
+            held += f", {human_bytes(weights.moving)} to move experts"
         changed = ""
         if weights.stored not in ("", self.dtype):
             treated = "copied" if weights.copied > weights.mapped else "read in place"
@@ -156,7 +164,7 @@ class MemoryPlan:
         blocks = f"{self.num_blocks:,} blocks of {self.block_size} tokens"
         workspace = human_bytes(self.workspace)
         return [
-            ("weights", human_bytes(weights.mapped + weights.copied), held),
+            ("weights", human_bytes(weights.total), held),
             (
                 "KV cache",
                 human_bytes(self.kv_cache),
@@ -340,7 +348,7 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
     weights = plan.weights
     available = human_bytes(plan.available)
     of = f" (left of {plan.available_of})" if plan.available_of else ""
-    left = plan.available - weights.mapped - weights.copied - plan.workspace
+    left = plan.available - weights.total - plan.workspace
     if left <= 0:
         raise MemoryPlanError(
             f"weights ({human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied) "

@@ -16,10 +16,12 @@ class Place:
     """What a rank has of its host.
 
     threads    what it computes with
+    at_once    how many of the host's ranks can compute at the same time
     binding    what it is to be bound to; None where there is nothing to gain by that
     """
 
     threads: int
+    at_once: int
     binding: topology.Binding | None = None
 
     def take(self) -> None:
@@ -44,7 +46,8 @@ def place(rank: int, ranks: int, wanted: int | None = None, root: Path = machine
     system may move them about.
     """
     threads = share_threads(wanted, ranks, root)
+    at_once = max(1, machine.threads(root) // threads)
     if ranks == 1:
-        return Place(threads)
+        return Place(threads, at_once)
     binding = topology.bindings(topology.read_topology(root), ranks)[rank]
-    return Place(threads, binding if threads <= len(binding.processors) else None)
+    return Place(threads, at_once, binding if threads <= len(binding.processors) else None)

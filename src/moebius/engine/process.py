@@ -1,6 +1,7 @@
-"""An engine in a process of its own: `python -m moebius.engine.process ADDRESS`.
+"""An engine in a process of its own: `python -m moebius.engine.process ADDRESS [TICKET]`.
 
-It connects to its front at ADDRESS, hears in one frame what to load, answers with Loaded or with
+It connects to its front at ADDRESS, shows the ticket that it was started with on another host,
+hears in one frame what to load, answers with Loaded or with
 Failed, and serves until the front tells it to stop, or is gone. What computes is InProcessClient,
 on a thread; this module's thread reads frames, another sends heartbeats.
 
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import replace
@@ -26,6 +28,8 @@ from typing import TYPE_CHECKING
 from moebius import logs
 from moebius.engine import wire
 from moebius.engine.client import StepOutput
+from moebius.engine.clocks import move_request
+from moebius.engine.cluster import RankHello, encode_hello
 from moebius.engine.faults import failed, say
 from moebius.errors import (
     ChannelError,
@@ -38,6 +42,7 @@ from moebius.errors import (
     wants_traceback,
 )
 from moebius.parallel.channel import Channel
+from moebius.parallel.endpoint import parse_endpoint
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.meet import Address, connect, forget
 from moebius.request.engine_request import EngineRequest
@@ -102,8 +107,12 @@ class Service:
         engine: "InProcessClient",
         prefix_key: bytes,
         member: "Member | None" = None,
+        far: bool = False,
     ) -> None:
-        """member   of the group of ranks that this engine is one of"""
+        """member   of the group of ranks that this engine is one of
+        far      the front is on another host, whose clock is not ours
+        """
+        self._far = far
         self._channel = channel
         self._engine = engine
         self._member = member
@@ -130,16 +139,15 @@ class Service:
                 frame = self._channel.receive(wire.HEARTBEAT_SECONDS)
             except DeadlineError:
                 continue
-            match wire.decode_to_engine(frame):
-                case wire.Submit(request, number):
+            message = wire.decode_to_engine(frame)
+            match message:
+                case wire.Submit(request, number, sent):
+                    if sent is not None:
+                        request = move_request(request, time.monotonic() - sent)
                     self._submit(request)
-                    self._hear(number)
-                case wire.Hear(number):
-                    self._hear(number)
-                case wire.Join() as join:
-                    if self._member is None:
-                        raise WireError("an engine that is no rank was told to join a group")
-                    self._engine.between_steps(partial(self._member.join, join))
+                    self._tell_member(wire.Hear(number))
+                case wire.Hear() | wire.Join() | wire.Move() | wire.Put() | wire.GiveUp():
+                    self._tell_member(message)
                 case wire.Abort(request_id):
                     self._engine.abort(request_id)
                 case wire.ReadLoads():
@@ -155,21 +163,35 @@ class Service:
         except MoebiusError as error:
             self._deliver([failed(request.id, error)])
 
-    def _hear(self, number: int) -> None:
-        if self._member is not None:
-            self._engine.between_steps(partial(self._member.hear, number))
+    def _tell_member(self, message: wire.ToMember) -> None:
+        member = self._member
+        if member is None:
+            if not isinstance(message, wire.Hear):
+                raise WireError(f"an engine that is no rank was sent {type(message).__name__}")
+            return
+        match message:
+            case wire.Put():
+                member.hear_put(message)
+                return
+            case wire.GiveUp():
+                member.give_up(message)
+                return
+            case wire.Join():
+                member.expect(message)
+        self._engine.between_steps(partial(member.take, message))
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Send a step's outputs. That the front is gone is for the reading thread to see."""
         with suppress(ChannelError):
-            _send(self._channel, wire.Outputs(outputs))
+            sent = time.monotonic() if self._far else None
+            _send(self._channel, wire.Outputs(outputs, sent))
 
 
 def _send(channel: Channel, message: wire.FromEngine) -> None:
     channel.send(wire.encode(message), wire.SEND_SECONDS)
 
 
-def main(argument: str) -> int:
+def main(argument: str, ticket: str = "") -> int:
     """Connect, load and serve; the exit status."""
     gc.set_threshold(100_000)  # as cli/main.py, and for its reason
     _live_with_the_front()
@@ -181,9 +203,11 @@ def main(argument: str) -> int:
             forget(address)
     else:
         channel = connect(address, _CONNECT_SECONDS, ClusterKey.from_environment())
+    if ticket:
+        channel.send(encode_hello(RankHello(ticket)), wire.SEND_SECONDS)
     pulse = Pulse(channel)
     try:
-        return _run(channel, pulse)
+        return _run(channel, pulse, far=bool(ticket))
     except ChannelError:  # the front is gone, or Pulse has told it why there is an end
         return 1
     except WireError as error:
@@ -194,7 +218,7 @@ def main(argument: str) -> int:
         channel.close()
 
 
-def _run(channel: Channel, pulse: Pulse) -> int:
+def _run(channel: Channel, pulse: Pulse, far: bool) -> int:
     import moebius.engine.load  # noqa: F401 - for seconds, in which the front reads the tokenizer
 
     launch = wire.decode_to_engine(channel.receive(_LAUNCH_SECONDS))
@@ -202,7 +226,7 @@ def _run(channel: Channel, pulse: Pulse) -> int:
         raise WireError(f"a {type(launch).__name__} came before a Launch")
     logs.to_stderr(launch.log_level)
     try:
-        service = _load(channel, launch)
+        service = _load(channel, launch, far)
     except (ChannelError, WireError):
         raise
     except Exception as error:
@@ -213,20 +237,26 @@ def _run(channel: Channel, pulse: Pulse) -> int:
     return 0
 
 
-def _load(channel: Channel, launch: wire.Launch) -> Service:
+def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
     from moebius.engine.member import Member
     from moebius.engine.place import place
     from moebius.engine.rank import RankEngine
+    from moebius.moe.placement import Placement
 
+    if launch.isa:
+        os.environ["MOEBIUS_CPU_ISA"] = launch.isa
     directory = Path(launch.directory)
     config = launch.config
     ranks = config.ranks
     here = place(launch.local_rank, launch.local_ranks, config.threads)
     here.take()
     config = replace(config, threads=here.threads)
-    share = ExpertShare(launch.rank, ranks, neighbours=launch.neighbours) if ranks > 1 else None
+    share = None
+    if ranks > 1:
+        placement = None if launch.held is None else Placement.of(launch.held)
+        share = ExpertShare(launch.rank, ranks, placement, neighbours=launch.neighbours)
     prepared = prepare(directory, config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
@@ -239,9 +269,9 @@ def _load(channel: Channel, launch: wire.Launch) -> Service:
     )
     member = None
     if isinstance(engine, RankEngine):
-        member = Member(engine, exchange_spec(prepared), launch.rank, partial(_send, channel))
+        member = Member(engine, exchange_spec(prepared), partial(_send, channel))
     client = InProcessClient(engine, step_deadline=config.step_deadline)
-    return Service(channel, client, launch.prefix_key, member)
+    return Service(channel, client, launch.prefix_key, member, far)
 
 
 def _fail(channel: Channel, error: Exception) -> int:
@@ -266,14 +296,11 @@ def _live_with_the_front() -> None:
 
 def _address(text: str) -> Address:
     """The path of a socket, or HOST:PORT."""
-    if os.sep in text:
-        return Path(text)
-    host, _, port = text.rpartition(":")
-    return host, int(port)
+    return Path(text) if os.sep in text else parse_endpoint(text, "the front's address")
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1])
+    status = main(*sys.argv[1:])
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)  # with torch loaded, taking down Python's modules takes most of a second

@@ -8,6 +8,7 @@ from moebius.engine.client import EngineInfo, EngineStats, StepOutput
 from moebius.engine.engine import Engine
 from moebius.engine.faults import say
 from moebius.engine.lockstep import Lockstep
+from moebius.engine.moves import ExpertMoves
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import PeerError
@@ -23,7 +24,8 @@ class RankEngine(Engine):
     When a rank of the group is lost, this engine keeps its requests, its cache and its weights. It
     tells `on_parted`, and rests until it joins the next epoch.
 
-    use   gives the model's dispatchers an exchange
+    use     gives the model's dispatchers an exchange
+    moves   of its experts, between two steps; None: they stay where they are
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class RankEngine(Engine):
         info: EngineInfo,
         *,
         use: Callable[[Exchange], None],
+        moves: ExpertMoves | None = None,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
     ) -> None:
         super().__init__(runner, scheduler, info, trace=trace, torch_threads=torch_threads)
         self._use = use
+        self.moves = moves
         self.on_parted: Callable[[PeerError], None] = lambda error: None
         self._exchange: Exchange | None = None
         self._past = Traffic()
@@ -93,11 +97,16 @@ class RankEngine(Engine):
 
     def _step(self) -> list[StepOutput]:
         assert self._lockstep is not None, "a step is made in a group"
+        moves = self.moves
         try:
-            if not self._lockstep.agree(self.scheduler.has_work):
-                return []
+            ready = 0 if moves is None else moves.ready()
+            some_work = self._lockstep.agree(self.scheduler.has_work, ready)
         except PeerError as error:
             self._part(error)
+            return []
+        if moves is not None and self._lockstep.ready is not None:
+            moves.agreed(self._lockstep.ready)
+        if not some_work:
             return []
         return super()._step()
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from moebius.engine import wire
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
+from moebius.engine.clocks import move_outputs, move_stats
 from moebius.engine.deliveries import Deliver, Deliveries
 from moebius.engine.faults import failed, failure, lost
 from moebius.errors import (
@@ -69,6 +70,7 @@ class RemoteClient:
 
     silence   seconds without a heartbeat after which it is not ready
     ended     called on the reading thread when nothing more will come, with the cause
+    far       the engine is on another host, whose clock is not ours
     """
 
     def __init__(
@@ -79,14 +81,16 @@ class RemoteClient:
         silence: float = SILENCE_SECONDS,
         ended: Callable[[EngineError], None] = lambda cause: None,
         clock: Callable[[], float] = time.monotonic,
+        far: bool = False,
     ) -> None:
+        self._far = far
         self._channel = channel
         self._info = info
         self._silence = silence
         self._ended = ended
         self._clock = clock
         self._deliveries = Deliveries(self.abort)
-        self.heard: Callable[[wire.Joined | wire.Parted], None] = lambda message: None
+        self.heard: Callable[[wire.OfGroup], None] = lambda message: None
         """Called, on the reading thread, with what a rank says of its group."""
         self._early: list[bytes] | None = []
         self._last_heard = clock()
@@ -118,7 +122,8 @@ class RemoteClient:
     def submit(self, request: EngineRequest, number: int = 0) -> None:
         """As in EngineClient; where the engine's process takes nothing any more, and much waits for
         it already, an output says OverloadError. number: see wire.Submit."""
-        frame = wire.encode(wire.Submit(request, number))
+        sent = self._clock() if self._far else None
+        frame = wire.encode(wire.Submit(request, number, sent))
         try:
             self._deliveries.take(request.id, lambda: self._in_order(frame))
         except OverloadError as error:
@@ -221,15 +226,17 @@ class RemoteClient:
             message = wire.decode_from_engine(frame)
             self._last_heard = self._clock()
             match message:
-                case wire.Outputs(outputs):
+                case wire.Outputs(outputs, sent):
+                    if sent is not None:
+                        outputs = move_outputs(outputs, self._last_heard - sent)
                     self._deliveries.send(outputs)
                 case wire.Stats(stats):
-                    self._stats = stats
+                    self._stats = move_stats(stats, self._last_heard) if self._far else stats
                 case wire.Loads(loads):
                     self._loads.heard(loads)
                 case wire.Failed(error):
                     raise error if isinstance(error, EngineError) else EngineError(str(error))
-                case wire.Joined() | wire.Parted():
+                case wire.Joined() | wire.Parted() | wire.Put() | wire.Moved() | wire.Unmoved():
                     self.heard(message)
                 case wire.Heartbeat() | wire.Planned() | wire.Loaded():
                     pass

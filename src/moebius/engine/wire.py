@@ -3,7 +3,8 @@
 A frame is one byte, the version, and one message in MessagePack, typed on both sides: what does not
 decode into the very record is refused with a WireError, and nothing is ever unpickled. How frames
 are told apart in a stream is the transport's. Times are seconds on the monotonic clock, which the
-processes of one machine share.
+processes of one machine share; a frame to another machine says when it was `sent` by its sender's
+clock, and who receives it moves its times (engine/clocks.py).
 
 An error crosses as its class's code, its text and its facts (errors.py), and comes back as the same
 class.
@@ -35,6 +36,9 @@ HEARTBEAT_SECONDS = 0.25
 SEND_SECONDS = 30.0
 """What the other end gets to take a frame."""
 
+Held = dict[int, tuple[tuple[int, ...], ...]]
+"""By a layer's number, the experts that each rank holds of it."""
+
 
 class _Record(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     pass
@@ -48,8 +52,10 @@ class Launch(_Record, frozen=True, tag="launch"):
     eos_ids      the model's end tokens
     log_level    what the engine's process logs
     rank         which of config.ranks engines it is that share the model's experts
+    held         for each layer with a router, the experts that each of these holds
     neighbours   of these on its own host, itself among them: how many have not taken their memory
                  yet
+    isa          the instruction set of a CPU's kernels; empty: the highest that it has
     local_rank   which of local_ranks it is, of those on its own host: these share its processors
     """
 
@@ -59,7 +65,9 @@ class Launch(_Record, frozen=True, tag="launch"):
     eos_ids: frozenset[int]
     log_level: str = "info"
     rank: int = 0
+    held: Held | None = None
     neighbours: int = 1
+    isa: str = ""
     local_rank: int = 0
     local_ranks: int = 1
 
@@ -69,6 +77,7 @@ class Submit(_Record, frozen=True, tag="submit"):
 
     request: EngineRequest
     number: int = 0
+    sent: float | None = None
 
 
 class Hear(_Record, frozen=True, tag="hear"):
@@ -80,16 +89,49 @@ class Hear(_Record, frozen=True, tag="hear"):
 class Join(_Record, frozen=True, tag="join"):
     """Front to a rank: compute with the others, in this epoch of their group.
 
-    place     where the group's shared memory is
+    rank      which of them it is in this epoch
+    held      for each layer with a router, the experts that each of them holds, and the number of
+              this placement: it is what is computed by when the epoch begins
+    place     where the group's shared memory is; or gloo://ADDRESS, this rank's own, where some
+              ranks are on other hosts
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
     """
 
     group: str
     epoch: int
+    rank: int
+    held: Held
+    number: int
     place: str
     timeout: float
     heard: int
+
+
+class Put(_Record, frozen=True, tag="put"):
+    """A rank to the front, and the front to all others: what gloo needs of it to connect."""
+
+    epoch: int
+    key: str
+    value: bytes
+
+
+class GiveUp(_Record, frozen=True, tag="give_up"):
+    """Front to a rank: this epoch is over, because of these ranks."""
+
+    epoch: int
+    ranks: tuple[int, ...]
+
+
+class Move(_Record, frozen=True, tag="move"):
+    """Front to a rank: for these layers hold what `held` says of it, beside what it holds now, and
+    from the step on in which all ranks do, compute by it. It answers with Moved or Unmoved.
+
+    A move that is not made yet is not wanted any more.
+    """
+
+    number: int
+    held: Held
 
 
 class Abort(_Record, frozen=True, tag="abort"):
@@ -155,6 +197,19 @@ class Parted(_Record, frozen=True, tag="parted"):
     error: MoebiusError
 
 
+class Moved(_Record, frozen=True, tag="moved"):
+    """A rank to the front: it computes by the placement of this number, as all do."""
+
+    number: int
+
+
+class Unmoved(_Record, frozen=True, tag="unmoved"):
+    """A rank to the front: it cannot have the experts that this placement says."""
+
+    number: int
+    error: MoebiusError
+
+
 class Failed(_Record, frozen=True, tag="failed"):
     """Engine to front, last of all: it cannot go on, or could not begin."""
 
@@ -165,6 +220,7 @@ class Outputs(_Record, frozen=True, tag="outputs"):
     """Engine to front: what one step brought."""
 
     outputs: list[StepOutput]
+    sent: float | None = None
 
 
 class Stats(_Record, frozen=True, tag="stats"):
@@ -179,8 +235,12 @@ class Loads(_Record, frozen=True, tag="loads"):
     loads: ExpertLoads
 
 
-ToEngine = Launch | Submit | Hear | Join | Abort | ReadLoads | Stop
-FromEngine = Heartbeat | Planned | Loaded | Joined | Parted | Failed | Outputs | Stats | Loads
+OfGroup = Joined | Parted | Put | Moved | Unmoved
+"""What a rank says of its group."""
+ToMember = Hear | Join | Put | GiveUp | Move
+"""What it hears of it."""
+ToEngine = Launch | Submit | ToMember | Abort | ReadLoads | Stop
+FromEngine = Heartbeat | Planned | Loaded | OfGroup | Failed | Outputs | Stats | Loads
 
 
 class _Error(_Record, frozen=True):
@@ -191,19 +251,17 @@ class _Error(_Record, frozen=True):
 
 def encode(message: ToEngine | FromEngine) -> bytes:
     """The message as a frame."""
-    frame = bytearray((VERSION,))
-    _ENCODER.encode_into(message, frame, 1)
-    return bytes(frame)
+    return framed(message)
 
 
 def decode_to_engine(frame: bytes) -> ToEngine:
     """What a front has sent. WireError where the frame is no such message, or another version's."""
-    return _decode(frame, _TO_ENGINE)
+    return unframed(frame, _TO_ENGINE)
 
 
 def decode_from_engine(frame: bytes) -> FromEngine:
     """What an engine has sent. WireError, as above."""
-    return _decode(frame, _FROM_ENGINE)
+    return unframed(frame, _FROM_ENGINE)
 
 
 def received(
@@ -228,7 +286,15 @@ def received(
 _Decoded = TypeVar("_Decoded")
 
 
-def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[_Decoded]) -> _Decoded:
+def framed(message: Struct) -> bytes:
+    """A record as a frame."""
+    frame = bytearray((VERSION,))
+    _ENCODER.encode_into(message, frame, 1)
+    return bytes(frame)
+
+
+def unframed(frame: bytes, decoder: msgspec.msgpack.Decoder[_Decoded]) -> _Decoded:
+    """The record in a frame. WireError where it is none of them, or of another version."""
     if not frame:
         raise WireError("a frame without a byte; it must begin with its version")
     if frame[0] != VERSION:
@@ -253,7 +319,8 @@ def _to_wire(value: object) -> object:
     raise NotImplementedError(f"{type(value).__name__} does not cross between processes")
 
 
-def _from_wire(kind: type, value: object) -> object:
+def from_wire(kind: type, value: object) -> object:
+    """What a decoder of these frames makes of the one kind that MessagePack does not have."""
     assert kind is MoebiusError, f"no record holds a {kind.__name__}"
     found = msgspec.convert(value, _Error)
     made = ERRORS_BY_CODE.get(found.code)
@@ -267,8 +334,8 @@ def _from_wire(kind: type, value: object) -> object:
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_wire)
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(
-    ToEngine, dec_hook=_from_wire
+    ToEngine, dec_hook=from_wire
 )
 _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(
-    FromEngine, dec_hook=_from_wire
+    FromEngine, dec_hook=from_wire
 )

@@ -7,10 +7,11 @@ from types import TracebackType
 from typing import Self
 
 from moebius.engine import wire
-from moebius.engine.client import EngineClient
-from moebius.engine.supervisor import EngineProcess
+from moebius.engine.client import EngineClient, ExpertSpread
+from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
 from moebius.front.group import RankGroup
+from moebius.front.hosts import Hosts
 from moebius.front.launched import LaunchedEngine
 from moebius.front.replay import Lost, ReplayClient
 
@@ -23,7 +24,7 @@ def _end_in_order() -> None:
 
 
 class EngineProcesses:
-    """`count` processes, which import what takes seconds while it is not known yet what to load.
+    """`count` processes of this host, which import what takes seconds before they are told a model.
 
     with EngineProcesses(1) as processes:
         client = processes.launch(message, planned)
@@ -35,9 +36,11 @@ class EngineProcesses:
         self._count = count
         self._on_give_up = on_give_up
         self._early: dict[int, EngineProcess] = {}
-        self._processes: dict[int, EngineProcess] = {}
+        self._processes: dict[int, WatchedProcess] = {}
         self._client: ReplayClient | None = None
+        self._group: RankGroup | None = None
         self._reason: MoebiusError | None = None
+        self._failure: MoebiusError | None = None
         self._closed = False
         try:
             for number in range(count):
@@ -47,35 +50,59 @@ class EngineProcesses:
             raise
 
     def launch(
-        self, message: wire.Launch, planned: Callable[[wire.Planned], None] = lambda plan: None
+        self,
+        message: wire.Launch,
+        planned: Callable[[wire.Planned], None] = lambda plan: None,
+        hosts: Hosts | None = None,
     ) -> ReplayClient:
         """Load the model in each; `planned` hears of the first one's memory plan.
 
-        Raises the error that loading ends with.
+        hosts: where the ranks are; None: all on this one. Raises the error that loading ends with.
         """
-        group = RankGroup(message) if message.config.ranks > 1 else None
+        group = RankGroup(message, hosts) if message.config.ranks > 1 else None
+        self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
             early = self._early.pop(number, None)
             hears = planned if early is not None and number == 0 else lambda plan: None
-            process = early or EngineProcess()
+            process = early or (EngineProcess() if hosts is None else hosts.start(number))
             self._processes[number] = process
             if self._closed:
                 process.kill()
                 raise EngineError("the engines are closed")
-            if group is None:
-                return LaunchedEngine(message, lost, hears, process)
-            return group.launch(number, lost, hears, process)
+            try:
+                if group is None:
+                    return LaunchedEngine(message, lost, hears, process)
+                return group.launch(number, lost, hears, process)
+            except MoebiusError as error:
+                raise self._none_at_all(error) from error
 
         self._client = ReplayClient(
             start, message.config.ranks, queue=message.config, on_give_up=self._give_up
         )
         return self._client
 
+    def spread(self) -> ExpertSpread | None:
+        """How ranks share the model's experts; None where one process has them all."""
+        return None if self._group is None else self._group.spread()
+
+    def _none_at_all(self, error: MoebiusError) -> MoebiusError:
+        """An engine does not start. The first time all have to, so the others are ended, too.
+
+        What came first is the error of all.
+        """
+        if self._client is not None:
+            return error
+        self._failure = self._failure or error
+        for process in list(self._processes.values()):
+            process.kill()
+        return self._failure
+
     @property
     def processes(self) -> tuple[EngineProcess, ...]:
-        """The ones that serve, or will."""
-        return tuple((self._early | self._processes)[number] for number in range(self._count))
+        """The ones of this host that serve, or will."""
+        each = (self._processes.get(n, self._early.get(n)) for n in range(self._count))
+        return tuple(process for process in each if isinstance(process, EngineProcess))
 
     def check(self) -> None:
         """Raises the reason why the engines were given up, where they were."""
@@ -85,6 +112,8 @@ class EngineProcesses:
     def close(self) -> None:
         """Stop the engines and wait for the ends of their processes, loaded or not."""
         self._closed = True
+        if self._group is not None:
+            self._group.close()
         if self._client is not None:
             self._client.close(_CLOSE_SECONDS)
         for process in [*self._early.values(), *self._processes.values()]:

@@ -114,15 +114,18 @@ class Fleet:
         """Start all engines at the same time. Where one does not come, the others go."""
         count = len(self._engines)
         failures: list[BaseException] = []
-        with ThreadPoolExecutor(count) as pool:
-            starts = [
-                pool.submit(self._launch, number, partial(self._lose, number, 0))
-                for number in range(count)
-            ]
+        pool = ThreadPoolExecutor(count)
+        starts = [
+            pool.submit(self._launch, number, partial(self._lose, number, 0))
+            for number in range(count)
+        ]
+        try:
             for start in as_completed(starts):
                 error = start.exception()
                 if error is not None:
                     failures.append(error)
+        finally:
+            pool.shutdown(wait=False)  # Ctrl-C waits for no model to be loaded
         for number, start in enumerate(starts):
             if start.exception() is None:
                 self._engines[number] = start.result()

@@ -1,31 +1,45 @@
 """Ranks that share a model's experts: their processes, and the epochs in which they compute.
 
-An epoch is a membership: all ranks, with a piece of shared memory of its own. When a rank is lost,
-its epoch is over for all of them at once; the others keep process, cache and weights, and wait with
-what they have. When the lost rank is loaded again, all join the next epoch.
+An epoch is a membership, with a place of its own to trade rows at. When a rank is lost, its epoch
+is over for all of them at once; the others keep process, cache and weights. Where they have every
+expert between them, they go on in an epoch of their own; else they wait with what they have. When
+the lost rank is loaded again, all join the next epoch.
 """
 
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-import msgspec
 import torch
+from msgspec import structs
 
 from moebius.engine import wire
-from moebius.engine.client import EngineStats
+from moebius.engine.client import (
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    ExpertSpread,
+    LayerSpread,
+    RankTraffic,
+)
 from moebius.engine.faults import say
+from moebius.engine.placing import start_placement
 from moebius.engine.remote import RemoteClient
-from moebius.engine.supervisor import EngineProcess
-from moebius.errors import MoebiusError
+from moebius.engine.supervisor import WatchedProcess
+from moebius.errors import ConfigError, MoebiusError, UsageError
+from moebius.front.alike import check_engines_alike
 from moebius.front.fleet import Lost
+from moebius.front.hosts import EpochPlace, Hosts, OneHost
 from moebius.front.launched import LaunchedEngine
+from moebius.front.places import Balancer, Journey, Places, pairs_of
+from moebius.front.sums import add_loads
+from moebius.moe.placement import LayerPlacement
 from moebius.parallel.exchange import Epoch, ExchangeSpec
-from moebius.parallel.shared_memory import Segment
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -38,19 +52,32 @@ class RankGroup:
     """The engines that ReplayClient is given, one a rank.
 
     message   what each is launched with; its rank is filled in here
+    hosts     where the ranks are; None: all on this one
     """
 
-    def __init__(self, message: wire.Launch) -> None:
+    def __init__(self, message: wire.Launch, hosts: Hosts | None = None) -> None:
         self._message = message
+        self._hosts = hosts or OneHost(message.config.ranks, message.config.threads)
         self._name = secrets.token_hex(4)
         self._lock = threading.RLock()
         self._clients: list[RankClient | None] = [None] * message.config.ranks
+        self._info: EngineInfo | None = None
         self._epoch = 0
-        self._segment: Segment | None = None
+        self._place: EpochPlace | None = None
+        self._members: list[int] = []
         self._joined: set[int] = set()
         # Since when all ranks are there, and not all in one epoch.
         self._apart_since: float | None = None
         self._given = 0
+        self._closing = False
+        config = message.config
+        self.places = Places(start_placement(Path(message.directory), config))
+        self._balancer: Balancer | None = None
+        if config.expert_placement == "balanced":
+            self._balancer = Balancer(
+                self._measured, self.places, self._move, spare=config.spare_experts
+            )
+            self._balancer.start()
 
     @property
     def size(self) -> int:
@@ -61,40 +88,44 @@ class RankGroup:
         rank: int,
         lost: Lost,
         planned: Callable[[wire.Planned], None],
-        process: EngineProcess | None,
+        process: WatchedProcess,
     ) -> "RankClient":
-        """Start a rank, and return once it is loaded; as LaunchedEngine."""
-        client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
+        """Have a rank's process load, and return once it has; as LaunchedEngine."""
+        try:
+            client = RankClient(self, rank, self._launch_of(rank), lost, planned, process)
+        except UsageError as error:
+            if isinstance(self._hosts, OneHost):
+                raise
+            raise ConfigError(f"{self._hosts.name(rank)}: {error}") from error
         try:
             with self._lock:
+                self._info = self._info or client.info
+                check_engines_alike(self._info, client.info, self._hosts.name(rank))
                 if not client.gone:
                     self._clients[rank] = client
-                    if all(self._clients):
-                        self._form()
+                    self._form()
         except BaseException:
             client.close(0.0)
             raise
         return client
 
+    def close(self) -> None:
+        """Form no epoch any more: the ranks are about to be ended."""
+        with self._lock:
+            self._closing = True
+        if self._balancer is not None:
+            self._balancer.stop()
+
     def _launch_of(self, rank: int) -> wire.Launch:
         with self._lock:
-            others = sum(client is not None for client in self._clients)
-        message = self._message
-        config = message.config
-        trace = None if config.trace is None else f"{config.trace}.{rank}"
-        return msgspec.structs.replace(
-            message,
-            config=replace(config, trace=trace),
-            rank=rank,
-            neighbours=self.size - others,
-            local_rank=rank,
-            local_ranks=self.size,
-        )
+            loaded = [other for other, client in enumerate(self._clients) if client is not None]
+        message = self._hosts.launch(self._message, rank, loaded)
+        return structs.replace(message, held=self.places.now.held)
 
     @property
     def formed(self) -> bool:
-        """Whether all ranks are in the present epoch."""
-        return self._segment is not None and len(self._joined) == self.size
+        """Whether its ranks compute: all members of the present epoch have joined it."""
+        return self._place is not None and len(self._joined) == len(self._members)
 
     def submit(self, rank: int, remote: RemoteClient, request: EngineRequest) -> None:
         """Give a request to one rank, and its number to all."""
@@ -105,22 +136,75 @@ class RankGroup:
                 if client is not None and client.rank != rank:
                     client.remote.tell(wire.Hear(self._given))
 
-    def hear(self, client: "RankClient", message: wire.Joined | wire.Parted) -> None:
+    def hear(self, client: "RankClient", message: wire.OfGroup) -> None:
         """What a rank says of its group."""
         with self._lock:
-            if message.epoch != self._epoch or self._clients[client.rank] is not client:
+            if self._clients[client.rank] is not client:
                 return
-            if isinstance(message, wire.Joined):
-                self._joined.add(client.rank)
-                if self.formed:
-                    self._apart_since = None
-                return
-            say(log.warning, "rank %d: %s", client.rank, message.error)
-            self._give_up((client.rank,))
-            again = all(self._clients)
-            epoch = self._epoch
-        if again:
-            self._later(_PAUSE_SECONDS, partial(self._form_again, epoch))
+            match message:
+                case wire.Joined(epoch) if epoch == self._epoch:
+                    self._joined.add(client.rank)
+                    if self.formed:
+                        self._apart_since = None
+                case wire.Parted(epoch, error) if epoch == self._epoch:
+                    say(log.warning, "rank %d: %s", client.rank, error)
+                    self._give_up((client.rank,))
+                    self._later(_PAUSE_SECONDS, partial(self._form_again, epoch))
+                case wire.Put(epoch) if epoch == self._epoch and self._place is not None:
+                    self._place.carry(message, self._members.index(client.rank))
+                case wire.Moved(number):
+                    self.places.moved(number, client.rank)
+                case wire.Unmoved(number, error):
+                    say(log.error, "rank %d keeps its experts: %s", client.rank, error)
+                    instead = self.places.unmoved(number)
+                    if instead is not None:
+                        self._tell_all(instead)
+                case _:
+                    pass  # of an epoch that is over
+
+    def spread(self) -> ExpertSpread:
+        """How the ranks share the experts, and what that costs them."""
+        clients = [client for client in self._clients if client is not None]
+        loads = pairs_of(add_loads([client.expert_loads() for client in clients]))
+        stats = {client.rank: client.stats() for client in clients}
+        with self._lock:
+            now = self.places.now
+            imbalance = now.imbalance(loads)
+            at_start = self.places.first.imbalance(loads)
+            return ExpertSpread(
+                self._epoch,
+                self.places.moves,
+                tuple(
+                    _traffic(rank, stats.get(rank, EngineStats()), self._joined)
+                    for rank in range(self.size)
+                ),
+                tuple(
+                    LayerSpread(
+                        layer, each.held, imbalance.get(layer, 1.0), at_start.get(layer, 1.0)
+                    )
+                    for layer, each in now.layers.items()
+                ),
+            )
+
+    def _measured(self) -> ExpertLoads | None:
+        """The loads of all ranks, while all compute."""
+        clients = [client for client in self._clients if client is not None]
+        if not self.formed or len(clients) < self.size:
+            return None
+        return add_loads([client.expert_loads() for client in clients])
+
+    def _move(self, layers: Mapping[int, LayerPlacement]) -> Journey | None:
+        with self._lock:
+            if not self.formed or len(self._members) < self.size:
+                return None
+            told, journey = self.places.begin(layers)
+            self._tell_all(told)
+            return journey
+
+    def _tell_all(self, message: wire.ToEngine) -> None:
+        for client in self._clients:
+            if client is not None:
+                client.remote.tell(message)
 
     def lose(self, client: "RankClient") -> None:
         """A rank's process is gone: nobody shall wait for it."""
@@ -130,6 +214,7 @@ class RankGroup:
                 self._clients[client.rank] = None
                 self._apart_since = None
                 self._give_up((client.rank,))
+                self._form_or_end()
 
     def absent_for(self, client: "RankClient") -> float:
         """Seconds that the others, which are all there, have waited for this rank to join them."""
@@ -140,44 +225,59 @@ class RankGroup:
 
     def _give_up(self, ranks: Sequence[int]) -> None:
         """This epoch is over: whoever waits in it for these ranks waits no longer."""
-        if self._segment is not None:
-            self._segment.give_up(list(ranks))
-            self._segment.close()
-            self._segment = None
+        if self._place is not None:
+            numbers = [self._members.index(rank) for rank in ranks if rank in self._members]
+            self._place.give_up(numbers or list(range(len(self._members))))
+            self._place = None
+            self._joined = set()
 
     def _form_again(self, epoch: int) -> None:
         with self._lock:
-            clients = [client for client in self._clients if client is not None]
-            if self._epoch != epoch or len(clients) < self.size:
-                return
-            try:
-                self._form()
-            except (MoebiusError, OSError) as error:
-                # Started again, this rank asks for the same once more, as often as that is allowed.
-                say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
-                clients[0].end()
+            if self._epoch == epoch and not self._closing:
+                self._form_or_end()
+
+    def _form_or_end(self) -> None:
+        """Begin the next epoch; where that cannot be, end a rank: its successor tries once more, as
+        often as ranks may be started."""
+        try:
+            self._form()
+        except (MoebiusError, OSError) as error:
+            say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
+            next(client for client in self._clients if client is not None).end()
 
     def _form(self) -> None:
-        """Begin the next epoch, with all ranks."""
-        self._give_up(range(self.size))
+        """Begin the next epoch, if those that are there have every expert; at first, with all."""
+        clients = [client for client in self._clients if client is not None]
+        if self._closing or not clients or (self._epoch == 0 and len(clients) < self.size):
+            return
+        members = [client.rank for client in clients]
+        number = self.places.join()
+        placement = self.places.among(members)
+        if placement is None:
+            return
+        self._give_up(self._members)
         self._epoch += 1
         epoch = Epoch(self._name, self._epoch)
-        clients = [client for client in self._clients if client is not None]
-        self._segment = Segment(_spec(clients[0].rows), epoch)
-        self._joined = set()
+        remotes = {client.rank: client.remote for client in clients}
+        place = self._hosts.place(_spec(clients[0].rows, len(members)), epoch, remotes)
+        self._place = place
+        self._members = members
         if self._apart_since is None:
             self._apart_since = time.monotonic()
-        join = wire.Join(
-            group=self._name,
-            epoch=self._epoch,
-            place=self._segment.place,
-            # Half of it: a rank that waits for a stuck one comes back before it seems stuck itself.
-            timeout=self._message.config.step_deadline / 2,
-            heard=self._given,
-        )
-        for client in clients:
+        for number_here, client in enumerate(clients):
+            join = wire.Join(
+                group=self._name,
+                epoch=self._epoch,
+                rank=number_here,
+                held=placement.held,
+                number=number,
+                place=place.of(number_here),
+                # Half of it: who waits for a stuck rank comes back before it seems stuck itself.
+                timeout=self._message.config.step_deadline / 2,
+                heard=self._given,
+            )
             client.remote.tell(join)
-        log.info("%s begins, with %d ranks", epoch, self.size)
+        log.info("%s begins, with %d of %d ranks", epoch, len(members), self.size)
 
     def _later(self, seconds: float, work: Callable[[], None]) -> None:
         timer = threading.Timer(seconds, work)
@@ -195,7 +295,7 @@ class RankClient(LaunchedEngine):
         message: wire.Launch,
         lost: Lost,
         planned: Callable[[wire.Planned], None],
-        process: EngineProcess | None,
+        process: WatchedProcess,
     ) -> None:
         self.rank = rank
         self.gone = False
@@ -220,11 +320,22 @@ class RankClient(LaunchedEngine):
             return f"it did not join the other ranks for {seconds:.0f} s"
         return super()._trouble()
 
-    def _died(self, process: EngineProcess) -> None:
+    def _died(self, process: WatchedProcess) -> None:
         self._group.lose(self)
         super()._died(process)
 
 
-def _spec(rows: wire.Rows | None) -> ExchangeSpec:
+def _traffic(rank: int, stats: EngineStats, joined: Collection[int]) -> RankTraffic:
+    return RankTraffic(
+        rank,
+        rank in joined,
+        stats.exchanges,
+        stats.exchange_bytes_out,
+        stats.exchange_bytes_in,
+        stats.exchange_wait,
+    )
+
+
+def _spec(rows: wire.Rows | None, size: int) -> ExchangeSpec:
     assert rows is not None, "a rank says what it exchanges"
-    return ExchangeSpec(rows.size, rows.tokens, rows.hidden, rows.top_k, getattr(torch, rows.dtype))
+    return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, getattr(torch, rows.dtype))

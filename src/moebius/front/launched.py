@@ -7,7 +7,7 @@ from moebius.engine import wire
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
 from moebius.engine.deliveries import Deliver
 from moebius.engine.remote import RemoteClient
-from moebius.engine.supervisor import EngineProcess
+from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError
 from moebius.front.fleet import Lost
 from moebius.request.engine_request import EngineRequest
@@ -31,12 +31,12 @@ class LaunchedEngine:
         message: wire.Launch,
         lost: Lost,
         planned: Callable[[wire.Planned], None] = lambda plan: None,
-        process: EngineProcess | None = None,
+        process: WatchedProcess | None = None,
     ) -> None:
         self._lost = lost
         self._stuck: str | None = None
         self._done = threading.Event()
-        self._process = process or EngineProcess()
+        self._process: WatchedProcess = process or EngineProcess()
         self._process.died = self._died
         try:
             self.remote: RemoteClient = self._process.launch(message, planned)
@@ -96,7 +96,7 @@ class LaunchedEngine:
                 self.end()
                 return
 
-    def _died(self, process: EngineProcess) -> None:
+    def _died(self, process: WatchedProcess) -> None:
         self._done.set()
         why = process.state if self._stuck is None else f"it was stuck and is ended: {self._stuck}"
         self._lost(EngineError(why))

@@ -118,7 +118,7 @@ class ReplayClient:
             return replace(
                 total,
                 waiting=total.waiting + self._assignment.num_waiting,
-                ready=total.ready and self._fleet.whole and not self._fleet.ended,
+                ready=total.ready and not self._fleet.ended,
                 restarts=self._fleet.restarts,
                 replayed=self._replayed,
             )

@@ -11,6 +11,7 @@ Shapes: E experts, C rows of an owners table.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -49,6 +50,35 @@ class LayerPlacement:
         bare = [rank for rank, experts in enumerate(self.held) if not experts]
         if bare:
             raise ConfigError(f"rank {bare[0]} of {ranks} holds no expert; it needs at least one")
+
+    @classmethod
+    def of(cls, held: Sequence[Sequence[int]]) -> Self:
+        """Of all experts that are held by some rank."""
+        found = {e for experts in held for e in experts}
+        return cls(1 + max(found, default=0), tuple(map(tuple, held)))
+
+    def among(self, members: Sequence[int]) -> Self:
+        """The same on these ranks alone, which are numbered anew in this order. Raises ConfigError
+        where they don't hold every expert."""
+        return type(self)(self.num_experts, tuple(self.held[rank] for rank in members))
+
+    def near(self, other: Self) -> Self:
+        """The same shares, each at the rank that needs the fewest new experts for it.
+
+        Greedily, by how much of `other` stays where it is; ties to the lowest rank.
+        """
+        left = list(range(len(self.held)))
+        held: list[tuple[int, ...]] = [()] * len(left)
+        kept = {
+            (rank, share): len({*other.held[rank]} & {*self.held[share]})
+            for rank in left
+            for share in left
+        }
+        for rank, share in sorted(kept, key=lambda pair: (-kept[pair], pair)):
+            if share in left and not held[rank]:
+                held[rank] = self.held[share]
+                left.remove(share)
+        return type(self)(self.num_experts, tuple(held))
 
     def holders(self) -> list[list[int]]:
         """The ranks of each expert, a rank as often as it holds it."""
@@ -100,14 +130,28 @@ class Placement:
         """How many each layer has, by its number."""
         return {layer: each.num_experts for layer, each in self.layers.items()}
 
+    @property
+    def held(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+        """What each rank holds of each layer."""
+        return {layer: each.held for layer, each in self.layers.items()}
+
     @classmethod
-    def linear(cls, experts: Mapping[int, int], ranks: int) -> "Placement":
+    def of(cls, held: Mapping[int, Sequence[Sequence[int]]]) -> Self:
+        """What `held` of a placement was."""
+        return cls({layer: LayerPlacement.of(each) for layer, each in held.items()})
+
+    def among(self, members: Sequence[int]) -> Self:
+        """On these ranks alone: LayerPlacement.among, of every layer."""
+        return type(self)({layer: each.among(members) for layer, each in self.layers.items()})
+
+    @classmethod
+    def linear(cls, experts: Mapping[int, int], ranks: int, spare: int = 0) -> Self:
         """In order, as evenly as it goes: of 7 experts on 3 ranks, 3, 2 and 2.
 
-        experts: how many each layer has, by its number. Raises ConfigError for more ranks than
-        experts.
+        experts: how many each layer has, by its number. spare: how many more a rank holds, those
+        of the ranks behind it. Raises ConfigError for more ranks than experts.
         """
-        return cls({layer: _linear(count, ranks) for layer, count in experts.items()})
+        return cls({layer: _linear(count, ranks, spare) for layer, count in experts.items()})
 
     @classmethod
     def balanced(
@@ -118,8 +162,11 @@ class Placement:
         spare: int = 0,
         groups: int = 1,
         nodes: int = 1,
-    ) -> "Placement":
+    ) -> Self:
         """So that ranks have equal loads, with room for `spare` replicas a rank.
+
+        Where there is room for two of each expert, each has two, at different ranks: the others
+        have every expert when one rank is lost. What is left goes to the busiest.
 
         loads: what each expert of each layer gets of the tokens, in any unit. groups, nodes: see
         `place`. Raises ConfigError as `linear`.
@@ -128,7 +175,8 @@ class Placement:
         for layer, shares in loads.items():
             _check_ranks(ranks, len(shares))
             slots = min(len(shares) + spare * ranks, len(shares) * ranks)
-            held = place(shares, ranks, slots, groups=groups, nodes=nodes)
+            least = 1 + (ranks > 1 and slots >= 2 * len(shares))
+            held = place(shares, ranks, slots, groups=groups, nodes=nodes, least=least)
             layers[layer] = LayerPlacement(len(shares), tuple(map(tuple, held)))
         return cls(layers)
 
@@ -150,13 +198,15 @@ def _check_ranks(ranks: int, num_experts: int) -> None:
         )
 
 
-def _linear(num_experts: int, ranks: int) -> LayerPlacement:
+def _linear(num_experts: int, ranks: int, spare: int) -> LayerPlacement:
     _check_ranks(ranks, num_experts)
-    cuts = [0]
+    first = 0
+    held = []
     for size in _rooms(num_experts, ranks):
-        cuts.append(cuts[-1] + size)
-    held = tuple(tuple(range(cuts[rank], cuts[rank + 1])) for rank in range(ranks))
-    return LayerPlacement(num_experts, held)
+        more = min(size + spare, num_experts)
+        held.append(tuple(e % num_experts for e in range(first, first + more)))
+        first += size
+    return LayerPlacement(num_experts, tuple(held))
 
 
 def _rooms(items: int, ranks: int) -> list[int]:
@@ -164,16 +214,18 @@ def _rooms(items: int, ranks: int) -> list[int]:
     return [items // ranks + (rank < items % ranks) for rank in range(ranks)]
 
 
-def replicate(loads: Sequence[float], slots: int, most: int | None = None) -> list[int]:
-    """The expert in each of `slots` >= E slots.
+def replicate(
+    loads: Sequence[float], slots: int, most: int | None = None, least: int = 1
+) -> list[int]:
+    """The expert in each of `slots` >= least * E slots.
 
-    One each, in order, then more of whichever has the busiest copies, of those that have fewer than
-    `most`, while there are such.
+    `least` each, in order, then more of whichever has the busiest copies, of those that have fewer
+    than `most`, while there are such.
     """
-    assert slots >= len(loads), "every expert needs a slot"
-    experts = list(range(len(loads)))
-    copies = [1] * len(loads)
-    for _ in range(slots - len(loads)):
+    assert slots >= least * len(loads), "every expert needs its slots"
+    experts = [e for e in range(len(loads)) for _ in range(least)]
+    copies = [least] * len(loads)
+    for _ in range(slots - len(experts)):
         some = [e for e in range(len(loads)) if most is None or copies[e] < most]
         busiest = max(some or range(len(loads)), key=lambda e: loads[e] / copies[e])
         copies[busiest] += 1
@@ -184,24 +236,39 @@ def replicate(loads: Sequence[float], slots: int, most: int | None = None) -> li
 def pack(loads: Sequence[float], ranks: int, kinds: Sequence[int] | None = None) -> list[list[int]]:
     """Items on `ranks` ranks, whose numbers of items differ by one at most.
 
-    The heaviest first, each to the lightest rank with room; of those, where there are any, to one
-    that holds none of the item's kind.
+    The heaviest first, each to the lightest rank with room. Items of one kind, where there are no
+    more of them than ranks, go to different ones.
     """
+    kinds = range(len(loads)) if kinds is None else kinds
     least = len(loads) // ranks
     larger = len(loads) % ranks
     held: list[list[int]] = [[] for _ in range(ranks)]
-    total = [0.0] * ranks
+
+    def weight(rank: int) -> float:
+        return sum(loads[item] for item in held[rank])
+
     for item in sorted(range(len(loads)), key=lambda i: -loads[i]):
         full = least + (sum(len(each) > least for each in held) < larger)
         open_ranks = [rank for rank in range(ranks) if len(held[rank]) < full]
-        if kinds is not None:
-            kind = kinds[item]
-            new_to = [r for r in open_ranks if all(kinds[each] != kind for each in held[r])]
-            open_ranks = new_to or open_ranks
-        lightest = min(open_ranks, key=lambda rank: total[rank])
+        without = [r for r in range(ranks) if all(kinds[i] != kinds[item] for i in held[r])]
+        new_to = [rank for rank in open_ranks if rank in without]
+        lightest = min(new_to or open_ranks, key=weight)
         held[lightest].append(item)
-        total[lightest] += loads[item]
+        if without and not new_to:
+            _swap(held[lightest], held[min(without, key=weight)], kinds)
     return held
+
+
+def _swap(held: list[int], other: list[int], kinds: Sequence[int]) -> None:
+    """Give the last item to a rank without its kind, for one whose kind is not here.
+
+    There is such a one: the other holds at least as many as were here before the last, not one of
+    them of its kind, which is among these.
+    """
+    here = {kinds[item] for item in held}
+    there = next(item for item in other if kinds[item] not in here)
+    other[other.index(there)] = held[-1]
+    held[-1] = there
 
 
 def place(
@@ -211,14 +278,15 @@ def place(
     *,
     groups: int = 1,
     nodes: int = 1,
+    least: int = 1,
 ) -> list[list[int]]:
     """The experts that each rank holds, balanced for `loads`.
 
-    With more `slots` than experts some are held twice. Where a router's groups of experts divide
-    evenly among the nodes, and so do ranks and slots, each group stays on one node (its tokens'
-    rows cross between nodes once), and replicas stay on theirs: groups are packed onto nodes, and
-    then each node's experts are replicated and packed by themselves. Ranks are numbered node by
-    node.
+    With more `slots` than experts some are held by several ranks, each by `least` of them. Where a
+    router's groups of experts divide evenly among the nodes, and so do ranks and slots, each group
+    stays on one node (its tokens' rows cross between nodes once), and replicas stay on theirs:
+    groups are packed onto nodes, and then each node's experts are replicated and packed by
+    themselves. Ranks are numbered node by node.
     """
     slots = slots or len(loads)
     whole = len(loads) % groups == 0 and not any(n % nodes for n in (groups, ranks, slots))
@@ -229,7 +297,7 @@ def place(
     placed = []
     for packed in pack(group_loads, nodes):
         members = [e for g in packed for e in range(g * size, (g + 1) * size)]
-        experts = replicate([loads[e] for e in members], slots // nodes, ranks // nodes)
+        experts = replicate([loads[e] for e in members], slots // nodes, ranks // nodes, least)
         shares = [loads[members[e]] / experts.count(e) for e in experts]
         for rank in pack(shares, ranks // nodes, experts):
             placed.append([members[experts[slot]] for slot in rank])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moebius.moe.capacity import kept
 from moebius.moe.noise import jittered, noisy
+from moebius.moe.share import WHOLE_BATCH
 from moebius.moe.training import TrainingRouting
 from moebius.nn.linear import Weighted
 from moebius.ops import Ops, PreparedLinear, RouterTally
@@ -34,8 +35,8 @@ class Routing(NamedTuple):
 class Router(Weighted):
     """weight (E, D), and where there are such bias, selection_bias (E,), noise_weight (E, D).
 
-    `limits` is what training does beside; nothing that serves sets it. `tally` counts what was
-    chosen, where it is set.
+    `limits` is what training does beside; nothing that serves sets it. `share` is of the batch
+    whose tokens come. `tally` counts what was chosen, where it is set.
     """
 
     def __init__(self, ops: Ops, config: RouterConfig, width: int, dtype: torch.dtype) -> None:
@@ -43,6 +44,7 @@ class Router(Weighted):
         self.ops = ops
         self.config = config
         self.limits: TrainingRouting | None = None
+        self.share = WHOLE_BATCH
         self.tally: RouterTally | None = None
         self._prepared: PreparedLinear | None = None
 
@@ -59,15 +61,20 @@ class Router(Weighted):
         if self._prepared is None or not self._prepared.is_of(layer):
             self._prepared = self.ops.prepare_linear(layer, dtype=x_TD.dtype)
         if self.limits is not None and self.limits.jitter and self.training:
-            x_TD = jittered(x_TD, self.limits.jitter)
+            x_TD = jittered(x_TD, self.limits.jitter, self.share)
         logits_TE = self.ops.logits(x_TD, self._prepared)
         if self.noise_weight is not None and self.limits is not None and self.training:
             noise = self.ops.prepare_linear((self.noise_weight, None))
-            logits_TE = noisy(logits_TE, self.ops.logits(x_TD, noise))
+            logits_TE = noisy(logits_TE, self.ops.logits(x_TD, noise), self.share)
         weights_TK, ids_TK = self.ops.route(logits_TE, self.config, self.selection_bias, self.tally)
         kept_TK = None
         if self.limits is not None:
             kept_TK = kept(
-                weights_TK.detach(), ids_TK, self.config.num_experts, self.limits, self.training
+                weights_TK.detach(),
+                ids_TK,
+                self.config.num_experts,
+                self.limits,
+                self.training,
+                self.share,
             )
         return Routing(weights_TK, ids_TK, logits_TE, kept_TK)

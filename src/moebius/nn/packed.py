@@ -67,16 +67,18 @@ class PackedPast:
                 )
             )
         out_RGLSN = torch.cat(blocks, dim=2)
-        return out_RGLSN.transpose(1, 2).reshape(len(q_THN), spec.num_heads, -1)
+        size = out_RGLSN.shape[-1]
+        return out_RGLSN.transpose(1, 2).reshape(len(q_THN), spec.num_heads, size)
 
 
 def _heads(attention: Attention, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
     spec = attention.spec
     q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_size, spec.k_size, spec.v_size], dim=1)
-    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)
-    k_TGN = k_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
-    v_TGN = v_TI.view(len(qkv_TI), spec.num_kv_heads, -1)
+    groups = spec.num_kv_heads
+    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, spec.head_dim)
+    k_TGN = k_TI.view(len(qkv_TI), groups, spec.head_dim)
+    v_TGN = v_TI.view(len(qkv_TI), groups, spec.v_size // groups)
     if attention.head_norms is not None:
         q_norm, k_norm = attention.head_norms
         q_THN = q_norm(q_THN.contiguous())
@@ -95,7 +97,7 @@ def _attend(
 ) -> Tensor:
     """One block of queries over the keys up to its end: (R, G, B, S, N)."""
     queries = q_RGBSN.shape[:4]
-    scores_RGBSK = (q_RGBSN.flatten(2, 3) @ k_RGNK).view(*queries, -1)
+    scores_RGBSK = (q_RGBSN.flatten(2, 3) @ k_RGNK).view(*queries, k_RGNK.shape[3])
     if softcap is not None:
         scores_RGBSK = softcap * torch.tanh(scores_RGBSK / softcap)
     scores_RGBSK = scores_RGBSK + bias_RBK[:, None, :, None, :]
@@ -107,4 +109,4 @@ def _attend(
             (scores_RGBSK, sinks_GBSK.expand(*scores_RGBSK.shape[:-1], 1)), dim=-1
         )
         weights_RGBSK = torch.softmax(with_sink, dim=-1)[..., :-1]
-    return (weights_RGBSK.flatten(2, 3) @ v_RGKN).view(*queries, -1)
+    return (weights_RGBSK.flatten(2, 3) @ v_RGKN).view(*queries, v_RGKN.shape[3])

@@ -29,3 +29,16 @@ def select_ops(device: torch.device | str, dtype: torch.dtype, threads: int | No
         )
         return ReferenceOps()
     return CpuOps(threads)
+
+
+def kernel_levels() -> tuple[str, ...]:
+    """The instruction sets whose kernels this host can run, the lowest first; MOEBIUS_CPU_ISA
+    leaves one of them."""
+    chosen = os.environ.get("MOEBIUS_CPU_ISA")
+    if chosen:
+        return (chosen,)
+    try:
+        from moebius import _cpu
+    except ImportError:
+        return ("reference",)
+    return tuple(_cpu.available())

@@ -35,6 +35,11 @@ class ExpertWeights(NamedTuple):
         """What all of them lie in, kind after kind."""
         return planes_of([x for each in self for x in each])
 
+    @property
+    def width(self) -> int:
+        """F."""
+        return next(weight.shape[0] for weight in self.gate_FD if weight is not None)
+
 
 class RouterTally(NamedTuple):
     """What one layer's router has done since the tally was made; `route` adds to it.

@@ -123,7 +123,7 @@ class Listener:
                 channel = self._greet() if ready.data is None else self._hear(ready.data)
                 if channel is not None:
                     return channel
-        raise DeadlineError(f"nobody connected to {_name(self.address)} within {timeout:g} s")
+        raise DeadlineError(f"nobody connected to {name_of(self.address)} within {timeout:g} s")
 
     def close(self) -> None:
         """Listen no more. Channels that were made are not touched."""
@@ -148,13 +148,13 @@ class Listener:
             time.sleep(_PAUSE)
             return None
         if self._key is None:
-            return Channel(sock, _name(self.address))
+            return Channel(sock, name_of(self.address))
         if len(self._unproven) >= MOST_UNPROVEN:
             oldest = next(iter(self._unproven))
             self._drop(oldest, f"{oldest.peer} had not proven itself when many others came")
         try:
             _keep_alive(sock)
-            one = _Unproven(sock, _name((address[0], address[1])), self._key)
+            one = _Unproven(sock, name_of((address[0], address[1])), self._key)
         except OSError:
             sock.close()
             return None
@@ -201,9 +201,10 @@ class Listener:
 def connect(address: Address, timeout: float, key: ClusterKey | None = None) -> Channel:
     """The channel to who listens at an address; TCP takes the cluster's key.
 
-    ChannelError, which names the address, where nobody is there or the proof fails.
+    ChannelError, which names the address, where the proof fails; with an OSError as its cause where
+    nobody is there.
     """
-    name = _name(address)
+    name = name_of(address)
     deadline = time.monotonic() + timeout
     try:
         if isinstance(address, Path):
@@ -246,8 +247,9 @@ def _introduced(sock: socket.socket, name: str, key: ClusterKey, deadline: float
     sock.sendall(introduction.answer)
     try:
         confirmation = _read(sock, CONFIRMATION_BYTES, name, deadline)
-    except (ChannelError, ConnectionError) as error:
-        raise ChannelError(f"{name} refused this process: it holds another cluster key") from error
+    except (ChannelError, ConnectionError):
+        # Without a cause of the network's, where one could try again.
+        raise ChannelError(f"{name} refused this process: it holds another cluster key") from None
     return Channel(sock, name, introduction.check(confirmation))
 
 
@@ -284,7 +286,8 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AddressFamily(found[0][0])
 
 
-def _name(address: Address) -> str:
+def name_of(address: Address) -> str:
+    """An address for a person."""
     if isinstance(address, Path):
         return f"the socket {address}"
     host, port = address

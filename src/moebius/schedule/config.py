@@ -60,4 +60,5 @@ def _check_type(field: Field[Any], value: object) -> None:
         return
     if not (number and isinstance(value, int)):
         raise ConfigError(f"{field.name} is {value!r}; it must be an integer")
-    require(value >= 1, f"{field.name} is {value}; it must be at least 1")
+    least = 0 if field.default == 0 else 1
+    require(value >= least, f"{field.name} is {value}; it must be at least {least}")

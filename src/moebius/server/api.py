@@ -26,6 +26,7 @@ from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.gate import METRICS, body_of
+from moebius.server.metrics import Spread
 from moebius.server.protocol import (
     TIMEOUT_HEADER,
     Body,
@@ -56,6 +57,7 @@ class Api:
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     settings: ServerSettings
+    spread: Spread = lambda: None
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
@@ -110,9 +112,16 @@ class Api:
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def moe_stats(self, request: Request) -> Response:
-        """How each layer's router spread the last steps' tokens; a dense model has no layers."""
+        """How each layer's router spread the last steps' tokens, and how ranks share the experts; a
+        dense model has no layers, and one process no group."""
         loads = await asyncio.to_thread(self.door.client.expert_loads)
-        return _json({"object": "moe.stats", "window_steps": loads.steps, "layers": loads.layers})
+        found = {
+            "object": "moe.stats",
+            "window_steps": loads.steps,
+            "layers": loads.layers,
+            "group": await asyncio.to_thread(self.spread),
+        }
+        return _json(found)
 
     async def embeddings(self, request: Request) -> Response:
         raise Fault(404, "this server generates text; it makes no embeddings", "not_found")

@@ -15,7 +15,7 @@ from moebius.server.access import AccessLog
 from moebius.server.api import Api
 from moebius.server.faults import routing_fault
 from moebius.server.gate import Gate
-from moebius.server.metrics import ServerMetrics
+from moebius.server.metrics import ServerMetrics, Spread
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import FrontDoor
 from moebius.text import GenerationDefaults, Tokenizer
@@ -30,20 +30,25 @@ def create_app(
     settings: ServerSettings,
     *,
     prefix_key: bytes | None = None,
+    spread: Spread = lambda: None,
 ) -> Starlette:
     """The server as an ASGI application. It starts `client` when it starts and closes it when it
     ends.
 
     prefix_key: the launch's, which the engine was given; without it the engine hashes prompts.
+    spread: how ranks share the model's experts.
 
     app.state.front_door is its FrontDoor, app.state.access its AccessLog.
     """
     metrics = ServerMetrics(
-        client, settings.served_model_names[0], vllm_names=settings.vllm_metric_names
+        client,
+        settings.served_model_names[0],
+        vllm_names=settings.vllm_metric_names,
+        spread=spread,
     )
     hasher = None if prefix_key is None else client.info.hasher(prefix_key)
     door = FrontDoor(client, ChoiceOpener(tokenizer, client.info, hasher), metrics, settings)
-    api = Api(door, tokenizer, defaults, settings)
+    api = Api(door, tokenizer, defaults, settings, spread)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -30,6 +30,7 @@ from moebius.engine.client import (
     STEP_TOKENS_BOUNDS,
     EngineClient,
     EngineStats,
+    ExpertSpread,
     LayerLoad,
     StepOutput,
 )
@@ -41,6 +42,9 @@ _CREATED = re.compile(rb"^(?:# HELP |# TYPE )?\w+_created[ {].*\n", re.MULTILINE
 _LABELS = ("model_name", "engine")
 OTHER = "other"
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+Spread = Callable[[], ExpertSpread | None]
+"""How ranks share the model's experts; None where one process has them all."""
 
 _TABLE = package_table("server/metrics.toml")
 
@@ -87,7 +91,14 @@ class SequenceTimes:
 class ServerMetrics:
     """The metrics of one server, with a registry of their own."""
 
-    def __init__(self, client: EngineClient, model_name: str, *, vllm_names: bool = True) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        model_name: str,
+        *,
+        vllm_names: bool = True,
+        spread: Spread = lambda: None,
+    ) -> None:
         self._client = client
         self._labels = (model_name, "0")
         self._vllm_names = vllm_names
@@ -96,7 +107,8 @@ class ServerMetrics:
         # What goes by one name only.
         self._single = CollectorRegistry(auto_describe=False)
         self._single.register(_Experts(client, self._labels))
-        self._single.register(_Exchanges(client, self._labels))
+        self._single.register(_Ranks(spread, self._labels))
+        self._single.register(_Engines(client, self._labels))
         ProcessCollector(registry=self._single)
         self._answered = Counter(
             "http_requests",
@@ -248,8 +260,36 @@ class _Experts(Collector):
             yield family
 
 
-class _Exchanges(Collector):
-    """What ranks that share experts have sent each other; nothing where there are none."""
+class _Ranks(Collector):
+    """How ranks share the experts: nothing where one process has them all."""
+
+    def __init__(self, spread: Spread, labels: tuple[str, str]) -> None:
+        self._spread = spread
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        spread = self._spread()
+        if spread is None:
+            return
+        text = "Tokens of the busiest rank over the mean, 1 when even: by the present placement of "
+        text += "experts, and by that at the start"
+        family = GaugeMetricFamily(
+            _OWN + "expert_rank_imbalance", text, labels=(*_LABELS, "layer", "placement")
+        )
+        for layer in spread.layers:
+            number = str(layer.layer)
+            family.add_metric((*self._labels, number, "present"), layer.imbalance)
+            family.add_metric((*self._labels, number, "start"), layer.imbalance_at_start)
+        yield family
+        for name, (text, figure) in _TABLE["group"].items():
+            counter = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
+            counter.add_metric(self._labels, getattr(spread, figure))
+            yield counter
+
+
+class _Engines(Collector):
+    """What engines in processes of their own are counted by: how many were lost; and what those
+    that share experts have sent each other, nothing where there are none."""
 
     def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
         self._client = client
@@ -257,7 +297,8 @@ class _Exchanges(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self._client.stats()
-        for name, (text, field) in _TABLE["exchange"].items() if stats.exchanges else ():
+        exchanged = _TABLE["exchange"] if stats.exchanges else {}
+        for name, (text, field) in (_TABLE["losses"] | exchanged).items():
             family = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
             family.add_metric(self._labels, getattr(stats, field))
             yield family

@@ -15,6 +15,8 @@ from moebius.moe.losses import chosen_counts, present
 from moebius.moe.router import Router
 from moebius.nn.packed import PackedPast
 from moebius.train.data import PreparedData, evaluation_batches
+from moebius.train.ranks import Ranks
+from moebius.train.sharing import Sharing
 
 _LOGIT_ROWS = 1024
 
@@ -34,6 +36,21 @@ class Score:
     @property
     def bits_per_byte(self) -> float:
         return self.nats / max(self.num_bytes, 1) / math.log(2)
+
+    def of_all(self, ranks: Ranks) -> "Score":
+        """The sum over ranks, of which this is one's."""
+        if ranks.count == 1:
+            return self
+        sums = torch.tensor([self.nats, self.num_tokens, self.num_bytes], dtype=torch.float64)
+        sums = sums.to(ranks.device)
+        counts_SE = self.counts_SE
+        ranks.add_up(sums)
+        if isinstance(counts_SE, torch.Tensor):
+            counts_SE = counts_SE.to(ranks.device)
+            ranks.add_up(counts_SE)
+            counts_SE = counts_SE.cpu()
+        nats, tokens, num_bytes = sums.tolist()
+        return Score(nats, int(tokens), int(num_bytes), counts_SE)
 
     def __add__(self, other: "Score") -> "Score":
         return Score(
@@ -78,11 +95,13 @@ def score(
     *,
     rows: int = 8,
     max_rows: int | None = None,
+    sharing: Sharing | None = None,
 ) -> Score:
     """Score a stream's documents in rows of `length` tokens.
 
     A token sees what its row holds of its document.
-    With `max_rows`, only that many rows are scored, spread evenly over the stream.
+    With `max_rows`, only that many rows are scored, spread evenly over the stream. With `sharing`,
+    what this rank has of them.
     """
     device = decoder.embed_tokens.weight.device
     full = (len(stream) - 1) // length
@@ -90,7 +109,8 @@ def score(
         starts = np.linspace(0, full - 1, max_rows).astype(int) * length
         stream = np.concatenate([stream[s : s + length] for s in starts])
     total = Score()
-    for batch in evaluation_batches(stream, data, rows, length):
+    for whole in evaluation_batches(stream, data, rows, length):
+        batch = whole if sharing is None else sharing.take(whole)
         here = batch.to(device)
         count, width = here.input_RL.shape
         past = PackedPast(width, here.document_RL)
@@ -116,11 +136,15 @@ def scores(
     max_rows: int | None = None,
     *,
     at_capacity: bool = False,
+    sharing: Sharing | None = None,
 ) -> dict[str, Score]:
-    """The score of each kind of held-out text, and that of `all` together."""
+    """The score of each kind of held-out text, and that of `all` together.
+
+    With `sharing`, ranks share its rows and each of them returns the whole score.
+    """
+    found = {}
     with measuring(decoder, at_capacity=at_capacity):
-        found = {
-            kind: score(decoder, stream, data, length, max_rows=max_rows)
-            for kind, stream in data.heldout.items()
-        }
+        for kind, stream in data.heldout.items():
+            mine = score(decoder, stream, data, length, max_rows=max_rows, sharing=sharing)
+            found[kind] = mine if sharing is None else mine.of_all(sharing.ranks)
     return found | {"all": sum(found.values(), Score())}

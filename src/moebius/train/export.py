@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moebius.errors import ConfigError
 from moebius.files import anyone, json_text, make_directory, read_json, write_file
@@ -19,6 +20,7 @@ from moebius.moe.health import dead_experts, max_violation
 from moebius.train.data import PreparedData
 from moebius.train.evaluate import scores
 from moebius.train.recipe import Recipe
+from moebius.train.sharing import Sharing
 from moebius.train.tokenizer import IM_END, copy_files, matching, save_tokenizer, tokenizer_files
 from moebius.train.trainer import Trainer
 
@@ -39,12 +41,17 @@ def export(trainer: Trainer, folder: Path) -> None:
     """Write the directory that transformers, and our server, load; weights are bfloat16.
 
     What is fine-tuned keeps what its checkpoint says beside weights: how it ends and samples, its
-    terms of use.
+    terms of use. All ranks ask, rank 0 writes.
     """
+    weights = trainer.weights()
+    trainer.ranks.lead(lambda: _write(trainer, weights, folder))
+
+
+def _write(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None:
     make_directory(folder)
     data = trainer.data
     base = trainer.recipe.base()
-    save_checkpoint(trainer.decoder, trainer.config_json, folder, dtype=torch.bfloat16)
+    save_checkpoint(weights, trainer.config_json, folder, dtype=torch.bfloat16)
     longest = trainer.decoder.config.context
     save_tokenizer(data.tokenizer, folder, longest, trainer.recipe.given_tokenizer())
     if base is not None:
@@ -72,14 +79,16 @@ def would_replace(recipe: Recipe, folder: Path) -> list[str]:
     return sorted({str(name) for name in names if (folder / name).exists()})
 
 
-def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+def measure(
+    decoder: Decoder, recipe: Recipe, data: PreparedData, sharing: Sharing | None = None
+) -> dict[str, Any]:
     """Bits per byte of the held-out text by kind, beside gzip -9's and xz -9's on the same bytes.
 
     Compressors see all documents of a kind as one file, the model sees each row alone: the
     comparison favours them. `all` has the routers' balance too, in order of layers.
     """
     length = recipe.training.row_length
-    found = scores(decoder, data, length)
+    found = scores(decoder, data, length, sharing=sharing)
     figures: dict[str, dict[str, Any]] = {}
     for kind, score in found.items():
         streams = list(data.heldout.values()) if kind == "all" else [data.heldout[kind]]
@@ -90,7 +99,8 @@ def measure(decoder: Decoder, recipe: Recipe, data: PreparedData) -> dict[str, A
             **_compressed(_texts(streams, data.token_bytes)),
         }
     if recipe.routing.eval_capacity_factor is not None:
-        for kind, score in scores(decoder, data, length, at_capacity=True).items():
+        limited = scores(decoder, data, length, at_capacity=True, sharing=sharing)
+        for kind, score in limited.items():
             figures[kind]["bits_per_byte_at_capacity"] = score.bits_per_byte
     loads = found["all"].counts_SE
     if isinstance(loads, torch.Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moebius.errors import ConfigError, NumericalError, StorageError
+from moebius.errors import ConfigError, NumericalError, PeerError, StorageError
 from moebius.files import json_text
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
 from moebius.train.step import StepReport
@@ -30,28 +30,40 @@ def run(
 
     Writes metrics.jsonl and checkpoint.safetensors there and, where the recipe says so,
     TensorBoard's events and models by `export`. A loss that is not finite or a full disk ends the
-    run with NumericalError or StorageError and leaves the last checkpoint as it was; SIGINT or
-    SIGTERM ends it with KeyboardInterrupt after the step and a checkpoint.
+    run with NumericalError or StorageError and leaves the last checkpoint as it was, as does a rank
+    that is lost, with PeerError; SIGINT or SIGTERM at any rank ends it with KeyboardInterrupt after
+    the step and a checkpoint. Rank 0 writes, and what is given to be called is called there.
     """
     checkpoint = folder / "checkpoint.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    pending = trainer.restore(checkpoint) if checkpoint.exists() else {}
+    ranks = trainer.ranks
+    pending = ranks.together(lambda: _resumed(trainer, checkpoint))
+    ranks.require_same({"run": trainer.fingerprint()[:12], "step": trainer.done})
     metrics = Metrics(folder, trainer, on_line, pending)
     try:
         with _stop_signals() as asked:
-            _steps(trainer, metrics, folder, checkpoint, asked, on_step, export)
-    except (NumericalError, OSError, StorageError) as error:
+            stopped = _steps(trainer, metrics, folder, checkpoint, asked, on_step, export)
+    except (NumericalError, OSError, StorageError, PeerError) as error:
         kept = "there is no checkpoint yet"
         if checkpoint.exists():
             kept = "the checkpoint before is whole"
+        ending = f"training stopped, {kept}"
+        if isinstance(error, PeerError):
+            told = f"step {trainer.done}: {error}; {ending}"
+            raise PeerError(told, ranks=error.ranks) from None
         if not isinstance(error, OSError):
-            raise type(error)(f"{error}; training stopped, {kept}") from None
+            raise type(error)(f"{error}; {ending}") from None
         raise StorageError(
             f"step {trainer.done}: {error.filename or folder} cannot be written "
-            f"({error.strerror}); training stopped, {kept}"
+            f"({error.strerror}); {ending}"
         ) from None
-    if asked:
+    if stopped:
         raise KeyboardInterrupt
+
+
+def _resumed(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+    """What the next line of metrics is made of, from a checkpoint where there is one."""
+    pending: dict[str, Any] = trainer.restore(checkpoint) if checkpoint.exists() else {}
+    return pending
 
 
 def _steps(
@@ -62,25 +74,34 @@ def _steps(
     asked: Sequence[int],
     on_step: Callable[[int, StepReport], None],
     export: Callable[[Path], None] | None,
-) -> None:
-    """Steps until the last one, or until a signal is among those that `asked` to stop."""
+) -> bool:
+    """Steps until the last one, or until a signal is among those that `asked` any rank to stop.
+
+    Whether one did.
+    """
     training = trainer.recipe.training
     last = time.monotonic()
     saved = last
-    while trainer.done < training.steps and not asked:
+    while trainer.done < training.steps:
         report = trainer.step()
         now = time.monotonic()
         trainer.seconds += now - last
         last = now
         metrics.add(report)
-        on_step(trainer.done, report)
+        if trainer.ranks.rank == 0:
+            on_step(trainer.done, report)
         if export and training.export_every and trainer.done % training.export_every == 0:
             export(folder / "steps" / f"{trainer.done:06d}")
-        if now - saved >= training.checkpoint_seconds or asked:
+        # Clocks and signals differ between ranks, which must do the same.
+        due = now - saved >= training.checkpoint_seconds
+        stop, save = trainer.ranks.most(float(len(asked)), float(due))
+        if save or stop:
             trainer.save(checkpoint, metrics.state())
             saved = now
-    if not asked:
-        trainer.save(checkpoint, metrics.state())
+        if stop:
+            return True
+    trainer.save(checkpoint, metrics.state())
+    return False
 
 
 @contextmanager
@@ -113,14 +134,20 @@ class Metrics:
         self._pending: list[dict[str, Any]] = state.get("pending", [])
         self._seconds = trainer.seconds
         self._events: Any = None
+        trainer.ranks.lead(lambda: self._open(state.get("size", 0)))
+
+    def _open(self, size: int) -> None:
+        """What is written after so many bytes takes the place of what is there."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
-        if trainer.ranks.rank == 0:
-            os.truncate(self._path, min(state.get("size", 0), self._path.stat().st_size))
-            if trainer.recipe.training.tensorboard:
-                self._events = _tensorboard(folder, trainer.done + 1)
+        os.truncate(self._path, min(size, self._path.stat().st_size))
+        if self._trainer.recipe.training.tensorboard:
+            self._events = _tensorboard(self._path.parent, self._trainer.done + 1)
 
     def state(self) -> dict[str, Any]:
-        return {"pending": self._pending, "size": self._path.stat().st_size}
+        """Of a checkpoint, which rank 0 writes."""
+        size = 0 if self._trainer.ranks.rank else self._path.stat().st_size
+        return {"pending": self._pending, "size": size}
 
     def add(self, report: StepReport) -> None:
         trainer = self._trainer
@@ -133,18 +160,19 @@ class Metrics:
         line: Line = {"step": trainer.done, "seconds": round(trainer.seconds, 1)} | self._means()
         self._pending = []
         self._seconds = trainer.seconds
-        if trainer.ranks.rank:
-            return
         if evaluated:
             line["heldout_bits_per_byte"] = trainer.evaluate(training.evaluate_rows)
             if trainer.recipe.routing.eval_capacity_factor is not None:
                 limited = trainer.evaluate(training.evaluate_rows, at_capacity=True)
                 line["heldout_bits_per_byte_at_capacity"] = limited
+        trainer.ranks.lead(lambda: self._write(line))
+
+    def _write(self, line: Line) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
         if self._events is not None:
             for tag, value in _flat(line).items():
-                self._events.add_scalar(tag, value, trainer.done)
+                self._events.add_scalar(tag, value, self._trainer.done)
             self._events.flush()
         self._on_line(line)
 

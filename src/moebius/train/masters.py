@@ -1,6 +1,6 @@
 """Master weights in float32, the rounded copies that the decoder computes with, and AdamW."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,18 @@ from moebius.train.tables import TrainingRecipe
 SELECTION_BIAS = ".router.selection_bias"
 """How the names of the biases end that are moved after a step, and never trained."""
 
+_MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
+"""What the optimiser calls them."""
+
 
 class Masters:
     """Every weight of a decoder in float32, and what changes those that are trained.
 
-    copies      the decoder's own parameters by name; those that require a gradient are trained
-    gradient    of all trained weights in one vector, so that ranks add it up in one exchange
-    optimizer   AdamW over the trained masters; only matrices decay
+    copies           the decoder's own parameters by name; those that require a gradient are trained
+    gradient         of all trained weights in one vector
+    shared_gradient  its first part, of weights that all ranks have: they add it up in one exchange
+    own_gradient     the rest, of weights that this rank alone has, which `own` tells by their names
+    optimizer        AdamW over the trained masters; only matrices decay
     """
 
     def __init__(
@@ -27,8 +32,9 @@ class Masters:
         initial: Mapping[str, Tensor],
         training: TrainingRecipe,
         device: torch.device,
+        own: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self.copies = dict(copies)
+        self.copies = dict(sorted(copies.items(), key=lambda item: own(item[0])))
         self._masters = {name: initial[name].to(device) for name in self.copies}
         trained = {
             name: master
@@ -37,6 +43,9 @@ class Masters:
         }
         sizes = [master.numel() for master in trained.values()]
         self.gradient = torch.zeros(sum(sizes), device=device)
+        shared = sum(master.numel() for name, master in trained.items() if not own(name))
+        self.shared_gradient = self.gradient[:shared]
+        self.own_gradient = self.gradient[shared:]
         self._gradients: dict[str, Tensor] = {}
         parts = torch.split(self.gradient, sizes)
         for (name, master), part in zip(trained.items(), parts, strict=True):
@@ -76,27 +85,25 @@ class Masters:
         named = reversed(self._gradients.items())
         return [name for name, gradient in named if not gradient.isfinite().all()]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, dict[str, Tensor]]:
         """Masters and both moments by name: all that an update depends on, beside the step."""
-        tensors = {f"master.{name}": master for name, master in self._masters.items()}
+        moments: dict[str, dict[str, Tensor]] = {"mean": {}, "square": {}}
         for name in self._gradients:
             master = self._masters[name]
             state = self.optimizer.state.get(master) or {}
-            tensors[f"mean.{name}"] = state.get("exp_avg", torch.zeros_like(master))
-            tensors[f"square.{name}"] = state.get("exp_avg_sq", torch.zeros_like(master))
-        return tensors
+            for kind, key in _MOMENTS.items():
+                moments[kind][name] = state.get(key, torch.zeros_like(master))
+        return {"master": dict(self._masters), **moments}
 
-    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Become what `tensors` were after so many steps."""
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Become what had this state after so many steps."""
         for name, master in self._masters.items():
-            master.copy_(tensors[f"master.{name}"])
+            master.copy_(state["master"][name])
         for name in self._gradients:
             master = self._masters[name]
-            self.optimizer.state[master] = {
-                "step": torch.tensor(float(step), device=master.device),
-                "exp_avg": tensors[f"mean.{name}"].to(master.device),
-                "exp_avg_sq": tensors[f"square.{name}"].to(master.device),
-            }
+            moments = {key: state[kind][name].to(master.device) for kind, key in _MOMENTS.items()}
+            step_so_far = torch.tensor(float(step), device=master.device)
+            self.optimizer.state[master] = {"step": step_so_far, **moments}
         self.round()
 
 

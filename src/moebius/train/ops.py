@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebius.moe.share import WHOLE_BATCH
 from moebius.ops import Pair
 from moebius.ops.reference import ReferenceOps
 
@@ -19,6 +20,7 @@ class TrainingOps(ReferenceOps):
     dropout          on what a part adds to the residual stream, and within dense feed-forwards
     expert_dropout   within experts behind a router
     drops            routers have a capacity
+    tokens, choices  which of a batch's tokens, and of the choices that experts compute, are here
     """
 
     name = "training"
@@ -28,19 +30,26 @@ class TrainingOps(ReferenceOps):
     ) -> None:
         self.drops = drops
         self.training = False
+        self.tokens = WHOLE_BATCH
+        self.choices = WHOLE_BATCH
         self._dropout = dropout
         self._expert_dropout = expert_dropout
 
-    def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
+    def dropout_mask(self, like: Tensor, width: int, *, routed: bool) -> Tensor | None:
         share = self._expert_dropout if routed else self._dropout
-        return F.dropout(x, share) if self.training and share else x
+        if not (self.training and share):
+            return None
+        part = self.choices if routed else self.tokens
+        rows = like.new_empty(len(like), width)
+        return part.drawn(rows, lambda mask: mask.bernoulli_(1 - share).div_(1 - share))
 
     def add_rms_norm(
         self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
     ) -> Pair:
-        return super().add_rms_norm(
-            x_TD, self.dropout(update_TD, routed=False), multiplier, weight_D, eps
-        )
+        mask_TD = self.dropout_mask(update_TD, update_TD.shape[1], routed=False)
+        if mask_TD is not None:
+            update_TD = update_TD * mask_TD
+        return super().add_rms_norm(x_TD, update_TD, multiplier, weight_D, eps)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)

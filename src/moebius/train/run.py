@@ -1,8 +1,10 @@
 """From a recipe to a model directory: prepare the data, train, measure, export, write the card."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+import moebius
 from moebius.errors import ConfigError, StorageError
 from moebius.files import anyone, json_text, write_file
 from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
+from moebius.models.decoder import Decoder
+from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.train.corpus import Corpus, reads_below
-from moebius.train.data import holds_run, prepare
+from moebius.train.data import PreparedData, holds_run, prepare
 from moebius.train.evaluate import routers
 from moebius.train.export import (
     export,
@@ -36,9 +41,11 @@ from moebius.train.export import (
 )
 from moebius.train.loop import Line, run
 from moebius.train.ops import TrainingOps
-from moebius.train.ranks import Ranks
+from moebius.train.ranks import TIMEOUT, Ranks
 from moebius.train.recipe import Recipe, read_recipe
+from moebius.train.sharing import Sharing
 from moebius.train.step import StepReport
+from moebius.train.tables import TokenizerRecipe
 from moebius.train.trainer import Trainer
 
 
@@ -51,38 +58,61 @@ def main_from_recipe(
     dense_twin: bool = False,
     against: Path | None = None,
     device: str = "auto",
+    rank_timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
     """Train `recipe_path`'s model into `out`, or measure the one there; figures by kind of text.
 
     The options are the command line's (moebius.cli.train). out/training keeps what is needed to
-    continue and, in `inspection`, what moebius inspect reports of the held-out documents. Raises:
-    UsageError, NumericalError or StorageError, each of which leaves the last checkpoint whole.
+    continue and, in `inspection`, what moebius inspect reports of the held-out documents. As one of
+    several ranks than the first it returns nothing. Raises: UsageError, NumericalError,
+    StorageError or, where another rank is lost, PeerError, each of which leaves the last checkpoint
+    whole.
     """
-    recipe = read_recipe(recipe_path)
-    if dense_twin:
-        recipe = recipe.dense_twin()
     where = _device(device)
+    ranks = Ranks.join(where, rank_timeout)
     try:
+        recipe = ranks.together(lambda: _recipe(recipe_path, dense_twin=dense_twin))
+        ranks.require_same(_facts(recipe, resume=resume, evaluate_only=evaluate_only))
         if evaluate_only:
             if resume or against is not None:
                 raise ConfigError(
                     "--evaluate-only trains nothing and writes no card: it takes no --resume and "
                     "no --against"
                 )
-            figures = _evaluate(recipe, out, where)
+            figures = _evaluate(recipe, out, where, ranks)
         else:
-            _check_out(recipe, out, resume=resume)
+            ranks.together(lambda: _check_out(recipe, out, resume=resume))
             shown = recipe_path.name
             if recipe_path.is_relative_to(Path.cwd()):
                 shown = os.path.relpath(recipe_path)
-            figures = _train(recipe, shown, out, against, where)
+            figures = _train(recipe, shown, out, against, where, ranks)
     except OSError as error:
         raise StorageError(
             f"{error.filename or out} cannot be written or read: {error.strerror or error}"
         ) from None
-    if figures:
-        print(figures_table(figures))
+    finally:
+        ranks.leave()
+    if ranks.rank:
+        return {}
+    print(figures_table(figures))
     return figures
+
+
+def _recipe(path: Path, *, dense_twin: bool) -> Recipe:
+    recipe = read_recipe(path)
+    return recipe.dense_twin() if dense_twin else recipe
+
+
+def _facts(recipe: Recipe, **options: bool) -> dict[str, str | int]:
+    """What all ranks must have alike before anything else."""
+    corpus = replace(recipe.corpus, files=dict.fromkeys(recipe.corpus.files, ()))
+    told = repr(replace(recipe, corpus=corpus, tokenizer=TokenizerRecipe()))
+    return {
+        "moebius": moebius.__version__,
+        "torch": torch.__version__,
+        "recipe": hashlib.sha256(told.encode()).hexdigest()[:12],
+        **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
+    }
 
 
 def _device(wish: str) -> torch.device:
@@ -132,26 +162,35 @@ def _has_entries(path: Path) -> bool:
 
 
 def _train(
-    recipe: Recipe, shown: str, out: Path, against: Path | None, device: torch.device
+    recipe: Recipe,
+    shown: str,
+    out: Path,
+    against: Path | None,
+    device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     folder = out / "training"
-    ranks = Ranks.join(device)
-    try:
-        if ranks.rank == 0:
-            prepare(recipe, folder / "data")
-        ranks.wait()
-        data = prepare(recipe, folder / "data")
-        twin = None if against is None else read_twin(against, data)
-        if ranks.rank == 0:
-            _note(data.untrained(recipe))
-        trainer = Trainer(recipe, data, device=device, ranks=ranks)
-        _run_with_progress(trainer, folder)
-        if ranks.rank:
-            return {}
-        export(trainer, out)
-        return _describe(trainer, shown, out, twin)
-    finally:
-        ranks.leave()
+    ranks.lead(lambda: prepare(recipe, folder / "data"))
+    data = ranks.together(lambda: _prepared(recipe, folder / "data"))
+    twin = None if against is None else ranks.lead(lambda: read_twin(against, data))
+    if ranks.rank == 0:
+        _note(data.untrained(recipe))
+    trainer = ranks.together(lambda: Trainer(recipe, data, device=device, ranks=ranks))
+    _run_with_progress(trainer, folder)
+    export(trainer, out)
+    figures = measure(trainer.decoder, recipe, data, trainer.sharing)
+    ranks.lead(lambda: _describe(trainer, figures, shown, out, twin))
+    return figures
+
+
+def _prepared(recipe: Recipe, folder: Path) -> PreparedData:
+    """What rank 0 has prepared."""
+    if not holds_run(folder):
+        raise ConfigError(
+            f"{folder}, which rank 0 has written, is not there; --out must be a directory that all "
+            "hosts share"
+        )
+    return prepare(recipe, folder)
 
 
 def _note(lines: Iterable[str]) -> None:
@@ -161,12 +200,15 @@ def _note(lines: Iterable[str]) -> None:
 
 
 def _describe(
-    trainer: Trainer, shown: str, out: Path, twin: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Measure what was trained; write figures.json, the card and what its routers do."""
+    trainer: Trainer,
+    figures: Mapping[str, Any],
+    shown: str,
+    out: Path,
+    twin: Mapping[str, Any] | None,
+) -> None:
+    """Write figures.json, the card and what the routers do of what was trained."""
     recipe = trainer.recipe
     folder = out / "training"
-    figures = measure(trainer.decoder, recipe, trainer.data)
     tokens = trainer.done * recipe.training.tokens_per_step
     summary = {
         "figures": figures,
@@ -175,15 +217,13 @@ def _describe(
     }
     write_file(folder / "figures.json", json_text(summary, indent=2) + "\n", ours=anyone)
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    card = model_card(
-        template, trainer.decoder, recipe, trainer.data.facts, summary, twin, recipe_path=shown
-    )
+    whole = Decoder(trainer.decoder.config, TrainingOps(), device="meta")
+    card = model_card(template, whole, recipe, trainer.data.facts, summary, twin, recipe_path=shown)
     write_file(out / "README.md", card, ours=anyone)
     if routers(trainer.decoder):
         config = InspectConfig(row_length=recipe.training.row_length)
         documents = _heldout(recipe)
         write_report(out, documents, folder / "inspection", config, name=recipe.name)
-    return figures
 
 
 def _heldout(recipe: Recipe) -> Iterator[Document]:
@@ -220,11 +260,7 @@ def _run_with_progress(trainer: Trainer, folder: Path) -> None:
                 soft_wrap=True,
             )
 
-        def write_model(to: Path) -> None:
-            if first:
-                export(trainer, to)
-
-        run(trainer, folder, show, tell, write_model)
+        run(trainer, folder, show, tell, lambda path: export(trainer, path))
 
 
 def _health(line: Line) -> str:
@@ -241,14 +277,23 @@ def _health(line: Line) -> str:
     return told
 
 
-def _evaluate(recipe: Recipe, out: Path, device: torch.device) -> dict[str, Any]:
-    if not (out / "model.safetensors").exists():
-        raise ConfigError(
-            f"{out} holds no model to evaluate; train one first, without --evaluate-only"
-        )
-    ops = TrainingOps(drops=not recipe.routing.dropless)
-    decoder = load_decoder(out, getattr(torch, recipe.training.dtype), device, ops)
-    for router in routers(decoder):
-        router.limits = recipe.routing
+def _evaluate(recipe: Recipe, out: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    def load() -> tuple[Decoder, Sharing]:
+        if not (out / "model.safetensors").exists():
+            raise ConfigError(
+                f"{out} holds no model to evaluate; train one first, without --evaluate-only"
+            )
+        checkpoint = open_checkpoint(out)
+        sharing = Sharing(ranks, checkpoint.config)
+        ops = TrainingOps(drops=not recipe.routing.dropless)
+        dtype = getattr(torch, recipe.training.dtype)
+        decoder = load_decoder(checkpoint, dtype, device, ops, ranks=sharing.experts)
+        sharing.give(decoder)
+        for router in routers(decoder):
+            router.limits = recipe.routing
+        return decoder, sharing
+
+    decoder, sharing = ranks.together(load)
     with tempfile.TemporaryDirectory() as folder:
-        return measure(decoder, recipe, prepare(recipe, Path(folder), tokenizer=out))
+        data = ranks.together(lambda: prepare(recipe, Path(folder), tokenizer=out))
+        return measure(decoder, recipe, data, sharing)

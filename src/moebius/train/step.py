@@ -43,19 +43,20 @@ class StepSums:
     losses      (3,) the means of `Losses` over the step
     dropped_S   the share of each layer's choices that found no room
     counts_SE   how many choices of each expert there were, before any capacity
+    square      (1,) the squared norm of the gradient of weights that one rank alone has
     """
 
     def __init__(self, layers: int, experts: int, device: torch.device) -> None:
-        sizes = [len(Losses._fields), layers, layers * experts]
+        sizes = [len(Losses._fields), layers, layers * experts, 1]
         self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.losses, self.dropped_S, counts = torch.split(self.vector, sizes)
+        self.losses, self.dropped_S, counts, self.square = torch.split(self.vector, sizes)
         self.counts_SE = counts.view(layers, experts)
 
-    def add(self, losses: Losses, routings: Sequence[Routing], micro_batches: int) -> None:
-        """Add what one of the step's `micro_batches` measured; all of them are of equal size."""
-        self.losses += _detached(losses) / micro_batches
+    def add(self, losses: Losses, routings: Sequence[Routing], parts: int) -> None:
+        """Add what one of the step's `parts`, which are of equal size, measured."""
+        self.losses += _detached(losses) / parts
         if routings:
-            self.dropped_S += _detached(map(_dropped_share, routings)) / micro_batches
+            self.dropped_S += _detached(map(_dropped_share, routings)) / parts
             self.counts_SE += torch.stack([chosen_counts(r)[0] for r in routings])
 
     def report(self, grad_norm: float, learning_rate: float) -> StepReport:

@@ -8,7 +8,7 @@ vocabulary, E experts, S layers with a router.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,19 +23,17 @@ from moebius.errors import ConfigError, NumericalError, StorageError, WeightsErr
 from moebius.files import anyone, write_file
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
-from moebius.models.family import model_config
-from moebius.models.store import open_checkpoint
-from moebius.models.store.load import load_decoder
 from moebius.moe.losses import chosen_counts, load_balance_loss, present, router_z_loss
 from moebius.moe.router import Routing
 from moebius.nn.packed import PackedPast
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
-from moebius.train.initial import init_weights
 from moebius.train.masters import SELECTION_BIAS, Masters
 from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe
+from moebius.train.sharing import Sharing
+from moebius.train.start import start
 from moebius.train.step import Losses, StepReport, StepSums
 from moebius.train.tables import TokenizerRecipe
 
@@ -68,16 +66,25 @@ class Trainer:
         self.data = data
         self.device = torch.device(device)
         self.ranks = ranks or Ranks()
-        self._mine = self.ranks.share(training.accumulation)
-        start = _fine_tuned(recipe, data) if recipe.model is None else _fresh(recipe, data)
-        self.config_json = start.config_json
-        self.decoder = self._decoder(start.config)
+        self._parts = training.accumulation * self.ranks.count
+        if training.rows_per_step % self._parts:
+            rows = training.rows_per_step // training.accumulation
+            raise ConfigError(
+                f"the {rows} rows of a micro-batch (training.rows_per_step = "
+                f"{training.rows_per_step}, accumulation = {training.accumulation}) cannot be "
+                f"shared by {self.ranks.count} ranks evenly"
+            )
+        begin = start(recipe, data)
+        self.config_json = begin.config_json
+        self.sharing = Sharing(self.ranks, begin.config)
+        self.decoder = self._decoder(begin.config)
         self._routers = routers(self.decoder)
         self._num_experts = self._routers[0].config.num_experts if self._routers else 0
         copies = dict(self.decoder.named_parameters())
         for name, copy in copies.items():
             copy.requires_grad_(self._is_trained(name))
-        self.masters = Masters(copies, start.weights, training, self.device)
+        weights = begin.weights(self.sharing.experts)
+        self.masters = Masters(copies, weights, training, self.device, self.sharing.is_own)
         self._batches = Batches(
             data, recipe.mixture, training.rows_per_step, training.row_length, recipe.seed
         )
@@ -86,17 +93,18 @@ class Trainer:
 
     def _decoder(self, config: ModelConfig) -> Decoder:
         routing = self.recipe.routing
-        start = self.recipe.finetune
+        tuning = self.recipe.finetune
         drops = not routing.dropless or routing.second_policy != "all"
-        if start is None:
+        if tuning is None:
             ops = TrainingOps(drops=drops)
         else:
-            ops = TrainingOps(start.dropout, start.expert_dropout, drops=drops)
+            ops = TrainingOps(tuning.dropout, tuning.expert_dropout, drops=drops)
         dtype = getattr(torch, self.recipe.training.dtype)
-        decoder = Decoder(config, ops, dtype, self.device).train()
+        decoder = Decoder(config, ops, dtype, self.device, self.sharing.experts).train()
         ops.training = True
         for router in routers(decoder):
             router.limits = routing
+        self.sharing.give(decoder)
         return decoder
 
     def _is_trained(self, name: str) -> bool:
@@ -118,16 +126,17 @@ class Trainer:
         number.
         """
         training = self.recipe.training
-        batch = self._batches.batch(self.done).to(self.device)
-        counts = None
+        batch = self._batches.batch(self.done)
+        loads = None
         if training.balance == "global" and training.accumulation > 1:
-            counts = self._loads(batch)
+            loads = self._loads(batch)
         gradient = self.masters.gradient.zero_()
         sums = StepSums(len(self._routers), self._num_experts, self.device)
-        for index in self._mine:
-            self._micro_batch(batch, index, counts, sums)
-        self.ranks.add_up(gradient, sums.vector)
-        norm = torch.linalg.vector_norm(gradient)
+        for index in range(training.accumulation):
+            self._micro_batch(batch, index, loads, sums)
+        sums.square += _norm(self.masters.own_gradient).square()
+        self.ranks.add_up(self.masters.shared_gradient, sums.vector)
+        norm = (_norm(self.masters.shared_gradient).square() + sums.square).sqrt()
         if not (torch.isfinite(sums.vector).all() and torch.isfinite(norm)):
             raise NumericalError(self._what_is_no_number(batch, sums.losses[0].item()))
         gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
@@ -139,8 +148,10 @@ class Trainer:
         return sums.report(norm.item(), rate)
 
     def _forward(self, batch: Batch, index: int) -> _Computed:
-        """Micro-batch `index` through the decoder, with random numbers of its own."""
-        part = batch.part(index, self.recipe.training.accumulation)
+        """This rank's rows of micro-batch `index`, hidden states as the logits' product takes them,
+        and routings."""
+        part = self.sharing.take(batch.part(index, self.recipe.training.accumulation))
+        part = part.to(self.device)
         seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
         rows, length = part.input_RL.shape
@@ -153,9 +164,12 @@ class Trainer:
         return _Computed(part, hidden_TD, present(routings))
 
     def _losses(
-        self, batch: Batch, index: int, counts: list[Tensor] | None
+        self, batch: Batch, index: int, loads: Sequence[Tensor] | None
     ) -> tuple[Losses, list[Routing]]:
-        """The losses of a micro-batch, and its routings."""
+        """The losses of this rank's rows of a micro-batch, and their routings.
+
+        loads: each layer's over the whole step; None for those of the micro-batch.
+        """
         training = self.recipe.training
         part, hidden_TD, routings = self._forward(batch, index)
         decoder = self.decoder
@@ -163,60 +177,65 @@ class Trainer:
         loss = cross_entropy(hidden_TD, head.weight, part.target_RL.reshape(-1))
         if not routings:
             return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss)), routings
-        sequences = 1
-        if training.balance == "sequence":
-            sequences = len(part.input_RL)
+        in_rows = training.balance == "sequence"
+        if loads is None and not in_rows:
+            loads = self._loads_of(routings)
         balance = load_balance_loss(
             routings,
             self._routers[0].config,
-            sequences=sequences,
-            counts=counts,
+            sequences=len(part.input_RL) if in_rows else 1,
+            counts=loads,
             first_only=training.first_choices,
         )
         return Losses(loss, balance, router_z_loss(routings)), routings
 
     def _micro_batch(
-        self, batch: Batch, index: int, counts: list[Tensor] | None, sums: StepSums
+        self, batch: Batch, index: int, loads: Sequence[Tensor] | None, sums: StepSums
     ) -> None:
         """Add a micro-batch's gradients to the masters', and what it measured to `sums`."""
         training = self.recipe.training
-        losses, routings = self._losses(batch, index, counts)
+        losses, routings = self._losses(batch, index, loads)
         total = losses.cross_entropy + training.load_balance * losses.balance
         total = total + training.z_loss * losses.z
-        torch.autograd.backward(total / training.accumulation)
+        torch.autograd.backward(total / self._parts)
         self.masters.take_gradients()
-        sums.add(losses, routings, training.accumulation)
+        sums.add(losses, routings, self._parts)
 
     @torch.no_grad()
     def _loads(self, batch: Batch) -> list[Tensor]:
         """Each layer's load over the whole step (E,), by a forward pass that keeps nothing."""
-        first_only = self.recipe.training.first_choices
         total_SE = torch.zeros(len(self._routers), self._num_experts, device=self.device)
-        for index in self._mine:
+        for index in range(self.recipe.training.accumulation):
             routings = self._forward(batch, index).routings
             if routings:
-                counts = [chosen_counts(r, first_only=first_only)[0] for r in routings]
-                total_SE += torch.stack(counts)
-        self.ranks.add_up(total_SE)
+                total_SE += torch.stack(self._loads_of(routings))
         return list(total_SE)
+
+    def _loads_of(self, routings: Sequence[Routing]) -> list[Tensor]:
+        """Each layer's load over a micro-batch (E,), of whose tokens these routings are a share."""
+        first_only = self.recipe.training.first_choices
+        counts_SE = torch.stack([chosen_counts(r, first_only=first_only)[0] for r in routings])
+        self.ranks.add_up(counts_SE)
+        return list(counts_SE)
 
     @torch.no_grad()
     def _what_is_no_number(self, batch: Batch, loss: float) -> str:
         """One line on where the first NaN or infinity arises: forwards, else backwards."""
+        parts = dict(_named_parts(self.decoder))
         broken: list[str] = []
-        names = dict(_named_parts(self.decoder))
 
         def look(module: torch.nn.Module, _: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             tensors = [x for x in outputs if isinstance(x, Tensor)]
-            if module in names and not all(bool(torch.isfinite(x).all()) for x in tensors):
-                broken.append(names[module])
+            if module in parts and not all(bool(torch.isfinite(x).all()) for x in tensors):
+                broken.append(parts[module])
 
         with register_module_forward_hook(look):
-            for index in self._mine:
+            for index in range(self.recipe.training.accumulation):
                 self._losses(batch, index, None)
         broken += [f"the gradient of {name}" for name in self.masters.broken_gradients()]
-        first = broken[0] if broken else "the loss"
+        told = [name for name in self.ranks.tell(broken[0] if broken else None) if name]
+        first = _earliest(told, list(parts.values())) if told else "the loss"
         return f"step {self.done}: the loss is {loss}, and {first} the first that is no number"
 
     def evaluate(
@@ -229,21 +248,35 @@ class Trainer:
             self.recipe.training.row_length,
             max_rows,
             at_capacity=at_capacity,
+            sharing=self.sharing,
         )
         return {kind: score.bits_per_byte for kind, score in found.items()}
 
+    def weights(self) -> dict[str, Tensor]:
+        """All of the decoder's weights by name, at rank 0; elsewhere nothing. All ranks ask."""
+        return self.sharing.collect(dict(self.decoder.state_dict()))
+
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments: with `done`, everything that the next step depends on."""
-        return self.masters.tensors()
+        """Masters and moments: with `done`, everything that the next step depends on.
+
+        All of them at rank 0; elsewhere nothing. All ranks ask.
+        """
+        tensors = {}
+        for kind, mine in self.masters.state().items():
+            for name, tensor in self.sharing.collect(mine, self._is_saved(kind)).items():
+                tensors[f"{kind}.{name}"] = tensor
+        return tensors
+
+    def _is_saved(self, kind: str) -> Callable[[str], bool]:
+        return (lambda name: True) if kind == "master" else self._is_trained
 
     def save(self, path: Path, pending: Any = None) -> None:
         """Write the run's state to `path`: all of it, or what was there stays as it was.
 
-        It is one safetensors file: tensors, and JSON in its header, `pending` included. Nothing is
-        ever unpickled. Raises StorageError when it cannot be written.
+        It is one safetensors file, the same whatever the number of ranks: tensors, and JSON in its
+        header, `pending` included. Nothing is ever unpickled. All ranks ask, rank 0 writes. Raises
+        StorageError when it cannot be written.
         """
-        if self.ranks.rank:
-            return
         header = {
             "step": self.done,
             "fingerprint": self.fingerprint(),
@@ -252,28 +285,35 @@ class Trainer:
         }
         tensors = self.tensors()
         metadata = {"moebius": json.dumps(header)}
-        try:
-            write_file(path, lambda to: save_file(tensors, to, metadata=metadata), ours=anyone)
-        except StorageError as error:
-            raise StorageError(f"step {self.done}: {error}") from error
+
+        def write() -> None:
+            try:
+                write_file(path, lambda to: save_file(tensors, to, metadata=metadata), ours=anyone)
+            except StorageError as error:
+                raise StorageError(f"step {self.done}: {error}") from error
+
+        self.ranks.lead(write)
 
     def restore(self, path: Path) -> Any:
-        """Continue from what `save` wrote, and return its `pending`.
+        """Continue from what `save` wrote on any number of ranks, and return its `pending`.
 
         Raises: WeightsError, when the file is missing, truncated or no training state, or has
         tensors of another shape; ConfigError, when it belongs to another recipe or to other data.
         """
-        saved = _read_checkpoint(path)
+        mine = self.masters.state()
+        saved = _read_checkpoint(path, mine)
         if saved.fingerprint != self.fingerprint():
             raise ConfigError(
                 "the checkpoint belongs to another recipe or corpus; choose another --out or "
                 "delete it"
             )
-        for name, wanted in self.tensors().items():
-            shape = saved.tensors[name].shape if name in saved.tensors else None
-            if shape != wanted.shape:
-                raise WeightsError(f"{path}: {name} is {shape}, not {wanted.shape}")
-        self.masters.restore(saved.tensors, saved.step)
+        for kind, tensors in mine.items():
+            for name, wanted in tensors.items():
+                found = saved.state[kind].get(name)
+                shape = None if found is None else found.shape
+                if shape != wanted.shape:
+                    raise WeightsError(f"{path}: {kind}.{name} is {shape}, not {wanted.shape}")
+        self.masters.restore(saved.state, saved.step)
         self.done = saved.step
         self.seconds = saved.seconds
         return saved.pending
@@ -288,23 +328,31 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """A checkpoint file."""
+    """A checkpoint file: `state` is that of Masters, as far as it was asked for."""
 
     step: int
     fingerprint: str
     seconds: float
     pending: Any
-    tensors: dict[str, Tensor]
+    state: Mapping[str, Mapping[str, Tensor]]
 
 
-def _read_checkpoint(path: Path) -> _Saved:
+def _read_checkpoint(path: Path, wanted: Mapping[str, Iterable[str]]) -> _Saved:
+    """wanted: names of tensors by their kind; no others are read."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["moebius"])
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            there = set(file.keys())
+            state = {
+                kind: {
+                    name: file.get_tensor(f"{kind}.{name}")
+                    for name in names
+                    if f"{kind}.{name}" in there
+                }
+                for kind, names in wanted.items()
+            }
         return _Saved(
-            header["step"], header["fingerprint"], header["seconds"], header["pending"], tensors
+            header["step"], header["fingerprint"], header["seconds"], header["pending"], state
         )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is no training checkpoint: {error}") from None
@@ -318,53 +366,12 @@ def _named_parts(decoder: Decoder) -> Iterator[tuple[torch.nn.Module, str]]:
         yield layer.mlp, f"layer {number}'s feed-forward"
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """What training starts from: config.json, architecture, and float32 weights by name."""
-
-    config_json: dict[str, Any]
-    config: ModelConfig
-    weights: dict[str, Tensor]
+def _earliest(broken: Sequence[str], parts: Sequence[str]) -> str:
+    """Of what ranks found first, the first on the way forwards, else any gradient."""
+    return min(broken, key=lambda name: parts.index(name) if name in parts else len(parts))
 
 
-def _fresh(recipe: Recipe, data: PreparedData) -> _Start:
-    """The recipe's own model with random weights."""
-    training = recipe.training
-    raw = recipe.config_json(data.vocab_size)
-    config = model_config(raw)
-    raw |= {"eos_token_id": data.end_of_text, "pad_token_id": data.end_of_text}
-    if any(part.router and part.router.score == "softmax" for part in config.feed_forward):
-        raw["router_aux_loss_coef"] = training.load_balance
-    decoder = Decoder(config, TrainingOps())
-    init_weights(
-        decoder,
-        torch.Generator().manual_seed(recipe.seed),
-        raw["initializer_range"],
-        training.init_scale,
-        training.router_init,
-    )
-    return _Start(raw, config, _weights(decoder))
-
-
-def _fine_tuned(recipe: Recipe, data: PreparedData) -> _Start:
-    """The checkpoint that the recipe's finetune table names."""
-    base = recipe.base()
-    assert base is not None
-    checkpoint = open_checkpoint(base)
-    config = checkpoint.config
-    raw = dict(checkpoint.config_json)
-    # What is tied was decided by the file's tensors, and is said as it was loaded.
-    if model_config(raw).tie_word_embeddings != config.tie_word_embeddings:
-        raw["tie_word_embeddings"] = config.tie_word_embeddings
-    if data.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {data.vocab_size} entries, the checkpoint {config.vocab_size}; "
-            "they do not belong together"
-        )
-    recipe.check_trainable(config)
-    decoder = load_decoder(checkpoint, torch.float32, ops=TrainingOps(), mapped=False)
-    return _Start(raw, config, _weights(decoder))
-
-
-def _weights(decoder: Decoder) -> dict[str, Tensor]:
-    return {name: weight.detach() for name, weight in decoder.named_parameters()}
+def _norm(gradient: Tensor) -> Tensor:
+    """In float64, so that it is the same however many ranks work it out."""
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    return norm

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
-from moebius.ops import FORMATS, Matrix, Ops, Weight, select_ops
+from moebius.ops import FORMATS, Matrix, Ops, PreparedExperts, Weight, select_ops
 from moebius.ops.weights import Dense, dtype_name
 from moebius.pages import Span
 
@@ -43,6 +44,25 @@ def load_decoder(
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     Loader(checkpoint, device, mapped=mapped).fill(decoder)
     return decoder
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMove:
+    """Experts on their way: rank `rank` is to hold what `placement` says of it.
+
+    come   what it lacked, with its values; gone: what is others' then
+    """
+
+    placement: Placement
+    rank: int
+    come: Sequence[tuple[Source, Weight]]
+    gone: Sequence[Source]
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the Experts that change."""
+        sources = [*(source for source, _ in self.come), *self.gone]
+        return sorted({source.parameter.rsplit(".", 2)[0] for source in sources})
 
 
 class Loader:
@@ -76,35 +96,47 @@ class Loader:
         files = MappedFiles() if decoder.ranks is None else self._parts
         self._put(decoder, self._values(decoder, sources, files))
 
-    def move_experts(self, decoder: Decoder, placement: Placement, rank: int | None = None) -> None:
-        """Let a rank hold what `placement` says of it, between two steps of all ranks.
+    def bring_experts(
+        self, decoder: Decoder, placement: Placement, rank: int | None = None
+    ) -> ExpertMove:
+        """Read what a rank lacks of what `placement` says of it, while it goes on with what it has.
 
-        New experts are there when this returns, and those that went to others are no longer.
-        Programs that were recorded go on with them where the backend can exchange them; else they
-        have to be recorded anew (Decoder.moves). rank: its number from now on, where it is another.
-        Raises ConfigError as ExpertRank.place and WeightsError; then all is as it was.
+        On any thread. rank: its number from then on, where it is another. Raises ConfigError as
+        ExpertRank.place and WeightsError.
         """
         ranks = decoder.ranks
         assert ranks is not None, "this decoder holds all experts"
         rank = ranks.rank if rank is None else rank
         ranks.check(placement, rank)
-        layers = [module for module in decoder.modules() if isinstance(module, Experts)]
-        handles = [experts.prepared(decoder.dtype) for experts in layers]
         before = self._expert_sources(ranks)
         after = self._expert_sources(ExpertRank(placement, rank, ranks.tokens))
         come = [source for name, source in after.items() if name not in before]
         gone = [source for name, source in before.items() if name not in after]
-        self._put(decoder, self._values(decoder, come, self._parts))
-        ranks.place(placement, rank)
-        for source in gone:
+        values = self._values(decoder, come, self._parts)
+        return ExpertMove(placement, rank, values, gone)
+
+    def move_experts(self, decoder: Decoder, move: ExpertMove) -> None:
+        """Let a rank hold what was brought for it, between two steps of all ranks.
+
+        Experts that went to others are there no longer. Programs that were recorded go on with the
+        new ones where the backend can exchange them; else they have to be recorded anew
+        (Decoder.moves). Nothing else may have been moved since.
+        """
+        ranks = decoder.ranks
+        assert ranks is not None, "this decoder holds all experts"
+        ranks.place(move.placement, move.rank)
+        layers = [decoder.get_submodule(name) for name in move.modules]
+        handles = [_prepared(experts, decoder) for experts in layers]
+        self._put(decoder, move.come)
+        for source in move.gone:
             name, _, number = source.parameter.rpartition(".")
             weights = decoder.get_submodule(name)
             assert isinstance(weights, WeightList)
             weights.hold(int(number), None)
-        now = [experts.prepared(decoder.dtype) for experts in layers]
+        now = [_prepared(experts, decoder) for experts in layers]
         if any(one is not other for one, other in zip(now, handles, strict=True)):
             decoder.moves += 1
-        for file, spans in self._spans(gone).items():
+        for file, spans in self._spans(move.gone).items():
             self._parts.release(file, spans)
 
     def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
@@ -144,6 +176,11 @@ class Loader:
         for source, weight in values:
             module, _, leaf = source.parameter.rpartition(".")
             _put(modules[module], leaf, weight, requires_grad=not self._mapped)
+
+
+def _prepared(experts: nn.Module, decoder: Decoder) -> PreparedExperts:
+    assert isinstance(experts, Experts)
+    return experts.prepared(decoder.dtype)
 
 
 def _span(source: Source, stored: StoredTensor) -> Span:

@@ -1,6 +1,6 @@
 """Experts in plain PyTorch: differentiable, nothing loops over tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,6 @@ from moebius.ops.reference.linear import widened_for
 from moebius.ops.reference.routing import count, route
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 from moebius.ops.weights import Matrix, Weight
-
-Hidden = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,8 +76,8 @@ class ExpertOps(Ops):
     ) -> Tensor:
         prepared = own(experts, ReferenceExperts)
         if weights_TK is None or expert_ids_TK is None:
-            hidden = self._hidden(prepared.activation, routed=False)
-            return _one_expert(x_TD, prepared.weights, 0, hidden)
+            mask_TF = self.dropout_mask(x_TD, prepared.weights.width, routed=False)
+            return _one_expert(x_TD, prepared, 0, mask_TF)
         rows_TKD = self._rows(x_TD, expert_ids_TK, prepared, drops=self.drops)
         return weighted_sum(rows_TKD, weights_TK).to(x_TD.dtype)
 
@@ -94,41 +92,38 @@ class ExpertOps(Ops):
     ) -> Tensor:
         """Each choice's output (T, K, D). drops: an id of E stands for none, whose row is zeros."""
         weights = prepared.weights
-        hidden = self._hidden(prepared.activation, routed=True)
-        tokens, k = ids_TK.shape
+        k = ids_TK.shape[1]
         num_experts = len(weights.gate_FD)
         flat_ids = ids_TK.reshape(-1)
         order = torch.argsort(flat_ids, stable=True)
         chosen = order[: int((flat_ids < num_experts).sum())] if drops else order
         rows_PD = x_TD.index_select(0, chosen.div(k, rounding_mode="floor") if k > 1 else chosen)
+        mask_PF = self.dropout_mask(rows_PD, weights.width, routed=True)
         if torch.is_grad_enabled() and _can_stack(weights, x_TD):
-            every_E = torch.arange(num_experts, device=x_TD.device)
-            ends = torch.searchsorted(flat_ids[order], every_E, right=True)
-            out_PD = _experts_stacked(rows_PD, ends.to(torch.int32), weights, hidden)
+            ends_H = _ends(flat_ids[chosen], weights)
+            out_PD = _experts_stacked(rows_PD, ends_H, prepared, mask_PF)
         else:
             counts = torch.bincount(flat_ids, minlength=num_experts)[:num_experts].tolist()
-            out_PD = _experts_in_turn(rows_PD, counts, weights, hidden)
-        if len(chosen) < len(order):
-            out_PD = torch.cat(
-                (out_PD, out_PD.new_zeros(len(order) - len(chosen), out_PD.shape[1]))
-            )
-        position = torch.empty_like(order)
-        position[order] = torch.arange(order.numel(), device=order.device)
-        return out_PD.index_select(0, position).view(tokens, k, x_TD.shape[-1])
+            out_PD = _experts_in_turn(rows_PD, counts, prepared, mask_PF)
+        return in_choices(out_PD, order, k)
 
-    def _hidden(self, activation: Activation, *, routed: bool) -> Hidden:
-        """From an expert's gate and up to what down reads."""
+    def dropout_mask(self, like: Tensor, width: int, *, routed: bool) -> Tensor | None:
+        """What fine-tuning multiplies the inner values of as many rows with, None for nothing:
+        those of experts behind a router, or of a dense feed-forward."""
+        return None
 
-        def hidden(gate: Tensor, up: Tensor | None) -> Tensor:
-            inner = activate(gate, activation)
-            return self.dropout(inner if up is None else inner * up, routed=routed)
 
-        return hidden
+def in_choices(out_PD: Tensor, order_P: Tensor, k: int) -> Tensor:
+    """Outputs of choices in the order in which they were taken, each in its place (T, K, D).
 
-    def dropout(self, x: Tensor, *, routed: bool) -> Tensor:
-        """What fine-tuning does to the inner values of a feed-forward, of experts behind a router
-        or of a dense one."""
-        return x
+    order_P: all choices in that order; those that there is no output for, the last, get zeros.
+    """
+    missing = len(order_P) - len(out_PD)
+    if missing:
+        out_PD = torch.cat((out_PD, out_PD.new_zeros(missing, out_PD.shape[1])))
+    position_P = torch.empty_like(order_P)
+    position_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    return out_PD.index_select(0, position_P).view(-1, k, out_PD.shape[1])
 
 
 def weighted_sum(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -143,7 +138,15 @@ def _bias(biases: Sequence[Tensor | None], e: int) -> Tensor | None:
     return biases[e] if biases else None
 
 
-def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, hidden: Hidden) -> Tensor:
+def _inner(gate: Tensor, up: Tensor | None, activation: Activation, mask: Tensor | None) -> Tensor:
+    """From an expert's gate and up to what down reads."""
+    inner = activate(gate, activation)
+    if up is not None:
+        inner = inner * up
+    return inner if mask is None else inner * mask
+
+
+def _one_expert(x_TD: Tensor, experts: ReferenceExperts, e: int, mask_TF: Tensor | None) -> Tensor:
     def product(
         x: Tensor, weights: Sequence[Weight | None], biases: Sequence[Tensor | None]
     ) -> Tensor:
@@ -152,48 +155,71 @@ def _one_expert(x_TD: Tensor, w: ExpertWeights, e: int, hidden: Hidden) -> Tenso
             raise IndexError(f"expert {e} is not held here")
         return F.linear(x, widened_for(x, weight), _bias(biases, e))
 
+    w = experts.weights
     gate = product(x_TD, w.gate_FD, w.gate_bias_F)
     up = product(x_TD, w.up_FD, w.up_bias_F) if w.up_FD else None
-    return product(hidden(gate, up), w.down_DF, w.down_bias_D)
+    return product(_inner(gate, up, experts.activation, mask_TF), w.down_DF, w.down_bias_D)
 
 
 def _experts_in_turn(
-    rows_PD: Tensor, counts: list[int], w: ExpertWeights, hidden: Hidden
+    rows_PD: Tensor, counts: list[int], experts: ReferenceExperts, mask_PF: Tensor | None
 ) -> Tensor:
     """Rows sorted by expert through their experts, one product an expert that has rows; no weight
     is copied."""
+    masks: Sequence[Tensor | None] = [None] * len(counts)
+    if mask_PF is not None:
+        masks = torch.split(mask_PF, counts)
     parts = [
-        _one_expert(rows, w, e, hidden)
+        _one_expert(rows, experts, e, masks[e])
         for e, rows in enumerate(torch.split(rows_PD, counts))
         if len(rows)
     ]
-    return torch.cat(parts) if parts else rows_PD.new_zeros(rows_PD.shape)
+    if parts:
+        return torch.cat(parts)
+    if torch.is_grad_enabled():
+        # No rows are still rows that a gradient passes, as it does on ranks that have some.
+        first = next(e for e, weight in enumerate(experts.weights.gate_FD) if weight is not None)
+        return _one_expert(rows_PD, experts, first, None)
+    return rows_PD
 
 
 def _can_stack(w: ExpertWeights, x_TD: Tensor) -> bool:
-    """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no bias;
-    a hole has nothing to stack."""
+    """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no
+    bias."""
     dtype = _compute_dtype(x_TD)
     if w.down_bias_D or (x_TD.is_cuda and dtype != torch.bfloat16):
         return False
-    sizes = [None if weight is None else weight.shape for weight in w.gate_FD]
-    if sizes[0] is None or None in sizes:
-        return False
-    return all(size * dtype.itemsize % 16 == 0 for size in sizes[0])
+    return all(size * dtype.itemsize % 16 == 0 for size in (w.width, x_TD.shape[1]))
 
 
-def _experts_stacked(rows_PD: Tensor, ends_E: Tensor, w: ExpertWeights, hidden: Hidden) -> Tensor:
+def _ends(sorted_ids_P: Tensor, w: ExpertWeights) -> Tensor:
+    """Where the rows of each expert that is here end (H,)."""
+    held = [e for e, weight in enumerate(w.gate_FD) if weight is not None]
+    if len(held) == len(w.gate_FD):
+        every_E = torch.arange(len(held), device=sorted_ids_P.device)
+        return torch.searchsorted(sorted_ids_P, every_E, right=True, out_int32=True)
+    held_H = torch.tensor(held, device=sorted_ids_P.device)
+    ends_H = torch.searchsorted(sorted_ids_P, held_H, right=True, out_int32=True)
+    starts_H = torch.searchsorted(sorted_ids_P, held_H, out_int32=True)
+    if int((ends_H - starts_H).sum()) != len(sorted_ids_P):
+        raise IndexError(f"only experts {held} are held here; others were chosen")
+    return ends_H
+
+
+def _experts_stacked(
+    rows_PD: Tensor, ends_H: Tensor, experts: ReferenceExperts, mask_PF: Tensor | None
+) -> Tensor:
     """The same in two or three grouped products, for training: few launches, no wait for the device
-    to count rows."""
+    to count rows. All rows are of experts that are here."""
     dtype = _compute_dtype(rows_PD)
     rows = rows_PD.to(dtype)
 
     def product(x: Tensor, weights: Sequence[Weight | None]) -> Tensor:
-        held = [
-            weight for weight in weights if weight is not None
-        ]  # all of them, as _can_stack says
+        held = [weight for weight in weights if weight is not None]
         stored = [w.widened(dtype) if isinstance(w, Matrix) else w for w in held]
-        return F.grouped_mm(x, torch.stack(stored).to(dtype).transpose(1, 2), offs=ends_E)
+        return F.grouped_mm(x, torch.stack(stored).to(dtype).transpose(1, 2), offs=ends_H)
 
-    gated = hidden(product(rows, w.gate_FD), product(rows, w.up_FD) if w.up_FD else None)
-    return product(gated, w.down_DF)
+    w = experts.weights
+    gate = product(rows, w.gate_FD)
+    up = product(rows, w.up_FD) if w.up_FD else None
+    return product(_inner(gate, up, experts.activation, mask_PF), w.down_DF)

@@ -1,0 +1,180 @@
+"""moebius serve over several hosts: its options, and how the hosts find each other."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moebius.engine.config import EngineConfig
+from moebius.errors import ConfigError, MoebiusError, require_seconds, require_word
+
+if TYPE_CHECKING:
+    from moebius.engine.cluster import HostHello
+    from moebius.front.cluster import Cluster
+    from moebius.front.hosts import Hosts
+    from moebius.parallel.key import ClusterKey
+    from moebius.parallel.meet import Listener
+
+IsaPolicy = Literal["common", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """What says which of several hosts this one is. Names are torchrun's."""
+
+    nnodes: Annotated[int, "Hosts that share the ranks; the same command is run on each."] = 1
+    node_rank: Annotated[int, "Which of them this one is; 0 is the front's."] = 0
+    rdzv_endpoint: Annotated[
+        str | None, "HOST:PORT at which the front listens for the other hosts."
+    ] = None
+    rdzv_timeout: Annotated[float, "Seconds that hosts wait for each other."] = 60.0
+    cluster_interface: Annotated[
+        str | None,
+        "Network interface that ranks exchange rows over, a trusted network's; default: the one "
+        "that leads to --rdzv-endpoint.",
+    ] = None
+    cluster_key_file: Annotated[
+        Path | None, "File with the cluster's key; default: MOEBIUS_CLUSTER_KEY."
+    ] = None
+    isa: Annotated[
+        IsaPolicy,
+        "Kernels of hosts that differ. common: the highest that all have; exact: refuse.",
+    ] = "common"
+
+    def __post_init__(self) -> None:
+        require_word("isa", self.isa, IsaPolicy)
+        require_seconds("rdzv_timeout", self.rdzv_timeout)
+        if self.nnodes < 1:
+            raise ConfigError(f"--nnodes is {self.nnodes}; it must be at least 1")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(
+                f"--node-rank is {self.node_rank}; with --nnodes {self.nnodes} it must be below "
+                f"{self.nnodes}, and not below 0"
+            )
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ConfigError(
+                f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, an address of node 0"
+            )
+
+    def check(self, config: EngineConfig) -> None:
+        """ConfigError where there are more hosts than ranks."""
+        if self.nnodes > config.ranks and self.nnodes > 1:
+            raise ConfigError(
+                f"--nnodes {self.nnodes} is more than --ranks {config.ranks}: each host needs one"
+            )
+
+    def endpoint(self) -> tuple[str, int]:
+        from moebius.parallel.endpoint import parse_endpoint
+
+        assert self.rdzv_endpoint is not None, "only with several hosts"
+        return parse_endpoint(self.rdzv_endpoint, "--rdzv-endpoint")
+
+    def key(self) -> "ClusterKey":
+        """The cluster's key. ConfigError where none is given."""
+        from moebius.parallel.key import VARIABLE, ClusterKey
+
+        if self.cluster_key_file is not None:
+            return ClusterKey.from_file(self.cluster_key_file)
+        key = ClusterKey.from_environment()
+        if key is None:
+            raise ConfigError(
+                f"several hosts need a key in --cluster-key-file or {VARIABLE}, the same on all; "
+                "`moebius cluster key` makes one"
+            )
+        return key
+
+    def hello(self, directory: Path, config: EngineConfig) -> "HostHello":
+        """What this host is. Raises ConfigError, WeightsError."""
+        from moebius import __version__
+        from moebius.engine.cluster import HostHello
+        from moebius.engine.load import weights_name
+        from moebius.ops.select import kernel_levels
+        from moebius.parallel.endpoint import address_towards, interface_address
+
+        if self.cluster_interface is not None:
+            address = interface_address(self.cluster_interface)
+        else:
+            address = address_towards(*self.endpoint())
+        return HostHello(
+            release=__version__,
+            node=self.node_rank,
+            nodes=self.nnodes,
+            name=socket.gethostname(),
+            address=address,
+            directory=str(directory.absolute()),
+            weights=weights_name(directory),
+            config=config,
+            isas=kernel_levels(),
+        )
+
+
+def serve_ranks(options: HostOptions, model: str, config: EngineConfig) -> None:
+    """Serve this host's ranks, until the front needs them no more."""
+    from moebius.engine.node import Node, ended_by_signals
+    from moebius.models.hub import resolve_model
+
+    key = options.key()
+    hello = options.hello(resolve_model(model), config)
+    with ended_by_signals():
+        Node(hello, options.endpoint(), key, options.rdzv_timeout).run()
+
+
+class Assembly:
+    """The front's hosts, which come together at `listener`; None: there is one host."""
+
+    def __init__(self, options: HostOptions, listener: "Listener | None") -> None:
+        self._options = options
+        self._listener = listener
+        self._cluster: Cluster | None = None
+
+    def ranks_here(self, config: EngineConfig) -> int:
+        """How many ranks the front's host has."""
+        from moebius.front.hosts import local_ranks
+
+        return local_ranks(config.ranks, self._options.nnodes, 0)
+
+    def hosts(self, directory: Path, config: EngineConfig) -> "Hosts | None":
+        """Wait for all; None for one host. ConfigError where another does not come, or serves
+        something else."""
+        if self._listener is None:
+            return None
+        from moebius.front.cluster import Cluster
+        from moebius.front.hosts import ManyHosts
+
+        options = self._options
+        own = options.hello(directory, config)
+        self._cluster = Cluster(self._listener, own, options.rdzv_timeout)
+        found = self._cluster.assemble()
+        hosts = ManyHosts(self._cluster, found, exact_isa=options.isa == "exact")
+        typer.echo(hosts.text, err=True)
+        return hosts
+
+    def close(self, error: MoebiusError | None) -> None:
+        if self._cluster is not None:
+            self._cluster.close(error)
+        elif self._listener is not None:
+            self._listener.close()
+
+
+@contextmanager
+def listening(options: HostOptions) -> Iterator[Assembly]:
+    """The front's address for other hosts, taken before anything is loaded. What the block raises
+    ends the other hosts, too."""
+    listener = None
+    if options.nnodes > 1:
+        from moebius.parallel.meet import Listener
+
+        listener = Listener.tcp(*options.endpoint(), options.key())
+    assembly = Assembly(options, listener)
+    error: MoebiusError | None = None
+    try:
+        yield assembly
+    except MoebiusError as raised:
+        error = raised
+        raise
+    finally:
+        assembly.close(error)

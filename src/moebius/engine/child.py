@@ -1,0 +1,115 @@
+"""A process of this host that runs an engine."""
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from moebius.errors import EngineError
+from moebius.parallel.meet import Address
+
+_GRACE_SECONDS = 2.0
+
+
+class ChildProcess:
+    """`python -m moebius.engine.process ADDRESS ...`, from its start until it has been waited for.
+
+    variables   of its environment, beside this process's own
+    ended       called once, on a thread of its own, when it has ended
+
+    Its log goes where this process's goes. Raises EngineError where none can be started.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *more: str,
+        variables: Mapping[str, str],
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.exited = threading.Event()
+        self._arguments = (_text(address), *more)
+        self._variables = variables
+        self._ended = ended
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failure: OSError | None = None
+        self._started = threading.Event()
+        threading.Thread(target=self._watch, name="engine process", daemon=True).start()
+        self._started.wait()
+        if self._failure is not None:
+            why = self._failure.strerror
+            raise EngineError(f"no process for the engine can be started: {why}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """As subprocess has it: negative for a signal; None while it runs."""
+        return self._process.returncode if self._process and self.exited.is_set() else None
+
+    @property
+    def state(self) -> str:
+        """How it is, for a person."""
+        status = self.exit_status
+        if status is None:
+            return "the engine's process runs"
+        if status >= 0:
+            return f"the engine's process ended with exit status {status}"
+        hint = " (as the system does when memory runs out)" if status == -signal.SIGKILL else ""
+        return f"the engine's process was ended by {signal.Signals(-status).name}{hint}"
+
+    def kill(self) -> None:
+        """End it now, stopped or stuck as it may be."""
+        assert self._process is not None
+        if not self.exited.is_set():
+            self._process.kill()
+
+    def wait(self, timeout: float = _GRACE_SECONDS) -> bool:
+        """Whether it has ended within `timeout` seconds."""
+        return self.exited.wait(timeout)
+
+    def _watch(self) -> None:
+        """Start it and wait for its end.
+
+        On one thread, which lives as long as it does: Linux ends it with the thread that started
+        it. Signals that are sent to the whole group must not end it, even before it can say so.
+        """
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "moebius.engine.process", *self._arguments],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_own_path(), **self._variables},
+            )
+        except OSError as error:
+            self._failure = error
+            return
+        finally:
+            self._started.set()
+        self._process.wait()
+        self.exited.set()
+        self._ended()
+
+
+def _text(address: Address) -> str:
+    if isinstance(address, Path):
+        return str(address)
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _own_path() -> dict[str, str]:
+    """The variable by which Python finds this very package, where that is not installed."""
+    root = str(Path(__file__).parents[2])
+    if root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return {}
+    others = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": root if not others else os.pathsep.join([root, others])}

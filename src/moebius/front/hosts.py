@@ -1,0 +1,199 @@
+"""Where the ranks of a group are, and where an epoch's ranks exchange their rows."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from moebius.engine import wire
+from moebius.engine.cluster import HostHello
+from moebius.engine.member import GLOO
+from moebius.engine.place import place
+from moebius.engine.remote import RemoteClient
+from moebius.engine.supervisor import EngineProcess, WatchedProcess
+from moebius.front.alike import common_isa
+from moebius.front.cluster import Cluster
+from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.shared_memory import Segment
+
+
+class EpochPlace(ABC):
+    """What the ranks of one epoch meet at. Ranks are numbered as in that epoch here."""
+
+    @abstractmethod
+    def of(self, rank: int) -> str:
+        """What a rank is told of it: wire.Join.place."""
+
+    @abstractmethod
+    def carry(self, put: wire.Put, rank: int) -> None:
+        """What a rank has left for the others."""
+
+    @abstractmethod
+    def give_up(self, ranks: Sequence[int]) -> None:
+        """End the epoch: whoever waits in it for these ranks waits no longer."""
+
+
+class SharedPlace(EpochPlace):
+    """Memory of one host."""
+
+    def __init__(self, spec: ExchangeSpec, epoch: Epoch, at_once: int) -> None:
+        """at_once   how many of the ranks can compute at the same time"""
+        self._segment = Segment(spec, epoch, cores=at_once)
+
+    def of(self, rank: int) -> str:
+        return self._segment.place
+
+    def carry(self, put: wire.Put, rank: int) -> None:
+        """Nothing: who shares memory needs no address."""
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        self._segment.give_up(list(ranks))
+        self._segment.close()
+
+
+class GlooPlace(EpochPlace):
+    """gloo's connections between hosts.
+
+    addresses   of each rank's host
+    remotes     the ranks' clients
+    """
+
+    def __init__(
+        self, epoch: Epoch, addresses: Sequence[str], remotes: Sequence[RemoteClient]
+    ) -> None:
+        self._epoch = epoch
+        self._addresses = addresses
+        self._remotes = remotes
+
+    def of(self, rank: int) -> str:
+        return GLOO + self._addresses[rank]
+
+    def carry(self, put: wire.Put, rank: int) -> None:
+        for other, remote in enumerate(self._remotes):
+            if other != rank:
+                remote.tell(put)
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        for remote in self._remotes:
+            remote.tell(wire.GiveUp(self._epoch.number, tuple(ranks)))
+
+
+class Hosts(ABC):
+    """Where each rank of a group is."""
+
+    @abstractmethod
+    def name(self, rank: int) -> str:
+        """A rank and its host, for a person."""
+
+    @abstractmethod
+    def start(self, rank: int) -> WatchedProcess:
+        """A process for a rank. EngineError where none can be had."""
+
+    @abstractmethod
+    def launch(self, message: wire.Launch, rank: int, loaded: Sequence[int]) -> wire.Launch:
+        """What a rank is launched with; `loaded` ranks have their memory."""
+
+    @abstractmethod
+    def place(
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
+    ) -> EpochPlace:
+        """Where ranks meet in an epoch; `remotes` has its members by their rank, in order."""
+
+
+class OneHost(Hosts):
+    """All ranks are here."""
+
+    def __init__(self, size: int, threads: int | None) -> None:
+        self._size = size
+        self._at_once = place(0, size, threads).at_once
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank}"
+
+    def start(self, rank: int) -> WatchedProcess:
+        return EngineProcess()
+
+    def launch(self, message: wire.Launch, rank: int, loaded: Sequence[int]) -> wire.Launch:
+        config = message.config
+        trace = None if config.trace is None else f"{config.trace}.{rank}"
+        return msgspec.structs.replace(
+            message,
+            config=replace(config, trace=trace),
+            rank=rank,
+            neighbours=self._size - len(loaded),
+            local_rank=rank,
+            local_ranks=self._size,
+        )
+
+    def place(
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
+    ) -> EpochPlace:
+        return SharedPlace(spec, epoch, self._at_once)
+
+
+class ManyHosts(Hosts):
+    """Ranks in the order of hosts, as evenly as it goes.
+
+    isa     the kernels of all
+    """
+
+    def __init__(self, cluster: Cluster, hosts: Sequence[HostHello], *, exact_isa: bool) -> None:
+        self.isa = common_isa(hosts, exact=exact_isa)
+        self._cluster = cluster
+        self._hosts = hosts
+        ranks = hosts[0].config.ranks
+        self._node_of = [
+            node
+            for node, _ in enumerate(hosts)
+            for _ in range(local_ranks(ranks, len(hosts), node))
+        ]
+
+    @property
+    def text(self) -> str:
+        """Who is there, for a person."""
+        names = ", ".join(f"node {host.node} is {host.name}" for host in self._hosts)
+        return f"hosts: {names}; kernels of all: {self.isa}"
+
+    def name(self, rank: int) -> str:
+        host = self._host(rank)
+        return f"rank {rank} on node {host.node} ({host.name})"
+
+    def start(self, rank: int) -> WatchedProcess:
+        node = self._node_of[rank]
+        return self._cluster.start(node, rank) if node else EngineProcess()
+
+    def launch(self, message: wire.Launch, rank: int, loaded: Sequence[int]) -> wire.Launch:
+        host = self._host(rank)
+        here = [each for each, node in enumerate(self._node_of) if node == host.node]
+        own = host.config
+        return msgspec.structs.replace(
+            message,
+            directory=host.directory,
+            config=replace(
+                message.config,
+                threads=own.threads,
+                trace=None if own.trace is None else f"{own.trace}.{rank}",
+                kv_cache_memory_bytes=own.kv_cache_memory_bytes,
+            ),
+            rank=rank,
+            neighbours=len(set(here) - set(loaded)),
+            isa=self.isa,
+            local_rank=here.index(rank),
+            local_ranks=len(here),
+        )
+
+    def place(
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
+    ) -> EpochPlace:
+        addresses = [self._host(rank).address for rank in remotes]
+        return GlooPlace(epoch, addresses, list(remotes.values()))
+
+    def _host(self, rank: int) -> HostHello:
+        return self._cluster.hello(self._node_of[rank])
+
+
+def local_ranks(ranks: int, nodes: int, node: int) -> int:
+    """How many of the ranks are on a host: the first ones have one more where it does not go
+    evenly."""
+    return ranks // nodes + (node < ranks % nodes)

@@ -1,0 +1,71 @@
+"""Frames between a front and its hosts: what goes in comes out, and nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from moebius.engine import cluster, wire
+from moebius.engine.config import EngineConfig
+from moebius.engine.supervisor import EngineProcess
+from moebius.errors import ConfigError, WireError
+
+HELLO = cluster.HostHello(
+    release="1.0",
+    node=1,
+    nodes=2,
+    name="bert",
+    address="10.0.0.2",
+    directory="/models/a",
+    weights="0123",
+    config=EngineConfig(ranks=2, threads=3, max_num_seqs=5),
+    isas=("portable", "avx2"),
+)
+
+
+def test_frames_come_back_as_what_they_were() -> None:
+    for hello in (HELLO, cluster.RankHello("ticket")):
+        assert cluster.decode_hello(cluster.encode_hello(hello)) == hello
+    for told in (cluster.Beat(), cluster.Ended("ticket", "it ended")):
+        assert cluster.decode_from_host(cluster.encode(told)) == told
+    for told in (cluster.Beat(), cluster.Start("t"), cluster.End("t"), cluster.Dismissed()):
+        assert cluster.decode_to_host(cluster.encode(told)) == told
+    last = cluster.decode_to_host(cluster.encode(cluster.Dismissed(ConfigError("why"))))
+    assert isinstance(last, cluster.Dismissed)
+    assert isinstance(last.error, ConfigError) and str(last.error) == "why"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["rank"],
+        ["rank", 5],
+        ["rank", "ticket", "more"],
+        ["beat"],
+        [],
+        {"ticket": "x"},
+        ["host", "1.0", "one", 2, "bert", "a", "d", "w", {}, []],
+        ["host", "1.0", 1, 2, "bert", "a", "d", "w", {"ranks": 0}, []],
+    ],
+)
+def test_what_is_no_hello_is_refused(value: Any) -> None:
+    with pytest.raises(WireError):
+        cluster.decode_hello(bytes([wire.VERSION]) + msgspec.msgpack.encode(value))
+
+
+def test_another_release_is_named() -> None:
+    frame = cluster.encode_hello(HELLO)
+    with pytest.raises(WireError, match="a frame of version 77; this process speaks"):
+        cluster.decode_hello(bytes([77]) + frame[1:])
+
+
+def test_a_process_computes_with_the_kernels_that_it_is_told(tiny_model: Path) -> None:
+    """And not with the best that its host has, as the others of its group may lack them."""
+    config = EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=64)
+    message = wire.Launch(str(tiny_model), config, b"x" * 32, frozenset(), "error", isa="portable")
+    with EngineProcess() as process:
+        client = process.launch(message)
+        assert "_cpu-portable_" in client.info.fingerprint

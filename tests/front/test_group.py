@@ -1,0 +1,216 @@
+"""Epochs of a group of ranks: who is told to join what, and when, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from front.losses import shared_memory
+from front.mortal_engine import LIMITS, ask
+from moebius.engine import wire
+from moebius.engine.client import EngineInfo, EngineStats
+from moebius.engine.config import EngineConfig
+from moebius.errors import MoebiusError, PeerError
+from moebius.front import group as groups
+from moebius.front.group import RankClient, RankGroup
+
+INFO = EngineInfo(LIMITS, frozenset(), block_size=4, num_blocks=9, fingerprint="fp")
+CONFIG = EngineConfig(ranks=2, step_deadline=10)
+
+
+class Rank:
+    """A rank's process and its client at once: what it was told."""
+
+    rows = wire.Rows(2, 4, 8, 1, "float32")
+    state = "the engine's process was ended by its test"
+    silent_for = 0.0
+    info = INFO
+
+    def __init__(self) -> None:
+        self.told: list[wire.ToEngine] = []
+        self.given: list[int] = []
+        self.heard: Callable[[wire.Joined | wire.Parted], None] = lambda message: None
+        self.died: Callable[[Any], None] = lambda process: None
+        self.while_loading: Callable[[], None] = lambda: None
+        self.closed = False
+
+    def launch(self, message: wire.Launch, planned: object) -> Rank:
+        self.message = message
+        self.while_loading()
+        return self
+
+    def tell(self, message: wire.ToEngine) -> None:
+        self.told.append(message)
+
+    def submit(self, request: object, number: int) -> None:
+        self.given.append(number)
+
+    def start(self, deliver: object) -> None:
+        pass
+
+    def stats(self) -> EngineStats:
+        return EngineStats(ready=True)
+
+    def close(self, timeout: float) -> None:
+        self.closed = True
+
+    kill = close
+
+    def end(self) -> None:
+        self.died(self)
+
+    @property
+    def joins(self) -> list[wire.Join]:
+        return [each for each in self.told if isinstance(each, wire.Join)]
+
+
+class Group:
+    def __init__(self, directory: Path) -> None:
+        self.group = RankGroup(wire.Launch(str(directory), CONFIG, bytes(32), frozenset()))
+        self.ranks: dict[int, Rank] = {}
+        self.clients: dict[int, RankClient] = {}
+        self.lost: list[int] = []
+
+    def load(self, number: int, rank: Rank | None = None) -> Rank:
+        rank = rank or Rank()
+        self.ranks[number] = rank
+
+        def lost(reason: MoebiusError) -> None:
+            self.lost.append(number)
+
+        self.clients[number] = self.group.launch(number, lost, lambda plan: None, rank)  # type: ignore[arg-type]
+        return rank
+
+    def join(self, *numbers: int, epoch: int) -> None:
+        for number in numbers:
+            self.ranks[number].heard(wire.Joined(epoch))
+
+    def ready(self) -> bool:
+        return all(client.stats().ready for client in self.clients.values())
+
+
+@pytest.fixture
+def made(tiny_model: Path) -> Iterator[Group]:
+    before = shared_memory()
+    one = Group(tiny_model)
+    yield one
+    for client in one.clients.values():
+        client.close(0)
+    assert shared_memory() == before
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_epoch_begins_when_all_are_loaded_and_is_whole_when_all_have_joined(
+    made: Group,
+) -> None:
+    first = made.load(0)
+    assert not first.joins and first.message.neighbours == 2
+    second = made.load(1)
+    assert second.message.neighbours == 1 and second.message.rank == 1
+    (join,) = first.joins
+    assert second.joins == [join] and (join.epoch, join.heard) == (1, 0)
+    assert join.timeout == 5, "a survivor comes back before it seems stuck itself"
+    assert not made.ready()
+    made.join(0, epoch=1)
+    assert not made.ready()
+    made.join(1, epoch=1)
+    assert made.ready()
+
+
+def test_every_rank_hears_of_every_request(made: Group) -> None:
+    first = made.load(0)
+    second = made.load(1)
+    made.clients[0].submit(ask("a"))
+    made.clients[1].submit(ask("b"))
+    assert first.given == [1] and second.given == [2]
+    assert second.told[-1] == wire.Hear(1) and first.told[-1] == wire.Hear(2)
+
+
+def test_a_lost_rank_ends_the_epoch_and_its_successor_begins_the_next(made: Group) -> None:
+    made.load(0)
+    made.load(1).end()
+    assert made.lost == [1]
+    made.join(0, 1, epoch=1)  # frames of the epoch that is over
+    assert not made.ready()
+    made.clients[0].submit(ask("a"))
+    made.load(1)
+    assert [join.epoch for join in made.ranks[0].joins] == [1, 2]
+    assert [join.epoch for join in made.ranks[1].joins] == [2]
+    assert made.ranks[1].joins[0].heard == 1
+    made.join(0, 1, epoch=1)
+    assert not made.ready()
+    made.join(0, 1, epoch=2)
+    assert made.ready()
+
+
+def test_a_rank_that_is_lost_while_the_other_loads_is_waited_for(made: Group) -> None:
+    made.load(0)
+    late = Rank()
+    late.while_loading = made.ranks[0].end
+    made.load(1, late)
+    assert not late.joins
+    made.load(0)
+    assert late.joins and late.joins == made.ranks[0].joins
+
+
+def test_one_that_is_lost_as_soon_as_it_is_loaded_begins_no_epoch(made: Group) -> None:
+    made.load(0)
+    short = Rank()
+    short.while_loading = short.end
+    made.load(1, short)
+    assert not made.ranks[0].joins and made.lost == [1]
+    made.load(1)
+    assert len(made.ranks[0].joins) == 1
+
+
+def test_ranks_that_have_parted_join_again(made: Group) -> None:
+    made.load(0)
+    made.load(1)
+    made.join(0, 1, epoch=1)
+    for number in (0, 1):
+        made.ranks[number].heard(wire.Parted(1, PeerError("it was slow", ranks=(1,))))
+    assert not made.ready()
+    until(lambda: len(made.ranks[0].joins) == 2)
+    time.sleep(0.5)
+    assert len(made.ranks[0].joins) == 2, "once, though both have said it"
+    made.join(0, 1, epoch=2)
+    assert made.ready()
+
+
+def test_a_rank_that_does_not_come_is_ended(made: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_JOIN_SECONDS", 0.2)
+    made.load(0)
+    made.load(1)
+    for client in made.clients.values():
+        client.start(lambda outputs: None)
+    made.join(0, epoch=1)
+    until(lambda: bool(made.lost))
+    assert made.lost == [1]
+
+
+def test_an_epoch_without_memory_ends_the_rank_that_would_begin_it(
+    made: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.load(0)
+
+    def none(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "Segment", none)
+        with pytest.raises(OSError, match="Too many"):
+            made.load(1)
+    assert made.ranks[1].closed
+    made.load(1)
+    made.join(0, 1, epoch=made.ranks[1].joins[0].epoch)
+    assert made.ready()

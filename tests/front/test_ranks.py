@@ -1,0 +1,131 @@
+"""Ranks in real processes: experts move between them under load, and one may be lost at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.collector import Collector
+from engine.test_engine import prompts, tokens
+from engine.test_moves import alone
+from moebius.engine import wire
+from moebius.engine.config import EngineConfig
+from moebius.front.engines import EngineProcesses
+from moebius.front.group import RankGroup
+from moebius.front.replay import ReplayClient
+from moebius.moe.placement import Placement
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
+
+EXPERTS = {0: 4, 1: 4}
+SECONDS = 90.0
+
+
+class Served:
+    """Two ranks of tiny_model, with its experts between them."""
+
+    def __init__(self, processes: EngineProcesses, client: ReplayClient) -> None:
+        self.processes = processes
+        self.client = client
+        self.heard = Collector()
+        group = processes._group
+        assert group is not None
+        self.group: RankGroup = group
+
+    def submit(self, id: str, prompt: list[int], max_tokens: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        limits = self.client.info.limits
+        self.client.submit(
+            EngineRequest.create(id, prompt, params, limits, arrival=time.monotonic())
+        )
+
+
+@contextmanager
+def served(directory: Path, **options: object) -> Iterator[Served]:
+    config = EngineConfig(
+        ranks=2,
+        threads=1,
+        max_model_len=1024,
+        kv_cache_memory_bytes=2**20,
+        **options,  # type: ignore[arg-type]
+    )
+    with EngineProcesses(2) as processes:
+        launch = wire.Launch(str(directory), config, secrets.token_bytes(32), frozenset(), "error")
+        one = Served(processes, processes.launch(launch))
+        one.client.start(one.heard)
+        until(lambda: one.client.stats().ready)
+        yield one
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_experts_move_between_processes_and_no_token_changes(tiny_model: Path) -> None:
+    """Until every request has ended, to one random placement after the other."""
+    requests = {str(i): prompt for i, prompt in enumerate(prompts(4, seed=9))}
+    expected = alone(tiny_model, requests, 400)
+    with served(tiny_model, spare_experts=1) as ranks:
+        for id, prompt in requests.items():
+            ranks.submit(id, prompt, 400)
+        chance = random.Random(3)
+        while not all(map(ranks.heard.ended, requests)):
+            loads = {layer: [chance.random() for _ in range(4)] for layer in EXPERTS}
+            placement = Placement.balanced(loads, 2, spare=chance.randrange(2))
+            journey = ranks.group._move(placement.layers)
+            assert journey is not None
+            while not (journey.ended.wait(0.01) or all(map(ranks.heard.ended, requests))):
+                pass
+        assert {id: tokens(ranks.heard.outputs[id]) for id in requests} == expected
+        spread = ranks.processes.spread()
+        assert spread is not None
+        assert spread.epoch == 1 and spread.moves >= 3
+        assert {layer.layer: layer.held for layer in spread.layers} == ranks.group.places.now.held
+        assert all(1.0 <= layer.imbalance <= 2.0 for layer in spread.layers)
+        until(lambda: ranks.client.stats().exchange_bytes_out > 0)
+        sent = [rank.bytes_out for rank in ranks.processes.spread().ranks]  # type: ignore[union-attr]
+        assert all(sent) and all(rank.computing for rank in spread.ranks)
+
+
+def test_a_survivor_with_all_experts_goes_on_at_once(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that loads is held up until the survivor has answered everything."""
+    requests = {str(i): prompt for i, prompt in enumerate(prompts(4, seed=10))}
+    expected = alone(tiny_model, requests, 300)
+    with served(tiny_model, spare_experts=2) as ranks:
+        answered = threading.Event()
+        launch = RankGroup.launch
+
+        def late(self: RankGroup, *given: object) -> object:
+            assert answered.wait(SECONDS)
+            return launch(self, *given)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(RankGroup, "launch", late)
+        for id, prompt in requests.items():
+            ranks.submit(id, prompt, 300)
+        until(lambda: all(ranks.heard.outputs.get(id) for id in requests))
+        os.kill(ranks.processes.processes[1].pid, signal.SIGKILL)
+        until(lambda: all(map(ranks.heard.ended, requests)))
+        assert {id: tokens(ranks.heard.outputs[id]) for id in requests} == expected
+        spread = ranks.processes.spread()
+        assert spread is not None
+        assert [rank.computing for rank in spread.ranks] == [True, False]
+        assert ranks.client.stats().ready
+        answered.set()
+        until(lambda: all(rank.computing for rank in ranks.processes.spread().ranks))  # type: ignore[union-attr]
+        ranks.submit("again", requests["0"], 300)
+        until(lambda: ranks.heard.ended("again"))
+        assert tokens(ranks.heard.outputs["again"]) == expected["0"]
