@@ -72,9 +72,9 @@ class Received:
 
     def __init__(self, spec: ExchangeSpec) -> None:
         most = spec.size * spec.tokens
-        self.rows_RD = torch.empty(most, HIDDEN, dtype=spec.dtype)
-        self.ids_RK = torch.empty(most, TOP_K, dtype=torch.int64)
-        self.outputs_RKD = torch.zeros(most, TOP_K, HIDDEN, dtype=spec.dtype)
+        self.rows_RD = torch.empty(most, spec.hidden, dtype=spec.dtype)
+        self.ids_RK = torch.empty(most, spec.top_k, dtype=torch.int64)
+        self.outputs_RKD = torch.zeros(most, spec.top_k, spec.hidden, dtype=spec.dtype)
 
 
 class Layer:
@@ -85,10 +85,10 @@ class Layer:
         drawn = torch.Generator().manual_seed(exchange.rank)
         self._exchange = exchange
         self._received = received
-        self._x_TD = torch.randn(tokens, HIDDEN, generator=drawn).to(spec.dtype)
-        self._ids_TK = torch.rand(tokens, EXPERTS, generator=drawn).topk(TOP_K).indices
+        self._x_TD = torch.randn(tokens, spec.hidden, generator=drawn).to(spec.dtype)
+        self._ids_TK = torch.rand(tokens, EXPERTS, generator=drawn).topk(spec.top_k).indices
         self._owners_CE = (torch.arange(EXPERTS, dtype=torch.int32) % spec.size)[None]
-        self._back_TKD = torch.empty(tokens, TOP_K, HIDDEN, dtype=spec.dtype)
+        self._back_TKD = torch.empty(tokens, spec.top_k, spec.hidden, dtype=spec.dtype)
 
     def run(self) -> None:
         memory = self._received
@@ -119,10 +119,19 @@ def serve(pipe: Connection, kind: str, place: str, spec: ExchangeSpec, rank: int
 class Group:
     """The processes of one kind and number of ranks."""
 
-    def __init__(self, kind: str, ranks: int, folder: Path, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        kind: str,
+        ranks: int,
+        folder: Path,
+        stack: ExitStack,
+        *,
+        hidden: int = HIDDEN,
+        top_k: int = TOP_K,
+    ) -> None:
         self.kind = kind
         self.ranks = ranks
-        spec = ExchangeSpec(ranks, MOST_TOKENS, HIDDEN, TOP_K, torch.bfloat16)
+        spec = ExchangeSpec(ranks, MOST_TOKENS, hidden, top_k, torch.bfloat16)
         place = str(folder / f"{kind}{ranks}")
         if kind == "shared memory":
             place = stack.enter_context(Segment(spec, Epoch("benchmark", 1))).place

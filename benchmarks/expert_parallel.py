@@ -117,9 +117,9 @@ class Clocked:
         return timed
 
 
-def join(kind: Kind, place: str, spec: ExchangeSpec, rank: int, at_once: int) -> Exchange:
+def join(kind: Kind, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
     if kind.exchange == "shared memory":
-        return SharedMemoryExchange(place, spec, rank, EPOCH, timeout=TIMEOUT, cores=at_once)
+        return SharedMemoryExchange(place, spec, rank, EPOCH, timeout=TIMEOUT)
     import torch.distributed as dist
 
     from moebius.parallel.collective import CollectiveExchange
@@ -162,7 +162,6 @@ class Served:
         self.spec = exchange_spec(prepared) if share else None
         self.clocked = Clocked()
         self.exchange: Exchange | None = None
-        self._at_once = here.at_once
         self._kind = kind
         self._rank = rank
         self._number = 0
@@ -175,7 +174,7 @@ class Served:
         if self.spec is None:
             return
         assert isinstance(self.engine, RankEngine)
-        self.exchange = join(self._kind, place, self.spec, self._rank, self._at_once)
+        self.exchange = join(self._kind, place, self.spec, self._rank)
         self.clocked.wrap(self.exchange)
         self.engine.join(self.exchange, 0)
 
@@ -347,7 +346,9 @@ def summed(
         return median(sum(map(of, parts)) / sum(p.stepping for p in parts) for parts in runs)
 
     exchanging = [median([part.exchanging for part in parts]) for parts in runs]
-    moving = [median([part.exchanging - part.waited for part in parts]) for parts in runs]
+    moving = [
+        median([part.exchanging + part.agreeing - part.waited for part in parts]) for parts in runs
+    ]
     return Result(
         model,
         work.name,

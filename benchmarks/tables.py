@@ -101,6 +101,8 @@ SCHEDULES = (
 )
 SAMPLING = Source("sampling.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/sampling.py")
 BODIES = Source("worst_bodies.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/worst_bodies.py")
+# Of each machine that was quiet enough for it.
+EXPERT_PARALLEL: tuple[Source, ...] = ()
 ABLATION = Source(
     "ablate.json",
     f"{ZEN3}, AVX2",
@@ -321,6 +323,40 @@ def ablation() -> str:
     return f"{table(head, rows)}\n\n{provenance(ABLATION)}"
 
 
+def expert_parallel() -> str:
+    """Ranks of one machine beside one process on the same cores; how busy it was is said."""
+    parts = []
+    for source in EXPERT_PARALLEL:
+        record = source.read()
+        rows = []
+        for one in record["results"]:
+            ratio, low, high = one["against"]
+            row = [_model(one["model"]), one["workload"].upper(), one["group"]]
+            row += [f"{one['speed']:,.1f}", f"{ratio:.0%} ({low:.0%} to {high:.0%})"]
+            row += [f"{one['exchange_share']:.0%}", f"{one['waited_share']:.0%}"]
+            row += [number(one["layer_us"]), number(one["moved_us"])]
+            rows.append([*row, f"{one['bytes_a_token']:,.0f}", f"{one['memory_gb']:.2f}"])
+        loads = " to ".join(f"{load:g}" for load in record["load"])
+        said = f"{record['processors']:g} processors, load {loads}, {record['rounds']} rounds."
+        parts.append(f"{table(_EXPERT_HEAD, rows, (0, 1, 2))}\n\n{said} {provenance(source)}")
+    return "\n\n".join(parts)
+
+
+_EXPERT_HEAD = [
+    "model",
+    "",
+    "",
+    "tokens/s",
+    "of one process, 2 threads",
+    "of the step in calls to others",
+    "of the step waiting for others",
+    "a layer, µs",
+    "without waiting, µs",
+    "bytes a token",
+    "GB of a rank",
+]
+
+
 def _is_run(value: Any) -> bool:
     return isinstance(value, dict) and "output_throughput" in value
 
@@ -444,6 +480,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "schedules": schedules,
     "worst-bodies": bodies,
     "ablation": ablation,
+    "expert-parallel": expert_parallel,
     "claims": claims,
     "claim-runs": claim_runs,
 }

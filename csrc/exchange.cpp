@@ -167,7 +167,7 @@ void SharedExchange::meet(Doing doing) {
 void SharedExchange::wait(uint32_t barrier) {
     const auto from = Clock::now();
     const auto until = from + timeout_;
-    const auto spun = from + (crowded_ ? SPIN_CROWDED : SPIN), yielded = spun + (crowded_ ? YIELD_CROWDED : microseconds(0));
+    const auto spun = from + spin_, yielded = spun + (crowded_ ? YIELD_CROWDED : microseconds(0));
     auto now = from;
     for (int turn = 1; !header_.all_at(barrier); turn++) {
         // Who has left may have arrived before: its arrival, if any, can be seen after this.
@@ -189,7 +189,11 @@ void SharedExchange::wait(uint32_t barrier) {
         }
         now = Clock::now();
     }
-    traffic_.seconds_waited += std::chrono::duration<double>(Clock::now() - from).count();
+    const auto waited = Clock::now() - from;
+    traffic_.seconds_waited += std::chrono::duration<double>(waited).count();
+    // Longer than ranks differ: others compute where a rank should. Who looks on all the same has used up its own share of the
+    // cores when its turn comes, and the whole group waits for it; who sleeps is let in at once.
+    if (!crowded_) spin_ = waited < SPIN ? std::min<Clock::duration>(2 * spin_, SPIN) : std::max<Clock::duration>(spin_ / 4, SPIN_CROWDED);
 }
 
 void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
@@ -204,7 +208,7 @@ void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
 
 SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier)
     : layout_(layout), segment_(static_cast<char*>(segment)), header_(*static_cast<ExchangeHeader*>(segment)), rank_(rank),
-      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), barrier_(barrier) {
+      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), spin_(crowded_ ? SPIN_CROWDED : SPIN), barrier_(barrier) {
     if (rank < 0 || rank >= layout.ranks) throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
     uint32_t process = 0;
     if (!header_.line[rank].process.compare_exchange_strong(process, uint32_t(getpid())))

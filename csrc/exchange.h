@@ -139,6 +139,7 @@ private:
     const int rank_;
     const Clock::duration timeout_;
     const bool crowded_;  // there are fewer cores than ranks: who waits gives up its core soon
+    std::chrono::steady_clock::duration spin_;  // how long it looks for the others before it yields or sleeps
     uint32_t barrier_;
     bool combine_next_ = false;
     int tokens_ = 0;

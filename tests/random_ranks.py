@@ -78,15 +78,13 @@ def engines_of(
     size = len(decoders)
     spec = ExchangeSpec(size, MOST_TOKENS, config.hidden_size, top_k, decoders[0].dtype)
     epoch = Epoch("test", next(_EPOCHS))
-    with Segment(spec, epoch) as segment, ExitStack() as stack:
+    with Segment(spec, epoch, cores=1) as segment, ExitStack() as stack:
         engines = []
         for rank, decoder in enumerate(decoders):
             assert decoder.ranks is not None
             made = RankEngine(*parts(decoder, schedules[rank]), use=decoder.ranks.join)
             made.on_parted = _fail
-            exchange = SharedMemoryExchange(
-                segment.place, spec, rank, epoch, timeout=SECONDS, cores=1
-            )
+            exchange = SharedMemoryExchange(segment.place, spec, rank, epoch, timeout=SECONDS)
             made.join(exchange, 0)
             stack.callback(made.close)
             engines.append(made)

@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "front": {"errors", "request", "text", "parallel", "moe", "engine"},
     "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "models"},
     "server": {"errors", "files", "request", "text", "engine", "front"},
-    "bench": {"errors", "files", "request", "text", "models", "engine", "llm"},
+    "bench": {"errors", "files", "request", "schedule", "text", "models", "engine", "llm"},
     "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }

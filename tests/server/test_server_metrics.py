@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from moebius.engine.client import (
     RankTraffic,
 )
 from moebius.errors import EngineError, OverloadError
+from moebius.server.metrics import ServerMetrics
 from server.serving import Server, engine, run, tokenizer
 
 GAUGES = {
@@ -309,6 +311,26 @@ def test_all_that_wait_do_so_for_a_reason(deferred: int, capacity: int) -> None:
         assert values["vllm:num_requests_waiting_by_reason", "deferred"] == 2 - capacity
 
     run(check, engine(deferred=deferred))
+
+
+def test_what_ranks_exchange_is_shown_where_there_are_ranks() -> None:
+    """Under our own names alone; one process has nobody to send anything to."""
+    fake = engine("hello")
+    alone = ServerMetrics(fake, "m").exposition().decode()
+    assert "exchange" not in alone
+    stats = replace(
+        fake.stats(), exchanges=9, exchange_bytes_out=7, exchange_bytes_in=5, exchange_wait=0.25
+    )
+    fake.stats = lambda: stats  # type: ignore[method-assign]
+    lines = ServerMetrics(fake, "m").exposition().decode().split("\n")
+    labels = '{engine="0",model_name="m"}'
+    shown = {line for line in lines if "exchange" in line and not line.startswith("#")}
+    assert shown == {
+        f"moebius_exchange_calls_total{labels} 9.0",
+        f"moebius_exchange_bytes_out_total{labels} 7.0",
+        f"moebius_exchange_bytes_in_total{labels} 5.0",
+        f"moebius_exchange_wait_seconds_total{labels} 0.25",
+    }
 
 
 def test_how_ranks_share_experts_is_told() -> None:

@@ -14,6 +14,7 @@ Shapes: M measurements.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,16 +53,18 @@ class ExpertSizes:
         parts = [part for part in model.feed_forward if part.router is not None]
         top_k = max(part.router.top_k for part in parts if part.router is not None)
         hidden = model.hidden_size
-        chosen = sum(3 * hidden * part.size * top_k for part in parts)
-        head = hidden * model.vocab_size
-        mixers = sum(4 * hidden * hidden for layer in model.layers if layer.mixer is not None)
-        share = chosen / (chosen + head + mixers)
+        chosen = sum(3 * hidden * part.width * top_k for part in parts)
+        mixers = [layer.mixer for layer in model.layers if layer.mixer is not None]
+        others = sum(
+            math.prod(parameter.shape) for mixer in mixers for parameter in mixer.parameters(hidden)
+        )
+        share = chosen / (chosen + others + hidden * model.vocab_size)
         return cls(len(counts), max(counts), top_k, hidden * itemsize, share)
 
     def read(self, tokens: float, ranks: int = 1) -> float:
         """Experts, of all layers, that one of `ranks` reads for so many tokens of all of them, each
         token's choices drawn evenly."""
-        missed = (1 - self.top_k / self.experts) ** tokens
+        missed = math.pow(1 - self.top_k / self.experts, tokens)
         return self.layers * self.experts / ranks * (1 - missed)
 
     def bytes_out(self, tokens: float, ranks: int) -> float:

@@ -8,6 +8,8 @@ experts other than those of tokens that choose evenly.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
+from statistics import NormalDist
 
 from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes
 from moebius.request.engine_request import EngineRequest
@@ -24,6 +26,12 @@ class Job:
 
     prompt: int
     output: int
+
+
+# What is predicted for: the lengths of W2 of benchmarks/peers, evenly spread.
+PROMPTS = (32, 256)
+OUTPUTS = (16, 256)
+REQUESTS_A_SEQUENCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +148,85 @@ def context(plan: StepPlan) -> int:
 
 def busiest(pairs: int, ranks: int) -> float:
     """Pairs of the rank that gets most, where each goes to any rank as likely: the mean, and as
-    many standard deviations as the highest of so many normal draws is above theirs."""
+    many standard deviations as the highest of so many normal draws is above theirs (G. Blom's
+    approximation, 1958)."""
     if ranks == 1:
         return float(pairs)
     share = 1 / ranks
     deviation = math.sqrt(pairs * share * (1 - share))
-    return min(
-        float(pairs), pairs * share + deviation * math.sqrt(2 * math.log(ranks) / math.pi * 2)
-    )
+    above = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+    return min(float(pairs), pairs * share + deviation * above)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What `moebius plan` says of ranks beyond their memory.
+
+    tokens        of each rank in a step in which all that may run decode, and bytes_out those that
+                  it then sends to others
+    predictions   by what is exchanged through
+    """
+
+    ranks: int
+    tokens: int
+    bytes_out: int
+    measured: Costs | None
+    predictions: dict[str, Prediction]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, how much, remark), as the memory plan's."""
+        said = f"to other ranks, in a step of {self.tokens} sequences that decode at each rank"
+        rows = [("exchanged", f"{self.bytes_out / 2**20:.1f} MiB", said)] if self.ranks > 1 else []
+        if self.measured is None:
+            how = "give --costs FILE, which benchmarks/step_costs.py measures"
+            return [*rows, ("speed", "", how)]
+        for name, found in self.predictions.items():
+            through = f" over {name}, {found.exchange_share:.0%} of it exchanging" if name else ""
+            count = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+            rows.append(("predicted", f"{found.speed:,.0f} tokens/s", f"{count}{through}"))
+        return [*rows, ("", "", self._basis(self.measured))]
+
+    def _basis(self, costs: Costs) -> str:
+        """What was measured, and what is not."""
+        measured = (
+            f"steps of {costs.model} measured on {costs.machine}, {costs.threads} "
+            f"thread{'s' * (costs.threads > 1)} a rank, {costs.at_once} at once, fitted to "
+            f"{costs.steps.error:.0%}"
+        )
+        if self.ranks == 1:
+            return measured
+        beyond = "more ranks than two and other links are extrapolated" if self.ranks > 2 else ""
+        parts = [measured, "exchanges between two ranks of one host", beyond]
+        return "; ".join(part for part in parts if part)
+
+
+def outlook(
+    sizes: ExpertSizes,
+    ranks: int,
+    costs: Costs | None,
+    *,
+    sequences: int,
+    max_num_batched_tokens: int,
+) -> Outlook:
+    """For `sequences` that run at once at each rank."""
+    predictions = {}
+    if costs is not None:
+        links: dict[str, ExchangeCosts | None] = dict(costs.exchanges) if ranks > 1 else {"": None}
+        for name, exchange in links.items():
+            simulation = Simulation(
+                sizes,
+                costs,
+                exchange,
+                ranks,
+                concurrency=sequences * ranks,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=PROMPTS[1] + OUTPUTS[1],
+            )
+            predictions[name] = simulation.run(jobs(sequences * ranks * REQUESTS_A_SEQUENCE))
+    return Outlook(ranks, sequences, round(sizes.bytes_out(sequences, ranks)), costs, predictions)
+
+
+def jobs(count: int) -> list[Job]:
+    """Requests of such lengths, the same ones each time."""
+    draw = Random(0)
+    return [Job(draw.randint(*PROMPTS), draw.randint(*OUTPUTS)) for _ in range(count)]

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from moebius.files import json_text
 from moebius.server.settings import ServerSettings, UnknownFields, host_and_port
 
 if TYPE_CHECKING:
+    from moebius.bench.predict import Outlook
     from moebius.engine.load import Prepared
     from moebius.engine.wire import Planned
     from moebius.text import GenerationDefaults
@@ -176,6 +178,12 @@ def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") 
 def plan(
     config: EngineConfig,
     model: o.Model = "bundled",
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            help="What steps and exchanges cost (benchmarks/step_costs.py): predicts tokens/s."
+        ),
+    ] = None,
     tensors: Annotated[
         bool,
         typer.Option("--tensors", help="List every tensor too: bytes, mapped or copied, format."),
@@ -185,17 +193,39 @@ def plan(
     """Print what a model takes and how many sequences fit.
 
     Weights, KV cache and workspace are counted from the headers of its files; nothing is loaded.
+    With --ranks they are those of one rank, as if all were on this host.
     """
     from moebius.engine.load import prepare
     from moebius.models.hub import resolve_model
 
     prepared = prepare(resolve_model(model), config)
+    outlook = None
+    if config.ranks > 1 or costs is not None:
+        outlook = _outlook(prepared, config, costs)
     if as_json:
-        typer.echo(json_text(_plan_record(prepared, tensors=tensors), indent=2))
+        record = _plan_record(prepared, tensors=tensors)
+        typer.echo(json_text(record | ({"outlook": asdict(outlook)} if outlook else {}), indent=2))
         return
     if tensors:
         _print_tensors(prepared)
-    typer.echo(_plan_text(model, prepared.rows()))
+    rows = prepared.rows() + (outlook.rows() if outlook else [])
+    typer.echo(_plan_text(model, rows))
+
+
+def _outlook(prepared: "Prepared", config: EngineConfig, costs: Path | None) -> "Outlook":
+    """What ranks would exchange in a step, and how fast they would be."""
+    from moebius.bench.costs import Costs, ExpertSizes
+    from moebius.bench.predict import outlook
+
+    sizes = ExpertSizes.of(prepared.checkpoint.config, prepared.dtype.itemsize)
+    known = None if costs is None else Costs.read(costs)
+    return outlook(
+        sizes,
+        config.ranks,
+        known,
+        sequences=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
 
 
 def _plan_record(prepared: "Prepared", *, tensors: bool) -> dict[str, Any]:

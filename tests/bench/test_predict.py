@@ -1,0 +1,158 @@
+"""Costs are found again that steps were made of, and simulated ranks take what can be counted."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes, Measured, StepCosts
+from moebius.bench.predict import Job, Simulation, busiest
+from moebius.cli.commands import app
+from moebius.errors import ConfigError
+
+SIZES = ExpertSizes(layers=4, experts=8, top_k=2, row_bytes=100, share=0.5)
+STEPS = StepCosts(0.01, 1e-4, 1e-7, 1e-3, 1e-5, 0.0)
+LINK = ExchangeCosts(1e-3, 1e6)
+
+
+def costs() -> Costs:
+    return Costs("tiny", "a machine", 1, 2, STEPS, {"shared memory": LINK})
+
+
+def simulation(
+    ranks: int, exchange: ExchangeCosts | None = LINK, concurrency: int = 8
+) -> Simulation:
+    return Simulation(
+        SIZES,
+        costs(),
+        exchange,
+        ranks,
+        concurrency=concurrency,
+        max_num_batched_tokens=512,
+        max_model_len=64,
+    )
+
+
+def test_the_fit_finds_what_steps_were_made_of() -> None:
+    rng = random.Random(0)
+    measured = []
+    for _ in range(40):
+        tokens = rng.randint(1, 500)
+        context = rng.randint(tokens, 100 * tokens)
+        experts = SIZES.read(tokens)
+        pairs = tokens * SIZES.top_k * SIZES.layers
+        seconds = STEPS.seconds(tokens, context, experts, pairs)
+        measured.append(Measured(tokens, context, experts, seconds))
+    found = StepCosts.fit(measured, SIZES)
+    assert found.base == pytest.approx(STEPS.base, rel=1e-3)
+    assert found.per_context == pytest.approx(STEPS.per_context, rel=1e-3)
+    assert found.per_expert == pytest.approx(STEPS.per_expert, rel=1e-3)
+    both = found.per_token + found.per_pair * SIZES.top_k * SIZES.layers
+    assert both == pytest.approx(1e-4 + 8e-5, rel=1e-3)
+    assert found.error < 1e-3
+
+
+def test_no_cost_is_below_nothing() -> None:
+    measured = [Measured(n, n, SIZES.read(n), 1.0 - 0.001 * n) for n in (1, 10, 100)]
+    found = StepCosts.fit(measured, SIZES)
+    assert min(found.base, found.per_token, found.per_context, found.per_expert) >= 0
+
+
+def test_an_exchange_is_its_latency_and_its_bytes() -> None:
+    bytes_out = [0.0, 1e3, 1e5, 1e6]
+    found = ExchangeCosts.fit(bytes_out, [1e-3 + each / 1e6 for each in bytes_out])
+    assert (found.latency, found.bandwidth) == pytest.approx((1e-3, 1e6))
+    # 4 layers and the agreement, to two others
+    assert found.seconds(4, 5e5, 3) == pytest.approx(10e-3 + 0.5)
+
+
+def test_bytes_are_those_of_drawn_tokens() -> None:
+    """Each row goes once to each rank that has any of its experts; every pair comes home."""
+    rng = random.Random(0)
+    ranks = 4
+    rows = 0
+    drawn = 20_000
+    for _ in range(drawn):
+        chosen = {e * ranks // SIZES.experts for e in rng.sample(range(SIZES.experts), 2)}
+        rows += len(chosen - {0})
+    pairs = drawn * SIZES.top_k * (ranks - 1) / ranks
+    expected = (rows + pairs) * SIZES.layers * SIZES.row_bytes / drawn
+    assert SIZES.bytes_out(1, ranks) == pytest.approx(expected, rel=0.02)
+    assert SIZES.bytes_out(1, 1) == 0
+
+
+def test_the_busiest_rank_is_that_of_drawn_pairs() -> None:
+    rng = random.Random(0)
+    for ranks in (2, 4, 16):
+        highest = 0
+        for _ in range(300):
+            counts = [0] * ranks
+            for _ in range(400):
+                counts[rng.randrange(ranks)] += 1
+            highest += max(counts)
+        assert busiest(400, ranks) == pytest.approx(highest / 300, rel=0.03)
+
+
+def test_one_stream_takes_a_step_a_token() -> None:
+    """A prompt of 3 tokens and 3 drawn ones, by hand."""
+    found = simulation(1, None, concurrency=1).run([Job(3, 3)])
+    expected = 0.0
+    for tokens, context in ((3, 6), (1, 4), (1, 5)):
+        expected += STEPS.seconds(tokens, context, SIZES.read(tokens), tokens * 2 * 4)
+    assert found.steps == 3
+    assert found.seconds == pytest.approx(expected)
+    assert found.speed == pytest.approx(3 / expected)
+
+
+def test_ranks_share_the_work_and_pay_for_the_exchange() -> None:
+    work = [Job(8, 16) for _ in range(16)]
+    one = simulation(1, None).run(work)
+    two = simulation(2).run(work)
+    free = simulation(2, ExchangeCosts(0.0, 1e15)).run(work)
+    assert two.steps == one.steps
+    assert two.tokens == pytest.approx(one.tokens / 2)
+    assert free.seconds < one.seconds
+    per_step = 5 * LINK.latency + 8 / 2 * SIZES.bytes_out(1, 2) / LINK.bandwidth
+    assert two.seconds - free.seconds == pytest.approx(two.exchange_share * two.seconds)
+    assert two.exchange_share * two.seconds >= two.steps * 5 * LINK.latency
+    assert per_step > 0
+
+
+def test_records_are_read_back_and_others_refused(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(costs().text())
+    assert Costs.read(path) == costs()
+    path.write_text(json.dumps({"model": "x"}))
+    with pytest.raises(ConfigError, match="holds no measured costs"):
+        Costs.read(path)
+    with pytest.raises(ConfigError, match="holds no measured costs"):
+        Costs.read(tmp_path / "none.json")
+
+
+def test_plan_tells_a_ranks_bytes_and_its_speed(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(costs().text())
+    sizes = ["--max-num-seqs", "4", "--max-model-len", "512", "--kv-cache-memory-bytes", "2097152"]
+    run = CliRunner().invoke(
+        app, ["plan", str(tiny_model), "--ranks", "2", "--costs", str(path), *sizes]
+    )
+    assert run.exit_code == 0, run.output
+    assert "0 of 2" in run.output and "2 of 4 experts a layer" in run.output
+    assert "in a step of 4 sequences that decode at each rank" in run.output
+    assert "tokens/s" in run.output and "over shared memory" in run.output
+    assert "measured on a machine, 1 thread a rank, 2 at once" in run.output
+    alone = CliRunner().invoke(app, ["plan", str(tiny_model), "--ranks", "2", *sizes])
+    assert "give --costs FILE" in alone.output and "tokens/s" not in alone.output
+
+
+def test_plan_for_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    from oracle import save_tiny
+
+    save_tiny(tmp_path, "llama")
+    run = CliRunner().invoke(app, ["plan", str(tmp_path), "--ranks", "2"])
+    assert run.exit_code != 0
+    assert "no experts" in (run.output + str(run.exception))
