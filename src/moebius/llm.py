@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moebius import logs
+from moebius.cluster.engines import EngineProcesses
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.engine.inline import InlineClient
@@ -23,7 +24,6 @@ from moebius.engine.supervisor import EngineProcess
 from moebius.engine.wire import Launch
 from moebius.errors import OverloadError, RequestError
 from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
-from moebius.front.engines import EngineProcesses
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import resolve_model

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from moebius.cluster.launched import LaunchedEngine
 from moebius.engine import wire
 from moebius.engine.client import EngineClient
 from moebius.engine.config import EngineConfig
@@ -20,7 +21,6 @@ from moebius.engine.process import Pulse, Service
 from moebius.engine.remote import RemoteClient
 from moebius.errors import ChannelError
 from moebius.front.fleet import Lost
-from moebius.front.launched import LaunchedEngine
 from moebius.front.replay import ReplayClient
 from moebius.parallel.channel import Channel
 

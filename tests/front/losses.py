@@ -16,11 +16,11 @@ import pytest
 
 from engine.collector import Collector
 from engine.test_engine import ask, engine
+from moebius.cluster.engines import EngineProcesses
 from moebius.engine import wire
 from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
-from moebius.front.engines import EngineProcesses
 from moebius.request.engine_request import EngineRequest
 from moebius.schedule.request import Request
 

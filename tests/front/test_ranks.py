@@ -17,10 +17,10 @@ import pytest
 from engine.collector import Collector
 from engine.test_engine import prompts, tokens
 from engine.test_moves import alone
+from moebius.cluster.engines import EngineProcesses
+from moebius.cluster.group import RankGroup
 from moebius.engine import wire
 from moebius.engine.config import EngineConfig
-from moebius.front.engines import EngineProcesses
-from moebius.front.group import RankGroup
 from moebius.front.replay import ReplayClient
 from moebius.moe.placement import Placement
 from moebius.request.engine_request import EngineRequest

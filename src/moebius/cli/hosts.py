@@ -13,9 +13,9 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError, MoebiusError, require_seconds, require_word
 
 if TYPE_CHECKING:
+    from moebius.cluster.cluster import Cluster
+    from moebius.cluster.hosts import Hosts
     from moebius.engine.cluster import HostHello
-    from moebius.front.cluster import Cluster
-    from moebius.front.hosts import Hosts
     from moebius.parallel.key import ClusterKey
     from moebius.parallel.meet import Listener
 
@@ -133,7 +133,7 @@ class Assembly:
 
     def ranks_here(self, config: EngineConfig) -> int:
         """How many ranks the front's host has."""
-        from moebius.front.hosts import local_ranks
+        from moebius.cluster.hosts import local_ranks
 
         return local_ranks(config.ranks, self._options.nnodes, 0)
 
@@ -142,8 +142,8 @@ class Assembly:
         something else."""
         if self._listener is None:
             return None
-        from moebius.front.cluster import Cluster
-        from moebius.front.hosts import ManyHosts
+        from moebius.cluster.cluster import Cluster
+        from moebius.cluster.hosts import ManyHosts
 
         options = self._options
         own = options.hello(directory, config)

@@ -130,7 +130,7 @@ def _serve_on(
 
     Whatever is wrong is said before the weights are read; the port opens when tokens can flow.
     """
-    from moebius.front.engines import EngineProcesses
+    from moebius.cluster.engines import EngineProcesses
     from moebius.models.hub import resolve_model
 
     directory = resolve_model(model)

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from moebius.cluster.cluster import Cluster, HostedProcess
 from moebius.engine import cluster, wire
 from moebius.engine.child import ChildProcess
 from moebius.engine.config import EngineConfig
 from moebius.engine.node import Node
 from moebius.errors import ChannelError, ConfigError, EngineError, MoebiusError
-from moebius.front.cluster import Cluster, HostedProcess
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.meet import Listener, connect
 

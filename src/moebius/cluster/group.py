@@ -18,6 +18,10 @@ from pathlib import Path
 import torch
 from msgspec import structs
 
+from moebius.cluster.alike import check_engines_alike
+from moebius.cluster.hosts import EpochPlace, Hosts, OneHost
+from moebius.cluster.launched import LaunchedEngine
+from moebius.cluster.places import Balancer, Journey, Places, pairs_of
 from moebius.engine import wire
 from moebius.engine.client import (
     EngineInfo,
@@ -32,11 +36,7 @@ from moebius.engine.placing import start_placement
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import WatchedProcess
 from moebius.errors import ConfigError, MoebiusError, UsageError
-from moebius.front.alike import check_engines_alike
 from moebius.front.fleet import Lost
-from moebius.front.hosts import EpochPlace, Hosts, OneHost
-from moebius.front.launched import LaunchedEngine
-from moebius.front.places import Balancer, Journey, Places, pairs_of
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
 from moebius.parallel.exchange import Epoch, ExchangeSpec

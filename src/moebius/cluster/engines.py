@@ -6,13 +6,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from moebius.cluster.group import RankGroup
+from moebius.cluster.hosts import Hosts
+from moebius.cluster.launched import LaunchedEngine
 from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
-from moebius.front.group import RankGroup
-from moebius.front.hosts import Hosts
-from moebius.front.launched import LaunchedEngine
 from moebius.front.replay import Lost, ReplayClient
 
 _CLOSE_SECONDS = 5.0

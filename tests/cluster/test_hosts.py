@@ -9,10 +9,10 @@ import pytest
 import torch
 from msgspec import structs
 
+from moebius.cluster.hosts import GlooPlace, ManyHosts, OneHost, local_ranks
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.config import EngineConfig
-from moebius.front.hosts import GlooPlace, ManyHosts, OneHost, local_ranks
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 
 CONFIG = EngineConfig(ranks=5, threads=4, trace="here", kv_cache_memory_bytes=1000)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from moebius.cluster.alike import check_alike, check_engines_alike, common_isa
 from moebius.engine.client import EngineInfo
 from moebius.engine.cluster import HostHello
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
-from moebius.front.alike import check_alike, check_engines_alike, common_isa
 from moebius.request.params import ServingLimits
 
 FRONT = HostHello(

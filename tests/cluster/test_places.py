@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from moebius.cluster.places import Balancer, Journey, Places
 from moebius.engine import wire
 from moebius.engine.client import ExpertLoads, LayerLoad
-from moebius.front.places import Balancer, Journey, Places
 from moebius.moe.placement import LayerPlacement, Placement
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from moebius.cluster.alike import check_alike
 from moebius.engine import cluster, wire
 from moebius.engine.faults import say
 from moebius.engine.supervisor import CONNECT_SECONDS, WatchedProcess
@@ -22,7 +23,6 @@ from moebius.errors import (
     MoebiusError,
     WireError,
 )
-from moebius.front.alike import check_alike
 from moebius.parallel.channel import Channel
 from moebius.parallel.meet import Listener, name_of
 

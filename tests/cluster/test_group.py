@@ -12,13 +12,13 @@ import pytest
 
 from front.losses import shared_memory
 from front.mortal_engine import LIMITS, ask
+from moebius.cluster import group as groups
+from moebius.cluster import hosts
+from moebius.cluster.group import RankClient, RankGroup
 from moebius.engine import wire
 from moebius.engine.client import EngineInfo, EngineStats
 from moebius.engine.config import EngineConfig
 from moebius.errors import MoebiusError, PeerError
-from moebius.front import group as groups
-from moebius.front import hosts
-from moebius.front.group import RankClient, RankGroup
 
 INFO = EngineInfo(LIMITS, frozenset(), block_size=4, num_blocks=9, fingerprint="fp")
 CONFIG = EngineConfig(ranks=2, step_deadline=10)

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import msgspec
 
+from moebius.cluster.alike import common_isa
+from moebius.cluster.cluster import Cluster
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.member import GLOO
@@ -14,8 +16,6 @@ from moebius.engine.place import place
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import ConfigError
-from moebius.front.alike import common_isa
-from moebius.front.cluster import Cluster
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 
 
