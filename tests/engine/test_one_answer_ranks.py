@@ -78,7 +78,7 @@ def test_preemption_and_warm_caches_are_among_the_schedules(tmp_path: Path) -> N
     one = load_decoder(tmp_path, torch.bfloat16, ops=cpu.CpuOps(1))
     asked = wishes(32, 300, random.Random(0))
     schedule = Schedule(8, MAX_MODEL_LEN // 8, 32, 50, True, (0,) * 32, 2)
-    decoders = load_ranks(tmp_path, torch.bfloat32, Placement.linear(one.config.experts, 2))
+    decoders = load_ranks(tmp_path, torch.bfloat16, Placement.linear(one.config.experts, 2))
     seen = answers_of_ranks(decoders, asked, [i % 2 for i in range(32)], [schedule] * 2)
     assert seen.preemptions > 0 and seen.prefix_hits > 0
     expected = {wish.id: alone(one, wish) for wish in asked}
