@@ -76,10 +76,10 @@ def test_preemption_and_warm_caches_are_among_the_schedules(tmp_path: Path) -> N
     sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
     save_tiny(tmp_path, "qwen3_moe", **sizes)
     one = load_decoder(tmp_path, torch.bfloat16, ops=cpu.CpuOps(1))
-    asked = wishes(16, 300, random.Random(0))
-    schedule = Schedule(8, MAX_MODEL_LEN // 8, 16, 50, True, (0,) * 16, 2)
+    asked = wishes(32, 300, random.Random(0))
+    schedule = Schedule(8, MAX_MODEL_LEN // 8, 32, 50, True, (0,) * 32, 2)
     decoders = load_ranks(tmp_path, torch.bfloat16, Placement.linear(one.config.experts, 2))
-    seen = answers_of_ranks(decoders, asked, [i % 2 for i in range(16)], [schedule] * 2)
+    seen = answers_of_ranks(decoders, asked, [i % 2 for i in range(32)], [schedule] * 2)
     assert seen.preemptions > 0 and seen.prefix_hits > 0
     expected = {wish.id: alone(one, wish) for wish in asked}
     assert all(found == expected for found in seen.rounds)
