@@ -13,12 +13,12 @@ import pytest
 from front.losses import shared_memory
 from front.mortal_engine import LIMITS, ask
 from moebius.cluster import group as groups
-from moebius.cluster import hosts
 from moebius.cluster.group import RankClient, RankGroup
 from moebius.engine import wire
 from moebius.engine.client import EngineInfo, EngineStats
 from moebius.engine.config import EngineConfig
 from moebius.errors import MoebiusError, PeerError
+from moebius.parallel import shared_memory as segments
 
 INFO = EngineInfo(LIMITS, frozenset(), block_size=4, num_blocks=9, fingerprint="fp")
 CONFIG = EngineConfig(ranks=2, step_deadline=10)
@@ -211,7 +211,7 @@ def test_an_epoch_without_memory_ends_the_rank_that_would_begin_it(
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hosts, "Segment", none)
+        patch.setattr(segments, "Segment", none)
         with pytest.raises(OSError, match="Too many"):
             made.load(1)
     assert made.ranks[1].closed

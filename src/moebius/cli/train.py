@@ -12,10 +12,7 @@ def train(
         Path, typer.Option(help="Directory of the model and, in its `training`, of the run.")
     ],
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue the run in --out from its last checkpoint, if there is one."
-        ),
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
     ] = False,
     dense_twin: Annotated[
         bool,

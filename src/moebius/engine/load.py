@@ -145,10 +145,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     cores = machine.threads()
     if config.threads is not None and config.threads > cores:
         log.warning(
-            "--threads %d is more than the %d cores that we may use, CPU quota included; they will "
-            "wait for each other",
-            config.threads,
-            cores,
+            "--threads %d is more than the %d cores that may be used", config.threads, cores
         )
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
@@ -158,12 +155,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype), sources)
     available, available_of = _available(device)
     if share is not None and device.type == "cpu":
-        # What all of this host's ranks map is there once.
-        common = sum(
-            weight.nbytes
-            for source, weight in zip(sources, weights, strict=True)
-            if weight.mapped and source.expert is None
-        )
+        common = _common_bytes(sources, weights)
         available = (available - common) // share.neighbours + common
     weight_bytes = _weight_bytes(weights, checkpoint.dtype)
     if ranks is not None and config.expert_placement == "balanced":
@@ -192,6 +184,15 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     loader = Loader(checkpoint, device)
     return Prepared(
         checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
+    )
+
+
+def _common_bytes(sources: Sequence[Source], weights: Sequence[PlannedWeight]) -> int:
+    """What all of a host's ranks map, and is there once."""
+    return sum(
+        weight.nbytes
+        for source, weight in zip(sources, weights, strict=True)
+        if weight.mapped and source.expert is None
     )
 
 

@@ -101,9 +101,7 @@ class TrainingRank(ExpertRank):
         shapes: Mapping[str, torch.Size],
     ) -> dict[str, Tensor]:
         """Those of other ranks than 0."""
-        from_rank: list[list[str]] = [[] for _ in range(self._ranks.count)]
-        for name in names:
-            from_rank[owners[name] or 0].append(name)
+        from_rank = _by_owner(names, owners, self._ranks.count)
         like = next(iter(mine.values()))
         flat = [mine[name].detach().flatten() for name in from_rank[self.rank]]
         sent = torch.cat(flat) if flat else like.new_empty(0)
@@ -116,6 +114,16 @@ class TrainingRank(ExpertRank):
         ordered = [name for each in from_rank for name in each]
         parts = torch.split(received, [shapes[name].numel() for name in ordered])
         return {name: x.view(shapes[name]) for name, x in zip(ordered, parts, strict=True)}
+
+
+def _by_owner(
+    names: Iterable[str], owners: Mapping[str, int | None], count: int
+) -> list[list[str]]:
+    """The names that each of `count` ranks has; those that all have are rank 0's."""
+    found: list[list[str]] = [[] for _ in range(count)]
+    for name in names:
+        found[owners[name] or 0].append(name)
+    return found
 
 
 class Counts(NamedTuple):
