@@ -8,9 +8,9 @@ import pytest
 
 from moebius.errors import ContextLengthError, RequestError
 from moebius.front.choices import ChoiceOpener, choice_seed
+from moebius.request import engine_request as asked_module
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
-from moebius.schedule import engine_request as asked_module
 from moebius.schedule.request import Request, RequestStatus
 from moebius.text import EncodedPrompt, Tokenizer
 from schedule.making import LIMITS, make_request
