@@ -79,7 +79,8 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 
 
 _SCRIPT = """
-import sys, threading, time
+import signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has none
 from moebius import LLM, SamplingParams
 llm = LLM(sys.argv[1], ranks=2, kv_cache_memory_bytes=2**21, max_model_len=512, max_num_seqs=8)
 def tell():
