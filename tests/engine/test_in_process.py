@@ -14,7 +14,7 @@ from engine.collector import Collector
 from engine.test_engine import ask, engine
 from moebius.engine.client import StepOutput
 from moebius.engine.in_process import InProcessClient
-from moebius.errors import EngineError
+from moebius.errors import EngineError, EngineLostError
 
 
 @pytest.fixture
@@ -80,7 +80,9 @@ def test_a_submit_while_the_engine_dies_is_answered(
     monkeypatch.setattr(client, "_inbox", SlowInbox(client._inbox, engine_dies))
     client.submit(ask(client._engine, "late", [1, 2, 3]))
     collector.wait(lambda: collector.ended("first") and collector.ended("late"))
-    assert [type(collector.outputs[id][-1].error) for id in ("first", "late")] == [EngineError] * 2
+    assert [type(collector.outputs[id][-1].error) for id in ("first", "late")] == [
+        EngineLostError
+    ] * 2
     client._thread.join(5)
     with pytest.raises(EngineError, match="has stopped"):
         client.submit(ask(client._engine, "after", [1]))

@@ -141,7 +141,7 @@ def says_why(far: Far) -> None:
 
 
 def talks_rubbish(far: Far) -> None:
-    far.channel.send(b"\x01rubbish", 1)
+    far.channel.send(bytes((wire.VERSION,)) + b"rubbish", 1)
 
 
 def hangs_up_midway(far: Far) -> None:
@@ -242,7 +242,7 @@ def test_a_launch_tells_the_plan_and_then_that_it_is_loaded(ends: tuple[Channel,
     planned = wire.Planned([("weights", "1 B", "")], True, "cpu-avx2")
     far.say(wire.Heartbeat(), planned, wire.Heartbeat(), wire.Loaded(INFO))
     heard: list[Any] = []
-    assert launch(near, LAUNCH, heard.append) == INFO
+    assert launch(near, LAUNCH, heard.append) == wire.Loaded(INFO)
     assert heard == [planned] and far.hears() == LAUNCH
 
 

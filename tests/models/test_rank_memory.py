@@ -79,10 +79,10 @@ def test_only_a_ranks_own_experts_are_present(directory: Path) -> None:
     # Expert 0 stays, 1 goes to another rank, and 2 to 4 come.
     held = ((0, 2, 3, 4), (1,), (5,))
     layers = {layer: LayerPlacement(EXPERTS, held) for layer in range(2)}
-    loader.move_experts(decoder, Placement(layers))
+    loader.move_experts(decoder, loader.bring_experts(decoder, Placement(layers)))
     own += 2 * 3 * 2 * MATRIX
     assert own <= settled(directory, lambda found: found >= own) <= own + runs * AROUND < size
-    loader.move_experts(decoder, placement)
+    loader.move_experts(decoder, loader.bring_experts(decoder, placement))
     own -= 2 * 3 * 2 * MATRIX
     most = own + runs * AROUND
     assert own - runs * AROUND <= settled(directory, lambda found: found <= most) <= most

@@ -92,16 +92,17 @@ def test_it_watches_the_servers_of_tests(
     monkeypatch: pytest.MonkeyPatch, caught: list[str]
 ) -> None:
     """Behind a socket and without one: the same route holds the loop in both."""
-    from moebius.server.metrics import ServerMetrics
+    from moebius.server import api
 
-    monkeypatch.setattr(ServerMetrics, "exposition", lambda self: busy() or b"")  # type: ignore[func-returns-value]
+    honest = api._permission
+    monkeypatch.setattr(api, "_permission", lambda *given: busy() or honest(*given))  # type: ignore[func-returns-value]
 
     async def check(server: Any) -> None:
         busy()  # the test's own
-        assert (await server.http.get("/metrics")).status_code == 200
+        assert (await server.http.get("/v1/models")).status_code == 200
 
     run(check)
     assert len(caught) == 1
     with listening(engine()) as (port, _):
-        assert b" 200 " in exchange(port, b"GET /metrics HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert b" 200 " in exchange(port, b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n\r\n")
     assert len(caught) == 2 and "RequestResponseCycle.run_asgi" in caught[1]

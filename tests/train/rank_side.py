@@ -28,6 +28,7 @@ from moebius.moe.dispatch import Dispatcher, LocalDispatcher
 from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
 from moebius.moe.router import Routing
+from moebius.nn.spec import Place
 from moebius.ops.config import RouterConfig
 from moebius.train.data import prepare
 from moebius.train.expert_parallel import TrainingDispatcher
@@ -115,8 +116,8 @@ def layer(
     router = RouterConfig(EXPERTS, TOP_K)
     config = FeedForwardConfig(2 * SIZE, router, bias=bias)
     held = getattr(dispatch, "here", None)
-    made = Experts(ops, config, EXPERTS, SIZE, 2 * SIZE, torch.float32, held)
-    whole = Experts(TrainingOps(), config, EXPERTS, SIZE, 2 * SIZE, torch.float32)
+    made = Experts(config, Place(ops, SIZE, 1e-6, torch.float32), EXPERTS, 2 * SIZE, held)
+    whole = Experts(config, Place(TrainingOps(), SIZE, 1e-6, torch.float32), EXPERTS, 2 * SIZE)
     values = {n: torch.randn(p.shape, generator=generator) for n, p in whole.named_parameters()}
     made.load_state_dict({name: values[name] for name, _ in made.named_parameters()})
     x_TD = torch.randn(TOKENS, SIZE, generator=generator)[rows].requires_grad_()

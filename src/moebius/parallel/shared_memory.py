@@ -7,7 +7,6 @@ is bound to a node of memory has its part of the segment there.
 Importing this needs the compiled kernels.
 """
 
-import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -45,6 +44,8 @@ class Segment:
         try:
             os.ftruncate(self._file, layout.nbytes)
             # Nobody can shorten it: reading mapped memory that is gone would end a process.
+            import fcntl  # not on every system, as memfd_create is not
+
             fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             memory = _Memory(self._file, layout.nbytes)
         except BaseException:
