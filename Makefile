@@ -10,7 +10,7 @@ STEPS ?= 10000000
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: serve test reading simulate wheel setup format constraints clean
+.PHONY: serve test test-schedule test-others reading simulate wheel setup format constraints clean
 
 serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
@@ -19,7 +19,12 @@ test: setup
 	$(BIN)/ruff check src tests benchmarks recipes
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-schedule test-others
+
+test-schedule:
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100
+
+test-others:
 	$(BIN)/pytest --ignore=tests/schedule
 
 reading:

@@ -94,9 +94,9 @@ def test_experts_move_between_processes_and_no_token_changes(tiny_model: Path) -
         assert spread.epoch == 1 and spread.moves >= 3
         assert {layer.layer: layer.held for layer in spread.layers} == ranks.group.places.now.held
         assert all(1.0 <= layer.imbalance <= 2.0 for layer in spread.layers)
-        until(lambda: ranks.client.stats().exchange_bytes_out > 0)
-        sent = [rank.bytes_out for rank in ranks.processes.spread().ranks]  # type: ignore[union-attr]
-        assert all(sent) and all(rank.computing for rank in spread.ranks)
+        assert all(rank.computing for rank in spread.ranks)
+        # Each says in a moment what it has sent.
+        until(lambda: all(rank.bytes_out for rank in ranks.processes.spread().ranks))  # type: ignore[union-attr]
 
 
 def test_a_survivor_with_all_experts_goes_on_at_once(
