@@ -92,8 +92,8 @@ SCHEDULES = (
     Source(
         "one_answer.json",
         ZEN4,
-        "2026-11-26",
-        f"{PYTHON} benchmarks/one_answer.py --seed 44 --schedules 600",
+        "2026-11-28",
+        f"{PYTHON} benchmarks/one_answer.py --seed 52",
     ),
     Source(
         "one_answer_avx2.json", ZEN3, "2026-11-25", f"{PYTHON} benchmarks/one_answer.py --seed 41"
