@@ -26,14 +26,19 @@ class Deliveries:
         self._drop = drop
         self._deliver: Deliver | None = None
         self._unfinished: dict[str, None] = {}
-        self._lock = threading.Lock()
+        # A finaliser may ask for something in the middle of anything here, on the same thread.
+        self._lock = threading.RLock()
         self._cause: EngineError | None = None
 
     @property
     def stopped(self) -> bool:
         return self._cause is not None
 
-    def start(self, deliver: Deliver, begin: Callable[[], None]) -> None:
+    @property
+    def started(self) -> bool:
+        return self._deliver is not None
+
+    def start(self, deliver: Deliver, begin: Callable[[], None] = lambda: None) -> None:
         """From now on deliver, and begin. EngineError the second time, and once stopped."""
         with self._lock:
             self._require_running()

@@ -4,20 +4,16 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.deliveries import Deliver, Deliveries
 from moebius.engine.engine import Engine
-from moebius.engine.faults import failed, failure
+from moebius.engine.faults import failure
 from moebius.engine.interrupts import Uninterrupted
-from moebius.errors import EngineError, MoebiusError, RequestError
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
-
-Deliver = Callable[[list[StepOutput]], None]
-_STOPPED = "the engine has stopped"
 
 
 class InlineClient:
@@ -33,12 +29,10 @@ class InlineClient:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._deliver: Deliver | None = None
+        self._deliveries = Deliveries(engine.drop)
         self._lock = threading.RLock()
         self._inbox: deque[EngineRequest | str] = deque()
-        self._unfinished: dict[str, None] = {}
         self._busy = False
-        self._stopping = False
         self._stopped = False
 
     @property
@@ -48,22 +42,13 @@ class InlineClient:
     def start(self, deliver: Deliver) -> None:
         """Take `deliver` for all that comes. EngineError the second time, and once closed."""
         with self._lock:
-            self._require_running()
-            if self._deliver is not None:
-                raise EngineError("the engine was started before; it is started once")
-            self._deliver = deliver
+            self._deliveries.start(deliver)
             self._use(list)
 
     def submit(self, request: EngineRequest) -> None:
         """Hand over a request, before or after the start."""
         with Uninterrupted(), self._lock:
-            self._require_running()
-            if request.id in self._unfinished:
-                raise RequestError(
-                    f"request id {request.id!r} is in use; ids must be unique", param="request_id"
-                )
-            self._unfinished[request.id] = None
-            self._inbox.append(request)
+            self._deliveries.take(request.id, lambda: self._inbox.append(request))
             self._use(list)
 
     def abort(self, request_id: str) -> None:
@@ -84,7 +69,7 @@ class InlineClient:
 
     def stats(self) -> EngineStats:
         """ready: it was started, and has not stopped."""
-        ready = self._deliver is not None and not self._stopping
+        ready = self._deliveries.started and not self._deliveries.stopped
         return replace(self._engine.stats(), ready=ready)
 
     def expert_loads(self) -> ExpertLoads:
@@ -94,7 +79,7 @@ class InlineClient:
         """Stop the engine. Where a step takes longer than `timeout` seconds, its requests end
         without it, and the engine stops after it."""
         with Uninterrupted():
-            self._stopping = True
+            self._deliveries.stop()
             if self._lock.acquire(timeout=timeout):
                 try:
                     self._use(list)
@@ -102,11 +87,7 @@ class InlineClient:
                     self._lock.release()
             else:
                 log.error("the engine did not stop within %.1f s", timeout)
-                self._send(self._endings(EngineError(_STOPPED)))
-
-    def _require_running(self) -> None:
-        if self._stopping:
-            raise EngineError(_STOPPED)
+                self._deliveries.end_all()
 
     def _use(self, work: Callable[[], list[StepOutput]]) -> None:
         """Do some work with the engine, then what came into the inbox, and deliver the outputs.
@@ -114,30 +95,27 @@ class InlineClient:
         Nothing before the start, and where this very thread is in the middle of it: then the inbox
         is taken on its way out.
         """
-        if self._busy or (self._deliver is None and not self._stopping):
+        if self._busy or not (self._deliveries.started or self._deliveries.stopped):
             return
         self._busy = True
         try:
-            self._send(self._outputs_of(work))
+            self._deliveries.send(self._outputs_of(work))
+            if self._deliveries.stopped:
+                self._stop()
         finally:
             self._busy = False
-            if self._inbox or (self._stopping and not self._stopped):
+            if self._inbox or (self._deliveries.stopped and not self._stopped):
                 self._use(list)  # it was asked for when the above had been looked at
 
     def _outputs_of(self, work: Callable[[], list[StepOutput]]) -> list[StepOutput]:
         """What the work and the inbox bring. An engine that fails is stopped: its books may be half
         written."""
         outputs: list[StepOutput] = []
-        cause = EngineError(_STOPPED)
         try:
             outputs += work()
         except Exception as error:
-            self._stopping = True
-            cause = failure("the engine's step", error)
-        outputs += self._take()
-        if self._stopping:
-            outputs += self._stop(cause)
-        return outputs
+            self._deliveries.stop(failure("the engine's step", error))
+        return outputs + self._take()
 
     def _take(self) -> list[StepOutput]:
         outputs: list[StepOutput] = []
@@ -149,39 +127,12 @@ class InlineClient:
                 outputs += self._engine.drop(item)
         return outputs
 
-    def _stop(self, cause: EngineError) -> list[StepOutput]:
-        """Give back what requests hold; the last outputs of all that are unfinished."""
+    def _stop(self) -> None:
+        """Give back what requests hold, and end all that are unfinished."""
         if self._stopped:
-            return []
+            return
         self._stopped = True
         for request_id in list(self._engine.scheduler.requests):
             self._engine.drop(request_id)
         self._engine.close()
-        return self._endings(cause)
-
-    def _endings(self, cause: EngineError) -> list[StepOutput]:
-        return [failed(request_id, cause) for request_id in list(self._unfinished)]
-
-    def _send(self, outputs: list[StepOutput]) -> None:
-        """Deliver outputs of unfinished requests. One that could not be delivered leaves a gap, so
-        its request ends."""
-        heard: list[StepOutput] = []
-        for output in outputs:
-            if output.request_id in self._unfinished:
-                heard.append(output)
-                if output.finish_reason is not None:
-                    self._unfinished.pop(output.request_id, None)
-        if not heard or self._deliver is None:
-            return
-        try:
-            self._deliver(heard)
-        except Exception as error:
-            self._give_up(heard, failure("delivering a step's outputs", error))
-
-    def _give_up(self, outputs: list[StepOutput], error: MoebiusError) -> None:
-        assert self._deliver is not None
-        for request_id in {output.request_id: None for output in outputs}:
-            self._engine.drop(request_id)
-            self._unfinished.pop(request_id, None)
-            with suppress(Exception):  # the log has the first of them
-                self._deliver([failed(request_id, error)])
+        self._deliveries.end_all()
