@@ -48,6 +48,7 @@ INLINE F4 even_4(const bf16* p) { return vreinterpretq_f32_u32(vshlq_n_u32(words
 INLINE F4 odd_4(const bf16* p) { return vreinterpretq_f32_u32(vandq_u32(words_4(p), vdupq_n_u32(0xffff0000u))); }
 INLINE F8 even_8(const bf16* p) { return {even_4(p), even_4(p + 8)}; }
 INLINE F8 odd_8(const bf16* p) { return {odd_4(p), odd_4(p + 8)}; }
+template <class W> INLINE F8 widened_8(const W* p) { return {widened(p), widened(p + 4)}; }
 INLINE void reduce_4(const F8* a, float* out) {
     const F4 lo = vpaddq_f32(vpaddq_f32(a[0].lo, a[1].lo), vpaddq_f32(a[2].lo, a[3].lo));
     const F4 hi = vpaddq_f32(vpaddq_f32(a[0].hi, a[1].hi), vpaddq_f32(a[2].hi, a[3].hi));

@@ -221,7 +221,10 @@ INLINE V where_less(V x, V y, V a, V b) { EACH(vbslq_f32(vcltq_f32(x.v[i], y.v[i
 INLINE V rounded(V a) { EACH(vrndnq_f32(a.v[i])); }
 INLINE F4 power_of_two(F4 n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)); }
 INLINE V scaled(V a, V n) { EACH(vmulq_f32(a.v[i], power_of_two(n.v[i]))); }
-INLINE V load(const bf16* p) { EACH(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))); }
+INLINE F4 widened(const bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+INLINE F4 widened(const f16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))); }
+INLINE V load(const bf16* p) { EACH(widened(p + 4 * i)); }
+INLINE V load(const f16* p) { EACH(widened(p + 4 * i)); }
 #undef EACH
 INLINE uint16x4_t narrowed(F4 a) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
