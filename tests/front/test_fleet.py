@@ -12,10 +12,9 @@ import pytest
 from front.mortal_engine import MortalEngine, answer, ask
 from front.test_replay import House, finish
 from moebius.engine.client import EngineInfo, ExpertLoads, LayerLoad, StepOutput
-from moebius.engine.config import EngineConfig
 from moebius.errors import EngineError, MoebiusError, OverloadError
 from moebius.front.outbox import Outbox
-from moebius.front.replay import Lost, ReplayClient
+from moebius.front.replay import Lost, ReplayClient, Room
 from moebius.front.restarts import RestartBudget
 from moebius.front.sums import add_loads
 from moebius.request.finish import FinishReason
@@ -119,7 +118,7 @@ def test_what_waits_for_an_engine_is_bounded() -> None:
         made.append(MortalEngine(number, lost))
         return made[-1]
 
-    client = ReplayClient(launch, queue=EngineConfig(max_queue_requests=2))
+    client = ReplayClient(launch, room=Room(requests=2))
     heard: list[StepOutput] = []
     client.start(heard.extend)
     made[0].die()

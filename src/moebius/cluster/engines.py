@@ -13,7 +13,7 @@ from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
-from moebius.front.replay import Lost, ReplayClient
+from moebius.front.replay import Lost, ReplayClient, Room
 
 _CLOSE_SECONDS = 5.0
 
@@ -77,9 +77,9 @@ class EngineProcesses:
             except MoebiusError as error:
                 raise self._none_at_all(error) from error
 
-        self._client = ReplayClient(
-            start, message.config.ranks, queue=message.config, on_give_up=self._give_up
-        )
+        config = message.config
+        room = Room(config.max_queue_requests, config.max_queue_tokens)
+        self._client = ReplayClient(start, config.ranks, room=room, on_give_up=self._give_up)
         return self._client
 
     def spread(self) -> ExpertSpread | None:

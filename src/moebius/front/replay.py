@@ -8,14 +8,15 @@ Which engines there are is a Fleet's to say, who has what an Assignment's. Both 
 one lock, which is never held while an engine is given a request or a client told something.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
-from moebius.engine.config import EngineConfig
 from moebius.engine.faults import failed, failure, say
 from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError, RequestError
 from moebius.front.assignment import Assignment
@@ -27,17 +28,24 @@ from moebius.front.sums import add_loads
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 
-__all__ = ["Launch", "Lost", "ReplayClient"]
+__all__ = ["Launch", "Lost", "ReplayClient", "Room"]
 
 _ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 _RESTART_SECONDS = 5.0
 """What a client is told to wait where many wait already for an engine that is started again."""
 
 
+class Room(NamedTuple):
+    """How many requests, and how many tokens of theirs, may wait for an engine."""
+
+    requests: float = math.inf
+    tokens: float = math.inf
+
+
 class ReplayClient:
     """`count` engines as one.
 
-    queue        its bounds hold for what waits here, while there is no engine for it
+    room         for what waits here, while there is no engine for it
     on_give_up   called, once, with the reason, when engines were restarted too often for nothing;
                  all that was in flight has ended with that error
 
@@ -50,11 +58,11 @@ class ReplayClient:
         count: int = 1,
         *,
         budget: RestartBudget | None = None,
-        queue: EngineConfig | None = None,
+        room: Room = Room(),  # noqa: B008 - it cannot be changed
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
     ) -> None:
         self._budget = budget or RestartBudget(time.monotonic)
-        self._queue = queue or EngineConfig()
+        self._room = room
         self._on_give_up = on_give_up
         self._lock = threading.Lock()
         self._started = False
@@ -200,13 +208,12 @@ class ReplayClient:
         if not waiting:
             return None
         tokens = self._assignment.num_waiting_tokens + flight.num_tokens
-        most = self._queue.max_queue_requests
-        most_tokens = self._queue.max_queue_tokens
-        if waiting < most and tokens <= most_tokens:
+        if waiting < self._room.requests and tokens <= self._room.tokens:
             return None
         return OverloadError(
-            f"{waiting} of {most} requests wait for an engine that is started again, with "
-            f"{tokens - flight.num_tokens} of {most_tokens} tokens; try again later",
+            f"{waiting} of {self._room.requests} requests wait for an engine that is started "
+            f"again, with {tokens - flight.num_tokens} of {self._room.tokens} tokens; try again "
+            "later",
             retry_after=_RESTART_SECONDS,
         )
 
