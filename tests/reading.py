@@ -272,9 +272,11 @@ def report(files: list[Source]) -> str:
     forked, forked_in = max(functions, key=lambda pair: pair[0].branches)
     tenths = quantiles([function.lines for function, _ in functions], n=10)
     beside = beside_core(files)
+    asked = [file for file in files if file.name.startswith("request/")]
     rows = [
         ("core path", f"{_total(path)} lines of {MOST_CORE_LINES}, in {len(path)} files"),
         ("imported by it", f"{_total(beside)} lines, in {len(beside)} files that are not on it"),
+        ("with what a front asks", f"{_total(path) + _total(asked)} lines, request/ among them"),
         ("package", f"{lines} lines, {code} of them code, in {len(files)} files"),
         ("longest file", f"{longest_file.name}, {len(longest_file.lines)} lines"),
         ("functions", f"{tenths[4]:.0f} lines at the median, {tenths[8]:.0f} at 90 %"),
