@@ -250,7 +250,7 @@ def test_light_imports_stay_light() -> None:
     torch."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
-        "import moebius, moebius.schedule.scheduler, moebius.text, moebius.engine.wire, "
+        "import moebius, moebius.cluster.engines, moebius.schedule.scheduler, moebius.text, moebius.engine.wire, "
         "moebius.cli.commands, moebius.engine.supervisor, moebius.server.run, moebius.server.app\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )

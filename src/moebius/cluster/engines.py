@@ -4,16 +4,18 @@ import os
 import signal
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from moebius.cluster.group import RankGroup
-from moebius.cluster.hosts import Hosts
 from moebius.cluster.launched import LaunchedEngine
 from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
 from moebius.front.replay import Lost, ReplayClient, Room
+
+if TYPE_CHECKING:
+    from moebius.cluster.group import RankGroup
+    from moebius.cluster.hosts import Hosts
 
 _CLOSE_SECONDS = 5.0
 
@@ -53,13 +55,18 @@ class EngineProcesses:
         self,
         message: wire.Launch,
         planned: Callable[[wire.Planned], None] = lambda plan: None,
-        hosts: Hosts | None = None,
+        hosts: "Hosts | None" = None,
     ) -> ReplayClient:
         """Load the model in each; `planned` hears of the first one's memory plan.
 
         hosts: where the ranks are; None: all on this one. Raises the error that loading ends with.
         """
-        group = RankGroup(message, hosts) if message.config.ranks > 1 else None
+        group = None
+        if message.config.ranks > 1:
+            # torch comes with it, which a front of one engine starts a second sooner without.
+            from moebius.cluster.group import RankGroup
+
+            group = RankGroup(message, hosts)
         self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
