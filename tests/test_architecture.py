@@ -255,3 +255,17 @@ def test_light_imports_stay_light() -> None:
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_front_of_one_engine_starts_it_without_torch() -> None:
+    """All that `serve` does before and beside the start of its engine's process."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
+        "from moebius.cli.hosts import HostOptions, listening\n"
+        "from moebius.engine.config import EngineConfig\n"
+        "with listening(HostOptions()) as assembly:\n"
+        "    assert assembly.ranks_here(EngineConfig()) == 1\n"
+        "import moebius.cluster.engines, moebius.models.hub\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

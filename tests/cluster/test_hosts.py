@@ -9,7 +9,8 @@ import pytest
 import torch
 from msgspec import structs
 
-from moebius.cluster.hosts import GlooPlace, ManyHosts, OneHost, local_ranks
+from moebius.cluster.cluster import local_ranks
+from moebius.cluster.hosts import GlooPlace, ManyHosts, OneHost
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.config import EngineConfig

@@ -133,7 +133,7 @@ class Assembly:
 
     def ranks_here(self, config: EngineConfig) -> int:
         """How many ranks the front's host has."""
-        from moebius.cluster.hosts import local_ranks
+        from moebius.cluster.cluster import local_ranks
 
         return local_ranks(config.ranks, self._options.nnodes, 0)
 

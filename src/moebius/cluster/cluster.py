@@ -309,3 +309,9 @@ class Cluster:
                 del self._hosts[host.hello.node]
         if not self._closed:
             say(log.error, "%s is lost", host.name)
+
+
+def local_ranks(ranks: int, nodes: int, node: int) -> int:
+    """How many of the ranks are on a host: the first ones have one more where it does not go
+    evenly."""
+    return ranks // nodes + (node < ranks % nodes)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 
 from moebius.cluster.alike import common_isa
-from moebius.cluster.cluster import Cluster
+from moebius.cluster.cluster import Cluster, local_ranks
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.member import GLOO
@@ -199,9 +199,3 @@ class ManyHosts(Hosts):
 
     def _host(self, rank: int) -> HostHello:
         return self._cluster.hello(self._node_of[rank])
-
-
-def local_ranks(ranks: int, nodes: int, node: int) -> int:
-    """How many of the ranks are on a host: the first ones have one more where it does not go
-    evenly."""
-    return ranks // nodes + (node < ranks % nodes)
