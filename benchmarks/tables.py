@@ -67,20 +67,20 @@ class Source(NamedTuple):
 
 PYTHON = ".venv/bin/python"
 COLD_STARTS = (
-    Source("cold_start.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/cold_start.py --runs 7"),
+    Source("cold_start.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/cold_start.py --runs 7"),
     Source(
         "cold_start_m2.json",
         ZEN4,
-        "2026-11-26",
+        "2026-11-28",
         f"{PYTHON} benchmarks/cold_start.py --runs 7 --model $PEERS/models/m2",
     ),
 )
 OVERHEADS = (
-    Source("step_overhead.json", ZEN4, "2026-11-26", f"{PYTHON} benchmarks/step_overhead.py"),
+    Source("step_overhead.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/step_overhead.py"),
     Source(
         "step_overhead_m1.json",
         ZEN4,
-        "2026-11-26",
+        "2026-11-28",
         f"{PYTHON} benchmarks/step_overhead.py --model $PEERS/models/m1 --sequences 1 32",
     ),
 )
