@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/exchange.py [--ranks 2 4] [--rounds 9] [--layers 300] [--json FILE]
 
-Through shared memory, through sockets and through gloo, between processes of this machine. A layer is one dispatch
-and one combine, called from Python as the engine calls them. The cases take turns, so that a busy
-machine slows all of them alike; printed are microseconds a layer, at the slowest rank: the median
-round, and the fastest one. Beside other work run it as a real-time process (chrt -r 10), which the
-record says: a rank that is not given a processor holds up all others.
+Through shared memory, through sockets and through gloo, between processes of this machine. A layer
+is one dispatch and one combine, called from Python as the engine calls them. The cases take turns,
+so that a busy machine slows all of them alike; printed are microseconds a layer, at the slowest
+rank: the median round, and the fastest one. Beside other work run it as a real-time process (chrt
+-r 10), which the record says: a rank that is not given a processor holds up all others.
 """
 
 import argparse

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moebius.errors import ConfigError, PeerError
+from moebius.errors import ConfigError
 from moebius.parallel.collective import CollectiveExchange
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from parallel import rank_side

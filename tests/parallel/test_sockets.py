@@ -18,7 +18,7 @@ import torch
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.key import ClusterKey
-from moebius.parallel.meet import Listener, connect, name_of
+from moebius.parallel.meet import connect, name_of
 from moebius.parallel.sockets import Meeting, SocketExchange, join_epoch
 
 SPEC = ExchangeSpec(size=3, tokens=4, hidden=8, top_k=2, dtype=torch.float32)
@@ -66,7 +66,9 @@ def test_ranks_meet_and_exchange() -> None:
         waiting = [threads.submit(each.agree, (1,)) for each in exchanges[:2]]
         exchanges[2].close()
         for each in waiting:
-            with pytest.raises(PeerError, match="epoch 7 of group test.*rank 2 has ended") as found:
+            with pytest.raises(
+                PeerError, match=r"epoch 7 of group test.*rank 2 has ended"
+            ) as found:
                 each.result()
             assert found.value.ranks == (2,)
     for exchange in exchanges:
@@ -126,7 +128,7 @@ def test_who_has_another_key_is_not_let_in() -> None:
     met = meetings(2)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(join, met[0], 0, spec=TWO, patience=1.0)
-        with pytest.raises(PeerError, match="rank 0: .* refused this process"):
+        with pytest.raises(PeerError, match=r"rank 0: .* refused this process"):
             join(met[1], 1, spec=TWO, key=ClusterKey.draw(), patience=0.5)
         with pytest.raises(PeerError, match="ranks 1 did not come"):
             first.result()

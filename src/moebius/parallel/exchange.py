@@ -89,7 +89,7 @@ def identity(spec: ExchangeSpec, epoch: Epoch) -> dict[str, int]:
 def check_alike(
     spec: ExchangeSpec, epoch: Epoch, rank: int, found: Iterable[tuple[int, ...]]
 ) -> None:
-    """ConfigError where another rank's `identity`, as it has said it, is another than this one's."""
+    """ConfigError where a rank has said another `identity` than this one's."""
     mine = identity(spec, epoch)
     for other, theirs in enumerate(found):
         if theirs != tuple(mine.values()):

@@ -261,7 +261,7 @@ def read_exactly(sock: socket.socket, size: int, name: str, deadline: float) -> 
         sock.settimeout(max(0.001, deadline - time.monotonic()))
         part = sock.recv(size - len(data))
         if not part:
-            raise ChannelError(f"{name} hung up before it had said who it is")
+            raise ChannelError(f"{name} hung up before it had proven itself")
         data += part
     return data
 

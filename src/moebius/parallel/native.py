@@ -10,19 +10,12 @@ from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traf
 
 
 class NativeExchange(CheckedExchange):
-    """A rank's part, which `native` computes."""
+    """A rank's part, which its `_native` does."""
 
-    def __init__(
-        self,
-        native: _cpu.SharedExchange | _cpu.SocketExchange,
-        spec: ExchangeSpec,
-        rank: int,
-        epoch: Epoch,
-        timeout: float,
-    ) -> None:
+    def __init__(self, spec: ExchangeSpec, rank: int, epoch: Epoch, timeout: float) -> None:
         super().__init__(spec, rank, epoch, timeout)
-        # None when it has been closed, with what it holds.
-        self._native: _cpu.SharedExchange | _cpu.SocketExchange | None = native
+        # Set by who derives from this; None again when it has been closed, with what it holds.
+        self._native: _cpu.SharedExchange | _cpu.SocketExchange | None = None
         self._traffic_at_close = Traffic()
 
     @property

@@ -38,7 +38,7 @@ class Segment:
         be."""
         layout = _layout(spec, epoch)
         if not hasattr(os, "memfd_create"):
-            raise ConfigError("ranks share memory on Linux only; let them exchange through gloo")
+            raise ConfigError("ranks share memory on Linux only")
         name = f"moebius-{epoch.group}-{epoch.number}"
         self._file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -95,16 +95,18 @@ class SharedMemoryExchange(NativeExchange):
     def __init__(
         self, place: str, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
     ) -> None:
+        super().__init__(spec, rank, epoch, timeout)
         layout = _layout(spec, epoch)
         memory = _open(place, epoch)
         try:
             layout.check(memory.address, memory.nbytes)
-            native = _cpu.SharedExchange(memory, layout, memory.address, rank=rank, timeout=timeout)
+            self._native = _cpu.SharedExchange(
+                memory, layout, memory.address, rank=rank, timeout=timeout
+            )
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
         except MemoryError:
             raise _too_little_memory(memory.nbytes) from None
-        super().__init__(native, spec, rank, epoch, timeout)
 
 
 class _Memory:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 
 from moebius import _cpu
-from moebius.errors import ChannelError, ConfigError, DeadlineError, PeerError
+from moebius.errors import ChannelError, DeadlineError, PeerError
 from moebius.parallel.endpoint import parse_endpoint
 from moebius.parallel.exchange import Epoch, ExchangeSpec, check_alike, identity
 from moebius.parallel.key import ClusterKey
@@ -52,18 +52,21 @@ class SocketExchange(NativeExchange):
         timeout: float,
         crowded: bool = False,
     ) -> None:
+        super().__init__(spec, rank, epoch, timeout)
         numbers = [-1 if other == rank else sockets[other].detach() for other in range(spec.size)]
-        native = _cpu.SocketExchange(
-            ranks=spec.size,
-            tokens=spec.tokens,
-            top_k=spec.top_k,
-            row_bytes=spec.row_bytes,
-            rank=rank,
-            sockets=numbers,
-            crowded=crowded,
-            timeout=timeout,
-        )
-        super().__init__(native, spec, rank, epoch, timeout)
+        try:
+            self._native = _cpu.SocketExchange(
+                ranks=spec.size,
+                tokens=spec.tokens,
+                top_k=spec.top_k,
+                row_bytes=spec.row_bytes,
+                rank=rank,
+                sockets=numbers,
+                crowded=crowded,
+                timeout=timeout,
+            )
+        except ValueError as error:  # too many ranks
+            raise ConfigError(f"{epoch}: {error}") from None
         try:
             found = self.agree(list(identity(spec, epoch).values()))
             check_alike(spec, epoch, rank, found)
