@@ -155,7 +155,7 @@ def test_any_placement_gives_the_same_bits_and_experts_move_between_steps(
                 assert there == set(placed.held[rank])
 
 
-@pytest.mark.parametrize("kind", ["shared", "gloo"])
+@pytest.mark.parametrize("kind", ["shared", "sockets"])
 def test_processes_that_share_experts_give_the_bits_of_one(tmp_path: Path, kind: str) -> None:
     """Three of them, over what they will really use, before and after experts were moved."""
     save_tiny(tmp_path, "qwen2_moe")
