@@ -25,7 +25,7 @@ from moebius.ops import FORMATS, Matrix, Ops, PreparedExperts, Weight, select_op
 from moebius.ops.weights import Dense, dtype_name
 from moebius.pages import Span, give_back
 
-# Threads that copy a model as it is loaded: one alone waits for memory most of the time.
+# Threads that copy a model while it is loaded, and nothing is computed yet.
 _COPYING = 4
 
 
