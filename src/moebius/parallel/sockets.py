@@ -9,6 +9,7 @@ Importing this needs the compiled kernels.
 """
 
 import hashlib
+import os
 import socket
 import struct
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 
 from moebius import _cpu
-from moebius.errors import ChannelError, DeadlineError, PeerError
+from moebius.errors import ChannelError, ConfigError, DeadlineError, PeerError
 from moebius.parallel.endpoint import parse_endpoint
 from moebius.parallel.exchange import Epoch, ExchangeSpec, check_alike, identity
 from moebius.parallel.key import ClusterKey
@@ -66,6 +67,8 @@ class SocketExchange(NativeExchange):
                 timeout=timeout,
             )
         except ValueError as error:  # too many ranks
+            for number in set(numbers) - {-1}:
+                os.close(number)
             raise ConfigError(f"{epoch}: {error}") from None
         try:
             found = self.agree(list(identity(spec, epoch).values()))
