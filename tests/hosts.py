@@ -104,9 +104,9 @@ class Serving:
 class Together:
     """The hosts, the front's first, and what clients on the front's host get."""
 
-    def __init__(self, nodes: list[Serving], url: str) -> None:
+    def __init__(self, nodes: list[Serving]) -> None:
         self.nodes = nodes
-        self.url = url
+        self.url = self._address()
 
     @property
     def front(self) -> Serving:
@@ -117,6 +117,8 @@ class Together:
         before = self.nodes[number]
         before.close()
         self.nodes[number] = Serving(before.where, *before.options)
+        if number == 0:
+            self.url = self._address()
 
     def ask(self, bodies: Sequence[dict[str, Any]]) -> Asking:
         return Asking(self.front.where, self.url, bodies)
@@ -135,6 +137,10 @@ class Together:
         """Until all ranks compute together."""
         wait_until(lambda: all(self.computing()), 60)
 
+    def _address(self) -> str:
+        """The front's, once it serves."""
+        return re.findall(r"http://\S+:\d+", self.front.wait_for("serving on"))[0]
+
 
 @contextmanager
 def hosts(
@@ -148,8 +154,7 @@ def hosts(
         for node, where in enumerate(wheres):
             own = ("--port", "0") if node == 0 else ()
             started.append(Serving(where, *shared, "--node-rank", str(node), *own))
-        line = started[0].wait_for("serving on")
-        yield Together(started, re.findall(r"http://\S+:\d+", line)[0])
+        yield Together(started)
     finally:
         for each in started:
             each.close()

@@ -176,6 +176,11 @@ def test_three_hosts_go_on_without_one(tiny_model: Path, key: Path, load: Load) 
             assert others(trio, lost) == stay
             assert trio.ask(load.asked).answers() == load.expected
 
+        # The others wait for a front that is started again.
+        trio.front.kill_host()
+        trio.start_again(0)
+        assert trio.ask(load.asked).answers() == load.expected
+
 
 @pytest.mark.hosts
 def test_four_hosts_outlive_what_happens_to_them(tiny_model: Path, key: Path, load: Load) -> None:
