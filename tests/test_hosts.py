@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from hosts import Asking, Together, bodies, hosts, wait_until
+from moebius.engine import cluster
 from moebius.models.hub import resolve_model
 from moebius.parallel.key import ClusterKey
 from namespaces import INTERFACE, Network, Switched, Where, far_apart, switched, why_not
@@ -213,6 +215,16 @@ def test_four_hosts_outlive_what_happens_to_them(tiny_model: Path, key: Path, lo
         network.plug_in(1)
         assert asking.answers() == load.expected
         assert others(group, 1) == stay
+
+        # A link that is cut for less than silence is taken for a loss: nobody is lost.
+        group.wait_for_all()
+        stay = [pid for each in group.nodes for pid in each.children]
+        asking = load.begin(group)
+        network.cut(2)
+        time.sleep(cluster.SILENCE_SECONDS / 2)
+        network.mend(2)
+        assert asking.answers() == load.expected
+        assert [pid for each in group.nodes for pid in each.children] == stay
 
         # The front's own rank, and two hosts at once.
         group.wait_for_all()
