@@ -292,11 +292,36 @@ def test_what_moves_keeps_groups_on_nodes_and_most_experts_where_they_are() -> N
 
 
 def test_replicas_that_do_not_fit_on_a_node_go_anywhere() -> None:
-    """One rank a node: a replica that stayed on its expert's node would be at the same rank. Two of
-    each, at different ranks, outlive a rank with groups on nodes, too."""
+    """One rank a node: a replica that stayed on its expert's node would be at the same rank."""
     for spare in (1, 4):
         alone = Placement.balanced({0: [9.0] + [1.0] * 7}, 2, spare=spare, nodes=Nodes(2, {0: 4}))
         assert all(len({*each}) == len(each) for each in alone.layers[0].held)
-    pairs = Placement.balanced({0: [1.0] * 8}, 4, spare=2, nodes=Nodes(2, {0: 4}))
-    for lost in range(4):
-        assert pairs.among([rank for rank in range(4) if rank != lost]).experts == {0: 8}
+
+
+def test_two_of_each_survive_the_loss_of_any_node() -> None:
+    draw = random.Random(6)
+    for nodes, ranks, count, more in ((2, 4, 8, 0), (2, 6, 7, 1), (3, 6, 12, 2), (4, 4, 4, 1)):
+        near = Nodes(nodes, {0: 2})
+        spare = -(-count // ranks) + more
+        now = Placement.linear({0: count}, ranks, spare, near)
+        for _ in range(10):
+            for lost in range(nodes):
+                size = ranks // nodes
+                left = [rank for rank in range(ranks) if rank // size != lost]
+                assert now.among(left).experts == {0: count}, (nodes, ranks, count)
+            loads = {0: [draw.random() ** 4 for _ in range(count)]}
+            now = now.rebalanced(loads, spare=spare, nodes=near)
+            assert all(len({*each}) == len(each) for each in now.layers[0].held)
+            assert max(map(len, now.layers[0].held)) <= -(-count // ranks) + spare
+
+
+def test_spares_in_order_are_the_next_nodes() -> None:
+    near = Nodes(2)
+    assert Placement.linear({0: 8}, 4, 2, near).held[0] == (
+        (0, 1, 4, 5),
+        (2, 3, 6, 7),
+        (4, 5, 0, 1),
+        (6, 7, 2, 3),
+    )
+    assert Placement.linear({0: 8}, 4, 1, near).held[0][3] == (6, 7, 2)
+    assert Placement.linear({0: 8}, 4, 9, near) != Placement.linear({0: 8}, 4, 9)

@@ -36,7 +36,7 @@ def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE)
         )
     spare = config.spare_experts
     if config.expert_placement in ("linear", "balanced"):
-        return Placement.linear(model.experts, config.ranks, spare)
+        return Placement.linear(model.experts, config.ranks, spare, nodes)
     path = Path(config.expert_placement)
     if not path.is_file():
         raise ConfigError(

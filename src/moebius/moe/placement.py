@@ -165,13 +165,17 @@ class Placement:
         return type(self)({layer: each.among(members) for layer, each in self.layers.items()})
 
     @classmethod
-    def linear(cls, experts: Mapping[int, int], ranks: int, spare: int = 0) -> Self:
+    def linear(
+        cls, experts: Mapping[int, int], ranks: int, spare: int = 0, nodes: Nodes = ALIKE
+    ) -> Self:
         """In order, as evenly as it goes: of 7 experts on 3 ranks, 3, 2 and 2.
 
-        experts: how many each layer has, by its number. spare: how many more a rank holds, those
-        of the ranks behind it. Raises ConfigError for more ranks than experts.
+        experts: how many each layer has, by its number. spare: how many more a rank holds, those of
+        the ranks behind it, which begin on the next node. Raises ConfigError for more ranks than
+        experts.
         """
-        return cls({layer: _linear(count, ranks, spare) for layer, count in experts.items()})
+        ahead = 1 if nodes.count == 1 else max(1, ranks // nodes.count)
+        return cls({layer: _linear(count, ranks, spare, ahead) for layer, count in experts.items()})
 
     @classmethod
     def balanced(
@@ -184,8 +188,9 @@ class Placement:
     ) -> Self:
         """So that ranks have equal loads, with room for `spare` replicas a rank.
 
-        Where there is room for two of each expert, each has two, at different ranks: the others
-        have every expert when one rank is lost. What is left goes to the busiest.
+        Where there is room for two of each expert, each has two, at different ranks, and on
+        different nodes where there are several: the others have every expert when a rank is lost,
+        or a node. What is left goes to the busiest.
 
         loads: what each expert of each layer gets of the tokens, in any unit. nodes: see `place`.
         Raises ConfigError as `linear`.
@@ -194,9 +199,12 @@ class Placement:
         for layer, shares in loads.items():
             _check_ranks(ranks, len(shares))
             slots = _slots(len(shares), ranks, spare)
-            least = 1 + (ranks > 1 and slots >= 2 * len(shares))
-            groups = nodes.groups.get(layer, 1)
-            held = place(shares, ranks, slots, groups=groups, nodes=nodes.count, least=least)
+            if _twice_by_nodes(len(shares), ranks, slots, nodes.count):
+                held = place_twice(shares, ranks, slots, nodes.count)
+            else:
+                groups = nodes.groups.get(layer, 1)
+                least = 1 + (ranks > 1 and slots >= 2 * len(shares))
+                held = place(shares, ranks, slots, groups=groups, nodes=nodes.count, least=least)
             layers[layer] = LayerPlacement(len(shares), tuple(map(tuple, held)))
         return cls(layers)
 
@@ -209,9 +217,12 @@ class Placement:
         layers = {}
         for layer, placed in best.layers.items():
             slots = _slots(placed.num_experts, self.ranks, spare)
+            sizes = (placed.num_experts, self.ranks, slots)
             groups = nodes.groups.get(layer, 1)
-            whole = _by_nodes(placed.num_experts, self.ranks, slots, groups, nodes.count)
-            layers[layer] = placed.near(self.layers[layer], nodes.count if whole else 1)
+            by_nodes = _twice_by_nodes(*sizes, nodes.count) or _by_nodes(
+                *sizes, groups, nodes.count
+            )
+            layers[layer] = placed.near(self.layers[layer], nodes.count if by_nodes else 1)
         return type(self)(layers)
 
     def imbalance(self, loads: Mapping[int, Sequence[float]]) -> dict[int, float]:
@@ -259,14 +270,23 @@ def _by_nodes(num_experts: int, ranks: int, slots: int, groups: int, nodes: int)
     return even and slots * nodes <= num_experts * ranks
 
 
-def _linear(num_experts: int, ranks: int, spare: int) -> LayerPlacement:
+def _twice_by_nodes(num_experts: int, ranks: int, slots: int, nodes: int) -> bool:
+    """Whether there is room for two of each expert, on two of several nodes."""
+    return slots >= 2 * num_experts and nodes > 1 and ranks % nodes == 0
+
+
+def _linear(num_experts: int, ranks: int, spare: int, ahead: int) -> LayerPlacement:
+    """ahead: how many ranks on those are whose experts a rank has spares of."""
     _check_ranks(ranks, num_experts)
-    first = 0
+    rooms = _rooms(num_experts, ranks)
+    firsts = [sum(rooms[:rank]) for rank in range(ranks)]
     held = []
-    for size in _rooms(num_experts, ranks):
-        more = min(size + spare, num_experts)
-        held.append(tuple(e % num_experts for e in range(first, first + more)))
-        first += size
+    for rank, (first, size) in enumerate(zip(firsts, rooms, strict=True)):
+        own = range(first, first + size)
+        behind = firsts[(rank + ahead) % ranks]
+        others = ((behind + e) % num_experts for e in range(num_experts))
+        spares = [e for e in others if e not in own][:spare]
+        held.append((*own, *spares))
     return LayerPlacement(num_experts, tuple(held))
 
 
@@ -361,6 +381,21 @@ def place(
         shares = [loads[members[e]] / experts.count(e) for e in experts]
         for rank in pack(shares, ranks // nodes, experts):
             placed.append([members[experts[slot]] for slot in rank])
+    return placed
+
+
+def place_twice(loads: Sequence[float], ranks: int, slots: int, nodes: int) -> list[list[int]]:
+    """The experts that each rank holds, balanced for `loads`, each on two nodes at least.
+
+    What is left of `slots` goes to the busiest, up to one of each a node. Copies are packed onto
+    nodes, and then each node's onto its ranks.
+    """
+    experts = replicate(loads, min(slots, nodes * len(loads)), nodes, least=2)
+    shares = [loads[e] / experts.count(e) for e in experts]
+    placed = []
+    for node in pack(shares, nodes, experts):
+        for rank in pack([shares[slot] for slot in node], ranks // nodes):
+            placed.append([experts[node[item]] for item in rank])
     return placed
 
 
