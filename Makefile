@@ -10,7 +10,10 @@ STEPS ?= 10000000
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: serve test test-schedule test-others reading simulate wheel setup format constraints clean
+# Tests of what computes, which take about as long as what test-schedule leaves of the time.
+CORE := engine inspect models moe nn ops text
+
+.PHONY: serve test test-schedule test-core test-others reading simulate wheel setup format constraints clean
 
 serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
@@ -19,13 +22,16 @@ test: setup
 	$(BIN)/ruff check src tests benchmarks recipes
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-schedule test-others
+	$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync test-schedule test-others test-core
 
 test-schedule:
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100
 
+test-core:
+	$(BIN)/pytest $(CORE:%=tests/%)
+
 test-others:
-	$(BIN)/pytest --ignore=tests/schedule
+	$(BIN)/pytest --ignore=tests/schedule $(CORE:%=--ignore=tests/%)
 
 reading:
 	$(PYTHON) tests/reading.py

@@ -1,13 +1,16 @@
 """What it costs that an engine is lost: a server's engines are killed or stopped, again and again.
 
-    .venv/bin/python benchmarks/recovery.py [--ranks 1 2] [--kills 100] [--model bundled]
-        [--seed 0] [--json FILE]
+    .venv/bin/python benchmarks/recovery.py [--ranks 1 2] [--hosts 1] [--kills 100]
+        [--model bundled] [--seed 0] [--json FILE]
 
 One server for all kills. Before each, clients ask for 16 answers at once, greedy and drawn, some
 streamed, with log-probabilities; after a random part of a second one engine's process, chosen at
 random, gets SIGKILL or, one time in four, SIGSTOP, which only its silence tells. Every answer is
 compared with what the same server gave undisturbed: text, log-probabilities, finish reason, usage.
 Ends with exit code 1 where one differs.
+
+With --hosts the ranks are spread over so many hosts, made of network namespaces (as root), and one
+time in eight a host's link is cut for six seconds instead.
 
 Seconds from the signal on: `ready` until /health/ready says so again with a new process in place of
 the lost one, `ended` until the last of the 16 answers is there; medians and the worst. `cold` is
@@ -26,6 +29,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -35,8 +40,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from hosts import Together, hosts
 from moebius import machine
 from moebius.files import json_record, write_file
+from moebius.parallel.key import ClusterKey
+from namespaces import Switched, inside, switched
 
 PROMPTS = (
     "def fibonacci(n):\n",
@@ -48,22 +58,31 @@ PROMPTS = (
 )
 ANSWERS = 16
 STOPPED_EVERY = 4
+CUT_EVERY = 8
+CUT_SECONDS = 6.0
 WAIT_SECONDS = 300.0
 
 
 class Server:
     """A front, its engines, and what it answers."""
 
-    def __init__(self, pid: int, url: str) -> None:
-        self.pid = pid
+    def __init__(self, pids: list[int], url: str) -> None:
+        self.pids = pids
         self.url = url
+
+    def lose_one(self, kill: int, chance: random.Random) -> tuple[str, int]:
+        """How, and which engine."""
+        name = "SIGSTOP" if kill % STOPPED_EVERY == STOPPED_EVERY - 1 else "SIGKILL"
+        victim = chance.choice(sorted(self.engines()))
+        os.kill(victim, getattr(signal, name))
+        return name, victim
 
     def engines(self) -> set[int]:
         """The processes of its engines."""
         return {
             int(path.name)
             for path in Path("/proc").iterdir()
-            if path.name.isdigit() and _is_engine(path, self.pid)
+            if path.name.isdigit() and _is_engine(path, self.pids)
         }
 
     def ready(self) -> bool:
@@ -97,14 +116,32 @@ class Server:
         return _joined([json.loads(each) for each in data])
 
 
-def _is_engine(process: Path, parent: int) -> bool:
+class Cluster(Server):
+    """A front on one of several hosts, and engines on all of them."""
+
+    def __init__(self, network: Switched, together: Together) -> None:
+        super().__init__([each.process.pid for each in together.nodes], together.url)
+        self._network = network
+        self._nodes = together.nodes
+
+    def lose_one(self, kill: int, chance: random.Random) -> tuple[str, int]:
+        if kill % CUT_EVERY:
+            return super().lose_one(kill, chance)
+        number = chance.randrange(1, len(self._nodes))
+        victim = self._nodes[number].children[0]
+        self._network.cut(number)
+        threading.Timer(CUT_SECONDS, self._network.mend, (number,)).start()
+        return "cut", victim
+
+
+def _is_engine(process: Path, parents: list[int]) -> bool:
     try:
         if b"moebius.engine.process" not in (process / "cmdline").read_bytes():
             return False
         fields = (process / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return fields[1] == str(parent) and fields[0] != "Z"
+    return int(fields[1]) in parents and fields[0] != "Z"
 
 
 def _joined(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,32 +172,45 @@ def serve(model: str, ranks: int) -> Iterator[Server]:
         with ThreadPoolExecutor(1) as reader:
             reader.submit(front.stderr.read)  # or it would wait for us one day
             try:
-                yield Server(front.pid, re.findall(r"http://[^/]+", line)[0])
+                yield Server([front.pid], re.findall(r"http://[^/]+", line)[0])
             finally:
                 front.terminate()
                 assert front.wait(60) == 0
 
 
-def measure(model: str, ranks: int, kills: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The record after each kill."""
+@contextmanager
+def serve_over(count: int, model: str, ranks: int) -> Iterator[Server]:
+    options = ("--ranks", str(ranks), "--log-level", "error")
+    with tempfile.NamedTemporaryFile("w") as key, switched(count) as network:
+        key.write(ClusterKey.draw().text)
+        key.flush()
+        endpoint = f"{network.addresses[0]}:29500"
+        with (
+            hosts(network.hosts, model, endpoint, Path(key.name), *options) as together,
+            inside(network.hosts[0]),
+        ):
+            yield Cluster(network, together)
+            assert together.front.end(60) == 0
+
+
+def measure(model: str, ranks: int, count: int, kills: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The record after each kill, of ranks on `count` hosts."""
     chance = random.Random(seed)
     began = time.monotonic()
     seconds: dict[str, dict[str, list[float]]] = {
-        name: {"ready": [], "ended": []} for name in ("SIGKILL", "SIGSTOP")
+        name: {"ready": [], "ended": []} for name in ("SIGKILL", "SIGSTOP", "cut")
     }
     different = 0
-    with serve(model, ranks) as server, ThreadPoolExecutor(ANSWERS) as clients:
+    serving = serve(model, ranks) if count == 1 else serve_over(count, model, ranks)
+    with serving as server, ThreadPoolExecutor(ANSWERS) as clients:
         wait_until(server.ready)
         cold = time.monotonic() - began
         expected = list(clients.map(server.answer, range(ANSWERS)))
         for kill in range(kills):
-            name = "SIGSTOP" if kill % STOPPED_EVERY == STOPPED_EVERY - 1 else "SIGKILL"
             asked = [clients.submit(server.answer, number) for number in range(ANSWERS)]
             time.sleep(chance.uniform(0.0, 1.0))
-            before = server.engines()
-            victim = chance.choice(sorted(before))
             killed = time.monotonic()
-            os.kill(victim, getattr(signal, name))
+            name, victim = server.lose_one(kill, chance)
 
             def again(lost: int = victim) -> bool:
                 now = server.engines()
@@ -173,6 +223,7 @@ def measure(model: str, ranks: int, kills: int, seed: int) -> Iterator[dict[str,
             different += sum(map(dict.__ne__, answers, expected))
             yield {
                 "ranks": ranks,
+                "hosts": count,
                 "kills": kill + 1,
                 "cold": round(cold, 2),
                 "answers": (kill + 1) * ANSWERS,
@@ -200,13 +251,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     runs: dict[int, dict[str, Any]] = {}
     for ranks in args.ranks:
-        for record in measure(args.model, ranks, args.kills, args.seed):
+        for record in measure(args.model, ranks, args.hosts, args.kills, args.seed):
             runs[ranks] = record
             print(json.dumps(record), flush=True)
             if args.json:

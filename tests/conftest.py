@@ -11,8 +11,9 @@ import pytest
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("losses") and "losses" not in item.config.getoption("-m"):
-        pytest.skip("takes minutes; ask for it with -m losses")
+    for mark in ("losses", "hosts"):
+        if item.get_closest_marker(mark) and mark not in item.config.getoption("-m"):
+            pytest.skip(f"takes minutes; ask for it with -m {mark}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Hosts that serve one model together, as tests have them: `moebius serve` on each of them."""
+"""Hosts that serve one model together: `moebius serve` on each of them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from namespaces import Where, inside
 
 ASK = Path(__file__).parent / "hosts_ask.py"
 START_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
-class Where:
-    """What a command on a host begins with, and what its environment has."""
-
-    prefix: tuple[str, ...] = ()
-
-    def popen(self, *command: str, **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen([*self.prefix, *command], text=True, **options)
-
-
 class Serving:
     """One `moebius serve`, and what it says."""
 
-    def __init__(self, where: Where, *options: str, **variables: str) -> None:
+    def __init__(self, where: Where, *options: str) -> None:
         self.where = where
+        self.options = options
         self.lines: list[str] = []
         self._said = threading.Condition()
-        command = (sys.executable, "-m", "moebius", "serve", *options)
         self.process = where.popen(
-            *command,
-            env=os.environ | variables,
+            *(sys.executable, "-m", "moebius", "serve", *options),
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
         )
@@ -56,6 +47,10 @@ class Serving:
         assert found and len(self._with(pattern)) >= times, (pattern, self.lines)
         return self._with(pattern)[times - 1]
 
+    def said(self, pattern: str) -> int:
+        """How often it has."""
+        return len(self._with(pattern))
+
     @property
     def gone(self) -> bool:
         return self.process.poll() is not None
@@ -66,7 +61,8 @@ class Serving:
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):  # it has ended
-                if path.read_text().rpartition(")")[2].split()[1] == str(self.process.pid):
+                fields = path.read_text().rpartition(")")[2].split()
+                if fields[1] == str(self.process.pid) and fields[0] != "Z":
                     found.append(int(path.parent.name))
         return sorted(found)
 
@@ -80,7 +76,8 @@ class Serving:
         children = self.children
         self.process.kill()
         for pid in children:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended with the one above
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def close(self) -> None:
@@ -104,11 +101,52 @@ class Serving:
             self._said.notify_all()
 
 
+class Together:
+    """The hosts, the front's first, and what clients on the front's host get."""
+
+    def __init__(self, nodes: list[Serving]) -> None:
+        self.nodes = nodes
+        self.url = self._address()
+
+    @property
+    def front(self) -> Serving:
+        return self.nodes[0]
+
+    def start_again(self, number: int) -> None:
+        """The same command on the same host."""
+        before = self.nodes[number]
+        before.close()
+        self.nodes[number] = Serving(before.where, *before.options)
+        if number == 0:
+            self.url = self._address()
+
+    def ask(self, bodies: Sequence[dict[str, Any]]) -> Asking:
+        return Asking(self.front.where, self.url, bodies)
+
+    def group(self) -> dict[str, Any]:
+        """What the front says of its ranks."""
+        with inside(self.front.where):
+            answer = urllib.request.urlopen(f"{self.url}/v1/moe/stats", timeout=30)
+        found: dict[str, Any] = json.load(answer)["group"]
+        return found
+
+    def computing(self) -> list[bool]:
+        return [rank["computing"] for rank in self.group()["ranks"]]
+
+    def wait_for_all(self) -> None:
+        """Until all ranks compute together."""
+        wait_until(lambda: all(self.computing()), 60)
+
+    def _address(self) -> str:
+        """The front's, once it serves."""
+        return re.findall(r"http://\S+:\d+", self.front.wait_for("serving on"))[0]
+
+
 @contextmanager
 def hosts(
     wheres: Sequence[Where], model: str, endpoint: str, key: Path, *options: str
-) -> Iterator[tuple[list[Serving], str]]:
-    """A command on each host; all of them, and the front's address."""
+) -> Iterator[Together]:
+    """A command on each host."""
     shared = (model, "--nnodes", str(len(wheres)), "--rdzv-endpoint", endpoint)
     shared += ("--cluster-key-file", str(key), "--threads", "1", *options)
     started: list[Serving] = []
@@ -116,19 +154,10 @@ def hosts(
         for node, where in enumerate(wheres):
             own = ("--port", "0") if node == 0 else ()
             started.append(Serving(where, *shared, "--node-rank", str(node), *own))
-        line = started[0].wait_for("serving on")
-        yield started, re.findall(r"http://\S+:\d+", line)[0]
+        yield Together(started)
     finally:
         for each in started:
             each.close()
-
-
-def again(host: Serving) -> Serving:
-    """The same command on the same host."""
-    arguments = host.process.args
-    assert isinstance(arguments, list)
-    options = arguments[arguments.index("serve") + 1 :]
-    return Serving(host.where, *options)
 
 
 class Asking:
@@ -143,10 +172,11 @@ class Asking:
         self._process.stdin.close()
         self._process.stdin = None
 
-    def wait_for_tokens(self) -> None:
+    def wait_for_tokens(self) -> Asking:
         """Until each has some."""
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "begun\n"
+        return self
 
     def answers(self, seconds: float = 120.0) -> list[Any]:
         try:
@@ -175,7 +205,7 @@ def bodies(model: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def wait_until(true: Any, seconds: float = 30.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

@@ -24,8 +24,8 @@ def ask(url: str, body: dict[str, Any], begun: threading.Semaphore) -> dict[str,
     answer: dict[str, Any] = {"text": "", "tokens": [], "logprobs": [], "end": None}
     with urllib.request.urlopen(request, timeout=300) as stream:
         for line in stream:
-            data = line.decode().removeprefix("data: ").strip()
-            if not data or data == "[DONE]":
+            kind, _, data = line.decode().partition(": ")
+            if kind != "data" or data.strip() == "[DONE]":  # a comment keeps a silent stream alive
                 continue
             piece = json.loads(data)
             if "error" in piece:

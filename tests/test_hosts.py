@@ -1,7 +1,7 @@
-"""Two hosts serve one model, bit for bit as one process does, and outlive what hosts suffer.
+"""Hosts serve one model, bit for bit as one process does, and outlive what hosts suffer.
 
-By default both are this one, at its loopback address. `-m hosts` makes hosts of their own out of
-network namespaces, with addresses and a link that can be cut.
+They are network namespaces, with addresses and links; where those cannot be made, two of them are
+this host, at its loopback address. `-m hosts` takes more hosts, and minutes.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,152 +18,305 @@ from typing import Any
 
 import pytest
 
-from hosts import Asking, Where, again, bodies, hosts, wait_until
+from hosts import Asking, Together, bodies, hosts, wait_until
+from moebius.engine import cluster
 from moebius.models.hub import resolve_model
 from moebius.parallel.key import ClusterKey
+from namespaces import INTERFACE, Network, Switched, Where, far_apart, switched, why_not
 from serving import serving
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc says who is whose child")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="/proc says who is whose child"),
+    pytest.mark.timeout(600),
+]
 SIZES = ("--kv-cache-memory-bytes", "16777216")
+LOST = r"node {} \(.*\) is lost"
 
 
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    file = tmp_path / "key"
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("key") / "key"
     file.write_text(ClusterKey.draw().text)
     file.chmod(0o600)
     return file
 
 
-def of_one_process(directory: Path, name: str, asked: list[dict[str, Any]]) -> list[Any]:
-    with serving(directory, name) as url:
-        return Asking(Where(), url, asked).answers()
-
-
-def free_port() -> int:
+@contextmanager
+def together(network: Network, model: str, key: Path, *options: str) -> Iterator[Together]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+        port = sock.getsockname()[1]
+    endpoint = f"{network.addresses[0]}:{port}"
+    with hosts(network.hosts, model, endpoint, key, *SIZES, *options) as made:
+        yield made
 
 
-@pytest.mark.timeout(600)
-def test_two_commands_serve_as_one_process_and_outlive_a_rank(tiny_model: Path, key: Path) -> None:
-    name = str(tiny_model)
-    asked = bodies(name, count=5, max_tokens=60)
-    expected = of_one_process(tiny_model, name, asked)
-    assert len({each["text"] for each in expected}) == 5
-    endpoint = f"127.0.0.1:{free_port()}"
-    with hosts([Where()] * 2, name, endpoint, key, "--ranks", "2", *SIZES) as ((front, node), url):
-        assert Asking(Where(), url, asked).answers() == expected
-        (lost,) = node.children
-        asking = Asking(Where(), url, asked)
-        asking.wait_for_tokens()
-        os.kill(lost, signal.SIGKILL)
-        assert asking.answers() == expected
-        front.wait_for("rank 1 on node 1 .* was ended by SIGKILL")
-        assert lost not in node.children and len(node.children) == 1
-        left = [*front.children, *node.children]
-        front.process.kill()
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
-        node.wait_for("the front is lost")
-        assert node.end() == 0
+class Load:
+    """Requests, and what one process answers."""
+
+    def __init__(self, directory: Path, name: str, count: int, max_tokens: int) -> None:
+        self.asked = bodies(name, count, max_tokens)
+        with serving(directory, name) as url:
+            self.expected: list[Any] = Asking(Where(), url, self.asked).answers()
+
+    def begin(self, group: Together) -> Asking:
+        """All are under way."""
+        return group.ask(self.asked).wait_for_tokens()
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
+@pytest.fixture(scope="module")
+def load(tiny_model: Path) -> Load:
+    made = Load(tiny_model, str(tiny_model), count=5, max_tokens=250)
+    assert len({each["text"] for each in made.expected}) == 5
+    return made
 
 
-@pytest.fixture
-def hosts_of_their_own(request: pytest.FixtureRequest) -> None:
-    """Skips what was not asked for, and where network namespaces cannot be made."""
-    if "hosts" not in request.config.getoption("-m"):
-        pytest.skip("-m hosts makes hosts")
-    try:
-        run("ip", "netns", "add", "moebius-probe")
-        run("ip", "netns", "del", "moebius-probe")
-    except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"network namespaces cannot be made here: {error}")
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    if why_not() is None:
+        with switched(2) as made:
+            yield made
+    else:
+        yield Network((Where(), Where()), ("127.0.0.1",) * 2)
+
+
+@pytest.fixture(scope="module")
+def pair(network: Network, tiny_model: Path, key: Path) -> Iterator[Together]:
+    """Two hosts, a rank each; what one test has lost is back before the next."""
+    with together(network, str(tiny_model), key, "--ranks", "2") as made:
+        yield made
+
+
+def others(group: Together, lost: int) -> list[int]:
+    """The ranks' processes on all nodes but this."""
+    return [pid for each in group.nodes if each is not group.nodes[lost] for pid in each.children]
+
+
+def test_two_hosts_answer_as_one_process(pair: Together, load: Load) -> None:
+    assert pair.ask(load.asked).answers() == load.expected
+    assert all(rank["bytes_out"] > 0 for rank in pair.group()["ranks"])
+
+
+def test_a_rank_of_the_other_host_is_killed(pair: Together, load: Load) -> None:
+    front, node = pair.nodes
+    (lost,) = node.children
+    stay = others(pair, 1)
+    asking = load.begin(pair)
+    os.kill(lost, signal.SIGKILL)
+    assert asking.answers() == load.expected
+    front.wait_for("rank 1 on node 1 .* was ended by SIGKILL")
+    pair.wait_for_all()
+    assert lost not in node.children and len(node.children) == 1
+    assert others(pair, 1) == stay
+
+
+def test_a_link_is_cut_and_mended(pair: Together, load: Load, network: Network) -> None:
+    if not isinstance(network, Switched):
+        pytest.skip(str(why_not()))
+    front, node = pair.nodes
+    stay = others(pair, 1)
+    asking = load.begin(pair)
+    network.cut(1)
+    front.wait_for(LOST.format(1), seconds=15)
+    node.wait_for("the front is lost", seconds=15)
+    wait_until(lambda: not node.children)
+    network.mend(1)
+    assert asking.answers() == load.expected
+    pair.wait_for_all()
+    assert others(pair, 1) == stay
+
+
+def test_the_other_hosts_command_is_killed_and_started_again(pair: Together, load: Load) -> None:
+    """Its ranks end with it."""
+    ranks = pair.nodes[1].children
+    stay = others(pair, 1)
+    asking = load.begin(pair)
+    pair.nodes[1].process.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    pair.start_again(1)
+    assert asking.answers() == load.expected
+    pair.wait_for_all()
+    assert others(pair, 1) == stay
+
+
+def test_nothing_outlives_a_front_that_is_killed(pair: Together) -> None:
+    front, node = pair.nodes
+    left = [*front.children, *node.children]
+    said = node.said("the front is lost")
+    front.process.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
+    node.wait_for("the front is lost", times=said + 1)
+    assert node.end() == 0
 
 
 @contextmanager
-def namespaces() -> Iterator[tuple[Where, Where]]:
-    """Two hosts with a link between them: 10.77.0.1 and 10.77.0.2, interface eth0 at each."""
-    names = [f"moebius-{os.getpid()}-{number}" for number in range(2)]
-    try:
-        for name in names:
-            run("ip", "netns", "add", name)
-            run("ip", "-n", name, "link", "set", "lo", "up")
-        run(
-            *("ip", "link", "add", "eth0", "netns", names[0]),
-            *("type", "veth", "peer", "name", "eth0", "netns", names[1]),
-        )
-        for number, name in enumerate(names):
-            run("ip", "-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
-            run("ip", "-n", name, "link", "set", "eth0", "up")
-        first, second = (Where(("ip", "netns", "exec", name)) for name in names)
-        yield first, second
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+def at_a_switch(count: int) -> Iterator[Switched]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with switched(count) as made:
+        yield made
 
 
 @pytest.mark.hosts
-@pytest.mark.usefixtures("hosts_of_their_own")
-@pytest.mark.timeout(1200)
-def test_hosts_of_their_own(key: Path) -> None:
-    """The bundled model on three ranks: two on the front's host, one on the other."""
-    directory = resolve_model("bundled")
-    asked = bodies("bundled", count=4, max_tokens=30)
-    expected = of_one_process(directory, "bundled", asked)
-    options = ("--ranks", "3", "--cluster-interface", "eth0", "--rdzv-timeout", "120", *SIZES)
+def test_three_hosts_go_on_without_one(tiny_model: Path, key: Path, load: Load) -> None:
+    """Ranks have two, one and one of four experts, and two more each: any two have all."""
+    options = ("--ranks", "3", "--spare-experts", "2")
     with (
-        namespaces() as wheres,
-        hosts(wheres, "bundled", "10.77.0.1:29500", key, *options) as ((front, node), url),
+        at_a_switch(3) as network,
+        together(network, str(tiny_model), key, *options) as trio,
     ):
-        here = wheres[0]
-        assert Asking(here, url, asked).answers(300) == expected
+        assert trio.ask(load.asked).answers() == load.expected
+        for lost in (1, 2):
+            stay = others(trio, lost)
+            asking = load.begin(trio)
+            trio.nodes[lost].kill_host()
+            assert asking.answers() == load.expected
+            assert trio.ask(load.asked).answers() == load.expected
+            assert trio.computing() == [number != lost for number in range(3)]
+            trio.start_again(lost)
+            trio.wait_for_all()
+            assert others(trio, lost) == stay
+            assert trio.ask(load.asked).answers() == load.expected
 
-        # The link is cut under load: each side gives the other up, and they meet again.
-        asking = Asking(here, url, asked)
-        asking.wait_for_tokens()
-        run(*wheres[1].prefix, "ip", "link", "set", "eth0", "down")
-        front.wait_for("rank 2 on node 1 .* its host is lost", seconds=15)
+        # The others wait for a front that is started again.
+        trio.front.kill_host()
+        trio.start_again(0)
+        assert trio.ask(load.asked).answers() == load.expected
+
+
+@pytest.mark.hosts
+def test_two_ranks_of_one_host_go_on_without_those_of_the_other(
+    tiny_model: Path, key: Path, load: Load
+) -> None:
+    """A rank's spare expert is one of the other host's."""
+    options = ("--ranks", "4", "--spare-experts", "1")
+    with (
+        at_a_switch(2) as network,
+        together(network, str(tiny_model), key, *options) as group,
+    ):
+        stay = group.front.children
+        asking = load.begin(group)
+        group.nodes[1].kill_host()
+        assert asking.answers() == load.expected
+        assert group.computing() == [True, True, False, False]
+        group.start_again(1)
+        group.wait_for_all()
+        assert group.ask(load.asked).answers() == load.expected
+        assert group.front.children == stay
+
+
+@pytest.mark.hosts
+def test_four_hosts_outlive_what_happens_to_them(tiny_model: Path, key: Path, load: Load) -> None:
+    with (
+        at_a_switch(4) as network,
+        together(network, str(tiny_model), key, "--ranks", "4") as group,
+    ):
+        front, _, third, fourth = group.nodes
+        stay = others(group, 3)
+        asking = load.begin(group)
+        os.kill(fourth.children[0], signal.SIGSTOP)
+        assert asking.answers() == load.expected
+        assert others(group, 3) == stay
+
+        # A command that is as silent as if its host had stopped; it goes on, and comes back.
+        group.wait_for_all()
+        stay = others(group, 2)
+        asking = load.begin(group)
+        os.kill(third.process.pid, signal.SIGSTOP)
+        front.wait_for(LOST.format(2), seconds=15)
+        os.kill(third.process.pid, signal.SIGCONT)
+        assert asking.answers() == load.expected
+        assert others(group, 2) == stay
+
+        group.wait_for_all()
+        stay = others(group, 1)
+        asking = load.begin(group)
+        network.unplug(1)
+        front.wait_for(LOST.format(1), seconds=15)
+        network.plug_in(1)
+        assert asking.answers() == load.expected
+        assert others(group, 1) == stay
+
+        # A link that is away for a moment, as long as TCP sends again in time: nobody is lost.
+        group.wait_for_all()
+        stay = [pid for each in group.nodes for pid in each.children]
+        asking = load.begin(group)
+        network.cut(2)
+        time.sleep(cluster.SILENCE_SECONDS / 4)
+        network.mend(2)
+        assert asking.answers() == load.expected
+        assert [pid for each in group.nodes for pid in each.children] == stay
+
+        # The front's own rank, and two hosts at once.
+        group.wait_for_all()
+        (stays,) = group.nodes[2].children
+        asking = load.begin(group)
+        os.kill(front.children[0], signal.SIGKILL)
+        for lost in (1, 3):
+            group.nodes[lost].kill_host()
+            group.start_again(lost)
+        assert asking.answers() == load.expected
+        group.wait_for_all()
+        assert group.nodes[2].children == [stays]
+
+
+@pytest.mark.hosts
+def test_experts_move_between_hosts(tiny_model: Path, key: Path, load: Load) -> None:
+    """Three ranks, two of them on the front's host, until what it has measured moves experts."""
+    options = ("--ranks", "3", "--expert-placement", "balanced", "--spare-experts", "1")
+    with (
+        at_a_switch(2) as network,
+        together(network, str(tiny_model), key, *options) as group,
+    ):
+        for _ in range(60):
+            assert group.ask(load.asked).answers() == load.expected
+            if group.group()["moves"]:
+                break
+        assert group.group()["moves"]
+        assert group.ask(load.asked).answers() == load.expected
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(1200)
+def test_two_ranks_of_the_bundled_model_here_and_one_there(key: Path) -> None:
+    load = Load(resolve_model("bundled"), "bundled", count=4, max_tokens=30)
+    options = ("--ranks", "3", "--cluster-interface", INTERFACE, "--rdzv-timeout", "120")
+    with at_a_switch(2) as network, together(network, "bundled", key, *options) as group:
+        front, node = group.nodes
+        stay = front.children
+        assert group.ask(load.asked).answers(300) == load.expected
+        asking = load.begin(group)
+        network.unplug(1)
+        front.wait_for(LOST.format(1), seconds=15)
         node.wait_for("the front is lost", seconds=15)
         wait_until(lambda: not node.children)
-        run(*wheres[1].prefix, "ip", "link", "set", "eth0", "up")
-        assert asking.answers(300) == expected
-        ranks_here = front.children
+        network.plug_in(1)
+        assert asking.answers(300) == load.expected
 
-        # The host is gone from one moment to the next, and comes back.
-        asking = Asking(here, url, asked)
-        asking.wait_for_tokens()
+        asking = load.begin(group)
         node.kill_host()
-        front.wait_for("rank 2 on node 1 .* its host is lost", times=2, seconds=15)
-        node = again(node)
-        try:
-            assert asking.answers(300) == expected
-            assert front.children == ranks_here, "no other rank was restarted"
-            left = [*front.children, *node.children]
-            assert front.end(60) == 0
-            assert node.process.wait(10) == 0
-            assert not any(Path(f"/proc/{pid}").exists() for pid in left)
-        finally:
-            node.close()
-
-
-def delay(where: Where) -> bool:
-    """Have what a host sends take 20 ms; False where the kernel cannot."""
-    command = ("tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", "20ms")
-    return subprocess.run([*where.prefix, *command], capture_output=True).returncode == 0
+        front.wait_for(LOST.format(1), times=2, seconds=15)
+        group.start_again(1)
+        assert asking.answers(300) == load.expected
+        assert front.children == stay
+        left = [*front.children, *group.nodes[1].children]
+        assert front.end(60) == 0
+        assert group.nodes[1].process.wait(10) == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in left)
 
 
 @pytest.mark.hosts
-@pytest.mark.usefixtures("hosts_of_their_own")
-@pytest.mark.timeout(1200)
-def test_a_slow_link(key: Path) -> None:
-    asked = bodies("bundled", count=3, max_tokens=5)
-    with namespaces() as wheres:
-        if not all(delay(where) for where in wheres):
-            pytest.skip("this kernel cannot delay packets (netem)")
-        expected = of_one_process(resolve_model("bundled"), "bundled", asked)
-        with hosts(wheres, "bundled", "10.77.0.1:29500", key, "--ranks", "2", *SIZES) as (_, url):
-            assert Asking(wheres[0], url, asked).answers(300) == expected
+def test_a_slow_link(tiny_model: Path, key: Path) -> None:
+    """20 ms each way."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    load = Load(tiny_model, str(tiny_model), count=3, max_tokens=15)
+    with (
+        far_apart(0.02) as network,
+        together(network, str(tiny_model), key, "--ranks", "2") as slow,
+    ):
+        assert slow.ask(load.asked).answers() == load.expected
+        asking = load.begin(slow)
+        os.kill(slow.nodes[1].children[0], signal.SIGKILL)
+        assert asking.answers() == load.expected

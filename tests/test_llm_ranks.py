@@ -102,7 +102,7 @@ def tell():
     print(*(process.pid for process in llm.processes), flush=True)
 threading.Thread(target=tell).start()
 try:
-    llm.generate([[1, 2]] * 3000, SamplingParams(max_tokens=400, ignore_eos=True, n=8))
+    llm.generate([[1, 2]] * 200, SamplingParams(max_tokens=400, ignore_eos=True, n=8))
 except KeyboardInterrupt:
     print(len(llm.generate([1, 2], SamplingParams(max_tokens=9, ignore_eos=True))), flush=True)
 """

@@ -96,19 +96,22 @@ def test_no_front_at_the_address(refused: Refused, port: int) -> None:
     assert f"127.0.0.1:{port}" in line
 
 
-def refuse_all(listener: Listener) -> None:
-    with pytest.raises(DeadlineError):
-        listener.accept(8)
+def refuse_all(listener: Listener, done: threading.Event) -> None:
+    while not done.is_set():
+        with pytest.raises(DeadlineError):
+            listener.accept(0.1)
 
 
 def test_a_front_with_another_key(refused: Refused) -> None:
     listener = Listener.tcp("127.0.0.1", 0, ClusterKey.draw())
-    thread = threading.Thread(target=refuse_all, args=(listener,))
+    done = threading.Event()
+    thread = threading.Thread(target=refuse_all, args=(listener, done))
     thread.start()
     assert not isinstance(listener.address, Path)
     two = ("--nnodes", "2", "--ranks", "2", "--rdzv-endpoint", f"127.0.0.1:{listener.address[1]}")
     line = refused(*two, "--node-rank", "1", "--rdzv-timeout", "15")
     assert f"node 1 ({socket.gethostname()}): " in line and "another cluster key" in line
+    done.set()
     thread.join()
     listener.close()
 

@@ -132,7 +132,9 @@ def test_who_is_not_alike_ends_both_with_one_line() -> None:
     assert isinstance(error, ConfigError) and str(error) == str(found.value)
 
 
-def test_a_number_that_is_taken_is_refused() -> None:
+def test_a_number_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is known that the other host is still there."""
+    monkeypatch.setattr(cluster, "SILENCE_SECONDS", 1.0)
     with front() as (made, address):
         first = Running(address)
         made.assemble()
@@ -241,6 +243,21 @@ def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(EngineError, match=r"node 1 has not come back within 0\.3 s"):
             made.start(1, rank=1)
         channel.close()
+
+
+def test_a_host_may_come_back_before_its_loss_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its link was cut for as long as it takes one side to notice: not a stranger."""
+    monkeypatch.setattr(cluster, "SILENCE_SECONDS", 1.0)
+    with front() as (made, address):
+        before = connect(address, 10, KEY)
+        before.send(cluster.encode_hello(OTHER), 10)
+        until(lambda: 1 in made._hosts)
+        first = made._hosts[1]
+        again = Running(address)
+        until(lambda: made._hosts.get(1, first) is not first)
+        assert made._hosts[1].hello == OTHER
+    assert again.ended() is None
+    before.close()
 
 
 def test_a_process_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

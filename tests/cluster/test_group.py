@@ -17,7 +17,7 @@ from moebius.cluster.group import RankClient, RankGroup
 from moebius.engine import wire
 from moebius.engine.client import EngineInfo, EngineStats
 from moebius.engine.config import EngineConfig
-from moebius.errors import MoebiusError, PeerError
+from moebius.errors import EngineError, MoebiusError, PeerError
 from moebius.parallel import shared_memory as segments
 
 INFO = EngineInfo(LIMITS, frozenset(), block_size=4, num_blocks=9, fingerprint="fp")
@@ -189,6 +189,28 @@ def test_ranks_that_have_parted_join_again(made: Group) -> None:
     assert len(made.ranks[0].joins) == 2, "once, though both have said it"
     made.join(0, 1, epoch=2)
     assert made.ready()
+
+
+def test_a_host_has_its_time_to_come_back_while_the_others_serve(
+    made: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "_AWAY_SECONDS", 0.01)
+    tries = iter([EngineError("not yet"), EngineError("not yet"), None])
+    found: Any = Rank()
+
+    def start(rank: int) -> Any:
+        error = next(tries)
+        if error is not None:
+            raise error
+        return found
+
+    monkeypatch.setattr(made.group._hosts, "start", start)
+    with pytest.raises(EngineError, match="not yet"):
+        made.group.process(1)
+    made.load(0)
+    made.load(1)
+    made.join(0, 1, epoch=1)
+    assert made.group.process(1) is found
 
 
 def test_a_rank_that_does_not_come_is_ended(made: Group, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ import torch
 from msgspec import structs
 
 from moebius.cluster.cluster import local_ranks
-from moebius.cluster.hosts import ConnectedPlace, ManyHosts, OneHost
+from moebius.cluster.hosts import ConnectedPlace, ManyHosts, OneHost, even_nodes
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.config import EngineConfig
+from moebius.engine.place import Place
 from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.topology import Binding
 
 CONFIG = EngineConfig(ranks=5, threads=4, trace="here", kv_cache_memory_bytes=1000)
 FRONT = HostHello(
@@ -84,6 +86,22 @@ def test_a_rank_is_launched_as_its_host_wants() -> None:
     assert known.started == [(1, 3)]
     known.hellos[1] = structs.replace(OTHER, directory="/moved/a")  # it has come back
     assert hosts.launch(MESSAGE, 3, loaded=[]).directory == "/moved/a"
+
+
+def test_nodes_count_where_they_have_equally_many_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert [even_nodes(of) for of in ("aabb", "aab", "abab", "abc", "aa", "")] == [2, 1, 1, 3, 1, 1]
+    known: Any = Known()
+    for ranks, nodes in ((4, 2), (5, 1)):
+        front = structs.replace(FRONT, config=replace(CONFIG, ranks=ranks))
+        assert ManyHosts(known, [front, OTHER], exact_isa=False).nodes == nodes
+
+    def of_two_sockets(rank: int, ranks: int, threads: int | None) -> Place:
+        return Place(1, 4, Binding(1, (rank,), (rank // 2,)))
+
+    monkeypatch.setattr("moebius.cluster.hosts.place", of_two_sockets)
+    assert [OneHost(ranks, 1).nodes for ranks in (4, 3, 2)] == [2, 1, 1]
 
 
 def test_ranks_of_one_host_are_launched_as_asked() -> None:

@@ -12,7 +12,7 @@ import pytest
 from moebius.cluster.places import Balancer, Journey, Places
 from moebius.engine import wire
 from moebius.engine.client import ExpertLoads, LayerLoad
-from moebius.moe.placement import LayerPlacement, Placement
+from moebius.moe.placement import ALIKE, LayerPlacement, Nodes, Placement
 
 
 def loads(*pairs: list[int]) -> ExpertLoads:
@@ -29,13 +29,23 @@ def loads(*pairs: list[int]) -> ExpertLoads:
 class Group:
     """Ranks that do at once what they are told, unless they refuse."""
 
-    def __init__(self, layers: int = 2, spare: int = 0) -> None:
-        self.places = Places(Placement.linear(dict.fromkeys(range(layers), 4), 2, spare))
+    def __init__(
+        self,
+        layers: int = 2,
+        spare: int = 0,
+        experts: int = 4,
+        ranks: int = 2,
+        nodes: Nodes = ALIKE,
+    ) -> None:
+        linear = Placement.linear(dict.fromkeys(range(layers), experts), ranks, spare)
+        self.places = Places(linear)
         self.measured: ExpertLoads | None = None
         self.told: list[wire.Move] = []
         self.refuse = False
         self.formed = True
-        self.balancer = Balancer(lambda: self.measured, self.places, self.move, spare=spare)
+        self.balancer = Balancer(
+            lambda: self.measured, self.places, self.move, spare=spare, nodes=nodes
+        )
 
     def move(self, layers: Mapping[int, LayerPlacement]) -> Journey | None:
         if not self.formed:
@@ -44,7 +54,7 @@ class Group:
         self.told.append(told)
         if self.refuse:
             assert self.places.unmoved(told.number) is not None
-        for rank in range(2):
+        for rank in range(self.places.first.ranks):
             self.places.moved(told.number, rank)
         return journey
 
@@ -75,6 +85,22 @@ def test_a_rank_keeps_what_it_can() -> None:
     before = group.places.first.layers[0].held
     after = group.places.now.layers[0].held
     assert [len({*a} & {*b}) for a, b in zip(before, after, strict=True)] == [1, 1]
+
+
+def test_groups_of_experts_stay_on_a_node() -> None:
+    """By hand: groups of two experts weigh 1,000, 200, 400 and 1,100. On two nodes of two ranks the
+    lightest goes with the heaviest; where all ranks are alike, groups are torn apart."""
+    measured = loads([900, 100, 100, 100, 200, 200, 200, 900])
+    halves = {}
+    for count in (1, 2):
+        group = Group(layers=1, experts=8, ranks=4, nodes=Nodes(count, {0: 4}))
+        group.measured = measured
+        assert group.balancer.look() == 1
+        held = group.places.now.layers[0].held
+        halves[count] = [{*held[0], *held[1]}, {*held[2], *held[3]}]
+        assert [0 in each or 7 in each for each in held].count(True) == 2
+    assert halves[2] == [{2, 3, 6, 7}, {0, 1, 4, 5}]
+    assert any(len(halves[1][0] & {e, e + 1}) == 1 for e in (0, 2, 4, 6))
 
 
 def test_spares_go_to_the_busiest() -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import ExpertShare, prepare
-from moebius.engine.placing import start_placement
+from moebius.engine.placing import near_nodes, start_placement
 from moebius.errors import ConfigError
 from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document
 from moebius.inspect.run import write_report
 from moebius.moe.placement import Placement
+from oracle import FAMILY, TINY
 
 
 def test_by_order_with_spares_unless_a_file_says_more(tiny_model: Path) -> None:
@@ -35,6 +36,24 @@ def test_by_the_loads_of_a_file(tiny_model: Path, tmp_path: Path, name: str) -> 
     held = start_placement(tiny_model, config).held
     assert [set(each) for each in held[0]] == [{0, 3}, {1, 2}]
     assert [len(each) for each in held[1]] == [2, 2]
+
+
+def test_groups_of_experts_go_to_nodes(tmp_path: Path) -> None:
+    """The published example of DeepSeek's load balancer, but for replicas: groups weigh 262, 330,
+    116 and 325; one node gets 330 and 116, the other 325 and 262."""
+    model = {**TINY, **FAMILY["dots1"], "n_routed_experts": 12, "n_group": 4, "topk_group": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dots1", **model}))
+    nodes = near_nodes(tmp_path, 2)
+    assert nodes.count == 2 and set(nodes.groups.values()) == {4}
+    (layer, *_) = nodes.groups
+    file = tmp_path / "loads.json"
+    pairs = [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]
+    rows = [{"layer": each, "pairs": pairs} for each in nodes.groups]
+    file.write_text(json.dumps({"layers": rows}))
+    config = EngineConfig(ranks=4, expert_placement=str(file))
+    held = start_placement(tmp_path, config, nodes).held[layer]
+    halves = [{*held[0], *held[1]}, {*held[2], *held[3]}]
+    assert {*range(3, 9)} in halves and {0, 1, 2, 9, 10, 11} in halves
 
 
 def test_what_inspect_writes_is_such_a_file(tiny_model: Path, tmp_path: Path) -> None:

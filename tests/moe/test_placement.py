@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from moebius.errors import ConfigError
-from moebius.moe.placement import LayerPlacement, Placement, place, rank_loads, replicate
+from moebius.moe.placement import (
+    LayerPlacement,
+    Nodes,
+    Placement,
+    place,
+    rank_loads,
+    replicate,
+)
 
 LOADS = [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]
 
@@ -233,3 +240,88 @@ def test_shares_go_where_most_of_them_is() -> None:
     after = LayerPlacement(9, ((3, 4, 5), (2, 6, 8), (0, 1, 7)))
     assert after.near(before).held == ((0, 1, 7), (3, 4, 5), (2, 6, 8))
     assert before.near(before) == before
+
+
+def crossing(placed: LayerPlacement, chosen: list[list[int]]) -> tuple[int, int]:
+    """Of tokens at every rank that choose these experts: how many leave their home's node, one of
+    two, and in how many rows, one for each rank that gets any."""
+    size = len(placed.held) // 2
+    tokens = 0
+    rows = 0
+    for home in range(len(placed.held)):
+        owners = placed.owners(home).tolist()
+        for row, experts in enumerate(chosen):
+            ranks = {owners[row % len(owners)][e] for e in experts}
+            away = [rank for rank in ranks if rank // size != home // size]
+            tokens += bool(away)
+            rows += len(away)
+    return tokens, rows
+
+
+def test_groups_stay_on_a_node_and_less_crosses() -> None:
+    """16 experts in 4 groups on 2 nodes of 2 ranks; a token's experts are of one group. Where that
+    is at one node, a token leaves two of its four homes, and no other one."""
+    draw = random.Random(4)
+    groups = [[*range(g * 4, g * 4 + 4)] for g in range(4)]
+    chosen = [sorted(draw.sample(draw.choice(groups), 2)) for _ in range(400)]
+    pairs: list[float] = [sum(e in each for each in chosen) * (1 + e % 3) for e in range(16)]
+    by_group = Placement.balanced({5: pairs}, 4, nodes=Nodes(2, {5: 4})).layers[5]
+    at = {e: rank // 2 for rank, experts in enumerate(by_group.held) for e in experts}
+    assert all(len({at[e] for e in group}) == 1 for group in groups)
+    tokens, rows = crossing(by_group, chosen)
+    flat_tokens, flat_rows = crossing(Placement.balanced({5: pairs}, 4).layers[5], chosen)
+    assert tokens == 2 * 400 < flat_tokens and rows < flat_rows
+
+
+def test_what_moves_keeps_groups_on_nodes_and_most_experts_where_they_are() -> None:
+    """By hand: nodes of experts 0 to 3 and 4 to 7 change places and no rank's share is whole; then
+    node by node, rank by rank, what has most in common stays."""
+    before = LayerPlacement(8, ((0, 1), (2, 3), (4, 5), (6, 7)))
+    after = LayerPlacement(8, ((7, 4), (5, 6), (3, 0), (1, 2)))
+    assert after.near(before, nodes=2).held == ((3, 0), (1, 2), (7, 4), (5, 6))
+    draw = random.Random(5)
+    now = Placement.linear({0: 16}, 4)
+    for spare in (0, 2, 0, 2):
+        loads = {0: [draw.random() ** 3 for _ in range(16)]}
+        now = now.rebalanced(loads, spare=spare, nodes=Nodes(2, {0: 4}))
+        held = now.layers[0].held
+        for group in range(4):
+            experts = range(4 * group, 4 * group + 4)
+            assert len({r // 2 for r, each in enumerate(held) for e in each if e in experts}) == 1
+    assert now.rebalanced(loads, spare=2, nodes=Nodes(2, {0: 4})) == now
+
+
+def test_replicas_that_do_not_fit_on_a_node_go_anywhere() -> None:
+    """One rank a node: a replica that stayed on its expert's node would be at the same rank."""
+    for spare in (1, 4):
+        alone = Placement.balanced({0: [9.0] + [1.0] * 7}, 2, spare=spare, nodes=Nodes(2, {0: 4}))
+        assert all(len({*each}) == len(each) for each in alone.layers[0].held)
+
+
+def test_two_of_each_survive_the_loss_of_any_node() -> None:
+    draw = random.Random(6)
+    for nodes, ranks, count, more in ((2, 4, 8, 0), (2, 6, 7, 1), (3, 6, 12, 2), (4, 4, 4, 1)):
+        near = Nodes(nodes, {0: 2})
+        spare = -(-count // ranks) + more
+        now = Placement.linear({0: count}, ranks, spare, near)
+        for _ in range(10):
+            for lost in range(nodes):
+                size = ranks // nodes
+                left = [rank for rank in range(ranks) if rank // size != lost]
+                assert now.among(left).experts == {0: count}, (nodes, ranks, count)
+            loads = {0: [draw.random() ** 4 for _ in range(count)]}
+            now = now.rebalanced(loads, spare=spare, nodes=near)
+            assert all(len({*each}) == len(each) for each in now.layers[0].held)
+            assert max(map(len, now.layers[0].held)) <= -(-count // ranks) + spare
+
+
+def test_spares_in_order_are_the_next_nodes() -> None:
+    near = Nodes(2)
+    assert Placement.linear({0: 8}, 4, 2, near).held[0] == (
+        (0, 1, 4, 5),
+        (2, 3, 6, 7),
+        (4, 5, 0, 1),
+        (6, 7, 2, 3),
+    )
+    assert Placement.linear({0: 8}, 4, 1, near).held[0][3] == (6, 7, 2)
+    assert Placement.linear({0: 8}, 4, 9, near) != Placement.linear({0: 8}, 4, 9)

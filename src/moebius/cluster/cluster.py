@@ -287,6 +287,7 @@ class Cluster:
     def _take_host(self, hello: cluster.HostHello, channel: Channel) -> None:
         check_alike(self._own, hello)
         with self._changed:
+            self._wait_for_loss(hello.node, channel)
             if self._closed:
                 raise ChannelError("a host came when the front was closing")
             other = self._hosts.get(hello.node)
@@ -301,6 +302,14 @@ class Cluster:
             self._changed.notify_all()
         say(log.info, "%s has come", host.name)
 
+    def _wait_for_loss(self, node: int, channel: Channel) -> None:
+        """Where a host is there with this number, it may be the same one before its link was cut,
+        or before it was killed: that is noticed soon. Who has come meanwhile hears of us."""
+        patience = time.monotonic() + cluster.SILENCE_SECONDS + cluster.BEAT_SECONDS
+        while node in self._hosts and not self._closed and time.monotonic() < patience:
+            channel.post(cluster.encode(cluster.Beat()))
+            self._changed.wait(cluster.BEAT_SECONDS)
+
     def _refuse(self, channel: Channel, error: ConfigError) -> None:
         log.error("a host was refused: %s", error)
         with suppress(MoebiusError):
@@ -314,6 +323,7 @@ class Cluster:
         with self._changed:
             if self._hosts.get(host.hello.node) is host:
                 del self._hosts[host.hello.node]
+                self._changed.notify_all()
         if not self._closed:
             say(log.error, "%s is lost", host.name)
 

@@ -80,7 +80,7 @@ class EngineProcesses:
         def start(number: int, lost: Lost) -> EngineClient:
             early = self._early.pop(number, None)
             hears = planned if early is not None and number == 0 else lambda plan: None
-            process = early or (EngineProcess() if hosts is None else hosts.start(number))
+            process = early or (EngineProcess() if group is None else group.process(number))
             self._processes[number] = process
             if self._closed:
                 process.kill()

@@ -32,10 +32,10 @@ from moebius.engine.client import (
     RankTraffic,
 )
 from moebius.engine.faults import say
-from moebius.engine.placing import start_placement
+from moebius.engine.placing import near_nodes, start_placement
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import WatchedProcess
-from moebius.errors import ConfigError, MoebiusError, UsageError
+from moebius.errors import ConfigError, EngineError, MoebiusError, UsageError
 from moebius.front.fleet import Lost
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 30.0
 _PAUSE_SECONDS = 0.2
+_AWAY_SECONDS = 1.0
 
 
 class RankGroup:
@@ -71,17 +72,31 @@ class RankGroup:
         self._given = 0
         self._closing = False
         config = message.config
-        self.places = Places(start_placement(Path(message.directory), config))
+        directory = Path(message.directory)
+        nodes = near_nodes(directory, self._hosts.nodes)
+        self.places = Places(start_placement(directory, config, nodes))
         self._balancer: Balancer | None = None
         if config.expert_placement == "balanced":
             self._balancer = Balancer(
-                self._measured, self.places, self._move, spare=config.spare_experts
+                self._measured, self.places, self._move, spare=config.spare_experts, nodes=nodes
             )
             self._balancer.start()
 
     @property
     def size(self) -> int:
         return len(self._clients)
+
+    def process(self, rank: int) -> WatchedProcess:
+        """A process for a rank. Its host may have to come back first, and takes its time where the
+        others serve without it. EngineError where none can be had."""
+        while True:
+            try:
+                return self._hosts.start(rank)
+            except EngineError as error:
+                if self._closing or not self.formed:
+                    raise
+                say(log.warning, "rank %d is waited for: %s", rank, error)
+                time.sleep(_AWAY_SECONDS)
 
     def launch(
         self,

@@ -2,8 +2,9 @@
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import msgspec
 
@@ -85,6 +86,12 @@ class ConnectedPlace(EpochPlace):
 class Hosts(ABC):
     """Where each rank of a group is."""
 
+    @property
+    def nodes(self) -> int:
+        """How many hosts, or nodes of memory, have equally many ranks each, numbered node by node;
+        1 where they have not, and where there is no more than one."""
+        return 1
+
     @abstractmethod
     def name(self, rank: int) -> str:
         """A rank and its host, for a person."""
@@ -114,7 +121,14 @@ class OneHost(Hosts):
                 "install again with a C++ compiler at hand, or use --ranks 1"
             )
         self._size = size
-        self._at_once = place(0, size, threads).at_once
+        places = [place(rank, size, threads) for rank in range(size)]
+        self._at_once = places[0].at_once
+        memory = [None if each.binding is None else each.binding.memory_nodes for each in places]
+        self._nodes = even_nodes(memory)
+
+    @property
+    def nodes(self) -> int:
+        return self._nodes
 
     def name(self, rank: int) -> str:
         return f"rank {rank}"
@@ -158,6 +172,10 @@ class ManyHosts(Hosts):
         ]
 
     @property
+    def nodes(self) -> int:
+        return even_nodes(self._node_of)
+
+    @property
     def text(self) -> str:
         """Who is there, for a person."""
         names = ", ".join(f"node {host.node} is {host.name}" for host in self._hosts)
@@ -199,3 +217,10 @@ class ManyHosts(Hosts):
 
     def _host(self, rank: int) -> HostHello:
         return self._cluster.hello(self._node_of[rank])
+
+
+def even_nodes(node_of: Sequence[Hashable]) -> int:
+    """Of the node of each rank: how many nodes there are, where each has equally many ranks, one
+    behind the other; else 1."""
+    counts = [len(list(ranks)) for _, ranks in groupby(node_of)]
+    return len(counts) if len(set(counts)) == 1 and len(counts) == len(set(node_of)) else 1

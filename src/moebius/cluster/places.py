@@ -9,7 +9,7 @@ from moebius.engine import wire
 from moebius.engine.client import ExpertLoads
 from moebius.engine.faults import say
 from moebius.errors import ConfigError, frames
-from moebius.moe.placement import LayerPlacement, Placement
+from moebius.moe.placement import ALIKE, LayerPlacement, Nodes, Placement
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class Balancer:
     loads   of all ranks together, or None where they don't all compute
     places  what the ranks hold
     move    has all ranks hold some layers otherwise; None where they cannot now
+    nodes   which ranks are near to each other
     """
 
     def __init__(
@@ -116,12 +117,14 @@ class Balancer:
         move: Move,
         *,
         spare: int,
+        nodes: Nodes = ALIKE,
         seconds: float = LOOK_SECONDS,
     ) -> None:
         self._loads = loads
         self._places = places
         self._move = move
         self._spare = spare
+        self._nodes = nodes
         self._seconds = seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="balance", daemon=True)
@@ -163,16 +166,12 @@ class Balancer:
         }
         if not enough:
             return {}
-        best = Placement.balanced(enough, now.ranks, spare=self._spare)
+        best = now.rebalanced(enough, spare=self._spare, nodes=self._nodes)
         found = now.imbalance(enough)
         possible = best.imbalance(enough)
         gains = {layer: found[layer] - possible[layer] for layer in enough}
         worst_first = sorted(gains, key=lambda layer: -gains[layer])
-        return {
-            layer: best.layers[layer].near(now.layers[layer])
-            for layer in worst_first
-            if gains[layer] >= MARGIN
-        }
+        return {layer: best.layers[layer] for layer in worst_first if gains[layer] >= MARGIN}
 
     def _moved(self, layer: int, placement: LayerPlacement) -> bool:
         """Whether a layer's experts have moved; without traffic that lasts until there is some."""

@@ -12,13 +12,18 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import read_json
 from moebius.models.family import model_config
-from moebius.moe.placement import Placement
+from moebius.moe.placement import ALIKE, Nodes, Placement
 
 # The name of a layer's pairs in `moebius inspect`, and in /v1/moe/stats.
 _PAIRS = ("counts", "pairs")
 
 
-def start_placement(directory: Path, config: EngineConfig) -> Placement:
+def near_nodes(directory: Path, count: int) -> Nodes:
+    """`count` nodes, and the groups of experts of the model in `directory`."""
+    return Nodes(count, model_config(read_json(directory / "config.json")).expert_groups)
+
+
+def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE) -> Placement:
     """What the ranks of the model in `directory` hold until something better is known.
 
     Raises ConfigError for a model without experts, or with fewer of them than ranks, and for a file
@@ -31,7 +36,7 @@ def start_placement(directory: Path, config: EngineConfig) -> Placement:
         )
     spare = config.spare_experts
     if config.expert_placement in ("linear", "balanced"):
-        return Placement.linear(model.experts, config.ranks, spare)
+        return Placement.linear(model.experts, config.ranks, spare, nodes)
     path = Path(config.expert_placement)
     if not path.is_file():
         raise ConfigError(
@@ -39,7 +44,7 @@ def start_placement(directory: Path, config: EngineConfig) -> Placement:
             "balanced, or a file with loads"
         )
     loads = read_loads(path, model.experts)
-    return Placement.balanced(loads, config.ranks, spare=spare)
+    return Placement.balanced(loads, config.ranks, spare=spare, nodes=nodes)
 
 
 def read_loads(path: Path, experts: Mapping[int, int]) -> dict[int, list[int]]:

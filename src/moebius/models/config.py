@@ -121,6 +121,16 @@ class ModelConfig:
             if part is not None and part.router is not None
         }
 
+    @property
+    def expert_groups(self) -> dict[int, int]:
+        """In how many groups a layer's router has its experts, by the layer's number."""
+        parts = enumerate(layer.feed_forward for layer in self.layers)
+        return {
+            number: part.router.num_groups
+            for number, part in parts
+            if part is not None and part.router is not None
+        }
+
     def caches(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """What each layer keeps of the past, in a model of `dtype`; an empty one keeps nothing."""
         mixers = (layer.mixer for layer in self.layers)

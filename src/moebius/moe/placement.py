@@ -10,7 +10,7 @@ Shapes: E experts, C rows of an owners table.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -21,6 +21,24 @@ from moebius.errors import ConfigError
 # Rows of an owners table at most: where replicas' numbers have a larger common multiple, they split
 # tokens evenly but for one in so many.
 MOST_OWNERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """What lies nearer to each other than to the rest: ranks of one host, experts of one group.
+
+    count    hosts, or nodes of memory, that have equally many ranks each, which are numbered node
+             by node; 1 where all ranks are as near to each other
+    groups   in how many groups a layer's router has its experts, by the layer's number; 1 for those
+             that are left out
+    """
+
+    count: int = 1
+    groups: Mapping[int, int] = field(default_factory=dict)
+
+
+ALIKE = Nodes()
+"""All ranks are as near to each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +80,25 @@ class LayerPlacement:
         where they don't hold every expert."""
         return type(self)(self.num_experts, tuple(self.held[rank] for rank in members))
 
-    def near(self, other: Self) -> Self:
+    def near(self, other: Self, nodes: int = 1) -> Self:
         """The same shares, each at the rank that needs the fewest new experts for it.
 
-        Greedily, by how much of `other` stays where it is; ties to the lowest rank.
+        Greedily, by how much of `other` stays where it is; ties to the lowest rank. The shares of
+        a node stay together: first each node gets those of one, then its ranks share them out.
         """
-        left = list(range(len(self.held)))
-        held: list[tuple[int, ...]] = [()] * len(left)
-        kept = {
-            (rank, share): len({*other.held[rank]} & {*self.held[share]})
-            for rank in left
-            for share in left
-        }
-        for rank, share in sorted(kept, key=lambda pair: (-kept[pair], pair)):
-            if share in left and not held[rank]:
-                held[rank] = self.held[share]
-                left.remove(share)
+        before = other._of_nodes(nodes)
+        after = self._of_nodes(nodes)
+        held: list[tuple[int, ...]] = []
+        whole = [[e for rank in node for e in rank] for node in (*before, *after)]
+        for node, found in enumerate(_matched(whole[:nodes], whole[nodes:])):
+            shares = after[found]
+            held += [shares[share] for share in _matched(before[node], shares)]
         return type(self)(self.num_experts, tuple(held))
+
+    def _of_nodes(self, nodes: int) -> list[tuple[tuple[int, ...], ...]]:
+        """What each node's ranks hold."""
+        size = len(self.held) // nodes
+        return [self.held[node * size : (node + 1) * size] for node in range(nodes)]
 
     def holders(self) -> list[list[int]]:
         """The ranks of each expert, a rank as often as it holds it."""
@@ -145,13 +165,17 @@ class Placement:
         return type(self)({layer: each.among(members) for layer, each in self.layers.items()})
 
     @classmethod
-    def linear(cls, experts: Mapping[int, int], ranks: int, spare: int = 0) -> Self:
+    def linear(
+        cls, experts: Mapping[int, int], ranks: int, spare: int = 0, nodes: Nodes = ALIKE
+    ) -> Self:
         """In order, as evenly as it goes: of 7 experts on 3 ranks, 3, 2 and 2.
 
-        experts: how many each layer has, by its number. spare: how many more a rank holds, those
-        of the ranks behind it. Raises ConfigError for more ranks than experts.
+        experts: how many each layer has, by its number. spare: how many more a rank holds, those of
+        the ranks behind it, which begin on the next node. Raises ConfigError for more ranks than
+        experts.
         """
-        return cls({layer: _linear(count, ranks, spare) for layer, count in experts.items()})
+        ahead = 1 if nodes.count == 1 else max(1, ranks // nodes.count)
+        return cls({layer: _linear(count, ranks, spare, ahead) for layer, count in experts.items()})
 
     @classmethod
     def balanced(
@@ -160,25 +184,46 @@ class Placement:
         ranks: int,
         *,
         spare: int = 0,
-        groups: int = 1,
-        nodes: int = 1,
+        nodes: Nodes = ALIKE,
     ) -> Self:
         """So that ranks have equal loads, with room for `spare` replicas a rank.
 
-        Where there is room for two of each expert, each has two, at different ranks: the others
-        have every expert when one rank is lost. What is left goes to the busiest.
+        Where there is room for two of each expert, each has two, at different ranks, and on
+        different nodes where there are several: the others have every expert when a rank is lost,
+        or a node. What is left goes to the busiest.
 
-        loads: what each expert of each layer gets of the tokens, in any unit. groups, nodes: see
-        `place`. Raises ConfigError as `linear`.
+        loads: what each expert of each layer gets of the tokens, in any unit. nodes: see `place`.
+        Raises ConfigError as `linear`.
         """
         layers = {}
         for layer, shares in loads.items():
             _check_ranks(ranks, len(shares))
-            slots = min(len(shares) + spare * ranks, len(shares) * ranks)
-            least = 1 + (ranks > 1 and slots >= 2 * len(shares))
-            held = place(shares, ranks, slots, groups=groups, nodes=nodes, least=least)
+            slots = _slots(len(shares), ranks, spare)
+            if _twice_by_nodes(len(shares), ranks, slots, nodes.count):
+                held = place_twice(shares, ranks, slots, nodes.count)
+            else:
+                groups = nodes.groups.get(layer, 1)
+                least = 1 + (ranks > 1 and slots >= 2 * len(shares))
+                held = place(shares, ranks, slots, groups=groups, nodes=nodes.count, least=least)
             layers[layer] = LayerPlacement(len(shares), tuple(map(tuple, held)))
         return cls(layers)
+
+    def rebalanced(
+        self, loads: Mapping[int, Sequence[float]], *, spare: int = 0, nodes: Nodes = ALIKE
+    ) -> Self:
+        """`balanced` for these layers' loads, with as few experts as it takes at other ranks than
+        here."""
+        best = type(self).balanced(loads, self.ranks, spare=spare, nodes=nodes)
+        layers = {}
+        for layer, placed in best.layers.items():
+            slots = _slots(placed.num_experts, self.ranks, spare)
+            sizes = (placed.num_experts, self.ranks, slots)
+            groups = nodes.groups.get(layer, 1)
+            by_nodes = _twice_by_nodes(*sizes, nodes.count) or _by_nodes(
+                *sizes, groups, nodes.count
+            )
+            layers[layer] = placed.near(self.layers[layer], nodes.count if by_nodes else 1)
+        return type(self)(layers)
 
     def imbalance(self, loads: Mapping[int, Sequence[float]]) -> dict[int, float]:
         """Tokens of the busiest rank over the mean, for each layer; 1 is even, and no load is."""
@@ -190,6 +235,21 @@ class Placement:
         return found
 
 
+def _matched(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> list[int]:
+    """For each place, which of `after` it gets: greedily, what has most in common with `before`;
+    ties to the lowest place."""
+    kept = {
+        (place, share): len({*before[place]} & {*after[share]})
+        for place in range(len(before))
+        for share in range(len(after))
+    }
+    found: dict[int, int] = {}
+    for place, share in sorted(kept, key=lambda pair: (-kept[pair], pair)):
+        if place not in found and share not in found.values():
+            found[place] = share
+    return [found[place] for place in range(len(before))]
+
+
 def _check_ranks(ranks: int, num_experts: int) -> None:
     if not 1 <= ranks <= num_experts:
         raise ConfigError(
@@ -198,14 +258,35 @@ def _check_ranks(ranks: int, num_experts: int) -> None:
         )
 
 
-def _linear(num_experts: int, ranks: int, spare: int) -> LayerPlacement:
+def _slots(num_experts: int, ranks: int, spare: int) -> int:
+    """Room for experts at all ranks; more than one of each a rank is of no use."""
+    return min(num_experts + spare * ranks, num_experts * ranks)
+
+
+def _by_nodes(num_experts: int, ranks: int, slots: int, groups: int, nodes: int) -> bool:
+    """Whether groups of experts can be packed onto nodes: they, ranks and slots divide evenly, and
+    a node's ranks are enough for as many replicas as it gets of its experts."""
+    even = num_experts % groups == 0 and not any(n % nodes for n in (groups, ranks, slots))
+    return even and slots * nodes <= num_experts * ranks
+
+
+def _twice_by_nodes(num_experts: int, ranks: int, slots: int, nodes: int) -> bool:
+    """Whether there is room for two of each expert, on two of several nodes."""
+    return slots >= 2 * num_experts and nodes > 1 and ranks % nodes == 0
+
+
+def _linear(num_experts: int, ranks: int, spare: int, ahead: int) -> LayerPlacement:
+    """ahead: how many ranks on those are whose experts a rank has spares of."""
     _check_ranks(ranks, num_experts)
-    first = 0
+    rooms = _rooms(num_experts, ranks)
+    firsts = [sum(rooms[:rank]) for rank in range(ranks)]
     held = []
-    for size in _rooms(num_experts, ranks):
-        more = min(size + spare, num_experts)
-        held.append(tuple(e % num_experts for e in range(first, first + more)))
-        first += size
+    for rank, (first, size) in enumerate(zip(firsts, rooms, strict=True)):
+        own = range(first, first + size)
+        behind = firsts[(rank + ahead) % ranks]
+        others = ((behind + e) % num_experts for e in range(num_experts))
+        spares = [e for e in others if e not in own][:spare]
+        held.append((*own, *spares))
     return LayerPlacement(num_experts, tuple(held))
 
 
@@ -289,8 +370,7 @@ def place(
     themselves. Ranks are numbered node by node.
     """
     slots = slots or len(loads)
-    whole = len(loads) % groups == 0 and not any(n % nodes for n in (groups, ranks, slots))
-    if not whole:
+    if not _by_nodes(len(loads), ranks, slots, groups, nodes):
         groups = nodes = 1
     size = len(loads) // groups
     group_loads = [sum(loads[g * size : (g + 1) * size]) for g in range(groups)]
@@ -301,6 +381,21 @@ def place(
         shares = [loads[members[e]] / experts.count(e) for e in experts]
         for rank in pack(shares, ranks // nodes, experts):
             placed.append([members[experts[slot]] for slot in rank])
+    return placed
+
+
+def place_twice(loads: Sequence[float], ranks: int, slots: int, nodes: int) -> list[list[int]]:
+    """The experts that each rank holds, balanced for `loads`, each on two nodes at least.
+
+    What is left of `slots` goes to the busiest, up to one of each a node. Copies are packed onto
+    nodes, and then each node's onto its ranks.
+    """
+    experts = replicate(loads, min(slots, nodes * len(loads)), nodes, least=2)
+    shares = [loads[e] / experts.count(e) for e in experts]
+    placed = []
+    for node in pack(shares, nodes, experts):
+        for rank in pack([shares[slot] for slot in node], ranks // nodes):
+            placed.append([experts[node[item]] for item in rank])
     return placed
 
 
