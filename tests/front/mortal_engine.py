@@ -43,12 +43,14 @@ class _Row:
 
 @dataclass
 class MortalEngine:
-    """poison: how many tokens a request's output has when computing it ends the engine, by id."""
+    """poison: how many tokens a request's output has when computing it ends the engine, by id.
+    others: the engines whose experts it needs, one of which is ended instead."""
 
     number: int
     lost: Callable[[MoebiusError], None]
     poison: dict[str, int] = field(default_factory=dict)
     most: int = 1000
+    others: Callable[[], list[MortalEngine]] = lambda: []
 
     def __post_init__(self) -> None:
         self.dead = False
@@ -98,7 +100,7 @@ class MortalEngine:
         if self.dead or self.closed:
             return
         if any(self.poison.get(id) == row.drawn for id, row in list(self.rows.items())):
-            self.die()
+            (self.others() or [self])[0].die()
             return
         self.steps += 1
         with self._lock:

@@ -21,7 +21,9 @@ from moebius.request.finish import FinishReason
 class House:
     """A ReplayClient, its engines, and all that its clients hear."""
 
-    def __init__(self, count: int = 1, most_restarts: int = 1000, **engine: Any) -> None:
+    def __init__(
+        self, count: int = 1, most_restarts: int = 1000, *, together: bool = False, **engine: Any
+    ) -> None:
         self.options = engine
         self.engines: list[MortalEngine] = []
         self.heard: dict[str, list[StepOutput]] = {}
@@ -30,6 +32,7 @@ class House:
         self.client = ReplayClient(
             self._launch,
             count,
+            together=together,
             budget=RestartBudget(time.monotonic, most_restarts),
             on_give_up=self.reason.append,
         )

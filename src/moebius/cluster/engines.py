@@ -86,7 +86,13 @@ class EngineProcesses:
 
         config = message.config
         room = Room(config.max_queue_requests, config.max_queue_tokens)
-        self._client = ReplayClient(start, config.ranks, room=room, on_give_up=self._give_up)
+        self._client = ReplayClient(
+            start,
+            config.ranks,
+            together=group is not None,
+            room=room,
+            on_give_up=self._give_up,
+        )
         return self._client
 
     def spread(self) -> ExpertSpread | None:

@@ -18,7 +18,7 @@ class Flight:
     request   as it was asked, which never changes
     emitted   token ids that the client has
     engine    the number of the engine that has the request; None while none has
-    losses    engines that were lost while they had it
+    losses    engines that were lost while they had it, or computed for it
     recalled  its engine was told to end it, so that it can be asked for again later
     unwanted  its client has aborted it
     """
@@ -95,6 +95,10 @@ class Flight:
     def lost(self) -> None:
         """Its engine is gone."""
         self.taken_back()
+        self.took_part_in_a_loss()
+
+    def took_part_in_a_loss(self) -> None:
+        """An engine is gone that may have computed for it."""
         self.losses += 1
         self._emitted_at_loss = len(self.emitted)
 

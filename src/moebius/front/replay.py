@@ -24,7 +24,6 @@ from moebius.front.fleet import Fleet, Launch, Lost, log
 from moebius.front.flight import Flight
 from moebius.front.outbox import Deliver, Outbox
 from moebius.front.restarts import RestartBudget
-from moebius.front.sums import add_loads
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 
@@ -45,6 +44,7 @@ class Room(NamedTuple):
 class ReplayClient:
     """`count` engines as one.
 
+    together     they make their steps together, so that a request at one may end another
     room         for what waits here, while there is no engine for it
     on_give_up   called, once, with the reason, when engines were restarted too often for nothing;
                  all that was in flight has ended with that error
@@ -57,6 +57,7 @@ class ReplayClient:
         launch: Launch,
         count: int = 1,
         *,
+        together: bool = False,
         budget: RestartBudget | None = None,
         room: Room = Room(),  # noqa: B008 - it cannot be changed
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
@@ -67,7 +68,7 @@ class ReplayClient:
         self._lock = threading.Lock()
         self._started = False
         self._replayed = 0
-        self._assignment = Assignment()
+        self._assignment = Assignment(together=together)
         self._outbox = Outbox(self._undelivered)
         self._fleet = Fleet(launch, count, self._budget, self._lock)
 
@@ -132,9 +133,7 @@ class ReplayClient:
             )
 
     def expert_loads(self) -> ExpertLoads:
-        with self._lock:
-            engines = list(self._fleet)
-        return add_loads([engine.expert_loads() for engine in engines])
+        return self._fleet.expert_loads()
 
     def close(self, timeout: float) -> None:
         """Stop all engines; what is unfinished ends with EngineError."""
@@ -155,10 +154,10 @@ class ReplayClient:
         for flight in had:
             if flight.unwanted:
                 self._end(flight, _aborted(flight.id))
-            elif flight is culprit:
-                say(log.error, "request %s ends: it was alone when its engine was lost", flight.id)
-                self._budget.finished()
-                self._end(flight, failed(flight.id, _alone_error()))
+        if culprit is not None and not culprit.unwanted:
+            say(log.error, "request %s ends: it was alone when an engine was lost", culprit.id)
+            self._budget.finished()
+            self._end(culprit, failed(culprit.id, _alone_error()))
 
     def changed(self) -> None:
         """Tell clients what there is to tell, and give engines what waits."""
@@ -171,10 +170,13 @@ class ReplayClient:
                 for flight, number in self._assignment.assign()
             ]
             self._replayed += sum(flight.losses > 0 for flight, _, _ in given)
+            to_end = [(self._fleet[number], id) for number, id in self._assignment.to_end()]
+        for engine, request_id in to_end:
+            engine.abort(request_id)
         for flight, request, engine in given:
             with suppress(EngineError):  # it is lost, and whoever sees that will say so
                 engine.submit(request)
-            if flight.unwanted:  # an abort may have been there before its request
+            if flight.unwanted or flight.recalled:  # an abort may have been there before it
                 engine.abort(request.id)
 
     def heard(self, number: int, life: int, outputs: list[StepOutput]) -> None:

@@ -1,0 +1,150 @@
+"""Engines that share experts: a request at one may end another, and is found out all the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from front.mortal_engine import MortalEngine, answer, ask
+from front.test_replay import House, finish
+from moebius.errors import EngineError
+from moebius.request.finish import FinishReason
+
+
+class Group(House):
+    """Engines that make a step only where all are there. What ends one is computed at another."""
+
+    def __init__(self, count: int = 2, most_restarts: int = 5, **engine: Any) -> None:
+        self.count = count
+        super().__init__(count, most_restarts, together=True, **engine)
+
+    def _launch(self, number: int, lost: Any) -> MortalEngine:
+        made = super()._launch(number, lost)
+        made.others = lambda: [each for each in self.living() if each is not made]
+        return made
+
+    def step(self) -> None:
+        living = self.living()
+        if len(living) == self.count:
+            super().step()
+
+    def at(self, number: int) -> MortalEngine:
+        return next(each for each in self.living() if each.number == number)
+
+
+def in_flight(house: Group) -> list[str]:
+    return [id for engine in house.living() for id in engine.rows]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_request_that_ends_another_engine_fails_alone(count: int) -> None:
+    """Those that the lost engine had are innocent, and keep their tokens; so is the engine that
+    computes the culprit, which keeps running."""
+    house = Group(count, poison={"poison": 2})
+    requests = [ask("poison", 9), *(ask("i" * n, 9) for n in range(1, 2 * count))]
+    for request in requests:
+        house.client.submit(request)
+    finish(house, *requests)
+    for request in requests[1:]:
+        assert house.tokens(request.id) == answer(request)
+    last = house.ended("poison")
+    assert last is not None and isinstance(last.error, EngineError)
+    assert "nothing else to do" in str(last.error)
+    assert house.tokens("poison") == answer(ask("poison", 9))[:2]
+    # Two losses among others, then one with it alone.
+    assert sum(each.dead for each in house.engines) == 3
+    assert not house.reason
+    house.client.submit(ask("after"))
+    finish(house, ask("after"))
+    assert house.tokens("after") == answer(ask("after"))
+
+
+def test_a_suspect_is_alone_in_the_whole_group() -> None:
+    house = Group()
+    requests = [ask("a" * n, 30) for n in range(1, 7)]
+    for request in requests:
+        house.client.submit(request)
+    house.step()
+    for _ in range(2):
+        house.until(lambda: len(house.living()) == 2 and bool(in_flight(house)))
+        house.at(1).die()
+    most = 0
+    seen: set[str] = set()
+    while len(seen) < len(requests):
+        house.until(lambda: len(house.living()) == 2 and bool(in_flight(house)))
+        now = in_flight(house)
+        if not seen.issuperset(now):
+            most = max(most, len(now))
+        seen.update(now)
+        house.step()
+    assert most == 1
+    finish(house, *requests)
+    for request in requests:
+        assert house.tokens(request.id) == answer(request)
+
+
+def test_nothing_that_comes_later_is_given_out_beside_a_suspect() -> None:
+    house = Group(poison={"poison": 1})
+    for request in (ask("poison", 5), ask("a", 9)):
+        house.client.submit(request)
+    house.until(lambda: sum(each.dead for each in house.engines) == 2)
+    house.client.submit(ask("late", 3))
+    finish(house, ask("poison"), ask("a"), ask("late"))
+    assert house.tokens("a") == answer(ask("a", 9))
+    assert house.tokens("late") == answer(ask("late", 3))
+    last = house.ended("late")
+    assert last is not None and last.finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_that_was_told_to_come_back_can_be_aborted() -> None:
+    house = Group()
+    for request in (ask("a", 50), ask("bb", 50)):
+        house.client.submit(request)
+    house.step()
+    for _ in range(2):
+        house.until(lambda: len(house.living()) == 2)
+        house.at(1).die()
+    for id in ("a", "bb"):
+        house.client.abort(id)
+    finish(house, ask("a"), ask("bb"))
+    for id in ("a", "bb"):
+        last = house.ended(id)
+        assert last is not None and last.finish_reason is FinishReason.ABORT
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_losses(seed: int) -> None:
+    """Every request ends, those that end engines with an error, and the others with their tokens
+    but where an engine was killed by chance while one was alone."""
+    chance = random.Random(seed)
+    poison = {f"p{i}": chance.randrange(1, 6) for i in range(chance.randrange(3))}
+    house = Group(chance.choice([2, 3]), most_restarts=1000, poison=poison)
+    ids = [f"r{i}" for i in range(12)] + list(poison)
+    chance.shuffle(ids)
+    requests = {id: ask(id, 4 + len(id) * 3) for id in ids}
+    left = list(requests.values())
+    accused: set[str] = set()
+    rounds = 0
+    while left or any(house.ended(id) is None for id in ids):
+        for _ in range(chance.randrange(3)):
+            if left:
+                house.client.submit(left.pop())
+        if chance.random() < 0.03 and rounds < 300 and len(house.living()) == house.count:
+            running = in_flight(house)
+            accused |= set(running) if len(running) == 1 else set()
+            chance.choice(house.living()).die()
+        house.step()
+        time.sleep(0.0002)
+        rounds += 1
+        assert rounds < 60_000, [id for id in ids if house.ended(id) is None]
+    for id, request in requests.items():
+        last = house.ended(id)
+        assert last is not None
+        if last.finish_reason is FinishReason.LENGTH:
+            assert house.tokens(id) == answer(request) and id not in poison
+        else:
+            assert id in poison or id in accused
+            assert house.tokens(id) == answer(request)[: len(house.tokens(id))]
