@@ -243,24 +243,25 @@ def _connected(path: Path, timeout: float) -> socket.socket:
 
 def _introduced(sock: socket.socket, name: str, key: ClusterKey, deadline: float) -> Channel:
     _keep_alive(sock)
-    introduction = Introduction(key, name, _read(sock, HELLO_BYTES, name, deadline))
+    introduction = Introduction(key, name, _read(sock, HELLO_BYTES, deadline))
     sock.sendall(introduction.answer)
     try:
-        confirmation = _read(sock, CONFIRMATION_BYTES, name, deadline)
-    except (ChannelError, ConnectionError):
+        confirmation = _read(sock, CONFIRMATION_BYTES, deadline)
+    except ConnectionError:
         # Without a cause of the network's, where one could try again.
         raise ChannelError(f"{name} refused this process: it holds another cluster key") from None
     return Channel(sock, name, introduction.check(confirmation))
 
 
-def _read(sock: socket.socket, size: int, name: str, deadline: float) -> bytes:
-    """Exactly so many bytes: what comes behind them is the channel's."""
+def _read(sock: socket.socket, size: int, deadline: float) -> bytes:
+    """Exactly so many bytes: what comes behind them is the channel's. ConnectionError where the
+    peer hangs up first."""
     data = b""
     while len(data) < size:
         sock.settimeout(max(0.001, deadline - time.monotonic()))
         part = sock.recv(size - len(data))
         if not part:
-            raise ChannelError(f"{name} hung up before it had proven itself")
+            raise ConnectionAbortedError("it hung up before it had proven itself")
         data += part
     return data
 
