@@ -190,6 +190,32 @@ def test_loads_of_an_engine_that_has_not_answered_are_left_out() -> None:
     assert add_loads([ExpertLoads()]) == ExpertLoads()
 
 
+def counted(pairs: tuple[int, ...]) -> ExpertLoads:
+    """Of an engine that has routed nothing but these pairs."""
+    return ExpertLoads(5, (LayerLoad(3, 1, sum(pairs), 1.0, 0.0, 0.5, (), pairs, pairs),))
+
+
+def test_totals_of_experts_loads_never_fall() -> None:
+    """Not while the next engine loads, nor when it begins to count; the window is its own."""
+    house = House()
+    gate = threading.Event()
+    house.before_launch = lambda number: bool(gate.wait(10)) and None
+    for lost in range(2):
+        engine = house.engines[lost]
+        engine.expert_loads = lambda: counted((7, 1))  # type: ignore[method-assign]
+        so_far = lost + 1
+        (layer,) = house.client.expert_loads().layers
+        assert layer.total_pairs == (7 * so_far, 1 * so_far)
+        assert layer.pairs == (7, 1)
+        engine.die()
+        (layer,) = house.client.expert_loads().layers
+        assert layer.total_pairs == (7 * so_far, 1 * so_far)
+        assert layer.pairs == (0, 0) and layer.tokens == 0
+        gate.set()
+        house.until(lambda lost=lost: len(house.engines) == lost + 2)  # type: ignore[misc]
+        house.until(lambda: house.client.stats().ready)
+
+
 def test_what_a_reader_raises_over_ends_each_of_its_requests_once() -> None:
     house = House()
     raised = threading.Event()

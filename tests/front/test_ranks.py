@@ -96,7 +96,7 @@ def test_experts_move_between_processes_and_no_token_changes(tiny_model: Path) -
         assert all(1.0 <= layer.imbalance <= 2.0 for layer in spread.layers)
         assert all(rank.computing for rank in spread.ranks)
         # Each says in a moment what it has sent.
-        until(lambda: all(rank.bytes_out for rank in ranks.processes.spread().ranks))  # type: ignore[union-attr]
+        until(lambda: all(rank.traffic.bytes_out for rank in ranks.processes.spread().ranks))  # type: ignore[union-attr]
 
 
 def test_a_survivor_with_all_experts_goes_on_at_once(

@@ -9,11 +9,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
-from moebius.engine.client import EngineClient, EngineInfo, EngineStats, StepOutput
+from moebius.engine.client import (
+    EngineClient,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+)
 from moebius.engine.faults import failure, say
 from moebius.errors import ConfigError, EngineError, MoebiusError
 from moebius.front.restarts import RestartBudget
-from moebius.front.sums import add_stats, counters_of
+from moebius.front.sums import add_loads, add_stats, counters_of, totals_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +71,9 @@ class Fleet:
         # How many engines a number had before this one: what an earlier one says is old.
         self._lives = [0] * count
         self._early_loss: MoebiusError | None = None
+        # What those that are gone have counted.
         self._past = EngineStats()
+        self._past_loads = ExpertLoads()
         self._loading = True
         self._launch_all()
 
@@ -100,6 +108,13 @@ class Fleet:
     def stats(self) -> EngineStats:
         """All engines' together, under the lock; counters go on where lost engines' ended."""
         return add_stats([engine.stats() for engine in self], self._past)
+
+    def expert_loads(self) -> ExpertLoads:
+        """All engines' together, without the lock; totals go on where lost engines' ended."""
+        with self._lock:
+            engines = list(self)
+            past = self._past_loads
+        return add_loads([*(engine.expert_loads() for engine in engines), past])
 
     def close(self, timeout: float) -> None:
         """Stop all engines. None is started any more."""
@@ -159,6 +174,7 @@ class Fleet:
             self._engines[number] = None
             if old is not None:
                 self._past = add_stats([counters_of(old.stats())], self._past)
+                self._past_loads = add_loads([self._past_loads, totals_of(old.expert_loads())])
                 if self._owner is not None:
                     self._owner.went(number)
         say(log.error, "engine %d is lost: %s", number, reason)
