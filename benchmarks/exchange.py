@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def join(kind: str, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
     if kind == "shared memory":
         return SharedMemoryExchange(place, spec, rank, epoch, timeout=TIMEOUT)
     store = dist.FileStore(place, spec.size)
-    return CollectiveExchange.over_gloo(store, spec, rank, epoch, timeout=TIMEOUT)
+    group = dist.ProcessGroupGloo(store, rank, spec.size, timedelta(seconds=TIMEOUT))
+    return CollectiveExchange(group, spec, rank, epoch, timeout=TIMEOUT)
 
 
 class Received:

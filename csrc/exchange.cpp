@@ -23,11 +23,11 @@ namespace {
 
 using std::chrono::microseconds;
 
-constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '1'};
+constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '2'};
 constexpr size_t LINE = 64, PAGE = 4096;
-// How long a rank looks for the others before it sleeps: where each has a core, as long as one layer's ranks are likely to
-// differ, since waking up takes some 50 microseconds; where they share cores, before it yields its own; and then.
-constexpr microseconds SPIN{2000}, SPIN_CROWDED{20}, YIELD_CROWDED{200};
+// How long a rank looks for the others before it sleeps, since waking up takes some 50 microseconds: at most as long as one
+// layer's ranks are likely to differ. Where they share cores it looks for the least time, and then yields its core for a while.
+constexpr microseconds MOST_SPIN{2000}, LEAST_SPIN{20}, YIELD{200};
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 uint64_t bit(int rank) { return uint64_t(1) << rank; }
@@ -109,13 +109,6 @@ void ExchangeLayout::check(const void* segment, size_t segment_bytes) const {
 
 // --- the barrier. All of its atomic operations are sequentially consistent ---
 
-uint64_t ExchangeHeader::joined() const {
-    uint64_t found = 0;
-    for (uint32_t r = 0; r < ranks; r++)
-        if (line[r].process) found |= bit(r);
-    return found;
-}
-
 uint64_t ExchangeHeader::missing_at(uint32_t barrier) const {
     uint64_t missing = 0;
     for (uint32_t r = 0; r < ranks; r++)
@@ -134,6 +127,11 @@ void ExchangeHeader::give_up(uint64_t given_up) {
     wake();
 }
 
+PeersLost ExchangeHeader::peers_lost() const {
+    const uint64_t ranks = lost.load();
+    return PeersLost(ranks, ranks & late.load() ? Fault::LATE : Fault::GONE);
+}
+
 // For whoever has just made a sleeper's condition true. A sleeper counts itself, reads `events`, looks at its condition and
 // only then sleeps, unless `events` has changed. In the one order of all these operations either its counting comes before
 // our look at `sleepers`, and we change `events`; or after it, and then its look at the condition finds it true.
@@ -145,7 +143,7 @@ void ExchangeHeader::wake() {
 
 void SharedExchange::begin(Doing doing) {
     if (combine_next_ != (doing == COMBINE)) throw std::logic_error("combine follows dispatch, and nothing else does");
-    if (uint64_t lost = header_.lost.load()) throw PeersLost(lost, Fault::MISSING);
+    if (header_.lost.load()) throw header_.peers_lost();
 }
 
 void SharedExchange::meet(Doing doing) {
@@ -167,17 +165,17 @@ void SharedExchange::meet(Doing doing) {
 void SharedExchange::wait(uint32_t barrier) {
     const auto from = Clock::now();
     const auto until = from + timeout_;
-    const auto spun = from + spin_, yielded = spun + (crowded_ ? YIELD_CROWDED : microseconds(0));
+    const auto spun = from + spin_, yielded = spun + (crowded_ ? YIELD : microseconds(0));
     auto now = from;
     for (int turn = 1; !header_.all_at(barrier); turn++) {
         // Who has left may have arrived before: its arrival, if any, can be seen after this.
-        const uint64_t lost = header_.lost.load();
-        if (lost && !header_.all_at(barrier)) throw PeersLost(lost, Fault::MISSING);
+        if (header_.lost.load() && !header_.all_at(barrier)) throw header_.peers_lost();
         if (now >= until) {
             const uint64_t missing = header_.missing_at(barrier);
             if (!missing) break;
+            header_.late.fetch_or(missing);
             header_.give_up(missing);
-            throw PeersLost(header_.lost.load(), Fault::MISSING);
+            throw header_.peers_lost();
         }
         if (now < spun) {
             pause();
@@ -191,9 +189,10 @@ void SharedExchange::wait(uint32_t barrier) {
     }
     const auto waited = Clock::now() - from;
     traffic_.seconds_waited += std::chrono::duration<double>(waited).count();
-    // Longer than ranks differ: others compute where a rank should. Who looks on all the same has used up its own share of the
-    // cores when its turn comes, and the whole group waits for it; who sleeps is let in at once.
-    if (!crowded_) spin_ = waited < SPIN ? std::min<Clock::duration>(2 * spin_, SPIN) : std::max<Clock::duration>(spin_ / 4, SPIN_CROWDED);
+    // Who waits longer than ranks differ shares its core with something else. If it looked on all the same it would have used up
+    // its share of the core when its turn comes, and the whole group would wait for it; who sleeps is let in at once.
+    if (!crowded_)
+        spin_ = waited < MOST_SPIN ? std::min<Clock::duration>(2 * spin_, MOST_SPIN) : std::max<Clock::duration>(spin_ / 4, LEAST_SPIN);
 }
 
 void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
@@ -208,7 +207,7 @@ void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
 
 SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier)
     : layout_(layout), segment_(static_cast<char*>(segment)), header_(*static_cast<ExchangeHeader*>(segment)), rank_(rank),
-      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), spin_(crowded_ ? SPIN_CROWDED : SPIN), barrier_(barrier) {
+      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), spin_(crowded_ ? LEAST_SPIN : MOST_SPIN), barrier_(barrier) {
     if (rank < 0 || rank >= layout.ranks) throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
     uint32_t process = 0;
     if (!header_.line[rank].process.compare_exchange_strong(process, uint32_t(getpid())))

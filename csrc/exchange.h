@@ -50,7 +50,8 @@ struct ExchangeLayout {
     size_t rank_bytes() const;
 };
 
-enum class Fault { MISSING, OUT_OF_STEP };
+// They did not come in time; they have left, or were given up as ended; they do something else.
+enum class Fault { LATE, GONE, OUT_OF_STEP };
 
 // Ranks, as a set of bits, that others cannot go on with.
 struct PeersLost : std::exception {
@@ -66,8 +67,9 @@ struct ExchangeHeader {
     uint32_t ranks, tokens, top_k, cores;
     uint64_t row_bytes, epoch;
     char group[64];
-    // Ranks that somebody has given up. The epoch is over when it is not 0.
+    // Ranks that somebody has given up, and those of them that did not come in time. The epoch is over when the first is not 0.
     alignas(64) std::atomic<uint64_t> lost;
+    std::atomic<uint64_t> late;
     // Sleepers sleep on `events`; whoever may have ended their wait counts it up, where there are any.
     alignas(64) std::atomic<uint32_t> events;
     std::atomic<uint32_t> sleepers;
@@ -78,10 +80,10 @@ struct ExchangeHeader {
         uint8_t doing[2];               // which operation an even and an odd barrier is part of
     } line[MOST_SHARED_RANKS];
 
-    uint64_t joined() const;
     bool all_at(uint32_t barrier) const;
     uint64_t missing_at(uint32_t barrier) const;
     void give_up(uint64_t ranks);
+    PeersLost peers_lost() const;
     void wake();
 };
 
@@ -139,7 +141,7 @@ private:
     const int rank_;
     const Clock::duration timeout_;
     const bool crowded_;  // there are fewer cores than ranks: who waits gives up its core soon
-    std::chrono::steady_clock::duration spin_;  // how long it looks for the others before it yields or sleeps
+    Clock::duration spin_;  // how long it looks for the others before it yields or sleeps
     uint32_t barrier_;
     bool combine_next_ = false;
     int tokens_ = 0;

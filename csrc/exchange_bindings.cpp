@@ -28,14 +28,23 @@ uint64_t bits(const std::vector<int>& ranks) {
     return found;
 }
 
-// Raised with the ranks, and whether they are missing (they may else be out of step).
+const char* name_of(Fault fault) {
+    switch (fault) {
+        case Fault::LATE: return "late";
+        case Fault::GONE: return "gone";
+        case Fault::OUT_OF_STEP: break;
+    }
+    return "out of step";
+}
+
+// Raised with the ranks, and what is wrong with them.
 PyObject* peers_lost_type = nullptr;
 
 void raise_peers_lost(const std::exception_ptr& thrown, void*) {
     try {
         std::rethrow_exception(thrown);
     } catch (const PeersLost& lost) {
-        PyErr_SetObject(peers_lost_type, nb::make_tuple(nb::cast(numbers(lost.ranks)), lost.fault == Fault::MISSING).ptr());
+        PyErr_SetObject(peers_lost_type, nb::make_tuple(nb::cast(numbers(lost.ranks)), name_of(lost.fault)).ptr());
     }
 }
 
@@ -57,7 +66,6 @@ void bind_exchange(nb::module_& m) {
              "cores"_a)
         .def("check", [](const ExchangeLayout& layout, Address segment, size_t bytes) { layout.check(array<void>(segment), bytes); },
              "segment"_a, "nbytes"_a);
-    m.def("exchange_joined", [](Address segment) { return numbers(array<ExchangeHeader>(segment)->joined()); }, "segment"_a);
     m.def("exchange_give_up", [](Address segment, const std::vector<int>& ranks) {
         array<ExchangeHeader>(segment)->give_up(bits(ranks));
     }, "segment"_a, "ranks"_a);

@@ -135,8 +135,10 @@ void test_a_rank_that_does_not_come() {
         SharedExchange exchange(layout, memory.at.get(), rank, 3);
         exchange.agree({});
         if (rank == 1) return;
-        require(lost([&] { exchange.agree({}); }).ranks == 2, "it is named");
-        require(lost([&] { exchange.agree({}); }).ranks == 2, "and later again");
+        const PeersLost late = lost([&] { exchange.agree({}); });
+        require(late.ranks == 2 && late.fault == Fault::LATE, "it is named");
+        const PeersLost again = lost([&] { exchange.agree({}); });
+        require(again.ranks == 2 && again.fault == Fault::LATE, "and later again");
     });
 }
 

@@ -27,7 +27,7 @@ Held = dict[str, Any]
 class Meeting:
     """Where and as what the ranks of a test meet.
 
-    kind    "shared", "gloo", "nccl", or "gloo group" for one that no epoch's name is part of
+    kind    "shared", "gloo" or "nccl"
     place   the segment's, or the file of the process group's store
     """
 
@@ -56,11 +56,6 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
         return
     store = dist.FileStore(meeting.place, spec.size)
     if meeting.kind == "gloo":
-        held["exchange"] = CollectiveExchange.over_gloo(
-            store, spec, rank, meeting.epoch, timeout=meeting.timeout
-        )
-        return
-    if meeting.kind == "gloo group":
         timeout = timedelta(seconds=meeting.timeout)
         group = dist.ProcessGroupGloo(store, rank, spec.size, timeout)
         held["exchange"] = CollectiveExchange(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moebius.errors import ConfigError, PeerError
+from moebius.parallel import gloo
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.gloo import Meeting, join_epoch
 
@@ -69,13 +70,13 @@ def test_who_is_told_that_an_epoch_is_over_waits_no_longer(alone: bool) -> None:
         for meeting in met:
             meeting.give_up([2])
         for each in waiting:
-            with pytest.raises(PeerError, match="ranks 2 were given up") as found:
+            with pytest.raises(PeerError, match="without rank 2, which") as found:
                 each.result(10)
             assert found.value.ranks == (2,)
 
 
 def test_patience_ends() -> None:
-    with pytest.raises(PeerError, match="ranks 0, 2 were given up"):
+    with pytest.raises(PeerError, match="without rank 0, rank 2, which"):
         join(meetings()[1], 1, patience=0.1)
 
 
@@ -104,3 +105,31 @@ def test_a_value_is_waited_for() -> None:
         first.wait(["a"], timedelta(seconds=0.01))
     second.set("a", b"value")
     assert first.get("a") == second.get("a") == b"value"
+
+
+class Joined:
+    """An exchange, as far as whoever does not take it goes."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_an_exchange_that_nobody_takes_is_closed(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was given up while it connected or when it just had."""
+    connected = threading.Event()
+    found = Joined()
+    monkeypatch.setattr(gloo._Joining, "_join", lambda self: connected.wait(10) and found)
+    joining = gloo._Joining(meetings()[0], SPEC, 0, "127.0.0.1", 60.0)
+    if late:
+        joining.abandon()
+    connected.set()
+    assert joining.done.wait(10)
+    assert found.closed.is_set() == late
+    joining.abandon()
+    assert found.closed.is_set()

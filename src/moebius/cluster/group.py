@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,23 +29,26 @@ from moebius.engine.client import (
     ExpertLoads,
     ExpertSpread,
     LayerSpread,
-    RankTraffic,
+    RankSpread,
 )
 from moebius.engine.faults import say
 from moebius.engine.placing import start_placement
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import WatchedProcess
-from moebius.errors import ConfigError, MoebiusError, UsageError
+from moebius.errors import ConfigError, MoebiusError, PeerError, UsageError
 from moebius.front.fleet import Lost
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
 from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.traffic import Traffic
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 30.0
 _PAUSE_SECONDS = 0.2
+_MOST_VAIN_EPOCHS = 5
+"""Epochs in a row in which no step was made, before a rank is started again instead."""
 
 
 class RankGroup:
@@ -68,6 +71,11 @@ class RankGroup:
         self._joined: set[int] = set()
         # Since when all ranks are there, and not all in one epoch.
         self._apart_since: float | None = None
+        # What engines that are gone have exchanged, by their rank.
+        self._past = [Traffic()] * message.config.ranks
+        # Epochs in a row that ended without a step; and whether one was made in this one.
+        self._vain_epochs = 0
+        self._stepped = False
         self._given = 0
         self._closing = False
         config = message.config
@@ -146,10 +154,9 @@ class RankGroup:
                     self._joined.add(client.rank)
                     if self.formed:
                         self._apart_since = None
-                case wire.Parted(epoch, error) if epoch == self._epoch:
-                    say(log.warning, "rank %d: %s", client.rank, error)
-                    self._give_up((client.rank,))
-                    self._later(_PAUSE_SECONDS, partial(self._form_again, epoch))
+                case wire.Parted(epoch, error, steps) if epoch == self._epoch:
+                    say(log.warning, "%s: %s", self._hosts.name(client.rank), error)
+                    self._part(client.rank, error, steps)
                 case wire.Put(epoch) if epoch == self._epoch and self._place is not None:
                     self._place.carry(message, self._members.index(client.rank))
                 case wire.Moved(number):
@@ -166,8 +173,9 @@ class RankGroup:
         """How the ranks share the experts, and what that costs them."""
         clients = [client for client in self._clients if client is not None]
         loads = pairs_of(add_loads([client.expert_loads() for client in clients]))
-        stats = {client.rank: client.stats() for client in clients}
         with self._lock:
+            present = [client for client in self._clients if client is not None]
+            now_of = {client.rank: client.stats().traffic for client in present}
             now = self.places.now
             imbalance = now.imbalance(loads)
             at_start = self.places.first.imbalance(loads)
@@ -175,8 +183,8 @@ class RankGroup:
                 self._epoch,
                 self.places.moves,
                 tuple(
-                    _traffic(rank, stats.get(rank, EngineStats()), self._joined)
-                    for rank in range(self.size)
+                    RankSpread(rank, rank in self._joined, past + now_of.get(rank, Traffic()))
+                    for rank, past in enumerate(self._past)
                 ),
                 tuple(
                     LayerSpread(
@@ -213,6 +221,8 @@ class RankGroup:
             if self._clients[client.rank] is client:
                 self._clients[client.rank] = None
                 self._apart_since = None
+                self._vain_epochs = 0
+                self._past[client.rank] += client.stats().traffic
                 self._give_up((client.rank,))
                 self._form_or_end()
 
@@ -231,19 +241,43 @@ class RankGroup:
             self._place = None
             self._joined = set()
 
-    def _form_again(self, epoch: int) -> None:
+    def _part(self, rank: int, error: MoebiusError, steps: int) -> None:
+        """A rank cannot go on: the epoch is over for all, and another one begins after a while."""
+        self._stepped = self._stepped or steps > 0
+        lost = [rank]
+        if isinstance(error, PeerError) and error.ranks:
+            lost = [each for n, each in enumerate(self._members) if n in error.ranks]
+        again = self._place is not None
+        self._give_up(lost)
+        if again:  # the first that says so
+            pause = _PAUSE_SECONDS * 2**self._vain_epochs
+            self._later(pause, partial(self._form_again, self._epoch, lost, error))
+
+    def _form_again(self, epoch: int, lost: Sequence[int], error: MoebiusError) -> None:
         with self._lock:
-            if self._epoch == epoch and not self._closing:
+            if self._epoch != epoch or self._closing:
+                return
+            self._vain_epochs = 0 if self._stepped else self._vain_epochs + 1
+            if self._vain_epochs < _MOST_VAIN_EPOCHS:
                 self._form_or_end()
+                return
+            self._end_one(lost, f"no step was made in {_MOST_VAIN_EPOCHS} epochs: {error}")
 
     def _form_or_end(self) -> None:
-        """Begin the next epoch; where that cannot be, end a rank: its successor tries once more, as
-        often as ranks may be started."""
+        """Begin the next epoch; where that cannot be, end a rank: its successor tries once more."""
         try:
             self._form()
         except (MoebiusError, OSError) as error:
-            say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
-            next(client for client in self._clients if client is not None).end()
+            self._end_one((), f"epoch {self._epoch} cannot begin: {error}")
+
+    def _end_one(self, ranks: Sequence[int], why: str) -> None:
+        """End the first of these ranks, or of all: ranks are started anew as often as the fleet
+        allows it, which so bounds what would else be tried for ever."""
+        say(log.error, "%s", why)
+        clients = [client for client in self._clients if client is not None]
+        named = [client for client in clients if client.rank in ranks]
+        for client in (named or clients)[:1]:
+            client.end(f"it was ended: {why}")
 
     def _form(self) -> None:
         """Begin the next epoch, if those that are there have every expert; at first, with all."""
@@ -257,11 +291,12 @@ class RankGroup:
             return
         self._give_up(self._members)
         self._epoch += 1
-        epoch = Epoch(self._name, self._epoch)
+        epoch = Epoch(self._name, self._epoch, tuple(map(self._hosts.name, members)))
         remotes = {client.rank: client.remote for client in clients}
         place = self._hosts.place(_spec(clients[0].rows, len(members)), epoch, remotes)
         self._place = place
         self._members = members
+        self._stepped = False
         if self._apart_since is None:
             self._apart_since = time.monotonic()
         for number_here, client in enumerate(clients):
@@ -275,6 +310,7 @@ class RankGroup:
                 # Half of it: who waits for a stuck rank comes back before it seems stuck itself.
                 timeout=self._message.config.step_deadline / 2,
                 heard=self._given,
+                names=epoch.names,
             )
             client.remote.tell(join)
         log.info("%s begins, with %d of %d ranks", epoch, len(members), self.size)
@@ -323,17 +359,6 @@ class RankClient(LaunchedEngine):
     def _died(self, process: WatchedProcess) -> None:
         self._group.lose(self)
         super()._died(process)
-
-
-def _traffic(rank: int, stats: EngineStats, joined: Collection[int]) -> RankTraffic:
-    return RankTraffic(
-        rank,
-        rank in joined,
-        stats.exchanges,
-        stats.exchange_bytes_out,
-        stats.exchange_bytes_in,
-        stats.exchange_wait,
-    )
 
 
 def _spec(rows: wire.Rows | None, size: int) -> ExchangeSpec:

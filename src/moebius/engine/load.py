@@ -142,6 +142,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         config = replace(config, threads=share_threads(config.threads, config.ranks))
     checkpoint = _published(directory)
     device = _device(config.device)
+    if share is not None and device.type != "cpu":
+        raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
     cores = machine.threads()
     if config.threads is not None and config.threads > cores:
         log.warning(

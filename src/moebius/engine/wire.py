@@ -16,7 +16,7 @@ let one tenant read what another has said.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Struct
@@ -96,6 +96,7 @@ class Join(_Record, frozen=True, tag="join"):
               ranks are on other hosts
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
+    names     of all ranks in this epoch, for a person
     """
 
     group: str
@@ -106,6 +107,7 @@ class Join(_Record, frozen=True, tag="join"):
     place: str
     timeout: float
     heard: int
+    names: tuple[str, ...]
 
 
 class Put(_Record, frozen=True, tag="put"):
@@ -191,10 +193,14 @@ class Joined(_Record, frozen=True, tag="joined"):
 
 
 class Parted(_Record, frozen=True, tag="parted"):
-    """A rank to the front: it cannot go on with the others, and waits for the next epoch."""
+    """A rank to the front: it cannot go on with the others, and waits for the next epoch.
+
+    steps   how many it has made in this one
+    """
 
     epoch: int
     error: MoebiusError
+    steps: int
 
 
 class Moved(_Record, frozen=True, tag="moved"):
@@ -326,9 +332,11 @@ def from_wire(kind: type, value: object) -> object:
     made = ERRORS_BY_CODE.get(found.code)
     if made is None:
         raise WireError(f"an error of the unknown code {found.code!r}")
+    types = get_type_hints(made.__init__)
     try:
-        return made.again(found.text, found.facts)
-    except TypeError as error:
+        facts = {name: msgspec.convert(each, types[name]) for name, each in found.facts.items()}
+        return made.again(found.text, facts)
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise WireError(f"an error {found.code!r} with other facts than it has") from error
 
 

@@ -12,12 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, Self, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Work
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed import Work
 
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.exchange import (
@@ -26,8 +25,8 @@ from moebius.parallel.exchange import (
     CheckedExchange,
     Epoch,
     ExchangeSpec,
-    Traffic,
 )
+from moebius.parallel.traffic import Traffic
 
 # What a rank sends each other before anything else: what it does, how many values follow, values.
 _HEADER = 2 + MOST_VALUES
@@ -109,22 +108,6 @@ class CollectiveExchange(CheckedExchange):
         self._sent: _Sent | None = None
         self._greet()
 
-    @classmethod
-    def over_gloo(
-        cls, store: Store, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
-    ) -> Self:
-        """Meets the other ranks at a store, which later epochs can use too.
-
-        gloo's sockets are at the interface that the variable GLOO_SOCKET_IFNAME names. Raises as
-        making one from a group does.
-        """
-        place = PrefixStore(str(epoch), store)
-        try:
-            group = ProcessGroupGloo(place, rank, spec.size, timedelta(seconds=timeout))
-        except RuntimeError as error:
-            raise _lost_peers(spec.size, rank, epoch, timeout, error) from None
-        return cls(cast(Group, group), spec, rank, epoch, timeout=timeout)
-
     @property
     def traffic(self) -> Traffic:
         return Traffic(self._calls, self._bytes_out, self._bytes_in, self._seconds_waited)
@@ -136,10 +119,7 @@ class CollectiveExchange(CheckedExchange):
         threading.Thread(target=held.clear, name="drop group", daemon=True).start()
 
     def give_up(self, ranks: Sequence[int]) -> None:
-        named = ", ".join(map(str, ranks))
-        self._over = self._over or PeerError(
-            f"{self.epoch}: ranks {named} were given up", ranks=tuple(ranks)
-        )
+        self._over = self._over or self.epoch.lost(ranks)
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         self._calls += 1
@@ -200,7 +180,8 @@ class CollectiveExchange(CheckedExchange):
             if theirs != tuple(mine.values()):
                 named = dict(zip(mine, theirs, strict=True))
                 other = ", ".join(name for name, value in mine.items() if named[name] != value)
-                raise ConfigError(f"{self.epoch}: ranks {self.rank} and {rank} differ in {other}")
+                pair = self.epoch.told((self.rank, rank))
+                raise ConfigError(f"{self.epoch}: {pair} differ in {other}")
 
     def _owners(self, ids_TK: Tensor, owners_CE: Tensor) -> Tensor:
         """The rank of each pair; ids out of range are looked up as if they were within it."""
@@ -250,11 +231,7 @@ class CollectiveExchange(CheckedExchange):
         found = found_PH.tolist()
         others = tuple(rank for rank, header in enumerate(found) if header[0] != doing)
         if others:
-            raise PeerError(
-                f"{self.epoch}: ranks {', '.join(map(str, others))} did something else than rank "
-                f"{self.rank} at the same point of a step",
-                ranks=others,
-            )
+            raise self._out_of_step(others)
         return [tuple(header[2 : 2 + header[1]]) for header in found]
 
     def _all_to_all(
@@ -263,16 +240,17 @@ class CollectiveExchange(CheckedExchange):
         """Rows of `sent` to each rank, those of each into `received`."""
         group = self._group
         if group is None:
-            raise self._lost(RuntimeError("closed"))
+            raise self._over or self.epoch.lost((self.rank,), "has left it")
         begun = time.monotonic()
+        until = begun + self.timeout
         try:
             work = group.alltoall_base(received, sent, counts_from, counts_to)
             if self._device.type == "cpu":
-                self._wait(work, begun + self.timeout)
+                self._wait(work, until)
             else:
-                self._wait_for_device(group, work, begun + self.timeout)
+                self._wait_for_device(group, work, until)
         except (RuntimeError, TimeoutError) as error:
-            raise self._lost(error) from None
+            raise self._over or self._lost(error, late=time.monotonic() >= until) from None
         self._seconds_waited += time.monotonic() - begun
 
     def _wait(self, work: Work, until: float) -> None:
@@ -301,27 +279,19 @@ class CollectiveExchange(CheckedExchange):
                 raise TimeoutError("timed out")
             time.sleep(_POLL_SECONDS)
 
-    def _lost(self, error: Exception) -> PeerError:
-        if self._over is not None:
-            return self._over
-        return _lost_peers(self.size, self.rank, self.epoch, self.timeout, error)
+    def _lost(self, error: Exception, *, late: bool) -> PeerError:
+        """Sockets do not say whose they were: it is one or more of the others."""
+        others = tuple(rank for rank in range(self.size) if rank != self.rank)
+        some = f"{'one or more of ' if len(others) > 1 else ''}{self.epoch.told(others)}"
+        # Without the place in gloo's source that it begins with.
+        reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
+        text = f"{some} {self._late}" if late else f"the connection to {some} broke"
+        return PeerError(f"{self.epoch}: {text} ({reason})", ranks=others)
 
     def _count_rows(self, out: list[int], back: list[int]) -> None:
         self._calls += 1
         self._bytes_out += self.spec.row_bytes * (sum(out) - out[self.rank])
         self._bytes_in += self.spec.row_bytes * (sum(back) - back[self.rank])
-
-
-def _lost_peers(size: int, own: int, epoch: Epoch, timeout: float, error: Exception) -> PeerError:
-    """Sockets do not say whose they were: it is one or more of the others."""
-    others = tuple(rank for rank in range(size) if rank != own)
-    # Without the place in gloo's source that it begins with.
-    reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
-    return PeerError(
-        f"{epoch}: of ranks {', '.join(map(str, others))} one or more did not come within "
-        f"{timeout:g} s, ended or left ({reason})",
-        ranks=others,
-    )
 
 
 def _aligned(nbytes: int) -> int:

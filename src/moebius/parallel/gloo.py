@@ -50,11 +50,8 @@ class Meeting(Store):
 
     def give_up(self, ranks: Sequence[int]) -> None:
         """Whoever waits, or begins to, gets a PeerError that names these ranks."""
-        named = ", ".join(map(str, ranks))
         with self._changed:
-            self._over = self._over or PeerError(
-                f"{self.epoch}: ranks {named} were given up", ranks=tuple(ranks)
-            )
+            self._over = self._over or self.epoch.lost(ranks)
             self._changed.notify_all()
 
     # What gloo calls, on threads of its own choice.
@@ -94,9 +91,10 @@ def join_epoch(
     joining = _Joining(meeting, spec, rank, address, timeout)
     deadline = time.monotonic() + patience
     while not joining.done.wait(_LOOK_SECONDS):
-        if meeting.over is None and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             meeting.give_up([other for other in range(spec.size) if other != rank])
         if meeting.over is not None:
+            joining.abandon()
             raise meeting.over
     return joining.result()
 
@@ -115,6 +113,8 @@ class _Joining:
         self._timeout = timeout
         self._exchange: CollectiveExchange | None = None
         self._error: MoebiusError | None = None
+        self._abandoned = False
+        self._lock = threading.Lock()
         threading.Thread(target=self._run, name="join", daemon=True).start()
 
     def result(self) -> CollectiveExchange:
@@ -123,11 +123,20 @@ class _Joining:
         assert self._exchange is not None
         return self._exchange
 
+    def abandon(self) -> None:
+        """Nobody takes what it comes to."""
+        with self._lock:
+            self._abandoned = True
+            if self._exchange is not None:
+                self._exchange.close()
+
     def _run(self) -> None:
         try:
-            self._exchange = self._join()
-            if self._meeting.over is not None:  # too late: nobody takes it
-                self._exchange.close()
+            exchange = self._join()
+            with self._lock:
+                self._exchange = exchange
+                if self._abandoned:
+                    exchange.close()
         except MoebiusError as error:
             self._error = error
         except (RuntimeError, TimeoutError, OSError) as error:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moebius import _cpu, machine
 from moebius.errors import ConfigError, MemoryPlanError, PeerError
-from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traffic
+from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec
+from moebius.parallel.traffic import Traffic
 
 
 def segment_bytes(spec: ExchangeSpec) -> int:
@@ -56,12 +57,6 @@ class Segment:
         self.spec = spec
         self.epoch = epoch
         self.place = f"/proc/{os.getpid()}/fd/{self._file}"
-
-    @property
-    def joined(self) -> tuple[int, ...]:
-        """The ranks that have joined."""
-        assert self._memory is not None, "a closed segment knows nothing"
-        return tuple(_cpu.exchange_joined(self._memory.address))
 
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
@@ -167,21 +162,15 @@ class SharedMemoryExchange(CheckedExchange):
         """Whoever calls it keeps it, and the memory, until the call has returned."""
         native = self._native
         if native is None:
-            raise PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
+            raise self.epoch.lost((self.rank,), "has left it")
         return native
 
     def _peer_error(self, lost: _cpu.PeersLost) -> PeerError:
         """What is known of ranks that this one cannot go on with, in words."""
-        ranks, missing = lost.args
-        named = ", ".join(str(rank) for rank in ranks)
-        some = f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
-        if not missing:
-            text = f"{some} did something else than rank {self.rank} at the same point of a step"
-        elif self.rank in ranks:
-            text = f"the others have given up {some}, of which this is one"
-        else:
-            text = f"{some} did not come within {self.timeout:g} s, ended or left"
-        return PeerError(f"{self.epoch}: {text}", ranks=tuple(ranks))
+        ranks, why = lost.args
+        if why == "out of step":
+            return self._out_of_step(ranks)
+        return self.epoch.lost(ranks, self._late if why == "late" else None)
 
 
 class _Memory:
