@@ -20,8 +20,9 @@ from moebius.engine.child import ChildProcess
 from moebius.engine.config import EngineConfig
 from moebius.engine.node import Node
 from moebius.errors import ChannelError, ConfigError, EngineError, MoebiusError
+from moebius.parallel.channel import Channel
 from moebius.parallel.key import ClusterKey
-from moebius.parallel.meet import Listener, connect
+from moebius.parallel.meet import Listener, connect, name_of
 
 KEY = ClusterKey.draw()
 OWN = cluster.HostHello(
@@ -141,6 +142,32 @@ def test_a_number_that_is_taken_is_refused() -> None:
     assert first.ended() is None
 
 
+def test_a_host_that_comes_back_before_its_loss_was_noticed_takes_its_own_place() -> None:
+    """Where a link is cut, one side sees it first."""
+    with front() as (made, address):
+        channels = []
+        for _ in range(2):
+            channels.append(connect(address, 10, KEY))
+            channels[-1].send(cluster.encode_hello(OTHER), 10)
+            until(
+                lambda: 1 in made._hosts and made._hosts[1]._channel.peer == peer_of(channels[-1])
+            )
+        made._hosts[1].end("ticket")
+        while isinstance(said := cluster.decode_to_host(channels[1].receive(10)), cluster.Beat):
+            pass
+        assert said == cluster.End("ticket")
+        with pytest.raises(ChannelError):
+            while True:
+                channels[0].receive(10)
+        for channel in channels:
+            channel.close()
+
+
+def peer_of(channel: Channel) -> str:
+    """What the other side calls this one."""
+    return name_of(channel._sock.getsockname())
+
+
 def test_another_key_is_refused_by_name() -> None:
     with front(patience=0.5) as (made, address):
         node = Running(address, key=ClusterKey.draw())
@@ -251,6 +278,35 @@ def test_a_process_that_cannot_be_started_is_reported(monkeypatch: pytest.Monkey
         process = made.start(1, rank=1)
         assert process._wait(20.0)
         assert "can be started: No such file" in process.state
+    assert node.ended() is None
+
+
+class Brief:
+    """A child that has ended before its parent knows that it has one."""
+
+    state = "the engine's process ended with exit status 3"
+
+    def __init__(self, *_: object, ended: Callable[[], None], **options: object) -> None:
+        told = threading.Thread(target=ended, daemon=True)
+        told.start()
+        told.join(0.2)
+
+    def kill(self) -> None:
+        pass
+
+    def wait(self) -> bool:
+        return True
+
+
+def test_how_a_process_ended_is_told_however_brief_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moebius.engine.node.ChildProcess", Brief)
+    with front() as (made, address):
+        node = Running(address)
+        made.assemble()
+        process = made.start(1, rank=1)
+        assert process._wait(20.0)
+        assert process.state == f"rank 1 on node 1 (bert): {Brief.state}"
+        assert not node._node._ranks
     assert node.ended() is None
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import moebius
-from moebius.engine.config import EngineConfig
 from moebius.engine import load
+from moebius.engine.config import EngineConfig
 from moebius.engine.load import ExpertShare, load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError

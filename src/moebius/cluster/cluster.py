@@ -138,6 +138,10 @@ class Host:
             self._channel.send(cluster.encode(cluster.Dismissed(error)), wire.SEND_SECONDS)
         self._channel.close()
 
+    def hang_up(self) -> None:
+        """It is lost, with all its processes."""
+        self._channel.close()
+
     def _tell(self, message: cluster.ToHost) -> None:
         with suppress(MoebiusError):  # the thread that listens sees that it is gone
             self._channel.post(cluster.encode(message))
@@ -283,7 +287,9 @@ class Cluster:
             if self._closed:
                 raise ChannelError("a host came when the front was closing")
             other = self._hosts.get(hello.node)
-            if other is not None:
+            if other is not None and other.hello == hello:
+                other.hang_up()  # it has seen before us that its link was cut
+            elif other is not None:
                 raise ConfigError(
                     f"node {hello.node} is {other.hello.name} already; {hello.name} needs another "
                     "--node-rank"
