@@ -227,6 +227,7 @@ def test_ranks_that_join_and_never_make_a_step_are_not_left_to_try_for_ever(
     until(lambda: bool(made.lost))
     assert made.lost == [1]
     assert "no step was made in 5 epochs: it was slow" in str(made.reasons[0])
+    assert isinstance(made.reasons[0], PeerError)
     assert len(made.ranks[0].joins) == 10, "no further epoch without the one that was ended"
     made.load(1)
     assert len(made.ranks[0].joins) == 11

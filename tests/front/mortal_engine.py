@@ -130,10 +130,10 @@ class MortalEngine:
             scheduled=float(self.steps),
         )
 
-    def die(self) -> None:
+    def die(self, reason: MoebiusError | None = None) -> None:
         self.dead = True
         self.rows.clear()
-        self.lost(EngineError(f"engine {self.number} was ended by its test"))
+        self.lost(reason or EngineError(f"engine {self.number} was ended by its test"))
 
     def stats(self) -> EngineStats:
         return EngineStats(

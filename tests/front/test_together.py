@@ -10,7 +10,7 @@ import pytest
 
 from front.mortal_engine import MortalEngine, answer, ask
 from front.test_replay import House, finish
-from moebius.errors import EngineError
+from moebius.errors import EngineError, PeerError
 from moebius.request.finish import FinishReason
 
 
@@ -33,6 +33,11 @@ class Group(House):
 
     def at(self, number: int) -> MortalEngine:
         return next(each for each in self.living() if each.number == number)
+
+
+def at_work(house: Group) -> bool:
+    """All are there, and one at least was given something."""
+    return house.client.stats().ready and bool(in_flight(house))
 
 
 def in_flight(house: Group) -> list[str]:
@@ -69,12 +74,12 @@ def test_a_suspect_is_alone_in_the_whole_group() -> None:
         house.client.submit(request)
     house.step()
     for _ in range(2):
-        house.until(lambda: len(house.living()) == 2 and bool(in_flight(house)))
+        house.until(lambda: at_work(house))
         house.at(1).die()
     most = 0
     seen: set[str] = set()
     while len(seen) < len(requests):
-        house.until(lambda: len(house.living()) == 2 and bool(in_flight(house)))
+        house.until(lambda: at_work(house))
         now = in_flight(house)
         if not seen.issuperset(now):
             most = max(most, len(now))
@@ -99,13 +104,28 @@ def test_nothing_that_comes_later_is_given_out_beside_a_suspect() -> None:
     assert last is not None and last.finish_reason is FinishReason.LENGTH
 
 
+def test_a_group_that_never_makes_a_step_ends_though_requests_were_alone_in_it() -> None:
+    """Each of them could be what ends engines, were it not that nothing else comes of them."""
+    house = Group(most_restarts=4)
+    requests = [ask("a" * n) for n in range(1, 9)]
+    for request in requests:
+        house.client.submit(request)
+    while not house.reason:
+        house.until(lambda: bool(house.reason) or at_work(house))
+        if not house.reason:
+            house.at(0).die(PeerError("no step was made", ranks=(0,)))
+    assert "4 times" in str(house.reason[0]) and "no step was made" in str(house.reason[0])
+    assert all(house.ended(each.id) for each in requests)
+    assert sum(each.dead for each in house.engines) == 5
+
+
 def test_a_request_that_was_told_to_come_back_can_be_aborted() -> None:
     house = Group()
     for request in (ask("a", 50), ask("bb", 50)):
         house.client.submit(request)
     house.step()
     for _ in range(2):
-        house.until(lambda: len(house.living()) == 2)
+        house.until(lambda: house.client.stats().ready)
         house.at(1).die()
     for id in ("a", "bb"):
         house.client.abort(id)

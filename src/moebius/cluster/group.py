@@ -277,7 +277,7 @@ class RankGroup:
         clients = [client for client in self._clients if client is not None]
         named = [client for client in clients if client.rank in ranks]
         for client in (named or clients)[:1]:
-            client.end(f"it was ended: {why}")
+            client.end(PeerError(f"it was ended: {why}", ranks=(client.rank,)))
 
     def _form(self) -> None:
         """Begin the next epoch, if those that are there have every expert; at first, with all."""

@@ -34,7 +34,7 @@ class LaunchedEngine:
         process: WatchedProcess | None = None,
     ) -> None:
         self._lost = lost
-        self._why: str | None = None
+        self._why: EngineError | None = None
         self._done = threading.Event()
         self._process: WatchedProcess = process or EngineProcess()
         self._process.died = self._died
@@ -72,7 +72,7 @@ class LaunchedEngine:
         self._done.set()
         self._process.close(timeout)
 
-    def end(self, why: str) -> None:
+    def end(self, why: EngineError) -> None:
         """Kill it, as one that is lost because of this."""
         self._why = why
         self._process.end()
@@ -93,9 +93,9 @@ class LaunchedEngine:
             trouble = self._trouble()
             misses = 0.0 if trouble is None else misses + _LOOK_SECONDS
             if misses >= _PATIENCE_SECONDS:
-                self.end(f"it was stuck and is ended: {trouble}")
+                self.end(EngineError(f"it was stuck and is ended: {trouble}"))
                 return
 
     def _died(self, process: WatchedProcess) -> None:
         self._done.set()
-        self._lost(EngineError(self._why or process.state))
+        self._lost(self._why or EngineError(process.state))

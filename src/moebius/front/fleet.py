@@ -39,8 +39,8 @@ class Owner(Protocol):
     def came(self, number: int) -> None:
         """Engine `number` is there."""
 
-    def went(self, number: int) -> None:
-        """Engine `number` is lost, and says nothing more."""
+    def went(self, number: int, reason: MoebiusError) -> None:
+        """Engine `number` is lost for this reason, and says nothing more."""
 
     def changed(self) -> None:
         """One of both has happened; without the lock."""
@@ -176,7 +176,7 @@ class Fleet:
                 self._past = add_stats([counters_of(old.stats())], self._past)
                 self._past_loads = add_loads([self._past_loads, totals_of(old.expert_loads())])
                 if self._owner is not None:
-                    self._owner.went(number)
+                    self._owner.went(number, reason)
         say(log.error, "engine %d is lost: %s", number, reason)
         if self._owner is not None:
             self._owner.changed()

@@ -18,7 +18,14 @@ from typing import NamedTuple
 
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed, failure, say
-from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError, RequestError
+from moebius.errors import (
+    EngineError,
+    EngineLostError,
+    MoebiusError,
+    OverloadError,
+    PeerError,
+    RequestError,
+)
 from moebius.front.assignment import Assignment
 from moebius.front.fleet import Fleet, Launch, Lost, log
 from moebius.front.flight import Flight
@@ -148,7 +155,7 @@ class ReplayClient:
         info = self._fleet[number].info
         self._assignment.opened(number, info.num_blocks, info.block_size)
 
-    def went(self, number: int) -> None:
+    def went(self, number: int, reason: MoebiusError) -> None:
         """Take back what a lost engine had, and end what nobody shall be asked for again."""
         had, culprit = self._assignment.lost(number)
         for flight in had:
@@ -156,7 +163,9 @@ class ReplayClient:
                 self._end(flight, _aborted(flight.id))
         if culprit is not None and not culprit.unwanted:
             say(log.error, "request %s ends: it was alone when an engine was lost", culprit.id)
-            self._budget.finished()
+            # Where engines do nothing together, it may as well be their fault.
+            if not isinstance(reason, PeerError):
+                self._budget.finished()
             self._end(culprit, failed(culprit.id, _alone_error()))
 
     def changed(self) -> None:
