@@ -41,6 +41,11 @@ class EngineRequest:
     output_ids: tuple[int, ...] = ()
     prompt_hashes: PromptHashes | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Those that an engine has to hold of it when it takes it."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
     @classmethod
     def create(
         cls,
