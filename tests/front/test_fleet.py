@@ -36,7 +36,7 @@ def test_an_engine_that_would_answer_otherwise_is_refused() -> None:
         made.append((Other if made else MortalEngine)(number, lost))
         return made[-1]
 
-    budget = RestartBudget(time.monotonic, 2)
+    budget = RestartBudget(2)
     client = ReplayClient(launch, budget=budget, on_give_up=reasons.append)
     heard: list[StepOutput] = []
     client.start(heard.extend)

@@ -64,6 +64,8 @@ class Fleet:
         self._engines: list[EngineClient | None] = [None] * count
         # How many engines a number had before this one: what an earlier one says is old.
         self._lives = [0] * count
+        # When it came, on the monotonic clock.
+        self._since = [0.0] * count
         self._early_loss: MoebiusError | None = None
         self._past = EngineStats()
         self._loading = True
@@ -129,6 +131,7 @@ class Fleet:
         for number, start in enumerate(starts):
             if start.exception() is None:
                 self._engines[number] = start.result()
+                self._since[number] = time.monotonic()
         with self._lock:
             self._loading = False
             if self._early_loss is not None:
@@ -157,6 +160,7 @@ class Fleet:
             self._lives[number] += 1
             old = self._engines[number]
             self._engines[number] = None
+            lasted = 0.0 if old is None else time.monotonic() - self._since[number]
             if old is not None:
                 self._past = add_stats([counters_of(old.stats())], self._past)
                 if self._owner is not None:
@@ -165,11 +169,19 @@ class Fleet:
         if self._owner is not None:
             self._owner.changed()
         threading.Thread(
-            target=self._restart, args=(number, life + 1, old, reason), name="restart", daemon=True
+            target=self._restart,
+            args=(number, life + 1, old, lasted, reason),
+            name="restart",
+            daemon=True,
         ).start()
 
     def _restart(
-        self, number: int, life: int, old: EngineClient | None, reason: MoebiusError
+        self,
+        number: int,
+        life: int,
+        old: EngineClient | None,
+        lasted: float,
+        reason: MoebiusError,
     ) -> None:
         """Start an engine again, as often as the budget allows."""
         if old is not None:
@@ -179,10 +191,11 @@ class Fleet:
         while not self._ended.wait(pause):
             pause = min(max(2 * pause, _PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
             with self._lock:
-                allowed = self._budget.spend()
+                allowed = self._budget.spend(lasted)
             if not allowed:
                 self._give_up(reason)
                 return
+            lasted = 0.0
             try:
                 engine = self._launch(number, partial(self._lose, number, life))
                 self._check_same(engine)
@@ -213,6 +226,7 @@ class Fleet:
             wanted = not self.ended and self._lives[number] == life
             if wanted:
                 self._engines[number] = engine
+                self._since[number] = time.monotonic()
                 self.restarts += 1
                 self._begin(number, engine)
         if not wanted:
@@ -228,8 +242,8 @@ class Fleet:
                 return
             self._ended.set()
         error = EngineError(
-            f"engines were started {self._budget.most} times within {self._budget.seconds:.0f} s "
-            f"and finished no request; the last one ended so: {reason}"
+            f"engines were started {self._budget.most} times in a row and finished no request; the "
+            f"last one ended so: {reason}"
         )
         say(log.critical, "%s", error)
         if self._owner is not None:

@@ -9,10 +9,10 @@ one lock, which is never held while an engine is given a request or a client tol
 """
 
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ class ReplayClient:
         room: Room = Room(),  # noqa: B008 - it cannot be changed
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
     ) -> None:
-        self._budget = budget or RestartBudget(time.monotonic)
+        self._budget = budget or RestartBudget()
         self._room = room
         self._on_give_up = on_give_up
         self._lock = threading.Lock()
@@ -69,7 +69,9 @@ class ReplayClient:
         self._replayed = 0
         self._assignment = Assignment()
         self._outbox = Outbox(self._undelivered)
+        self._aborts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._fleet = Fleet(launch, count, self._budget, self._lock)
+        threading.Thread(target=self._abort_all, name="aborts", daemon=True).start()
 
     @property
     def info(self) -> EngineInfo:
@@ -103,17 +105,9 @@ class ReplayClient:
         self.changed()
 
     def abort(self, request_id: str) -> None:
-        with self._lock:
-            flight = self._assignment.get(request_id)
-            if flight is None:
-                return
-            flight.unwanted = True
-            engine = None if flight.engine is None else self._fleet[flight.engine]
-            if engine is None:
-                self._end(flight, _aborted(request_id))
-        if engine is not None:
-            engine.abort(request_id)
-        self.changed()
+        """As in EngineClient. A finaliser may ask for it in the middle of anything, on a thread
+        that holds any of the locks here: so another thread does it."""
+        self._aborts.put(request_id)
 
     def advance(self, wanted: Callable[[], bool]) -> bool:
         """Nothing: the engines make their steps themselves."""
@@ -140,6 +134,7 @@ class ReplayClient:
         """Stop all engines; what is unfinished ends with EngineError."""
         deadline = time.monotonic() + timeout
         self._fleet.close(timeout)
+        self._aborts.put(None)
         self._end_all(EngineError("the engine has stopped"))
         self._outbox.wait(max(deadline - time.monotonic(), 0.0))
 
@@ -157,7 +152,7 @@ class ReplayClient:
                 self._end(flight, _aborted(flight.id))
             elif flight is culprit:
                 say(log.error, "request %s ends: it was alone when its engine was lost", flight.id)
-                self._budget.finished()
+                self._budget.explained()
                 self._end(flight, failed(flight.id, _alone_error()))
 
     def changed(self) -> None:
@@ -172,8 +167,12 @@ class ReplayClient:
             ]
             self._replayed += sum(flight.losses > 0 for flight, _, _ in given)
         for flight, request, engine in given:
-            with suppress(EngineError):  # it is lost, and whoever sees that will say so
+            try:
                 engine.submit(request)
+            except EngineError:
+                continue  # it is lost, and whoever sees that will say so
+            except Exception as error:  # the others are to be given out all the same
+                self._refused(flight, error)
             if flight.unwanted:  # an abort may have been there before its request
                 engine.abort(request.id)
 
@@ -248,6 +247,35 @@ class ReplayClient:
         self._outbox.put([last])
 
     # Without it
+
+    def _abort_all(self) -> None:
+        for request_id in iter(self._aborts.get, None):
+            try:
+                self._abort(request_id)
+            except Exception as error:  # others are to be aborted after it
+                failure("aborting a request", error)
+
+    def _abort(self, request_id: str) -> None:
+        with self._lock:
+            flight = self._assignment.get(request_id)
+            if flight is None:
+                return
+            flight.unwanted = True
+            engine = None if flight.engine is None else self._fleet[flight.engine]
+            if engine is None:
+                self._end(flight, _aborted(request_id))
+        if engine is not None:
+            engine.abort(request_id)
+        self.changed()
+
+    def _refused(self, flight: Flight, error: Exception) -> None:
+        """No engine can be given this request."""
+        if not isinstance(error, MoebiusError):
+            error = failure("handing over a request", error)
+        with self._lock:
+            if self._assignment.get(flight.id) is flight:
+                self._end(flight, failed(flight.id, error))
+        self._outbox.flush()
 
     def _end_all(self, error: MoebiusError) -> None:
         with self._lock:
