@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from msgspec import structs
 
 from moebius.cluster.alike import check_engines_alike
@@ -35,11 +34,11 @@ from moebius.engine.faults import say
 from moebius.engine.placing import start_placement
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import WatchedProcess
-from moebius.errors import ConfigError, MoebiusError, UsageError
+from moebius.errors import ConfigError, MoebiusError, UsageError, WireError
 from moebius.front.fleet import Lost
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
-from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.exchange import DTYPES, Epoch, ExchangeSpec
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -338,4 +337,7 @@ def _traffic(rank: int, stats: EngineStats, joined: Collection[int]) -> RankTraf
 
 def _spec(rows: wire.Rows | None, size: int) -> ExchangeSpec:
     assert rows is not None, "a rank says what it exchanges"
-    return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, getattr(torch, rows.dtype))
+    for dtype in DTYPES:
+        if str(dtype) == f"torch.{rows.dtype}":
+            return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, dtype)
+    raise WireError(f"a rank exchanges rows of {rows.dtype!r}, of which none can be")
