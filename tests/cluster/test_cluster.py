@@ -16,7 +16,6 @@ from msgspec import structs
 
 from moebius.cluster.cluster import Cluster, HostedProcess
 from moebius.engine import cluster, wire
-from moebius.engine.child import ChildProcess
 from moebius.engine.config import EngineConfig
 from moebius.engine.node import Node
 from moebius.errors import ChannelError, ConfigError, EngineError, MoebiusError
@@ -132,7 +131,8 @@ def test_who_is_not_alike_ends_both_with_one_line() -> None:
     assert isinstance(error, ConfigError) and str(error) == str(found.value)
 
 
-def test_a_number_that_is_taken_is_refused() -> None:
+def test_a_number_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moebius.cluster.cluster._RETURN_SECONDS", 0.1)
     with front() as (made, address):
         first = Running(address)
         made.assemble()
@@ -231,6 +231,20 @@ def test_a_host_that_is_gone_takes_its_processes_and_may_come_back() -> None:
     assert node.ended() is None
 
 
+def test_a_host_that_comes_back_before_it_is_missed_is_taken() -> None:
+    """It has seen a cut link first: its old connection is still there for the front."""
+    with front(patience=20.0) as (made, address):
+        old = connect(address, 10, KEY)
+        old.send(cluster.encode_hello(OTHER), 10)
+        made.assemble()
+        before = made._hosts[1]
+        node = Running(address)
+        until(lambda: any(thread.name == "greet" for thread in threading.enumerate()))
+        old.close()
+        until(lambda: made._hosts.get(1) not in (None, before))
+    assert node.ended() is None
+
+
 def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "SILENCE_SECONDS", 0.5)
     with front(patience=0.3) as (made, address):
@@ -252,10 +266,3 @@ def test_a_process_that_cannot_be_started_is_reported(monkeypatch: pytest.Monkey
         assert process._wait(20.0)
         assert "can be started: No such file" in process.state
     assert node.ended() is None
-
-
-def test_a_child_is_reaped_and_told_of() -> None:
-    told = threading.Event()
-    child = ChildProcess(("127.0.0.1", 1), "ticket", variables={}, ended=told.set)
-    child.kill()
-    assert told.wait(20) and child.exit_status == -9

@@ -63,7 +63,7 @@ class ChildProcess:
         if status >= 0:
             return f"the engine's process ended with exit status {status}"
         hint = " (as the system does when memory runs out)" if status == -signal.SIGKILL else ""
-        return f"the engine's process was ended by {signal.Signals(-status).name}{hint}"
+        return f"the engine's process was ended by {_signal_name(-status)}{hint}"
 
     def kill(self) -> None:
         """End it now, stopped or stuck as it may be."""
@@ -97,6 +97,14 @@ class ChildProcess:
         self._process.wait()
         self.exited.set()
         self._ended()
+
+
+def _signal_name(number: int) -> str:
+    """Python has names for some of them only."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _text(address: Address) -> str:
