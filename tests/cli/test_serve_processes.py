@@ -67,10 +67,10 @@ def wait_until_gone(pid: int, seconds: float) -> None:
         time.sleep(0.01)
 
 
-def begun(port: int) -> socket.socket:
-    """A stream of some seconds, of which tokens have come."""
+def begun(port: int, n: int = 1) -> socket.socket:
+    """A stream of `n` choices of a second or so, of which tokens have come."""
     sock = socket.create_connection(("127.0.0.1", port), timeout=60)
-    body = {"prompt": "x", "stream": True, "max_tokens": 400, "ignore_eos": True}
+    body = {"prompt": "x", "stream": True, "max_tokens": 400, "ignore_eos": True, "n": n}
     sock.sendall(http_request("/v1/completions", body))
     data = b""
     while b"text_completion" not in data:
@@ -92,9 +92,10 @@ def rest(sock: socket.socket) -> bytes:
 def test_an_engine_ends_with_its_front(tiny_model: Path, tmp_path: Path, how: str) -> None:
     """A signal that reaches both has the front finish what is in flight first."""
     scratch = tmp_path / "scratch"
-    with serve(tiny_model, scratch) as (front, port):
+    with serve(tiny_model, scratch, "--max-num-seqs", "1") as (front, port):
         engine = child_of(front.pid)
-        with begun(port) as sock:
+        # One choice after the other, so that they outlast what is done meanwhile.
+        with begun(port, 16 if how == "two signals" else 1) as sock:
             if how == "kill -9":
                 front.kill()
             else:
