@@ -70,19 +70,17 @@ class EngineProcesses:
         self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
-            early = self._early.pop(number, None)
-            hears = planned if early is not None and number == 0 else lambda plan: None
-            process = early or (EngineProcess() if hosts is None else hosts.start(number))
-            self._processes[number] = process
-            if self._closed:
-                process.kill()
-                raise EngineError("the engines are closed")
+            hears = planned if number == 0 and self._client is None else lambda plan: None
             try:
+                process = self._process(number, hosts)
                 if group is None:
                     return LaunchedEngine(message, lost, hears, process)
                 return group.launch(number, lost, hears, process)
             except MoebiusError as error:
-                raise self._none_at_all(error) from error
+                first = self._none_at_all(error)
+                if first is error:
+                    raise
+                raise first from error
 
         config = message.config
         room = Room(config.max_queue_requests, config.max_queue_tokens)
@@ -92,6 +90,17 @@ class EngineProcesses:
     def spread(self) -> ExpertSpread | None:
         """How ranks share the model's experts; None where one process has them all."""
         return None if self._group is None else self._group.spread()
+
+    def _process(self, number: int, hosts: "Hosts | None") -> WatchedProcess:
+        """The one that was started early, or a new one."""
+        process: WatchedProcess | None = self._early.pop(number, None)
+        if process is None:
+            process = EngineProcess() if hosts is None else hosts.start(number)
+        self._processes[number] = process
+        if self._closed:
+            process.kill()
+            raise EngineError("the engines are closed")
+        return process
 
     def _none_at_all(self, error: MoebiusError) -> MoebiusError:
         """An engine does not start. The first time all have to, so the others are ended, too.

@@ -109,9 +109,10 @@ class RankGroup:
         return client
 
     def close(self) -> None:
-        """Form no epoch any more: the ranks are about to be ended."""
+        """End the epoch and form none any more: the ranks are about to be ended."""
         with self._lock:
             self._closing = True
+            self._give_up(self._members)
         if self._balancer is not None:
             self._balancer.stop()
 
