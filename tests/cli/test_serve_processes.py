@@ -115,6 +115,29 @@ def test_an_engine_ends_with_its_front(tiny_model: Path, tmp_path: Path, how: st
     assert list(scratch.iterdir()) == [], "nothing stays"
 
 
+@pytest.mark.parametrize("when", ["its process is there", "its weights are read"])
+def test_an_engine_ends_with_a_front_that_ends_while_it_starts(
+    tiny_model: Path, tmp_path: Path, when: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "moebius", "serve", str(tiny_model), "--port", "0"]
+    env = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as front:
+        assert front.stderr is not None
+        while when == "its weights are read" and "batch invariant" not in (
+            line := front.stderr.readline()
+        ):
+            assert line != ""
+        deadline = time.monotonic() + 60
+        while not (engines := children_of(front.pid)):
+            assert time.monotonic() < deadline
+        front.kill()
+        # Before it has connected it has to be imported, on a machine that may be busy.
+        wait_until_gone(engines[0], 2 if when == "its weights are read" else 30)
+    assert list(scratch.iterdir()) == [], "nothing stays"
+
+
 def refusal(port: int) -> bytes:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
         sock.sendall(http_request("/v1/completions", {"prompt": "x", "max_tokens": 1}))

@@ -11,7 +11,8 @@ from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
-from moebius.front.replay import Lost, ReplayClient, Room
+from moebius.front.fleet import Lost
+from moebius.front.replay import ReplayClient, Room
 
 if TYPE_CHECKING:
     from moebius.cluster.group import RankGroup

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
-from moebius.engine.deliveries import Deliver, Deliveries
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.deliveries import Deliveries
 from moebius.engine.engine import Engine
 from moebius.engine.faults import failure
 from moebius.engine.interrupts import Uninterrupted

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from moebius.engine import wire
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads
 from moebius.engine.clocks import move_outputs, move_stats
-from moebius.engine.deliveries import Deliver, Deliveries
+from moebius.engine.deliveries import Deliveries
 from moebius.engine.faults import failed, failure, lost
 from moebius.errors import (
     ChannelClosedError,

@@ -8,6 +8,7 @@ Which engines there are is a Fleet's to say, who has what an Assignment's. Both 
 one lock, which is never held while an engine is given a request or a client told something.
 """
 
+import logging
 import math
 import queue
 import threading
@@ -16,19 +17,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed, failure, say
-from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError, RequestError
+from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError
 from moebius.front.assignment import Assignment
-from moebius.front.fleet import Fleet, Launch, Lost, log
+from moebius.front.fleet import Fleet, Launch
 from moebius.front.flight import Flight
-from moebius.front.outbox import Deliver, Outbox
+from moebius.front.outbox import Outbox
 from moebius.front.restarts import RestartBudget
 from moebius.front.sums import add_loads
-from moebius.request.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest, in_use
 from moebius.request.finish import FinishReason
 
-__all__ = ["Launch", "Lost", "ReplayClient", "Room"]
+log = logging.getLogger(__name__)
 
 _ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 _RESTART_SECONDS = 5.0
@@ -93,9 +94,7 @@ class ReplayClient:
         with self._lock:
             self._require_running()
             if self._assignment.get(request.id) is not None:
-                raise RequestError(
-                    f"request id {request.id!r} is in use; ids must be unique", param="request_id"
-                )
+                raise in_use(request.id)
             flight = Flight(request)
             full = self._no_room(flight)
             if full is None:

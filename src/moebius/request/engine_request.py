@@ -134,3 +134,9 @@ class EngineRequest:
         Its own are id and seed, of which every value is fine.
         """
         return replace(self, id=id, seed=seed % 2**64, output_ids=())
+
+
+def in_use(request_id: str) -> RequestError:
+    """The error of a request whose id an unfinished one has."""
+    message = f"request id {request_id!r} is in use; ids must be unique"
+    return RequestError(message, param="request_id")

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from moebius.errors import ContextLengthError, RequestError
+from moebius.errors import ContextLengthError
+from moebius.request.engine_request import in_use
 from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
@@ -148,9 +149,7 @@ class Scheduler:
             "a request is added once"
         )
         if request.id in self._requests:
-            raise RequestError(
-                f"request id {request.id!r} is in use; ids must be unique", param="request_id"
-            )
+            raise in_use(request.id)
         self._check_can_run(request)
         self._waiting.check_room(request)
         request.block_hashes.clear()  # another pool's key may have made them
