@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,19 @@ def test_every_rank_hears_of_every_request(made: Group) -> None:
     assert second.told[-1] == wire.Hear(1) and first.told[-1] == wire.Hear(2)
 
 
+def test_a_group_that_is_closed_has_no_memory_and_forms_no_more(made: Group) -> None:
+    """As where Ctrl-C comes while ranks load, which are then killed without a word."""
+    before = shared_memory()
+    made.load(0)
+    made.load(1)
+    assert shared_memory() > before
+    made.group.close()
+    assert shared_memory() == before
+    made.part(0, (0,))
+    made.load(1)
+    assert len(made.ranks[0].joins) == 1
+
+
 def test_a_lost_rank_ends_the_epoch_and_its_successor_begins_the_next(made: Group) -> None:
     made.load(0)
     made.load(1).end()
@@ -197,8 +211,7 @@ def test_ranks_that_have_parted_join_again(made: Group) -> None:
     for number in (0, 1):
         made.part(number, (1,))
     assert not made.ready()
-    until(lambda: len(made.ranks[0].joins) == 2)
-    time.sleep(0.5)
+    until(lambda: not any(isinstance(each, threading.Timer) for each in threading.enumerate()))
     assert len(made.ranks[0].joins) == 2, "once, though both have said it"
     made.join(0, 1, epoch=2)
     assert made.ready()

@@ -203,6 +203,20 @@ def test_a_process_that_takes_nothing_makes_nobody_wait(
     assert isinstance(far.hears(), wire.Submit)
 
 
+def test_a_request_that_no_frame_can_hold_ends(
+    both: tuple[Near, Far], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an output, as all that `submit` has taken."""
+    monkeypatch.setattr(channels, "MOST_FRAME", 10_000)
+    near, far = both
+    near.client.start(near)
+    near.client.submit(request("large", tuple(range(1, 1000)) * 10))
+    error = near.error("large")
+    assert isinstance(error, WireError) and "10000 are the most" in str(error)
+    near.client.submit(request("large"))  # the id is free again, and the connection whole
+    assert isinstance(far.hears(), wire.Submit)
+
+
 def test_loads_are_asked_for_once_a_second_for_all(
     both: tuple[Near, Far], monkeypatch: pytest.MonkeyPatch
 ) -> None:

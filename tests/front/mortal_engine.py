@@ -7,7 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
+from moebius.engine.client import (
+    Deliver,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+    TokenLogprob,
+)
 from moebius.engine.faults import failed
 from moebius.errors import EngineError, MoebiusError, OverloadError
 from moebius.request.engine_request import EngineRequest
@@ -15,7 +22,6 @@ from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams, ServingLimits
 
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=500)
-Deliver = Callable[[list[StepOutput]], None]
 
 
 def token(request: EngineRequest, place: int) -> int:

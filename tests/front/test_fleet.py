@@ -13,8 +13,9 @@ from front.mortal_engine import MortalEngine, answer, ask
 from front.test_replay import House, finish
 from moebius.engine.client import EngineInfo, ExpertLoads, LayerLoad, StepOutput
 from moebius.errors import EngineError, MoebiusError, OverloadError
+from moebius.front.fleet import Lost
 from moebius.front.outbox import Outbox
-from moebius.front.replay import Lost, ReplayClient, Room
+from moebius.front.replay import ReplayClient, Room
 from moebius.front.restarts import RestartBudget
 from moebius.front.sums import add_loads
 from moebius.request.finish import FinishReason
@@ -36,7 +37,7 @@ def test_an_engine_that_would_answer_otherwise_is_refused() -> None:
         made.append((Other if made else MortalEngine)(number, lost))
         return made[-1]
 
-    budget = RestartBudget(time.monotonic, 2)
+    budget = RestartBudget(2)
     client = ReplayClient(launch, budget=budget, on_give_up=reasons.append)
     heard: list[StepOutput] = []
     client.start(heard.extend)

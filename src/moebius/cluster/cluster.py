@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 _ACCEPT_SECONDS = 0.25
 _HELLO_SECONDS = 10.0
 _LOOK_SECONDS = 0.25
+# A host that comes back is refused while it is still there for us: it may have seen that it lost us
+# a beat or two before we see it. Less than its own patience with a silent front.
+_RETURN_SECONDS = cluster.SILENCE_SECONDS / 2
 
 
 class HostedProcess(WatchedProcess):
@@ -128,7 +131,7 @@ class Host:
             self._processes.pop(ticket, None)
 
     def process(self, ticket: str) -> HostedProcess | None:
-        """The one that was started with this ticket, and has not come yet."""
+        """The one that was started with this ticket."""
         with self._lock:
             return self._processes.get(ticket)
 
@@ -136,10 +139,6 @@ class Host:
         """It is not wanted any more."""
         with suppress(MoebiusError):
             self._channel.send(cluster.encode(cluster.Dismissed(error)), wire.SEND_SECONDS)
-        self._channel.close()
-
-    def hang_up(self) -> None:
-        """It is lost, with all its processes."""
         self._channel.close()
 
     def _tell(self, message: cluster.ToHost) -> None:
@@ -284,12 +283,14 @@ class Cluster:
     def _take_host(self, hello: cluster.HostHello, channel: Channel) -> None:
         check_alike(self._own, hello)
         with self._changed:
+            # Where the link to it was cut, each side sees that for itself, and it may be first.
+            self._changed.wait_for(
+                lambda: self._closed or hello.node not in self._hosts, _RETURN_SECONDS
+            )
             if self._closed:
                 raise ChannelError("a host came when the front was closing")
             other = self._hosts.get(hello.node)
-            if other is not None and other.hello == hello:
-                other.hang_up()  # it has seen before us that its link was cut
-            elif other is not None:
+            if other is not None:
                 raise ConfigError(
                     f"node {hello.node} is {other.hello.name} already; {hello.name} needs another "
                     "--node-rank"
@@ -313,6 +314,7 @@ class Cluster:
         with self._changed:
             if self._hosts.get(host.hello.node) is host:
                 del self._hosts[host.hello.node]
+                self._changed.notify_all()
         if not self._closed:
             say(log.error, "%s is lost", host.name)
 

@@ -11,7 +11,8 @@ from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
-from moebius.front.replay import Lost, ReplayClient, Room
+from moebius.front.fleet import Lost
+from moebius.front.replay import ReplayClient, Room
 
 if TYPE_CHECKING:
     from moebius.cluster.group import RankGroup
@@ -70,19 +71,17 @@ class EngineProcesses:
         self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
-            early = self._early.pop(number, None)
-            hears = planned if early is not None and number == 0 else lambda plan: None
-            process = early or (EngineProcess() if hosts is None else hosts.start(number))
-            self._processes[number] = process
-            if self._closed:
-                process.kill()
-                raise EngineError("the engines are closed")
+            hears = planned if number == 0 and self._client is None else lambda plan: None
             try:
+                process = self._process(number, hosts)
                 if group is None:
                     return LaunchedEngine(message, lost, hears, process)
                 return group.launch(number, lost, hears, process)
             except MoebiusError as error:
-                raise self._none_at_all(error) from error
+                first = self._none_at_all(error)
+                if first is error:
+                    raise
+                raise first from error
 
         config = message.config
         room = Room(config.max_queue_requests, config.max_queue_tokens)
@@ -98,6 +97,17 @@ class EngineProcesses:
     def spread(self) -> ExpertSpread | None:
         """How ranks share the model's experts; None where one process has them all."""
         return None if self._group is None else self._group.spread()
+
+    def _process(self, number: int, hosts: "Hosts | None") -> WatchedProcess:
+        """The one that was started early, or a new one."""
+        process: WatchedProcess | None = self._early.pop(number, None)
+        if process is None:
+            process = EngineProcess() if hosts is None else hosts.start(number)
+        self._processes[number] = process
+        if self._closed:
+            process.kill()
+            raise EngineError("the engines are closed")
+        return process
 
     def _none_at_all(self, error: MoebiusError) -> MoebiusError:
         """An engine does not start. The first time all have to, so the others are ended, too.

@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from msgspec import structs
 
 from moebius.cluster.alike import check_engines_alike
@@ -35,11 +34,11 @@ from moebius.engine.faults import say
 from moebius.engine.placing import start_placement
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import WatchedProcess
-from moebius.errors import ConfigError, MoebiusError, PeerError, UsageError
+from moebius.errors import ConfigError, MoebiusError, PeerError, UsageError, WireError
 from moebius.front.fleet import Lost
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
-from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.exchange import DTYPES, Epoch, ExchangeSpec
 from moebius.parallel.traffic import Traffic
 from moebius.request.engine_request import EngineRequest
 
@@ -118,9 +117,10 @@ class RankGroup:
         return client
 
     def close(self) -> None:
-        """Form no epoch any more: the ranks are about to be ended."""
+        """End the epoch and form none any more: the ranks are about to be ended."""
         with self._lock:
             self._closing = True
+            self._give_up(self._members)
         if self._balancer is not None:
             self._balancer.stop()
 
@@ -363,4 +363,7 @@ class RankClient(LaunchedEngine):
 
 def _spec(rows: wire.Rows | None, size: int) -> ExchangeSpec:
     assert rows is not None, "a rank says what it exchanges"
-    return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, getattr(torch, rows.dtype))
+    for dtype in DTYPES:
+        if str(dtype) == f"torch.{rows.dtype}":
+            return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, dtype)
+    raise WireError(f"a rank exchanges rows of {rows.dtype!r}, of which none can be")

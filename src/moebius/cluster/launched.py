@@ -4,8 +4,7 @@ import threading
 from collections.abc import Callable
 
 from moebius.engine import wire
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
-from moebius.engine.deliveries import Deliver
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError

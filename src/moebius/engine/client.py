@@ -64,6 +64,10 @@ class StepOutput(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     num_preemptions: int = 0
 
 
+Deliver = Callable[[list[StepOutput]], None]
+"""Where outputs go."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts of a loaded engine that never change.
@@ -216,7 +220,7 @@ class EngineClient(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
+    def start(self, deliver: Deliver) -> None:
         """Start the engine, once; `deliver` is called once a step, with that step's outputs, on the
         thread that made it, and with what ends without a step on the thread that ends it.
 

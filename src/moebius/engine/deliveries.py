@@ -5,11 +5,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from moebius.engine.client import StepOutput
+from moebius.engine.client import Deliver, StepOutput
 from moebius.engine.faults import failed, failure
-from moebius.errors import EngineError, MoebiusError, RequestError
+from moebius.errors import EngineError, MoebiusError
+from moebius.request.engine_request import in_use
 
-Deliver = Callable[[list[StepOutput]], None]
 _STOPPED = "the engine has stopped"
 
 
@@ -53,9 +53,7 @@ class Deliveries:
         with self._lock:
             self._require_running()
             if request_id in self._unfinished:
-                raise RequestError(
-                    f"request id {request_id!r} is in use; ids must be unique", param="request_id"
-                )
+                raise in_use(request_id)
             self._unfinished[request_id] = None
             try:
                 hand_over()

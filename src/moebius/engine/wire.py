@@ -16,6 +16,7 @@ let one tenant read what another has said.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import TypeVar, get_type_hints
 
 import msgspec
@@ -332,12 +333,18 @@ def from_wire(kind: type, value: object) -> object:
     made = ERRORS_BY_CODE.get(found.code)
     if made is None:
         raise WireError(f"an error of the unknown code {found.code!r}")
-    types = get_type_hints(made.__init__)
+    types = _fact_types(found.code)
     try:
-        facts = {name: msgspec.convert(each, types[name]) for name, each in found.facts.items()}
+        facts = {name: msgspec.convert(fact, types[name]) for name, fact in found.facts.items()}
         return made.again(found.text, facts)
     except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise WireError(f"an error {found.code!r} with other facts than it has") from error
+
+
+@cache
+def _fact_types(code: str) -> dict[str, object]:
+    """By name, what the class of a code is made with beside its text."""
+    return get_type_hints(ERRORS_BY_CODE[code].__init__)
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_wire)

@@ -39,8 +39,8 @@ class Owner(Protocol):
     def came(self, number: int) -> None:
         """Engine `number` is there."""
 
-    def went(self, number: int, reason: MoebiusError) -> None:
-        """Engine `number` is lost for this reason, and says nothing more."""
+    def went(self, number: int) -> None:
+        """Engine `number` is lost, and says nothing more."""
 
     def changed(self) -> None:
         """One of both has happened; without the lock."""
@@ -70,6 +70,8 @@ class Fleet:
         self._engines: list[EngineClient | None] = [None] * count
         # How many engines a number had before this one: what an earlier one says is old.
         self._lives = [0] * count
+        # When it came, on the monotonic clock.
+        self._since = [0.0] * count
         self._early_loss: MoebiusError | None = None
         # What those that are gone have counted.
         self._past = EngineStats()
@@ -144,6 +146,7 @@ class Fleet:
         for number, start in enumerate(starts):
             if start.exception() is None:
                 self._engines[number] = start.result()
+                self._since[number] = time.monotonic()
         with self._lock:
             self._loading = False
             if self._early_loss is not None:
@@ -172,20 +175,29 @@ class Fleet:
             self._lives[number] += 1
             old = self._engines[number]
             self._engines[number] = None
+            lasted = 0.0 if old is None else time.monotonic() - self._since[number]
             if old is not None:
                 self._past = add_stats([counters_of(old.stats())], self._past)
                 self._past_loads = add_loads([self._past_loads, totals_of(old.expert_loads())])
                 if self._owner is not None:
-                    self._owner.went(number, reason)
+                    self._owner.went(number)
         say(log.error, "engine %d is lost: %s", number, reason)
         if self._owner is not None:
             self._owner.changed()
         threading.Thread(
-            target=self._restart, args=(number, life + 1, old, reason), name="restart", daemon=True
+            target=self._restart,
+            args=(number, life + 1, old, lasted, reason),
+            name="restart",
+            daemon=True,
         ).start()
 
     def _restart(
-        self, number: int, life: int, old: EngineClient | None, reason: MoebiusError
+        self,
+        number: int,
+        life: int,
+        old: EngineClient | None,
+        lasted: float,
+        reason: MoebiusError,
     ) -> None:
         """Start an engine again, as often as the budget allows."""
         if old is not None:
@@ -195,10 +207,11 @@ class Fleet:
         while not self._ended.wait(pause):
             pause = min(max(2 * pause, _PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
             with self._lock:
-                allowed = self._budget.spend()
+                allowed = self._budget.spend(lasted)
             if not allowed:
                 self._give_up(reason)
                 return
+            lasted = 0.0
             try:
                 engine = self._launch(number, partial(self._lose, number, life))
                 self._check_same(engine)
@@ -229,6 +242,7 @@ class Fleet:
             wanted = not self.ended and self._lives[number] == life
             if wanted:
                 self._engines[number] = engine
+                self._since[number] = time.monotonic()
                 self.restarts += 1
                 self._begin(number, engine)
         if not wanted:
@@ -244,8 +258,8 @@ class Fleet:
                 return
             self._ended.set()
         error = EngineError(
-            f"engines were started {self._budget.most} times within {self._budget.seconds:.0f} s "
-            f"and finished no request; the last one ended so: {reason}"
+            f"engines were started {self._budget.most} times in a row and finished no request; the "
+            f"last one ended so: {reason}"
         )
         say(log.critical, "%s", error)
         if self._owner is not None:

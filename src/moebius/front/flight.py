@@ -44,7 +44,7 @@ class Flight:
     @property
     def num_tokens(self) -> int:
         """Those that an engine has to hold of it when it takes it."""
-        return len(self.request.prompt_ids) + len(self.request.output_ids) + len(self.emitted)
+        return self.request.num_tokens + len(self.emitted)
 
     @property
     def suspect(self) -> bool:

@@ -8,33 +8,27 @@ Which engines there are is a Fleet's to say, who has what an Assignment's. Both 
 one lock, which is never held while an engine is given a request or a client told something.
 """
 
+import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed, failure, say
-from moebius.errors import (
-    EngineError,
-    EngineLostError,
-    MoebiusError,
-    OverloadError,
-    PeerError,
-    RequestError,
-)
+from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError
 from moebius.front.assignment import Assignment
-from moebius.front.fleet import Fleet, Launch, Lost, log
+from moebius.front.fleet import Fleet, Launch
 from moebius.front.flight import Flight
-from moebius.front.outbox import Deliver, Outbox
+from moebius.front.outbox import Outbox
 from moebius.front.restarts import RestartBudget
-from moebius.request.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest, in_use
 from moebius.request.finish import FinishReason
 
-__all__ = ["Launch", "Lost", "ReplayClient", "Room"]
+log = logging.getLogger(__name__)
 
 _ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 _RESTART_SECONDS = 5.0
@@ -69,7 +63,7 @@ class ReplayClient:
         room: Room = Room(),  # noqa: B008 - it cannot be changed
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
     ) -> None:
-        self._budget = budget or RestartBudget(time.monotonic)
+        self._budget = budget or RestartBudget()
         self._room = room
         self._on_give_up = on_give_up
         self._lock = threading.Lock()
@@ -77,7 +71,9 @@ class ReplayClient:
         self._replayed = 0
         self._assignment = Assignment(together=together)
         self._outbox = Outbox(self._undelivered)
+        self._aborts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._fleet = Fleet(launch, count, self._budget, self._lock)
+        threading.Thread(target=self._abort_all, name="aborts", daemon=True).start()
 
     @property
     def info(self) -> EngineInfo:
@@ -99,9 +95,7 @@ class ReplayClient:
         with self._lock:
             self._require_running()
             if self._assignment.get(request.id) is not None:
-                raise RequestError(
-                    f"request id {request.id!r} is in use; ids must be unique", param="request_id"
-                )
+                raise in_use(request.id)
             flight = Flight(request)
             full = self._no_room(flight)
             if full is None:
@@ -111,17 +105,9 @@ class ReplayClient:
         self.changed()
 
     def abort(self, request_id: str) -> None:
-        with self._lock:
-            flight = self._assignment.get(request_id)
-            if flight is None:
-                return
-            flight.unwanted = True
-            engine = None if flight.engine is None else self._fleet[flight.engine]
-            if engine is None:
-                self._end(flight, _aborted(request_id))
-        if engine is not None:
-            engine.abort(request_id)
-        self.changed()
+        """As in EngineClient. A finaliser may ask for it in the middle of anything, on a thread
+        that holds any of the locks here: so another thread does it."""
+        self._aborts.put(request_id)
 
     def advance(self, wanted: Callable[[], bool]) -> bool:
         """Nothing: the engines make their steps themselves."""
@@ -146,6 +132,7 @@ class ReplayClient:
         """Stop all engines; what is unfinished ends with EngineError."""
         deadline = time.monotonic() + timeout
         self._fleet.close(timeout)
+        self._aborts.put(None)
         self._end_all(EngineError("the engine has stopped"))
         self._outbox.wait(max(deadline - time.monotonic(), 0.0))
 
@@ -155,7 +142,7 @@ class ReplayClient:
         info = self._fleet[number].info
         self._assignment.opened(number, info.num_blocks, info.block_size)
 
-    def went(self, number: int, reason: MoebiusError) -> None:
+    def went(self, number: int) -> None:
         """Take back what a lost engine had, and end what nobody shall be asked for again."""
         had, culprit = self._assignment.lost(number)
         for flight in had:
@@ -163,9 +150,7 @@ class ReplayClient:
                 self._end(flight, _aborted(flight.id))
         if culprit is not None and not culprit.unwanted:
             say(log.error, "request %s ends: it was alone when an engine was lost", culprit.id)
-            # Where engines do nothing together, it may as well be their fault.
-            if not isinstance(reason, PeerError):
-                self._budget.finished()
+            self._budget.explained()
             self._end(culprit, failed(culprit.id, _alone_error()))
 
     def changed(self) -> None:
@@ -183,8 +168,12 @@ class ReplayClient:
         for engine, request_id in to_end:
             engine.abort(request_id)
         for flight, request, engine in given:
-            with suppress(EngineError):  # it is lost, and whoever sees that will say so
+            try:
                 engine.submit(request)
+            except EngineError:
+                continue  # it is lost, and whoever sees that will say so
+            except Exception as error:  # the others are to be given out all the same
+                self._refused(flight, error)
             if flight.unwanted or flight.recalled:  # an abort may have been there before it
                 engine.abort(request.id)
 
@@ -259,6 +248,35 @@ class ReplayClient:
         self._outbox.put([last])
 
     # Without it
+
+    def _abort_all(self) -> None:
+        for request_id in iter(self._aborts.get, None):
+            try:
+                self._abort(request_id)
+            except Exception as error:  # others are to be aborted after it
+                failure("aborting a request", error)
+
+    def _abort(self, request_id: str) -> None:
+        with self._lock:
+            flight = self._assignment.get(request_id)
+            if flight is None:
+                return
+            flight.unwanted = True
+            engine = None if flight.engine is None else self._fleet[flight.engine]
+            if engine is None:
+                self._end(flight, _aborted(request_id))
+        if engine is not None:
+            engine.abort(request_id)
+        self.changed()
+
+    def _refused(self, flight: Flight, error: Exception) -> None:
+        """No engine can be given this request."""
+        if not isinstance(error, MoebiusError):
+            error = failure("handing over a request", error)
+        with self._lock:
+            if self._assignment.get(flight.id) is flight:
+                self._end(flight, failed(flight.id, error))
+        self._outbox.flush()
 
     def _end_all(self, error: MoebiusError) -> None:
         with self._lock:

@@ -41,6 +41,11 @@ class EngineRequest:
     output_ids: tuple[int, ...] = ()
     prompt_hashes: PromptHashes | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Those that an engine has to hold of it when it takes it."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
     @classmethod
     def create(
         cls,
@@ -129,3 +134,9 @@ class EngineRequest:
         Its own are id and seed, of which every value is fine.
         """
         return replace(self, id=id, seed=seed % 2**64, output_ids=())
+
+
+def in_use(request_id: str) -> RequestError:
+    """The error of a request whose id an unfinished one has."""
+    message = f"request id {request_id!r} is in use; ids must be unique"
+    return RequestError(message, param="request_id")
