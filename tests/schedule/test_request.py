@@ -12,7 +12,7 @@ from moebius.request import engine_request as asked_module
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request, RequestStatus
-from moebius.text import EncodedPrompt, Tokenizer
+from moebius.text import Tokenizer
 from schedule.making import LIMITS, make_request
 
 
@@ -181,7 +181,7 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
     tokenizer, names = Tokenizer.load(tiny_model), map(str, itertools.count())
     fields = {"arrival": 1.0, "priority": 3, "deadline": 7.0, "salt": b"tenant"}
     opener = ChoiceOpener(tokenizer, Info)
-    opened = opener.open(EncodedPrompt(ids), params, names, continues=False, **fields)
+    opened = opener.open(ids, params, names, continues=False, **fields)
     made = [choice.request for choice in opened]
     assert ids.walks == 1 and checks == [3000, 0, 2]
     assert all(request.prompt_ids is made[0].prompt_ids for request in made)
@@ -205,7 +205,7 @@ def test_a_sibling_begins_anew():
 
 def test_an_engine_changes_nothing_that_the_front_holds():
     asked = EngineRequest.create(
-        "a", [1, 2, 3], SamplingParams(), LIMITS, arrival=0.0, output_ids=[4], generation_start=2
+        "a", [1, 2, 3], SamplingParams(), LIMITS, arrival=0.0, output_ids=[4]
     )
     request, again = Request(asked), Request(asked)
     request.output_ids.append(5)
@@ -215,12 +215,6 @@ def test_an_engine_changes_nothing_that_the_front_holds():
     assert again.asked is asked
     for name in EngineRequest.__dataclass_fields__:
         assert name == "output_ids" or getattr(again, name, None) in (None, getattr(asked, name))
-
-
-@pytest.mark.parametrize("start", [-1, 4, 1.5, True])
-def test_a_generation_prompt_that_begins_outside_the_prompt_is_refused(start):
-    with pytest.raises(RequestError, match="integer from 0 to 3"):
-        make(prompt=(1, 2, 3), generation_start=start)
 
 
 @pytest.mark.parametrize(
