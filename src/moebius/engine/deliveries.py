@@ -1,5 +1,4 @@
-"""What a client that has an engine elsewhere keeps of each request: that it was taken, and not yet
-ended."""
+"""What a client of an engine keeps of each request: that it was taken, and has not ended yet."""
 
 import threading
 from collections.abc import Callable
