@@ -260,6 +260,19 @@ def test_who_is_missed_is_given_up_and_not_who_says_so(
     assert given_up == [[1]]
 
 
+def test_only_a_loss_after_all_had_joined_can_be_a_requests_doing(made: Group) -> None:
+    made.load(0)
+    made.load(1)
+    made.join(0, epoch=1)
+    assert not made.group.stepped()
+    made.join(1, epoch=1)
+    made.part(0, (1,))  # as the others notice it before the front does
+    made.ranks[1].end()
+    assert made.group.stepped() and not made.group.stepped()
+    made.ranks[0].end()
+    assert not made.group.stepped()
+
+
 def test_ranks_are_told_each_others_names(made: Group) -> None:
     made.load(0)
     made.load(1)

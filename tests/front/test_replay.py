@@ -32,11 +32,14 @@ class House:
         self.client = ReplayClient(
             self._launch,
             count,
-            together=together,
+            stepped=self._stepped if together else None,
             budget=RestartBudget(most_restarts),
             on_give_up=self.reason.append,
         )
         self.client.start(self._hear)
+
+    def _stepped(self) -> bool:
+        return True
 
     def _launch(self, number: int, lost: Callable[[MoebiusError], None]) -> MortalEngine:
         self.before_launch(number)

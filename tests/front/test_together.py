@@ -21,6 +21,7 @@ class Group(House):
 
     def __init__(self, count: int = 2, most_restarts: int = 5, **engine: Any) -> None:
         self.count = count
+        self.made_step = False
         super().__init__(count, most_restarts, together=True, **engine)
 
     def _launch(self, number: int, lost: Any) -> MortalEngine:
@@ -31,7 +32,13 @@ class Group(House):
     def step(self) -> None:
         living = self.living()
         if len(living) == self.count:
+            self.made_step = True
             super().step()
+
+    def _stepped(self) -> bool:
+        found = self.made_step
+        self.made_step = False
+        return found
 
     def at(self, number: int) -> MortalEngine:
         return next(each for each in self.living() if each.number == number)
@@ -77,6 +84,7 @@ def test_a_suspect_is_alone_in_the_whole_group() -> None:
     house.step()
     for _ in range(2):
         house.until(lambda: at_work(house))
+        house.step()
         house.at(1).die()
     most = 0
     seen: set[str] = set()
@@ -130,6 +138,7 @@ def test_a_request_that_was_told_to_come_back_can_be_aborted() -> None:
     house.step()
     for _ in range(2):
         house.until(lambda: house.client.stats().ready)
+        house.step()
         house.at(1).die()
     for id in ("a", "bb"):
         house.client.abort(id)
@@ -137,6 +146,23 @@ def test_a_request_that_was_told_to_come_back_can_be_aborted() -> None:
     for id in ("a", "bb"):
         last = house.ended(id)
         assert last is not None and last.finish_reason is FinishReason.ABORT
+
+
+def test_engines_that_are_lost_at_once_make_nobody_a_suspect() -> None:
+    """As those of a host whose link is cut: no request can have ended more than the first."""
+    house = Group(3)
+    requests = [ask("a" * n, 40) for n in range(1, 9)]
+    for request in requests:
+        house.client.submit(request)
+    house.step()
+    for number in range(3):
+        house.at(number).die()
+    house.until(lambda: at_work(house))
+    flights = [house.client._assignment.get(request.id) for request in requests]
+    assert [flight and flight.losses for flight in flights] == [1] * 8
+    finish(house, *requests)
+    for request in requests:
+        assert house.tokens(request.id) == answer(request)
 
 
 @pytest.mark.parametrize("seed", range(6))

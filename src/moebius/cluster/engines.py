@@ -88,7 +88,7 @@ class EngineProcesses:
         self._client = ReplayClient(
             start,
             config.ranks,
-            together=group is not None,
+            stepped=None if group is None else group.stepped,
             room=room,
             on_give_up=self._give_up,
         )

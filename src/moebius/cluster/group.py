@@ -75,6 +75,7 @@ class RankGroup:
         # Epochs in a row that ended without a step; and whether one was made in this one.
         self._vain_epochs = 0
         self._stepped = False
+        self._may_have_stepped = False
         self._given = 0
         self._closing = False
         config = message.config
@@ -135,6 +136,12 @@ class RankGroup:
         """Whether its ranks compute: all members of the present epoch have joined it."""
         return self._place is not None and len(self._joined) == len(self._members)
 
+    def stepped(self) -> bool:
+        """Whether its ranks may have made a step since this was last asked."""
+        found = self._may_have_stepped
+        self._may_have_stepped = False
+        return found
+
     def submit(self, rank: int, remote: RemoteClient, request: EngineRequest) -> None:
         """Give a request to one rank, and its number to all."""
         with self._lock:
@@ -154,6 +161,7 @@ class RankGroup:
                     self._joined.add(client.rank)
                     if self.formed:
                         self._apart_since = None
+                        self._may_have_stepped = True
                 case wire.Parted(epoch, error, steps) if epoch == self._epoch:
                     say(log.warning, "%s: %s", self._hosts.name(client.rank), error)
                     self._part(client.rank, error, steps)

@@ -98,19 +98,26 @@ class Assignment:
         """An engine takes requests."""
         self._loads[number] = EngineLoad(num_blocks, block_size)
 
-    def lost(self, number: int) -> tuple[list[Flight], Flight | None]:
+    def lost(self, number: int, computing: bool) -> tuple[list[Flight], Flight | None]:
         """An engine is gone. What it had waits; the request that was alone when that happened, if
-        any, comes second."""
+        any, comes second.
+
+        computing: whether it may have been a request's doing.
+        """
         self._loads.pop(number, None)
         self._full.discard(number)
-        culprit = self._culprit(number)
+        culprit = self._culprit(number) if computing else None
         if self._alone is not None and (culprit is not None or self._alone[0] == number):
             self._alone = None
         had = [each for each in self if each.engine == number]
+        elsewhere = [each for each in self if each.engine not in (number, None)]
         for flight in had:
-            flight.lost()
-        if self._together:
-            self._take_part(culprit)
+            flight.taken_back()
+        if computing:
+            for flight in [*had, *elsewhere] if self._together else had:
+                flight.took_part_in_a_loss()
+            if self._together:
+                self._recall(elsewhere, culprit)
         self._sort_waiting()
         return had, culprit
 
@@ -154,14 +161,10 @@ class Assignment:
         there = engine is not None if self._together else engine == number
         return self._alone[1] if there else None
 
-    def _take_part(self, culprit: Flight | None) -> None:
-        """Requests at other engines were in the steps of the lost one. Where that makes suspects,
-        all come back, so that each suspect can be alone."""
-        elsewhere = [each for each in self if each.engine is not None]
-        for flight in elsewhere:
-            flight.took_part_in_a_loss()
+    def _recall(self, flights: list[Flight], culprit: Flight | None) -> None:
+        """Where there are suspects, all come back that engines have: each suspect can be alone."""
         suspects = self._has_suspects()
-        for flight in elsewhere:
+        for flight in flights:
             assert flight.engine is not None
             if suspects or flight is culprit:
                 flight.recalled = True

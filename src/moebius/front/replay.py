@@ -45,7 +45,8 @@ class Room(NamedTuple):
 class ReplayClient:
     """`count` engines as one.
 
-    together     they make their steps together, so that a request at one may end another
+    stepped      where they make their steps together, so that a request at one may end another:
+                 whether they may have made one since this was last asked; None: each makes its own
     room         for what waits here, while there is no engine for it
     on_give_up   called, once, with the reason, when engines were restarted too often for nothing;
                  all that was in flight has ended with that error
@@ -58,7 +59,7 @@ class ReplayClient:
         launch: Launch,
         count: int = 1,
         *,
-        together: bool = False,
+        stepped: Callable[[], bool] | None = None,
         budget: RestartBudget | None = None,
         room: Room = Room(),  # noqa: B008 - it cannot be changed
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
@@ -69,7 +70,8 @@ class ReplayClient:
         self._lock = threading.Lock()
         self._started = False
         self._replayed = 0
-        self._assignment = Assignment(together=together)
+        self._stepped = stepped
+        self._assignment = Assignment(together=stepped is not None)
         self._outbox = Outbox(self._undelivered)
         self._aborts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._fleet = Fleet(launch, count, self._budget, self._lock)
@@ -144,7 +146,9 @@ class ReplayClient:
 
     def went(self, number: int) -> None:
         """Take back what a lost engine had, and end what nobody shall be asked for again."""
-        had, culprit = self._assignment.lost(number)
+        # Engines that are lost one after the other, as those of a host, were not ended by requests.
+        computing = self._stepped is None or self._stepped()
+        had, culprit = self._assignment.lost(number, computing)
         for flight in had:
             if flight.unwanted:
                 self._end(flight, _aborted(flight.id))
@@ -163,7 +167,7 @@ class ReplayClient:
                 (flight, flight.ask(), self._fleet[number])
                 for flight, number in self._assignment.assign()
             ]
-            self._replayed += sum(flight.losses > 0 for flight, _, _ in given)
+            self._replayed += sum(flight.replayed for flight, _, _ in given)
             to_end = [(self._fleet[number], id) for number, id in self._assignment.to_end()]
         for engine, request_id in to_end:
             engine.abort(request_id)
@@ -227,7 +231,7 @@ class ReplayClient:
                 self._assignment.take_back(flight)
                 return
             full = isinstance(output.error, OverloadError)
-            if full and flight.losses and self._assignment.refused(flight):
+            if full and flight.replayed and self._assignment.refused(flight):
                 return
         told = flight.told(output)
         if ended is not None:
