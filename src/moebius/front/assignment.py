@@ -98,7 +98,7 @@ class Assignment:
         """An engine takes requests."""
         self._loads[number] = EngineLoad(num_blocks, block_size)
 
-    def lost(self, number: int, computing: bool) -> tuple[list[Flight], Flight | None]:
+    def lost(self, number: int, computing: bool = True) -> tuple[list[Flight], Flight | None]:
         """An engine is gone. What it had waits; the request that was alone when that happened, if
         any, comes second.
 
