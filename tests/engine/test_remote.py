@@ -144,6 +144,10 @@ def talks_rubbish(far: Far) -> None:
     far.channel.send(bytes((wire.VERSION,)) + b"rubbish", 1)
 
 
+def counts_otherwise(far: Far) -> None:
+    far.say(wire.Stats(EngineStats(step_tokens=(1, 2))))
+
+
 def hangs_up_midway(far: Far) -> None:
     far.channel._sock.send(b"\0\0\0\x09half")
     far.channel.close()
@@ -155,6 +159,7 @@ def hangs_up_midway(far: Far) -> None:
         (closes, EngineError, "process is gone"),
         (says_why, EngineError, "its memory is broken"),
         (talks_rubbish, WireError, "cannot be read"),
+        (counts_otherwise, WireError, "2 counts of steps"),
         (hangs_up_midway, ChannelError, "in the middle of a frame"),
     ],
 )

@@ -232,7 +232,7 @@ class RemoteClient:
                         outputs = move_outputs(outputs, self._last_heard - sent)
                     self._deliveries.send(outputs)
                 case wire.Stats(stats):
-                    self._stats = move_stats(stats, self._last_heard) if self._far else stats
+                    self._take_stats(stats)
                 case wire.Loads(loads):
                     self._loads.heard(loads)
                 case wire.Failed(error):
@@ -241,6 +241,12 @@ class RemoteClient:
                     self.heard(message)
                 case wire.Heartbeat() | wire.Planned() | wire.Loaded():
                     pass
+
+    def _take_stats(self, stats: EngineStats) -> None:
+        found = len(stats.step_tokens)
+        if found != len(self._stats.step_tokens):  # nobody could add them to another engine's
+            raise WireError(f"statistics with {found} counts of steps by their size")
+        self._stats = move_stats(stats, self._last_heard) if self._far else stats
 
 
 class _Loads:

@@ -128,13 +128,16 @@ class Assignment:
         return told
 
     def assign(self) -> list[tuple[Flight, int]]:
-        """Give engines to what waits, as far as there are some; who got which."""
+        """Give engines to what waits, as far as there are some; who got which.
+
+        In the order of service: an engine that takes no more has then what is served first.
+        """
         if not self._waiting or not self._loads:
             return []
         self._reserve()
         given = []
         free = self._free()
-        for flight in list(self._waiting.values()):
+        for flight in sorted(self._waiting.values(), key=lambda flight: flight.request.order):
             number = self._engine_for(flight, free)
             if number is not None:
                 given.append((flight, number))

@@ -39,6 +39,11 @@ class EngineRequest:
     prompt_hashes: PromptHashes | None = None
 
     @property
+    def order(self) -> tuple[int, float, str]:
+        """Lower is served first; the last in it is preempted first."""
+        return (self.priority, self.arrival, self.id)
+
+    @property
     def num_tokens(self) -> int:
         """Those that an engine has to hold of it when it takes it."""
         return len(self.prompt_ids) + len(self.output_ids)
