@@ -83,7 +83,7 @@ def serve(model: str, threads: int) -> None:
     print(json.dumps({"memory": resident()}), flush=True)
     for line in sys.stdin:
         name, draw = line.split()
-        requests = workload(name, llm.engine.info.limits.vocab_size, int(draw)).requests
+        requests = workload(name, llm.client.info.limits.vocab_size, int(draw)).requests
         params = [
             SamplingParams(temperature=0, max_tokens=one.output, ignore_eos=True)
             for one in requests

@@ -23,7 +23,7 @@ namespace {
 
 using std::chrono::microseconds;
 
-constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '1'};
+constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '2'};
 constexpr size_t LINE = 64, PAGE = 4096;
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
@@ -105,13 +105,6 @@ void ExchangeLayout::check(const void* segment, size_t segment_bytes) const {
 
 // --- the barrier. All of its atomic operations are sequentially consistent ---
 
-uint64_t ExchangeHeader::joined() const {
-    uint64_t found = 0;
-    for (uint32_t r = 0; r < ranks; r++)
-        if (line[r].process) found |= bit(r);
-    return found;
-}
-
 uint64_t ExchangeHeader::missing_at(uint32_t barrier) const {
     uint64_t missing = 0;
     for (uint32_t r = 0; r < ranks; r++)
@@ -130,6 +123,11 @@ void ExchangeHeader::give_up(uint64_t given_up) {
     wake();
 }
 
+PeersLost ExchangeHeader::peers_lost() const {
+    const uint64_t ranks = lost.load();
+    return PeersLost(ranks, ranks & late.load() ? Fault::LATE : Fault::GONE);
+}
+
 // For whoever has just made a sleeper's condition true. A sleeper counts itself, reads `events`, looks at its condition and
 // only then sleeps, unless `events` has changed. In the one order of all these operations either its counting comes before
 // our look at `sleepers`, and we change `events`; or after it, and then its look at the condition finds it true.
@@ -141,7 +139,7 @@ void ExchangeHeader::wake() {
 
 void SharedExchange::begin(Doing doing) {
     if (combine_next_ != (doing == COMBINE)) throw std::logic_error("combine follows dispatch, and nothing else does");
-    if (uint64_t lost = header_.lost.load()) throw PeersLost(lost, Fault::MISSING);
+    if (header_.lost.load()) throw header_.peers_lost();
 }
 
 void SharedExchange::meet(Doing doing) {
@@ -166,13 +164,13 @@ void SharedExchange::wait(uint32_t barrier) {
     auto now = from;
     for (int turn = 1; !header_.all_at(barrier); turn++) {
         // Who has left may have arrived before: its arrival, if any, can be seen after this.
-        const uint64_t lost = header_.lost.load();
-        if (lost && !header_.all_at(barrier)) throw PeersLost(lost, Fault::MISSING);
+        if (header_.lost.load() && !header_.all_at(barrier)) throw header_.peers_lost();
         if (now >= until) {
             const uint64_t missing = header_.missing_at(barrier);
             if (!missing) break;
+            header_.late.fetch_or(missing);
             header_.give_up(missing);
-            throw PeersLost(header_.lost.load(), Fault::MISSING);
+            throw header_.peers_lost();
         }
         switch (patience_.turn(now - from)) {
             case Patience::LOOK:

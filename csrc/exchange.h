@@ -54,8 +54,9 @@ struct ExchangeHeader {
     uint32_t ranks, tokens, top_k, cores;
     uint64_t row_bytes, epoch;
     char group[64];
-    // Ranks that somebody has given up. The epoch is over when it is not 0.
+    // Ranks that somebody has given up, and those of them that did not come in time. The epoch is over when the first is not 0.
     alignas(64) std::atomic<uint64_t> lost;
+    std::atomic<uint64_t> late;
     // Sleepers sleep on `events`; whoever may have ended their wait counts it up, where there are any.
     alignas(64) std::atomic<uint32_t> events;
     std::atomic<uint32_t> sleepers;
@@ -66,10 +67,10 @@ struct ExchangeHeader {
         uint8_t doing[2];               // which operation an even and an odd barrier is part of
     } line[MOST_RANKS];
 
-    uint64_t joined() const;
     bool all_at(uint32_t barrier) const;
     uint64_t missing_at(uint32_t barrier) const;
     void give_up(uint64_t ranks);
+    PeersLost peers_lost() const;
     void wake();
 };
 

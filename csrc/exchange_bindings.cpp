@@ -34,7 +34,8 @@ PyObject* peers_lost_type = nullptr;
 
 const char* name(Fault fault) {
     switch (fault) {
-        case Fault::MISSING: return "missing";
+        case Fault::LATE: return "late";
+        case Fault::GONE: return "gone";
         case Fault::LEFT: return "left";
         case Fault::OUT_OF_STEP: return "out of step";
     }
@@ -82,7 +83,6 @@ void bind_exchange(nb::module_& m) {
              "cores"_a)
         .def("check", [](const ExchangeLayout& layout, Address segment, size_t bytes) { layout.check(array<void>(segment), bytes); },
              "segment"_a, "nbytes"_a);
-    m.def("exchange_joined", [](Address segment) { return numbers(array<ExchangeHeader>(segment)->joined()); }, "segment"_a);
     m.def("exchange_give_up", [](Address segment, const std::vector<int>& ranks) {
         array<ExchangeHeader>(segment)->give_up(bits(ranks));
     }, "segment"_a, "ranks"_a);

@@ -18,8 +18,8 @@ inline uint64_t bit(int rank) { return uint64_t(1) << rank; }
 
 enum Doing : uint8_t { AGREE = 1, DISPATCH, COMBINE };
 
-// MISSING: did not come in time, or was given up. LEFT: its connection has ended. OUT_OF_STEP: did something else.
-enum class Fault { MISSING, LEFT, OUT_OF_STEP };
+// They did not come in time; they were given up, or have ended; their connections have ended; they did something else.
+enum class Fault { LATE, GONE, LEFT, OUT_OF_STEP };
 
 // Ranks, as a set of bits, that others cannot go on with.
 struct PeersLost : std::exception {

@@ -80,7 +80,7 @@ void SocketExchange::give_up(uint64_t ranks) {
 void SocketExchange::lose(uint64_t ranks, Fault fault) {
     // Who was given up meanwhile is why connections end.
     const uint64_t given_up = lost_.load();
-    if (given_up) throw PeersLost(given_up, Fault::MISSING);
+    if (given_up) throw PeersLost(given_up, Fault::GONE);
     lost_.fetch_or(ranks);
     throw PeersLost(ranks, fault);
 }
@@ -89,7 +89,7 @@ void SocketExchange::lose(uint64_t ranks, Fault fault) {
 
 void SocketExchange::begin(Doing doing) {
     if (combine_next_ != (doing == COMBINE)) throw std::logic_error("combine follows dispatch, and nothing else does");
-    if (uint64_t lost = lost_.load()) throw PeersLost(lost, Fault::MISSING);
+    if (uint64_t lost = lost_.load()) throw PeersLost(lost, Fault::GONE);
 }
 
 // A message to a rank begins, and one of it is expected.
@@ -127,8 +127,8 @@ template <class OnHeader, class OnAll> void SocketExchange::trade(Doing doing, c
             continue;
         }
         if (!idle) idle = true, idle_since = now;
-        if (uint64_t lost = lost_.load()) throw PeersLost(lost, Fault::MISSING);
-        if (now >= until) lose(missing, Fault::MISSING);
+        if (uint64_t lost = lost_.load()) throw PeersLost(lost, Fault::GONE);
+        if (now >= until) lose(missing, Fault::LATE);
         switch (patience_.turn(now - idle_since)) {
             case Patience::LOOK: pause(); break;
             case Patience::YIELD: std::this_thread::yield(); break;

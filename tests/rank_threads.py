@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moebius.errors import PeerError
-from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec, Traffic
+from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
+from moebius.parallel.traffic import Traffic
 
 SECONDS = 60.0
 T = TypeVar("T")

@@ -14,18 +14,21 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from prometheus_client.parser import text_string_to_metric_families
 
 from models.test_parity import CASES as PARITY
 from moebius.cli.commands import app
+from moebius.engine.client import ExpertLoads, ExpertSpread, LayerLoad, LayerSpread, RankSpread
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
 from moebius.engine.memory import human_bytes
-from moebius.files import package_table
 from moebius.models.hub import BUNDLED, resolve_model
+from moebius.parallel.traffic import Traffic
 from moebius.request.params import LIMITS, SamplingParams
 from moebius.server.limits import HTTP_LIMITS
-from moebius.server.metrics import FINISHED_REASONS, REJECTIONS
+from moebius.server.metrics import FINISHED_REASONS, REJECTIONS, ServerMetrics
 from schedule.seeded_bugs import BUGS
+from server.serving import engine
 
 ROOT = Path(__file__).parent.parent
 # Behind all other paths: benchmarks/ops.py must not hide tests/ops.
@@ -247,14 +250,28 @@ def test_operating_names_every_limit() -> None:
         assert shown in named, name
 
 
-def test_operating_names_every_metric() -> None:
+LOADS = ExpertLoads(5, (LayerLoad(3, 1, 8, 1.0, 0.0, 0.5, (), (7, 1), (7, 1)),))
+SPREAD = ExpertSpread(
+    epoch=1,
+    moves=0,
+    ranks=(RankSpread(0, True, Traffic()),),
+    layers=(LayerSpread(3, ((0, 1),), 1.0, 1.0),),
+)
+
+
+def test_operating_names_every_metric_and_no_other() -> None:
+    """Those of ranks and of experts too: what a server shows that has all of them."""
     text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
-    named = {name.removesuffix("_total") for name in re.findall(r"`(\w+)`", text)}
-    table = package_table("server/metrics.toml")
+    [table] = re.findall(r"\| metric \| kind .*?\n\n", text, re.DOTALL)
+    cells = [line.split("|")[1] for line in table.strip().split("\n")[2:]]
+    told = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    fake = engine("hello")
+    fake.expert_loads = lambda: LOADS  # type: ignore[method-assign]
+    shown = ServerMetrics(fake, "m", spread=lambda: SPREAD).exposition().decode()
     series = {
-        name
-        for kind in ("gauges", "counters", "experts", "histograms", "group")
-        for name in table[kind]
-    } | {"expert_rank_imbalance"}
-    assert series <= named
-    assert {*FINISHED_REASONS, *REJECTIONS} <= named
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in text_string_to_metric_families(shown)
+        if not family.name.startswith(("process_", "vllm:"))
+    }
+    assert {name.removeprefix("moebius_") for name in series} == told
+    assert {*FINISHED_REASONS, *REJECTIONS} <= set(re.findall(r"`(\w+)`", table))

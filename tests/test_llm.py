@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -110,7 +111,7 @@ def test_a_stop_string_cuts_text_tokens_and_logprobs(llm: LLM) -> None:
     assert cut.finish_reason == "stop" and cut.stop_reason == middle
     assert cut.logprobs is not None and len(cut.logprobs) == len(cut.token_ids) < 20
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
-    assert not llm.engine.has_work
+    assert not llm.client._engine.has_work
 
 
 def test_chat_renders_the_template(llm: LLM, reference: Any) -> None:
@@ -207,6 +208,41 @@ def test_a_queue_that_empties_in_one_step_takes_what_it_has_refused(tiny_model: 
         assert next(others).prompt == "b"
 
 
+def test_a_conversation_waits_for_a_queue_that_is_full_too(tiny_model: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(
+        str(tiny_model),
+        kv_cache_memory_bytes=2**21,
+        max_model_len=512,
+        max_num_seqs=1,
+        max_queue_requests=1,
+    ) as small:
+        expected = small.chat(HELLO, params)[0].outputs[0].text
+        others = small.stream([("a", params.with_(max_tokens=2)), ("b", params)])
+        next(others)
+        assert small.client.stats().waiting == 1, "the queue is full"
+        assert "".join(small.stream_chat(HELLO, params)) == expected
+        assert next(others).prompt == "b"
+
+
+def test_an_engine_that_seems_idle_is_asked_for_a_while(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one elsewhere says of itself is of some tenths of a second ago."""
+    one = LLM(str(tiny_model), kv_cache_memory_bytes=2**21, max_model_len=512)
+    scheduler = one.client._engine.scheduler
+    honest = scheduler.add
+    full_until = time.monotonic() + 0.3
+
+    def add(request: Any) -> None:
+        if time.monotonic() < full_until:
+            raise OverloadError("the queue is full")
+        honest(request)
+
+    monkeypatch.setattr(scheduler, "add", add)
+    assert len(one.generate("a", GREEDY)[0].outputs[0].token_ids) == 12
+
+
 def test_what_no_empty_queue_would_take_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +251,8 @@ def test_what_no_empty_queue_would_take_is_refused(
     def full(request: Any) -> None:
         raise OverloadError("the queue is full")
 
-    monkeypatch.setattr(one.engine.scheduler, "add", full)
+    monkeypatch.setattr("moebius.llm._IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(one.client._engine.scheduler, "add", full)
     with pytest.raises(OverloadError, match="the queue is full"):
         one.generate("a", SamplingParams(max_tokens=2))
 
@@ -231,7 +268,7 @@ def test_a_closed_llm_says_so(tiny_model: Path) -> None:
     with pytest.raises(EngineError, match="the engine has stopped"):
         one.generate("a", params)
     one.close()
-    assert one.engine.scheduler.drained
+    assert one.client._engine.scheduler.drained
 
 
 def test_a_step_that_breaks_the_engine_ends_all_that_is_open(
@@ -242,14 +279,14 @@ def test_a_step_that_breaks_the_engine_ends_all_that_is_open(
     other = one.stream([("a", GREEDY.with_(max_tokens=1)), ("b", GREEDY)])
     next(other)
     with monkeypatch.context() as patch:
-        patch.setattr(one.engine.scheduler, "update", lambda plan, tokens: 1 / 0)
+        patch.setattr(one.client._engine.scheduler, "update", lambda plan, tokens: 1 / 0)
         with pytest.raises(EngineError, match="error id"):
             one.generate("c", GREEDY)
     with pytest.raises(EngineError, match="error id"):
         next(other)
     with pytest.raises(EngineError, match="has stopped"):
         one.generate("d", GREEDY)
-    assert not one.client.stats().ready and one.engine.scheduler.drained
+    assert not one.client.stats().ready and one.client._engine.scheduler.drained
     one.close()
 
 
@@ -259,13 +296,13 @@ def test_an_abandoned_stream_leaves_nothing_behind(llm: LLM) -> None:
     )
     next(stream)
     stream.close()
-    assert llm.engine.scheduler.drained
+    assert llm.client._engine.scheduler.drained
     chat = llm.stream_chat(
         [{"role": "user", "content": "hello"}], SamplingParams(max_tokens=50, ignore_eos=True)
     )
     next(chat)
     chat.close()
-    assert llm.engine.scheduler.drained
+    assert llm.client._engine.scheduler.drained
 
 
 def test_bad_input_is_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> None:
@@ -277,7 +314,7 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> 
         llm.generate([[320]], SamplingParams())
     with pytest.raises(RequestError, match="context length is 512"):
         llm.generate([[1] * 600], SamplingParams())
-    assert llm.engine.scheduler.drained
+    assert llm.client._engine.scheduler.drained
     with pytest.raises(TypeError, match="no option max_num_seq;"):
         LLM("bundled", max_num_seq=1)
     with pytest.raises(ConfigError):
@@ -342,7 +379,7 @@ def test_prompt_logprobs_in_chunks_after_preemptions_and_beside_a_warm_cache(
             assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
             got = [entry.logprob for entry in output.prompt_logprobs[1:] if entry]
             assert got == pytest.approx(expected_logprobs(reference, ids), abs=1e-4)
-    assert tight.engine.stats().preemptions > 0
+    assert tight.client._engine.stats().preemptions > 0
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -377,7 +414,7 @@ def test_open_iterators_interleave_and_each_gets_its_own(llm: LLM) -> None:
     assert said + "".join(chat) == answer
     assert sorted(output.prompt for output in got) == sorted(names)
     assert {output.prompt: output.outputs for output in got} == expected
-    assert llm.engine.scheduler.drained
+    assert llm.client._engine.scheduler.drained
 
 
 @pytest.mark.case("C22")
@@ -388,12 +425,12 @@ def test_closing_an_iterator_aborts_its_own_requests_only(llm: LLM) -> None:
     dropped = llm.stream([("short", GREEDY.with_(max_tokens=1)), ("x", long), ("y", long)])
     chat = llm.stream_chat(HELLO, long)
     next(kept), next(dropped), next(chat)
-    assert len(llm.engine.scheduler.requests) == 5
+    assert len(llm.client._engine.scheduler.requests) == 5
     dropped.close()
-    assert len(llm.engine.scheduler.requests) == 3
+    assert len(llm.client._engine.scheduler.requests) == 3
     chat.close()
     assert {output.prompt: output.outputs for output in kept} == expected
-    assert llm.engine.scheduler.drained
+    assert llm.client._engine.scheduler.drained
 
 
 @pytest.mark.case("C22")
@@ -422,8 +459,8 @@ def test_an_iterator_that_the_collector_closes_in_the_middle_of_a_step(
     ]
     forgotten.append(forgotten)
     next(forgotten[0])
-    assert llm.engine.has_work
-    honest = llm.engine.runner.execute
+    assert llm.client._engine.has_work
+    honest = llm.client._engine.runner.execute
 
     collected: list[int] = []
 
@@ -432,10 +469,10 @@ def test_an_iterator_that_the_collector_closes_in_the_middle_of_a_step(
             collected.append(gc.collect())
         return honest(inputs)
 
-    monkeypatch.setattr(llm.engine.runner, "execute", collecting)
+    monkeypatch.setattr(llm.client._engine.runner, "execute", collecting)
     del forgotten
     assert llm.generate("kept", GREEDY)[0].outputs == expected
-    assert collected and llm.engine.scheduler.drained
+    assert collected and llm.client._engine.scheduler.drained
 
 
 @pytest.mark.case("C22")
@@ -465,13 +502,13 @@ def test_an_error_reaches_the_reader_whose_request_it_is(
     bad = llm.stream_chat(HELLO, GREEDY)
     next(bad)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "execute", lambda inputs: 1 / 0)
+        patch.setattr(llm.client._engine.runner, "execute", lambda inputs: 1 / 0)
         with pytest.raises(EngineError, match="error id"):
             next(llm.stream([("ugly", GREEDY)]))
     assert llm.generate("good", GREEDY)[0].outputs == expected
     with pytest.raises(EngineError, match="error id"):
         list(bad)
-    assert llm.engine.scheduler.drained
+    assert llm.client._engine.scheduler.drained
 
 
 class InterruptsAt:
@@ -537,7 +574,7 @@ def test_an_interrupt_at_any_line_leaves_an_llm_that_goes_on(
     finally:
         signal.signal(number, before)
     assert len(next(other).outputs[0].token_ids) == 200
-    assert llm.engine.scheduler.drained
+    assert llm.client._engine.scheduler.drained
 
 
 ALONE = """
@@ -601,13 +638,13 @@ def test_a_step_has_torch_threads_of_its_own(
     with TorchThreads(3):
         one = LLM(str(tiny_model), kv_cache_memory_bytes=2**20, max_model_len=256, threads=asked)
         seen: set[int] = set()
-        honest = one.engine.runner.execute
+        honest = one.client._engine.runner.execute
 
         def counted(inputs: Any) -> Any:
             seen.add(torch.get_num_threads())
             return honest(inputs)
 
-        monkeypatch.setattr(one.engine.runner, "execute", counted)
+        monkeypatch.setattr(one.client._engine.runner, "execute", counted)
         one.generate("a", GREEDY)
         assert seen == {expected} and torch.get_num_threads() == 3
     assert torch.get_num_threads() == 1  # as the tests are set to
@@ -656,13 +693,13 @@ def test_priorities_decide_who_is_served_first(tiny_model: Path) -> None:
     texts = [f"x{i}" for i in range(6)]
     with LLM(str(tiny_model), scheduling_policy="priority", **options) as one:
         served: list[str] = []
-        start = one.engine.scheduler._start
+        start = one.client._engine.scheduler._start
 
         def noted(request: Any, *rest: Any) -> None:
             served.append(one.tokenizer.decode(list(request.prompt_ids)))
             start(request, *rest)
 
-        one.engine.scheduler._start = noted  # type: ignore[method-assign]
+        one.client._engine.scheduler._start = noted  # type: ignore[method-assign]
         outputs = one.generate(texts, params, priority=[3, 1, 2, 0, 1, -5])
         assert served == ["x5", "x3", "x1", "x4", "x2", "x0"]
         assert [output.prompt for output in outputs] == texts

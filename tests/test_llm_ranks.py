@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from moebius import LLM, SamplingParams
+from moebius.engine.client import StepOutput
 from moebius.errors import ConfigError, EngineError
+from moebius.front.sessions import Session
+from moebius.request.engine_request import EngineRequest
 from tiny import write_tokenizer
 
 SIZES = {"kv_cache_memory_bytes": 2**21, "max_model_len": 512, "max_num_seqs": 8}
@@ -57,14 +60,39 @@ def test_two_ranks_answer_as_one_process(two: LLM, tiny_model: Path) -> None:
     assert [each.outputs for each in found] == [each.outputs for each in expected]
 
 
+def test_all_ranks_are_given_as_much_as_they_can_run(
+    two: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And as many again, which wait."""
+    submitted: list[int] = []
+    honest = Session.outputs
+    submit = two.client.submit
+
+    def outputs(session: Session) -> list[StepOutput]:
+        submitted.append(count)
+        return honest(session)
+
+    count = 0
+
+    def counted(request: EngineRequest) -> None:
+        nonlocal count
+        count += 1
+        submit(request)
+
+    monkeypatch.setattr(Session, "outputs", outputs)
+    monkeypatch.setattr(two.client, "submit", counted)
+    two.generate([[1, 2]] * 40, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert submitted[0] == 2 * 2 * SIZES["max_num_seqs"] and count == 40
+
+
 def test_what_ranks_send_each_other_is_counted(two: LLM) -> None:
-    before = two.client.stats()
+    before = two.client.stats().traffic
     two.generate([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
     deadline = time.monotonic() + 10
-    while (after := two.client.stats()).exchange_bytes_out == before.exchange_bytes_out:
+    while (after := two.client.stats().traffic).bytes_out == before.bytes_out:
         assert time.monotonic() < deadline, "ranks say several times a second what they counted"
         time.sleep(0.05)
-    assert after.exchanges > before.exchanges and after.exchange_wait >= before.exchange_wait
+    assert after.calls > before.calls and after.seconds_waited >= before.seconds_waited
 
 
 def test_an_answer_that_is_not_read_to_its_end_is_given_up(two: LLM) -> None:
@@ -92,8 +120,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 
 
 _SCRIPT = """
-import signal, sys, threading, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has none
+import sys, threading, time
 from moebius import LLM, SamplingParams
 llm = LLM(sys.argv[1], ranks=2, kv_cache_memory_bytes=2**21, max_model_len=512, max_num_seqs=8)
 def tell():

@@ -398,7 +398,7 @@ llm = LLM("bundled")
 params = SamplingParams(max_tokens=8, temperature=1, ignore_eos=True, seed=1)
 outputs = llm.generate([[4 + i] * 600 for i in range(60)], params, progress=False)
 assert all(len(o.outputs[0].token_ids) == 8 for o in outputs)
-print(json.dumps([llm.engine.runner.cache.nbytes, llm.engine.stats().total_blocks * 16]))
+print(json.dumps([llm.client._engine.runner.cache.nbytes, llm.client._engine.stats().total_blocks * 16]))
 """
 
 

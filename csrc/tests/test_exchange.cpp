@@ -142,8 +142,10 @@ void test_a_rank_that_does_not_come() {
         SharedExchange exchange(layout, memory.at.get(), rank, 3);
         exchange.agree({});
         if (rank == 1) return;
-        require(lost([&] { exchange.agree({}); }).ranks == 2, "it is named");
-        require(lost([&] { exchange.agree({}); }).ranks == 2, "and later again");
+        const PeersLost late = lost([&] { exchange.agree({}); });
+        require(late.ranks == 2 && late.fault == Fault::LATE, "it is named");
+        const PeersLost again = lost([&] { exchange.agree({}); });
+        require(again.ranks == 2 && again.fault == Fault::LATE, "and later again");
     });
 }
 
@@ -227,7 +229,7 @@ void test_sockets_when_a_rank_does_not_come() {
         exchange.agree({});
         if (rank == 1) return;
         const PeersLost error = lost([&] { exchange.agree({}); });
-        require(error.ranks == 2 && error.fault == Fault::MISSING, "it is named");
+        require(error.ranks == 2 && error.fault == Fault::LATE, "it is named");
         require(lost([&] { exchange.agree({}); }).ranks == 2, "and later again");
     });
 }
@@ -255,7 +257,7 @@ void test_sockets_when_another_thread_gives_up() {
             exchange.give_up(2);
         });
         const PeersLost error = lost([&] { exchange.agree({}); });
-        require(error.ranks == 2 && error.fault == Fault::MISSING, "who waits ends at once");
+        require(error.ranks == 2 && error.fault == Fault::GONE, "who waits ends at once");
         other.join();
     });
 }

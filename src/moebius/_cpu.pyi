@@ -240,7 +240,7 @@ class Ops:
     def shape(self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping]) -> Shaped: ...
 
 class PeersLost(Exception):
-    """Its arguments: the ranks, and "missing", "left" or "out of step"."""
+    """Its arguments: the ranks, and `late`, `gone` (given up), `left` or `out of step`."""
 
 class ExchangeLayout:
     """What a segment is for; csrc/exchange.h describes it and all that follows."""
@@ -253,7 +253,6 @@ class ExchangeLayout:
     def write(self, segment: int, cores: int) -> None: ...
     def check(self, segment: int, nbytes: int) -> None: ...
 
-def exchange_joined(segment: int) -> list[int]: ...
 def exchange_give_up(segment: int, ranks: Sequence[int]) -> None: ...
 
 class ExchangeTraffic:

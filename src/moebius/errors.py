@@ -37,7 +37,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_args
 
-Fact = str | int | float | bool | None
+Fact = str | int | float | bool | None | tuple[int, ...]
 """What an error may hold beside its text, so that it can cross to another process."""
 
 _BY_CODE: dict[str, "type[MoebiusError]"] = {}
@@ -63,7 +63,7 @@ class MoebiusError(Exception):
 
     @classmethod
     def again(cls, text: str, facts: Mapping[str, Any]) -> Self:
-        """The error that had this text and these facts. TypeError for those of another class."""
+        """The error that had this text and these facts, whose types are those of `__init__`."""
         return cls(text, **facts)
 
 
@@ -248,14 +248,7 @@ class PeerError(EngineError, wire_code="peer"):
 
     @property
     def facts(self) -> dict[str, Fact]:
-        return {"ranks": " ".join(map(str, self.ranks)), "error_id": self.error_id}
-
-    @classmethod
-    def again(cls, text: str, facts: Mapping[str, Any]) -> Self:
-        words = str(facts.get("ranks")).split()
-        if not all(word.isdecimal() for word in words):
-            raise TypeError(f"{facts.get('ranks')!r} are no ranks")
-        return cls(text, **{**facts, "ranks": tuple(map(int, words))})
+        return {"ranks": self.ranks, "error_id": self.error_id}
 
 
 def frames(error: BaseException) -> str:

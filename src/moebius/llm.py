@@ -4,11 +4,12 @@ Its engine computes in this process, on the caller's thread; several ranks do in
 own, which end with it.
 """
 
+import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -23,18 +24,20 @@ from moebius.engine.load import check_ranks, load_engine
 from moebius.engine.supervisor import EngineProcess
 from moebius.engine.wire import Launch
 from moebius.errors import OverloadError, RequestError
+from moebius.front.assemble import Delta
 from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import resolve_model
 from moebius.request.params import SamplingParams
-from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
+from moebius.text import GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
-
 _CLOSE_SECONDS = 5.0
+_IDLE_SECONDS = 1.0
+"""What an engine elsewhere says of itself may be some tenths of a second old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +74,86 @@ class _Job:
         )
 
 
-@dataclass(slots=True)
 class _Feed:
-    """What a reader still has to submit, and what it waits for.
+    """Hands jobs to an engine as fast as its queue empties, and takes what comes of them.
 
-    again    what the engine was too full to take
-    refused  why, until something has come that may have made room
-    idle     the engine had nothing else when it was last asked
-    live     what the engine has, by id of the request
+    most     so many choices are the engine's at once
     """
 
-    waiting: Iterator[tuple[_Job, Choice]]
-    again: deque[tuple[_Job, Choice]] = field(default_factory=deque)
-    refused: OverloadError | None = None
-    idle: bool = False
-    live: dict[str, tuple[_Job, Choice]] = field(default_factory=dict)
+    def __init__(
+        self, session: Session, client: EngineClient, jobs: Iterable[_Job], most: int
+    ) -> None:
+        self._session = session
+        self._client = client
+        self._most = most
+        self._waiting = ((job, choice) for job in jobs for choice in job.choices)
+        # What the engine was too full to take, and why, until there may be room again.
+        self._again: deque[tuple[_Job, Choice]] = deque()
+        self._refusal: OverloadError | None = None
+        self._idle_since: float | None = None
+        # What the engine has, by id of the request.
+        self._live: dict[str, tuple[_Job, Choice]] = {}
 
-    def next(self) -> tuple[_Job, Choice] | None:
-        """The next one to submit; None where none is left."""
-        return self.again.popleft() if self.again else next(self.waiting, None)
+    def deltas(
+        self, between_steps: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[_Job, Delta]]:
+        """What each step adds to a choice of a job, until all are done."""
+        while True:
+            between_steps()
+            if self._refusal is None:
+                self._submit()
+            if not self._live and not self._again:
+                return
+            outputs = self._session.outputs()
+            if not outputs and not self._live:
+                self._expect_room()
+            for step in outputs:
+                taken = self._take(step)
+                if taken is not None:
+                    yield taken
+
+    def _submit(self) -> None:
+        while len(self._live) < self._most:
+            found = self._again.popleft() if self._again else next(self._waiting, None)
+            if found is None:
+                return
+            _, choice = found
+            self._live[choice.request.id] = found
+            self._session.submit(choice.request)
+
+    def _expect_room(self) -> None:
+        """All was refused: others' requests may make room, or have made it by now.
+
+        OverloadError where the engine has refused it though there have been none for a while.
+        """
+        stats = self._client.stats()
+        now = time.monotonic()
+        if stats.running or stats.waiting:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        elif self._refusal is not None and now - self._idle_since > _IDLE_SECONDS:
+            raise self._refusal
+        self._refusal = None
+
+    def _take(self, step: StepOutput) -> tuple[_Job, Delta] | None:
+        request_id = step.request_id
+        if request_id not in self._live:
+            return None
+        if isinstance(step.error, OverloadError):
+            self._again.append(self._live.pop(request_id))
+            self._refusal = step.error
+            return None
+        self._refusal = None
+        self._idle_since = None
+        job, choice = self._live[request_id]
+        if step.finish_reason is not None:
+            del self._live[request_id]
+        delta = choice.assembler.push(step)
+        if choice.assembler.wants_abort and step.finish_reason is None:
+            self._session.abort(request_id)
+            del self._live[request_id]
+        return job, delta
 
 
 class LLM:
@@ -128,17 +192,17 @@ class LLM:
     def _start(self, directory: Path, key: bytes) -> EngineClient:
         """The engine on this thread, or one in a process for each rank."""
         if self.config.ranks == 1:
-            self.engine = load_engine(
+            engine = load_engine(
                 directory, self.config, eos_ids=self.defaults.eos_ids, prefix_key=key
             )
-            return InlineClient(self.engine)
+            return InlineClient(engine)
         check_ranks(directory, self.config)
         message = Launch(
             str(directory.absolute()), self.config, key, self.defaults.eos_ids, logs.level()
         )
         # That they cannot be started any more, all that is asked ends with: no reason to end here.
         self._engines = EngineProcesses(self.config.ranks, on_give_up=lambda: None)
-        weakref.finalize(self, self._engines.close)  # where nobody closes this
+        weakref.finalize(self, _close, self._engines)  # where nobody closes this
         try:
             return self._engines.launch(message)
         except BaseException:  # Ctrl-C among them
@@ -209,12 +273,8 @@ class LLM:
             raise RequestError(
                 f"n is {len(job.choices)}; stream_chat has one choice, chat takes any n", param="n"
             )
-        choice = job.choices[0]
-        with self._sessions.open() as session:
-            session.submit(choice.request)
-            while not choice.assembler.finished:
-                for step in session.outputs():
-                    yield choice.assembler.push(step).text
+        for _, delta in self._deltas([job]):
+            yield delta.text
 
     @property
     def processes(self) -> tuple[EngineProcess, ...]:
@@ -241,19 +301,19 @@ class LLM:
     def _job(self, index: int, prompt: Prompt, params: SamplingParams, priority: int = 0) -> _Job:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._open(index, text, EncodedPrompt(ids), params, priority, continues=True)
+        return self._open(index, text, ids, params, priority, continues=True)
 
     def _chat_job(
         self, index: int, messages: Sequence[Message], params: SamplingParams, priority: int = 0
     ) -> _Job:
-        prompt = self.tokenizer.chat_prompt(messages)
-        return self._open(index, None, prompt, params, priority, continues=False)
+        ids = self.tokenizer.encode_chat(messages)
+        return self._open(index, None, ids, params, priority, continues=False)
 
     def _open(
         self,
         index: int,
         text: str | None,
-        prompt: EncodedPrompt,
+        ids: Sequence[int],
         params: SamplingParams,
         priority: int,
         *,
@@ -264,7 +324,7 @@ class LLM:
                 f"params is {type(params).__name__}; it must be SamplingParams", param="params"
             )
         choices = self._opener.open(
-            prompt,
+            ids,
             params,
             map(str, self._ids),
             continues=continues,
@@ -283,62 +343,26 @@ class LLM:
     def _run(
         self, jobs: Iterable[_Job], between_steps: Callable[[], None] = lambda: None
     ) -> Iterator[RequestOutput]:
-        """Feed the engine as fast as its queue empties; outputs come as soon as all of a job's
-        choices are done."""
-        feed = _Feed((job, choice) for job in jobs for choice in job.choices)
+        """Outputs come as soon as all of a job's choices are done."""
+        for job, delta in self._deltas(jobs, between_steps):
+            if delta.finish_reason is not None and job.finished:
+                yield job.output()
+
+    def _deltas(
+        self, jobs: Iterable[_Job], between_steps: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[_Job, Delta]]:
+        # As many as may run at once, and as many again, which wait.
+        most = 2 * self.config.max_num_seqs * self.config.ranks
         with self._sessions.open() as session:
-            while True:
-                between_steps()
-                if feed.refused is None:
-                    self._submit(session, feed)
-                if not feed.live and not feed.again:
-                    return
-                outputs = session.outputs()
-                if not outputs and not feed.live:
-                    self._expect_room(feed)
-                for step in outputs:
-                    yield from self._take(session, step, feed)
+            yield from _Feed(session, self.client, jobs, most).deltas(between_steps)
 
-    def _submit(self, session: Session, feed: _Feed) -> None:
-        """Hand over as many as may run at once, and as many again, which wait."""
-        while len(feed.live) < 2 * self.config.max_num_seqs:
-            found = feed.next()
-            if found is None:
-                return
-            _, choice = found
-            feed.live[choice.request.id] = found
-            session.submit(choice.request)
 
-    def _expect_room(self, feed: _Feed) -> None:
-        """All was refused: others' requests may make room, or have made it by now.
-
-        OverloadError where there were none when it was refused.
-        """
-        if feed.refused is not None and feed.idle:
-            raise feed.refused
-        stats = self.client.stats()
-        feed.idle = not stats.running and not stats.waiting
-        feed.refused = None
-
-    def _take(self, session: Session, step: StepOutput, feed: _Feed) -> Iterator[RequestOutput]:
-        request_id = step.request_id
-        if request_id not in feed.live:
-            return
-        if isinstance(step.error, OverloadError):
-            feed.again.append(feed.live.pop(request_id))
-            feed.refused = step.error
-            return
-        feed.refused = None
-        feed.idle = False
-        job, choice = feed.live[request_id]
-        if step.finish_reason is not None:
-            del feed.live[request_id]
-        choice.assembler.push(step)
-        if choice.assembler.wants_abort and step.finish_reason is None:
-            session.abort(request_id)
-            del feed.live[request_id]
-        if choice.assembler.finished and job.finished:
-            yield job.output()
+def _close(engines: EngineProcesses) -> None:
+    """Whose own threads may come to it, in the middle of anything: they collect garbage, too."""
+    if threading.current_thread() is threading.main_thread():
+        engines.close()
+    else:
+        threading.Thread(target=engines.close, name="close").start()
 
 
 def _each(name: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:

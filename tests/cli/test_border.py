@@ -84,7 +84,6 @@ class Interrupting:
     def find_spec(self, name, *_):
         if name == {module!r}:
             signal.raise_signal(signal.SIGINT)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupting())
 sys.argv = ["moebius", "version"]
 from moebius.cli.main import script

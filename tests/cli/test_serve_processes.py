@@ -67,10 +67,10 @@ def wait_until_gone(pid: int, seconds: float) -> None:
         time.sleep(0.01)
 
 
-def begun(port: int) -> socket.socket:
-    """A stream of some seconds, of which tokens have come."""
+def begun(port: int, n: int = 1) -> socket.socket:
+    """A stream of `n` choices of a second or so, of which tokens have come."""
     sock = socket.create_connection(("127.0.0.1", port), timeout=60)
-    body = {"prompt": "x", "stream": True, "max_tokens": 400, "ignore_eos": True}
+    body = {"prompt": "x", "stream": True, "max_tokens": 400, "ignore_eos": True, "n": n}
     sock.sendall(http_request("/v1/completions", body))
     data = b""
     while b"text_completion" not in data:
@@ -92,9 +92,10 @@ def rest(sock: socket.socket) -> bytes:
 def test_an_engine_ends_with_its_front(tiny_model: Path, tmp_path: Path, how: str) -> None:
     """A signal that reaches both has the front finish what is in flight first."""
     scratch = tmp_path / "scratch"
-    with serve(tiny_model, scratch) as (front, port):
+    with serve(tiny_model, scratch, "--max-num-seqs", "1") as (front, port):
         engine = child_of(front.pid)
-        with begun(port) as sock:
+        # One choice after the other, so that they outlast what is done meanwhile.
+        with begun(port, 16 if how == "two signals" else 1) as sock:
             if how == "kill -9":
                 front.kill()
             else:
@@ -111,6 +112,29 @@ def test_an_engine_ends_with_its_front(tiny_model: Path, tmp_path: Path, how: st
     assert answered is (how == "Ctrl-C")
     assert front.returncode == {"kill -9": -9, "Ctrl-C": 0, "two signals": 128 + 15}[how]
     assert "Traceback" not in said and "ERROR" not in said
+    assert list(scratch.iterdir()) == [], "nothing stays"
+
+
+@pytest.mark.parametrize("when", ["its process is there", "its weights are read"])
+def test_an_engine_ends_with_a_front_that_ends_while_it_starts(
+    tiny_model: Path, tmp_path: Path, when: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "moebius", "serve", str(tiny_model), "--port", "0"]
+    env = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as front:
+        assert front.stderr is not None
+        while when == "its weights are read" and "batch invariant" not in (
+            line := front.stderr.readline()
+        ):
+            assert line != ""
+        deadline = time.monotonic() + 60
+        while not (engines := children_of(front.pid)):
+            assert time.monotonic() < deadline
+        front.kill()
+        # Before it has connected it has to be imported, on a machine that may be busy.
+        wait_until_gone(engines[0], 2 if when == "its weights are read" else 30)
     assert list(scratch.iterdir()) == [], "nothing stays"
 
 

@@ -16,7 +16,6 @@ from msgspec import structs
 
 from moebius.cluster.cluster import Cluster, HostedProcess
 from moebius.engine import cluster, wire
-from moebius.engine.child import ChildProcess
 from moebius.engine.config import EngineConfig
 from moebius.engine.node import Node
 from moebius.errors import ChannelError, ConfigError, EngineError, MoebiusError
@@ -233,6 +232,20 @@ def test_a_host_that_is_gone_takes_its_processes_and_may_come_back() -> None:
     assert node.ended() is None
 
 
+def test_a_host_that_comes_back_before_it_is_missed_is_taken() -> None:
+    """It has seen a cut link first: its old connection is still there for the front."""
+    with front(patience=20.0) as (made, address):
+        old = connect(address, 10, KEY)
+        old.send(cluster.encode_hello(OTHER), 10)
+        made.assemble()
+        before = made._hosts[1]
+        node = Running(address)
+        until(lambda: any(thread.name == "greet" for thread in threading.enumerate()))
+        old.close()
+        until(lambda: made._hosts.get(1) not in (None, before))
+    assert node.ended() is None
+
+
 def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "SILENCE_SECONDS", 0.5)
     with front(patience=0.3) as (made, address):
@@ -271,8 +284,30 @@ def test_a_process_that_cannot_be_started_is_reported(monkeypatch: pytest.Monkey
     assert node.ended() is None
 
 
-def test_a_child_is_reaped_and_told_of() -> None:
-    told = threading.Event()
-    child = ChildProcess(("127.0.0.1", 1), "ticket", variables={}, ended=told.set)
-    child.kill()
-    assert told.wait(20) and child.exit_status == -9
+class Brief:
+    """A child that has ended before its parent knows that it has one."""
+
+    state = "the engine's process ended with exit status 3"
+
+    def __init__(self, *_: object, ended: Callable[[], None], **options: object) -> None:
+        told = threading.Thread(target=ended, daemon=True)
+        told.start()
+        told.join(0.2)
+
+    def kill(self) -> None:
+        pass
+
+    def wait(self) -> bool:
+        return True
+
+
+def test_how_a_process_ended_is_told_however_brief_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moebius.engine.node.ChildProcess", Brief)
+    with front() as (made, address):
+        node = Running(address)
+        made.assemble()
+        process = made.start(1, rank=1)
+        assert process._wait(20.0)
+        assert process.state == f"rank 1 on node 1 (bert): {Brief.state}"
+        assert not node._node._ranks
+    assert node.ended() is None

@@ -126,6 +126,42 @@ def test_a_step_that_another_thread_has_made_is_not_made_again(heard: Heard) -> 
     assert one.stats().steps == 1
 
 
+def test_nobody_who_asks_waits_for_another_threads_step(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that makes the step takes it; a reader waits for its own outputs, not for its
+    turn."""
+    one = heard.engine
+    honest = one.runner.execute
+    under_way, release, asked = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(inputs: Any) -> Any:
+        under_way.set()
+        assert release.wait(20)
+        return honest(inputs)
+
+    def ask_for_more() -> None:
+        heard.client.submit(ask(one, "b", [4, 5, 6], max_tokens=1))
+        heard.client.abort("a")
+        assert heard.client.advance(lambda: False)
+        asked.set()
+
+    monkeypatch.setattr(one.runner, "execute", slow)
+    heard.client.submit(ask(one, "a", [1, 2, 3]))
+    stepping = threading.Thread(target=heard.client.advance, args=(lambda: True,))
+    stepping.start()
+    assert under_way.wait(20)
+    asking = threading.Thread(target=ask_for_more)
+    asking.start()
+    in_time = asked.wait(10)
+    release.set()
+    stepping.join(20)
+    asking.join(20)
+    assert in_time and heard.outputs["a"][-1].finish_reason is FinishReason.ABORT
+    heard.run()
+    assert len(tokens(heard.outputs["b"])) == 1 and one.scheduler.drained
+
+
 def test_a_closed_engine_ends_what_is_open_and_takes_no_more(heard: Heard) -> None:
     one = heard.engine
     heard.client.submit(ask(one, "open", [1, 2, 3], max_tokens=50))

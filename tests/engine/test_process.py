@@ -93,6 +93,33 @@ def test_it_is_heard_of_all_the_time(tiny_model: Path) -> None:
     assert front.ended is None
 
 
+def test_a_launch_is_waited_for_as_long_as_the_front_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Processes are started early, and the front may wait for other hosts meanwhile."""
+    monkeypatch.setattr(process, "_LOOK_SECONDS", 0.01)
+    front, back = socket.socketpair()
+    ours, theirs = Channel(front, "the engine"), Channel(back, "the front")
+    heard: list[object] = []
+
+    def wait() -> None:
+        for _ in range(2):
+            try:
+                heard.append(process._next(theirs))
+            except ChannelError as error:
+                heard.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join(0.1)  # many times what it looks
+    assert thread.is_alive()
+    ours.send(wire.encode(LAUNCH), 5)
+    ours.close()
+    thread.join(20)
+    assert heard[0] == LAUNCH and isinstance(heard[1], ChannelError)
+    theirs.close()
+
+
 def test_what_the_front_asks_wrongly_is_its_requests_error(tiny_model: Path) -> None:
     with serving(engine(tiny_model)) as front:
         good = ask(front.engine, "good", [1, 2, 3], max_tokens=2)

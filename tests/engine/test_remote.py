@@ -144,6 +144,10 @@ def talks_rubbish(far: Far) -> None:
     far.channel.send(bytes((wire.VERSION,)) + b"rubbish", 1)
 
 
+def counts_otherwise(far: Far) -> None:
+    far.say(wire.Stats(EngineStats(step_tokens=(1, 2))))
+
+
 def hangs_up_midway(far: Far) -> None:
     far.channel._sock.send(b"\0\0\0\x09half")
     far.channel.close()
@@ -155,6 +159,7 @@ def hangs_up_midway(far: Far) -> None:
         (closes, EngineError, "process is gone"),
         (says_why, EngineError, "its memory is broken"),
         (talks_rubbish, WireError, "cannot be read"),
+        (counts_otherwise, WireError, "2 counts of steps"),
         (hangs_up_midway, ChannelError, "in the middle of a frame"),
     ],
 )
@@ -200,6 +205,20 @@ def test_a_process_that_takes_nothing_makes_nobody_wait(
         message = far.hears()
         assert isinstance(message, wire.Submit) and message.request.id == str(i)
     near.client.submit(request(str(count - 1)))  # the id is free again
+    assert isinstance(far.hears(), wire.Submit)
+
+
+def test_a_request_that_no_frame_can_hold_ends(
+    both: tuple[Near, Far], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an output, as all that `submit` has taken."""
+    monkeypatch.setattr(channels, "MOST_FRAME", 10_000)
+    near, far = both
+    near.client.start(near)
+    near.client.submit(request("large", tuple(range(1, 1000)) * 10))
+    error = near.error("large")
+    assert isinstance(error, WireError) and "10000 are the most" in str(error)
+    near.client.submit(request("large"))  # the id is free again, and the connection whole
     assert isinstance(far.hears(), wire.Submit)
 
 

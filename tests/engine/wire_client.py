@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from moebius.engine import wire
-from moebius.engine.client import EngineClient, EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.client import (
+    Deliver,
+    EngineClient,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+)
 from moebius.engine.faults import failed
 from moebius.errors import MoebiusError
 from moebius.request.engine_request import EngineRequest
@@ -31,7 +38,7 @@ class WireClient:
         self.inner = inner
         self.frames = 0
         self._hasher = hasher
-        self._deliver: Callable[[list[StepOutput]], None] = lambda outputs: None
+        self._deliver: Deliver = lambda outputs: None
 
     def __getattr__(self, name: str) -> Any:
         """What tests look at in the fake engine behind."""
@@ -41,7 +48,7 @@ class WireClient:
     def info(self) -> EngineInfo:
         return from_engine(wire.Loaded(self.inner.info)).info
 
-    def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
+    def start(self, deliver: Deliver) -> None:
         self._deliver = deliver
         self.inner.start(self._cross_back)
 

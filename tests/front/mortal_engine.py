@@ -7,7 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
+from moebius.engine.client import (
+    Deliver,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+    TokenLogprob,
+)
 from moebius.engine.faults import failed
 from moebius.errors import EngineError, MoebiusError, OverloadError
 from moebius.request.engine_request import EngineRequest
@@ -15,7 +22,6 @@ from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams, ServingLimits
 
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=500)
-Deliver = Callable[[list[StepOutput]], None]
 
 
 def token(request: EngineRequest, place: int) -> int:
@@ -43,12 +49,14 @@ class _Row:
 
 @dataclass
 class MortalEngine:
-    """poison: how many tokens a request's output has when computing it ends the engine, by id."""
+    """poison: how many tokens a request's output has when computing it ends the engine, by id.
+    others: the engines whose experts it needs, one of which is ended instead."""
 
     number: int
     lost: Callable[[MoebiusError], None]
     poison: dict[str, int] = field(default_factory=dict)
     most: int = 1000
+    others: Callable[[], list[MortalEngine]] = lambda: []
 
     def __post_init__(self) -> None:
         self.dead = False
@@ -98,7 +106,7 @@ class MortalEngine:
         if self.dead or self.closed:
             return
         if any(self.poison.get(id) == row.drawn for id, row in list(self.rows.items())):
-            self.die()
+            (self.others() or [self])[0].die()
             return
         self.steps += 1
         with self._lock:
@@ -128,10 +136,10 @@ class MortalEngine:
             scheduled=float(self.steps),
         )
 
-    def die(self) -> None:
+    def die(self, reason: MoebiusError | None = None) -> None:
         self.dead = True
         self.rows.clear()
-        self.lost(EngineError(f"engine {self.number} was ended by its test"))
+        self.lost(reason or EngineError(f"engine {self.number} was ended by its test"))
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -13,8 +13,9 @@ from front.mortal_engine import MortalEngine, answer, ask
 from front.test_replay import House, finish
 from moebius.engine.client import EngineInfo, ExpertLoads, LayerLoad, StepOutput
 from moebius.errors import EngineError, MoebiusError, OverloadError
+from moebius.front.fleet import Lost
 from moebius.front.outbox import Outbox
-from moebius.front.replay import Lost, ReplayClient, Room
+from moebius.front.replay import ReplayClient, Room
 from moebius.front.restarts import RestartBudget
 from moebius.front.sums import add_loads
 from moebius.request.finish import FinishReason
@@ -36,7 +37,7 @@ def test_an_engine_that_would_answer_otherwise_is_refused() -> None:
         made.append((Other if made else MortalEngine)(number, lost))
         return made[-1]
 
-    budget = RestartBudget(time.monotonic, 2)
+    budget = RestartBudget(2)
     client = ReplayClient(launch, budget=budget, on_give_up=reasons.append)
     heard: list[StepOutput] = []
     client.start(heard.extend)
@@ -188,6 +189,32 @@ def test_loads_of_an_engine_that_has_not_answered_are_left_out() -> None:
     known = ExpertLoads(4, (layer,))
     assert add_loads([ExpertLoads(), known]) == known
     assert add_loads([ExpertLoads()]) == ExpertLoads()
+
+
+def counted(pairs: tuple[int, ...]) -> ExpertLoads:
+    """Of an engine that has routed nothing but these pairs."""
+    return ExpertLoads(5, (LayerLoad(3, 1, sum(pairs), 1.0, 0.0, 0.5, (), pairs, pairs),))
+
+
+def test_totals_of_experts_loads_never_fall() -> None:
+    """Not while the next engine loads, nor when it begins to count; the window is its own."""
+    house = House()
+    gate = threading.Event()
+    house.before_launch = lambda number: bool(gate.wait(10)) and None
+    for lost in range(2):
+        engine = house.engines[lost]
+        engine.expert_loads = lambda: counted((7, 1))  # type: ignore[method-assign]
+        so_far = lost + 1
+        (layer,) = house.client.expert_loads().layers
+        assert layer.total_pairs == (7 * so_far, 1 * so_far)
+        assert layer.pairs == (7, 1)
+        engine.die()
+        (layer,) = house.client.expert_loads().layers
+        assert layer.total_pairs == (7 * so_far, 1 * so_far)
+        assert layer.pairs == (0, 0) and layer.tokens == 0
+        gate.set()
+        house.until(lambda lost=lost: len(house.engines) == lost + 2)  # type: ignore[misc]
+        house.until(lambda: house.client.stats().ready)
 
 
 def test_what_a_reader_raises_over_ends_each_of_its_requests_once() -> None:

@@ -141,7 +141,7 @@ def test_experts_move_between_processes_and_no_token_changes(tiny_model: Path, c
         assert all(1.0 <= layer.imbalance <= count for layer in spread.layers)
         assert all(rank.computing for rank in spread.ranks)
         # Each says in a moment what it has sent.
-        until(lambda: all(rank.bytes_out for rank in ranks.processes.spread().ranks))  # type: ignore[union-attr]
+        until(lambda: all(rank.traffic.bytes_out for rank in ranks.processes.spread().ranks))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("count", RANKS)

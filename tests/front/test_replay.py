@@ -21,7 +21,9 @@ from moebius.request.finish import FinishReason
 class House:
     """A ReplayClient, its engines, and all that its clients hear."""
 
-    def __init__(self, count: int = 1, most_restarts: int = 1000, **engine: Any) -> None:
+    def __init__(
+        self, count: int = 1, most_restarts: int = 1000, *, together: bool = False, **engine: Any
+    ) -> None:
         self.options = engine
         self.engines: list[MortalEngine] = []
         self.heard: dict[str, list[StepOutput]] = {}
@@ -30,10 +32,14 @@ class House:
         self.client = ReplayClient(
             self._launch,
             count,
-            budget=RestartBudget(time.monotonic, most_restarts),
+            stepped=self._stepped if together else None,
+            budget=RestartBudget(most_restarts),
             on_give_up=self.reason.append,
         )
         self.client.start(self._hear)
+
+    def _stepped(self) -> bool:
+        return True
 
     def _launch(self, number: int, lost: Callable[[MoebiusError], None]) -> MortalEngine:
         self.before_launch(number)
@@ -59,6 +65,13 @@ class House:
         while not condition():
             assert time.monotonic() < deadline
             self.step()
+            time.sleep(0.0005)
+
+    def until_aborted(self, id: str) -> None:
+        """Until the engines know, which is when no step of theirs is needed for it."""
+        deadline = time.monotonic() + 20
+        while any(id in engine.rows for engine in self.engines):
+            assert time.monotonic() < deadline
             time.sleep(0.0005)
 
     def ended(self, id: str) -> StepOutput | None:
@@ -124,6 +137,7 @@ def test_requests_that_come_meanwhile_wait_and_are_served() -> None:
     house.client.submit(ask("dropped"))
     assert house.client.stats().waiting == 2
     house.client.abort("dropped")
+    house.until(lambda: house.ended("dropped") is not None)
     assert house.heard["dropped"][-1].finish_reason is FinishReason.ABORT
     started.set()
     finish(house, ask("early"))
@@ -136,11 +150,56 @@ def test_an_abort_that_its_engine_did_not_live_to_hear() -> None:
     house.client.submit(ask("a"))
     house.step()
     house.client.abort("a")
+    house.until_aborted("a")
     house.engines[0].die()
     last = house.ended("a")
     assert last is not None and last.finish_reason is FinishReason.ABORT
     house.until(lambda: len(house.living()) == 1)
     assert not house.living()[0].taken
+
+
+def test_an_abort_by_a_finaliser_waits_for_nothing() -> None:
+    """Garbage may be collected by a thread that is in the middle of this client, with its lock."""
+    house = House()
+    house.client.submit(ask("a"))
+    house.step()
+
+    def collect() -> None:
+        with house.client._lock:
+            house.client.abort("a")
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    house.until(lambda: house.ended("a") is not None)
+    assert house.heard["a"][-1].finish_reason is FinishReason.ABORT
+
+
+def test_what_no_engine_can_be_given_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others that waited with it are given out."""
+    house = House()
+    started = threading.Event()
+    house.before_launch = lambda number: bool(started.wait(10)) and None
+    house.engines[0].die()
+    honest = MortalEngine.submit
+
+    def submit(engine: MortalEngine, request: Any) -> None:
+        if request.id == "bad":
+            raise ValueError("no frame can hold it")
+        if request.id == "wrong":
+            raise RequestError("its id is in use")
+        honest(engine, request)
+
+    monkeypatch.setattr(MortalEngine, "submit", submit)
+    for id in ("bad", "wrong", "good"):
+        house.client.submit(ask(id))
+    started.set()
+    finish(house, ask("bad"), ask("wrong"), ask("good"))
+    bad, wrong = house.heard["bad"][-1].error, house.heard["wrong"][-1].error
+    assert isinstance(bad, EngineError) and bad.error_id and isinstance(wrong, RequestError)
+    assert house.tokens("good") == answer(ask("good"))
+    assert house.client.stats().ready
 
 
 def test_one_that_ends_engines_fails_alone_and_the_others_keep_their_tokens() -> None:
@@ -225,12 +284,37 @@ def test_finished_requests_renew_the_budget() -> None:
     assert not house.reason
 
 
-def test_budget_forgets_restarts_of_long_ago() -> None:
-    now = [0.0]
-    budget = RestartBudget(lambda: now[0], most=2, seconds=10)
-    assert [budget.spend(), budget.spend(), budget.spend()] == [True, True, False]
-    now[0] = 10.5
-    assert budget.spend()
+def test_an_engine_that_lasted_may_be_started_again() -> None:
+    """How long starting takes does not count: a large model is not started for ever, either."""
+    budget = RestartBudget(most=2, seconds=10)
+    assert [budget.spend(9.9), budget.spend(0.0), budget.spend(9.9)] == [True, True, False]
+    assert [budget.spend(10.0), budget.spend(0.0), budget.spend(0.0)] == [True, True, False]
+    budget.finished()
+    assert budget.spend(0.0)
+
+
+def test_an_engine_that_every_request_ends_is_given_up() -> None:
+    """Each of them is found to be at fault; no request has been answered for that."""
+    house = House(most_restarts=5, poison={f"p{i}": 1 for i in range(4)})
+    for i in range(4):
+        house.client.submit(ask(f"p{i}"))
+        house.until(lambda i=i: house.ended(f"p{i}") is not None)  # type: ignore[misc]
+    house.until(lambda: bool(house.reason))
+    lasts = [str(house.heard[f"p{i}"][-1].error) for i in range(4)]
+    assert all("nothing else to do" in last for last in lasts[:3]) and "5 times" in lasts[3]
+    # Three restarts for each, of which one counts: for the fourth there is but one.
+    assert len(house.engines) == 1 + 3 + 3 + 3 + 1
+
+
+def test_one_that_ends_engines_and_is_asked_for_again_does_not_end_the_server() -> None:
+    """As clients do after an error, where nobody else asks for anything."""
+    house = House(most_restarts=5, poison={f"p{i}": 1 for i in range(3)})
+    for i in range(3):
+        house.client.submit(ask(f"p{i}"))
+        house.until(lambda i=i: house.ended(f"p{i}") is not None)  # type: ignore[misc]
+    house.client.submit(ask("good"))
+    finish(house, ask("good"))
+    assert house.tokens("good") == answer(ask("good")) and not house.reason
 
 
 def test_closing_ends_what_waits_and_starts_nothing() -> None:

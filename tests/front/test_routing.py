@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
+import pytest
+
 from moebius.front.routing import EngineLoad, choose
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
@@ -65,29 +70,74 @@ def test_equal_engines_and_the_longer_prefix() -> None:
     loads[1].give(ask("a", prompt))
     loads[1].answered("a")
     loads[1].give(ask("b", [70, 71, 72, 73]))
-    # 0 owes 8 of its own, 1 owes 4 others and 8 - 7 of its own: make them equal.
-    loads[0].give(ask("c", [80]))
-    loads[0].answered("c")
+    # 0 would owe its 8 tokens; 1 owes 4 of another's, and would owe its second block.
     request = ask("d", prompt)
-    loads[1].give(ask("e", [90, 91, 92]))
     assert [load.owes(request) for load in loads] == [8, 8]
     assert choose(request, enumerate(loads)) == 1
 
 
-def test_the_last_token_is_computed_and_a_replay_owes_its_output() -> None:
+def test_a_hit_is_whole_blocks_without_the_last_token() -> None:
+    """As in an engine, where at most (tokens - 1) // block_size blocks are found."""
     load = EngineLoad(100, 4)
     load.give(ask("a", list(range(1, 9))))
     load.answered("a")
-    assert load.owes(ask("b", list(range(1, 9)))) == 1
-    assert load.owes(ask("c", list(range(1, 9)), output=(5, 6, 7))) == 4
+    assert load.owes(ask("b", list(range(1, 9)))) == 4
+    assert load.owes(ask("c", list(range(1, 10)))) == 1
+    assert load.owes(ask("d", list(range(1, 8)))) == 3
+    # A replay owes its output, too, and finds the whole of its prompt.
+    assert load.owes(ask("e", list(range(1, 9)), output=(5, 6, 7))) == 3
+    # Log-probabilities of a prompt take all of its tokens.
+    scored = SamplingParams(max_tokens=8, prompt_logprobs=0)
+    assert load.owes(replace(ask("f", list(range(1, 9))), params=scored)) == 8
 
 
 def test_no_more_blocks_are_remembered_than_there_are() -> None:
-    load = EngineLoad(2, 4)
+    """The end of the prompt that was seen longest ago is forgotten first, as in an engine."""
+    load = EngineLoad(3, 4)
     load.give(ask("a", list(range(1, 13))))
     load.give(ask("b", [50] * 4))
-    assert load.cached_tokens(ask("c", list(range(1, 13)))) == 0
-    assert load.cached_tokens(ask("d", [50] * 8)) == 4
+    assert load.cached_tokens(ask("c", list(range(1, 14)))) == 8
+    load.give(ask("d", [60] * 12))
+    assert load.cached_tokens(ask("e", list(range(1, 14)))) == 0
+    assert load.cached_tokens(ask("f", [50] * 5)) == 0
+    assert load.cached_tokens(ask("g", [60] * 13)) == 12
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_the_one_of_the_sentence(seed: int) -> None:
+    """The fewest tokens left to compute before its first token, those queued and running and its
+    own uncached ones; ties to the longer prefix. Counted here anew for each request."""
+    chance = random.Random(seed)
+    loads = engines(3)
+    given: list[list[EngineRequest]] = [[], [], []]
+    left: list[dict[str, int]] = [{}, {}, {}]
+
+    def uncached(request: EngineRequest, engine: int) -> int:
+        blocks = {tuple(each.prompt_ids[: 4 * k]) for each in given[engine] for k in range(1, 9)}
+        found = 0
+        while (end := 4 * (found + 1)) < len(request.prompt_ids):
+            if request.prompt_ids[:end] not in blocks:
+                break
+            found += 1
+        return len(request.prompt_ids) - 4 * found
+
+    for number in range(60):
+        prompt = [bit for _ in range(4) for bit in [chance.randrange(2)] * 4]
+        request = ask(str(number), [*prompt, *[7] * chance.randrange(5)])
+        owed = [sum(left[i].values()) + uncached(request, i) for i in range(3)]
+        best = min(owed)
+        ties = [i for i in range(3) if owed[i] == best]
+        longest = min(uncached(request, i) for i in ties)
+        wanted = next(i for i in ties if uncached(request, i) == longest)
+        cost = uncached(request, wanted)
+        assert routed(request, loads) == wanted
+        given[wanted].append(request)
+        left[wanted][request.id] = cost
+        for engine, load in enumerate(loads):
+            for id in list(left[engine]):
+                if chance.random() < 0.2:
+                    del left[engine][id]
+                    load.answered(id)
 
 
 def test_no_engine() -> None:

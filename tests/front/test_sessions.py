@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moebius.engine.client import StepOutput
+from moebius.engine.client import Deliver, StepOutput
 from moebius.errors import EngineError
 from moebius.front.sessions import Session, Sessions
 from moebius.request.engine_request import EngineRequest
@@ -22,7 +22,7 @@ class Client:
         self.aborted: list[str] = []
         self.refuse: Exception | None = None
 
-    def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
+    def start(self, deliver: Deliver) -> None:
         self.deliver = deliver
 
     def submit(self, request: EngineRequest) -> None:

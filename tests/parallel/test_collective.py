@@ -37,7 +37,7 @@ def test_ranks_that_differ_are_refused(tmp_path: Path, other: str) -> None:
         for own, rank in enumerate(members):
             error = rank.error()
             assert error.kind is ConfigError, error
-            assert f"ranks {own} and {1 - own} differ in {other}" in error.text
+            assert f"rank {own}, rank {1 - own} differ in {other}" in error.text
 
 
 class Group:

@@ -12,7 +12,14 @@ from hashlib import blake2b
 
 from msgspec.structs import replace
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
+from moebius.engine.client import (
+    Deliver,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+    TokenLogprob,
+)
 from moebius.errors import EngineError, MoebiusError
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
@@ -104,7 +111,7 @@ class FakeEngine:
         limits = ServingLimits(self.vocab_size, self.max_model_len, self.priorities)
         return EngineInfo(limits, self.eos_ids, block_size=16, num_blocks=64, fingerprint="fp_fake")
 
-    def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
+    def start(self, deliver: Deliver) -> None:
         self._deliver = deliver
         self._thread.start()
 

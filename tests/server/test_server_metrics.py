@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +13,10 @@ from moebius.engine.client import (
     ExpertSpread,
     LayerLoad,
     LayerSpread,
-    RankTraffic,
+    RankSpread,
 )
 from moebius.errors import EngineError, OverloadError
-from moebius.server.metrics import ServerMetrics
+from moebius.parallel.traffic import Traffic
 from server.serving import Server, engine, run, tokenizer
 
 GAUGES = {
@@ -313,31 +312,14 @@ def test_all_that_wait_do_so_for_a_reason(deferred: int, capacity: int) -> None:
     run(check, engine(deferred=deferred))
 
 
-def test_what_ranks_exchange_is_shown_where_there_are_ranks() -> None:
-    """Under our own names alone; one process has nobody to send anything to."""
-    fake = engine("hello")
-    alone = ServerMetrics(fake, "m").exposition().decode()
-    assert "exchange" not in alone
-    stats = replace(
-        fake.stats(), exchanges=9, exchange_bytes_out=7, exchange_bytes_in=5, exchange_wait=0.25
-    )
-    fake.stats = lambda: stats  # type: ignore[method-assign]
-    lines = ServerMetrics(fake, "m").exposition().decode().split("\n")
-    labels = '{engine="0",model_name="m"}'
-    shown = {line for line in lines if "exchange" in line and not line.startswith("#")}
-    assert shown == {
-        f"moebius_exchange_calls_total{labels} 9.0",
-        f"moebius_exchange_bytes_out_total{labels} 7.0",
-        f"moebius_exchange_bytes_in_total{labels} 5.0",
-        f"moebius_exchange_wait_seconds_total{labels} 0.25",
-    }
-
-
 def test_how_ranks_share_experts_is_told() -> None:
     spread = ExpertSpread(
         epoch=3,
         moves=2,
-        ranks=(RankTraffic(0, True, 7, 100, 200, 0.5), RankTraffic(1, False, 0, 0, 0, 0.0)),
+        ranks=(
+            RankSpread(0, True, Traffic(7, 100, 200, 0.5)),
+            RankSpread(1, False, Traffic()),
+        ),
         layers=(
             LayerSpread(1, ((0, 1), (2, 0)), imbalance=1.25, imbalance_at_start=1.5),
             LayerSpread(4, ((0, 1, 2), (1,)), imbalance=1.0, imbalance_at_start=1.0),
@@ -355,6 +337,17 @@ def test_how_ranks_share_experts_is_told() -> None:
         }
         assert values["moebius_group_epochs_total", None] == 3
         assert values["moebius_expert_moves_total", None] == 2
+        exchanged = {key: value for key, value in values.items() if "exchange" in key[0]}
+        assert exchanged == {
+            ("moebius_exchange_calls_total", "0"): 7,
+            ("moebius_exchange_calls_total", "1"): 0,
+            ("moebius_exchange_bytes_out_total", "0"): 100,
+            ("moebius_exchange_bytes_out_total", "1"): 0,
+            ("moebius_exchange_bytes_in_total", "0"): 200,
+            ("moebius_exchange_bytes_in_total", "1"): 0,
+            ("moebius_exchange_wait_seconds_total", "0"): 0.5,
+            ("moebius_exchange_wait_seconds_total", "1"): 0,
+        }, "under our own names alone"
         group = (await server.http.get("/v1/moe/stats")).json()["group"]
         assert group == {
             "epoch": 3,
@@ -363,18 +356,22 @@ def test_how_ranks_share_experts_is_told() -> None:
                 {
                     "rank": 0,
                     "computing": True,
-                    "calls": 7,
-                    "bytes_out": 100,
-                    "bytes_in": 200,
-                    "seconds": 0.5,
+                    "traffic": {
+                        "calls": 7,
+                        "bytes_out": 100,
+                        "bytes_in": 200,
+                        "seconds_waited": 0.5,
+                    },
                 },
                 {
                     "rank": 1,
                     "computing": False,
-                    "calls": 0,
-                    "bytes_out": 0,
-                    "bytes_in": 0,
-                    "seconds": 0.0,
+                    "traffic": {
+                        "calls": 0,
+                        "bytes_out": 0,
+                        "bytes_in": 0,
+                        "seconds_waited": 0.0,
+                    },
                 },
             ],
             "layers": [
@@ -399,7 +396,8 @@ def test_how_ranks_share_experts_is_told() -> None:
 def test_one_process_has_no_group() -> None:
     async def check(server: Server) -> None:
         types, _ = await scrape(server)
-        assert not [name for name in types if "rank" in name or "group" in name]
+        assert not [name for name in types if name.split("_")[1] in ("group", "exchange")]
+        assert "moebius_expert_rank_imbalance" not in types
         assert (await server.http.get("/v1/moe/stats")).json()["group"] is None
 
     run(check)

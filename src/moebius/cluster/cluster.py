@@ -129,7 +129,7 @@ class Host:
             self._processes.pop(ticket, None)
 
     def process(self, ticket: str) -> HostedProcess | None:
-        """The one that was started with this ticket, and has not come yet."""
+        """The one that was started with this ticket."""
         with self._lock:
             return self._processes.get(ticket)
 

@@ -11,7 +11,8 @@ from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
-from moebius.front.replay import Lost, ReplayClient, Room
+from moebius.front.fleet import Lost
+from moebius.front.replay import ReplayClient, Room
 from moebius.parallel.key import ClusterKey
 
 if TYPE_CHECKING:
@@ -78,28 +79,43 @@ class EngineProcesses:
         self._group = group
 
         def start(number: int, lost: Lost) -> EngineClient:
-            early = self._early.pop(number, None)
-            hears = planned if early is not None and number == 0 else lambda plan: None
-            process = early or (EngineProcess() if group is None else group.process(number))
-            self._processes[number] = process
-            if self._closed:
-                process.kill()
-                raise EngineError("the engines are closed")
+            hears = planned if number == 0 and self._client is None else lambda plan: None
             try:
+                process = self._process(number, group)
                 if group is None:
                     return LaunchedEngine(message, lost, hears, process)
                 return group.launch(number, lost, hears, process)
             except MoebiusError as error:
-                raise self._none_at_all(error) from error
+                first = self._none_at_all(error)
+                if first is error:
+                    raise
+                raise first from error
 
         config = message.config
         room = Room(config.max_queue_requests, config.max_queue_tokens)
-        self._client = ReplayClient(start, config.ranks, room=room, on_give_up=self._give_up)
+        self._client = ReplayClient(
+            start,
+            config.ranks,
+            stepped=None if group is None else group.stepped,
+            room=room,
+            on_give_up=self._give_up,
+        )
         return self._client
 
     def spread(self) -> ExpertSpread | None:
         """How ranks share the model's experts; None where one process has them all."""
         return None if self._group is None else self._group.spread()
+
+    def _process(self, number: int, group: "RankGroup | None") -> WatchedProcess:
+        """The one that was started early, or a new one."""
+        process: WatchedProcess | None = self._early.pop(number, None)
+        if process is None:
+            process = EngineProcess() if group is None else group.process(number)
+        self._processes[number] = process
+        if self._closed:
+            process.kill()
+            raise EngineError("the engines are closed")
+        return process
 
     def _none_at_all(self, error: MoebiusError) -> MoebiusError:
         """An engine does not start. The first time all have to, so the others are ended, too.

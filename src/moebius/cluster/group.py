@@ -10,12 +10,11 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from msgspec import structs
 
 from moebius.cluster.alike import check_engines_alike
@@ -29,17 +28,25 @@ from moebius.engine.client import (
     ExpertLoads,
     ExpertSpread,
     LayerSpread,
-    RankTraffic,
+    RankSpread,
 )
 from moebius.engine.faults import say
 from moebius.engine.placing import near_nodes, start_placement
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import WatchedProcess
-from moebius.errors import ConfigError, EngineError, MoebiusError, UsageError
+from moebius.errors import (
+    ConfigError,
+    EngineError,
+    MoebiusError,
+    PeerError,
+    UsageError,
+    WireError,
+)
 from moebius.front.fleet import Lost
 from moebius.front.sums import add_loads
 from moebius.moe.placement import LayerPlacement
-from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.exchange import DTYPES, Epoch, ExchangeSpec
+from moebius.parallel.traffic import Traffic
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -47,6 +54,8 @@ log = logging.getLogger(__name__)
 _JOIN_SECONDS = 30.0
 _PAUSE_SECONDS = 0.2
 _AWAY_SECONDS = 1.0
+_MOST_VAIN_EPOCHS = 5
+"""Epochs in a row in which no step was made, before a rank is started again instead."""
 
 
 class RankGroup:
@@ -69,6 +78,12 @@ class RankGroup:
         self._joined: set[int] = set()
         # Since when all ranks are there, and not all in one epoch.
         self._apart_since: float | None = None
+        # What engines that are gone have exchanged, by their rank.
+        self._past = [Traffic()] * message.config.ranks
+        # Epochs in a row that ended without a step; and whether one was made in this one.
+        self._vain_epochs = 0
+        self._stepped = False
+        self._may_have_stepped = False
         self._given = 0
         self._closing = False
         config = message.config
@@ -125,9 +140,10 @@ class RankGroup:
         return client
 
     def close(self) -> None:
-        """Form no epoch any more: the ranks are about to be ended."""
+        """End the epoch and form none any more: the ranks are about to be ended."""
         with self._lock:
             self._closing = True
+            self._give_up(self._members)
         if self._balancer is not None:
             self._balancer.stop()
 
@@ -141,6 +157,12 @@ class RankGroup:
     def formed(self) -> bool:
         """Whether its ranks compute: all members of the present epoch have joined it."""
         return self._place is not None and len(self._joined) == len(self._members)
+
+    def stepped(self) -> bool:
+        """Whether its ranks may have made a step since this was last asked."""
+        found = self._may_have_stepped
+        self._may_have_stepped = False
+        return found
 
     def submit(self, rank: int, remote: RemoteClient, request: EngineRequest) -> None:
         """Give a request to one rank, and its number to all."""
@@ -161,10 +183,10 @@ class RankGroup:
                     self._joined.add(client.rank)
                     if self.formed:
                         self._apart_since = None
-                case wire.Parted(epoch, error) if epoch == self._epoch:
-                    say(log.warning, "rank %d: %s", client.rank, error)
-                    self._give_up((client.rank,))
-                    self._later(_PAUSE_SECONDS, partial(self._form_again, epoch))
+                        self._may_have_stepped = True
+                case wire.Parted(epoch, error, steps) if epoch == self._epoch:
+                    say(log.warning, "%s: %s", self._hosts.name(client.rank), error)
+                    self._part(client.rank, error, steps)
                 case wire.Listening(epoch) if epoch == self._epoch and self._place is not None:
                     self._place.carry(message, self._members.index(client.rank))
                 case wire.Moved(number):
@@ -181,8 +203,9 @@ class RankGroup:
         """How the ranks share the experts, and what that costs them."""
         clients = [client for client in self._clients if client is not None]
         loads = pairs_of(add_loads([client.expert_loads() for client in clients]))
-        stats = {client.rank: client.stats() for client in clients}
         with self._lock:
+            present = [client for client in self._clients if client is not None]
+            now_of = {client.rank: client.stats().traffic for client in present}
             now = self.places.now
             imbalance = now.imbalance(loads)
             at_start = self.places.first.imbalance(loads)
@@ -190,8 +213,8 @@ class RankGroup:
                 self._epoch,
                 self.places.moves,
                 tuple(
-                    _traffic(rank, stats.get(rank, EngineStats()), self._joined)
-                    for rank in range(self.size)
+                    RankSpread(rank, rank in self._joined, past + now_of.get(rank, Traffic()))
+                    for rank, past in enumerate(self._past)
                 ),
                 tuple(
                     LayerSpread(
@@ -228,6 +251,8 @@ class RankGroup:
             if self._clients[client.rank] is client:
                 self._clients[client.rank] = None
                 self._apart_since = None
+                self._vain_epochs = 0
+                self._past[client.rank] += client.stats().traffic
                 self._give_up((client.rank,))
                 self._form_or_end()
 
@@ -246,19 +271,43 @@ class RankGroup:
             self._place = None
             self._joined = set()
 
-    def _form_again(self, epoch: int) -> None:
+    def _part(self, rank: int, error: MoebiusError, steps: int) -> None:
+        """A rank cannot go on: the epoch is over for all, and another one begins after a while."""
+        self._stepped = self._stepped or steps > 0
+        lost = [rank]
+        if isinstance(error, PeerError) and error.ranks:
+            lost = [each for n, each in enumerate(self._members) if n in error.ranks]
+        again = self._place is not None
+        self._give_up(lost)
+        if again:  # the first that says so
+            pause = _PAUSE_SECONDS * 2**self._vain_epochs
+            self._later(pause, partial(self._form_again, self._epoch, lost, error))
+
+    def _form_again(self, epoch: int, lost: Sequence[int], error: MoebiusError) -> None:
         with self._lock:
-            if self._epoch == epoch and not self._closing:
+            if self._epoch != epoch or self._closing:
+                return
+            self._vain_epochs = 0 if self._stepped else self._vain_epochs + 1
+            if self._vain_epochs < _MOST_VAIN_EPOCHS:
                 self._form_or_end()
+                return
+            self._end_one(lost, f"no step was made in {_MOST_VAIN_EPOCHS} epochs: {error}")
 
     def _form_or_end(self) -> None:
-        """Begin the next epoch; where that cannot be, end a rank: its successor tries once more, as
-        often as ranks may be started."""
+        """Begin the next epoch; where that cannot be, end a rank: its successor tries once more."""
         try:
             self._form()
         except (MoebiusError, OSError) as error:
-            say(log.error, "epoch %d cannot begin: %s", self._epoch, error)
-            next(client for client in self._clients if client is not None).end()
+            self._end_one((), f"epoch {self._epoch} cannot begin: {error}")
+
+    def _end_one(self, ranks: Sequence[int], why: str) -> None:
+        """End the first of these ranks, or of all: ranks are started anew as often as the fleet
+        allows it, which so bounds what would else be tried for ever."""
+        say(log.error, "%s", why)
+        clients = [client for client in self._clients if client is not None]
+        named = [client for client in clients if client.rank in ranks]
+        for client in (named or clients)[:1]:
+            client.end(PeerError(f"it was ended: {why}", ranks=(client.rank,)))
 
     def _form(self) -> None:
         """Begin the next epoch, if those that are there have every expert; at first, with all."""
@@ -272,11 +321,12 @@ class RankGroup:
             return
         self._give_up(self._members)
         self._epoch += 1
-        epoch = Epoch(self._name, self._epoch)
+        epoch = Epoch(self._name, self._epoch, tuple(map(self._hosts.name, members)))
         remotes = {client.rank: client.remote for client in clients}
         place = self._hosts.place(_spec(clients[0].rows, len(members)), epoch, remotes)
         self._place = place
         self._members = members
+        self._stepped = False
         if self._apart_since is None:
             self._apart_since = time.monotonic()
         for number_here, client in enumerate(clients):
@@ -290,6 +340,7 @@ class RankGroup:
                 # Half of it: who waits for a stuck rank comes back before it seems stuck itself.
                 timeout=self._message.config.step_deadline / 2,
                 heard=self._given,
+                names=epoch.names,
             )
             client.remote.tell(join)
         log.info("%s begins, with %d of %d ranks", epoch, len(members), self.size)
@@ -340,17 +391,9 @@ class RankClient(LaunchedEngine):
         super()._died(process)
 
 
-def _traffic(rank: int, stats: EngineStats, joined: Collection[int]) -> RankTraffic:
-    return RankTraffic(
-        rank,
-        rank in joined,
-        stats.exchanges,
-        stats.exchange_bytes_out,
-        stats.exchange_bytes_in,
-        stats.exchange_wait,
-    )
-
-
 def _spec(rows: wire.Rows | None, size: int) -> ExchangeSpec:
     assert rows is not None, "a rank says what it exchanges"
-    return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, getattr(torch, rows.dtype))
+    for dtype in DTYPES:
+        if str(dtype) == f"torch.{rows.dtype}":
+            return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, dtype)
+    raise WireError(f"a rank exchanges rows of {rows.dtype!r}, of which none can be")

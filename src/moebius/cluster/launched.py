@@ -4,8 +4,7 @@ import threading
 from collections.abc import Callable
 
 from moebius.engine import wire
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
-from moebius.engine.deliveries import Deliver
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError
@@ -34,7 +33,7 @@ class LaunchedEngine:
         process: WatchedProcess | None = None,
     ) -> None:
         self._lost = lost
-        self._stuck: str | None = None
+        self._why: EngineError | None = None
         self._done = threading.Event()
         self._process: WatchedProcess = process or EngineProcess()
         self._process.died = self._died
@@ -72,8 +71,9 @@ class LaunchedEngine:
         self._done.set()
         self._process.close(timeout)
 
-    def end(self) -> None:
-        """Kill it, as one that is lost."""
+    def end(self, why: EngineError) -> None:
+        """Kill it, as one that is lost because of this."""
+        self._why = why
         self._process.end()
 
     def _trouble(self) -> str | None:
@@ -92,11 +92,9 @@ class LaunchedEngine:
             trouble = self._trouble()
             misses = 0.0 if trouble is None else misses + _LOOK_SECONDS
             if misses >= _PATIENCE_SECONDS:
-                self._stuck = trouble
-                self.end()
+                self.end(EngineError(f"it was stuck and is ended: {trouble}"))
                 return
 
     def _died(self, process: WatchedProcess) -> None:
         self._done.set()
-        why = process.state if self._stuck is None else f"it was stuck and is ended: {self._stuck}"
-        self._lost(EngineError(why))
+        self._lost(self._why or EngineError(process.state))

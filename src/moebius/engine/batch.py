@@ -36,7 +36,7 @@ def build_batch(
     sampled_rows: list[int] = []
     prompts: list[PromptRows] = []
     row = 0
-    for request_id, start, num_tokens, samples, blocks, _, _, _ in plan.chunks:
+    for request_id, start, num_tokens, samples, blocks, _, _ in plan.chunks:
         request = requests[request_id]
         stop = start + num_tokens
         token_ids.append(request.tokens(start, stop))

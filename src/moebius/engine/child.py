@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from moebius.errors import EngineError
-from moebius.parallel.meet import Address
+from moebius.parallel.meet import Address, name_of
 
 _GRACE_SECONDS = 2.0
 
@@ -32,7 +32,7 @@ class ChildProcess:
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.exited = threading.Event()
-        self._arguments = (_text(address), *more)
+        self._arguments = (str(address) if isinstance(address, Path) else name_of(address), *more)
         self._variables = variables
         self._ended = ended
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,7 +63,7 @@ class ChildProcess:
         if status >= 0:
             return f"the engine's process ended with exit status {status}"
         hint = " (as the system does when memory runs out)" if status == -signal.SIGKILL else ""
-        return f"the engine's process was ended by {signal.Signals(-status).name}{hint}"
+        return f"the engine's process was ended by {_signal_name(-status)}{hint}"
 
     def kill(self) -> None:
         """End it now, stopped or stuck as it may be."""
@@ -99,11 +99,12 @@ class ChildProcess:
         self._ended()
 
 
-def _text(address: Address) -> str:
-    if isinstance(address, Path):
-        return str(address)
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _signal_name(number: int) -> str:
+    """Python has names for some of them only."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _own_path() -> dict[str, str]:

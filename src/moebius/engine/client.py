@@ -10,12 +10,13 @@ in the engine's process, where the logits are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from msgspec import Struct
 
 from moebius.errors import MoebiusError
+from moebius.parallel.traffic import Traffic
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 from moebius.request.hashes import BlockHasher
@@ -63,6 +64,10 @@ class StepOutput(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     num_preemptions: int = 0
 
 
+Deliver = Callable[[list[StepOutput]], None]
+"""Where outputs go."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts of a loaded engine that never change.
@@ -99,9 +104,7 @@ class EngineStats:
     step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
     prefix that another was computing, not for room. last_step and now are on the engine's monotonic
     clock, in seconds. restarts counts engines that took the place of lost ones, and replayed the
-    requests that were asked for again. exchanges counts calls to the other ranks, the bytes are
-    those of tokens' rows that went out to them and came in, exchange_wait the seconds that were
-    spent waiting for them.
+    requests that were asked for again. traffic is what was exchanged with other ranks.
     """
 
     running: int = 0
@@ -123,10 +126,7 @@ class EngineStats:
     ready: bool = False
     restarts: int = 0
     replayed: int = 0
-    exchanges: int = 0
-    exchange_bytes_out: int = 0
-    exchange_bytes_in: int = 0
-    exchange_wait: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def kv_cache_usage(self) -> float:
@@ -186,16 +186,13 @@ class LayerSpread:
 
 
 @dataclass(frozen=True, slots=True)
-class RankTraffic:
-    """Rows that a rank has sent to others and got from them, and how long it waited for those;
-    computing: whether it takes part in the group's steps now."""
+class RankSpread:
+    """computing: whether the rank takes part in the group's steps now. traffic: of all engines that
+    were this rank."""
 
     rank: int
     computing: bool
-    calls: int
-    bytes_out: int
-    bytes_in: int
-    seconds: float
+    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +205,7 @@ class ExpertSpread:
 
     epoch: int
     moves: int
-    ranks: tuple[RankTraffic, ...]
+    ranks: tuple[RankSpread, ...]
     layers: tuple[LayerSpread, ...]
 
 
@@ -223,7 +220,7 @@ class EngineClient(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def start(self, deliver: Callable[[list[StepOutput]], None]) -> None:
+    def start(self, deliver: Deliver) -> None:
         """Start the engine, once; `deliver` is called once a step, with that step's outputs, on the
         thread that made it, and with what ends without a step on the thread that ends it.
 

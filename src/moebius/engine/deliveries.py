@@ -1,15 +1,14 @@
-"""What a client that has an engine elsewhere keeps of each request: that it was taken, and not yet
-ended."""
+"""What a client of an engine keeps of each request: that it was taken, and has not ended yet."""
 
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from moebius.engine.client import StepOutput
+from moebius.engine.client import Deliver, StepOutput
 from moebius.engine.faults import failed, failure
-from moebius.errors import EngineError, MoebiusError, RequestError
+from moebius.errors import EngineError, MoebiusError
+from moebius.request.engine_request import in_use
 
-Deliver = Callable[[list[StepOutput]], None]
 _STOPPED = "the engine has stopped"
 
 
@@ -53,9 +52,7 @@ class Deliveries:
         with self._lock:
             self._require_running()
             if request_id in self._unfinished:
-                raise RequestError(
-                    f"request id {request_id!r} is in use; ids must be unique", param="request_id"
-                )
+                raise in_use(request_id)
             self._unfinished[request_id] = None
             try:
                 hand_over()

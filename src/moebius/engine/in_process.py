@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
-from moebius.engine.deliveries import Deliver, Deliveries
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.deliveries import Deliveries
 from moebius.engine.engine import Engine
 from moebius.engine.faults import failure, lost
 from moebius.request.engine_request import EngineRequest

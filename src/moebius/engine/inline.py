@@ -6,14 +6,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
-from moebius.engine.deliveries import Deliver, Deliveries
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.deliveries import Deliveries
 from moebius.engine.engine import Engine
 from moebius.engine.faults import failure
 from moebius.engine.interrupts import Uninterrupted
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
+
+_TURN_SECONDS = 0.01
+"""Who waits for its turn looks this often whether it still has to."""
 
 
 class InlineClient:
@@ -24,7 +27,8 @@ class InlineClient:
 
     A caller's iterator may be closed by Python's garbage collector in the middle of anything, a
     step among it. So what is asked goes through an inbox, which is taken when nothing else uses the
-    engine; and who closes it in the middle of a step has it stopped when that is done.
+    engine; and who closes it in the middle of a step has it stopped when that is done. Nobody who
+    asks for something waits for another thread's step: that thread takes it, after the step.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -41,31 +45,36 @@ class InlineClient:
 
     def start(self, deliver: Deliver) -> None:
         """Take `deliver` for all that comes. EngineError the second time, and once closed."""
-        with self._lock:
-            self._deliveries.start(deliver)
-            self._use(list)
+        self._deliveries.start(deliver)
+        self._take_inbox()
 
     def submit(self, request: EngineRequest) -> None:
         """Hand over a request, before or after the start."""
-        with Uninterrupted(), self._lock:
+        with Uninterrupted():
             self._deliveries.take(request.id, lambda: self._inbox.append(request))
-            self._use(list)
+            self._take_inbox()
 
     def abort(self, request_id: str) -> None:
         with Uninterrupted():
             self._inbox.append(request_id)
-            with self._lock:
-                self._use(list)
+            self._take_inbox()
 
     def advance(self, wanted: Callable[[], bool]) -> bool:
         """Make a step. False where the engine has no work."""
-        with Uninterrupted(), self._lock:
-            if not wanted():
+        with Uninterrupted():
+            while not self._lock.acquire(timeout=_TURN_SECONDS):
+                if not wanted():  # another thread's step has brought it
+                    return True
+            try:
+                if not wanted():
+                    return True
+                if not self._engine.has_work:
+                    return False
+                self._use(self._engine.step)
                 return True
-            if not self._engine.has_work:
-                return False
-            self._use(self._engine.step)
-            return True
+            finally:
+                self._lock.release()
+                self._take_inbox()
 
     def stats(self) -> EngineStats:
         """ready: it was started, and has not stopped."""
@@ -85,17 +94,29 @@ class InlineClient:
                     self._use(list)
                 finally:
                     self._lock.release()
+                    self._take_inbox()
             else:
                 log.error("the engine did not stop within %.1f s", timeout)
                 self._deliveries.end_all()
 
-    def _use(self, work: Callable[[], list[StepOutput]]) -> None:
-        """Do some work with the engine, then what came into the inbox, and deliver the outputs.
+    @property
+    def _usable(self) -> bool:
+        """Not before the start, and not where this very thread is in the middle of it: then the
+        inbox is taken on its way out."""
+        return not self._busy and (self._deliveries.started or self._deliveries.stopped)
 
-        Nothing before the start, and where this very thread is in the middle of it: then the inbox
-        is taken on its way out.
-        """
-        if self._busy or not (self._deliveries.started or self._deliveries.stopped):
+    def _take_inbox(self) -> None:
+        """Do what came into it, unless another thread uses the engine: that one does the same
+        once it has let go of it."""
+        while self._inbox and self._usable and self._lock.acquire(blocking=False):
+            try:
+                self._use(list)
+            finally:
+                self._lock.release()
+
+    def _use(self, work: Callable[[], list[StepOutput]]) -> None:
+        """Do some work with the engine, then what came into the inbox, and deliver the outputs."""
+        if not self._usable:
             return
         self._busy = True
         try:

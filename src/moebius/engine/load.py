@@ -154,23 +154,21 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         share, config = ExpertShare.on_this_host(directory, config)
     checkpoint = _published(directory)
     device = _device(config.device)
-    cores = machine.threads()
-    if config.threads is not None and config.threads > cores:
-        log.warning(
-            "--threads %d is more than the %d cores that may be used", config.threads, cores
-        )
+    if share is not None and device.type != "cpu":
+        raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
+    threads = _threads(config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     ops = select_ops(device, dtype, config.threads)
     check_served(checkpoint.config, dtype, ops)
     ranks = None if share is None else share.of(checkpoint.config, config)
     sources = checkpoint.sources_at(ranks)
-    memory = None if share is None or device.type != "cpu" else share.memory
+    memory = None if share is None else share.memory
     near = memory is not None and memory.apart
     weights = checkpoint.plan_weights(
         dtype_name(dtype), device.type, ops.formats(dtype), sources, near=near
     )
     available, available_of = _available(device)
-    if share is not None and device.type == "cpu":
+    if share is not None:
         common = _common_bytes(sources, weights)
         available, available_of = _share_of(available, available_of, share, common)
     weight_bytes = _weight_bytes(sources, weights, checkpoint.dtype)
@@ -198,11 +196,19 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         recorded=workspace.nbytes if workspace.recorded else None,
         ranks=1 if share is None else share.ranks,
     )
-    threads = config.threads or cores
     loader = Loader(checkpoint, device, near=near)
     return Prepared(
         checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
     )
+
+
+def _threads(config: EngineConfig) -> int:
+    cores = machine.threads()
+    if config.threads is not None and config.threads > cores:
+        log.warning(
+            "--threads %d is more than the %d cores that may be used", config.threads, cores
+        )
+    return config.threads or cores
 
 
 def _share_of(host: int, owner: str, share: ExpertShare, common: int) -> tuple[int, str]:

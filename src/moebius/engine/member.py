@@ -72,7 +72,7 @@ class Member:
         with self._lock:
             earlier = self._meeting
             self._meeting = Meeting(
-                Epoch(asked.group, asked.epoch),
+                _epoch_of(asked),
                 lambda address: self._tell(wire.Listening(asked.epoch, asked.rank, address)),
             )
         if earlier is not None:
@@ -107,15 +107,15 @@ class Member:
             self._moves.set(asked.number, placement, asked.rank)
             exchange = self._exchange_of(asked, replace(self._spec, size=placement.ranks))
         except MoebiusError as error:
-            self._parted(error)
+            self._tell(wire.Parted(self._epoch, error, steps=0))
             return
         self._engine.join(exchange, asked.heard)
         self._tell(wire.Joined(asked.epoch))
 
     def _exchange_of(self, asked: wire.Join, spec: ExchangeSpec) -> Exchange:
-        epoch = Epoch(asked.group, asked.epoch)
+        epoch = _epoch_of(asked)
         if not asked.place.startswith(TCP):
-            from moebius.parallel.shared_memory import SharedMemoryExchange
+            from moebius.parallel.shared_memory import SharedMemoryExchange  # needs the kernels
 
             return SharedMemoryExchange(asked.place, spec, asked.rank, epoch, timeout=asked.timeout)
         meeting = self._meeting
@@ -153,9 +153,13 @@ class Member:
         if exchange is not None and exchange.epoch == meeting.epoch:
             exchange.give_up(ranks)
 
-    def _parted(self, error: MoebiusError) -> None:
-        self._tell(wire.Parted(self._epoch, error))
+    def _parted(self, error: PeerError) -> None:
+        self._tell(wire.Parted(self._epoch, error, self._engine.epoch_steps))
 
     def _tell(self, message: wire.FromEngine) -> None:
         with suppress(ChannelError):  # the front is gone, which the reading thread sees, too
             self._say(message)
+
+
+def _epoch_of(asked: wire.Join) -> Epoch:
+    return Epoch(asked.group, asked.epoch, asked.names)

@@ -8,6 +8,7 @@ any more, and looks for the front again for a while: networks come back, and fro
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,8 @@ class Node:
         self._front = front
         self._key = key
         self._patience = patience
+        # Under the lock: one may end before it is known that there is one.
+        self._lock = threading.Lock()
         self._ranks: dict[str, ChildProcess] = {}
 
     def run(self) -> None:
@@ -128,18 +131,20 @@ class Node:
     def _start(self, channel: Channel, ticket: str) -> None:
         ended = partial(self._ended, channel, ticket)
         variables = {VARIABLE: self._key.text}
-        try:
-            child = ChildProcess(self._front, ticket, variables=variables, ended=ended)
-        except EngineError as error:
-            channel.post(cluster.encode(cluster.Ended(ticket, str(error))))
-            return
-        self._ranks[ticket] = child
+        with self._lock:
+            try:
+                child = ChildProcess(self._front, ticket, variables=variables, ended=ended)
+            except EngineError as error:
+                channel.post(cluster.encode(cluster.Ended(ticket, str(error))))
+                return
+            self._ranks[ticket] = child
 
     def _ended(self, channel: Channel, ticket: str) -> None:
-        child = self._ranks.pop(ticket, None)
-        how = "the engine's process ended at once" if child is None else child.state
-        with suppress(ChannelError):  # the front has gone first
-            channel.send(cluster.encode(cluster.Ended(ticket, how)), wire.SEND_SECONDS)
+        with self._lock:
+            child = self._ranks.pop(ticket, None)
+        if child is not None:  # else the front was lost, and all ranks with it
+            with suppress(ChannelError):
+                channel.send(cluster.encode(cluster.Ended(ticket, child.state)), wire.SEND_SECONDS)
 
     def _end(self, ticket: str) -> None:
         child = self._ranks.get(ticket)
@@ -147,12 +152,13 @@ class Node:
             child.kill()
 
     def _end_all(self) -> None:
-        ranks = list(self._ranks.values())
+        with self._lock:
+            ranks = list(self._ranks.values())
+            self._ranks.clear()
         for child in ranks:
             child.kill()
         for child in ranks:
             child.wait()
-        self._ranks.clear()
 
 
 @contextmanager

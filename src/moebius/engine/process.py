@@ -1,9 +1,9 @@
 """An engine in a process of its own: `python -m moebius.engine.process ADDRESS [TICKET]`.
 
 It connects to its front at ADDRESS, shows the ticket that it was started with on another host,
-hears in one frame what to load, answers with Loaded or with
-Failed, and serves until the front tells it to stop, or is gone. What computes is InProcessClient,
-on a thread; this module's thread reads frames, another sends heartbeats.
+hears in one frame what to load, answers with Loaded or with Failed, and serves until the front
+tells it to stop, or is gone. What computes is InProcessClient, on a thread; this module's thread
+reads frames, another sends heartbeats.
 
 It outlives its front by a second at most: the end of the connection is the front's end, and Linux
 kills it where it is too stuck to see that. Signals that end a front in order are sent to whole
@@ -44,7 +44,7 @@ from moebius.errors import (
 from moebius.parallel.channel import Channel
 from moebius.parallel.endpoint import parse_endpoint
 from moebius.parallel.key import ClusterKey
-from moebius.parallel.meet import Address, connect, forget
+from moebius.parallel.meet import connect, forget
 from moebius.request.engine_request import EngineRequest
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 30.0
-_LAUNCH_SECONDS = 600.0
+_LOOK_SECONDS = 60.0
 _LAST_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
@@ -135,11 +135,7 @@ class Service:
     def _read(self) -> float:
         """Do what the front says; the seconds that it gives to stop in."""
         while True:
-            try:
-                frame = self._channel.receive(wire.HEARTBEAT_SECONDS)
-            except DeadlineError:
-                continue
-            message = wire.decode_to_engine(frame)
+            message = _next(self._channel)
             match message:
                 case wire.Submit(request, number, sent):
                     if sent is not None:
@@ -191,20 +187,26 @@ def _send(channel: Channel, message: wire.FromEngine) -> None:
     channel.send(wire.encode(message), wire.SEND_SECONDS)
 
 
+def _next(channel: Channel) -> wire.ToEngine:
+    """The front's next message, whenever that comes: a front that is gone ends the wait."""
+    while True:
+        try:
+            return wire.decode_to_engine(channel.receive(_LOOK_SECONDS))
+        except DeadlineError:
+            continue
+
+
 def main(argument: str, ticket: str = "") -> int:
     """Connect, load and serve; the exit status."""
     gc.set_threshold(100_000)  # as cli/main.py, and for its reason
     _live_with_the_front()
-    address = _address(argument)
-    if isinstance(address, Path):
-        try:
-            channel = connect(address, _CONNECT_SECONDS)
-        finally:
-            forget(address)
-    else:
-        channel = connect(address, _CONNECT_SECONDS, ClusterKey.from_environment())
-    if ticket:
-        channel.send(encode_hello(RankHello(ticket)), wire.SEND_SECONDS)
+    try:
+        channel = _connected(argument)
+        if ticket:
+            channel.send(encode_hello(RankHello(ticket)), wire.SEND_SECONDS)
+    except MoebiusError as error:
+        log.error("the front is not to be had: %s", error)
+        return 1
     pulse = Pulse(channel)
     try:
         return _run(channel, pulse, far=bool(ticket))
@@ -221,7 +223,7 @@ def main(argument: str, ticket: str = "") -> int:
 def _run(channel: Channel, pulse: Pulse, far: bool) -> int:
     import moebius.engine.load  # noqa: F401 - for seconds, in which the front reads the tokenizer
 
-    launch = wire.decode_to_engine(channel.receive(_LAUNCH_SECONDS))
+    launch = _next(channel)
     if not isinstance(launch, wire.Launch):
         raise WireError(f"a {type(launch).__name__} came before a Launch")
     logs.to_stderr(launch.log_level)
@@ -300,9 +302,16 @@ def _live_with_the_front() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _address(text: str) -> Address:
-    """The path of a socket, or HOST:PORT."""
-    return Path(text) if os.sep in text else parse_endpoint(text, "the front's address")
+def _connected(text: str) -> Channel:
+    """The channel to the front, at the path of a socket or at HOST:PORT."""
+    if os.sep not in text:
+        address = parse_endpoint(text, "the front's address")
+        return connect(address, _CONNECT_SECONDS, ClusterKey.from_environment())
+    path = Path(text)
+    try:
+        return connect(path, _CONNECT_SECONDS)
+    finally:
+        forget(path)
 
 
 if __name__ == "__main__":

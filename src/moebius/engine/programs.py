@@ -34,7 +34,8 @@ class StepPrograms:
     ) -> None:
         self._model = model
         self._cache = cache
-        self._moves = model.moves
+        self._changes = model.changes
+        self._recorded_at = model.changes.count
         self._last = torch.empty(0)
         ops = model.ops
         source = rows.step_source(len(cache.layout.windows))
@@ -49,8 +50,8 @@ class StepPrograms:
 
     @property
     def current(self) -> bool:
-        """No parameter was moved since: what was recorded would be of others."""
-        return self._model.moves == self._moves
+        """No parameter has changed since: what was recorded would be of others."""
+        return self._changes.count == self._recorded_at
 
     def hidden(self, inputs: StepInputs) -> Tensor:
         """A step's final hidden states (T, D), read until the next step."""

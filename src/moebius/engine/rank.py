@@ -12,7 +12,8 @@ from moebius.engine.moves import ExpertMoves
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.errors import PeerError
-from moebius.parallel.exchange import Exchange, Traffic
+from moebius.parallel.exchange import Exchange
+from moebius.parallel.traffic import Traffic
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,11 @@ class RankEngine(Engine):
         self._use = use
         self.moves = moves
         self.on_parted: Callable[[PeerError], None] = lambda error: None
-        self._exchange: Exchange | None = None
-        self._past = Traffic()
+        self.epoch_steps = 0
+        """How many steps were made in this epoch, or in the last one where there is none now; an
+        agreement that there is nothing to do counts as one."""
+        # What earlier epochs have exchanged, and this one's exchange: others read both at once.
+        self._exchanged: tuple[Traffic, Exchange | None] = (Traffic(), None)
         self._lockstep: Lockstep | None = None
 
     @property
@@ -58,33 +62,27 @@ class RankEngine(Engine):
         heard: how many requests the front has handed to the group so far.
         """
         self.leave()
-        self._exchange = exchange
+        self.epoch_steps = 0
+        self._exchanged = (self.traffic, exchange)
         self._use(exchange)
         self._lockstep = Lockstep(exchange, heard)
 
     def leave(self) -> None:
         """Compute no more, until the next `join`."""
         self._lockstep = None
-        if self._exchange is not None:
-            self._exchange.close()
-            self._past = self.traffic
-            self._exchange = None
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.close()
+            self._exchanged = (self.traffic, None)
 
     @property
     def traffic(self) -> Traffic:
-        """What was exchanged in all epochs so far."""
-        exchange = self._exchange
-        return self._past if exchange is None else self._past + exchange.traffic
+        """What was exchanged in all epochs so far; from any thread."""
+        past, exchange = self._exchanged
+        return past if exchange is None else past + exchange.traffic
 
     def stats(self) -> EngineStats:
-        traffic = self.traffic
-        return replace(
-            super().stats(),
-            exchanges=traffic.calls,
-            exchange_bytes_out=traffic.bytes_out,
-            exchange_bytes_in=traffic.bytes_in,
-            exchange_wait=traffic.seconds_waited,
-        )
+        return replace(super().stats(), traffic=self.traffic)
 
     def hear(self, number: int) -> None:
         """The front has handed request `number` to this rank or to another one."""
@@ -106,9 +104,10 @@ class RankEngine(Engine):
             return []
         if moves is not None and self._lockstep.ready is not None:
             moves.agreed(self._lockstep.ready)
-        if not some_work:
-            return []
-        return super()._step()
+        outputs = super()._step() if some_work else []
+        if self._lockstep is not None:
+            self.epoch_steps += 1
+        return outputs
 
     def _computed(self, plan: StepPlan) -> list[StepOutput]:
         try:
@@ -122,14 +121,19 @@ class RankEngine(Engine):
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         outputs = super()._fail_step(plan, error)
         # The others may be waiting for what this rank was about to send.
-        self._part(PeerError("a step failed on this rank", ranks=(self._rank,)))
+        exchange = self._exchange
+        assert exchange is not None, "a step is made in a group"
+        self._part(exchange.epoch.lost((exchange.rank,), "failed at a step"))
         return outputs
 
     @property
-    def _rank(self) -> int:
-        return 0 if self._exchange is None else self._exchange.rank
+    def _exchange(self) -> Exchange | None:
+        return self._exchanged[1]
 
     def _part(self, error: PeerError) -> None:
-        say(log.warning, "rank %d is without its group: %s", self._rank, error)
+        exchange = self._exchange
+        assert exchange is not None, "who is in no group cannot lose it"
+        own = exchange.epoch.told((exchange.rank,))
+        say(log.warning, "%s is without its group: %s", own, error)
         self.leave()
         self.on_parted(error)

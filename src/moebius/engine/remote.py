@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from moebius.engine import wire
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads
 from moebius.engine.clocks import move_outputs, move_stats
-from moebius.engine.deliveries import Deliver, Deliveries
+from moebius.engine.deliveries import Deliveries
 from moebius.engine.faults import failed, failure, lost
 from moebius.errors import (
     ChannelClosedError,
@@ -120,13 +120,14 @@ class RemoteClient:
         self._deliveries.start(deliver, self._begin)
 
     def submit(self, request: EngineRequest, number: int = 0) -> None:
-        """As in EngineClient; where the engine's process takes nothing any more, and much waits for
-        it already, an output says OverloadError. number: see wire.Submit."""
+        """As in EngineClient; an output says OverloadError where the engine's process takes nothing
+        any more, and much waits for it already, and WireError where the request is too large for a
+        frame. number: see wire.Submit."""
         sent = self._clock() if self._far else None
         frame = wire.encode(wire.Submit(request, number, sent))
         try:
             self._deliveries.take(request.id, lambda: self._in_order(frame))
-        except OverloadError as error:
+        except (OverloadError, WireError) as error:
             self._deliveries.refuse(failed(request.id, error))
         except ChannelError as error:
             raise EngineError(str(error)) from error
@@ -231,7 +232,7 @@ class RemoteClient:
                         outputs = move_outputs(outputs, self._last_heard - sent)
                     self._deliveries.send(outputs)
                 case wire.Stats(stats):
-                    self._stats = move_stats(stats, self._last_heard) if self._far else stats
+                    self._take_stats(stats)
                 case wire.Loads(loads):
                     self._loads.heard(loads)
                 case wire.Failed(error):
@@ -242,6 +243,12 @@ class RemoteClient:
                     self.heard(message)
                 case wire.Heartbeat() | wire.Planned() | wire.Loaded():
                     pass
+
+    def _take_stats(self, stats: EngineStats) -> None:
+        found = len(stats.step_tokens)
+        if found != len(self._stats.step_tokens):  # nobody could add them to another engine's
+            raise WireError(f"statistics with {found} counts of steps by their size")
+        self._stats = move_stats(stats, self._last_heard) if self._far else stats
 
 
 class _Loads:

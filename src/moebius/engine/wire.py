@@ -16,7 +16,8 @@ let one tenant read what another has said.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
+from functools import cache
+from typing import TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Struct
@@ -96,6 +97,7 @@ class Join(_Record, frozen=True, tag="join"):
               ranks are on other hosts
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
+    names     of all ranks in this epoch, for a person
     """
 
     group: str
@@ -106,6 +108,7 @@ class Join(_Record, frozen=True, tag="join"):
     place: str
     timeout: float
     heard: int
+    names: tuple[str, ...]
 
 
 class Listening(_Record, frozen=True, tag="listening"):
@@ -191,10 +194,14 @@ class Joined(_Record, frozen=True, tag="joined"):
 
 
 class Parted(_Record, frozen=True, tag="parted"):
-    """A rank to the front: it cannot go on with the others, and waits for the next epoch."""
+    """A rank to the front: it cannot go on with the others, and waits for the next epoch.
+
+    steps   how many it has made in this one
+    """
 
     epoch: int
     error: MoebiusError
+    steps: int
 
 
 class Moved(_Record, frozen=True, tag="moved"):
@@ -326,10 +333,18 @@ def from_wire(kind: type, value: object) -> object:
     made = ERRORS_BY_CODE.get(found.code)
     if made is None:
         raise WireError(f"an error of the unknown code {found.code!r}")
+    types = _fact_types(found.code)
     try:
-        return made.again(found.text, found.facts)
-    except TypeError as error:
+        facts = {name: msgspec.convert(fact, types[name]) for name, fact in found.facts.items()}
+        return made.again(found.text, facts)
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise WireError(f"an error {found.code!r} with other facts than it has") from error
+
+
+@cache
+def _fact_types(code: str) -> dict[str, object]:
+    """By name, what the class of a code is made with beside its text."""
+    return get_type_hints(ERRORS_BY_CODE[code].__init__)
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_wire)

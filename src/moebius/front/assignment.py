@@ -3,6 +3,10 @@
 A request may itself be what ends engines. Those in flight at two losses are suspects: each is given
 an engine of its own until it is past the place where the engines were lost. One whose engine is
 lost while it is alone there is the culprit; the others go on.
+
+Engines that share experts compute each other's rows: a request at one may end another. There, all
+that are in flight at any of them take part in a loss, and a suspect is alone when no other request
+is in flight at all.
 """
 
 from collections.abc import Iterator
@@ -12,9 +16,13 @@ from moebius.front.routing import EngineLoad, choose
 
 
 class Assignment:
-    """All requests that are not finished, in the order they came. Used under its owner's lock."""
+    """All requests that are not finished, in the order they came. Used under its owner's lock.
 
-    def __init__(self) -> None:
+    together   the engines make their steps together
+    """
+
+    def __init__(self, *, together: bool = False) -> None:
+        self._together = together
         self._flights: dict[str, Flight] = {}
         self._waiting: dict[str, Flight] = {}
         self._loads: dict[int, EngineLoad] = {}
@@ -22,6 +30,8 @@ class Assignment:
         self._full: set[int] = set()
         # The suspect that has an engine of its own, or is to have it once that has finished.
         self._alone: tuple[int, Flight] | None = None
+        # What living engines are to end: the engine's number and the request's id.
+        self._to_end: list[tuple[int, str]] = []
 
     @property
     def num_waiting(self) -> int:
@@ -88,30 +98,46 @@ class Assignment:
         """An engine takes requests."""
         self._loads[number] = EngineLoad(num_blocks, block_size)
 
-    def lost(self, number: int) -> tuple[list[Flight], Flight | None]:
-        """An engine is gone. What it had waits; of this, the request that was alone there, if any,
-        comes second."""
+    def lost(self, number: int, computing: bool = True) -> tuple[list[Flight], Flight | None]:
+        """An engine is gone. What it had waits; the request that was alone when that happened, if
+        any, comes second.
+
+        computing: whether it may have been a request's doing.
+        """
         self._loads.pop(number, None)
         self._full.discard(number)
-        culprit = None
-        if self._alone is not None and self._alone[0] == number:
-            alone = self._alone[1]
+        culprit = self._culprit(number) if computing else None
+        if self._alone is not None and (culprit is not None or self._alone[0] == number):
             self._alone = None
-            culprit = alone if alone.engine == number else None
         had = [each for each in self if each.engine == number]
+        elsewhere = [each for each in self if each.engine not in (number, None)]
         for flight in had:
-            flight.lost()
+            flight.taken_back()
+        if computing:
+            for flight in [*had, *elsewhere] if self._together else had:
+                flight.took_part_in_a_loss()
+            if self._together:
+                self._recall(elsewhere, culprit)
         self._sort_waiting()
         return had, culprit
 
+    def to_end(self) -> list[tuple[int, str]]:
+        """The engine and the id of each request that its engine is to end, each told once."""
+        told = [(number, id) for number, id in self._to_end if number in self._loads]
+        self._to_end = []
+        return told
+
     def assign(self) -> list[tuple[Flight, int]]:
-        """Give engines to what waits, as far as there are some; who got which."""
+        """Give engines to what waits, as far as there are some; who got which.
+
+        In the order of service: an engine that takes no more has then what is served first.
+        """
         if not self._waiting or not self._loads:
             return []
         self._reserve()
         given = []
         free = self._free()
-        for flight in list(self._waiting.values()):
+        for flight in sorted(self._waiting.values(), key=lambda flight: flight.request.order):
             number = self._engine_for(flight, free)
             if number is not None:
                 given.append((flight, number))
@@ -130,8 +156,30 @@ class Assignment:
     def _sort_waiting(self) -> None:
         self._waiting = {id: each for id, each in self._flights.items() if each.engine is None}
 
+    def _culprit(self, number: int) -> Flight | None:
+        """The request that was alone when engine `number` was lost."""
+        if self._alone is None:
+            return None
+        engine = self._alone[1].engine
+        there = engine is not None if self._together else engine == number
+        return self._alone[1] if there else None
+
+    def _recall(self, flights: list[Flight], culprit: Flight | None) -> None:
+        """Where there are suspects, all come back that engines have: each suspect can be alone."""
+        suspects = self._has_suspects()
+        for flight in flights:
+            assert flight.engine is not None
+            if suspects or flight is culprit:
+                flight.recalled = True
+                self._to_end.append((flight.engine, flight.id))
+
+    def _has_suspects(self) -> bool:
+        return any(each.suspect for each in self)
+
     def _free(self) -> dict[int, EngineLoad]:
         """The engines that take any request."""
+        if self._together and self._has_suspects():
+            return {}
         kept = None if self._alone is None else self._alone[0]
         return {
             number: load
@@ -153,7 +201,8 @@ class Assignment:
         """The engine that shall have a request now; None where it has to wait."""
         if self._alone is not None and self._alone[1] is flight:
             number = self._alone[0]
-            return None if any(each.engine == number for each in self) else number
+            beside = (each.engine for each in self if each.engine is not None)
+            return None if any(self._together or each == number for each in beside) else number
         if flight.suspect or not free:
             return None
         return choose(flight.ask(), free.items())

@@ -9,11 +9,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
-from moebius.engine.client import EngineClient, EngineInfo, EngineStats, StepOutput
+from moebius.engine.client import (
+    EngineClient,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+)
 from moebius.engine.faults import failure, say
 from moebius.errors import ConfigError, EngineError, MoebiusError
 from moebius.front.restarts import RestartBudget
-from moebius.front.sums import add_stats, counters_of
+from moebius.front.sums import add_loads, add_stats, counters_of, totals_of
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +70,12 @@ class Fleet:
         self._engines: list[EngineClient | None] = [None] * count
         # How many engines a number had before this one: what an earlier one says is old.
         self._lives = [0] * count
+        # When it came, on the monotonic clock.
+        self._since = [0.0] * count
         self._early_loss: MoebiusError | None = None
+        # What those that are gone have counted.
         self._past = EngineStats()
+        self._past_loads = ExpertLoads()
         self._loading = True
         self._launch_all()
 
@@ -101,6 +111,13 @@ class Fleet:
         """All engines' together, under the lock; counters go on where lost engines' ended."""
         return add_stats([engine.stats() for engine in self], self._past)
 
+    def expert_loads(self) -> ExpertLoads:
+        """All engines' together, without the lock; totals go on where lost engines' ended."""
+        with self._lock:
+            engines = list(self)
+            past = self._past_loads
+        return add_loads([*(engine.expert_loads() for engine in engines), past])
+
     def close(self, timeout: float) -> None:
         """Stop all engines. None is started any more."""
         deadline = time.monotonic() + timeout
@@ -129,6 +146,7 @@ class Fleet:
         for number, start in enumerate(starts):
             if start.exception() is None:
                 self._engines[number] = start.result()
+                self._since[number] = time.monotonic()
         with self._lock:
             self._loading = False
             if self._early_loss is not None:
@@ -157,19 +175,29 @@ class Fleet:
             self._lives[number] += 1
             old = self._engines[number]
             self._engines[number] = None
+            lasted = 0.0 if old is None else time.monotonic() - self._since[number]
             if old is not None:
                 self._past = add_stats([counters_of(old.stats())], self._past)
+                self._past_loads = add_loads([self._past_loads, totals_of(old.expert_loads())])
                 if self._owner is not None:
                     self._owner.went(number)
         say(log.error, "engine %d is lost: %s", number, reason)
         if self._owner is not None:
             self._owner.changed()
         threading.Thread(
-            target=self._restart, args=(number, life + 1, old, reason), name="restart", daemon=True
+            target=self._restart,
+            args=(number, life + 1, old, lasted, reason),
+            name="restart",
+            daemon=True,
         ).start()
 
     def _restart(
-        self, number: int, life: int, old: EngineClient | None, reason: MoebiusError
+        self,
+        number: int,
+        life: int,
+        old: EngineClient | None,
+        lasted: float,
+        reason: MoebiusError,
     ) -> None:
         """Start an engine again, as often as the budget allows."""
         if old is not None:
@@ -179,10 +207,11 @@ class Fleet:
         while not self._ended.wait(pause):
             pause = min(max(2 * pause, _PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
             with self._lock:
-                allowed = self._budget.spend()
+                allowed = self._budget.spend(lasted)
             if not allowed:
                 self._give_up(reason)
                 return
+            lasted = 0.0
             try:
                 engine = self._launch(number, partial(self._lose, number, life))
                 self._check_same(engine)
@@ -213,6 +242,7 @@ class Fleet:
             wanted = not self.ended and self._lives[number] == life
             if wanted:
                 self._engines[number] = engine
+                self._since[number] = time.monotonic()
                 self.restarts += 1
                 self._begin(number, engine)
         if not wanted:
@@ -228,8 +258,8 @@ class Fleet:
                 return
             self._ended.set()
         error = EngineError(
-            f"engines were started {self._budget.most} times within {self._budget.seconds:.0f} s "
-            f"and finished no request; the last one ended so: {reason}"
+            f"engines were started {self._budget.most} times in a row and finished no request; the "
+            f"last one ended so: {reason}"
         )
         say(log.critical, "%s", error)
         if self._owner is not None:

@@ -18,7 +18,8 @@ class Flight:
     request   as it was asked, which never changes
     emitted   token ids that the client has
     engine    the number of the engine that has the request; None while none has
-    losses    engines that were lost while they had it
+    times_handed   how often an engine was given it
+    losses    engines that were lost while they computed it, or for it
     recalled  its engine was told to end it, so that it can be asked for again later
     unwanted  its client has aborted it
     """
@@ -26,6 +27,7 @@ class Flight:
     request: EngineRequest
     emitted: list[int] = field(default_factory=list)
     engine: int | None = None
+    times_handed: int = 0
     losses: int = 0
     recalled: bool = False
     unwanted: bool = False
@@ -44,7 +46,12 @@ class Flight:
     @property
     def num_tokens(self) -> int:
         """Those that an engine has to hold of it when it takes it."""
-        return len(self.request.prompt_ids) + len(self.request.output_ids) + len(self.emitted)
+        return self.request.num_tokens + len(self.emitted)
+
+    @property
+    def replayed(self) -> bool:
+        """It was asked for again."""
+        return self.times_handed > 1
 
     @property
     def suspect(self) -> bool:
@@ -66,6 +73,7 @@ class Flight:
     def handed(self, engine: int) -> None:
         """An engine has it now, which will score the whole prompt."""
         self.engine = engine
+        self.times_handed += 1
         self._scores_to_skip = self._num_scored
 
     def told(self, output: StepOutput) -> StepOutput:
@@ -80,8 +88,8 @@ class Flight:
             self._cached = output.num_cached_tokens
         if self._scheduled is None:
             self._scheduled = output.scheduled
-        if self.losses:
-            output = self._after_a_loss(output)
+        if self.replayed:
+            output = self._still_unknown(output)
         self._num_scored += len(output.prompt_logprobs)
         return output
 
@@ -92,9 +100,8 @@ class Flight:
         self._preemptions_before += self._preemptions
         self._preemptions = 0
 
-    def lost(self) -> None:
-        """Its engine is gone."""
-        self.taken_back()
+    def took_part_in_a_loss(self) -> None:
+        """An engine is gone that may have computed it, or for it."""
         self.losses += 1
         self._emitted_at_loss = len(self.emitted)
 
@@ -102,7 +109,7 @@ class Flight:
         """It is not what ended its engines, or not at that place; another loss will tell."""
         self.losses = SUSPECT_AFTER - 1
 
-    def _after_a_loss(self, output: StepOutput) -> StepOutput:
+    def _still_unknown(self, output: StepOutput) -> StepOutput:
         known = min(self._scores_to_skip, len(output.prompt_logprobs))
         self._scores_to_skip -= known
         return structs.replace(

@@ -4,9 +4,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from moebius.engine.client import StepOutput
-
-Deliver = Callable[[list[StepOutput]], None]
+from moebius.engine.client import Deliver, StepOutput
 
 
 class Outbox:

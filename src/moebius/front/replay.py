@@ -8,27 +8,27 @@ Which engines there are is a Fleet's to say, who has what an Assignment's. Both 
 one lock, which is never held while an engine is given a request or a client told something.
 """
 
+import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput
+from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed, failure, say
-from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError, RequestError
+from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError
 from moebius.front.assignment import Assignment
-from moebius.front.fleet import Fleet, Launch, Lost, log
+from moebius.front.fleet import Fleet, Launch
 from moebius.front.flight import Flight
-from moebius.front.outbox import Deliver, Outbox
+from moebius.front.outbox import Outbox
 from moebius.front.restarts import RestartBudget
-from moebius.front.sums import add_loads
-from moebius.request.engine_request import EngineRequest
+from moebius.request.engine_request import EngineRequest, in_use
 from moebius.request.finish import FinishReason
 
-__all__ = ["Launch", "Lost", "ReplayClient", "Room"]
+log = logging.getLogger(__name__)
 
 _ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 _RESTART_SECONDS = 5.0
@@ -45,6 +45,8 @@ class Room(NamedTuple):
 class ReplayClient:
     """`count` engines as one.
 
+    stepped      where they make their steps together, so that a request at one may end another:
+                 whether they may have made one since this was last asked; None: each makes its own
     room         for what waits here, while there is no engine for it
     on_give_up   called, once, with the reason, when engines were restarted too often for nothing;
                  all that was in flight has ended with that error
@@ -57,19 +59,23 @@ class ReplayClient:
         launch: Launch,
         count: int = 1,
         *,
+        stepped: Callable[[], bool] | None = None,
         budget: RestartBudget | None = None,
         room: Room = Room(),  # noqa: B008 - it cannot be changed
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
     ) -> None:
-        self._budget = budget or RestartBudget(time.monotonic)
+        self._budget = budget or RestartBudget()
         self._room = room
         self._on_give_up = on_give_up
         self._lock = threading.Lock()
         self._started = False
         self._replayed = 0
-        self._assignment = Assignment()
+        self._stepped = stepped
+        self._assignment = Assignment(together=stepped is not None)
         self._outbox = Outbox(self._undelivered)
+        self._aborts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._fleet = Fleet(launch, count, self._budget, self._lock)
+        threading.Thread(target=self._abort_all, name="aborts", daemon=True).start()
 
     @property
     def info(self) -> EngineInfo:
@@ -91,9 +97,7 @@ class ReplayClient:
         with self._lock:
             self._require_running()
             if self._assignment.get(request.id) is not None:
-                raise RequestError(
-                    f"request id {request.id!r} is in use; ids must be unique", param="request_id"
-                )
+                raise in_use(request.id)
             flight = Flight(request)
             full = self._no_room(flight)
             if full is None:
@@ -103,17 +107,9 @@ class ReplayClient:
         self.changed()
 
     def abort(self, request_id: str) -> None:
-        with self._lock:
-            flight = self._assignment.get(request_id)
-            if flight is None:
-                return
-            flight.unwanted = True
-            engine = None if flight.engine is None else self._fleet[flight.engine]
-            if engine is None:
-                self._end(flight, _aborted(request_id))
-        if engine is not None:
-            engine.abort(request_id)
-        self.changed()
+        """As in EngineClient. A finaliser may ask for it in the middle of anything, on a thread
+        that holds any of the locks here: so another thread does it."""
+        self._aborts.put(request_id)
 
     def advance(self, wanted: Callable[[], bool]) -> bool:
         """Nothing: the engines make their steps themselves."""
@@ -132,14 +128,13 @@ class ReplayClient:
             )
 
     def expert_loads(self) -> ExpertLoads:
-        with self._lock:
-            engines = list(self._fleet)
-        return add_loads([engine.expert_loads() for engine in engines])
+        return self._fleet.expert_loads()
 
     def close(self, timeout: float) -> None:
         """Stop all engines; what is unfinished ends with EngineError."""
         deadline = time.monotonic() + timeout
         self._fleet.close(timeout)
+        self._aborts.put(None)
         self._end_all(EngineError("the engine has stopped"))
         self._outbox.wait(max(deadline - time.monotonic(), 0.0))
 
@@ -151,14 +146,16 @@ class ReplayClient:
 
     def went(self, number: int) -> None:
         """Take back what a lost engine had, and end what nobody shall be asked for again."""
-        had, culprit = self._assignment.lost(number)
+        # Engines that are lost one after the other, as those of a host, were not ended by requests.
+        computing = self._stepped is None or self._stepped()
+        had, culprit = self._assignment.lost(number, computing)
         for flight in had:
             if flight.unwanted:
                 self._end(flight, _aborted(flight.id))
-            elif flight is culprit:
-                say(log.error, "request %s ends: it was alone when its engine was lost", flight.id)
-                self._budget.finished()
-                self._end(flight, failed(flight.id, _alone_error()))
+        if culprit is not None and not culprit.unwanted:
+            say(log.error, "request %s ends: it was alone when an engine was lost", culprit.id)
+            self._budget.explained()
+            self._end(culprit, failed(culprit.id, _alone_error()))
 
     def changed(self) -> None:
         """Tell clients what there is to tell, and give engines what waits."""
@@ -170,11 +167,18 @@ class ReplayClient:
                 (flight, flight.ask(), self._fleet[number])
                 for flight, number in self._assignment.assign()
             ]
-            self._replayed += sum(flight.losses > 0 for flight, _, _ in given)
+            self._replayed += sum(flight.replayed for flight, _, _ in given)
+            to_end = [(self._fleet[number], id) for number, id in self._assignment.to_end()]
+        for engine, request_id in to_end:
+            engine.abort(request_id)
         for flight, request, engine in given:
-            with suppress(EngineError):  # it is lost, and whoever sees that will say so
+            try:
                 engine.submit(request)
-            if flight.unwanted:  # an abort may have been there before its request
+            except EngineError:
+                continue  # it is lost, and whoever sees that will say so
+            except Exception as error:  # the others are to be given out all the same
+                self._refused(flight, error)
+            if flight.unwanted or flight.recalled:  # an abort may have been there before it
                 engine.abort(request.id)
 
     def heard(self, number: int, life: int, outputs: list[StepOutput]) -> None:
@@ -227,7 +231,7 @@ class ReplayClient:
                 self._assignment.take_back(flight)
                 return
             full = isinstance(output.error, OverloadError)
-            if full and flight.losses and self._assignment.refused(flight):
+            if full and flight.replayed and self._assignment.refused(flight):
                 return
         told = flight.told(output)
         if ended is not None:
@@ -248,6 +252,35 @@ class ReplayClient:
         self._outbox.put([last])
 
     # Without it
+
+    def _abort_all(self) -> None:
+        for request_id in iter(self._aborts.get, None):
+            try:
+                self._abort(request_id)
+            except Exception as error:  # others are to be aborted after it
+                failure("aborting a request", error)
+
+    def _abort(self, request_id: str) -> None:
+        with self._lock:
+            flight = self._assignment.get(request_id)
+            if flight is None:
+                return
+            flight.unwanted = True
+            engine = None if flight.engine is None else self._fleet[flight.engine]
+            if engine is None:
+                self._end(flight, _aborted(request_id))
+        if engine is not None:
+            engine.abort(request_id)
+        self.changed()
+
+    def _refused(self, flight: Flight, error: Exception) -> None:
+        """No engine can be given this request."""
+        if not isinstance(error, MoebiusError):
+            error = failure("handing over a request", error)
+        with self._lock:
+            if self._assignment.get(flight.id) is flight:
+                self._end(flight, failed(flight.id, error))
+        self._outbox.flush()
 
     def _end_all(self, error: MoebiusError) -> None:
         with self._lock:

@@ -4,13 +4,16 @@ The one with the fewest tokens left to compute before the request's first one: t
 that have none yet, and its own that are not in that engine's prefix cache. Of equal ones that with
 the longer cached prefix, then the lowest number.
 
-What an engine caches is followed from here, by the prefix hashes of the prompts that it was given:
-it may have evicted some of them, which costs a wrong choice some time and nothing else.
+What an engine has left is followed from here. A prompt counts whole until its first token comes,
+however much of it is computed by then. What is cached is known by the prefix hashes of the prompts
+that it was given: it may have evicted others of them. Either costs a wrong choice some time and
+nothing else.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from moebius.request.engine_request import EngineRequest
 
@@ -26,19 +29,17 @@ class EngineLoad:
     _cached: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     def cached_tokens(self, request: EngineRequest) -> int:
-        """Leading tokens of a prompt that are most likely in its cache; the last one never is."""
-        hashes = () if request.prompt_hashes is None else request.prompt_hashes.hashes
-        found = 0
-        for digest in hashes:
-            if digest not in self._cached:
-                break
-            found += self.block_size
-        return min(found, len(request.prompt_ids) - 1)
+        """Leading tokens of a prompt that it will most likely find in its cache, as
+        BlockPool.match: in whole blocks, never the last token, and none where all are scored."""
+        if request.prompt_hashes is None or request.params.prompt_logprobs is not None:
+            return 0
+        found = takewhile(self._cached.__contains__, request.prompt_hashes.hashes)
+        readable = (request.num_tokens - 1) // self.block_size
+        return min(len(list(found)), readable) * self.block_size
 
     def owes(self, request: EngineRequest) -> int:
         """Tokens before the request's next one, if it came here now."""
-        length = len(request.prompt_ids) + len(request.output_ids)
-        return self.tokens + length - self.cached_tokens(request)
+        return self.tokens + request.num_tokens - self.cached_tokens(request)
 
     def give(self, request: EngineRequest) -> None:
         """It has the request."""
@@ -46,7 +47,7 @@ class EngineLoad:
         self._owed[request.id] = owed
         self.tokens += owed
         if request.prompt_hashes is not None:
-            for digest in request.prompt_hashes.hashes:
+            for digest in reversed(request.prompt_hashes.hashes):  # evicted from its end
                 self._cached[digest] = None
                 self._cached.move_to_end(digest)
         while len(self._cached) > self.num_blocks:

@@ -58,9 +58,13 @@ class Session:
         self.inbox: queue.SimpleQueue[list[StepOutput]] = queue.SimpleQueue()
 
     def submit(self, request: EngineRequest) -> None:
-        """Hand over a request; every outcome of it is among the outputs."""
-        self._requests.add(request.id)
-        self._sessions.submit(request, self)
+        """Hand over a request; every outcome of it is among the outputs.
+
+        Ctrl-C waits until that is done: else it may be the engine's or not, and nobody's to abort.
+        """
+        with Uninterrupted():
+            self._requests.add(request.id)
+            self._sessions.submit(request, self)
 
     def abort(self, request_id: str) -> None:
         """End a request; what it has waiting here is still handed out."""

@@ -33,6 +33,11 @@ def counters_of(stats: EngineStats) -> EngineStats:
     return replace(stats, ready=False, **zeros)
 
 
+def totals_of(loads: ExpertLoads) -> ExpertLoads:
+    """What stays of the loads of an engine that is gone: the totals, without the window."""
+    return ExpertLoads(0, tuple(_total_of(layer) for layer in loads.layers))
+
+
 def add_loads(known: Sequence[ExpertLoads]) -> ExpertLoads:
     """The experts' loads by the tokens of all engines, over the most steps that one has made."""
     each = [loads for loads in known if loads.layers]  # one that has not answered yet says nothing
@@ -43,6 +48,20 @@ def add_loads(known: Sequence[ExpertLoads]) -> ExpertLoads:
     layers = zip(*(loads.layers for loads in each), strict=True)
     return ExpertLoads(
         max(loads.steps for loads in each), tuple(_add_layers(layer) for layer in layers)
+    )
+
+
+def _total_of(layer: LayerLoad) -> LayerLoad:
+    return LayerLoad(
+        layer=layer.layer,
+        top_k=layer.top_k,
+        tokens=0,
+        max_over_mean=math.nan,
+        cv=math.nan,
+        router_entropy=math.nan,
+        dead=(),
+        pairs=(0,) * len(layer.pairs),
+        total_pairs=layer.total_pairs,
     )
 
 

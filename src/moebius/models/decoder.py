@@ -3,7 +3,6 @@
 Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.layer import FeedForward
 from moebius.moe.ranks import ExpertRank
 from moebius.moe.router import Router, Routing
-from moebius.nn.linear import Embedding, Linear, RMSNorm
+from moebius.nn.linear import Changes, Embedding, Linear, ParameterModule, RMSNorm
 from moebius.nn.mixer import MixerModule, Past
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Place
@@ -107,8 +106,11 @@ class Decoder(nn.Module):
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
         self._head: PreparedLinear | None = None
-        # How often parameters were moved: what was recorded of them before is of others.
-        self.moves = 0
+        self.changes = Changes()
+        """How often a parameter, of whatever part, became another one or lies elsewhere."""
+        for module in self.modules():
+            if isinstance(module, ParameterModule):
+                module.changes = self.changes
 
     @property
     def routers(self) -> dict[int, Router]:
@@ -124,11 +126,6 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """What is computed in: norms and biases have it, matrices may be stored in another."""
         return self.norm.weight.dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
-        self.moves += 1
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, past: Past

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.errors import ConfigError, require_word
-from moebius.nn.linear import Linear, RMSNorm
+from moebius.nn.linear import Linear, ParameterModule, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
@@ -150,7 +150,7 @@ class Attends(Protocol):
         that it may see, its own among them. `rotation` is cos and sin (T, R) of the rows."""
 
 
-class Attention(nn.Module):
+class Attention(ParameterModule):
     """The module of a GQA at one layer."""
 
     def __init__(self, spec: GQA, place: Place) -> None:

@@ -9,7 +9,30 @@ from torch import Tensor, nn
 from moebius.ops import Matrix, Ops, PreparedLinear, Weight
 
 
-class Weighted(nn.Module):
+class Changes:
+    """How often a parameter became another one, or lies elsewhere."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class ParameterModule(nn.Module):
+    """A module with parameters of its own. `changes` counts what becomes of them: what was recorded
+    of a model's parameters before is of others."""
+
+    changes = Changes()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self.changes.count += 1
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.changes.count += 1
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Weighted(ParameterModule):
     """A module with a `weight` (O, I): a parameter, or a matrix that no parameter can hold.
 
     Training has parameters alone. To serve, a weight in a format of several planes takes the
@@ -35,13 +58,13 @@ class Weighted(nn.Module):
         return self.weight if self._matrix is None else self._matrix
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self._matrix is not None:
             self._matrix = self._matrix.moved(fn)
         return self
 
 
-class WeightList(nn.ParameterList):
+class WeightList(ParameterModule, nn.ParameterList):
     """`count` weights, each a parameter or, to serve, a matrix: see Weighted.
 
     Of those that are not in `held` (None: all are) there is the number and nothing else: a hole.
@@ -63,13 +86,13 @@ class WeightList(nn.ParameterList):
         weight = self.held()[index]
         if matrix is not None and weight is not None:
             _require_shape(matrix, weight)
-        self._parameters[str(index)] = None
+        self.register_parameter(str(index), None)
         self._matrices.pop(str(index), None)
         if matrix is not None:
             self._matrices[str(index)] = matrix
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._matrices = {name: matrix.moved(fn) for name, matrix in self._matrices.items()}
         return self
 
@@ -130,7 +153,7 @@ class Linear(Weighted):
         return self.ops.logits(x_TI, self.prepared(x_TI.dtype))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(ParameterModule):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
 
     def __init__(self, ops: Ops, size: int, eps: float, *, dtype: torch.dtype) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec, Traffic
+from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
+from moebius.parallel.traffic import Traffic
 
 _EPOCH = Epoch("none", 0)
 

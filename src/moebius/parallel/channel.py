@@ -76,7 +76,9 @@ class Channel:
         self._tag_bytes = 0 if seals is None else _TAG_BYTES
         self._received = bytearray()
         self._unsent = bytearray()
+        # Why nothing more can be sent, and why what may have come is no frame.
         self._unsendable: str | None = None
+        self._unreadable: str | None = None
         self._closed = False
         # Held while the socket is used, so that `close` takes its number away from nobody.
         self._receiving = threading.Lock()
@@ -125,6 +127,8 @@ class Channel:
         it is kept, and the channel is as good as before."""
         deadline = time.monotonic() + timeout
         with self._receiving:
+            if self._unreadable is not None and not self._closed:
+                raise ChannelError(self._unreadable)
             while (frame := self._next()) is None:
                 if not self._fill(deadline):
                     raise DeadlineError(f"nothing came from {self.peer} within {timeout:g} s")
@@ -179,14 +183,15 @@ class Channel:
                     return False
                 continue
             except OSError as error:
-                raise self._broken(
-                    f"the connection to {self.peer} broke: {error.strerror}"
-                ) from error
+                why = f"the connection to {self.peer} broke: {error.strerror}"
+                raise self._garbled(why) from error
             if data:
                 self._received += data
                 return True
+            if self._closed:
+                continue
             if self._received:
-                raise self._broken(f"{self.peer} hung up in the middle of a frame")
+                raise self._garbled(f"{self.peer} hung up in the middle of a frame")
             raise ChannelClosedError(f"{self.peer} has closed the connection")
 
     def _next(self) -> bytes | None:
@@ -195,7 +200,7 @@ class Channel:
             return None
         (length,) = _LENGTH.unpack_from(self._received)
         if not self._tag_bytes <= length <= MOST_FRAME + self._tag_bytes:
-            raise self._broken(
+            raise self._garbled(
                 f"{self.peer} announced a frame of {length} bytes, and is no Moebius process or of "
                 f"another release: {MOST_FRAME} are the most"
             )
@@ -207,7 +212,7 @@ class Channel:
             tag = bytes(data[end - self._tag_bytes : end])
         del self._received[:end]
         if self._seal_in is not None and not hmac.compare_digest(self._seal_in.tag(frame), tag):
-            raise self._broken(f"a frame from {self.peer} has a wrong tag: somebody else made it")
+            raise self._garbled(f"a frame from {self.peer} has a wrong tag: somebody else made it")
         return frame
 
     def _broken(self, why: str) -> ChannelError:
@@ -216,6 +221,11 @@ class Channel:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         return ChannelError(why)
+
+    def _garbled(self, why: str) -> ChannelError:
+        """The same, where whatever comes next cannot be told from what does not belong there."""
+        self._unreadable = why
+        return self._broken(why)
 
 
 def _wait(sock: socket.socket, seconds: float, *, writing: bool) -> bool:

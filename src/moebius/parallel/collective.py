@@ -23,10 +23,10 @@ from moebius.parallel.exchange import (
     CheckedExchange,
     Epoch,
     ExchangeSpec,
-    Traffic,
     check_alike,
     identity,
 )
+from moebius.parallel.traffic import Traffic
 
 # What a rank sends each other before anything else: what it does, how many values follow, values.
 _HEADER = 2 + MOST_VALUES
@@ -118,10 +118,7 @@ class CollectiveExchange(CheckedExchange):
         threading.Thread(target=held.clear, name="drop group", daemon=True).start()
 
     def give_up(self, ranks: Sequence[int]) -> None:
-        named = ", ".join(map(str, ranks))
-        self._over = self._over or PeerError(
-            f"{self.epoch}: ranks {named} were given up", ranks=tuple(ranks)
-        )
+        self._over = self._over or self.epoch.lost(ranks)
 
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         self._calls += 1
@@ -217,11 +214,7 @@ class CollectiveExchange(CheckedExchange):
         found = found_PH.tolist()
         others = tuple(rank for rank, header in enumerate(found) if header[0] != doing)
         if others:
-            raise PeerError(
-                f"{self.epoch}: ranks {', '.join(map(str, others))} did something else than rank "
-                f"{self.rank} at the same point of a step",
-                ranks=others,
-            )
+            raise self._out_of_step(others)
         return [tuple(header[2 : 2 + header[1]]) for header in found]
 
     def _all_to_all(
@@ -230,16 +223,17 @@ class CollectiveExchange(CheckedExchange):
         """Rows of `sent` to each rank, those of each into `received`."""
         group = self._group
         if group is None:
-            raise self._lost(RuntimeError("closed"))
+            raise self._over or self.epoch.lost((self.rank,), "has left it")
         begun = time.monotonic()
+        until = begun + self.timeout
         try:
             work = group.alltoall_base(received, sent, counts_from, counts_to)
             if self._device.type == "cpu":
-                self._wait(work, begun + self.timeout)
+                self._wait(work, until)
             else:
-                self._wait_for_device(group, work, begun + self.timeout)
+                self._wait_for_device(group, work, until)
         except (RuntimeError, TimeoutError) as error:
-            raise self._lost(error) from None
+            raise self._over or self._lost(error, late=time.monotonic() >= until) from None
         self._seconds_waited += time.monotonic() - begun
 
     def _wait(self, work: Work, until: float) -> None:
@@ -268,27 +262,19 @@ class CollectiveExchange(CheckedExchange):
                 raise TimeoutError("timed out")
             time.sleep(_POLL_SECONDS)
 
-    def _lost(self, error: Exception) -> PeerError:
-        if self._over is not None:
-            return self._over
-        return _lost_peers(self.size, self.rank, self.epoch, self.timeout, error)
+    def _lost(self, error: Exception, *, late: bool) -> PeerError:
+        """Sockets do not say whose they were: it is one or more of the others."""
+        others = tuple(rank for rank in range(self.size) if rank != self.rank)
+        some = f"{'one or more of ' if len(others) > 1 else ''}{self.epoch.told(others)}"
+        # Without the place in gloo's source that it begins with.
+        reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
+        text = f"{some} {self._late}" if late else f"the connection to {some} broke"
+        return PeerError(f"{self.epoch}: {text} ({reason})", ranks=others)
 
     def _count_rows(self, out: list[int], back: list[int]) -> None:
         self._calls += 1
         self._bytes_out += self.spec.row_bytes * (sum(out) - out[self.rank])
         self._bytes_in += self.spec.row_bytes * (sum(back) - back[self.rank])
-
-
-def _lost_peers(size: int, own: int, epoch: Epoch, timeout: float, error: Exception) -> PeerError:
-    """Sockets do not say whose they were: it is one or more of the others."""
-    others = tuple(rank for rank in range(size) if rank != own)
-    # Without the place in gloo's source that it begins with.
-    reason = re.sub(r"^\[\S*\] *", "", str(error)).partition("\n")[0]
-    return PeerError(
-        f"{epoch}: of ranks {', '.join(map(str, others))} one or more did not come within "
-        f"{timeout:g} s, ended or left ({reason})",
-        ranks=others,
-    )
 
 
 def _aligned(nbytes: int) -> int:

@@ -14,12 +14,13 @@ token, D hidden size.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moebius.errors import ConfigError, PeerError, require_seconds
+from moebius.parallel.traffic import Traffic
 
 MOST_RANKS = 1024
 MOST_VALUES = 16
@@ -63,13 +64,28 @@ class ExchangeSpec:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """A membership of a group: a rank that comes or goes makes the next one."""
+    """A membership of a group: a rank that comes or goes makes the next one.
+
+    names   of its ranks, for a person: an epoch's are counted from 0, whoever is gone
+    """
 
     group: str
     number: int
+    names: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"epoch {self.number} of group {self.group}"
+
+    def told(self, ranks: Sequence[int]) -> str:
+        """Ranks, for a person."""
+        names = dict(enumerate(self.names))
+        return ", ".join(names.get(rank, f"rank {rank}") for rank in ranks)
+
+    def lost(self, ranks: Sequence[int], what: str | None = None) -> PeerError:
+        """That it goes on no longer because of these ranks: what they did, where that is known."""
+        told = self.told(ranks)
+        text = f"{told} {what}" if what else f"without {told}, which ended, left or came too late"
+        return PeerError(f"{self}: {text}", ranks=tuple(ranks))
 
 
 def identity(spec: ExchangeSpec, epoch: Epoch) -> dict[str, int]:
@@ -95,39 +111,7 @@ def check_alike(
         if theirs != tuple(mine.values()):
             named = dict(zip(mine, theirs, strict=False))
             unlike = ", ".join(name for name, value in mine.items() if named.get(name) != value)
-            raise ConfigError(f"{epoch}: ranks {rank} and {other} differ in {unlike}")
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What an exchange has moved so far, between this rank and others.
-
-    calls             of agree, dispatch and combine
-    bytes_out         of rows that went to other ranks; counts and ids, far less, are left out
-    bytes_in          of rows that came from them
-    seconds_waited    for other ranks, and for what they send
-    """
-
-    calls: int = 0
-    bytes_out: int = 0
-    bytes_in: int = 0
-    seconds_waited: float = 0.0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.calls + other.calls,
-            self.bytes_out + other.bytes_out,
-            self.bytes_in + other.bytes_in,
-            self.seconds_waited + other.seconds_waited,
-        )
-
-    def __sub__(self, before: "Traffic") -> "Traffic":
-        return Traffic(
-            self.calls - before.calls,
-            self.bytes_out - before.bytes_out,
-            self.bytes_in - before.bytes_in,
-            self.seconds_waited - before.seconds_waited,
-        )
+            raise ConfigError(f"{epoch}: {epoch.told((rank, other))} differ in {unlike}")
 
 
 class Exchange(ABC):
@@ -206,6 +190,15 @@ class Exchange(ABC):
         them; a transport that knows no better leaves the group."""
         self.close()
 
+    @property
+    def _late(self) -> str:
+        return f"did not come within {self.timeout:g} s"
+
+    def _out_of_step(self, others: Sequence[int]) -> PeerError:
+        own = self.epoch.told((self.rank,))
+        what = f"did something else than {own} at the same point of a step"
+        return self.epoch.lost(others, what)
+
     def _check_dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> None:
@@ -280,8 +273,7 @@ class CheckedExchange(Exchange):
         self._dispatched = None
 
     def close(self) -> None:
-        left = PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
-        self._over = self._over or left
+        self._over = self._over or self.epoch.lost((self.rank,), "has left it")
 
     @abstractmethod
     def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]: ...

@@ -243,25 +243,25 @@ def _connected(path: Path, timeout: float) -> socket.socket:
 
 def _introduced(sock: socket.socket, name: str, key: ClusterKey, deadline: float) -> Channel:
     _keep_alive(sock)
-    introduction = Introduction(key, name, read_exactly(sock, HELLO_BYTES, name, deadline))
+    introduction = Introduction(key, name, read_exactly(sock, HELLO_BYTES, deadline))
     sock.sendall(introduction.answer)
     try:
-        confirmation = read_exactly(sock, CONFIRMATION_BYTES, name, deadline)
-    except (ChannelError, ConnectionError):
+        confirmation = read_exactly(sock, CONFIRMATION_BYTES, deadline)
+    except ConnectionError:
         # Without a cause of the network's, where one could try again.
         raise ChannelError(f"{name} refused this process: it holds another cluster key") from None
     return Channel(sock, name, introduction.check(confirmation))
 
 
-def read_exactly(sock: socket.socket, size: int, name: str, deadline: float) -> bytes:
-    """So many bytes: what comes behind them is for whoever reads next. ChannelError where the other
-    side ends before, TimeoutError where they are not here by `deadline`, of time.monotonic."""
+def read_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
+    """So many bytes: what comes behind them is for whoever reads next. ConnectionError where the
+    peer hangs up first, TimeoutError where they are not here by `deadline`, of time.monotonic."""
     data = b""
     while len(data) < size:
         sock.settimeout(max(0.001, deadline - time.monotonic()))
         part = sock.recv(size - len(data))
         if not part:
-            raise ChannelError(f"{name} hung up before it had proven itself")
+            raise ConnectionAbortedError("it hung up before it had proven itself")
         data += part
     return data
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.errors import PeerError
-from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traffic
+from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec
+from moebius.parallel.traffic import Traffic
 
 
 class NativeExchange(CheckedExchange):
@@ -76,23 +77,16 @@ class NativeExchange(CheckedExchange):
         """Whoever calls it keeps it, and what it holds, until the call has returned."""
         native = self._native
         if native is None:
-            raise PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
+            raise self.epoch.lost((self.rank,), "has left it")
         return native
 
     def _peer_error(self, lost: _cpu.PeersLost) -> PeerError:
         """What is known of ranks that this one cannot go on with, in words."""
         ranks, fault = lost.args
-        named = ", ".join(str(rank) for rank in ranks)
-        some = f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
         if fault == "out of step":
-            text = f"{some} did something else than rank {self.rank} at the same point of a step"
-        elif fault == "left":
-            text = f"the connection to {some} has ended"
-        elif self.rank in ranks:
-            text = f"the others have given up {some}, of which this is one"
-        else:
-            text = f"{some} did not come within {self.timeout:g} s, ended or left"
-        return PeerError(f"{self.epoch}: {text}", ranks=tuple(ranks))
+            return self._out_of_step(ranks)
+        what = {"late": self._late, "left": "has left, or its connection has ended"}.get(fault)
+        return self.epoch.lost(ranks, what)
 
 
 def check_ranks(ranks: Sequence[int], spec: ExchangeSpec) -> None:

@@ -57,12 +57,6 @@ class Segment:
         self.epoch = epoch
         self.place = f"/proc/{os.getpid()}/fd/{self._file}"
 
-    @property
-    def joined(self) -> tuple[int, ...]:
-        """The ranks that have joined."""
-        assert self._memory is not None, "a closed segment knows nothing"
-        return tuple(_cpu.exchange_joined(self._memory.address))
-
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
         assert self._memory is not None, "a closed segment reaches nobody"

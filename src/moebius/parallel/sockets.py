@@ -103,11 +103,8 @@ class Meeting:
 
     def give_up(self, ranks: Sequence[int]) -> None:
         """Whoever waits, or begins to, gets a PeerError that names these ranks."""
-        named = ", ".join(map(str, ranks))
         with self._changed:
-            self._over = self._over or PeerError(
-                f"{self.epoch}: ranks {named} were given up", ranks=tuple(ranks)
-            )
+            self._over = self._over or self.epoch.lost(ranks)
             self._changed.notify_all()
 
     def address_of(self, rank: int, deadline: float) -> tuple[str, int]:
@@ -119,7 +116,7 @@ class Meeting:
             )
             self.check()
             if rank not in self._addresses:
-                raise PeerError(f"{self.epoch}: rank {rank} did not come", ranks=(rank,))
+                raise self.epoch.lost((rank,), "did not come")
             return parse_endpoint(self._addresses[rank], f"the address of rank {rank}")
 
     def check(self) -> None:
@@ -182,10 +179,7 @@ def _reach(
         except (ChannelError, OSError) as error:
             meeting.check()
             if time.monotonic() + _LOOK_SECONDS >= deadline:
-                raise PeerError(
-                    f"{meeting.epoch}: rank {rank} does not get through to rank {other}: {error}",
-                    ranks=(other,),
-                ) from None
+                raise meeting.epoch.lost((other,), f"is not to be reached: {error}") from None
         time.sleep(_LOOK_SECONDS)
 
 
@@ -202,18 +196,15 @@ def _take(
     now = time.monotonic()
     if now >= deadline:
         missing = tuple(other for other in range(rank + 1, spec.size) if other not in sockets)
-        named = ", ".join(map(str, missing))
-        raise PeerError(f"{meeting.epoch}: ranks {named} did not come", ranks=missing)
+        raise meeting.epoch.lost(missing, "did not come")
     try:
         channel = listener.accept(min(_LOOK_SECONDS, deadline - now))
     except DeadlineError:
         return
     sock = channel.detach()
     try:
-        said = read_exactly(
-            sock, _INTRODUCTION.size, channel.peer, min(now + _INTRODUCTION_SECONDS, deadline)
-        )
-    except (ChannelError, OSError):  # it has gone again, and will come again where it is a rank
+        said = read_exactly(sock, _INTRODUCTION.size, min(now + _INTRODUCTION_SECONDS, deadline))
+    except OSError:  # it has gone again, and will come again where it is a rank
         sock.close()
         return
     group, number, other = _INTRODUCTION.unpack(said)

@@ -21,8 +21,6 @@ class EngineRequest:
     max_tokens          resolved: most tokens to draw
     arrival, deadline   seconds on the engine's monotonic clock
     salt                separates the prefix caches of tenants
-    generation_start    how many leading tokens of the prompt come before the generation prompt, the
-                        part that a chat template adds for the answer; None where that is not known
     output_ids          token ids that an earlier engine has drawn
     prompt_hashes       those of the prompt's full blocks, where the front has made them
     """
@@ -37,9 +35,18 @@ class EngineRequest:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
-    generation_start: int | None = None
     output_ids: tuple[int, ...] = ()
     prompt_hashes: PromptHashes | None = None
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """Lower is served first; the last in it is preempted first."""
+        return (self.priority, self.arrival, self.id)
+
+    @property
+    def num_tokens(self) -> int:
+        """Those that an engine has to hold of it when it takes it."""
+        return len(self.prompt_ids) + len(self.output_ids)
 
     @classmethod
     def create(
@@ -55,7 +62,6 @@ class EngineRequest:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
-        generation_start: int | None = None,
         output_ids: Sequence[int] = (),
         hasher: BlockHasher | None = None,
     ) -> Self:
@@ -83,7 +89,6 @@ class EngineRequest:
             priority=priority,
             deadline=deadline,
             salt=salt,
-            generation_start=generation_start,
             output_ids=tuple(output_ids),
         )
         asked.check(limits)
@@ -112,7 +117,6 @@ class EngineRequest:
             )
         if len(self.salt) > LIMITS.salt_bytes:
             raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
-        check_integer("generation_start", self.generation_start, 0, len(self.prompt_ids), none=True)
         room = limits.max_model_len - len(self.prompt_ids)
         unlimited = self.params.max_tokens is None
         if room < (1 if unlimited else self.max_tokens):
@@ -129,3 +133,9 @@ class EngineRequest:
         Its own are id and seed, of which every value is fine.
         """
         return replace(self, id=id, seed=seed % 2**64, output_ids=())
+
+
+def in_use(request_id: str) -> RequestError:
+    """The error of a request whose id an unfinished one has."""
+    message = f"request id {request_id!r} is in use; ids must be unique"
+    return RequestError(message, param="request_id")

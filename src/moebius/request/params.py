@@ -1,6 +1,6 @@
 """SamplingParams: how a request's tokens are drawn; and the limits that each request is held to."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
@@ -81,16 +81,25 @@ class SamplingParams:
     """Greedy and nothing else; worked out once, as every step asks it of every request."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else self._made("stop", tuple)
         object.__setattr__(self, "stop", tuple(s for s in stop if s != ""))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias or {})))
+        object.__setattr__(self, "stop_token_ids", self._made("stop_token_ids", tuple))
+        object.__setattr__(self, "logit_bias", MappingProxyType(self._made("logit_bias", dict)))
         self._check_numbers()
         self._check_collections()
         plain = (
             self.greedy and self.logprobs is None and not self.shapes_logits and not self.min_tokens
         )
         object.__setattr__(self, "plain", plain)
+
+    def _made(self, name: str, kind: Callable[..., Any]) -> Any:
+        """A field as a tuple or a dictionary of its own; RequestError where it is no such thing."""
+        value = getattr(self, name)
+        try:
+            return kind() if value is None else kind(value)
+        except (TypeError, ValueError):
+            what = "a mapping" if kind is dict else "a list"
+            raise RequestError(f"{name} is {value!r}; it must be {what}", param=name) from None
 
     def _check_numbers(self) -> None:
         check_integer("n", self.n, 1, LIMITS.n)

@@ -84,8 +84,8 @@ class Request:
 
     @property
     def order(self) -> tuple[int, float, str]:
-        """Lower is served first; the last in it is preempted first."""
-        return (self.asked.priority, self.asked.arrival, self.id)
+        """As EngineRequest.order."""
+        return self.asked.order
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids at positions start to stop - 1 of prompt and output together."""

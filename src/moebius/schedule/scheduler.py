@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from moebius.errors import ContextLengthError, RequestError
+from moebius.errors import ContextLengthError
+from moebius.request.engine_request import in_use
 from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
@@ -44,7 +45,6 @@ class Chunk(NamedTuple):
     samples            the logits of the last position are wanted, to draw the next token
     tables             for each group of layers the blocks of positions 0 to start + num_tokens - 1,
                        in order; NO_BLOCK where none of the chunk's rows sees them
-    num_cached_tokens  tokens that came from the prefix cache when the request first ran
     states             where the sequence's recurrent state is, if the model has one
     request_slot       the place of what was written once for the request, if the model has such
     """
@@ -54,7 +54,6 @@ class Chunk(NamedTuple):
     num_tokens: int
     samples: bool
     tables: "tuple[array[int], ...]"
-    num_cached_tokens: int
     states: StateSlots | None = None
     request_slot: int | None = None
 
@@ -150,9 +149,7 @@ class Scheduler:
             "a request is added once"
         )
         if request.id in self._requests:
-            raise RequestError(
-                f"request id {request.id!r} is in use; ids must be unique", param="request_id"
-            )
+            raise in_use(request.id)
         self._check_can_run(request)
         self._waiting.check_room(request)
         request.block_hashes.clear()  # another pool's key may have made them
@@ -408,12 +405,8 @@ class Scheduler:
         end = start + num_tokens
         request.num_computed_tokens = end
         draft.budget -= num_tokens
-        assert request.num_cached_tokens is not None
         samples = end == request.num_tokens and len(request.output_ids) < request.max_tokens
-        # By position: there are hundreds a step.
-        chunk = Chunk(
-            request.id, start, num_tokens, samples, request.tables, request.num_cached_tokens
-        )
+        chunk = Chunk(request.id, start, num_tokens, samples, request.tables)  # hundreds a step
         if self._slotted:
             states = self.pool.state_slots(request, end)
             chunk = chunk._replace(states=states, request_slot=request.request_slot)

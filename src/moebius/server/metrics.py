@@ -261,7 +261,7 @@ class _Experts(Collector):
 
 
 class _Ranks(Collector):
-    """How ranks share the experts: nothing where one process has them all."""
+    """How ranks share the experts, and what they exchange: nothing where one process has all."""
 
     def __init__(self, spread: Spread, labels: tuple[str, str]) -> None:
         self._spread = spread
@@ -285,11 +285,15 @@ class _Ranks(Collector):
             counter = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
             counter.add_metric(self._labels, getattr(spread, figure))
             yield counter
+        for name, (text, figure) in _TABLE["exchange"].items():
+            counter = CounterMetricFamily(_OWN + name, text, labels=(*_LABELS, "rank"))
+            for rank in spread.ranks:
+                counter.add_metric((*self._labels, str(rank.rank)), getattr(rank.traffic, figure))
+            yield counter
 
 
 class _Engines(Collector):
-    """What engines in processes of their own are counted by: how many were lost; and what those
-    that share experts have sent each other, nothing where there are none."""
+    """How many engines in processes of their own were lost."""
 
     def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
         self._client = client
@@ -297,8 +301,7 @@ class _Engines(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self._client.stats()
-        exchanged = _TABLE["exchange"] if stats.exchanges else {}
-        for name, (text, field) in (_TABLE["losses"] | exchanged).items():
+        for name, (text, field) in _TABLE["losses"].items():
             family = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
             family.add_metric(self._labels, getattr(stats, field))
             yield family

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -20,7 +20,6 @@ from moebius.request.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
-from moebius.text import EncodedPrompt
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +251,7 @@ class FrontDoor:
     def open(
         self,
         id: str,
-        prompts: Iterable[EncodedPrompt],
+        prompts: Iterable[Sequence[int]],
         params: SamplingParams,
         *,
         continues: bool,

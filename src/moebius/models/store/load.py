@@ -141,18 +141,19 @@ class Loader:
 
         Experts that went to others are there no longer. Programs that were recorded go on with the
         new ones where the backend can exchange them; else they have to be recorded anew
-        (Decoder.moves). Nothing else may have been moved since.
+        (Decoder.changes). Nothing else may have been moved since.
         """
         ranks = decoder.ranks
         assert ranks is not None, "this decoder holds all experts"
         ranks.place(move.placement, move.rank)
         layers = [decoder.get_submodule(name) for name in move.modules]
         handles = [_prepared(experts, decoder) for experts in layers]
+        before = decoder.changes.count
         self._put(decoder, move.come)
         gone = [_taken(decoder, source) for source in move.gone]
         now = [_prepared(experts, decoder) for experts in layers]
-        if any(one is not other for one, other in zip(now, handles, strict=True)):
-            decoder.moves += 1
+        if all(one is other for one, other in zip(now, handles, strict=True)):
+            decoder.changes.count = before
         self._release(decoder, move.gone, gone)
 
     def _release(
