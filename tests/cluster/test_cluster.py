@@ -132,7 +132,8 @@ def test_who_is_not_alike_ends_both_with_one_line() -> None:
 
 
 def test_a_number_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moebius.cluster.cluster._RETURN_SECONDS", 0.1)
+    """Once it is known that the other host is still there."""
+    monkeypatch.setattr(cluster, "SILENCE_SECONDS", 1.0)
     with front() as (made, address):
         first = Running(address)
         made.assemble()
@@ -231,20 +232,6 @@ def test_a_host_that_is_gone_takes_its_processes_and_may_come_back() -> None:
     assert node.ended() is None
 
 
-def test_a_host_that_comes_back_before_it_is_missed_is_taken() -> None:
-    """It has seen a cut link first: its old connection is still there for the front."""
-    with front(patience=20.0) as (made, address):
-        old = connect(address, 10, KEY)
-        old.send(cluster.encode_hello(OTHER), 10)
-        made.assemble()
-        before = made._hosts[1]
-        node = Running(address)
-        until(lambda: any(thread.name == "greet" for thread in threading.enumerate()))
-        old.close()
-        until(lambda: made._hosts.get(1) not in (None, before))
-    assert node.ended() is None
-
-
 def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "SILENCE_SECONDS", 0.5)
     with front(patience=0.3) as (made, address):
@@ -255,6 +242,21 @@ def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(EngineError, match=r"node 1 has not come back within 0\.3 s"):
             made.start(1, rank=1)
         channel.close()
+
+
+def test_a_host_may_come_back_before_its_loss_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its link was cut for as long as it takes one side to notice: not a stranger."""
+    monkeypatch.setattr(cluster, "SILENCE_SECONDS", 1.0)
+    with front() as (made, address):
+        before = connect(address, 10, KEY)
+        before.send(cluster.encode_hello(OTHER), 10)
+        until(lambda: 1 in made._hosts)
+        first = made._hosts[1]
+        again = Running(address)
+        until(lambda: made._hosts.get(1, first) is not first)
+        assert made._hosts[1].hello == OTHER
+    assert again.ended() is None
+    before.close()
 
 
 def test_a_process_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

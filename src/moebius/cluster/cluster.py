@@ -31,9 +31,6 @@ log = logging.getLogger(__name__)
 _ACCEPT_SECONDS = 0.25
 _HELLO_SECONDS = 10.0
 _LOOK_SECONDS = 0.25
-# A host that comes back is refused while it is still there for us: it may have seen that it lost us
-# a beat or two before we see it. Less than its own patience with a silent front.
-_RETURN_SECONDS = cluster.SILENCE_SECONDS / 2
 
 
 class HostedProcess(WatchedProcess):
@@ -283,10 +280,7 @@ class Cluster:
     def _take_host(self, hello: cluster.HostHello, channel: Channel) -> None:
         check_alike(self._own, hello)
         with self._changed:
-            # Where the link to it was cut, each side sees that for itself, and it may be first.
-            self._changed.wait_for(
-                lambda: self._closed or hello.node not in self._hosts, _RETURN_SECONDS
-            )
+            self._wait_for_loss(hello.node, channel)
             if self._closed:
                 raise ChannelError("a host came when the front was closing")
             other = self._hosts.get(hello.node)
@@ -300,6 +294,14 @@ class Cluster:
             self._hellos[hello.node] = hello
             self._changed.notify_all()
         say(log.info, "%s has come", host.name)
+
+    def _wait_for_loss(self, node: int, channel: Channel) -> None:
+        """Where a host is there with this number, it may be the same one before its link was cut,
+        or before it was killed: that is noticed soon. Who has come meanwhile hears of us."""
+        patience = time.monotonic() + cluster.SILENCE_SECONDS + cluster.BEAT_SECONDS
+        while node in self._hosts and not self._closed and time.monotonic() < patience:
+            channel.post(cluster.encode(cluster.Beat()))
+            self._changed.wait(cluster.BEAT_SECONDS)
 
     def _refuse(self, channel: Channel, error: ConfigError) -> None:
         log.error("a host was refused: %s", error)
