@@ -232,20 +232,6 @@ def test_a_host_that_is_gone_takes_its_processes_and_may_come_back() -> None:
     assert node.ended() is None
 
 
-def test_a_host_that_comes_back_before_it_is_missed_is_taken() -> None:
-    """It has seen a cut link first: its old connection is still there for the front."""
-    with front(patience=20.0) as (made, address):
-        old = connect(address, 10, KEY)
-        old.send(cluster.encode_hello(OTHER), 10)
-        made.assemble()
-        before = made._hosts[1]
-        node = Running(address)
-        until(lambda: any(thread.name == "greet" for thread in threading.enumerate()))
-        old.close()
-        until(lambda: made._hosts.get(1) not in (None, before))
-    assert node.ended() is None
-
-
 def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "SILENCE_SECONDS", 0.5)
     with front(patience=0.3) as (made, address):
