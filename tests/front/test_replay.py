@@ -172,6 +172,7 @@ def test_an_abort_by_a_finaliser_waits_for_nothing() -> None:
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
+    house.until_aborted("a")
     house.until(lambda: house.ended("a") is not None)
     assert house.heard["a"][-1].finish_reason is FinishReason.ABORT
 
