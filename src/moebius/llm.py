@@ -30,7 +30,7 @@ from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import resolve_model
 from moebius.request.params import SamplingParams
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -301,19 +301,19 @@ class LLM:
     def _job(self, index: int, prompt: Prompt, params: SamplingParams, priority: int = 0) -> _Job:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._open(index, text, ids, params, priority, continues=True)
+        return self._open(index, text, EncodedPrompt(ids), params, priority, continues=True)
 
     def _chat_job(
         self, index: int, messages: Sequence[Message], params: SamplingParams, priority: int = 0
     ) -> _Job:
-        ids = self.tokenizer.encode_chat(messages)
-        return self._open(index, None, ids, params, priority, continues=False)
+        prompt = self.tokenizer.chat_prompt(messages)
+        return self._open(index, None, prompt, params, priority, continues=False)
 
     def _open(
         self,
         index: int,
         text: str | None,
-        ids: Sequence[int],
+        prompt: EncodedPrompt,
         params: SamplingParams,
         priority: int,
         *,
@@ -324,7 +324,7 @@ class LLM:
                 f"params is {type(params).__name__}; it must be SamplingParams", param="params"
             )
         choices = self._opener.open(
-            ids,
+            prompt,
             params,
             map(str, self._ids),
             continues=continues,

@@ -80,6 +80,7 @@ requests = st.builds(
     priority=st.integers(-(2**31) + 1, 2**31 - 1),
     deadline=st.none() | finite,
     salt=st.binary(max_size=256),
+    generation_start=st.none() | st.sampled_from([0, 1]),
     output_ids=st.lists(token_ids, max_size=5),
     hasher=st.sampled_from([None, HASHER]),
 )
@@ -250,9 +251,9 @@ def test_a_text_that_nobody_can_encode_crosses_in_other_words() -> None:
 
 
 def test_every_field_of_a_request_crosses() -> None:
-    """Those that a restart lives by are among them."""
+    """The three that a restart and a hybrid model live by are among them."""
     names = {field.name for field in fields(EngineRequest)}
-    assert {"prompt_hashes", "output_ids", "salt", "deadline"} <= names
+    assert {"generation_start", "prompt_hashes", "output_ids", "salt", "deadline"} <= names
     body = msgspec.msgpack.decode(wire.encode(wire.Submit(asked()))[1:])
     assert set(body[1]) == names
 
@@ -299,6 +300,7 @@ def test_hashes_of_another_launch_are_left_out() -> None:
         ({"priority": 2**31}, "priority"),
         ({"arrival": math.nan}, "arrival"),
         ({"deadline": math.inf}, "deadline"),
+        ({"generation_start": 11}, "generation_start"),
         ({"max_tokens": 491}, "prompt"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"stop_ids": frozenset({1000})}, "stop_token_ids"),
@@ -379,7 +381,7 @@ def fields_of(schema: Any) -> Any:
 
 
 # Of version 2. Where a record has changed: raise wire.VERSION, and put here what the test found.
-LAYOUT = "f76567fe7798229e"
+LAYOUT = "22b4b5c4e16522c7"
 
 
 def test_a_record_that_changes_needs_another_version() -> None:

@@ -13,7 +13,7 @@ from moebius.front.choices import ChoiceOpener, choice_seed
 from moebius.request import engine_request as asked_module
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
-from moebius.text import Tokenizer
+from moebius.text import EncodedPrompt, Tokenizer
 
 LIMITS = ServingLimits(vocab_size=1000, max_model_len=4096, priorities=True)
 
@@ -117,7 +117,7 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
     tokenizer, names = Tokenizer.load(tiny_model), map(str, itertools.count())
     fields = {"arrival": 1.0, "priority": 3, "deadline": 7.0, "salt": b"tenant"}
     opener = ChoiceOpener(tokenizer, Info)
-    opened = opener.open(ids, params, names, continues=False, **fields)
+    opened = opener.open(EncodedPrompt(ids), params, names, continues=False, **fields)
     made = [choice.request for choice in opened]
     assert ids.walks == 1 and checks == [3000, 0, 2]
     assert all(request.prompt_ids is made[0].prompt_ids for request in made)

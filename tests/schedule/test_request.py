@@ -20,7 +20,7 @@ def test_tokens_spans_prompt_and_output():
 
 def test_an_engine_changes_nothing_that_the_front_holds():
     asked = EngineRequest.create(
-        "a", [1, 2, 3], SamplingParams(), LIMITS, arrival=0.0, output_ids=[4]
+        "a", [1, 2, 3], SamplingParams(), LIMITS, arrival=0.0, output_ids=[4], generation_start=2
     )
     request, again = Request(asked), Request(asked)
     request.output_ids.append(5)

@@ -33,6 +33,8 @@ def test_an_answer() -> None:
         (request,) = server.engine.requests
         messages = [{"role": "user", "content": "hello"}]
         assert list(request.prompt_ids) == tokenizer().encode_chat(messages)
+        history = tokenizer().encode_chat(messages, add_generation_prompt=False)
+        assert request.generation_start == len(history)
         assert request.max_tokens == 512 - len(request.prompt_ids)
         assert body["usage"]["prompt_tokens"] == len(request.prompt_ids)
 

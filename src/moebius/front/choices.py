@@ -11,7 +11,7 @@ from moebius.front.assemble import SequenceAssembler
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import SamplingParams
-from moebius.text import Tokenizer
+from moebius.text import EncodedPrompt, Tokenizer
 
 
 def draw_prefix_key() -> bytes:
@@ -41,7 +41,7 @@ class ChoiceOpener:
 
     def open(
         self,
-        prompt_ids: Sequence[int],
+        prompt: EncodedPrompt,
         params: SamplingParams,
         ids: Iterator[str],
         *,
@@ -61,7 +61,7 @@ class ChoiceOpener:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         first = EngineRequest.create(
             next(ids),
-            prompt_ids,
+            prompt.ids,
             params,
             self.info.limits,
             arrival=arrival,
@@ -70,6 +70,7 @@ class ChoiceOpener:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            generation_start=prompt.generation_start,
             hasher=self.hasher,
         )
         others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))

@@ -21,6 +21,8 @@ class EngineRequest:
     max_tokens          resolved: most tokens to draw
     arrival, deadline   seconds on the engine's monotonic clock
     salt                separates the prefix caches of tenants
+    generation_start    how many leading tokens of the prompt come before the generation prompt, the
+                        part that a chat template adds for the answer; None where that is not known
     output_ids          token ids that an earlier engine has drawn
     prompt_hashes       those of the prompt's full blocks, where the front has made them
     """
@@ -35,6 +37,7 @@ class EngineRequest:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
+    generation_start: int | None = None
     output_ids: tuple[int, ...] = ()
     prompt_hashes: PromptHashes | None = None
 
@@ -62,6 +65,7 @@ class EngineRequest:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
+        generation_start: int | None = None,
         output_ids: Sequence[int] = (),
         hasher: BlockHasher | None = None,
     ) -> Self:
@@ -89,6 +93,7 @@ class EngineRequest:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            generation_start=generation_start,
             output_ids=tuple(output_ids),
         )
         asked.check(limits)
@@ -117,6 +122,7 @@ class EngineRequest:
             )
         if len(self.salt) > LIMITS.salt_bytes:
             raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
+        check_integer("generation_start", self.generation_start, 0, len(self.prompt_ids), none=True)
         room = limits.max_model_len - len(self.prompt_ids)
         unlimited = self.params.max_tokens is None
         if room < (1 if unlimited else self.max_tokens):

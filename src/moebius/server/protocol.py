@@ -36,7 +36,7 @@ from moebius.server.fields import (
     without_nulls,
 )
 from moebius.server.limits import HTTP_LIMITS
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # A text beyond the context is still counted up to so many times its length.
@@ -182,9 +182,9 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = None
     add_special_tokens: bool = True
 
-    def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
         """The ids of each prompt. ContextExceededError where one has more than `most`."""
-        return [self._ids(tokenizer, prompt, most) for prompt in self.prompt]
+        return [EncodedPrompt(self._ids(tokenizer, prompt, most)) for prompt in self.prompt]
 
     def _ids(self, tokenizer: Tokenizer, prompt: str | list[int], most: int) -> list[int]:
         if isinstance(prompt, str):
@@ -230,10 +230,9 @@ class ChatRequest(GenerationRequest):
         effects = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
         return {**effects, **self.chat_template_kwargs}
 
-    def encode(self, tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
         """The one prompt that the messages are. ContextExceededError for more than `most` ids."""
-        variables = self.template_variables
-        return [tokenizer.encode_chat(self.messages, variables=variables, at_most=most)]
+        return [tokenizer.chat_prompt(self.messages, self.template_variables, at_most=most)]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_completion_tokens

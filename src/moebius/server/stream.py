@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -20,6 +20,7 @@ from moebius.request.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
+from moebius.text import EncodedPrompt
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ class FrontDoor:
     def open(
         self,
         id: str,
-        prompts: Iterable[Sequence[int]],
+        prompts: Iterable[EncodedPrompt],
         params: SamplingParams,
         *,
         continues: bool,

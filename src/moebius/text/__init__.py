@@ -2,11 +2,13 @@
 
 from moebius.text.chat import ChatTemplate
 from moebius.text.defaults import GenerationDefaults
+from moebius.text.prompts import EncodedPrompt
 from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
 from moebius.text.tokenizer import Tokenizer
 
 __all__ = [
     "ChatTemplate",
+    "EncodedPrompt",
     "GenerationDefaults",
     "IncrementalDecoder",
     "StopMatcher",

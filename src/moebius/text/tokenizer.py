@@ -16,6 +16,7 @@ from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
+from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
 from moebius.text.special_tokens import SpecialGuard, strings_in
 
 # From so many characters on, a chat is rendered once to see whether it fits, before it is marked.
@@ -76,6 +77,7 @@ class Tokenizer:
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         self._guard = SpecialGuard(backend, vocab)
         self._bound = TokenBound(backend, vocab)
+        self._generation_prompts = GenerationPrompts()
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
@@ -194,25 +196,33 @@ class Tokenizer:
         message, or "messages" where the template is missing or refuses; ContextLengthError beyond
         `at_most` tokens, as `encode` does.
         """
-        rendered, marker = self._rendered(
-            messages, tools, variables, add_generation_prompt, at_most
-        )
-        if marker is None:
-            self._check_size(rendered, at_most, "messages")
-            return _encoded(self._backend, rendered, at_most, "messages")
-        self._check_size(rendered.replace(marker, ""), at_most, "messages")
-        named = self._guard.named(rendered, marker)
-        return self._guard.original(_encoded(self._guard.backend, named, at_most, "messages"))
+        chat = self._chat(messages, tools, variables, add_generation_prompt, at_most)
+        return self._chat_ids(chat.rendered, chat.marker, at_most)
 
-    def _rendered(
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        at_most: int | None = None,
+    ) -> EncodedPrompt:
+        """What `encode_chat` makes of a chat that is to be answered, and where in it the generation
+        prompt begins."""
+        chat = self._chat(messages, None, variables, True, at_most)
+        ids = self._chat_ids(chat.rendered, chat.marker, at_most)
+        start = self._generation_prompts.start(
+            chat, ids, lambda text: self._chat_ids(text, chat.marker, None)
+        )
+        return EncodedPrompt(ids, start)
+
+    def _chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         at_most: int | None,
-    ) -> tuple[str, str | None]:
-        """What a template makes of a chat, and what keeps special tokens' text plain in it."""
+    ) -> RenderedChat:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._template(name)
         # Everything in the chat that is not the operator's.
@@ -233,7 +243,19 @@ class Tokenizer:
         if length > _LONG_CHAT:
             self._check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
-        return template.render({**marked, **known}), marker
+        shown = {**marked, **known}
+        kind = None if variables or not messages else (name, str(messages[-1].get("role")))
+        return RenderedChat(template, shown, marker, template.render(shown), kind)
+
+    def _chat_ids(self, rendered: str, marker: str | None, at_most: int | None) -> list[int]:
+        if marker is None:
+            self._check_size(rendered, at_most, "messages")
+            return _encoded(self._backend, rendered, at_most, "messages")
+        self._check_size(rendered.replace(marker, ""), at_most, "messages")
+        ids = _encoded(
+            self._guard.backend, self._guard.named(rendered, marker), at_most, "messages"
+        )
+        return self._guard.original(ids)
 
     def _template(self, name: str) -> ChatTemplate:
         template = self._templates.get(name)
