@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from moebius import machine
-from moebius.files import json_record, write_file
+from records import save
 
 PROMPTS = (
     "def fibonacci(n):\n",
@@ -209,14 +209,13 @@ def main() -> int:
         for record in measure(args.model, ranks, args.kills, args.seed):
             runs[ranks] = record
             print(json.dumps(record), flush=True)
-            if args.json:
-                result = {
-                    "machine": platform.machine(),
-                    "processors": machine.processors(),
-                    "model": args.model,
-                    "runs": list(runs.values()),
-                }
-                write_file(args.json, json.dumps(result, indent=2) + "\n", ours=json_record)
+            result = {
+                "machine": platform.machine(),
+                "processors": machine.processors(),
+                "model": args.model,
+                "runs": list(runs.values()),
+            }
+            save(args.json, result)
     return 1 if any(record["different"] for record in runs.values()) else 0
 
 
