@@ -1,5 +1,6 @@
 """Master weights in float32, the rounded copies that the decoder computes with, and AdamW."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -94,6 +95,14 @@ class Masters:
         """The names of weights whose gradient is not finite, those nearest to the loss first."""
         named = reversed(self._gradients.items())
         return [name for name, gradient in named if not gradient.isfinite().all()]
+
+    def digest(self) -> str:
+        """Of the masters that all ranks have."""
+        found = hashlib.sha256()
+        for name, master in self._masters.items():
+            if not self._is_own(name):
+                found.update(master.reshape(-1).cpu().numpy().data)
+        return found.hexdigest()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Masters and both moments by name: all that an update depends on, beside the step."""
