@@ -71,7 +71,7 @@ class Steps:
         )
         self._engine: Engine = load_engine(directory, config)
         self._sizes = ExpertSizes.of(open_checkpoint(directory).config, ITEMSIZE)
-        self._pairs = [layer.total_pairs for layer in self._engine.expert_loads().layers]
+        self._loads = self.loads()
         self._draw = random.Random(0)
         self._number = 0
 
@@ -116,13 +116,18 @@ class Steps:
             engine.scheduler.plan = plan  # type: ignore[method-assign]
         return found
 
+    def loads(self) -> dict[int, list[int]]:
+        """Pairs that each layer's experts got so far."""
+        layers = self._engine.expert_loads().layers
+        return {layer.layer: list(layer.total_pairs) for layer in layers}
+
     def _work(self, plan: StepPlan) -> StepWork:
         """What a step was that has just been made."""
-        before = self._pairs
-        self._pairs = [layer.total_pairs for layer in self._engine.expert_loads().layers]
+        before = self._loads
+        self._loads = self.loads()
         experts = 0
-        for old, new in zip(before, self._pairs, strict=True):
-            experts += sum(a != b for a, b in zip(old, new, strict=True))
+        for layer, pairs in self._loads.items():
+            experts += sum(old != new for old, new in zip(before[layer], pairs, strict=True))
         pairs = plan.num_tokens * self._sizes.top_k * self._sizes.layers
         return StepWork(plan.num_tokens, context(plan), samples(plan), experts, pairs)
 
@@ -143,22 +148,28 @@ def serve(pipe: Connection, directory: Path, args: argparse.Namespace, rank: int
         steps.round()
         pipe.send(None)
         while pipe.recv() is not None:
-            pipe.send(steps.round())
+            pipe.send((steps.round(), steps.loads()))
 
 
-def steps_at_once(directory: Path, args: argparse.Namespace) -> list[Measured]:
-    """The median step of each kind, of processes that compute at the same time."""
+def steps_at_once(
+    directory: Path, args: argparse.Namespace
+) -> tuple[list[Measured], dict[int, list[int]]]:
+    """The median step of each kind, of processes that compute at the same time, and what the
+    experts got at one of them."""
     found: dict[Kind, list[Measured]] = {}
+    loads: dict[int, list[int]] = {}
     with ExitStack() as stack:
         arguments = [(directory, args, rank) for rank in range(args.at_once)]
         workers = Workers(stack, serve, arguments)
         workers.answers()
         for _ in range(args.rounds):
             workers.tell_all("a round")
-            for answer in workers.answers():
+            answers = workers.answers()
+            loads = answers[0][1]
+            for answer, _ in answers:
                 for kind, steps in answer.items():
                     found.setdefault(kind, []).extend(steps)
-    return [median(steps) for steps in found.values()]
+    return [median(steps) for steps in found.values()], loads
 
 
 def median(steps: list[Measured]) -> Measured:
@@ -195,10 +206,11 @@ def main() -> None:
     directory = resolve_model(args.model)
     model = open_checkpoint(directory).config
     sizes = ExpertSizes.of(model, ITEMSIZE)
-    measured = steps_at_once(directory, args)
+    measured, loads = steps_at_once(directory, args)
     costs = Costs(
         directory.name,
         sizes,
+        loads,
         processor(),
         args.threads,
         args.at_once,

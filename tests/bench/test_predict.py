@@ -17,10 +17,11 @@ from moebius.bench.costs import (
     StepCosts,
     StepWork,
 )
-from moebius.bench.predict import Job, Prediction, Simulation, busiest
+from moebius.bench.predict import Job, Prediction, Simulation, busiest, mean_imbalance
 from moebius.cli.commands import app
 from moebius.errors import ConfigError
 from moebius.models.store import open_checkpoint
+from moebius.moe.placement import Placement
 
 SIZES = ExpertSizes(layers=4, experts=8, top_k=2, row_bytes=100, share=0.5)
 STEPS = StepCosts(
@@ -36,11 +37,16 @@ LINK = ExchangeCosts(2, 1e-3, 1e6)
 
 
 def costs(sizes: ExpertSizes = SIZES) -> Costs:
-    return Costs("tiny", sizes, "a machine", 1, 2, STEPS, {"shared memory": LINK})
+    loads = {layer: [3, 1] * (sizes.experts // 2) for layer in range(sizes.layers)}
+    return Costs("tiny", sizes, loads, "a machine", 1, 2, STEPS, {"shared memory": LINK})
 
 
 def predicted(
-    ranks: int, jobs: list[Job], exchange: ExchangeCosts | None = LINK, concurrency: int = 8
+    ranks: int,
+    jobs: list[Job],
+    exchange: ExchangeCosts | None = LINK,
+    concurrency: int = 8,
+    imbalance: float = 1.0,
 ) -> Prediction:
     simulation = Simulation(
         SIZES,
@@ -49,6 +55,7 @@ def predicted(
         concurrency=concurrency,
         max_num_batched_tokens=512,
         max_model_len=64,
+        imbalance=imbalance,
     )
     return simulation.run(jobs).over(exchange)
 
@@ -160,6 +167,23 @@ def test_a_step_takes_as_long_as_its_slowest_rank() -> None:
     assert uneven.seconds > even.seconds
     one = predicted(2, [Job(30, 2), Job(3, 2)])
     assert one.seconds == pytest.approx(uneven.seconds)
+
+
+def test_the_rank_whose_experts_are_chosen_most_is_waited_for() -> None:
+    """Three of four tokens' pairs at one rank: 1.5 of the mean in each of two steps."""
+    work = [Job(3, 2), Job(3, 2)]
+    uneven = predicted(2, work, imbalance=1.5)
+    pairs = 0.0
+    for total in (6, 2):
+        pairs += 4 * (total * 2 * 1.5 / 2 - busiest(total * 2, 2))
+    assert uneven.seconds - predicted(2, work).seconds == pytest.approx(1e-5 * pairs)
+
+
+def test_imbalance_is_of_the_measured_loads() -> None:
+    """By hand: rank 0 has 6 of 8 tokens of one layer, and 4 of 8 of the other."""
+    loads = {0: [4, 2, 1, 1], 3: [2, 2, 2, 2]}
+    placement = Placement.linear({0: 4, 3: 4}, 2)
+    assert mean_imbalance(placement, loads) == (1.5 + 1.0) / 2
 
 
 def test_free_exchanges_halve_what_computing_takes_at_most() -> None:

@@ -180,6 +180,7 @@ class Costs:
     """What was measured on one machine.
 
     sizes       of the model
+    loads       how many pairs each expert of each layer with a router got meanwhile
     threads     of a rank
     at_once     ranks that computed at the same time, as those of one host do
     exchanges   by what they go through
@@ -187,6 +188,7 @@ class Costs:
 
     model: str
     sizes: ExpertSizes
+    loads: dict[int, list[int]]
     machine: str
     threads: int
     at_once: int
@@ -204,6 +206,7 @@ class Costs:
             return cls(
                 str(found["model"]),
                 ExpertSizes(**found["sizes"]),
+                {int(layer): list(map(int, each)) for layer, each in found["loads"].items()},
                 str(found["machine"]),
                 int(found["threads"]),
                 int(found["at_once"]),

@@ -1,18 +1,20 @@
 """The throughput of ranks that nobody has here: the real schedulers on a clock that is computed.
 
 Each rank's scheduler plans its steps as it would while serving; a step takes as long as the slowest
-rank's, by measured costs (costs.py). Not in it: fronts, networks that are shared, processors that
-others use, and experts' loads other than those of tokens that choose evenly, each on its own.
+rank's, by measured costs (costs.py). The rank whose experts are chosen most computes as many pairs
+as by chance, or as by the loads that were measured, whichever is more. Not in it: fronts, networks
+that are shared, and processors that others use.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from statistics import NormalDist
+from statistics import NormalDist, mean
 
 from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes, StepCosts, StepWork
 from moebius.errors import ConfigError
+from moebius.moe.placement import Placement
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
@@ -88,9 +90,10 @@ class Run:
 
 
 class Simulation:
-    """Ranks that share experts evenly, and a queue in front of them.
+    """Ranks that share experts, and a queue in front of them.
 
     concurrency   requests that run at once, of all ranks together
+    imbalance     tokens of the rank whose experts are chosen most, over the mean
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class Simulation:
         concurrency: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        imbalance: float = 1.0,
     ) -> None:
         self._sizes = sizes
+        self._imbalance = imbalance
         self._costs = costs
         self._ranks = ranks
         seats = -(-concurrency // ranks)
@@ -150,7 +155,9 @@ class Simulation:
         sizes = self._sizes
         tokens = [plan.num_tokens for plan in plans]
         total = sum(tokens)
-        pairs = busiest(total * sizes.top_k, self._ranks) * sizes.layers
+        drawn = total * sizes.top_k
+        most = max(busiest(drawn, self._ranks), drawn * self._imbalance / self._ranks)
+        pairs = most * sizes.layers
         experts = sizes.read(total, self._ranks)
         works = [
             StepWork(plan.num_tokens, context(plan), samples(plan), experts, pairs)
@@ -238,11 +245,14 @@ def outlook(
     ranks: int,
     costs: Costs | None,
     *,
+    placement: Placement | None,
     sequences: int,
     max_num_batched_tokens: int,
 ) -> Outlook:
-    """For `sequences` that run at once at each rank. Raises ConfigError for costs of another
-    model."""
+    """For `sequences` that run at once at each rank, with experts placed so if there are several.
+
+    Raises ConfigError for costs of another model.
+    """
     predictions = {}
     if costs is not None:
         if costs.sizes != sizes:
@@ -257,11 +267,17 @@ def outlook(
             concurrency=sequences * ranks,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=PROMPTS[1] + OUTPUTS[1],
+            imbalance=1.0 if placement is None else mean_imbalance(placement, costs.loads),
         )
         run = simulation.run(jobs(sequences * ranks * REQUESTS_A_SEQUENCE))
         links: dict[str, ExchangeCosts | None] = dict(costs.exchanges) if ranks > 1 else {"": None}
         predictions = {name: run.over(exchange) for name, exchange in links.items()}
     return Outlook(ranks, sequences, round(sizes.bytes_out(sequences, ranks)), costs, predictions)
+
+
+def mean_imbalance(placement: Placement, loads: Mapping[int, Sequence[int]]) -> float:
+    """Of all layers, each of which waits for its own busiest rank."""
+    return mean(placement.imbalance(loads).values())
 
 
 def jobs(count: int) -> list[Job]:

@@ -225,10 +225,12 @@ def _outlook(prepared: "Prepared", config: EngineConfig, costs: Path | None) -> 
 
     sizes = ExpertSizes.of(prepared.checkpoint.config, prepared.dtype.itemsize)
     known = None if costs is None else Costs.read(costs)
+    ranks = prepared.decoder.ranks
     return outlook(
         sizes,
         config.ranks,
         known,
+        placement=None if ranks is None else ranks.placement,
         sequences=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
