@@ -87,7 +87,10 @@ def test_a_port_that_is_taken(refused: Refused) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         at = f"127.0.0.1:{sock.getsockname()[1]}"
         line = refused("--nnodes", "2", "--ranks", "2", "--rdzv-endpoint", at)
-    assert f"cannot listen on {at} for the cluster: Address already in use" in line
+    assert line.endswith(
+        f"cannot listen on {at} for the cluster: Address already in use; it must be a free port at "
+        "an address of this host"
+    )
 
 
 def test_more_ranks_than_experts_start_no_processes(
@@ -106,7 +109,7 @@ def test_no_front_at_the_address(refused: Refused, port: int) -> None:
     two = ("--nnodes", "2", "--ranks", "2", "--rdzv-endpoint", f"127.0.0.1:{port}")
     line = refused(*two, "--node-rank", "1", "--rdzv-timeout", "0.1")
     assert f"node 1 ({socket.gethostname()}): no front within 0.1 s" in line
-    assert f"127.0.0.1:{port}" in line
+    assert line.endswith(f"cannot connect to 127.0.0.1:{port}: Connection refused")
 
 
 def refuse_all(listener: Listener) -> None:
