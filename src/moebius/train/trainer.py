@@ -28,7 +28,7 @@ from moebius.moe.router import Routing
 from moebius.nn.packed import PackedPast
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
-from moebius.train.masters import SELECTION_BIAS, Masters
+from moebius.train.masters import SELECTION_BIAS, Masters, squared_norm
 from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe
@@ -134,9 +134,9 @@ class Trainer:
         sums = StepSums(len(self._routers), self._num_experts, self.device)
         for index in range(training.accumulation):
             self._micro_batch(batch, index, loads, sums)
-        sums.square += self.masters.squared_norm(own=True)
+        sums.square += squared_norm(self.masters.own_gradient)
         self.ranks.all_reduce(self.masters.shared_gradient, sums.vector)
-        norm = (self.masters.squared_norm(own=False) + sums.square).sqrt().float()
+        norm = (squared_norm(self.masters.shared_gradient) + sums.square).sqrt().float()
         if not (torch.isfinite(sums.vector).all() and torch.isfinite(norm)):
             raise NumericalError(self._what_is_no_number(batch, sums.losses[0].item()))
         gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
