@@ -125,7 +125,8 @@ def squared_norm(vector: Tensor) -> Tensor:
     whole = len(vector) // _BLOCK * _BLOCK
     blocks = torch.linalg.vector_norm(vector[:whole].view(-1, _BLOCK), dim=1)
     rest = torch.linalg.vector_norm(vector[whole:])
-    return blocks.double().square().sum() + rest.double().square()
+    squares: Tensor = blocks.double().square().sum() + rest.double().square()
+    return squares
 
 
 def _adamw(masters: Iterable[Tensor], training: TrainingRecipe) -> torch.optim.AdamW:
