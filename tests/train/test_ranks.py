@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import moebius
-from moebius.errors import ConfigError, StorageError
+from moebius.errors import ConfigError, PeerError, StorageError
 from moebius.train.export import export, figures_table
 from moebius.train.ranks import Ranks
 from moebius.train.run import main_from_recipe
@@ -321,6 +321,26 @@ def test_all_that_ranks_differ_in_is_told() -> None:
     assert str(caught.value) == (
         f"{there} has fact 1 7, fact 4 x, new 8, but rank 0 of 2 on {socket.gethostname()} has "
         "fact 1 1, fact 4 4, new None; all ranks must be started alike"
+    )
+
+
+def test_a_lost_rank_is_told_in_few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's own words, as torch 2.13 has them."""
+
+    def reset(*_: Any) -> None:
+        raise RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error "
+            "[127.0.0.1]:54413: Connection reset by peer. This is typically caused by a remote "
+            "worker hanging or bugs in the application. Good luck!\nmore"
+        )
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reset)
+    with pytest.raises(PeerError) as caught:
+        Ranks(1, 3, timeout=5).all_reduce_max(1.0)
+    assert caught.value.ranks == (0, 2)
+    assert str(caught.value) == (
+        f"rank 1 of 3 on {socket.gethostname()}: of ranks 0, 2 one or more ended, or did not come "
+        "within 5 s (Read error [127.0.0.1]:54413: Connection reset by peer)"
     )
 
 

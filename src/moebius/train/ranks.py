@@ -6,6 +6,7 @@ tensor goes as JSON in a frame of one size.
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,7 @@ class Ranks:
             where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
             raise ConfigError(
                 f"rank {rank} of {count} on {socket.gethostname()} found no group of {count} at "
-                f"{where} within {timeout:g} s: {_first_line(error)}"
+                f"{where} within {timeout:g} s: {_cause(error)}"
             ) from None
         return cls(dist.get_rank(), count, device=device, timeout=timeout)
 
@@ -198,7 +199,7 @@ class Ranks:
             others = tuple(rank for rank in range(self.count) if rank != self.rank)
             raise PeerError(
                 f"{self}: of ranks {', '.join(map(str, others))} one or more ended, or did not "
-                f"come within {self.timeout:g} s ({_first_line(error)})",
+                f"come within {self.timeout:g} s ({_cause(error)})",
                 ranks=others,
             ) from None
 
@@ -211,5 +212,7 @@ def _code(error: MoebiusError | OSError) -> str:
     return StorageError.wire_code if isinstance(error, OSError) else error.wire_code
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _cause(error: Exception) -> str:
+    """What torch or gloo says, without the place in their sources and their advice."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0].removesuffix(".")
