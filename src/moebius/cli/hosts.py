@@ -34,7 +34,7 @@ class HostOptions:
     rdzv_timeout: Annotated[float, "Seconds that hosts wait for each other."] = 60.0
     cluster_interface: Annotated[
         str | None,
-        "Network interface that ranks exchange rows over, unprotected: of a trusted network. "
+        "Network interface that ranks exchange rows over, unencrypted: of a trusted network. "
         "Default: the one that leads to --rdzv-endpoint.",
     ] = None
     cluster_key_file: Annotated[
@@ -142,6 +142,11 @@ class Assembly:
         from moebius.cluster.cluster import local_ranks
 
         return local_ranks(config.ranks, self._options.nnodes, 0)
+
+    @property
+    def key(self) -> "ClusterKey | None":
+        """The cluster's; None for one host."""
+        return None if self._listener is None else self._listener.key
 
     def hosts(self, directory: Path, config: EngineConfig) -> "Hosts | None":
         """Wait for all; None for one host. ConfigError where another does not come, or serves

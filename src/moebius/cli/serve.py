@@ -139,7 +139,7 @@ def _serve_on(
         from moebius.engine.load import check_ranks
 
         check_ranks(directory, config)
-    with EngineProcesses(assembly.ranks_here(config)) as processes:
+    with EngineProcesses(assembly.ranks_here(config), key=assembly.key) as processes:
         # While they start.
         from moebius.engine.wire import Launch
         from moebius.front.choices import draw_prefix_key
