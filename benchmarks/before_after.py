@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from workloads import workload  # noqa: E402
+
+from records import processor, save  # noqa: E402
 
 TOLERANCE = 0.02
 START = "start"
@@ -191,15 +192,6 @@ def shown(result: dict[str, Any]) -> str:
     return text + (f"; own memory {' and '.join(memory)} MiB" if memory else "")
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()
-
-
 def revision(checkout: Path) -> str:
     """The commit of a checkout; its name where git knows none."""
     asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
@@ -223,20 +215,17 @@ def main() -> int:
     if args.serve:
         serve(args.serve, args.threads)
         return 0
-    from moebius.files import json_record, write_file
-
     results = {Path(model).name: measure(args, model) for model in args.models}
-    if args.json:
-        record = {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "date": date.today().isoformat(),
-            "before": revision(args.before),
-            "after": revision(args.after),
-            "threads": args.threads,
-            "models": results,
-        }
-        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+    record = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "date": date.today().isoformat(),
+        "before": revision(args.before),
+        "after": revision(args.after),
+        "threads": args.threads,
+        "models": results,
+    }
+    save(args.json, record)
     return int(any(one["worse"] for model in results.values() for one in model.values()))
 
 

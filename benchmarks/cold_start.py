@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from moebius.files import json_record, write_file
+from records import save
 
 MOEBIUS = [sys.executable, "-m", "moebius"]
 
@@ -89,8 +89,7 @@ def main() -> None:
             f"{name}: median {statistics.median(seconds):.2f} s, {min(seconds):.2f} to "
             f"{max(seconds):.2f}"
         )
-    if given.json:
-        write_file(given.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+    save(given.json, record)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ rank: the median round, and the fastest one. Beside other work run it as a real-
 """
 
 import argparse
-import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -23,18 +21,18 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moebius import machine
-from moebius.files import json_record, write_file
 from moebius.parallel.collective import CollectiveExchange
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
 from moebius.parallel.sockets import Meeting, join_epoch
+from records import save
+from workers import Workers
 
 HIDDEN = 1024
 TOP_K = 8
@@ -166,30 +164,15 @@ class Group:
         place = str(folder / f"{kind}{ranks}")
         if kind == "shared memory":
             place = stack.enter_context(Segment(spec, Epoch("benchmark", 1))).place
-        context = multiprocessing.get_context("spawn")
-        self._pipes = []
-        for rank in range(ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, kind, place, spec, rank))
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            stack.callback(process.join)
-        stack.callback(self._send, None)
-        self._answers()
+        arguments = [(kind, place, spec, rank) for rank in range(ranks)]
+        self._workers = Workers(stack, serve, arguments)
+        self._workers.answers()
 
     def measure(self, load: str, count: int) -> tuple[float, int]:
         """Microseconds at the slowest rank, and bytes that rank 0 has sent."""
-        self._send((load, count))
-        answers = self._answers()
+        self._workers.tell_all((load, count))
+        answers = self._workers.answers()
         return max(taken for taken, _ in answers), answers[0][1]
-
-    def _send(self, order: tuple[str, int] | None) -> None:
-        for pipe in self._pipes:
-            pipe.send(order)
-
-    def _answers(self) -> list[Any]:
-        return [pipe.recv() for pipe in self._pipes]
 
 
 def results(groups: list[Group], rounds: int, layers: int) -> Iterator[Result]:
@@ -231,16 +214,15 @@ def main() -> None:
             f"{each.kind:14} {each.ranks:5}  {each.load:18} {each.median:9.1f} "
             f"{each.fastest:9.1f} {each.bytes_out / 1024:8.1f}"
         )
-    if args.json:
-        record = {
-            "processors": machine.processors(),
-            "real_time": os.sched_getscheduler(0) != os.SCHED_OTHER,
-            "hidden": HIDDEN,
-            "top_k": TOP_K,
-            "dtype": "bfloat16",
-            "results": [asdict(each) for each in found],
-        }
-        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+    record = {
+        "processors": machine.processors(),
+        "real_time": os.sched_getscheduler(0) != os.SCHED_OTHER,
+        "hidden": HIDDEN,
+        "top_k": TOP_K,
+        "dtype": "bfloat16",
+        "results": [asdict(each) for each in found],
+    }
+    save(args.json, record)
 
 
 if __name__ == "__main__":

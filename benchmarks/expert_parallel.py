@@ -14,8 +14,6 @@ Models and workloads are those of benchmarks/peers; --requests takes fewer of W2
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -36,9 +34,10 @@ from workloads import Request, Workload, workload
 from exchange import join_by_store
 from moebius import machine
 from moebius.engine.config import EngineConfig
-from moebius.files import json_record, write_file
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
+from records import save
+from workers import Workers
 
 MODELS = ("m1", "m2")
 VOCAB = {"m1": 32_000, "m2": 49_152}
@@ -247,39 +246,24 @@ class Group:
 
     def __init__(self, directory: Path, kind: Kind, folder: Path, stack: ExitStack) -> None:
         self.kind = kind
-        context = multiprocessing.get_context("spawn")
-        self._pipes = []
-        for rank in range(kind.ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, directory, kind, rank))
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            stack.callback(process.join)
-        stack.callback(self._send, [None] * kind.ranks)
-        spec, self.layers = self._answers()[0]
+        ranks = [(directory, kind, rank) for rank in range(kind.ranks)]
+        self._workers = Workers(stack, serve, ranks)
+        spec, self.layers = self._workers.answers()[0]
         place = str(folder / f"{directory.name}-{kind.name}")
         if kind.exchange == "shared memory":
             place = stack.enter_context(Segment(spec, EPOCH)).place
-        self._send([place] * kind.ranks)
-        self._answers()
+        self._workers.tell_all(place)
+        self._workers.answers()
 
     def run(self, work: Workload) -> list[Part]:
         """Serve the requests, each at the rank that has least to draw so far."""
-        shares: list[list[Request]] = [[] for _ in self._pipes]
+        shares: list[list[Request]] = [[] for _ in range(self.kind.ranks)]
         for request in work.requests:
             min(shares, key=lambda share: sum(each.output for each in share)).append(request)
-        self._send(shares)
-        self._answers()
-        self._send(["go"] * len(self._pipes))
-        return self._answers()
-
-    def _send(self, orders: list[Any]) -> None:
-        for pipe, order in zip(self._pipes, orders, strict=True):
-            pipe.send(order)
-
-    def _answers(self) -> list[Any]:
-        return [pipe.recv() for pipe in self._pipes]
+        self._workers.tell(shares)
+        self._workers.answers()
+        self._workers.tell_all("go")
+        return self._workers.answers()
 
 
 @dataclass
@@ -368,7 +352,8 @@ def measure(directory: Path, args: argparse.Namespace) -> Iterator[Result]:
     """All groups of a model in turn, for each workload."""
     model = directory.name
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        kinds = [kind for kind in KINDS if kind.ranks in args.ranks]
+        # All are compared with one process.
+        kinds = [kind for kind in KINDS if kind.ranks in (1, *args.ranks)]
         groups = [Group(directory, kind, Path(folder), stack) for kind in kinds]
         for name in args.workloads:
             runs: dict[Kind, list[list[Part]]] = {kind: [] for kind in kinds}
@@ -417,15 +402,14 @@ def main() -> None:
     for model in args.models:
         results += measure(Path(os.environ["PEERS"]) / "models" / model, args)
     show(results)
-    if args.json:
-        record = {
-            "processors": machine.processors(),
-            "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-            "rounds": args.rounds,
-            "requests": args.requests,
-            "results": [asdict(each) for each in results],
-        }
-        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+    record = {
+        "processors": machine.processors(),
+        "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
+        "rounds": args.rounds,
+        "requests": args.requests,
+        "results": [asdict(each) for each in results],
+    }
+    save(args.json, record)
 
 
 if __name__ == "__main__":

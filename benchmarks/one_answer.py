@@ -34,7 +34,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import moebius  # noqa: E402
-from moebius.files import json_record, write_file  # noqa: E402
 from moebius.models.decoder import Decoder  # noqa: E402
 from moebius.models.store.load import load_decoder  # noqa: E402
 from moebius.ops.cpu import CpuOps  # noqa: E402
@@ -52,6 +51,7 @@ from random_schedules import (  # noqa: E402
     random_schedule,
     wishes,
 )
+from records import save  # noqa: E402
 
 BUNDLED_EVERY = 20
 PLACEMENTS = 3
@@ -126,8 +126,7 @@ def main() -> int:
         bundled = Subject("bundled", load(place, kernels), place)
         result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
     print(json.dumps(result))
-    if args.json:
-        write_file(args.json, json.dumps(result, indent=2) + "\n", ours=json_record)
+    save(args.json, result)
     return 1 if result["different"] else 0
 
 

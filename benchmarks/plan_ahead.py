@@ -13,7 +13,6 @@ after the other, and Python on a second thread while the kernels run.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import threading
@@ -27,11 +26,11 @@ from typing import Any
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
-from moebius.files import json_record, write_file
 from moebius.models.hub import resolve_model
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
+from records import save
 
 PROMPT = 200
 WARM_UP = 5
@@ -164,9 +163,8 @@ def main() -> None:
             "{sequences} sequences: kernels {kernels:.2f} ms, with Python in turn {in_turn:.2f}, "
             "at once {at_once:.2f}: {ratio:.3f} times as fast".format(**one)
         )
-    if args.json:
-        record = {"model": Path(args.model).name, "threads": args.threads, "steps": found}
-        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+    record = {"model": Path(args.model).name, "threads": args.threads, "steps": found}
+    save(args.json, record)
 
 
 if __name__ == "__main__":

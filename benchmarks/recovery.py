@@ -44,9 +44,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from hosts import Together, hosts
 from moebius import machine
-from moebius.files import json_record, write_file
 from moebius.parallel.key import ClusterKey
 from namespaces import Switched, inside, switched
+from records import save
 
 PROMPTS = (
     "def fibonacci(n):\n",
@@ -261,14 +261,13 @@ def main() -> int:
         for record in measure(args.model, ranks, args.hosts, args.kills, args.seed):
             runs[ranks] = record
             print(json.dumps(record), flush=True)
-            if args.json:
-                result = {
-                    "machine": platform.machine(),
-                    "processors": machine.processors(),
-                    "model": args.model,
-                    "runs": list(runs.values()),
-                }
-                write_file(args.json, json.dumps(result, indent=2) + "\n", ours=json_record)
+            result = {
+                "machine": platform.machine(),
+                "processors": machine.processors(),
+                "model": args.model,
+                "runs": list(runs.values()),
+            }
+            save(args.json, result)
     return 1 if any(record["different"] for record in runs.values()) else 0
 
 

@@ -8,7 +8,6 @@ milliseconds.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 
 from moebius.engine.sampler import sample
-from moebius.files import json_record, write_file
 from moebius.ops.cpu import CpuOps
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
+from records import save
 
 CONTEXT = 1000
 OUTPUT = 200
@@ -88,14 +87,13 @@ def main() -> None:
     medians = {name: round(statistics.median(times[1:]), 2) for name, times in found.items()}
     for name, milliseconds in medians.items():
         print(f"{name:42} {milliseconds:8.2f} ms")
-    if args.json:
-        record = {
-            "kernels": ops.name,
-            "vocab": args.vocab,
-            "threads": args.threads,
-            "milliseconds": medians,
-        }
-        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+    record = {
+        "kernels": ops.name,
+        "vocab": args.vocab,
+        "threads": args.threads,
+        "milliseconds": medians,
+    }
+    save(args.json, record)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -39,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from before_after import compared, in_turn
+from records import processor, save
 
 TOGETHER = "together"
 APART = "apart"
@@ -263,13 +263,9 @@ def main() -> int:
     if args.serve:
         serve(args.serve, args.models[0], args.threads)
         return 0
-    from moebius.files import json_record, write_file
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the servers end, too
     results = {Path(model).name: measure(model, args) for model in args.models}
-    if args.json:
-        record = {"processor": platform.processor(), "threads": args.threads, "models": results}
-        write_file(args.json, json.dumps(record, indent=2) + "\n", ours=json_record)
+    save(args.json, {"processor": processor(), "threads": args.threads, "models": results})
     return 0
 
 

@@ -5,15 +5,14 @@
 
 Steps: one process with all experts, or --at-once of them at the same time, as ranks of one host
 compute; decoding of 1 to 32 sequences behind short and longer prompts, and chunks of prompts; the
-fastest of the rounds of each. Exchanges: between two ranks of this host, as benchmarks/exchange.py
-measures them, for rows of this model. What is predicted for more ranks, or for hosts of their own,
-is these figures' extrapolation.
+median of each. Exchanges: among as many ranks of this host (2 at least), as
+benchmarks/exchange.py measures them, for rows of this model. What is predicted for other numbers of
+ranks, or for hosts of their own, is these figures' extrapolation.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
 import tempfile
 import time
@@ -25,8 +24,15 @@ from pathlib import Path
 import torch
 
 import exchange as exchanges
-from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes, Measured, StepCosts
-from moebius.bench.predict import context
+from moebius.bench.costs import (
+    Costs,
+    ExchangeCosts,
+    ExpertSizes,
+    Measured,
+    StepCosts,
+    StepWork,
+)
+from moebius.bench.predict import context, samples
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
@@ -37,11 +43,15 @@ from moebius.models.store import open_checkpoint
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
+from moebius.schedule.scheduler import StepPlan
+from records import processor
+from workers import Workers
 
 # Sequences that decode, and tokens of each one's prompt.
 DECODING = ((1, 32), (1, 384), (2, 32), (4, 32), (8, 32), (8, 256), (16, 32), (32, 32))
 CHUNKS = (16, 64, 128, 256, 512)
 STEPS = 6
+Kind = tuple[str, int, int]
 ITEMSIZE = torch.bfloat16.itemsize
 
 
@@ -61,6 +71,7 @@ class Steps:
         )
         self._engine: Engine = load_engine(directory, config)
         self._sizes = ExpertSizes.of(open_checkpoint(directory).config, ITEMSIZE)
+        self._loads = self.loads()
         self._draw = random.Random(0)
         self._number = 0
 
@@ -71,7 +82,7 @@ class Steps:
         for _ in range(sequences):
             self._ask(prompt, STEPS)
         steps = self._all()
-        return [one for one in steps if one.tokens == sequences][-STEPS + 1 :]
+        return [one for one in steps if one.work.tokens == sequences][-STEPS + 1 :]
 
     def chunk(self, tokens: int) -> list[Measured]:
         self._ask(tokens, 1)
@@ -100,64 +111,76 @@ class Steps:
                 begun = time.perf_counter()
                 engine.step()
                 taken = time.perf_counter() - begun
-                made = plans[-1]
-                experts = self._sizes.read(made.num_tokens)
-                found.append(Measured(made.num_tokens, context(made), experts, taken))
+                found.append(Measured(self._work(plans[-1]), taken))
         finally:
             engine.scheduler.plan = plan  # type: ignore[method-assign]
         return found
 
+    def loads(self) -> dict[int, list[int]]:
+        """Pairs that each layer's experts got so far."""
+        layers = self._engine.expert_loads().layers
+        return {layer.layer: list(layer.total_pairs) for layer in layers}
 
-def measure_steps(directory: Path, threads: int, rounds: int) -> list[Measured]:
-    """The fastest step of each kind."""
-    with closing(Steps(directory, threads)) as steps:
-        steps.decoding(1, 32)
-        best: dict[tuple[str, int, int], Measured] = {}
-        for _ in range(rounds):
-            for sequences, prompt in DECODING:
-                for one in steps.decoding(sequences, prompt):
-                    _keep(best, ("decoding", sequences, prompt), one)
-            for tokens in CHUNKS:
-                for one in steps.chunk(tokens):
-                    _keep(best, ("chunk", tokens, 0), one)
-    return list(best.values())
+    def _work(self, plan: StepPlan) -> StepWork:
+        """What a step was that has just been made."""
+        before = self._loads
+        self._loads = self.loads()
+        experts = 0
+        for layer, pairs in self._loads.items():
+            experts += sum(old != new for old, new in zip(before[layer], pairs, strict=True))
+        pairs = plan.num_tokens * self._sizes.top_k * self._sizes.layers
+        return StepWork(plan.num_tokens, context(plan), samples(plan), experts, pairs)
 
-
-def _keep(
-    best: dict[tuple[str, int, int], Measured], kind: tuple[str, int, int], one: Measured
-) -> None:
-    if kind not in best or one.seconds < best[kind].seconds:
-        best[kind] = one
+    def round(self) -> dict[Kind, list[Measured]]:
+        """Steps of every kind."""
+        found: dict[Kind, list[Measured]] = {}
+        for sequences, prompt in DECODING:
+            found["decoding", sequences, prompt] = self.decoding(sequences, prompt)
+        for tokens in CHUNKS:
+            found["chunk", tokens, 0] = self.chunk(tokens)
+        return found
 
 
 def serve(pipe: Connection, directory: Path, args: argparse.Namespace, rank: int) -> None:
+    """In a process: a round whenever one is asked for."""
     place(rank, args.at_once, args.threads).take()
-    pipe.send(measure_steps(directory, args.threads, args.rounds))
+    with closing(Steps(directory, args.threads)) as steps:
+        steps.round()
+        pipe.send(None)
+        while pipe.recv() is not None:
+            pipe.send((steps.round(), steps.loads()))
 
 
-def steps_at_once(directory: Path, args: argparse.Namespace) -> list[Measured]:
-    """Of as many processes at the same time; what the first one measured."""
-    context_ = multiprocessing.get_context("spawn")
-    pipes = []
-    processes = []
-    for rank in range(args.at_once):
-        ours, theirs = context_.Pipe()
-        process = context_.Process(target=serve, args=(theirs, directory, args, rank))
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    found: list[list[Measured]] = [pipe.recv() for pipe in pipes]
-    for process in processes:
-        process.join()
-    return found[0]
+def steps_at_once(
+    directory: Path, args: argparse.Namespace
+) -> tuple[list[Measured], dict[int, list[int]]]:
+    """The median step of each kind, of processes that compute at the same time, and what the
+    experts got at one of them."""
+    found: dict[Kind, list[Measured]] = {}
+    loads: dict[int, list[int]] = {}
+    with ExitStack() as stack:
+        arguments = [(directory, args, rank) for rank in range(args.at_once)]
+        workers = Workers(stack, serve, arguments)
+        workers.answers()
+        for _ in range(args.rounds):
+            workers.tell_all("a round")
+            answers = workers.answers()
+            loads = answers[0][1]
+            for answer, _ in answers:
+                for kind, steps in answer.items():
+                    found.setdefault(kind, []).extend(steps)
+    return [median(steps) for steps in found.values()], loads
 
 
-def measure_exchanges(sizes: ExpertSizes, hidden: int) -> dict[str, ExchangeCosts]:
+def median(steps: list[Measured]) -> Measured:
+    return sorted(steps, key=lambda one: one.seconds)[len(steps) // 2]
+
+
+def measure_exchanges(sizes: ExpertSizes, hidden: int, ranks: int) -> dict[str, ExchangeCosts]:
     found = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         groups = [
-            exchanges.Group(kind, 2, Path(folder), stack, hidden=hidden, top_k=sizes.top_k)
+            exchanges.Group(kind, ranks, Path(folder), stack, hidden=hidden, top_k=sizes.top_k)
             for kind in exchanges.KINDS
         ]
         rows: dict[str, list[exchanges.Result]] = {kind: [] for kind in exchanges.KINDS}
@@ -165,7 +188,7 @@ def measure_exchanges(sizes: ExpertSizes, hidden: int) -> dict[str, ExchangeCost
             rows[row.kind].append(row)
         for kind, each in rows.items():
             found[kind] = ExchangeCosts.fit(
-                [row.bytes_out for row in each], [row.fastest / 1e6 for row in each]
+                ranks, [row.bytes_out for row in each], [row.fastest / 1e6 for row in each]
             )
     return found
 
@@ -183,33 +206,26 @@ def main() -> None:
     directory = resolve_model(args.model)
     model = open_checkpoint(directory).config
     sizes = ExpertSizes.of(model, ITEMSIZE)
-    measured = steps_at_once(directory, args)
+    measured, loads = steps_at_once(directory, args)
     costs = Costs(
         directory.name,
-        machine_name(),
+        sizes,
+        loads,
+        processor(),
         args.threads,
         args.at_once,
         StepCosts.fit(measured, sizes),
-        measure_exchanges(sizes, model.hidden_size),
+        measure_exchanges(sizes, model.hidden_size, max(2, args.at_once)),
     )
     write_file(args.json, costs.text() + "\n", ours=anyone)
     for one in measured:
-        guess = costs.steps.seconds(
-            one.tokens, one.context, one.experts, one.tokens * sizes.top_k * sizes.layers
-        )
+        work = one.work
         print(
-            f"{one.tokens:5} tokens, {one.context:7} pairs: {1000 * one.seconds:8.2f} ms, "
-            f"fitted {1000 * guess:8.2f}"
+            f"{work.tokens:5} tokens, {work.context:7} pairs, {work.samples:3} drawn, "
+            f"{work.experts:5} experts: {1000 * one.seconds:8.2f} ms, fitted "
+            f"{1000 * costs.steps.seconds(work):8.2f}"
         )
     print(asdict(costs))
-
-
-def machine_name() -> str:
-    """The processor's, as the kernel tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Every sequence has a prompt of 200 tokens and decodes greedily; the first steps 
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -20,12 +19,12 @@ from typing import Any
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
-from moebius.files import json_record, write_file
 from moebius.models.hub import resolve_model
 from moebius.ops.cpu import RecordedProgram
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
+from records import save
 
 PROMPT = 200
 WARM_UP = 5
@@ -109,12 +108,7 @@ def main() -> None:
             "{sequences} sequences: {step_ms:.2f} ms a step, {python_ms:.2f} ms of it Python: "
             "{share:.1%}".format(**one)
         )
-    if args.json:
-        write_file(
-            args.json,
-            json.dumps({"model": Path(args.model).name, "steps": found}, indent=2) + "\n",
-            ours=json_record,
-        )
+    save(args.json, {"model": Path(args.model).name, "steps": found})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "cluster": {"errors", "machine", "request", "parallel", "moe", "engine", "front"},
     "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "cluster", "models"},
     "server": {"errors", "files", "request", "text", "engine", "front"},
-    "bench": {"errors", "files", "request", "schedule", "text", "models", "engine", "llm"},
+    "bench": {"errors", "files", "request", "schedule", "text", "moe", "models", "engine", "llm"},
     "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }

@@ -59,6 +59,7 @@ def port() -> int:
 def test_options_that_do_not_go_together(refused: Refused, port: int) -> None:
     at = ("--rdzv-endpoint", f"127.0.0.1:{port}")
     assert "--nnodes is 0" in refused("--nnodes", "0")
+    assert "--rdzv-endpoint is for several hosts: give --nnodes" in refused(*at)
     assert "--node-rank is 1; with --nnodes 1" in refused("--node-rank", "1")
     assert "--node-rank is -1" in refused("--nnodes", "2", "--node-rank", "-1", *at)
     assert "needs --rdzv-endpoint HOST:PORT" in refused("--nnodes", "2", "--ranks", "2")
@@ -86,14 +87,29 @@ def test_a_port_that_is_taken(refused: Refused) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         at = f"127.0.0.1:{sock.getsockname()[1]}"
         line = refused("--nnodes", "2", "--ranks", "2", "--rdzv-endpoint", at)
-    assert f"cannot listen on {at} for the cluster: Address already in use" in line
+    assert line.endswith(
+        f"cannot listen on {at} for the cluster: Address already in use; it must be a free port at "
+        "an address of this host"
+    )
+
+
+def test_more_ranks_than_experts_start_no_processes(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are, and before torch is imported in each of them."""
+
+    def start() -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("moebius.cluster.engines.EngineProcess", start)
+    assert "99 ranks cannot share the 4 experts of a layer" in refused("--ranks", "99")
 
 
 def test_no_front_at_the_address(refused: Refused, port: int) -> None:
     two = ("--nnodes", "2", "--ranks", "2", "--rdzv-endpoint", f"127.0.0.1:{port}")
     line = refused(*two, "--node-rank", "1", "--rdzv-timeout", "0.1")
     assert f"node 1 ({socket.gethostname()}): no front within 0.1 s" in line
-    assert f"127.0.0.1:{port}" in line
+    assert line.endswith(f"cannot connect to 127.0.0.1:{port}: Connection refused")
 
 
 def refuse_all(listener: Listener, done: threading.Event) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from moebius.moe.placement import Placement
 from moebius.moe.router import Routing
 from moebius.nn.spec import Place
 from moebius.ops.config import RouterConfig
+from moebius.train import start as begin
 from moebius.train.data import prepare
 from moebius.train.expert_parallel import TrainingDispatcher
 from moebius.train.ops import TrainingOps
@@ -232,23 +234,37 @@ def refuse(
     recipes: list[str],
     *options: str,
     out: str = "",
-    version: str = "",
+    change: Callable[[], None] = lambda: None,
     only: int | None = None,
 ) -> None:
     """The command, a recipe a rank, with what cannot be; what each rank says, and how it ends.
 
-    version: rank 1's, where it is to be another. only: the rank that is started.
+    change: what makes rank 1 another. only: the rank that is started.
     """
 
     def act(rank: int) -> None:
         if only not in (None, rank):
             return
-        if rank == 1 and version:
-            moebius.__version__ = version
+        if rank == 1:
+            change()
         recipe = str(folder / f"{recipes[rank]}.toml")
         command(folder, name, rank, recipe, "--out", str(folder / (out or name)), *options)
 
     (folder / f"{name}.json").write_text(json.dumps(ended(start(len(recipes), act))))
+
+
+def _older() -> None:
+    moebius.__version__ = "0.0.7"
+
+
+def _drawn_otherwise() -> None:
+    """As a host does whose files or whose torch are others."""
+    draw = begin.initial_weights
+
+    def drawn(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
+        return ((name, 1.01 * x) for name, x in draw(*arguments))
+
+    begin.initial_weights = drawn
 
 
 def run(what: str, folder: Path) -> None:
@@ -263,11 +279,16 @@ def run(what: str, folder: Path) -> None:
             lose(folder, how)
     else:
         refuse(folder, "differ", ["capacity", "endless"])
-        refuse(folder, "version", ["capacity"] * 2, version="0.0.7")
+        refuse(folder, "version", ["capacity"] * 2, change=_older)
         refuse(folder, "few", ["few"] * 3)
         refuse(folder, "uneven", ["capacity"] * 3)
         refuse(folder, "unwritable", ["capacity"] * 2, out="few.toml/out")
         refuse(folder, "missing", ["capacity", "nothing"])
+        refuse(folder, "weights", ["capacity"] * 2, change=_drawn_otherwise)
+        measured = ["--evaluate-only", "--rank-timeout", "20"]
+        refuse(folder, "other text", ["bias", "other/bias"], *measured, out="base")
+        shutil.rmtree(folder / "other" / "text")
+        refuse(folder, "short", ["short", "other/short"])
         refuse(folder, "alone", ["capacity"] * 2, "--rank-timeout", "1", only=1)
         refuse(folder, "evaluated", ["bias"] * 2, "--evaluate-only", out="base")
 

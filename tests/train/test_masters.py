@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import torch
 
-from moebius.train.masters import Masters
+from moebius.train.masters import Masters, squared_norm
 from moebius.train.tables import TrainingRecipe
 
 TRAINING = TrainingRecipe(
@@ -80,3 +80,27 @@ def test_the_first_broken_gradient_is_the_one_nearest_to_the_loss() -> None:
     made = masters()
     made.gradient.copy_(torch.tensor([float("nan"), 0.0, 0.0, 0.0, float("inf"), 0.0]))
     assert made.broken_gradients() == ["gain", "matrix"]
+
+
+def test_the_norm_of_a_gradient_is_exact_where_float32_sums_are_not() -> None:
+    """Blocks, and what is left of them, against double precision; of nothing it is 0."""
+    vector = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0)) + 1
+    exact = vector.double().square().sum()
+    assert abs(squared_norm(vector) / exact - 1) < 1e-6
+    assert squared_norm(vector[:5]) == vector[:5].norm().double().square()
+    assert squared_norm(vector[:0]) == 0
+
+
+def test_gradients_of_weights_that_are_here_alone_stand_apart() -> None:
+    """Those that all ranks have come first, and alone are what ranks compare."""
+    copies = {name: torch.nn.Parameter(torch.zeros_like(x)) for name, x in INITIAL.items()}
+
+    def made(initial: dict[str, torch.Tensor]) -> Masters:
+        whole = {name: x.clone() for name, x in initial.items()}
+        return Masters(copies, whole, TRAINING, CPU, own=lambda name: name == "matrix")
+
+    first = made(INITIAL)
+    assert (len(first.shared_gradient), len(first.own_gradient)) == (3, 4)
+    other = made(INITIAL | {"matrix": torch.zeros(2, 2)})
+    assert other.digest() == first.digest()
+    assert made(INITIAL | {"gain": torch.tensor([1.0, 1.5])}).digest() != first.digest()

@@ -17,9 +17,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import moebius
+from moebius.errors import ConfigError, PeerError, StorageError
 from moebius.train.export import export, figures_table
+from moebius.train.ranks import Ranks
 from moebius.train.run import main_from_recipe
 from moebius.train.trainer import Trainer
 from train import rank_side
@@ -79,6 +82,7 @@ RECIPES = {
     "tuned": TRAINING + 'rows_per_step = 4\nbalance = "sequence"\n[finetune]\ncheckpoint = "base"',
     "endless": QWEN + TRAINING.replace("= 50", "= 100000") + "rows_per_step = 3\n"
     "checkpoint_seconds = 0.0",
+    "short": QWEN + TRAINING.replace("= 50", "= 2").replace("= 5\n", "= 1\n") + "rows_per_step = 4",
     "few": QWEN.replace("= 7", "= 2") + TRAINING + "rows_per_step = 3",
 }
 
@@ -93,7 +97,10 @@ def _flushed() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
-    """A folder of them, with their data; `tuned` starts from two steps of `bias`."""
+    """A folder of them, with their data; `tuned` starts from two steps of `bias`.
+
+    In `other` are some of them over another text, as on a host that has one.
+    """
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "text").mkdir()
@@ -105,6 +112,12 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
     base = rank_side.trainer(folder, "bias")
     base.step()
     export(base, folder / "base")
+    other = folder / "other"
+    (other / "text").mkdir(parents=True)
+    shutil.copy(library / "cmd.py", other / "text")
+    for name in ("bias", "short"):
+        recipe = (folder / f"{name}.toml").read_text()
+        (other / f"{name}.toml").write_text(recipe.replace(str(folder), str(other)))
     return folder
 
 
@@ -246,11 +259,13 @@ def test_what_cannot_be_is_one_line_that_names_rank_and_host(commanded: Path) ->
     lines = {
         "differ": f"rank 1 of 2 on {host} has recipe ",
         "version": f"rank 1 of 2 on {host} has moebius 0.0.7, but rank 0 of 2 on {host} has "
-        f"{moebius.__version__}; all ranks must be started alike",
+        f"moebius {moebius.__version__}; all ranks must be started alike",
         "few": f"rank 0 of 3 on {host}: 3 ranks cannot share the 2 experts of a layer",
         "uneven": f"rank 0 of 3 on {host}: the 4 rows of a micro-batch (training.rows_per_step = "
         "4, accumulation = 1) cannot be shared by 3 ranks evenly",
         "unwritable": f"rank 0 of 2 on {host}: ",
+        "weights": f"rank 1 of 2 on {host} has weights ",
+        "other text": f"rank 1 of 2 on {host} has text ",
         "missing": f"rank 1 of 2 on {host}: the recipe {recipes}/nothing.toml cannot be read",
     }
     for name, line in lines.items():
@@ -277,3 +292,86 @@ def test_ranks_measure_a_model_together(commanded: Path) -> None:
     figures = main_from_recipe(recipes / "bias.toml", recipes / "base", evaluate_only=True)
     assert (recipes / "evaluated-0.out").read_text() == figures_table(figures) + "\n"
     assert (recipes / "evaluated-1.out").read_text() == ""
+
+
+def test_only_rank_0_needs_the_texts(commanded: Path) -> None:
+    """Where they lie elsewhere on another host, or nowhere, ranks read what it has prepared."""
+    codes = json.loads((commanded / "short.json").read_text())
+    assert codes == [0, 0], _said(commanded, "short", 0)
+
+
+class Told(Ranks):
+    """The first of some ranks, whose others tell what they are made with."""
+
+    def __init__(self, *others: Any) -> None:
+        super().__init__(0, 1 + len(others))
+        self._told = list(others)
+
+    def all_gather_json(self, what: Any) -> list[Any]:
+        return [what, *self._told]
+
+
+def test_all_that_ranks_differ_in_is_told() -> None:
+    facts = {f"fact {number}": number for number in range(6)}
+    there = "rank 1 of 2 on there"
+    Told([there, facts]).require_same(facts)
+    other = facts | {"fact 1": 7, "fact 4": "x", "new": 8}
+    with pytest.raises(ConfigError) as caught:
+        Told([there, other]).require_same(facts)
+    assert str(caught.value) == (
+        f"{there} has fact 1 7, fact 4 x, new 8, but rank 0 of 2 on {socket.gethostname()} has "
+        "fact 1 1, fact 4 4, new None; all ranks must be started alike"
+    )
+
+
+def test_a_lost_rank_is_told_in_few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's own words, as torch 2.13 has them."""
+
+    def reset(*_: Any) -> None:
+        raise RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error "
+            "[127.0.0.1]:54413: Connection reset by peer. This is typically caused by a remote "
+            "worker hanging or bugs in the application. Good luck!\nmore"
+        )
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reset)
+    with pytest.raises(PeerError) as caught:
+        Ranks(1, 3, timeout=5).all_reduce_max(1.0)
+    assert caught.value.ranks == (0, 2)
+    assert str(caught.value) == (
+        f"rank 1 of 3 on {socket.gethostname()}: of ranks 0, 2 one or more ended, or did not come "
+        "within 5 s (Read error [127.0.0.1]:54413: Connection reset by peer)"
+    )
+
+
+class Mirrored(Ranks):
+    """One of two ranks, the other of which sends the same."""
+
+    def all_gather(self, counts: Tensor) -> Tensor:
+        return torch.stack((counts, counts))
+
+
+def test_the_name_of_a_file_need_not_be_text() -> None:
+    """Another rank hears of a file whose name is bytes in no encoding."""
+    ranks = Mirrored(0, 2)
+    name = os.fsdecode(b"/caf\xe9")
+    assert (
+        ranks.all_gather_json({"name": name, "long": "\U0001f600\x01" * 300})
+        == [{"name": name, "long": "\U0001f600\x01" * 300}] * 2
+    )
+
+    def refuse() -> None:
+        raise FileNotFoundError(2, "No such file or directory", name)
+
+    with pytest.raises(StorageError, match=r"rank 0 of 2 on .*: /caf.: No such file"):
+        ranks.together(refuse)
+
+
+def test_a_host_has_a_device_for_each_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    host = re.escape(socket.gethostname())
+    with pytest.raises(ConfigError, match=f"rank 3 is number 1 on {host}, which has 1 CUDA device"):
+        main_from_recipe(Path("none.toml"), Path("none"))

@@ -2,13 +2,12 @@
 
 A step of one rank takes
 
-    base + per_token * T + per_context * A + per_expert * X + per_pair * P    seconds
+    base + per_token * T + per_context * A + per_sample * S + per_expert * X + per_pair * P
 
-for T tokens of its own, A (token, earlier token) pairs of attention, X weights of experts that are
-read and P (token, choice) pairs that are computed, the last two of all layers. One process computes
-as many pairs for each token, so that the fit tells the two apart by the model's parameters alone.
+seconds for the work of StepWork. One process computes as many pairs for each token, so that the fit
+tells the two apart by the model's parameters alone.
 
-An exchange takes latency + bytes / bandwidth for each layer and other rank.
+An exchange takes latency + bytes / bandwidth for each layer.
 
 Shapes: M measurements.
 """
@@ -35,7 +34,8 @@ class ExpertSizes:
     experts     of one of them
     top_k       choices a token
     row_bytes   of one token's row in the dtype that is computed in
-    share       of the parameters that one token is multiplied by: those in its chosen experts
+    share       of the parameters that one token is multiplied by before the vocabulary's: those in
+                its chosen experts
     """
 
     layers: int
@@ -58,7 +58,7 @@ class ExpertSizes:
         others = sum(
             math.prod(parameter.shape) for mixer in mixers for parameter in mixer.parameters(hidden)
         )
-        share = chosen / (chosen + others + hidden * model.vocab_size)
+        share = chosen / (chosen + others)
         return cls(len(counts), max(counts), top_k, hidden * itemsize, share)
 
     def read(self, tokens: float, ranks: int = 1) -> float:
@@ -81,12 +81,28 @@ class ExpertSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A step of one process: T, A and X of above, and the seconds that it took."""
+class StepWork:
+    """What a rank does in a step.
 
-    tokens: int
-    context: int
+    tokens    T, its own
+    context   A, pairs of a token and one that it attends to
+    samples   S, tokens that it draws
+    experts   X, whose weights it reads, of all layers
+    pairs     P, (token, choice) pairs that it computes, of all layers
+    """
+
+    tokens: float
+    context: float
+    samples: float
     experts: float
+    pairs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A step of one process, and the seconds that it took."""
+
+    work: StepWork
     seconds: float
 
 
@@ -97,6 +113,7 @@ class StepCosts:
     base: float
     per_token: float
     per_context: float
+    per_sample: float
     per_expert: float
     per_pair: float
     error: float
@@ -104,62 +121,74 @@ class StepCosts:
     @classmethod
     def fit(cls, measured: Sequence[Measured], sizes: ExpertSizes) -> "StepCosts":
         """The least squares of relative errors, no cost below 0."""
+        works = [each.work for each in measured]
+        rows = [[1.0, one.tokens, one.context, one.samples, one.experts] for one in works]
         seconds_M = np.array([each.seconds for each in measured])
-        rows = [[1.0, each.tokens, each.context, each.experts] for each in measured]
         matrix = np.array(rows) / seconds_M[:, None]
         found = _not_negative(matrix, np.ones(len(measured)))
         predicted = matrix @ found
-        base, per_token, per_context, per_expert = map(float, found)
+        base, per_token, per_context, per_sample, per_expert = map(float, found)
         pairs = sizes.layers * sizes.top_k
         return cls(
             base,
             per_token * (1 - sizes.share),
             per_context,
+            per_sample,
             per_expert,
             per_token * sizes.share / pairs,
             float(np.abs(predicted - 1).mean()),
         )
 
-    def seconds(self, tokens: float, context: float, experts: float, pairs: float) -> float:
+    def seconds(self, work: StepWork) -> float:
         return (
             self.base
-            + self.per_token * tokens
-            + self.per_context * context
-            + self.per_expert * experts
-            + self.per_pair * pairs
+            + self.per_token * work.tokens
+            + self.per_context * work.context
+            + self.per_sample * work.samples
+            + self.per_expert * work.experts
+            + self.per_pair * work.pairs
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeCosts:
-    """Seconds a layer and other rank, and bytes a second; between two ranks, as measured."""
+    """Seconds a layer, and bytes a second that a rank sends, among so many ranks of one host."""
 
+    ranks: int
     latency: float
     bandwidth: float
 
     @classmethod
-    def fit(cls, bytes_out: Sequence[float], seconds: Sequence[float]) -> "ExchangeCosts":
-        """Of layers between two ranks: the least squares of relative errors."""
+    def fit(
+        cls, ranks: int, bytes_out: Sequence[float], seconds: Sequence[float]
+    ) -> "ExchangeCosts":
+        """Of layers: the least squares of relative errors."""
         times = np.array(seconds)
         matrix = np.stack([np.ones(len(times)), np.array(bytes_out)], axis=1) / times[:, None]
         latency, a_byte = _not_negative(matrix, np.ones(len(times)))
-        return cls(float(latency), 1 / max(float(a_byte), 1e-15))
+        return cls(ranks, float(latency), 1 / max(float(a_byte), 1e-15))
 
     def seconds(self, layers: int, bytes_out: float, ranks: int) -> float:
-        """Of a step, with its one agreement."""
-        return (layers + 1) * (ranks - 1) * self.latency + bytes_out / self.bandwidth
+        """Of a step, with its one agreement. A layer waits for each other rank: where they are
+        more than was measured, as many times as long."""
+        latency = self.latency * (ranks - 1) / (self.ranks - 1)
+        return (layers + 1) * latency + bytes_out / self.bandwidth
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What was measured on one machine.
 
+    sizes       of the model
+    loads       how many pairs each expert of each layer with a router got meanwhile
     threads     of a rank
     at_once     ranks that computed at the same time, as those of one host do
     exchanges   by what they go through
     """
 
     model: str
+    sizes: ExpertSizes
+    loads: dict[int, list[int]]
     machine: str
     threads: int
     at_once: int
@@ -176,12 +205,14 @@ class Costs:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 str(found["model"]),
+                ExpertSizes(**found["sizes"]),
+                {int(layer): list(map(int, each)) for layer, each in found["loads"].items()},
                 str(found["machine"]),
                 int(found["threads"]),
                 int(found["at_once"]),
-                StepCosts(**{name: float(value) for name, value in found["steps"].items()}),
+                StepCosts(**_floats(found["steps"])),
                 {
-                    name: ExchangeCosts(float(each["latency"]), float(each["bandwidth"]))
+                    name: ExchangeCosts(ranks=int(each.pop("ranks")), **_floats(each))
                     for name, each in found["exchanges"].items()
                 },
             )
@@ -189,6 +220,10 @@ class Costs:
             raise ConfigError(
                 f"{path} holds no measured costs ({error}); benchmarks/step_costs.py writes them"
             ) from None
+
+
+def _floats(record: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in record.items()}
 
 
 def _not_negative(matrix: "np.ndarray[Any, Any]", wanted: "np.ndarray[Any, Any]") -> Any:

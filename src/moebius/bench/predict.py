@@ -1,17 +1,20 @@
 """The throughput of ranks that nobody has here: the real schedulers on a clock that is computed.
 
 Each rank's scheduler plans its steps as it would while serving; a step takes as long as the slowest
-rank's, by measured costs (costs.py). Not in it: fronts, networks that are shared, and loads of
-experts other than those of tokens that choose evenly.
+rank's, by measured costs (costs.py). The rank whose experts are chosen most computes as many pairs
+as by chance, or as by the loads that were measured, whichever is more. Not in it: fronts, networks
+that are shared, and processors that others use.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from statistics import NormalDist
+from statistics import NormalDist, mean
 
-from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes
+from moebius.bench.costs import Costs, ExchangeCosts, ExpertSizes, StepCosts, StepWork
+from moebius.errors import ConfigError
+from moebius.moe.placement import Placement
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
@@ -50,26 +53,63 @@ class Prediction:
     bytes_out: float
 
 
+@dataclass
+class Run:
+    """What steps that were simulated come to.
+
+    seconds     of computing, each step at the slowest rank
+    tokens      that were computed; drawn: of answers
+    bytes_out   sent by all ranks; most_bytes: by the rank that sends most, step by step
+    """
+
+    sizes: ExpertSizes
+    ranks: int
+    drawn: int
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    bytes_out: float = 0.0
+    most_bytes: float = 0.0
+
+    def over(self, exchange: ExchangeCosts | None) -> Prediction:
+        """With what the ranks exchange through, if they do."""
+        exchanging = 0.0
+        if exchange is not None:
+            waits = exchange.seconds(self.sizes.layers, 0.0, self.ranks)
+            exchanging = self.steps * waits + self.most_bytes / exchange.bandwidth
+        seconds = self.seconds + exchanging
+        rank_steps = self.steps * self.ranks
+        return Prediction(
+            self.drawn / seconds,
+            seconds,
+            self.steps,
+            exchanging / seconds,
+            self.tokens / rank_steps,
+            self.bytes_out / rank_steps,
+        )
+
+
 class Simulation:
-    """Ranks that share experts evenly, and a queue in front of them.
+    """Ranks that share experts, and a queue in front of them.
 
     concurrency   requests that run at once, of all ranks together
+    imbalance     tokens of the rank whose experts are chosen most, over the mean
     """
 
     def __init__(
         self,
         sizes: ExpertSizes,
-        costs: Costs,
-        exchange: ExchangeCosts | None,
+        costs: StepCosts,
         ranks: int,
         *,
         concurrency: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        imbalance: float = 1.0,
     ) -> None:
         self._sizes = sizes
+        self._imbalance = imbalance
         self._costs = costs
-        self._exchange = exchange
         self._ranks = ranks
         seats = -(-concurrency // ranks)
         config = SchedulerConfig(
@@ -87,29 +127,19 @@ class Simulation:
         self._limits = ServingLimits(2**15, max_model_len)
         self._left = [0] * ranks
 
-    def run(self, jobs: Sequence[Job]) -> Prediction:
-        """All at once; each goes to the rank with the fewest tokens left."""
+    def run(self, jobs: Sequence[Job]) -> Run:
+        """All are there from the start; each goes to the rank that has least to draw."""
         for number, job in enumerate(jobs):
             self._give(number, job)
-        now = exchanging = bytes_out = 0.0
-        steps = computed = 0
+        run = Run(self._sizes, self._ranks, sum(job.output for job in jobs))
         while any(scheduler.has_work for scheduler in self._schedulers):
-            plans = [scheduler.plan(now) for scheduler in self._schedulers]
-            compute, traded, moved = self._seconds(plans)
-            now += compute + traded
-            exchanging += traded
-            bytes_out += moved
-            steps += 1
-            computed += sum(plan.num_tokens for plan in plans)
+            plans = [scheduler.plan(run.seconds) for scheduler in self._schedulers]
+            self._add(run, plans)
             for scheduler, plan in zip(self._schedulers, plans, strict=True):
                 scheduler.update(
                     plan, {chunk.request_id: (1,) for chunk in plan.chunks if chunk.samples}
                 )
-        drawn = sum(job.output for job in jobs)
-        rank_steps = max(1, steps * self._ranks)
-        return Prediction(
-            drawn / now, now, steps, exchanging / now, computed / rank_steps, bytes_out / rank_steps
-        )
+        return run
 
     def _give(self, number: int, job: Job) -> None:
         rank = self._left.index(min(self._left))
@@ -120,22 +150,25 @@ class Simulation:
         )
         self._schedulers[rank].add(Request(asked))
 
-    def _seconds(self, plans: Sequence[StepPlan]) -> tuple[float, float, float]:
-        """Of one step: computing and exchanging at the slowest rank; bytes that all send."""
+    def _add(self, run: Run, plans: Sequence[StepPlan]) -> None:
+        """A step of all ranks."""
         sizes = self._sizes
         tokens = [plan.num_tokens for plan in plans]
         total = sum(tokens)
-        pairs = busiest(total * sizes.top_k, self._ranks) * sizes.layers
+        drawn = total * sizes.top_k
+        most = max(busiest(drawn, self._ranks), drawn * self._imbalance / self._ranks)
+        pairs = most * sizes.layers
         experts = sizes.read(total, self._ranks)
-        compute = max(
-            self._costs.steps.seconds(plan.num_tokens, context(plan), experts, pairs)
+        works = [
+            StepWork(plan.num_tokens, context(plan), samples(plan), experts, pairs)
             for plan in plans
-        )
-        if self._exchange is None or self._ranks == 1:
-            return compute, 0.0, 0.0
+        ]
         sent = [sizes.bytes_out(count, self._ranks) for count in tokens]
-        traded = self._exchange.seconds(sizes.layers, max(sent), self._ranks)
-        return compute, traded, sum(sent)
+        run.steps += 1
+        run.seconds += max(map(self._costs.seconds, works))
+        run.tokens += total
+        run.bytes_out += sum(sent)
+        run.most_bytes += max(sent)
 
 
 def context(plan: StepPlan) -> int:
@@ -144,6 +177,11 @@ def context(plan: StepPlan) -> int:
         chunk.num_tokens * chunk.start + chunk.num_tokens * (chunk.num_tokens + 1) // 2
         for chunk in plan.chunks
     )
+
+
+def samples(plan: StepPlan) -> int:
+    """Tokens that are drawn."""
+    return sum(chunk.samples for chunk in plan.chunks)
 
 
 def busiest(pairs: int, ranks: int) -> float:
@@ -195,9 +233,11 @@ class Outlook:
         )
         if self.ranks == 1:
             return measured
-        beyond = "more ranks than two and other links are extrapolated" if self.ranks > 2 else ""
-        parts = [measured, "exchanges between two ranks of one host", beyond]
-        return "; ".join(part for part in parts if part)
+        among = min(each.ranks for each in costs.exchanges.values())
+        parts = [measured, f"exchanges among {among} ranks of one host"]
+        if self.ranks > among:
+            parts.append("more ranks and other links are extrapolated")
+        return "; ".join(parts)
 
 
 def outlook(
@@ -205,25 +245,39 @@ def outlook(
     ranks: int,
     costs: Costs | None,
     *,
+    placement: Placement | None,
     sequences: int,
     max_num_batched_tokens: int,
 ) -> Outlook:
-    """For `sequences` that run at once at each rank."""
+    """For `sequences` that run at once at each rank, with experts placed so if there are several.
+
+    Raises ConfigError for costs of another model.
+    """
     predictions = {}
     if costs is not None:
-        links: dict[str, ExchangeCosts | None] = dict(costs.exchanges) if ranks > 1 else {"": None}
-        for name, exchange in links.items():
-            simulation = Simulation(
-                sizes,
-                costs,
-                exchange,
-                ranks,
-                concurrency=sequences * ranks,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_model_len=PROMPTS[1] + OUTPUTS[1],
+        if costs.sizes != sizes:
+            raise ConfigError(
+                f"--costs are those of {costs.model}, whose layers, experts or dtype are others "
+                "than this model's; measure this one by benchmarks/step_costs.py"
             )
-            predictions[name] = simulation.run(jobs(sequences * ranks * REQUESTS_A_SEQUENCE))
+        simulation = Simulation(
+            sizes,
+            costs.steps,
+            ranks,
+            concurrency=sequences * ranks,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=PROMPTS[1] + OUTPUTS[1],
+            imbalance=1.0 if placement is None else mean_imbalance(placement, costs.loads),
+        )
+        run = simulation.run(jobs(sequences * ranks * REQUESTS_A_SEQUENCE))
+        links: dict[str, ExchangeCosts | None] = dict(costs.exchanges) if ranks > 1 else {"": None}
+        predictions = {name: run.over(exchange) for name, exchange in links.items()}
     return Outlook(ranks, sequences, round(sizes.bytes_out(sequences, ranks)), costs, predictions)
+
+
+def mean_imbalance(placement: Placement, loads: Mapping[int, Sequence[int]]) -> float:
+    """Of all layers, each of which waits for its own busiest rank."""
+    return mean(placement.imbalance(loads).values())
 
 
 def jobs(count: int) -> list[Job]:

@@ -16,8 +16,10 @@ def every_command() -> None:
 def key() -> None:
     """Draw a cluster's key and print it.
 
-    Each process shows that it holds the key before another reads a frame of it. Put it into a file
-    that only you can read, or into MOEBIUS_CLUSTER_KEY, on every host.
+    Hosts prove to each other that they hold it before anything else is read. Give every host the
+    same one, in a file that only you can read (serve --cluster-key-file) or in MOEBIUS_CLUSTER_KEY:
+
+    (umask 077; moebius cluster key > key)
     """
     from moebius.parallel.key import ClusterKey
 

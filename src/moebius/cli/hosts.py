@@ -27,22 +27,24 @@ class HostOptions:
     """What says which of several hosts this one is. Names are torchrun's."""
 
     nnodes: Annotated[int, "Hosts that share the ranks; the same command is run on each."] = 1
-    node_rank: Annotated[int, "Which of them this one is; 0 is the front's."] = 0
+    node_rank: Annotated[int, "Which of them this one is; clients connect to 0."] = 0
     rdzv_endpoint: Annotated[
         str | None, "HOST:PORT at which the front listens for the other hosts."
     ] = None
     rdzv_timeout: Annotated[float, "Seconds that hosts wait for each other."] = 60.0
     cluster_interface: Annotated[
         str | None,
-        "Network interface that ranks exchange rows over, a trusted network's; default: the one "
-        "that leads to --rdzv-endpoint.",
+        "Network interface that ranks exchange rows over, unencrypted: of a trusted network. "
+        "Default: the one that leads to --rdzv-endpoint.",
     ] = None
     cluster_key_file: Annotated[
-        Path | None, "File with the cluster's key; default: MOEBIUS_CLUSTER_KEY."
+        Path | None,
+        "File with what `moebius cluster key` printed; default: the variable MOEBIUS_CLUSTER_KEY.",
     ] = None
     isa: Annotated[
         IsaPolicy,
-        "Kernels of hosts that differ. common: the highest that all have; exact: refuse.",
+        "Where hosts' processors differ. common: all compute with the highest instruction set that "
+        "each has; exact: refuse.",
     ] = "common"
 
     def __post_init__(self) -> None:
@@ -54,6 +56,10 @@ class HostOptions:
             raise ConfigError(
                 f"--node-rank is {self.node_rank}; with --nnodes {self.nnodes} it must be below "
                 f"{self.nnodes}, and not below 0"
+            )
+        if self.nnodes == 1 and self.rdzv_endpoint is not None:
+            raise ConfigError(
+                "--rdzv-endpoint is for several hosts: give --nnodes too, or leave it out"
             )
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise ConfigError(

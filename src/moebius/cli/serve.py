@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moebius import logs
+from moebius import logs, machine
 from moebius.cli import options as o
 from moebius.cli.hosts import Assembly, HostOptions, listening, serve_ranks
 from moebius.engine.config import EngineConfig
@@ -96,9 +96,9 @@ class ServeOptions:
 _OTHERS = (field.name for field in fields(EngineConfig) if field.name not in o.SIZES)
 
 
+@o.options_of("nodes", HostOptions)
 @o.options_of("config", EngineConfig, *o.SIZES, *_OTHERS)
 @o.options_of("options", ServeOptions)
-@o.options_of("nodes", HostOptions)
 def serve(
     config: EngineConfig, options: ServeOptions, nodes: HostOptions, model: o.Model = "bundled"
 ) -> None:
@@ -134,6 +134,11 @@ def _serve_on(
     from moebius.models.hub import resolve_model
 
     directory = resolve_model(model)
+    if config.ranks > machine.threads():
+        # So many processes would take long to start, and to be refused by.
+        from moebius.engine.load import check_ranks
+
+        check_ranks(directory, config)
     with EngineProcesses(assembly.ranks_here(config), key=assembly.key) as processes:
         # While they start.
         from moebius.engine.wire import Launch
@@ -181,7 +186,8 @@ def plan(
     costs: Annotated[
         Path | None,
         typer.Option(
-            help="What steps and exchanges cost (benchmarks/step_costs.py): predicts tokens/s."
+            metavar="FILE",
+            help="What this model's steps cost, from benchmarks/step_costs.py: predicts tokens/s.",
         ),
     ] = None,
     tensors: Annotated[
@@ -219,10 +225,12 @@ def _outlook(prepared: "Prepared", config: EngineConfig, costs: Path | None) -> 
 
     sizes = ExpertSizes.of(prepared.checkpoint.config, prepared.dtype.itemsize)
     known = None if costs is None else Costs.read(costs)
+    ranks = prepared.decoder.ranks
     return outlook(
         sizes,
         config.ranks,
         known,
+        placement=None if ranks is None else ranks.placement,
         sequences=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )

@@ -5,6 +5,7 @@ port, where both sides prove that they hold the cluster's key before anything el
 """
 
 import logging
+import os
 import selectors
 import shutil
 import socket
@@ -106,8 +107,10 @@ class Listener:
         try:
             sock = socket.create_server((host, port), backlog=_BACKLOG, family=_family(host))
         except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ConfigError(f"cannot listen on {host}:{port} for the cluster: {why}") from error
+            raise ConfigError(
+                f"cannot listen on {host}:{port} for the cluster: {_why(error)}; it must be a free "
+                "port at an address of this host"
+            ) from error
         return cls(sock, sock.getsockname()[:2], key)
 
     def accept(self, timeout: float) -> Channel:
@@ -218,8 +221,15 @@ def connect(address: Address, timeout: float, key: ClusterKey | None = None) -> 
             sock.close()
             raise
     except (OSError, UnicodeError) as error:
-        why = "it does not answer" if isinstance(error, TimeoutError) else error
+        why = "it does not answer" if isinstance(error, TimeoutError) else _why(error)
         raise ChannelError(f"cannot connect to {name}: {why}") from error
+
+
+def _why(error: Exception) -> str:
+    """In the system's words, without what Python adds to them."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return getattr(error, "strerror", None) or str(error)
 
 
 def forget(path: Path) -> None:

@@ -139,6 +139,21 @@ def prepare(recipe: Recipe, folder: Path, tokenizer: Path | None = None) -> Prep
         _write_facts(folder, "", {})
         facts = _write(recipe, corpus, given, folder)
         _write_facts(folder, key, facts)
+    return _mapped(recipe, folder, facts)
+
+
+def prepared(recipe: Recipe, folder: Path) -> PreparedData:
+    """What `prepare` has written into `folder`, wherever the texts lie that it was made from.
+
+    Raises ConfigError where nothing whole is there.
+    """
+    facts = _facts(folder)
+    if facts is None:
+        raise ConfigError(f"{folder} holds no prepared text")
+    return _mapped(recipe, folder, facts)
+
+
+def _mapped(recipe: Recipe, folder: Path, facts: dict[str, Any]) -> PreparedData:
     made = read_tokenizer(folder / "tokenizer.json")
     return PreparedData(
         tokenizer=made,
@@ -170,11 +185,12 @@ def _write_facts(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
     write_file(folder / _FACTS, text, ours=anyone)
 
 
-def _facts(folder: Path, key: str) -> dict[str, Any] | None:
-    """What `_write` said of the files in a folder; None unless they are these, and all whole."""
+def _facts(folder: Path, key: str | None = None) -> dict[str, Any] | None:
+    """What `_write` said of the files in a folder; None unless all are whole, and made from what
+    `key` says (None: from anything)."""
     try:
         found = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        if found["key"] != key:
+        if not found["key"] or key not in (None, found["key"]):
             return None
         facts: dict[str, Any] = found["facts"]
         width = np.dtype(token_dtype(facts["vocab_size"])).itemsize

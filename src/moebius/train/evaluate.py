@@ -44,10 +44,10 @@ class Score:
         sums = torch.tensor([self.nats, self.num_tokens, self.num_bytes], dtype=torch.float64)
         sums = sums.to(ranks.device)
         counts_SE = self.counts_SE
-        ranks.add_up(sums)
+        ranks.all_reduce(sums)
         if isinstance(counts_SE, torch.Tensor):
             counts_SE = counts_SE.to(ranks.device)
-            ranks.add_up(counts_SE)
+            ranks.all_reduce(counts_SE)
             counts_SE = counts_SE.cpu()
         nats, tokens, num_bytes = sums.tolist()
         return Score(nats, int(tokens), int(num_bytes), counts_SE)
@@ -110,7 +110,7 @@ def score(
         stream = np.concatenate([stream[s : s + length] for s in starts])
     total = Score()
     for whole in evaluation_batches(stream, data, rows, length):
-        batch = whole if sharing is None else sharing.take(whole)
+        batch = whole if sharing is None else sharing.shard(whole)
         here = batch.to(device)
         count, width = here.input_RL.shape
         past = PackedPast(width, here.document_RL)

@@ -44,7 +44,7 @@ class RowsHere(BatchShare):
         return whole[self.first : self.first + len(like)]
 
     def ahead(self, counts_KE: Tensor) -> Tensor:
-        counts_NKE = self._ranks.share_counts(counts_KE)
+        counts_NKE = self._ranks.all_gather(counts_KE)
         before_KE = super().ahead(counts_NKE.sum(0))
         return before_KE + counts_NKE[: self._ranks.rank].sum(0)
 
@@ -75,7 +75,7 @@ class TrainingRank(ExpertRank):
             return None
         return next(rank for rank, held in enumerate(placed.held) if expert in held)
 
-    def collect(
+    def gather(
         self, mine: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
     ) -> dict[str, Tensor]:
         """Tensors of all ranks, at rank 0 and on the CPU; nothing elsewhere.
@@ -87,13 +87,13 @@ class TrainingRank(ExpertRank):
         for layer in self.placement.layers:
             # What rank 0 has itself, or all have, need not travel.
             names = [name for name, owner in owners.items() if owner and _expert(name)[0] == layer]
-            found |= self._collected(names, owners, mine, shapes)
+            found |= self._gathered(names, owners, mine, shapes)
         if self.rank:
             return {}
         here = {name: x.detach().cpu() for name, x in mine.items()}
         return {name: found[name] if owners[name] else here[name] for name in shapes}
 
-    def _collected(
+    def _gathered(
         self,
         names: Iterable[str],
         owners: Mapping[str, int | None],
@@ -108,7 +108,7 @@ class TrainingRank(ExpertRank):
         sizes = [sum(shapes[name].numel() for name in each) for each in from_rank]
         nothing = [0] * len(sizes)
         counts_to = [len(sent), *nothing[1:]]
-        received = self._ranks.trade(sent, counts_to, nothing if self.rank else sizes).cpu()
+        received = self._ranks.all_to_all(sent, counts_to, nothing if self.rank else sizes).cpu()
         if self.rank:
             return {}
         ordered = [name for each in from_rank for name in each]
@@ -163,12 +163,12 @@ class TrainingDispatcher:
         counts = self._counts(ids_TK)
         sent_P = order_P[: sum(counts.to)]
         rows_PD = x_TD.index_select(0, sent_P.div(top_k, rounding_mode="floor"))
-        rows_RD = _traded(rows_PD, self.ranks, counts.to, counts.from_)
+        rows_RD = _all_to_all(rows_PD, self.ranks, counts.to, counts.from_)
         here_H = torch.arange(len(counts.here_NH[0])) + self.first
         ids_R = here_H.repeat(self.ranks.count).repeat_interleave(counts.here_NH.flatten())
         self.ops.choices = RowsHere(self.ranks, counts.first, counts.total)
         outputs_RD = experts.rows(rows_RD, ids_R.to(x_TD.device).unsqueeze(1)).squeeze(1)
-        back_PD = _traded(outputs_RD, self.ranks, counts.from_, counts.to)
+        back_PD = _all_to_all(outputs_RD, self.ranks, counts.from_, counts.to)
         return self.ops.combine(in_choices(back_PD, order_P, top_k), routing.weights_TK)
 
     def _counts(self, ids_TK: Tensor) -> Counts:
@@ -176,7 +176,7 @@ class TrainingDispatcher:
         experts = sum(self.sizes)
         counts_E = ids_TK.new_zeros(experts + 1)
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-        counts_NE = self.ranks.share_counts(counts_E[:experts]).cpu()
+        counts_NE = self.ranks.all_gather(counts_E[:experts]).cpu()
         rank = self.ranks.rank
         here = slice(self.first, self.first + self.sizes[rank])
         to = [int(each.sum()) for each in torch.split(counts_NE[rank], self.sizes)]
@@ -185,8 +185,8 @@ class TrainingDispatcher:
         return Counts(to, here_NH.sum(1).tolist(), here_NH, first, int(counts_NE.sum()))
 
 
-class _Trade(torch.autograd.Function):
-    """Ranks.trade, and back for gradients."""
+class _AllToAll(torch.autograd.Function):
+    """Ranks.all_to_all, and back for gradients."""
 
     @staticmethod
     def forward(
@@ -195,15 +195,15 @@ class _Trade(torch.autograd.Function):
         ctx.ranks = ranks
         ctx.to = to
         ctx.from_ = from_
-        return ranks.trade(rows.contiguous(), to, from_)
+        return ranks.all_to_all(rows.contiguous(), to, from_)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.ranks.trade(grads[0].contiguous(), ctx.from_, ctx.to), None, None, None
+        return ctx.ranks.all_to_all(grads[0].contiguous(), ctx.from_, ctx.to), None, None, None
 
 
-def _traded(rows_PD: Tensor, ranks: Ranks, to: Sequence[int], from_: Sequence[int]) -> Tensor:
-    rows_RD: Tensor = _Trade.apply(rows_PD, ranks, to, from_)  # type: ignore[no-untyped-call]
+def _all_to_all(rows_PD: Tensor, ranks: Ranks, to: Sequence[int], from_: Sequence[int]) -> Tensor:
+    rows_RD: Tensor = _AllToAll.apply(rows_PD, ranks, to, from_)  # type: ignore[no-untyped-call]
     return rows_RD
 
 

@@ -37,7 +37,11 @@ def run(
     checkpoint = folder / "checkpoint.safetensors"
     ranks = trainer.ranks
     pending = ranks.together(lambda: _resumed(trainer, checkpoint))
-    ranks.require_same({"run": trainer.fingerprint()[:12], "step": trainer.done})
+    if ranks.count > 1:
+        # Gradients are added up; nothing else would tell that they are of different models.
+        weights = trainer.masters.digest()[:12]
+        run_name = trainer.fingerprint()[:12]
+        ranks.require_same({"run": run_name, "step": trainer.done, "weights": weights})
     metrics = Metrics(folder, trainer, on_line, pending)
     try:
         with _stop_signals() as asked:
@@ -94,7 +98,7 @@ def _steps(
             export(folder / "steps" / f"{trainer.done:06d}")
         # Clocks and signals differ between ranks, which must do the same.
         due = now - saved >= training.checkpoint_seconds
-        stop, save = trainer.ranks.most(float(len(asked)), float(due))
+        stop, save = trainer.ranks.all_reduce_max(float(len(asked)), float(due))
         if save or stop:
             trainer.save(checkpoint, metrics.state())
             saved = now

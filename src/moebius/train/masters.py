@@ -1,5 +1,6 @@
 """Master weights in float32, the rounded copies that the decoder computes with, and AdamW."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,14 +16,16 @@ SELECTION_BIAS = ".router.selection_bias"
 _MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
 """What the optimiser calls them."""
 
+_BLOCK = 4096
+
 
 class Masters:
     """Every weight of a decoder in float32, and what changes those that are trained.
 
     copies           the decoder's own parameters by name; those that require a gradient are trained
     gradient         of all trained weights in one vector
-    shared_gradient  its first part, of weights that all ranks have: they add it up in one exchange.
-                     The rest is of those that this rank alone has, which `own` tells by their names
+    shared_gradient  its first part, of weights that all ranks have: they add it up in one exchange
+    own_gradient     the rest, of those that this rank alone has, which `own` tells by their names
     optimizer        AdamW over the trained masters; only matrices decay
     """
 
@@ -45,6 +48,7 @@ class Masters:
         self.gradient = torch.zeros(sum(sizes), device=device)
         shared = sum(master.numel() for name, master in trained.items() if not own(name))
         self.shared_gradient = self.gradient[:shared]
+        self.own_gradient = self.gradient[shared:]
         self._is_own = own
         self._gradients: dict[str, Tensor] = {}
         parts = torch.split(self.gradient, sizes)
@@ -68,16 +72,6 @@ class Masters:
                 gradient += copy.grad
             copy.grad = None
 
-    def squared_norm(self, *, own: bool) -> Tensor:
-        """Of the gradient of weights that this rank alone has, or of the others: float64.
-
-        Norms are of one weight each, so that they do not depend on which others are here.
-        """
-        gradients = [x for name, x in self._gradients.items() if self._is_own(name) == own]
-        if not gradients:
-            return torch.zeros((), dtype=torch.float64, device=self.gradient.device)
-        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-
     def update(self, rate: float) -> None:
         """One step of AdamW along `gradient`."""
         for group in self.optimizer.param_groups:
@@ -94,6 +88,14 @@ class Masters:
         """The names of weights whose gradient is not finite, those nearest to the loss first."""
         named = reversed(self._gradients.items())
         return [name for name, gradient in named if not gradient.isfinite().all()]
+
+    def digest(self) -> str:
+        """Of the masters that all ranks have."""
+        found = hashlib.sha256()
+        for name, master in self._masters.items():
+            if not self._is_own(name):
+                found.update(master.reshape(-1).cpu().numpy().data)
+        return found.hexdigest()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Masters and both moments by name: all that an update depends on, beside the step."""
@@ -115,6 +117,16 @@ class Masters:
             step_so_far = torch.tensor(float(step), device=master.device)
             self.optimizer.state[master] = {"step": step_so_far, **moments}
         self.round()
+
+
+def squared_norm(vector: Tensor) -> Tensor:
+    """In float64. Over blocks first: torch adds up so many squares in float32, and would be off by
+    some of the digits that ranks are compared in."""
+    whole = len(vector) // _BLOCK * _BLOCK
+    blocks = torch.linalg.vector_norm(vector[:whole].view(-1, _BLOCK), dim=1)
+    rest = torch.linalg.vector_norm(vector[whole:])
+    squares: Tensor = blocks.double().square().sum() + rest.double().square()
+    return squares
 
 
 def _adamw(masters: Iterable[Tensor], training: TrainingRecipe) -> torch.optim.AdamW:

@@ -6,6 +6,7 @@ tensor goes as JSON in a frame of one size.
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,21 +81,21 @@ class Ranks:
             where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
             raise ConfigError(
                 f"rank {rank} of {count} on {socket.gethostname()} found no group of {count} at "
-                f"{where} within {timeout:g} s: {_first_line(error)}"
+                f"{where} within {timeout:g} s: {_cause(error)}"
             ) from None
         return cls(dist.get_rank(), count, device=device, timeout=timeout)
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.count} on {socket.gethostname()}"
 
-    def add_up(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Replace each tensor by the sum over all ranks, the same bits on each."""
         if self.count > 1:
             with self._others():
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
-    def most(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """The greatest of each value over all ranks."""
         if self.count == 1:
             return list(values)
@@ -103,30 +104,31 @@ class Ranks:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
-    def trade(self, sent: Tensor, counts_to: Sequence[int], counts_from: Sequence[int]) -> Tensor:
-        """Rows of `sent` to each rank in order, so many; those that come from each, in order.
-
-        The only exchange of rows there is: gloo and NCCL have both had it for long.
-        """
+    def all_to_all(
+        self, sent: Tensor, counts_to: Sequence[int], counts_from: Sequence[int]
+    ) -> Tensor:
+        """Rows of `sent` to each rank in order, so many; those that come from each, in order."""
         received = sent.new_empty((sum(counts_from), *sent.shape[1:]))
         with self._others():
             dist.all_to_all_single(received, sent, list(counts_from), list(counts_to))
         return received
 
-    def share_counts(self, counts: Tensor) -> Tensor:
+    def all_gather(self, counts: Tensor) -> Tensor:
         """Every rank's counts, in the order of ranks (ranks, ...)."""
-        sent = counts.unsqueeze(0).repeat(self.count, *(1 for _ in counts.shape))
-        ones = [1] * self.count
-        return self.trade(sent, ones, ones)
+        found = counts.new_empty((self.count * len(counts), *counts.shape[1:]))
+        with self._others():
+            dist.all_gather_into_tensor(found, counts.contiguous())
+        return found.view(self.count, *counts.shape)
 
-    def tell(self, what: Any) -> list[Any]:
-        """What every rank tells, in the order of ranks: anything that JSON can say, in a frame."""
+    def all_gather_json(self, what: Any) -> list[Any]:
+        """What each rank gives, in the order of ranks: a few words, of which JSON is made."""
         if self.count == 1:
             return [what]
-        said = json.dumps(what, ensure_ascii=False).encode()
+        # A name of a file may hold what is no text: it goes as JSON's escape for it.
+        said = json.dumps(what, ensure_ascii=False).encode(errors="backslashreplace")
         assert len(said) <= _FRAME_BYTES, "a frame is for a few words"
         frame = torch.frombuffer(bytearray(said.ljust(_FRAME_BYTES)), dtype=torch.uint8)
-        frames = self.share_counts(frame.to(self.device)).cpu()
+        frames = self.all_gather(frame.to(self.device)).cpu()
         return [json.loads(bytes(each.tolist())) for each in frames]
 
     def together(self, work: Callable[[], T]) -> T:
@@ -141,7 +143,7 @@ class Ranks:
         except (MoebiusError, OSError) as error:
             failed = error
         told = None if failed is None else [_code(failed), self._own_words(failed)]
-        for each in self.tell(told):
+        for each in self.all_gather_json(told):
             if each is not None:
                 code, text = each
                 raise ERRORS_BY_CODE.get(code, MoebiusError)(text) from failed
@@ -156,7 +158,7 @@ class Ranks:
         if self.count == 1:
             return work()
         if self.rank:
-            while self.most(0.0)[0]:
+            while self.all_reduce_max(0.0)[0]:
                 pass
             return self.together(lambda: None)
         with ThreadPoolExecutor(1) as thread:
@@ -165,21 +167,21 @@ class Ranks:
             while working:
                 wait_for([doing], min(_PULSE_SECONDS, self.timeout / 4))
                 working = not doing.done()
-                self.most(float(working))
+                self.all_reduce_max(float(working))
         return self.together(doing.result)
 
     def require_same(self, facts: Mapping[str, str | int]) -> None:
-        """Raises ConfigError, at all ranks the same, where one of them has other facts than rank
-        0."""
-        told = self.tell([str(self), dict(facts)])
+        """ConfigError, the same at all ranks, where one has other facts than rank 0: all of them
+        in one line."""
+        told = self.all_gather_json([str(self), dict(facts)])
         first, ours = told[0]
         for who, theirs in told[1:]:
-            for name in ours.keys() | theirs.keys():
-                if ours.get(name) != theirs.get(name):
-                    raise ConfigError(
-                        f"{who} has {name} {theirs.get(name)}, but {first} has {ours.get(name)}; "
-                        "all ranks must be started alike"
-                    )
+            names = [name for name in ours | theirs if theirs.get(name) != ours.get(name)]
+            if names:
+                raise ConfigError(
+                    f"{who} has {_told(theirs, names)}, but {first} has {_told(ours, names)}; all "
+                    "ranks must be started alike"
+                )
 
     def leave(self) -> None:
         if self.count > 1:
@@ -197,14 +199,20 @@ class Ranks:
             others = tuple(rank for rank in range(self.count) if rank != self.rank)
             raise PeerError(
                 f"{self}: of ranks {', '.join(map(str, others))} one or more ended, or did not "
-                f"come within {self.timeout:g} s ({_first_line(error)})",
+                f"come within {self.timeout:g} s ({_cause(error)})",
                 ranks=others,
             ) from None
+
+
+def _told(facts: Mapping[str, str | int], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {facts.get(name)}" for name in names)
 
 
 def _code(error: MoebiusError | OSError) -> str:
     return StorageError.wire_code if isinstance(error, OSError) else error.wire_code
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _cause(error: Exception) -> str:
+    """What torch or gloo says, without the place in their sources and their advice."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0].removesuffix(".")

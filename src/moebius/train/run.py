@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -29,7 +30,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.train.corpus import Corpus, reads_below
-from moebius.train.data import PreparedData, holds_run, prepare
+from moebius.train.data import PreparedData, holds_run, prepare, prepared
 from moebius.train.evaluate import routers
 from moebius.train.export import (
     export,
@@ -119,13 +120,25 @@ def _device(wish: str) -> torch.device:
     if wish not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device is {wish!r}; use auto, cpu or cuda")
     if wish != "cpu" and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        return torch.device("cuda", _local_rank(torch.cuda.device_count()))
     if wish == "cuda":
         raise ConfigError(
             "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
             "of torch"
         )
     return torch.device("cpu")
+
+
+def _local_rank(devices: int) -> int:
+    """This rank's number on its host, which is its device's."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= devices:
+        raise ConfigError(
+            f"rank {os.environ.get('RANK', '0')} is number {number} on {socket.gethostname()}, "
+            f"which has {devices} CUDA device{'s' * (devices != 1)}; start no more ranks there, or "
+            "use --device cpu"
+        )
+    return number
 
 
 def _check_out(recipe: Recipe, out: Path, *, resume: bool) -> None:
@@ -172,6 +185,7 @@ def _train(
     folder = out / "training"
     ranks.lead(lambda: prepare(recipe, folder / "data"))
     data = ranks.together(lambda: _prepared(recipe, folder / "data"))
+    ranks.require_same(_text(data))
     twin = None if against is None else ranks.lead(lambda: read_twin(against, data))
     if ranks.rank == 0:
         _note(data.untrained(recipe))
@@ -184,13 +198,19 @@ def _train(
 
 
 def _prepared(recipe: Recipe, folder: Path) -> PreparedData:
-    """What rank 0 has prepared."""
-    if not holds_run(folder):
+    """What rank 0 has prepared, who alone needs the texts."""
+    try:
+        return prepared(recipe, folder)
+    except ConfigError as error:
         raise ConfigError(
-            f"{folder}, which rank 0 has written, is not there; --out must be a directory that all "
-            "hosts share"
-        )
-    return prepare(recipe, folder)
+            f"{error}, though rank 0 has just written it; --out must be a directory that all hosts "
+            "share"
+        ) from None
+
+
+def _text(data: PreparedData) -> dict[str, str | int]:
+    """Of which ranks must all have the same."""
+    return {"text": data.facts["corpus_sha256"][:12], "vocabulary": data.vocab_size}
 
 
 def _note(lines: Iterable[str]) -> None:
@@ -288,7 +308,7 @@ def _evaluate(recipe: Recipe, out: Path, device: torch.device, ranks: Ranks) -> 
         ops = TrainingOps(drops=not recipe.routing.dropless)
         dtype = getattr(torch, recipe.training.dtype)
         decoder = load_decoder(checkpoint, dtype, device, ops, ranks=sharing.experts)
-        sharing.give(decoder)
+        sharing.attach(decoder)
         for router in routers(decoder):
             router.limits = recipe.routing
         return decoder, sharing
@@ -296,4 +316,5 @@ def _evaluate(recipe: Recipe, out: Path, device: torch.device, ranks: Ranks) -> 
     decoder, sharing = ranks.together(load)
     with tempfile.TemporaryDirectory() as folder:
         data = ranks.together(lambda: prepare(recipe, Path(folder), tokenizer=out))
+        ranks.require_same(_text(data))
         return measure(decoder, recipe, data, sharing)

@@ -32,7 +32,7 @@ class Sharing:
         self._config = config
         self._tokens = RowsHere(ranks)
 
-    def give(self, decoder: Decoder) -> None:
+    def attach(self, decoder: Decoder) -> None:
         """Let what depends on all tokens of a batch know which of them are here."""
         tokens: BatchShare = WHOLE_BATCH if self.ranks.count == 1 else self._tokens
         assert isinstance(decoder.ops, TrainingOps)
@@ -40,7 +40,7 @@ class Sharing:
         for router in decoder.routers.values():
             router.share = tokens
 
-    def take(self, batch: Batch) -> Batch:
+    def shard(self, batch: Batch) -> Batch:
         """This rank's rows of a batch, which is to be computed next. They may be none."""
         rows, length = batch.input_RL.shape
         count = self.ranks.count
@@ -54,7 +54,7 @@ class Sharing:
         """Whether a parameter of the decoder is at this rank alone."""
         return self.experts is not None and self.experts.owner(name) is not None
 
-    def collect(
+    def gather(
         self, mine: Mapping[str, Tensor], wanted: Callable[[str], bool] = lambda name: True
     ) -> dict[str, Tensor]:
         """Tensors shaped as the decoder's parameters, of all ranks, at rank 0; elsewhere nothing.
@@ -66,4 +66,4 @@ class Sharing:
             return {} if self.ranks.rank else dict(mine)
         whole = Decoder(self._config, TrainingOps(), device="meta")
         shapes = {name: x.shape for name, x in whole.named_parameters() if wanted(name)}
-        return self.experts.collect(mine, shapes)
+        return self.experts.gather(mine, shapes)

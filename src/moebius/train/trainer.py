@@ -28,7 +28,7 @@ from moebius.moe.router import Routing
 from moebius.nn.packed import PackedPast
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
-from moebius.train.masters import SELECTION_BIAS, Masters
+from moebius.train.masters import SELECTION_BIAS, Masters, squared_norm
 from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe
@@ -104,7 +104,7 @@ class Trainer:
         ops.training = True
         for router in routers(decoder):
             router.limits = routing
-        self.sharing.give(decoder)
+        self.sharing.attach(decoder)
         return decoder
 
     def _is_trained(self, name: str) -> bool:
@@ -134,9 +134,9 @@ class Trainer:
         sums = StepSums(len(self._routers), self._num_experts, self.device)
         for index in range(training.accumulation):
             self._micro_batch(batch, index, loads, sums)
-        sums.square += self.masters.squared_norm(own=True)
-        self.ranks.add_up(self.masters.shared_gradient, sums.vector)
-        norm = (self.masters.squared_norm(own=False) + sums.square).sqrt().float()
+        sums.square += squared_norm(self.masters.own_gradient)
+        self.ranks.all_reduce(self.masters.shared_gradient, sums.vector)
+        norm = (squared_norm(self.masters.shared_gradient) + sums.square).sqrt().float()
         if not (torch.isfinite(sums.vector).all() and torch.isfinite(norm)):
             raise NumericalError(self._what_is_no_number(batch, sums.losses[0].item()))
         gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
@@ -150,7 +150,7 @@ class Trainer:
     def _forward(self, batch: Batch, index: int) -> _Computed:
         """This rank's rows of micro-batch `index`, hidden states as the logits' product takes them,
         and routings."""
-        part = self.sharing.take(batch.part(index, self.recipe.training.accumulation))
+        part = self.sharing.shard(batch.part(index, self.recipe.training.accumulation))
         part = part.to(self.device)
         seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
@@ -215,7 +215,7 @@ class Trainer:
         """Each layer's load over a micro-batch (E,), of whose tokens these routings are a share."""
         first_only = self.recipe.training.first_choices
         counts_SE = torch.stack([chosen_counts(r, first_only=first_only)[0] for r in routings])
-        self.ranks.add_up(counts_SE)
+        self.ranks.all_reduce(counts_SE)
         return list(counts_SE)
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ class Trainer:
             for index in range(self.recipe.training.accumulation):
                 self._losses(batch, index, None)
         broken += [f"the gradient of {name}" for name in self.masters.broken_gradients()]
-        told = [name for name in self.ranks.tell(broken[0] if broken else None) if name]
+        told = [name for name in self.ranks.all_gather_json(broken[0] if broken else None) if name]
         first = _earliest(told, list(parts.values())) if told else "the loss"
         return f"step {self.done}: the loss is {loss}, and {first} the first that is no number"
 
@@ -254,7 +254,7 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """All of the decoder's weights by name, at rank 0; elsewhere nothing. All ranks ask."""
-        return self.sharing.collect(dict(self.decoder.state_dict()))
+        return self.sharing.gather(dict(self.decoder.state_dict()))
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters and moments: with `done`, everything that the next step depends on.
@@ -263,7 +263,7 @@ class Trainer:
         """
         tensors = {}
         for kind, mine in self.masters.state().items():
-            for name, tensor in self.sharing.collect(mine, self._is_saved(kind)).items():
+            for name, tensor in self.sharing.gather(mine, self._is_saved(kind)).items():
                 tensors[f"{kind}.{name}"] = tensor
         return tensors
 
