@@ -68,7 +68,7 @@ def served(directory: Path, ranks: int, **options: object) -> Iterator[Served]:
     )
     with (
         two_hosts(directory, config) if ranks == 3 else nullcontext() as hosts,
-        EngineProcesses(2) as processes,
+        EngineProcesses(2, key=None if hosts is None else hosts._cluster.key) as processes,
     ):
         launch = wire.Launch(str(directory), config, secrets.token_bytes(32), frozenset(), "error")
         one = Served(processes, processes.launch(launch, hosts=hosts))
@@ -79,7 +79,7 @@ def served(directory: Path, ranks: int, **options: object) -> Iterator[Served]:
 
 @contextmanager
 def two_hosts(directory: Path, config: EngineConfig) -> Iterator[ManyHosts]:
-    """Both are this one, at its loopback address; over gloo, as if they were not."""
+    """Both are this one, at its loopback address; they share no memory, as if they were not."""
     key = ClusterKey.draw()
     listener = Listener.tcp("127.0.0.1", 0, key)
     hellos = [
