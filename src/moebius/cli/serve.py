@@ -134,7 +134,7 @@ def _serve_on(
     from moebius.models.hub import resolve_model
 
     directory = resolve_model(model)
-    with EngineProcesses(assembly.ranks_here(config)) as processes:
+    with EngineProcesses(assembly.ranks_here(config), key=assembly.key) as processes:
         # While they start.
         from moebius.engine.wire import Launch
         from moebius.front.choices import draw_prefix_key
