@@ -58,7 +58,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Loading]:
     """Those that will be started early, in this order."""
     processes: list[Loading] = []
     left = iter(processes)
-    monkeypatch.setattr(engines, "EngineProcess", lambda key: next(left))
+    monkeypatch.setattr(engines, "EngineProcess", lambda key=None: next(left))
     return processes
 
 

@@ -225,7 +225,7 @@ def test_without_unix_sockets_the_two_prove_themselves(
     """As on Windows; the key goes by the environment, which is the process's own."""
     key = ClusterKey.draw()
     made = (Listener.tcp("127.0.0.1", 0, key), {"MOEBIUS_CLUSTER_KEY": key.text})
-    monkeypatch.setattr(supervisor, "_private_listener", lambda: made)
+    monkeypatch.setattr(supervisor, "_private_listener", lambda _: made)
     with there(tiny_model) as other:
         other.submit(other.ask("a", [1, 2, 3]))
         other.wait_until_ended("a")
