@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from moebius.engine import wire
-from moebius.engine.member import GLOO, Member
+from moebius.engine.member import TCP, Member
 from moebius.errors import ChannelError, ConfigError, PeerError
 from moebius.moe.placement import Placement
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
+from moebius.parallel.key import ClusterKey
 from moebius.parallel.shared_memory import Segment
 
+KEY = ClusterKey.draw()
 SPEC = ExchangeSpec(2, tokens=4, hidden=8, top_k=2, dtype=torch.float32)
 EXPERTS = {0: 4, 2: 6}
 NAMES = ("rank 0 on node 0 (left)", "rank 3 on node 1 (right)")
@@ -69,11 +71,11 @@ class One:
     def __init__(self, spec: ExchangeSpec = SPEC) -> None:
         self.engine = Engine()
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.carry: Callable[[wire.Put], None] = lambda put: None
-        self.member = Member(self.engine, spec, self._say)  # type: ignore[arg-type]
+        self.carry: Callable[[wire.Listening], None] = lambda told: None
+        self.member = Member(self.engine, spec, self._say, key=KEY)  # type: ignore[arg-type]
 
     def _say(self, message: Any) -> None:
-        if isinstance(message, wire.Put):
+        if isinstance(message, wire.Listening):
             self.carry(message)
         else:
             self.said.put(message)
@@ -92,13 +94,17 @@ def join(place: str, epoch: int = 1, rank: int = 0, ranks: int = 2) -> wire.Join
     return wire.Join("group", epoch, rank, held, 7, place, 20.0, heard=5, names=NAMES)
 
 
+def two_of(spec: ExchangeSpec) -> list[One]:
+    """They hear where the other listens."""
+    made = [One(spec), One(spec)]
+    for one, other in (made, made[::-1]):
+        one.carry = other.member.hear_address
+    return made
+
+
 @pytest.fixture
 def two() -> Iterator[list[One]]:
-    """They hear what the other leaves."""
-    made = [One(), One()]
-    for one, other in (made, made[::-1]):
-        one.carry = other.member.hear_put
-    yield made
+    yield two_of(SPEC)
 
 
 def test_it_joins_where_its_front_says_and_how(two: list[One]) -> None:
@@ -179,11 +185,11 @@ def test_a_front_that_is_gone_hears_nothing() -> None:
     one.engine.moves.moved(8)
 
 
-def over_gloo(two: list[One], epoch: int = 1) -> list[Exchange]:
+def over_sockets(two: list[One], epoch: int = 1) -> list[Exchange]:
     for rank, one in enumerate(two):
-        one.member.expect(join(f"{GLOO}127.0.0.1", epoch, rank))
+        one.member.expect(join(f"{TCP}127.0.0.1", epoch, rank))
     for rank, one in enumerate(two):
-        place = join(f"{GLOO}127.0.0.1", epoch, rank)
+        place = join(f"{TCP}127.0.0.1", epoch, rank)
         threading.Thread(target=one.member.take, args=(place,), daemon=True).start()
     assert [one.hear() for one in two] == [wire.Joined(epoch)] * 2
     return [one.engine.joined.get()[0] for one in two]
@@ -204,7 +210,7 @@ def agree_in_a_thread(exchange: Exchange) -> Callable[[], Exception]:
 
 
 def test_ranks_of_several_hosts_meet_and_one_that_is_given_up_is_named(two: list[One]) -> None:
-    first, second = over_gloo(two)
+    first, second = over_sockets(two)
     raised = agree_in_a_thread(first)
     two[0].member.give_up(wire.GiveUp(2, (1,)))  # of an epoch that is not this one
     two[0].member.give_up(wire.GiveUp(1, (1,)))
@@ -216,24 +222,43 @@ def test_ranks_of_several_hosts_meet_and_one_that_is_given_up_is_named(two: list
 
 
 def test_the_next_epoch_ends_what_still_waits_in_the_last_one(two: list[One]) -> None:
-    first, second = over_gloo(two)
+    first, second = over_sockets(two)
     raised = agree_in_a_thread(first)
-    two[0].member.expect(join(f"{GLOO}127.0.0.1", epoch=2))
+    two[0].member.expect(join(f"{TCP}127.0.0.1", epoch=2))
     assert isinstance(raised(), PeerError)
     first.close()
     second.close()
     # And one that nobody else comes to, so that it would wait for long.
-    two[0].told(join(f"{GLOO}127.0.0.1", epoch=3))
-    two[0].member.expect(join(f"{GLOO}127.0.0.1", epoch=4))
+    two[0].told(join(f"{TCP}127.0.0.1", epoch=3))
+    two[0].member.expect(join(f"{TCP}127.0.0.1", epoch=4))
     said = two[0].hear()
     assert (said.epoch, said.steps) == (3, 0) and isinstance(said.error, PeerError)
 
 
 def test_an_epoch_that_was_over_before_its_turn_came_is_not_joined() -> None:
     one = One()
-    old = join(f"{GLOO}127.0.0.1", epoch=1)
+    old = join(f"{TCP}127.0.0.1", epoch=1)
     one.member.expect(old)
-    one.member.expect(join(f"{GLOO}127.0.0.1", epoch=2))
+    one.member.expect(join(f"{TCP}127.0.0.1", epoch=2))
     one.member.take(old)
     said = one.hear()
     assert said.epoch == 1 and "over before it was joined" in str(said.error)
+
+
+def test_an_epoch_of_survivors_ends_for_them_alone() -> None:
+    """Ranks are numbered within an epoch, which may have fewer than the group."""
+    two = two_of(replace(SPEC, size=3))
+    first, second = over_sockets(two)
+    raised = agree_in_a_thread(first)
+    two[0].member.expect(join(f"{TCP}127.0.0.1", epoch=2, ranks=3))
+    error = raised()
+    assert isinstance(error, PeerError) and error.ranks == (0, 1)
+    first.close()
+    second.close()
+
+
+def test_a_rank_without_the_clusters_key_says_so() -> None:
+    one = One()
+    one.member._key = None
+    one.told(join(f"{TCP}127.0.0.1"))
+    assert "does not have the cluster's key" in str(one.hear().error)

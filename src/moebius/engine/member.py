@@ -151,7 +151,8 @@ class Member:
         with self._lock:
             exchange = self._exchange
         if exchange is not None and exchange.epoch == meeting.epoch:
-            exchange.give_up(ranks)
+            # An epoch may have had fewer ranks than the group has.
+            exchange.give_up([rank for rank in ranks if rank < exchange.size])
 
     def _parted(self, error: PeerError) -> None:
         self._tell(wire.Parted(self._epoch, error, self._engine.epoch_steps))
