@@ -71,7 +71,8 @@ class EngineProcesses:
 
         def start(number: int, lost: Lost) -> EngineClient:
             early = self._early.pop(number, None)
-            hears = planned if early is not None and number == 0 else lambda plan: None
+            first = self._client is None and number == 0
+            hears = planned if first else lambda plan: None
             process = early or (EngineProcess() if hosts is None else hosts.start(number))
             self._processes[number] = process
             if self._closed:
@@ -79,7 +80,8 @@ class EngineProcesses:
                 raise EngineError("the engines are closed")
             try:
                 if group is None:
-                    return LaunchedEngine(message, lost, hears, process)
+                    told = message if hosts is None else hosts.launch(message, number, ())
+                    return LaunchedEngine(told, lost, hears, process)
                 return group.launch(number, lost, hears, process)
             except MoebiusError as error:
                 raise self._none_at_all(error) from error
