@@ -18,6 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # What each package of moebius may import, besides itself.
 ARROWS: dict[str, set[str]] = {
+    "__version__": set(),  # the release, beside all packages
     "errors": set(),
     "logs": set(),
     "files": {"errors"},
@@ -33,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "pages", "ops", "nn", "moe"},
     "engine": {
+        "__version__",
         "errors",
         "logs",
         "files",
@@ -48,7 +50,17 @@ ARROWS: dict[str, set[str]] = {
         "models",
     },
     "front": {"errors", "request", "text", "engine"},
-    "cluster": {"errors", "machine", "request", "parallel", "moe", "engine", "front"},
+    "cluster": {
+        "errors",
+        "logs",
+        "machine",
+        "request",
+        "parallel",
+        "moe",
+        "models",
+        "engine",
+        "front",
+    },
     "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "cluster", "models"},
     "server": {"errors", "files", "request", "text", "engine", "front"},
     "bench": {"errors", "files", "request", "schedule", "text", "models", "engine", "llm"},

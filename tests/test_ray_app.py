@@ -52,7 +52,7 @@ def test_defaults() -> None:
         ({"modle": "x"}, "no option 'modle'; it has "),
         ({"port": 8000}, "no option 'port'"),
         ({"help": "true"}, "no option 'help'"),
-        ({"max_num_seqs": "many"}, "'many' is not a valid"),
+        ({"max_num_seqs": "many"}, "Invalid value for '--max-num-seqs'"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"ranks": -1}, "ranks is -1"),
         ({"dtype": "int3"}, "dtype is 'int3'"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moebius import machine
 from moebius.cli import options as o
 from moebius.cli.ray import lasting_name
 from moebius.cli.serve import ServeOptions, load_app
@@ -112,9 +113,11 @@ def app(args: dict[str, Any]) -> "Application":
 
     arguments = Arguments.read(args)
     ranks = arguments.config.ranks
-    with _connection():
-        _check_cluster(arguments)
-        threads = arguments.config.threads or max(1, _cpus_of_a_node() // ranks)
+    with _connection() as connected:
+        if connected:
+            _check_cluster(arguments)
+        cpus = _cpus_of_a_node() if connected else machine.threads()
+    threads = arguments.config.threads or max(1, cpus // ranks)
     deployment = serve.deployment(
         serve.ingress(_application_here)(Replica),
         name="moebius",
@@ -134,17 +137,22 @@ def app(args: dict[str, Any]) -> "Application":
 
 
 @contextmanager
-def _connection() -> Iterator[None]:
+def _connection() -> Iterator[bool]:
     """One to the cluster that RAY_ADDRESS names, or that this host is a node of, where this process
-    has none yet: `serve run` makes its own when it knows the application."""
+    has none yet: `serve run` makes its own when it knows the application, and a cluster where there
+    is none. Whether there is one."""
     import ray
 
     if ray.is_initialized():
-        yield
+        yield True
         return
-    ray.init(address="auto", configure_logging=False, log_to_driver=False)
     try:
-        yield
+        ray.init(address="auto", configure_logging=False, log_to_driver=False)
+    except ConnectionError:
+        yield False
+        return
+    try:
+        yield True
     finally:
         ray.shutdown()
 

@@ -116,7 +116,7 @@ def test_what_nobody_foresaw_is_told_too(tiny_model: Path, monkeypatch: pytest.M
 
 def test_an_invitation_comes_back_as_what_it_was(tiny_model: Path) -> None:
     with front(tiny_model) as (_, invitation):
-        config = replace(invitation.config, max_num_seqs=5, expert_placement="balanced")
-        sent = structs.replace(invitation, config=replace(config, ranks=2), interface="eth0")
+        config = replace(invitation.config, ranks=2, expert_placement="balanced")
+        sent = structs.replace(invitation, config=config, interface="eth0")
         assert KEY.text not in repr(sent) and KEY.text.encode() not in sent.encode()
         assert ray_actor.wire.unframed(sent.encode(), ray_actor._INVITATION) == sent

@@ -301,7 +301,7 @@ class Cluster:
             self._hosts[hello.node] = host
             self._hellos[hello.node] = hello
             self._changed.notify_all()
-        say(log.info, "%s has come", host.name)
+        say(log.info, "%s has come", self._name(hello))
 
     def _refuse(self, channel: Channel, error: ConfigError) -> None:
         log.error("a host was refused: %s", error)
@@ -326,7 +326,11 @@ class Cluster:
             if self._hosts.get(host.hello.node) is host:
                 del self._hosts[host.hello.node]
         if not self._closed:
-            say(log.error, "%s is lost", host.name)
+            say(log.error, "%s is lost", self._name(host.hello))
+
+    def _name(self, hello: cluster.HostHello) -> str:
+        """A host, for a person."""
+        return hello.title
 
 
 def local_ranks(ranks: int, nodes: int, node: int) -> int:

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import ModuleType
 from typing import Any
 
 from moebius.cluster.ray_actor import RankActor
@@ -25,7 +24,7 @@ _PAUSE_SECONDS = 2.0
 _SAY_SECONDS = 3.0
 
 
-def ray_library() -> ModuleType:
+def _library() -> Any:
     """Ray. ConfigError where it is not installed."""
     try:
         import ray
@@ -44,7 +43,7 @@ class RayCluster:
     """
 
     def __init__(self, *, allow_unauthenticated: bool = False) -> None:
-        self._ray: Any = ray_library()
+        self._ray: Any = _library()
         self._group: Any = None
         self._bundle: dict[str, float] = {}
         self._actors: list[Any] = []
@@ -81,7 +80,9 @@ class RayCluster:
         the cluster has not got that within `patience` seconds."""
         from ray.util.placement_group import placement_group
 
-        self._bundle = {"CPU": threads} | ({"GPU": gpus} if gpus else {})
+        self._bundle = {"CPU": threads}
+        if gpus:
+            self._bundle["GPU"] = gpus
         self._group = placement_group([self._bundle] * ranks, strategy="PACK")
         if self._group.wait(min(_SAY_SECONDS, patience)):
             return

@@ -31,6 +31,9 @@ class ActorCluster(Cluster):
         self._why = why
         super().__init__(listener, own, patience)
 
+    def _name(self, hello: HostHello) -> str:
+        return f"the actor of rank {hello.node - 1} on {hello.title}"
+
     def _not_come(self, nodes: Sequence[int], address: str) -> str:
         ranks = [node - 1 for node in nodes]
         return (
