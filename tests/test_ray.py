@@ -164,7 +164,8 @@ def test_what_is_asked_wrongly_is_one_line(ray_of_one_host: RayNodes, tmp_path: 
     assert "RAY_AUTH_TOKEN" in refused(cluster, RAY_AUTH_TOKEN="0" * 64)
     assert "RAY_AUTH_TOKEN" in refused(cluster, RAY_AUTH_MODE="disabled")
     nobody = f"127.0.0.1:{free_port()}"
-    assert f"{nobody}" in refused(cluster, RAY_ADDRESS=nobody)
+    assert "does not answer within" in refused(cluster, RAY_ADDRESS=nobody)
+    assert "Invalid address format: junk" in refused(cluster, RAY_ADDRESS="junk")
     assert not cluster.engines
     assert all(each == "REMOVED" for each in cluster.state()["groups"])
 
@@ -173,7 +174,7 @@ def test_a_cluster_that_lets_in_anybody_is_refused() -> None:
     with ray_cluster("127.0.0.1", free_port(), token=False) as cluster:
         cluster.add(HERE, "127.0.0.1", cpus=1)
         line = refused(cluster)
-        assert f"the Ray cluster at {cluster.address} has no authentication" in line
+        assert re.search(rf"Ray cluster at .*:{cluster.port} has no authentication", line)
         # Also where this process has a token: that cluster wants none.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         assert "has no authentication" in refused(cluster, **token)

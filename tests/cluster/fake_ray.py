@@ -72,6 +72,8 @@ class FakeRay:
         self.actors: list[Actor] = []
         self.killed: list[tuple[Actor, bool]] = []
         self.open = False
+        self.silence = threading.Event()
+        self.silence.set()
         for name, module in self._modules().items():
             monkeypatch.setitem(sys.modules, name, module)
 
@@ -116,7 +118,9 @@ class FakeRay:
         return parts
 
     def _init(self, **given: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray sets one of its own, too
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has one of its own, too
+        self.silence.wait(20)
         if self.fails is not None:
             raise self.fails
         self.given = given

@@ -56,11 +56,24 @@ def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         RayCluster()
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (AuthenticationError("pages"), "RAY_AUTH_TOKEN"),
-        (ConnectionError("Could not find any running Ray instance."), "Could not find any running"),
+        (
+            caused(ConnectionError("Failed"), RuntimeError("ray.exceptions.AuthenticationError")),
+            "RAY_AUTH_TOKEN",
+        ),
+        (caused(ConnectionError("Failed to connect"), AuthenticationError("")), "RAY_AUTH_TOKEN"),
+        (
+            ConnectionError("Could not find any running Ray instance."),
+            "Could not find any running Ray instance; run",
+        ),
         (
             RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n"),
             "Version mismatch: The cluster was started with: Ray: 2.1",
@@ -78,6 +91,16 @@ def test_a_cluster_that_is_not_to_be_had_is_one_line(
         RayCluster()
     assert line in str(found.value) and "\n" not in str(found.value)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_cluster_that_does_not_answer_is_given_up(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "_CONNECT_SECONDS", 0.05)
+    fake.silence.clear()
+    with pytest.raises(ConfigError, match=r"does not answer within 0\.05 s"):
+        RayCluster()
+    fake.silence.set()
 
 
 def test_a_cluster_that_is_not_to_be_trusted_is_left(

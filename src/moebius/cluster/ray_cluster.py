@@ -5,10 +5,10 @@ gone. What actors and front say to each other, and all that ranks trade, goes by
 """
 
 import logging
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from moebius.cluster.ray_actor import RankActor
@@ -19,6 +19,7 @@ from moebius.errors import ConfigError, EngineError, MoebiusError, frames, in_on
 
 log = logging.getLogger(__name__)
 
+_CONNECT_SECONDS = 40.0
 _LOOK_SECONDS = 0.5
 _PAUSE_SECONDS = 2.0
 _SAY_SECONDS = 3.0
@@ -49,8 +50,7 @@ class RayCluster:
         self._actors: list[Any] = []
         self._last_words: dict[int, str] = {}
         self._closed = threading.Event()
-        with _same_signals():
-            self._connect()
+        self._connect()
         try:
             check_authenticated(self.address, allow_unauthenticated)
         except BaseException:
@@ -137,26 +137,43 @@ class RayCluster:
         if self._closed.is_set():
             return
         self._closed.set()
-        with _same_signals():
-            if self._group is not None:
-                with suppress(self._ray.exceptions.RayError):
-                    remove_placement_group(self._group)
-            self._ray.shutdown()
+        if self._group is not None:
+            with suppress(self._ray.exceptions.RayError):
+                remove_placement_group(self._group)
+        self._ray.shutdown()
 
     def _connect(self) -> None:
-        errors = (ConnectionError, RuntimeError, ValueError, OSError)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        # Ray looks for a cluster for minutes. On a thread it also leaves SIGTERM as it is: it would
+        # end this process with a failure's exit status, and drain nothing.
+        connecting: Future[None] = Future()
+        threading.Thread(target=self._init, args=(connecting,), name="ray", daemon=True).start()
+        try:
+            connecting.result(_CONNECT_SECONDS)
+        except TimeoutError as error:
+            raise ConfigError(
+                "the Ray cluster that RAY_ADDRESS names, or that this host was a node of, does not "
+                f"answer within {_CONNECT_SECONDS:g} s"
+            ) from error
+        except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+            if any(_wants_token(each) for each in _causes(error)):
+                raise ConfigError(
+                    "the Ray cluster lets in who has its token, and this process has none or "
+                    "another: give it the RAY_AUTH_MODE and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
+                    "of the nodes"
+                ) from error
+            raise ConfigError(
+                f"--ray finds no Ray cluster that this host is a node of: {_first_words(error)}; "
+                "run `ray start` here, or set RAY_ADDRESS"
+            ) from error
+
+    def _init(self, done: "Future[None]") -> None:
         try:
             self._ray.init(address="auto", configure_logging=False)
-        except self._ray.exceptions.AuthenticationError as error:
-            raise ConfigError(
-                "the Ray cluster lets in who has its token, and this process has none or another: "
-                "give it the RAY_AUTH_MODE and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH of the nodes"
-            ) from error
-        except (*errors, self._ray.exceptions.RayError) as error:
-            raise ConfigError(
-                f"--ray finds no Ray cluster that this host is a node of: {_first_words(error)} "
-                "Run `ray start` here, or set RAY_ADDRESS"
-            ) from error
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
     @property
     def _wanted(self) -> str:
@@ -225,25 +242,21 @@ def threads_each(cpus: Sequence[int], ranks: int) -> int:
     return 1
 
 
-@contextmanager
-def _same_signals() -> Iterator[None]:
-    """What Ray does to SIGTERM is undone behind the block: it would end this process with a
-    failure's exit status, and drain nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _wants_token(error: BaseException) -> bool:
+    """Whether it is, or tells of, Ray's AuthenticationError."""
+    return "AuthenticationError" in f"{type(error).__name__} {error}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what led to it."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def _first_words(error: BaseException) -> str:
     """What a person is told of an error of Ray's, whose texts may have pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    if not lines:
-        return type(error).__name__
-    told = " ".join(lines[:6])
-    return in_one_line(EngineError(told if cause is None else f"{told} ({cause})"))
+    told = " ".join(lines[:6]).removesuffix(".")
+    return in_one_line(EngineError(told)) if told else type(error).__name__
