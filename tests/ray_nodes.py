@@ -44,12 +44,15 @@ class RayNodes:
 
     def add(self, where: Where, ip: str, cpus: int) -> subprocess.Popen[str]:
         """One more node; the first one is the head."""
-        role = [f"--address={self.address}"] if self.nodes else ["--head", f"--port={self.port}"]
+        if self.nodes:
+            role = [f"--address={self.address}"]
+        else:
+            role = ["--head", f"--port={self.port}", "--include-dashboard=false"]
+            role += ["--temp-dir", self.variables["RAY_TMPDIR"]]
         process = where.popen(
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role),
             *("--node-ip-address", ip, "--num-cpus", str(cpus), "--disable-usage-stats"),
-            *("--include-dashboard=false", "--object-store-memory", str(2**27)),
-            *self._directory,
+            *("--object-store-memory", str(2**27)),
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -59,10 +62,6 @@ class RayNodes:
         alive = len([node for node in self.nodes if node.poll() is None])
         wait_until(lambda: len(self.state(where)["nodes"]) == alive, START_SECONDS)
         return process
-
-    @property
-    def _directory(self) -> list[str]:
-        return [] if self.nodes else ["--temp-dir", self.variables["RAY_TMPDIR"]]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -3,6 +3,7 @@ suffer. `-m ray` starts the clusters; Ray has to be installed."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from hosts import Asking, Serving, Where, bodies, wait_until
 from moebius.models.hub import resolve_model
 from ray_nodes import HERE, RayNodes, ray_cluster
 from serving import serving
-from test_hosts import namespaces, of_one_process
+from test_hosts import namespaces, of_one_process, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SIZES = ("--kv-cache-memory-bytes", "16777216")
@@ -49,7 +50,7 @@ def ray_of_one_host() -> Iterator[RayNodes]:
 
 @pytest.fixture(scope="module")
 def asked() -> list[dict[str, Any]]:
-    return bodies("bundled", count=4, max_tokens=40)
+    return bodies("bundled", count=4, max_tokens=150)
 
 
 @pytest.fixture(scope="module")
@@ -183,18 +184,27 @@ def test_a_cluster_that_lets_in_anybody_is_refused() -> None:
 
 
 def test_a_serve_application_has_replicas_of_one_answer(
-    ray_of_one_host: RayNodes, asked: list[dict[str, Any]], expected: list[Any]
+    ray_of_one_host: RayNodes, asked: list[dict[str, Any]], expected: list[Any], tmp_path: Path
 ) -> None:
+    """One replica at first; Serve adds another when there is more to do."""
     cluster = ray_of_one_host
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", "moebius.ray:app", "model=bundled"]
-    command += ["threads=1", "min_replicas=2", "max_replicas=2", "kv_cache_memory_bytes=16777216"]
+    port = free_port()
+    file = tmp_path / "serve.json"
+    file.write_text(json.dumps(serve_config(port)))
     process = subprocess.Popen(
-        command, env=cluster.environment, stdin=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", "ray.serve.scripts", "run", str(file)],
+        env=cluster.environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    url = "http://127.0.0.1:8000"
+    url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or ready(url), seconds=120)
-        wait_until(lambda: len(cluster.engines) == 2, seconds=60)
+        assert len(cluster.engines) == 1
+        deadline = time.monotonic() + 180
+        while len(cluster.engines) < 2:
+            assert time.monotonic() < deadline, "Serve has added no replica"
+            assert Asking(HERE, url, asked).answers() == expected
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         (model,) = client.models.list().data
         assert model.id == "bundled"
@@ -216,6 +226,23 @@ def test_a_serve_application_has_replicas_of_one_answer(
         wait_until(lambda: not cluster.engines)
     finally:
         process.kill()
+
+
+def serve_config(port: int) -> dict[str, Any]:
+    """What `serve run` reads from a file."""
+    arguments = {
+        "model": "bundled",
+        "threads": 1,
+        "kv_cache_memory_bytes": 2**24,
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_ongoing_requests": 1,
+    }
+    application = {"name": "moebius", "import_path": "moebius.ray:app", "route_prefix": "/"}
+    return {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [{**application, "args": arguments}],
+    }
 
 
 def ready(url: str) -> bool:
@@ -242,6 +269,9 @@ def test_two_hosts_in_a_ray_cluster(asked: list[dict[str, Any]], expected: list[
         namespaces() as (here, there),
         ray_cluster("10.77.0.1", 26379) as cluster,
     ):
+        for host, gateway in ((here, "10.77.0.2"), (there, "10.77.0.1")):
+            # Ray takes the address that leads to the world for a host's own.
+            run(*host.prefix, "ip", "route", "add", "default", "via", gateway)
         cluster.add(here, "10.77.0.1", cpus=1)
         other = cluster.add(there, "10.77.0.2", cpus=1)
         options = ("--ranks", "2", "--threads", "1", "--rdzv-timeout", "120")
