@@ -25,7 +25,8 @@ def ask(url: str, body: dict[str, Any], begun: threading.Semaphore) -> dict[str,
     with urllib.request.urlopen(request, timeout=300) as stream:
         for line in stream:
             data = line.decode().removeprefix("data: ").strip()
-            if not data or data == "[DONE]":
+            # A comment says that the server is there while no tokens come.
+            if not data or data == "[DONE]" or data.startswith(":"):
                 continue
             piece = json.loads(data)
             if "error" in piece:
