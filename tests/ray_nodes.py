@@ -79,6 +79,18 @@ class RayNodes:
         found: dict[str, Any] = json.loads(out.splitlines()[-1]) if out else {"nodes": []}
         return found
 
+    def driver(self, code: str) -> subprocess.Popen[str]:
+        """A process that runs this code, once it has said that it is connected."""
+        process = HERE.popen(
+            *(sys.executable, "-c", code),
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "connected\n"
+        return process
+
     def processes(self, pattern: str) -> dict[int, int]:
         """Processes of this cluster with this in their command line, and their parents."""
         mark = f"{MARK}={self.variables[MARK]}".encode()

@@ -221,11 +221,31 @@ def test_a_serve_application_has_replicas_of_one_answer(
         asking.wait_for_tokens()
         kill(sorted(cluster.engines)[0])
         assert asking.answers() == expected
+
+        # A replica that is told to go finishes what it has.
+        deleting = cluster.driver(DELETE)
+        longest = bodies("bundled", count=2, max_tokens=1500)
+        asking = Asking(HERE, url, longest)
+        asking.wait_for_tokens()
+        deleting.communicate("now\n", timeout=90)
+        assert not cluster.engines
+        answers = asking.answers()
+        assert [each["end"] for each in answers] == ["length", "length"]
+        assert [len(each["tokens"]) for each in answers] == [1500, 1501]
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(90) is not None
-        wait_until(lambda: not cluster.engines)
     finally:
         process.kill()
+
+
+DELETE = """
+import ray
+ray.init("auto", log_to_driver=False)
+from ray import serve
+print("connected", flush=True)
+input()
+serve.delete("moebius")
+"""
 
 
 def serve_config(port: int) -> dict[str, Any]:
