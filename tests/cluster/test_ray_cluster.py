@@ -178,11 +178,11 @@ def test_what_ends_actors_is_told(fake: FakeRay, joined: RayCluster) -> None:
 
 
 def test_an_absent_actor_is_explained(fake: FakeRay, joined: RayCluster) -> None:
-    joined.place(2, 2, 0, 20.0)
+    joined.place(2, 1, 1, 20.0)
     fake.state = "RESCHEDULING"
     assert joined.why_absent(0) == (
-        "Ray finds no room for 2 ranks of 2 CPUs; its nodes have 4 CPUs at 10.0.0.1, 2 CPUs at "
-        "10.0.0.2"
+        "Ray finds no room for 2 ranks of 1 CPU and 1 GPU; its nodes have 4 CPUs at 10.0.0.1, 2 "
+        "CPUs at 10.0.0.2"
     )
     fake.state = "CREATED"
-    assert "it does not connect" in joined.why_absent(0)
+    assert "Ray keeps a place for it" in joined.why_absent(0)

@@ -127,7 +127,10 @@ class RayCluster:
         with suppress(self._ray.exceptions.RayError):
             state = str(placement_group_table(self._group).get("state"))
         if state == "CREATED":
-            return "Ray has room for it, and it does not connect; the actor's log may say more"
+            return (
+                "Ray keeps a place for it; either its node is gone, which Ray has yet to notice, "
+                "or the actor's log says more"
+            )
         return f"Ray finds no room for {self._wanted}; its nodes have {self._possessions}"
 
     def close(self) -> None:
@@ -178,13 +181,13 @@ class RayCluster:
     @property
     def _wanted(self) -> str:
         count = self._group.bundle_count
-        each = " and ".join(f"{amount:g} {kind}s" for kind, amount in self._bundle.items())
-        return f"{count} ranks of {each}"
+        each = " and ".join(_count(amount, kind) for kind, amount in self._bundle.items())
+        return f"{_count(count, 'rank')} of {each}"
 
     @property
     def _possessions(self) -> str:
         return ", ".join(
-            f"{node['Resources'].get('CPU', 0):g} CPUs at {node['NodeManagerAddress']}"
+            f"{_count(node['Resources'].get('CPU', 0), 'CPU')} at {node['NodeManagerAddress']}"
             for node in self._nodes()
         )
 
@@ -240,6 +243,10 @@ def threads_each(cpus: Sequence[int], ranks: int) -> int:
         if sum(count // threads for count in cpus) >= ranks:
             return threads
     return 1
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}" if number == 1 else f"{number:g} {what}s"
 
 
 def _wants_token(error: BaseException) -> bool:
