@@ -165,8 +165,7 @@ def test_what_is_asked_wrongly_is_one_line(ray_of_one_host: RayNodes, tmp_path: 
     assert "RAY_AUTH_TOKEN" in refused(cluster, RAY_AUTH_TOKEN="0" * 64)
     assert "RAY_AUTH_TOKEN" in refused(cluster, RAY_AUTH_MODE="disabled")
     nobody = f"127.0.0.1:{free_port()}"
-    assert "does not answer within" in refused(cluster, RAY_ADDRESS=nobody)
-    assert "Invalid address format: junk" in refused(cluster, RAY_ADDRESS="junk")
+    assert f"no Ray cluster is at RAY_ADDRESS, {nobody}" in refused(cluster, RAY_ADDRESS=nobody)
     assert not cluster.engines
     assert all(each == "REMOVED" for each in cluster.state()["groups"])
 

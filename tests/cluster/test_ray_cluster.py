@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from moebius.errors import ConfigError, MoebiusError
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     monkeypatch.setattr(ray_cluster, "check_authenticated", lambda address, allowed: None)
     monkeypatch.setattr(ray_cluster, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return FakeRay(monkeypatch)
 
 
@@ -91,6 +93,27 @@ def test_a_cluster_that_is_not_to_be_had_is_one_line(
         RayCluster()
     assert line in str(found.value) and "\n" not in str(found.value)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("address", ["junk", "local", "ray://127.0.0.1:10001", "127.0.0.1:0"])
+def test_an_address_of_no_cluster_is_named(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS is '.*HOST:PORT"):
+        RayCluster()
+    assert not fake.open
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        RayCluster().close()
+    with pytest.raises(ConfigError, match=f"at RAY_ADDRESS, {address}: Connection refused"):
+        RayCluster()
 
 
 def test_a_cluster_that_does_not_answer_is_given_up(

@@ -5,6 +5,8 @@ gone. What actors and front say to each other, and all that ranks trade, goes by
 """
 
 import logging
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -16,9 +18,11 @@ from moebius.cluster.ray_authentication import check_authenticated
 from moebius.engine.cluster import Dismissed, decode_to_host
 from moebius.engine.faults import say
 from moebius.errors import ConfigError, EngineError, MoebiusError, frames, in_one_line
+from moebius.parallel.endpoint import parse_endpoint
 
 log = logging.getLogger(__name__)
 
+_ANSWER_SECONDS = 10.0
 _CONNECT_SECONDS = 40.0
 _LOOK_SECONDS = 0.5
 _PAUSE_SECONDS = 2.0
@@ -50,6 +54,7 @@ class RayCluster:
         self._actors: list[Any] = []
         self._last_words: dict[int, str] = {}
         self._closed = threading.Event()
+        _check_address()
         self._connect()
         try:
             check_authenticated(self.address, allow_unauthenticated)
@@ -243,6 +248,27 @@ def threads_each(cpus: Sequence[int], ranks: int) -> int:
         if sum(count // threads for count in cpus) >= ranks:
             return threads
     return 1
+
+
+def _check_address() -> None:
+    """ConfigError where RAY_ADDRESS leads to no cluster that this host can be a node of.
+
+    Ray would try for long, or start one of its own.
+    """
+    told = os.environ.get("RAY_ADDRESS", "auto")
+    if told in ("", "auto"):
+        return
+    if "://" in told:
+        raise ConfigError(
+            f"RAY_ADDRESS is {told!r}, for clients from elsewhere; the front has to be on a node of "
+            "the cluster: give HOST:PORT, or leave it out"
+        )
+    address = parse_endpoint(told, "RAY_ADDRESS")
+    try:
+        socket.create_connection(address, _ANSWER_SECONDS).close()
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"no Ray cluster is at RAY_ADDRESS, {told}: {why}") from error
 
 
 def _count(number: float, what: str) -> str:
