@@ -260,8 +260,8 @@ def _check_address() -> None:
         return
     if "://" in told:
         raise ConfigError(
-            f"RAY_ADDRESS is {told!r}, for clients from elsewhere; the front has to be on a node of "
-            "the cluster: give HOST:PORT, or leave it out"
+            f"RAY_ADDRESS is {told!r}, for clients from elsewhere; the front has to be on a node "
+            "of the cluster: give HOST:PORT, or leave it out"
         )
     address = parse_endpoint(told, "RAY_ADDRESS")
     try:
