@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/exchange.py [--ranks 2 4] [--rounds 9] [--layers 300] [--json FILE]
 
-Through shared memory and through gloo, between processes of this machine. A layer is one dispatch
-and one combine, called from Python as the engine calls them. The cases take turns, so that a busy
-machine slows all of them alike; printed are microseconds a layer, at the slowest rank: the median
-round, and the fastest one. Beside other work run it as a real-time process (chrt -r 10), which the
-record says: a rank that is not given a processor holds up all others.
+Through shared memory, through sockets and through gloo, between processes of this machine. A layer
+is one dispatch and one combine, called from Python as the engine calls them. The cases take turns,
+so that a busy machine slows all of them alike; printed are microseconds a layer, at the slowest
+rank: the median round, and the fastest one. Beside other work run it as a real-time process (chrt
+-r 10), which the record says: a rank that is not given a processor holds up all others.
 """
 
 import argparse
@@ -15,10 +15,12 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,16 @@ from moebius import machine
 from moebius.files import json_record, write_file
 from moebius.parallel.collective import CollectiveExchange
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
+from moebius.parallel.key import ClusterKey
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
+from moebius.parallel.sockets import Meeting, join_epoch
 
 HIDDEN = 1024
 TOP_K = 8
 EXPERTS = 64
 MOST_TOKENS = 512
 TIMEOUT = 60.0
+KEY = ClusterKey(b"of a benchmark's ranks, 32 bytes")
 # Tokens of rank 0, and of every other.
 LOADS = {
     "one token in all": (1, 0),
@@ -44,7 +49,7 @@ LOADS = {
     "32 tokens a rank": (32, 32),
     "512 tokens a rank": (512, 512),
 }
-KINDS = ("shared memory", "gloo")
+KINDS = ("shared memory", "sockets", "gloo")
 
 
 @dataclass
@@ -63,8 +68,34 @@ def join(kind: str, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
     epoch = Epoch("benchmark", 1)
     if kind == "shared memory":
         return SharedMemoryExchange(place, spec, rank, epoch, timeout=TIMEOUT)
-    store = dist.FileStore(place, spec.size)
-    return CollectiveExchange.over_gloo(store, spec, rank, epoch, timeout=TIMEOUT)
+    return join_by_store(kind, dist.FileStore(place, spec.size), spec, rank, epoch)
+
+
+def join_by_store(
+    kind: str, store: dist.Store, spec: ExchangeSpec, rank: int, epoch: Epoch
+) -> Exchange:
+    """Over connections of this machine: sockets of our own, or gloo's."""
+    if kind == "gloo":
+        group = dist.ProcessGroupGloo(store, rank, spec.size, timedelta(seconds=TIMEOUT))
+        return CollectiveExchange(group, spec, rank, epoch, timeout=TIMEOUT)
+    meeting = Meeting(epoch, lambda address: store.set(f"rank {rank}", address))
+
+    def hear() -> None:
+        for lower in range(rank):
+            meeting.hear(lower, store.get(f"rank {lower}").decode())
+
+    threading.Thread(target=hear, daemon=True).start()
+    crowded = spec.size > machine.threads()
+    return join_epoch(
+        meeting,
+        spec,
+        rank,
+        "127.0.0.1",
+        KEY,
+        timeout=TIMEOUT,
+        patience=TIMEOUT,
+        crowded=crowded,
+    )
 
 
 class Received:

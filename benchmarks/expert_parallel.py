@@ -5,8 +5,9 @@
 
 Each group is engines in processes of their own, bound as those of `moebius serve` are, without the
 front: one process of one thread and of two, and 2 and 4 ranks of one thread, which exchange through
-shared memory and through gloo. All groups of a model are loaded before the first is measured, and
-take turns, so that a busy machine slows all of them alike. Ratios are of runs beside each other.
+shared memory, through sockets, and for comparison through gloo. All groups of a model are loaded
+before the first is measured, and take turns, so that a busy machine slows all of them alike. Ratios
+are of runs beside each other.
 Models and workloads are those of benchmarks/peers; --requests takes fewer of W2's.
 """
 
@@ -23,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).parent / "peers"))
 
 from workloads import Request, Workload, workload
 
+from exchange import join_by_store
 from moebius import machine
 from moebius.engine.config import EngineConfig
 from moebius.files import json_record, write_file
@@ -68,9 +69,10 @@ KINDS = (
     Kind(1, 2),
     Kind(1, 1),
     Kind(2, 1, "shared memory"),
+    Kind(2, 1, "sockets"),
     Kind(2, 1, "gloo"),
     Kind(4, 1, "shared memory"),
-    Kind(4, 1, "gloo"),
+    Kind(4, 1, "sockets"),
 )
 
 
@@ -122,17 +124,7 @@ def join(kind: Kind, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
         return SharedMemoryExchange(place, spec, rank, EPOCH, timeout=TIMEOUT)
     import torch.distributed as dist
 
-    from moebius.parallel.collective import CollectiveExchange
-
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(place, spec.size),
-        rank=rank,
-        world_size=spec.size,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
-    assert dist.group.WORLD is not None
-    return CollectiveExchange(dist.group.WORLD, spec, rank, EPOCH, timeout=TIMEOUT)
+    return join_by_store(kind.exchange, dist.FileStore(place, spec.size), spec, rank, EPOCH)
 
 
 class Served:

@@ -25,12 +25,8 @@ using std::chrono::microseconds;
 
 constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '1'};
 constexpr size_t LINE = 64, PAGE = 4096;
-// How long a rank looks for the others before it sleeps: where each has a core, as long as one layer's ranks are likely to
-// differ, since waking up takes some 50 microseconds; where they share cores, before it yields its own; and then.
-constexpr microseconds SPIN{2000}, SPIN_CROWDED{20}, YIELD_CROWDED{200};
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
-uint64_t bit(int rank) { return uint64_t(1) << rank; }
 
 std::string told(const std::string& group, uint64_t epoch, uint64_t ranks, uint64_t tokens, uint64_t top_k, uint64_t row_bytes) {
     return "epoch " + std::to_string(epoch) + " of group " + group + ", " + std::to_string(ranks) + " ranks of " + std::to_string(tokens) +
@@ -77,9 +73,9 @@ size_t ExchangeLayout::rank_bytes() const { return rounded(home() + size_t(token
 size_t ExchangeLayout::bytes() const { return rank_at(ranks); }
 
 void ExchangeLayout::check() const {
-    if (ranks < 1 || ranks > MOST_SHARED_RANKS)
+    if (ranks < 1 || ranks > MOST_RANKS)
         throw std::invalid_argument("a group of " + std::to_string(ranks) + " ranks; through shared memory there are 1 to " +
-                                    std::to_string(MOST_SHARED_RANKS));
+                                    std::to_string(MOST_RANKS));
     if (group.empty() || group.size() >= sizeof(ExchangeHeader::group))
         throw std::invalid_argument("a group's name of " + std::to_string(group.size()) + " bytes; it must have 1 to " +
                                     std::to_string(sizeof(ExchangeHeader::group) - 1));
@@ -167,7 +163,6 @@ void SharedExchange::meet(Doing doing) {
 void SharedExchange::wait(uint32_t barrier) {
     const auto from = Clock::now();
     const auto until = from + timeout_;
-    const auto spun = from + spin_, yielded = spun + (crowded_ ? YIELD_CROWDED : microseconds(0));
     auto now = from;
     for (int turn = 1; !header_.all_at(barrier); turn++) {
         // Who has left may have arrived before: its arrival, if any, can be seen after this.
@@ -179,21 +174,19 @@ void SharedExchange::wait(uint32_t barrier) {
             header_.give_up(missing);
             throw PeersLost(header_.lost.load(), Fault::MISSING);
         }
-        if (now < spun) {
-            pause();
-            if (turn % 32) continue;
-        } else if (now < yielded) {
-            std::this_thread::yield();
-        } else {
-            sleep(barrier, until);
+        switch (patience_.turn(now - from)) {
+            case Patience::LOOK:
+                pause();
+                if (turn % 32) continue;
+                break;
+            case Patience::YIELD: std::this_thread::yield(); break;
+            case Patience::SLEEP: sleep(barrier, until);
         }
         now = Clock::now();
     }
     const auto waited = Clock::now() - from;
     traffic_.seconds_waited += std::chrono::duration<double>(waited).count();
-    // Longer than ranks differ: others compute where a rank should. Who looks on all the same has used up its own share of the
-    // cores when its turn comes, and the whole group waits for it; who sleeps is let in at once.
-    if (!crowded_) spin_ = waited < SPIN ? std::min<Clock::duration>(2 * spin_, SPIN) : std::max<Clock::duration>(spin_ / 4, SPIN_CROWDED);
+    patience_.learn(waited);
 }
 
 void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
@@ -208,7 +201,7 @@ void SharedExchange::sleep(uint32_t barrier, Clock::time_point until) {
 
 SharedExchange::SharedExchange(const ExchangeLayout& layout, void* segment, int rank, double timeout, uint32_t barrier)
     : layout_(layout), segment_(static_cast<char*>(segment)), header_(*static_cast<ExchangeHeader*>(segment)), rank_(rank),
-      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), crowded_(header_.ranks > header_.cores), spin_(crowded_ ? SPIN_CROWDED : SPIN), barrier_(barrier) {
+      timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), patience_(header_.ranks > header_.cores), barrier_(barrier) {
     if (rank < 0 || rank >= layout.ranks) throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(layout.ranks));
     uint32_t process = 0;
     if (!header_.line[rank].process.compare_exchange_strong(process, uint32_t(getpid())))
@@ -256,20 +249,7 @@ void SharedExchange::write_rows(const Tokens& tokens) {
     own_rows_.clear();
     tokens_ = tokens.count;
     for (int t = 0; t < tokens.count; t++) {
-        const int32_t* owners = tokens.owners + size_t(t % tokens.splits) * tokens.experts;
-        uint64_t needed = 0;
-        for (int pair = t * top_k; pair < (t + 1) * top_k; pair++) {
-            const int64_t id = tokens.ids[pair];
-            if (id < 0 || id >= tokens.experts)
-                throw std::invalid_argument("row " + std::to_string(t) + " chose expert " + std::to_string(id) + " of " +
-                                            std::to_string(tokens.experts));
-            const int32_t owner = owners[id];
-            if (owner < 0 || owner >= layout_.ranks)
-                throw std::invalid_argument("expert " + std::to_string(id) + " is at rank " + std::to_string(owner) + " of " +
-                                            std::to_string(layout_.ranks));
-            owners_[pair] = uint8_t(owner);
-            needed |= bit(owner);
-        }
+        uint64_t needed = find_owners(tokens, t, top_k, layout_.ranks, &owners_[size_t(t) * top_k]);
         if (needed & bit(rank_)) own_rows_.push_back(t);
         needed &= ~bit(rank_);
         if (!needed) continue;
@@ -317,14 +297,6 @@ int SharedExchange::read_rows(const Tokens& tokens, char* rows, int64_t* ids) {
     return int(received_.size());
 }
 
-// Neighbouring pairs that go one way go in one copy.
-template <class Send> static void for_each_run(const uint8_t* flags, int count, const Send& send) {
-    for (int first = 0, stop; first < count; first = stop) {
-        for (stop = first + 1; stop < count && flags[stop] == flags[first]; stop++) {}
-        send(flags[first], first, stop - first);
-    }
-}
-
 void SharedExchange::combine(const void* outputs, void* back) {
     begin(COMBINE);
     const int top_k = layout_.top_k;
@@ -333,7 +305,7 @@ void SharedExchange::combine(const void* outputs, void* back) {
         const Received from = received_[r];
         const bool own = from.home == rank_;
         char* home = own ? static_cast<char*>(back) : at(from.home, layout_.home());
-        for_each_run(here_.data() + r * top_k, top_k, [&](uint8_t here, int first, int count) {
+        for_each_run(here_.data() + r * top_k, top_k, [&](uint8_t here, size_t first, size_t count) {
             if (!here) return;
             std::memcpy(home + (size_t(from.row) * top_k + first) * row_bytes,
                         static_cast<const char*>(outputs) + (r * top_k + first) * row_bytes, count * row_bytes);
@@ -343,7 +315,7 @@ void SharedExchange::combine(const void* outputs, void* back) {
     meet(COMBINE);
     combine_next_ = false;
     const char* home = at(rank_, layout_.home());
-    for_each_run(owners_.data(), tokens_ * top_k, [&](uint8_t owner, int first, int count) {
+    for_each_run(owners_.data(), size_t(tokens_) * top_k, [&](uint8_t owner, size_t first, size_t count) {
         if (owner == rank_) return;
         std::memcpy(static_cast<char*>(back) + first * row_bytes, home + first * row_bytes, count * row_bytes);
         traffic_.bytes_in += count * row_bytes;

@@ -15,14 +15,12 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace moebius {
+#include "exchange_rows.h"
 
-constexpr int MOST_SHARED_RANKS = 64;
-constexpr int MOST_AGREED = 16;
+namespace moebius {
 
 // What a segment is for. All ranks of a group have to say the same.
 struct ExchangeLayout {
@@ -50,16 +48,6 @@ struct ExchangeLayout {
     size_t rank_bytes() const;
 };
 
-enum class Fault { MISSING, OUT_OF_STEP };
-
-// Ranks, as a set of bits, that others cannot go on with.
-struct PeersLost : std::exception {
-    PeersLost(uint64_t ranks, Fault fault) : ranks(ranks), fault(fault) {}
-    const char* what() const noexcept override { return "ranks are lost"; }
-    uint64_t ranks;
-    Fault fault;
-};
-
 // The words that ranks wait for each other by. Zeros are its first state.
 struct ExchangeHeader {
     char magic[8];
@@ -76,18 +64,13 @@ struct ExchangeHeader {
         std::atomic<uint32_t> arrived;  // number of the last barrier that it reached; counts on from 0 after 2^32 - 1
         std::atomic<uint32_t> process;  // 0 until it has joined
         uint8_t doing[2];               // which operation an even and an odd barrier is part of
-    } line[MOST_SHARED_RANKS];
+    } line[MOST_RANKS];
 
     uint64_t joined() const;
     bool all_at(uint32_t barrier) const;
     uint64_t missing_at(uint32_t barrier) const;
     void give_up(uint64_t ranks);
     void wake();
-};
-
-struct ExchangeTraffic {
-    uint64_t calls = 0, bytes_out = 0, bytes_in = 0;
-    double seconds_waited = 0;
 };
 
 // One rank's part. Called from one thread.
@@ -102,14 +85,7 @@ public:
     // Every rank's values, in the order of ranks.
     std::vector<std::vector<int64_t>> agree(const std::vector<int64_t>& values);
 
-    // moebius/parallel/exchange.py describes both operations. `owners` has `splits` rows of `experts`.
-    struct Tokens {
-        const void* x;
-        const int64_t* ids;
-        int count;
-        const int32_t* owners;
-        int splits, experts;
-    };
+    // moebius/parallel/exchange.py describes both operations.
     int dispatch(const Tokens& tokens, void* rows, int64_t* ids);
     void combine(const void* outputs, void* back);
 
@@ -119,8 +95,6 @@ public:
     const ExchangeTraffic& traffic() const { return traffic_; }
 
 private:
-    using Clock = std::chrono::steady_clock;
-    enum Doing : uint8_t { AGREE = 1, DISPATCH, COMBINE };
     struct Received {
         int home, row;
     };
@@ -138,8 +112,7 @@ private:
     ExchangeHeader& header_;
     const int rank_;
     const Clock::duration timeout_;
-    const bool crowded_;  // there are fewer cores than ranks: who waits gives up its core soon
-    std::chrono::steady_clock::duration spin_;  // how long it looks for the others before it yields or sleeps
+    Patience patience_;
     uint32_t barrier_;
     bool combine_next_ = false;
     int tokens_ = 0;

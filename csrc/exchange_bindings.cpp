@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "exchange.h"
+#include "socket_exchange.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -17,7 +18,7 @@ template <class T> T* array(Address address) { return reinterpret_cast<T*>(addre
 
 std::vector<int> numbers(uint64_t ranks) {
     std::vector<int> found;
-    for (int r = 0; r < MOST_SHARED_RANKS; r++)
+    for (int r = 0; r < MOST_RANKS; r++)
         if (ranks >> r & 1) found.push_back(r);
     return found;
 }
@@ -28,21 +29,45 @@ uint64_t bits(const std::vector<int>& ranks) {
     return found;
 }
 
-// Raised with the ranks, and whether they are missing (they may else be out of step).
+// Raised with the ranks, and what is wrong with them.
 PyObject* peers_lost_type = nullptr;
+
+const char* name(Fault fault) {
+    switch (fault) {
+        case Fault::MISSING: return "missing";
+        case Fault::LEFT: return "left";
+        case Fault::OUT_OF_STEP: return "out of step";
+    }
+    return "lost";
+}
 
 void raise_peers_lost(const std::exception_ptr& thrown, void*) {
     try {
         std::rethrow_exception(thrown);
     } catch (const PeersLost& lost) {
-        PyErr_SetObject(peers_lost_type, nb::make_tuple(nb::cast(numbers(lost.ranks)), lost.fault == Fault::MISSING).ptr());
+        PyErr_SetObject(peers_lost_type, nb::make_tuple(nb::cast(numbers(lost.ranks)), name(lost.fault)).ptr());
     }
+}
+
+// What every exchange has.
+template <class Exchange> void bind_operations(nb::class_<Exchange>& type) {
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    type.def("agree", &Exchange::agree, "values"_a, release())
+        .def("dispatch", [](Exchange& exchange, Address x, Address ids, int tokens, Address owners, int splits, int experts, Address rows,
+                            Address ids_out) {
+            return exchange.dispatch({array<void>(x), array<int64_t>(ids), tokens, array<int32_t>(owners), splits, experts}, array<void>(rows),
+                                     array<int64_t>(ids_out));
+        }, "x"_a, "ids"_a, "tokens"_a, "owners"_a, "splits"_a, "experts"_a, "rows"_a, "ids_out"_a, release())
+        .def("combine", [](Exchange& exchange, Address outputs, Address back) {
+            exchange.combine(array<void>(outputs), array<void>(back));
+        }, "outputs"_a, "back"_a, release())
+        .def("give_up", [](Exchange& exchange, const std::vector<int>& ranks) { exchange.give_up(bits(ranks)); }, "ranks"_a)
+        .def_prop_ro("traffic", [](const Exchange& exchange) { return exchange.traffic(); });
 }
 
 }  // namespace
 
 void bind_exchange(nb::module_& m) {
-    using release = nb::call_guard<nb::gil_scoped_release>;
     peers_lost_type = PyErr_NewException("moebius._cpu.PeersLost", PyExc_Exception, nullptr);
     m.attr("PeersLost") = nb::borrow(peers_lost_type);
     nb::register_exception_translator(raise_peers_lost);
@@ -67,20 +92,17 @@ void bind_exchange(nb::module_& m) {
         .def_ro("bytes_out", &ExchangeTraffic::bytes_out)
         .def_ro("bytes_in", &ExchangeTraffic::bytes_in)
         .def_ro("seconds_waited", &ExchangeTraffic::seconds_waited);
-    nb::class_<SharedExchange>(m, "SharedExchange")
+    nb::class_<SharedExchange> shared(m, "SharedExchange");
+    shared
         // Keeps `memory`, in which the segment is mapped, as long as it lives, and so as long as any call of it lasts.
         .def("__init__", [](SharedExchange* self, nb::handle, const ExchangeLayout& layout, Address segment, int rank, double timeout) {
             new (self) SharedExchange(layout, array<void>(segment), rank, timeout);
-        }, "memory"_a, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a, nb::keep_alive<1, 2>())
-        .def("agree", &SharedExchange::agree, "values"_a, release())
-        .def("dispatch", [](SharedExchange& exchange, Address x, Address ids, int tokens, Address owners, int splits, int experts, Address rows,
-                            Address ids_out) {
-            return exchange.dispatch({array<void>(x), array<int64_t>(ids), tokens, array<int32_t>(owners), splits, experts}, array<void>(rows),
-                                     array<int64_t>(ids_out));
-        }, "x"_a, "ids"_a, "tokens"_a, "owners"_a, "splits"_a, "experts"_a, "rows"_a, "ids_out"_a, release())
-        .def("combine", [](SharedExchange& exchange, Address outputs, Address back) {
-            exchange.combine(array<void>(outputs), array<void>(back));
-        }, "outputs"_a, "back"_a, release())
-        .def("give_up", [](SharedExchange& exchange, const std::vector<int>& ranks) { exchange.give_up(bits(ranks)); }, "ranks"_a)
-        .def_prop_ro("traffic", [](const SharedExchange& exchange) { return exchange.traffic(); });
+        }, "memory"_a, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a, nb::keep_alive<1, 2>());
+    bind_operations(shared);
+    nb::class_<SocketExchange> sockets(m, "SocketExchange");
+    sockets.def("__init__", [](SocketExchange* self, int ranks, int tokens, int top_k, size_t row_bytes, int rank, const std::vector<int>& sockets,
+                               bool crowded, double timeout) {
+        new (self) SocketExchange({ranks, tokens, top_k, row_bytes}, rank, sockets, crowded, timeout);
+    }, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "row_bytes"_a, "rank"_a, "sockets"_a, "crowded"_a, "timeout"_a);
+    bind_operations(sockets);
 }

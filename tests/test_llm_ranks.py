@@ -31,6 +31,19 @@ def prompts(count: int) -> list[list[int]]:
     return [[rng.randrange(320) for _ in range(rng.randint(1, 60))] for _ in range(count)]
 
 
+def mapped(process: int, directory: Path) -> list[str]:
+    """The files of a model that a process has mapped."""
+    maps = Path(f"/proc/{process}/maps").read_text().splitlines()
+    return [line for line in maps if str(directory) in line]
+
+
+def test_ranks_of_one_node_map_their_weights(two: LLM, tiny_model: Path) -> None:
+    """test_llm_nodes.py has those of several."""
+    if len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) > 1:
+        pytest.skip("this machine has several nodes")
+    assert all(mapped(process.pid, tiny_model) for process in two.processes)
+
+
 def test_two_ranks_answer_as_one_process(two: LLM, tiny_model: Path) -> None:
     params = [
         SamplingParams(

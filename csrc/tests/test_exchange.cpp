@@ -1,8 +1,10 @@
-// The exchange through shared memory between threads, each of which is a rank: random steps against plain loops, and what
-// happens when a rank does not come. Threads, so that a sanitizer sees both sides of every access.
+// The exchanges through shared memory and through sockets between threads, each of which is a rank: random steps against plain
+// loops, and what happens when a rank does not come. Threads, so that a sanitizer sees both sides of every access.
 //
 //   cmake -S . -B build/thread -DMOEBIUS_TESTS=ON -DMOEBIUS_SANITIZERS=thread
 //   cmake --build build/thread --target test_exchange && build/thread/test_exchange
+#include <sys/socket.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +14,7 @@
 #include <thread>
 
 #include "exchange.h"
+#include "socket_exchange.h"
 
 using namespace moebius;
 
@@ -64,7 +67,7 @@ struct Layer {
 
 uint32_t output(uint32_t x, int64_t expert) { return x * 3 + 7 * uint32_t(expert); }
 
-void check_layer(SharedExchange& exchange, const ExchangeLayout& layout, const Layer& layer, int rank) {
+template <class Exchange> void check_layer(Exchange& exchange, const ExchangeLayout& layout, const Layer& layer, int rank) {
     const int width = layer.width, top_k = layer.top_k;
     std::vector<uint32_t> want_rows, outputs, back(size_t(layer.counts[rank]) * top_k * width);
     std::vector<int64_t> want_ids;
@@ -103,18 +106,22 @@ void run_ranks(int count, const std::function<void(int)>& body) {
     for (std::thread& thread : threads) thread.join();
 }
 
+template <class Exchange> void check_steps(Exchange& exchange, const ExchangeLayout& layout, int layers, int rank) {
+    for (int number = 0; number < layers; number++) {
+        const auto agreed = exchange.agree({number, rank});
+        for (int r = 0; r < layout.ranks; r++) require(agreed[r] == std::vector<int64_t>{number, r}, "agree gives all values");
+        // Some ranks come late, so that others spin, yield and sleep.
+        if (number % 16 == rank) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        check_layer(exchange, layout, Layer(layout, number), rank);
+    }
+}
+
 void test_steps(int ranks, int layers, int cores) {
     const ExchangeLayout layout{ranks, 5, 3, 12, "test", 1};
     Memory memory(layout, cores);
     run_ranks(ranks, [&](int rank) {
         SharedExchange exchange(layout, memory.at.get(), rank, 60);
-        for (int number = 0; number < layers; number++) {
-            const auto agreed = exchange.agree({number, rank});
-            for (int r = 0; r < ranks; r++) require(agreed[r] == std::vector<int64_t>{number, r}, "agree gives all values");
-            // Some ranks come late, so that others spin, yield and sleep.
-            if (number % 16 == rank) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            check_layer(exchange, layout, Layer(layout, number), rank);
-        }
+        check_steps(exchange, layout, layers, rank);
     });
 }
 
@@ -182,6 +189,88 @@ void test_barriers_count_on() {
     });
 }
 
+// --- through sockets ---
+
+using Sockets = std::vector<std::vector<int>>;  // [rank][other rank]
+
+// Connections that hold little, so that ranks have to receive while they send.
+Sockets connected(int ranks) {
+    Sockets sockets(ranks, std::vector<int>(ranks, -1));
+    for (int a = 0; a < ranks; a++)
+        for (int b = a + 1; b < ranks; b++) {
+            int ends[2];
+            require(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0, "a pair of sockets");
+            const int bytes = 1;  // the kernel's least
+            for (int end : ends) setsockopt(end, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
+            sockets[a][b] = ends[0], sockets[b][a] = ends[1];
+        }
+    return sockets;
+}
+
+void run_sockets(const ExchangeLayout& layout, double timeout, bool crowded, const std::function<void(SocketExchange&, int)>& body) {
+    const Sockets sockets = connected(layout.ranks);
+    std::vector<std::unique_ptr<SocketExchange>> exchanges;
+    for (int r = 0; r < layout.ranks; r++)
+        exchanges.push_back(std::make_unique<SocketExchange>(
+            SocketExchange::Sizes{layout.ranks, layout.tokens, layout.top_k, layout.row_bytes}, r, sockets[r], crowded, timeout));
+    run_ranks(layout.ranks, [&](int rank) { body(*exchanges[rank], rank); });
+}
+
+void test_sockets_steps(int ranks, int layers, bool crowded, int numbers) {
+    const ExchangeLayout layout{ranks, 5, 3, sizeof(uint32_t) * size_t(numbers), "test", 1};
+    run_sockets(layout, 60, crowded, [&](SocketExchange& exchange, int rank) { check_steps(exchange, layout, layers, rank); });
+}
+
+void test_sockets_when_a_rank_does_not_come() {
+    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
+    run_sockets(layout, 3, false, [&](SocketExchange& exchange, int rank) {
+        exchange.agree({});
+        if (rank == 1) return;
+        const PeersLost error = lost([&] { exchange.agree({}); });
+        require(error.ranks == 2 && error.fault == Fault::MISSING, "it is named");
+        require(lost([&] { exchange.agree({}); }).ranks == 2, "and later again");
+    });
+}
+
+void test_sockets_when_a_rank_leaves() {
+    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
+    run_sockets(layout, 600, false, [&](SocketExchange& exchange, int rank) {
+        exchange.agree({});
+        if (rank == 1) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(5));
+            exchange.give_up(2);
+        } else {
+            const PeersLost error = lost([&] { exchange.agree({}); });
+            require(error.ranks == 2 && error.fault == Fault::LEFT, "those who wait learn of it at once");
+        }
+    });
+}
+
+void test_sockets_when_another_thread_gives_up() {
+    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
+    run_sockets(layout, 600, false, [&](SocketExchange& exchange, int rank) {
+        if (rank == 1) return;
+        std::thread other([&] {
+            std::this_thread::sleep_for(std::chrono::milliseconds(5));
+            exchange.give_up(2);
+        });
+        const PeersLost error = lost([&] { exchange.agree({}); });
+        require(error.ranks == 2 && error.fault == Fault::MISSING, "who waits ends at once");
+        other.join();
+    });
+}
+
+void test_sockets_out_of_step() {
+    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
+    run_sockets(layout, 60, false, [&](SocketExchange& exchange, int rank) {
+        const PeersLost error = lost([&] {
+            if (rank) exchange.agree({});
+            else check_layer(exchange, layout, Layer(layout, 1), rank);
+        });
+        require(error.fault == Fault::OUT_OF_STEP, "ranks out of step notice");
+    });
+}
+
 }  // namespace
 
 int main() {
@@ -191,5 +280,12 @@ int main() {
     test_a_rank_that_leaves_and_one_that_is_given_up();
     test_out_of_step();
     test_barriers_count_on();
+    for (int ranks = 1; ranks <= 4; ranks++)
+        for (bool crowded : {false, true}) test_sockets_steps(ranks, 100, crowded, 3);
+    test_sockets_steps(3, 20, false, 5000);
+    test_sockets_when_a_rank_does_not_come();
+    test_sockets_when_a_rank_leaves();
+    test_sockets_when_another_thread_gives_up();
+    test_sockets_out_of_step();
     std::puts("exchange: passed");
 }

@@ -240,7 +240,7 @@ class Ops:
     def shape(self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping]) -> Shaped: ...
 
 class PeersLost(Exception):
-    """Its arguments: the ranks, and whether they are missing (else they are out of step)."""
+    """Its arguments: the ranks, and "missing", "left" or "out of step"."""
 
 class ExchangeLayout:
     """What a segment is for; csrc/exchange.h describes it and all that follows."""
@@ -270,6 +270,38 @@ class SharedExchange:
         segment: int,
         *,
         rank: int,
+        timeout: float,
+    ) -> None: ...
+    def agree(self, values: Sequence[int]) -> list[list[int]]: ...
+    def dispatch(
+        self,
+        x: int,
+        ids: int,
+        tokens: int,
+        owners: int,
+        splits: int,
+        experts: int,
+        rows: int,
+        ids_out: int,
+    ) -> int: ...
+    def combine(self, outputs: int, back: int) -> None: ...
+    def give_up(self, ranks: Sequence[int]) -> None: ...
+    @property
+    def traffic(self) -> ExchangeTraffic: ...
+
+class SocketExchange:
+    """csrc/socket_exchange.h describes it. Its sockets are its own from now on."""
+
+    def __init__(
+        self,
+        *,
+        ranks: int,
+        tokens: int,
+        top_k: int,
+        row_bytes: int,
+        rank: int,
+        sockets: Sequence[int],
+        crowded: bool,
         timeout: float,
     ) -> None: ...
     def agree(self, values: Sequence[int]) -> list[list[int]]: ...

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-ROOT = Path("/")
+# Tests of whole processes make up hosts of other kinds.
+ROOT = Path(os.environ.get("MOEBIUS_TEST_ROOT", "/"))
 # What the kernel escapes in a mount's path: space, tab, line break and backslash.
 _ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
 # Limits of a process, as /proc/self/limits names them, and what /proc/self/status calls what it

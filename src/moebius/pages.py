@@ -6,11 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 # From one byte to behind another, of memory or of a file.
 Span = tuple[int, int]
 
-_CHUNK = 2 * 2**20
+HUGE = 2 * 2**20
 # Linux 5.14; older kernels refuse them, and pages come at first use.
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
@@ -27,6 +28,26 @@ def whole_pages(spans: Iterable[Span], page: int = mmap.PAGESIZE) -> list[Span]:
         else:
             found.append((first, last))
     return found
+
+
+def reserve(nbytes: int) -> mmap.mmap:
+    """Zeros, in huge pages where the system has them, which are there from their first use on."""
+    size = -(-max(nbytes, 1) // HUGE) * HUGE
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # not every system has huge pages
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+def give_back(address: int, nbytes: int) -> None:
+    """Let the system have the pages that lie wholly within these bytes of private memory.
+
+    What they held is gone, so nothing may read them any more. Only Linux can.
+    """
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and first < last:
+        _advise(first, last - first, mmap.MADV_DONTNEED)
 
 
 def populate(
@@ -48,14 +69,19 @@ def populate(
         return
 
     def run(keep: object) -> None:
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
         for first, last in spans:
-            for start in range(first, last, _CHUNK):
+            for start in range(first, last, HUGE):
                 while not idle():
                     time.sleep(0.05)
-                if madvise(address + start, min(_CHUNK, last - start), advice) != 0:
+                if not _advise(address + start, min(HUGE, last - start), advice):
                     return
 
     threading.Thread(target=run, args=(keep,), name="populate", daemon=True).start()
+
+
+def _advise(address: int, nbytes: int, advice: int) -> bool:
+    """madvise(2); whether the system took it."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return int(madvise(address, nbytes, advice)) == 0

@@ -66,6 +66,8 @@ def test_the_highest_instruction_set_of_all_is_taken() -> None:
     with pytest.raises(ConfigError, match=r"--isa is exact.*anna\) avx512, node 1 \(bert\) avx2"):
         common_isa([FRONT, of("portable", "avx2")], exact=True)
     with pytest.raises(ConfigError, match="no kernels in common"):
+        common_isa([FRONT, of("neon")], exact=False)
+    with pytest.raises(ConfigError, match=r"kernels, which .* of node 1 \(bert\) lacks"):
         common_isa([FRONT, of("reference")], exact=False)
 
 

@@ -10,7 +10,7 @@ import torch
 from msgspec import structs
 
 from moebius.cluster.cluster import local_ranks
-from moebius.cluster.hosts import GlooPlace, ManyHosts, OneHost
+from moebius.cluster.hosts import ConnectedPlace, ManyHosts, OneHost
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.config import EngineConfig
@@ -112,11 +112,11 @@ def test_an_epochs_members_meet_at_their_hosts_addresses() -> None:
     remotes: Any = {rank: Remote() for rank in (0, 2, 3, 4)}
     spec = ExchangeSpec(size=4, tokens=8, hidden=16, top_k=2, dtype=torch.float32)
     place = hosts.place(spec, Epoch("group", 9), remotes)
-    assert isinstance(place, GlooPlace)
-    at = [place.of(number).removeprefix("gloo://") for number in range(4)]
+    assert isinstance(place, ConnectedPlace)
+    at = [place.of(number).removeprefix("tcp://") for number in range(4)]
     assert at == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
-    put = wire.Put(9, "key", b"value")
-    place.carry(put, 2)
-    assert [each.told for each in remotes.values()] == [[put], [put], [], [put]]
+    told = wire.Listening(9, 2, "10.0.0.2:4000")
+    place.carry(told, 2)
+    assert [each.told for each in remotes.values()] == [[told], [told], [], [told]]
     place.give_up([1])
     assert all(each.told[-1] == wire.GiveUp(9, (1,)) for each in remotes.values())

@@ -10,7 +10,7 @@ import torch
 from msgspec import structs
 
 from moebius import machine
-from moebius.cluster.hosts import GlooPlace, SharedPlace
+from moebius.cluster.hosts import ConnectedPlace, SharedPlace
 from moebius.cluster.ray_hosts import ActorCluster, ActorHosts
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
@@ -117,16 +117,16 @@ def test_ranks_meet_in_memory_where_all_are_on_the_fronts_machine() -> None:
     assert isinstance(place, SharedPlace)
     place.give_up([0])
     apart, _ = placed(*TWO_MACHINES)
-    assert isinstance(apart.place(SPEC, Epoch("group", 1), remotes), GlooPlace)
+    assert isinstance(apart.place(SPEC, Epoch("group", 1), remotes), ConnectedPlace)
     beside, _ = placed(*(actor(rank, machine="B") for rank in range(3)))
-    assert isinstance(beside.place(SPEC, Epoch("group", 1), remotes), GlooPlace), (
+    assert isinstance(beside.place(SPEC, Epoch("group", 1), remotes), ConnectedPlace), (
         "the front's memory is not theirs"
     )
     unknown = structs.replace(FRONT, machine="")
     quiet: Any = Known()
     quiet.hellos = {node: structs.replace(unknown, node=node) for node in range(4)}
     hosts = ActorHosts(quiet, list(quiet.hellos.values()), exact_isa=False)
-    assert isinstance(hosts.place(SPEC, Epoch("group", 1), remotes), GlooPlace)
+    assert isinstance(hosts.place(SPEC, Epoch("group", 1), remotes), ConnectedPlace)
 
 
 def test_this_machine_is_the_same_for_all_of_its_processes() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from moebius import machine
-from moebius.engine.place import Place, place, share_threads
+from moebius.engine.place import NodeMemory, Place, place, places, share_threads
+from moebius.parallel import topology
 from parallel.test_topology import Host
 
 
@@ -31,6 +32,53 @@ def test_ranks_share_a_hosts_threads_and_each_is_near_its_memory(host: Path) -> 
         ((0, 1, 2, 3), (0,)),
         ((4, 5, 6, 7), (1,)),
     ]
+
+
+def test_what_memory_a_rank_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks on two sockets: the first has two."""
+    monkeypatch.setattr(machine, "_allowed_processors", lambda: 6)
+    made = Host(tmp_path).node(0, "0-3", 8, "10 20", 5).node(1, "4-5", 8, "20 10", 3)
+    made.allow("0-5")
+    easily_had = 3 * 1024
+    first = NodeMemory((0,), 5 * 2**30 + easily_had, ranks=2, apart=True)
+    second = NodeMemory((1,), 3 * 2**30 + easily_had, ranks=1, apart=True)
+    found = places(3, root=tmp_path)
+    assert [each.memory for each in found] == [first, first, second]
+    assert [each.room for each in found] == [first.available // 2] * 2 + [second.available]
+
+
+def test_ranks_of_one_node_are_not_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside memory without processors: they are bound to theirs. Without it nothing is bound."""
+    monkeypatch.setattr(machine, "_allowed_processors", lambda: 4)
+    made = Host(tmp_path).node(0, "0-3", 8, "10 40", 5).allow("0-3")
+    assert [each.memory for each in places(2, root=tmp_path)] == [None, None]
+    made.node(1, "", 64, "40 10", 60)
+    memory = NodeMemory((0,), 5 * 2**30 + 3 * 1024, ranks=2, apart=False)
+    assert [each.memory for each in places(2, root=tmp_path)] == [memory, memory]
+
+
+def test_a_node_without_memory_shares_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_allowed_processors", lambda: 6)
+    made = Host(tmp_path).node(0, "0-1", 8, "10 12 31", 4).node(1, "2-3", 0, "12 10 20")
+    made.node(2, "4-5", 8, "31 20 10", 4).allow("0-5")
+    found = [each.memory for each in places(3, root=tmp_path)]
+    assert [each and (each.nodes, each.ranks) for each in found] == [
+        ((0,), 2),
+        ((0,), 2),
+        ((2,), 1),
+    ]
+
+
+def test_memory_that_is_not_bound_is_said(
+    host: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "moebius")
+    for bound, lines in ((True, 0), (False, 1)):
+        monkeypatch.setattr(topology, "bind", lambda binding, bound=bound: bound)
+        place(1, 2, root=host).take()
+        assert sum("does not let a rank choose" in text for text in caplog.messages) == lines
 
 
 def test_more_ranks_than_threads_compute_with_one_each(host: Path) -> None:

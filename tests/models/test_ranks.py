@@ -59,12 +59,14 @@ class Group:
         dtype: torch.dtype,
         placement: Placement,
         ops: type[Ops] = CpuOps,
+        *,
+        near: bool = False,
     ) -> Group:
         made = cls([], [], group(spec_of(checkpoint, dtype, placement.ranks)), [], [])
         for rank, exchange in enumerate(made.exchanges):
             part = ExpertRank(placement, rank, MAX_TOKENS, exchange)
             decoder = Decoder(checkpoint.config, ops(), dtype, "meta", ranks=part)
-            loader = Loader(checkpoint, CPU)
+            loader = Loader(checkpoint, CPU, near=near)
             loader.fill(decoder)
             made.loaders.append(loader)
             made.runners.append(runner(decoder))
@@ -131,16 +133,16 @@ def test_hidden_states_are_those_of_one_process(
     assert all(each.calls for each in made.exchanges)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "near"), [(2, False), (3, False), (3, True)])
 def test_any_placement_gives_the_same_bits_and_experts_move_between_steps(
-    tmp_path: Path, ranks: int
+    tmp_path: Path, ranks: int, near: bool
 ) -> None:
-    """With replicas, which share an expert's rows."""
+    """With replicas, which share an expert's rows; of mapped weights, and of copies."""
     save_tiny(tmp_path, "qwen2_moe")
     checkpoint = open_checkpoint(tmp_path)
     experts = checkpoint.config.experts
     rng = random.Random(ranks)
-    made = Group.load(checkpoint, torch.bfloat16, Placement.linear(experts, ranks))
+    made = Group.load(checkpoint, torch.bfloat16, Placement.linear(experts, ranks), near=near)
     for _ in range(6):
         made.step()
         before = [one.programs for one in made.runners]
@@ -155,7 +157,7 @@ def test_any_placement_gives_the_same_bits_and_experts_move_between_steps(
                 assert there == set(placed.held[rank])
 
 
-@pytest.mark.parametrize("kind", ["shared", "gloo"])
+@pytest.mark.parametrize("kind", ["shared", "sockets"])
 def test_processes_that_share_experts_give_the_bits_of_one(tmp_path: Path, kind: str) -> None:
     """Three of them, over what they will really use, before and after experts were moved."""
     save_tiny(tmp_path, "qwen2_moe")

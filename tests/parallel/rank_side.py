@@ -16,19 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moebius.parallel import sockets
 from moebius.parallel.collective import CollectiveExchange
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
+from moebius.parallel.key import ClusterKey
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
 
 Held = dict[str, Any]
+KEY = ClusterKey(b"of a test's cluster, 32 letters.")
 
 
 @dataclass(frozen=True)
 class Meeting:
     """Where and as what the ranks of a test meet.
 
-    kind    "shared", "gloo", "nccl", or "gloo group" for one that no epoch's name is part of
-    place   the segment's, or the file of the process group's store
+    kind    "shared", "sockets", "gloo" or "nccl"
+    place   the segment's, or the file of a store of torch's
     """
 
     kind: str
@@ -55,12 +58,10 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
         )
         return
     store = dist.FileStore(meeting.place, spec.size)
-    if meeting.kind == "gloo":
-        held["exchange"] = CollectiveExchange.over_gloo(
-            store, spec, rank, meeting.epoch, timeout=meeting.timeout
-        )
+    if meeting.kind == "sockets":
+        held["exchange"] = connected(store, meeting, rank)
         return
-    if meeting.kind == "gloo group":
+    if meeting.kind == "gloo":
         timeout = timedelta(seconds=meeting.timeout)
         group = dist.ProcessGroupGloo(store, rank, spec.size, timeout)
         held["exchange"] = CollectiveExchange(
@@ -75,6 +76,26 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
         meeting.epoch,
         timeout=meeting.timeout,
         device="cuda",
+    )
+
+
+def connected(store: dist.Store, meeting: Meeting, rank: int) -> Exchange:
+    """With the store in the place of frames that carry the ranks' addresses."""
+    place = sockets.Meeting(meeting.epoch, lambda address: store.set(f"rank {rank}", address))
+
+    def hear() -> None:
+        for lower in range(rank):
+            place.hear(lower, store.get(f"rank {lower}").decode())
+
+    threading.Thread(target=hear, daemon=True).start()
+    return sockets.join_epoch(
+        place,
+        meeting.spec,
+        rank,
+        "127.0.0.1",
+        KEY,
+        timeout=meeting.timeout,
+        patience=30.0,
     )
 
 

@@ -146,6 +146,11 @@ class Assembly:
 
         return local_ranks(config.ranks, self._options.nnodes, 0)
 
+    @property
+    def key(self) -> "ClusterKey | None":
+        """The cluster's; None for one host."""
+        return None if self._listener is None else self._listener.key
+
     def hosts(self, model: str, directory: Path, config: EngineConfig) -> "Hosts | None":
         """Wait for all; None for one host. ConfigError where another does not come, or serves
         something else."""

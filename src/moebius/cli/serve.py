@@ -141,7 +141,7 @@ def _serve_on(
     from moebius.models.hub import resolve_model
 
     directory = resolve_model(model)
-    with EngineProcesses(assembly.ranks_here(config)) as processes:
+    with EngineProcesses(assembly.ranks_here(config), key=assembly.key) as processes:
         from moebius.server.run import run_server
 
         found = partial(assembly.hosts, model, directory, config)

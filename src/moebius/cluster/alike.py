@@ -41,8 +41,15 @@ def check_alike(own: HostHello, other: HostHello) -> None:
 def common_isa(hosts: Sequence[HostHello], *, exact: bool) -> str:
     """The highest instruction set whose kernels all hosts have; bits depend on it.
 
-    exact: ConfigError where one has a higher one. ConfigError where they have none in common.
+    exact: ConfigError where one has a higher one. ConfigError where they have none in common, or
+    where one has no compiled kernels, with which rows are exchanged.
     """
+    without = [host.title for host in hosts if host.isas == ("reference",)]
+    if without:
+        raise ConfigError(
+            f"ranks need the compiled kernels, which the installation of {', '.join(without)} "
+            "lacks: install it again with a C++ compiler at hand"
+        )
     highest = {host.isas[-1] for host in hosts}
     told = ", ".join(f"{host.title} {host.isas[-1]}" for host in hosts)
     if exact and len(highest) > 1:

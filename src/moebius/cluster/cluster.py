@@ -24,6 +24,7 @@ from moebius.errors import (
     WireError,
 )
 from moebius.parallel.channel import Channel
+from moebius.parallel.key import ClusterKey
 from moebius.parallel.meet import Listener, name_of
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,12 @@ class Cluster:
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="cluster", daemon=True)
         self._thread.start()
+
+    @property
+    def key(self) -> ClusterKey:
+        """What all hosts and ranks hold."""
+        assert self._listener.key is not None, "hosts connect over TCP"
+        return self._listener.key
 
     def assemble(self) -> list[cluster.HostHello]:
         """What each host is, the front's first, once all are there. ConfigError where one is not

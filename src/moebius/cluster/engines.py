@@ -12,6 +12,7 @@ from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
 from moebius.front.replay import Lost, ReplayClient, Room
+from moebius.parallel.key import ClusterKey
 
 if TYPE_CHECKING:
     from moebius.cluster.group import RankGroup
@@ -32,9 +33,16 @@ class EngineProcesses:
         client = processes.launch(message, planned)
     """
 
-    def __init__(self, count: int, on_give_up: Callable[[], None] = _end_in_order) -> None:
+    def __init__(
+        self,
+        count: int,
+        on_give_up: Callable[[], None] = _end_in_order,
+        key: ClusterKey | None = None,
+    ) -> None:
         """on_give_up   called when engines were restarted too often for nothing; then every
-        request ends with the reason, and `check` raises it"""
+                        request ends with the reason, and `check` raises it
+        key             the cluster's, where some ranks are on other hosts
+        """
         self._count = count
         self._on_give_up = on_give_up
         self._early: dict[int, EngineProcess] = {}
@@ -46,7 +54,7 @@ class EngineProcesses:
         self._closed = False
         try:
             for number in range(count):
-                self._early[number] = EngineProcess()
+                self._early[number] = EngineProcess(key)
         except BaseException:
             self.close()
             raise

@@ -150,7 +150,7 @@ class RankGroup:
                     say(log.warning, "rank %d: %s", client.rank, error)
                     self._give_up((client.rank,))
                     self._later(_PAUSE_SECONDS, partial(self._form_again, epoch))
-                case wire.Put(epoch) if epoch == self._epoch and self._place is not None:
+                case wire.Listening(epoch) if epoch == self._epoch and self._place is not None:
                     self._place.carry(message, self._members.index(client.rank))
                 case wire.Moved(number):
                     self.places.moved(number, client.rank)

@@ -11,7 +11,7 @@ from moebius.cluster.alike import common_isa
 from moebius.cluster.cluster import Cluster, local_ranks
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
-from moebius.engine.member import GLOO
+from moebius.engine.member import TCP
 from moebius.engine.place import place
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
@@ -27,8 +27,8 @@ class EpochPlace(ABC):
         """What a rank is told of it: wire.Join.place."""
 
     @abstractmethod
-    def carry(self, put: wire.Put, rank: int) -> None:
-        """What a rank has left for the others."""
+    def carry(self, told: wire.Listening, rank: int) -> None:
+        """Where a rank listens, to all others."""
 
     @abstractmethod
     def give_up(self, ranks: Sequence[int]) -> None:
@@ -47,7 +47,7 @@ class SharedPlace(EpochPlace):
     def of(self, rank: int) -> str:
         return self._segment.place
 
-    def carry(self, put: wire.Put, rank: int) -> None:
+    def carry(self, told: wire.Listening, rank: int) -> None:
         """Nothing: who shares memory needs no address."""
 
     def give_up(self, ranks: Sequence[int]) -> None:
@@ -55,8 +55,8 @@ class SharedPlace(EpochPlace):
         self._segment.close()
 
 
-class GlooPlace(EpochPlace):
-    """gloo's connections between hosts.
+class ConnectedPlace(EpochPlace):
+    """Connections between hosts.
 
     addresses   of each rank's host
     remotes     the ranks' clients
@@ -70,12 +70,12 @@ class GlooPlace(EpochPlace):
         self._remotes = remotes
 
     def of(self, rank: int) -> str:
-        return GLOO + self._addresses[rank]
+        return TCP + self._addresses[rank]
 
-    def carry(self, put: wire.Put, rank: int) -> None:
+    def carry(self, told: wire.Listening, rank: int) -> None:
         for other, remote in enumerate(self._remotes):
             if other != rank:
-                remote.tell(put)
+                remote.tell(told)
 
     def give_up(self, ranks: Sequence[int]) -> None:
         for remote in self._remotes:
@@ -177,7 +177,7 @@ class ManyHosts(Hosts):
 
     def start(self, rank: int) -> WatchedProcess:
         node = self._node_of[rank]
-        return self._cluster.start(node, rank) if node else EngineProcess()
+        return self._cluster.start(node, rank) if node else EngineProcess(self._cluster.key)
 
     def launch(self, message: wire.Launch, rank: int, loaded: Sequence[int]) -> wire.Launch:
         host = self._host(rank)
@@ -203,7 +203,7 @@ class ManyHosts(Hosts):
         self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
     ) -> EpochPlace:
         addresses = [self._host(rank).address for rank in remotes]
-        return GlooPlace(epoch, addresses, list(remotes.values()))
+        return ConnectedPlace(epoch, addresses, list(remotes.values()))
 
     def _neighbours(self, rank: int) -> list[int]:
         """The ranks that share a machine's cores and memory with this one, itself among them."""

@@ -29,7 +29,7 @@ class HostHello(_Record, frozen=True, tag="host"):
     release      of Moebius
     node         its number among `nodes`
     name         what the host calls itself
-    address      where gloo is to listen at it
+    address      where its ranks are to listen for those of others
     directory    the model's, there
     weights      the fingerprint of that model's files
     config       the engine's options as they were given there

@@ -7,13 +7,11 @@ lies in the same array for all groups, and no two groups ever use one block of i
 """
 
 import json
-import mmap
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -25,12 +23,11 @@ from moebius.errors import CacheDataError, ConfigError
 from moebius.ops import LayerCache, Ops
 from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.ops.weights import dtype_name
-from moebius.pages import populate
+from moebius.pages import populate, reserve
 
 MOST_TABLES = 8
 """Block tables that a sequence may have: each costs every step a little, so above this a block with
 some unused memory is the lesser evil."""
-_HUGE_PAGE = 2 * 2**20
 _IDLE_SECONDS = 0.2
 _MAGIC = b"moebius cache\n"
 _CHECKSUM_BYTES = 16
@@ -299,11 +296,7 @@ def _bytes_of(part: Tensor) -> Tensor:
 def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> torch.Tensor:
     if device.type != "cpu" or sys.platform != "linux" or not nbytes:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    region = mmap.mmap(
-        -1, -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )
-    with suppress(OSError, AttributeError):  # not every system has huge pages
-        region.madvise(mmap.MADV_HUGEPAGE)
+    region = reserve(nbytes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)

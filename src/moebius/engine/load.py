@@ -28,10 +28,11 @@ from moebius.engine.memory import (
     exchange_bytes,
     human_bytes,
     logit_rows,
+    node_names,
     plan_memory,
 )
 from moebius.engine.moves import ExpertMoves
-from moebius.engine.place import share_threads
+from moebius.engine.place import NodeMemory, places
 from moebius.engine.placing import start_placement
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
@@ -64,13 +65,26 @@ class ExpertShare:
     """Which of several ranks that share a model's experts an engine is to be.
 
     placement: what each of them holds; None: in order, as evenly as it goes. neighbours: of these
-    on this host, itself among them, that have not taken their memory yet.
+    on this host, itself among them, that have not taken their memory yet. memory: of the nodes that
+    it is bound to; None: it is bound to none.
     """
 
     rank: int
     ranks: int
     placement: Placement | None = None
     neighbours: int = 1
+    memory: NodeMemory | None = None
+
+    @classmethod
+    def on_this_host(
+        cls, directory: Path, config: EngineConfig
+    ) -> tuple["ExpertShare", EngineConfig]:
+        """The rank that has least memory, as if all were here, with what it computes with."""
+        found = places(config.ranks, config.threads)
+        rank = min(range(config.ranks), key=lambda each: found[each].room)
+        placement = start_placement(directory, config)
+        share = cls(rank, config.ranks, placement, config.ranks, found[rank].memory)
+        return share, replace(config, threads=found[rank].threads)
 
     def of(self, model: ModelConfig, config: EngineConfig) -> ExpertRank:
         """The rank of this model. Raises ConfigError for a model without experts, or with fewer
@@ -133,13 +147,11 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     """Read configuration and safetensors headers, check them, and plan the memory. Raises
     UsageError.
 
-    share: the rank to plan for, where several share the experts; None: the first of config.ranks,
-    as if all were on this host.
+    share: the rank to plan for, where several share the experts; None: of config.ranks the one that
+    has least memory, as if all were on this host.
     """
     if share is None and config.ranks > 1:
-        placement = start_placement(directory, config)
-        share = ExpertShare(0, config.ranks, placement, neighbours=config.ranks)
-        config = replace(config, threads=share_threads(config.threads, config.ranks))
+        share, config = ExpertShare.on_this_host(directory, config)
     checkpoint = _published(directory)
     device = _device(config.device)
     cores = machine.threads()
@@ -152,12 +164,18 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     check_served(checkpoint.config, dtype, ops)
     ranks = None if share is None else share.of(checkpoint.config, config)
     sources = checkpoint.sources_at(ranks)
-    weights = checkpoint.plan_weights(dtype_name(dtype), device.type, ops.formats(dtype), sources)
+    memory = None if share is None or device.type != "cpu" else share.memory
+    near = memory is not None and memory.apart
+    weights = checkpoint.plan_weights(
+        dtype_name(dtype), device.type, ops.formats(dtype), sources, near=near
+    )
     available, available_of = _available(device)
     if share is not None and device.type == "cpu":
         common = _common_bytes(sources, weights)
-        available = (available - common) // share.neighbours + common
-    weight_bytes = _weight_bytes(weights, checkpoint.dtype)
+        available, available_of = _share_of(available, available_of, share, common)
+    weight_bytes = _weight_bytes(sources, weights, checkpoint.dtype)
+    if near and memory is not None:
+        weight_bytes = replace(weight_bytes, nodes=memory.nodes)
     if ranks is not None and config.expert_placement == "balanced":
         moving = _moving_bytes(sources, weights, ranks, config.spare_experts)
         weight_bytes = replace(weight_bytes, moving=moving)
@@ -181,10 +199,28 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         ranks=1 if share is None else share.ranks,
     )
     threads = config.threads or cores
-    loader = Loader(checkpoint, device)
+    loader = Loader(checkpoint, device, near=near)
     return Prepared(
         checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
     )
+
+
+def _share_of(host: int, owner: str, share: ExpertShare, common: int) -> tuple[int, str]:
+    """Bytes that a rank may take, and of what: of its host's, or of its nodes' where that is less.
+    `common` are there once, for all ranks."""
+
+    def part(available: int, ranks: int) -> int:
+        return (available - common) // ranks + common
+
+    found = part(host, share.neighbours)
+    memory = share.memory
+    if memory is None:
+        return found, owner
+    own = part(memory.available, min(memory.ranks, share.neighbours))
+    if own >= found:
+        return found, owner
+    of_node = f"{node_names(memory.nodes)}'s {human_bytes(memory.available)}"
+    return own, f"{of_node}, which {memory.ranks} ranks share" if memory.ranks > 1 else of_node
 
 
 def _common_bytes(sources: Sequence[Source], weights: Sequence[PlannedWeight]) -> int:
@@ -220,10 +256,22 @@ def _range(numbers: set[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _weight_bytes(weights: list[PlannedWeight], stored: str) -> WeightBytes:
-    mapped = sum(weight.nbytes for weight in weights if weight.mapped)
-    copied = sum(weight.nbytes for weight in weights if not weight.mapped)
-    return WeightBytes(mapped, copied, sum(weight.count for weight in weights), stored)
+def _weight_bytes(
+    sources: Sequence[Source], weights: Sequence[PlannedWeight], stored: str
+) -> WeightBytes:
+    near = [
+        (weight.nbytes, source.expert is None)
+        for source, weight in zip(sources, weights, strict=True)
+        if weight.near
+    ]
+    return WeightBytes(
+        mapped=sum(weight.nbytes for weight in weights if weight.mapped),
+        copied=sum(weight.nbytes for weight in weights if not (weight.mapped or weight.near)),
+        parameters=sum(weight.count for weight in weights),
+        stored=stored,
+        near=sum(nbytes for nbytes, _ in near),
+        common=sum(nbytes for nbytes, common in near if common),
+    )
 
 
 def _moving_bytes(

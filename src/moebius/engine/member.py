@@ -4,31 +4,49 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moebius.engine import wire
 from moebius.engine.rank import RankEngine
-from moebius.errors import ChannelError, MoebiusError, PeerError
+from moebius.errors import ChannelError, ConfigError, MoebiusError, PeerError
 from moebius.moe.placement import Placement
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
-from moebius.parallel.gloo import Meeting, join_epoch
+from moebius.parallel.key import ClusterKey
+
+if TYPE_CHECKING:
+    from moebius.parallel.sockets import Meeting
 
 Say = Callable[[wire.FromEngine], None]
 
-GLOO = "gloo://"
+TCP = "tcp://"
 """What a place begins with where ranks share no memory; this host's address follows."""
 _PATIENCE_SECONDS = 20.0
 
 
 class Member:
-    """Joins epochs. `expect`, `hear_put` and `give_up` belong to the thread that reads what the
-    front says, all else to the engine's."""
+    """Joins epochs. `expect`, `hear_address` and `give_up` belong to the thread that reads what the
+    front says, all else to the engine's.
 
-    def __init__(self, engine: RankEngine, spec: ExchangeSpec, say: Say) -> None:
+    key       the cluster's, which ranks on several hosts prove to each other
+    crowded   the ranks of this host share processors
+    """
+
+    def __init__(
+        self,
+        engine: RankEngine,
+        spec: ExchangeSpec,
+        say: Say,
+        *,
+        key: ClusterKey | None = None,
+        crowded: bool = False,
+    ) -> None:
         assert engine.moves is not None, "the front tells a rank which experts it holds"
         self._engine = engine
         self._moves = engine.moves
         self._spec = spec
         self._say = say
+        self._key = key
+        self._crowded = crowded
         self._epoch = 0
         self._lock = threading.Lock()
         self._meeting: Meeting | None = None
@@ -47,21 +65,23 @@ class Member:
     def expect(self, asked: wire.Join) -> None:
         """This epoch will be joined once the engine comes to it: whatever that still waits for in
         an earlier one, it waits no longer."""
-        if not asked.place.startswith(GLOO):
+        if not asked.place.startswith(TCP):
             return
+        from moebius.parallel.sockets import Meeting  # which needs the compiled kernels
+
         with self._lock:
             earlier = self._meeting
             self._meeting = Meeting(
                 Epoch(asked.group, asked.epoch),
-                lambda key, value: self._tell(wire.Put(asked.epoch, key, value)),
+                lambda address: self._tell(wire.Listening(asked.epoch, asked.rank, address)),
             )
         if earlier is not None:
             self._end(earlier, range(self._spec.size))
 
-    def hear_put(self, put: wire.Put) -> None:
+    def hear_address(self, told: wire.Listening) -> None:
         meeting = self._meeting
-        if meeting is not None and meeting.epoch.number == put.epoch:
-            meeting.hear(put.key, put.value)
+        if meeting is not None and meeting.epoch.number == told.epoch:
+            meeting.hear(told.rank, told.address)
 
     def give_up(self, told: wire.GiveUp) -> None:
         """The epoch is over: what the engine waits for in it will not come."""
@@ -94,7 +114,7 @@ class Member:
 
     def _exchange_of(self, asked: wire.Join, spec: ExchangeSpec) -> Exchange:
         epoch = Epoch(asked.group, asked.epoch)
-        if not asked.place.startswith(GLOO):
+        if not asked.place.startswith(TCP):
             from moebius.parallel.shared_memory import SharedMemoryExchange
 
             return SharedMemoryExchange(asked.place, spec, asked.rank, epoch, timeout=asked.timeout)
@@ -102,8 +122,7 @@ class Member:
         assert meeting is not None, "an epoch over several hosts is expected before it is joined"
         if meeting.epoch != epoch:
             raise PeerError(f"{epoch} was over before it was joined", ranks=())
-        address = asked.place.removeprefix(GLOO)
-        exchange = join_epoch(meeting, spec, asked.rank, address, asked.timeout, _PATIENCE_SECONDS)
+        exchange = self._connected(meeting, spec, asked)
         with self._lock:
             self._exchange = exchange
         if meeting.over is not None:
@@ -111,7 +130,23 @@ class Member:
             raise meeting.over
         return exchange
 
-    def _end(self, meeting: Meeting, ranks: Sequence[int]) -> None:
+    def _connected(self, meeting: "Meeting", spec: ExchangeSpec, asked: wire.Join) -> Exchange:
+        from moebius.parallel.sockets import join_epoch
+
+        if self._key is None:
+            raise ConfigError(f"rank {asked.rank} does not have the cluster's key")
+        return join_epoch(
+            meeting,
+            spec,
+            asked.rank,
+            asked.place.removeprefix(TCP),
+            self._key,
+            timeout=asked.timeout,
+            patience=_PATIENCE_SECONDS,
+            crowded=self._crowded,
+        )
+
+    def _end(self, meeting: "Meeting", ranks: Sequence[int]) -> None:
         meeting.give_up(ranks)
         with self._lock:
             exchange = self._exchange

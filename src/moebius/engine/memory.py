@@ -4,6 +4,7 @@ It is made from the configuration and the safetensors headers alone (`moebius pl
 without loading the model); the engine reserves what it says at start and nothing that grows later.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moebius.engine.config import EngineConfig
@@ -31,7 +32,9 @@ class WeightBytes:
     """Bytes of weights that are read in place from the files (`mapped`), or converted (`copied`).
 
     stored is the dtype that most of them have in the files. moving is room for experts that come
-    before others go, and for as many as a rank may come to hold.
+    before others go, and for as many as a rank may come to hold. near are copied as they are, to
+    the `nodes` of memory that a rank is bound to; `common` of these are of weights that every rank
+    has.
     """
 
     mapped: int
@@ -39,10 +42,21 @@ class WeightBytes:
     parameters: int
     stored: str = ""
     moving: int = 0
+    near: int = 0
+    common: int = 0
+    nodes: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
-        return self.mapped + self.copied + self.moving
+        return self.mapped + self.copied + self.moving + self.near
+
+    @property
+    def parts(self) -> str:
+        """How they are held, for a person."""
+        said = f"{human_bytes(self.mapped)} mapped, {human_bytes(self.copied)} copied"
+        if self.near:
+            said += f", {human_bytes(self.near)} copied to {node_names(self.nodes)}"
+        return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +164,7 @@ class MemoryPlan:
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, how much, remark) for a table."""
         weights = self.weights
-        held = f"{human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied"
-        held = f"{weights.parameters:,} parameters; {held}"
+        held = f"{weights.parameters:,} parameters; {weights.parts}"
         if weights.moving:
             held += f", {human_bytes(weights.moving)} to move experts"
         changed = ""
@@ -165,6 +178,7 @@ class MemoryPlan:
         workspace = human_bytes(self.workspace)
         return [
             ("weights", human_bytes(weights.total), held),
+            *self._near_rows(),
             (
                 "KV cache",
                 human_bytes(self.kv_cache),
@@ -178,6 +192,13 @@ class MemoryPlan:
             *self._length_rows(),
             ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
         ]
+
+    def _near_rows(self) -> list[tuple[str, str, str]]:
+        weights = self.weights
+        if not weights.near:
+            return []
+        remark = "of these are what every rank has: each of a host its own, where it computes"
+        return [("repeated", human_bytes(weights.common), remark)]
 
     def _windows(self) -> str:
         windows = sorted({window for window in self.cache.windows if window is not None})
@@ -219,6 +240,12 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def node_names(nodes: Sequence[int]) -> str:
+    """(1,) -> 'memory node 1'."""
+    numbers = ", ".join(map(str, nodes))
+    return f"memory node{'s' * (len(nodes) > 1)} {numbers}"
 
 
 def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int, ranks: int = 1) -> int:
@@ -350,11 +377,11 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
     of = f" (left of {plan.available_of})" if plan.available_of else ""
     left = plan.available - weights.total - plan.workspace
     if left <= 0:
+        fewer = "use fewer --ranks (each has copies), " if weights.near else ""
         raise MemoryPlanError(
-            f"weights ({human_bytes(weights.mapped)} mapped, {human_bytes(weights.copied)} copied) "
-            f"and workspace ({human_bytes(plan.workspace)}) need more than the {available} "
-            f"available{of}; lower --max-num-batched-tokens, keep the checkpoint's --dtype, or "
-            "free memory"
+            f"weights ({weights.parts}) and workspace ({human_bytes(plan.workspace)}) need more "
+            f"than the {available} available{of}; lower --max-num-batched-tokens, keep the "
+            f"checkpoint's --dtype, {fewer}or free memory"
         )
     if wanted is None:
         useful = plan.max_num_seqs * plan.most_blocks(plan.max_model_len) * plan.cache.block

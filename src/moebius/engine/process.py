@@ -146,7 +146,7 @@ class Service:
                         request = move_request(request, time.monotonic() - sent)
                     self._submit(request)
                     self._tell_member(wire.Hear(number))
-                case wire.Hear() | wire.Join() | wire.Move() | wire.Put() | wire.GiveUp():
+                case wire.Hear() | wire.Join() | wire.Move() | wire.Listening() | wire.GiveUp():
                     self._tell_member(message)
                 case wire.Abort(request_id):
                     self._engine.abort(request_id)
@@ -170,8 +170,8 @@ class Service:
                 raise WireError(f"an engine that is no rank was sent {type(message).__name__}")
             return
         match message:
-            case wire.Put():
-                member.hear_put(message)
+            case wire.Listening():
+                member.hear_address(message)
                 return
             case wire.GiveUp():
                 member.give_up(message)
@@ -256,7 +256,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     share = None
     if ranks > 1:
         placement = None if launch.held is None else Placement.of(launch.held)
-        share = ExpertShare(launch.rank, ranks, placement, neighbours=launch.neighbours)
+        share = ExpertShare(launch.rank, ranks, placement, launch.neighbours, here.memory)
     prepared = prepare(directory, config, share)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
@@ -269,7 +269,13 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     )
     member = None
     if isinstance(engine, RankEngine):
-        member = Member(engine, exchange_spec(prepared), partial(_send, channel))
+        member = Member(
+            engine,
+            exchange_spec(prepared),
+            partial(_send, channel),
+            key=ClusterKey.from_environment(),
+            crowded=here.at_once < launch.local_ranks,
+        )
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member, far)
 

@@ -236,7 +236,9 @@ class RemoteClient:
                     self._loads.heard(loads)
                 case wire.Failed(error):
                     raise error if isinstance(error, EngineError) else EngineError(str(error))
-                case wire.Joined() | wire.Parted() | wire.Put() | wire.Moved() | wire.Unmoved():
+                case (
+                    wire.Joined() | wire.Parted() | wire.Listening() | wire.Moved() | wire.Unmoved()
+                ):
                     self.heard(message)
                 case wire.Heartbeat() | wire.Planned() | wire.Loaded():
                     pass

@@ -128,11 +128,13 @@ class EngineProcess(WatchedProcess):
             client = process.launch(message, planned)
 
     It is started at once, and imports what takes seconds while there is no launch message yet.
+
+    key   the cluster's, for ranks that connect to those of other hosts
     """
 
-    def __init__(self) -> None:
+    def __init__(self, key: ClusterKey | None = None) -> None:
         super().__init__()
-        self._listener, variables = _private_listener()
+        self._listener, variables = _private_listener(key)
         try:
             self._child = ChildProcess(self._listener.address, variables=variables)
         except BaseException:
@@ -178,9 +180,9 @@ class EngineProcess(WatchedProcess):
         self._listener.close()
 
 
-def _private_listener() -> tuple[Listener, dict[str, str]]:
-    """Where a process of this host connects to, and what its environment needs for that."""
+def _private_listener(key: ClusterKey | None) -> tuple[Listener, dict[str, str]]:
+    """Where a process of this host connects to, and what its environment holds for that."""
     if hasattr(socket, "AF_UNIX"):
-        return Listener.unix(), {}
-    key = ClusterKey.draw()
+        return Listener.unix(), {} if key is None else {VARIABLE: key.text}
+    key = key or ClusterKey.draw()
     return Listener.tcp("127.0.0.1", 0, key), {VARIABLE: key.text}

@@ -92,7 +92,7 @@ class Join(_Record, frozen=True, tag="join"):
     rank      which of them it is in this epoch
     held      for each layer with a router, the experts that each of them holds, and the number of
               this placement: it is what is computed by when the epoch begins
-    place     where the group's shared memory is; or gloo://ADDRESS, this rank's own, where some
+    place     where the group's shared memory is; or tcp://ADDRESS, this rank's own, where some
               ranks are on other hosts
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
@@ -108,12 +108,12 @@ class Join(_Record, frozen=True, tag="join"):
     heard: int
 
 
-class Put(_Record, frozen=True, tag="put"):
-    """A rank to the front, and the front to all others: what gloo needs of it to connect."""
+class Listening(_Record, frozen=True, tag="listening"):
+    """A rank to the front, and the front to all others: where they reach it in this epoch."""
 
     epoch: int
-    key: str
-    value: bytes
+    rank: int
+    address: str
 
 
 class GiveUp(_Record, frozen=True, tag="give_up"):
@@ -235,9 +235,9 @@ class Loads(_Record, frozen=True, tag="loads"):
     loads: ExpertLoads
 
 
-OfGroup = Joined | Parted | Put | Moved | Unmoved
+OfGroup = Joined | Parted | Listening | Moved | Unmoved
 """What a rank says of its group."""
-ToMember = Hear | Join | Put | GiveUp | Move
+ToMember = Hear | Join | Listening | GiveUp | Move
 """What it hears of it."""
 ToEngine = Launch | Submit | ToMember | Abort | ReadLoads | Stop
 FromEngine = Heartbeat | Planned | Loaded | OfGroup | Failed | Outputs | Stats | Loads

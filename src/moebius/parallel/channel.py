@@ -138,6 +138,13 @@ class Channel:
         with self._receiving, self._flushing, self._sending:
             self._sock.close()
 
+    def detach(self) -> socket.socket:
+        """The socket, for something else than frames from here on, before any have come or gone."""
+        with self._receiving, self._flushing, self._sending:
+            assert not self._received and not self._unsent, "frames have come or wait to go"
+            self._closed = True
+            return self._sock
+
     def _check_sendable(self) -> None:
         if self._closed:
             raise ChannelClosedError(f"the connection to {self.peer} was closed here")

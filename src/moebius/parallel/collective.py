@@ -1,32 +1,31 @@
-"""The exchange through torch.distributed: gloo between CPUs, NCCL between GPUs.
+"""The exchange through torch.distributed: NCCL between GPUs; over gloo its tests need none.
 
 Nothing but `all_to_all_single`, which both have had for long. Counts go first, in a message of one
 size whatever the operation, so that ranks that are out of step notice. Rows and their ids travel
 together: what a call costs, it costs once.
 """
 
-import hashlib
 import re
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, Self, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Work
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed import Work
 
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.exchange import (
-    DTYPES,
     MOST_VALUES,
     CheckedExchange,
     Epoch,
     ExchangeSpec,
     Traffic,
+    check_alike,
+    identity,
 )
 
 # What a rank sends each other before anything else: what it does, how many values follow, values.
@@ -34,7 +33,6 @@ _HEADER = 2 + MOST_VALUES
 _HELLO = 1
 _AGREE = 2
 _DISPATCH = 3
-_VERSION = 1
 # Between two looks whether somebody has given up; and whether a device has come so far.
 _SLICE_SECONDS = 0.05
 _POLL_SECONDS = 20e-6
@@ -109,22 +107,6 @@ class CollectiveExchange(CheckedExchange):
         self._sent: _Sent | None = None
         self._greet()
 
-    @classmethod
-    def over_gloo(
-        cls, store: Store, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
-    ) -> Self:
-        """Meets the other ranks at a store, which later epochs can use too.
-
-        gloo's sockets are at the interface that the variable GLOO_SOCKET_IFNAME names. Raises as
-        making one from a group does.
-        """
-        place = PrefixStore(str(epoch), store)
-        try:
-            group = ProcessGroupGloo(place, rank, spec.size, timedelta(seconds=timeout))
-        except RuntimeError as error:
-            raise _lost_peers(spec.size, rank, epoch, timeout, error) from None
-        return cls(cast(Group, group), spec, rank, epoch, timeout=timeout)
-
     @property
     def traffic(self) -> Traffic:
         return Traffic(self._calls, self._bytes_out, self._bytes_in, self._seconds_waited)
@@ -183,24 +165,9 @@ class CollectiveExchange(CheckedExchange):
         self._count_rows(sent.pairs_from, sent.pairs_to)
 
     def _greet(self) -> None:
-        spec = self.spec
-        group = hashlib.blake2b(self.epoch.group.encode(), digest_size=8).digest()
-        mine = {
-            "version": _VERSION,
-            "group": int.from_bytes(group, signed=True),
-            "epoch": self.epoch.number,
-            "tokens": spec.tokens,
-            "hidden": spec.hidden,
-            "top_k": spec.top_k,
-            "dtype": DTYPES.index(spec.dtype),
-        }
-        for rank, theirs in enumerate(
-            self._trade_headers(_HELLO, [tuple(mine.values())] * self.size)
-        ):
-            if theirs != tuple(mine.values()):
-                named = dict(zip(mine, theirs, strict=True))
-                other = ", ".join(name for name, value in mine.items() if named[name] != value)
-                raise ConfigError(f"{self.epoch}: ranks {self.rank} and {rank} differ in {other}")
+        mine = tuple(identity(self.spec, self.epoch).values())
+        found = self._trade_headers(_HELLO, [mine] * self.size)
+        check_alike(self.spec, self.epoch, self.rank, found)
 
     def _owners(self, ids_TK: Tensor, owners_CE: Tensor) -> Tensor:
         """The rank of each pair; ids out of range are looked up as if they were within it."""

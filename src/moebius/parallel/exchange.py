@@ -11,8 +11,9 @@ Shapes: T tokens of this rank, R rows received, C rows of the owners table, E ex
 token, D hidden size.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ MOST_RANKS = 1024
 MOST_VALUES = 16
 """How many numbers a rank may bring to `Exchange.agree`."""
 
+_VERSION = 1
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -68,6 +70,32 @@ class Epoch:
 
     def __str__(self) -> str:
         return f"epoch {self.number} of group {self.group}"
+
+
+def identity(spec: ExchangeSpec, epoch: Epoch) -> dict[str, int]:
+    """What ranks must have in common to exchange rows, as numbers of 64 bits."""
+    group = hashlib.blake2b(epoch.group.encode(), digest_size=8).digest()
+    return {
+        "version": _VERSION,
+        "group": int.from_bytes(group, signed=True),
+        "epoch": epoch.number,
+        "tokens": spec.tokens,
+        "hidden": spec.hidden,
+        "top_k": spec.top_k,
+        "dtype": DTYPES.index(spec.dtype),
+    }
+
+
+def check_alike(
+    spec: ExchangeSpec, epoch: Epoch, rank: int, found: Iterable[tuple[int, ...]]
+) -> None:
+    """ConfigError where a rank has said another `identity` than this one's."""
+    mine = identity(spec, epoch)
+    for other, theirs in enumerate(found):
+        if theirs != tuple(mine.values()):
+            named = dict(zip(mine, theirs, strict=False))
+            unlike = ", ".join(name for name, value in mine.items() if named.get(name) != value)
+            raise ConfigError(f"{epoch}: ranks {rank} and {other} differ in {unlike}")
 
 
 @dataclass(frozen=True, slots=True)

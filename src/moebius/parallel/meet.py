@@ -76,8 +76,8 @@ class Listener:
         self, sock: socket.socket, address: Address, key: ClusterKey | None = None
     ) -> None:
         self.address = address
+        self.key = key
         self._sock = sock
-        self._key = key
         self._unproven: dict[_Unproven, None] = {}
         self._refused = 0
         self._said = -_LOG_SECONDS
@@ -147,14 +147,14 @@ class Listener:
         except OSError:  # no more descriptors, say: it still waits
             time.sleep(_PAUSE)
             return None
-        if self._key is None:
+        if self.key is None:
             return Channel(sock, name_of(self.address))
         if len(self._unproven) >= MOST_UNPROVEN:
             oldest = next(iter(self._unproven))
             self._drop(oldest, f"{oldest.peer} had not proven itself when many others came")
         try:
             _keep_alive(sock)
-            one = _Unproven(sock, name_of((address[0], address[1])), self._key)
+            one = _Unproven(sock, name_of((address[0], address[1])), self.key)
         except OSError:
             sock.close()
             return None
@@ -243,18 +243,19 @@ def _connected(path: Path, timeout: float) -> socket.socket:
 
 def _introduced(sock: socket.socket, name: str, key: ClusterKey, deadline: float) -> Channel:
     _keep_alive(sock)
-    introduction = Introduction(key, name, _read(sock, HELLO_BYTES, name, deadline))
+    introduction = Introduction(key, name, read_exactly(sock, HELLO_BYTES, name, deadline))
     sock.sendall(introduction.answer)
     try:
-        confirmation = _read(sock, CONFIRMATION_BYTES, name, deadline)
+        confirmation = read_exactly(sock, CONFIRMATION_BYTES, name, deadline)
     except (ChannelError, ConnectionError):
         # Without a cause of the network's, where one could try again.
         raise ChannelError(f"{name} refused this process: it holds another cluster key") from None
     return Channel(sock, name, introduction.check(confirmation))
 
 
-def _read(sock: socket.socket, size: int, name: str, deadline: float) -> bytes:
-    """Exactly so many bytes: what comes behind them is the channel's."""
+def read_exactly(sock: socket.socket, size: int, name: str, deadline: float) -> bytes:
+    """So many bytes: what comes behind them is for whoever reads next. ChannelError where the other
+    side ends before, TimeoutError where they are not here by `deadline`, of time.monotonic."""
     data = b""
     while len(data) < size:
         sock.settimeout(max(0.001, deadline - time.monotonic()))

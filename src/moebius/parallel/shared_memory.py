@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from moebius import _cpu, machine
 from moebius.errors import ConfigError, MemoryPlanError, PeerError
-from moebius.parallel.exchange import CheckedExchange, Epoch, ExchangeSpec, Traffic
+from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.native import NativeExchange, check_ranks
 
 
 def segment_bytes(spec: ExchangeSpec) -> int:
@@ -38,7 +38,7 @@ class Segment:
         be."""
         layout = _layout(spec, epoch)
         if not hasattr(os, "memfd_create"):
-            raise ConfigError("ranks share memory on Linux only; let them exchange through gloo")
+            raise ConfigError("ranks share memory on Linux only")
         name = f"moebius-{epoch.group}-{epoch.number}"
         self._file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -66,7 +66,7 @@ class Segment:
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
         assert self._memory is not None, "a closed segment reaches nobody"
-        _check_ranks(ranks, self.spec)
+        check_ranks(ranks, self.spec)
         _cpu.exchange_give_up(self._memory.address, ranks)
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class Segment:
         self.close()
 
 
-class SharedMemoryExchange(CheckedExchange):
+class SharedMemoryExchange(NativeExchange):
     """A rank's part in a segment.
 
     place   the segment's
@@ -100,88 +100,13 @@ class SharedMemoryExchange(CheckedExchange):
         memory = _open(place, epoch)
         try:
             layout.check(memory.address, memory.nbytes)
-            native = _cpu.SharedExchange(memory, layout, memory.address, rank=rank, timeout=timeout)
+            self._native = _cpu.SharedExchange(
+                memory, layout, memory.address, rank=rank, timeout=timeout
+            )
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
         except MemoryError:
             raise _too_little_memory(memory.nbytes) from None
-        # None when it has been closed, with the memory.
-        self._native: _cpu.SharedExchange | None = native
-        self._traffic_at_close = Traffic()
-
-    @property
-    def traffic(self) -> Traffic:
-        native = self._native
-        if native is None:
-            return self._traffic_at_close
-        found = native.traffic
-        return Traffic(found.calls, found.bytes_out, found.bytes_in, found.seconds_waited)
-
-    def close(self) -> None:
-        super().close()
-        if self._native is not None:
-            self._native.give_up([self.rank])
-            self._traffic_at_close = self.traffic
-            self._native = None
-
-    def give_up(self, ranks: Sequence[int]) -> None:
-        _check_ranks(ranks, self.spec)
-        native = self._native
-        if native is not None:
-            native.give_up(ranks)
-
-    def _agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
-        native = self._open()
-        try:
-            return [tuple(each) for each in native.agree(values)]
-        except _cpu.PeersLost as lost:
-            raise self._peer_error(lost) from None
-
-    def _dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
-    ) -> int:
-        native = self._open()
-        splits, experts = owners_CE.shape
-        try:
-            return native.dispatch(
-                x_TD.data_ptr(),
-                ids_TK.data_ptr(),
-                x_TD.shape[0],
-                owners_CE.data_ptr(),
-                splits,
-                experts,
-                rows_RD.data_ptr(),
-                ids_RK.data_ptr(),
-            )
-        except _cpu.PeersLost as lost:
-            raise self._peer_error(lost) from None
-
-    def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
-        native = self._open()
-        try:
-            native.combine(outputs_RKD.data_ptr(), back_TKD.data_ptr())
-        except _cpu.PeersLost as lost:
-            raise self._peer_error(lost) from None
-
-    def _open(self) -> _cpu.SharedExchange:
-        """Whoever calls it keeps it, and the memory, until the call has returned."""
-        native = self._native
-        if native is None:
-            raise PeerError(f"{self.epoch}: rank {self.rank} has left it", ranks=(self.rank,))
-        return native
-
-    def _peer_error(self, lost: _cpu.PeersLost) -> PeerError:
-        """What is known of ranks that this one cannot go on with, in words."""
-        ranks, missing = lost.args
-        named = ", ".join(str(rank) for rank in ranks)
-        some = f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
-        if not missing:
-            text = f"{some} did something else than rank {self.rank} at the same point of a step"
-        elif self.rank in ranks:
-            text = f"the others have given up {some}, of which this is one"
-        else:
-            text = f"{some} did not come within {self.timeout:g} s, ended or left"
-        return PeerError(f"{self.epoch}: {text}", ranks=tuple(ranks))
 
 
 class _Memory:
@@ -203,12 +128,6 @@ def _too_little_memory(nbytes: int) -> MemoryPlanError:
         f"the {nbytes / 2**20:.1f} MiB that ranks share cannot be had; fewer tokens a step need "
         "less"
     )
-
-
-def _check_ranks(ranks: Sequence[int], spec: ExchangeSpec) -> None:
-    for rank in ranks:
-        if not 0 <= rank < spec.size:
-            raise ValueError(f"rank {rank} of {spec.size}")
 
 
 def _open(place: str, epoch: Epoch) -> _Memory:

@@ -8,7 +8,7 @@ it from /proc/self/status, both below a root that tests make up.
 import ctypes
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from moebius.errors import ConfigError
 ROOT = Path("/")
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}
 _MPOL_BIND = 2
+_MPOL_INTERLEAVE = 3
+# What the kernel gives up for others, of a node's meminfo: files that it has read, and its own.
+_SPARE = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,14 @@ class Node:
 
     cores       this process's share of them, each as the processors (hardware threads) that it has
     memory      bytes; 0 where there is none, or none for this process
+    available   of these, what may still be taken
     distances   by the number of another node; relative, as firmware tells them
     """
 
     number: int
     cores: tuple[tuple[int, ...], ...]
     memory: int
+    available: int
     distances: dict[int, int]
 
 
@@ -57,18 +62,20 @@ def read_topology(root: Path = ROOT) -> tuple[Node, ...]:
     folder = root / "sys/devices/system/node"
     numbers = sorted(_numbers(_text(folder / "online")))
     if not numbers:
-        return (Node(0, _cores(root, allowed), 0, {}),)
+        return (Node(0, _cores(root, allowed), 0, 0, {}),)
     memories = _allowed(root, "Mems_allowed_list")
     nodes = []
     for number in numbers:
         place = folder / f"node{number}"
         processors = _numbers(_text(place / "cpulist")) & allowed
         usable = memories is None or number in memories
+        sizes = _sizes(place) if usable else {}
         distances = [int(word) for word in _text(place / "distance").split()]
         node = Node(
             number,
             _cores(root, processors),
-            _memory(place) if usable else 0,
+            sizes.get("MemTotal", 0),
+            sum(sizes.get(name, 0) for name in _SPARE),
             dict(zip(numbers, distances, strict=False)),
         )
         if node.cores or node.memory:
@@ -110,18 +117,25 @@ def bind(binding: Binding) -> bool:
     number = _SET_MEMPOLICY.get(platform.machine())
     if not binding.memory_nodes or number is None:
         return False
-    bits = max(binding.memory_nodes) + 1
-    words = (ctypes.c_ulong * (bits // 64 + 1))()
-    for node in binding.memory_nodes:
-        words[node // 64] |= 1 << node % 64
+    mode, words = memory_policy(binding.memory_nodes)
+    mask = (ctypes.c_ulong * len(words))(*words)
     # The kernel reads one bit less than it is told.
     done = ctypes.CDLL(None).syscall(
-        ctypes.c_long(number),
-        ctypes.c_int(_MPOL_BIND),
-        words,
-        ctypes.c_ulong(64 * len(words) + 1),
+        ctypes.c_long(number), ctypes.c_int(mode), mask, ctypes.c_ulong(64 * len(words) + 1)
     )
     return int(done) == 0
+
+
+def memory_policy(nodes: Sequence[int]) -> tuple[int, list[int]]:
+    """set_mempolicy(2)'s mode and mask, in words of 64 bits.
+
+    Of several nodes all give memory in turn: weights and caches are written by one thread and read
+    by those of all nodes, and would lie on the first one's otherwise.
+    """
+    words = [0] * (max(nodes) // 64 + 1)
+    for node in nodes:
+        words[node // 64] |= 1 << node % 64
+    return (_MPOL_BIND if len(nodes) == 1 else _MPOL_INTERLEAVE), words
 
 
 def _share(nodes: list[Node], ranks: int) -> list[int]:
@@ -171,12 +185,11 @@ def _cores(root: Path, processors: set[int]) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(cores))
 
 
-def _memory(place: Path) -> int:
-    for line in _text(place / "meminfo").splitlines():
-        words = line.split()  # Node 0 MemTotal: 1234 kB
-        if len(words) >= 4 and words[2] == "MemTotal:":
-            return int(words[3]) * 1024
-    return 0
+def _sizes(place: Path) -> dict[str, int]:
+    """A node's meminfo, in bytes."""
+    lines = (line.split() for line in _text(place / "meminfo").splitlines())
+    # Node 0 MemTotal: 1234 kB
+    return {words[2].rstrip(":"): int(words[3]) * 1024 for words in lines if len(words) == 5}
 
 
 def _allowed(root: Path, field: str) -> set[int] | None:

@@ -72,15 +72,17 @@ class Checkpoint:
         device: str = "cpu",
         formats: Collection[str] = (),
         sources: Sequence[Source] | None = None,
+        *,
+        near: bool = False,
     ) -> list[PlannedWeight]:
         """How each parameter is held on `device` by a model that computes in `dtype`.
 
         formats: those of matrices that the backend reads where they lie (Ops.formats), besides
-        `dtype` itself. sources: of the parameters in question, None for all. Loads none; loading
-        holds each as this says.
+        `dtype` itself. sources: of the parameters in question, None for all. near: what could be
+        mapped is copied as it is. Loads none; loading holds each as this says.
         """
         return [
-            planned_weight(source, self.tensors[source.name], dtype, device, formats)
+            planned_weight(source, self.tensors[source.name], dtype, device, formats, near=near)
             for source in (self.sources if sources is None else sources)
         ]
 

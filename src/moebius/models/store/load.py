@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from moebius.models.decoder import Decoder
 from moebius.models.layout import Source
 from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
+from moebius.models.store.near import NearFiles
+from moebius.models.store.plan import PlannedWeight
 from moebius.models.store.tensors import StoredTensor
 from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
@@ -20,7 +23,10 @@ from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import FORMATS, Matrix, Ops, PreparedExperts, Weight, select_ops
 from moebius.ops.weights import Dense, dtype_name
-from moebius.pages import Span
+from moebius.pages import Span, give_back
+
+# Threads that copy a model while it is loaded, and nothing is computed yet.
+_COPYING = 4
 
 
 def load_decoder(
@@ -65,6 +71,14 @@ class ExpertMove:
         return sorted({source.parameter.rsplit(".", 2)[0] for source in sources})
 
 
+class _Files(Protocol):
+    """Files whose bytes are in memory."""
+
+    def view(
+        self, stored: StoredTensor, dtype: torch.dtype, skipped: int, shape: tuple[int, ...]
+    ) -> Tensor: ...
+
+
 class Loader:
     """Puts a checkpoint's tensors into decoders, where they lie in their files if that can be.
 
@@ -74,15 +88,22 @@ class Loader:
     Checkpoint.plan_weights says which. Mapped weights cannot be written and take no gradient;
     mapped=False copies all of them, for training.
 
-    A rank that shares experts with others reads and holds its own alone.
+    A rank that shares experts with others reads and holds its own alone. near: it has copies of
+    what would be mapped, too, in memory of its own, and no file stays mapped for them.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, *, mapped: bool = True
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        mapped: bool = True,
+        near: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self._mapped = mapped
+        self._near = near
         # Of ranks that hold parts of files, and may come to hold others.
         self._parts = MappedFiles(whole=False)
 
@@ -94,7 +115,7 @@ class Loader:
         sources = self.checkpoint.sources_at(decoder.ranks)
         _check_all_have_a_source(decoder, sources)
         files = MappedFiles() if decoder.ranks is None else self._parts
-        self._put(decoder, self._values(decoder, sources, files))
+        self._put(decoder, self._values(decoder, sources, files, _COPYING))
 
     def bring_experts(
         self, decoder: Decoder, placement: Placement, rank: int | None = None
@@ -128,15 +149,25 @@ class Loader:
         layers = [decoder.get_submodule(name) for name in move.modules]
         handles = [_prepared(experts, decoder) for experts in layers]
         self._put(decoder, move.come)
-        for source in move.gone:
-            name, _, number = source.parameter.rpartition(".")
-            weights = decoder.get_submodule(name)
-            assert isinstance(weights, WeightList)
-            weights.hold(int(number), None)
+        gone = [_taken(decoder, source) for source in move.gone]
         now = [_prepared(experts, decoder) for experts in layers]
         if any(one is not other for one, other in zip(now, handles, strict=True)):
             decoder.moves += 1
-        for file, spans in self._spans(move.gone).items():
+        self._release(decoder, move.gone, gone)
+
+    def _release(
+        self, decoder: Decoder, sources: Sequence[Source], weights: Sequence[Weight]
+    ) -> None:
+        """Give back the memory of weights that nothing is computed with any more."""
+        planned = self._planned(decoder, sources)
+        far = []
+        for source, weight, plan in zip(sources, weights, planned, strict=True):
+            if not plan.near:
+                far.append(source)
+                continue
+            for plane in (weight,) if isinstance(weight, Tensor) else weight.planes:
+                give_back(plane.data_ptr(), plane.nbytes)
+        for file, spans in self._spans(far).items():
             self._parts.release(file, spans)
 
     def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
@@ -151,20 +182,34 @@ class Loader:
             found.setdefault(stored.file, []).append(_span(source, stored))
         return found
 
-    def _values(
-        self, decoder: Decoder, sources: Sequence[Source], files: MappedFiles
-    ) -> list[tuple[Source, Weight]]:
-        """What a decoder's parameters will be, for these sources."""
+    def _planned(self, decoder: Decoder, sources: Sequence[Source]) -> list[PlannedWeight]:
         dtype = dtype_name(decoder.dtype)
         formats = decoder.ops.formats(decoder.dtype) if self._mapped else frozenset[str]()
-        planned = self.checkpoint.plan_weights(dtype, self.device.type, formats, sources)
+        return self.checkpoint.plan_weights(
+            dtype, self.device.type, formats, sources, near=self._near
+        )
+
+    def _values(
+        self,
+        decoder: Decoder,
+        sources: Sequence[Source],
+        files: MappedFiles,
+        threads: int = 1,
+    ) -> list[tuple[Source, Weight]]:
+        """What a decoder's parameters will be, for these sources; so many threads copy."""
+        planned = list(zip(sources, self._planned(decoder, sources), strict=True))
+        near = None
+        if self._near:
+            near = NearFiles(self._spans(source for source, plan in planned if plan.near), threads)
         if not files.whole:
-            for file, spans in self._spans(sources).items():
+            far = self._spans(source for source, plan in planned if not plan.near)
+            for file, spans in far.items():
                 files.fetch(file, spans)
         values = []
-        for source, plan in zip(sources, planned, strict=True):
-            weight = _view(files, source, self.checkpoint.tensors[source.name])
-            if not plan.mapped:
+        for source, plan in planned:
+            held: _Files = near if near is not None and plan.near else files
+            weight = _view(held, source, self.checkpoint.tensors[source.name])
+            if not (plan.mapped or plan.near):
                 weight = _copied(weight, plan.format, self.device)
             elif not self._mapped and isinstance(weight, Tensor):
                 weight = weight.clone()
@@ -197,7 +242,7 @@ def _first_row(source: Source) -> int:
     return 0 if source.entry is None else source.entry * source.stored_shape[1] + source.start
 
 
-def _view(files: MappedFiles, source: Source, stored: StoredTensor) -> Weight:
+def _view(files: _Files, source: Source, stored: StoredTensor) -> Weight:
     """The source's values where they lie, as they are stored."""
     format = FORMATS[str(stored.format)]
     first_row = _first_row(source)
@@ -208,6 +253,17 @@ def _view(files: MappedFiles, source: Source, stored: StoredTensor) -> Weight:
     ((dtype, shape),) = format.planes(rows, columns)
     plane = files.view(stored, dtype, first_row * math.prod(shape[1:]), shape)
     return Matrix(format, (rows, columns), (plane,))
+
+
+def _taken(decoder: Decoder, source: Source) -> Weight:
+    """What a decoder has computed with for an expert's source, which is a hole from now on."""
+    name, _, number = source.parameter.rpartition(".")
+    weights = decoder.get_submodule(name)
+    assert isinstance(weights, WeightList)
+    weight = weights.held()[int(number)]
+    assert weight is not None, "what goes was there"
+    weights.hold(int(number), None)
+    return weight
 
 
 def _copied(weight: Weight, wanted: str, device: torch.device) -> Tensor:

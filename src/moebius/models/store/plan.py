@@ -15,8 +15,10 @@ from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
 class PlannedWeight:
     """One parameter as it will be held.
 
-    mapped   read from the file as it lies there, and otherwise copied (and converted)
-    format   of what is held: the file's of what is mapped, else what the model computes in
+    mapped   read from the file as it lies there
+    near     copied as it lies there, into this process's own memory; copied and converted where it
+             is neither
+    format   of what is held: the file's of what is mapped or near, else what the model computes in
     count    numbers, however many bytes they take
     """
 
@@ -25,12 +27,21 @@ class PlannedWeight:
     format: str
     count: int
     nbytes: int
+    near: bool = False
 
 
 def planned_weight(
-    source: Source, stored: StoredTensor, dtype: str, device: str, formats: Collection[str]
+    source: Source,
+    stored: StoredTensor,
+    dtype: str,
+    device: str,
+    formats: Collection[str],
+    *,
+    near: bool = False,
 ) -> PlannedWeight:
     """How `source` is held on `device` by a model that computes in `dtype`.
+
+    near: what could be mapped is copied instead.
 
     Numbers of that very dtype are mapped, and matrices in one of `formats`, which widen to it
     exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype.
@@ -41,6 +52,7 @@ def planned_weight(
     aligned = stored.start % NUMBER_BYTES.get(str(stored.format), 1) == 0
     if device == "cpu" and as_stored and aligned:
         nbytes = (stored.stop - stored.start) * count // math.prod(stored.shape)
-        return PlannedWeight(source.parameter, True, str(stored.format), count, nbytes)
+        name = source.parameter
+        return PlannedWeight(name, not near, str(stored.format), count, nbytes, near)
     nbytes = count * NUMBER_BYTES[wanted]
     return PlannedWeight(source.parameter, False, wanted, count, nbytes)
