@@ -46,6 +46,12 @@ def test_defaults() -> None:
     assert read(trace=None).config.trace is None
 
 
+def test_keys_are_those_of_a_replicas_own_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEBIUS_API_KEY", "secret")
+    assert read().options.settings("m").api_keys == ("secret",)
+    assert read(api_key="other").options.settings("m").api_keys == ("other",)
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
