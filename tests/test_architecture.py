@@ -18,6 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # What each package of moebius may import, besides itself.
 ARROWS: dict[str, set[str]] = {
+    "__version__": set(),  # the release, beside all packages
     "errors": set(),
     "logs": set(),
     "files": {"errors"},
@@ -33,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "pages", "ops", "nn", "moe"},
     "engine": {
+        "__version__",
         "errors",
         "logs",
         "files",
@@ -48,13 +50,25 @@ ARROWS: dict[str, set[str]] = {
         "models",
     },
     "front": {"errors", "request", "text", "engine"},
-    "cluster": {"errors", "machine", "request", "parallel", "moe", "engine", "front"},
+    "cluster": {
+        "errors",
+        "logs",
+        "machine",
+        "request",
+        "parallel",
+        "moe",
+        "models",
+        "engine",
+        "front",
+    },
     "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "cluster", "models"},
     "server": {"errors", "files", "request", "text", "engine", "front"},
     "bench": {"errors", "files", "request", "schedule", "text", "moe", "models", "engine", "llm"},
     "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }
+# What starts all else, and may import it: commands, and what Ray Serve starts.
+FRONT_DOORS = ("cli", "ray", "__init__", "__main__")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
@@ -73,7 +87,7 @@ def imported(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_follow_the_arrows(path: Path) -> None:
     package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    if package in ("cli", "__init__", "__main__"):
+    if package in FRONT_DOORS:
         return
     assert package in ARROWS, f"{package} has no place among the arrows"
     own = {
@@ -84,6 +98,28 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     assert own <= ARROWS[package] | {package}, (
         f"{path.name} imports {own - ARROWS[package] - {package}}"
     )
+
+
+def test_ray_is_imported_where_ray_is_used() -> None:
+    """In the files that are named for it, and inside their functions: it is an extra."""
+    used = set()
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        if any(name.split(".")[0] in ("ray", "grpc") for name in imported(tree)):
+            used.add(path.relative_to(SOURCE).as_posix())
+        at_once = ast.Module([each for each in tree.body if not isinstance(each, DEFERRED)], [])
+        roots = {name.split(".")[0] for name in imported(at_once)}
+        assert not roots & {"ray", "grpc"}, f"{path.name} needs Ray to be imported"
+    assert used == {
+        "cluster/ray_actor.py",
+        "cluster/ray_authentication.py",
+        "cluster/ray_cluster.py",
+        "ray.py",
+    }
+
+
+# Statements that import nothing when a file is imported.
+DEFERRED = (ast.FunctionDef, ast.ClassDef, ast.If)
 
 
 @pytest.mark.parametrize("package", ["server", "front"])
@@ -261,7 +297,8 @@ def test_a_front_of_one_engine_starts_it_without_torch() -> None:
     """All that `serve` does before and beside the start of its engine's process."""
     code = (
         f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
-        "from moebius.cli.hosts import HostOptions, listening\n"
+        "from moebius.cli.hosts import HostOptions\n"
+        "from moebius.cli.ranks import listening\n"
         "from moebius.engine.config import EngineConfig\n"
         "with listening(HostOptions()) as assembly:\n"
         "    assert assembly.ranks_here(EngineConfig()) == 1\n"

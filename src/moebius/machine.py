@@ -41,6 +41,17 @@ def memory(root: Path = ROOT) -> Memory:
     return min(bounds, key=lambda bound: bound.available)
 
 
+def identity(root: Path = ROOT) -> str:
+    """What processes have in common that can share memory by way of /proc/PID/fd: the running
+    kernel, who they are, and what they see of processes and networks. "" where it is not known."""
+    try:
+        kernel = (root / "proc/sys/kernel/random/boot_id").read_text().strip()
+        seen = [os.readlink(root / "proc/self/ns" / kind) for kind in ("pid", "net")]
+        return " ".join([kernel, str(os.getuid()), *seen])
+    except (OSError, AttributeError):  # no Linux
+        return ""
+
+
 def processors(root: Path = ROOT) -> float:
     """Processors' worth of time that we get.
 

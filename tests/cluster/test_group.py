@@ -232,11 +232,11 @@ def test_a_host_has_its_time_to_come_back_while_the_others_serve(
 
     monkeypatch.setattr(made.group._hosts, "start", start)
     with pytest.raises(EngineError, match="not yet"):
-        made.group.process(1)
+        made.group.start(1)
     made.load(0)
     made.load(1)
     made.join(0, 1, epoch=1)
-    assert made.group.process(1) is found
+    assert made.group.start(1) is found
 
 
 def test_ranks_that_join_and_never_make_a_step_are_not_left_to_try_for_ever(

@@ -1,8 +1,5 @@
 """moebius serve over several hosts: its options, and how the hosts find each other."""
 
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +12,6 @@ from moebius.errors import ConfigError, MoebiusError, require_seconds, require_w
 if TYPE_CHECKING:
     from moebius.cluster.cluster import Cluster
     from moebius.cluster.hosts import Hosts
-    from moebius.engine.cluster import HostHello
     from moebius.parallel.key import ClusterKey
     from moebius.parallel.meet import Listener
 
@@ -46,6 +42,21 @@ class HostOptions:
         "Where hosts' processors differ. common: all compute with the highest instruction set that "
         "each has; exact: refuse.",
     ] = "common"
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Ranks are actors in the Ray cluster that this host is a node of, or that "
+            "RAY_ADDRESS names.",
+        ),
+    ] = False
+    ray_allow_unauthenticated: Annotated[
+        bool,
+        typer.Option(
+            "--ray-allow-unauthenticated",
+            help="Take a Ray cluster that lets in anybody who reaches it.",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         require_word("isa", self.isa, IsaPolicy)
@@ -65,6 +76,13 @@ class HostOptions:
             raise ConfigError(
                 f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, an address of node 0"
             )
+        if self.ray and (self.nnodes > 1 or self.cluster_key_file is not None):
+            raise ConfigError(
+                "with --ray, Ray says which hosts there are, and a key is drawn at each start: "
+                "leave out --nnodes, --node-rank and --cluster-key-file"
+            )
+        if self.ray_allow_unauthenticated and not self.ray:
+            raise ConfigError("--ray-allow-unauthenticated is of no use without --ray")
 
     def check(self, config: EngineConfig) -> None:
         """ConfigError where there are more hosts than ranks."""
@@ -93,38 +111,29 @@ class HostOptions:
             )
         return key
 
-    def hello(self, directory: Path, config: EngineConfig) -> "HostHello":
-        """What this host is. Raises ConfigError, WeightsError."""
-        from moebius import __version__
-        from moebius.engine.cluster import HostHello
-        from moebius.engine.load import weights_name
-        from moebius.ops.select import kernel_levels
+    def address(self) -> str:
+        """This host's, in the network that rows travel over. Raises ConfigError."""
         from moebius.parallel.endpoint import address_towards, interface_address
 
         if self.cluster_interface is not None:
-            address = interface_address(self.cluster_interface)
-        else:
-            address = address_towards(*self.endpoint())
-        return HostHello(
-            release=__version__,
-            node=self.node_rank,
-            nodes=self.nnodes,
-            name=socket.gethostname(),
-            address=address,
-            directory=str(directory.absolute()),
-            weights=weights_name(directory),
-            config=config,
-            isas=kernel_levels(),
-        )
+            return interface_address(self.cluster_interface)
+        return address_towards(*self.endpoint())
 
 
 def serve_ranks(options: HostOptions, model: str, config: EngineConfig) -> None:
     """Serve this host's ranks, until the front needs them no more."""
+    from moebius.engine.hello import host_hello
     from moebius.engine.node import Node, ended_by_signals
     from moebius.models.hub import resolve_model
 
     key = options.key()
-    hello = options.hello(resolve_model(model), config)
+    hello = host_hello(
+        resolve_model(model),
+        config,
+        node=options.node_rank,
+        nodes=options.nnodes,
+        address=options.address(),
+    )
     with ended_by_signals():
         Node(hello, options.endpoint(), key, options.rdzv_timeout).run()
 
@@ -148,16 +157,18 @@ class Assembly:
         """The cluster's; None for one host."""
         return None if self._listener is None else self._listener.key
 
-    def hosts(self, directory: Path, config: EngineConfig) -> "Hosts | None":
+    def hosts(self, model: str, directory: Path, config: EngineConfig) -> "Hosts | None":
         """Wait for all; None for one host. ConfigError where another does not come, or serves
         something else."""
         if self._listener is None:
             return None
         from moebius.cluster.cluster import Cluster
         from moebius.cluster.hosts import ManyHosts
+        from moebius.engine.hello import host_hello
 
         options = self._options
-        own = options.hello(directory, config)
+        address = options.address()
+        own = host_hello(directory, config, node=0, nodes=options.nnodes, address=address)
         self._cluster = Cluster(self._listener, own, options.rdzv_timeout)
         found = self._cluster.assemble()
         hosts = ManyHosts(self._cluster, found, exact_isa=options.isa == "exact")
@@ -169,23 +180,3 @@ class Assembly:
             self._cluster.close(error)
         elif self._listener is not None:
             self._listener.close()
-
-
-@contextmanager
-def listening(options: HostOptions) -> Iterator[Assembly]:
-    """The front's address for other hosts, taken before anything is loaded. What the block raises
-    ends the other hosts, too."""
-    listener = None
-    if options.nnodes > 1:
-        from moebius.parallel.meet import Listener
-
-        listener = Listener.tcp(*options.endpoint(), options.key())
-    assembly = Assembly(options, listener)
-    error: MoebiusError | None = None
-    try:
-        yield assembly
-    except MoebiusError as raised:
-        error = raised
-        raise
-    finally:
-        assembly.close(error)

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import wraps
@@ -10,6 +10,8 @@ from types import GenericAlias
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+
+from moebius.errors import ConfigError
 
 _MODEL_HELP = "A directory in the Hugging Face layout, a hub id, or 'bundled'."
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
@@ -66,6 +68,47 @@ def options_of(
         return run
 
     return decorate
+
+
+def run_with(command: Command, given: Mapping[str, Any], name: str) -> None:
+    """Run a command whose options come as a mapping, with the command line's own checks.
+
+    Values are texts, or what the option is: numbers, truth values, lists. ConfigError names the
+    option that there is not, or the value that is wrong.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    found = typer.main.get_command(app)
+    known = {option.name: option for option in found.params if option.name != "help"}
+    words: list[str] = []
+    for key, value in given.items():
+        option = known.get(key.replace("-", "_"))
+        if option is None:
+            raise ConfigError(f"{name} has no option {key!r}; it has {', '.join(known)}")
+        words += _words(option, value)
+    try:
+        found.main(args=words, prog_name=name, standalone_mode=False)
+    except typer.BadParameter as error:
+        raise ConfigError(f"{name}: {error.format_message()}") from error
+
+
+def _words(option: Any, value: Any) -> list[str]:
+    """An option with its value as a command line has it."""
+    if value is None:
+        return []
+    if getattr(option, "is_flag", False):
+        return _flag(option, value)
+    many = value if isinstance(value, list | tuple) else [value]
+    return [f"{option.opts[0]}={each}" for each in many]
+
+
+def _flag(option: Any, value: Any) -> list[str]:
+    said = str(value).lower()
+    if said not in ("true", "false"):
+        raise ConfigError(f"{option.name} is {value!r}; it must be true or false")
+    if said == "true":
+        return [option.opts[0]]
+    return list(option.secondary_opts[:1])  # none where that is what it is anyway
 
 
 def _annotation(hint: Any) -> Any:

@@ -1,7 +1,9 @@
 """moebius serve MODEL: the OpenAI-compatible server; moebius plan MODEL: what a model takes."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,14 +12,19 @@ import typer
 
 from moebius import logs, machine
 from moebius.cli import options as o
-from moebius.cli.hosts import Assembly, HostOptions, listening, serve_ranks
+from moebius.cli.hosts import Assembly, HostOptions, serve_ranks
+from moebius.cli.ranks import listening
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import json_text
 from moebius.server.settings import ServerSettings, UnknownFields, host_and_port
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from moebius.bench.predict import Outlook
+    from moebius.cluster.engines import EngineProcesses
+    from moebius.cluster.hosts import Hosts
     from moebius.engine.load import Prepared
     from moebius.engine.wire import Planned
     from moebius.text import GenerationDefaults
@@ -140,34 +147,52 @@ def _serve_on(
 
         check_ranks(directory, config)
     with EngineProcesses(assembly.ranks_here(config), key=assembly.key) as processes:
-        # While they start.
-        from moebius.engine.wire import Launch
-        from moebius.front.choices import draw_prefix_key
-        from moebius.server.app import create_app
         from moebius.server.run import run_server
-        from moebius.text import GenerationDefaults, Tokenizer
 
-        tokenizer = Tokenizer.load(directory)
-        generation = GenerationDefaults.load(directory, tokenizer)
-        key = draw_prefix_key()
-        launch = Launch(
-            str(directory.absolute()), config, key, generation.eos_ids, options.log_level
-        )
-        if options.generation_config == "none":
-            generation = replace(generation, sampling={})
-        hosts = assembly.hosts(directory, config)
-        client = processes.launch(
-            launch, lambda planned: _say_plan(model, planned, generation), hosts
-        )
-        app = create_app(
-            client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
-        )
+        found = partial(assembly.hosts, model, directory, config)
+        app = load_app(processes, model, directory, config, options, found)
         address = host_and_port(options.host, sockets[0].getsockname()[1])
         line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
         # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
         gc.freeze()
         run_server(app, sockets, on_start=lambda: typer.echo(line, err=True))
         processes.check()
+
+
+def load_app(
+    processes: "EngineProcesses",
+    model: str,
+    directory: Path,
+    config: EngineConfig,
+    options: ServeOptions,
+    hosts: "Callable[[], Hosts | None]" = lambda: None,
+    isa: str = "",
+) -> "Starlette":
+    """The server's application over processes that load the model, with it once they have.
+
+    hosts: finds where the ranks are. isa: the kernels that they compute with; "": the best. Raises
+    the error that this ends with.
+    """
+    # While the processes start.
+    from moebius.engine.wire import Launch
+    from moebius.front.choices import draw_prefix_key
+    from moebius.server.app import create_app
+    from moebius.text import GenerationDefaults, Tokenizer
+
+    tokenizer = Tokenizer.load(directory)
+    generation = GenerationDefaults.load(directory, tokenizer)
+    key = draw_prefix_key()
+    ends = generation.eos_ids
+    launch = Launch(str(directory.absolute()), config, key, ends, options.log_level, isa=isa)
+    if options.generation_config == "none":
+        generation = replace(generation, sampling={})
+    client = processes.launch(
+        launch, lambda planned: _say_plan(model, planned, generation), hosts()
+    )
+    settings = options.settings(model)
+    return create_app(
+        client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
+    )
 
 
 def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") -> None:

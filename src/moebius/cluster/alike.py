@@ -14,8 +14,8 @@ OF_A_HOST = ("threads", "trace", "kv_cache_memory_bytes")
 
 def check_alike(own: HostHello, other: HostHello) -> None:
     """ConfigError where a host cannot be one of the front's, naming both and what differs."""
-    here = f"node {own.node} ({own.name})"
-    there = f"node {other.node} ({other.name})"
+    here = own.title
+    there = other.title
     if other.release != own.release:
         raise ConfigError(f"{there} has Moebius {other.release}, and {here} has {own.release}")
     if other.nodes != own.nodes:
@@ -44,14 +44,14 @@ def common_isa(hosts: Sequence[HostHello], *, exact: bool) -> str:
     exact: ConfigError where one has a higher one. ConfigError where they have none in common, or
     where one has no compiled kernels, with which rows are exchanged.
     """
-    without = [f"node {host.node} ({host.name})" for host in hosts if host.isas == ("reference",)]
+    without = [host.title for host in hosts if host.isas == ("reference",)]
     if without:
         raise ConfigError(
             f"ranks need the compiled kernels, which the installation of {', '.join(without)} "
             "lacks: install it again with a C++ compiler at hand"
         )
     highest = {host.isas[-1] for host in hosts}
-    told = ", ".join(f"node {host.node} ({host.name}) {host.isas[-1]}" for host in hosts)
+    told = ", ".join(f"{host.title} {host.isas[-1]}" for host in hosts)
     if exact and len(highest) > 1:
         raise ConfigError(f"--isa is exact, and hosts differ in their highest: {told}")
     common = [isa for isa in hosts[0].isas if all(isa in host.isas for host in hosts)]

@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from moebius.cluster.alike import check_alike
@@ -109,7 +109,7 @@ class Host:
 
     @property
     def name(self) -> str:
-        return f"node {self.hello.node} ({self.hello.name})"
+        return self.hello.title
 
     def start(self, rank: int) -> HostedProcess:
         """Have it start a process."""
@@ -195,7 +195,7 @@ class Cluster:
         self._hosts: dict[int, Host] = {}
         self._hellos: dict[int, cluster.HostHello] = {own.node: own}
         self._changed = threading.Condition()
-        self._refusal: ConfigError | None = None
+        self._refusal: MoebiusError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="cluster", daemon=True)
         self._thread.start()
@@ -218,12 +218,15 @@ class Cluster:
                 raise self._refusal
             absent = [node for node in nodes if node not in self._hosts]
             if absent:
-                raise ConfigError(
-                    f"node {', '.join(map(str, absent))} of {self._own.nodes} did not come to "
-                    f"{name_of(self._listener.address)} within {self._patience:g} s; does `moebius "
-                    "serve` run there, with the same --rdzv-endpoint and key?"
-                )
+                raise ConfigError(self._not_come(absent, name_of(self._listener.address)))
             return [self._hellos[node] for node in range(self._own.nodes)]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        address = self._listener.address
+        assert isinstance(address, tuple), "hosts come over TCP"
+        return address
 
     def hello(self, node: int) -> cluster.HostHello:
         """What a host has last said that it is."""
@@ -238,8 +241,14 @@ class Cluster:
                 raise EngineError("the front is closing")
             host = self._hosts.get(node)
         if host is None:
-            raise EngineError(f"node {node} has not come back within {self._patience:g} s")
+            raise EngineError(self._not_back(node))
         return host.start(rank)
+
+    def refuse(self, error: MoebiusError) -> None:
+        """A host can't come, as was heard in another way: who assembles waits no longer."""
+        with self._changed:
+            self._refusal = self._refusal or error
+            self._changed.notify_all()
 
     def close(self, error: MoebiusError | None = None) -> None:
         """Dismiss all hosts, with the error that they are to end with, if any."""
@@ -300,7 +309,7 @@ class Cluster:
             self._hosts[hello.node] = host
             self._hellos[hello.node] = hello
             self._changed.notify_all()
-        say(log.info, "%s has come", host.name)
+        say(log.info, "%s has come", self._name(hello))
 
     def _wait_for_loss(self, node: int, channel: Channel) -> None:
         """Where a host is there with this number, it may be the same one before its link was cut,
@@ -315,9 +324,18 @@ class Cluster:
         with suppress(MoebiusError):
             channel.send(cluster.encode(cluster.Dismissed(error)), wire.SEND_SECONDS)
         channel.close()
-        with self._changed:
-            self._refusal = self._refusal or error
-            self._changed.notify_all()
+        self.refuse(error)
+
+    def _not_come(self, nodes: Sequence[int], address: str) -> str:
+        """That hosts did not come at first, and what would be right."""
+        return (
+            f"node {', '.join(map(str, nodes))} of {self._own.nodes} did not come to {address} "
+            f"within {self._patience:g} s; does `moebius serve` run there, with the same "
+            "--rdzv-endpoint and key?"
+        )
+
+    def _not_back(self, node: int) -> str:
+        return f"node {node} has not come back within {self._patience:g} s"
 
     def _lose(self, host: Host) -> None:
         with self._changed:
@@ -325,7 +343,11 @@ class Cluster:
                 del self._hosts[host.hello.node]
                 self._changed.notify_all()
         if not self._closed:
-            say(log.error, "%s is lost", host.name)
+            say(log.error, "%s is lost", self._name(host.hello))
+
+    def _name(self, hello: cluster.HostHello) -> str:
+        """A host, for a person."""
+        return hello.title
 
 
 def local_ranks(ranks: int, nodes: int, node: int) -> int:

@@ -81,9 +81,10 @@ class EngineProcesses:
         def start(number: int, lost: Lost) -> EngineClient:
             hears = planned if number == 0 and self._client is None else lambda plan: None
             try:
-                process = self._process(number, group)
+                process = self._process(number, group or hosts)
                 if group is None:
-                    return LaunchedEngine(message, lost, hears, process)
+                    told = message if hosts is None else hosts.launch(message, number, ())
+                    return LaunchedEngine(told, lost, hears, process)
                 return group.launch(number, lost, hears, process)
             except MoebiusError as error:
                 first = self._none_at_all(error)
@@ -106,11 +107,11 @@ class EngineProcesses:
         """How ranks share the model's experts; None where one process has them all."""
         return None if self._group is None else self._group.spread()
 
-    def _process(self, number: int, group: "RankGroup | None") -> WatchedProcess:
+    def _process(self, number: int, places: "RankGroup | Hosts | None") -> WatchedProcess:
         """The one that was started early, or a new one."""
         process: WatchedProcess | None = self._early.pop(number, None)
         if process is None:
-            process = EngineProcess() if group is None else group.process(number)
+            process = EngineProcess() if places is None else places.start(number)
         self._processes[number] = process
         if self._closed:
             process.kill()

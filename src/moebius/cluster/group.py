@@ -101,7 +101,7 @@ class RankGroup:
     def size(self) -> int:
         return len(self._clients)
 
-    def process(self, rank: int) -> WatchedProcess:
+    def start(self, rank: int) -> WatchedProcess:
         """A process for a rank. Its host may have to come back first, and takes its time where the
         others serve without it. EngineError where none can be had."""
         while True:

@@ -157,19 +157,28 @@ class OneHost(Hosts):
 class ManyHosts(Hosts):
     """Ranks in the order of hosts, as evenly as it goes.
 
-    isa     the kernels of all
+    node_of  which host each rank is on, where that is otherwise
+    isa      the kernels of all that have ranks
     """
 
-    def __init__(self, cluster: Cluster, hosts: Sequence[HostHello], *, exact_isa: bool) -> None:
-        self.isa = common_isa(hosts, exact=exact_isa)
+    def __init__(
+        self,
+        cluster: Cluster,
+        hosts: Sequence[HostHello],
+        *,
+        exact_isa: bool,
+        node_of: Sequence[int] | None = None,
+    ) -> None:
         self._cluster = cluster
         self._hosts = hosts
         ranks = hosts[0].config.ranks
-        self._node_of = [
+        self._node_of = node_of or [
             node
             for node, _ in enumerate(hosts)
             for _ in range(local_ranks(ranks, len(hosts), node))
         ]
+        with_ranks = [host for host in hosts if host.node in self._node_of]
+        self.isa = common_isa(with_ranks, exact=exact_isa)
 
     @property
     def nodes(self) -> int:
@@ -182,8 +191,7 @@ class ManyHosts(Hosts):
         return f"hosts: {names}; kernels of all: {self.isa}"
 
     def name(self, rank: int) -> str:
-        host = self._host(rank)
-        return f"rank {rank} on node {host.node} ({host.name})"
+        return f"rank {rank} on {self._host(rank).title}"
 
     def start(self, rank: int) -> WatchedProcess:
         node = self._node_of[rank]
@@ -191,7 +199,7 @@ class ManyHosts(Hosts):
 
     def launch(self, message: wire.Launch, rank: int, loaded: Sequence[int]) -> wire.Launch:
         host = self._host(rank)
-        here = [each for each, node in enumerate(self._node_of) if node == host.node]
+        here = self._neighbours(rank)
         own = host.config
         return msgspec.structs.replace(
             message,
@@ -214,6 +222,10 @@ class ManyHosts(Hosts):
     ) -> EpochPlace:
         addresses = [self._host(rank).address for rank in remotes]
         return ConnectedPlace(epoch, addresses, list(remotes.values()))
+
+    def _neighbours(self, rank: int) -> list[int]:
+        """The ranks that share a machine's cores and memory with this one, itself among them."""
+        return [other for other, node in enumerate(self._node_of) if node == self._node_of[rank]]
 
     def _host(self, rank: int) -> HostHello:
         return self._cluster.hello(self._node_of[rank])

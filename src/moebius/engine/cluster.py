@@ -34,6 +34,8 @@ class HostHello(_Record, frozen=True, tag="host"):
     weights      the fingerprint of that model's files
     config       the engine's options as they were given there
     isas         the instruction sets that its kernels have, the lowest first
+    called       what it is called beside its name; "": by its number
+    machine      what processes that can share memory with it have in common; "": not known
     """
 
     release: str
@@ -45,6 +47,13 @@ class HostHello(_Record, frozen=True, tag="host"):
     weights: str
     config: EngineConfig
     isas: tuple[str, ...]
+    called: str = ""
+    machine: str = ""
+
+    @property
+    def title(self) -> str:
+        """It, for a person."""
+        return f"{self.called or f'node {self.node}'} ({self.name})"
 
 
 class RankHello(_Record, frozen=True, tag="rank"):

@@ -94,7 +94,7 @@ class Node:
 
     @property
     def _name(self) -> str:
-        return f"node {self._hello.node} ({self._hello.name})"
+        return self._hello.title
 
     def _unreachable(self, met: bool, error: ChannelError) -> MoebiusError:
         kind = EngineError if met else ConfigError
