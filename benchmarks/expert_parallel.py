@@ -34,6 +34,7 @@ from workloads import Request, Workload, workload
 from exchange import join_by_store
 from moebius import machine
 from moebius.engine.config import EngineConfig
+from moebius.moe.placement import Placement
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
 from records import save
@@ -50,25 +51,30 @@ EPOCH = Epoch("benchmark", 1)
 
 @dataclass(frozen=True)
 class Kind:
-    """A group: how many ranks of how many threads, and what they exchange through."""
+    """A group: how many ranks of how many threads, what they exchange through, and whether experts
+    are placed by the loads that the warm-up brought, not in order."""
 
     ranks: int
     threads: int
     exchange: str = ""
+    balanced: bool = False
 
     @property
     def name(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         if self.ranks == 1:
             return f"one process, {threads}"
-        return f"{self.ranks} ranks, {threads}, {self.exchange}"
+        balanced = ", balanced" if self.balanced else ""
+        return f"{self.ranks} ranks, {threads}, {self.exchange}{balanced}"
 
 
 KINDS = (
     Kind(1, 2),
     Kind(1, 1),
     Kind(2, 1, "shared memory"),
+    Kind(2, 1, "shared memory", balanced=True),
     Kind(2, 1, "sockets"),
+    Kind(2, 1, "sockets", balanced=True),
     Kind(2, 1, "gloo"),
     Kind(4, 1, "shared memory"),
     Kind(4, 1, "sockets"),
@@ -191,6 +197,17 @@ class Served:
             self._runs += 1
             engine.hear(self._runs)  # all ranks have what is theirs
 
+    def loads(self) -> dict[int, tuple[int, ...]]:
+        """Pairs of each layer's experts so far."""
+        return {layer.layer: layer.total_pairs for layer in self.engine.expert_loads().layers}
+
+    def balance(self, loads: dict[int, tuple[int, ...]]) -> None:
+        """Have the experts that these loads give this rank, from the next step on."""
+        moves = self.engine.moves
+        moves.ask(1, Placement.balanced(loads, self._kind.ranks).held)
+        while moves.ready() != 1:
+            time.sleep(0.01)
+
     def run(self) -> Part:
         """Until no rank has work."""
         engine = self.engine
@@ -233,11 +250,17 @@ def serve(pipe: Connection, directory: Path, kind: Kind, rank: int) -> None:
     pipe.send((served.spec, served.layers))
     served.join(pipe.recv())
     pipe.send(None)
-    while (requests := pipe.recv()) is not None:
-        served.take(requests)
-        pipe.send(None)
-        pipe.recv()
-        pipe.send(served.run())
+    while (order := pipe.recv()) is not None:
+        if order == "run":
+            pipe.send(served.run())
+        elif order == "loads":
+            pipe.send(served.loads())
+        elif isinstance(order, dict):
+            served.balance(order)
+            pipe.send(None)
+        else:
+            served.take(order)
+            pipe.send(None)
     served.engine.close()
 
 
@@ -262,8 +285,21 @@ class Group:
             min(shares, key=lambda share: sum(each.output for each in share)).append(request)
         self._workers.tell(shares)
         self._workers.answers()
-        self._workers.tell_all("go")
+        self._workers.tell_all("run")
         return self._workers.answers()
+
+    def loads(self) -> dict[int, tuple[int, ...]]:
+        """Of all ranks' tokens."""
+        self._workers.tell_all("loads")
+        each = self._workers.answers()
+        found = {}
+        for layer in each[0]:
+            found[layer] = tuple(map(sum, zip(*(one[layer] for one in each), strict=True)))
+        return found
+
+    def balance(self, loads: dict[int, tuple[int, ...]]) -> None:
+        self._workers.tell_all(loads)
+        self._workers.answers()
 
 
 @dataclass
@@ -365,6 +401,8 @@ def measure(directory: Path, args: argparse.Namespace) -> Iterator[Result]:
                     print(f"{model} {name} {draw} {group.kind.name}: {wall:.2f} s", flush=True)
                     if draw:
                         runs[group.kind].append(parts)
+                    elif group.kind.balanced:
+                        group.balance(group.loads())
             walls = {
                 kind: [max(p.ended for p in parts) - min(p.begun for p in parts) for parts in each]
                 for kind, each in runs.items()
