@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hosts import Where, wait_until
+from hosts import wait_until
+from namespaces import Where
 
 SOURCE = Path(__file__).parent.parent / "src"
 MARK = "MOEBIUS_TEST_OF_RAY"

@@ -19,11 +19,12 @@ from typing import Any
 import openai
 import pytest
 
-from hosts import Asking, Serving, Where, bodies, wait_until
+import namespaces
+from hosts import Asking, Serving, bodies, wait_until
 from moebius.models.hub import resolve_model
+from namespaces import Where
 from ray_nodes import HERE, RayNodes, ray_cluster
 from serving import serving
-from test_hosts import namespaces, of_one_process, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SIZES = ("--kv-cache-memory-bytes", "16777216")
@@ -55,7 +56,8 @@ def asked() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def expected(asked: list[dict[str, Any]]) -> list[Any]:
-    found = of_one_process(resolve_model("bundled"), "bundled", asked)
+    with serving(resolve_model("bundled"), "bundled") as url:
+        found = Asking(Where(), url, asked).answers()
     assert len({each["text"] for each in found}) == 4
     return found
 
@@ -275,22 +277,23 @@ def ready(url: str) -> bool:
 
 @pytest.fixture
 def hosts_of_their_own() -> None:
-    made = subprocess.run(["ip", "netns", "add", "moebius-probe"], capture_output=True)
-    if made.returncode != 0:
-        pytest.skip(f"network namespaces cannot be made here: {made.stderr.decode()}")
-    subprocess.run(["ip", "netns", "del", "moebius-probe"], check=True)
+    reason = namespaces.why_not()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.mark.usefixtures("hosts_of_their_own")
 def test_two_hosts_in_a_ray_cluster(asked: list[dict[str, Any]], expected: list[Any]) -> None:
     """A rank on each of two hosts; the one without the front is lost, and comes back."""
     with (
-        namespaces() as (here, there),
+        namespaces.switched(2) as network,
         ray_cluster("10.77.0.1", 26379) as cluster,
     ):
+        here, there = network.hosts
         for host, gateway in ((here, "10.77.0.2"), (there, "10.77.0.1")):
             # Ray takes the address that leads to the world for a host's own.
-            run(*host.prefix, "ip", "route", "add", "default", "via", gateway)
+            route = ("ip", "route", "add", "default", "via", gateway)
+            subprocess.run([*host.prefix, *route], check=True)
         cluster.add(here, "10.77.0.1", cpus=1)
         other = cluster.add(there, "10.77.0.2", cpus=1)
         options = ("--ranks", "2", "--threads", "1", "--rdzv-timeout", "120")
