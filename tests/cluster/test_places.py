@@ -38,6 +38,7 @@ class Group:
         nodes: Nodes = ALIKE,
     ) -> None:
         linear = Placement.linear(dict.fromkeys(range(layers), experts), ranks, spare)
+        self.linear = linear
         self.places = Places(linear)
         self.measured: ExpertLoads | None = None
         self.told: list[wire.Move] = []
@@ -54,7 +55,7 @@ class Group:
         self.told.append(told)
         if self.refuse:
             assert self.places.unmoved(told.number) is not None
-        for rank in range(self.places.first.ranks):
+        for rank in range(self.linear.ranks):
             self.places.moved(told.number, rank)
         return journey
 
@@ -71,7 +72,7 @@ def test_layers_that_gain_move_the_worst_first(caplog: pytest.LogCaptureFixture)
         0: 1.0,
         1: 1.0,
     }
-    assert group.places.now.layers[2] == group.places.first.layers[2]
+    assert group.places.now.layers[2] == group.linear.layers[2]
     assert group.places.moves == 2
     assert "layer 1: 1.80 -> 1.00, layer 0: 1.40 -> 1.00" in caplog.text
     assert group.balancer.look() == 0, "it is even now"
@@ -82,7 +83,7 @@ def test_a_rank_keeps_what_it_can() -> None:
     group = Group(layers=1)
     group.measured = loads([900, 900, 100, 100])
     group.balancer.look()
-    before = group.places.first.layers[0].held
+    before = group.linear.layers[0].held
     after = group.places.now.layers[0].held
     assert [len({*a} & {*b}) for a, b in zip(before, after, strict=True)] == [1, 1]
 
@@ -128,21 +129,22 @@ def test_what_fails_is_not_gone_on_with() -> None:
     group.measured = loads([900, 900, 100, 100], [900, 900, 100, 100])
     group.refuse = True
     assert group.balancer.look() == 0
-    assert len(group.told) == 1 and group.places.now == group.places.first
+    assert len(group.told) == 1 and group.places.now == group.linear
     group.formed = False
     assert group.balancer.look() == 0
     assert len(group.told) == 1
 
 
 def test_an_epoch_begins_by_what_some_rank_computes_by_already() -> None:
-    places = Places(Placement.linear({0: 4}, 2))
+    linear = Placement.linear({0: 4}, 2)
+    places = Places(linear)
     swapped = LayerPlacement(4, ((2, 3), (0, 1)))
     told, journey = places.begin({0: swapped})
     assert places.join() > told.number
-    assert journey.ended.is_set() and not journey.made and places.now == places.first
+    assert journey.ended.is_set() and not journey.made and places.now == linear
     told, journey = places.begin({0: swapped})
     places.moved(told.number, 1)
-    assert places.now == places.first
+    assert places.now == linear
     number = places.join()
     assert places.now.layers[0] == swapped
     places.moved(told.number, 0)  # which comes too late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_groups_of_experts_go_to_nodes(tmp_path: Path) -> None:
     held = start_placement(tmp_path, config, nodes).held[layer]
     halves = [{*held[0], *held[1]}, {*held[2], *held[3]}]
     assert {*range(3, 9)} in halves and {0, 1, 2, 9, 10, 11} in halves
+
+
+def test_what_a_file_brings_is_in_the_log(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In order the first rank of two would have 1,800 of 2,000 pairs."""
+    file = tmp_path / "loads.json"
+    layers = [{"layer": layer, "pairs": [900, 900, 100, 100]} for layer in range(2)]
+    file.write_text(json.dumps({"layers": layers}))
+    with caplog.at_level(logging.INFO):
+        start_placement(tiny_model, EngineConfig(ranks=2, expert_placement=str(file)))
+    assert "layer 0 are placed by" in caplog.text and "1.80 -> 1.00" in caplog.text
 
 
 def test_what_inspect_writes_is_such_a_file(tiny_model: Path, tmp_path: Path) -> None:

@@ -321,8 +321,8 @@ def test_how_ranks_share_experts_is_told() -> None:
             RankSpread(1, False, Traffic()),
         ),
         layers=(
-            LayerSpread(1, ((0, 1), (2, 0)), imbalance=1.25, imbalance_at_start=1.5),
-            LayerSpread(4, ((0, 1, 2), (1,)), imbalance=1.0, imbalance_at_start=1.0),
+            LayerSpread(1, ((0, 1), (2, 0)), imbalance=1.25, imbalance_linear=1.5),
+            LayerSpread(4, ((0, 1, 2), (1,)), imbalance=1.0, imbalance_linear=1.0),
         ),
     )
 
@@ -331,9 +331,9 @@ def test_how_ranks_share_experts_is_told() -> None:
         name = "moebius_expert_rank_imbalance"
         assert {key[1]: value for key, value in values.items() if key[0] == name} == {
             ("1", "present"): 1.25,
-            ("1", "start"): 1.5,
+            ("1", "linear"): 1.5,
             ("4", "present"): 1.0,
-            ("4", "start"): 1.0,
+            ("4", "linear"): 1.0,
         }
         assert values["moebius_group_epochs_total", None] == 3
         assert values["moebius_expert_moves_total", None] == 2
@@ -379,13 +379,13 @@ def test_how_ranks_share_experts_is_told() -> None:
                     "layer": 1,
                     "held": [[0, 1], [2, 0]],
                     "imbalance": 1.25,
-                    "imbalance_at_start": 1.5,
+                    "imbalance_linear": 1.5,
                 },
                 {
                     "layer": 4,
                     "held": [[0, 1, 2], [1]],
                     "imbalance": 1.0,
-                    "imbalance_at_start": 1.0,
+                    "imbalance_linear": 1.0,
                 },
             ],
         }

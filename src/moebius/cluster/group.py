@@ -44,7 +44,7 @@ from moebius.errors import (
 )
 from moebius.front.fleet import Lost
 from moebius.front.sums import add_loads
-from moebius.moe.placement import LayerPlacement
+from moebius.moe.placement import LayerPlacement, Placement
 from moebius.parallel.exchange import DTYPES, Epoch, ExchangeSpec
 from moebius.parallel.traffic import Traffic
 from moebius.request.engine_request import EngineRequest
@@ -89,7 +89,10 @@ class RankGroup:
         config = message.config
         directory = Path(message.directory)
         nodes = near_nodes(directory, self._hosts.nodes)
-        self.places = Places(start_placement(directory, config, nodes))
+        first = start_placement(directory, config, nodes)
+        self.places = Places(first)
+        # What the present one is compared with.
+        self._linear = Placement.linear(first.experts, self.size, config.spare_experts, nodes)
         self._balancer: Balancer | None = None
         if config.expert_placement == "balanced":
             self._balancer = Balancer(
@@ -208,7 +211,7 @@ class RankGroup:
             now_of = {client.rank: client.stats().traffic for client in present}
             now = self.places.now
             imbalance = now.imbalance(loads)
-            at_start = self.places.first.imbalance(loads)
+            linear = self._linear.imbalance(loads)
             return ExpertSpread(
                 self._epoch,
                 self.places.moves,
@@ -217,9 +220,7 @@ class RankGroup:
                     for rank, past in enumerate(self._past)
                 ),
                 tuple(
-                    LayerSpread(
-                        layer, each.held, imbalance.get(layer, 1.0), at_start.get(layer, 1.0)
-                    )
+                    LayerSpread(layer, each.held, imbalance.get(layer, 1.0), linear.get(layer, 1.0))
                     for layer, each in now.layers.items()
                 ),
             )

@@ -36,13 +36,11 @@ class Journey:
 class Places:
     """What each rank of a group holds. Used under the group's lock.
 
-    first   the placement at the start, by which the present one is judged
     now     the present one, of all ranks, the lost ones too
     moves   how often a layer's experts have moved
     """
 
     def __init__(self, first: Placement) -> None:
-        self.first = first
         self.now = first
         self.moves = 0
         self._number = 0

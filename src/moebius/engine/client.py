@@ -176,13 +176,13 @@ class LayerSpread:
     held                 for each rank the experts that it holds
     imbalance            tokens of the busiest rank over the mean, by the loads of the last steps; 1
                          when even
-    imbalance_at_start   what it would be with the placement that the engines started with
+    imbalance_linear     what it would be with experts placed in order, whatever their loads
     """
 
     layer: int
     held: tuple[tuple[int, ...], ...]
     imbalance: float
-    imbalance_at_start: float
+    imbalance_linear: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ The file is what was measured before: report.json of `moebius inspect`, or what 
 has answered.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from moebius.errors import ConfigError
 from moebius.files import read_json
 from moebius.models.family import model_config
 from moebius.moe.placement import ALIKE, Nodes, Placement
+
+log = logging.getLogger(__name__)
 
 # The name of a layer's pairs in `moebius inspect`, and in /v1/moe/stats.
 _PAIRS = ("counts", "pairs")
@@ -44,7 +47,15 @@ def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE)
             "balanced, or a file with loads"
         )
     loads = read_loads(path, model.experts)
-    return Placement.balanced(loads, config.ranks, spare=spare, nodes=nodes)
+    placed = Placement.balanced(loads, config.ranks, spare=spare, nodes=nodes)
+    linear = Placement.linear(model.experts, config.ranks, spare, nodes).imbalance(loads)
+    for layer, balanced in placed.imbalance(loads).items():
+        log.info(
+            "experts of layer %d are placed by %s; the busiest rank's tokens over the mean: "
+            "%.2f -> %.2f",
+            *(layer, path, linear[layer], balanced),
+        )
+    return placed
 
 
 def read_loads(path: Path, experts: Mapping[int, int]) -> dict[int, list[int]]:

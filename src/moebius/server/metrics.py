@@ -279,7 +279,7 @@ class _Ranks(Collector):
         for layer in spread.layers:
             number = str(layer.layer)
             family.add_metric((*self._labels, number, "present"), layer.imbalance)
-            family.add_metric((*self._labels, number, "start"), layer.imbalance_at_start)
+            family.add_metric((*self._labels, number, "linear"), layer.imbalance_linear)
         yield family
         for name, (text, figure) in _TABLE["group"].items():
             counter = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
