@@ -93,7 +93,7 @@ def others(group: Together, lost: int) -> list[int]:
 
 def test_two_hosts_answer_as_one_process(pair: Together, load: Load) -> None:
     assert pair.ask(load.asked).answers() == load.expected
-    assert all(rank["bytes_out"] > 0 for rank in pair.group()["ranks"])
+    assert all(rank["traffic"]["bytes_out"] > 0 for rank in pair.group()["ranks"])
 
 
 def test_a_rank_of_the_other_host_is_killed(pair: Together, load: Load) -> None:
