@@ -102,7 +102,26 @@ SCHEDULES = (
 SAMPLING = Source("sampling.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/sampling.py")
 BODIES = Source("worst_bodies.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/worst_bodies.py")
 # Of each machine that was quiet enough for it.
-EXPERT_PARALLEL: tuple[Source, ...] = ()
+EXPERT_PARALLEL = (
+    Source(
+        "expert_parallel.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/expert_parallel.py --models m1 --rounds 2",
+    ),
+)
+EXCHANGES = Source(
+    "exchange.json", ZEN4, "2026-11-28", f"chrt -r 10 {PYTHON} benchmarks/exchange.py"
+)
+RECOVERIES = (
+    Source("recovery.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/recovery.py --kills 60"),
+    Source(
+        "recovery_hosts.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/recovery.py --hosts 2 --ranks 3",
+    ),
+)
 ABLATION = Source(
     "ablate.json",
     f"{ZEN3}, AVX2",
@@ -357,6 +376,44 @@ _EXPERT_HEAD = [
 ]
 
 
+def exchanges() -> str:
+    head = ["through", "ranks", "tokens", "median, µs", "fastest, µs", "KiB out of rank 0"]
+    rows = [
+        [
+            one["kind"],
+            str(one["ranks"]),
+            one["load"],
+            number(one["median"]),
+            number(one["fastest"]),
+            number(one["bytes_out"] / 1024),
+        ]
+        for one in EXCHANGES.read()["results"]
+    ]
+    return f"{table(head, rows, (0, 2))}\n\n{provenance(EXCHANGES)}"
+
+
+def recoveries() -> str:
+    """What losses cost; how busy the machine was is said."""
+    parts = []
+    for source in RECOVERIES:
+        rows = []
+        for run in source.read()["runs"]:
+            where = f"{run['ranks']} on {run['hosts']} hosts" if run.get("hosts") else run["ranks"]
+            answers = f"{run['different']} of {run['answers']:,}"
+            for what in ("SIGKILL", "SIGSTOP", "cut"):
+                if what not in run:
+                    continue
+                ready, ended = (run[what][name] for name in ("ready", "ended"))
+                row = [str(where), what, str(run[what]["times"])]
+                row += [f"{ready['median']:.1f} / {ready['worst']:.1f}"]
+                row += [f"{ended['median']:.1f} / {ended['worst']:.1f}"]
+                rows.append([*row, f"{run['load']:g}", answers])
+        head = ["ranks", "lost by", "times", "ready again, s", "all answered, s", "load"]
+        head += ["answers that differ"]
+        parts.append(f"{table(head, rows, (0, 1))}\n\n{provenance(source)}")
+    return "\n\n".join(parts)
+
+
 def _is_run(value: Any) -> bool:
     return isinstance(value, dict) and "output_throughput" in value
 
@@ -481,6 +538,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "worst-bodies": bodies,
     "ablation": ablation,
     "expert-parallel": expert_parallel,
+    "exchanges": exchanges,
+    "recoveries": recoveries,
     "claims": claims,
     "claim-runs": claim_runs,
 }

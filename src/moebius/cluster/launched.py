@@ -13,7 +13,7 @@ from moebius.request.engine_request import EngineRequest
 
 _LOOK_SECONDS = 0.25
 # An engine is not ready while it is silent, or a step takes longer than it may; neither passes.
-_PATIENCE_SECONDS = 1.0
+_PATIENCE_SECONDS = 0.5
 
 
 class LaunchedEngine:
