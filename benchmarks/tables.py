@@ -398,13 +398,14 @@ def recoveries() -> str:
     for source in RECOVERIES:
         rows = []
         for run in source.read()["runs"]:
-            where = f"{run['ranks']} on {run['hosts']} hosts" if run.get("hosts") else run["ranks"]
+            hosts = run.get("hosts", 1)
+            where = f"{run['ranks']} on {hosts} hosts" if hosts > 1 else str(run["ranks"])
             answers = f"{run['different']} of {run['answers']:,}"
             for what in ("SIGKILL", "SIGSTOP", "cut"):
                 if what not in run:
                     continue
                 ready, ended = (run[what][name] for name in ("ready", "ended"))
-                row = [str(where), what, str(run[what]["times"])]
+                row = [where, what, str(run[what]["times"])]
                 row += [f"{ready['median']:.1f} / {ready['worst']:.1f}"]
                 row += [f"{ended['median']:.1f} / {ended['worst']:.1f}"]
                 rows.append([*row, f"{run['load']:g}", answers])
