@@ -404,7 +404,8 @@ def recoveries() -> str:
             for what in ("SIGKILL", "SIGSTOP", "cut"):
                 if what not in run:
                     continue
-                ready, ended = (run[what][name] for name in ("ready", "ended"))
+                ready = run[what]["ready"]
+                ended = run[what]["ended"]
                 row = [where, what, str(run[what]["times"])]
                 row += [f"{ready['median']:.1f} / {ready['worst']:.1f}"]
                 row += [f"{ended['median']:.1f} / {ended['worst']:.1f}"]

@@ -53,7 +53,10 @@ def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE)
         log.info(
             "experts of layer %d are placed by %s; the busiest rank's tokens over the mean: "
             "%.2f -> %.2f",
-            *(layer, path, linear[layer], balanced),
+            layer,
+            path,
+            linear[layer],
+            balanced,
         )
     return placed
 
