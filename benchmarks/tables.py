@@ -114,7 +114,7 @@ EXCHANGES = Source(
     "exchange.json", ZEN4, "2026-11-28", f"chrt -r 10 {PYTHON} benchmarks/exchange.py"
 )
 RECOVERIES = (
-    Source("recovery.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/recovery.py --kills 60"),
+    Source("recovery.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/recovery.py --kills 50"),
     Source(
         "recovery_hosts.json",
         ZEN4,
