@@ -25,7 +25,7 @@ START_SECONDS = 120.0
 class Serving:
     """One `moebius serve`, and what it says."""
 
-    def __init__(self, where: Where, *options: str) -> None:
+    def __init__(self, where: Where, *options: str, **variables: str) -> None:
         self.where = where
         self.options = options
         self.lines: list[str] = []
@@ -34,6 +34,7 @@ class Serving:
             *(sys.executable, "-m", "moebius", "serve", *options),
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
+            env=os.environ | variables,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
