@@ -190,16 +190,21 @@ def test_a_queue_that_is_full_is_waited_for(
         assert len(next(other).outputs[0].token_ids) == 40
 
 
-def test_a_queue_that_empties_in_one_step_takes_what_it_has_refused(tiny_model: Path) -> None:
-    """The last of the others starts and ends in one step: none is left whose end is to come."""
-    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    with LLM(
-        str(tiny_model),
+def one_at_a_time(directory: Path) -> LLM:
+    """One request runs, and one may wait."""
+    return LLM(
+        str(directory),
         kv_cache_memory_bytes=2**21,
         max_model_len=512,
         max_num_seqs=1,
         max_queue_requests=1,
-    ) as small:
+    )
+
+
+def test_a_queue_that_empties_in_one_step_takes_what_it_has_refused(tiny_model: Path) -> None:
+    """The last of the others starts and ends in one step: none is left whose end is to come."""
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    with one_at_a_time(tiny_model) as small:
         others = small.stream([("a", params), ("b", params.with_(max_tokens=1))])
         next(others)
         assert small.client.stats().waiting == 1, "the queue is full"
@@ -210,13 +215,7 @@ def test_a_queue_that_empties_in_one_step_takes_what_it_has_refused(tiny_model: 
 
 def test_a_conversation_waits_for_a_queue_that_is_full_too(tiny_model: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    with LLM(
-        str(tiny_model),
-        kv_cache_memory_bytes=2**21,
-        max_model_len=512,
-        max_num_seqs=1,
-        max_queue_requests=1,
-    ) as small:
+    with one_at_a_time(tiny_model) as small:
         expected = small.chat(HELLO, params)[0].outputs[0].text
         others = small.stream([("a", params.with_(max_tokens=2)), ("b", params)])
         next(others)

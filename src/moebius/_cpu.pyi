@@ -261,16 +261,9 @@ class ExchangeTraffic:
     bytes_in: int
     seconds_waited: float
 
-class SharedExchange:
-    def __init__(
-        self,
-        memory: object,
-        layout: ExchangeLayout,
-        segment: int,
-        *,
-        rank: int,
-        timeout: float,
-    ) -> None: ...
+class _Exchange:
+    """What both exchanges do; at run time neither has a base."""
+
     def agree(self, values: Sequence[int]) -> list[list[int]]: ...
     def dispatch(
         self,
@@ -288,7 +281,18 @@ class SharedExchange:
     @property
     def traffic(self) -> ExchangeTraffic: ...
 
-class SocketExchange:
+class SharedExchange(_Exchange):
+    def __init__(
+        self,
+        memory: object,
+        layout: ExchangeLayout,
+        segment: int,
+        *,
+        rank: int,
+        timeout: float,
+    ) -> None: ...
+
+class SocketExchange(_Exchange):
     """csrc/socket_exchange.h describes it. Its sockets are its own from now on."""
 
     def __init__(
@@ -303,19 +307,3 @@ class SocketExchange:
         crowded: bool,
         timeout: float,
     ) -> None: ...
-    def agree(self, values: Sequence[int]) -> list[list[int]]: ...
-    def dispatch(
-        self,
-        x: int,
-        ids: int,
-        tokens: int,
-        owners: int,
-        splits: int,
-        experts: int,
-        rows: int,
-        ids_out: int,
-    ) -> int: ...
-    def combine(self, outputs: int, back: int) -> None: ...
-    def give_up(self, ranks: Sequence[int]) -> None: ...
-    @property
-    def traffic(self) -> ExchangeTraffic: ...
