@@ -86,9 +86,21 @@ def pair(network: Network, tiny_model: Path, key: Path) -> Iterator[Together]:
         yield made
 
 
-def others(group: Together, lost: int) -> list[int]:
-    """The ranks' processes on all nodes but this."""
-    return [pid for each in group.nodes if each is not group.nodes[lost] for pid in each.children]
+def others(group: Together, *lost: int) -> list[int]:
+    """The ranks' processes on all nodes but these."""
+    kept = [node for number, node in enumerate(group.nodes) if number not in lost]
+    return [pid for node in kept for pid in node.children]
+
+
+@contextmanager
+def all_answered(group: Together, load: Load, *lost: int) -> Iterator[None]:
+    """What the block does to these nodes changes no answer, and no process of the others."""
+    group.wait_for_all()
+    stay = others(group, *lost)
+    asking = load.begin(group)
+    yield
+    assert asking.answers() == load.expected
+    assert others(group, *lost) == stay
 
 
 def test_two_hosts_answer_as_one_process(pair: Together, load: Load) -> None:
@@ -212,59 +224,36 @@ def test_four_hosts_outlive_what_happens_to_them(tiny_model: Path, key: Path, lo
         together(network, str(tiny_model), key, "--ranks", "4") as group,
     ):
         front, _, third, fourth = group.nodes
-        stay = others(group, 3)
-        asking = load.begin(group)
-        os.kill(fourth.children[0], signal.SIGSTOP)
-        assert asking.answers() == load.expected
-        assert others(group, 3) == stay
+        with all_answered(group, load, 3):
+            os.kill(fourth.children[0], signal.SIGSTOP)
 
         # A command that is as silent as if its host had stopped; it goes on, and comes back.
-        group.wait_for_all()
-        stay = others(group, 2)
-        asking = load.begin(group)
-        os.kill(third.process.pid, signal.SIGSTOP)
-        front.wait_for(LOST.format(2), seconds=15)
-        os.kill(third.process.pid, signal.SIGCONT)
-        assert asking.answers() == load.expected
-        assert others(group, 2) == stay
+        with all_answered(group, load, 2):
+            os.kill(third.process.pid, signal.SIGSTOP)
+            front.wait_for(LOST.format(2), seconds=15)
+            os.kill(third.process.pid, signal.SIGCONT)
 
-        group.wait_for_all()
-        stay = others(group, 1)
-        asking = load.begin(group)
-        network.unplug(1)
-        front.wait_for(LOST.format(1), seconds=15)
-        network.plug_in(1)
-        assert asking.answers() == load.expected
-        assert others(group, 1) == stay
+        with all_answered(group, load, 1):
+            network.unplug(1)
+            front.wait_for(LOST.format(1), seconds=15)
+            network.plug_in(1)
 
         # A link that is away for a moment, as long as TCP sends again in time: nobody is lost.
-        group.wait_for_all()
-        stay = [pid for each in group.nodes for pid in each.children]
-        asking = load.begin(group)
-        network.cut(2)
-        time.sleep(cluster.SILENCE_SECONDS / 4)
-        network.mend(2)
-        assert asking.answers() == load.expected
-        assert [pid for each in group.nodes for pid in each.children] == stay
+        with all_answered(group, load):
+            network.cut(2)
+            time.sleep(cluster.SILENCE_SECONDS / 4)
+            network.mend(2)
 
         # The front's own rank.
-        group.wait_for_all()
-        stay = others(group, 0)
-        asking = load.begin(group)
-        os.kill(front.children[0], signal.SIGKILL)
-        assert asking.answers() == load.expected
-        assert others(group, 0) == stay
+        with all_answered(group, load, 0):
+            os.kill(front.children[0], signal.SIGKILL)
 
         # Two hosts at once.
+        with all_answered(group, load, 1, 3):
+            for lost in (1, 3):
+                group.nodes[lost].kill_host()
+                group.start_again(lost)
         group.wait_for_all()
-        stay = [*front.children, *group.nodes[2].children]
-        asking = load.begin(group)
-        for lost in (1, 3):
-            group.nodes[lost].kill_host()
-            group.start_again(lost)
-        assert asking.answers() == load.expected
-        group.wait_for_all()
-        assert [*front.children, *group.nodes[2].children] == stay
 
 
 @pytest.mark.hosts
