@@ -147,6 +147,7 @@ class Experts:
         gate_bias: Sequence[int],
         up_bias: Sequence[int],
         down_bias: Sequence[int],
+        on_disk: bool = False,
     ) -> None: ...
     def assign(self, other: Experts) -> None: ...
 

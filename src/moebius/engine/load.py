@@ -174,6 +174,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     weight_bytes = _weight_bytes(sources, weights, checkpoint.dtype)
     if near and memory is not None:
         weight_bytes = replace(weight_bytes, nodes=memory.nodes)
+    if config.mmap_cold:
+        weight_bytes = _cold(weight_bytes)
     if ranks is not None and config.expert_placement == "balanced":
         moving = _moving_bytes(sources, weights, ranks, config.spare_experts)
         weight_bytes = replace(weight_bytes, moving=moving)
@@ -196,7 +198,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         recorded=workspace.nbytes if workspace.recorded else None,
         ranks=1 if share is None else share.ranks,
     )
-    loader = Loader(checkpoint, device, near=near)
+    loader = Loader(checkpoint, device, near=near, cold=config.mmap_cold)
     return Prepared(
         checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
     )
@@ -270,6 +272,10 @@ def _weight_bytes(
         for source, weight in zip(sources, weights, strict=True)
         if weight.near
     ]
+    layers = Counter[int]()
+    for source, weight in zip(sources, weights, strict=True):
+        if weight.mapped and source.expert is not None:
+            layers[source.expert[0]] += weight.nbytes
     return WeightBytes(
         mapped=sum(weight.nbytes for weight in weights if weight.mapped),
         copied=sum(weight.nbytes for weight in weights if not (weight.mapped or weight.near)),
@@ -277,7 +283,19 @@ def _weight_bytes(
         stored=stored,
         near=sum(nbytes for nbytes, _ in near),
         common=sum(nbytes for nbytes, common in near if common),
+        experts=layers.total(),
+        layer=max(layers.values(), default=0),
     )
+
+
+def _cold(weights: WeightBytes) -> WeightBytes:
+    """With experts that may stay on disk. Raises ConfigError where none are read in place."""
+    if not weights.experts:
+        raise ConfigError(
+            "--mmap-cold lets experts stay on disk, but this model has none that are read where "
+            "they lie in its files; leave it out"
+        )
+    return replace(weights, cold=True)
 
 
 def _moving_bytes(

@@ -89,7 +89,8 @@ class Loader:
     mapped=False copies all of them, for training.
 
     A rank that shares experts with others reads and holds its own alone. near: it has copies of
-    what would be mapped, too, in memory of its own, and no file stays mapped for them.
+    what would be mapped, too, in memory of its own, and no file stays mapped for them. cold: mapped
+    experts are not read ahead; operations ask for those that they need.
     """
 
     def __init__(
@@ -99,11 +100,13 @@ class Loader:
         *,
         mapped: bool = True,
         near: bool = False,
+        cold: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self._mapped = mapped
         self._near = near
+        self._cold = cold
         # Of ranks that hold parts of files, and may come to hold others.
         self._parts = MappedFiles(whole=False)
 
@@ -114,7 +117,11 @@ class Loader:
         """
         sources = self.checkpoint.sources_at(decoder.ranks)
         _check_all_have_a_source(decoder, sources)
-        files = MappedFiles() if decoder.ranks is None else self._parts
+        whole = decoder.ranks is None and not self._cold
+        files = MappedFiles() if whole else self._parts
+        for module in decoder.modules():
+            if isinstance(module, Experts):
+                module.on_disk = self._cold
         self._put(decoder, self._values(decoder, sources, files, _COPYING))
 
     def bring_experts(
@@ -203,7 +210,11 @@ class Loader:
         if self._near:
             near = NearFiles(self._spans(source for source, plan in planned if plan.near), threads)
         if not files.whole:
-            far = self._spans(source for source, plan in planned if not plan.near)
+            far = self._spans(
+                source
+                for source, plan in planned
+                if not (plan.near or (plan.mapped and self._cold and source.expert is not None))
+            )
             for file, spans in far.items():
                 files.fetch(file, spans)
         values = []
