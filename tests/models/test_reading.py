@@ -263,7 +263,7 @@ def test_other_names_of_the_number_of_experts(model_type: str, name: str, other:
 
 def test_a_name_that_the_class_does_not_know_is_none() -> None:
     """qwen2_moe has no other name for num_experts; transformers leaves such a key alone."""
-    config, ignored, _ = read_config(tiny("qwen2_moe", num_local_experts=3))
+    config, ignored, _, _ = read_config(tiny("qwen2_moe", num_local_experts=3))
     router = config.feed_forward[0].router
     assert ignored == ["num_local_experts"] and router is not None and router.num_experts == 5
 

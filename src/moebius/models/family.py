@@ -17,6 +17,8 @@ from moebius.errors import ConfigError
 from moebius.models import families
 from moebius.models.config import ModelConfig
 from moebius.models.layout import Layout
+from moebius.models.quantization import Quantization, read_quantization
+from moebius.models.quantization.read import KEYS as QUANTIZATION_KEYS
 from moebius.models.reading import ConfigReader, Keys
 
 
@@ -46,11 +48,13 @@ class ConfigReading(NamedTuple):
 
     ignored   keys that no model of this type reads, so that they change nothing
     assumed   keys that count and are absent, so that they have the default of transformers' class
+    quantization   how the checkpoint's matrices are stored; None for plain numbers
     """
 
     config: ModelConfig
     ignored: Sequence[str]
     assumed: Sequence[str]
+    quantization: Quantization | None
 
 
 def model_types() -> tuple[str, ...]:
@@ -82,9 +86,12 @@ def read_config(config_json: Mapping[str, Any]) -> ConfigReading:
     declared, file = _found(config_json.get("model_type"))
     keys = declared.keys or Keys.of_file(file.with_suffix(".json"))
     reader = ConfigReader(config_json, keys)
+    quantization = read_quantization(config_json)
     config = declared.read(reader)
+    assumed = sorted(reader.computed - reader.raw.keys())
+    reader.computed |= QUANTIZATION_KEYS
     reader.finish()
-    return ConfigReading(config, reader.ignored, sorted(reader.computed - reader.raw.keys()))
+    return ConfigReading(config, reader.ignored, assumed, quantization)
 
 
 def model_config(config_json: Mapping[str, Any]) -> ModelConfig:

@@ -19,6 +19,8 @@ from moebius.files import read_json
 from moebius.models.config import ModelConfig
 from moebius.models.family import family, read_config
 from moebius.models.layout import Layout, Source, sources
+from moebius.models.quantization import Quantization, quantization_beside
+from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_store
 from moebius.models.store.plan import PlannedWeight, planned_weight
 from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor, short_name
@@ -36,7 +38,8 @@ class Checkpoint:
     """A directory whose configuration and tensors fit together; made by open_checkpoint.
 
     config.tie_word_embeddings says what the tensors do, which is not always what config_json says.
-    tensors are the store's, under their names in a model with a head.
+    tensors are the store's, under their names in a model with a head; a matrix that is quantised in
+    several tensors is one, under its weight's name.
     """
 
     directory: Path
@@ -155,15 +158,25 @@ def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
 
 
 def _match(
-    directory: Path, config: ModelConfig, store: Store, tensors: Mapping[str, StoredTensor]
-) -> tuple[Source, ...]:
-    """The sources of all parameters, in the layout that the checkpoint has."""
+    directory: Path,
+    config: ModelConfig,
+    store: Store,
+    tensors: Mapping[str, StoredTensor],
+    quantization: Quantization | None,
+) -> tuple[tuple[Source, ...], Mapping[str, StoredTensor]]:
+    """The sources of all parameters, in the layout that the checkpoint has; and what they read."""
     layouts = family(config.model_type).layouts
     head = layouts[0].head
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
+    schemes = () if quantization is None else quantization.schemes
     candidates = [tuple(sources(config, layout)) for layout in layouts]
-    wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
+    wanted = max(
+        candidates,
+        key=lambda option: sum(is_stored(each.name, tensors, schemes) for each in option),
+    )
+    if quantization is not None:
+        tensors = composed(wanted, tensors, quantization)
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
@@ -178,7 +191,7 @@ def _match(
                 f"{short_name(stored.file)}: tensor {name!r} is left over; {config.model_type} has "
                 "no such tensor"
             )
-    return wanted
+    return wanted, tensors
 
 
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
@@ -215,7 +228,8 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
             "files"
         )
     config_json = read_json(directory / "config.json")
-    config, ignored, _ = read_config(config_json)
+    config, ignored, _, quantization = read_config(config_json)
+    quantization = quantization or quantization_beside(directory)
     if ignored:
         log.info(
             "config.json: no %s model reads %s, which changes nothing",
@@ -228,7 +242,7 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     known = {name: each for name, each in store.tensors.items() if not found.leaves_out(name)}
     tensors = _named_in_full(layout, known)
     config = replace(config, tie_word_embeddings=_tied(directory, config, layout, tensors))
-    matched = _match(directory, config, store, tensors)
+    matched, tensors = _match(directory, config, store, tensors, quantization)
     return Checkpoint(directory, config_json, config, store, tensors, matched)
 
 
@@ -239,7 +253,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
-    for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.start):
+    stored = [plane for tensor in checkpoint.tensors.values() for plane in tensor.planes]
+    for tensor in sorted(stored, key=lambda t: t.start):
         files.setdefault(tensor.file, []).append(tensor)
     for path, tensors in sorted(files.items()):
         with path.open("rb") as file:
