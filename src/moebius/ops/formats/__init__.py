@@ -16,8 +16,7 @@ from moebius.ops.formats.named import PARAMETRIC, made
 from moebius.ops.formats.repacked import Repacked
 
 __all__ = [
-    "BLOCKS_OF_32",
-    "BLOCKS_OF_256",
+    "BLOCK_FORMATS",
     "FORMATS",
     "PLANE_FORMATS",
     "BlockFormat",
@@ -31,11 +30,10 @@ __all__ = [
     "format_named",
 ]
 
+BLOCK_FORMATS = (*BLOCKS_OF_32, *BLOCKS_OF_256)
 _DENSE = tuple(map(dense, (torch.bfloat16, torch.float16, torch.float32)))
 # By name.
-FORMATS: dict[str, Format] = {
-    each.name: each for each in (*_DENSE, *BLOCKS_OF_32, *BLOCKS_OF_256, *FP4)
-}
+FORMATS: dict[str, Format] = {each.name: each for each in (*_DENSE, *BLOCK_FORMATS, *FP4)}
 PLANE_FORMATS = PARAMETRIC | {each.name for each in FP4}
 """Formats of several planes, by their names without parameters."""
 
