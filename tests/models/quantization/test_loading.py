@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moebius.errors import ConfigError, WeightsError
+from moebius.errors import WeightsError
 from moebius.models.decoder import Decoder
 from moebius.models.store import fingerprint, open_checkpoint
 from moebius.models.store.load import Loader, load_decoder
+from moebius.models.store.save import save_checkpoint
 from moebius.moe.placement import LayerPlacement, Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
@@ -142,48 +143,226 @@ def test_ranks_hold_their_own_experts(tmp_path: Path, kind: str, near: bool) -> 
     assert {name.rsplit(".", 1)[1] for name in before - after} == {"1", "2"}
 
 
-def stack_experts(directory: Path, meant: dict[str, Tensor]) -> None:
-    """All experts in two tensors, and their other planes likewise, as transformers 5 holds them."""
+def write_stacked(directory: Path, kind: Kind) -> dict[str, Tensor]:
+    """A checkpoint whose experts are two tensors of codes, gate and up in one; returns what each
+    expert's parameters mean."""
+    save_tiny(directory, "qwen3_moe", **SIZES["qwen3_moe"])
     file = directory / "model.safetensors"
-    for tensors in (load_file(file), meant):
-        stacked: dict[str, dict[int, Tensor]] = {}
-        for name in [name for name in tensors if ".experts." in name]:
-            before, _, after = name.partition(".experts.")
-            number, projection, suffix = after.split(".")
-            kind = "down_proj" if projection == "down_proj" else "gate_up_proj"
-            part = stacked.setdefault(f"{before}.experts.{kind}{suffix.removeprefix('weight')}", {})
-            place = 2 * int(number) + (projection == "up_proj")
-            part[place] = tensors.pop(name)
-        for name, parts in stacked.items():
-            matrices = [parts[place].view(torch.uint8) if parts[place].itemsize == 1 else parts[place] for place in sorted(parts)]
-            if "gate_up" in name:
-                matrices = [torch.cat(matrices[i : i + 2]) for i in range(0, len(matrices), 2)]
-            tensors[name] = torch.stack(matrices).view(next(iter(parts.values())).dtype)
-        if tensors is not meant:
-            save_file(tensors, file)
+    tensors = load_file(file)
+    meant = {}
+    for layer in range(2):
+        before = f"model.layers.{layer}.mlp.experts."
+        planes: dict[str, list[Tensor]] = {}
+        for expert in range(5):
+            gate, up, down = (
+                tensors.pop(f"{before}{expert}.{which}_proj.weight")
+                for which in ("gate", "up", "down")
+            )
+            both, wide = kind.pack(f"{before}gate_up_proj", torch.cat([gate, up]))
+            parts, wide_down = kind.pack(f"{before}down_proj", down)
+            for name, plane in (both | parts).items():
+                planes.setdefault(name, []).append(plane)
+            ours = f"layers.{layer}.mlp.experts."
+            meant[f"{ours}gate_proj.{expert}"], meant[f"{ours}up_proj.{expert}"] = wide.chunk(2)
+            meant[f"{ours}down_proj.{expert}"] = wide_down
+        tensors |= {name: torch.stack(each) for name, each in planes.items()}
+    save_file(tensors, file)
+    change_config(directory, quantization_config=kind.config)
+    return meant
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "fp8-ue8m0", "fp8-half-blocks"])
-def test_stacked_experts_are_parts_of_planes(tmp_path: Path, kind: str) -> None:
-    """As gpt-oss has MXFP4, and transformers FP8; blocks of scales may span what gate and up
-    share, but then rows have scales of their own."""
-    config = {**KINDS["fp8-block"].config, "weight_block_size": [64, 16]}
-    kinds = {**KINDS, "fp8-half-blocks": Kind(config, fp8((64, 16), "_scale_inv", F32))}
-    made(tmp_path, kinds[kind])
-    if kind == "fp8-half-blocks":
-        file = tmp_path / "model.safetensors"
-        tensors = load_file(file)
-        # Gate and up, 32 rows each, are one block of 64: both have gate's scales.
-        for name in [name for name in tensors if name.endswith("up_proj.weight_scale_inv") and ".experts." in name]:
-            tensors.pop(name)
-        save_file(tensors, file)
-    meant: dict[str, Tensor] = {}
-    plain = load_file(tmp_path / "model.safetensors")
-    checkpoint_names(plain)
-    stack_experts(tmp_path, meant)
+_BLOCKS = {"quant_method": "fp8", "weight_block_size": [48, 16]}
+STACKED = {
+    "mxfp4": KINDS["mxfp4"],
+    "fp8-ue8m0": KINDS["fp8-ue8m0"],
+    # 32 rows are gate's and 32 up's: up begins within a block.
+    "fp8-parted": Kind(_BLOCKS, fp8((48, 16), "_scale_inv", F32)),
+}
+
+
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("kind", STACKED.values(), ids=STACKED)
+def test_stacked_experts_are_parts_of_planes(tmp_path: Path, kind: Kind, near: bool) -> None:
+    """As gpt-oss has MXFP4, and transformers 5 FP8; of all, and of a rank's own."""
+    meant = write_stacked(tmp_path, kind)
+    checkpoint = open_checkpoint(tmp_path)
+    plan = checkpoint.plan_weights("float32", formats=ReferenceOps().formats(F32))
+    experts = [row for row in plan if row.name in meant]
+    assert len(experts) == len(meant) and all(row.mapped for row in experts)
+    stored = {
+        checkpoint.tensors[source.name].name: checkpoint.tensors[source.name]
+        for source in checkpoint.sources
+        if source.expert
+    }
+    assert sum(row.nbytes for row in experts) == sum(each.nbytes for each in stored.values())
+    ranks = ExpertRank(Placement.linear(checkpoint.config.experts, 2), 1, 8) if near else None
+    decoder = Decoder(checkpoint.config, ReferenceOps(), F32, "meta", ranks=ranks)
+    Loader(checkpoint, torch.device("cpu"), near=near).fill(decoder)
+    weights = {name: weight for name, weight in held(decoder).items() if name in meant}
+    assert len(weights) == (12 if near else 30)
+    for name, weight in weights.items():
+        assert isinstance(weight, Matrix)
+        assert torch.equal(weight.widened(F32), meant[name]), name
+
+
+# --- what is wrong ---
+
+
+def tampered(directory: Path, change: dict[str, Tensor | None]) -> None:
+    """Other tensors under these names, or none."""
+    file = directory / "model.safetensors"
+    tensors = {**load_file(file), **change}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        (
+            "fp8-block",
+            {f"{UP}.weight_scale_inv": None},
+            [f"{UP}.weight' needs", "weight_scale'", "missing"],
+        ),
+        (
+            "fp8-block",
+            {f"{UP}.weight_scale_inv": torch.ones(4, 3)},
+            [f"{UP}.weight_scale_inv", "[4, 3]", "[4, 2]"],
+        ),
+        ("fp8-block", {f"{UP}.weight_scale_inv": torch.ones(4, 2).long()}, ["I64", "F32 or BF16"]),
+        (
+            "fp8-block",
+            {f"{UP}.weight": torch.zeros(96, 60).to(torch.float8_e4m3fn)},
+            [f"{UP}.weight", "[96, 60]", "[96, 64]"],
+        ),
+        (
+            "fp8-block",
+            {f"{UP}.weight": torch.zeros(96, 64).to(torch.float8_e5m2)},
+            [f"{UP}.weight", "F8_E5M2", "F8_E4M3"],
+        ),
+        (
+            "pack-4",
+            {f"{UP}.weight_packed": torch.zeros(96, 9, dtype=torch.int32)},
+            ["weight_packed", "[96, 9]", "[96, 8]"],
+        ),
+        (
+            "pack-4",
+            {f"{UP}.weight_zero_point": torch.zeros(12, 2).int()},
+            ["weight_zero_point", "left over"],
+        ),
+        (
+            "pack-4",
+            {f"{UP}.weight_packed": None, f"{UP}.weight_scale": None},
+            [f"{UP}.weight", "missing"],
+        ),
+        (
+            "pack-4-zeros",
+            {f"{UP}.weight_zero_point": None},
+            ["weight_packed", "weight_zero_point", "missing"],
+        ),
+        (
+            "mxfp4",
+            {f"{UP}.weight_scales": torch.zeros(96, 3, dtype=torch.uint8)},
+            ["weight_scales", "[96, 3]", "[96, 2]"],
+        ),
+        ("gptq", {f"{UP}.g_idx": torch.zeros(63).int()}, ["g_idx", "[63]", "[64]"]),
+        ("awq", {f"{UP}.qzeros": torch.zeros(4, 11).int()}, ["qzeros", "[4, 11]", "[4, 12]"]),
+        ("mlx-4", {f"{UP}.biases": torch.zeros(96, 2)}, ["biases", "F32", "F16"]),
+        (
+            "nvfp4-pack-quantized",
+            {f"{UP}.weight_global_scale": torch.zeros(2)},
+            ["global_scale", "[2]", "[1]"],
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    tmp_path: Path, kind: str, change: dict[str, Tensor | None], words: list[str]
+) -> None:
+    made(tmp_path, KINDS[kind], "llama")
+    tampered(tmp_path, change)
+    with pytest.raises(WeightsError) as error:
+        open_checkpoint(tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_said_not_to_be_quantised_and_is(tmp_path: Path) -> None:
+    made(tmp_path, KINDS["pack-4"], "llama")
+    change_config(
+        tmp_path,
+        quantization_config=compressed(
+            "pack-quantized",
+            KINDS["pack-4"].config["config_groups"]["group_0"]["weights"],
+            ignore=[UP],
+        ),
+    )
+    with pytest.raises(
+        WeightsError, match=rf"'{UP}.weight_packed' is quantised, but .* '{UP}' is not"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_sizes_that_groups_do_not_divide(tmp_path: Path) -> None:
+    made(tmp_path, KINDS["pack-4"], "llama")
+    weights = {**KINDS["pack-4"].config["config_groups"]["group_0"]["weights"], "group_size": 48}
+    change_config(tmp_path, quantization_config=compressed("pack-quantized", weights))
+    with pytest.raises(
+        WeightsError, match=r"cannot hold the shape \[64, 64\].*no whole groups of 48"
+    ):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {f"{UP}.qzeros": torch.full((4, 12), 0x66666666).int()},
+            ["all 7, or all 8", "sym = true"],
+        ),
+        ({f"{UP}.g_idx": torch.arange(64).flip(0).int() // 16}, ["g_idx", "desc_act = false"]),
+        ({f"{UP}.g_idx": torch.full((64,), 4).int()}, ["g_idx", "none of the 4"]),
+    ],
+)
+def test_gptq_that_is_not_what_it_says(
+    tmp_path: Path, change: dict[str, Tensor | None], words: list[str]
+) -> None:
+    made(tmp_path, KINDS["gptq"], "llama")
+    tampered(tmp_path, change)
+    with pytest.raises(WeightsError) as error:
+        load_decoder(tmp_path, F32, ops=ReferenceOps())
+    assert all(word in str(error.value) for word in [f"{UP}.weight", *words]), error.value
+
+
+def test_every_plane_counts_in_the_fingerprint(tmp_path: Path) -> None:
+    made(tmp_path, KINDS["pack-4-zeros"], "llama")
+    seen = {fingerprint(open_checkpoint(tmp_path))}
+    for suffix in ("packed", "scale", "zero_point"):
+        name = f"{UP}.weight_{suffix}"
+        tensor = load_file(tmp_path / "model.safetensors")[name]
+        tampered(tmp_path, {name: tensor + 1})
+        seen.add(fingerprint(open_checkpoint(tmp_path)))
+    assert len(seen) == 4
+
+
+def test_scales_of_activations_are_not_read(tmp_path: Path) -> None:
+    meant = made(tmp_path, KINDS["fp8-tensor"], "llama")
+    more = {f"{UP}.input_scale": torch.ones(()), "model.layers.0.self_attn.k_scale": torch.ones(())}
+    tampered(tmp_path, more)
     decoder = load_decoder(tmp_path, F32, ops=ReferenceOps())
-    assert decoder is not None
+    assert torch.equal(
+        held(decoder)["layers.1.mlp.experts.up_proj.0"].widened(F32), meant[f"{UP}.weight"]
+    )
 
 
-def checkpoint_names(tensors: dict[str, Tensor]) -> None:
-    assert tensors
+def test_what_is_saved_is_not_quantised(tmp_path: Path) -> None:
+    """Loaded to be trained, its numbers are plain, and so is the checkpoint that is made of it."""
+    meant = made(tmp_path, KINDS["gptq"], "llama")
+    decoder = load_decoder(tmp_path, F32, ops=ReferenceOps(), mapped=False)
+    saved = tmp_path / "saved"
+    save_checkpoint(decoder, json.loads((tmp_path / "config.json").read_text()), saved)
+    stored = load_file(saved / "model.safetensors")
+    assert stored.keys() == meant.keys()
+    assert all(torch.equal(stored[name], meant[name]) for name in meant)
+    assert load_decoder(saved, F32, ops=ReferenceOps()) is not None
