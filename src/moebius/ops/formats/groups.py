@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moebius.ops.formats.blocks import nibbles
-
 
 def times_groups(numbers_RC: Tensor, scales_RG: Tensor, group: int) -> None:
     """Multiply each number with its group's scale, in place; the last group may be shorter.
@@ -48,10 +46,21 @@ def row_ids(rows: slice | Tensor, plane: Tensor) -> Tensor:
     return torch.arange(len(plane), device=plane.device)[rows]
 
 
+def transposed(plane: Tensor) -> Tensor:
+    """A copy with rows for columns, dense even where there is one row alone."""
+    columns, rows = plane.shape
+    return torch.empty(rows, columns, dtype=plane.dtype, device=plane.device).copy_(plane.T)
+
+
 def unpacked(words_RW: Tensor, bits: int) -> Tensor:
     """Codes of 4 or 8 bits out of int32 words, the lowest bits first: (R, W * 32 / bits) uint8."""
     bytes_RY = words_RW.view(torch.uint8)
-    return bytes_RY if bits == 8 else nibbles(bytes_RY, 1).flatten(1)
+    return bytes_RY if bits == 8 else two_a_byte(bytes_RY)
+
+
+def two_a_byte(bytes_RY: Tensor) -> Tensor:
+    """Codes of 4 bits, of each byte the low ones first: (R, 2 * Y) uint8."""
+    return torch.stack((bytes_RY & 15, bytes_RY >> 4), dim=-1).flatten(1)
 
 
 def packed(codes_RC: Tensor, bits: int) -> Tensor:

@@ -16,6 +16,7 @@ from moebius.ops.formats.groups import (
     plus_groups,
     row_ids,
     times_groups,
+    transposed,
     unpacked,
 )
 
@@ -132,7 +133,7 @@ class Integers(Format):
         """Zero points of signed codes, (rows, groups)."""
         if self.zeros != "words":
             return stored
-        codes_GR = unpacked(stored.T.contiguous(), self.bits)[:, :rows]
+        codes_GR = unpacked(transposed(stored), self.bits)[:, :rows]
         return (codes_GR.to(torch.int16) - (1 << (self.bits - 1))).T.to(torch.int8)
 
     def exact_in(self, dtype: torch.dtype) -> bool:

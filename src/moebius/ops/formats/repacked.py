@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebius.ops.formats.dense import dtype_name
 from moebius.ops.formats.format import Format, Planes, PlaneShape
-from moebius.ops.formats.groups import packed, unpacked
+from moebius.ops.formats.groups import packed, transposed, unpacked
 from moebius.ops.formats.integers import Integers, Zeros
 
 # The bits of a word in which AWQ has an output's code, in units of four, by the output's number.
@@ -93,14 +93,14 @@ class Gptq(Repacked):
     def repacked(self, planes: Planes) -> Planes:
         words_WR, zeros_GY, scales_GR, *index = planes
         # A word holds consecutive columns of one row, the lowest bits first, as the target's do.
-        found = [words_WR.T.contiguous(), scales_GR.T.contiguous()]
-        zeros_RG = unpacked(zeros_GY.contiguous(), self.bits).to(torch.int16).T
+        found = [transposed(words_WR), transposed(scales_GR)]
+        zeros_RG = transposed(unpacked(zeros_GY, self.bits)).to(torch.int16)
         middle = 1 << (self.bits - 1)
         if self.zeros == "symmetric":
             _require_symmetric(zeros_RG, middle)
         else:
             signed = zeros_RG - (middle - (self.zeros == "minus one"))
-            found.append(signed.to(getattr(torch, self.target.zeros)).contiguous())
+            found.append(signed.to(getattr(torch, self.target.zeros)))
         if index:
             found += self._order(index[0], len(scales_GR))
         return tuple(found)
@@ -162,12 +162,12 @@ class Awq(Repacked):
 
     def repacked(self, planes: Planes) -> Planes:
         words_CY, zeros_GY, scales_GR = planes
-        codes_RC = _in_order(words_CY).T
-        zeros_RG = _in_order(zeros_GY).T.to(torch.int8) - 8
-        return packed(codes_RC, 4), scales_GR.T.contiguous(), zeros_RG.contiguous()
+        codes_RC = transposed(_in_order(words_CY))
+        zeros_RG = transposed(_in_order(zeros_GY)).to(torch.int8) - 8
+        return packed(codes_RC, 4), transposed(scales_GR), zeros_RG
 
 
 def _in_order(words: Tensor) -> Tensor:
     """The codes of AWQ's words, a row's outputs in order: (..., 8 * words) uint8."""
-    codes = unpacked(words.contiguous(), 4).view(len(words), -1, 8)
+    codes = unpacked(words, 4).view(len(words), -1, 8)
     return codes[:, :, list(_AWQ_NIBBLES)].flatten(1)
