@@ -34,12 +34,16 @@ def read_quantization(config_json: Mapping[str, Any]) -> Quantization | None:
     if stated is None:
         return None
     method, raw = stated
-    if method not in _READERS:
-        raise ConfigError(
-            f"config.json: quantization_config of method {method!r} is not supported; supported "
-            f"are {', '.join(_READERS)}, and checkpoints in bfloat16, float16 or float32"
-        )
+    if not isinstance(method, str) or method not in _READERS:
+        raise _unsupported(method)
     return _READERS[method](raw)
+
+
+def _unsupported(method: object) -> ConfigError:
+    return ConfigError(
+        f"config.json: quantization_config of method {method!r} is not supported; supported are "
+        f"{', '.join(_READERS)}, and checkpoints in bfloat16, float16 or float32"
+    )
 
 
 def quantization_beside(directory: Path) -> Quantization | None:
@@ -54,7 +58,7 @@ def _stated(config_json: Mapping[str, Any]) -> tuple[object, Mapping[str, Any]] 
     of_mlx = config_json.get("quantization") or {}
     for each in (raw, of_mlx):
         if not isinstance(each, Mapping):
-            return each, {}
+            raise _unsupported(each)
     if not raw and not of_mlx:
         return None
     # mlx-lm writes the same under two names.
