@@ -1,4 +1,4 @@
-// The integers of up to sixteen blocks of weights, each with its block of a quantised row: plain loops. Instruction sets that
+// The integers of sixteen blocks of weights, each with its block of a quantised row: plain loops. Instruction sets that
 // know better have the same function with their vectors (block_dots_8.h, block_dots_16.h).
 #pragma once
 #include "block_formats.h"
@@ -41,12 +41,12 @@ template <Format f> INLINE void dot_of_256(const uint8_t* w, const int8_t* x, co
     }
 }
 
-// dots[i][t] (and minima[i][t]), STRIDE apart, of blocks w + t * BYTES for t < count, with block `at` and those after it, round
-// and round, of M rows of x. WHOLE: count is sixteen. `at` goes on.
-template <Format f, int M, bool WHOLE, int STRIDE>
-INLINE void dots_of_16(const uint8_t* w, int count, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
+// dots[i][t] (and minima[i][t]), rows STRIDE apart, of blocks w + t * BYTES for t < 16, with block `at` and those after it,
+// round and round, of M rows of x. `at` goes on.
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     using B = Block<f>;
-    for (int t = 0; t < (WHOLE ? 16 : count); t++) {
+    for (int t = 0; t < 16; t++) {
         for (int i = 0; i < M; i++) {
             if constexpr (B::ELEMENTS == 32)
                 dots[i * STRIDE + t] = dot_of_32<f>(w + t * B::BYTES, x[i].codes + at * 32);

@@ -1,4 +1,4 @@
-// The integers of up to sixteen blocks of weights, each with its block of a quantised row, by AVX-512 (see block_dots.h), with
+// The integers of sixteen blocks of weights, each with its block of a quantised row, by AVX-512 (see block_dots.h), with
 // and without the dot products of VNNI.
 #pragma once
 #include "block_codes_16.h"
@@ -89,13 +89,12 @@ INLINE void parts_of_256(const uint8_t* w, const QuantisedRow* x, int at, __m512
     add_sub_blocks<f, M>(w, _mm512_castsi256_si512(scales), codes, dots);
 }
 
-template <Format f, int M, bool WHOLE, int STRIDE>
-INLINE void dots_of_16(const uint8_t* w, int count, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     using B = Block<f>;
     __m512i parts[M][8], least[M][8];  // two blocks each
-    if (!WHOLE) memset(parts, 0, sizeof parts), memset(least, 0, sizeof least);
-    for (int t = 0; t < (WHOLE ? 16 : count); t += 2, w += 2 * B::BYTES) {
-        const uint8_t* second = WHOLE || t + 1 < count ? w + B::BYTES : w;
+    for (int t = 0; t < 16; t += 2, w += 2 * B::BYTES) {
+        const uint8_t* second = w + B::BYTES;
         if constexpr (B::ELEMENTS == 32) {
             const __m512i codes = codes_of_two<f, is_signed<f>()>(w, second);
             for (int i = 0; i < M; i++) parts[i][t / 2] = fours_of<is_signed<f>()>(codes, x[i].codes + at * 32);

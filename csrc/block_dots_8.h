@@ -1,4 +1,4 @@
-// The integers of up to sixteen blocks of weights, each with its block of a quantised row, by AVX2 (see block_dots.h).
+// The integers of sixteen blocks of weights, each with its block of a quantised row, by AVX2 (see block_dots.h).
 #pragma once
 #include "block_codes_8.h"
 #include "block_kernels.h"
@@ -59,15 +59,13 @@ INLINE void parts_of_256(const uint8_t* w, const QuantisedRow* x, int at, __m256
     for (int i = 0; i < M; i++) dots[i * STRIDE] = sums[i];
 }
 
-template <Format f, int M, bool WHOLE, int STRIDE>
-INLINE void dots_of_16(const uint8_t* w, int count, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     using B = Block<f>;
     const __m256i ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 16; half += 8) {
         __m256i parts[M][8], least[M][8];
-        const int some = WHOLE ? 8 : min_of(8, max_of(0, count - half));
-        if (!WHOLE) memset(parts, 0, sizeof parts), memset(least, 0, sizeof least);
-        for (int t = 0; t < some; t++) {
+        for (int t = 0; t < 8; t++) {
             const uint8_t* b = w + (half + t) * B::BYTES;
             if constexpr (B::ELEMENTS == 256) parts_of_256<f, M, 8>(b, x, at, &parts[0][t], &least[0][t]);
             else {

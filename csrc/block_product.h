@@ -3,10 +3,14 @@
 // The rows of weights are one stretch of blocks. First the integers of a piece of it are found, sixteen blocks at a time,
 // whichever rows they belong to; then each row's blocks are scaled and added, sixteen lanes at a time (block_kernels.h).
 #pragma once
-#include "block_dots.h"
-#include "block_formats.h"
-#include "block_kernels.h"
 #include "block_lanes.h"
+#if defined(__AVX512F__)
+#include "block_dots_16.h"
+#elif defined(__AVX2__)
+#include "block_dots_8.h"
+#else
+#include "block_dots.h"
+#endif
 
 namespace moebius {
 namespace MOEBIUS_ISA {
@@ -25,12 +29,16 @@ template <int M> struct Piece {
 template <Format f, int M>
 INLINE void find_integers(const uint8_t* w, int count, const QuantisedRow* x, int first, int blocks, Piece<M>& piece) {
     using B = Block<f>;
+    uint8_t last[BLOCK_LANES * B::BYTES];
     int at = first;
     for (int t = 0; t < count; t += BLOCK_LANES, w += BLOCK_LANES * B::BYTES) {
-        const int some = min_of(BLOCK_LANES, count - t);
-        if (some == BLOCK_LANES) dots_of_16<f, M, true, ROOM>(w, some, x, at, blocks, piece.dots[0] + t, piece.minima[0] + t);
-        else dots_of_16<f, M, false, ROOM>(w, some, x, at, blocks, piece.dots[0] + t, piece.minima[0] + t);
-        for (int i = 0; i < some; i++) {
+        if (count - t < BLOCK_LANES) {  // filled up with zeros
+            memset(last, 0, sizeof last);
+            memcpy(last, w, size_t(count - t) * B::BYTES);
+            w = last;
+        }
+        dots_of_16<f, M, ROOM>(w, x, at, blocks, piece.dots[0] + t, piece.minima[0] + t);
+        for (int i = 0; i < BLOCK_LANES; i++) {
             const uint8_t* b = w + i * B::BYTES;
             if constexpr (f == MXFP4) piece.scales[t + i] = b[0];
             else piece.scales[t + i] = read<uint16_t>(b + B::SCALE_AT);
@@ -98,13 +106,12 @@ template <Format f>
 void block_product(const void* quantised, int m, const void* w, int n, int blocks, const void*, float* c, int ldc) {
     const QuantisedShape shape(block_size(f), blocks * Block<f>::ELEMENTS);
     const uint8_t* weights = static_cast<const uint8_t*>(w);
-    for (int i = 0; i < m; i += 4, c += 4 * size_t(ldc)) {
-        QuantisedRow x[4];
-        const int some = min_of(4, m - i);
+    QuantisedRow x[4];
+    for (int i = 0, some; i < m; i += some, c += some * size_t(ldc)) {
+        some = m - i >= 4 ? 4 : m - i >= 2 ? 2 : 1;
         for (int r = 0; r < some; r++) x[r] = QuantisedRow(quantised, i + r, shape);
         if (some == 1) rows_by_blocks<f, 1>(x, weights, n, blocks, c, ldc);
         else if (some == 2) rows_by_blocks<f, 2>(x, weights, n, blocks, c, ldc);
-        else if (some == 3) rows_by_blocks<f, 3>(x, weights, n, blocks, c, ldc);
         else rows_by_blocks<f, 4>(x, weights, n, blocks, c, ldc);
     }
 }
