@@ -65,10 +65,10 @@ struct Kernels {
     // c[i][j] = sum_k x[i][k] w[j][k] for m rows of x and n consecutive rows of w, ldw elements apart. `next` is where the
     // weights lie that will be read after these, or null. Null where a format is not read in a dtype.
     void (*product[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
-    // out = round(multiplier * row) of n values of a matrix
-    void (*scaled_row[2][DENSE_FORMATS])(const void* row, float multiplier, int n, void* out);
     // The same for weights in blocks.
     const BlockKernels* blocks;
+    // out = round(multiplier * row) of n values of a matrix of plain numbers, or of a row of blocks that was widened to float32
+    void (*scaled_row[2][DENSE_FORMATS])(const void* row, float multiplier, int n, void* out);
     // out = round(c + bias); bias may be null.
     void (*store[2])(const float* c, int n, const void* bias, void* out);
     // c += bias
@@ -115,6 +115,7 @@ void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void*
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avx512bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_amx_emulated();  // for tests

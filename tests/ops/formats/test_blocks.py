@@ -153,16 +153,16 @@ def test_an_embedding_of_blocks_needs_a_dtype() -> None:
 @pytest.mark.parametrize("gradient", [False, True])
 def test_experts_are_widened_one_at_a_time(gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same outputs as of widened weights, and never two experts' numbers beside each other."""
-    names = ("q4_k", "q6_k", "q8_0", "q5_k")
-    gate, up, down = (
-        [random_matrix(name, 256, 256) for name in names[i:] + names[:i]] for i in range(3)
-    )
-    wide = ExpertWeights(
-        *([matrix.widened(torch.float32) for matrix in kind] for kind in (gate, up, down))
-    )
-    x, share = torch.randn(9, 256, requires_grad=gradient), torch.rand(9, 2)
-    ids = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
-    with torch.set_grad_enabled(gradient):
+    with torch.inference_mode(not gradient):
+        names = ("q4_k", "q6_k", "q8_0", "q5_k")
+        gate, up, down = (
+            [random_matrix(name, 256, 256) for name in names[i:] + names[:i]] for i in range(3)
+        )
+        wide = ExpertWeights(
+            *([matrix.widened(torch.float32) for matrix in kind] for kind in (gate, up, down))
+        )
+        x, share = torch.randn(9, 256, requires_grad=gradient), torch.rand(9, 2)
+        ids = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
         exact = REFERENCE.experts(x, share, ids, REFERENCE.prepare_experts(wide, "silu"))
         stacks = list[int]()
         monkeypatch.setattr(torch, "stack", lambda parts: stacks.append(len(parts)))
