@@ -190,7 +190,7 @@ def _match(
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
     """WeightsError where a parameter's tensor has another shape, or a dtype that nothing reads."""
     where = f"{short_name(stored.file)}: tensor {source.name!r}"
-    if stored.shape != source.stored_shape:
+    if not store.same_shape(stored.shape, source.stored_shape):
         raise WeightsError(
             f"{where} has shape {list(stored.shape)}; {store.config} needs "
             f"{list(source.stored_shape)}"
