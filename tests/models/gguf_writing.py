@@ -36,17 +36,16 @@ ARCHITECTURES = {
 }
 PERMUTED = {"llama", "mistral", "mixtral", "granitemoe"}
 SUFFIXES = (".weight", ".bias")
-# Types that gguf-py widens and does not make.
-RANDOM = {
-    Type.Q2_K: ((80, 82),),
-    Type.Q3_K: ((108,),),
-    Type.Q4_K: ((0, 2),),
-    Type.Q5_K: ((0, 2),),
-    Type.Q6_K: ((208,),),
-    Type.IQ4_NL: ((0,),),
-    Type.IQ4_XS: ((0,),),
+# Types that gguf-py widens and does not make: where a block has its scales, and of what size.
+RANDOM: dict[Type, tuple[tuple[int, ...], float]] = {
+    Type.Q2_K: ((80, 82), 0.005),
+    Type.Q3_K: ((108,), 0.002),
+    Type.Q4_K: ((0, 2), 1e-4),
+    Type.Q5_K: ((0, 2), 1e-4),
+    Type.Q6_K: ((208,), 2e-5),
+    Type.IQ4_NL: ((0,), 0.002),
+    Type.IQ4_XS: ((0,), 1e-4),
 }
-"""Where a block has its scales."""
 
 TypeOf = Callable[[str], Type]
 
@@ -63,8 +62,8 @@ def stored(weight: Tensor, kind: Type, seed: int) -> NDArray[Any]:
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (array.size // elements, nbytes), dtype=np.uint8)
-    size = {Type.Q2_K: 0.005, Type.Q3_K: 0.002, Type.IQ4_NL: 0.002, Type.Q6_K: 2e-5}.get(kind, 1e-4)
-    for place in RANDOM[kind][0]:
+    places, size = RANDOM[kind]
+    for place in places:
         scales = (size * random.standard_normal(len(blocks))).astype(np.float16)
         blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(*array.shape[:-1], -1)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 
-import gguf
 from models.gguf_writing import Converter, TypeOf, plain
+from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
@@ -95,3 +97,64 @@ def test_every_architecture_answers_as_the_original(
     tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any], ops: Ops
 ) -> None:
     assert_same_answers(tmp_path, saved(tmp_path, model_type, overrides), ops)
+
+
+# Wide enough for blocks of 256 in every matrix.
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "initializer_range": 0.02,
+}
+TYPES = [
+    Type.F16,
+    Type.BF16,
+    Type.Q8_0,
+    Type.Q4_0,
+    Type.Q4_1,
+    Type.Q5_0,
+    Type.Q5_1,
+    Type.Q2_K,
+    Type.Q3_K,
+    Type.Q4_K,
+    Type.Q5_K,
+    Type.Q6_K,
+    Type.IQ4_NL,
+    Type.IQ4_XS,
+    Type.MXFP4,
+]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_every_type_means_what_gguf_py_makes_of_it(tmp_path: Path, kind: Type) -> None:
+    path = saved(tmp_path, "llama", WIDE, lambda _: kind)
+    stored = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()}
+    assert stored == {"F32", kind.name}
+    assert_same_answers(tmp_path, path, ReferenceOps())
+
+
+def mixed(place: str) -> Type:
+    """Another type for each kind of tensor, as files have them."""
+    kinds = [
+        "ffn_gate_exps",
+        "ffn_up_exps",
+        "ffn_down_exps",
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "output",
+    ]
+    return next((TYPES[-1 - i] for i, kind in enumerate(kinds) if kind in place), Type.Q8_0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("qwen3_moe", {"moe_intermediate_size": 256, "head_dim": 64}), ("granitemoe", {})],
+)
+def test_types_may_differ_from_tensor_to_tensor(
+    tmp_path: Path, model_type: str, sizes: dict[str, Any]
+) -> None:
+    path = saved(tmp_path, model_type, {**WIDE, **sizes}, mixed)
+    stored = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()}
+    assert len(stored) >= 8
+    assert_same_answers(tmp_path, path, ReferenceOps())
