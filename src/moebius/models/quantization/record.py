@@ -36,7 +36,7 @@ Tensors = Mapping[str, Described]
 
 
 class Repacking(NamedTuple):
-    """What becomes of a matrix that is repacked when it is loaded: a format, and its bytes."""
+    """What may become of a matrix when it is loaded: a format, and its bytes."""
 
     format: str
     nbytes: int
@@ -44,11 +44,14 @@ class Repacking(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a matrix is made of: a format (moebius.ops.formats), and a tensor for each plane."""
+    """What a matrix is made of: a format (moebius.ops.formats), and a tensor for each plane.
+
+    repackings   formats with the very same numbers that may be made of it, the best first
+    """
 
     format: str
     planes: tuple[Plane, ...]
-    repacking: Repacking | None = None
+    repackings: tuple[Repacking, ...] = ()
 
 
 class Scheme(ABC):

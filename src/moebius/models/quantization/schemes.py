@@ -29,6 +29,24 @@ def _named(tensor: str, found: Tensors, known: Mapping[str, str]) -> str:
     return known.get(found[tensor].dtype, first) if tensor in found else first
 
 
+_BLOCK_BYTES = {"q4_0": 18, "q5_0": 22, "q8_0": 34, "mxfp4": 17}
+
+
+def _as_blocks(name: str, shape: tuple[int, ...]) -> tuple[Repacking, ...]:
+    """Blocks of 32 of a GGUF type."""
+    return (Repacking(name, math.prod(shape) // 32 * _BLOCK_BYTES[name]),)
+
+
+def _integer_blocks(
+    bits: int, group: int, dtype: str, shape: tuple[int, ...], *, zeros: bool
+) -> tuple[Repacking, ...]:
+    """The blocks that hold such integers: their scales are float16, which bfloat16's usually are
+    too. Of 4 bits, what is left when a zero point is subtracted has five."""
+    if shape[-1] % 32 or group % 32 or dtype == "float32" or (bits == 8 and zeros):
+        return ()
+    return _as_blocks("q8_0" if bits == 8 else "q5_0" if zeros else "q4_0", shape)
+
+
 def _groups(columns: int, group: int) -> int:
     if group and columns % group:
         raise ValueError(f"rows of {columns} numbers are no whole groups of {group}")
@@ -88,7 +106,8 @@ class MxFp4Scheme(Scheme):
         groups = _groups(columns, 32)
         codes = lead(shape, (rows, groups, 16), (rows, columns // 2))
         scales = Plane(name + self.suffixes[1], tuple(_POWERS), lead(shape, (rows, groups)))
-        return Parts("mxfp4_planes", (Plane(self.codes(name), self.codes_dtypes, codes), scales))
+        planes = (Plane(self.codes(name), self.codes_dtypes, codes), scales)
+        return Parts("mxfp4_planes", planes, _as_blocks("mxfp4", (rows, columns)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +176,12 @@ class WordsScheme(Scheme):
         base = f"int{self.bits}{'_words' if self.bits == 8 else ''}"
         base += "_ordered" if self.ordered else ""
         dtype = _named(scale, found, PLAIN_SCALES)
-        return Parts(f"{base}[{self.group},{dtype}{zeros}]", tuple(planes))
+        blocks: tuple[Repacking, ...] = ()
+        if not self.ordered:
+            blocks = _integer_blocks(
+                self.bits, self.group, dtype, (rows, columns), zeros=self.zeros
+            )
+        return Parts(f"{base}[{self.group},{dtype}{zeros}]", tuple(planes), blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +213,8 @@ class BytesScheme(Scheme):
             zeros = ",int8 zeros"
             planes.append(Plane(f"{name}_zero_point", ("I8",), shapes))
         dtype = _named(scale, found, PLAIN_SCALES)
-        return Parts(f"int8[{self.group},{dtype}{zeros}]", tuple(planes))
+        blocks = _integer_blocks(8, self.group, dtype, (rows, columns), zeros=self.zeros)
+        return Parts(f"int8[{self.group},{dtype}{zeros}]", tuple(planes), blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,10 +285,15 @@ class GptqScheme(Scheme):
             planes.append(Plane(order, ("I32",), ((columns,),)))
         dtype = _named(scales, found, PLAIN_SCALES)
         format = f"gptq{self.bits}[{self.group},{dtype},{self.zeros},{index}]"
-        return Parts(format, tuple(planes), self._repacking(rows, columns, dtype))
+        blocks: tuple[Repacking, ...] = ()
+        if not self.ordered:
+            some = self.zeros != "symmetric"
+            blocks = _integer_blocks(self.bits, self.group, dtype, shape, zeros=some)
+        repackings = (self._integers(rows, columns, dtype), *blocks)
+        return Parts(format, tuple(planes), repackings)
 
-    def _repacking(self, rows: int, columns: int, dtype: str) -> Repacking:
-        """As Integers, with plain zero points that have room for 2^bits."""
+    def _integers(self, rows: int, columns: int, dtype: str) -> Repacking:
+        """With plain zero points that have room for 2^bits."""
         groups = _groups(columns, self.group)
         base = "int4" if self.bits == 4 else "int8_words"
         base += "_ordered" if self.ordered else ""
@@ -299,5 +329,6 @@ class AwqScheme(Scheme):
         )
         dtype = _named(scales, found, PLAIN_SCALES)
         nbytes = rows * columns // 2 + rows * groups * (_SCALE_BYTES[dtype] + 1)
-        repacking = Repacking(f"int4[{self.group},{dtype},int8 zeros]", nbytes)
-        return Parts(f"awq[{self.group},{dtype}]", planes, repacking)
+        integers = Repacking(f"int4[{self.group},{dtype},int8 zeros]", nbytes)
+        blocks = _integer_blocks(4, self.group, dtype, shape, zeros=True)
+        return Parts(f"awq[{self.group},{dtype}]", planes, (integers, *blocks))

@@ -1,5 +1,6 @@
 """A checkpoint's tensors into a Decoder, where they lie in their files wherever that can be."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import Format, Matrix, Ops, PreparedExperts, Weight, select_ops
-from moebius.ops.formats import Dense, Repacked, dtype_name, format_named
+from moebius.ops.formats import Dense, Inexact, dtype_name, format_named, repacked
 from moebius.pages import Span, give_back
+
+log = logging.getLogger(__name__)
 
 # Threads that copy a model while it is loaded, and nothing is computed yet.
 _COPYING = 4
@@ -210,10 +213,8 @@ class Loader:
         for source, plan in planned:
             held: _Files = near if near is not None and plan.near else files
             weight = _view(held, source, self.checkpoint.tensors[source.name])
-            if isinstance(weight, Matrix) and isinstance(weight.format, Repacked):
-                weight = _repacked(weight, source)
-            if plan.format in NUMBER_BYTES and not (plan.mapped or plan.near):
-                weight = _copied(weight, plan.format, self.device)
+            if not (plan.mapped or plan.near):
+                weight = _converted(weight, source, plan.format, decoder.dtype, self.device)
             elif not self._mapped and isinstance(weight, Tensor):
                 weight = weight.clone()
             values.append((source, weight))
@@ -281,14 +282,24 @@ def _of_planes(files: _Files, source: Source, stored: StoredTensor, format: Form
     return whole.rows(source.start, source.start + source.shape[0])
 
 
-def _repacked(weight: Matrix, source: Source) -> Matrix:
-    """The matrix in the format that it gets. Raises WeightsError for contradictory planes."""
-    assert isinstance(weight.format, Repacked)
+def _converted(
+    weight: Weight, source: Source, wanted: str, dtype: torch.dtype, device: torch.device
+) -> Weight:
+    """A copy in the format `wanted`; in `dtype` where that has not the same numbers.
+
+    Raises WeightsError for planes that contradict each other.
+    """
     try:
-        planes = weight.format.repacked(weight.planes)
+        if wanted in NUMBER_BYTES:
+            return _copied(weight, wanted, device)
+        assert isinstance(weight, Matrix)
+        planes = repacked(weight.format, weight.planes, wanted)
+    except Inexact as cause:
+        log.info("%s is widened, and not repacked to %s: %s", source.name, wanted, cause)
+        return _copied(weight, dtype_name(dtype), device)
     except ValueError as cause:
         raise WeightsError(f"tensor {source.name!r} cannot be repacked: {cause}") from None
-    return Matrix(weight.format.target, weight.shape, planes)
+    return Matrix(format_named(wanted), weight.shape, planes)
 
 
 def _taken(decoder: Decoder, source: Source) -> Weight:

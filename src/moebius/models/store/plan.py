@@ -54,13 +54,13 @@ def planned_weight(
     def read(format: str) -> bool:
         return device == "cpu" and without_parameters(format) in formats
 
-    if stored.repacking is not None and read(stored.repacking.format):
-        format, nbytes = stored.repacking
-        return PlannedWeight(name, False, format, count, nbytes)
     as_stored = stored.format == wanted or (len(source.shape) == 2 and read(str(stored.format)))
     aligned = stored.start % NUMBER_BYTES.get(str(stored.format), 1) == 0
     if device == "cpu" and as_stored and aligned:
         nbytes = stored.nbytes * count // math.prod(stored.shape)
         return PlannedWeight(name, not near, str(stored.format), count, nbytes, near)
-    nbytes = count * NUMBER_BYTES[wanted]
-    return PlannedWeight(source.parameter, False, wanted, count, nbytes)
+    for format, nbytes in stored.repackings:
+        if read(format):
+            nbytes = nbytes * source.shape[0] // stored.shape[-2]
+            return PlannedWeight(name, False, format, count, nbytes)
+    return PlannedWeight(name, False, wanted, count, count * NUMBER_BYTES[wanted])

@@ -30,8 +30,8 @@ class StoredTensor:
     None where Moebius reads none such.
 
     A matrix whose format has several planes, each a tensor of its own, is one too: these are its
-    `parts`, and file, start and stop those of its codes. `repacking` is what is made of it where
-    nothing reads it as it is stored.
+    `parts`, and file, start and stop those of its codes. `repackings` are what may be made of one
+    matrix, the best first, where a backend does not read it as it is stored.
     """
 
     file: Path
@@ -42,7 +42,7 @@ class StoredTensor:
     start: int
     stop: int
     parts: "tuple[StoredTensor, ...]" = ()
-    repacking: Repacking | None = None
+    repackings: tuple[Repacking, ...] = ()
 
     @property
     def planes(self) -> "tuple[StoredTensor, ...]":

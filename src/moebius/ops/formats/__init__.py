@@ -14,6 +14,7 @@ from moebius.ops.formats.format import Format, Planes, PlaneShape
 from moebius.ops.formats.fp4 import FP4
 from moebius.ops.formats.named import PARAMETRIC, made
 from moebius.ops.formats.repacked import Repacked
+from moebius.ops.formats.to_blocks import Inexact, repacked
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -22,12 +23,14 @@ __all__ = [
     "BlockFormat",
     "Dense",
     "Format",
+    "Inexact",
     "PlaneShape",
     "Planes",
     "Repacked",
     "dense",
     "dtype_name",
     "format_named",
+    "repacked",
 ]
 
 BLOCK_FORMATS = (*BLOCKS_OF_32, *BLOCKS_OF_256)

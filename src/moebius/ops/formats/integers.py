@@ -129,6 +129,17 @@ class Integers(Format):
         times_groups(numbers, wide, group)
         return numbers.to(dtype)
 
+    def signed_codes(self, planes: Planes) -> Tensor:
+        """Codes less their zero points, (rows, columns) int16; not of an order of its own."""
+        codes, _, *rest = planes
+        if self.words:
+            signed = unpacked(codes, self.bits).to(torch.int16).sub_(1 << (self.bits - 1))
+        else:
+            signed = codes.to(torch.int16)
+        if self.zeros != "none":
+            minus_groups(signed, self._zeros(rest[0], len(codes)).to(torch.int16), self.group)
+        return signed
+
     def _zeros(self, stored: Tensor, rows: int) -> Tensor:
         """Zero points of signed codes, (rows, groups)."""
         if self.zeros != "words":
