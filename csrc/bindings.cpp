@@ -32,6 +32,7 @@ using Matrices = std::vector<Matrix>;
 void require_product(Dtype dtype, const Matrix& w, int columns) {
     if (w.columns != columns) throw std::invalid_argument("a matrix of " + std::to_string(w.columns) + " columns where the input has " + std::to_string(columns));
     if (w.format < 0 || w.format >= FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
+    if (w.columns % FORMAT_SIZES[w.format].elements) throw std::invalid_argument("rows of " + std::to_string(w.columns) + " elements are no whole blocks");
 }
 
 // Throws std::invalid_argument for other than `count` matrices (rows, columns), or so many biases or none.
@@ -255,12 +256,12 @@ void bind_calls(nb::module_& m) {
         new (self) Rotation{array<int64_t>(positions), array<float>(inverse), half, factor, array<float>(cos), array<float>(sin)};
     }, "positions"_a, "inverse"_a, "half"_a, "factor"_a, "cos"_a, "sin"_a);
     bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, int blocks, Address qkv, int q_heads,
-                                                          Address cos, Address sin, int half, Address q_norm, Address k_norm, float eps,
-                                                          Address slots, Address cache, Address q_out) {
+                                                          Address cos, Address sin, int half, bool interleaved, Address q_norm,
+                                                          Address k_norm, float eps, Address slots, Address cache, Address q_out) {
         new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, array<float>(cos), array<float>(sin), half,
-                                       array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
+                                       interleaved, array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
                                        array<V>(q_out)}, blocks};
-    }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
+    }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
        "q_out"_a);
     bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
                                                 Address cache, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
@@ -282,6 +283,11 @@ NB_MODULE(_cpu, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     m.def("available", &available_kernels, "Instruction sets of this processor that there are kernels for, worst first.");
 
+    m.def("formats", [] {
+        std::vector<std::string> names;
+        for (const FormatSize& format : FORMAT_SIZES) names.push_back(format.name);
+        return names;
+    }, "Formats of matrices, in the order of their numbers.");
     m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
           "Whether products of a dtype read matrices of a format where they lie.", "dtype"_a, "format"_a);
     nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data) {

@@ -4,6 +4,7 @@ none."""
 from collections.abc import Sequence
 
 def available() -> list[str]: ...
+def formats() -> list[str]: ...
 def reads(dtype: int, format: int) -> bool: ...
 
 class Matrix:
@@ -92,6 +93,7 @@ class RotateAndStore(_Call):
         cos: int,
         sin: int,
         half: int,
+        interleaved: bool,
         q_norm: int,
         k_norm: int,
         eps: float,

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from moebius.errors import ConfigError, WeightsError
+from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
-from moebius.models.description import is_gguf
+from moebius.models.description import Description
 from moebius.models.layout import Layout, Source, sources
+from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
 from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor, short_name
@@ -36,7 +38,8 @@ class Checkpoint:
 
     path is a directory, or a GGUF file. config.tie_word_embeddings says what the tensors do, which
     is not always what config_json says.
-    tensors are the store's, under their names in a model with a head.
+    tensors are the store's, under their names in a model with a head; a matrix that is quantised in
+    several tensors is one, under its weight's name.
     """
 
     path: Path
@@ -162,14 +165,22 @@ def _match(
     config: ModelConfig,
     store: Store,
     tensors: Mapping[str, StoredTensor],
-    layouts: tuple[Layout, ...],
-) -> tuple[Source, ...]:
-    """The sources of all parameters, in the layout that the checkpoint has."""
+    described: Description,
+) -> tuple[tuple[Source, ...], Mapping[str, StoredTensor]]:
+    """The sources of all parameters, in the layout that the checkpoint has; and what they read."""
+    layouts = described.layouts
+    quantization = described.quantization
     head = layouts[0].head
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
+    schemes = () if quantization is None else quantization.schemes
     candidates = [tuple(sources(config, layout)) for layout in layouts]
-    wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
+    wanted = max(
+        candidates,
+        key=lambda option: sum(is_stored(each.name, tensors, schemes) for each in option),
+    )
+    if quantization is not None:
+        tensors = composed(wanted, tensors, quantization)
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
@@ -184,13 +195,13 @@ def _match(
                 f"{short_name(stored.file)}: tensor {name!r} is left over; {config.model_type} has "
                 "no such tensor"
             )
-    return wanted
+    return wanted, tensors
 
 
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
     """WeightsError where a parameter's tensor has another shape, or a dtype that nothing reads."""
     where = f"{short_name(stored.file)}: tensor {source.name!r}"
-    if stored.shape != source.stored_shape:
+    if not store.same_shape(stored.shape, source.stored_shape):
         raise WeightsError(
             f"{where} has shape {list(stored.shape)}; {store.config} needs "
             f"{list(source.stored_shape)}"
@@ -223,13 +234,20 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             "files, or a GGUF file"
         )
     described, store = open_model(path)
+    if described.ignored:
+        log.info(
+            "%s: no %s model reads %s, which changes nothing",
+            store.config,
+            described.config.model_type,
+            ", ".join(described.ignored),
+        )
     layout = described.layouts[0]
     known = {name: each for name, each in store.tensors.items() if not described.leaves_out(name)}
     tensors = _named_in_full(layout, known)
     config = described.config
     tied = _tied(path, config, layout, tensors)
     config = replace(config, tie_word_embeddings=tied)
-    matched = _match(path, config, store, tensors, described.layouts)
+    matched, tensors = _match(path, config, store, tensors, described)
     return Checkpoint(path, described.config_json, config, store, tensors, matched)
 
 
@@ -240,7 +258,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
-    for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.start):
+    stored = [plane for tensor in checkpoint.tensors.values() for plane in tensor.planes]
+    for tensor in sorted(stored, key=lambda t: t.start):
         files.setdefault(tensor.file, []).append(tensor)
     for path, tensors in sorted(files.items()):
         with path.open("rb") as file:
