@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "request": {"errors"},
     "schedule": {"errors", "request"},
     "text": {"errors", "files", "gguf", "request"},
-    "gguf": {"errors"},
+    "gguf": {"errors", "files"},
     "pages": set(),
     "machine": set(),
     "_cpu": set(),  # built from csrc
@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"errors", "ops"},
     "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "gguf", "pages", "ops", "nn", "moe"},
+    "quantize": {"errors", "files", "gguf", "text", "ops", "models"},
     "engine": {
         "__version__",
         "errors",
@@ -49,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "nn",
         "moe",
         "models",
+        "quantize",
     },
     "front": {"errors", "request", "text", "engine"},
     "cluster": {

@@ -239,8 +239,8 @@ def _d_bytes(d_N: Tensor, unit_N: Tensor) -> Tensor:
 def _six_bits(scales_NS: Tensor, minima_NS: Tensor) -> Tensor:
     """Eight scales and eight minima of six bits in 12 bytes: the first four of each have a byte of
     their own, whose two high bits are those of the last four."""
-    first_scales, last_scales = scales_NS.to(torch.uint8).split(4, dim=1)
-    first_minima, last_minima = minima_NS.to(torch.uint8).split(4, dim=1)
+    first_scales, last_scales = scales_NS.to(torch.uint8).chunk(2, dim=1)
+    first_minima, last_minima = minima_NS.to(torch.uint8).chunk(2, dim=1)
     return torch.cat(
         (
             first_scales | ((last_scales >> 4) << 6),
