@@ -69,7 +69,7 @@ class _Place(NamedTuple):
 
     type: int
     at: int
-    count: int | None = None
+    elements: int | None = None
 
 
 class Metadata(Mapping[str, Value]):
@@ -99,7 +99,7 @@ class Metadata(Mapping[str, Value]):
 
     def length(self, key: str) -> int | None:
         """How many elements an array has, without making them; None for what is no array."""
-        return self._places[key].count
+        return self._places[key].elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +180,11 @@ class _Bytes:
         return at
 
     def value(self, key: str, place: _Place) -> Value:
-        if place.count is None:
+        if place.elements is None:
             return self._scalar(key, place)
         if place.type == STRING:
-            return self._strings(key, place.at, place.count)
-        form = struct.Struct(f"<{place.count}{NUMBERS[place.type].format[1:]}")
+            return self._strings(key, place.at, place.elements)
+        form = struct.Struct(f"<{place.elements}{NUMBERS[place.type].format[1:]}")
         return list(form.unpack_from(self.data, place.at))
 
     def _scalar(self, key: str, place: _Place) -> Scalar:
