@@ -37,8 +37,12 @@ class TensorToWrite:
     pieces: Pieces
 
     @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) // self.type.elements * self.type.nbytes
+        return self.numbers // self.type.elements * self.type.nbytes
 
 
 @dataclass(frozen=True, slots=True)

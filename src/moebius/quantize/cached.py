@@ -42,19 +42,10 @@ class QuantizedStore(Store):
 
     dtypes = ()
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], head: bytes) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], head: bytes, dtype: str) -> None:
         self.tensors = tensors
         self.head = head
-
-    @classmethod
-    def is_in(cls, directory: Path) -> bool:
-        """No directory is of this kind."""
-        return False
-
-    @classmethod
-    def open(cls, directory: Path) -> Self:
-        """Of a Quantized alone."""
-        raise NotImplementedError
+        self.dtype = dtype
 
     def header(self, file: Path) -> bytes:
         return self.head
@@ -99,7 +90,7 @@ class Quantized:
             )
             for tensor, start in zip(tensors, layout.starts, strict=True)
         }
-        store = QuantizedStore(planned, layout.head)
+        store = QuantizedStore(planned, layout.head, original.dtype)
         checkpoint = replace(original, store=store, tensors=planned)
         return cls(file, checkpoint, original, chosen)
 
@@ -124,7 +115,7 @@ class Quantized:
             with progress(f"quantizing to {self.recipe.name}", total) as written:
                 metadata = _metadata(self.recipe)
                 write_gguf(self.file, metadata, tensors, ours=anyone, written=written)
-        log.info("%s is in %s from now on", self.original.directory.name, self.file)
+        log.info("%s is in %s from now on", self.original.path.name, self.file)
         stamp = _stamp(self.file)
         os.utime(self.file, ns=(stamp, stamp))
 

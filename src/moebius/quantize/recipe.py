@@ -13,7 +13,7 @@ from types import MappingProxyType
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.layout import Source
-from moebius.ops.formats import FORMATS, BlockFormat
+from moebius.ops.formats import FORMATS, BlockFormat, Dense
 
 # What rows that are no whole blocks of 256 get instead.
 _BLOCKS_OF_32 = {
@@ -63,12 +63,21 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )
 
+PLAIN: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "bf16": Recipe("bf16", "bfloat16", "bfloat16", 32),
+        "f16": Recipe("f16", "float16", "float16", 1),
+        "f32": Recipe("f32", "float32", "float32", 0),
+    }
+)
+"""Files of plain numbers, for other programs to go on from."""
 
-def recipe(name: str) -> Recipe:
+
+def recipe(name: str, among: Mapping[str, Recipe] = RECIPES) -> Recipe:
     """Raises ConfigError for a name that there is not."""
-    found = RECIPES.get(name)
+    found = among.get(name)
     if found is None:
-        raise ConfigError(f"there is no quantization {name!r}; there are {', '.join(RECIPES)}")
+        raise ConfigError(f"there is no quantization {name!r}; there are {', '.join(among)}")
     return found
 
 
@@ -115,6 +124,8 @@ def _fitting(name: str, columns: int, instead: str | None = None) -> str | None:
     """The format, or what rows get that are no whole blocks of it; None where nothing fits."""
     for each in (name, instead or _BLOCKS_OF_32.get(name)):
         format = FORMATS.get(str(each))
+        if isinstance(format, Dense):
+            return format.name
         if isinstance(format, BlockFormat) and columns % format.elements == 0:
             return format.name
     return None

@@ -65,14 +65,16 @@ class Rows:
     ) -> Iterator[memoryview]:
         """The bytes of a tensor's rows in `format`.
 
-        The tensor is taken as rows of its last dimension, however many others it has. first, rows:
-        those of them that are wanted. order: which of these stands where.
+        The tensor is taken as rows of its last dimension, however many others it has; a vector as
+        rows of one number. first, rows: those of them that are wanted. order: which of these stands
+        where.
         """
         whole = self._matrix(stored)
         count = whole.shape[0] - first if rows is None else rows
         matrix = whole.rows(first, first + count)
         if matrix.format.name == format and order is None:
             yield from _as_they_are(matrix)
+            self._done(stored)
             return
         at_once = max(1, _PIECE // matrix.shape[1])
         waiting: deque[Future[memoryview]] = deque()
@@ -84,6 +86,10 @@ class Rows:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        self._done(stored)
+
+    def _done(self, stored: StoredTensor) -> None:
+        """Pages of what was read are the system's again."""
         self._files.release(stored.file, [(stored.start, stored.stop)])
 
     def _encoded(
@@ -97,8 +103,8 @@ class Rows:
     def _matrix(self, stored: StoredTensor) -> Matrix:
         """A tensor of any number of dimensions as a matrix, where it lies."""
         format = FORMATS[str(stored.format)]
-        columns = stored.shape[-1]
-        rows = math.prod(stored.shape[:-1])
+        columns = stored.shape[-1] if len(stored.shape) > 1 else 1
+        rows = math.prod(stored.shape) // columns
         ((dtype, shape),) = format.planes(rows, columns)
         return Matrix(format, (rows, columns), (self._files.view(stored, dtype, 0, shape),))
 
