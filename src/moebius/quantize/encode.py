@@ -35,7 +35,7 @@ ENCODERS: Mapping[str, Encode] = MappingProxyType(
 )
 
 # Numbers that are worked on at a time: what is made of them stays in a core's cache.
-_PIECE = 2**16
+_PIECE = 2**17
 
 
 def block_format(name: str) -> BlockFormat:

@@ -24,6 +24,10 @@ from torch import Tensor
 from moebius.quantize.packing import inverse
 
 
+# Twice the largest number that a table may hold.
+_FURTHEST = 256
+
+
 def columns(x_MP: Tensor) -> Tensor:
     """The same numbers, those of a block one below the other: (P, M)."""
     return x_MP.t().contiguous()
@@ -40,7 +44,7 @@ def summed(x_PM: Tensor) -> Tensor:
 class Levels:
     """The numbers that a code stands for, in units of a scale.
 
-    values: in order, at most 256; whole numbers without a gap, or a table.
+    values: in order, within +-128; whole numbers without a gap, or a table.
     """
 
     def __init__(self, values: Sequence[int]) -> None:
@@ -49,7 +53,10 @@ class Levels:
         self._table: Tensor | None = None
         if len(values) != values[-1] - values[0] + 1:
             self._table = torch.tensor(values, dtype=torch.float32)
-            self._between = (self._table[1:] + self._table[:-1]) / 2
+            # Half way between whole numbers is a multiple of a half: the level of each of these.
+            halves = torch.arange(-_FURTHEST, _FURTHEST + 1) / 2
+            between = (self._table[1:] + self._table[:-1]) / 2
+            self._near = self._table[torch.bucketize(halves, between)]
 
     @property
     def lopsided(self) -> bool:
@@ -60,7 +67,8 @@ class Levels:
         """The level of each number, float32. x may be changed."""
         if self._table is None:
             return x.round_().clamp_(self.lowest, self.highest)
-        return self._table[torch.bucketize(x, self._between)]
+        at = (x * 2).ceil_().clamp_(-_FURTHEST, _FURTHEST).add_(_FURTHEST)
+        return self._near[at.long()]
 
     def codes(self, levels: Tensor) -> Tensor:
         """The place of each level among all, uint8."""
