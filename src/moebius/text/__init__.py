@@ -2,6 +2,7 @@
 
 from moebius.text.chat import ChatTemplate
 from moebius.text.defaults import GenerationDefaults
+from moebius.text.gguf_tokenizer import tokenizer_from_gguf
 from moebius.text.prompts import EncodedPrompt
 from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
 from moebius.text.tokenizer import Tokenizer
@@ -14,4 +15,5 @@ __all__ = [
     "StopMatcher",
     "Tokenizer",
     "text_offsets",
+    "tokenizer_from_gguf",
 ]

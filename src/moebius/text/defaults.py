@@ -1,4 +1,4 @@
-"""What a model directory's files say about ending and sampling."""
+"""What a model directory's files, or a GGUF file's keys, say about ending and sampling."""
 
 import logging
 import sys
@@ -11,11 +11,15 @@ from typing import Any, Self
 from moebius.errors import ConfigError, RequestError
 from moebius.files import read_json
 from moebius.request.params import SamplingParams
+from moebius.text.gguf_vocabulary import end_ids_by_key
 from moebius.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _GENERATION = "generation_config.json"
+_GGUF_SAMPLING = "general.sampling."
+# What GGUF calls other than generation_config.json does.
+_GGUF_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
 _SAMPLING = {
     "temperature": float,
     "top_k": int,
@@ -57,21 +61,23 @@ _NOT_DONE: dict[str, object] = {
     "typical_p": 1,
     "watermarking_config": None,
 }
+_GGUF_NOT_DONE: dict[str, object] = {"mirostat": 0, "xtc_probability": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """End tokens and sampling defaults of one model directory.
+    """End tokens and sampling defaults of one model directory or GGUF file.
 
     What is in its files but has no effect is logged once, when they are read.
 
     eos_ids    union of generation_config.json, config.json (its text_config too) and the tokenizer,
-               without ids that the model's logits do not reach
+               without ids that the model's logits do not reach; of a GGUF file's keys and the
+               tokenizer
     sampling   those of temperature, top_k, top_p, min_p and repetition_penalty that
-               generation_config.json gives, by the names of SamplingParams, which takes each of
-               them. `do_sample` has no effect, as in vLLM: a file that says do_sample = false
-               without a temperature is sampled at OpenAI's default of 1, one that wants greedy says
-               temperature = 0.
+               generation_config.json or GGUF's general.sampling keys give, by the names of
+               SamplingParams, which takes each of them. `do_sample` has no effect, as in vLLM: a
+               file that says do_sample = false without a temperature is sampled at OpenAI's default
+               of 1, one that wants greedy says temperature = 0.
     """
 
     eos_ids: frozenset[int] = frozenset()
@@ -90,11 +96,29 @@ class GenerationDefaults:
             "config.json": _eos_ids(config, "config.json"),
             "config.json: text_config": _eos_ids(text_config, "config.json: text_config"),
         }
-        if tokenizer is not None and tokenizer.eos_id is not None:
-            ends["the tokenizer"] = {tokenizer.eos_id}
+        if tokenizer is not None:
+            ends["the tokenizer"] = set(tokenizer.end_ids)
         vocab_size = config.get("vocab_size", text_config.get("vocab_size"))
         reached = [_reached(ids, name, vocab_size) for name, ids in ends.items()]
-        return cls(frozenset().union(*reached), MappingProxyType(_sampling(generation)))
+        sampling = _sampling(generation, _GENERATION, _NOT_DONE)
+        return cls(frozenset().union(*reached), MappingProxyType(sampling))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object], tokenizer: Tokenizer) -> Self:
+        """Of a GGUF file's keys, and the tokenizer that its model is used with.
+
+        Raises TokenizerError or ConfigError naming a key that is wrong.
+        """
+        found: dict[str, Any] = {}
+        for key in metadata:
+            if key.startswith(_GGUF_SAMPLING):
+                name = key.removeprefix(_GGUF_SAMPLING)
+                value = metadata[key]
+                # Written in 32 bits, it is meant as the shortest decimal that reads as the same.
+                short = float(f"{value:.7g}") if isinstance(value, float) else value
+                found[_GGUF_NAMES.get(name, name)] = short
+        sampling = _sampling(found, _GGUF_SAMPLING.rstrip("."), _GGUF_NOT_DONE)
+        return cls(tokenizer.end_ids | end_ids_by_key(metadata), MappingProxyType(sampling))
 
 
 def _eos_ids(config: Mapping[str, Any], name: str) -> set[int]:
@@ -118,7 +142,9 @@ def _reached(ids: set[int], name: str, vocab_size: object) -> set[int]:
     return ids.difference(beyond)
 
 
-def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
+def _sampling(
+    generation: Mapping[str, Any], source: str, not_done: Mapping[str, object]
+) -> dict[str, float | int]:
     """The values that SamplingParams takes.
 
     The others, and what is not done at all, go into one line of the log.
@@ -129,7 +155,7 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
         written = generation.get(name)
         if written is None:
             continue
-        value = _number(name, kind, written)
+        value = _number(name, kind, written, source)
         try:
             SamplingParams().with_(**{name: value})
         except RequestError as error:
@@ -138,20 +164,20 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
             sampling[name] = value
     if generation.get("do_sample") is False and sampling.get("temperature") != 0:
         ignored.append("do_sample = false (temperature = 0 is greedy)")
-    for name, neutral in _NOT_DONE.items():
+    for name, neutral in not_done.items():
         written = generation.get(name)
         if written not in (None, neutral, [], {}):
             ignored.append(f"{name} = {written!r} (not supported)")
     if ignored:
-        log.warning("%s: ignored: %s", _GENERATION, "; ".join(ignored))
+        log.warning("%s: ignored: %s", source, "; ".join(ignored))
     return sampling
 
 
-def _number(name: str, kind: type[int] | type[float], written: object) -> float | int:
+def _number(name: str, kind: type[int] | type[float], written: object, source: str) -> float | int:
     if not isinstance(written, (int, float)) or isinstance(written, bool):
-        raise ConfigError(f"{_GENERATION}: {name} is {written!r}; it must be a number")
+        raise ConfigError(f"{source}: {name} is {written!r}; it must be a number")
     if not abs(written) <= sys.float_info.max:  # NaN, or an integer longer than any float
         return written
     if kind(written) != written:
-        raise ConfigError(f"{_GENERATION}: {name} is {written!r}; it must be a whole number")
+        raise ConfigError(f"{source}: {name} is {written!r}; it must be a whole number")
     return kind(written)

@@ -14,7 +14,7 @@ interpreter's lock.
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from tokenizers import AddedToken, models
@@ -25,6 +25,8 @@ _WINDOW = 2**20
 _SEPARATOR = "\0"
 
 Json = TypeVar("Json")
+Rename = Callable[[Mapping[str, str]], models.Model]
+"""Makes a tokenizer's model with other names for some of its tokens."""
 
 
 def strings_in(value: object) -> Iterator[str]:
@@ -91,15 +93,17 @@ class _Finder:
 class SpecialGuard:
     """Knows the special tokens of one tokenizer and how to encode text around them."""
 
-    def __init__(self, backend: Backend, vocab: Mapping[str, int]) -> None:
-        """vocab: the model's own, without the added tokens."""
+    def __init__(
+        self, backend: Backend, vocab: Mapping[str, int], rename: Rename | None = None
+    ) -> None:
+        """vocab: the model's own, without the added tokens. rename: of the model, if known."""
         added = backend.get_added_tokens_decoder()
         specials = {
             i: token for i, token in sorted(added.items()) if token.special and token.content
         }
         self._single_words = {token.content for token in specials.values() if token.single_word}
         self._finder = _Finder([token.content for token in specials.values()])
-        self._aliased = _Aliased(backend, vocab, specials)
+        self._aliased = _Aliased(backend, vocab, specials, rename)
         # A special token that is matched after normalising has spellings that a search of the raw
         # text cannot see.
         self._always = backend.normalizer is not None and any(
@@ -198,7 +202,11 @@ class _Aliased:
     """
 
     def __init__(
-        self, backend: Backend, vocab: Mapping[str, int], specials: Mapping[int, AddedToken]
+        self,
+        backend: Backend,
+        vocab: Mapping[str, int],
+        specials: Mapping[int, AddedToken],
+        rename: Rename | None,
     ) -> None:
         nonce = secrets.token_hex(16)
         self.alias = {
@@ -206,14 +214,14 @@ class _Aliased:
         }
         # The library numbers new tokens from the vocabulary's size on.
         gaps = max(vocab.values(), default=-1) >= len(vocab)
+        model = backend.model  # shared: it costs nothing
         if gaps or any(_may_form(backend, token.content) for token in specials.values()):
-            self.backend = self._renamed(backend)
-        else:
-            self.backend = Backend(backend.model)  # shared: it costs nothing
-            if backend.normalizer is not None:
-                self.backend.normalizer = backend.normalizer
-            if backend.pre_tokenizer is not None:
-                self.backend.pre_tokenizer = backend.pre_tokenizer
+            model = rename(self.alias) if rename else self._renamed(backend)
+        self.backend = Backend(model)
+        if backend.normalizer is not None:
+            self.backend.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self.backend.pre_tokenizer = backend.pre_tokenizer
         self._add_tokens(backend, specials)
         self.original: dict[int, int] = {}
         for i, token in backend.get_added_tokens_decoder().items():
@@ -233,11 +241,8 @@ class _Aliased:
             )
         self.backend.add_special_tokens(aliases)
 
-    def _renamed(self, backend: Backend) -> Backend:
-        """A copy with the aliases in its vocabulary.
-
-        Its model can make no special token out of plain text.
-        """
+    def _renamed(self, backend: Backend) -> models.Model:
+        """The model with the aliases in its vocabulary: no plain text becomes a special token."""
         alias = self.alias
         spec = json.loads(backend.to_str())
         spec |= {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}
@@ -252,7 +257,8 @@ class _Aliased:
             # A merge that makes a special token would make it out of plain text.
             pairs = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
             model["merges"] = [[a, b] for a, b in pairs if alias.keys().isdisjoint((a, b, a + b))]
-        return Backend.from_str(json.dumps(spec))
+        renamed: models.Model = Backend.from_str(json.dumps(spec)).model
+        return renamed
 
 
 def _may_form(backend: Backend, special: str) -> bool:

@@ -3,7 +3,7 @@
 import codecs
 import json
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,7 @@ from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
 from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
-from moebius.text.special_tokens import SpecialGuard, strings_in
+from moebius.text.special_tokens import Rename, SpecialGuard, strings_in
 
 # From so many characters on, a chat is rendered once to see whether it fits, before it is marked.
 _LONG_CHAT = 2**17
@@ -41,6 +41,7 @@ class Tokenizer:
 
     vocab_size       the largest id + 1 (a model's logits may be wider)
     bos_id, eos_id   None where the tokenizer names none
+    end_ids          all that end a text, eos_id among them
     special_ids      what `decode` skips
     """
 
@@ -52,11 +53,16 @@ class Tokenizer:
         add_bos: bool = False,
         add_eos: bool = False,
         templates: Mapping[str, ChatTemplate] | None = None,
+        end_ids: Set[int] = frozenset(),
+        rename: Rename | None = None,
     ) -> None:
-        """Of a backend, and what stands beside it in a model directory.
+        """Of a backend, and what stands beside it in a model directory or a GGUF file.
 
         special_tokens    name to text, as in special_tokens_map.json
         add_bos, add_eos  at a text's ends, where the backend does not
+        end_ids           those that end a text besides the EOS of special_tokens
+        rename            makes the backend's model with other names for some tokens, where that is
+                          faster than taking it apart
         """
         backend.no_truncation()
         backend.no_padding()
@@ -73,9 +79,10 @@ class Tokenizer:
         self.vocab_size = max([*vocab.values(), *added], default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
+        self.end_ids = frozenset(end_ids) if self.eos_id is None else end_ids | {self.eos_id}
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
-        self._guard = SpecialGuard(backend, vocab)
+        self._guard = SpecialGuard(backend, vocab, rename)
         self._bound = TokenBound(backend, vocab)
         self._generation_prompts = GenerationPrompts()
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
