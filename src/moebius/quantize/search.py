@@ -23,7 +23,6 @@ from torch import Tensor
 
 from moebius.quantize.packing import inverse
 
-
 # Twice the largest number that a table may hold.
 _FURTHEST = 256
 
