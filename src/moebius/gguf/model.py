@@ -43,6 +43,11 @@ class Part:
         return f"{self.stem}-{number:05}-of-{self.count:05}.gguf"
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a model's path is that of a GGUF file, and not of a directory."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
 def open_gguf(path: Path) -> GgufModel:
     """The model that a file belongs to, all of its parts.
 

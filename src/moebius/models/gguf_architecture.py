@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moebius.models import layout
-from moebius.models.layout import Flat, Layout, Names, Stacked, stacked
+from moebius.models.layout import Layout, Names, Stacked, stacked
 
 GATE_UP_DOWN = ("gate", "up", "down")
-_SHARED_GATE = "mlp.shared_gate.weight"
 
 
 Absent = Callable[[Mapping[str, object]], object]
@@ -95,7 +94,7 @@ USUAL_NAMES: Names = {
     "mlp.router.weight": "ffn_gate_inp.weight",
     "mlp.router.bias": "ffn_gate_inp.bias",
     "mlp.router.selection_bias": "exp_probs_b.bias",
-    _SHARED_GATE: Flat("ffn_gate_inp_shexp.weight"),
+    "mlp.shared_gate.weight": "ffn_gate_inp_shexp.weight",
 }
 # Gate and up of all experts in one tensor, as some newer files have them.
 _FUSED = stacked("ffn_gate_up_exps.weight", "ffn_down_exps.weight")

@@ -25,14 +25,7 @@ class Stacked:
     parts: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A matrix of one row, which is stored as a vector."""
-
-    name: str
-
-
-Names = Mapping[str, str | Stacked | Flat]
+Names = Mapping[str, str | Stacked]
 
 
 def experts(
@@ -40,7 +33,7 @@ def experts(
 ) -> Names:
     """One tensor for each matrix, and each bias: {e} in the name is the expert's number, {p} what
     the checkpoint calls gate, up and down."""
-    names: dict[str, str | Stacked | Flat] = {}
+    names = {}
     for ours, theirs in zip(GATE_UP_DOWN, projections, strict=True):
         stored = name.replace("{p}", theirs)
         names[role + ours] = f"{stored}.weight"
@@ -114,8 +107,6 @@ class Layout:
         if isinstance(stored, str):
             theirs = before + stored.replace("{e}", str(expert))
             return Source(ours, shape, theirs, shape, None, 0, float32, whose)
-        if isinstance(stored, Flat):
-            return Source(ours, shape, before + stored.name, shape[1:], None, 0, float32, whose)
         rows = shape[0]
         whole = (experts, stored.parts * rows, *shape[1:])
         first = stored.part * rows

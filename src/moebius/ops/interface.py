@@ -170,7 +170,8 @@ class Ops(SamplerOps):
     ) -> Tensor:
         """Rotate the first 2R of a head's N values, pairing i with i + R (arXiv 2104.09864).
 
-        interleaved: pairing 2i with 2i + 1. cos_TR, sin_TR: float32. Inside in float32, rounded once.
+        interleaved: pairing 2i with 2i + 1. cos_TR, sin_TR: float32. Inside in float32, rounded
+        once.
         """
 
     @abstractmethod

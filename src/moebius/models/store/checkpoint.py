@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moebius.errors import ConfigError, WeightsError
+from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
-from moebius.models.description import is_gguf
 from moebius.models.layout import Layout, Source, sources
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
@@ -196,7 +196,7 @@ def _match(
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
     """WeightsError where a parameter's tensor has another shape, or a dtype that nothing reads."""
     where = f"{short_name(stored.file)}: tensor {source.name!r}"
-    if stored.shape != source.stored_shape:
+    if not store.same_shape(stored.shape, source.stored_shape):
         raise WeightsError(
             f"{where} has shape {list(stored.shape)}; {store.config} needs "
             f"{list(source.stored_shape)}"
@@ -229,6 +229,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             "files, or a GGUF file"
         )
     described, store = open_model(path)
+    if described.ignored:
+        log.info(
+            "%s: no %s model reads %s, which changes nothing",
+            store.config,
+            described.config.model_type,
+            ", ".join(described.ignored),
+        )
     layout = described.layouts[0]
     known = {name: each for name, each in store.tensors.items() if not described.leaves_out(name)}
     tensors = _named_in_full(layout, known)

@@ -56,6 +56,16 @@ class GgufStore(Store):
         self.dtype = most if most in NUMBER_BYTES else "bfloat16"
         self._heads = {file.path: file.data_start for file in model.files}
 
+    def same_shape(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """A file does not tell a vector from a matrix of one row."""
+        return _without_ones(stored) == _without_ones(wanted)
+
     def header(self, file: Path) -> bytes:
         with file.open("rb") as opened:
             return opened.read(self._heads[file])
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape from its first dimension on that is not 1."""
+    first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
+    return shape[first:]

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from moebius.gguf import open_gguf
-from moebius.models.description import Description, describe_directory, describe_gguf, is_gguf
+from moebius.gguf import is_gguf, open_gguf
+from moebius.models.description import Description, describe_directory, describe_gguf
 from moebius.models.store.gguf import GgufStore
 from moebius.models.store.safetensors import SafetensorsStore
 from moebius.models.store.tensors import DirectoryStore, Store

@@ -49,6 +49,10 @@ class Store(ABC):
     def header(self, file: Path) -> bytes:
         """What one file says of its tensors, as it lies there, for the fingerprint."""
 
+    def same_shape(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether a tensor of shape `stored` holds one of shape `wanted`."""
+        return stored == wanted
+
 
 class DirectoryStore(Store):
     """Those of a directory, beside its config.json."""

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGUFValueType
 
-import gguf
 from moebius.errors import WeightsError
 from moebius.gguf import open_gguf, read_gguf
 from moebius.gguf.types import TENSOR_TYPES
