@@ -8,7 +8,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from moebius.errors import TokenizerError
-from moebius.text.gguf_vocabulary import ADVICE, PREFIX, Kind, Vocabulary, strings
+from moebius.text.gguf_vocabulary import ADVICE, PREFIX, Kind, Vocabulary, shown, strings
 from moebius.text.special_tokens import Rename
 
 Merge = tuple[str, str]
@@ -93,8 +93,8 @@ def _misnamed(merges: list[Merge], vocab: Mapping[str, int], cause: Exception) -
         for part in (left, right, left + right):
             if part not in vocab:
                 return TokenizerError(
-                    f"{PREFIX}merges[{i}] joins {left[:40]!r} and {right[:40]!r}, but "
-                    f"{part[:80]!r} is no token"
+                    f"{PREFIX}merges[{i}] joins {shown(left)} and {shown(right)}, but "
+                    f"{shown(part)} is no token"
                 )
     return TokenizerError(f"{PREFIX}merges: {cause}")
 
@@ -144,7 +144,7 @@ def merges_of_file(metadata: Mapping[str, object]) -> list[Merge]:
         left, space, right = line.partition(" ")
         if not space:
             raise TokenizerError(
-                f"{PREFIX}merges[{i}] is {line[:40]!r}; it must be two tokens with a space between"
+                f"{PREFIX}merges[{i}] is {shown(line)}; it must be two tokens with a space between"
             )
         merges.append((left, right))
     return merges

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from moebius.errors import TokenizerError
 from moebius.text.chat import ChatTemplate
+from moebius.text.gguf_charsmap import charsmap_normalizer
 from moebius.text.gguf_models import Built, bpe, merges_of_file, merges_of_scores, unigram
 from moebius.text.gguf_pre import SPLITTINGS, Splitting
 from moebius.text.gguf_vocabulary import (
@@ -25,6 +26,7 @@ from moebius.text.gguf_vocabulary import (
     flag,
     octets,
     read_vocabulary,
+    shown,
     text,
 )
 from moebius.text.tokenizer import Tokenizer
@@ -50,7 +52,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     build = _BUILDERS.get(_family(metadata, vocabulary.model))
     if build is None:
         raise TokenizerError(
-            f"{PREFIX}model is {vocabulary.model[:40]!r}; what can be made of a file's keys is "
+            f"{PREFIX}model is {shown(vocabulary.model)}; what can be made of a file's keys is "
             f"{', '.join(_BUILDERS)}; {ADVICE}"
         )
     built = build(metadata, vocabulary)
@@ -123,7 +125,7 @@ def _splitting(metadata: Mapping[str, object]) -> Splitting:
     found = SPLITTINGS.get(pre or "default")
     if found is None:
         raise TokenizerError(
-            f"{PREFIX}pre is {pre!r}, and how that cuts words is not known here; {ADVICE}"
+            f"{PREFIX}pre is {shown(pre)}, and how that cuts words is not known here; {ADVICE}"
         )
     return found
 
@@ -205,12 +207,7 @@ def _unigram_normalizers(metadata: Mapping[str, object]) -> list[normalizers.Nor
     found: list[normalizers.Normalizer] = []
     charsmap = octets(metadata, "precompiled_charsmap")
     if charsmap:
-        try:
-            found.append(normalizers.Precompiled(charsmap))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise TokenizerError(
-                f"{PREFIX}precompiled_charsmap is no character map: {error}"
-            ) from error
+        found.append(charsmap_normalizer(charsmap, f"{PREFIX}precompiled_charsmap"))
     if flag(metadata, "remove_extra_whitespaces") is not False:
         found += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     return found

@@ -64,7 +64,22 @@ _END_NAMES = {
     "<|file_sep|>",
 }
 # ... and those whose text may as well be a word of the vocabulary, if they are control tokens.
-_END_NAMES_IF_CONTROL = {"</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~["}
+_END_NAMES_IF_CONTROL = {
+    "</s>",
+    "<eos>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "[e~[",
+    "<PAD>",
+    "[PAD]",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<fim-repo>",
+    "<REPO>",
+    "<reponame>",
+}
 # A u32 that stands for no token.
 _NONE = 2**32 - 1
 
@@ -134,7 +149,7 @@ def text(metadata: Mapping[str, object], key: str) -> str | None:
     """A string's value, or None where there is no such key. Raises TokenizerError."""
     value = metadata.get(key)
     if value is not None and not isinstance(value, str):
-        raise TokenizerError(f"{key} is {_shown(value)}; it must be a string")
+        raise TokenizerError(f"{key} is {shown(value)}; it must be a string")
     return value
 
 
@@ -142,7 +157,7 @@ def flag(metadata: Mapping[str, object], name: str) -> bool | None:
     """The truth value of a key, or None where there is no such key. Raises TokenizerError."""
     value = metadata.get(f"{PREFIX}{name}")
     if value is not None and not isinstance(value, bool):
-        raise TokenizerError(f"{PREFIX}{name} is {_shown(value)}; it must be true or false")
+        raise TokenizerError(f"{PREFIX}{name} is {shown(value)}; it must be true or false")
     return value
 
 
@@ -175,9 +190,10 @@ def _keys() -> list[str]:
     return [*_NAMED.values(), *(f"{end}_token_id" for end in _ENDS if end != "eos")]
 
 
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:40]}..."
+def shown(value: object) -> str:
+    """A value as an error has it: never long."""
+    whole = repr(value)
+    return whole if len(whole) <= 40 else f"{whole[:40]}..."
 
 
 def _tokens(metadata: Mapping[str, object]) -> list[str]:
@@ -190,7 +206,7 @@ def _tokens(metadata: Mapping[str, object]) -> list[str]:
         for i, token in enumerate(tokens):
             if first.setdefault(token, i) != i:
                 raise TokenizerError(
-                    f"{PREFIX}tokens holds {_shown(token)} twice, as {first[token]} and {i}"
+                    f"{PREFIX}tokens holds {shown(token)} twice, as {first[token]} and {i}"
                 )
     return tokens
 
@@ -240,7 +256,7 @@ def _id(metadata: Mapping[str, object], key: str, count: int) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
         raise TokenizerError(
-            f"{PREFIX}{key} is {_shown(value)}; it must be a token's id, 0 to {count - 1}"
+            f"{PREFIX}{key} is {shown(value)}; it must be a token's id, 0 to {count - 1}"
         )
     return value
 
@@ -260,7 +276,8 @@ def _end_ids(tokens: list[str], kinds: list[int], ids: Mapping[str, int | None])
     for i, token in enumerate(tokens):
         if token in _END_NAMES_IF_CONTROL and kinds[i] in (Kind.CONTROL, Kind.UNKNOWN):
             ids_by_name[token] = i
-    ends = {i for end in _ENDS if (i := ids[f"{end}_token_id"]) is not None}
+    by_key = (ids[f"{end}_token_id"] for end in _ENDS)
+    ends = {token_id for token_id in by_key if token_id is not None}
     ends.update(ids_by_name.values())
     for name in _not_ending(ids_by_name.keys()):
         ends.discard(ids_by_name.pop(name, -1))
