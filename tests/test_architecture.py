@@ -79,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
         "inspect",
         "llm",
     },
-    "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
+    "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models", "quantize"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }
 # What starts all else, and may import it: commands, and what Ray Serve starts.

@@ -23,7 +23,7 @@ from moebius.errors import ConfigError, NumericalError
 from moebius.inspect.corpus import Document
 from moebius.ops.steps import StepInputs
 from moebius.ops.threads import TorchThreads, default_threads
-from moebius.text import Tokenizer
+from moebius.text import Tokenizer, load_text
 from moebius.text.pieces import encode_in_pieces
 
 # Rows of logits that are compared at a time.
@@ -39,11 +39,12 @@ def silent(what: str, total: int) -> AbstractContextManager[Callable[[], object]
 
 
 class Candidate(NamedTuple):
-    """A model to measure, and how it is computed."""
+    """A model to measure, how it is computed, and where another tokenizer is than its own."""
 
     label: str
     path: Path
     config: EngineConfig
+    tokenizer: Path | None = None
 
 
 @dataclass(slots=True)
@@ -116,7 +117,7 @@ def measure(
     Raises UsageError for what cannot be loaded, ConfigError where the tokenizers differ, and
     NumericalError for logits that are no numbers.
     """
-    tokenizer = Tokenizer.load(candidates[0].path)
+    tokenizer, _ = load_text(candidates[0].path, candidates[0].tokenizer)
     prepared = [_prepared(each, row_length) for each in candidates]
     length = min([row_length, *(each.plan.max_model_len for _, each in prepared)])
     rows = token_rows(documents, tokenizer, length, max_tokens)
@@ -152,8 +153,10 @@ def _check_tokens(
     sample = tokenizer.decode(rows[0], skip_special_tokens=False)
     wanted = tokenizer.encode_ordinary(sample)
     for each in candidates:
-        same = each.path == candidates[0].path
-        if not same and Tokenizer.load(each.path).encode_ordinary(sample) != wanted:
+        if each.path == candidates[0].path:
+            continue
+        own, _ = load_text(each.path, each.tokenizer)
+        if own.encode_ordinary(sample) != wanted:
             raise ConfigError(f"{each.label}: its tokenizer gives the text other tokens")
 
 

@@ -13,13 +13,16 @@ from moebius.errors import ConfigError
 
 if TYPE_CHECKING:
     from moebius.bench.quality import Candidate
+    from moebius.models.hub import ModelSource
 
 _NONE = "none"
 
 
 @o.options_of("config", EngineConfig, "dtype", "threads")
+@o.options_of("which", o.ModelOptions)
 def quality(
     config: EngineConfig,
+    which: o.ModelOptions,
     model: o.Model,
     others: Annotated[
         list[str] | None,
@@ -58,7 +61,9 @@ def quality(
         raise ConfigError("--max-tokens and --row-length must be at least 2")
     check_outputs(output_json)
     documents = read_documents(text or [], max_tokens)
-    candidates = _candidates(model, others or [], quantization or [], variant or [], config)
+    candidates = _candidates(
+        which.find(model), others or [], quantization or [], variant or [], config
+    )
     figures = measure(
         candidates,
         documents,
@@ -72,7 +77,7 @@ def quality(
 
 
 def _candidates(
-    model: str,
+    model: "ModelSource",
     others: Iterable[str],
     quantizations: Iterable[str],
     variants: Iterable[str],
@@ -81,8 +86,8 @@ def _candidates(
     from moebius.bench.quality import Candidate
     from moebius.models.hub import resolve_model
 
-    path = resolve_model(model)
-    found = [Candidate(model, path, config)]
+    path = model.path
+    found = [Candidate(model.name, path, config, model.tokenizer)]
     for name in quantizations:
         found.append(Candidate(name, path, replace(config, quantization=name)))
     for asked in variants:

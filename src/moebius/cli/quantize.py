@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from moebius.quantize.export import Written
 
 
+@o.options_of("which", o.ModelOptions, "file")
 def quantize(
+    which: o.ModelOptions,
     model: o.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     type_: Annotated[
@@ -29,12 +31,11 @@ def quantize(
 
     llama.cpp and what builds on it load the file; `moebius serve OUT.gguf` does too.
     """
-    from moebius.models.hub import resolve_model
     from moebius.quantize.export import write_model
 
     name = model.rstrip("/").rpartition("/")[2]
     found = write_model(
-        resolve_model(model), out, type_.lower(), name=name, force=force, progress=_bytes_bar
+        which.find(model).path, out, type_.lower(), name=name, force=force, progress=_bytes_bar
     )
     typer.echo(_summary(out, found))
 
