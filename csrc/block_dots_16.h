@@ -8,13 +8,12 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 // As in block_dots_8.h, what is multiplied in pairs and has eight bits is read signed. VNNI's products of four have room.
-template <Format f> constexpr bool is_signed() {
 #if defined(__AVX512VNNI__)
-    return Block<f>::OFFSET == 128 && Block<f>::ELEMENTS == 256;
+constexpr bool FOURS = true;
 #else
-    return Block<f>::OFFSET == 128;
+constexpr bool FOURS = false;
 #endif
-}
+template <Format f> constexpr bool is_signed() { return Block<f>::OFFSET == 128 && !FOURS; }
 template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : Block<f>::OFFSET; }
 
 // Sums of two products each, sixteen bits.
@@ -59,16 +58,27 @@ INLINE __m512i both_in_one(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee));
 }
 
-// Sub-blocks from 2 p on of a block of 256, added to sums.
+// Sub-blocks from 2 p on of a block of 256, added to sums. Codes of eight bits are multiplied in fours where that is possible,
+// and then by scales of 32 bits; others in pairs, by scales of sixteen, which costs less.
 template <Format f, int M, int p = 0>
 INLINE void add_sub_blocks(const uint8_t* w, __m512i scales, const int8_t* const* x, __m512i* sums) {
     if constexpr (p < 4) {
         const __m512i codes = codes_of_64<f, p, is_signed<f>()>(w);
-        // Sixteens 4 p to 4 p + 3, eight lanes each: as scales_of lays them.
-        const int64_t even = 0x0001000100010001 * (2 * p), odd = even + 0x0008000800080008, up = 0x0001000100010001;
-        const __m512i places = _mm512_setr_epi64(even, even, odd, odd, even + up, even + up, odd + up, odd + up);
-        const __m512i scale = _mm512_permutexvar_epi16(places, scales);
-        for (int i = 0; i < M; i++) sums[i] = add_scaled(sums[i], pairs_of<is_signed<f>()>(codes, x[i] + p * 64), scale);
+        // Sixteens 4 p to 4 p + 3, the even ones and the odd ones as scales_of lays them, a quarter of the lanes each.
+        constexpr int even = 2 * p, odd = 8 + 2 * p;
+        if constexpr (FOURS && Block<f>::OFFSET == 128) {
+            const __m512i places = _mm512_setr_epi32(even, even, even, even, odd, odd, odd, odd, even + 1, even + 1, even + 1, even + 1,
+                                                     odd + 1, odd + 1, odd + 1, odd + 1);
+            const __m512i scale = _mm512_permutexvar_epi32(places, scales);
+            for (int i = 0; i < M; i++)
+                sums[i] = _mm512_add_epi32(sums[i], _mm512_mullo_epi32(fours_of<false>(codes, x[i] + p * 64), scale));
+        } else {
+            constexpr int64_t four = 0x0001000100010001;
+            const __m512i places = _mm512_setr_epi64(even * four, even * four, odd * four, odd * four, (even + 1) * four, (even + 1) * four,
+                                                     (odd + 1) * four, (odd + 1) * four);
+            const __m512i scale = _mm512_permutexvar_epi16(places, scales);
+            for (int i = 0; i < M; i++) sums[i] = add_scaled(sums[i], pairs_of<is_signed<f>()>(codes, x[i] + p * 64), scale);
+        }
         add_sub_blocks<f, M, p + 1>(w, scales, x, sums);
     }
 }
@@ -86,7 +96,8 @@ INLINE void parts_of_256(const uint8_t* w, const QuantisedRow* x, int at, __m512
             dots[i] = _mm512_zextsi256_si512(_mm256_sub_epi32(_mm256_setzero_si256(), offsets_of<f>(scales, x_sums)));
         if constexpr (Block<f>::MINIMUM_AT >= 0) minima[i] = _mm256_madd_epi16(minima_of<f>(w), x_sums);
     }
-    add_sub_blocks<f, M>(w, _mm512_castsi256_si512(scales), codes, dots);
+    const bool wide = FOURS && Block<f>::OFFSET == 128;
+    add_sub_blocks<f, M>(w, wide ? _mm512_cvtepi16_epi32(scales) : _mm512_castsi256_si512(scales), codes, dots);
 }
 
 template <Format f, int M, int STRIDE>

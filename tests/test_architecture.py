@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "request": {"errors"},
     "schedule": {"errors", "request"},
     "text": {"errors", "files", "gguf", "request"},
-    "gguf": {"errors"},
+    "gguf": {"errors", "files"},
     "pages": set(),
     "machine": set(),
     "_cpu": set(),  # built from csrc
@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"errors", "ops"},
     "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "gguf", "pages", "ops", "nn", "moe"},
+    "quantize": {"errors", "files", "gguf", "text", "ops", "models"},
     "engine": {
         "__version__",
         "errors",
@@ -49,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "nn",
         "moe",
         "models",
+        "quantize",
     },
     "front": {"errors", "request", "text", "engine"},
     "cluster": {
@@ -64,8 +66,20 @@ ARROWS: dict[str, set[str]] = {
     },
     "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "cluster", "models"},
     "server": {"errors", "files", "request", "text", "engine", "front"},
-    "bench": {"errors", "files", "request", "schedule", "text", "moe", "models", "engine", "llm"},
-    "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models"},
+    "bench": {
+        "errors",
+        "files",
+        "request",
+        "schedule",
+        "text",
+        "ops",
+        "moe",
+        "models",
+        "engine",
+        "inspect",
+        "llm",
+    },
+    "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models", "quantize"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }
 # What starts all else, and may import it: commands, and what Ray Serve starts.

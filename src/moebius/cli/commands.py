@@ -9,6 +9,8 @@ from moebius.cli import options as o
 from moebius.cli.bench import bench
 from moebius.cli.cluster import cluster
 from moebius.cli.generate import chat, generate
+from moebius.cli.quality import quality
+from moebius.cli.quantize import quantize
 from moebius.cli.serve import plan, serve
 from moebius.cli.train import train
 from moebius.inspect.config import InspectConfig
@@ -20,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (serve, generate, chat, plan, train):
+for command in (serve, generate, chat, plan, quantize, quality, train):
     app.command()(command)
 app.add_typer(bench)
 app.add_typer(cluster)

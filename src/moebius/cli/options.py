@@ -41,6 +41,7 @@ class ModelOptions:
 
 SIZES = (
     "dtype",
+    "quantization",
     "device",
     "max_model_len",
     "max_num_seqs",

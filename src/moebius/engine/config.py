@@ -19,6 +19,11 @@ class EngineConfig(SchedulerConfig):
         "What is computed in and the KV cache held in: auto (the checkpoint's; float32 for float16 "
         "on a CPU), bfloat16 or float32. Weights stay as stored where it holds them exactly.",
     ] = "auto"
+    quantization: Annotated[
+        str | None,
+        "Have the weights in fewer bits: q8_0, q6_k, q5_k_m, q4_k_m or mxfp4. Made at the first "
+        "start and kept in a cache.",
+    ] = None
     device: Annotated[Device, "auto (cuda when torch has it), cpu or cuda."] = "auto"
     kv_cache_memory_bytes: Annotated[
         int | None, "What the KV cache reserves; default: see `moebius plan`."

@@ -53,6 +53,7 @@ from moebius.ops.formats import dtype_name
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
+from moebius.quantize.cached import Quantized
 from moebius.request.params import ServingLimits
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.scheduler import Scheduler
@@ -116,6 +117,8 @@ class Prepared:
     decoder: Decoder
     """Without memory; the first engine that is made of this fills it."""
     loader: Loader
+    quantized: Quantized | None = None
+    """What `checkpoint` is made by, where it is to have fewer bits."""
 
     @property
     def batch_invariant(self) -> bool:
@@ -126,9 +129,18 @@ class Prepared:
         """The plan as a table: (what, how much, remark)."""
         return [
             *self.plan.rows(),
+            *self._quantization_rows(),
             *self._rank_rows(),
             ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
         ]
+
+    def _quantization_rows(self) -> list[tuple[str, str, str]]:
+        if self.quantized is None:
+            return []
+        before = human_bytes(self.quantized.original.nbytes)
+        after = human_bytes(self.quantized.checkpoint.nbytes)
+        remark = f"{before} become {after}; kept in {self.quantized.file.parent}"
+        return [("quantization", self.quantized.recipe.name, remark)]
 
     def _rank_rows(self) -> list[tuple[str, str, str]]:
         ranks = self.decoder.ranks
@@ -153,6 +165,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
     checkpoint = _published(directory)
+    quantized = Quantized.by_name(checkpoint, config.quantization)
+    checkpoint = checkpoint if quantized is None else quantized.checkpoint
     device = _device(config.device)
     if share is not None and device.type != "cpu":
         raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
@@ -176,8 +190,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         weight_bytes = replace(weight_bytes, nodes=memory.nodes)
     if config.mmap_cold:
         weight_bytes = _cold(weight_bytes)
-    if ranks is not None and config.expert_placement == "balanced":
-        moving = _moving_bytes(sources, weights, ranks, config.spare_experts)
+    if ranks is not None:
+        moving = _moving_bytes(sources, weights, ranks, config)
         weight_bytes = replace(weight_bytes, moving=moving)
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
@@ -200,7 +214,17 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     )
     loader = Loader(checkpoint, device, near=near, cold=config.mmap_cold)
     return Prepared(
-        checkpoint, ops, device, dtype, weights, plan, threads, workspace, decoder, loader
+        checkpoint,
+        ops,
+        device,
+        dtype,
+        weights,
+        plan,
+        threads,
+        workspace,
+        decoder,
+        loader,
+        quantized,
     )
 
 
@@ -299,10 +323,15 @@ def _cold(weights: WeightBytes) -> WeightBytes:
 
 
 def _moving_bytes(
-    sources: Sequence[Source], weights: Sequence[PlannedWeight], ranks: ExpertRank, spare: int
+    sources: Sequence[Source],
+    weights: Sequence[PlannedWeight],
+    ranks: ExpertRank,
+    config: EngineConfig,
 ) -> int:
-    """Room for a rank's experts to become others, a layer at a time, and one more of a layer where
-    they don't divide evenly."""
+    """Room for a rank's experts to become others, where they are to: a layer at a time, and one
+    more of a layer where they don't divide evenly."""
+    if config.expert_placement != "balanced":
+        return 0
     sizes: Counter[int] = Counter()
     for source, weight in zip(sources, weights, strict=True):
         if source.expert is not None:
@@ -311,7 +340,7 @@ def _moving_bytes(
     largest = 0
     for layer, count in ranks.placement.experts.items():
         held = len(ranks.held(layer) or ())
-        most = min(count, -(-count // ranks.placement.ranks) + spare)
+        most = min(count, -(-count // ranks.placement.ranks) + config.spare_experts)
         one = sizes[layer] // max(held, 1)
         more += one * max(most - held, 0)
         largest = max(largest, one * most)
@@ -333,6 +362,8 @@ def load_engine(
     """
     prepared = prepared or prepare(directory, config)
     plan = prepared.plan
+    if prepared.quantized is not None:
+        prepared.quantized.make()
     name = _fingerprint(prepared)
     # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
     pool = BlockPool(

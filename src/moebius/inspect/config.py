@@ -21,6 +21,9 @@ class InspectConfig:
     ranks: Annotated[
         Sequence[int], "Numbers of ranks to place the experts on; default: 2, 4, ..."
     ] = ()
+    quantization: Annotated[
+        str | None, "Run the model in fewer bits, as `moebius serve --quantization` serves it."
+    ] = None
     threads: Annotated[
         int | None, "Compute threads; default: one per core, as far as a CPU quota goes."
     ] = None

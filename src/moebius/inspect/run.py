@@ -35,6 +35,7 @@ from moebius.models.store.load import load_decoder
 from moebius.moe.health import max_violation_floor
 from moebius.ops import select_ops
 from moebius.ops.threads import TorchThreads, default_threads
+from moebius.quantize.cached import Quantized
 from moebius.text import Tokenizer, load_text
 
 # More cells than these make a page that a browser is slow to show.
@@ -149,6 +150,10 @@ def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if checkpoint.dtype == "bfloat16" else torch.float32
     ops = select_ops(device, dtype, config.threads)
+    quantized = Quantized.by_name(checkpoint, config.quantization)
+    if quantized is not None:
+        quantized.make()
+        checkpoint = quantized.checkpoint
     return load_decoder(checkpoint, dtype, device, ops)
 
 

@@ -71,7 +71,9 @@ def _rope(config: ModelConfig) -> RopeConfig:
 
 def _check_fixed(architecture: GgufArchitecture, config: ModelConfig, reader: ConfigReader) -> None:
     """Raises ConfigError where llama.cpp takes for granted what is not so."""
-    if any(isinstance(mixer, GQA) and mixer.window is not None for mixer in config.mixers):
+    windows = [mixer.window for mixer in config.mixers if isinstance(mixer, GQA)]
+    # One as long as the context cuts nothing off.
+    if any(window is not None and window < config.context for window in windows):
         raise ConfigError(f"llama.cpp has no sliding window for {architecture.name}")
     for key, wanted in architecture.fixed.items():
         value = reader.get(key)

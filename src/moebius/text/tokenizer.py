@@ -146,6 +146,21 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
+    @property
+    def templates(self) -> dict[str, str]:
+        """The chat templates' texts by name; the plain one is `default`."""
+        return {name: template.source for name, template in self._templates.items()}
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What tokenizer.json would hold, with all that was added to it."""
+        found: dict[str, Any] = json.loads(self._backend.to_str())
+        return found
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token by its name, such as pad_token; None where there is none."""
+        return self._id_of(name)
+
     def fewest_tokens(self, text: str) -> int:
         """At least so many ids `encode` makes of a text, known without tokenising; 0: unknown."""
         return self._bound.fewest(text)

@@ -65,6 +65,12 @@ class Checkpoint:
                 sizes[name] += math.prod(source.shape) * NUMBER_BYTES[name]
         return max(sizes, key=lambda name: sizes[name], default="float32")
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors that the model has."""
+        names = {source.name for source in self.sources}
+        return sum(self.tensors[name].stop - self.tensors[name].start for name in names)
+
     def sources_at(self, ranks: ExpertRank | None) -> Sequence[Source]:
         """Those of what a rank holds; all of them without ranks."""
         if ranks is None:

@@ -47,6 +47,7 @@ class GgufStore(Store):
             )
             for tensor in model.tensors.values()
         }
+        self.metadata = model.metadata
         # Norms and routers are F32 in all files, so they say nothing; what most numbers are does.
         numbers: Counter[str] = Counter()
         for tensor in self.tensors.values():

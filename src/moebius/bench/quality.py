@@ -1,0 +1,220 @@
+"""How well models predict a text: bits per byte, and how far each is from the first of them.
+
+Each is computed as it would be served: an engine's runner, its kernels and its KV cache, one row of
+text at a time. The rows are the same for all, and so are the tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.engine.config import EngineConfig
+from moebius.engine.load import Prepared, load_engine, prepare
+from moebius.engine.memory import PROMPT_LOGIT_ROWS
+from moebius.engine.runner import Runner
+from moebius.errors import ConfigError, NumericalError
+from moebius.inspect.corpus import Document
+from moebius.ops.steps import StepInputs
+from moebius.ops.threads import TorchThreads, default_threads
+from moebius.text import Tokenizer, load_text
+from moebius.text.pieces import encode_in_pieces
+
+# Rows of logits that are compared at a time.
+_LOGIT_ROWS = PROMPT_LOGIT_ROWS
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
+"""Gets what is done and how many rows it is; gives what to call after each."""
+
+
+def silent(what: str, total: int) -> AbstractContextManager[Callable[[], object]]:
+    """No progress shown."""
+    return nullcontext(lambda: None)
+
+
+class Candidate(NamedTuple):
+    """A model to measure, how it is computed, and where another tokenizer is than its own."""
+
+    label: str
+    path: Path
+    config: EngineConfig
+    tokenizer: Path | None = None
+
+
+@dataclass(slots=True)
+class Figures:
+    """Of one candidate, summed over the scored tokens.
+
+    nats            of the tokens themselves
+    divergence      Kullback-Leibler from the first candidate's distribution to this one's, nats
+    same_choice     at how many tokens both find the same one most likely
+    weight_bytes    that the weights take
+    """
+
+    label: str
+    weight_bytes: int
+    tokens: int = 0
+    num_bytes: int = 0
+    nats: float = 0.0
+    divergence: float = 0.0
+    same_choice: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it; nats a token, bits a byte."""
+        tokens = max(self.tokens, 1)
+        return {
+            "label": self.label,
+            "weight_bytes": self.weight_bytes,
+            "tokens": self.tokens,
+            "bytes": self.num_bytes,
+            "bits_per_byte": self.nats / max(self.num_bytes, 1) / math.log(2),
+            "perplexity": math.exp(min(self.nats / tokens, 700.0)),
+            "mean_divergence": self.divergence / tokens,
+            "same_choice": self.same_choice / tokens,
+        }
+
+
+def token_rows(
+    documents: Iterable[Document], tokenizer: Tokenizer, length: int, max_tokens: int
+) -> list[list[int]]:
+    """Documents as rows of up to `length` tokens, each within one document.
+
+    Of more than `max_tokens` an even choice. Raises ConfigError for a text without two tokens.
+    """
+    start = tokenizer.encode("")
+    rows: list[list[int]] = []
+    for document in documents:
+        ids = list(start)
+        for piece in encode_in_pieces(document.text, tokenizer.encode_ordinary):
+            ids += piece
+        rows += [ids[at : at + length] for at in range(0, len(ids), length)]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ConfigError("the text is too short: there are no two tokens in a row")
+    total = sum(map(len, rows))
+    if total > max_tokens:
+        count = max(1, len(rows) * max_tokens // total)
+        rows = [rows[i * len(rows) // count] for i in range(count)]
+    return rows
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    documents: Iterable[Document],
+    *,
+    row_length: int = 512,
+    max_tokens: int = 20_000,
+    progress: Progress = silent,
+) -> list[Figures]:
+    """Figures of each candidate on the documents; divergences are from the first.
+
+    Raises UsageError for what cannot be loaded, ConfigError where the tokenizers differ, and
+    NumericalError for logits that are no numbers.
+    """
+    tokenizer, _ = load_text(candidates[0].path, candidates[0].tokenizer)
+    prepared = [_prepared(each, row_length) for each in candidates]
+    length = min([row_length, *(each.plan.max_model_len for _, each in prepared)])
+    rows = token_rows(documents, tokenizer, length, max_tokens)
+    _check_tokens(candidates, tokenizer, rows)
+    models = [
+        _Model.load(each, config, made)
+        for each, (config, made) in zip(candidates, prepared, strict=True)
+    ]
+    sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    with TorchThreads(default_threads()), progress("measuring", len(rows)) as advance:
+        for row in rows:
+            _measure_row(models, row, sizes)
+            advance()
+    return [model.figures for model in models]
+
+
+def _prepared(candidate: Candidate, length: int) -> tuple[EngineConfig, Prepared]:
+    """One sequence at a time is all that is computed."""
+    config = replace(
+        candidate.config,
+        max_num_seqs=1,
+        max_num_batched_tokens=max(length, _LOGIT_ROWS),
+        max_model_len=length,
+        enable_prefix_caching=False,
+    )
+    return config, prepare(candidate.path, config)
+
+
+def _check_tokens(
+    candidates: Sequence[Candidate], tokenizer: Tokenizer, rows: Sequence[Sequence[int]]
+) -> None:
+    """Raises ConfigError where a candidate's tokenizer gives a row's text other tokens."""
+    sample = tokenizer.decode(rows[0], skip_special_tokens=False)
+    wanted = tokenizer.encode_ordinary(sample)
+    for each in candidates:
+        if each.path == candidates[0].path:
+            continue
+        own, _ = load_text(each.path, each.tokenizer)
+        if own.encode_ordinary(sample) != wanted:
+            raise ConfigError(f"{each.label}: its tokenizer gives the text other tokens")
+
+
+@dataclass(slots=True)
+class _Model:
+    """A candidate that is loaded, and what was measured of it."""
+
+    runner: Runner
+    block_size: int
+    figures: Figures
+    _groups: int = field(default=1)
+
+    @classmethod
+    def load(cls, candidate: Candidate, config: EngineConfig, prepared: Prepared) -> "_Model":
+        engine = load_engine(candidate.path, config, prepared=prepared)
+        weights = sum(weight.nbytes for weight in prepared.weights)
+        groups = len(engine.runner.cache.layout.windows)
+        figures = Figures(candidate.label, weights)
+        return cls(engine.runner, engine.info.block_size, figures, groups)
+
+    def execute(self, row: Sequence[int]) -> None:
+        """A step of the row but for its last token, which has nothing to predict."""
+        inputs = row[:-1]
+        blocks = [list(range(-(-len(inputs) // self.block_size)))]
+        others = [blocks] * (self._groups - 1)
+        device = self.runner.device
+        step = StepInputs.build([inputs], [0], blocks, self.block_size, device, others=others)
+        self.runner.execute(step)
+
+
+@torch.inference_mode()
+def _measure_row(models: Sequence[_Model], row: Sequence[int], sizes: Tensor) -> None:
+    """Add what the models make of a row. A row of logits predicts the token behind its own."""
+    for model in models:
+        model.execute(row)
+    for start in range(0, len(row) - 1, _LOGIT_ROWS):
+        stop = min(start + _LOGIT_ROWS, len(row) - 1)
+        target_L = torch.tensor(row[start + 1 : stop + 1])
+        num_bytes = int(sizes[target_L].sum())
+        reference_LV = None
+        for model in models:
+            logits_LV = model.runner.logits(range(start, stop)).cpu()
+            log_p_LV = F.log_softmax(logits_LV.double(), dim=-1)
+            if reference_LV is None:
+                reference_LV = log_p_LV
+            _add(model.figures, log_p_LV, reference_LV, target_L)
+            model.figures.num_bytes += num_bytes
+
+
+def _add(figures: Figures, log_p_LV: Tensor, reference_LV: Tensor, target_L: Tensor) -> None:
+    nats = -float(log_p_LV.gather(1, target_L.unsqueeze(1)).sum())
+    if not math.isfinite(nats):
+        raise NumericalError(f"{figures.label}: its logits are no finite numbers")
+    figures.tokens += len(target_L)
+    figures.nats += nats
+    wide = min(log_p_LV.shape[1], reference_LV.shape[1])
+    p_LV = reference_LV[:, :wide].exp()
+    apart_LV = p_LV * (reference_LV[:, :wide] - log_p_LV[:, :wide])
+    figures.divergence += float(apart_LV.sum())
+    same_L = log_p_LV.argmax(-1) == reference_LV.argmax(-1)
+    figures.same_choice += int(same_L.sum())

@@ -1,0 +1,194 @@
+"""A checkpoint in fewer bits, made once and kept beside the user's other caches.
+
+The file is a GGUF container with the checkpoint's own tensors under their own names, so that
+nothing else of the checkpoint changes: configuration, tokenizer and layout are the directory's. (A
+file that other programs read is made by `moebius quantize`.) Its name tells what it was made of and
+by what; where each tensor will lie in it is known before it is made, so that memory is planned
+without it.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Self
+
+from moebius.files import anyone, make_directory
+from moebius.gguf.reader import Value
+from moebius.gguf.writer import TensorToWrite, lay_out, write_gguf
+from moebius.models.store import Checkpoint, Store, StoredTensor, fingerprint
+from moebius.quantize.encode import VERSION
+from moebius.quantize.recipe import Recipe, format_of, recipe
+from moebius.quantize.rows import Progress, Rows, block_type, silent
+
+log = logging.getLogger(__name__)
+
+# Seconds since 1970 that a stamp is below; long past, so that no write leaves such a time.
+_STAMPS = 2**29
+
+
+def cache_directory() -> Path:
+    """Where such files are kept: where XDG says that caches are."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "moebius" / "quantized"
+
+
+class QuantizedStore(Store):
+    """The tensors of a file that is there, or will be, with this head."""
+
+    dtypes = ()
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], head: bytes, dtype: str) -> None:
+        self.tensors = tensors
+        self.head = head
+        self.dtype = dtype
+
+    def header(self, file: Path) -> bytes:
+        return self.head
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a checkpoint becomes by a recipe.
+
+    file         where its tensors are, or will be
+    checkpoint   the result: planned with at once, loaded once `make` was called
+    original     what it is made of
+    """
+
+    file: Path
+    checkpoint: Checkpoint
+    original: Checkpoint
+    recipe: Recipe
+
+    @classmethod
+    def by_name(cls, original: Checkpoint, name: str | None) -> Self | None:
+        """As `of`; None for None."""
+        return None if name is None else cls.of(original, name)
+
+    @classmethod
+    def of(cls, original: Checkpoint, name: str) -> Self:
+        """Makes nothing. Raises ConfigError for a name that is no recipe."""
+        chosen = recipe(name)
+        file = cache_directory() / f"{fingerprint(original)}-{chosen.name}-{VERSION}.gguf"
+        formats = _formats(original, chosen)
+        tensors = _to_write(original, formats, None)
+        layout = lay_out(_metadata(chosen), tensors)
+        planned = {
+            tensor.name: StoredTensor(
+                file,
+                tensor.name,
+                tensor.type.name,
+                formats[tensor.name],
+                tensor.shape,
+                start,
+                start + tensor.nbytes,
+            )
+            for tensor, start in zip(tensors, layout.starts, strict=True)
+        }
+        store = QuantizedStore(planned, layout.head, original.dtype)
+        checkpoint = replace(original, store=store, tensors=planned)
+        return cls(file, checkpoint, original, chosen)
+
+    def make(self, progress: Progress = silent) -> None:
+        """Have the file be there, and whole.
+
+        Who comes while another process makes it waits for that. Raises StorageError where it cannot
+        be written, WeightsError for numbers that no format holds.
+        """
+        if self._is_there():
+            return
+        make_directory(self.file.parent)
+        with _locked(self.file.with_suffix(".lock")):
+            if not self._is_there():
+                self._write(progress)
+
+    def _write(self, progress: Progress) -> None:
+        formats = _formats(self.original, self.recipe)
+        with Rows() as rows:
+            tensors = _to_write(self.original, formats, rows)
+            total = sum(tensor.nbytes for tensor in tensors)
+            with progress(f"quantizing to {self.recipe.name}", total) as written:
+                metadata = _metadata(self.recipe)
+                write_gguf(self.file, metadata, tensors, ours=anyone, written=written)
+        log.info("%s is in %s from now on", self.original.path.name, self.file)
+        stamp = _stamp(self.file)
+        os.utime(self.file, ns=(stamp, stamp))
+
+    def _is_there(self) -> bool:
+        """Whether the file is as it was made; one that is not is told of, and made anew.
+
+        Whoever writes to it since has left another time of modification.
+        """
+        try:
+            found = self.file.stat()
+            with self.file.open("rb") as file:
+                head = file.read(len(self.head))
+        except OSError:
+            return False
+        stop = max(tensor.stop for tensor in self.checkpoint.tensors.values())
+        if head == self.head and found.st_size >= stop and found.st_mtime_ns == _stamp(self.file):
+            return True
+        log.warning("%s is damaged or was changed; it is made anew", self.file)
+        return False
+
+    @property
+    def head(self) -> bytes:
+        """What the file begins with."""
+        assert isinstance(self.checkpoint.store, QuantizedStore)
+        return self.checkpoint.store.head
+
+
+def _metadata(recipe: Recipe) -> dict[str, Value]:
+    return {
+        "general.architecture": "moebius",
+        "general.description": f"a checkpoint's own tensors as {recipe.name}, kept by Moebius",
+        "general.file_type": recipe.file_type,
+        "general.quantization_version": 2,
+        "moebius.quantizer": VERSION,
+    }
+
+
+def _formats(original: Checkpoint, recipe: Recipe) -> dict[str, str]:
+    """The format of each tensor that a model of this configuration has, in the file's order."""
+    formats: dict[str, str] = {}
+    for source in original.sources:
+        if source.name not in formats:
+            stored = original.tensors[source.name]
+            wanted = format_of(recipe, source, original.config)
+            formats[source.name] = wanted or str(stored.format)
+    return formats
+
+
+def _to_write(
+    original: Checkpoint, formats: Mapping[str, str], rows: Rows | None
+) -> list[TensorToWrite]:
+    """What goes into the file; `rows` None where nothing is to be read yet."""
+    found = []
+    for name, format in formats.items():
+        stored = original.tensors[name]
+        pieces = partial(rows.pieces, stored, format) if rows else tuple
+        found.append(TensorToWrite(name, block_type(format), stored.shape, pieces))
+    return found
+
+
+def _stamp(file: Path) -> int:
+    """The time of modification by which a whole file is known, in nanoseconds: even seconds, which
+    every file system keeps."""
+    digest = blake2b(file.name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % _STAMPS // 2 * 2 * 10**9
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among processes, where the system has such locks; it ends with its process."""
+    with path.open("w") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

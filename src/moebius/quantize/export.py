@@ -1,0 +1,212 @@
+"""A model as a GGUF file that llama.cpp loads: its names, its keys, its order of rows."""
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from moebius.errors import ConfigError
+from moebius.files import Ours, check_target
+from moebius.gguf.reader import Value
+from moebius.gguf.writer import TensorToWrite, gguf_file, write_gguf
+from moebius.models.config import ModelConfig
+from moebius.models.gguf_architecture import pair_rows
+from moebius.models.gguf_config import ROPE_DIVISORS
+from moebius.models.gguf_keys import gguf_keys
+from moebius.models.layout import Source, sources
+from moebius.models.store import Checkpoint, StoredTensor, open_checkpoint
+from moebius.models.store.gguf import GgufStore
+from moebius.ops import FORMATS
+from moebius.ops.formats import Dense
+from moebius.quantize.recipe import PLAIN, RECIPES, Recipe, format_of, recipe
+from moebius.quantize.rows import Progress, Rows, block_type, silent
+from moebius.quantize.vocabulary import vocabulary_metadata
+
+# Of what is no matrix, and of what chooses experts.
+_KEPT = "float32"
+_QUANTIZATION_VERSION = 2
+
+
+class Part(NamedTuple):
+    """Rows of a tensor to be: where they come from, from which row on, and in which order."""
+
+    stored: StoredTensor
+    first: int
+    rows: int
+    order: Sequence[int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor to be."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    parts: tuple[Part, ...]
+
+    def to_write(self, rows: Rows) -> TensorToWrite:
+        return TensorToWrite(
+            self.name, block_type(self.format), self.shape, partial(self._pieces, rows)
+        )
+
+    def _pieces(self, rows: Rows) -> Iterator[memoryview]:
+        for stored, first, count, order in self.parts:
+            yield from rows.pieces(stored, self.format, first=first, rows=count, order=order)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a file holds: bytes in all, numbers, and of both those of each type of tensor."""
+
+    nbytes: int
+    parameters: int
+    by_type: Mapping[str, tuple[int, int, int]]
+    """Tensors, numbers and bytes."""
+
+    @property
+    def bits(self) -> float:
+        """A parameter's, metadata left out."""
+        return 8 * sum(nbytes for _, _, nbytes in self.by_type.values()) / self.parameters
+
+
+def write_model(
+    model: Path,
+    out: Path,
+    type_name: str,
+    *,
+    name: str = "",
+    force: bool = False,
+    progress: Progress = silent,
+) -> Written:
+    """Write a model, a directory or a GGUF file, as a GGUF file of the named type.
+
+    name: what the file calls the model. force: a GGUF file that is there may be replaced. Raises
+    ConfigError for what is no type, for a model that llama.cpp has not, and where there is a file;
+    TokenizerError for a tokenizer that such files cannot describe; WeightsError; StorageError.
+    """
+    chosen = recipe(type_name, {**RECIPES, **PLAIN})
+    _check_out(out, force=force)
+    checkpoint = open_checkpoint(model)
+    metadata, targets, more = _described(checkpoint, chosen)
+    metadata["general.name"] = name or model.name
+    with Rows() as rows:
+        tensors = [*more, *(target.to_write(rows) for target in targets)]
+        total = sum(tensor.nbytes for tensor in tensors)
+        with progress(f"writing {out.name}", total) as written:
+            layout = write_gguf(out, metadata, tensors, ours=_ours(force=force), written=written)
+    return _summary(layout.size, tensors)
+
+
+def _ours(*, force: bool) -> Ours:
+    return gguf_file if force else lambda path: False
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out}: name a file that ends in .gguf")
+    if out.is_file() and not force:
+        raise ConfigError(f"{out} is there already; choose another name, or add --force")
+    check_target(out, _ours(force=force))
+
+
+def _described(
+    checkpoint: Checkpoint, recipe: Recipe
+) -> tuple[dict[str, Value], list[Target], list[TensorToWrite]]:
+    """The file's keys, the model's tensors, and those that belong to keys."""
+    if isinstance(checkpoint.store, GgufStore):
+        metadata = dict(checkpoint.store.metadata)
+        for key in [key for key in metadata if key.startswith(("split.", "general.alignment"))]:
+            del metadata[key]
+        names = {source.parameter: source for source in checkpoint.sources}
+        targets = _targets(checkpoint, recipe, names, permute=False)
+        stored = checkpoint.store.tensors.get(ROPE_DIVISORS)
+        if stored is not None:
+            whole = Part(stored, 0, stored.shape[0], None)
+            targets.append(Target(ROPE_DIVISORS, stored.shape, _KEPT, (whole,)))
+        more = []
+    else:
+        found = gguf_keys(checkpoint.config_json)
+        vocabulary = vocabulary_metadata(checkpoint.path, checkpoint.config.vocab_size)
+        metadata = {**found.keys, **vocabulary}
+        layout = found.architecture.layouts[0]
+        names = {source.parameter: source for source in sources(checkpoint.config, layout)}
+        targets = _targets(checkpoint, recipe, names, permute=found.architecture.permuted)
+        divisors = found.rope_divisors
+        more = [] if divisors is None else [_vector(ROPE_DIVISORS, divisors)]
+    metadata["general.file_type"] = recipe.file_type
+    metadata["general.quantization_version"] = _QUANTIZATION_VERSION
+    return metadata, targets, more
+
+
+def _targets(
+    checkpoint: Checkpoint, recipe: Recipe, names: Mapping[str, Source], *, permute: bool
+) -> list[Target]:
+    """The tensors of a file that has parameters in these, made of the checkpoint's.
+
+    permute: rows of queries and keys become neighbours that turn together.
+    """
+    parts: dict[str, list[tuple[Source, Source]]] = {}
+    for origin in checkpoint.sources:
+        wanted = names[origin.parameter]
+        parts.setdefault(wanted.name, []).append((wanted, origin))
+    targets = []
+    for name, found in parts.items():
+        found.sort(key=lambda pair: (pair[0].entry or 0, pair[0].start))
+        wanted, origin = found[0]
+        format = _format(recipe, origin, checkpoint)
+        order = _order(origin, checkpoint.config) if permute else None
+        pieces = tuple(_part(checkpoint.tensors[each.name], each, order) for _, each in found)
+        targets.append(Target(name, wanted.stored_shape, format, pieces))
+    return targets
+
+
+def _format(recipe: Recipe, source: Source, checkpoint: Checkpoint) -> str:
+    wanted = format_of(recipe, source, checkpoint.config)
+    if wanted is not None:
+        return wanted
+    matrix = len(source.shape) > 1 and source.shape[0] > 1
+    stored = str(checkpoint.tensors[source.name].format)
+    # Rows that are no whole blocks; a router is worth float32.
+    rows_do_not_fit = matrix and ".router." not in source.parameter
+    return stored if rows_do_not_fit and isinstance(FORMATS[stored], Dense) else _KEPT
+
+
+def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> Part:
+    """Where a parameter's rows lie; of a vector each number is a row."""
+    vector = len(stored.shape) == 1
+    rows = stored.shape[0] if vector else source.shape[0]
+    first = source.start
+    if source.entry is not None:
+        first += source.entry * source.stored_shape[1]
+    return Part(stored, first, rows, order)
+
+
+def _order(source: Source, config: ModelConfig) -> Sequence[int] | None:
+    """Which row stands where in a file whose neighbours turn together; None where all stay."""
+    attention = config.attention
+    for name, heads in (("q_proj", attention.num_heads), ("k_proj", attention.num_kv_heads)):
+        if f"self_attn.{name}." in source.parameter:
+            return pair_rows(heads, attention.head_dim)
+    return None
+
+
+def _vector(name: str, numbers: Sequence[float]) -> TensorToWrite:
+    content = struct.pack(f"<{len(numbers)}f", *numbers)
+    return TensorToWrite(name, block_type(_KEPT), (len(numbers),), lambda: (content,))
+
+
+def _summary(nbytes: int, tensors: Iterable[TensorToWrite]) -> Written:
+    count: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    for tensor in tensors:
+        kind = tensor.type.name
+        count[kind] += 1
+        numbers[kind] += tensor.numbers
+        stored[kind] += tensor.nbytes
+    by_type = {kind: (count[kind], numbers[kind], stored[kind]) for kind in count}
+    return Written(nbytes, sum(numbers.values()), by_type)

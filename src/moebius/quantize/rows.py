@@ -1,0 +1,139 @@
+"""A checkpoint's matrices as bytes of another format, a few rows at a time, on several threads."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from moebius.errors import WeightsError
+from moebius.gguf.types import TENSOR_TYPES, BlockType
+from moebius.models.store.mapped import MappedFiles
+from moebius.models.store.tensors import StoredTensor, short_name
+from moebius.ops import FORMATS, Matrix
+from moebius.ops.formats import BlockFormat, Dense
+from moebius.ops.threads import TorchThreads, default_threads
+from moebius.quantize.encode import encoded
+
+# Numbers that a thread turns into bytes at a time, and that wait to be written for each thread.
+_PIECE = 2**20
+
+_TYPES = {each.name.lower(): each for each in TENSOR_TYPES.values()}
+_DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""Gets what is done and how many bytes it is; gives what hears of bytes that are done."""
+
+
+def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """No progress shown."""
+    return nullcontext(lambda nbytes: None)
+
+
+class Rows:
+    """Reads tensors where they lie and turns their rows into bytes, in order.
+
+    threads    None: as many as torch would take. Used as a context.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads or default_threads()
+        self._files = MappedFiles(whole=False)
+        self._pool = ThreadPoolExecutor(self._threads, "quantize")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def pieces(
+        self,
+        stored: StoredTensor,
+        format: str,
+        *,
+        first: int = 0,
+        rows: int | None = None,
+        order: Sequence[int] | None = None,
+    ) -> Iterator[memoryview]:
+        """The bytes of a tensor's rows in `format`.
+
+        The tensor is taken as rows of its last dimension, however many others it has; a vector as
+        rows of one number. first, rows: those of them that are wanted. order: which of these stands
+        where.
+        """
+        whole = self._matrix(stored)
+        count = whole.shape[0] - first if rows is None else rows
+        matrix = whole.rows(first, first + count)
+        if matrix.format.name == format and order is None:
+            yield from _as_they_are(matrix)
+            self._done(stored)
+            return
+        at_once = max(1, _PIECE // matrix.shape[1])
+        waiting: deque[Future[memoryview]] = deque()
+        for start in range(0, count, at_once):
+            stop = min(start + at_once, count)
+            wanted = slice(start, stop) if order is None else torch.tensor(order[start:stop])
+            waiting.append(self._pool.submit(self._encoded, matrix, wanted, format, stored))
+            if len(waiting) > 2 * self._threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        self._done(stored)
+
+    def _done(self, stored: StoredTensor) -> None:
+        """Pages of what was read are the system's again."""
+        self._files.release(stored.file, [(stored.start, stored.stop)])
+
+    def _encoded(
+        self, matrix: Matrix, rows: slice | Tensor, format: str, stored: StoredTensor
+    ) -> memoryview:
+        # Threads of our own compute pieces; torch's beside them would only wait.
+        with TorchThreads(1):
+            planes = matrix.format.select(matrix.planes, rows)
+            return _bytes(_in_format(matrix.format.widened(planes, torch.float32), format, stored))
+
+    def _matrix(self, stored: StoredTensor) -> Matrix:
+        """A tensor of any number of dimensions as a matrix, where it lies."""
+        format = FORMATS[str(stored.format)]
+        columns = stored.shape[-1] if len(stored.shape) > 1 else 1
+        rows = math.prod(stored.shape) // columns
+        ((dtype, shape),) = format.planes(rows, columns)
+        return Matrix(format, (rows, columns), (self._files.view(stored, dtype, 0, shape),))
+
+
+def _in_format(x_RK: Tensor, name: str, stored: StoredTensor) -> Tensor:
+    format = FORMATS[name]
+    if isinstance(format, Dense):
+        return x_RK.to(format.dtype)
+    assert isinstance(format, BlockFormat)
+    try:
+        return encoded(x_RK, name)
+    except WeightsError as error:
+        where = f"{short_name(stored.file)}: tensor {stored.name!r}"
+        raise WeightsError(f"{where} cannot be quantised: {error}") from None
+
+
+def _as_they_are(matrix: Matrix) -> Iterator[memoryview]:
+    """The bytes of what has the format already."""
+    at_once = max(1, _PIECE // matrix.shape[1])
+    for start in range(0, matrix.shape[0], at_once):
+        (plane,) = matrix.rows(start, min(start + at_once, matrix.shape[0])).planes
+        yield _bytes(plane)
+
+
+def _bytes(plane: Tensor) -> memoryview:
+    found: memoryview = plane.contiguous().view(torch.uint8).numpy().data
+    return found.cast("B")
+
+
+def block_type(format: str) -> BlockType:
+    """What GGUF files call a format."""
+    return _TYPES[_DENSE.get(format, format)]
