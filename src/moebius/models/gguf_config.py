@@ -7,6 +7,7 @@ stands under the architecture's name, unless it says that something is off.
 import math
 import struct
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError, WeightsError
@@ -17,6 +18,7 @@ from moebius.models.gguf_architecture import GgufArchitecture, Key
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
+_ROUTERS = "blk.*.ffn_gate_inp.weight"
 
 # Keys that change no logits here: what they say is told by others, or concerns other programs.
 _TOLD_ELSEWHERE = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
@@ -135,6 +137,7 @@ def gguf_config(model: GgufModel) -> GgufConfig:
             config[key.config] = keys.typed(key) if key.gguf in keys else key.absent(config)
         except KeyError:
             raise keys.error(f"the key {architecture.name}.{key.gguf} is missing") from None
+    _check_counts(keys, model)
     for flag, tensor in architecture.present.items():
         config[flag] = tensor in model.tensors
     for name, wanted in architecture.values.items():
@@ -145,6 +148,24 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     config["vocab_size"] = _embedding(model, where).shape[0]
     config["tie_word_embeddings"] = HEAD not in model.tensors
     return GgufConfig(config, architecture, _rope_divisors(model, where), keys.finish())
+
+
+def _check_counts(keys: _Keys, model: GgufModel) -> None:
+    """Raises ConfigError for more layers or experts than there can be tensors of: what follows
+    takes time by their number."""
+    layers = keys.get("block_count", 0)
+    if isinstance(layers, int) and layers > len(model.tensors):
+        raise keys.error(f"block_count is {layers}, in a file of {len(model.tensors)} tensors")
+    experts = keys.get("expert_count", 0)
+    routers = {
+        tensor.shape[0]
+        for name, tensor in model.tensors.items()
+        if fnmatchcase(name, _ROUTERS) and len(tensor.shape) == 2
+    }
+    if routers and routers != {experts}:
+        raise keys.error(f"expert_count is {experts}, but routers are of {sorted(routers)}")
+    if experts and not routers:
+        raise keys.error(f"expert_count is {experts}, but there is no router ({_ROUTERS})")
 
 
 def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchitecture]:
