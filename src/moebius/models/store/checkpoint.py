@@ -66,10 +66,13 @@ class Checkpoint:
         return max(sizes, key=lambda name: sizes[name], default="float32")
 
     @property
-    def nbytes(self) -> int:
-        """Of the tensors that the model has."""
-        names = {source.name for source in self.sources}
-        return sum(self.tensors[name].stop - self.tensors[name].start for name in names)
+    def formats(self) -> dict[str, int]:
+        """Bytes of the model's tensors by what they are stored as, most first."""
+        found: Counter[str] = Counter()
+        for name in {source.name for source in self.sources}:
+            tensor = self.tensors[name]
+            found[str(tensor.format)] += tensor.stop - tensor.start
+        return dict(found.most_common())
 
     def sources_at(self, ranks: ExpertRank | None) -> Sequence[Source]:
         """Those of what a rank holds; all of them without ranks."""
