@@ -20,9 +20,9 @@ void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
             const char *row = at(r.qkv, t * row_bytes), *keys = row + q_bytes, *values = keys + shape.kv_heads * key_bytes;
             for (int h = item * heads; h < (item + 1) * heads; h++) {
                 for (int i = h * group; i < (h + 1) * group; i++)
-                    kernels_->rotate[r.dtype](row + i * key_bytes, r.q_norm, r.eps, cos, sin, r.half, shape.key_dim,
+                    kernels_->rotate[r.dtype](row + i * key_bytes, r.q_norm, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim,
                                               at(r.q_out, t * q_bytes + i * key_bytes));
-                kernels_->rotate[r.dtype](keys + h * key_bytes, r.k_norm, r.eps, cos, sin, r.half, shape.key_dim, rotated);
+                kernels_->rotate[r.dtype](keys + h * key_bytes, r.k_norm, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim, rotated);
                 write_kv(r.dtype, shape, r.cache, rotated, values + h * value_bytes, r.slots[t], h);
             }
         }

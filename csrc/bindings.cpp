@@ -255,12 +255,12 @@ void bind_calls(nb::module_& m) {
         new (self) Rotation{array<int64_t>(positions), array<float>(inverse), half, factor, array<float>(cos), array<float>(sin)};
     }, "positions"_a, "inverse"_a, "half"_a, "factor"_a, "cos"_a, "sin"_a);
     bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, int blocks, Address qkv, int q_heads,
-                                                          Address cos, Address sin, int half, Address q_norm, Address k_norm, float eps,
-                                                          Address slots, Address cache, Address q_out) {
+                                                          Address cos, Address sin, int half, bool interleaved, Address q_norm,
+                                                          Address k_norm, float eps, Address slots, Address cache, Address q_out) {
         new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, array<float>(cos), array<float>(sin), half,
-                                       array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
+                                       interleaved, array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
                                        array<V>(q_out)}, blocks};
-    }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
+    }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
        "q_out"_a);
     bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
                                                 Address cache, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {

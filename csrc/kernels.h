@@ -80,9 +80,10 @@ struct Kernels {
     // sum = round(x + multiplier * update) where update is given (else sum is not written), out = round(norm(sum)) * weight
     void (*rms_norm[2])(const void* x, const void* update, float multiplier, const void* weight, int n, float eps,
                         void* sum, void* out);
-    // One head: RMS norm where weight is given, then rotation of the first 2 * half values; out may be x.
-    void (*rotate[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, int n,
-                      void* out);
+    // One head: RMS norm where weight is given, then rotation of the first 2 * half values, in pairs of i and half + i, or
+    // of 2i and 2i + 1 where they are interleaved; out may be x.
+    void (*rotate[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,
+                      bool interleaved, int n, void* out);
     void (*attention[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);
     // The rest of `attention` from the scratches of `count` consecutive splits, `stride` floats apart.
     void (*join_splits[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch, size_t stride, int count);

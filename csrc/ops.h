@@ -102,6 +102,7 @@ struct RotateAndStore {
     const float* cos;  // (rows, half), like sin
     const float* sin;
     int half;            // of what is rotated of a head
+    bool interleaved;    // neighbours are rotated together, else i and half + i
     const void* q_norm;  // (key_dim,) or null, like k_norm
     const void* k_norm;
     float eps;

@@ -113,8 +113,23 @@ void rms_norm(const void* x_row, const void* update_row, float multiplier, const
     });
 }
 
+// Sixteen pairs of neighbours, as the first and the second of each; and back.
+INLINE void unzip(V& a, V& b) {
+    float pairs[32], first[16], second[16];
+    store(pairs, a), store(pairs + 16, b);
+    for (int i = 0; i < 16; i++) first[i] = pairs[2 * i], second[i] = pairs[2 * i + 1];
+    a = load(first), b = load(second);
+}
+INLINE void zip(V& a, V& b) {
+    float pairs[32], first[16], second[16];
+    store(first, a), store(second, b);
+    for (int i = 0; i < 16; i++) pairs[2 * i] = first[i], pairs[2 * i + 1] = second[i];
+    a = load(pairs), b = load(pairs + 16);
+}
+
 template <class T>
-void rotate(const void* x_row, const void* weight, float eps, const float* cos, const float* sin, int half, int n, void* out_row) {
+void rotate(const void* x_row, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved,
+            int n, void* out_row) {
     const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(weight);
     T* out = static_cast<T*>(out_row);
     const V inverse = w ? all(inverse_rms(x, n, eps)) : zero();
@@ -122,11 +137,24 @@ void rotate(const void* x_row, const void* weight, float eps, const float* cos, 
         V v = take(x + i, count);
         return w ? as_stored<T>(mul(as_stored<T>(mul(v, inverse)), take(w + i, count))) : v;
     };
-    each_vector(half, [&](int i, int count) {
-        V a = value(i, count), b = value(half + i, count), c = take(cos + i, count), s = take(sin + i, count);
-        put(out + i, sub(mul(a, c), mul(b, s)), count);
-        put(out + half + i, add(mul(b, c), mul(a, s)), count);
-    });
+    if (interleaved)
+        each_vector(half, [&](int i, int count) {
+            // Up to 32 values: the first sixteen, and those behind them.
+            const int low = min_of(2 * count, 16), high = 2 * count - low;
+            V a = value(2 * i, low), b = high ? value(2 * i + 16, high) : zero();
+            const V c = take(cos + i, count), s = take(sin + i, count);
+            unzip(a, b);
+            V first = sub(mul(a, c), mul(b, s)), second = add(mul(b, c), mul(a, s));
+            zip(first, second);
+            put(out + 2 * i, first, low);
+            if (high) put(out + 2 * i + 16, second, high);
+        });
+    else
+        each_vector(half, [&](int i, int count) {
+            V a = value(i, count), b = value(half + i, count), c = take(cos + i, count), s = take(sin + i, count);
+            put(out + i, sub(mul(a, c), mul(b, s)), count);
+            put(out + half + i, add(mul(b, c), mul(a, s)), count);
+        });
     each_vector(n - 2 * half, [&](int i, int count) { put(out + 2 * half + i, value(2 * half + i, count), count); });
 }
 

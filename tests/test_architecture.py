@@ -24,7 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "files": {"errors"},
     "request": {"errors"},
     "schedule": {"errors", "request"},
-    "text": {"errors", "files", "request"},
+    "text": {"errors", "files", "gguf", "request"},
+    "gguf": {"errors"},
     "pages": set(),
     "machine": set(),
     "_cpu": set(),  # built from csrc
@@ -32,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "parallel": {"errors", "machine", "_cpu", "ops"},
     "nn": {"errors", "ops"},
     "moe": {"errors", "ops", "parallel", "nn"},
-    "models": {"errors", "files", "pages", "ops", "nn", "moe"},
+    "models": {"errors", "files", "gguf", "pages", "ops", "nn", "moe"},
     "engine": {
         "__version__",
         "errors",

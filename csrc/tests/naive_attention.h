@@ -48,8 +48,8 @@ template <class T> struct Paged {
                 slots.push_back(slot(int(b), t));
             }
             rows.shrink_to_fit(), slots.shrink_to_fit();
-            ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), shape.kv_heads, nullptr, nullptr, 0, nullptr, nullptr, 0,
-                                  slots.data(), cache.data(), q.data()}, n);
+            ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), shape.kv_heads, nullptr, nullptr, 0, false, nullptr,
+                                  nullptr, 0, slots.data(), cache.data(), q.data()}, n);
             check(q == keys[b], "rotate_and_store changed what it should not rotate");
         }
     }
@@ -125,8 +125,8 @@ template <class T> void test_attention(Ops& ops) {
     }
 }
 
-template <class T> void test_rotated_heads(Ops& ops) {
-    const int rows = 11, half = 9, head_dim = 21, group = 2;
+template <class T> void test_rotated_heads(Ops& ops, int half, int head_dim, bool interleaved) {
+    const int rows = 11, group = 2;
     for (bool norm : {false, true}) {
         std::vector<T> qkv = draw<T>(rows * (group + 2) * head_dim), weight = draw<T>(head_dim), q(rows * group * head_dim);
         std::vector<float> cos = draw<float>(rows * half), sin = draw<float>(rows * half);
@@ -135,7 +135,7 @@ template <class T> void test_rotated_heads(Ops& ops) {
         std::vector<int64_t> slots(rows);
         std::iota(slots.begin(), slots.end(), 0);
         const T* w = norm ? weight.data() : nullptr;
-        ops.rotate_and_store({Number<T>::dtype, &shape, qkv.data(), group, cos.data(), sin.data(), half, w, w, 1e-5f,
+        ops.rotate_and_store({Number<T>::dtype, &shape, qkv.data(), group, cos.data(), sin.data(), half, interleaved, w, w, 1e-5f,
                               slots.data(), cache.data(), q.data()}, rows);
         for (int t = 0; t < rows; t++)
             for (int h = 0; h < group; h++) {
@@ -143,10 +143,11 @@ template <class T> void test_rotated_heads(Ops& ops) {
                 std::vector<double> v(head_dim);
                 for (int i = 0; i < head_dim; i++) v[i] = value(x[i]) * (norm ? inverse_rms(x, head_dim, 1e-5f) * value(weight[i]) : 1);
                 for (int i = 0; i < head_dim; i++) {
-                    const int pair = i < half ? i + half : i - half, r = t * half + (i < half ? i : pair);
+                    const bool first = interleaved ? i % 2 == 0 : i < half;
+                    const int pair = i + (first ? 1 : -1) * (interleaved ? 1 : half), r = t * half + (interleaved ? i / 2 : first ? i : pair);
                     double exact = v[i], terms = std::abs(v[i]);
                     if (i < 2 * half) {
-                        exact = v[i] * cos[r] + (i < half ? -1 : 1) * v[pair] * sin[r];
+                        exact = v[i] * cos[r] + (first ? -1 : 1) * v[pair] * sin[r];
                         terms = std::abs(v[i] * cos[r]) + std::abs(v[pair] * sin[r]);
                     }
                     close("rotated head", q[(t * group + h) * head_dim + i], exact, (3.1 * Number<T>::roundoff + 0x1p-20) * terms);

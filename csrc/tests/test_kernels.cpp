@@ -518,7 +518,9 @@ template <class T, class W> void test_weights(Ops& ops) { test_linear<T, W>(ops)
 
 template <class T> void test_dtype(Ops& ops) {
     test_weights<T, T>(ops), test_norms<T>(ops), test_add_gated<T>(ops);
-    test_rotated_heads<T>(ops), test_attention<T>(ops);
+    test_rotated_heads<T>(ops, 9, 21, false);
+    for (int half : {3, 8, 9, 16, 29}) test_rotated_heads<T>(ops, half, 2 * half + half % 3, true);
+    test_attention<T>(ops);
 }
 
 }  // namespace

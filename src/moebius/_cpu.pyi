@@ -92,6 +92,7 @@ class RotateAndStore(_Call):
         cos: int,
         sin: int,
         half: int,
+        interleaved: bool,
         q_norm: int,
         k_norm: int,
         eps: float,

@@ -28,9 +28,9 @@ from moebius.front.assemble import Delta
 from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
-from moebius.models.hub import resolve_model
+from moebius.models.hub import ModelSource, find_model
 from moebius.request.params import SamplingParams
-from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
+from moebius.text import EncodedPrompt, load_text
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -159,8 +159,10 @@ class _Feed:
 class LLM:
     """A loaded model.
 
-    model: a directory in the Hugging Face layout, a hub id, or "bundled" for the small model in the
-    package. Options are the fields of EngineConfig. Raises UsageError before anything is allocated.
+    model: a directory in the Hugging Face layout, a GGUF file, a hub id, or "bundled" for the small
+    model in the package. file: which GGUF file of a directory or a hub id, by its name or a part of
+    it. tokenizer: a directory, GGUF file or hub id with the one to use instead of the model's.
+    Options are the fields of EngineConfig. Raises UsageError before anything is allocated.
     Iterators that are not read to their end may wait while others are read: each gets its own
     outputs. What torch is set to in this process stays.
 
@@ -170,35 +172,41 @@ class LLM:
             print(output.outputs[0].text)
     """
 
-    def __init__(self, model: str = "bundled", **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | ModelSource = "bundled",
+        *,
+        file: str | None = None,
+        tokenizer: str | None = None,
+        **options: Any,
+    ) -> None:
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
             raise TypeError(
-                f"LLM has no option {', '.join(unknown)}; it has "
+                f"LLM has no option {', '.join(unknown)}; it has file, tokenizer, "
                 f"{', '.join(EngineConfig.__dataclass_fields__)}"
             )
         self.config = EngineConfig(**options)
-        directory = resolve_model(model)
-        self.tokenizer = Tokenizer.load(directory)
-        self.defaults = GenerationDefaults.load(directory, self.tokenizer)
+        source = model
+        if isinstance(source, str):
+            source = find_model(source, file, tokenizer)
+        self.tokenizer, self.defaults = load_text(source.path, source.tokenizer)
         key = draw_prefix_key()
         self._engines: EngineProcesses | None = None
-        self.client = self._start(directory, key)
+        self.client = self._start(source.path, key)
         info = self.client.info
         self._opener = ChoiceOpener(self.tokenizer, info, info.hasher(key))
         self._sessions = Sessions(self.client)
         self._ids = count()
 
-    def _start(self, directory: Path, key: bytes) -> EngineClient:
+    def _start(self, model: Path, key: bytes) -> EngineClient:
         """The engine on this thread, or one in a process for each rank."""
         if self.config.ranks == 1:
-            engine = load_engine(
-                directory, self.config, eos_ids=self.defaults.eos_ids, prefix_key=key
-            )
+            engine = load_engine(model, self.config, eos_ids=self.defaults.eos_ids, prefix_key=key)
             return InlineClient(engine)
-        check_ranks(directory, self.config)
+        check_ranks(model, self.config)
         message = Launch(
-            str(directory.absolute()), self.config, key, self.defaults.eos_ids, logs.level()
+            str(model.absolute()), self.config, key, self.defaults.eos_ids, logs.level()
         )
         # That they cannot be started any more, all that is asked ends with: no reason to end here.
         self._engines = EngineProcesses(self.config.ranks, on_give_up=lambda: None)
@@ -210,7 +218,7 @@ class LLM:
             raise
 
     @classmethod
-    def from_config(cls, model: str, config: EngineConfig) -> Self:
+    def from_config(cls, model: str | ModelSource, config: EngineConfig) -> Self:
         """The same from an EngineConfig that is there already."""
         return cls(model, **asdict(config))
 

@@ -10,7 +10,6 @@ ReplicaOptions. Serve places replicas, sends them requests, and says when one ha
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,6 +68,7 @@ class Arguments:
     """What an application was asked to be."""
 
     model: str
+    which: o.ModelOptions
     config: EngineConfig
     options: ServeOptions
     replicas: ReplicaOptions
@@ -81,13 +81,15 @@ class Arguments:
         @o.options_of("config", EngineConfig)
         @o.options_of("options", ServeOptions, *_SERVE)
         @o.options_of("replicas", ReplicaOptions)
+        @o.options_of("which", o.ModelOptions)
         def take(
             config: EngineConfig,
             options: ServeOptions,
             replicas: ReplicaOptions,
+            which: o.ModelOptions,
             model: Annotated[str, typer.Option()] = "bundled",
         ) -> None:
-            found.append(cls(model, config, options, replicas))
+            found.append(cls(model, which, config, options, replicas))
 
         o.run_with(take, given, "moebius.ray:app")
         (arguments,) = found
@@ -132,8 +134,10 @@ def app(args: dict[str, Any]) -> "Application":
         health_check_timeout_s=_CHECK_SECONDS,
         graceful_shutdown_timeout_s=arguments.options.drain_timeout + _DRAIN_MARGIN,
     )
-    model = lasting_name(arguments.model)
-    return deployment.bind({**args, "model": model, "threads": threads})
+    named: dict[str, Any] = {"model": lasting_name(arguments.model), "threads": threads}
+    if arguments.which.tokenizer is not None:
+        named["tokenizer"] = lasting_name(arguments.which.tokenizer)
+    return deployment.bind({**args, **named})
 
 
 @contextmanager
@@ -187,7 +191,6 @@ class Replica:
     def __init__(self, args: dict[str, Any]) -> None:
         from moebius import logs
         from moebius.cluster.engines import EngineProcesses
-        from moebius.models.hub import resolve_model
 
         arguments = Arguments.read(args)
         _check_cluster(arguments)  # which may be another than the one that it was built with
@@ -197,8 +200,7 @@ class Replica:
         try:
             self._app = load_app(
                 self._processes,
-                arguments.model,
-                Path(resolve_model(arguments.model)),
+                arguments.which.find(arguments.model),
                 arguments.config,
                 arguments.options,
                 isa=arguments.replicas.isa,

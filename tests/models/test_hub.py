@@ -22,6 +22,7 @@ from moebius.models.hub import resolve_model
 def model_at(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"")
     return path
 
 
@@ -58,7 +59,7 @@ def test_what_can_be_no_hub_id_is_refused_here(
         main()
     said = capsys.readouterr().err
     assert said.startswith("moebius: ") and said.count("\n") == 1
-    assert name in said and "neither a directory that is here nor a hub id" in said
+    assert name in said and "neither a directory or GGUF file that is here nor a hub id" in said
 
 
 @pytest.mark.parametrize(

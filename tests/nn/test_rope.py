@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from moebius.errors import ConfigError
 from moebius.nn.rope import RopeConfig, Rotary, frequencies
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
@@ -55,20 +56,31 @@ def test_frequencies_equal_transformers(
     "ops", [ReferenceOps(), select_ops("cpu", torch.float32)], ids=lambda ops: ops.name
 )
 @pytest.mark.parametrize("partial", [1.0, 0.5])
-def test_rotation_is_complex_multiplication(partial: float, ops: Ops) -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_is_complex_multiplication(partial: float, interleaved: bool, ops: Ops) -> None:
     head_dim, theta = 8, 100.0
     rotated = int(head_dim * partial)
     rope = RopeConfig(theta, partial=partial)
     cos, sin = Rotary(rope, head_dim, ops)(torch.tensor([0, 1, 7, 1000]))
     x = torch.randn(4, 3, head_dim)
-    out = ops.rotary(x, cos, sin)
+    out = ops.rotary(x, cos, sin, interleaved=interleaved)
     half = rotated // 2
     for t, position in enumerate((0, 1, 7, 1000)):
         for i in range(half):
             turn = torch.polar(
                 torch.tensor(1.0), torch.tensor(position * theta ** (-2 * i / rotated))
             )
-            pair = torch.complex(x[t, :, i], x[t, :, i + half]) * turn
-            torch.testing.assert_close(out[t, :, i], pair.real, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(out[t, :, i + half], pair.imag, rtol=1e-4, atol=1e-4)
+            real, imaginary = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+            pair = torch.complex(x[t, :, real], x[t, :, imaginary]) * turn
+            torch.testing.assert_close(out[t, :, real], pair.real, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(out[t, :, imaginary], pair.imag, rtol=1e-4, atol=1e-4)
     assert torch.equal(out[..., rotated:], x[..., rotated:])
+
+
+def test_divisors_divide_the_frequencies() -> None:
+    divisors = (1.0, 1.0, 3.5, 8.0)
+    inverse, _ = frequencies(RopeConfig(100.0, divisors=divisors), 8)
+    expected = [100.0 ** (-2 * i / 8) / divisor for i, divisor in enumerate(divisors)]
+    torch.testing.assert_close(inverse, torch.tensor(expected), rtol=1e-6, atol=0)
+    with pytest.raises(ConfigError, match="4 divisors of frequencies; 3 pairs turn"):
+        frequencies(RopeConfig(100.0, divisors=divisors), 6)

@@ -34,6 +34,7 @@ def test_angles(ops: CpuOps) -> None:
     ("heads", "kv_heads", "head_dim", "half"),
     [(4, 2, 64, 32), (3, 1, 6, 1), (7, 7, 80, 20), (2, 1, 33, 16)],
 )
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 def test_rotate_and_store(
     ops: CpuOps,
@@ -43,6 +44,7 @@ def test_rotate_and_store(
     head_dim: int,
     half: int,
     norms: bool,
+    interleaved: bool,
 ) -> None:
     """Queries against float64. Keys are made like queries: attention finds them, to the bit, as if
     stored so."""
@@ -63,20 +65,40 @@ def test_rotate_and_store(
             cos, sin = (x[part].contiguous() for x in turn)
             rotated.append(
                 ops.rotate_and_store(
-                    rows, cos, sin, caches[0], step.slot_mapping[part], *weights, 1e-6
+                    rows,
+                    cos,
+                    sin,
+                    caches[0],
+                    step.slot_mapping[part],
+                    *weights,
+                    1e-6,
+                    interleaved=interleaved,
                 )
             )
         oracle = empty_cache(REF, blocks, block_size, kv_heads, head_dim, torch.float64)
         wide = [None if w is None else w.double() for w in weights]
         exact = REF.rotate_and_store(
-            side_by_side(q, k, v).double(), *turn, oracle, step.slot_mapping, *wide, 1e-6
+            side_by_side(q, k, v).double(),
+            *turn,
+            oracle,
+            step.slot_mapping,
+            *wide,
+            1e-6,
+            interleaved=interleaved,
         )
         size = head_dim**0.5 * 1.5 if norms else q.double().norm(dim=-1, keepdim=True)
         assert_within(torch.cat(rotated), exact, (3 * u + 2.0**-20) * size)
 
         rows = side_by_side(k, k, v)
         keys = ops.rotate_and_store(
-            rows, *turn, caches[1], step.slot_mapping, weights[1], weights[1], 1e-6
+            rows,
+            *turn,
+            caches[1],
+            step.slot_mapping,
+            weights[1],
+            weights[1],
+            1e-6,
+            interleaved=interleaved,
         )
         as_is(ops, caches[2], keys, v, step.slot_mapping)
         plan = ops.plan_attention(step, block_size)

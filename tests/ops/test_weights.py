@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moebius.ops import ExpertWeights, Matrix
+from moebius.ops.formats import FORMATS, dense
 from moebius.ops.reference import LOGITS_ROWS, ReferenceOps
-from moebius.ops.weights import FORMATS, dense
 from ops.levels import LEVELS, bits, level
 from ops.toy_format import Int8, quantised
 

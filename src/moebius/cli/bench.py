@@ -65,8 +65,10 @@ class DatasetOptions:
 
 @bench.command()
 @o.options_of("config", EngineConfig, *o.SIZES, "threads", enable_prefix_caching=False)
+@o.options_of("which", o.ModelOptions)
 def latency(
     config: EngineConfig,
+    which: o.ModelOptions,
     model: o.ModelOption = "bundled",
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     output_len: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
@@ -98,7 +100,8 @@ def latency(
     dataset = Dataset(input_len=input_len, output_len=output_len)
     batches = num_iters_warmup + num_iters
     seconds = []
-    with LLM.from_config(model, config) as llm, o.progress_bar("batches", batches) as advance:
+    source = which.find(model)
+    with LLM.from_config(source, config) as llm, o.progress_bar("batches", batches) as advance:
         samples = dataset.samples(batch_size, seed, llm.tokenizer)
         for _ in range(batches):
             seconds.append(timed(llm, samples, n=n, progress=False)["elapsed_time"])
@@ -120,8 +123,10 @@ def latency(
     "threads",
 )
 @o.options_of("requests", DatasetOptions)
+@o.options_of("which", o.ModelOptions)
 def throughput(
     config: EngineConfig,
+    which: o.ModelOptions,
     requests: DatasetOptions,
     model: o.ModelOption = "bundled",
     num_prompts: NumPrompts = 1000,
@@ -138,7 +143,7 @@ def throughput(
 
     check_outputs(output_json)
     dataset = requests.dataset()
-    with LLM.from_config(model, config) as llm:
+    with LLM.from_config(which.find(model), config) as llm:
         result = timed(llm, dataset.samples(num_prompts, seed, llm.tokenizer))
     typer.echo(
         f"Throughput: {result['requests_per_second']:.2f} requests/s, "
@@ -163,7 +168,8 @@ class TargetOptions:
     ] = None
     model: Annotated[str | None, "Its model's name; default: the first that it lists."] = None
     tokenizer: Annotated[
-        str | None, "Directory of the model's tokenizer, for exact prompts; default: --model."
+        str | None,
+        "Directory or GGUF file of the model's tokenizer, for exact prompts; default: --model.",
     ] = None
 
     def root(self) -> str:
@@ -307,20 +313,20 @@ def _send(
 
 
 def _tokenizer(wanted: str | None, served: str) -> "Tokenizer | None":
-    """The wanted model's tokenizer, or the served one's where its name is a directory here.
+    """The wanted model's tokenizer, or the served one's where its name is a directory or a GGUF
+    file here.
 
     Nothing is downloaded.
     """
-    from moebius.models.hub import BUNDLED, resolve_model
-    from moebius.text import Tokenizer
+    from moebius.models.hub import BUNDLED, resolve_tokenizer
+    from moebius.text import load_tokenizer
 
     name = wanted or served
-    if Path(name).is_dir():
-        return Tokenizer.load(Path(name))
-    if name == BUNDLED:
-        return Tokenizer.load(resolve_model(name))
+    if Path(name).exists() or name == BUNDLED:
+        return load_tokenizer(resolve_tokenizer(name))
     if wanted is not None:
         raise ConfigError(
-            f"--tokenizer {wanted!r} is no directory; name one that holds a tokenizer.json"
+            f"--tokenizer {wanted!r} is no directory; name one that holds a tokenizer.json, or a "
+            "GGUF file"
         )
     return None

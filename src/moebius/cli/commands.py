@@ -28,8 +28,10 @@ app.add_typer(cluster)
 
 @app.command()
 @o.options_of("config", InspectConfig)
+@o.options_of("which", o.ModelOptions)
 def inspect(
     config: InspectConfig,
+    which: o.ModelOptions,
     model: o.Model,
     more: Annotated[
         list[Path] | None, typer.Argument(metavar="FILES", help="More of --text.")
@@ -57,15 +59,17 @@ def inspect(
     from moebius.models.hub import resolve_model
 
     documents = read_documents([*(text or ()), *(more or ())], config.max_tokens)
+    source = which.find(model)
     other = None
     if against is not None:
         other = resolve_model(against)
     found = write_report(
-        resolve_model(model),
+        source.path,
         documents,
         out,
         config,
         name=model,
+        other_tokenizer=source.tokenizer,
         against=other,
         against_name=against,
         progress=o.progress_bar,

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,10 +11,15 @@ from moebius.cli import options as o
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 
+if TYPE_CHECKING:
+    from moebius.models.hub import ModelSource
+
 
 @o.options_of("config", EngineConfig, *o.SIZES, "threads", "trace")
+@o.options_of("which", o.ModelOptions)
 def generate(
     config: EngineConfig,
+    which: o.ModelOptions,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts; none: one prompt, read from stdin.")
     ] = None,
@@ -49,14 +54,14 @@ def generate(
     if batch is not None:
         if prompts or output is None:
             raise ConfigError("--batch FILE answers a file: give it --output FILE and no prompts")
-        _batch(model, config, batch, output)
+        _batch(which.find(model), config, batch, output)
         return
     if output is not None:
         raise ConfigError("--output goes with --batch; the text of prompts is printed to stdout")
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {name: value for name, value in given.items() if value is not None}
     _print(
-        model,
+        which.find(model),
         config,
         prompts,
         max_tokens=max_tokens,
@@ -67,7 +72,9 @@ def generate(
     )
 
 
-def _print(model: str, config: EngineConfig, prompts: list[str] | None, **sampling: Any) -> None:
+def _print(
+    model: "ModelSource", config: EngineConfig, prompts: list[str] | None, **sampling: Any
+) -> None:
     """Completions to stdout as they finish, each behind its prompt where there are several."""
     if not prompts:
         if sys.stdin.isatty():
@@ -86,7 +93,7 @@ def _print(model: str, config: EngineConfig, prompts: list[str] | None, **sampli
                 typer.echo(f"{output.prompt}{choice.text}")
 
 
-def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
+def _batch(model: "ModelSource", config: EngineConfig, batch: Path, output: Path) -> None:
     from moebius.files import check_apart
     from moebius.server.batch import open_results, read_batch
 
@@ -100,25 +107,22 @@ def _batch(model: str, config: EngineConfig, batch: Path, output: Path) -> None:
     typer.echo(f"{len(left) - failures} answered, {failures} refused or failed: {output}", err=True)
 
 
-async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) -> int:
+async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], out: Any) -> int:
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import load_engine
     from moebius.front.choices import draw_prefix_key
-    from moebius.models.hub import resolve_model
     from moebius.server.app import create_app
     from moebius.server.batch import run_batch
     from moebius.server.settings import ServerSettings
-    from moebius.text import GenerationDefaults, Tokenizer
+    from moebius.text import load_text
 
-    directory = resolve_model(model)
-    tokenizer = Tokenizer.load(directory)
-    defaults = GenerationDefaults.load(directory, tokenizer)
+    tokenizer, defaults = load_text(model.path, model.tokenizer)
     key = draw_prefix_key()
-    engine = load_engine(directory, config, eos_ids=defaults.eos_ids, prefix_key=key)
+    engine = load_engine(model.path, config, eos_ids=defaults.eos_ids, prefix_key=key)
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     # A batch was written for some model's name; here there is but one model.
     asked = [str(call.body["model"]) for call in calls if call.body.get("model")]
-    names = tuple(dict.fromkeys([model, *asked]))
+    names = tuple(dict.fromkeys([model.name, *asked]))
     settings = ServerSettings(served_model_names=names, request_timeout=86_400.0 * 365)
     app = create_app(client, tokenizer, defaults, settings, prefix_key=key)
     concurrency = 2 * config.max_num_seqs
@@ -128,8 +132,10 @@ async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) 
 
 
 @o.options_of("config", EngineConfig, "dtype", "max_model_len", "threads", max_num_seqs=1)
+@o.options_of("which", o.ModelOptions)
 def chat(
     config: EngineConfig,
+    which: o.ModelOptions,
     model: o.Model = "bundled",
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 512,
@@ -141,7 +147,7 @@ def chat(
     """Talk to a model. Ctrl-C stops an answer; Ctrl-D or /quit leaves; /new starts over."""
     from moebius.llm import LLM
 
-    llm = LLM.from_config(model, config)
+    llm = LLM.from_config(which.find(model), config)
     if not llm.tokenizer.has_chat_template:
         raise ConfigError(f"{model} has no chat template; use `moebius generate` instead")
     warmth = {} if temperature is None else {"temperature": temperature}

@@ -12,6 +12,7 @@ from moebius.errors import ConfigError, MoebiusError, require_seconds, require_w
 if TYPE_CHECKING:
     from moebius.cluster.cluster import Cluster
     from moebius.cluster.hosts import Hosts
+    from moebius.models.hub import ModelSource
     from moebius.parallel.key import ClusterKey
     from moebius.parallel.meet import Listener
 
@@ -120,15 +121,14 @@ class HostOptions:
         return address_towards(*self.endpoint())
 
 
-def serve_ranks(options: HostOptions, model: str, config: EngineConfig) -> None:
+def serve_ranks(options: HostOptions, model: "ModelSource", config: EngineConfig) -> None:
     """Serve this host's ranks, until the front needs them no more."""
     from moebius.engine.hello import host_hello
     from moebius.engine.node import Node, ended_by_signals
-    from moebius.models.hub import resolve_model
 
     key = options.key()
     hello = host_hello(
-        resolve_model(model),
+        model.path,
         config,
         node=options.node_rank,
         nodes=options.nnodes,
@@ -157,7 +157,7 @@ class Assembly:
         """The cluster's; None for one host."""
         return None if self._listener is None else self._listener.key
 
-    def hosts(self, model: str, directory: Path, config: EngineConfig) -> "Hosts | None":
+    def hosts(self, model: "ModelSource", config: EngineConfig) -> "Hosts | None":
         """Wait for all; None for one host. ConfigError where another does not come, or serves
         something else."""
         if self._listener is None:
@@ -168,7 +168,7 @@ class Assembly:
 
         options = self._options
         address = options.address()
-        own = host_hello(directory, config, node=0, nodes=options.nnodes, address=address)
+        own = host_hello(model.path, config, node=0, nodes=options.nnodes, address=address)
         self._cluster = Cluster(self._listener, own, options.rdzv_timeout)
         found = self._cluster.assemble()
         hosts = ManyHosts(self._cluster, found, exact_isa=options.isa == "exact")

@@ -4,18 +4,40 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from types import GenericAlias
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from moebius.errors import ConfigError
 
-_MODEL_HELP = "A directory in the Hugging Face layout, a hub id, or 'bundled'."
+if TYPE_CHECKING:
+    from moebius.models.hub import ModelSource
+
+_MODEL_HELP = "A directory in the Hugging Face layout, a GGUF file, a hub id, or 'bundled'."
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=_MODEL_HELP)]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What says more of a model than its name."""
+
+    file: Annotated[
+        str | None, "Which GGUF file of a directory or a hub id: its name, or a part of it."
+    ] = None
+    tokenizer: Annotated[
+        str | None, "Directory, GGUF file or hub id of a tokenizer to use instead of the model's."
+    ] = None
+
+    def find(self, model: str) -> "ModelSource":
+        """The model's files. Raises ConfigError."""
+        from moebius.models.hub import find_model
+
+        return find_model(model, self.file, self.tokenizer)
+
 
 SIZES = (
     "dtype",

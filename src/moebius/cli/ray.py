@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moebius.cluster.hosts import Hosts
     from moebius.cluster.ray_hosts import ActorCluster
     from moebius.engine.cluster import HostHello
+    from moebius.models.hub import ModelSource
     from moebius.parallel.key import ClusterKey
 
 
@@ -34,7 +35,7 @@ class RayAssembly(Assembly):
         """None is this process's own, wherever Ray places them."""
         return 0
 
-    def hosts(self, model: str, directory: Path, config: EngineConfig) -> "Hosts":
+    def hosts(self, model: "ModelSource", config: EngineConfig) -> "Hosts":
         """Place the ranks and wait for their actors. ConfigError where there is no room for them,
         and where one does not come, or has not what is to be served."""
         from moebius.cluster.ray_cluster import threads_each
@@ -46,7 +47,7 @@ class RayAssembly(Assembly):
         threads = config.threads or threads_each(self._ray.cpus(), config.ranks)
         config = replace(config, threads=threads)
         own = host_hello(
-            directory,
+            model.path,
             config,
             node=0,
             nodes=config.ranks + 1,
@@ -58,7 +59,7 @@ class RayAssembly(Assembly):
         key = ClusterKey.draw()
         cluster = self._listen(own, key)
         self._cluster = cluster
-        self._invite(cluster, own, lasting_name(model), key)
+        self._invite(cluster, own, model, key)
         found = cluster.assemble()
         hosts = ActorHosts(cluster, found, exact_isa=options.isa == "exact")
         typer.echo(hosts.text, err=True)
@@ -84,7 +85,7 @@ class RayAssembly(Assembly):
         return ActorCluster(listener, own, options.rdzv_timeout, self._ray.why_absent)
 
     def _invite(
-        self, cluster: "ActorCluster", own: "HostHello", model: str, key: "ClusterKey"
+        self, cluster: "ActorCluster", own: "HostHello", model: "ModelSource", key: "ClusterKey"
     ) -> None:
         from moebius.cluster.ray_actor import Invitation
         from moebius.cluster.ray_hosts import node_of
@@ -94,7 +95,8 @@ class RayAssembly(Assembly):
                 front=cluster.address,
                 node=node_of(rank),
                 nodes=own.nodes,
-                model=model,
+                model=lasting_name(model.name),
+                file=model.file,
                 config=own.config,
                 interface=self._options.cluster_interface,
                 patience=self._options.rdzv_timeout,
@@ -106,7 +108,7 @@ class RayAssembly(Assembly):
 
 
 def lasting_name(model: str) -> str:
-    """A model's name that means the same in processes that start elsewhere: a directory's is made
-    absolute."""
+    """A model's name that means the same in processes that start elsewhere: that of a directory or
+    a file is made absolute."""
     path = Path(model).expanduser()
-    return str(path.absolute()) if path.is_dir() else model
+    return str(path.absolute()) if path.exists() else model

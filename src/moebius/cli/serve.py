@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from moebius.cli.ranks import listening
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import json_text
+from moebius.gguf import Part
 from moebius.server.settings import ServerSettings, UnknownFields, host_and_port
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from moebius.cluster.hosts import Hosts
     from moebius.engine.load import Prepared
     from moebius.engine.wire import Planned
+    from moebius.models.hub import ModelSource
     from moebius.text import GenerationDefaults
 
 
@@ -49,7 +51,7 @@ class ServeOptions:
         ),
     ] = None
     served_model_name: Annotated[
-        list[str] | None, "Name(s) of the model in the API; default: MODEL."
+        list[str] | None, "Name(s) of the model in the API; default: MODEL, a file's without .gguf."
     ] = None
     generation_config: Annotated[
         str, "auto: sampling defaults from generation_config.json; none: OpenAI's."
@@ -86,7 +88,7 @@ class ServeOptions:
     def settings(self, model: str) -> ServerSettings:
         """What the server takes of them. Raises ConfigError."""
         return ServerSettings(
-            served_model_names=tuple(self.served_model_name or (model,)),
+            served_model_names=tuple(self.served_model_name or _names(model)),
             api_keys=tuple(self.api_key or ()),
             metrics_api_key=self.metrics_api_key,
             vllm_metric_names=self.vllm_metric_names,
@@ -99,6 +101,15 @@ class ServeOptions:
         )
 
 
+def _names(model: str) -> list[str]:
+    """What a model is called where nobody says it: as it was named, and a file without the rest."""
+    path = PurePath(model)
+    if path.suffix != ".gguf":
+        return [model]
+    part = Part.of(path.name)
+    return [path.stem if part is None else part.stem, model]
+
+
 # The options that the memory plan depends on come first.
 _OTHERS = (field.name for field in fields(EngineConfig) if field.name not in o.SIZES)
 
@@ -106,15 +117,20 @@ _OTHERS = (field.name for field in fields(EngineConfig) if field.name not in o.S
 @o.options_of("nodes", HostOptions)
 @o.options_of("config", EngineConfig, *o.SIZES, *_OTHERS)
 @o.options_of("options", ServeOptions)
+@o.options_of("which", o.ModelOptions)
 def serve(
-    config: EngineConfig, options: ServeOptions, nodes: HostOptions, model: o.Model = "bundled"
+    config: EngineConfig,
+    options: ServeOptions,
+    nodes: HostOptions,
+    which: o.ModelOptions,
+    model: o.Model = "bundled",
 ) -> None:
     """Serve a model over OpenAI's API."""
     settings = options.settings(model)
     nodes.check(config)
     logs.to_stderr(options.log_level)
     if nodes.node_rank > 0:
-        serve_ranks(nodes, model, config)
+        serve_ranks(nodes, which.find(model), config)
         return
     from moebius.server.listen import reserve
 
@@ -122,12 +138,12 @@ def serve(
         reserve(options.host, options.port, api_keys=settings.api_keys) as sockets,
         listening(nodes) as assembly,
     ):
-        _serve_on(sockets, model, config, settings, options, assembly)
+        _serve_on(sockets, which.find(model), config, settings, options, assembly)
 
 
 def _serve_on(
     sockets: list[socket],
-    model: str,
+    model: "ModelSource",
     config: EngineConfig,
     settings: ServerSettings,
     options: ServeOptions,
@@ -138,19 +154,17 @@ def _serve_on(
     Whatever is wrong is said before the weights are read; the port opens when tokens can flow.
     """
     from moebius.cluster.engines import EngineProcesses
-    from moebius.models.hub import resolve_model
 
-    directory = resolve_model(model)
     if config.ranks > machine.threads():
         # So many processes would take long to start, and to be refused by.
         from moebius.engine.load import check_ranks
 
-        check_ranks(directory, config)
+        check_ranks(model.path, config)
     with EngineProcesses(assembly.ranks_here(config), key=assembly.key) as processes:
         from moebius.server.run import run_server
 
-        found = partial(assembly.hosts, model, directory, config)
-        app = load_app(processes, model, directory, config, options, found)
+        found = partial(assembly.hosts, model, config)
+        app = load_app(processes, model, config, options, found)
         address = host_and_port(options.host, sockets[0].getsockname()[1])
         line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
         # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
@@ -161,8 +175,7 @@ def _serve_on(
 
 def load_app(
     processes: "EngineProcesses",
-    model: str,
-    directory: Path,
+    model: "ModelSource",
     config: EngineConfig,
     options: ServeOptions,
     hosts: "Callable[[], Hosts | None]" = lambda: None,
@@ -177,19 +190,18 @@ def load_app(
     from moebius.engine.wire import Launch
     from moebius.front.choices import draw_prefix_key
     from moebius.server.app import create_app
-    from moebius.text import GenerationDefaults, Tokenizer
+    from moebius.text import load_text
 
-    tokenizer = Tokenizer.load(directory)
-    generation = GenerationDefaults.load(directory, tokenizer)
+    tokenizer, generation = load_text(model.path, model.tokenizer)
     key = draw_prefix_key()
     ends = generation.eos_ids
-    launch = Launch(str(directory.absolute()), config, key, ends, options.log_level, isa=isa)
+    launch = Launch(str(model.path.absolute()), config, key, ends, options.log_level, isa=isa)
     if options.generation_config == "none":
         generation = replace(generation, sampling={})
     client = processes.launch(
-        launch, lambda planned: _say_plan(model, planned, generation), hosts()
+        launch, lambda planned: _say_plan(model.name, planned, generation), hosts()
     )
-    settings = options.settings(model)
+    settings = options.settings(model.name)
     return create_app(
         client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
     )
@@ -205,8 +217,10 @@ def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") 
 
 
 @o.options_of("config", EngineConfig, *o.SIZES, "ranks", "expert_placement", "spare_experts")
+@o.options_of("which", o.ModelOptions, "file")
 def plan(
     config: EngineConfig,
+    which: o.ModelOptions,
     model: o.Model = "bundled",
     costs: Annotated[
         Path | None,
@@ -227,9 +241,8 @@ def plan(
     With --ranks they are those of one rank, as if all were on this host.
     """
     from moebius.engine.load import prepare
-    from moebius.models.hub import resolve_model
 
-    prepared = prepare(resolve_model(model), config)
+    prepared = prepare(which.find(model).path, config)
     outlook = None
     if config.ranks > 1 or costs is not None:
         outlook = _outlook(prepared, config, costs)

@@ -43,6 +43,7 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     model      as the operator named it
     interface  that rows travel over; None: the one that Ray uses
     patience   seconds for which the front is looked for
+    file       which GGUF file of the model, where one was named
     """
 
     front: tuple[str, int]
@@ -53,6 +54,7 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     interface: str | None
     patience: float
     log_level: str
+    file: str | None = None
 
     def encode(self) -> bytes:
         return wire.framed(self)
@@ -107,7 +109,7 @@ def hello(invitation: Invitation) -> cluster.HostHello:
         if invitation.interface is not None:
             address = interface_address(invitation.interface)
         return host_hello(
-            resolve_model(invitation.model),
+            resolve_model(invitation.model, invitation.file),
             invitation.config,
             node=invitation.node,
             nodes=invitation.nodes,

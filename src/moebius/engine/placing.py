@@ -12,7 +12,7 @@ from typing import Any
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import read_json
-from moebius.models.family import model_config
+from moebius.models.description import describe
 from moebius.moe.placement import ALIKE, Nodes, Placement
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _PAIRS = ("counts", "pairs")
 
 def near_nodes(directory: Path, count: int) -> Nodes:
     """`count` nodes, and the groups of experts of the model in `directory`."""
-    return Nodes(count, model_config(read_json(directory / "config.json")).expert_groups)
+    return Nodes(count, describe(directory).config.expert_groups)
 
 
 def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE) -> Placement:
@@ -32,7 +32,7 @@ def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE)
     Raises ConfigError for a model without experts, or with fewer of them than ranks, and for a file
     that does not hold this model's loads.
     """
-    model = model_config(read_json(directory / "config.json"))
+    model = describe(directory).config
     if not model.experts:
         raise ConfigError(
             f"this {model.model_type} model has no experts, which is what ranks share"

@@ -35,7 +35,7 @@ from moebius.models.store.load import load_decoder
 from moebius.moe.health import max_violation_floor
 from moebius.ops import select_ops
 from moebius.ops.threads import TorchThreads, default_threads
-from moebius.text import Tokenizer
+from moebius.text import Tokenizer, load_text
 
 # More cells than these make a page that a browser is slow to show.
 _CELLS = 24_000
@@ -47,27 +47,29 @@ _OURS = {
 
 
 def write_report(
-    directory: Path,
+    path: Path,
     documents: Iterable[Document],
     out: Path,
     config: InspectConfig | None = None,
     *,
     name: str | None = None,
+    other_tokenizer: Path | None = None,
     against: Path | None = None,
     against_name: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run documents through the model in `directory`; write report.html and report.json to `out`.
+    """Run documents through the model at `path`; write report.html and report.json to `out`.
 
-    `against` is another checkpoint of the same shape, run on the same tokens; names are what the
-    report calls the two. Returns what report.json holds. Raises UsageError for a dense model, for
-    text that is none, and for checkpoints that do not fit together; NumericalError for a router
-    that gives no numbers; StorageError where `out` cannot be written.
+    other_tokenizer: where one is that is used instead of the model's. `against` is another
+    checkpoint of the same shape, run on the same tokens; names are what the report calls the two.
+    Returns what report.json holds. Raises UsageError for a dense model, for text that is none, and
+    for checkpoints that do not fit together; NumericalError for a router that gives no numbers;
+    StorageError where `out` cannot be written.
     """
     config = config or InspectConfig()
     _check_out(out)
-    checkpoint = open_checkpoint(directory)
-    tokenizer = Tokenizer.load(directory)
+    checkpoint = open_checkpoint(path)
+    tokenizer = load_text(path, other_tokenizer).tokenizer
     decoder = _load(checkpoint, config)
     layers = routers(decoder)
     # Asked for first: numbers of ranks that do not fit are refused before anything runs.
@@ -86,7 +88,7 @@ def write_report(
     with TorchThreads(1 if decoder.ops.own_threads else threads):
         tally = collect(decoder, rows, config.step_tokens, other, progress)
     check_finite(tally, list(layers))
-    report = _facts(decoder, tally, name or directory.name)
+    report = _facts(decoder, tally, name or path.name)
     report |= _findings(tally, list(layers), tokenizer, config.capacity_factor, ranks)
     report["against"] = None
     if other is not None and against is not None:
@@ -164,7 +166,7 @@ def _load_other(
                 difference = f", {field} {there} and not {here}"
             raise ConfigError(f"--against {directory}: the model has another shape{difference}")
     sample = tokenizer.decode(rows.tokens_N[: rows.length].tolist())
-    theirs = Tokenizer.load(directory).encode_ordinary(sample)
+    theirs = load_text(directory).tokenizer.encode_ordinary(sample)
     if theirs != tokenizer.encode_ordinary(sample):
         raise ConfigError(f"--against {directory}: its tokenizer gives the text other tokens")
     return _load(other, config)

@@ -8,7 +8,6 @@ and only the one that a model asks for is imported.
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from moebius.errors import ConfigError
 from moebius.models import families
 from moebius.models.config import ModelConfig
+from moebius.models.gguf_architecture import GgufArchitecture
 from moebius.models.layout import Layout
 from moebius.models.reading import ConfigReader, Keys
 
@@ -29,16 +29,14 @@ class Family:
     unused    patterns of tensors that checkpoints hold and this model does not, such as "mtp.*"
     keys      what the keys of config.json mean, where transformers does not say it: the table
               beside a module, of its name, was made from transformers' sources
+    gguf      how llama.cpp's files have its models; None where they have none
     """
 
     read: Callable[[ConfigReader], ModelConfig]
     layouts: tuple[Layout, ...] = (Layout(),)
     unused: tuple[str, ...] = ()
     keys: Keys | None = None
-
-    def leaves_out(self, tensor: str) -> bool:
-        """Whether a checkpoint's tensor is none of the model's."""
-        return any(fnmatchcase(tensor, pattern) for pattern in self.unused)
+    gguf: GgufArchitecture | None = None
 
 
 class ConfigReading(NamedTuple):
@@ -76,13 +74,34 @@ def _found(model_type: object) -> tuple[Family, Path]:
     return module.FAMILY, Path(module.__file__)
 
 
-def read_config(config_json: Mapping[str, Any]) -> ConfigReading:
-    """Raises ConfigError naming the key that is wrong, or that counts and has a value which is not
-    supported."""
+def gguf_families(architecture: str) -> dict[str, Family]:
+    """By model_type, those whose models GGUF files of this architecture hold."""
+    every = {model_type: family(model_type) for model_type in model_types()}
+    return {
+        model_type: each
+        for model_type, each in every.items()
+        if each.gguf is not None and each.gguf.name == architecture
+    }
+
+
+def gguf_architectures() -> tuple[str, ...]:
+    """Those that are supported, in alphabetical order."""
+    every = (family(model_type).gguf for model_type in model_types())
+    return tuple(sorted({each.name for each in every if each is not None}))
+
+
+def config_reader(config_json: Mapping[str, Any], where: str = "config.json") -> ConfigReader:
+    """Of the keys that its model_type has. Raises ConfigError as `family`."""
     declared, file = _found(config_json.get("model_type"))
     keys = declared.keys or Keys.of_file(file.with_suffix(".json"))
-    reader = ConfigReader(config_json, keys)
-    config = declared.read(reader)
+    return ConfigReader(config_json, keys, f"{where}: ")
+
+
+def read_config(config_json: Mapping[str, Any], where: str = "config.json") -> ConfigReading:
+    """Raises ConfigError naming the key that is wrong, or that counts and has a value which is not
+    supported, and the file, which is called `where`."""
+    reader = config_reader(config_json, where)
+    config = family(config_json.get("model_type")).read(reader)
     reader.finish()
     return ConfigReading(config, reader.ignored, sorted(reader.computed - reader.raw.keys()))
 

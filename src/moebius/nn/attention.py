@@ -159,6 +159,7 @@ class Attention(ParameterModule):
         self.layer = place.layer
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
+        self.interleaved = spec.rope is not None and spec.rope.interleaved
         self.scale = spec.score_scale
         self._projections: PreparedLinear | None = None
 

@@ -4,6 +4,8 @@ Shape legend: T = R * L tokens in R rows of L; G key/value heads, S query heads 
 H = G * S; N head size; B queries of a block, K keys up to its end.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,7 @@ def _heads(attention: Attention, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor
         q_norm, k_norm = attention.head_norms
         q_THN = q_norm(q_THN.contiguous())
         k_TGN = k_norm(k_TGN.contiguous())
-    rotary = attention.ops.rotary
+    rotary = partial(attention.ops.rotary, interleaved=attention.interleaved)
     return rotary(q_THN, *rotation), rotary(k_TGN, *rotation), v_TGN
 
 

@@ -54,7 +54,15 @@ class PagedPast:
             k_weight = k_norm.weight
             eps = q_norm.eps
         q_THN = self._ops.rotate_and_store(
-            qkv_TI, cos_TR, sin_TR, cache, slots, q_weight, k_weight, eps
+            qkv_TI,
+            cos_TR,
+            sin_TR,
+            cache,
+            slots,
+            q_weight,
+            k_weight,
+            eps,
+            interleaved=attention.interleaved,
         )
         return self._ops.paged_attention(
             q_THN,

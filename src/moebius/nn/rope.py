@@ -21,7 +21,9 @@ class RopeConfig:
     """Rotary position embedding: base `theta` and a scaling (arXiv 2104.09864; yarn 2309.00071).
 
     original_max_position is the context before scaling, in tokens. partial is the share of a head's
-    values that turn, the first ones; the others stay as they are.
+    values that turn, the first ones; the others stay as they are. divisors are of each pair's
+    frequency, once it is scaled; None for none. interleaved: the pairs that turn are 2i and 2i + 1,
+    else i and i + half.
     """
 
     theta: float = 10_000.0
@@ -37,6 +39,8 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
     partial: float = 1.0
+    divisors: tuple[float, ...] | None = None
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         if not (self.theta > 0 and math.isfinite(self.theta)):
@@ -67,12 +71,22 @@ class RopeConfig:
             if self.partial != 1:
                 what += f" = {head_dim} times partial_rotary_factor = {self.partial}"
             raise ConfigError(f"{what} is {size}; rotary embedding needs an even one")
+        if self.divisors is not None and len(self.divisors) != size // 2:
+            raise ConfigError(
+                f"there are {len(self.divisors)} divisors of frequencies; {size // 2} pairs turn"
+            )
         return size
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies (R,) float32 in radians a position, and the factor of cos and sin."""
-    size = rope.size(head_dim)
+    inverse_R, factor = _scaled(rope, rope.size(head_dim))
+    if rope.divisors is not None:
+        inverse_R = inverse_R / torch.tensor(rope.divisors, dtype=torch.float32, device="cpu")
+    return inverse_R, factor
+
+
+def _scaled(rope: RopeConfig, size: int) -> tuple[Tensor, float]:
     steps_R = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
     inverse_R = 1.0 / (rope.theta ** (steps_R / size))
     if rope.scaling == "linear":

@@ -165,10 +165,13 @@ class Ops(SamplerOps):
         """
 
     @abstractmethod
-    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def rotary(
+        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
+    ) -> Tensor:
         """Rotate the first 2R of a head's N values, pairing i with i + R (arXiv 2104.09864).
 
-        cos_TR, sin_TR: float32. Inside in float32, rounded once.
+        interleaved: pairing 2i with 2i + 1. cos_TR, sin_TR: float32. Inside in float32, rounded
+        once.
         """
 
     @abstractmethod
@@ -219,12 +222,14 @@ class Ops(SamplerOps):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        interleaved: bool = False,
     ) -> Tensor:
         """The step's queries (T, H, N); its keys and values go to the cache.
 
         qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
-        Queries and keys are normed per head where a weight is given, then rotated. slot_mapping_T:
-        int64, block id * block_size + offset.
+        Queries and keys are normed per head where a weight is given, then rotated as by `rotary`.
+        slot_mapping_T: int64, block id * block_size + offset.
         """
 
     @abstractmethod

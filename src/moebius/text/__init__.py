@@ -3,6 +3,7 @@
 from moebius.text.chat import ChatTemplate
 from moebius.text.defaults import GenerationDefaults
 from moebius.text.gguf_tokenizer import tokenizer_from_gguf
+from moebius.text.model import ModelText, load_text, load_tokenizer
 from moebius.text.prompts import EncodedPrompt
 from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
 from moebius.text.tokenizer import Tokenizer
@@ -12,8 +13,11 @@ __all__ = [
     "EncodedPrompt",
     "GenerationDefaults",
     "IncrementalDecoder",
+    "ModelText",
     "StopMatcher",
     "Tokenizer",
+    "load_text",
+    "load_tokenizer",
     "text_offsets",
     "tokenizer_from_gguf",
 ]

@@ -61,7 +61,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
         vocabulary.special_tokens(),
         add_bos=_adds_bos(metadata, vocabulary),
         add_eos=_adds(metadata, vocabulary, "eos", default=vocabulary.model == "t5"),
-        templates=_templates(metadata),
+        templates=gguf_templates(metadata),
         end_ids=vocabulary.end_ids,
         rename=built.rename,
     )
@@ -92,7 +92,7 @@ def _adds(metadata: Mapping[str, object], vocabulary: Vocabulary, name: str, def
     return default if asked is None else asked
 
 
-def _templates(metadata: Mapping[str, object]) -> dict[str, ChatTemplate]:
+def gguf_templates(metadata: Mapping[str, object]) -> dict[str, ChatTemplate]:
     """All templates of a file by name. Raises TokenizerError."""
     found: dict[str, ChatTemplate] = {}
     for key in metadata:

@@ -89,10 +89,13 @@ class Tokenizer:
         self._prefix, self._suffix = self._frame(add_bos, add_eos)
 
     @classmethod
-    def load(cls, directory: Path | str) -> Self:
+    def load(
+        cls, directory: Path | str, templates: Mapping[str, ChatTemplate] | None = None
+    ) -> Self:
         """Read a model directory.
 
-        Raises TokenizerError, or ConfigError for broken JSON, saying what is wrong.
+        templates: chat templates for one that has none. Raises TokenizerError, or ConfigError for
+        broken JSON, saying what is wrong.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
@@ -114,7 +117,7 @@ class Tokenizer:
             specials,
             add_bos=config.get("add_bos_token") is True,
             add_eos=config.get("add_eos_token") is True,
-            templates=load_templates(directory, config),
+            templates=load_templates(directory, config) or templates,
         )
 
     def _id_of(self, name: str) -> int | None:
@@ -282,6 +285,10 @@ class Tokenizer:
         fewest = self.fewest_tokens(text)
         if fewest > at_most:
             raise _too_long(f"at least {fewest}", at_most, param)
+
+    def spelling(self, token_id: int) -> str | None:
+        """What the vocabulary calls a token; None for an id without one."""
+        return self._backend.id_to_token(token_id)
 
     def split_special(self, text: str) -> list[str]:
         """The text as ordinary and special pieces in turn: see SpecialGuard.split."""

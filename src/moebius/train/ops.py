@@ -54,9 +54,12 @@ class TrainingOps(ReferenceOps):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
 
-    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def rotary(
+        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
+    ) -> Tensor:
         # Widened as a whole first: torch's products of mixed dtypes are not vectorised.
-        return super().rotary(x_THN.float(), cos_TR, sin_TR).to(x_THN.dtype)
+        turned = super().rotary(x_THN.float(), cos_TR, sin_TR, interleaved=interleaved)
+        return turned.to(x_THN.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -99,8 +99,19 @@ class Recipe:
         return replace(self, name=f"{self.name}-dense", model=model, layers=layers)
 
     def base(self) -> Path | None:
-        """The directory of the checkpoint to fine-tune; None for a new model."""
-        return None if self.finetune is None else resolve_model(self.finetune.checkpoint)
+        """The directory of the checkpoint to fine-tune; None for a new model.
+
+        Raises ConfigError for a GGUF file, whose weights are mostly not to be trained.
+        """
+        if self.finetune is None:
+            return None
+        path = resolve_model(self.finetune.checkpoint)
+        if not path.is_dir():
+            raise ConfigError(
+                f"finetune.checkpoint is the GGUF file {path}; fine-tuning starts from a directory "
+                "with config.json and safetensors files"
+            )
+        return path
 
     def given_tokenizer(self) -> Path | None:
         """The tokenizer.json to use: its own or the checkpoint's; None to train one."""

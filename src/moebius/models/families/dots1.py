@@ -6,6 +6,7 @@ from dataclasses import replace
 from moebius.models import layout
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, Key, expert_keys, meaning
 from moebius.models.layout import FUSED, Layout
 from moebius.models.parts import (
     FULL,
@@ -58,4 +59,21 @@ def read(reader: ConfigReader) -> ModelConfig:
 
 
 SHARED = layout.shared("mlp.shared_experts.{p}")
-FAMILY = Family(read, (Layout(SHARED), Layout({**SHARED, **FUSED})))
+GGUF = GgufArchitecture(
+    "dots1",
+    (
+        *USUAL_KEYS,
+        *expert_keys("n_routed_experts", "moe_intermediate_size"),
+        Key("n_shared_experts", "expert_shared_count"),
+        Key("first_k_dense_replace", "leading_dense_block_count"),
+        Key("routed_scaling_factor", "expert_weights_scale", "number"),
+        Key("norm_topk_prob", "expert_weights_norm", "flag", meaning(False)),
+        Key("n_group", "expert_group_count", absent=meaning(1)),
+        Key("topk_group", "expert_group_used_count", absent=meaning(1)),
+    ),
+    sparse=True,
+    fixed={"hidden_act": "silu", "sliding_window": None},
+    values={"expert_gating_func": 2},
+    present={"attention_bias": "blk.0.attn_q.bias"},
+)
+FAMILY = Family(read, (Layout(SHARED), Layout({**SHARED, **FUSED})), gguf=GGUF)

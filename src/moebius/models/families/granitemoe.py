@@ -3,6 +3,7 @@ network."""
 
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, Key, expert_keys
 from moebius.models.layout import Layout, stacked
 from moebius.models.parts import attention, decoder, experts, layers
 from moebius.models.reading import ConfigReader
@@ -31,4 +32,20 @@ CONVERTED = {
     "mlp.router.weight": AT + "router.weight",
     **stacked(AT + "experts.gate_up_proj", AT + "experts.down_proj"),
 }
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)))
+GGUF = GgufArchitecture(
+    "granitemoe",
+    (
+        *USUAL_KEYS,
+        *expert_keys("num_local_experts"),
+        Key("attention_multiplier", "attention.scale", "number"),
+        Key("embedding_multiplier", "embedding_scale", "number"),
+        Key("residual_multiplier", "residual_scale", "number"),
+        Key("logits_scaling", "logit_scale", "number"),
+    ),
+    sparse=True,
+    fixed={"hidden_act": "silu"},
+    values={"expert_gating_func": 1},
+    present={"attention_bias": "blk.0.attn_q.bias"},
+    permuted=True,
+)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), gguf=GGUF)

@@ -2,6 +2,7 @@
 
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import GgufArchitecture
 from moebius.models.parts import attention, decoder, feed_forward, layers, sliding_window
 from moebius.models.reading import ConfigReader
 
@@ -11,4 +12,8 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, layers(reader, attention(reader), part, sliding_window(reader)))
 
 
-FAMILY = Family(read)
+# A file does not tell it from Llama's, which has no window.
+GGUF = GgufArchitecture(
+    "llama", fixed={"hidden_act": "silu", "sliding_window": None}, permuted=True
+)
+FAMILY = Family(read, gguf=GGUF)

@@ -3,6 +3,7 @@
 from moebius.models import layout
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, expert_keys
 from moebius.models.layout import FUSED, Layout
 from moebius.models.parts import attention, decoder, experts, layers, sliding_window
 from moebius.models.reading import ConfigReader
@@ -17,4 +18,12 @@ PUBLISHED = {
     "mlp.router.weight": "block_sparse_moe.gate.weight",
     **layout.experts("block_sparse_moe.experts.{e}.{p}", projections=("w1", "w3", "w2")),
 }
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(FUSED)))
+GGUF = GgufArchitecture(
+    "llama",
+    (*USUAL_KEYS, *expert_keys("num_local_experts")),
+    sparse=True,
+    fixed={"hidden_act": "silu", "sliding_window": None},
+    values={"expert_gating_func": 1},
+    permuted=True,
+)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(FUSED)), gguf=GGUF)

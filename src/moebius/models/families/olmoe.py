@@ -3,6 +3,7 @@ weights."""
 
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, expert_keys
 from moebius.models.layout import FUSED, Layout
 from moebius.models.parts import attention, decoder, experts, layers
 from moebius.models.reading import ConfigReader
@@ -15,4 +16,12 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, layers(reader, mixer, part))
 
 
-FAMILY = Family(read, (Layout(), Layout(FUSED)))
+GGUF = GgufArchitecture(
+    "olmoe",
+    (*USUAL_KEYS, *expert_keys("num_experts")),
+    sparse=True,
+    fixed={"hidden_act": "silu", "norm_topk_prob": False, "clip_qkv": None},
+    values={"expert_gating_func": 1, "expert_weights_norm": False},
+    present={"attention_bias": "blk.0.attn_q.bias"},
+)
+FAMILY = Family(read, (Layout(), Layout(FUSED)), gguf=GGUF)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import GgufArchitecture
 from moebius.models.parts import (
     FULL,
     SLIDING,
@@ -48,4 +49,5 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, layers(reader, mixer, part, upper_windows(reader)))
 
 
-FAMILY = Family(read)
+GGUF = GgufArchitecture("qwen2", fixed={"hidden_act": "silu", "use_sliding_window": False})
+FAMILY = Family(read, gguf=GGUF)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from moebius.models.config import ModelConfig
 from moebius.models.families.qwen2 import slides, windows
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, Key, expert_keys
 from moebius.models.layout import FUSED, Layout
 from moebius.models.parts import (
     FULL,
@@ -47,4 +48,23 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, layers(reader, mixer, parts, lower_windows(reader)))
 
 
-FAMILY = Family(read, (Layout(), Layout(FUSED)))
+# llama.cpp takes these for granted of all of Qwen's models with experts.
+DENSE_NOWHERE = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+GGUF = GgufArchitecture(
+    "qwen2moe",
+    (
+        *USUAL_KEYS,
+        *expert_keys("num_experts", "moe_intermediate_size"),
+        Key("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+    ),
+    sparse=True,
+    fixed={**DENSE_NOWHERE, "norm_topk_prob": False},
+    values={"expert_gating_func": 1, "expert_weights_norm": False},
+    present={"qkv_bias": "blk.0.attn_q.bias"},
+)
+FAMILY = Family(read, (Layout(), Layout(FUSED)), gguf=GGUF)

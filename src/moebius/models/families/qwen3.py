@@ -3,6 +3,7 @@
 from moebius.models.config import ModelConfig
 from moebius.models.families.qwen2 import upper_windows
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import GgufArchitecture
 from moebius.models.parts import attention, decoder, feed_forward, layers
 from moebius.models.reading import ConfigReader
 
@@ -13,4 +14,9 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, layers(reader, mixer, part, upper_windows(reader)))
 
 
-FAMILY = Family(read)
+GGUF = GgufArchitecture(
+    "qwen3",
+    fixed={"hidden_act": "silu", "use_sliding_window": False},
+    present={"attention_bias": "blk.0.attn_q.bias"},
+)
+FAMILY = Family(read, gguf=GGUF)

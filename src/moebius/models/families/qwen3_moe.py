@@ -3,8 +3,9 @@ of this type."""
 
 from moebius.models.config import ModelConfig
 from moebius.models.families.qwen2 import slides
-from moebius.models.families.qwen2_moe import sparse_layers
+from moebius.models.families.qwen2_moe import DENSE_NOWHERE, sparse_layers
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, expert_keys
 from moebius.models.layout import FUSED, Layout
 from moebius.models.parts import attention, decoder, experts, feed_forward, layers
 from moebius.models.reading import ConfigReader
@@ -21,4 +22,12 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, layers(reader, mixer, parts, window))
 
 
-FAMILY = Family(read, (Layout(), Layout(FUSED)))
+GGUF = GgufArchitecture(
+    "qwen3moe",
+    (*USUAL_KEYS, *expert_keys("num_experts", "moe_intermediate_size")),
+    sparse=True,
+    fixed={**DENSE_NOWHERE, "norm_topk_prob": True},
+    values={"expert_gating_func": 1, "expert_weights_norm": True},
+    present={"attention_bias": "blk.0.attn_q.bias"},
+)
+FAMILY = Family(read, (Layout(), Layout(FUSED)), gguf=GGUF)

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, checked from headers: nothing is allocated.
+"""What a model's files hold, checked from headers: nothing is allocated.
 
 One tensor is read where two may be the same: see _tied.
 """
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from moebius.errors import ConfigError, WeightsError
-from moebius.files import read_json
+from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
-from moebius.models.family import family, read_config
 from moebius.models.layout import Layout, Source, sources
-from moebius.models.store.kinds import open_store
+from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
 from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor, short_name
 from moebius.moe.ranks import ExpertRank
@@ -33,13 +32,14 @@ _COMPARED_AT_ONCE = 2**18
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory whose configuration and tensors fit together; made by open_checkpoint.
+    """A model whose configuration and tensors fit together; made by open_checkpoint.
 
-    config.tie_word_embeddings says what the tensors do, which is not always what config_json says.
+    path is a directory, or a GGUF file. config.tie_word_embeddings says what the tensors do, which
+    is not always what config_json says.
     tensors are the store's, under their names in a model with a head.
     """
 
-    directory: Path
+    path: Path
     config_json: Mapping[str, Any]
     config: ModelConfig
     store: Store
@@ -48,10 +48,13 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> str:
-        """What most bytes of plain numbers are: bfloat16, float16 or float32.
+        """What to compute in: bfloat16, float16 or float32.
 
-        Matrices in other formats say nothing of what to compute in; float32 where all are such.
+        Where the store does not say it, what most bytes of plain numbers are. Matrices in other
+        formats say nothing of it; float32 where all are such.
         """
+        if self.store.dtype is not None:
+            return self.store.dtype
         sizes: Counter[str] = Counter()
         for source in self.sources:
             name = str(self.tensors[source.name].format)
@@ -106,7 +109,7 @@ def _harmless(name: str, config: ModelConfig, head: str) -> bool:
 
 
 def _tied(
-    directory: Path, config: ModelConfig, layout: Layout, tensors: Mapping[str, StoredTensor]
+    path: Path, config: ModelConfig, layout: Layout, tensors: Mapping[str, StoredTensor]
 ) -> bool:
     """Whether the head is the embedding: it is meant to be, and no head is stored that differs.
 
@@ -122,7 +125,7 @@ def _tied(
         return True
     log.warning(
         "%s: tie_word_embeddings is true, but the files hold a %s that is not %s: it is used",
-        directory.name,
+        path.name,
         layout.head,
         layout.embedding,
     )
@@ -155,10 +158,13 @@ def _pieces(tensor: StoredTensor) -> Iterator[bytearray]:
 
 
 def _match(
-    directory: Path, config: ModelConfig, store: Store, tensors: Mapping[str, StoredTensor]
+    path: Path,
+    config: ModelConfig,
+    store: Store,
+    tensors: Mapping[str, StoredTensor],
+    layouts: tuple[Layout, ...],
 ) -> tuple[Source, ...]:
     """The sources of all parameters, in the layout that the checkpoint has."""
-    layouts = family(config.model_type).layouts
     head = layouts[0].head
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
@@ -167,7 +173,7 @@ def _match(
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
-        where = ", ".join(files[:3]) or directory.name
+        where = ", ".join(files[:3]) or path.name
         raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
     for source in wanted:
         _check_stored(tensors[source.name], source, store)
@@ -184,9 +190,10 @@ def _match(
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
     """WeightsError where a parameter's tensor has another shape, or a dtype that nothing reads."""
     where = f"{short_name(stored.file)}: tensor {source.name!r}"
-    if stored.shape != source.stored_shape:
+    if not store.same_shape(stored.shape, source.stored_shape):
         raise WeightsError(
-            f"{where} has shape {list(stored.shape)}; config.json needs {list(source.stored_shape)}"
+            f"{where} has shape {list(stored.shape)}; {store.config} needs "
+            f"{list(source.stored_shape)}"
         )
     if stored.format is None:
         supported = ", ".join(store.dtypes)
@@ -203,33 +210,34 @@ def _remark(missing: Sequence[str], head: str) -> str:
     return f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
 
 
-def open_checkpoint(directory: Path | str) -> Checkpoint:
-    """Read and check a model directory. Raises ConfigError or WeightsError; allocates nothing.
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Read and check a model: a directory, or a GGUF file.
 
-    Keys of config.json that change nothing are named in the log.
+    Raises ConfigError or WeightsError; allocates nothing. Keys of its configuration that change
+    nothing are named in the log.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
+    path = Path(path)
+    if not path.is_dir() and not is_gguf(path):
         raise ConfigError(
-            f"{directory} is no directory; a model is a directory with config.json and safetensors "
-            "files"
+            f"{path} is no directory; a model is a directory with config.json and safetensors "
+            "files, or a GGUF file"
         )
-    config_json = read_json(directory / "config.json")
-    config, ignored, _ = read_config(config_json)
-    if ignored:
+    described, store = open_model(path)
+    if described.ignored:
         log.info(
-            "config.json: no %s model reads %s, which changes nothing",
-            config.model_type,
-            ", ".join(ignored),
+            "%s: no %s model reads %s, which changes nothing",
+            store.config,
+            described.config.model_type,
+            ", ".join(described.ignored),
         )
-    store = open_store(directory)
-    found = family(config.model_type)
-    layout = found.layouts[0]
-    known = {name: each for name, each in store.tensors.items() if not found.leaves_out(name)}
+    layout = described.layouts[0]
+    known = {name: each for name, each in store.tensors.items() if not described.leaves_out(name)}
     tensors = _named_in_full(layout, known)
-    config = replace(config, tie_word_embeddings=_tied(directory, config, layout, tensors))
-    matched = _match(directory, config, store, tensors)
-    return Checkpoint(directory, config_json, config, store, tensors, matched)
+    config = described.config
+    tied = _tied(path, config, layout, tensors)
+    config = replace(config, tie_word_embeddings=tied)
+    matched = _match(path, config, store, tensors, described.layouts)
+    return Checkpoint(path, described.config_json, config, store, tensors, matched)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -2,13 +2,23 @@
 
 from pathlib import Path
 
+from moebius.gguf import is_gguf, open_gguf
+from moebius.models.description import Description, describe_directory, describe_gguf
+from moebius.models.store.gguf import GgufStore
 from moebius.models.store.safetensors import SafetensorsStore
-from moebius.models.store.tensors import Store
+from moebius.models.store.tensors import DirectoryStore, Store
 
-KINDS: tuple[type[Store], ...] = (SafetensorsStore,)
+KINDS: tuple[type[DirectoryStore], ...] = (SafetensorsStore,)
 
 
-def open_store(directory: Path) -> Store:
-    """The tensors of a model directory. Raises WeightsError naming file and tensor."""
-    kind = next((kind for kind in KINDS if kind.is_in(directory)), KINDS[0])
-    return kind.open(directory)
+def open_model(path: Path) -> tuple[Description, Store]:
+    """A model and its tensors, of a directory or a GGUF file.
+
+    Raises ConfigError, and WeightsError naming file and tensor.
+    """
+    if is_gguf(path):
+        model = open_gguf(path)
+        return describe_gguf(model), GgufStore(model)
+    description = describe_directory(path)
+    kind = next((kind for kind in KINDS if kind.is_in(path)), KINDS[0])
+    return description, kind.open(path)

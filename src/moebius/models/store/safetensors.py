@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from moebius.errors import WeightsError
 from moebius.files import read_json
-from moebius.models.store.tensors import Store, StoredTensor, short_name
+from moebius.models.store.tensors import DirectoryStore, StoredTensor, short_name
 
 # Bytes an element, of every dtype that the format knows and whose size is whole bytes.
 _ITEM_BYTES = {
@@ -30,7 +30,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
-class SafetensorsStore(Store):
+class SafetensorsStore(DirectoryStore):
     """The tensors of a directory's safetensors files."""
 
     dtypes = tuple(_FORMATS)

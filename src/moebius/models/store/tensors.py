@@ -1,6 +1,6 @@
 """Where a checkpoint's tensors are, whatever kind of file they lie in. No torch, nothing allocated.
 
-A kind of file is a `Store`: one file in this package, named in `kinds`. What it says of a tensor
+A kind of file is a `Store`: one file in this package, which `kinds` knows. What it says of a tensor
 (`StoredTensor`) is all that planning and loading need; they know no kind.
 """
 
@@ -36,10 +36,26 @@ class Store(ABC):
     """The tensors of one checkpoint, by name, told from headers.
 
     dtypes   what files of this kind call what Moebius reads, for messages
+    config   what says which tensors there must be, for messages
+    dtype    what to compute in, where files of this kind have their plain numbers by convention
     """
 
     dtypes: tuple[str, ...]
+    config: str = "config.json"
+    dtype: str | None = None
     tensors: Mapping[str, StoredTensor]
+
+    @abstractmethod
+    def header(self, file: Path) -> bytes:
+        """What one file says of its tensors, as it lies there, for the fingerprint."""
+
+    def same_shape(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether a tensor of shape `stored` holds one of shape `wanted`."""
+        return stored == wanted
+
+
+class DirectoryStore(Store):
+    """Those of a directory, beside its config.json."""
 
     @classmethod
     @abstractmethod
@@ -50,10 +66,6 @@ class Store(ABC):
     @abstractmethod
     def open(cls, directory: Path) -> Self:
         """Read and check all headers. Raises WeightsError naming file and tensor."""
-
-    @abstractmethod
-    def header(self, file: Path) -> bytes:
-        """What one file says of its tensors, as it lies there, for the fingerprint."""
 
 
 @cache

@@ -83,6 +83,8 @@ class AttentionOps(CpuBase):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        interleaved: bool = False,
     ) -> Tensor:
         held = own(cache, CpuCache)
         num_kv_heads, key_size = held.keys.shape
@@ -111,6 +113,7 @@ class AttentionOps(CpuBase):
             cos=self._at(cos_TR, torch.float32),
             sin=self._at(sin_TR, torch.float32),
             half=half,
+            interleaved=interleaved,
             q_norm=self._at(q_norm_N),
             k_norm=self._at(k_norm_N),
             eps=eps,

@@ -121,9 +121,11 @@ class PointwiseOps(CpuBase):
         self._run(Operation.ROTATION, call, positions_T, len(positions_T), dtype=torch.float32)
         return cos, sin
 
-    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def rotary(
+        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
+    ) -> Tensor:
         self._lacks(Use(Operation.ROTARY, x_THN.dtype))
-        return self._fallback.rotary(x_THN, cos_TR, sin_TR)
+        return self._fallback.rotary(x_THN, cos_TR, sin_TR, interleaved=interleaved)
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
         rows, size = a_TD.shape

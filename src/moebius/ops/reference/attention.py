@@ -64,6 +64,8 @@ class AttentionOps(Ops):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        interleaved: bool = False,
     ) -> Tensor:
         k_cache = own(cache, ReferenceCache).k
         v_cache = own(cache, ReferenceCache).v
@@ -80,9 +82,10 @@ class AttentionOps(Ops):
             q_THN = self.rms_norm(q_THN, q_norm_N, eps)
         if k_norm_N is not None:
             k_TGN = self.rms_norm(k_TGN, k_norm_N, eps)
-        for store, new in ((k_cache, self.rotary(k_TGN, cos_TR, sin_TR)), (v_cache, v_TGN)):
+        k_TGN = self.rotary(k_TGN, cos_TR, sin_TR, interleaved=interleaved)
+        for store, new in ((k_cache, k_TGN), (v_cache, v_TGN)):
             store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
-        return self.rotary(q_THN, cos_TR, sin_TR)
+        return self.rotary(q_THN, cos_TR, sin_TR, interleaved=interleaved)
 
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
         keys, values = key_value_planes(spec)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebius.ops.formats import dtype_name
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedLinear, own, same
-from moebius.ops.weights import Matrix, Weight, dtype_name
+from moebius.ops.weights import Matrix, Weight
 
 # Rows of a low-precision vocabulary matrix that are widened to float32 at a time.
 LOGITS_ROWS = 16_384

@@ -38,14 +38,23 @@ class PointwiseOps(Ops):
         angles_TR = positions_T.float().unsqueeze(1) * inverse_R
         return angles_TR.cos() * factor, angles_TR.sin() * factor
 
-    def rotary(self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def rotary(
+        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
+    ) -> Tensor:
         half = cos_TR.shape[-1]
         cos = cos_TR.unsqueeze(1)
         sin = sin_TR.unsqueeze(1)
-        a = x_THN[..., :half]
-        b = x_THN[..., half : 2 * half]
+        turned = x_THN[..., : 2 * half]
         rest = x_THN[..., 2 * half :]
-        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THN.dtype)
+        if interleaved:
+            a = turned[..., 0::2]
+            b = turned[..., 1::2]
+            pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+            rotated = pairs.flatten(-2).to(x_THN.dtype)
+        else:
+            a = turned[..., :half]
+            b = turned[..., half:]
+            rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THN.dtype)
         return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:

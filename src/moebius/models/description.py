@@ -1,0 +1,79 @@
+"""What a model's files say of it, before its tensors: a directory's config.json, or a GGUF file's
+keys.
+
+Wherever a model is named by a path, it is one of the two: see `is_gguf`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moebius.files import read_json
+from moebius.gguf import GgufModel, is_gguf, open_gguf
+from moebius.models.config import ModelConfig
+from moebius.models.family import family, read_config
+from moebius.models.gguf_config import ROPE_DIVISORS, gguf_config
+from moebius.models.layout import Layout
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig
+
+# What files of 2023 hold, and llama.cpp reads no more.
+_GGUF_UNUSED = (ROPE_DIVISORS, "blk.*.attn_rot_embd.weight")
+
+
+class Description(NamedTuple):
+    """A model as its files describe it.
+
+    config_json   as transformers would have it
+    layouts       what its tensors may be called
+    unused        patterns of tensors that are none of the model's
+    ignored       keys that change nothing, and that no model of this type reads
+    """
+
+    config_json: Mapping[str, Any]
+    config: ModelConfig
+    layouts: tuple[Layout, ...]
+    unused: tuple[str, ...]
+    ignored: Sequence[str]
+
+    def leaves_out(self, tensor: str) -> bool:
+        """Whether a tensor of the files is none of the model's."""
+        return any(fnmatchcase(tensor, pattern) for pattern in self.unused)
+
+
+def describe(path: Path) -> Description:
+    """Raises ConfigError naming the file and the key that is wrong, or is not supported, and
+    WeightsError for a GGUF file that is damaged."""
+    return describe_gguf(open_gguf(path)) if is_gguf(path) else describe_directory(path)
+
+
+def describe_directory(directory: Path) -> Description:
+    """By its config.json."""
+    config_json = read_json(directory / "config.json")
+    config, ignored, _ = read_config(config_json)
+    found = family(config.model_type)
+    return Description(config_json, config, found.layouts, found.unused, ignored)
+
+
+def describe_gguf(model: GgufModel) -> Description:
+    """By its keys."""
+    name = model.files[0].path.name
+    found = gguf_config(model)
+    config, _, _ = read_config(found.config_json, name)
+    layers = []
+    for layer in config.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, GQA) and mixer.rope is not None:
+            rope = _as_stored(mixer.rope, found.rope_divisors, found.architecture.permuted)
+            layer = replace(layer, mixer=replace(mixer, rope=rope))
+        layers.append(layer)
+    config = replace(config, layers=tuple(layers))
+    layouts = found.architecture.layouts
+    return Description(found.config_json, config, layouts, _GGUF_UNUSED, found.ignored)
+
+
+def _as_stored(rope: RopeConfig, divisors: tuple[float, ...] | None, permuted: bool) -> RopeConfig:
+    """Queries and keys turn as their rows lie in the file: nothing is put into another order."""
+    return replace(rope, divisors=divisors, interleaved=permuted)

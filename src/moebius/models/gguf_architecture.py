@@ -1,0 +1,153 @@
+"""What llama.cpp's files call a family's tensors and keys: a record beside each family.
+
+The record is read both ways: a GGUF file's keys become a config.json (moebius.models.gguf_config),
+and a config.json the keys of a GGUF file. Facts as llama.cpp's converter has them: conversion/ and
+src/llama-model.cpp of October 2026.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moebius.models import layout
+from moebius.models.layout import Layout, Names, Stacked, stacked
+
+GATE_UP_DOWN = ("gate", "up", "down")
+
+
+Absent = Callable[[Mapping[str, object]], object]
+"""What config.json has of a key that a file lacks, told from what it has of others."""
+
+
+def required(_: Mapping[str, object]) -> object:
+    """For `Key.absent`: no file does without."""
+    raise KeyError
+
+
+def meaning(value: object) -> Absent:
+    """For `Key.absent`: what llama.cpp takes instead."""
+    return lambda _: value
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of config.json, and the same in a GGUF file.
+
+    config   config.json's
+    gguf     the file's, behind the architecture's name and a dot
+    kind     how it is stored: uint32, float32 or bool
+    absent   what it means that the file has none, told from what config.json has by then;
+             KeyError: every file has it
+    """
+
+    config: str
+    gguf: str
+    kind: Literal["integer", "number", "flag"] = "integer"
+    absent: Absent = required
+
+
+def _head_size(config: Mapping[str, object]) -> int:
+    width = config["hidden_size"]
+    heads = config["num_attention_heads"]
+    assert isinstance(width, int) and isinstance(heads, int), "the file's keys were integers"
+    # Whoever reads the configuration says that there must be heads.
+    return width // max(heads, 1)
+
+
+USUAL_KEYS = (
+    Key("num_hidden_layers", "block_count"),
+    Key("max_position_embeddings", "context_length"),
+    Key("hidden_size", "embedding_length"),
+    Key("intermediate_size", "feed_forward_length"),
+    Key("num_attention_heads", "attention.head_count"),
+    Key(
+        "num_key_value_heads",
+        "attention.head_count_kv",
+        absent=lambda config: config["num_attention_heads"],
+    ),
+    Key("head_dim", "attention.key_length", absent=_head_size),
+    Key("rms_norm_eps", "attention.layer_norm_rms_epsilon", "number"),
+    Key("rope_theta", "rope.freq_base", "number", meaning(10_000.0)),
+)
+
+
+def expert_keys(count: str, width: str | None = None) -> tuple[Key, ...]:
+    """Of experts, whose number and width config.json has under these names; width None: they have
+    the width that USUAL_KEYS say."""
+    keys = (Key(count, "expert_count"), Key("num_experts_per_tok", "expert_used_count"))
+    return keys if width is None else (*keys, Key(width, "expert_feed_forward_length"))
+
+
+_ATTENTION = ("q", "k", "v")
+_PARTS = ("weight", "bias")
+USUAL_NAMES: Names = {
+    "input_layernorm.weight": "attn_norm.weight",
+    **{f"self_attn.{x}_proj.{part}": f"attn_{x}.{part}" for x in _ATTENTION for part in _PARTS},
+    **{f"self_attn.o_proj.{part}": f"attn_output.{part}" for part in _PARTS},
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "self_attn.sinks": "attn_sinks.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    **layout.dense("ffn_{p}", GATE_UP_DOWN),
+    **layout.shared("ffn_{p}_shexp", GATE_UP_DOWN),
+    **{f"mlp.experts.{x}_proj": Stacked(f"ffn_{x}_exps.weight") for x in GATE_UP_DOWN},
+    "mlp.router.weight": "ffn_gate_inp.weight",
+    "mlp.router.bias": "ffn_gate_inp.bias",
+    "mlp.router.selection_bias": "exp_probs_b.bias",
+    "mlp.shared_gate.weight": "ffn_gate_inp_shexp.weight",
+}
+# Gate and up of all experts in one tensor, as some newer files have them.
+_FUSED = stacked("ffn_gate_up_exps.weight", "ffn_down_exps.weight")
+# A tensor for each expert, as the files of early 2024 have them.
+_APART = layout.experts("ffn_{p}.{e}", projections=GATE_UP_DOWN)
+
+
+def layouts(names: Names | None = None) -> tuple[Layout, ...]:
+    """Of files that call tensors as most do, but for `names`: what is written first."""
+    usual = {**USUAL_NAMES, **(names or {})}
+    return tuple(
+        Layout(
+            {**usual, **experts},
+            layer="blk.{i}.",
+            embedding="token_embd.weight",
+            norm="output_norm.weight",
+            head="output.weight",
+        )
+        for experts in ({}, _FUSED, _APART)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArchitecture:
+    """How GGUF files have a family's models.
+
+    name      general.architecture
+    keys      config.json's keys and the file's
+    sparse    its files have experts: tells families apart that share a name
+    fixed     what llama.cpp's code takes for granted, as config.json says it: files do not tell it,
+              and a model for which it is not so cannot be written
+    values    keys of the file that have to have this value where they are there, and are written
+    present   flags of config.json that are on where the file has a tensor of that name
+    layouts   what tensors are called, the way that is written first
+    permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand
+              side by side (see `pair_rows`)
+    """
+
+    name: str
+    keys: tuple[Key, ...] = USUAL_KEYS
+    sparse: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
+    layouts: tuple[Layout, ...] = field(default_factory=layouts)
+    permuted: bool = False
+
+
+def pair_rows(heads: int, head_dim: int) -> list[int]:
+    """Which of config.json's rows of q_proj or k_proj stands in each of a permuted file's.
+
+    Of a head, row i and row i + head_dim / 2, which are rotated together, become 2i and 2i + 1.
+    """
+    half = head_dim // 2
+    one = [part * half + i for i in range(half) for part in (0, 1)]
+    return [head * head_dim + row for head in range(heads) for row in one]

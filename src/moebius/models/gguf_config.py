@@ -1,0 +1,229 @@
+"""A GGUF file's keys as the config.json that they were made from, and the way back.
+
+What is not understood and could change the answer is refused, as in config.json: every key that
+stands under the architecture's name, unless it says that something is off.
+"""
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moebius.errors import ConfigError, WeightsError
+from moebius.gguf import GgufModel, GgufTensor, Value
+from moebius.models.family import gguf_architectures, gguf_families
+from moebius.models.gguf_architecture import GgufArchitecture, Key
+
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
+ROPE_DIVISORS = "rope_freqs.weight"
+
+# Keys that change no logits here: what they say is told by others, or concerns other programs.
+_TOLD_ELSEWHERE = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
+# Keys without which an answer is the same as with these values.
+_NEUTRAL = {
+    "attention.causal": True,
+    "expert_weights_scale": 1.0,
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
+    "interleave_moe_layer_step": 1,
+}
+# Where keys have nothing to do with what the model computes.
+_ELSEWHERE = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.")
+_QUANTIZATION_VERSION = 2
+# Of a head.
+_MOST_PAIRS = 2**12
+
+
+class GgufConfig(NamedTuple):
+    """What a GGUF file says of its model.
+
+    config_json    as transformers would have it, with vocab_size and tie_word_embeddings told by
+                   the tensors
+    architecture   how the file has this family's models
+    rope_divisors  of each pair's frequency; None for none
+    ignored        keys that were not understood and change nothing
+    """
+
+    config_json: Mapping[str, Any]
+    architecture: GgufArchitecture
+    rope_divisors: tuple[float, ...] | None
+    ignored: list[str]
+
+
+class _Keys:
+    """The keys under an architecture's name, which remembers those that were read."""
+
+    def __init__(self, metadata: Mapping[str, Value], architecture: str, where: str) -> None:
+        self._metadata = metadata
+        self._before = f"{architecture}."
+        self._where = where
+        self._read: set[str] = set()
+
+    def error(self, message: str) -> ConfigError:
+        return ConfigError(f"{self._where}: {message}")
+
+    def __contains__(self, key: str) -> bool:
+        return self._before + key in self._metadata
+
+    def get(self, key: str, default: Value) -> Value:
+        """Of a list, one for each layer, what they all are."""
+        self._read.add(key)
+        value = self._metadata.get(self._before + key, default)
+        if not isinstance(value, list):
+            return value
+        if not value or any(each != value[0] for each in value):
+            raise self.error(
+                f"{self._before}{key} differs from layer to layer, which is not supported"
+            )
+        return value[0]
+
+    def typed(self, key: Key) -> Any:
+        """A key's value as config.json would have it. Raises ConfigError for another type."""
+        value = self.get(key.gguf, 0)
+        kinds = {"integer": (int,), "number": (int, float), "flag": (bool,)}[key.kind]
+        good = isinstance(value, kinds) and isinstance(value, bool) == (key.kind == "flag")
+        if not good:
+            raise self.error(f"{self._before}{key.gguf} is {value!r}; it must be a {key.kind}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.error(f"{self._before}{key} is {value!r}; it must be a finite number")
+        return float(value)
+
+    def check(self, key: str, wanted: Value) -> None:
+        """Raises ConfigError where a key is there and has another value."""
+        value = self.get(key, wanted)
+        if value not in (wanted, 0):
+            raise self.error(
+                f"{self._before}{key} is {value!r}; {wanted!r} is supported for this architecture"
+            )
+
+    def finish(self) -> list[str]:
+        """The keys that were not read and change nothing.
+
+        Raises ConfigError naming one that could change the answer.
+        """
+        ignored = []
+        for key in self._metadata:
+            own = key.removeprefix(self._before)
+            if own == key:
+                if not key.startswith(_ELSEWHERE):
+                    ignored.append(key)
+            elif own not in self._read and own not in _TOLD_ELSEWHERE:
+                value = self._metadata[key]
+                if value and value != _NEUTRAL.get(own):
+                    raise self.error(
+                        f"{key} = {value!r} is not supported; the model would not compute what it "
+                        "was trained for"
+                    )
+        return ignored
+
+
+def gguf_config(model: GgufModel) -> GgufConfig:
+    """Raises ConfigError naming the file and the key that is wrong, or is not supported, and
+    WeightsError for a file without an embedding."""
+    first = model.files[0].path
+    where = f"{first.parent.name}/{first.name}"
+    model_type, architecture = _family(model.metadata, where)
+    keys = _Keys(model.metadata, architecture.name, where)
+    config = {"model_type": model_type, **architecture.fixed}
+    for key in architecture.keys:
+        try:
+            config[key.config] = keys.typed(key) if key.gguf in keys else key.absent(config)
+        except KeyError:
+            raise keys.error(f"the key {architecture.name}.{key.gguf} is missing") from None
+    for flag, tensor in architecture.present.items():
+        config[flag] = tensor in model.tensors
+    for name, wanted in architecture.values.items():
+        keys.check(name, wanted)
+    keys.check("rope.dimension_count", config["head_dim"])
+    keys.check("attention.value_length", config["head_dim"])
+    config["rope_scaling"] = _rope_scaling(keys, config)
+    config["vocab_size"] = _embedding(model, where).shape[0]
+    config["tie_word_embeddings"] = HEAD not in model.tensors
+    return GgufConfig(config, architecture, _rope_divisors(model, where), keys.finish())
+
+
+def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchitecture]:
+    """The model_type whose models the file holds, and how it holds them."""
+    name = metadata.get("general.architecture")
+    found = gguf_families(name) if isinstance(name, str) else {}
+    if not found:
+        raise ConfigError(
+            f"{where}: general.architecture {name!r} is not supported; supported are "
+            f"{', '.join(gguf_architectures())}"
+        )
+    version = metadata.get("general.quantization_version", _QUANTIZATION_VERSION)
+    if version != _QUANTIZATION_VERSION:
+        raise ConfigError(
+            f"{where}: general.quantization_version is {version!r}; its blocks are other ones "
+            f"than those of version {_QUANTIZATION_VERSION}"
+        )
+    sparse = bool(metadata.get(f"{name}.expert_count"))
+    # Of those that a file does not tell apart, the one that the architecture has its name from.
+    for model_type, each in sorted(found.items(), key=lambda entry: entry[0] != name):
+        if each.gguf is not None and (each.gguf.sparse == sparse or len(found) == 1):
+            return model_type, each.gguf
+    raise ConfigError(f"{where}: {name} with {'' if sparse else 'no '}experts is not supported")
+
+
+def _rope_scaling(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """config.json's object of that name; None where positions are as they are."""
+    kind = keys.get("rope.scaling.type", "linear")
+    # An older name of the same.
+    older = keys.number("rope.scale_linear", 0.0)
+    factor = keys.number("rope.scaling.factor", older) or 1.0
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise keys.error(f"rope.scaling.type is {kind!r}; none, linear and yarn are supported")
+    keys.check("rope.scaling.yarn_ext_factor", 1.0)
+    context = config["max_position_embeddings"]
+    original = keys.get("rope.scaling.original_context_length", context)
+    # What the converter writes is all of it; what llama.cpp reads is beside yarn's own.
+    beside = keys.number("rope.scaling.attn_factor", 1.0)
+    attention = keys.number("rope.scaling.yarn_attn_factor", beside * yarn_attention(factor))
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+        "attention_factor": attention,
+    }
+
+
+def yarn_attention(factor: float) -> float:
+    """What yarn multiplies cos and sin by (arXiv 2309.00071), where nothing else is said."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _embedding(model: GgufModel, where: str) -> GgufTensor:
+    embedding = model.tensors.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise WeightsError(f"{where}: there is no matrix {EMBEDDING}")
+    return embedding
+
+
+def _rope_divisors(model: GgufModel, where: str) -> tuple[float, ...] | None:
+    """The values of a tensor that divides the frequencies of all layers; none where all are 1."""
+    tensor = model.tensors.get(ROPE_DIVISORS)
+    if tensor is None:
+        return None
+    if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_PAIRS:
+        raise WeightsError(f"{where}: {ROPE_DIVISORS} is no vector of F32, one for each pair")
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            content = file.read(tensor.stop - tensor.start)
+        found = struct.unpack(f"<{tensor.shape[0]}f", content)
+    except (OSError, struct.error) as cause:
+        raise WeightsError(f"{where}: {ROPE_DIVISORS} cannot be read: {cause}") from None
+    if not all(0 < each < math.inf for each in found):
+        raise WeightsError(f"{where}: {ROPE_DIVISORS} holds what divides no frequency")
+    return None if set(found) == {1.0} else found

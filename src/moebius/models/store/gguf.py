@@ -1,0 +1,70 @@
+"""Tensors in GGUF files, single or split, where they lie."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from moebius.gguf import GgufModel
+from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor
+
+# What types are called in moebius.ops.FORMATS; the others are read by nobody here.
+_FORMATS = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "Q8_0": "q8_0",
+    "Q4_0": "q4_0",
+    "Q4_1": "q4_1",
+    "Q5_0": "q5_0",
+    "Q5_1": "q5_1",
+    "Q2_K": "q2_k",
+    "Q3_K": "q3_k",
+    "Q4_K": "q4_k",
+    "Q5_K": "q5_k",
+    "Q6_K": "q6_k",
+    "IQ4_NL": "iq4_nl",
+    "IQ4_XS": "iq4_xs",
+    "MXFP4": "mxfp4",
+}
+
+
+class GgufStore(Store):
+    """The tensors of a GGUF model."""
+
+    dtypes = tuple(_FORMATS)
+    config = "the file's keys"
+
+    def __init__(self, model: GgufModel) -> None:
+        self.tensors = {
+            tensor.name: StoredTensor(
+                tensor.file,
+                tensor.name,
+                tensor.type.name,
+                _FORMATS.get(tensor.type.name),
+                tensor.shape,
+                tensor.start,
+                tensor.stop,
+            )
+            for tensor in model.tensors.values()
+        }
+        # Norms and routers are F32 in all files, so they say nothing; what most numbers are does.
+        numbers: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            numbers[str(tensor.format)] += math.prod(tensor.shape)
+        most = max(numbers, key=lambda name: numbers[name])
+        self.dtype = most if most in NUMBER_BYTES else "bfloat16"
+        self._heads = {file.path: file.data_start for file in model.files}
+
+    def same_shape(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """A file does not tell a vector from a matrix of one row."""
+        return _without_ones(stored) == _without_ones(wanted)
+
+    def header(self, file: Path) -> bytes:
+        with file.open("rb") as opened:
+            return opened.read(self._heads[file])
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape from its first dimension on that is not 1."""
+    first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
+    return shape[first:]

@@ -1,0 +1,234 @@
+"""Tiny models as GGUF files, by the rules of llama.cpp's converter and with gguf-py's names,
+writer and quantisers.
+
+What is quantised there is widened again by gguf-py and put back into the Hugging Face directory, so
+that both hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import gguf
+from gguf import GGMLQuantizationType as Type
+
+ARCHITECTURES = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "mixtral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen2_moe": "QWEN2MOE",
+    "qwen3": "QWEN3",
+    "qwen3_moe": "QWEN3MOE",
+    "olmoe": "OLMOE",
+    "dots1": "DOTS1",
+    "granitemoe": "GRANITE_MOE",
+}
+PERMUTED = {"llama", "mistral", "mixtral", "granitemoe"}
+SUFFIXES = (".weight", ".bias")
+# Types that gguf-py widens and does not make: where a block has its scales, and of what size.
+RANDOM: dict[Type, tuple[tuple[int, ...], float]] = {
+    Type.Q2_K: ((80, 82), 0.005),
+    Type.Q3_K: ((108,), 0.002),
+    Type.Q4_K: ((0, 2), 1e-4),
+    Type.Q5_K: ((0, 2), 1e-4),
+    Type.Q6_K: ((208,), 2e-5),
+    Type.IQ4_NL: ((0,), 0.002),
+    Type.IQ4_XS: ((0,), 1e-4),
+}
+
+TypeOf = Callable[[str], Type]
+
+
+def plain(_: str) -> Type:
+    return Type.F32
+
+
+def stored(weight: Tensor, kind: Type, seed: int) -> NDArray[Any]:
+    """A weight's bytes as the file has them; of RANDOM's types, random ones of about its size."""
+    array = weight.float().numpy()
+    if kind not in RANDOM:
+        return gguf.quants.quantize(array, kind)
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (array.size // elements, nbytes), dtype=np.uint8)
+    places, size = RANDOM[kind]
+    for place in places:
+        scales = (size * random.standard_normal(len(blocks))).astype(np.float16)
+        blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(*array.shape[:-1], -1)
+
+
+def permuted(weight: Tensor, heads: int) -> Tensor:
+    """A head's halves side by side in pairs."""
+    rows = weight.reshape(heads, 2, len(weight) // heads // 2, -1)
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def restored(weight: Tensor, heads: int) -> Tensor:
+    rows = weight.reshape(heads, len(weight) // heads // 2, 2, -1)
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+class Converter:
+    """One Hugging Face directory into one file."""
+
+    def __init__(self, directory: Path, type_of: TypeOf = plain) -> None:
+        self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        self.tensors = load_file(directory / "model.safetensors")
+        self.directory, self.type_of = directory, type_of
+        self.model_type: str = self.config["model_type"]
+        self.architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[self.model_type])
+        layers = self.config["num_hidden_layers"]
+        self.names = gguf.get_tensor_name_map(self.architecture, layers)
+        self.seed = 0
+
+    def save(self, path: Path, change: Callable[[gguf.GGUFWriter], None] | None = None) -> None:
+        """change: adds keys that the converter would not write."""
+        arch = gguf.MODEL_ARCH_NAMES[self.architecture]
+        writer = gguf.GGUFWriter(path, arch)
+        self.keys(writer)
+        if change:
+            change(writer)
+        for name, tensor in self.stacked().items():
+            again = [self.add(writer, part, place) for part, place in self.parts(name, tensor)]
+            self.put_back(name, torch.cat(again, dim=1) if len(again) > 1 else again[0])
+        self.rope_freqs(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        save_file(self.tensors, self.directory / "model.safetensors", metadata={"format": "pt"})
+
+    def keys(self, w: gguf.GGUFWriter) -> None:
+        c = self.config
+        w.add_block_count(c["num_hidden_layers"])
+        w.add_context_length(c["max_position_embeddings"])
+        w.add_embedding_length(c["hidden_size"])
+        w.add_feed_forward_length(c["intermediate_size"])
+        w.add_head_count(c["num_attention_heads"])
+        w.add_head_count_kv(c["num_key_value_heads"])
+        w.add_layer_norm_rms_eps(c["rms_norm_eps"])
+        rope = c.get("rope_scaling") or c["rope_parameters"]
+        w.add_rope_freq_base(rope["rope_theta"])
+        if rope["rope_type"] in ("linear", "yarn"):
+            w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+            w.add_rope_scaling_factor(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            if "attention_factor" in rope:
+                w.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+        if c.get("head_dim"):
+            w.add_key_length(c["head_dim"])
+            w.add_value_length(c["head_dim"])
+        experts = [c.get(k) for k in ("num_local_experts", "num_experts", "n_routed_experts")]
+        if any(experts):
+            w.add_expert_count(next(filter(None, experts)))
+            w.add_expert_used_count(c["num_experts_per_tok"])
+        self.own_keys(w)
+
+    def own_keys(self, w: gguf.GGUFWriter) -> None:
+        c = self.config
+        if self.model_type in PERMUTED:
+            w.add_vocab_size(c["vocab_size"])
+            size = c["hidden_size"] // c["num_attention_heads"]
+            w.add_rope_dimension_count(c.get("head_dim") or size)
+        if "moe_intermediate_size" in c:
+            w.add_expert_feed_forward_length(c["moe_intermediate_size"])
+        if self.model_type == "qwen2_moe":
+            w.add_expert_shared_feed_forward_length(c["shared_expert_intermediate_size"])
+        if self.model_type == "dots1":
+            w.add_leading_dense_block_count(c["first_k_dense_replace"])
+            w.add_expert_shared_count(c["n_shared_experts"])
+            w.add_expert_weights_scale(c["routed_scaling_factor"])
+            w.add_expert_weights_norm(c["norm_topk_prob"])
+            w.add_expert_group_count(c["n_group"])
+            w.add_expert_group_used_count(c["topk_group"])
+            w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        if self.model_type == "granitemoe":
+            w.add_attention_scale(c["attention_multiplier"])
+            w.add_embedding_scale(c["embedding_multiplier"])
+            w.add_residual_scale(c["residual_multiplier"])
+            w.add_logit_scale(c["logits_scaling"])
+
+    def stacked(self) -> dict[str, Tensor]:
+        """The tensors, with those of all experts of a layer in one."""
+        found: dict[str, Tensor] = {}
+        experts: dict[str, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            if ".experts." in name:
+                before, _, rest = name.partition(".experts.")
+                _, _, projection = rest.partition(".")
+                experts.setdefault(f"{before}.experts.{projection}", []).append(name)
+            else:
+                found[name] = tensor
+        for merged, names in experts.items():
+            names.sort(key=lambda name: int(name.partition(".experts.")[2].partition(".")[0]))
+            found[merged] = torch.stack([self.tensors[name] for name in names])
+        return found
+
+    def put_back(self, name: str, numbers: Tensor) -> None:
+        if name in self.tensors:
+            self.tensors[name] = numbers.contiguous()
+            return
+        for expert, each in enumerate(numbers):
+            own = name.replace(".experts.", f".experts.{expert}.")
+            assert own in self.tensors
+            self.tensors[own] = each.contiguous()
+
+    def parts(self, name: str, tensor: Tensor) -> list[tuple[Tensor, str]]:
+        """What becomes of a tensor, and gguf-py's name for it."""
+        if name.endswith("block_sparse_moe.input_linear.weight"):
+            layer = name.split(".")[2]
+            parts = zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True)
+            return [(part, f"blk.{layer}.ffn_{kind}_exps.weight") for kind, part in parts]
+        known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        if self.model_type == "mixtral" and ".experts." in name:
+            known = name.removeprefix("model.").replace("block_sparse_moe", "feed_forward")
+        place = self.names.get_name(known, SUFFIXES)
+        assert place is not None, name
+        return [(tensor, place)]
+
+    def add(self, writer: gguf.GGUFWriter, tensor: Tensor, place: str) -> Tensor:
+        """The numbers that the file then holds, in the tensor's own order."""
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+        kind = place.split(".")[2] if place.startswith("blk.") else ""
+        count = self.config[heads[kind]] if self.model_type in PERMUTED and kind in heads else None
+        written = tensor if count is None else permuted(tensor, count)
+        always = tensor.ndim == 1 or "_norm" in place or "ffn_gate_inp" in place
+        type_ = Type.F32 if always else self.type_of(place)
+        self.seed += 1
+        content = stored(written, type_, self.seed)
+        dense = type_ in (Type.F32, Type.F16)
+        writer.add_tensor(place, content, raw_dtype=None if dense else type_)
+        numbers = gguf.quants.dequantize(content, type_)
+        again = torch.from_numpy(np.array(numbers, dtype=np.float32)).reshape(tensor.shape)
+        return again if count is None else restored(again, count)
+
+    def rope_freqs(self, writer: gguf.GGUFWriter) -> None:
+        """Llama 3's frequencies, as divisors."""
+        rope = self.config.get("rope_scaling") or self.config["rope_parameters"]
+        if rope["rope_type"] != "llama3":
+            return
+        size = self.config["hidden_size"] // self.config["num_attention_heads"]
+        size = self.config.get("head_dim") or size
+        context = rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        divisors = []
+        for i in range(size // 2):
+            length = 2 * math.pi * rope["rope_theta"] ** (2 * i / size)
+            smooth = (context / length - low) / (high - low)
+            blend = 1 / ((1 - smooth) / rope["factor"] + smooth)
+            slow = rope["factor"] if length > context / low else blend
+            divisors.append(1.0 if length < context / high else slow)
+        writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))

@@ -1,0 +1,160 @@
+"""GGUF files of every architecture and every type, against transformers on the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from models.gguf_writing import Converter, TypeOf, plain
+from moebius.models.store import open_checkpoint
+from moebius.models.store.load import load_decoder
+from moebius.ops import Ops, select_ops
+from moebius.ops.reference import ReferenceOps
+from oracle import Server, assert_close, load_theirs, save_tiny
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("plain", "llama", {}),
+    ("tied-no-gqa", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("biases", "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    ("llama3-rope", "llama", {"rope_parameters": LLAMA3}),
+    ("linear-rope", "llama", {"rope_parameters": LINEAR}),
+    ("head-size", "llama", {"head_dim": 14}),
+    ("plain", "mistral", {"sliding_window": None}),
+    ("plain", "mixtral", {}),
+    ("plain", "qwen2", {}),
+    ("tied", "qwen2", {"tie_word_embeddings": True}),
+    ("plain", "qwen2_moe", {}),
+    ("plain", "qwen3", {}),
+    ("yarn", "qwen3", {"rope_parameters": YARN}),
+    ("yarn-attention", "qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    ("plain", "qwen3_moe", {}),
+    ("plain", "olmoe", {}),
+    ("plain", "dots1", {"n_group": 1, "topk_group": 1}),
+    ("groups", "dots1", {"n_group": 3, "topk_group": 2, "norm_topk_prob": False}),
+    ("plain", "granitemoe", {}),
+    ("tied", "granitemoe", {"tie_word_embeddings": True}),
+]
+OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
+PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
+
+
+def saved(
+    directory: Path,
+    model_type: str,
+    overrides: dict[str, Any],
+    type_of: TypeOf = plain,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> Path:
+    """A tiny model's file; the directory beside it holds the same numbers."""
+    save_tiny(directory, model_type, **overrides)
+    path = directory / "tiny.gguf"
+    Converter(directory, type_of).save(path, change)
+    return path
+
+
+def assert_same_answers(directory: Path, path: Path, ops: Ops) -> None:
+    """Logits of a prompt in chunks and of each token after it, and which ones follow."""
+    decoder = load_decoder(path, torch.float32, ops=ops)
+    server = Server(decoder, block_size=5, num_blocks=8)
+    ids = list(PROMPT)
+    server.step([(0, ids[:4])])
+    server.step([(0, ids[4:])])
+    for _ in range(4):
+        ids.append(server.greedy(0))
+        server.step([(0, ids[-1:])])
+    with torch.inference_mode():
+        theirs = load_theirs(directory)(torch.tensor([ids])).logits[0]
+    assert_close(server.all_logits(0), theirs)
+    assert ids[len(PROMPT) :] == theirs[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
+@pytest.mark.parametrize(
+    ("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES]
+)
+def test_every_architecture_answers_as_the_original(
+    tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any], ops: Ops
+) -> None:
+    assert_same_answers(tmp_path, saved(tmp_path, model_type, overrides), ops)
+
+
+# Wide enough for blocks of 256 in every matrix.
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "initializer_range": 0.02,
+}
+TYPES = [
+    Type.F16,
+    Type.BF16,
+    Type.Q8_0,
+    Type.Q4_0,
+    Type.Q4_1,
+    Type.Q5_0,
+    Type.Q5_1,
+    Type.Q2_K,
+    Type.Q3_K,
+    Type.Q4_K,
+    Type.Q5_K,
+    Type.Q6_K,
+    Type.IQ4_NL,
+    Type.IQ4_XS,
+    Type.MXFP4,
+]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_every_type_means_what_gguf_py_makes_of_it(tmp_path: Path, kind: Type) -> None:
+    path = saved(tmp_path, "llama", WIDE, lambda _: kind)
+    stored = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()}
+    assert stored == {"F32", kind.name}
+    assert_same_answers(tmp_path, path, ReferenceOps())
+
+
+def mixed(place: str) -> Type:
+    """Another type for each kind of tensor, as files have them."""
+    kinds = [
+        "ffn_gate_exps",
+        "ffn_up_exps",
+        "ffn_down_exps",
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "output",
+    ]
+    return next((TYPES[-1 - i] for i, kind in enumerate(kinds) if kind in place), Type.Q8_0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("qwen3_moe", {"moe_intermediate_size": 256, "head_dim": 64}), ("granitemoe", {})],
+)
+def test_types_may_differ_from_tensor_to_tensor(
+    tmp_path: Path, model_type: str, sizes: dict[str, Any]
+) -> None:
+    path = saved(tmp_path, model_type, {**WIDE, **sizes}, mixed)
+    stored = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()}
+    assert len(stored) >= 8
+    assert_same_answers(tmp_path, path, ReferenceOps())
