@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-import gguf
-from gguf import GGMLQuantizationType as Type
 
 ARCHITECTURES = {
     "llama": "LLAMA",
