@@ -29,8 +29,8 @@ from moebius.ops import ExpertWeights, PreparedLinear
 from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
+from moebius.ops.formats import dtype_name
 from moebius.ops.steps import StepInputs
-from moebius.ops.weights import dtype_name
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 

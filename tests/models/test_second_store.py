@@ -21,8 +21,8 @@ from moebius.models.store import kinds as kinds_module
 from moebius.models.store.load import load_decoder
 from moebius.nn.linear import Linear
 from moebius.ops import FORMATS, Matrix
+from moebius.ops.formats import Format, Planes, PlaneShape
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.weights import Format, Planes, PlaneShape
 from oracle import Server, save_tiny
 
 HEADER = "weights.toy.json"

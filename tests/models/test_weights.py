@@ -24,8 +24,8 @@ from moebius.models.store.load import load_decoder
 from moebius.models.store.save import save_checkpoint
 from moebius.ops import select_ops
 from moebius.ops.cpu import CpuOps
+from moebius.ops.formats import dtype_name
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.weights import dtype_name
 from moebius.train.initial import init_weights
 from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebius.ops.weights import Format, Matrix, Planes, PlaneShape
+from moebius.ops.formats import Format, Planes, PlaneShape
+from moebius.ops.weights import Matrix
 
 
 class Int8(Format):

@@ -22,7 +22,7 @@ from torch import Tensor
 from moebius.errors import CacheDataError, ConfigError
 from moebius.ops import LayerCache, Ops
 from moebius.ops.cache_spec import CacheSpec, Plane
-from moebius.ops.weights import dtype_name
+from moebius.ops.formats import dtype_name
 from moebius.pages import populate, reserve
 
 MOST_TABLES = 8

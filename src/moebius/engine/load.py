@@ -49,8 +49,8 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops import Ops, select_ops
 from moebius.ops.cache_spec import CacheSpec
+from moebius.ops.formats import dtype_name
 from moebius.ops.threads import TorchThreads, default_threads
-from moebius.ops.weights import dtype_name
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
 from moebius.request.params import ServingLimits

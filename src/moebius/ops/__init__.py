@@ -12,12 +12,13 @@ Legend of shape suffixes, used in all of the numerical code:
 """
 
 from moebius.ops.capability import Capability, Feature, Operation, Use
+from moebius.ops.formats import FORMATS, Format
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.select import select_ops
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
-from moebius.ops.weights import FORMATS, Format, Matrix, Weight
+from moebius.ops.weights import Matrix, Weight
 
 __all__ = [
     "FORMATS",

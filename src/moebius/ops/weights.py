@@ -1,80 +1,12 @@
-"""A weight is a `Matrix`: a format, a shape, and planes that lie where a file was mapped.
+"""A weight is a `Matrix`: a format, a shape, and planes that lie where a file was mapped."""
 
-A new format is one subclass of `Format`, registered in FORMATS, and the kernels that read it. Plain
-PyTorch computes with any of them by widening it.
-"""
-
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-Planes = tuple[Tensor, ...]
-# A plane's dtype and shape.
-PlaneShape = tuple[torch.dtype, tuple[int, ...]]
-
-
-class Format(ABC):
-    """How the numbers of a matrix (rows, columns) lie in its planes, one or several tensors.
-
-    Quantised formats have codes in one plane and scales in another; a plane of blocks that hold
-    both is bytes.
-    """
-
-    name: str
-
-    @abstractmethod
-    def planes(self, rows: int, columns: int) -> tuple[PlaneShape, ...]:
-        """Dtype and shape of each plane of such a matrix. Raises ValueError for impossible ones."""
-
-    def select(self, planes: Planes, rows: slice | Tensor) -> Planes:
-        """The planes of some rows: views for a slice, copies for ids (int64)."""
-        return tuple(plane[rows] for plane in planes)
-
-    @abstractmethod
-    def widened(self, planes: Planes, dtype: torch.dtype) -> Tensor:
-        """The numbers (rows, columns), each rounded once to `dtype`."""
-
-    @abstractmethod
-    def exact_in(self, dtype: torch.dtype) -> bool:
-        """Whether `dtype` holds every number of this format exactly."""
-
-
-class Dense(Format):
-    """One plane: the numbers themselves, row-major."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.name = dtype_name(dtype)
-
-    def planes(self, rows: int, columns: int) -> tuple[PlaneShape, ...]:
-        return ((self.dtype, (rows, columns)),)
-
-    def widened(self, planes: Planes, dtype: torch.dtype) -> Tensor:
-        return planes[0].to(dtype)
-
-    def exact_in(self, dtype: torch.dtype) -> bool:
-        return torch.promote_types(self.dtype, dtype) == dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch.float16 -> 'float16'."""
-    return str(dtype).removeprefix("torch.")
-
-
-@cache
-def dense(dtype: torch.dtype) -> Dense:
-    """The format of matrices whose numbers are plain `dtype`."""
-    return Dense(dtype)
-
-
-# What a checkpoint's matrices may be stored in, by name.
-FORMATS: dict[str, Format] = {
-    each.name: each for each in map(dense, (torch.bfloat16, torch.float16, torch.float32))
-}
+from moebius.ops.formats import Format, Planes, dense
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,7 +22,7 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import FORMATS, Matrix, Ops, PreparedExperts, Weight, select_ops
-from moebius.ops.weights import Dense, dtype_name
+from moebius.ops.formats import Dense, dtype_name
 from moebius.pages import Span, give_back
 
 # Threads that copy a model while it is loaded, and nothing is computed yet.

@@ -21,10 +21,11 @@ from moebius.ops.cpu.base import (
     require_dtype,
     require_no_gradient,
 )
+from moebius.ops.formats import dtype_name
 from moebius.ops.prepared import PreparedExperts, own
 from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
-from moebius.ops.weights import Weight, dtype_name
+from moebius.ops.weights import Weight
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
