@@ -39,9 +39,13 @@ constexpr Facts facts(Format type) {
     }
 }
 
-// Scales times codes of these fit eight bits, so that a whole block is one sum: (q - 4) * -32..31 is between -124 and 128, and
-// is stored 124 larger.
-constexpr bool folds(Format type) { return SCHEME == QUADS && (type == Q2_K || type == Q3_K); }
+// Where scales are multiplied into the codes, a whole block is one sum. Those of these two fit eight bits: (q - 4) * -32..31 is
+// between -124 and 128, and is stored 124 larger, or negated. Tiles' sums are as long as a block anyway; other codes are in two
+// planes there, of seven bits and of what is left.
+constexpr bool fits_bytes(Format type) { return type == Q2_K || type == Q3_K; }
+constexpr bool folds(Format type) { return SCHEME == TILES ? facts(type).scaled : SCHEME == QUADS && fits_bytes(type); }
+constexpr int planes_of(Format type) { return folds(type) && !fits_bytes(type) ? 2 : 1; }
+constexpr int PLANE_BITS = 7;
 constexpr int FOLDED_Q3_OFFSET = 124;
 
 constexpr int unsigned_offset(Format type) { return folds(type) && type == Q3_K ? FOLDED_Q3_OFFSET : facts(type).offset; }
@@ -50,9 +54,10 @@ constexpr int unsigned_offset(Format type) { return folds(type) && type == Q3_K 
 //   SUB: elements of one integer sum; SCALED: that is multiplied by an integer then
 //   MINIMA; MINIMUM_SUB: elements that share a minimum of SUB_MINIMA
 //   STARTS: sums start elsewhere than at 0, as codes are unsigned where they stand for signed ones
-//   CHAIN: quads that PAIRS may add up in 16 bits. 0: codes are signed, and no two products fit.
-template <int ELEMENTS_, int SUB_, bool SCALED_, Minima MINIMA_, int MINIMUM_SUB_, bool STARTS_, int CHAIN_> struct Kind {
-    static constexpr int ELEMENTS = ELEMENTS_, SUB = SUB_, CHAIN = CHAIN_, MINIMUM_SUB = MINIMUM_SUB_;
+//   CHAIN: quads that PAIRS may add up in 16 bits. 0: codes are signed, and no two products fit (LIFTED, below).
+//   PLANES of codes, for TILES
+template <int ELEMENTS_, int SUB_, bool SCALED_, Minima MINIMA_, int MINIMUM_SUB_, bool STARTS_, int CHAIN_, int PLANES_> struct Kind {
+    static constexpr int ELEMENTS = ELEMENTS_, SUB = SUB_, CHAIN = CHAIN_, MINIMUM_SUB = MINIMUM_SUB_, PLANES = PLANES_;
     static constexpr bool SCALED = SCALED_, STARTS = STARTS_;
     static constexpr Minima MINIMA = MINIMA_;
 
@@ -60,8 +65,13 @@ template <int ELEMENTS_, int SUB_, bool SCALED_, Minima MINIMA_, int MINIMUM_SUB
     static constexpr int SCALE_VECTORS = SCALED ? SUBS : 0;
     static constexpr int MINIMUM_PAIRS = MINIMA == SUB_MINIMA ? ELEMENTS / MINIMUM_SUB / 2 : 0;
 
+    // Instructions for pairs multiply unsigned bytes by signed ones. The sizes of codes are unsigned; their signs go to x by
+    // turning all of its bits, which makes -x - 1 of it. So a sum comes out smaller by the sizes of all negative codes, which a
+    // block brings along, times their scales. |-128| * (-127 - 1), twice, is -2^15, the last number that fits.
+    static constexpr bool LIFTED = SCHEME == PAIRS && CHAIN == 0;
+
     // A block of a panel, in vectors.
-    static constexpr int SCALES_AT = QUADS_OF_BLOCK, MINIMA_AT = SCALES_AT + SCALE_VECTORS, D_AT = MINIMA_AT + MINIMUM_PAIRS;
+    static constexpr int LIFT_AT = PLANES * QUADS_OF_BLOCK, SCALES_AT = LIFT_AT + LIFTED, MINIMA_AT = SCALES_AT + SCALE_VECTORS, D_AT = MINIMA_AT + MINIMUM_PAIRS;
     static constexpr int PANEL_VECTORS = D_AT + (MINIMA == NO_MINIMA ? 1 : 2);
 
     // A block of a tile, in words of each row: quads, the sums' starts, then either sums of x's sub-blocks, in pairs of 16 bits,
@@ -83,8 +93,8 @@ template <Format TYPE> struct KindOf {
     static constexpr int CHAIN = SCHEME == PAIRS ? chain_of(FACTS) : FACTS.sub / 4;
     static constexpr int ELEMENTS = FORMAT_SIZES[TYPE].elements;
     using type = Kind<ELEMENTS, FOLDS ? ELEMENTS : FACTS.sub, FACTS.scaled && !FOLDS, FACTS.minima,
-                      FACTS.minima == SUB_MINIMA ? FACTS.sub : 0, SCHEME != PLAIN && CHAIN && unsigned_offset(TYPE),
-                      SCHEME == PAIRS ? CHAIN : 1>;
+                      FACTS.minima == SUB_MINIMA ? FACTS.sub : 0,
+                      (SCHEME == QUADS || SCHEME == PAIRS) && CHAIN && unsigned_offset(TYPE), SCHEME == PAIRS ? CHAIN : 1, planes_of(TYPE)>;
 };
 
 // --- the order of blocks ---

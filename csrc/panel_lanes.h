@@ -1,10 +1,11 @@
 // The vectors of products of block formats with many rows: a lane a weight row. Bit fields are cut out in whole vectors
 // of 32 bits, for which compilers have operators; what they have none for is here, for every instruction set.
 //
-// Four neighbours of a row's numbers, a "quad", fill the 32 bits of a lane. Sums of quads' products are exact in each of three
+// Four neighbours of a row's numbers, a "quad", fill the 32 bits of a lane. Sums of quads' products are exact in each of four
 // ways, by what the instruction set has:
 //   QUADS   an instruction for unsigned codes of weights times signed ones of x, summed in 32 bits (VNNI)
 //   PAIRS   one for pairs of such products in 16 bits, which are summed in 16 bits as long as that is exact (AVX2, AVX-512)
+//   TILES   one for sums of whole tiles of signed codes (AMX)
 //   PLAIN   multiplication of signed codes (NEON, portable)
 // Where codes are unsigned, they are `offset` larger than what they stand for, and sums start at -offset times the sum of x's.
 #pragma once
@@ -16,9 +17,12 @@ namespace MOEBIUS_ISA {
 // A function of a class, which INLINE would make static.
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
-enum Scheme { QUADS, PAIRS, PLAIN };
+enum Scheme { QUADS, PAIRS, TILES, PLAIN };
 // Rows of x whose sums are in registers at once.
-#if defined(__AVX512F__)
+#if defined(MOEBIUS_AMX)
+constexpr int LANES = 16, TILE = 16;
+constexpr Scheme SCHEME = TILES;
+#elif defined(__AVX512F__)
 constexpr int LANES = 16, TILE = 8;
 #if defined(__AVX512VNNI__)
 constexpr Scheme SCHEME = QUADS;
@@ -81,6 +85,11 @@ INLINE Words looked_up(Words codes, const uint8_t* table) {
     const __m512i tables = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return (Words)_mm512_shuffle_epi8(tables, (__m512i)codes);
 }
+INLINE Words spread_bits(Words bits) {
+    const __m512i table = _mm512_set_epi32(0x01010101, 0x01010100, 0x01010001, 0x01010000, 0x01000101, 0x01000100, 0x01000001, 0x01000000,
+                                           0x00010101, 0x00010100, 0x00010001, 0x00010000, 0x00000101, 0x00000100, 0x00000001, 0);
+    return (Words)_mm512_permutexvar_epi32((__m512i)bits, table);
+}
 INLINE Floats widened_halves(Words halves) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)halves)); }
 INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -140,6 +149,11 @@ INLINE Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
 INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float)); }
 #endif
 
+#if !defined(__AVX512F__)
+// The lowest four bits to the lowest bits of four bytes: of four copies, 7 bits apart, each byte keeps one.
+INLINE Words spread_bits(Words bits) { return ((bits & 15) * 0x00204081u) & 0x01010101u; }
+#endif
+
 // The 16 bits at byte `at` of each row, in the low halves. One by one: the processor's units for single words do nothing else
 // meanwhile.
 INLINE Words halves_of(const uint8_t* const* rows, size_t at) {
@@ -155,12 +169,20 @@ INLINE Words halves_of(const uint8_t* const* rows, size_t at) {
 
 // --- sums of products ---
 
+#if defined(__AVX2__)
+// Compilers know that whole numbers may be added in any order, and make trees of sums for which there are too few registers.
+INLINE Ints in_order(Ints sum) {
+    asm("" : "+v"(sum));
+    return sum;
+}
+#endif
+
 #if defined(__AVX512F__)
 INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {  // of signed halves
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #else
-    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return in_order(sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b));
 #endif
 }
 #if defined(__AVX512VNNI__)
@@ -169,23 +191,21 @@ INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
 }
 #endif
 INLINE Ints plus_halves(Ints sum, Words w, int32_t x) {
-    return (Ints)_mm512_add_epi16((__m512i)sum, _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x)));
+    return in_order((Ints)_mm512_add_epi16((__m512i)sum, _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x))));
 }
-// The products of signed codes, as two halves. The sign of w moves to x, which is never -128; |-128| is 128 without a sign, and
-// two of 128 * 127 stay below 2^15.
-INLINE Ints signed_halves(Words w, int32_t x) {
-    const __m512i turned = _mm512_set1_epi32(x), minus = _mm512_sub_epi8(_mm512_setzero_si512(), turned);
-    const __m512i moved = _mm512_mask_mov_epi8(turned, _mm512_movepi8_mask((__m512i)w), minus);
-    return (Ints)_mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)w), moved);
-}
+INLINE Words negative_bytes(Words a) { return (Words)_mm512_movm_epi8(_mm512_movepi8_mask((__m512i)a)); }
+INLINE Words byte_sizes(Words a) { return (Words)_mm512_abs_epi8((__m512i)a); }
+INLINE Ints halves_of_products(Words sizes, Words x) { return (Ints)_mm512_maddubs_epi16((__m512i)sizes, (__m512i)x); }
 #elif defined(__AVX2__)
-INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) { return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {
+    return in_order(sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b));
+}
 INLINE Ints plus_halves(Ints sum, Words w, int32_t x) {
-    return (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x)));
+    return in_order((Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x))));
 }
-INLINE Ints signed_halves(Words w, int32_t x) {
-    return (Ints)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)w));
-}
+INLINE Words negative_bytes(Words a) { return (Words)_mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)a); }
+INLINE Words byte_sizes(Words a) { return (Words)_mm256_abs_epi8((__m256i)a); }
+INLINE Ints halves_of_products(Words sizes, Words x) { return (Ints)_mm256_maddubs_epi16((__m256i)sizes, (__m256i)x); }
 #elif defined(MOEBIUS_NEON)
 INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {
     const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;

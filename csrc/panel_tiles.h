@@ -1,16 +1,10 @@
 // Quantised rows of x as tiles: TILE rows, or the next power of two for what is left, beside each other quad by quad.
 #pragma once
 #include "panel_kinds.h"
+#include "panels.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {
-
-// The rows of a tile where `left` rows are left: TILE, half of it, and so on down to two.
-INLINE int tile_rows(int left) {
-    int rows = 2;
-    while (rows < left && rows < TILE) rows *= 2;
-    return rows;
-}
 
 // M words of as many rows, and their halves.
 template <int M> struct RowWords {
@@ -30,19 +24,24 @@ template <int M> INLINE Row<M> row_words(const void* p) {
 // out[quad][row] = the quads of M rows, sixteen bytes of each at once
 template <int M> INLINE void side_by_side(const int8_t* const* rows, size_t at, char* out) {
 #if defined(__AVX2__)
-    if constexpr (M >= 4) {
-        // turn's way, in halves of four rows
-#pragma GCC unroll 2
-        for (int first = 0; first < M; first += 4) {
-            __m128i v[4];
+    auto sixteen = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    if constexpr (M == 8) {
+        __m256i v[4];
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) v[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[first + r] + at));
-            const __m128i a = _mm_unpacklo_epi32(v[0], v[1]), b = _mm_unpackhi_epi32(v[0], v[1]);
-            const __m128i c = _mm_unpacklo_epi32(v[2], v[3]), d = _mm_unpackhi_epi32(v[2], v[3]);
-            const __m128i turned[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d), _mm_unpackhi_epi64(b, d)};
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j * 4 * M + 4 * first), turned[j]);
-        }
+        for (int r = 0; r < 4; r++) v[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(r)), sixteen(r + 4), 1);
+        const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
+        const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+        auto put_quads = [&](int j, __m256i quads) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + j, quads); };
+        put_quads(0, _mm256_unpacklo_epi64(a, c)), put_quads(1, _mm256_unpackhi_epi64(a, c));
+        put_quads(2, _mm256_unpacklo_epi64(b, d)), put_quads(3, _mm256_unpackhi_epi64(b, d));
+        return;
+    }
+    if constexpr (M == 4) {
+        const __m128i a = _mm_unpacklo_epi32(sixteen(0), sixteen(1)), b = _mm_unpackhi_epi32(sixteen(0), sixteen(1));
+        const __m128i c = _mm_unpacklo_epi32(sixteen(2), sixteen(3)), d = _mm_unpackhi_epi32(sixteen(2), sixteen(3));
+        auto put_quads = [&](int j, __m128i quads) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + j, quads); };
+        put_quads(0, _mm_unpacklo_epi64(a, c)), put_quads(1, _mm_unpackhi_epi64(a, c));
+        put_quads(2, _mm_unpacklo_epi64(b, d)), put_quads(3, _mm_unpackhi_epi64(b, d));
         return;
     }
 #endif
@@ -92,15 +91,16 @@ template <class K, int M> INLINE void pack_sums(int offset, char* to) {
 
 // One block of M rows, whose codes lie from `at` on.
 template <class K, int M> INLINE void pack_block(const int8_t* const* rows, size_t at, const float* scales, int offset, char* to) {
+#pragma GCC unroll 2
     for (int i = 0; i < K::ELEMENTS / 16; i++) side_by_side<M>(rows, at + 16 * i, to + 16 * i * M);
     if constexpr (K::STARTS || K::MINIMA != NO_MINIMA) pack_sums<K, M>(offset, to);
     memcpy(to + K::DX_AT * 4 * M, scales, 4 * M);
 }
 
-template <class K, int M> void pack_tile(const QuantisedRow* x, int m, int k, int offset, char* to) {
+template <class K, int M> void pack_tile(const QuantisedRow* x, int m, int blocks, int offset, char* to) {
     const int8_t* rows[M];
     for (int r = 0; r < M; r++) rows[r] = x[min_of(r, m - 1)].codes;  // rows beyond m: any, whose sums are not written
-    each_block(k / K::ELEMENTS, [&](int b) {
+    each_block(blocks, [&](int b) {
         float scales[M];
         for (int r = 0; r < M; r++) scales[r] = x[min_of(r, m - 1)].scales[b];
         pack_block<K, M>(rows, size_t(b) * K::ELEMENTS, scales, offset, to);
@@ -108,16 +108,18 @@ template <class K, int M> void pack_tile(const QuantisedRow* x, int m, int k, in
     });
 }
 
-template <class K> size_t tile_row_bytes(int k) { return size_t(k / K::ELEMENTS) * K::TILE_WORDS * 4; }
+template <Format TYPE> constexpr size_t tile_block_bytes() { return KindOf<TYPE>::type::TILE_WORDS * 4; }
 
-// All m rows, tile after tile.
-template <class K> void pack_tiles(const QuantisedRow* x, int m, int k, int offset, char* to) {
+template <Format TYPE> void pack_tiles(const QuantisedRow* x, int m, int blocks, void* to) {
+    using K = typename KindOf<TYPE>::type;
+    constexpr int offset = unsigned_offset(TYPE);
+    char* at = static_cast<char*>(to);
     for (int i = 0; i < m;) {
-        const int rows = tile_rows(m - i), here = min_of(rows, m - i);
-        if (rows == 2) pack_tile<K, 2>(x + i, here, k, offset, to);
-        else if (rows == 4) pack_tile<K, 4>(x + i, here, k, offset, to);
-        else pack_tile<K, TILE>(x + i, here, k, offset, to);
-        i += rows, to += rows * tile_row_bytes<K>(k);
+        const int rows = rows_of_tile(m - i, TILE), here = min_of(rows, m - i);
+        if (rows == 2) pack_tile<K, 2>(x + i, here, blocks, offset, at);
+        else if (rows == 4) pack_tile<K, 4>(x + i, here, blocks, offset, at);
+        else pack_tile<K, TILE>(x + i, here, blocks, offset, at);
+        i += rows, at += rows * blocks * tile_block_bytes<TYPE>();
     }
 }
 

@@ -7,15 +7,27 @@ namespace MOEBIUS_ISA {
 
 constexpr uint32_t NIBBLES = 0x0f0f0f0f, TWO_BITS = 0x03030303, LOW_BITS = 0x01010101;
 
+template <int N> struct HalfWords {
+    typedef int16_t type __attribute__((vector_size(4 * N)));
+};
+// The low bytes of halves, those of `odd` behind those of `even`.
+INLINE Words bytes_side_by_side(Words even, Words odd) { return (even & 0x00ff00ff) | ((odd & 0x00ff00ff) << 8); }
+// The sum of the four unsigned bytes of each lane.
+INLINE Ints byte_sums(Words bytes) {
+    const Words halves = (bytes & 0x00ff00ff) + ((bytes >> 8) & 0x00ff00ff);
+    return (Ints)((halves & 0xffff) + (halves >> 16));
+}
+
 // A block of LANES rows, from byte `from` of each on, and where it goes.
 template <Format TYPE> struct PanelBlock {
     using K = typename KindOf<TYPE>::type;
-    static constexpr bool SIGNED = SCHEME == PLAIN || K::CHAIN == 0;
+    static constexpr bool SIGNED = SCHEME == PLAIN || SCHEME == TILES || K::CHAIN == 0;
 
     const uint8_t* const* rows;
     size_t from;
     char* to;
     Ints scales[FORMAT_SIZES[TYPE].elements / facts(TYPE).sub];
+    Ints lift = {};
 
     INLINE_MEMBER void fetch(size_t at, Words* four) const { turn(rows, from + at, four); }
     INLINE_MEMBER Words halves(size_t at) const { return halves_of(rows, from + at); }
@@ -26,20 +38,41 @@ template <Format TYPE> struct PanelBlock {
         scales[sub] = scale;
         if constexpr (K::SCALED) vector(K::SCALES_AT + sub, (Words)(SCHEME == PAIRS ? doubled(scale) : scale));
     }
+    INLINE_MEMBER Ints scale_of(int quad) const { return scales[quad * 4 / facts(TYPE).sub]; }
     // Four unsigned codes of each row.
-    INLINE_MEMBER void set_quad(int quad, Words codes) const {
+    INLINE_MEMBER void set_quad(int quad, Words codes) {
         if constexpr (SIGNED) codes = bytes_less(codes, facts(TYPE).offset);
-        if constexpr (KindOf<TYPE>::FOLDS) {
+        if constexpr (K::LIFTED) {
+            const Ints sizes = byte_sums(byte_sizes(codes) & negative_bytes(codes));
+            lift += K::SCALED ? sizes * scale_of(quad) : sizes;
+        }
+        if constexpr (KindOf<TYPE>::FOLDS && SCHEME == QUADS) {
             // Four products in one: what a byte carries over is what its neighbour's sum lacks, as all four results are unsigned.
-            const Words scale = (Words)scales[quad * 4 / facts(TYPE).sub];
+            const Words scale = (Words)scale_of(quad);
             codes *= scale;
             if constexpr (TYPE == Q3_K) codes += FOLDED_Q3_OFFSET * LOW_BITS - scale * (4 * LOW_BITS);
         }
-        vector(quad, codes);
+        if constexpr (KindOf<TYPE>::FOLDS && SCHEME == TILES) set_planes(quad, codes);
+        else vector(quad, codes);
+    }
+    // Products of signed codes and their scale, in 16 bits, as low and high bytes.
+    INLINE_MEMBER void set_planes(int quad, Words codes) const {
+        using Shorts = typename HalfWords<LANES>::type;
+        const Shorts scale = (Shorts)doubled(TYPE == Q3_K ? -scale_of(quad) : scale_of(quad));
+        const Shorts even = ((Shorts)(codes << 8) >> 8) * scale, odd = ((Shorts)codes >> 8) * scale;
+        if constexpr (K::PLANES == 1) vector(quad, bytes_side_by_side((Words)even, (Words)odd));
+        else {
+            constexpr int16_t LOW = (1 << PLANE_BITS) - 1;
+            vector(quad, bytes_side_by_side((Words)(even & LOW), (Words)(odd & LOW)));
+            vector(K::QUADS_OF_BLOCK + quad, bytes_side_by_side((Words)(even >> PLANE_BITS), (Words)(odd >> PLANE_BITS)));
+        }
+    }
+    INLINE_MEMBER void finish() const {
+        if constexpr (K::LIFTED) vector(K::LIFT_AT, (Words)lift);
     }
     // Of two neighbouring sub-blocks.
     INLINE_MEMBER void set_minima(int pair, Ints first, Ints second) const { vector(K::MINIMA_AT + pair, (Words)(first | (second << 16))); }
-    INLINE_MEMBER void set_d(Floats d) const { vector(K::D_AT, (Words)d); }
+    INLINE_MEMBER void set_d(Floats d) const { vector(K::D_AT, (Words)(SCHEME == TILES && TYPE == Q3_K ? -d : d)); }
     INLINE_MEMBER void set_minimum(Floats m) const { vector(K::D_AT + 1, (Words)m); }
     // float16 d and minimum, the low and the high halves
     INLINE_MEMBER void set_d_and_minimum(Words both) const {
@@ -53,7 +86,7 @@ INLINE Ints byte_of(Words words, int i) { return (Ints)((words >> (8 * i)) & 0xf
 INLINE Ints signed_byte_of(Words words, int i) { return (Ints)(words << (24 - 8 * i)) >> 24; }
 
 // Four bits of each of sixteen bytes from `at` on are quads `low` to low + 3, the others `high` to high + 3.
-template <class Block, class Finish> INLINE void nibble_quads(const Block& block, size_t at, int low, int high, const Finish& finish) {
+template <class Block, class Finish> INLINE void nibble_quads(Block& block, size_t at, int low, int high, const Finish& finish) {
     Words four[4];
     block.fetch(at, four);
 #pragma GCC unroll 4
@@ -71,39 +104,37 @@ alignas(16) constexpr uint8_t E2M1_TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 
 
 // --- blocks of 32 ---
 
-INLINE void unpack(PanelBlock<Q4_0> block) {
+INLINE void unpack(PanelBlock<Q4_0>& block) {
     nibble_quads(block, 2, 0, 4, as_they_are);
     block.set_d(widened_halves(block.halves(0)));
 }
 
-INLINE void unpack(PanelBlock<Q4_1> block) {
+INLINE void unpack(PanelBlock<Q4_1>& block) {
     nibble_quads(block, 4, 0, 4, as_they_are);
     block.set_d(widened_halves(block.halves(0)));
     block.set_minimum(widened_halves(block.halves(2)));
 }
 
 // The fifth bits of the 32 codes of a row are one word.
-template <Format TYPE> INLINE void unpack_five_bits(const PanelBlock<TYPE>& block, Words fifth, size_t at) {
+template <Format TYPE> INLINE void unpack_five_bits(PanelBlock<TYPE>& block, Words fifth, size_t at) {
     nibble_quads(block, at, 0, 4, [&](Words codes, int quad) {
-        // Bits 0 to 3 to the lowest bits of four bytes: of the four copies, 7 bits apart, each byte keeps one.
-        const Words spread = ((fifth >> (4 * quad)) & 15) * 0x00204081u & LOW_BITS;
-        return codes | (spread << 4);
+        return codes | (spread_bits(fifth >> (4 * quad)) << 4);
     });
 }
 
-INLINE void unpack(PanelBlock<Q5_0> block) {
+INLINE void unpack(PanelBlock<Q5_0>& block) {
     unpack_five_bits(block, block.halves(2) | (block.halves(4) << 16), 6);
     block.set_d(widened_halves(block.halves(0)));
 }
 
-INLINE void unpack(PanelBlock<Q5_1> block) {
+INLINE void unpack(PanelBlock<Q5_1>& block) {
     Words head[4];
     block.fetch(0, head);
     unpack_five_bits(block, head[1], 8);
     block.set_d_and_minimum(head[0]);
 }
 
-INLINE void unpack(PanelBlock<Q8_0> block) {
+INLINE void unpack(PanelBlock<Q8_0>& block) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
         Words four[4];
@@ -114,12 +145,12 @@ INLINE void unpack(PanelBlock<Q8_0> block) {
     block.set_d(widened_halves(block.halves(0)));
 }
 
-INLINE void unpack(PanelBlock<IQ4_NL> block) {
+INLINE void unpack(PanelBlock<IQ4_NL>& block) {
     nibble_quads(block, 2, 0, 4, [](Words codes, int) { return looked_up(codes, IQ4_TABLE); });
     block.set_d(widened_halves(block.halves(0)));
 }
 
-INLINE void unpack(PanelBlock<MXFP4> block) {
+INLINE void unpack(PanelBlock<MXFP4>& block) {
     nibble_quads(block, 1, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_TABLE); });
     // 2^(e - 128), of which the first two are subnormal
     const Words e = block.halves(0) & 0xff, small = (Words)(e < 2);
@@ -144,7 +175,7 @@ template <Format TYPE> INLINE void unpack_head(PanelBlock<TYPE>& block) {
     }
 }
 
-INLINE void unpack(PanelBlock<Q4_K> block) {
+INLINE void unpack(PanelBlock<Q4_K>& block) {
     unpack_head(block);
     for (int chunk = 0; chunk < 4; chunk++)
         for (int part = 0; part < 2; part++) {
@@ -153,7 +184,7 @@ INLINE void unpack(PanelBlock<Q4_K> block) {
         }
 }
 
-INLINE void unpack(PanelBlock<Q5_K> block) {
+INLINE void unpack(PanelBlock<Q5_K>& block) {
     unpack_head(block);
     for (int part = 0; part < 2; part++) {
         Words fifth[4];
@@ -167,7 +198,7 @@ INLINE void unpack(PanelBlock<Q5_K> block) {
     }
 }
 
-INLINE void unpack(PanelBlock<Q6_K> block) {
+INLINE void unpack(PanelBlock<Q6_K>& block) {
     Words scales[4], last[4];
     block.fetch(192, scales);
     block.fetch(194, last);  // not a byte beyond the block
@@ -191,7 +222,7 @@ INLINE void unpack(PanelBlock<Q6_K> block) {
         }
 }
 
-INLINE void unpack(PanelBlock<Q2_K> block) {
+INLINE void unpack(PanelBlock<Q2_K>& block) {
     Words head[4], last[4];
     block.fetch(0, head);
     block.fetch(68, last);
@@ -229,7 +260,7 @@ INLINE void unpack_q3_scales(PanelBlock<Q3_K>& block) {
     }
 }
 
-INLINE void unpack(PanelBlock<Q3_K> block) {
+INLINE void unpack(PanelBlock<Q3_K>& block) {
     unpack_q3_scales(block);
     for (int part = 0; part < 2; part++) {
         Words third[4];
@@ -248,7 +279,7 @@ INLINE void unpack(PanelBlock<Q3_K> block) {
     }
 }
 
-INLINE void unpack(PanelBlock<IQ4_XS> block) {
+INLINE void unpack(PanelBlock<IQ4_XS>& block) {
     Words head[4];
     block.fetch(0, head);
     block.set_d(widened_halves(head[0] & 0xffff));
@@ -263,15 +294,17 @@ INLINE void unpack(PanelBlock<IQ4_XS> block) {
 
 template <Format TYPE> constexpr size_t panel_block_bytes() { return size_t(KindOf<TYPE>::type::PANEL_VECTORS) * VECTOR; }
 
-// The n, at most LANES, rows from w on, `row_bytes` apart. Lanes beyond repeat the last one.
-template <Format TYPE> void unpack_panel(const void* w, size_t row_bytes, int n, int k, void* to) {
+// Lanes beyond the n rows repeat the last one.
+template <Format TYPE> void unpack_panel(const void* w, int n, int blocks, void* to) {
+    const size_t row_bytes = size_t(blocks) * FORMAT_SIZES[TYPE].bytes;
     const uint8_t* rows[LANES];
     for (int r = 0; r < LANES; r++) rows[r] = static_cast<const uint8_t*>(w) + min_of(r, n - 1) * row_bytes;
     char* at = static_cast<char*>(to);
-    each_block(k / FORMAT_SIZES[TYPE].elements, [&](int b) {
+    each_block(blocks, [&](int b) {
         PanelBlock<TYPE> block;
         block.rows = rows, block.from = size_t(b) * FORMAT_SIZES[TYPE].bytes, block.to = at;
         unpack(block);
+        block.finish();
         at += panel_block_bytes<TYPE>();
     });
 }
