@@ -87,7 +87,8 @@ size_t Ops::scratch_bytes() const {
 size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
     const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
     size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
-    for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
+    if (float_activations_) of_a_thread += size_t(ROW_BLOCK) * widest * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + widened_bytes(widest) + 3 * 64;
+    else for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
     of_a_thread += most_panel_bytes(widest);
     return threads() * of_a_thread + most_tile_bytes(widest) + (splits * attention + Scratch::SPARE) * sizeof(float);
@@ -120,7 +121,7 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
         product(l.dtype, x_rows, first, m, w, column, next, c, n, scratch_[thread]);
         store_columns(l, *layer, {0, first, m, column, n}, c, out, wide);
     });
-    if (rows >= MANY_ROWS) linear_by_panels(l, x, rows, out, wide);
+    if (rows >= MANY_ROWS && !float_activations_) linear_by_panels(l, x, rows, out, wide);
 }
 
 void Ops::store_columns(const Linear& l, const Linear::Layer& layer, const Product& p, const float* c, void* out, bool wide) {
@@ -141,6 +142,7 @@ void Ops::store_columns(const Linear& l, const Linear::Layer& layer, const Produ
 void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                   int columns, Scratch& s) {
     const int k = w.columns;
+    if (is_blocks(w.format) && float_activations_) return widened_product(dtype, x, first, m, w, column, c, columns, s);
     if (is_blocks(w.format)) {
         const BlockSize size = block_size(w.format);
         const BlockKernels& kernels = *kernels_->blocks;
@@ -152,14 +154,6 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
     if (!kernels_->pack[dtype]) return kernel(x, m, w.row(column), k, columns, k, next, c, columns);
     const void* const rows[] = {packed(s.packed[0], first, packed_bytes(m, k), [&](void* to) { kernels_->pack[dtype](x, m, k, to); })};
     kernel(rows, m, w.row(column), k, columns, k, next, c, columns);
-}
-
-template <class Pack> const void* Ops::packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack) {
-    if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
-    void* to = Scratch::aligned(packed.bytes.data());
-    if (packed.call != calls_ || packed.first != first) pack(to);
-    packed.call = calls_, packed.first = first;
-    return to;
 }
 
 // One item for each expert, block of its rows and chunk of columns; experts without rows cost nothing.

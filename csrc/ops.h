@@ -135,12 +135,16 @@ struct Clip {
 
 constexpr int ROW_BLOCK = 64;  // rows of x that pass while a chunk of weights is in the second cache
 constexpr int MOST_COLUMNS = 256;  // of a product that one item computes
+// Rows of weights in blocks that are widened at a time, where activations are not quantised.
+constexpr int WIDENED_ROWS = 16;
 // Rows from which on weights in blocks are unpacked first (panels.h): measured.
 constexpr int MANY_ROWS = 8;
 
 class Ops {
 public:
-    Ops(const std::string& limit, int threads) : kernels_(select_kernels(limit)), pool_(threads), scratch_(threads) {}
+    // float_activations: what meets weights in blocks is not quantised.
+    Ops(const std::string& limit, int threads, bool float_activations = false)
+        : kernels_(select_kernels(limit)), float_activations_(float_activations), pool_(threads), scratch_(threads) {}
 
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
@@ -200,7 +204,7 @@ private:
         std::vector<float> floats;
         std::vector<const void*> rows;
         // Rows of x as products want them, each kind once for a thread's items: packed for plain numbers, quantised for blocks
-        // of either size.
+        // of either size; or, where they are not quantised, widened, and packed as float32.
         struct Packed {
             std::vector<char> bytes;
             uint64_t call = 0;
@@ -208,6 +212,7 @@ private:
         };
         Packed packed[1 + BLOCK_SIZES];
         std::vector<char> panels;  // of one item
+        std::vector<char> widened;  // rows of weights
 
         static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
@@ -222,7 +227,7 @@ private:
         size_t bytes() const {
             size_t sum = floats.capacity() * sizeof(float);
             for (const Packed& each : packed) sum += each.bytes.capacity();
-            return sum + panels.capacity();
+            return sum + panels.capacity() + widened.capacity();
         }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
@@ -271,7 +276,13 @@ private:
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
     // What `pack` makes of the rows from `first` of this call's, in so many bytes; made anew where `packed` has others.
-    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack);
+    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack) {
+        if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
+        void* to = Scratch::aligned(packed.bytes.data());
+        if (packed.call != calls_ || packed.first != first) pack(to);
+        packed.call = calls_, packed.first = first;
+        return to;
+    }
 
     // Many rows and weights in blocks (panel_ops.cpp).
     const PanelKernels& panels() const { return *kernels_->blocks->panels; }
@@ -295,7 +306,13 @@ private:
     void gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner);
     void down_by_panels(const Experts& e, const void* inner, void* out);
 
+    // The same where activations are not quantised (widened_ops.cpp).
+    void widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
+                         Scratch& scratch);
+    static size_t widened_bytes(int k);
+
     const Kernels* kernels_;
+    const bool float_activations_;
     std::mutex one_caller_;  // of what uses the members below
     Pool pool_;
     std::vector<Scratch> scratch_;

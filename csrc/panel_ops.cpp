@@ -169,7 +169,7 @@ void Ops::linear_by_panels(const Linear& l, const void* x, int rows, void* out, 
 }
 
 bool Ops::by_panels(int rows, std::initializer_list<Format> formats) const {
-    return rows >= MANY_ROWS && std::all_of(formats.begin(), formats.end(), is_blocks);
+    return !float_activations_ && rows >= MANY_ROWS && std::all_of(formats.begin(), formats.end(), is_blocks);
 }
 bool Ops::gate_by_panels(const Experts& e, int expert) const {
     return by_panels(starts_[expert + 1] - starts_[expert], {e.gate[expert].format, e.up[expert].format});

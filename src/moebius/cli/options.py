@@ -19,6 +19,7 @@ ModelOption = Annotated[str, typer.Option("--model", help=_MODEL_HELP)]
 
 SIZES = (
     "dtype",
+    "activations",
     "device",
     "max_model_len",
     "max_num_seqs",
