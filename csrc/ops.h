@@ -135,8 +135,6 @@ struct Clip {
 
 constexpr int ROW_BLOCK = 64;  // rows of x that pass while a chunk of weights is in the second cache
 constexpr int MOST_COLUMNS = 256;  // of a product that one item computes
-// Rows from which on weights in blocks are unpacked first (panels.h): measured.
-constexpr int MANY_ROWS = 8;
 
 class Ops {
 public:

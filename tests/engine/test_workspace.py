@@ -28,6 +28,7 @@ from moebius.ops.cpu.program import RecordedProgram
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.parallel.exchange import ExchangeSpec
+from ops.formats.blocks import random_matrix
 from oracle import FAMILY, save_tiny
 from random_schedules import WINDOWED
 from rank_threads import group, together
@@ -207,7 +208,8 @@ def test_the_kernels_keep_no_more_while_a_context_grows() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_kernels_keep_no_more_than_they_said(threads: int) -> None:
-    """One long sequence, whose keys are split as often as can be; then long rows of products."""
+    """One long sequence, whose keys are split as often as can be; then long rows of products, of
+    weights in blocks too."""
     context, size, block_size = 5000, 128, 16
     ops = CpuOps(threads)
     spec = key_value_spec(1, 64, torch.bfloat16)
@@ -222,4 +224,8 @@ def test_the_kernels_keep_no_more_than_they_said(threads: int) -> None:
         ops.paged_attention(q, cache, ops.plan_attention(step, block_size), 1.0)
     layer = ops.prepare_linear((torch.randn(300, size).bfloat16(), None))
     ops.linear(torch.randn(200, size).bfloat16(), layer)
+    blocks = (random_matrix("q5_1", 300, size), None)
+    layer = ops.prepare_linear(blocks, dtype=torch.bfloat16)
+    for rows in (5, 800):
+        ops.linear(torch.randn(rows, size).bfloat16(), layer)
     assert said / 3 < ops._native.scratch_bytes <= said
