@@ -132,7 +132,14 @@ async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], 
 
 
 @o.options_of(
-    "config", EngineConfig, "dtype", "quantization", "max_model_len", "threads", max_num_seqs=1
+    "config",
+    EngineConfig,
+    "dtype",
+    "quantization",
+    "activations",
+    "max_model_len",
+    "threads",
+    max_num_seqs=1,
 )
 @o.options_of("which", o.ModelOptions)
 def chat(

@@ -42,6 +42,7 @@ class ModelOptions:
 SIZES = (
     "dtype",
     "quantization",
+    "activations",
     "device",
     "max_model_len",
     "max_num_seqs",
