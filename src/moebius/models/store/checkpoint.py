@@ -256,7 +256,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
-    for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.start):
+    for tensor in sorted(checkpoint.store.tensors.values(), key=lambda t: t.start):
         files.setdefault(tensor.file, []).append(tensor)
     for path, tensors in sorted(files.items()):
         with path.open("rb") as file:
