@@ -91,7 +91,7 @@ HOSTILE = {
     "keys": (head(0, 2**60), "1152921504606846976 keys in a file of 24 bytes"),
     "strings": (
         head(0, 1) + string(b"words") + struct.pack("<IIQ", 9, 8, STRINGS),
-        "words has 1152921504606846976 values, in a file of",
+        "words has 1152921504606846976 values, in a file of 53 bytes; it is truncated",
     ),
     "a long string": (
         head(0, 1) + string(b"word") + struct.pack("<IQ", 8, STRINGS),

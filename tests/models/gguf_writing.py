@@ -204,6 +204,8 @@ class Converter:
         kind = place.split(".")[2] if place.startswith("blk.") else ""
         count = self.config[heads[kind]] if self.model_type in PERMUTED and kind in heads else None
         written = tensor if count is None else permuted(tensor, count)
+        if "gate_inp_shexp" in place:
+            written = written.squeeze(0)
         always = tensor.ndim == 1 or "_norm" in place or "ffn_gate_inp" in place
         type_ = Type.F32 if always else self.type_of(place)
         self.seed += 1

@@ -280,7 +280,9 @@ def _after(head: _Bytes, at: int, kind: int, count: int, key: str) -> int:
     least = 8 if kind == STRING else NUMBERS[kind].size
     head.elements += count
     if count > (head.size - at) // least or head.elements > _MOST_ELEMENTS:
-        head.refuse(f"{key} has {count} values, in a file of {head.size} bytes")
+        head.refuse(
+            f"{key} has {count} values, in a file of {head.size} bytes; it is truncated or damaged"
+        )
     if kind == STRING:
         return head.after_strings(at, count, key)
     stop = at + count * least

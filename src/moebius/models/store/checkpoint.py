@@ -267,7 +267,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
-    stored = [plane for tensor in checkpoint.tensors.values() for plane in tensor.planes]
+    every = checkpoint.store.tensors.values()
+    stored = [plane for tensor in every for plane in tensor.planes]
     for tensor in sorted(stored, key=lambda t: t.start):
         files.setdefault(tensor.file, []).append(tensor)
     for path, tensors in sorted(files.items()):
