@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from moebius.errors import TokenizerError
 
@@ -80,6 +81,8 @@ _END_NAMES_IF_CONTROL = {
     "<REPO>",
     "<reponame>",
 }
+# More than any published token has; what is made of a token may take its square in time.
+_LONGEST_TOKEN = 1024
 # A u32 that stands for no token.
 _NONE = 2**32 - 1
 
@@ -200,6 +203,11 @@ def _tokens(metadata: Mapping[str, object]) -> list[str]:
     found = strings(metadata, "tokens")
     if not found:
         raise TokenizerError(f"{PREFIX}tokens is missing or empty; {ADVICE}")
+    longest = max(map(len, found))
+    if longest > _LONGEST_TOKEN:
+        raise TokenizerError(
+            f"{PREFIX}tokens holds one of {longest} characters; at most {_LONGEST_TOKEN} are read"
+        )
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(found)] if "" in found else found
     if len(set(tokens)) < len(tokens):
         first: dict[str, int] = {}
@@ -213,8 +221,8 @@ def _tokens(metadata: Mapping[str, object]) -> list[str]:
 
 def _numbers(
     metadata: Mapping[str, object], name: str, kinds: set[type], tokens: list[str]
-) -> list[object] | None:
-    """One number for each token. Raises TokenizerError."""
+) -> list[Any] | None:
+    """One number of these types for each token. Raises TokenizerError."""
     values = metadata.get(f"{PREFIX}{name}")
     if values is None:
         return None
@@ -231,7 +239,7 @@ def _kinds(metadata: Mapping[str, object], tokens: list[str]) -> list[int] | Non
     values = _numbers(metadata, "token_type", {int}, tokens)
     if values is None:
         return None
-    kinds = [value for value in values if isinstance(value, int)]
+    kinds: list[int] = values.copy()
     for i, token in enumerate(strings(metadata, "tokens") or []):
         if not token:
             kinds[i] = Kind.UNUSED
@@ -239,13 +247,10 @@ def _kinds(metadata: Mapping[str, object], tokens: list[str]) -> list[int] | Non
 
 
 def _scores(metadata: Mapping[str, object], tokens: list[str]) -> list[float] | None:
-    values = _numbers(metadata, "scores", {int, float}, tokens)
-    if values is None:
-        return None
-    scores = [value for value in values if isinstance(value, (int, float))]
-    for i, score in enumerate(scores):
-        if math.isnan(score):
-            raise TokenizerError(f"{PREFIX}scores[{i}] is no number")
+    scores: list[float] | None = _numbers(metadata, "scores", {int, float}, tokens)
+    if scores is not None and any(map(math.isnan, scores)):
+        place = next(i for i, score in enumerate(scores) if math.isnan(score))
+        raise TokenizerError(f"{PREFIX}scores[{place}] is no number")
     return scores
 
 
