@@ -64,8 +64,8 @@ _END_NAMES = {
     "<|repo_name|>",
     "<|file_sep|>",
 }
-# ... and those whose text may as well be a word of the vocabulary, if they are control tokens.
-_END_NAMES_IF_CONTROL = {
+# ... and those whose text may as well be a word of the vocabulary (HTML's </s>), if they are none.
+_END_NAMES_IF_ADDED = {
     "</s>",
     "<eos>",
     "<EOT>",
@@ -279,7 +279,7 @@ def _end_ids(tokens: list[str], kinds: list[int], ids: Mapping[str, int | None])
     """All ids that end a text; those that are known by name become control tokens."""
     ids_by_name = {token: i for i, token in enumerate(tokens) if token in _END_NAMES}
     for i, token in enumerate(tokens):
-        if token in _END_NAMES_IF_CONTROL and kinds[i] in (Kind.CONTROL, Kind.UNKNOWN):
+        if token in _END_NAMES_IF_ADDED and kinds[i] != Kind.NORMAL:
             ids_by_name[token] = i
     by_key = (ids[f"{end}_token_id"] for end in _ENDS)
     ends = {token_id for token_id in by_key if token_id is not None}
