@@ -521,9 +521,10 @@ def test_a_template_runs_in_the_sandbox():
 
 
 def test_no_template_no_chat():
-    keys = chat_keys()
-    del keys["tokenizer.chat_template"]
-    assert not tokenizer_from_gguf(keys).has_chat_template
+    without = chat_keys()
+    del without["tokenizer.chat_template"]
+    for keys in (without, chat_keys(**{"tokenizer.chat_template": ""})):
+        assert not tokenizer_from_gguf(keys).has_chat_template
 
 
 def test_defaults(caplog):

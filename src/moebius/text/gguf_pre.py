@@ -149,9 +149,10 @@ _DEFAULT = (
     _BYTES,
 )
 _FALCON = (_PUNCTUATION_RUNS, _WORDS, _DIGIT_RUNS, _split("[0-9][0-9][0-9]"))
-# Numbers in threes from their end.
+# Numbers in threes from their end: what is left over is looked for once a number.
 _AFMOE = (
-    _split(r"\p{Nd}{1,3}(?=(?:\p{Nd}{3})*(?!\p{Nd}))"),
+    _split(r"\p{Nd}+"),
+    _split(r"\A\p{Nd}{1,2}(?=(?:\p{Nd}{3})+\z)|\p{Nd}{3}"),
     _split(_ASIAN),
     _split(_SIGNED),
     _BYTES,

@@ -121,11 +121,7 @@ def read_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
         raise TokenizerError(f"the file has no {PREFIX}model, so no tokenizer; {ADVICE}")
     tokens = _tokens(metadata)
     kinds = _kinds(metadata, tokens)
-    ids = {key: _id(metadata, key, len(tokens)) for key in _keys()}
-    for key, default in _DEFAULT_IDS.get(model, {}).items():
-        fits = default < len(tokens) and (kinds is None or kinds[default] != Kind.NORMAL)
-        if f"{PREFIX}{key}" not in metadata and fits:
-            ids[key] = default
+    ids = _ids(metadata, model, tokens, kinds)
     if kinds is None:
         kinds = _guessed_kinds(tokens, ids)
     end_ids = _end_ids(tokens, kinds, ids)
@@ -187,10 +183,6 @@ def octets(metadata: Mapping[str, object], name: str) -> bytes:
     if values and not -128 <= min(values) <= max(values) <= 255:
         raise TokenizerError(f"{PREFIX}{name} must be an array of bytes")
     return bytes(value & 0xFF for value in values)
-
-
-def _keys() -> list[str]:
-    return [*_NAMED.values(), *(f"{end}_token_id" for end in _ENDS if end != "eos")]
 
 
 def shown(value: object) -> str:
@@ -264,6 +256,19 @@ def _id(metadata: Mapping[str, object], key: str, count: int) -> int | None:
             f"{PREFIX}{key} is {shown(value)}; it must be a token's id, 0 to {count - 1}"
         )
     return value
+
+
+def _ids(
+    metadata: Mapping[str, object], model: str, tokens: list[str], kinds: list[int] | None
+) -> dict[str, int | None]:
+    """The tokens that keys name, by key; where one is missing, llama.cpp's default if it fits."""
+    ends = (f"{end}_token_id" for end in _ENDS)
+    found = {key: _id(metadata, key, len(tokens)) for key in (*_NAMED.values(), *ends)}
+    for key, default in _DEFAULT_IDS.get(model, {}).items():
+        if f"{PREFIX}{key}" not in metadata and default < len(tokens):
+            special = kinds is None or kinds[default] in (Kind.UNKNOWN, Kind.CONTROL)
+            found[key] = default if special else None
+    return found
 
 
 def _guessed_kinds(tokens: list[str], ids: Mapping[str, int | None]) -> list[int]:
