@@ -32,6 +32,7 @@ using Matrices = std::vector<Matrix>;
 void require_product(Dtype dtype, const Matrix& w, int columns) {
     if (w.columns != columns) throw std::invalid_argument("a matrix of " + std::to_string(w.columns) + " columns where the input has " + std::to_string(columns));
     if (w.format < 0 || w.format >= FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
+    if (w.columns % FORMAT_SIZES[w.format].elements) throw std::invalid_argument("rows of " + std::to_string(w.columns) + " elements are no whole blocks");
 }
 
 // Throws std::invalid_argument for other than `count` matrices (rows, columns), or so many biases or none.
@@ -282,6 +283,11 @@ NB_MODULE(_cpu, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     m.def("available", &available_kernels, "Instruction sets of this processor that there are kernels for, worst first.");
 
+    m.def("formats", [] {
+        std::vector<std::string> names;
+        for (const FormatSize& format : FORMAT_SIZES) names.push_back(format.name);
+        return names;
+    }, "Formats of matrices, in the order of their numbers.");
     m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
           "Whether products of a dtype read matrices of a format where they lie.", "dtype"_a, "format"_a);
     nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data) {

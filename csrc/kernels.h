@@ -10,13 +10,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "block_kernels.h"
+#include "formats.h"
+
 namespace moebius {
 
-enum Dtype { BF16 = 0, F32 = 1 };
-// How a matrix of weights lies in its file: row-major. Kernels of (Dtype, Format) are null where there are none: a format is
-// read in place where each of its numbers has its exact value in the dtype.
-enum Format { BF16_MATRIX = 0, F32_MATRIX = 1, F16_MATRIX = 2, FORMATS = 3 };
-inline bool reads(Dtype dtype, Format format) { return dtype == F32 || format == BF16_MATRIX; }
 enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
 // Keys of a tile of attention, at absolute positions i * KEY_TILE; a constant of the kernel (P1).
@@ -65,10 +63,12 @@ struct Kernels {
     // Null where `product` reads rows of x as they lie; else re-packs m rows, and `product` takes one pointer, to the result.
     void (*pack[2])(const void* const* x, int m, int k, void* to);
     // c[i][j] = sum_k x[i][k] w[j][k] for m rows of x and n consecutive rows of w, ldw elements apart. `next` is where the
-    // weights lie that will be read after these, or null.
-    void (*product[2][FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
-    // out = round(multiplier * row) of n values of a matrix
-    void (*scaled_row[2][FORMATS])(const void* row, float multiplier, int n, void* out);
+    // weights lie that will be read after these, or null. Null where a format is not read in a dtype.
+    void (*product[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
+    // The same for weights in blocks.
+    const BlockKernels* blocks;
+    // out = round(multiplier * row) of n values of a matrix of plain numbers, or of a row of blocks that was widened to float32
+    void (*scaled_row[2][DENSE_FORMATS])(const void* row, float multiplier, int n, void* out);
     // out = round(c + bias); bias may be null.
     void (*store[2])(const float* c, int n, const void* bias, void* out);
     // c += bias
@@ -116,6 +116,7 @@ void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void*
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avx512bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_amx_emulated();  // for tests

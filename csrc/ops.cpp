@@ -30,7 +30,8 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #if defined(MOEBIUS_HAS_AMX)
 bool has_amx() { return has_avx512bf16() && amx_present(); }
@@ -45,6 +46,7 @@ const Level LEVELS[] = {  // worst first
 #if defined(__x86_64__)
     {"avx2", kernels_avx2, has_avx2},
     {"avx512", kernels_avx512, has_avx512},
+    {"avx512vnni", kernels_avx512vnni, has_avx512vnni},
     {"avx512bf16", kernels_avx512bf16, has_avx512bf16},
 #endif
 #if defined(MOEBIUS_HAS_AMX)
@@ -85,7 +87,8 @@ size_t Ops::scratch_bytes() const {
 
 size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
     const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
-    const size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
+    size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
+    for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
     return threads() * of_a_thread + (splits * attention + Scratch::SPARE) * sizeof(float);
 }
@@ -128,16 +131,26 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
 
 void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                   int columns, Scratch& s) {
-    const auto kernel = kernels_->product[dtype][w.format];
     const int k = w.columns;
+    if (is_blocks(w.format)) {
+        const BlockSize size = block_size(w.format);
+        const BlockKernels& kernels = *kernels_->blocks;
+        const void* rows = packed(s.packed[1 + size], first, m * QuantisedShape(size, k).row_bytes(),
+                                  [&](void* to) { kernels.quantise[dtype][size](x, m, k, to); });
+        return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), next, c, columns);
+    }
+    const auto kernel = kernels_->product[dtype][w.format];
     if (!kernels_->pack[dtype]) return kernel(x, m, w.row(column), k, columns, k, next, c, columns);
-    const size_t bytes = packed_bytes(m, k) + 64;
-    if (s.packed.size() < bytes) s.renew(s.packed, bytes), s.packed_call = 0;
-    void* packed = s.aligned(s.packed.data());
-    if (s.packed_call != calls_ || s.packed_first != first) kernels_->pack[dtype](x, m, k, packed);
-    s.packed_call = calls_, s.packed_first = first;
-    const void* const rows[] = {packed};
+    const void* const rows[] = {packed(s.packed[0], first, packed_bytes(m, k), [&](void* to) { kernels_->pack[dtype](x, m, k, to); })};
     kernel(rows, m, w.row(column), k, columns, k, next, c, columns);
+}
+
+template <class Pack> const void* Ops::packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack) {
+    if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
+    void* to = Scratch::aligned(packed.bytes.data());
+    if (packed.call != calls_ || packed.first != first) pack(to);
+    packed.call = calls_, packed.first = first;
+    return to;
 }
 
 // One item for each expert, block of its rows and chunk of columns; experts without rows cost nothing.
@@ -255,12 +268,18 @@ void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, 
     const size_t row_bytes = table.columns * size_of(dtype);
     const bool as_it_lies = multiplier == 1.0f && int(table.format) == int(dtype);
     // One item, which the pool computes as all others: with subnormal numbers flushed, whoever calls.
-    pool_.run(rows > 0 ? 1 : 0, [&](int, int) {
+    pool_.run(rows > 0 ? 1 : 0, [&](int, int thread) {
+        const auto scaled = kernels_->scaled_row[dtype];
+        float* wide = is_blocks(table.format) ? scratch_[thread].need(table.columns) : nullptr;
         for (int t = 0; t < rows; t++) {
             if (ids[t] < 0 || ids[t] >= table.rows) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(table.rows));
             const void* row = table.row(ids[t]);
             if (as_it_lies) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
-            else kernels_->scaled_row[dtype][table.format](row, multiplier, table.columns, at(out, t * row_bytes));
+            else if (!wide) scaled[table.format](row, multiplier, table.columns, at(out, t * row_bytes));
+            else {
+                kernels_->blocks->widened[table.format - DENSE_FORMATS](row, table.blocks(), wide);
+                scaled[F32_MATRIX](wide, multiplier, table.columns, at(out, t * row_bytes));
+            }
         }
     });
 }

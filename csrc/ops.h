@@ -14,7 +14,7 @@
 namespace moebius {
 
 // The best instruction set that this processor has and `limit` allows: "" for no limit, or portable, avx2, avx512,
-// avx512bf16, amx, neon. Throws std::invalid_argument for another name or one that the processor lacks.
+// avx512vnni, avx512bf16, amx, neon. Throws std::invalid_argument for another name or one that the processor lacks.
 const Kernels* select_kernels(const std::string& limit);
 std::vector<std::string> available_kernels();
 
@@ -24,7 +24,8 @@ struct Matrix {
     int rows, columns;
     const void* data;
 
-    size_t row_bytes() const { return size_t(columns) * (format == F32_MATRIX ? 4 : 2); }
+    size_t row_bytes() const { return size_t(blocks()) * FORMAT_SIZES[format].bytes; }
+    int blocks() const { return columns / FORMAT_SIZES[format].elements; }  // of a row
     const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
 };
 
@@ -195,9 +196,14 @@ private:
     struct Scratch {
         std::vector<float> floats;
         std::vector<const void*> rows;
-        std::vector<char> packed;
-        uint64_t packed_call = 0;
-        int packed_first = 0;
+        // Rows of x as products want them, each kind once for a thread's items: packed for plain numbers, quantised for blocks
+        // of either size.
+        struct Packed {
+            std::vector<char> bytes;
+            uint64_t call = 0;
+            int first = 0;
+        };
+        Packed packed[1 + BLOCK_SIZES];
 
         static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
@@ -209,7 +215,11 @@ private:
             std::vector<T>().swap(v);
             v.resize(n);
         }
-        size_t bytes() const { return floats.capacity() * sizeof(float) + packed.capacity(); }
+        size_t bytes() const {
+            size_t sum = floats.capacity() * sizeof(float);
+            for (const Packed& each : packed) sum += each.bytes.capacity();
+            return sum;
+        }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
     struct Product {  // rows of x times some columns of one expert
@@ -240,6 +250,8 @@ private:
     // Of w it takes the rows from `column` on, as many as c has columns.
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
+    // What `pack` makes of the rows from `first` of this call's, in so many bytes; made anew where `packed` has others.
+    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack);
 
     const Kernels* kernels_;
     std::mutex one_caller_;  // of what uses the members below

@@ -17,9 +17,9 @@ from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.weights import Weight, planes_of
 
-# As csrc/kernels.h numbers them: what is computed in, and what matrices are stored in.
+# As csrc/formats.h numbers them: what is computed in, and what matrices are stored in.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
-FORMATS = {"bfloat16": 0, "float32": 1, "float16": 2}
+FORMATS = {name: number for number, name in enumerate(_cpu.formats())}
 
 
 def check(x: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -13,8 +13,7 @@ from moebius.ops.formats.dense import Dense, dense, dtype_name
 from moebius.ops.formats.format import Format, Planes, PlaneShape
 
 __all__ = [
-    "BLOCKS_OF_32",
-    "BLOCKS_OF_256",
+    "BLOCK_FORMATS",
     "FORMATS",
     "BlockFormat",
     "Dense",
@@ -25,6 +24,7 @@ __all__ = [
     "dtype_name",
 ]
 
+BLOCK_FORMATS = (*BLOCKS_OF_32, *BLOCKS_OF_256)
 _DENSE = tuple(map(dense, (torch.bfloat16, torch.float16, torch.float32)))
 # By name.
-FORMATS: dict[str, Format] = {each.name: each for each in (*_DENSE, *BLOCKS_OF_32, *BLOCKS_OF_256)}
+FORMATS: dict[str, Format] = {each.name: each for each in (*_DENSE, *BLOCK_FORMATS)}

@@ -30,7 +30,9 @@ def _q3_k(blocks_NY: Tensor) -> Unpacked:
 
 def _scales_and_minima(blocks_NY: Tensor) -> tuple[Tensor, Tensor]:
     """Eight scales and as many minima of six bits each, in bytes 4 to 15: float32 (N, 8) each."""
-    first, second, rest = blocks_NY[:, 4:16].split(4, dim=1)
+    first = blocks_NY[:, 4:8]
+    second = blocks_NY[:, 8:12]
+    rest = blocks_NY[:, 12:16]
     scales = torch.cat((first & 63, (rest & 15) | ((first >> 6) << 4)), dim=1)
     minima = torch.cat((second & 63, (rest >> 4) | ((second >> 6) << 4)), dim=1)
     return scales.float(), minima.float()

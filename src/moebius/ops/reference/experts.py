@@ -185,8 +185,10 @@ def _experts_in_turn(
 
 def _can_stack(w: ExpertWeights, x_TD: Tensor) -> bool:
     """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no
-    bias."""
+    bias. Quantised experts would all have to be widened at once."""
     dtype = _compute_dtype(x_TD)
+    if any(isinstance(weight, Matrix) for kind in w[:3] for weight in kind):
+        return False
     if w.down_bias_D or (x_TD.is_cuda and dtype != torch.bfloat16):
         return False
     return all(size * dtype.itemsize % 16 == 0 for size in (w.width, x_TD.shape[1]))
@@ -215,9 +217,8 @@ def _experts_stacked(
     rows = rows_PD.to(dtype)
 
     def product(x: Tensor, weights: Sequence[Weight | None]) -> Tensor:
-        held = [weight for weight in weights if weight is not None]
-        stored = [w.widened(dtype) if isinstance(w, Matrix) else w for w in held]
-        return F.grouped_mm(x, torch.stack(stored).to(dtype).transpose(1, 2), offs=ends_H)
+        held = [weight for weight in weights if isinstance(weight, Tensor)]
+        return F.grouped_mm(x, torch.stack(held).to(dtype).transpose(1, 2), offs=ends_H)
 
     w = experts.weights
     gate = product(rows, w.gate_FD)

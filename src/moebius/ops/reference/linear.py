@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.ops.formats import dtype_name
+from moebius.ops.formats import BLOCK_FORMATS, Dense, dtype_name
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedLinear, own, same
 from moebius.ops.weights import Matrix, Weight
@@ -29,8 +29,9 @@ class LinearOps(Ops):
     """Weights of any format; they are widened anew for each product."""
 
     def formats(self, dtype: torch.dtype) -> frozenset[str]:
-        # Widened once, by the loader, they cost memory; widened for each product, far more time.
-        return frozenset({dtype_name(dtype)})
+        # Plain numbers are widened once, by the loader: that costs twice the memory at most, and
+        # widening them for each product far more time. Blocks would take four times theirs.
+        return frozenset({dtype_name(dtype), *(each.name for each in BLOCK_FORMATS)})
 
     def embed(
         self,
@@ -40,7 +41,7 @@ class LinearOps(Ops):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         if isinstance(table_VD, Matrix):
-            dtype = dtype or table_VD.planes[0].dtype
+            dtype = dtype or plain_dtype(table_VD)
             x_TD = table_VD.take(input_ids_T, torch.promote_types(dtype, torch.float32))
         else:
             dtype = dtype or table_VD.dtype
@@ -76,6 +77,13 @@ class LinearOps(Ops):
             rows = (matrix.rows(start, start + LOGITS_ROWS) for start in starts)
             out = torch.cat([F.linear(x, part.widened(torch.float32)) for part in rows], dim=-1)
             return out if bias is None else out + bias
+
+
+def plain_dtype(table: Matrix) -> torch.dtype:
+    """The dtype of a table's own numbers. Raises ValueError for one of codes and scales."""
+    if not isinstance(table.format, Dense):
+        raise ValueError(f"a {table.format.name} table has no dtype of its own; name one")
+    return table.format.dtype
 
 
 def widened_for(x: Tensor, weight: Weight) -> Tensor:

@@ -1,0 +1,84 @@
+// What products with blocks do with sixteen lanes of float32, beyond simd.h.
+#pragma once
+#include "block_formats.h"
+#include "simd.h"
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+extern "C" float fmaf(float, float, float);
+
+// a * b + c, rounded once on every instruction set; whole numbers as float32; a - factor * b of whole numbers; a's first n
+// lanes, zeros behind them; and 2^(e - 128) of bytes e that lie as sixteen bits (block_formats.h).
+#if defined(__AVX512F__)
+INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
+INLINE __m512i ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+INLINE V floats(const int32_t* p) { return {_mm512_cvtepi32_ps(ints(p))}; }
+INLINE V floats_less(const int32_t* a, const int32_t* b, int factor) {
+    if (factor == 0) return floats(a);
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(ints(a), _mm512_mullo_epi32(ints(b), _mm512_set1_epi32(factor))))};
+}
+INLINE V first_lanes(V a, int n) { return n < 16 ? V{_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), a.v)} : a; }
+INLINE V half_powers(const uint16_t* p) {
+    const __m512i e = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return {_mm512_castsi512_ps(_mm512_mask_sllv_epi32(normal, small, _mm512_set1_epi32(0x00200000), e))};
+}
+#elif defined(__AVX2__)
+INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
+INLINE __m256i ints_8(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+INLINE V floats(const int32_t* p) { return {_mm256_cvtepi32_ps(ints_8(p)), _mm256_cvtepi32_ps(ints_8(p + 8))}; }
+INLINE __m256 floats_less_8(const int32_t* a, const int32_t* b, int factor) {
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(ints_8(a), _mm256_mullo_epi32(ints_8(b), _mm256_set1_epi32(factor))));
+}
+INLINE V floats_less(const int32_t* a, const int32_t* b, int factor) {
+    return factor ? V{floats_less_8(a, b, factor), floats_less_8(a + 8, b + 8, factor)} : floats(a);
+}
+INLINE V first_lanes(V a, int n) {
+    if (n == 16) return a;
+    alignas(32) static const int32_t kept[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    const __m256 lo = _mm256_castsi256_ps(ints_8(kept + 16 - n)), hi = _mm256_castsi256_ps(ints_8(kept + 24 - n));
+    return {_mm256_and_ps(a.lo, lo), _mm256_and_ps(a.hi, hi)};
+}
+INLINE __m256 half_powers_8(const uint16_t* p) {
+    const __m256i e = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, subnormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+INLINE V half_powers(const uint16_t* p) { return {half_powers_8(p), half_powers_8(p + 8)}; }
+#else
+#if defined(MOEBIUS_NEON)
+INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
+#else
+INLINE V fused(V a, V b, V c) {
+    for (int i = 0; i < 16; i++) c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
+    return c;
+}
+#endif
+INLINE V floats_less(const int32_t* a, const int32_t* b, int factor) {
+    float lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = float(a[i] - factor * b[i]);
+    return load(lanes);
+}
+INLINE V floats(const int32_t* p) {
+    float lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = float(p[i]);
+    return load(lanes);
+}
+INLINE V first_lanes(V a, int n) {
+    float lanes[16];
+    store(lanes, a);
+    for (int i = n; i < 16; i++) lanes[i] = 0.0f;
+    return load(lanes);
+}
+INLINE V half_powers(const uint16_t* p) {
+    float lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = half_power(uint8_t(p[i]));
+    return load(lanes);
+}
+#endif
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius

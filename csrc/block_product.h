@@ -1,0 +1,120 @@
+// Products of one or a few quantised rows with weights in blocks, read where they lie, once.
+//
+// The rows of weights are one stretch of blocks. First the integers of a piece of it are found, sixteen blocks at a time,
+// whichever rows they belong to; then each row's blocks are scaled and added, sixteen lanes at a time (block_kernels.h).
+#pragma once
+#include "block_lanes.h"
+#if defined(__AVX512F__)
+#include "block_dots_16.h"
+#elif defined(__AVX2__)
+#include "block_dots_8.h"
+#else
+#include "block_dots.h"
+#endif
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+constexpr int PIECE = 256;               // blocks, a multiple of the lanes
+constexpr int ROOM = PIECE + BLOCK_LANES;  // what is read of a piece's last lanes may lie behind it
+
+// Of a piece's blocks: the sums of integers for M rows of x, and the scales as they are stored.
+template <int M> struct Piece {
+    alignas(64) int32_t dots[M][ROOM];
+    alignas(64) int32_t minima[M][ROOM];
+    alignas(64) uint16_t scales[ROOM];
+    alignas(64) uint16_t least[ROOM];
+};
+
+template <Format f, int M>
+INLINE void find_integers(const uint8_t* w, int count, const QuantisedRow* x, int first, int blocks, Piece<M>& piece) {
+    using B = Block<f>;
+    uint8_t last[BLOCK_LANES * B::BYTES];
+    int at = first;
+    for (int t = 0; t < count; t += BLOCK_LANES, w += BLOCK_LANES * B::BYTES) {
+        if (count - t < BLOCK_LANES) {  // filled up with zeros
+            memset(last, 0, sizeof last);
+            memcpy(last, w, size_t(count - t) * B::BYTES);
+            w = last;
+        }
+        dots_of_16<f, M, ROOM>(w, x, at, blocks, piece.dots[0] + t, piece.minima[0] + t);
+        for (int i = 0; i < BLOCK_LANES; i++) {
+            const uint8_t* b = w + i * B::BYTES;
+            if constexpr (f == MXFP4) piece.scales[t + i] = b[0];
+            else piece.scales[t + i] = read<uint16_t>(b + B::SCALE_AT);
+            if constexpr (B::MINIMUM_AT >= 0) piece.least[t + i] = read<uint16_t>(b + B::MINIMUM_AT);
+        }
+    }
+}
+
+template <Format f> INLINE V scales_from(const uint16_t* stored) {
+    if constexpr (f == MXFP4) return half_powers(stored);
+    else return load(reinterpret_cast<const f16*>(stored));
+}
+
+// lanes + the products of `count` blocks of one row, those from `first` on, with row i of x; they lie at `at` in the piece.
+template <Format f, int M>
+INLINE V add_blocks(const Piece<M>& piece, int i, int at, const QuantisedRow& x, int first, int count, V lanes) {
+    using B = Block<f>;
+    for (int b = 0; b < count; b += BLOCK_LANES, at += BLOCK_LANES) {
+        const int some = min_of(BLOCK_LANES, count - b);
+        const V d_x = load(x.scales + first + b);
+        const V scales = first_lanes(mul(scales_from<f>(piece.scales + at), d_x), some);
+        V least = zero();
+        if constexpr (B::MINIMUM_AT >= 0) least = first_lanes(mul(load(reinterpret_cast<const f16*>(piece.least + at)), d_x), some);
+        if constexpr (B::ELEMENTS == 32) {
+            const int32_t* sums = static_cast<const int32_t*>(x.sums) + first + b;
+            lanes = fused(floats_less(piece.dots[i] + at, sums, offset_of<f>()), scales, lanes);
+            if constexpr (B::MINIMUM_AT >= 0) lanes = fused(floats(sums), least, lanes);
+        } else {
+            lanes = fused(floats(piece.dots[i] + at), scales, lanes);
+            if constexpr (B::MINIMUM_AT >= 0) lanes = fused(sub(zero(), floats(piece.minima[i] + at)), least, lanes);
+        }
+    }
+    return lanes;
+}
+
+// M rows of x by n of w.
+template <Format f, int M>
+INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int blocks, float* c, int ldc) {
+    const size_t row_bytes = size_t(blocks) * Block<f>::BYTES;
+    Piece<M> piece;
+    if (blocks > PIECE) {  // a row is several pieces
+        for (int j = 0; j < n; j++, w += row_bytes) {
+            V lanes[M];
+            for (int i = 0; i < M; i++) lanes[i] = zero();
+            for (int first = 0; first < blocks; first += PIECE) {
+                const int count = min_of(PIECE, blocks - first);
+                find_integers<f>(w + size_t(first) * Block<f>::BYTES, count, x, first, blocks, piece);
+                for (int i = 0; i < M; i++) lanes[i] = add_blocks<f>(piece, i, 0, x[i], first, count, lanes[i]);
+            }
+            for (int i = 0; i < M; i++) c[size_t(i) * ldc + j] = reduce_add(lanes[i]);
+        }
+        return;
+    }
+    const int rows = PIECE / blocks;
+    for (int j = 0; j < n; j += rows, w += rows * row_bytes) {
+        const int some = min_of(rows, n - j);
+        find_integers<f>(w, some * blocks, x, 0, blocks, piece);
+        for (int r = 0; r < some; r++)
+            for (int i = 0; i < M; i++)
+                c[size_t(i) * ldc + j + r] = reduce_add(add_blocks<f>(piece, i, r * blocks, x[i], 0, blocks, zero()));
+    }
+}
+
+template <Format f>
+void block_product(const void* quantised, int m, const void* w, int n, int blocks, const void*, float* c, int ldc) {
+    const QuantisedShape shape(block_size(f), blocks * Block<f>::ELEMENTS);
+    const uint8_t* weights = static_cast<const uint8_t*>(w);
+    QuantisedRow x[4];
+    for (int i = 0, some; i < m; i += some, c += some * size_t(ldc)) {
+        some = m - i >= 4 ? 4 : m - i >= 2 ? 2 : 1;
+        for (int r = 0; r < some; r++) x[r] = QuantisedRow(quantised, i + r, shape);
+        if (some == 1) rows_by_blocks<f, 1>(x, weights, n, blocks, c, ldc);
+        else if (some == 2) rows_by_blocks<f, 2>(x, weights, n, blocks, c, ldc);
+        else rows_by_blocks<f, 4>(x, weights, n, blocks, c, ldc);
+    }
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius

@@ -1,0 +1,94 @@
+// Activations in eight bits, block by block of a row: c_i = x_i * (127 / a) rounded to the nearest whole number, ties to even,
+// with a the largest |x_i| of the block, and their scale d_x = a / 127. Plain loops that any compiler vectorises, because
+// their steps give the same bits however wide the vectors are.
+//
+// A block that holds an infinity or a NaN gets codes 0 and the scale NaN, so that its products are NaN. One whose largest
+// value is under 2^-100 counts as zeros: its reciprocal could be infinite, and products with it as small as nothing.
+#pragma once
+#include "block_kernels.h"
+#include "simd.h"
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+// Writes the codes of B values, and the sums of each SUMMED of them; returns their scale.
+template <int B, int SUMMED> INLINE float quantise_block(const float* x, int8_t* codes, int32_t* sums) {
+    int32_t largest = 0;  // as whole numbers, floats without their signs have the order of their sizes, then infinity, then NaN
+    for (int i = 0; i < B; i++) {
+        const int32_t size = int32_t(bits_of(x[i]) & 0x7fffffffu);
+        largest = largest > size ? largest : size;
+    }
+    float a;
+    memcpy(&a, &largest, 4);
+    const bool finite = largest < 0x7f800000, none = largest < int32_t(27u << 23);  // 2^-100
+    if (!finite || none) {
+        memset(codes, 0, B);
+        for (int i = 0; i < B / SUMMED; i++) sums[i] = 0;
+        return finite ? 0.0f : __builtin_nanf("");
+    }
+    const float inverse = 127.0f / a;
+    // Added to what is smaller than 2^22, this leaves whole numbers in the last bits, rounded as every addition is.
+    constexpr float SHIFT = 0x1.8p23f;
+    for (int i = 0; i < B; i++) codes[i] = int8_t(bits_of(x[i] * inverse + SHIFT) - bits_of(SHIFT));
+    for (int i = 0; i < B / SUMMED; i++) {
+        int32_t sum = 0;
+        for (int j = 0; j < SUMMED; j++) sum += codes[i * SUMMED + j];
+        sums[i] = sum;
+    }
+    return a / 127.0f;
+}
+
+template <class T, int B> INLINE const float* as_floats(const T* x, float* room) {
+    if constexpr (sizeof(T) == 4) return x;
+    else {
+        for (int i = 0; i < B; i++) room[i] = to_float(x[i]);
+        return room;
+    }
+}
+
+template <class T> void quantise_by_32(const void* const* rows, int m, int k, void* to) {
+    const QuantisedShape shape(BY_32, k);
+    float room[32];
+    for (int r = 0; r < m; r++) {
+        const T* x = static_cast<const T*>(rows[r]);
+        char* row = static_cast<char*>(to) + r * shape.row_bytes();
+        int8_t* codes = reinterpret_cast<int8_t*>(row);
+        float* scales = reinterpret_cast<float*>(row + shape.scales_at());
+        int32_t* sums = reinterpret_cast<int32_t*>(row + shape.sums_at());
+        for (int b = 0; b < shape.blocks; b++)
+            scales[b] = quantise_block<32, 32>(as_floats<T, 32>(x + size_t(b) * 32, room), codes + size_t(b) * 32, sums + b);
+        for (int b = shape.blocks; b < shape.padded(); b++) scales[b] = 0.0f, sums[b] = 0;
+        memcpy(codes + size_t(shape.blocks) * 32, codes, 32);
+        for (int half = 0; half < 2; half++) {
+            int8_t* to_half = codes + shape.halves_at() + half * shape.half_bytes();
+            for (int b = 0; b < shape.blocks + 3; b++) memcpy(to_half + b * 16, codes + size_t(b % shape.blocks) * 32 + half * 16, 16);
+        }
+    }
+}
+
+template <class T> void quantise_by_256(const void* const* rows, int m, int k, void* to) {
+    const QuantisedShape shape(BY_256, k);
+    float room[256];
+    int32_t wide[16];
+    for (int r = 0; r < m; r++) {
+        const T* x = static_cast<const T*>(rows[r]);
+        char* row = static_cast<char*>(to) + r * shape.row_bytes();
+        int8_t* codes = reinterpret_cast<int8_t*>(row);
+        float* scales = reinterpret_cast<float*>(row + shape.scales_at());
+        int16_t* sums = reinterpret_cast<int16_t*>(row + shape.sums_at());
+        for (int b = 0; b < shape.blocks; b++, sums += 16) {
+            scales[b] = quantise_block<256, 16>(as_floats<T, 256>(x + size_t(b) * 256, room), codes + size_t(b) * 256, wide);
+            for (int i = 0; i < 16; i++) sums[i % 2 * 8 + i / 2] = int16_t(wide[i]);
+        }
+        for (int b = shape.blocks; b < shape.padded(); b++) scales[b] = 0.0f;
+    }
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius
