@@ -136,6 +136,22 @@ def test_added_tokens_wherever_they_are(pre, layout, padding):
     assert ours.special_ids == specials
 
 
+@pytest.mark.parametrize("pre", ["gpt-2", "tekken"])
+def test_unused_tokens_before_added_ones(pre):
+    """The library numbers added tokens itself; their ids are the file's all the same."""
+    keys = keys_of(behind(trained(pre)), pre=pre)
+    plain = tokenizer_from_gguf(keys)
+    start = keys["tokenizer.ggml.token_type"].index(CONTROL)
+    keys["tokenizer.ggml.tokens"][start:start] = ["[PAD1]", "[PAD2]", "[PAD3]"]
+    keys["tokenizer.ggml.token_type"][start:start] = [UNUSED] * 3
+    ours = tokenizer_from_gguf(keys)
+    for text in ("hello<s> world<tool_call>", "<|im_end|>[PAD2]"):
+        expected = [i + 3 if i >= start else i for i in plain.encode(text)]
+        assert ours.encode(text) == expected
+        assert ours.decode(expected, skip_special_tokens=False) == text
+    assert not ours.special_ids & set(ours.encode_ordinary("<s>"))
+
+
 @pytest.mark.parametrize("pre", ["gpt-2", "tekken", "qwen2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_special_tokens_are_no_text_of_a_client(pre, layout):
@@ -159,10 +175,12 @@ def test_a_byte_without_a_token_is_left_out():
     assert_same(keys_of(backend, pre="smollm", unknown_token_id=0), backend)
 
 
-def test_falcon_is_how_files_without_the_key_are_cut(caplog):
-    backend = trained("falcon")
-    assert_same(keys_of(backend), backend, TEXTS[:100])
-    assert "tokenizer.ggml.pre" in caplog.text
+def test_a_file_without_the_key_is_cut_with_a_warning(caplog):
+    keys = keys_of(trained("gpt-2"))
+    assert tokenizer_from_gguf(keys).encode("a1234") == tokenizer_from_gguf(
+        {**keys, "tokenizer.ggml.pre": "default"}
+    ).encode("a1234")
+    assert caplog.text.count("tokenizer.ggml.pre") == 2
     assert "--tokenizer" in caplog.text
 
 
@@ -456,9 +474,10 @@ def test_all_that_ends_a_text(tokens, keys, expected):
 
 
 def test_an_end_of_the_wrong_kind_still_ends():
-    """Files have <|im_end|> as an ordinary token; </s> may be HTML's."""
+    """Files have <|im_end|> as an ordinary token; but an ordinary </s> is HTML's, as in Qwen's."""
     found = ends(("<|im_end|>", NORMAL), ("</s>", NORMAL), ("<|eot_id|>", USER_DEFINED))
     assert found == {"<|im_end|>", "<|eot_id|>"}
+    assert ends(("</s>", USER_DEFINED)) == {"</s>"}
 
 
 def chat_keys(**more: Any) -> dict[str, Any]:
@@ -502,9 +521,10 @@ def test_a_template_runs_in_the_sandbox():
 
 
 def test_no_template_no_chat():
-    keys = chat_keys()
-    del keys["tokenizer.chat_template"]
-    assert not tokenizer_from_gguf(keys).has_chat_template
+    without = chat_keys()
+    del without["tokenizer.chat_template"]
+    for keys in (without, chat_keys(**{"tokenizer.chat_template": ""})):
+        assert not tokenizer_from_gguf(keys).has_chat_template
 
 
 def test_defaults(caplog):
@@ -534,4 +554,3 @@ def test_padding_says_nothing():
     """A u32 of all ones is -1, which old converters wrote for no token."""
     ours = tokenizer_from_gguf(spm_keys(padding_token_id=2**32 - 1))
     assert ours.end_ids == {2}
-    assert UNUSED  # the kind of what pads a vocabulary: see test_added_tokens_wherever_they_are

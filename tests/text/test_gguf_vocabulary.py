@@ -56,6 +56,7 @@ KINDS = keys()["tokenizer.ggml.token_type"]
         ({"tokens": "abc"}, "tokenizer.ggml.tokens must be an array of strings"),
         ({"tokens": [1, 2]}, "tokenizer.ggml.tokens must be an array of strings"),
         ({"tokens": [*TOKENS[:-1], TOKENS[9]]}, f"holds .* twice, as 9 and {len(TOKENS) - 1}"),
+        ({"tokens": [*TOKENS, "x" * 2000]}, "tokens holds one of 2000 characters; at most 1024"),
         ({"token_type": KINDS[:-1]}, rf"token_type has {len(KINDS) - 1} entries for the"),
         ({"token_type": [*KINDS, 1]}, rf"token_type has {len(KINDS) + 1} entries for the"),
         ({"token_type": [1.0] * len(KINDS)}, "token_type must be an array of numbers"),

@@ -55,16 +55,15 @@ def bpe(
             ignore_merges=ignore_merges,
         )
 
-    vocab: dict[str, int] = {}
-    for size in _sizes(vocabulary, unk_token):
+    sizes = _sizes(vocabulary, unk_token)
+    for size in sizes:
         vocab = {token: i for i, token in enumerate(vocabulary.tokens[:size])}
         try:
             backend = Backend(model(vocab, merges, unk_token))
             break
         except Exception as error:  # the tokenizers library raises bare Exception
-            cause = error
-    else:
-        raise _misnamed(merges, vocab, cause) from cause
+            if size == sizes[-1]:
+                raise _misnamed(merges, vocab, error) from error
     add_tokens(backend, vocabulary, rstrip)
 
     def rename(names: Mapping[str, str]) -> models.Model:
@@ -139,15 +138,14 @@ def merges_of_file(metadata: Mapping[str, object]) -> list[Merge]:
     lines = strings(metadata, "merges")
     if lines is None:
         raise TokenizerError(f"{PREFIX}merges is missing; {ADVICE}")
-    merges = []
-    for i, line in enumerate(lines):
-        left, space, right = line.partition(" ")
+    parts = [line.partition(" ") for line in lines]
+    for i, (_, space, _) in enumerate(parts):
         if not space:
             raise TokenizerError(
-                f"{PREFIX}merges[{i}] is {shown(line)}; it must be two tokens with a space between"
+                f"{PREFIX}merges[{i}] is {shown(lines[i])}; it must be two tokens with a space "
+                "between"
             )
-        merges.append((left, right))
-    return merges
+    return [(left, right) for left, _, right in parts]
 
 
 def merges_of_scores(vocabulary: Vocabulary) -> list[Merge]:

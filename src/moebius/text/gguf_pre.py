@@ -50,6 +50,7 @@ _EACH_DIGIT = partial(pre_tokenizers.Digits, individual_digits=True)
 _DIGIT_RUNS = partial(pre_tokenizers.Digits, individual_digits=False)
 _PUNCTUATION_RUNS = partial(pre_tokenizers.Punctuation, behavior="contiguous")
 
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _THREE_DIGITS = r"\p{N}{1,3}"
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -140,10 +141,18 @@ _DEEPSEEK_CODER = (
     _EACH_DIGIT,
     _BYTES,
 )
+_DEFAULT = (
+    _split(r"[\p{P}\$\+<=>\^~\|]+"),
+    _split(_GPT2),
+    _split(r"\p{N}+"),
+    _split("[0-9][0-9][0-9]"),
+    _BYTES,
+)
 _FALCON = (_PUNCTUATION_RUNS, _WORDS, _DIGIT_RUNS, _split("[0-9][0-9][0-9]"))
-# Numbers in threes from their end.
+# Numbers in threes from their end: what is left over is looked for once a number.
 _AFMOE = (
-    _split(r"\p{Nd}{1,3}(?=(?:\p{Nd}{3})*(?!\p{Nd}))"),
+    _split(r"\p{Nd}+"),
+    _split(r"\A\p{Nd}{1,2}(?=(?:\p{Nd}{3})+\z)|\p{Nd}{3}"),
     _split(_ASIAN),
     _split(_SIGNED),
     _BYTES,
@@ -162,8 +171,10 @@ _FAMILIES = {
     "smollm starcoder refact codeshell minerva-7b mellum2 exaone": Splitting((_EACH_DIGIT, _WORDS)),
     # Command R
     "command-r": Splitting((_EACH_DIGIT, _WORDS), nfc=True),
-    # Falcon 7B; `default` is llama.cpp's word for files older than the key
-    "falcon default": Splitting(_FALCON),
+    # Falcon 7B
+    "falcon": Splitting(_FALCON),
+    # What llama.cpp does with a file that is older than the key
+    "default": Splitting(_DEFAULT),
     # Llama 3, LFM2
     "llama-bpe llama3 llama-v3 lfm2 falcon3 falcon-h1 pixtral midm-2.0": Splitting(
         _LLAMA3, ignore_merges=True, add_bos=True
@@ -195,7 +206,7 @@ _FAMILIES = {
     # DeepSeek Coder
     "deepseek-coder": Splitting(_DEEPSEEK_CODER),
     # DeepSeek V3 and R1, Hunyuan's dense models
-    "deepseek-v3 hunyuan-dense joyai-llm": Splitting(_DEEPSEEK_V3),
+    "deepseek-v3 hunyuan-dense hy_v4 joyai-llm": Splitting(_DEEPSEEK_V3),
     # Ling, LLaDA
     "bailingmoe bailingmoe2 llada-moe": Splitting((_split(_LING), _BYTES)),
     # Trinity, by llama.cpp

@@ -98,7 +98,9 @@ def gguf_templates(metadata: Mapping[str, object]) -> dict[str, ChatTemplate]:
     for key in metadata:
         if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
             name = key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
-            found[name] = ChatTemplate(text(metadata, key) or "", name)
+            source = text(metadata, key)
+            if source:
+                found[name] = ChatTemplate(source, name)
     return found
 
 

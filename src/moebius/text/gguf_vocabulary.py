@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from moebius.errors import TokenizerError
 
@@ -63,8 +64,8 @@ _END_NAMES = {
     "<|repo_name|>",
     "<|file_sep|>",
 }
-# ... and those whose text may as well be a word of the vocabulary, if they are control tokens.
-_END_NAMES_IF_CONTROL = {
+# ... and those whose text may as well be a word of the vocabulary (HTML's </s>), if they are none.
+_END_NAMES_IF_ADDED = {
     "</s>",
     "<eos>",
     "<EOT>",
@@ -80,6 +81,8 @@ _END_NAMES_IF_CONTROL = {
     "<REPO>",
     "<reponame>",
 }
+# More than any published token has; what is made of a token may take its square in time.
+_LONGEST_TOKEN = 1024
 # A u32 that stands for no token.
 _NONE = 2**32 - 1
 
@@ -118,11 +121,7 @@ def read_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
         raise TokenizerError(f"the file has no {PREFIX}model, so no tokenizer; {ADVICE}")
     tokens = _tokens(metadata)
     kinds = _kinds(metadata, tokens)
-    ids = {key: _id(metadata, key, len(tokens)) for key in _keys()}
-    for key, default in _DEFAULT_IDS.get(model, {}).items():
-        fits = default < len(tokens) and (kinds is None or kinds[default] != Kind.NORMAL)
-        if f"{PREFIX}{key}" not in metadata and fits:
-            ids[key] = default
+    ids = _ids(metadata, model, tokens, kinds)
     if kinds is None:
         kinds = _guessed_kinds(tokens, ids)
     end_ids = _end_ids(tokens, kinds, ids)
@@ -186,10 +185,6 @@ def octets(metadata: Mapping[str, object], name: str) -> bytes:
     return bytes(value & 0xFF for value in values)
 
 
-def _keys() -> list[str]:
-    return [*_NAMED.values(), *(f"{end}_token_id" for end in _ENDS if end != "eos")]
-
-
 def shown(value: object) -> str:
     """A value as an error has it: never long."""
     whole = repr(value)
@@ -200,6 +195,11 @@ def _tokens(metadata: Mapping[str, object]) -> list[str]:
     found = strings(metadata, "tokens")
     if not found:
         raise TokenizerError(f"{PREFIX}tokens is missing or empty; {ADVICE}")
+    longest = max(map(len, found))
+    if longest > _LONGEST_TOKEN:
+        raise TokenizerError(
+            f"{PREFIX}tokens holds one of {longest} characters; at most {_LONGEST_TOKEN} are read"
+        )
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(found)] if "" in found else found
     if len(set(tokens)) < len(tokens):
         first: dict[str, int] = {}
@@ -213,8 +213,8 @@ def _tokens(metadata: Mapping[str, object]) -> list[str]:
 
 def _numbers(
     metadata: Mapping[str, object], name: str, kinds: set[type], tokens: list[str]
-) -> list[object] | None:
-    """One number for each token. Raises TokenizerError."""
+) -> list[Any] | None:
+    """One number of these types for each token. Raises TokenizerError."""
     values = metadata.get(f"{PREFIX}{name}")
     if values is None:
         return None
@@ -231,7 +231,7 @@ def _kinds(metadata: Mapping[str, object], tokens: list[str]) -> list[int] | Non
     values = _numbers(metadata, "token_type", {int}, tokens)
     if values is None:
         return None
-    kinds = [value for value in values if isinstance(value, int)]
+    kinds: list[int] = values.copy()
     for i, token in enumerate(strings(metadata, "tokens") or []):
         if not token:
             kinds[i] = Kind.UNUSED
@@ -239,13 +239,10 @@ def _kinds(metadata: Mapping[str, object], tokens: list[str]) -> list[int] | Non
 
 
 def _scores(metadata: Mapping[str, object], tokens: list[str]) -> list[float] | None:
-    values = _numbers(metadata, "scores", {int, float}, tokens)
-    if values is None:
-        return None
-    scores = [value for value in values if isinstance(value, (int, float))]
-    for i, score in enumerate(scores):
-        if math.isnan(score):
-            raise TokenizerError(f"{PREFIX}scores[{i}] is no number")
+    scores: list[float] | None = _numbers(metadata, "scores", {int, float}, tokens)
+    if scores is not None and any(map(math.isnan, scores)):
+        place = next(i for i, score in enumerate(scores) if math.isnan(score))
+        raise TokenizerError(f"{PREFIX}scores[{place}] is no number")
     return scores
 
 
@@ -261,6 +258,19 @@ def _id(metadata: Mapping[str, object], key: str, count: int) -> int | None:
     return value
 
 
+def _ids(
+    metadata: Mapping[str, object], model: str, tokens: list[str], kinds: list[int] | None
+) -> dict[str, int | None]:
+    """The tokens that keys name, by key; where one is missing, llama.cpp's default if it fits."""
+    ends = (f"{end}_token_id" for end in _ENDS)
+    found = {key: _id(metadata, key, len(tokens)) for key in (*_NAMED.values(), *ends)}
+    for key, default in _DEFAULT_IDS.get(model, {}).items():
+        if f"{PREFIX}{key}" not in metadata and default < len(tokens):
+            special = kinds is None or kinds[default] in (Kind.UNKNOWN, Kind.CONTROL)
+            found[key] = default if special else None
+    return found
+
+
 def _guessed_kinds(tokens: list[str], ids: Mapping[str, int | None]) -> list[int]:
     """For a file that says nothing of kinds: the tokens that keys name are control tokens."""
     kinds: list[int] = [Kind.NORMAL] * len(tokens)
@@ -274,7 +284,7 @@ def _end_ids(tokens: list[str], kinds: list[int], ids: Mapping[str, int | None])
     """All ids that end a text; those that are known by name become control tokens."""
     ids_by_name = {token: i for i, token in enumerate(tokens) if token in _END_NAMES}
     for i, token in enumerate(tokens):
-        if token in _END_NAMES_IF_CONTROL and kinds[i] in (Kind.CONTROL, Kind.UNKNOWN):
+        if token in _END_NAMES_IF_ADDED and kinds[i] != Kind.NORMAL:
             ids_by_name[token] = i
     by_key = (ids[f"{end}_token_id"] for end in _ENDS)
     ends = {token_id for token_id in by_key if token_id is not None}
