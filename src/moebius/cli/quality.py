@@ -48,7 +48,7 @@ def quality(
         Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")
     ] = None,
 ) -> None:
-    """Measure bits per byte of a text, and how far formats are from the first.
+    """Measure how well a model predicts a text, in several formats.
 
     All are computed as they would be served, on the same rows of tokens. The divergence is
     Kullback-Leibler's, from the first model's distribution of the next token to each other's.
