@@ -23,13 +23,13 @@ template <bool SIGNED> INLINE __m512i pairs_of(__m512i codes, const int8_t* x) {
     const __m512i with_sign = _mm512_mask_sub_epi8(c, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), c);
     return _mm512_maddubs_epi16(_mm512_abs_epi8(codes), with_sign);
 }
-// Sums of four products each.
-template <bool SIGNED> INLINE __m512i fours_of(__m512i codes, const int8_t* x) {
+// sums + sums of four products each.
+template <bool SIGNED> INLINE __m512i add_fours(__m512i sums, __m512i codes, const int8_t* x) {
 #if defined(__AVX512VNNI__)
     static_assert(!SIGNED, "VNNI has room for codes without a sign");
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, load_64_bytes(x));
+    return _mm512_dpbusd_epi32(sums, codes, load_64_bytes(x));
 #else
-    return _mm512_madd_epi16(pairs_of<SIGNED>(codes, x), _mm512_set1_epi16(1));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs_of<SIGNED>(codes, x), _mm512_set1_epi16(1)));
 #endif
 }
 // sums + pairs * scales
@@ -71,7 +71,7 @@ INLINE void add_sub_blocks(const uint8_t* w, __m512i scales, const int8_t* const
                                                      odd + 1, odd + 1, odd + 1, odd + 1);
             const __m512i scale = _mm512_permutexvar_epi32(places, scales);
             for (int i = 0; i < M; i++)
-                sums[i] = _mm512_add_epi32(sums[i], _mm512_mullo_epi32(fours_of<false>(codes, x[i] + p * 64), scale));
+                sums[i] = _mm512_add_epi32(sums[i], _mm512_mullo_epi32(add_fours<false>(_mm512_setzero_si512(), codes, x[i] + p * 64), scale));
         } else {
             constexpr int64_t four = 0x0001000100010001;
             const __m512i places = _mm512_setr_epi64(even * four, even * four, odd * four, odd * four, (even + 1) * four, (even + 1) * four,
@@ -100,33 +100,58 @@ INLINE void parts_of_256(const uint8_t* w, const QuantisedRow* x, int at, __m512
     add_sub_blocks<f, M>(w, wide ? _mm512_cvtepi16_epi32(scales) : _mm512_castsi256_si512(scales), codes, dots);
 }
 
+// Sixteen blocks of 32 with four-bit codes: four in a vector, four lanes each.
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots) {
+    __m512i parts[M][4];
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++, w += 4 * Block<f>::BYTES) {
+        const HalvesOfFour codes = halves_of_four<f, is_signed<f>()>(w);
+        for (int i = 0; i < M; i++) {
+            const __m512i first = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes.first, x[i].halves[0] + at * 16);
+            parts[i][t] = add_fours<is_signed<f>()>(first, codes.second, x[i].halves[1] + at * 16);
+        }
+        for (at += 4; at >= blocks; at -= blocks) {}
+    }
+    for (int i = 0; i < M; i++) {
+        const __m512i *v = parts[i], places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+        const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+        const __m512i sums = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+        _mm512_storeu_si512(dots + i * STRIDE, _mm512_permutexvar_epi32(places, sums));
+    }
+}
+
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     using B = Block<f>;
-    __m512i parts[M][8], least[M][8];  // two blocks each
-    for (int t = 0; t < 16; t += 2, w += 2 * B::BYTES) {
-        const uint8_t* second = w + B::BYTES;
-        if constexpr (B::ELEMENTS == 32) {
-            const __m512i codes = codes_of_two<f, is_signed<f>()>(w, second);
-            for (int i = 0; i < M; i++) parts[i][t / 2] = fours_of<is_signed<f>()>(codes, x[i].codes + at * 32);
-            for (at += 2; at >= blocks; at -= blocks) {}
-        } else {
-            __m512i of_block[2][M];
-            __m256i of_minima[2][M];
-            for (int j = 0; j < 2; j++) {
-                parts_of_256<f, M>(j ? second : w, x, at, of_block[j], of_minima[j]);
-                at = at + 1 < blocks ? at + 1 : 0;
-            }
-            for (int i = 0; i < M; i++) {
-                parts[i][t / 2] = both_in_one(of_block[0][i], of_block[1][i]);
-                if constexpr (B::MINIMUM_AT >= 0)
-                    least[i][t / 2] = _mm512_inserti64x4(_mm512_castsi256_si512(of_minima[0][i]), of_minima[1][i], 1);
+    if constexpr (B::ELEMENTS == 32 && f != Q8_0) return dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
+    else {
+        __m512i parts[M][8], least[M][8];  // two blocks each
+#pragma GCC unroll 8
+        for (int t = 0; t < 8; t++, w += 2 * B::BYTES) {
+            if constexpr (f == Q8_0) {
+                const __m512i codes = codes_of_two<is_signed<f>()>(w, w + B::BYTES);
+                for (int i = 0; i < M; i++) parts[i][t] = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes, x[i].codes + at * 32);
+                for (at += 2; at >= blocks; at -= blocks) {}
+            } else {
+                __m512i of_block[2][M];
+                __m256i of_minima[2][M];
+                for (int j = 0; j < 2; j++) {
+                    parts_of_256<f, M>(w + j * B::BYTES, x, at, of_block[j], of_minima[j]);
+                    at = at + 1 < blocks ? at + 1 : 0;
+                }
+                for (int i = 0; i < M; i++) {
+                    parts[i][t] = both_in_one(of_block[0][i], of_block[1][i]);
+                    if constexpr (B::MINIMUM_AT >= 0)
+                        least[i][t] = _mm512_inserti64x4(_mm512_castsi256_si512(of_minima[0][i]), of_minima[1][i], 1);
+                }
             }
         }
-    }
-    for (int i = 0; i < M; i++) {
-        _mm512_storeu_si512(dots + i * STRIDE, reduce_pairs(parts[i]));
-        if constexpr (B::ELEMENTS == 256 && B::MINIMUM_AT >= 0) _mm512_storeu_si512(minima + i * STRIDE, reduce_pairs(least[i]));
+        for (int i = 0; i < M; i++) {
+            _mm512_storeu_si512(dots + i * STRIDE, reduce_pairs(parts[i]));
+            if constexpr (B::MINIMUM_AT >= 0) _mm512_storeu_si512(minima + i * STRIDE, reduce_pairs(least[i]));
+        }
     }
 }
 

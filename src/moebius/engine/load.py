@@ -44,6 +44,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
+from moebius.models.store.tensors import NUMBER_BYTES
 from moebius.models.uses import check_served
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
@@ -127,18 +128,28 @@ class Prepared:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
+        weights, *rest = self.plan.rows()
         return [
-            *self.plan.rows(),
+            weights,
+            *self._format_rows(),
             *self._quantization_rows(),
+            *rest,
             *self._rank_rows(),
             ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
         ]
 
+    def _format_rows(self) -> list[tuple[str, str, str]]:
+        formats = self.checkpoint.formats
+        if set(formats) <= NUMBER_BYTES.keys():
+            return []
+        parts = (f"{human_bytes(nbytes)} {name}" for name, nbytes in formats.items())
+        return [("formats", "", ", ".join(parts))]
+
     def _quantization_rows(self) -> list[tuple[str, str, str]]:
         if self.quantized is None:
             return []
-        before = human_bytes(self.quantized.original.nbytes)
-        after = human_bytes(self.quantized.checkpoint.nbytes)
+        before = human_bytes(sum(self.quantized.original.formats.values()))
+        after = human_bytes(sum(self.quantized.checkpoint.formats.values()))
         remark = f"{before} become {after}; kept in {self.quantized.file.parent}"
         return [("quantization", self.quantized.recipe.name, remark)]
 

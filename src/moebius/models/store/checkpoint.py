@@ -63,10 +63,13 @@ class Checkpoint:
         return max(sizes, key=lambda name: sizes[name], default="float32")
 
     @property
-    def nbytes(self) -> int:
-        """Of the tensors that the model has."""
-        names = {source.name for source in self.sources}
-        return sum(self.tensors[name].stop - self.tensors[name].start for name in names)
+    def formats(self) -> dict[str, int]:
+        """Bytes of the model's tensors by what they are stored as, most first."""
+        found: Counter[str] = Counter()
+        for name in {source.name for source in self.sources}:
+            tensor = self.tensors[name]
+            found[str(tensor.format)] += tensor.stop - tensor.start
+        return dict(found.most_common())
 
     def sources_at(self, ranks: ExpertRank | None) -> Sequence[Source]:
         """Those of what a rank holds; all of them without ranks."""
@@ -253,7 +256,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
-    for tensor in sorted(checkpoint.tensors.values(), key=lambda t: t.start):
+    for tensor in sorted(checkpoint.store.tensors.values(), key=lambda t: t.start):
         files.setdefault(tensor.file, []).append(tensor)
     for path, tensors in sorted(files.items()):
         with path.open("rb") as file:
