@@ -139,7 +139,9 @@ constexpr int ROW_BLOCK = 64;  // rows of x that pass while a chunk of weights i
 
 class Ops {
 public:
-    Ops(const std::string& limit, int threads) : kernels_(select_kernels(limit)), pool_(threads), scratch_(threads) {}
+    // ordered: products of plain numbers are summed in one order, that of every instruction set, not in the fastest.
+    Ops(const std::string& limit, int threads, bool ordered = false)
+        : kernels_(select_kernels(limit)), ordered_(ordered), pool_(threads), scratch_(threads) {}
 
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
@@ -258,6 +260,7 @@ private:
     template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack);
 
     const Kernels* kernels_;
+    const bool ordered_;
     std::mutex one_caller_;  // of what uses the members below
     Pool pool_;
     std::vector<Scratch> scratch_;
