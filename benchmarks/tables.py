@@ -109,6 +109,12 @@ EXPERT_PARALLEL = (
         "2026-11-28",
         f"{PYTHON} benchmarks/expert_parallel.py --models m1 --rounds 2",
     ),
+    Source(
+        "expert_parallel_m2.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/expert_parallel.py --models m2 --rounds 2 --requests 32",
+    ),
 )
 EXCHANGES = Source(
     "exchange.json", ZEN4, "2026-11-28", f"chrt -r 10 {PYTHON} benchmarks/exchange.py"

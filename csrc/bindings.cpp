@@ -46,13 +46,13 @@ void require_experts(Dtype dtype, size_t count, const Matrices& matrices, int ro
 }
 
 Experts make_experts(int dtype, int hidden, int width, int activation, const Matrices& gate, const Matrices& up, const Matrices& down,
-                     const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
+                     const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk) {
     require_experts(Dtype(dtype), gate.size(), gate, width, hidden, gate_bias);
     require_experts(Dtype(dtype), gate.size(), up, width, hidden, up_bias);
     require_experts(Dtype(dtype), gate.size(), down, hidden, width, down_bias);
     bool holes = false;
     for (const Matrix& w : gate) holes |= w.data == nullptr;
-    return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes};
+    return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk};
 }
 
 // Throws std::invalid_argument for a sequence whose tokens its table has no blocks for.
@@ -297,9 +297,9 @@ NB_MODULE(_cpu, m) {
         new (self) Linear(make_linear(dtype, weights, biases));
     }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);
     nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Matrices& gate,
-            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias) {
-        new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias));
-    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a)
+            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk) {
+        new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias, on_disk));
+    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a, "on_disk"_a = false)
         .def("assign", [](Experts& self, const Experts& other) { self = other; }, "other"_a);
     nb::class_<StepAttention>(m, "StepAttention")
         .def("__init__", [](StepAttention* self, int window, int block_size) {
@@ -341,7 +341,7 @@ NB_MODULE(_cpu, m) {
     nb::class_<Shaped>(m, "Shaped").def("restore", &Shaped::restore, release());
 
     nb::class_<Ops>(m, "Ops")
-        .def(nb::init<const std::string&, int>())
+        .def(nb::init<const std::string&, int, bool>(), "limit"_a, "threads"_a, "ordered"_a = false)
         .def_prop_ro("name", &Ops::name)
         .def_prop_ro("threads", &Ops::threads)
         .def_prop_ro("scratch_bytes", &Ops::scratch_bytes)

@@ -1,5 +1,6 @@
 #include "bytes.h"
 #include "ops.h"
+#include "will_need.h"
 #if defined(MOEBIUS_HAS_AMX)
 #include "amx_present.h"
 #endif
@@ -139,6 +140,7 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
                                   [&](void* to) { kernels.quantise[dtype][size](x, m, k, to); });
         return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), next, c, columns);
     }
+    if (ordered_) return kernels_->ordered[dtype][w.format](x, m, w.row(column), columns, k, c, columns);
     const auto kernel = kernels_->product[dtype][w.format];
     if (!kernels_->pack[dtype]) return kernel(x, m, w.row(column), k, columns, k, next, c, columns);
     const void* const rows[] = {packed(s.packed[0], first, packed_bytes(m, k), [&](void* to) { kernels_->pack[dtype](x, m, k, to); })};
@@ -186,6 +188,13 @@ void Ops::sort_pairs(const Experts& e, const int64_t* ids, int pairs, bool skip)
     starts_.pop_back();
 }
 
+void Ops::fetch(const Experts& e) const {
+    if (!e.on_disk) return;
+    for (size_t i = 0; i < e.gate.size(); i++)
+        if (starts_[i + 1] > starts_[i])
+            for (const Matrix& w : {e.gate[i], e.up[i], e.down[i]}) will_need(w.data, w.bytes());
+}
+
 void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out) {
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
     plan_products(e.width, [&](int expert) { return e.gate[expert].row_bytes() + e.up[expert].row_bytes(); });
@@ -230,6 +239,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
                   void* outer, void* out) {
     std::lock_guard<std::mutex> only(one_caller_);
     sort_pairs(e, ids, rows * top_k, false);
+    fetch(e);
     pair_rows(e, x, top_k, inner, ids ? outer : out);
     if (ids) combine(e.dtype, outer, weights, rows, top_k, e.hidden, out);
 }
@@ -237,6 +247,7 @@ void Ops::experts(const Experts& e, const void* x, int rows, const float* weight
 void Ops::expert_rows(const Experts& e, const void* x, int rows, const int64_t* ids, int top_k, void* inner, void* out) {
     std::lock_guard<std::mutex> only(one_caller_);
     sort_pairs(e, ids, rows * top_k, true);
+    fetch(e);
     pair_rows(e, x, top_k, inner, out);
 }
 

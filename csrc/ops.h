@@ -25,6 +25,7 @@ struct Matrix {
     const void* data;
 
     size_t row_bytes() const { return size_t(blocks()) * FORMAT_SIZES[format].bytes; }
+    size_t bytes() const { return rows * row_bytes(); }
     int blocks() const { return columns / FORMAT_SIZES[format].elements; }  // of a row
     const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
 };
@@ -49,6 +50,7 @@ struct Experts {
     std::vector<Matrix> gate, up, down;                      // (width, hidden), (width, hidden), (hidden, width)
     std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, of the experts' dtype, or empty
     bool holes = false;  // some are not held here: their matrices have no data
+    bool on_disk = false;  // their pages need not be in memory: those of the chosen are asked for before they are read
 };
 
 struct StepAttention {  // what all layers with one window share
@@ -137,7 +139,9 @@ constexpr int ROW_BLOCK = 64;  // rows of x that pass while a chunk of weights i
 
 class Ops {
 public:
-    Ops(const std::string& limit, int threads) : kernels_(select_kernels(limit)), pool_(threads), scratch_(threads) {}
+    // ordered: products of plain numbers are summed in one order, that of every instruction set, not in the fastest.
+    Ops(const std::string& limit, int threads, bool ordered = false)
+        : kernels_(select_kernels(limit)), ordered_(ordered), pool_(threads), scratch_(threads) {}
 
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
@@ -237,6 +241,8 @@ private:
     // Sorts pairs (token, choice) by expert: those of e are pairs_[starts_[e]] to pairs_[starts_[e + 1] - 1]. Without ids all are
     // of expert 0. With `skip`, the number after the last expert's stands for none.
     void sort_pairs(const Experts& e, const int64_t* ids, int pairs, bool skip);
+    // Has the system read what the sorted pairs' experts lie in, all of it at once.
+    void fetch(const Experts& e) const;
     // Each sorted pair's row of its expert, to the pair's place in out.
     void pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out);
     // row_bytes(e) is what one column of expert e's products reads.
@@ -254,6 +260,7 @@ private:
     template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack);
 
     const Kernels* kernels_;
+    const bool ordered_;
     std::mutex one_caller_;  // of what uses the members below
     Pool pool_;
     std::vector<Scratch> scratch_;

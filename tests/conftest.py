@@ -3,6 +3,7 @@ servers' event loops."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in ("losses", "hosts"):
         if item.get_closest_marker(mark) and mark not in item.config.getoption("-m"):
             pytest.skip(f"takes minutes; ask for it with -m {mark}")
+    for needed in item.iter_markers("needs_file"):
+        variable, what = needed.args
+        if variable not in os.environ:
+            pytest.skip(f"{variable} has to name {what}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sizes import SIZES
+from sizes import BF16, SIZES, weights_of
 from workloads import Request, Workload, workload
 
 # Most tokens of one sequence in any workload, with room for the engines' own rounding.
@@ -42,6 +42,8 @@ class Options:
 
     model: str
     directory: Path
+    """Of the weights: a GGUF file where they are not in bfloat16."""
+    weights: str
     max_seqs: int
     threads: int
     prefix_cache: bool
@@ -197,13 +199,19 @@ def serve(load: Load) -> None:
         default=None,
         help="folder of the checkpoints (default: PEERS/models)",
     )
+    parser.add_argument("--weights", default=BF16, help="bf16, or a GGUF file's type")
     parser.add_argument("--max-seqs", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix-cache", action="store_true")
     given = parser.parse_args()
     models = given.models or peers_folder() / "models"
     options = Options(
-        given.model, models / given.model, given.max_seqs, given.threads, given.prefix_cache
+        given.model,
+        weights_of(models, given.model, given.weights),
+        given.weights,
+        given.max_seqs,
+        given.threads,
+        given.prefix_cache,
     )
 
     end_with_parent()

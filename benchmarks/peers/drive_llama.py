@@ -1,5 +1,5 @@
 """llama.cpp's llama-server, asked over loopback HTTP (PEERS/llama-build,
-PEERS/models/NAME-bf16.gguf)."""
+PEERS/models/NAME-WEIGHTS.gguf)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ START_SECONDS = 300
 
 def load(options: Options) -> Engine:
     program = peers_folder() / "llama-build" / "bin" / "llama-server"
-    model = options.directory.with_name(f"{options.model}-bf16.gguf")
+    model = options.directory.with_name(f"{options.model}-{options.weights}.gguf")
     settings = {
         "--threads": options.threads,
         "--threads-batch": options.threads,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pause import PauseClock
+from sizes import BF16, weights_of
 
 HERE = Path(__file__).resolve().parent
 OURS = "moebius"
@@ -27,18 +28,27 @@ ANSWER_SECONDS = 1800
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A driver script, the virtual environment under PEERS that runs it (None: that of run.py), and
-    what it reads."""
+    what it reads of a model in bfloat16; gguf: whether it runs GGUF files too."""
 
     script: str
     venv: str | None
     files: Callable[[Path, str], Path]
+    gguf: bool = False
+
+    def reads(self, models: Path, model: str, weights: str) -> Path:
+        """The model's file or directory."""
+        if weights == BF16:
+            return self.files(models, model)
+        return weights_of(models, model, weights)
 
 
 PEERS: dict[str, Peer] = {
-    OURS: Peer("drive_moebius.py", None, lambda models, name: models / name),
+    OURS: Peer("drive_moebius.py", None, lambda models, name: models / name, gguf=True),
     "vllm": Peer("drive_vllm.py", "venv-vllm", lambda models, name: models / name),
     "openvino": Peer("drive_openvino.py", "venv-ov", lambda models, name: models / f"{name}-ov"),
-    "llama.cpp": Peer("drive_llama.py", None, lambda models, name: models / f"{name}-bf16.gguf"),
+    "llama.cpp": Peer(
+        "drive_llama.py", None, lambda models, name: models / f"{name}-bf16.gguf", gguf=True
+    ),
     "transformers": Peer("drive_transformers.py", "venv-hf", lambda models, name: models / name),
 }
 
@@ -52,6 +62,7 @@ class Setting:
     """How the drivers of one phase are started."""
 
     model: str
+    weights: str
     max_seqs: int
     threads: int
     prefix_cache: bool
@@ -64,7 +75,7 @@ class Driver:
     def __init__(self, name: str, setting: Setting, folder: Path) -> None:
         peer = PEERS[name]
         self.name = name
-        self.log = folder / "logs" / f"{name}-{setting.model}.log"
+        self.log = folder / "logs" / f"{name}-{setting.model}-{setting.weights}.log"
         self.log.parent.mkdir(exist_ok=True)
         self.pauses = PauseClock(folder / f".clock-{os.getpid()}-{name}")
         python = sys.executable if peer.venv is None else str(folder / peer.venv / "bin" / "python")
@@ -76,9 +87,10 @@ class Driver:
             "--models",
             str(folder / "models"),
         ]
+        command += ["--weights", setting.weights]
         command += ["--max-seqs", str(setting.max_seqs), "--threads", str(setting.threads)]
         command += ["--prefix-cache"] * setting.prefix_cache
-        _read_through(peer.files(folder / "models", setting.model))
+        _read_through(peer.reads(folder / "models", setting.model, setting.weights))
         start = time.perf_counter()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -15,7 +15,7 @@ from typing import Any
 
 from drivers import OURS
 from roofline import Floor, floor
-from sizes import SIZES
+from sizes import SIZES, Stored
 from workloads import Workload, workload
 
 # The figure that a workload is compared by. More is better in all of them.
@@ -62,12 +62,19 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for model, name in dict.fromkeys((run["model"], run["workload"]) for run in record["runs"]):
         runs = [run for run in record["runs"] if (run["model"], run["workload"]) == (model, name)]
-        result.setdefault(model, {})[name] = _compare(runs, ceilings, model, name)
+        held = record.get("stored", {}).get(model)  # earlier records are of bfloat16
+        result.setdefault(model, {})[name] = _compare(
+            runs, ceilings, model, name, Stored(**held) if held else None
+        )
     return result
 
 
 def _compare(
-    runs: list[dict[str, Any]], ceilings: dict[str, float], model: str, name: str
+    runs: list[dict[str, Any]],
+    ceilings: dict[str, float],
+    model: str,
+    name: str,
+    held: Stored | None,
 ) -> dict[str, Any]:
     """Clean repetitions count; where a peer has none, all of its repetitions do, and `clean` says
     0."""
@@ -93,7 +100,8 @@ def _compare(
         result["ours_over_best"] = medians[OURS] / medians[best]
     for kind in ("anonymous", "mapped"):
         speeds = {"bandwidth": ceilings[f"{kind}_gbs"], "matrix": ceilings["matrix_gflops"]}
-        ideal = floor(SIZES[model], work, **speeds, prefix_cache=runs[0]["prefix_cache"])
+        cache = runs[0]["prefix_cache"]
+        ideal = floor(SIZES[model], work, **speeds, prefix_cache=cache, stored=held)
         reach = _ideal_figures(work, ideal)
         shares = {peer: value / reach[headline] for peer, value in medians.items()}
         result["roofline"][kind] = {**speeds, **asdict(ideal), **reach, "share": shares}

@@ -5,8 +5,8 @@ over the matrix peak.
 
 Steps are those of an ideal continuous batching: every running request advances by one token, whole
 prompts join while the step holds at most MAX_STEP_TOKENS tokens. A step reads the weights of
-attention and router, the experts that its tokens are expected to hit, the output head, and the KV
-cache of its requests, all in bfloat16.
+attention and router, the experts that its tokens are expected to hit, and the output head, all as
+their file holds them, and the KV cache of its requests, in 16 bits.
 
 Random weights make greedy decoding repeat itself, so sequences may share experts and the expected
 number is an upper bound: in W3 an engine can come out above 100 %.
@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from common import MAX_STEP_TOKENS
-from sizes import SIZES, Sizes
+from sizes import SIZES, Sizes, Stored
 from workloads import NAMES, Workload, workload
 
-_BF16 = 2
+_KV_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,22 @@ class Floor:
 
 
 def floor(
-    sizes: Sizes, work: Workload, *, bandwidth: float, matrix: float, prefix_cache: bool
+    sizes: Sizes,
+    work: Workload,
+    *,
+    bandwidth: float,
+    matrix: float,
+    prefix_cache: bool,
+    stored: Stored | None = None,
 ) -> Floor:
-    """bandwidth in GB/s, matrix in GFLOP/s; prefix_cache: the common prefix is computed once."""
+    """bandwidth in GB/s, matrix in GFLOP/s; prefix_cache: the common prefix is computed once.
+
+    stored: what the weights take; None: bfloat16.
+    """
     result = Floor()
+    stored = stored or Stored.plain(sizes)
     for step in _steps(work, work.shared_prefix if prefix_cache else 0):
-        moved = _bytes(sizes, step) / 1e9
+        moved = _bytes(sizes, stored, step) / 1e9
         computed = _operations(sizes, step) / 1e9
         seconds = max(moved / bandwidth, computed / matrix)
         result.first_seconds = result.first_seconds or seconds
@@ -85,12 +95,13 @@ def _steps(work: Workload, cached: int) -> Iterator[list[Chunk]]:
         yield step
 
 
-def _bytes(sizes: Sizes, step: list[Chunk]) -> float:
+def _bytes(sizes: Sizes, stored: Stored, step: list[Chunk]) -> float:
     tokens = sum(chunk.new for chunk in step)
     hit = sizes.experts * (1 - (1 - sizes.top_k / sizes.experts) ** tokens)
-    weights = sizes.layers * (sizes.attention + sizes.router + hit * sizes.expert) + sizes.head
+    layer = stored.attention + stored.router + hit * stored.expert
     kv_token = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
-    return _BF16 * (weights + kv_token * sum(chunk.context for chunk in step))
+    context = sum(chunk.context for chunk in step)
+    return sizes.layers * layer + stored.head + _KV_BYTES * kv_token * context
 
 
 def _operations(sizes: Sizes, step: list[Chunk]) -> float:

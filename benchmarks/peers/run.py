@@ -28,7 +28,7 @@ from common import peers_folder
 from drivers import HERE, PEERS, Driver, DriverError, Setting
 from pause import Disturbance, wait_until_calm, watch
 from report import summarize, table
-from sizes import SIZES
+from sizes import BF16, SIZES, stored, weights_of
 from workloads import NAMES, workload
 
 from moebius.errors import MoebiusError
@@ -67,7 +67,7 @@ class Bench:
     def phase(self, model: str, names: list[str], prefix_cache: bool) -> None:
         """Workloads that share one setting of the engines."""
         seqs = max(workload(name, SIZES[model].vocab, 1).concurrency for name in names)
-        setting = Setting(model, seqs, self.given.threads, prefix_cache)
+        setting = Setting(model, self.given.weights, seqs, self.given.threads, prefix_cache)
         together = self.given.together == "yes" or (
             self.given.together == "auto" and self._fit(model)
         )
@@ -85,7 +85,10 @@ class Bench:
         """Have the files in the page cache as they are after a restart: in large pages, where the
         kernel makes such of what it reads. What a program has just written lies there in small
         ones, and memory is slower for that."""
-        for path in sorted((self.folder / "models").glob(f"{model}*")):
+        pattern = (
+            f"{model}*" if self.given.weights == BF16 else f"{model}-{self.given.weights}.gguf"
+        )
+        for path in sorted((self.folder / "models").glob(pattern)):
             for file in filter(Path.is_file, path.rglob("*") if path.is_dir() else [path]):
                 with file.open("rb", buffering=0) as opened:
                     os.fsync(opened)
@@ -101,17 +104,26 @@ class Bench:
 
     def _fit(self, model: str) -> bool:
         """Whether all engines can stay loaded beside each other."""
-        each = WEIGHTS_FACTOR * SIZES[model].parameters * 2 / 1e9 + BESIDE_GB
+        each = WEIGHTS_FACTOR * self._weights_gb(model) + BESIDE_GB
         return (
             len(self.given.peers) * each
             < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
         )
 
+    def _weights_gb(self, model: str) -> float:
+        if self.given.weights == BF16:
+            return SIZES[model].parameters * 2 / 1e9
+        return self._file(model).stat().st_size / 1e9
+
+    def _file(self, model: str) -> Path:
+        """The largest file of its weights."""
+        place = weights_of(self.folder / "models", model, self.given.weights)
+        if place.is_file():
+            return place
+        return max(place.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+
     def _ceilings(self, model: str, name: str) -> None:
-        weights = max(
-            (self.folder / "models" / model).glob("*.safetensors"),
-            key=lambda file: file.stat().st_size,
-        )
+        weights = self._file(model)
         calm = wait_until_calm(self.given.patience)
         command = [sys.executable, str(HERE / "ceilings.py")]
         command += ["--threads", str(self.given.threads), "--file", str(weights)]
@@ -177,6 +189,12 @@ class Bench:
             self.drivers.pop(peer).stop()
 
     def save(self) -> None:
+        models = self.folder / "models"
+        held = {
+            model: stored(models, model, self.given.weights)
+            for model in {run["model"] for run in self.record["runs"]}
+        }
+        self.record["stored"] = {model: asdict(each) for model, each in held.items()}
         self.record["summary"] = summarize(self.record)
         text = json_text(self.record, indent=1) + "\n"
         write_file(self.given.json, text, ours=json_record)
@@ -245,6 +263,11 @@ def main() -> None:
     )
     parser.add_argument("--models", type=_names(SIZES), default=["m1", "m2"])
     parser.add_argument("--workloads", type=_names(NAMES), default=["w1", "w2", "w4", "w3"])
+    parser.add_argument(
+        "--weights",
+        default=BF16,
+        help="bf16, or the type of PEERS/models/MODEL-TYPE.gguf: q8_0, q4_k_m (moebius, llama.cpp)",
+    )
     parser.add_argument("--reps", type=int, default=3, help="repetitions of each workload")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -261,6 +284,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     given.json = given.json or peers_folder() / "results.json"
+    if given.weights != BF16 and (others := [p for p in given.peers if not PEERS[p].gguf]):
+        sys.exit(f"run.py: {', '.join(others)} run no GGUF files; name others with --peers")
     try:
         check_target(given.json, json_record)
     except MoebiusError as error:

@@ -4,6 +4,9 @@ them."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+BF16 = "bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +57,53 @@ SIZES = {
     "m2": Sizes(24, 1024, 16, 8, 64, 32, 8, 512, 49_152),
     # OLMoE-1B-7B's numbers (arXiv 2409.02060).
     "olmoe": Sizes(16, 2048, 16, 16, 128, 64, 8, 1024, 50_304),
+    # Qwen3-30B-A3B's numbers (arXiv 2505.09388).
+    "qwen3-30b": Sizes(48, 2048, 32, 4, 128, 128, 8, 768, 151_936),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes of a layer's attention and router, of an expert, and of the head, as files hold them:
+    means over the layers."""
+
+    attention: float
+    router: float
+    expert: float
+    head: float
+
+    @classmethod
+    def plain(cls, sizes: Sizes) -> Stored:
+        """In bfloat16."""
+        return cls(2 * sizes.attention, 2 * sizes.router, 2 * sizes.expert, 2 * sizes.head)
+
+    @classmethod
+    def of_file(cls, sizes: Sizes, file: Path) -> Stored:
+        """In a GGUF file, tensor by tensor."""
+        from moebius.gguf import read_gguf
+
+        found = {name: each.stop - each.start for name, each in read_gguf(file).tensors.items()}
+
+        def layers(*kinds: str) -> float:
+            wanted = [f".{kind}.weight" for kind in kinds]
+            total = sum(n for name, n in found.items() if any(map(name.endswith, wanted)))
+            return total / sizes.layers
+
+        return cls(
+            layers("attn_q", "attn_k", "attn_v", "attn_output"),
+            layers("ffn_gate_inp"),
+            layers("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps") / sizes.experts,
+            found.get("output.weight", found["token_embd.weight"]),
+        )
+
+
+def weights_of(models: Path, model: str, weights: str) -> Path:
+    """Where a model's weights lie: a directory for bfloat16, else a GGUF file."""
+    return models / model if weights == BF16 else models / f"{model}-{weights}.gguf"
+
+
+def stored(models: Path, model: str, weights: str) -> Stored:
+    sizes = SIZES[model]
+    if weights == BF16:
+        return Stored.plain(sizes)
+    return Stored.of_file(sizes, weights_of(models, model, weights))

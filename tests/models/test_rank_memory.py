@@ -1,4 +1,4 @@
-"""What a rank that holds some experts maps into memory: their bytes, and no others'."""
+"""What is mapped into memory of experts that a rank holds, or that may stay on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from moebius.models.decoder import Decoder
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import Loader
+from moebius.moe.experts import Experts
 from moebius.moe.placement import LayerPlacement, Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops.cpu import CpuOps
@@ -101,3 +102,26 @@ def test_spans_become_the_pages_that_they_touch() -> None:
     assert whole_pages([(5, 9), (33, 34), (8, 17)], 8) == [(0, 24), (32, 40)]
     assert whole_pages([(0, 8), (8, 16)], 8) == [(0, 16)]
     assert whole_pages([]) == []
+
+
+def test_experts_that_may_stay_on_disk_come_when_they_are_chosen(directory: Path) -> None:
+    """Loading reads all else; a step reads the experts that its router chose."""
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    others = size - 2 * 3 * EXPERTS * MATRIX
+    checkpoint = open_checkpoint(directory)
+    decoder = Decoder(checkpoint.config, CpuOps(1), torch.bfloat16, "meta")
+    Loader(checkpoint, CPU, cold=True).fill(decoder)
+    runs = 2 * 3 * 2
+    before = settled(directory, lambda found: found >= others)
+    assert others <= before <= others + runs * AROUND
+    experts = next(each for each in decoder.modules() if isinstance(each, Experts))
+    rows = torch.ones(3, 512, dtype=torch.bfloat16)
+    chosen = torch.full((3, 1), 4)
+    found = experts(rows, torch.ones(3, 1), chosen)
+    # A part of them may be there already, and the kernel maps some of its neighbours too.
+    assert 3 * MATRIX - AROUND <= resident(directory) - before <= 3 * 3 * MATRIX
+
+    warm = Decoder(checkpoint.config, CpuOps(1), torch.bfloat16, "meta")
+    Loader(checkpoint, CPU).fill(warm)
+    same = next(each for each in warm.modules() if isinstance(each, Experts))
+    assert torch.equal(found, same(rows, torch.ones(3, 1), chosen))

@@ -48,6 +48,7 @@ SIZES = (
     "max_num_batched_tokens",
     "block_size",
     "kv_cache_memory_bytes",
+    "mmap_cold",
 )
 """The fields of EngineConfig that the memory plan depends on."""
 

@@ -49,6 +49,10 @@ class EngineConfig(SchedulerConfig):
         "Replicas of experts that a rank holds of each layer. They even out loads; where the other "
         "ranks have every expert, they go on at once when one is lost.",
     ] = 0
+    mmap_cold: Annotated[
+        bool,
+        "Let experts be read from disk as they are needed: for a model larger than the memory.",
+    ] = False
     trace: Annotated[
         str | None, "File that every scheduling decision is written to, as JSON lines."
     ] = None

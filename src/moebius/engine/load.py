@@ -50,6 +50,7 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops import Ops, select_ops
 from moebius.ops.cache_spec import CacheSpec
+from moebius.ops.formats import BLOCK_FORMATS
 from moebius.ops.formats import dtype_name
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.parallel.alone import Alone
@@ -183,7 +184,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
     threads = _threads(config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
-    ops = select_ops(device, dtype, config.threads)
+    ops = select_ops(device, dtype, config.threads, ordered=_in_blocks(checkpoint))
     check_served(checkpoint.config, dtype, ops)
     ranks = None if share is None else share.of(checkpoint.config, config)
     sources = checkpoint.sources_at(ranks)
@@ -199,6 +200,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     weight_bytes = _weight_bytes(sources, weights, checkpoint.dtype)
     if near and memory is not None:
         weight_bytes = replace(weight_bytes, nodes=memory.nodes)
+    if config.mmap_cold:
+        weight_bytes = _cold(weight_bytes)
     if ranks is not None:
         moving = _moving_bytes(sources, weights, ranks, config)
         weight_bytes = replace(weight_bytes, moving=moving)
@@ -221,7 +224,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         recorded=workspace.nbytes if workspace.recorded else None,
         ranks=1 if share is None else share.ranks,
     )
-    loader = Loader(checkpoint, device, near=near)
+    loader = Loader(checkpoint, device, near=near, cold=config.mmap_cold)
     return Prepared(
         checkpoint,
         ops,
@@ -235,6 +238,13 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         loader,
         quantized,
     )
+
+
+def _in_blocks(checkpoint: Checkpoint) -> bool:
+    """Whether there are matrices whose products have the same bits on every processor: then all
+    others are to have them too."""
+    blocks = {each.name for each in BLOCK_FORMATS}
+    return any(tensor.format in blocks for tensor in checkpoint.tensors.values())
 
 
 def _threads(config: EngineConfig) -> int:
@@ -305,6 +315,10 @@ def _weight_bytes(
         for source, weight in zip(sources, weights, strict=True)
         if weight.near
     ]
+    layers = Counter[int]()
+    for source, weight in zip(sources, weights, strict=True):
+        if weight.mapped and source.expert is not None:
+            layers[source.expert[0]] += weight.nbytes
     return WeightBytes(
         mapped=sum(weight.nbytes for weight in weights if weight.mapped),
         copied=sum(weight.nbytes for weight in weights if not (weight.mapped or weight.near)),
@@ -312,7 +326,19 @@ def _weight_bytes(
         stored=stored,
         near=sum(nbytes for nbytes, _ in near),
         common=sum(nbytes for nbytes, common in near if common),
+        experts=layers.total(),
+        layer=max(layers.values(), default=0),
     )
+
+
+def _cold(weights: WeightBytes) -> WeightBytes:
+    """With experts that may stay on disk. Raises ConfigError where none are read in place."""
+    if not weights.experts:
+        raise ConfigError(
+            "--mmap-cold lets experts stay on disk, but this model has none that are read where "
+            "they lie in its files; leave it out"
+        )
+    return replace(weights, cold=True)
 
 
 def _moving_bytes(

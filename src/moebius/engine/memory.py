@@ -34,7 +34,8 @@ class WeightBytes:
     stored is the dtype that most of them have in the files. moving is room for experts that come
     before others go, and for as many as a rank may come to hold. near are copied as they are, to
     the `nodes` of memory that a rank is bound to; `common` of these are of weights that every rank
-    has.
+    has. experts are the mapped ones that routers choose from, and `layer` those of the layer with
+    most: where they are `cold`, no more than these count, and the others may stay on disk.
     """
 
     mapped: int
@@ -45,15 +46,25 @@ class WeightBytes:
     near: int = 0
     common: int = 0
     nodes: tuple[int, ...] = ()
+    experts: int = 0
+    layer: int = 0
+    cold: bool = False
 
     @property
     def total(self) -> int:
-        return self.mapped + self.copied + self.moving + self.near
+        """What there has to be memory for."""
+        return self.mapped + self.copied + self.moving + self.near - self.on_disk
+
+    @property
+    def on_disk(self) -> int:
+        """What need not be in memory all at once."""
+        return self.experts - self.layer if self.cold else 0
 
     @property
     def parts(self) -> str:
         """How they are held, for a person."""
-        said = f"{human_bytes(self.mapped)} mapped, {human_bytes(self.copied)} copied"
+        kept = human_bytes(self.mapped - self.on_disk)
+        said = f"{kept} mapped, {human_bytes(self.copied)} copied"
         if self.near:
             said += f", {human_bytes(self.near)} copied to {node_names(self.nodes)}"
         return said
@@ -178,6 +189,7 @@ class MemoryPlan:
         workspace = human_bytes(self.workspace)
         return [
             ("weights", human_bytes(weights.total), held),
+            *self._cold_rows(),
             *self._near_rows(),
             (
                 "KV cache",
@@ -192,6 +204,15 @@ class MemoryPlan:
             *self._length_rows(),
             ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
         ]
+
+    def _cold_rows(self) -> list[tuple[str, str, str]]:
+        disk = self.weights.on_disk
+        if not disk:
+            return []
+        left = self.available - self.weights.total - self.workspace - self.kv_cache - self.states
+        fit = human_bytes(min(max(left, 0), disk))
+        remark = f"experts, read as they are needed; {fit} of them fit beside all else"
+        return [("on disk", human_bytes(disk), remark)]
 
     def _near_rows(self) -> list[tuple[str, str, str]]:
         weights = self.weights
@@ -328,7 +349,8 @@ def plan_memory(
     Raises MemoryPlanError or ConfigError, with the numbers, where the wish cannot be met.
 
     Mapped weights count like copied ones: each step reads them all, so pages that the kernel gave
-    up for the cache's would come from the disk again and again.
+    up for the cache's would come from the disk again and again. Of experts that may stay on disk
+    one layer's count, and what is left keeps as many of the others as it can.
 
     recorded: what the programs of a step take, where they are recorded; else it is estimated.
     ranks: how many share the experts; weights and all else are those of one of them.
@@ -378,6 +400,8 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
     left = plan.available - weights.total - plan.workspace
     if left <= 0:
         fewer = "use fewer --ranks (each has copies), " if weights.near else ""
+        if weights.experts and not weights.cold:
+            fewer += "let experts stay on disk with --mmap-cold, "
         raise MemoryPlanError(
             f"weights ({weights.parts}) and workspace ({human_bytes(plan.workspace)}) need more "
             f"than the {available} available{of}; lower --max-num-batched-tokens, keep the "

@@ -24,6 +24,8 @@ class Experts(nn.Module):
         self.ops = place.ops
         size = place.hidden_size
         self.activation = config.activation
+        self.on_disk = False
+        """Whether what they lie in need not be in memory before it is computed with."""
         self._prepared: PreparedExperts | None = None
 
         def weights(*shape: int, wanted: bool = True) -> WeightList:
@@ -60,7 +62,7 @@ class Experts(nn.Module):
         """The backend's handle, which stays the same object where the backend can do so."""
         weights = self.weights()
         if self._prepared is None or not self._prepared.is_of(weights):
-            made = self.ops.prepare_experts(weights, self.activation, dtype)
+            made = self.ops.prepare_experts(weights, self.activation, dtype, on_disk=self.on_disk)
             if self._prepared is None or not self._prepared.become(made):
                 self._prepared = made
         return self._prepared

@@ -274,12 +274,18 @@ class Ops(SamplerOps):
 
     @abstractmethod
     def prepare_experts(
-        self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
+        self,
+        weights: ExpertWeights,
+        activation: Activation,
+        dtype: torch.dtype | None = None,
+        *,
+        on_disk: bool = False,
     ) -> PreparedExperts:
         """What `experts` and `expert_rows` need of one layer's experts; the tensors stay in place.
 
-        Formats and dtype are as in prepare_linear. Raises ValueError for what the backend cannot
-        read in place.
+        Formats and dtype are as in prepare_linear. on_disk: they lie in files whose pages need not
+        be there; a backend may ask for those of the experts that were chosen, all at once, before
+        it computes. Raises ValueError for what the backend cannot read in place.
         """
 
     @abstractmethod

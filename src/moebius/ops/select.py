@@ -11,10 +11,17 @@ from moebius.ops.reference import ReferenceOps
 log = logging.getLogger(__name__)
 
 
-def select_ops(device: torch.device | str, dtype: torch.dtype, threads: int | None = None) -> Ops:
+def select_ops(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    threads: int | None = None,
+    *,
+    ordered: bool = False,
+) -> Ops:
     """The fastest backend for weights of `dtype` on `device`.
 
-    threads: of a CPU's; None for all that we may use. MOEBIUS_CPU_ISA=reference asks for plain
+    threads: of a CPU's; None for all that we may use. ordered: what it computes has the bits of
+    every processor as far as its operations can have them. MOEBIUS_CPU_ISA=reference asks for plain
     PyTorch. Raises ConfigError for an instruction set that is not there.
     """
     if torch.device(device).type != "cpu" or os.environ.get("MOEBIUS_CPU_ISA") == "reference":
@@ -28,7 +35,7 @@ def select_ops(device: torch.device | str, dtype: torch.dtype, threads: int | No
             "moebius again"
         )
         return ReferenceOps()
-    return CpuOps(threads)
+    return CpuOps(threads, ordered=ordered)
 
 
 def kernel_levels() -> tuple[str, ...]:

@@ -79,7 +79,8 @@ class Tokenizer:
         self.vocab_size = max([*vocab.values(), *added], default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        self.end_ids = frozenset([*end_ids, *([] if self.eos_id is None else [self.eos_id])])
+        own_end = () if self.eos_id is None else (self.eos_id,)
+        self.end_ids = frozenset(end_ids).union(own_end)
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         self._guard = SpecialGuard(backend, vocab, rename)

@@ -119,10 +119,14 @@ class CpuBase(Ops):
 
     own_threads = True
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, isa: str | None = None, *, ordered: bool = False
+    ) -> None:
+        """ordered   products of plain numbers are summed in one order, the same on every
+        instruction set, as products of blocks are anyway; it is not the fastest"""
         isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
         try:
-            self._native = _cpu.Ops(isa, threads or machine.threads())
+            self._native = _cpu.Ops(isa, threads or machine.threads(), ordered)
         except ValueError as error:
             has = ", ".join(_cpu.available())
             raise ConfigError(

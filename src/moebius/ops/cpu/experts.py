@@ -88,13 +88,18 @@ class ExpertOps(CpuBase):
         return weights, ids
 
     def prepare_experts(
-        self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
+        self,
+        weights: ExpertWeights,
+        activation: Activation,
+        dtype: torch.dtype | None = None,
+        *,
+        on_disk: bool = False,
     ) -> PreparedExperts:
         if not weights.up_FD:
             return self._fallback.prepare_experts(weights, activation, dtype)
         tensors = weights.tensors()
         with self._looking_at(tensors):
-            return self._prepared(weights, activation, dtype, tensors)
+            return self._prepared(weights, activation, dtype, tensors, on_disk=on_disk)
 
     def _prepared(
         self,
@@ -102,6 +107,8 @@ class ExpertOps(CpuBase):
         activation: Activation,
         dtype: torch.dtype | None,
         tensors: Sequence[Tensor | None],
+        *,
+        on_disk: bool,
     ) -> PreparedExperts:
         require_no_gradient(*tensors)
         kinds = (weights.gate_FD, weights.up_FD, weights.down_DF)
@@ -124,6 +131,7 @@ class ExpertOps(CpuBase):
             gate_bias=[address(bias) for bias in weights.gate_bias_F],
             up_bias=[address(bias) for bias in weights.up_bias_F],
             down_bias=[address(bias) for bias in weights.down_bias_D],
+            on_disk=on_disk,
         )
         return CpuExperts(table, dtype, hidden, width, Held(tensors))
 

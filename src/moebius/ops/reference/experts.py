@@ -63,7 +63,12 @@ class ExpertOps(Ops):
         return weights_TK, ids_TK
 
     def prepare_experts(
-        self, weights: ExpertWeights, activation: Activation, dtype: torch.dtype | None = None
+        self,
+        weights: ExpertWeights,
+        activation: Activation,
+        dtype: torch.dtype | None = None,
+        *,
+        on_disk: bool = False,
     ) -> PreparedExperts:
         return ReferenceExperts(weights, activation)
 
