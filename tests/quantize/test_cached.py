@@ -6,12 +6,12 @@ import logging
 import threading
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import gguf
 from moebius import LLM, SamplingParams
 from moebius.cli.commands import app
 from moebius.engine.config import EngineConfig
