@@ -50,8 +50,7 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops import Ops, select_ops
 from moebius.ops.cache_spec import CacheSpec
-from moebius.ops.formats import BLOCK_FORMATS
-from moebius.ops.formats import dtype_name
+from moebius.ops.formats import BLOCK_FORMATS, dtype_name
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec

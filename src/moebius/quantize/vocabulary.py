@@ -24,7 +24,7 @@ _ADVICE = (
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Texts that tokenizers cut apart where they differ.
-_PROBES = (
+_PROBES: tuple[str, ...] = (
     "",
     "Hello, World! It's 12345.67 o'clock,  isn't it?",
     "def f(x):\n    return x**2 + 3 * x  # naïve\n\n\n\tif x >= 10_000:\r\n",
@@ -134,7 +134,7 @@ def _check_same(tokenizer: Tokenizer, metadata: Mapping[str, Value], where: str)
 def _tokens(definition: Mapping[str, Any], size: int, where: str) -> tuple[list[str], list[int]]:
     """Each id's token and kind; ids without one are unused."""
     tokens = [f"[PAD{i}]" for i in range(size)]
-    kinds = [Kind.UNUSED] * size
+    kinds: list[int] = [Kind.UNUSED] * size
     known = {i: (token, Kind.NORMAL) for token, i in definition["model"]["vocab"].items()}
     for added in definition["added_tokens"]:
         kind = Kind.CONTROL if added["special"] else Kind.USER_DEFINED
