@@ -6,12 +6,9 @@
 namespace moebius {
 namespace MOEBIUS_ISA {
 
-extern "C" float fmaf(float, float, float);
-
-// a * b + c, rounded once on every instruction set; whole numbers as float32; a - factor * b of whole numbers; a's first n
+// Whole numbers as float32; a - factor * b of whole numbers; a's first n
 // lanes, zeros behind them; and 2^(e - 128) of bytes e that lie as sixteen bits (block_formats.h).
 #if defined(__AVX512F__)
-INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
 INLINE __m512i ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 INLINE V floats(const int32_t* p) { return {_mm512_cvtepi32_ps(ints(p))}; }
 INLINE V floats_less(const int32_t* a, const int32_t* b, int factor) {
@@ -26,7 +23,6 @@ INLINE V half_powers(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_mask_sllv_epi32(normal, small, _mm512_set1_epi32(0x00200000), e))};
 }
 #elif defined(__AVX2__)
-INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
 INLINE __m256i ints_8(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 INLINE V floats(const int32_t* p) { return {_mm256_cvtepi32_ps(ints_8(p)), _mm256_cvtepi32_ps(ints_8(p + 8))}; }
 INLINE __m256 floats_less_8(const int32_t* a, const int32_t* b, int factor) {
@@ -49,14 +45,6 @@ INLINE __m256 half_powers_8(const uint16_t* p) {
 }
 INLINE V half_powers(const uint16_t* p) { return {half_powers_8(p), half_powers_8(p + 8)}; }
 #else
-#if defined(MOEBIUS_NEON)
-INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
-#else
-INLINE V fused(V a, V b, V c) {
-    for (int i = 0; i < 16; i++) c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
-    return c;
-}
-#endif
 INLINE V floats_less(const int32_t* a, const int32_t* b, int factor) {
     float lanes[16];
     for (int i = 0; i < 16; i++) lanes[i] = float(a[i] - factor * b[i]);

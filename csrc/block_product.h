@@ -64,11 +64,11 @@ INLINE V add_blocks(const Piece<M>& piece, int i, int at, const QuantisedRow& x,
         if constexpr (B::MINIMUM_AT >= 0) least = first_lanes(mul(load(reinterpret_cast<const f16*>(piece.least + at)), d_x), some);
         if constexpr (B::ELEMENTS == 32) {
             const int32_t* sums = static_cast<const int32_t*>(x.sums) + first + b;
-            lanes = fused(floats_less(piece.dots[i] + at, sums, offset_of<f>()), scales, lanes);
-            if constexpr (B::MINIMUM_AT >= 0) lanes = fused(floats(sums), least, lanes);
+            lanes = fma(floats_less(piece.dots[i] + at, sums, offset_of<f>()), scales, lanes);
+            if constexpr (B::MINIMUM_AT >= 0) lanes = fma(floats(sums), least, lanes);
         } else {
-            lanes = fused(floats(piece.dots[i] + at), scales, lanes);
-            if constexpr (B::MINIMUM_AT >= 0) lanes = fused(sub(zero(), floats(piece.minima[i] + at)), least, lanes);
+            lanes = fma(floats(piece.dots[i] + at), scales, lanes);
+            if constexpr (B::MINIMUM_AT >= 0) lanes = fma(sub(zero(), floats(piece.minima[i] + at)), least, lanes);
         }
     }
     return lanes;

@@ -1,5 +1,6 @@
 // Compiled once for each instruction set, with -DMOEBIUS_ISA=name and its flags. Includes no standard templates: the
 // linker would merge their instances across units, and run one unit's instructions on another's processor.
+#include "ordered_product.h"
 #include "pointwise.h"
 #if defined(__AVX512F__)
 #include "attention_16.h"
@@ -34,6 +35,8 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
         {MOEBIUS_BF16(MOEBIUS_PACK(bf16), amx_pack), MOEBIUS_PACK(float)},
         {{MOEBIUS_BF16((MOEBIUS_16_OR_8(product, bf16, bf16)), amx_product), nullptr, nullptr},
          {MOEBIUS_16_OR_8(product, float, bf16), MOEBIUS_16_OR_8(product, float, float), MOEBIUS_16_OR_8(product, float, f16)}},
+        {{ordered_product<bf16, bf16>, nullptr, nullptr},
+         {ordered_product<float, bf16>, ordered_product<float, float>, ordered_product<float, f16>}},
         MOEBIUS_JOIN(block_kernels_, MOEBIUS_ISA)(),
         {{scaled_row<bf16, bf16>, scaled_row<bf16, float>, nullptr}, {scaled_row<float, bf16>, scaled_row<float, float>, scaled_row<float, f16>}},
         {store_row<bf16>, store_row<float>},

@@ -65,7 +65,9 @@ struct Kernels {
     // c[i][j] = sum_k x[i][k] w[j][k] for m rows of x and n consecutive rows of w, ldw elements apart. `next` is where the
     // weights lie that will be read after these, or null. Null where a format is not read in a dtype.
     void (*product[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
-    // The same for weights in blocks.
+    // The same, from rows of x as they lie, summed in the order of every instruction set (ordered_product.h).
+    void (*ordered[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, int n, int k, float* c, int ldc);
+    // Products with weights in blocks.
     const BlockKernels* blocks;
     // out = round(multiplier * row) of n values of a matrix of plain numbers, or of a row of blocks that was widened to float32
     void (*scaled_row[2][DENSE_FORMATS])(const void* row, float multiplier, int n, void* out);

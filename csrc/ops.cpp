@@ -151,6 +151,7 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
                                   [&](void* to) { kernels.quantise[dtype][size](x, m, k, to); });
         return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), next, c, columns);
     }
+    if (ordered_) return kernels_->ordered[dtype][w.format](x, m, w.row(column), columns, k, c, columns);
     const auto kernel = kernels_->product[dtype][w.format];
     if (!kernels_->pack[dtype]) return kernel(x, m, w.row(column), k, columns, k, next, c, columns);
     const void* const rows[] = {packed(s.packed[0], first, packed_bytes(m, k), [&](void* to) { kernels_->pack[dtype](x, m, k, to); })};

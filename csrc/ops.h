@@ -143,9 +143,10 @@ constexpr int WIDENED_ROWS = 16;
 
 class Ops {
 public:
-    // float_activations: what meets weights in blocks is not quantised.
-    Ops(const std::string& limit, int threads, bool float_activations = false)
-        : kernels_(select_kernels(limit)), float_activations_(float_activations), pool_(threads), scratch_(threads) {}
+    // float_activations: what meets weights in blocks is not quantised. ordered: products of plain numbers are summed in one
+    // order, that of every instruction set, not in the fastest.
+    Ops(const std::string& limit, int threads, bool float_activations = false, bool ordered = false)
+        : kernels_(select_kernels(limit)), float_activations_(float_activations), ordered_(ordered), pool_(threads), scratch_(threads) {}
 
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
@@ -315,7 +316,7 @@ private:
     static size_t widened_bytes(int k);
 
     const Kernels* kernels_;
-    const bool float_activations_;
+    const bool float_activations_, ordered_;
     std::mutex one_caller_;  // of what uses the members below
     Pool pool_;
     std::vector<Scratch> scratch_;

@@ -248,7 +248,8 @@ INLINE V mul(V a, V b) { LANES a.v[i] *= b.v[i]; return a; }
 INLINE V div(V a, V b) { LANES a.v[i] /= b.v[i]; return a; }
 INLINE V maximum(V a, V b) { LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 INLINE V minimum(V a, V b) { LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
-INLINE V fma(V a, V b, V c) { LANES c.v[i] += a.v[i] * b.v[i]; return c; }
+extern "C" float fmaf(float, float, float);
+INLINE V fma(V a, V b, V c) { LANES c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]); return c; }
 INLINE V where_less(V x, V y, V a, V b) { LANES b.v[i] = x.v[i] < y.v[i] ? a.v[i] : b.v[i]; return b; }
 INLINE V rounded(V a) { LANES a.v[i] = __builtin_rintf(a.v[i]); return a; }
 INLINE V scaled(V a, V n) {

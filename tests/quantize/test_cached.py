@@ -6,12 +6,12 @@ import logging
 import threading
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import gguf
 from moebius import LLM, SamplingParams
 from moebius.cli.commands import app
 from moebius.engine.config import EngineConfig
@@ -102,6 +102,19 @@ def test_an_engine_is_loaded_with_it(model: Path, cache: Path) -> None:
     with LLM(str(model), quantization="q8_0", **options) as llm:
         assert llm.generate("def f(", greedy)[0].outputs[0].token_ids == answer
         assert llm.client.info.fingerprint == name
+    assert file.stat() == before
+
+
+def test_ranks_share_one_file(model: Path, cache: Path) -> None:
+    """Whichever comes first makes it, and the answer is that of one rank."""
+    greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    options = {"kv_cache_memory_bytes": 2**22, "max_model_len": 64, "threads": 1}
+    with LLM(str(model), quantization="q8_0", ranks=2, **options) as llm:
+        answer = llm.generate("def f(", greedy)[0].outputs[0].token_ids
+    [file] = cache.glob("*.gguf")
+    before = file.stat()
+    with LLM(str(model), quantization="q8_0", **options) as llm:
+        assert llm.generate("def f(", greedy)[0].outputs[0].token_ids == answer
     assert file.stat() == before
 
 

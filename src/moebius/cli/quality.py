@@ -1,7 +1,7 @@
 """moebius quality: how well a model predicts a text, in one format or several."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +48,7 @@ def quality(
         Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON.")
     ] = None,
 ) -> None:
-    """Measure bits per byte of a text, and how far formats are from the first.
+    """Measure how well a model predicts a text, in several formats.
 
     All are computed as they would be served, on the same rows of tokens. The divergence is
     Kullback-Leibler's, from the first model's distribution of the next token to each other's.
@@ -99,18 +99,18 @@ def _candidates(
 
 def _options(asked: str) -> Mapping[str, Any]:
     """`dtype=float32,quantization=q8_0` as fields of EngineConfig. Raises ConfigError."""
-    known = {field.name for field in fields(EngineConfig)}
-    given = {}
+    default = asdict(EngineConfig())
+    words = {name for name, value in default.items() if isinstance(value, str)} | {"quantization"}
+    given: dict[str, str | None] = {}
     for part in asked.split(","):
         name, equals, value = part.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
-        if not equals or name not in known:
-            raise ConfigError(f"--variant {asked}: {part!r} is no OPTION=VALUE of `serve`")
+        if not equals or name not in words:
+            raise ConfigError(
+                f"--variant {asked}: {part!r} is not OPTION=VALUE with one of "
+                f"{', '.join(sorted(words))}"
+            )
         given[name] = None if value == _NONE else value.strip()
-    default = asdict(EngineConfig())
-    wrong = [name for name in given if not isinstance(default[name], str | None)]
-    if wrong:
-        raise ConfigError(f"--variant {asked}: {wrong[0]} changes no numbers")
     return given
 
 

@@ -50,7 +50,7 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops import Ops, select_ops
 from moebius.ops.cache_spec import CacheSpec
-from moebius.ops.formats import dtype_name
+from moebius.ops.formats import BLOCK_FORMATS, dtype_name
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
@@ -183,7 +183,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
     threads = _threads(config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
-    ops = select_ops(device, dtype, config.threads, config.activations)
+    ordered = config.activations == "int8" and _in_blocks(checkpoint)
+    ops = select_ops(device, dtype, config.threads, config.activations, ordered=ordered)
     check_served(checkpoint.config, dtype, ops)
     ranks = None if share is None else share.of(checkpoint.config, config)
     sources = checkpoint.sources_at(ranks)
@@ -237,6 +238,13 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         loader,
         quantized,
     )
+
+
+def _in_blocks(checkpoint: Checkpoint) -> bool:
+    """Whether there are matrices whose products have the same bits on every processor: then all
+    others are to have them too."""
+    blocks = {each.name for each in BLOCK_FORMATS}
+    return any(tensor.format in blocks for tensor in checkpoint.tensors.values())
 
 
 def _threads(config: EngineConfig) -> int:

@@ -17,12 +17,16 @@ def select_ops(
     dtype: torch.dtype,
     threads: int | None = None,
     activations: Activations = "int8",
+    *,
+    ordered: bool = False,
 ) -> Ops:
     """The fastest backend for weights of `dtype` on `device`.
 
     threads: of a CPU's; None for all that we may use. activations: what they become where they meet
-    quantised weights, if the backend quantises any: plain PyTorch does not. MOEBIUS_CPU_ISA=
-    reference asks for it. Raises ConfigError for an instruction set that is not there.
+    quantised weights, if the backend quantises any: plain PyTorch does not. ordered: what it
+    computes has the bits of every processor as far as its operations can have them.
+    MOEBIUS_CPU_ISA=reference asks for plain PyTorch. Raises ConfigError for an instruction set that
+    is not there.
     """
     if torch.device(device).type != "cpu" or os.environ.get("MOEBIUS_CPU_ISA") == "reference":
         return ReferenceOps()
@@ -35,7 +39,7 @@ def select_ops(
             "moebius again"
         )
         return ReferenceOps()
-    return CpuOps(threads, activations=activations)
+    return CpuOps(threads, activations=activations, ordered=ordered)
 
 
 def kernel_levels() -> tuple[str, ...]:

@@ -252,7 +252,7 @@ def _six_bits(scales_NS: Tensor, minima_NS: Tensor) -> Tensor:
 
 
 def q2_k(x_NE: Tensor) -> Tensor:
-    found, unit_N = _affine(x_NE, size=16, most=3, units=15, steps=8)
+    found, unit_N = _affine(x_NE, size=16, most=3, units=15, steps=5)
     both_NS = found.scale_NS.to(torch.uint8) | (found.minimum_NS.to(torch.uint8) << 4)
     codes = fields(_in_rows(found.codes_PNS), 32, 2)
     return torch.cat(
@@ -273,7 +273,7 @@ def q3_k(x_NE: Tensor) -> Tensor:
 
 
 def q4_k(x_NE: Tensor) -> Tensor:
-    found, unit_N = _affine(x_NE, size=32, most=15, units=63, steps=8)
+    found, unit_N = _affine(x_NE, size=32, most=15, units=63, steps=5)
     return torch.cat(
         (
             _d_bytes(found.d_N, unit_N),
@@ -286,7 +286,7 @@ def q4_k(x_NE: Tensor) -> Tensor:
 
 
 def q5_k(x_NE: Tensor) -> Tensor:
-    found, unit_N = _affine(x_NE, size=32, most=31, units=63, steps=8)
+    found, unit_N = _affine(x_NE, size=32, most=31, units=63, steps=5)
     codes_NE = _in_rows(found.codes_PNS)
     return torch.cat(
         (
@@ -302,7 +302,7 @@ def q5_k(x_NE: Tensor) -> Tensor:
 
 def q6_k(x_NE: Tensor) -> Tensor:
     levels = Levels(range(-32, 32))
-    found, unit_N = _scaled(x_NE, 16, levels, units=128, steps=9, reach=0.9)
+    found, unit_N = _scaled(x_NE, 16, levels, units=128, steps=5, reach=0.9)
     codes_NE = _in_rows(levels.codes(found.levels_PNS))
     scales = found.scale_NS.to(torch.int8).view(torch.uint8)
     high = fields(codes_NE >> 4, 32, 2)

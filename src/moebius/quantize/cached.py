@@ -160,7 +160,8 @@ def _formats(original: Checkpoint, recipe: Recipe) -> dict[str, str]:
         if source.name not in formats:
             stored = original.tensors[source.name]
             wanted = format_of(recipe, source, original.config)
-            formats[source.name] = wanted or str(stored.format)
+            as_stored = original.dtype if stored.parts else str(stored.format)
+            formats[source.name] = wanted or as_stored
     return formats
 
 

@@ -19,8 +19,7 @@ from moebius.models.gguf_keys import gguf_keys
 from moebius.models.layout import Source, sources
 from moebius.models.store import Checkpoint, StoredTensor, open_checkpoint
 from moebius.models.store.gguf import GgufStore
-from moebius.ops import FORMATS
-from moebius.ops.formats import Dense
+from moebius.ops.formats import Dense, format_named
 from moebius.quantize.recipe import PLAIN, RECIPES, Recipe, format_of, recipe
 from moebius.quantize.rows import Progress, Rows, block_type, silent
 from moebius.quantize.vocabulary import vocabulary_metadata
@@ -172,7 +171,7 @@ def _format(recipe: Recipe, source: Source, checkpoint: Checkpoint) -> str:
     stored = str(checkpoint.tensors[source.name].format)
     # Rows that are no whole blocks; a router is worth float32.
     rows_do_not_fit = matrix and ".router." not in source.parameter
-    return stored if rows_do_not_fit and isinstance(FORMATS[stored], Dense) else _KEPT
+    return stored if rows_do_not_fit and isinstance(format_named(stored), Dense) else _KEPT
 
 
 def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> Part:

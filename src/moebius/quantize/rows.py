@@ -16,7 +16,7 @@ from moebius.gguf.types import TENSOR_TYPES, BlockType
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor, short_name
 from moebius.ops import FORMATS, Matrix
-from moebius.ops.formats import BlockFormat, Dense
+from moebius.ops.formats import BlockFormat, Dense, format_named
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.quantize.encode import encoded
 
@@ -69,9 +69,11 @@ class Rows:
         rows of one number. first, rows: those of them that are wanted. order: which of these stands
         where.
         """
-        whole = self._matrix(stored)
-        count = whole.shape[0] - first if rows is None else rows
-        matrix = whole.rows(first, first + count)
+        count = _rows(stored) - first if rows is None else rows
+        if stored.parts:
+            yield from self._of_planes(stored, format, first, count, order)
+            return
+        matrix = self._matrix(stored).rows(first, first + count)
         if matrix.format.name == format and order is None:
             yield from _as_they_are(matrix)
             self._done(stored)
@@ -80,7 +82,7 @@ class Rows:
         waiting: deque[Future[memoryview]] = deque()
         for start in range(0, count, at_once):
             stop = min(start + at_once, count)
-            wanted = slice(start, stop) if order is None else torch.tensor(order[start:stop])
+            wanted = range(start, stop) if order is None else order[start:stop]
             waiting.append(self._pool.submit(self._encoded, matrix, wanted, format, stored))
             if len(waiting) > 2 * self._threads:
                 yield waiting.popleft().result()
@@ -88,25 +90,59 @@ class Rows:
             yield waiting.popleft().result()
         self._done(stored)
 
+    def _of_planes(
+        self,
+        stored: StoredTensor,
+        format: str,
+        first: int,
+        count: int,
+        order: Sequence[int] | None,
+    ) -> Iterator[memoryview]:
+        """The same of a tensor whose matrices lie in several planes, one matrix after the other:
+        what planes have in common may be of all of a matrix's rows."""
+        rows, columns = stored.shape[-2:]
+        source = format_named(str(stored.format))
+        shapes = source.planes(rows, columns)
+        for entry in range(first // rows, -(-(first + count) // rows)):
+            planes = tuple(
+                self._files.view(part, dtype, entry * math.prod(shape), shape)
+                for part, (dtype, shape) in zip(stored.parts, shapes, strict=True)
+            )
+            x_RK = source.widened(planes, torch.float32)
+            start = max(first - entry * rows, 0)
+            wanted_RK = x_RK[start : min(first + count - entry * rows, rows)]
+            if order is not None:
+                assert count == rows, "rows of one matrix are reordered as a whole"
+                wanted_RK = wanted_RK[torch.tensor(order)]
+            yield _bytes(_in_format(wanted_RK, format, stored))
+
     def _done(self, stored: StoredTensor) -> None:
         """Pages of what was read are the system's again."""
         self._files.release(stored.file, [(stored.start, stored.stop)])
 
     def _encoded(
-        self, matrix: Matrix, rows: slice | Tensor, format: str, stored: StoredTensor
+        self, matrix: Matrix, rows: Sequence[int], format: str, stored: StoredTensor
     ) -> memoryview:
         # Threads of our own compute pieces; torch's beside them would only wait.
         with TorchThreads(1):
-            planes = matrix.format.select(matrix.planes, rows)
-            return _bytes(_in_format(matrix.format.widened(planes, torch.float32), format, stored))
+            if isinstance(rows, range):
+                x_RK = matrix.rows(rows.start, rows.stop).widened(torch.float32)
+            else:
+                x_RK = matrix.take(torch.tensor(rows), torch.float32)
+            return _bytes(_in_format(x_RK, format, stored))
 
     def _matrix(self, stored: StoredTensor) -> Matrix:
         """A tensor of any number of dimensions as a matrix, where it lies."""
-        format = FORMATS[str(stored.format)]
+        format = format_named(str(stored.format))
         columns = stored.shape[-1] if len(stored.shape) > 1 else 1
-        rows = math.prod(stored.shape) // columns
+        rows = _rows(stored)
         ((dtype, shape),) = format.planes(rows, columns)
         return Matrix(format, (rows, columns), (self._files.view(stored, dtype, 0, shape),))
+
+
+def _rows(stored: StoredTensor) -> int:
+    """Of all of a tensor's matrices; of a vector each number is one."""
+    return math.prod(stored.shape[:-1]) if len(stored.shape) > 1 else stored.shape[0]
 
 
 def _in_format(x_RK: Tensor, name: str, stored: StoredTensor) -> Tensor:

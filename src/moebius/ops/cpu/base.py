@@ -128,10 +128,15 @@ class CpuBase(Ops):
         threads: int | None = None,
         isa: str | None = None,
         activations: Activations = "int8",
+        *,
+        ordered: bool = False,
     ) -> None:
+        """ordered   products of plain numbers are summed in one order, the same on every
+        instruction set, as products of blocks are anyway; it is not the fastest"""
         isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
+        as_floats = activations == "float"
         try:
-            self._native = _cpu.Ops(isa, threads or machine.threads(), activations == "float")
+            self._native = _cpu.Ops(isa, threads or machine.threads(), as_floats, ordered)
         except ValueError as error:
             has = ", ".join(_cpu.available())
             raise ConfigError(

@@ -86,7 +86,7 @@ def fields(bytes_NY: Tensor, run: int, bits: int) -> Tensor:
 
     (N, runs, 8 // bits * run) uint8.
     """
-    runs = bytes_NY.reshape(len(bytes_NY), -1, 1, run)
+    runs = bytes_NY.reshape(len(bytes_NY), bytes_NY.shape[1] // run, 1, run)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=bytes_NY.device).view(-1, 1)
     return ((runs >> shifts) & ((1 << bits) - 1)).flatten(2)
 
