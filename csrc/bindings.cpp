@@ -341,7 +341,7 @@ NB_MODULE(_cpu, m) {
     nb::class_<Shaped>(m, "Shaped").def("restore", &Shaped::restore, release());
 
     nb::class_<Ops>(m, "Ops")
-        .def(nb::init<const std::string&, int>())
+        .def(nb::init<const std::string&, int, bool>(), "isa"_a, "threads"_a, "float_activations"_a = false)
         .def_prop_ro("name", &Ops::name)
         .def_prop_ro("threads", &Ops::threads)
         .def_prop_ro("scratch_bytes", &Ops::scratch_bytes)

@@ -8,10 +8,6 @@ namespace MOEBIUS_ISA {
 INLINE __m512i load_64_bytes(const void* p) { return _mm512_loadu_si512(p); }
 INLINE __m512i all_bytes(int byte) { return _mm512_set1_epi8(char(byte)); }
 INLINE __m512i twice(__m256i a) { return _mm512_broadcast_i64x4(a); }
-// Sixteen bytes of two blocks, each twice.
-INLINE __m512i twice_each(const uint8_t* first, const uint8_t* second) {
-    return _mm512_mask_broadcast_i32x4(_mm512_maskz_broadcast_i32x4(0x00ff, load_16_bytes(first)), 0xff00, load_16_bytes(second));
-}
 // a's low half moved down by `low` bits of each sixteen, its high half by `high`, all but `kept` taken away.
 INLINE __m512i halves_down(__m512i a, int low, int high, int kept) {
     const __m512i by = _mm512_inserti64x4(_mm512_set1_epi16(short(low)), _mm256_set1_epi16(short(high)), 1);
@@ -36,20 +32,35 @@ INLINE __m512i with_bits(__m512i codes, __m512i a, int bit, int value) {
     return _mm512_mask_add_epi8(codes, _mm512_test_epi8_mask(a, bits), codes, all_bytes(value));
 }
 
-// Two blocks of 32.
-template <Format f, bool SIGNED> INLINE __m512i codes_of_two(const uint8_t* a, const uint8_t* b) {
-    if constexpr (f == Q4_0) return nibbles_in_turn(twice_each(a + 2, b + 2));
-    if constexpr (f == Q4_1) return nibbles_in_turn(twice_each(a + 4, b + 4));
-    if constexpr (f == Q5_0 || f == Q5_1) {
-        constexpr int at = f == Q5_0 ? 2 : 4;
-        const __m512i four = nibbles_in_turn(twice_each(a + at + 4, b + at + 4));
-        const __mmask64 fifth = read<uint32_t>(a + at) | uint64_t(read<uint32_t>(b + at)) << 32;
-        return _mm512_mask_add_epi8(four, fifth, four, all_bytes(16));
-    }
-    if constexpr (f == Q8_0)
-        return turned<!SIGNED>(_mm512_inserti64x4(_mm512_castsi256_si512(load_32_bytes(a + 2)), load_32_bytes(b + 2), 1));
-    if constexpr (f == IQ4_NL) return turned<SIGNED>(looked_up_64(IQ4_CODES, nibbles_in_turn(twice_each(a + 2, b + 2))));
-    if constexpr (f == MXFP4) return looked_up_64(E2M1_CODES, nibbles_in_turn(twice_each(a + 1, b + 1)));
+// Four blocks of 32 with four-bit codes: the first sixteen codes of all, and the second ones.
+struct HalvesOfFour {
+    __m512i first, second;
+};
+template <int BYTES> INLINE __m512i sixteen_of_four(const uint8_t* p) {
+    __m512i all = _mm512_maskz_broadcast_i32x4(0x000f, load_16_bytes(p));
+    all = _mm512_mask_broadcast_i32x4(all, 0x00f0, load_16_bytes(p + BYTES));
+    all = _mm512_mask_broadcast_i32x4(all, 0x0f00, load_16_bytes(p + 2 * BYTES));
+    return _mm512_mask_broadcast_i32x4(all, 0xf000, load_16_bytes(p + 3 * BYTES));
+}
+template <int BYTES> INLINE __mmask64 bits_of_four(const uint8_t* p) {
+    return read<uint16_t>(p) | uint64_t(read<uint16_t>(p + BYTES)) << 16 | uint64_t(read<uint16_t>(p + 2 * BYTES)) << 32 |
+           uint64_t(read<uint16_t>(p + 3 * BYTES)) << 48;
+}
+template <Format f, bool SIGNED> INLINE HalvesOfFour halves_of_four(const uint8_t* w) {
+    constexpr int BYTES = Block<f>::BYTES, at = f == MXFP4 ? 1 : f == Q4_0 || f == IQ4_NL ? 2 : f == Q4_1 ? 4 : f == Q5_0 ? 6 : 8;
+    const __m512i both = sixteen_of_four<BYTES>(w + at);
+    const HalvesOfFour four = {_mm512_and_si512(both, all_bytes(15)), _mm512_and_si512(_mm512_srli_epi16(both, 4), all_bytes(15))};
+    if constexpr (f == IQ4_NL) return {turned<SIGNED>(looked_up_64(IQ4_CODES, four.first)), turned<SIGNED>(looked_up_64(IQ4_CODES, four.second))};
+    if constexpr (f == MXFP4) return {looked_up_64(E2M1_CODES, four.first), looked_up_64(E2M1_CODES, four.second)};
+    if constexpr (f == Q5_0 || f == Q5_1)
+        return {_mm512_mask_add_epi8(four.first, bits_of_four<BYTES>(w + at - 4), four.first, all_bytes(16)),
+                _mm512_mask_add_epi8(four.second, bits_of_four<BYTES>(w + at - 2), four.second, all_bytes(16))};
+    return four;
+}
+
+// Two blocks of Q8_0.
+template <bool SIGNED> INLINE __m512i codes_of_two(const uint8_t* a, const uint8_t* b) {
+    return turned<!SIGNED>(_mm512_inserti64x4(_mm512_castsi256_si512(load_32_bytes(a + 2)), load_32_bytes(b + 2), 1));
 }
 
 // Sub-blocks 2 p and 2 p + 1 of a block of 256.

@@ -18,12 +18,6 @@ INLINE __m256i nibbles_of(const uint8_t* p) {
     const __m128i both = load_16_bytes(p);
     return bits_and(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), 15);
 }
-INLINE __m256i fifth_bits(uint32_t bits) {
-    const __m256i places = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-    const __m256i each = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(bits)), places);
-    return bits_and(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, each), each), 16);
-}
 INLINE __m256i looked_up(const uint8_t* table, __m256i codes) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_16_bytes(table)), codes);
 }
@@ -32,16 +26,34 @@ template <bool SIGNED> INLINE __m256i iq4(__m256i nibbles) {
     return SIGNED ? _mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80))) : codes;
 }
 
-// Sub-block s of block b.
+// Two blocks of 32 with four-bit codes: the first sixteen codes of both, and the second ones.
+struct Halves {
+    __m256i first, second;
+};
+// Of two words the bits from 16 * half on, sixteen each, moved to the fifth bit of a byte.
+template <int half> INLINE __m256i fifth_bits(__m256i words) {
+    const __m256i places = _mm256_set_epi64x(0x0101010101010101 * (2 * half + 1), 0x0101010101010101 * (2 * half),
+                                             0x0101010101010101 * (2 * half + 1), 0x0101010101010101 * (2 * half));
+    const __m256i each = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    return bits_and(_mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(words, places), each), each), 16);
+}
+template <Format f, bool SIGNED> INLINE Halves halves_of_two(const uint8_t* a, const uint8_t* b) {
+    constexpr int at = f == MXFP4 ? 1 : f == Q4_0 || f == IQ4_NL ? 2 : f == Q4_1 ? 4 : f == Q5_0 ? 6 : 8;
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16_bytes(a + at)), load_16_bytes(b + at), 1);
+    const Halves four = {bits_and(both, 15), bits_and(_mm256_srli_epi16(both, 4), 15)};
+    if constexpr (f == IQ4_NL) return {iq4<SIGNED>(four.first), iq4<SIGNED>(four.second)};
+    if constexpr (f == MXFP4) return {looked_up(E2M1_CODES, four.first), looked_up(E2M1_CODES, four.second)};
+    if constexpr (f == Q5_0 || f == Q5_1) {
+        const __m256i words = _mm256_blend_epi32(_mm256_set1_epi32(read<int32_t>(a + at - 4)), _mm256_set1_epi32(read<int32_t>(b + at - 4)), 0xf0);
+        return {_mm256_or_si256(four.first, fifth_bits<0>(words)), _mm256_or_si256(four.second, fifth_bits<1>(words))};
+    }
+    return four;
+}
+
+// Sub-block s of a block of 256, or the one of Q8_0.
 template <Format f, int s, bool SIGNED> INLINE __m256i codes_of_32(const uint8_t* b) {
     constexpr int half = s / 4, g = s % 4;
-    if constexpr (f == Q4_0) return nibbles_of(b + 2);
-    if constexpr (f == Q4_1) return nibbles_of(b + 4);
-    if constexpr (f == Q5_0) return _mm256_or_si256(nibbles_of(b + 6), fifth_bits(read<uint32_t>(b + 2)));
-    if constexpr (f == Q5_1) return _mm256_or_si256(nibbles_of(b + 8), fifth_bits(read<uint32_t>(b + 4)));
     if constexpr (f == Q8_0) return SIGNED ? load_32_bytes(b + 2) : _mm256_xor_si256(load_32_bytes(b + 2), _mm256_set1_epi8(char(0x80)));
-    if constexpr (f == IQ4_NL) return iq4<SIGNED>(nibbles_of(b + 2));
-    if constexpr (f == MXFP4) return looked_up(E2M1_CODES, nibbles_of(b + 1));
     if constexpr (f == IQ4_XS) return iq4<SIGNED>(nibbles_of(b + 8 + s * 16));
     if constexpr (f == Q2_K) return bits_and(moved<-2 * g>(load_32_bytes(b + 16 + half * 32)), 3);
     if constexpr (f == Q3_K) {

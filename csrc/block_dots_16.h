@@ -8,13 +8,12 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 // As in block_dots_8.h, what is multiplied in pairs and has eight bits is read signed. VNNI's products of four have room.
-template <Format f> constexpr bool is_signed() {
 #if defined(__AVX512VNNI__)
-    return Block<f>::OFFSET == 128 && Block<f>::ELEMENTS == 256;
+constexpr bool FOURS = true;
 #else
-    return Block<f>::OFFSET == 128;
+constexpr bool FOURS = false;
 #endif
-}
+template <Format f> constexpr bool is_signed() { return Block<f>::OFFSET == 128 && !FOURS; }
 template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : Block<f>::OFFSET; }
 
 // Sums of two products each, sixteen bits.
@@ -24,13 +23,13 @@ template <bool SIGNED> INLINE __m512i pairs_of(__m512i codes, const int8_t* x) {
     const __m512i with_sign = _mm512_mask_sub_epi8(c, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), c);
     return _mm512_maddubs_epi16(_mm512_abs_epi8(codes), with_sign);
 }
-// Sums of four products each.
-template <bool SIGNED> INLINE __m512i fours_of(__m512i codes, const int8_t* x) {
+// sums + sums of four products each.
+template <bool SIGNED> INLINE __m512i add_fours(__m512i sums, __m512i codes, const int8_t* x) {
 #if defined(__AVX512VNNI__)
     static_assert(!SIGNED, "VNNI has room for codes without a sign");
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, load_64_bytes(x));
+    return _mm512_dpbusd_epi32(sums, codes, load_64_bytes(x));
 #else
-    return _mm512_madd_epi16(pairs_of<SIGNED>(codes, x), _mm512_set1_epi16(1));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs_of<SIGNED>(codes, x), _mm512_set1_epi16(1)));
 #endif
 }
 // sums + pairs * scales
@@ -59,16 +58,27 @@ INLINE __m512i both_in_one(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee));
 }
 
-// Sub-blocks from 2 p on of a block of 256, added to sums.
+// Sub-blocks from 2 p on of a block of 256, added to sums. Codes of eight bits are multiplied in fours where that is possible,
+// and then by scales of 32 bits; others in pairs, by scales of sixteen, which costs less.
 template <Format f, int M, int p = 0>
 INLINE void add_sub_blocks(const uint8_t* w, __m512i scales, const int8_t* const* x, __m512i* sums) {
     if constexpr (p < 4) {
         const __m512i codes = codes_of_64<f, p, is_signed<f>()>(w);
-        // Sixteens 4 p to 4 p + 3, eight lanes each: as scales_of lays them.
-        const int64_t even = 0x0001000100010001 * (2 * p), odd = even + 0x0008000800080008, up = 0x0001000100010001;
-        const __m512i places = _mm512_setr_epi64(even, even, odd, odd, even + up, even + up, odd + up, odd + up);
-        const __m512i scale = _mm512_permutexvar_epi16(places, scales);
-        for (int i = 0; i < M; i++) sums[i] = add_scaled(sums[i], pairs_of<is_signed<f>()>(codes, x[i] + p * 64), scale);
+        // Sixteens 4 p to 4 p + 3, the even ones and the odd ones as scales_of lays them, a quarter of the lanes each.
+        constexpr int even = 2 * p, odd = 8 + 2 * p;
+        if constexpr (FOURS && Block<f>::OFFSET == 128) {
+            const __m512i places = _mm512_setr_epi32(even, even, even, even, odd, odd, odd, odd, even + 1, even + 1, even + 1, even + 1,
+                                                     odd + 1, odd + 1, odd + 1, odd + 1);
+            const __m512i scale = _mm512_permutexvar_epi32(places, scales);
+            for (int i = 0; i < M; i++)
+                sums[i] = _mm512_add_epi32(sums[i], _mm512_mullo_epi32(add_fours<false>(_mm512_setzero_si512(), codes, x[i] + p * 64), scale));
+        } else {
+            constexpr int64_t four = 0x0001000100010001;
+            const __m512i places = _mm512_setr_epi64(even * four, even * four, odd * four, odd * four, (even + 1) * four, (even + 1) * four,
+                                                     (odd + 1) * four, (odd + 1) * four);
+            const __m512i scale = _mm512_permutexvar_epi16(places, scales);
+            for (int i = 0; i < M; i++) sums[i] = add_scaled(sums[i], pairs_of<is_signed<f>()>(codes, x[i] + p * 64), scale);
+        }
         add_sub_blocks<f, M, p + 1>(w, scales, x, sums);
     }
 }
@@ -86,37 +96,73 @@ INLINE void parts_of_256(const uint8_t* w, const QuantisedRow* x, int at, __m512
             dots[i] = _mm512_zextsi256_si512(_mm256_sub_epi32(_mm256_setzero_si256(), offsets_of<f>(scales, x_sums)));
         if constexpr (Block<f>::MINIMUM_AT >= 0) minima[i] = _mm256_madd_epi16(minima_of<f>(w), x_sums);
     }
-    add_sub_blocks<f, M>(w, _mm512_castsi256_si512(scales), codes, dots);
+    const bool wide = FOURS && Block<f>::OFFSET == 128;
+    add_sub_blocks<f, M>(w, wide ? _mm512_cvtepi16_epi32(scales) : _mm512_castsi256_si512(scales), codes, dots);
 }
 
+// Sixteen blocks of 32 with four-bit codes: four in a vector, four lanes each.
 template <Format f, int M, int STRIDE>
-INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
-    using B = Block<f>;
+INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots) {
+    __m512i parts[M][4];
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++, w += 4 * Block<f>::BYTES) {
+        const HalvesOfFour codes = halves_of_four<f, is_signed<f>()>(w);
+        for (int i = 0; i < M; i++) {
+            const __m512i first = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes.first, x[i].halves[0] + at * 16);
+            parts[i][t] = add_fours<is_signed<f>()>(first, codes.second, x[i].halves[1] + at * 16);
+        }
+        for (at += 4; at >= blocks; at -= blocks) {}
+    }
+    for (int i = 0; i < M; i++) {
+        const __m512i *v = parts[i], places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+        const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+        const __m512i sums = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+        _mm512_storeu_si512(dots + i * STRIDE, _mm512_permutexvar_epi32(places, sums));
+    }
+}
+
+// Sixteen blocks of Q8_0, two in a vector.
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_bytes(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots) {
+    __m512i parts[M][8];
+#pragma GCC unroll 8
+    for (int t = 0; t < 8; t++, w += 2 * Block<f>::BYTES) {
+        const __m512i codes = codes_of_two<is_signed<f>()>(w, w + Block<f>::BYTES);
+        for (int i = 0; i < M; i++) parts[i][t] = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes, x[i].codes + at * 32);
+        for (at += 2; at >= blocks; at -= blocks) {}
+    }
+    for (int i = 0; i < M; i++) _mm512_storeu_si512(dots + i * STRIDE, reduce_pairs(parts[i]));
+}
+
+// Sixteen blocks of 256.
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_256(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     __m512i parts[M][8], least[M][8];  // two blocks each
-    for (int t = 0; t < 16; t += 2, w += 2 * B::BYTES) {
-        const uint8_t* second = w + B::BYTES;
-        if constexpr (B::ELEMENTS == 32) {
-            const __m512i codes = codes_of_two<f, is_signed<f>()>(w, second);
-            for (int i = 0; i < M; i++) parts[i][t / 2] = fours_of<is_signed<f>()>(codes, x[i].codes + at * 32);
-            for (at += 2; at >= blocks; at -= blocks) {}
-        } else {
-            __m512i of_block[2][M];
-            __m256i of_minima[2][M];
-            for (int j = 0; j < 2; j++) {
-                parts_of_256<f, M>(j ? second : w, x, at, of_block[j], of_minima[j]);
-                at = at + 1 < blocks ? at + 1 : 0;
-            }
-            for (int i = 0; i < M; i++) {
-                parts[i][t / 2] = both_in_one(of_block[0][i], of_block[1][i]);
-                if constexpr (B::MINIMUM_AT >= 0)
-                    least[i][t / 2] = _mm512_inserti64x4(_mm512_castsi256_si512(of_minima[0][i]), of_minima[1][i], 1);
-            }
+    for (int t = 0; t < 8; t++, w += 2 * Block<f>::BYTES) {
+        __m512i of_block[2][M];
+        __m256i of_minima[2][M];
+        for (int j = 0; j < 2; j++) {
+            parts_of_256<f, M>(w + j * Block<f>::BYTES, x, at, of_block[j], of_minima[j]);
+            at = at + 1 < blocks ? at + 1 : 0;
+        }
+        for (int i = 0; i < M; i++) {
+            parts[i][t] = both_in_one(of_block[0][i], of_block[1][i]);
+            if constexpr (Block<f>::MINIMUM_AT >= 0)
+                least[i][t] = _mm512_inserti64x4(_mm512_castsi256_si512(of_minima[0][i]), of_minima[1][i], 1);
         }
     }
     for (int i = 0; i < M; i++) {
         _mm512_storeu_si512(dots + i * STRIDE, reduce_pairs(parts[i]));
-        if constexpr (B::ELEMENTS == 256 && B::MINIMUM_AT >= 0) _mm512_storeu_si512(minima + i * STRIDE, reduce_pairs(least[i]));
+        if constexpr (Block<f>::MINIMUM_AT >= 0) _mm512_storeu_si512(minima + i * STRIDE, reduce_pairs(least[i]));
     }
+}
+
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
+    if constexpr (Block<f>::ELEMENTS == 256) dots_of_256<f, M, STRIDE>(w, x, at, blocks, dots, minima);
+    else if constexpr (f == Q8_0) dots_of_bytes<f, M, STRIDE>(w, x, at, blocks, dots);
+    else dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
 }
 
 }  // namespace MOEBIUS_ISA

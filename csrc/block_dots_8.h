@@ -59,25 +59,55 @@ INLINE void parts_of_256(const uint8_t* w, const QuantisedRow* x, int at, __m256
     for (int i = 0; i < M; i++) dots[i * STRIDE] = sums[i];
 }
 
+INLINE void store_8(int32_t* to, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a); }
+
+// Sixteen blocks of 32 with four-bit codes: two in a vector, four lanes each.
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots) {
+    constexpr int BYTES = Block<f>::BYTES;
+    constexpr bool SIGNED = is_signed<f>();
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int first = 0; first < 16; first += 8) {
+        __m256i parts[M][4];
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++, w += 2 * BYTES) {
+            const Halves codes = halves_of_two<f, SIGNED>(w, w + BYTES);
+            for (int i = 0; i < M; i++) {
+                const __m256i a = pairs_of<SIGNED>(codes.first, x[i].halves[0] + at * 16), b = pairs_of<SIGNED>(codes.second, x[i].halves[1] + at * 16);
+                // Four products of codes below 32 still fit sixteen bits.
+                if (SIGNED) parts[i][t] = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));
+                else parts[i][t] = _mm256_madd_epi16(_mm256_add_epi16(a, b), ones);
+            }
+            for (at += 2; at >= blocks; at -= blocks) {}
+        }
+        for (int i = 0; i < M; i++) {
+            const __m256i *v = parts[i], places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            const __m256i low = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+            const __m256i high = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+            const __m256i sums = _mm256_add_epi32(_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high));
+            store_8(dots + i * STRIDE + first, _mm256_permutevar8x32_epi32(sums, places));
+        }
+    }
+}
+
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     using B = Block<f>;
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int half = 0; half < 16; half += 8) {
+    if constexpr (B::ELEMENTS == 32 && f != Q8_0) return dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
+    else for (int half = 0; half < 16; half += 8) {
         __m256i parts[M][8], least[M][8];
-        for (int t = 0; t < 8; t++) {
-            const uint8_t* b = w + (half + t) * B::BYTES;
-            if constexpr (B::ELEMENTS == 256) parts_of_256<f, M, 8>(b, x, at, &parts[0][t], &least[0][t]);
+        for (int t = 0; t < 8; t++, w += B::BYTES) {
+            if constexpr (B::ELEMENTS == 256) parts_of_256<f, M, 8>(w, x, at, &parts[0][t], &least[0][t]);
             else {
-                const __m256i codes = codes_of_32<f, 0, is_signed<f>()>(b);
-                for (int i = 0; i < M; i++) parts[i][t] = _mm256_madd_epi16(pairs_of<is_signed<f>()>(codes, x[i].codes + at * 32), ones);
+                const __m256i codes = codes_of_32<f, 0, is_signed<f>()>(w);
+                for (int i = 0; i < M; i++)
+                    parts[i][t] = _mm256_madd_epi16(pairs_of<is_signed<f>()>(codes, x[i].codes + at * 32), _mm256_set1_epi16(1));
             }
             at = at + 1 < blocks ? at + 1 : 0;
         }
         for (int i = 0; i < M; i++) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + i * STRIDE + half), reduce_8(parts[i]));
-            if constexpr (B::ELEMENTS == 256 && B::MINIMUM_AT >= 0)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(minima + i * STRIDE + half), reduce_8(least[i]));
+            store_8(dots + i * STRIDE + half, reduce_8(parts[i]));
+            if constexpr (B::ELEMENTS == 256 && B::MINIMUM_AT >= 0) store_8(minima + i * STRIDE + half, reduce_8(least[i]));
         }
     }
 }

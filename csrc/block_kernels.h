@@ -25,8 +25,10 @@ enum BlockSize { BY_32 = 0, BY_256 = 1, BLOCK_SIZES = 2 };
 constexpr BlockSize block_size(Format format) { return FORMAT_SIZES[format].elements == 32 ? BY_32 : BY_256; }
 
 // Where the parts of a quantised row lie, counted in bytes from its beginning; each begins at a cache line, as rows do.
-//   codes   int8, in the order of x; behind those of 32 those of block 0 once more, as whoever reads blocks in pairs goes on
-//           with the next row of weights
+//   codes   int8, in the order of x; behind blocks of 32 the first one once more, as whoever reads blocks in pairs goes on with
+//           the next row of weights
+//   halves  by 32 alone: the codes once more, the first sixteen of all blocks and then the second ones, as four-bit weights lie;
+//           each with as many first blocks once more as lets four be read at once
 //   scales  float32 d_x, one a block, zeros up to a multiple of sixteen
 //   sums    of codes. By 32: int32, one a block, zeros likewise. By 256: int16, sixteen a block, each of sixteen codes: those
 //           of the even sixteens (0, 2, ...), then those of the odd ones
@@ -37,7 +39,9 @@ struct QuantisedShape {
     constexpr QuantisedShape(BlockSize size, int k) : size(size), blocks(k / elements_of(size)) {}
     static constexpr int elements_of(BlockSize size) { return size == BY_32 ? 32 : 256; }
     constexpr int padded() const { return (blocks + BLOCK_LANES - 1) / BLOCK_LANES * BLOCK_LANES; }
-    constexpr size_t scales_at() const { return in_lines(size_t(blocks + (size == BY_32)) * elements_of(size)); }
+    constexpr size_t halves_at() const { return in_lines(size_t(blocks + (size == BY_32)) * elements_of(size)); }
+    constexpr size_t half_bytes() const { return size == BY_32 ? in_lines(size_t(blocks + 3) * 16) : 0; }
+    constexpr size_t scales_at() const { return halves_at() + 2 * half_bytes(); }
     constexpr size_t sums_at() const { return scales_at() + size_t(padded()) * sizeof(float); }
     constexpr size_t row_bytes() const {
         return sums_at() + (size == BY_32 ? size_t(padded()) * sizeof(int32_t) : in_lines(size_t(blocks) * 16 * sizeof(int16_t)));
@@ -47,6 +51,7 @@ struct QuantisedShape {
 
 struct QuantisedRow {
     const int8_t* codes;
+    const int8_t* halves[2];
     const float* scales;
     const void* sums;
 
@@ -55,10 +60,13 @@ struct QuantisedRow {
     QuantisedRow(const void* quantised, int i, const QuantisedShape& shape) {
         const char* row = static_cast<const char*>(quantised) + i * shape.row_bytes();
         codes = reinterpret_cast<const int8_t*>(row);
+        for (int half = 0; half < 2; half++) halves[half] = codes + shape.halves_at() + half * shape.half_bytes();
         scales = reinterpret_cast<const float*>(row + shape.scales_at());
         sums = row + shape.sums_at();
     }
 };
+
+struct PanelKernels;  // panels.h
 
 struct BlockKernels {
     // Quantises m rows of k elements; `to` is aligned to a cache line and takes m * row_bytes() bytes.
@@ -68,6 +76,8 @@ struct BlockKernels {
     void (*product[BLOCK_FORMATS])(const void* quantised, int m, const void* w, int n, int blocks, const void* next, float* c, int ldc);
     // One row of so many blocks as float32 numbers.
     void (*widened[BLOCK_FORMATS])(const void* row, int blocks, float* to);
+    // Products of many rows.
+    const PanelKernels* panels;
 };
 
 const BlockKernels* block_kernels_portable();

@@ -23,7 +23,8 @@ template <Format f> INLINE __m256i scales_of(const uint8_t* b) {
     if constexpr (f == Q2_K) return _mm256_cvtepu8_epi16(evens_first(_mm_and_si128(load_16_bytes(b), _mm_set1_epi8(15))));
     if constexpr (f == Q3_K) {
         const SixBits six(b + 96);
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(six.words));
+        // By way of registers: sixteen bytes that were just written as four numbers come back late.
+        const __m128i bytes = _mm_setr_epi32(int(six.words[0]), int(six.words[1]), int(six.words[2]), int(six.words[3]));
         return _mm256_cvtepi8_epi16(evens_first(_mm_sub_epi8(bytes, _mm_set1_epi8(32))));
     }
     if constexpr (f == IQ4_XS) {
@@ -43,8 +44,9 @@ template <Format f> INLINE __m256i minima_of(const uint8_t* b) {
 
 // The sum of scale * OFFSET * (sum of codes): what the codes' offset adds to a block's products, in eight parts.
 template <Format f> INLINE __m256i offsets_of(__m256i scales, __m256i sums) {
-    static_assert(Block<f>::OFFSET == 32 || Block<f>::OFFSET == 4, "a power of two");
-    return _mm256_slli_epi32(_mm256_madd_epi16(scales, sums), Block<f>::OFFSET == 32 ? 5 : 2);
+    constexpr int OFFSET = Block<f>::OFFSET;
+    static_assert(OFFSET == 4 || OFFSET == 32 || OFFSET == 128, "a power of two");
+    return _mm256_slli_epi32(_mm256_madd_epi16(scales, sums), OFFSET == 4 ? 2 : OFFSET == 32 ? 5 : 7);
 }
 
 }  // namespace MOEBIUS_ISA

@@ -8,6 +8,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "block_cases.h"
 #include "naive.h"
 #include "naive_attention.h"
 
@@ -246,10 +247,11 @@ void test_float16(Ops& ops) {
 // What `reads` says is what every level has.
 void test_formats(const Kernels& kernels) {
     for (Dtype dtype : {BF16, F32})
-        for (int format = 0; format < FORMATS; format++) {
+        for (int format = 0; format < DENSE_FORMATS; format++) {
             const bool has = reads(dtype, Format(format));
             check((kernels.product[dtype][format] != nullptr) == has, "a product of dtype %d and format %d", dtype, format);
-            check((kernels.scaled_row[dtype][format] != nullptr) == has, "a row of dtype %d and format %d", dtype, format);
+            // A row of blocks is widened to float32 on its way.
+            check((kernels.scaled_row[dtype][format] != nullptr) == (has || format == F32_MATRIX), "a row of dtype %d and format %d", dtype, format);
         }
 }
 
@@ -531,10 +533,11 @@ int main() {
         level = name.c_str();
         generator.seed(0);  // the same numbers for each, whatever the levels before it drew
         check(std::string(select_kernels(name)->name) == name, "the kernels are called %s", select_kernels(name)->name);
-        Ops ops(name, 2);
+        Ops ops(name, 2), portable("portable", 1);
         test_subnormals(ops), test_rotation(ops), test_route(ops), test_sampling(ops), test_shaping(ops);
         test_dtype<float>(ops), test_dtype<uint16_t>(ops);
         test_weights<float, f16>(ops), test_weights<float, uint16_t>(ops), test_float16(ops), test_formats(*select_kernels(name));
+        test_blocks<float>(ops, portable), test_blocks<uint16_t>(ops, portable);
         std::printf("%s: passed\n", level);
     }
 }

@@ -143,7 +143,9 @@ def _bound(x_TI: Tensor, x: Quantised, matrix: Matrix) -> tuple[Tensor, Tensor]:
         x.codes.shape[-1], dim=1
     )
     terms = (given.abs() + steps) @ numbers.abs().T
-    off = (steps * (0.5 + 2.0**-16)) @ numbers.abs().T
+    # Blocks that are too small to count are off by all that they have.
+    lost = torch.where(steps == 0, given.abs(), steps * (0.5 + 2.0**-16))
+    off = lost @ numbers.abs().T + 2.0**-120
     # float32's numbers of K-quants are rounded twice each, and sums of large and small ones once
     # for each block.
     return given @ numbers.T, off + 2.0**-18 * terms

@@ -11,6 +11,7 @@ from torch import Tensor
 from moebius import _cpu, machine
 from moebius.errors import ConfigError
 from moebius.ops.capability import Feature, Operation, Use
+from moebius.ops.config import Activations
 from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.formats import dense
 from moebius.ops.interface import Ops
@@ -114,21 +115,31 @@ def _places(tensors: Iterable[Tensor | None]) -> list[int]:
 class CpuBase(Ops):
     """The compiled kernels, and where their results go.
 
+    activations: int8 for what meets weights in blocks to be quantised, which is fast and has the
+    same bits on every instruction set; float for it to stay as it is.
+
     Raises ConfigError for an instruction set that does not exist or that the processor lacks.
     """
 
     own_threads = True
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        isa: str | None = None,
+        activations: Activations = "int8",
+    ) -> None:
         isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
         try:
-            self._native = _cpu.Ops(isa, threads or machine.threads())
+            self._native = _cpu.Ops(isa, threads or machine.threads(), activations == "float")
         except ValueError as error:
             has = ", ".join(_cpu.available())
             raise ConfigError(
                 f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference"
             ) from None
         self.name = f"cpu-{self._native.name}"
+        if activations == "float":
+            self.name += "-float"
         self._recorder: Recorder | None = None
         # What the kernels lack, plain PyTorch computes: `capability` says where.
         self._fallback = ReferenceOps()
