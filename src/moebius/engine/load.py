@@ -277,6 +277,7 @@ def _weight_bytes(
         stored=stored,
         near=sum(nbytes for nbytes, _ in near),
         common=sum(nbytes for nbytes, common in near if common),
+        repacked=sum(weight.nbytes for weight in weights if weight.repacked),
     )
 
 

@@ -107,6 +107,7 @@ def test_every_kind_is_held_as_it_is_stored(tmp_path: Path, kind: Kind) -> None:
         assert (row.format, row.nbytes) == (weight.format.name, weight.nbytes)
         plain = row.format == "float32"
         assert row.mapped == (plain or not kind.repacked)
+        assert row.repacked == (not row.mapped)
         found |= set() if plain else {row.format}
     assert found == kind.formats
     with torch.inference_mode():
@@ -483,3 +484,21 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     blocks = weights["layers.1.mlp.experts.up_proj.0"]
     assert isinstance(blocks, Matrix) and blocks.format.name == "q4_0"
     assert torch.equal(blocks.widened(F32), meant[up])
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_an_answer_depends_on_no_neighbour(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """Promise P1: the same bits alone and among others, in whatever chunks."""
+    made(tmp_path, KINDS[kind])
+    decoder = load_decoder(tmp_path, dtype, ops=CpuOps(2))
+    alone = Server(decoder, block_size=4, num_blocks=8)
+    for chunk in (PROMPT, [7], [9]):
+        alone.step([(0, chunk)])
+    among = Server(decoder, block_size=4, num_blocks=32, seed=1)
+    others = [[1, 2, 3], [60, 61], list(range(30))]
+    among.step([(1, others[0]), (0, PROMPT[:3]), (2, others[1])])
+    among.step([(0, PROMPT[3:]), (3, others[2]), (1, [4])])
+    among.step([(2, [5]), (0, [7])])
+    among.step([(0, [9]), (1, [6]), (2, [8]), (3, [2])])
+    assert torch.equal(alone.all_logits(0), among.all_logits(0))

@@ -30,6 +30,11 @@ class PlannedWeight:
     nbytes: int
     near: bool = False
 
+    @property
+    def repacked(self) -> bool:
+        """Copied into another format of codes and scales, which stands for the same numbers."""
+        return not (self.mapped or self.near or self.format in NUMBER_BYTES)
+
 
 def planned_weight(
     source: Source,
