@@ -92,8 +92,10 @@ def read_awq(raw: Mapping[str, Any]) -> Quantization:
         "format": None,
         "zero_point": True,
         "modules_to_not_convert": None,
+        "desc_act": False,
     }
-    reader = opened(raw, keys, _HARMLESS, _WHERE)
+    # transformers writes GPTQ's keys too; `sym` says there what zero_point says here.
+    reader = opened(raw, keys, (*_HARMLESS, "sym"), _WHERE)
     bits = reader.integer("w_bit" if reader.get("bits") is None else "bits")
     if bits != 4:
         raise reader.error(f"bits is {bits}; supported are 4")
