@@ -9,7 +9,8 @@ import pytest
 from moebius import LLM
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
-from quantised import KINDS, Kind, gptq, gptq_config, write_quantised
+from packing import gptq
+from quantised import KINDS, Kind, gptq_config, write_quantised
 from tiny import write_model
 
 CACHE = 2**20
