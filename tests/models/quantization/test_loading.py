@@ -180,6 +180,36 @@ def write_stacked(directory: Path, kind: Kind) -> dict[str, Tensor]:
     return meant
 
 
+def test_experts_as_mlx_stacks_them(tmp_path: Path) -> None:
+    """A tensor for each kind of matrix; its router is quantised as well."""
+    save_tiny(tmp_path, "qwen3_moe", **SIZES["qwen3_moe"])
+    file = tmp_path / "model.safetensors"
+    kind = KINDS["mlx-4"]
+    meant, planes = {}, dict[str, list[Tensor]]()
+    for name, tensor in load_file(file).items():
+        if tensor.ndim != 2:
+            planes[name] = [tensor]
+            continue
+        before, numbered, after = name.partition("experts.")
+        stacked = f"{before}switch_mlp.{after.partition('.')[2]}" if numbered else name
+        parts, meant[name] = kind.pack(stacked, tensor)
+        for part, plane in parts.items():
+            planes.setdefault(part, []).append(plane)
+    tensors = {n: torch.stack(p) if "switch_mlp" in n else p[0] for n, p in planes.items()}
+    save_file(tensors, file)
+    change_config(tmp_path, quantization=kind.config, quantization_config=kind.config)
+    checkpoint = open_checkpoint(tmp_path)
+    weights = held(load_decoder(checkpoint, F32, ops=ReferenceOps()))
+    checked = 0
+    for source in checkpoint.sources:
+        weight = weights[source.parameter]
+        if isinstance(weight, Matrix):
+            name = source.name.replace("switch_mlp", f"experts.{source.entry}")
+            assert torch.equal(weight.widened(F32), meant[name]), name
+            checked += 1
+    assert checked == len(meant) == 2 + 2 * (4 + 1 + 15)
+
+
 _BLOCKS = {"quant_method": "fp8", "weight_block_size": [48, 16]}
 STACKED = {
     "mxfp4": KINDS["mxfp4"],
