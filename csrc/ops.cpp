@@ -143,7 +143,7 @@ void Ops::store_columns(const Linear& l, const Linear::Layer& layer, const Produ
 void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                   int columns, Scratch& s) {
     const int k = w.columns;
-    if (is_blocks(w.format) && float_activations_) return widened_product(dtype, x, first, m, w, column, c, columns, s);
+    if (w.format == FP8 || (is_blocks(w.format) && float_activations_)) return widened_product(dtype, x, first, m, w, column, c, columns, s);
     if (is_blocks(w.format)) {
         const BlockSize size = block_size(w.format);
         const BlockKernels& kernels = *kernels_->blocks;
@@ -297,14 +297,14 @@ void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, 
     // One item, which the pool computes as all others: with subnormal numbers flushed, whoever calls.
     pool_.run(rows > 0 ? 1 : 0, [&](int, int thread) {
         const auto scaled = kernels_->scaled_row[dtype];
-        float* wide = is_blocks(table.format) ? scratch_[thread].need(table.columns) : nullptr;
+        float* wide = table.format >= DENSE_FORMATS ? scratch_[thread].need(table.columns) : nullptr;
         for (int t = 0; t < rows; t++) {
             if (ids[t] < 0 || ids[t] >= table.rows) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(table.rows));
             const void* row = table.row(ids[t]);
             if (as_it_lies) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
             else if (!wide) scaled[table.format](row, multiplier, table.columns, at(out, t * row_bytes));
             else {
-                kernels_->blocks->widened[table.format - DENSE_FORMATS](row, table.blocks(), wide);
+                widen_row(table, ids[t], wide);
                 scaled[F32_MATRIX](wide, multiplier, table.columns, at(out, t * row_bytes));
             }
         }

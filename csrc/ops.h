@@ -24,11 +24,17 @@ struct Matrix {
     Format format;
     int rows, columns;
     const void* data;
+    // Of FP8: block after block, and how many rows and columns share one.
+    std::shared_ptr<const std::vector<float>> scales = nullptr;
+    int block_rows = 1, block_columns = 1;
 
     size_t row_bytes() const { return size_t(blocks()) * FORMAT_SIZES[format].bytes; }
     size_t bytes() const { return rows * row_bytes(); }
     int blocks() const { return columns / FORMAT_SIZES[format].elements; }  // of a row
     const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
+    // Of the blocks that row i is in.
+    const float* row_scales(int64_t i) const { return scales->data() + i / block_rows * scales_of_a_row(); }
+    int64_t scales_of_a_row() const { return (columns + block_columns - 1) / block_columns; }
 };
 
 // Linear layers of one input; their outputs lie side by side in a row.
@@ -206,13 +212,13 @@ private:
         std::vector<float> floats;
         std::vector<const void*> rows;
         // Rows of x as products want them, each kind once for a thread's items: packed for plain numbers, quantised for blocks
-        // of either size; or, where they are not quantised, widened, and packed as float32.
+        // of either size; and, where they are not quantised, widened, and packed as float32.
         struct Packed {
             std::vector<char> bytes;
             uint64_t call = 0;
             int first = 0;
         };
-        Packed packed[1 + BLOCK_SIZES];
+        Packed packed[1 + BLOCK_SIZES], unquantised[2];
         std::vector<char> panels;  // of one item
         std::vector<char> widened;  // rows of weights
 
@@ -229,6 +235,7 @@ private:
         size_t bytes() const {
             size_t sum = floats.capacity() * sizeof(float);
             for (const Packed& each : packed) sum += each.bytes.capacity();
+            for (const Packed& each : unquantised) sum += each.bytes.capacity();
             return sum + panels.capacity() + widened.capacity();
         }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
@@ -310,9 +317,10 @@ private:
     void gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner);
     void down_by_panels(const Experts& e, const void* inner, void* out);
 
-    // The same where activations are not quantised (widened_ops.cpp).
+    // The same where activations are not quantised, or weights have no whole numbers (widened_ops.cpp).
     void widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
                          Scratch& scratch);
+    void widen_row(const Matrix& w, int64_t row, float* to) const;
     static size_t widened_bytes(int k);
 
     const Kernels* kernels_;

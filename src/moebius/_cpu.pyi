@@ -8,7 +8,17 @@ def formats() -> list[str]: ...
 def reads(dtype: int, format: int) -> bool: ...
 
 class Matrix:
-    def __init__(self, *, format: int, rows: int, columns: int, data: int) -> None: ...
+    def __init__(
+        self,
+        *,
+        format: int,
+        rows: int,
+        columns: int,
+        data: int,
+        scales: int = 0,
+        block_rows: int = 1,
+        block_columns: int = 1,
+    ) -> None: ...
 
 class _Call:
     """An operation's arguments by name, whose fields csrc/ops.h describes."""

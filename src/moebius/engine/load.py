@@ -328,6 +328,7 @@ def _weight_bytes(
         common=sum(nbytes for nbytes, common in near if common),
         experts=layers.total(),
         layer=max(layers.values(), default=0),
+        repacked=sum(weight.nbytes for weight in weights if weight.repacked),
     )
 
 

@@ -31,11 +31,12 @@ _INT64 = 8
 class WeightBytes:
     """Bytes of weights that are read in place from the files (`mapped`), or converted (`copied`).
 
-    stored is the dtype that most of them have in the files. moving is room for experts that come
-    before others go, and for as many as a rank may come to hold. near are copied as they are, to
-    the `nodes` of memory that a rank is bound to; `common` of these are of weights that every rank
-    has. experts are the mapped ones that routers choose from, and `layer` those of the layer with
-    most: where they are `cold`, no more than these count, and the others may stay on disk.
+    `repacked` of those copied are codes and scales in another order than the files'. stored is the
+    dtype that most of them have in the files. moving is room for experts that come before others
+    go, and for as many as a rank may come to hold. near are copied as they are, to the `nodes` of
+    memory that a rank is bound to; `common` of these are of weights that every rank has. experts
+    are the mapped ones that routers choose from, and `layer` those of the layer with most: where
+    they are `cold`, no more than these count, and the others may stay on disk.
     """
 
     mapped: int
@@ -49,6 +50,7 @@ class WeightBytes:
     experts: int = 0
     layer: int = 0
     cold: bool = False
+    repacked: int = 0
 
     @property
     def total(self) -> int:
@@ -63,8 +65,11 @@ class WeightBytes:
     @property
     def parts(self) -> str:
         """How they are held, for a person."""
-        kept = human_bytes(self.mapped - self.on_disk)
-        said = f"{kept} mapped, {human_bytes(self.copied)} copied"
+        kept = self.mapped - self.on_disk
+        plain = self.copied - self.repacked
+        said = f"{human_bytes(kept)} mapped, {human_bytes(plain)} copied"
+        if self.repacked:
+            said += f", {human_bytes(self.repacked)} repacked"
         if self.near:
             said += f", {human_bytes(self.near)} copied to {node_names(self.nodes)}"
         return said

@@ -15,7 +15,7 @@ from moebius.gguf import GgufModel, is_gguf, open_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.family import family, read_config
 from moebius.models.gguf_config import ROPE_DIVISORS, gguf_config
-from moebius.models.layout import Layout
+from moebius.models.layout import Layout, switched
 from moebius.models.quantization import Quantization, quantization_beside
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
@@ -59,7 +59,10 @@ def describe_directory(directory: Path) -> Description:
     config, ignored, _, quantization = read_config(config_json)
     quantization = quantization or quantization_beside(directory)
     found = family(config.model_type)
-    return Description(config_json, config, found.layouts, found.unused, ignored, quantization)
+    layouts = found.layouts
+    if quantization is not None and quantization.method == "mlx":
+        layouts += tuple(filter(None, map(switched, layouts)))
+    return Description(config_json, config, layouts, found.unused, ignored, quantization)
 
 
 def describe_gguf(model: GgufModel) -> Description:

@@ -10,47 +10,35 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moebius.errors import WeightsError
 from moebius.models.decoder import Decoder
-from moebius.models.store import fingerprint, open_checkpoint
+from moebius.models.store import open_checkpoint
 from moebius.models.store.load import Loader, load_decoder
-from moebius.models.store.save import save_checkpoint
 from moebius.moe.placement import LayerPlacement, Placement
 from moebius.moe.ranks import ExpertRank
-from moebius.nn.linear import Weighted, WeightList
-from moebius.ops import Matrix, Weight
+from moebius.ops import Matrix
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.weights import planes_of
 from oracle import Server, assert_close, load_theirs, save_tiny
+from packing import awq, fp8, gptq, packed_integers
 from quantised import (
     BF16,
     F32,
     KINDS,
+    SIZES,
     Kind,
     args,
-    awq,
     change_config,
     compressed,
-    fp8,
-    gptq,
     gptq_config,
-    packed_integers,
-    write_quantised,
+    held,
+    made,
+    tampered,
 )
 
+UP = "model.layers.1.mlp.up_proj"
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
-SIZES = {
-    "llama": {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 72},
-    "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 32, "head_dim": 16},
-}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-def made(directory: Path, kind: Kind, model_type: str = "qwen3_moe") -> dict[str, Tensor]:
-    """A tiny checkpoint in float32, its matrices quantised; returns what they mean."""
-    directory.mkdir(exist_ok=True)
-    save_tiny(directory, model_type, **SIZES[model_type])
-    return write_quantised(directory, kind)
 
 
 def plain_copy(directory: Path, meant: dict[str, Tensor]) -> Path:
@@ -63,19 +51,6 @@ def plain_copy(directory: Path, meant: dict[str, Tensor]) -> Path:
     (copy / "config.json").write_text(json.dumps(config))
     save_file({n: t.contiguous() for n, t in meant.items()}, copy / "model.safetensors")
     return copy
-
-
-def held(decoder: Decoder) -> dict[str, Weight]:
-    """What every parameter is, by its name; holes left out."""
-    found: dict[str, Weight] = dict(decoder.named_parameters())
-    for name, module in decoder.named_modules():
-        if isinstance(module, Weighted):
-            found[f"{name}.weight"] = module.held()
-        elif isinstance(module, WeightList):
-            for number, weight in enumerate(module.held()):
-                if weight is not None:
-                    found[f"{name}.{number}"] = weight
-    return found
 
 
 @torch.no_grad()
@@ -106,6 +81,7 @@ def test_every_kind_is_held_as_it_is_stored(tmp_path: Path, kind: Kind) -> None:
         assert (row.format, row.nbytes) == (weight.format.name, weight.nbytes)
         plain = row.format == "float32"
         assert row.mapped == (plain or not kind.repacked)
+        assert row.repacked == (not row.mapped)
         found |= set() if plain else {row.format}
     assert found == kind.formats
     with torch.inference_mode():
@@ -128,6 +104,25 @@ def test_half_precision_rounds_once(tmp_path: Path) -> None:
     parameters = dict(decoder.named_parameters())
     for source in open_checkpoint(tmp_path).sources:
         assert torch.equal(parameters[source.parameter], meant[source.name].to(BF16))
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])
+def test_other_devices_hold_codes_too(tmp_path: Path, kind: str) -> None:
+    """On meta, for want of another: planes, and not their numbers."""
+    made(tmp_path, KINDS[kind], "llama")
+    checkpoint = open_checkpoint(tmp_path)
+    decoder = Decoder(checkpoint.config, ReferenceOps(), F32, "meta")
+    Loader(checkpoint, torch.device("meta")).fill(decoder)
+    plan = checkpoint.plan_weights("float32", "meta", ReferenceOps().formats(F32))
+    assert not any(row.mapped or row.near for row in plan)
+    weights = held(decoder)
+    for row in plan:
+        weight = weights[row.name]
+        assert weight.nbytes == row.nbytes
+        name = weight.format.name if isinstance(weight, Matrix) else "float32"
+        assert row.format == name
+        assert {plane.device.type for plane in planes_of([weight])} == {"meta"}
+    assert {row.format for row in plan} - {"float32"} == KINDS[kind].formats
 
 
 @pytest.mark.parametrize("near", [False, True])
@@ -185,6 +180,36 @@ def write_stacked(directory: Path, kind: Kind) -> dict[str, Tensor]:
     return meant
 
 
+def test_experts_as_mlx_stacks_them(tmp_path: Path) -> None:
+    """A tensor for each kind of matrix; its router is quantised as well."""
+    save_tiny(tmp_path, "qwen3_moe", **SIZES["qwen3_moe"])
+    file = tmp_path / "model.safetensors"
+    kind = KINDS["mlx-4"]
+    meant, planes = {}, dict[str, list[Tensor]]()
+    for name, tensor in load_file(file).items():
+        if tensor.ndim != 2:
+            planes[name] = [tensor]
+            continue
+        before, numbered, after = name.partition("experts.")
+        stacked = f"{before}switch_mlp.{after.partition('.')[2]}" if numbered else name
+        parts, meant[name] = kind.pack(stacked, tensor)
+        for part, plane in parts.items():
+            planes.setdefault(part, []).append(plane)
+    tensors = {n: torch.stack(p) if "switch_mlp" in n else p[0] for n, p in planes.items()}
+    save_file(tensors, file)
+    change_config(tmp_path, quantization=kind.config, quantization_config=kind.config)
+    checkpoint = open_checkpoint(tmp_path)
+    weights = held(load_decoder(checkpoint, F32, ops=ReferenceOps()))
+    checked = 0
+    for source in checkpoint.sources:
+        weight = weights[source.parameter]
+        if isinstance(weight, Matrix):
+            name = source.name.replace("switch_mlp", f"experts.{source.entry}")
+            assert torch.equal(weight.widened(F32), meant[name]), name
+            checked += 1
+    assert checked == len(meant) == 2 + 2 * (4 + 1 + 15)
+
+
 _BLOCKS = {"quant_method": "fp8", "weight_block_size": [48, 16]}
 STACKED = {
     "mxfp4": KINDS["mxfp4"],
@@ -217,169 +242,6 @@ def test_stacked_experts_are_parts_of_planes(tmp_path: Path, kind: Kind, near: b
     for name, weight in weights.items():
         assert isinstance(weight, Matrix)
         assert torch.equal(weight.widened(F32), meant[name]), name
-
-
-# --- what is wrong ---
-
-
-def tampered(directory: Path, change: dict[str, Tensor | None]) -> None:
-    """Other tensors under these names, or none."""
-    file = directory / "model.safetensors"
-    tensors = {**load_file(file), **change}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
-
-
-UP = "model.layers.1.mlp.up_proj"
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "words"),
-    [
-        (
-            "fp8-block",
-            {f"{UP}.weight_scale_inv": None},
-            [f"{UP}.weight' needs", "weight_scale'", "missing"],
-        ),
-        (
-            "fp8-block",
-            {f"{UP}.weight_scale_inv": torch.ones(4, 3)},
-            [f"{UP}.weight_scale_inv", "[4, 3]", "[4, 2]"],
-        ),
-        ("fp8-block", {f"{UP}.weight_scale_inv": torch.ones(4, 2).long()}, ["I64", "F32 or BF16"]),
-        (
-            "fp8-block",
-            {f"{UP}.weight": torch.zeros(96, 60).to(torch.float8_e4m3fn)},
-            [f"{UP}.weight", "[96, 60]", "[96, 64]"],
-        ),
-        (
-            "fp8-block",
-            {f"{UP}.weight": torch.zeros(96, 64).to(torch.float8_e5m2)},
-            [f"{UP}.weight", "F8_E5M2", "F8_E4M3"],
-        ),
-        (
-            "pack-4",
-            {f"{UP}.weight_packed": torch.zeros(96, 9, dtype=torch.int32)},
-            ["weight_packed", "[96, 9]", "[96, 8]"],
-        ),
-        (
-            "pack-4",
-            {f"{UP}.weight_zero_point": torch.zeros(12, 2).int()},
-            ["weight_zero_point", "left over"],
-        ),
-        (
-            "pack-4",
-            {f"{UP}.weight_packed": None, f"{UP}.weight_scale": None},
-            [f"{UP}.weight", "missing"],
-        ),
-        (
-            "pack-4-zeros",
-            {f"{UP}.weight_zero_point": None},
-            ["weight_packed", "weight_zero_point", "missing"],
-        ),
-        (
-            "mxfp4",
-            {f"{UP}.weight_scales": torch.zeros(96, 3, dtype=torch.uint8)},
-            ["weight_scales", "[96, 3]", "[96, 2]"],
-        ),
-        ("gptq", {f"{UP}.g_idx": torch.zeros(63).int()}, ["g_idx", "[63]", "[64]"]),
-        ("awq", {f"{UP}.qzeros": torch.zeros(4, 11).int()}, ["qzeros", "[4, 11]", "[4, 12]"]),
-        ("mlx-4", {f"{UP}.biases": torch.zeros(96, 2)}, ["biases", "F32", "F16"]),
-        (
-            "nvfp4-pack-quantized",
-            {f"{UP}.weight_global_scale": torch.zeros(2)},
-            ["global_scale", "[2]", "[1]"],
-        ),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(
-    tmp_path: Path, kind: str, change: dict[str, Tensor | None], words: list[str]
-) -> None:
-    made(tmp_path, KINDS[kind], "llama")
-    tampered(tmp_path, change)
-    with pytest.raises(WeightsError) as error:
-        open_checkpoint(tmp_path)
-    assert all(word in str(error.value) for word in words), error.value
-    assert "\n" not in str(error.value)
-
-
-def test_what_is_said_not_to_be_quantised_and_is(tmp_path: Path) -> None:
-    made(tmp_path, KINDS["pack-4"], "llama")
-    change_config(
-        tmp_path,
-        quantization_config=compressed(
-            "pack-quantized",
-            KINDS["pack-4"].config["config_groups"]["group_0"]["weights"],
-            ignore=[UP],
-        ),
-    )
-    with pytest.raises(
-        WeightsError, match=rf"'{UP}.weight_packed' is quantised, but .* '{UP}' is not"
-    ):
-        open_checkpoint(tmp_path)
-
-
-def test_sizes_that_groups_do_not_divide(tmp_path: Path) -> None:
-    made(tmp_path, KINDS["pack-4"], "llama")
-    weights = {**KINDS["pack-4"].config["config_groups"]["group_0"]["weights"], "group_size": 48}
-    change_config(tmp_path, quantization_config=compressed("pack-quantized", weights))
-    with pytest.raises(
-        WeightsError, match=r"cannot hold the shape \[64, 64\].*no whole groups of 48"
-    ):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            {f"{UP}.qzeros": torch.full((4, 12), 0x66666666).int()},
-            ["all 7, or all 8", "sym = true"],
-        ),
-        ({f"{UP}.g_idx": torch.arange(64).flip(0).int() // 16}, ["g_idx", "desc_act = false"]),
-        ({f"{UP}.g_idx": torch.full((64,), 4).int()}, ["g_idx", "none of the 4"]),
-    ],
-)
-def test_gptq_that_is_not_what_it_says(
-    tmp_path: Path, change: dict[str, Tensor | None], words: list[str]
-) -> None:
-    made(tmp_path, KINDS["gptq"], "llama")
-    tampered(tmp_path, change)
-    with pytest.raises(WeightsError) as error:
-        load_decoder(tmp_path, F32, ops=ReferenceOps())
-    assert all(word in str(error.value) for word in [f"{UP}.weight", *words]), error.value
-
-
-def test_every_plane_counts_in_the_fingerprint(tmp_path: Path) -> None:
-    made(tmp_path, KINDS["pack-4-zeros"], "llama")
-    seen = {fingerprint(open_checkpoint(tmp_path))}
-    for suffix in ("packed", "scale", "zero_point"):
-        name = f"{UP}.weight_{suffix}"
-        tensor = load_file(tmp_path / "model.safetensors")[name]
-        tampered(tmp_path, {name: tensor + 1})
-        seen.add(fingerprint(open_checkpoint(tmp_path)))
-    assert len(seen) == 4
-
-
-def test_scales_of_activations_are_not_read(tmp_path: Path) -> None:
-    meant = made(tmp_path, KINDS["fp8-tensor"], "llama")
-    more = {f"{UP}.input_scale": torch.ones(()), "model.layers.0.self_attn.k_scale": torch.ones(())}
-    tampered(tmp_path, more)
-    decoder = load_decoder(tmp_path, F32, ops=ReferenceOps())
-    assert torch.equal(
-        held(decoder)["layers.1.mlp.experts.up_proj.0"].widened(F32), meant[f"{UP}.weight"]
-    )
-
-
-def test_what_is_saved_is_not_quantised(tmp_path: Path) -> None:
-    """Loaded to be trained, its numbers are plain, and so is the checkpoint that is made of it."""
-    meant = made(tmp_path, KINDS["gptq"], "llama")
-    decoder = load_decoder(tmp_path, F32, ops=ReferenceOps(), mapped=False)
-    saved = tmp_path / "saved"
-    save_checkpoint(decoder, json.loads((tmp_path / "config.json").read_text()), saved)
-    stored = load_file(saved / "model.safetensors")
-    assert stored.keys() == meant.keys()
-    assert all(torch.equal(stored[name], meant[name]) for name in meant)
-    assert load_decoder(saved, F32, ops=ReferenceOps()) is not None
 
 
 # --- as blocks, for kernels that read these ---
@@ -425,7 +287,7 @@ def test_kernels_get_blocks_with_the_same_numbers(tmp_path: Path, kind: Kind, fo
     assert blocks == 2 * (4 + 5 * 3)
     plain = logits(load_decoder(plain_copy(tmp_path, meant), F32, ops=ReferenceOps()))
     # Kernels quantise activations too.
-    assert_close(logits(decoder), plain, tolerance=0.05)
+    assert_close(logits(decoder), plain, tolerance=0.15)
 
 
 def test_stacked_experts_become_blocks(tmp_path: Path) -> None:
@@ -463,3 +325,21 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     blocks = weights["layers.1.mlp.experts.up_proj.0"]
     assert isinstance(blocks, Matrix) and blocks.format.name == "q4_0"
     assert torch.equal(blocks.widened(F32), meant[up])
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_an_answer_depends_on_no_neighbour(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """Promise P1: the same bits alone and among others, in whatever chunks."""
+    made(tmp_path, KINDS[kind])
+    decoder = load_decoder(tmp_path, dtype, ops=CpuOps(2))
+    alone = Server(decoder, block_size=4, num_blocks=8)
+    for chunk in (PROMPT, [7], [9]):
+        alone.step([(0, chunk)])
+    among = Server(decoder, block_size=4, num_blocks=32, seed=1)
+    others = [[1, 2, 3], [60, 61], list(range(30))]
+    among.step([(1, others[0]), (0, PROMPT[:3]), (2, others[1])])
+    among.step([(0, PROMPT[3:]), (3, others[2]), (1, [4])])
+    among.step([(2, [5]), (0, [7])])
+    among.step([(0, [9]), (1, [6]), (2, [8]), (3, [2])])
+    assert torch.equal(alone.all_logits(0), among.all_logits(0))

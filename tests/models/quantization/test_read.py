@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AwqConfig, FbgemmFp8Config, FineGrainedFP8Config, GPTQConfig, Mxfp4Config
 
 from moebius.errors import ConfigError
 from moebius.models.quantization import Scheme, quantization_beside, read_quantization
@@ -27,7 +28,7 @@ UP = f"{LAYER}mlp.experts.7.up_proj"
 
 
 def scheme(config: dict[str, Any], module: str = UP, kind: str = "Linear") -> Scheme | None:
-    found = read_quantization({"quantization_config": config})
+    found = read_quantization({"quantization_config": json.loads(json.dumps(config))})
     assert found is not None
     return found.scheme(module, kind)
 
@@ -48,6 +49,11 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "
         ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, Fp8Scheme((1, 0))),
         ({"quant_method": "mxfp4"}, MxFp4Scheme()),
         (AWQ, AwqScheme(128)),
+        (AwqConfig(group_size=64).to_dict(), AwqScheme(64)),
+        (FineGrainedFP8Config().to_dict(), Fp8Scheme((128, 128))),
+        (FbgemmFp8Config().to_dict(), Fp8Scheme((1, 0))),
+        (Mxfp4Config().to_dict(), MxFp4Scheme()),
+        (GPTQConfig(bits=8, group_size=32).to_dict(), GptqScheme(8, 32, "symmetric", False)),
         ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}, AwqScheme(64)),
         (gptq_config(4, 128), GptqScheme(4, 128, "symmetric", False)),
         (gptq_config(8, 0, sym=False), GptqScheme(8, 0, "minus one", False)),

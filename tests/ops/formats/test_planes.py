@@ -11,7 +11,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from moebius.ops import Matrix
 from moebius.ops.formats import PLANE_FORMATS, Format, Repacked, format_named
 from moebius.ops.reference import ReferenceOps
-from quantised import E2M1
+from packing import E2M1
 
 F32, BF16 = torch.float32, torch.bfloat16
 NAMES = [

@@ -1,8 +1,9 @@
 """GPTQ and AWQ. Keys: GPTQModel's QuantizeConfig, AutoAWQ's AwqConfig."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moebius.files import package_table
 from moebius.models.quantization.fields import group_size, names, opened, word
 from moebius.models.quantization.fp8 import all_but
 from moebius.models.quantization.matching import Like, Skipped, everything
@@ -12,15 +13,7 @@ from moebius.models.reading import ConfigReader
 
 _WHERE = "config.json: quantization_config"
 # How codes were found, how other programs compute with them, and who made the file.
-_HARMLESS = (
-    *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse"),
-    *("act_group_aware", "dataset", "tokenizer", "batch_size", "pad_token_id", "model_seqlen"),
-    *("model_name_or_path", "model_file_base_name", "backend", "meta", "cache_block_outputs"),
-    *("use_cuda_fp16", "use_exllama", "exllama_config", "disable_exllama", "max_input_length"),
-    *("block_name_to_quantize", "module_name_preceding_first_block", "quantizer"),
-    *("modules_in_block_to_quantize", "lm_head", "adapter", "parallel_packing", "hyb_act"),
-    *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),
-)
+_HARMLESS: Sequence[str] = package_table("models/keys.toml")["packing"]
 _GPTQ_KEYS: dict[str, Any] = {
     "bits": None,
     "group_size": 128,
@@ -99,8 +92,10 @@ def read_awq(raw: Mapping[str, Any]) -> Quantization:
         "format": None,
         "zero_point": True,
         "modules_to_not_convert": None,
+        "desc_act": False,
     }
-    reader = opened(raw, keys, _HARMLESS, _WHERE)
+    # transformers writes GPTQ's keys too; `sym` says there what zero_point says here.
+    reader = opened(raw, keys, (*_HARMLESS, "sym"), _WHERE)
     bits = reader.integer("w_bit" if reader.get("bits") is None else "bits")
     if bits != 4:
         raise reader.error(f"bits is {bits}; supported are 4")

@@ -1,7 +1,7 @@
 """The ways in which a matrix is stored: what its tensors are called, their dtypes and shapes.
 
-Shapes: N rows, K columns, G groups of a row's columns. MODELS of the layouts are transformers'
-integrations, compressed-tensors, GPTQModel, AutoAWQ and mlx-lm.
+Layouts are those of transformers' integrations, compressed-tensors, GPTQModel, AutoAWQ, modelopt
+and mlx-lm.
 """
 
 import math
@@ -47,6 +47,16 @@ def _integer_blocks(
     return _as_blocks("q8_0" if bits == 8 else "q5_0" if zeros else "q4_0", shape)
 
 
+def _scale_shapes(shape: tuple[int, ...], rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
+    """What scales of blocks, so many one below and beside another, may be stored as."""
+    found: list[tuple[int, ...]] = [(rows, columns)]
+    if columns == 1:
+        found.append((rows,))
+        if rows == 1:
+            found.append(())
+    return lead(shape, *found)
+
+
 def _groups(columns: int, group: int) -> int:
     if group and columns % group:
         raise ValueError(f"rows of {columns} numbers are no whole groups of {group}")
@@ -79,7 +89,7 @@ class Fp8Scheme(Scheme):
             block = (0, 0) if one else (1, 0)
         n = -(-rows // block[0]) if block[0] else 1
         k = -(-columns // block[1]) if block[1] else 1
-        shapes = lead(shape, (n, k), *[(n,)] * (k == 1), *[()] * (n == k == 1))
+        shapes = _scale_shapes(shape, n, k)
         known = {**PLAIN_SCALES, **_POWERS}
         size = f"{block[0]}x{block[1]}"
         return Parts(
@@ -203,7 +213,7 @@ class BytesScheme(Scheme):
         rows, columns = shape[-2:]
         groups = _groups(columns, self.group)
         scale = f"{name}_scale"
-        shapes = lead(shape, (rows, groups), *[(rows,)] * (groups == 1))
+        shapes = _scale_shapes(shape, rows, groups)
         planes = [
             Plane(name, ("I8",), (shape,)),
             Plane(scale, tuple(PLAIN_SCALES), shapes),

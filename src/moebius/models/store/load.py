@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.near import NearFiles
 from moebius.models.store.plan import PlannedWeight
-from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
+from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor, without_parameters
 from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
@@ -220,15 +221,25 @@ class Loader:
             )
             for file, spans in far.items():
                 files.fetch(file, spans)
-        values = []
+        values: list[tuple[Source, Weight]] = []
+        others = []
         for source, plan in planned:
             held: _Files = near if near is not None and plan.near else files
             weight = _view(held, source, self.checkpoint.tensors[source.name])
             if not (plan.mapped or plan.near):
-                weight = _converted(weight, source, plan.format, decoder.dtype, self.device)
+                others.append(len(values))
             elif not self._mapped and isinstance(weight, Tensor):
                 weight = weight.clone()
             values.append((source, weight))
+
+        def convert(index: int) -> Weight:
+            source, weight = values[index]
+            wanted = planned[index][1].format
+            return _converted(weight, source, wanted, decoder.dtype, self.device)
+
+        with ThreadPoolExecutor(threads) as pool:
+            for index, weight in zip(others, pool.map(convert, others), strict=True):
+                values[index] = (values[index][0], weight)
         return values
 
     def _put(self, decoder: Decoder, values: Iterable[tuple[Source, Weight]]) -> None:
@@ -304,13 +315,17 @@ def _converted(
         if wanted in NUMBER_BYTES:
             return _copied(weight, wanted, device)
         assert isinstance(weight, Matrix)
-        planes = repacked(weight.format, weight.planes, wanted)
+        format = weight.format
+        planes = weight.planes
+        if without_parameters(format.name) != without_parameters(wanted):
+            planes = repacked(format, planes, wanted)
+            format = format_named(wanted)
     except Inexact as cause:
         log.info("%s is widened, and not repacked to %s: %s", source.name, wanted, cause)
         return _copied(weight, dtype_name(dtype), device)
     except ValueError as cause:
         raise WeightsError(f"tensor {source.name!r} cannot be repacked: {cause}") from None
-    return Matrix(format_named(wanted), weight.shape, planes)
+    return Matrix(format, weight.shape, tuple(plane.to(device) for plane in planes))
 
 
 def _taken(decoder: Decoder, source: Source) -> Weight:

@@ -30,6 +30,11 @@ class PlannedWeight:
     nbytes: int
     near: bool = False
 
+    @property
+    def repacked(self) -> bool:
+        """Copied into another format of codes and scales, which stands for the same numbers."""
+        return not (self.mapped or self.near or self.format in NUMBER_BYTES)
+
 
 def planned_weight(
     source: Source,
@@ -45,20 +50,22 @@ def planned_weight(
     near: what could be mapped is copied instead.
 
     Numbers of that very dtype are mapped, and matrices in one of `formats`, which widen to it
-    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype.
+    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype. On other
+    devices than the CPU are copies: quantised matrices stay what they are there too.
     """
     wanted = "float32" if source.float32 else dtype
     count = math.prod(source.shape)
     name = source.parameter
 
     def read(format: str) -> bool:
-        return device == "cpu" and without_parameters(format) in formats
+        return len(source.shape) == 2 and without_parameters(format) in formats
 
-    as_stored = stored.format == wanted or (len(source.shape) == 2 and read(str(stored.format)))
-    aligned = stored.start % NUMBER_BYTES.get(str(stored.format), 1) == 0
-    if device == "cpu" and as_stored and aligned:
+    format = str(stored.format)
+    here = device == "cpu"
+    if (format == wanted or read(format)) and (here or format not in NUMBER_BYTES):
         nbytes = stored.nbytes * count // math.prod(stored.shape)
-        return PlannedWeight(name, not near, str(stored.format), count, nbytes, near)
+        if stored.start % NUMBER_BYTES.get(format, 1) == 0:
+            return PlannedWeight(name, here and not near, format, count, nbytes, here and near)
     for format, nbytes in stored.repackings:
         if read(format):
             nbytes = nbytes * source.shape[0] // stored.shape[-2]

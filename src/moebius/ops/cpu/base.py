@@ -13,10 +13,10 @@ from moebius.errors import ConfigError
 from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.config import Activations
 from moebius.ops.cpu.recorder import Call, Recorder
-from moebius.ops.formats import dense
+from moebius.ops.formats import Fp8, dense
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.weights import Weight, planes_of
+from moebius.ops.weights import Matrix, Weight, planes_of
 
 # As csrc/formats.h numbers them: what is computed in, and what matrices are stored in.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
@@ -76,10 +76,23 @@ def formats(dtype: torch.dtype) -> frozenset[str]:
 def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
     """A weight for products of `dtype`, where it lies."""
     name = dense(weight.dtype).name if isinstance(weight, Tensor) else weight.format.name
+    name = name.partition("[")[0]
     if name not in formats(dtype):
         raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
-    (plane,) = planes_of([weight])
     rows, columns = weight.shape
+    if isinstance(weight, Matrix) and isinstance(weight.format, Fp8):
+        codes, scales = weight.planes
+        wide = scales.float().contiguous()
+        return _cpu.Matrix(
+            format=FORMATS[name],
+            rows=rows,
+            columns=columns,
+            data=address(codes),
+            scales=address(wide),
+            block_rows=weight.format.block_rows or rows,
+            block_columns=weight.format.block_columns or columns,
+        )
+    (plane,) = planes_of([weight])
     return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
 
 

@@ -12,6 +12,7 @@ from moebius.ops.formats.blocks_of_256 import BLOCKS_OF_256
 from moebius.ops.formats.dense import Dense, dense, dtype_name
 from moebius.ops.formats.format import Format, Planes, PlaneShape
 from moebius.ops.formats.fp4 import FP4
+from moebius.ops.formats.fp8 import Fp8
 from moebius.ops.formats.named import PARAMETRIC, made
 from moebius.ops.formats.repacked import Repacked
 from moebius.ops.formats.to_blocks import Inexact, repacked
@@ -23,6 +24,7 @@ __all__ = [
     "BlockFormat",
     "Dense",
     "Format",
+    "Fp8",
     "Inexact",
     "PlaneShape",
     "Planes",

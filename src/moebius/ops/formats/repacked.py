@@ -16,9 +16,6 @@ from moebius.ops.formats.format import Format, Planes, PlaneShape
 from moebius.ops.formats.groups import packed, transposed, unpacked
 from moebius.ops.formats.integers import Integers, Zeros
 
-# The bits of a word in which AWQ has an output's code, in units of four, by the output's number.
-_AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
-
 GptqZeros = Literal["symmetric", "minus one", "plain"]
 Index = Literal["none", "plain", "ordered"]
 
@@ -168,6 +165,9 @@ class Awq(Repacked):
 
 
 def _in_order(words: Tensor) -> Tensor:
-    """The codes of AWQ's words, a row's outputs in order: (..., 8 * words) uint8."""
-    codes = unpacked(words, 4).view(len(words), -1, 8)
-    return codes[:, :, list(_AWQ_NIBBLES)].flatten(1)
+    """The codes of AWQ's words, a row's outputs in order: (..., 8 * words) uint8.
+
+    Those of outputs 0 to 7 are in bits 0, 16, 4, 20, 8, 24, 12 and 28 onward.
+    """
+    codes = unpacked(words, 4).view(len(words), -1, 2, 4)
+    return codes.transpose(2, 3).flatten(1)

@@ -1,4 +1,4 @@
-"""Matrices of several planes as blocks of GGUF's types that stand for the same numbers, bit for bit.
+"""Matrices of several planes as blocks of GGUF's types, which stand for the same numbers.
 
 So kernels compute with them that read blocks alone. Codes stay what they are, and a group's scale
 is written into each of its blocks.
@@ -32,8 +32,8 @@ def repacked(format: Format, planes: Planes, wanted: str) -> Planes:
     if isinstance(format, Repacked):
         planes = format.repacked(planes)
         format = format.target
-    if format.name == wanted:
-        return planes
+        if format.name == wanted:
+            return planes
     if isinstance(format, Mxfp4Planes):
         return (_mxfp4_as_blocks(planes),)
     assert isinstance(format, Integers), f"nothing makes {wanted} of {format.name}"
