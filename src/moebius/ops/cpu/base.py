@@ -16,8 +16,9 @@ from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.weights import Weight, dense, planes_of
 
-# As csrc/kernels.h numbers them: what is computed in, and what matrices are stored in.
+# As csrc/kernels.h numbers them: what is computed in, held in caches, and matrices are stored in.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+CACHES = {**DTYPES, torch.int8: 2}
 FORMATS = {"bfloat16": 0, "float32": 1, "float16": 2}
 
 
