@@ -24,6 +24,7 @@ SIZES = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "block_size",
+    "kv_cache_dtype",
     "kv_cache_memory_bytes",
 )
 """The fields of EngineConfig that the memory plan depends on."""
