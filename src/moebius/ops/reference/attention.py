@@ -291,4 +291,5 @@ def _attend(
             )
         weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
         out = weights @ v.repeat_interleave(share, 1)
+    out = out.to(q_QHN.dtype)
     return out.reshape(*q_QHN.shape[:2], -1) if group.one_row else out.squeeze(0).transpose(0, 1)
