@@ -58,11 +58,11 @@ BIASED = ModelConfig(
             FeedForwardConfig(384),
         ),
     )
-    * 3,
+    * 2,
     tie_word_embeddings=True,
 )
-ROW = 256
-BATCH = 8
+ROW = 128
+BATCH = 4
 
 
 def texts(
@@ -147,7 +147,7 @@ def biased_model(tokenizer: Tokenizer, steps: int) -> Decoder:
             bias_GN[head, pairs] = sizes * angles.cos()
             bias_GN[head, pairs + HEAD_DIM // 2] = sizes * angles.sin()
     library = Path(sysconfig.get_path("stdlib"))
-    rows = [row for row, _ in texts([*sorted(library.glob("*.py"))], tokenizer, 400_000)]
+    rows = [row for row, _ in texts([*sorted(library.glob("*.py"))], tokenizer, 200_000)]
     ids = torch.tensor([token for row in rows for token in row])
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=0.0)
     positions = torch.arange(ROW).repeat(BATCH)
@@ -175,9 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", default=[ROOT / "src", ROOT / "tests"])
     parser.add_argument("--tokens", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     tokenizer = Tokenizer.load(BUNDLED)
     rows = list(texts(args.text, tokenizer, args.tokens))
     bundled = load_decoder(BUNDLED, torch.bfloat16, ops=CpuOps(2))

@@ -10,6 +10,7 @@
 
 #include "naive.h"
 #include "naive_attention.h"
+#include "naive_codes.h"
 
 namespace {
 
@@ -518,7 +519,7 @@ template <class T, class W> void test_weights(Ops& ops) { test_linear<T, W>(ops)
 
 template <class T> void test_dtype(Ops& ops) {
     test_weights<T, T>(ops), test_norms<T>(ops), test_add_gated<T>(ops);
-    test_rotated_heads<T>(ops), test_attention<T>(ops);
+    test_rotated_heads<T>(ops), test_attention<T>(ops), test_codes<T>(ops);
 }
 
 }  // namespace
