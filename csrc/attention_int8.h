@@ -137,17 +137,26 @@ template <int R> KERNEL void code_scores(const CodeQuery* queries, const CodeTil
 }
 
 // Codes of a row's weights, each times its value's scale, of the keys from `first` to `last`; returns what they are multiples of.
-INLINE float weight_codes(const CodeTile& t, int first, int last, int start, float* weights, int16_t* codes) {
-    const bool all_seen = first <= start && last >= start + KEY_TILE - 1;
-    for (int j = 0; j < VECTORS; j++) {
-        const int base = start + j * KEY_LANES;
-        const V weight = mul(load(weights + j * KEY_LANES), load(t.v_scale[j]));
-        store(weights + j * KEY_LANES, all_seen ? weight : where_lanes(first - base, last + 1 - base, weight, zero()));
+INLINE float weight_codes(const CodeTile& t, int first, int last, int start, const float* weights, int16_t* codes) {
+    V w[VECTORS], top = zero(), sum = zero();
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; j++) w[j] = mul(load(weights + j * KEY_LANES), load(t.v_scale[j]));
+    if (first > start || last < start + KEY_TILE - 1)
+        for (int j = 0; j < VECTORS; j++) {
+            const int base = start + j * KEY_LANES;
+            w[j] = where_lanes(first - base, last + 1 - base, w[j], zero());
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; j++) top = maximum(w[j], top), sum = add(sum, w[j]);
+    // The largest could lose what is no number; a sum does not.
+    const float total = reduce_add(sum), largest = reduce_max(top) + (total - total);
+    if (largest > NEXT_TO_NOTHING) {
+        const V inverse = all(MOST_WEIGHT / largest);
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) store_codes(codes + j * KEY_LANES, rounded(mul(w[j], inverse)));
+    } else {
+        memset(codes, 0, KEY_TILE * sizeof(int16_t));
     }
-    auto value = [&](int i, int) { return load(weights + i); };
-    const float largest = largest_of(KEY_TILE, value);
-    if (largest > NEXT_TO_NOTHING) codes_of(KEY_TILE, MOST_WEIGHT / largest, float(MOST_WEIGHT), codes, value);
-    else memset(codes, 0, KEY_TILE * sizeof(int16_t));
     return largest / MOST_WEIGHT;
 }
 
