@@ -8,8 +8,8 @@ sizes (some force preemptions), arrivals, thread counts and cold or warm prefix 
 every token's log-probabilities with those of the request served alone. Models: the bundled one (one
 schedule in twenty) and, of every supported architecture and of some whose layers have windows, a
 random one in bfloat16 and one stored in float16, which is computed in float32; and one of three
-kinds of layers, with windows and without, in bfloat16 and float32. Ends with exit code 1 at the
-first difference, naming the schedule.
+kinds of layers, with windows and without, in bfloat16 and float32. Each of them is also served with
+keys and values in int8. Ends with exit code 1 at the first difference, naming the schedule.
 
 With --ranks, the models that have experts are served by groups of so many ranks, each with a random
 schedule of its own. Experts are placed evenly in order or anyhow, some at several ranks.
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ from random_ranks import answers_of_ranks, load_ranks, random_placement  # noqa:
 from random_schedules import (  # noqa: E402
     MAX_MODEL_LEN,
     WINDOWED,
+    Schedule,
     Seen,
     Wish,
     alone,
@@ -70,15 +72,24 @@ class Subject:
     """A model on 1 and on 2 threads, its requests, and what each gives alone.
 
     directory   where it is, if it can be loaded for ranks
+    kv_dtype    what keys and values are held in; None: as they are computed
     """
 
-    def __init__(self, name: str, decoders: list[Decoder], directory: Path | None = None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        decoders: list[Decoder],
+        directory: Path | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.name = name if kv_dtype is None else f"{name}, KV cache in {kv_dtype}"
+        self.kv_dtype = kv_dtype
         self.directory = directory
         self.decoders = decoders
         self.groups = groups_of(decoders[0])
         self.wishes = wishes(64, self.decoders[0].config.vocab_size, random.Random(name))
-        self.expected = {wish.id: alone(self.decoders[0], wish) for wish in self.wishes}
+        one = self.decoders[0]
+        self.expected = {wish.id: alone(one, wish, kv_dtype) for wish in self.wishes}
         self._groups: dict[int, list[list[Decoder]]] = {}
 
     @property
@@ -88,14 +99,17 @@ class Subject:
     def answers(self, some: list[Wish], rng: random.Random, ranks: Sequence[int]) -> Served:
         """Serve some of the wishes, on one of these numbers of ranks if there are any."""
         if not ranks:
-            schedule = random_schedule(len(some), rng, self.groups)
+            schedule = self._schedule(len(some), rng)
             return Served(answers(rng.choice(self.decoders), some, schedule), str(schedule))
         decoders = self._ranks(rng.choice(ranks), rng)
-        schedules = [random_schedule(len(some), rng, self.groups) for _ in decoders]
+        schedules = [self._schedule(len(some), rng) for _ in decoders]
         homes = [rng.randrange(len(decoders)) for _ in some]
         seen = answers_of_ranks(decoders, some, homes, schedules)
         where = f"ranks {homes} with {schedules}"
         return Served(seen, where, len(decoders))
+
+    def _schedule(self, count: int, rng: random.Random) -> Schedule:
+        return replace(random_schedule(count, rng, self.groups), kv_dtype=self.kv_dtype)
 
     def _ranks(self, count: int, rng: random.Random) -> list[Decoder]:
         """Decoders of a group; of few placements, as loading takes time."""
@@ -123,7 +137,8 @@ def main() -> int:
         if args.ranks:
             subjects = [subject for subject in subjects if subject.has_experts]
         place = Path(moebius.__file__).parent / "bundled"
-        bundled = Subject("bundled", load(place, kernels), place)
+        decoders = load(place, kernels)
+        bundled = [Subject("bundled", decoders, place, kv_dtype) for kv_dtype in (None, torch.int8)]
         result = {"kernels": kernels[0].name, "seed": args.seed, **check(args, subjects, bundled)}
     print(json.dumps(result))
     save(args.json, result)
@@ -145,19 +160,26 @@ def random_models(scratch: Path, kernels: list[CpuOps]) -> Iterator[Subject]:
         sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
         model = save_tiny(directory, model_type, **sizes, **changes)
         model.half().save_pretrained(half)
-        yield Subject(name, load(directory, kernels), directory)
-        yield Subject(half.name, load(half, kernels, torch.float32), half)
+        as_stored = load(directory, kernels)
+        wide = load(half, kernels, torch.float32)
+        for kv_dtype in (None, torch.int8):
+            yield Subject(name, as_stored, directory, kv_dtype)
+            yield Subject(half.name, wide, half, kv_dtype)
     for dtype in (torch.bfloat16, torch.float32):
-        yield Subject(f"mixed-{dtype}", [mixed(ops, dtype) for ops in kernels])
+        decoders = [mixed(ops, dtype) for ops in kernels]
+        for kv_dtype in (None, torch.int8):
+            yield Subject(f"mixed-{dtype}", decoders, None, kv_dtype)
 
 
-def check(args: argparse.Namespace, subjects: list[Subject], bundled: Subject) -> dict[str, object]:
+def check(
+    args: argparse.Namespace, subjects: list[Subject], bundled: list[Subject]
+) -> dict[str, object]:
     counts = {"schedules": 0, "answers": 0, "tokens": 0, "preemptions": 0, "prefix_hit_tokens": 0}
     by_ranks: Counter[int] = Counter()
     start = time.monotonic()
     for number in range(args.schedules):
         rng = random.Random(f"{args.seed}-{number}")
-        subject = bundled if number % BUNDLED_EVERY == 0 else rng.choice(subjects)
+        subject = rng.choice(bundled if number % BUNDLED_EVERY == 0 else subjects)
         some = rng.sample(subject.wishes, rng.choice((1, 2, 4, 8, 16, 32, 64)))
         seen, how, ranks = subject.answers(some, rng, args.ranks)
         by_ranks[ranks] += 1

@@ -185,7 +185,14 @@ template <class T> INLINE int find_rows(const AttentionBlock& a, const CacheShap
     return count;
 }
 
-template <class T, class Rows> void attention(const AttentionBlock& a, const CacheShape& s, float* scratch) {
+// Tiles of a cache that holds numbers of type T.
+template <class T> struct PlainTiles {
+    static __attribute__((always_inline)) Tile find(const AttentionBlock& a, const CacheShape& s, int seen, int start, int stop, float* packed) {
+        return find_tile<T>(a, s, seen, start, stop, reinterpret_cast<uint32_t*>(packed));
+    }
+};
+
+template <class T, class Rows, class Tiles = PlainTiles<T>> void attention(const AttentionBlock& a, const CacheShape& s, float* scratch) {
     Row<T> rows[MOST_ROWS];
     State states[MOST_ROWS];
     const int count = find_rows<T>(a, s, scratch, rows, states), stop = rows[count - 1].last + 1, whole = a.split < 0;
@@ -194,7 +201,7 @@ template <class T, class Rows> void attention(const AttentionBlock& a, const Cac
     Rows all_rows{a, s, rows, states, count, gathered + gathered_floats(s)};
     const int first = rows[0].first / KEY_TILE * KEY_TILE, end = whole ? stop : min_of(stop, (a.split + 1) * KEY_SPLIT);
     for (int start = whole ? first : max_of(first, a.split * KEY_SPLIT); start < end; start += KEY_TILE) {
-        all_rows.meet(find_tile<T>(a, s, rows[0].first, start, stop, reinterpret_cast<uint32_t*>(gathered)), start);
+        all_rows.meet(Tiles::find(a, s, rows[0].first, start, stop, gathered), start);
         if (whole && ((start + KEY_TILE) % KEY_SPLIT == 0 || start + KEY_TILE >= stop))
             for (int r = 0; r < count; r++) end_split(states[r], s.padded_dim), begin_split(states[r], s.padded_dim);
     }

@@ -13,8 +13,10 @@ void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
     const int group = r.q_heads / shape.kv_heads;
     // Two neighbouring tokens may share a group of the cache: a head's tokens of one step are written by one thread.
     const int items = rows <= 4 ? 1 : shape.kv_heads, heads = shape.kv_heads / items;
+    const bool coded = shape.type == INT8_CACHE;
     pool_.run(items, [&](int item, int thread) {
-        void* rotated = scratch_[thread].need(shape.key_dim);
+        float* rotated = scratch_[thread].need(coded ? size_t(2) * shape.key_dim + shape.value_dim : shape.key_dim);
+        int8_t *k_codes = reinterpret_cast<int8_t*>(rotated + shape.key_dim), *v_codes = k_codes + shape.key_dim;
         for (int t = 0; t < rows; t++) {
             const float *cos = r.cos + size_t(t) * r.half, *sin = r.sin + size_t(t) * r.half;
             const char *row = at(r.qkv, t * row_bytes), *keys = row + q_bytes, *values = keys + shape.kv_heads * key_bytes;
@@ -22,8 +24,17 @@ void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
                 for (int i = h * group; i < (h + 1) * group; i++)
                     kernels_->rotate[r.dtype](row + i * key_bytes, r.q_norm, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim,
                                               at(r.q_out, t * q_bytes + i * key_bytes));
-                kernels_->rotate[r.dtype](keys + h * key_bytes, r.k_norm, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim, rotated);
-                write_kv(r.dtype, shape, r.cache, rotated, values + h * value_bytes, r.slots[t], h);
+                const char *key = keys + h * key_bytes, *value = values + h * value_bytes;
+                if (coded) {
+                    kernels_->rotate_wide[r.dtype](key, r.k_norm, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim, rotated);
+                    const float* less = r.key_offset ? r.key_offset + size_t(h) * shape.key_dim : nullptr;
+                    const Codes k{k_codes, kernels_->quantise[F32](rotated, less, shape.key_dim, k_codes)};
+                    const Codes v{v_codes, kernels_->quantise[r.dtype](value, nullptr, shape.value_dim, v_codes)};
+                    write_codes(shape, r.cache, k, v, r.slots[t], h);
+                    continue;
+                }
+                kernels_->rotate[r.dtype](key, r.k_norm, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim, rotated);
+                write_kv(r.dtype, shape, r.cache, rotated, value, r.slots[t], h);
             }
         }
     });
@@ -44,6 +55,19 @@ void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void*
         keys[size_t(i / 2) * shape.block_size + offset] = k16[i] | uint32_t(i + 1 < n ? k16[i + 1] : 0) << 16;
     uint16_t* to = reinterpret_cast<uint16_t*>(values) + offset % 2;
     for (int i = 0; i < shape.value_dim; i++) to[2 * i] = v16[i];
+}
+
+void write_codes(const CacheShape& shape, void* cache, const Codes& k, const Codes& v, int64_t slot, int head) {
+    const int64_t block = slot / shape.block_size;
+    const int offset = int(slot % shape.block_size), n = shape.key_dim;
+    int8_t* keys = static_cast<int8_t*>(cache) + (size_t(block) * shape.kv_heads + head) * shape.head_bytes();
+    int8_t* values = keys + 2 * shape.k_groups;
+    uint16_t* scales = reinterpret_cast<uint16_t*>(values + 2 * shape.v_groups);
+    int8_t* to = keys + 2 * offset;
+    for (int i = 0; i < n; i += 2, to += 2 * shape.block_size) to[0] = k.codes[i], to[1] = i + 1 < n ? k.codes[i + 1] : 0;
+    to = values + size_t(offset / 2) * 2 * shape.padded_dim + offset % 2;
+    for (int i = 0; i < shape.value_dim; i++) to[2 * i] = v.codes[i];
+    scales[offset] = k.scale, scales[shape.block_size + offset] = v.scale;
 }
 
 // Items of work: some consecutive queries of one sequence with (a part of) the query heads that share a kv head. Long ones
@@ -76,6 +100,8 @@ AttentionBlock Ops::attention_block(const Attention& a, const Attend& item) cons
     b.window = step.window, b.scale = a.scale, b.softcap = a.softcap, b.sinks = a.sinks ? a.sinks + item.head : nullptr;
     b.cache = a.cache, b.block_table = step.block_table.data() + size_t(item.sequence) * step.table_width;
     b.kv_head = item.kv_head;
+    // All scores of a row are less by the same without it, which only a cap and sinks see.
+    if (a.key_offset && (a.softcap != 0 || a.sinks)) b.key_offset = a.key_offset + item.kv_head * key_dim;
     return b;
 }
 
@@ -92,9 +118,10 @@ void Ops::attention(const Attention& a) {
         for (int split = first / KEY_SPLIT; split * KEY_SPLIT < b.first_position + b.queries; split++) splits_.push_back({i, split});
     }
     const size_t need = attention_need(*a.shape);
+    const auto attend = (a.shape->type == INT8_CACHE ? kernels_->attention_int8 : kernels_->attention)[a.dtype];
     if (int(splits_.size()) <= items) {
         pool_.run(items, [&](int item, int thread) {
-            kernels_->attention[a.dtype](attention_block(a, attends_[item]), *a.shape, scratch_[thread].need(need));
+            attend(attention_block(a, attends_[item]), *a.shape, scratch_[thread].need(need));
         });
         return;
     }
@@ -102,7 +129,7 @@ void Ops::attention(const Attention& a) {
     pool_.run(int(splits_.size()), [&](int item, int) {
         AttentionBlock b = attention_block(a, attends_[splits_[item].attend]);
         b.split = splits_[item].split;
-        kernels_->attention[a.dtype](b, *a.shape, states + item * need);
+        attend(b, *a.shape, states + item * need);
     });
     pool_.run(items, [&](int item, int) {
         const int from = attends_[item].first_split, to = item + 1 < items ? attends_[item + 1].first_split : int(splits_.size());

@@ -269,17 +269,18 @@ void bind_calls(nb::module_& m) {
     }, "positions"_a, "inverse"_a, "half"_a, "factor"_a, "cos"_a, "sin"_a);
     bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, int blocks, Address qkv, int q_heads,
                                                           Address cos, Address sin, int half, bool interleaved, Address q_norm,
-                                                          Address k_norm, float eps, Address slots, Address cache, Address q_out) {
+                                                          Address k_norm, float eps, Address slots, Address cache, Address key_offset,
+                                                          Address q_out) {
         new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, array<float>(cos), array<float>(sin), half,
                                        interleaved, array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
-                                       array<V>(q_out)}, blocks};
+                                       array<V>(q_out), array<float>(key_offset)}, blocks};
     }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
-       "q_out"_a);
+       "key_offset"_a, "q_out"_a);
     bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
-                                                Address cache, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
+                                                Address cache, Address key_offset, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
         new (self) AttentionCall{{Dtype(dtype), &shape, &step, array<uint32_t>(cache), array<V>(q), q_heads, scale, softcap,
-                                  array<float>(sinks), array<V>(out)}, blocks};
-    }, "dtype"_a, "shape"_a, "blocks"_a, "step"_a, "cache"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a);
+                                  array<float>(sinks), array<V>(out), array<float>(key_offset)}, blocks};
+    }, "dtype"_a, "shape"_a, "blocks"_a, "step"_a, "cache"_a, "key_offset"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a);
     bind_call<Route>(m, "Route", [](Route* self, const RouterSettings& settings, Address logits, Address bias, Address weights, Address ids,
                                     Address pairs, Address sums) {
         new (self) Route{&settings, array<float>(logits), array<float>(bias), array<float>(weights), array<int64_t>(ids),
@@ -321,9 +322,9 @@ NB_MODULE(_cpu, m) {
         }, nb::kw_only(), "window"_a, "block_size"_a)
         .def("set", &set_step, nb::kw_only(), "query_start"_a, "seq_lens"_a, "block_table"_a, "batch"_a, "width"_a);
     nb::class_<CacheShape>(m, "CacheShape")
-        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int dtype) {
-            new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, Dtype(dtype));
-        }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "dtype"_a)
+        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int type) {
+            new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, CacheType(type));
+        }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "type"_a)
         .def_prop_ro("block_bytes", &CacheShape::block_bytes);
     nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float>(),
         nb::kw_only(), "num_experts"_a, "top_k"_a, "score"_a, "weight"_a, "num_groups"_a, "groups_kept"_a, "group_top2"_a, "group_fill"_a,

@@ -1,5 +1,6 @@
 // Compiled once for each instruction set, with -DMOEBIUS_ISA=name and its flags. Includes no standard templates: the
 // linker would merge their instances across units, and run one unit's instructions on another's processor.
+#include "attention_int8.h"
 #include "ordered_product.h"
 #include "pointwise.h"
 #if defined(__AVX512F__)
@@ -45,7 +46,10 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
         {combine<bf16>, combine<float>},
         {rms_norm<bf16>, rms_norm<float>},
         {rotate<bf16>, rotate<float>},
+        {rotate_wide<bf16>, rotate_wide<float>},
+        {quantise<bf16>, quantise<float>},
         {MOEBIUS_BF16(MOEBIUS_16_OR_8(attention, bf16), amx_attention), MOEBIUS_16_OR_8(attention, float)},
+        {attention_int8<bf16>, attention_int8<float>},
         {join_splits<bf16>, join_splits<float>},
         softmax_stats,
         exp_row,

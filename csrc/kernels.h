@@ -15,6 +15,8 @@
 
 namespace moebius {
 
+// What a KV cache holds: numbers of a Dtype, or codes of 8 bits with a scale for each token and head.
+enum CacheType { BF16_CACHE = BF16, F32_CACHE = F32, INT8_CACHE = 2 };
 enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
 // Keys of a tile of attention, at absolute positions i * KEY_TILE; a constant of the kernel (P1).
@@ -29,16 +31,24 @@ constexpr int KEY_LANES = 16;
 // One layer's KV cache, (block, kv head) after (block, kv head):
 //   k  [key_dim / g][block_size] groups, g elements a group     v  [ceil(block_size / g)][padded_dim] groups over tokens
 // so that the lanes of a vector are keys in q k^T and dimensions of values in p v. padded_dim is value_dim rounded up to 16.
+// Groups are 32 bits, but of codes 16, pairs of them; behind these lie the scales of the keys and of the values in float16,
+// [block_size] each.
 struct CacheShape {
-    int block_size, kv_heads, key_dim, value_dim, padded_dim, per_group;
+    int block_size, kv_heads, key_dim, value_dim, padded_dim;
+    CacheType type;
+    int per_group;
     size_t k_groups, v_groups;  // of one (block, kv head)
 
-    CacheShape(int block_size, int kv_heads, int key_dim, int value_dim, Dtype dtype)
+    CacheShape(int block_size, int kv_heads, int key_dim, int value_dim, CacheType type)
         : block_size(block_size), kv_heads(kv_heads), key_dim(key_dim), value_dim(value_dim), padded_dim((value_dim + 15) / 16 * 16),
-          per_group(dtype == BF16 ? 2 : 1),
+          type(type), per_group(type == F32_CACHE ? 1 : 2),
           k_groups(size_t(block_size) * ((key_dim + per_group - 1) / per_group)),
           v_groups(size_t((block_size + per_group - 1) / per_group) * padded_dim) {}
-    size_t block_bytes() const { return 4 * (k_groups + v_groups) * kv_heads; }
+    size_t head_bytes() const {  // of one (block, kv head)
+        const size_t groups = k_groups + v_groups;
+        return type == INT8_CACHE ? (2 * groups + 4 * block_size + 3) / 4 * 4 : 4 * groups;
+    }
+    size_t block_bytes() const { return head_bytes() * kv_heads; }
 };
 
 // Some rows of one sequence and one kv head: `queries` consecutive tokens with `group` query heads each.
@@ -55,6 +65,7 @@ struct AttentionBlock {
     const int32_t* block_table;
     int kv_head;
     int split = -1;          // -1: all keys; else only those of this split, and the rows' states stay in scratch
+    const float* key_offset = nullptr;  // (key_dim,): what codes of keys were made less, where it is to be added back
 };
 
 struct Kernels {
@@ -86,7 +97,13 @@ struct Kernels {
     // of 2i and 2i + 1 where they are interleaved; out may be x.
     void (*rotate[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,
                       bool interleaved, int n, void* out);
+    // The same without rounding, to float32.
+    void (*rotate_wide[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,
+                           bool interleaved, int n, float* out);
+    // Codes of n values less `less` (or null), as src/moebius/ops/reference/codes.py describes; returns their scale in float16.
+    uint16_t (*quantise[2])(const void* x, const float* less, int n, int8_t* codes);
     void (*attention[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);
+    void (*attention_int8[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);  // over codes
     // The rest of `attention` from the scratches of `count` consecutive splits, `stride` floats apart.
     void (*join_splits[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch, size_t stride, int count);
     // Largest value (NaN where any value is not finite), its lowest index, and the sum of exp((x - largest) * factor)
@@ -114,6 +131,12 @@ inline size_t attention_scratch(int rows, const CacheShape& s) {
 }
 
 void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head);
+// A row of codes and their scale.
+struct Codes {
+    const int8_t* codes;
+    uint16_t scale;
+};
+void write_codes(const CacheShape& shape, void* cache, const Codes& k, const Codes& v, int64_t slot, int head);
 
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();

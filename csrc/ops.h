@@ -119,6 +119,7 @@ struct RotateAndStore {
     const int64_t* slots;  // (rows,)
     uint32_t* cache;       // the layer's
     void* q_out;           // (rows, q_heads, key_dim)
+    const float* key_offset = nullptr;  // (kv_heads, key_dim) or null: what codes of keys are made less
 };
 
 struct Attention {
@@ -131,6 +132,7 @@ struct Attention {
     float scale, softcap;  // softcap 0: none
     const float* sinks;    // (q_heads,) or null
     void* out;             // (rows, q_heads, value_dim)
+    const float* key_offset = nullptr;  // as in RotateAndStore
 };
 
 // x (rows, size) with every value between -limit and limit; NaN stays NaN.

@@ -127,11 +127,10 @@ INLINE void zip(V& a, V& b) {
     a = load(pairs), b = load(pairs + 16);
 }
 
-template <class T>
-void rotate(const void* x_row, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved,
-            int n, void* out_row) {
+template <class T, class Out>
+INLINE void rotate_to(const void* x_row, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved,
+                      int n, Out* out) {
     const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(weight);
-    T* out = static_cast<T*>(out_row);
     const V inverse = w ? all(inverse_rms(x, n, eps)) : zero();
     auto value = [&](int i, int count) {
         V v = take(x + i, count);
@@ -156,6 +155,18 @@ void rotate(const void* x_row, const void* weight, float eps, const float* cos, 
             put(out + half + i, add(mul(b, c), mul(a, s)), count);
         });
     each_vector(n - 2 * half, [&](int i, int count) { put(out + 2 * half + i, value(2 * half + i, count), count); });
+}
+
+template <class T>
+void rotate(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved, int n,
+            void* out) {
+    rotate_to<T>(x, weight, eps, cos, sin, half, interleaved, n, static_cast<T*>(out));
+}
+
+template <class T>
+void rotate_wide(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved, int n,
+                 float* out) {
+    rotate_to<T>(x, weight, eps, cos, sin, half, interleaved, n, out);
 }
 
 float exp_row(const float* x, int n, float shift, float factor, float* out) {

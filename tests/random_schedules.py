@@ -89,6 +89,8 @@ class Schedule:
     """What may change around a request without changing it.
 
     num_blocks counts those of all groups of layers; arrivals[i] is the step in which wish i comes.
+    kv_dtype is the one thing that answers do depend on: what keys and values are held in; None: as
+    they are computed.
     """
 
     block_size: int
@@ -98,6 +100,7 @@ class Schedule:
     prefix_caching: bool
     arrivals: tuple[int, ...]
     rounds: int
+    kv_dtype: torch.dtype | None = None
 
 
 # A request's tokens and log-probabilities; floats compare by their bits.
@@ -203,11 +206,12 @@ def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, Engi
         max_queue_tokens=10**6,
     )
     cache = KVCache(
-        config.caches(decoder.dtype),
+        config.caches(decoder.dtype, schedule.kv_dtype),
         decoder.ops,
         num_blocks=schedule.num_blocks,
         block_size=schedule.block_size,
         device=torch.device("cpu"),
+        key_offsets=decoder.key_offsets() if schedule.kv_dtype == torch.int8 else (),
     )
     pool.cache = cache
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
@@ -262,7 +266,7 @@ def answers(
     return Seen(rounds, engine.scheduler.preemptions, engine.scheduler.prefix_hits)
 
 
-def alone(decoder: Decoder, wish: Wish) -> Answer:
+def alone(decoder: Decoder, wish: Wish, kv_dtype: torch.dtype | None = None) -> Answer:
     """The request with nobody else there, its prompt in one piece."""
-    schedule = Schedule(16, 128, 1, 2048, False, (0,), 1)
+    schedule = Schedule(16, 128, 1, 2048, False, (0,), 1, kv_dtype)
     return answers(decoder, [wish], schedule).rounds[0][wish.id]

@@ -12,7 +12,7 @@ template <class T> struct Paged {
     std::vector<std::vector<T>> keys, values;  // of each sequence: (tokens, kv heads, size of a key or of a value)
 
     Paged(int block_size, int kv_heads, int key_dim, int value_dim, const std::vector<int>& lengths, const std::vector<int>& fresh)
-        : shape(block_size, kv_heads, key_dim, value_dim, Number<T>::dtype) {
+        : shape(block_size, kv_heads, key_dim, value_dim, CacheType(Number<T>::dtype)) {
         int blocks = 2;
         for (int n : lengths) {
             const int needed = (n + block_size - 1) / block_size;
@@ -130,7 +130,7 @@ template <class T> void test_rotated_heads(Ops& ops, int half, int head_dim, boo
     for (bool norm : {false, true}) {
         std::vector<T> qkv = draw<T>(rows * (group + 2) * head_dim), weight = draw<T>(head_dim), q(rows * group * head_dim);
         std::vector<float> cos = draw<float>(rows * half), sin = draw<float>(rows * half);
-        CacheShape shape(4, 1, head_dim, head_dim, Number<T>::dtype);
+        CacheShape shape(4, 1, head_dim, head_dim, CacheType(Number<T>::dtype));
         std::vector<uint32_t> cache(3 * shape.block_bytes() / 4);
         std::vector<int64_t> slots(rows);
         std::iota(slots.begin(), slots.end(), 0);

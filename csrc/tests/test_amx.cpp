@@ -157,7 +157,7 @@ struct Cache {
     std::vector<uint32_t> groups;
     std::vector<int32_t> table;
 
-    Cache(const Case& c, const std::vector<bf16>& k, const std::vector<bf16>& v) : shape(c.block_size, 1, c.head_dim, c.head_dim, BF16) {
+    Cache(const Case& c, const std::vector<bf16>& k, const std::vector<bf16>& v) : shape(c.block_size, 1, c.head_dim, c.head_dim, BF16_CACHE) {
         const int blocks = (c.context + c.block_size - 1) / c.block_size;
         for (int i = 0; i < blocks; i++) table.push_back(blocks - 1 - i);
         groups.assign(shape.block_bytes() / 4 * blocks, ~0u);

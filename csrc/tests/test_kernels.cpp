@@ -11,6 +11,7 @@
 #include "block_cases.h"
 #include "naive.h"
 #include "naive_attention.h"
+#include "naive_codes.h"
 
 namespace {
 
@@ -522,7 +523,7 @@ template <class T> void test_dtype(Ops& ops) {
     test_weights<T, T>(ops), test_norms<T>(ops), test_add_gated<T>(ops);
     test_rotated_heads<T>(ops, 9, 21, false);
     for (int half : {3, 8, 9, 16, 29}) test_rotated_heads<T>(ops, half, 2 * half + half % 3, true);
-    test_attention<T>(ops);
+    test_attention<T>(ops), test_codes<T>(ops);
 }
 
 }  // namespace

@@ -109,6 +109,7 @@ class RotateAndStore(_Call):
         eps: float,
         slots: int,
         cache: int,
+        key_offset: int,
         q_out: int,
     ) -> None: ...
 
@@ -121,6 +122,7 @@ class Attention(_Call):
         blocks: int,
         step: StepAttention,
         cache: int,
+        key_offset: int,
         q: int,
         q_heads: int,
         scale: float,
@@ -171,7 +173,7 @@ class StepAttention:
 
 class CacheShape:
     def __init__(
-        self, *, block_size: int, kv_heads: int, key_dim: int, value_dim: int, dtype: int
+        self, *, block_size: int, kv_heads: int, key_dim: int, value_dim: int, type: int
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...

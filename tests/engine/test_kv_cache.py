@@ -17,7 +17,7 @@ from moebius.engine.kv_cache import KVCache, block_bytes, lay_out, state_bytes
 from moebius.engine.load import load_engine, prepare
 from moebius.errors import CacheDataError, ConfigError
 from moebius.ops import Ops
-from moebius.ops.cache_spec import CacheSpec, Plane
+from moebius.ops.cache_spec import CacheSpec, Plane, key_value_spec
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StateInputs, StepInputs
 from moebius.request.engine_request import EngineRequest
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def layer(window: int | None = None, dtype: torch.dtype = torch.bfloat16, heads: int = 2) -> Any:
-    return CacheSpec((Plane("k", (heads, 8), dtype), Plane("v", (heads, 8), dtype)), window)
+    return key_value_spec(heads, 8, dtype, window=window)
 
 
 STATE = CacheSpec(
@@ -78,10 +78,16 @@ def test_layers_without_keys_and_values_have_no_place_and_unequal_ones_are_refus
         lay_out([layer(), layer(heads=3), layer(5), layer(5, heads=3)])
 
 
-def filled(ops: Ops, specs: list[CacheSpec], block_size: int, seed: int) -> KVCache:
-    """A cache of 6 blocks and 3 slots, in which everything was written."""
+def filled(
+    ops: Ops, specs: list[CacheSpec], block_size: int, seed: int, offset: float | None = None
+) -> KVCache:
+    """A cache of 6 blocks and 3 slots, in which everything was written; its layers' keys are held
+    less `offset`."""
     torch.manual_seed(seed)
-    cache = KVCache(specs, ops, num_blocks=6, block_size=block_size, device=CPU, num_states=3)
+    sizes: dict[str, Any] = {"num_blocks": 6, "block_size": block_size, "num_states": 3}
+    if offset is not None:
+        sizes["key_offsets"] = [torch.full((2, 8), offset) for _ in specs]
+    cache = KVCache(specs, ops, device=CPU, **sizes)
     tokens = 6 * block_size
     step = StepInputs.build([[0] * tokens], [0], [list(range(6))], block_size)
     keeping = [one for one, spec in zip(cache.layers, specs, strict=True) if spec.token]
@@ -94,9 +100,12 @@ def filled(ops: Ops, specs: list[CacheSpec], block_size: int, seed: int) -> KVCa
     return cache
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("block_size", [3, 16])
-def test_blocks_and_states_come_back_as_they_left(ops: Ops, block_size: int) -> None:
-    specs = [layer(), layer(5), STATE, layer(5), layer()]
+def test_blocks_and_states_come_back_as_they_left(
+    ops: Ops, block_size: int, dtype: torch.dtype
+) -> None:
+    specs = [layer(None, dtype), layer(5, dtype), STATE, layer(5, dtype), layer(None, dtype)]
     ours, theirs = (filled(ops, specs, block_size, seed) for seed in (0, 1))
     for group in range(2):  # no block belongs to two groups
         data = ours.read_block(group, 1)
@@ -136,6 +145,22 @@ def test_bytes_of_another_cache_or_damaged_ones_are_refused_and_change_nothing(o
     assert cache.read_block(0, 2) == before
     with pytest.raises(CacheDataError, match="kind 'block'"):
         cache.write_state(0, data)
+
+
+def test_codes_are_another_caches_than_numbers_and_those_less_something_else(ops: Ops) -> None:
+    coded = [layer(None, torch.int8)]
+    cache = filled(ops, coded, 4, 0, 0.5)
+    before = cache.read_block(0, 2)
+    for wrong, message in (
+        (filled(ops, [layer()], 4, 0).read_block(0, 1), r"planes .*bfloat16.* instead of .*int8"),
+        (filled(ops, coded, 4, 0).read_block(0, 1), r"key_offsets \[None\] instead of \['"),
+        (filled(ops, coded, 4, 0, 0.25).read_block(0, 1), r"key_offsets \['.*'\] instead"),
+    ):
+        with pytest.raises(CacheDataError, match=message):
+            cache.write_block(0, 2, wrong)
+    assert cache.read_block(0, 2) == before
+    cache.write_block(0, 2, filled(ops, coded, 4, 1, 0.5).read_block(0, 3))
+    assert cache.read_block(0, 2) != before
 
 
 def resealed(header: bytes, memory: bytes) -> bytes:

@@ -14,7 +14,8 @@ from engine.test_engine import cache_bytes, make, run
 from moebius import machine
 from moebius.engine import load
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import choose_dtype, load_engine, prepare
+from moebius.engine.dtypes import choose_dtype
+from moebius.engine.load import load_engine, prepare
 from moebius.engine.memory import (
     CacheSizes,
     MemoryPlan,

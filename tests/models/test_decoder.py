@@ -152,10 +152,10 @@ class Leaky:
     def parameters(self, hidden_size: int) -> Parameters:
         yield Parameter("out_proj.weight", (hidden_size, hidden_size))
 
-    def cache(self, dtype: torch.dtype) -> CacheSpec:
+    def cache(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> CacheSpec:
         return CacheSpec(state=(Plane("sum", (D,), torch.float32),))
 
-    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+    def uses(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Iterator[Use]:
         yield Use(Operation.LINEAR, dtype)
 
     def build(self, place: Place) -> LeakySum:

@@ -91,8 +91,11 @@ EVERYTHING = ModelConfig(
 OPTIONS = {"olmoe": {"clip_qkv": 0.5}, "mistral": {"sliding_window": 4}}
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("model_type", [*FAMILY, "everything"])
-def test_what_a_step_calls_is_what_was_asked_for(model_type: str) -> None:
+def test_what_a_step_calls_is_what_was_asked_for(
+    model_type: str, kv_dtype: torch.dtype | None
+) -> None:
     """What is left out would be refused in the middle of a step; what is too much, for nothing."""
     config = EVERYTHING
     if model_type != "everything":
@@ -100,7 +103,9 @@ def test_what_a_step_calls_is_what_was_asked_for(model_type: str) -> None:
             tiny_model(model_type, **OPTIONS.get(model_type, {})).config.to_dict()
         )
     decoder = Decoder(config, CpuOps(1), torch.bfloat16, device="meta")
-    followed = plan_workspace(decoder, 16, StepRows(8, 8), 64)
+    followed = plan_workspace(decoder, 16, StepRows(8, 8), 64, kv_dtype)
     assert followed.reason == ""
-    asked = {(use.operation, use.features) for use in uses(config, torch.bfloat16)}
+    asked = {(use.operation, use.features) for use in uses(config, torch.bfloat16, kv_dtype)}
+    cached = {use for use in followed.uses if Feature.INT8_CACHE in use.features}
+    assert bool(cached) == (kv_dtype is not None)
     assert {(use.operation, use.features) for use in followed.uses} == asked

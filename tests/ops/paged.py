@@ -34,11 +34,14 @@ def empty_cache(
     head_dim: int,
     dtype: torch.dtype,
     value_dim: int | None = None,
+    key_offset_GN: Tensor | None = None,
 ) -> Any:
-    """A layer's cache in which every value that nobody wrote is NaN, in bfloat16 and in float32."""
+    """A layer's cache in which every value that nobody wrote is NaN, in bfloat16 and in float32; of
+    int8 every scale."""
     spec = key_value_spec(kv_heads, head_dim, dtype, value_dim)
     size = ops.cache_bytes_per_block(spec, block_size) * blocks
-    return ops.make_cache(torch.full((size,), 255, dtype=torch.uint8), spec, block_size)
+    memory = torch.full((size,), 255, dtype=torch.uint8)
+    return ops.make_cache(memory, spec, block_size, key_offset_GN)
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,21 @@ class Sequences:
         *,
         window: int | None = None,
         seed: int = 0,
+        kv_dtype: torch.dtype | None = None,
+        key_offset_GN: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Fill a cache, attend with the step's queries, as an engine would: (T, H, N)."""
+        """Fill a cache, attend with the step's queries, as an engine would: (T, H, N).
+
+        kv_dtype: the cache's; None: the queries'.
+        """
         tables, blocks = self.scatter(block_size, seed)
         _, kv_heads, head_dim = self.keys[0].shape
         value_dim = self.values[0].shape[2]
-        cache = empty_cache(ops, blocks, block_size, kv_heads, head_dim, q_THN.dtype, value_dim)
+        held = kv_dtype or q_THN.dtype
+        cache = empty_cache(
+            ops, blocks, block_size, kv_heads, head_dim, held, value_dim, key_offset_GN
+        )
         whole = StepInputs.build(
             [[0] * len(k) for k in self.keys], [0] * len(tables), tables, block_size
         )

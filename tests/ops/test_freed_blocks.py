@@ -37,6 +37,7 @@ def attend(
     block_size: int,
     *,
     freed: bool,
+    kv_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One step whose sequences all have these keys and values, and begin at `starts`. With `freed`,
     no block before a window is in a table, and all of them are full of NaN."""
@@ -46,7 +47,9 @@ def attend(
         count * len(starts), generator=torch.Generator().manual_seed(block_size)
     ).view(len(starts), count)
     tables = blocks.tolist()
-    cache = empty_cache(ops, blocks.numel(), block_size, KV_HEADS, keys.shape[2], keys.dtype)
+    cache = empty_cache(
+        ops, blocks.numel(), block_size, KV_HEADS, keys.shape[2], kv_dtype or keys.dtype
+    )
     for table in tables:
         whole = StepInputs.build([[0] * length], [0], [table], block_size)
         as_is(ops, cache, keys, values, whole.slot_mapping)
@@ -60,9 +63,10 @@ def attend(
 
 
 @pytest.mark.parametrize("head_dim", [64, 33])
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_lies_in_a_freed_block_changes_no_bit(
-    backend: Ops, dtype: torch.dtype, head_dim: int
+    backend: Ops, dtype: torch.dtype, kv_dtype: torch.dtype | None, head_dim: int
 ) -> None:
     rng = random.Random(head_dim)
     for block_size in (1, 3, 8, 16, 24, 32, 64):
@@ -74,20 +78,24 @@ def test_what_lies_in_a_freed_block_changes_no_bit(
             rows = sum(length - start for start in starts)
             q_THN = torch.randn(rows, HEADS, head_dim).to(dtype)
             case = (backend, keys, values, q_THN, starts, window, block_size)
-            kept, freed = (attend(*case, freed=freed) for freed in (False, True))
+            kept, freed = (attend(*case, freed=freed, kv_dtype=kv_dtype) for freed in (False, True))
             assert not freed.isnan().any(), f"window {window}, blocks of {block_size}"
             assert torch.equal(bits(kept), bits(freed)), f"window {window}, blocks of {block_size}"
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_freed_blocks_of_long_contexts(backend: Ops, dtype: torch.dtype) -> None:
+def test_freed_blocks_of_long_contexts(
+    backend: Ops, dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> None:
     """One decode alone: its keys are summed in splits, each by a thread of its own."""
     for length, window in ((2500, 1100), (2048, 1024), (2100, 77)):
         keys, values = (torch.randn(length, KV_HEADS, 32).to(dtype) for _ in range(2))
         q_THN = torch.randn(1, HEADS, 32).to(dtype)
         for block_size in (7, 16):
             case = (backend, keys, values, q_THN, [length - 1], window, block_size)
-            assert torch.equal(*(bits(attend(*case, freed=freed)) for freed in (False, True)))
+            kept, freed = (attend(*case, freed=freed, kv_dtype=kv_dtype) for freed in (False, True))
+            assert torch.equal(bits(kept), bits(freed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

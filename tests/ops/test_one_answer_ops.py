@@ -26,6 +26,8 @@ from ops.levels import LEVELS, ROUNDOFF, bits, level
 from ops.paged import Sequences, empty_cache, side_by_side
 
 ROWS = 70
+# What is computed in, and what the cache holds; None: the same.
+CACHES = [*((dtype, None) for dtype in ROUNDOFF), *((dtype, torch.int8) for dtype in ROUNDOFF)]
 # An operation over the rows `at` of its inputs: one result or several, the row's number always
 # first.
 RowWise = Callable[[CpuOps, Tensor], tuple[Tensor, ...]]
@@ -252,16 +254,22 @@ class Prompt:
 
 @pytest.mark.parametrize("options", [{}, {"window": 50}, {"softcap": 4.0, "sinks": True}], ids=repr)
 @pytest.mark.parametrize("shape", [(4, 2, 64), (71, 1, 16), (7, 1, 33), (4, 2, 24, 40)])
-@pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
 def test_attention_does_not_know_its_step(
-    isa: str, dtype: torch.dtype, shape: Any, options: dict[str, Any]
+    isa: str,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+    shape: Any,
+    options: dict[str, Any],
 ) -> None:
     """A prompt at once, in chunks cut anywhere and token by token, beside others, in blocks of 1 to
     64 tokens."""
     length, rng = 140, random.Random(1)
     sinks = torch.randn(shape[0]) if "sinks" in options else None
     kept = {name: value for name, value in options.items() if name != "sinks"}
+    if kv_dtype is not None:
+        kept |= {"kv_dtype": kv_dtype, "key_offset_GN": torch.randn(shape[1:3])}
     prompt = Prompt(shape[:3], length, dtype, *shape[3:], **kept, sinks_H=sinks)
     whole = prompt.rows(level(isa, 1), 0, length, 16)
     for i, block_size in enumerate((8, 64, 16, 24, 1, 3, 7)):
@@ -279,14 +287,14 @@ def test_attention_does_not_know_its_step(
 
 
 @pytest.mark.parametrize("window", [None, 1090])
-@pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
 def test_long_contexts_are_split_at_the_same_places(
-    isa: str, dtype: torch.dtype, window: int | None
+    isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, window: int | None
 ) -> None:
     # Of the rows around 2,048 some have their window's start in one tile of 64 keys, some in the
     # next.
-    prompt = Prompt((4, 1, 64), 2200, dtype, window=window)
+    prompt = Prompt((4, 1, 64), 2200, dtype, window=window, kv_dtype=kv_dtype)
     for start, stop in ((1015, 1035), (2040, 2058), (2190, 2200)):
         chunk = prompt.rows(level(isa, 1), start, stop, 16)
         for i, at in enumerate(range(start, stop, 3)):
@@ -297,9 +305,11 @@ def test_long_contexts_are_split_at_the_same_places(
             )
 
 
-@pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("isa", LEVELS)
-def test_what_is_cached_does_not_know_its_step(isa: str, dtype: torch.dtype) -> None:
+def test_what_is_cached_does_not_know_its_step(
+    isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> None:
     """Keys and values written in one step, in chunks or token by token leave the same bits in the
     cache."""
     tokens, block_size, rng = 41, 8, random.Random(0)
@@ -315,7 +325,7 @@ def test_what_is_cached_does_not_know_its_step(isa: str, dtype: torch.dtype) -> 
     ):
         for threads in (1, 3):
             ops = level(isa, threads)
-            cache = empty_cache(ops, 6, block_size, 3, 20, dtype)
+            cache = empty_cache(ops, 6, block_size, 3, 20, kv_dtype or dtype)
             for start, stop in pairwise(cuts):
                 part = slice(start, stop)
                 rows, turn = (

@@ -109,7 +109,15 @@ class FakeEngine:
     @property
     def info(self) -> EngineInfo:
         limits = ServingLimits(self.vocab_size, self.max_model_len, self.priorities)
-        return EngineInfo(limits, self.eos_ids, block_size=16, num_blocks=64, fingerprint="fp_fake")
+        return EngineInfo(
+            limits,
+            self.eos_ids,
+            block_size=16,
+            num_blocks=64,
+            fingerprint="fp_fake",
+            kv_dtype="int8",
+            kv_bytes=2**20,
+        )
 
     def start(self, deliver: Deliver) -> None:
         self._deliver = deliver

@@ -101,7 +101,8 @@ def test_all_families_under_both_names() -> None:
             assert {name for name, kind in found.items() if kind == "histogram"} == HISTOGRAMS
             assert values[prefix + "kv_cache_usage_perc", None] == 0.25
             assert values[prefix + "prefix_cache_hits_total", None] == 20
-            assert values[prefix + "cache_config_info", ("16", "64")] == 1
+            facts = ("1048576", "16", "64", "int8")
+            assert values[prefix + "cache_config_info", facts] == 1
         rest = {name for name in types if not name.startswith(("moebius_", "vllm:"))}
         assert rest >= PROCESS | {"http_requests"} and all(
             n.startswith(("process_", "http_")) for n in rest

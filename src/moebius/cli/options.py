@@ -48,6 +48,7 @@ SIZES = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "block_size",
+    "kv_cache_dtype",
     "kv_cache_memory_bytes",
     "mmap_cold",
 )

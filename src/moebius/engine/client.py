@@ -74,6 +74,8 @@ class EngineInfo:
 
     fingerprint     names weights, configuration and kernels
     prefix_caching  whether requests share the blocks of a common prefix
+    kv_dtype        what keys and values are held in
+    kv_bytes        what all blocks take
     """
 
     limits: ServingLimits
@@ -82,6 +84,8 @@ class EngineInfo:
     num_blocks: int
     fingerprint: str
     prefix_caching: bool = True
+    kv_dtype: str = ""
+    kv_bytes: int = 0
 
     def hasher(self, key: bytes) -> BlockHasher | None:
         """What hashes prompts for an engine that was given `key`; None where it shares none."""

@@ -7,6 +7,7 @@ from moebius.errors import ConfigError, require_seconds, require_word
 from moebius.schedule.config import SchedulerConfig
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+KVCacheDtype = Literal["auto", "bfloat16", "float32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["int8", "float"]
 
@@ -30,6 +31,11 @@ class EngineConfig(SchedulerConfig):
         "What activations become where they meet quantised weights: int8 (fast, and the same bits "
         "on every CPU) or float (they stay as they are; slower).",
     ] = "int8"
+    kv_cache_dtype: Annotated[
+        KVCacheDtype,
+        "What the KV cache is held in: auto (what is computed in), or int8: half of bfloat16's "
+        "memory, and a little less exact.",
+    ] = "auto"
     device: Annotated[Device, "auto (cuda when torch has it), cpu or cuda."] = "auto"
     kv_cache_memory_bytes: Annotated[
         int | None, "What the KV cache reserves; default: see `moebius plan`."
@@ -67,6 +73,7 @@ class EngineConfig(SchedulerConfig):
         SchedulerConfig.__post_init__(self)  # slots and super() do not go together in a dataclass
         require_word("dtype", self.dtype, Dtype)
         require_word("activations", self.activations, Activations)
+        require_word("kv_cache_dtype", self.kv_cache_dtype, KVCacheDtype)
         require_word("device", self.device, Device)
         require_seconds("step_deadline", self.step_deadline)
         if not isinstance(self.ranks, int) or self.ranks < 1:

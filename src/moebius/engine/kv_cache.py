@@ -94,6 +94,8 @@ class KVCache:
 
     `layers[i]` is opaque: only the operations' backend reads it. `groups[i]` is the block table
     that layer i uses. `states[i]` has layer i's state planes by name, (num_states, *shape) each.
+
+    key_offsets: what each layer's keys are held less (G, N), where they are codes; none for none.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class KVCache:
         block_size: int,
         device: torch.device,
         num_states: int = 0,
+        key_offsets: Sequence[Tensor | None] = (),
     ) -> None:
         self.specs = tuple(specs)
         self.layout = lay_out(specs)
@@ -119,12 +122,14 @@ class KVCache:
         buffer = _reserve(
             self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS
         )
-        rows = [
-            ops.make_cache(buffer[row * per_row : (row + 1) * per_row], _keeping(specs), block_size)
-            for row in range(self.layout.rows)
-        ]
+        rows = [buffer[row * per_row : (row + 1) * per_row] for row in range(self.layout.rows)]
         places = self.layout.places
-        self.layers = [LayerCache() if at is None else rows[at[1]] for at in places]
+        offsets = tuple(key_offsets) or (None,) * len(places)
+        self._offset_names = tuple(map(_offset_name, offsets))
+        self.layers = [
+            LayerCache() if at is None else ops.make_cache(rows[at[1]], spec, block_size, offset)
+            for at, spec, offset in zip(places, specs, offsets, strict=True)
+        ]
         self.groups = tuple(0 if at is None else at[0] for at in places)
         self.states: tuple[dict[str, Tensor], ...] = tuple(
             {
@@ -196,6 +201,7 @@ class KVCache:
             "window": spec.window,
             "layers": layers,
             "planes": _planes(spec.token),
+            "key_offsets": [self._offset_names[i] for i in layers],
         }
 
     def _state_header(self) -> dict[str, Any]:
@@ -238,6 +244,13 @@ def _named(planes: Sequence[Plane]) -> str:
 
 def _planes(planes: Sequence[Plane]) -> list[list[Any]]:
     return [[plane.name, list(plane.shape), str(plane.dtype)] for plane in planes]
+
+
+def _offset_name(offset: Tensor | None) -> str | None:
+    """Tells what keys are held less from anything else."""
+    if offset is None:
+        return None
+    return blake2b(_bytes_of(offset).cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _seal(header: dict[str, Any], parts: Sequence[Tensor]) -> bytes:

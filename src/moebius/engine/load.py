@@ -12,6 +12,7 @@ import torch
 from moebius import machine
 from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
+from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import (
     KVCache,
@@ -111,6 +112,7 @@ class Prepared:
     ops: Ops
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     weights: list[PlannedWeight]
     plan: MemoryPlan
     threads: int
@@ -183,9 +185,10 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
     threads = _threads(config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     ordered = config.activations == "int8" and _in_blocks(checkpoint)
     ops = select_ops(device, dtype, config.threads, config.activations, ordered=ordered)
-    check_served(checkpoint.config, dtype, ops)
+    check_served(checkpoint.config, dtype, ops, kv_dtype)
     ranks = None if share is None else share.of(checkpoint.config, config)
     sources = checkpoint.sources_at(ranks)
     memory = None if share is None else share.memory
@@ -211,6 +214,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         config.block_size,
         step_rows(config),
         config.max_model_len or checkpoint.config.context,
+        kv_dtype,
     )
     plan = plan_memory(
         checkpoint.config,
@@ -218,7 +222,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         weight_bytes,
         dtype=dtype_name(dtype),
         device=device.type,
-        cache=_cache_sizes(checkpoint.config.caches(dtype), ops, config.block_size),
+        kv_dtype=str(kv_dtype).removeprefix("torch."),
+        cache=_cache_sizes(checkpoint.config.caches(dtype, kv_dtype), ops, config.block_size),
         available=available,
         available_of=available_of,
         recorded=workspace.nbytes if workspace.recorded else None,
@@ -230,6 +235,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         ops,
         device,
         dtype,
+        kv_dtype,
         weights,
         plan,
         threads,
@@ -415,6 +421,8 @@ def load_engine(
         num_blocks=plan.num_blocks,
         fingerprint=name,
         prefix_caching=config.enable_prefix_caching,
+        kv_dtype=plan.kv_dtype,
+        kv_bytes=plan.kv_cache,
     )
     ranks = runner.model.ranks
     if ranks is None:
@@ -440,12 +448,13 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(
-        prepared.checkpoint.config.caches(prepared.dtype),
+        prepared.checkpoint.config.caches(prepared.dtype, prepared.kv_dtype),
         prepared.ops,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         device=prepared.device,
         num_states=0 if states is None else states.num_slots,
+        key_offsets=model.key_offsets() if prepared.kv_dtype == torch.int8 else (),
     )
     if model.ranks is not None:
         model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))
@@ -516,24 +525,15 @@ def _available(device: torch.device) -> tuple[int, str]:
     return memory.available, f"the {memory.owner}'s {human_bytes(memory.limit)}"
 
 
-def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:
-    """What is computed in and the KV cache held in; auto is the checkpoint's own.
-
-    A CPU has no fast float16: there float32 takes its place, which holds every float16 exactly, so
-    that the weights can stay as they are.
-    """
-    if wish == "auto":
-        wish = "float32" if stored == "float16" and device == "cpu" else stored
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wish]
-
-
 def weights_name(directory: Path) -> str:
     """What tells a model's files from another's. Raises UsageError for what is no model."""
     return fingerprint(open_checkpoint(directory))
 
 
 def _fingerprint(prepared: Prepared) -> str:
-    """Names weights, configuration and kernels; `-approx` where batch mates may change a bit
-    (promise P1 is off)."""
+    """Names weights, configuration and kernels, and keys and values that are codes; `-approx`
+    where batch mates may change a bit (promise P1 is off)."""
     name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{dtype_name(prepared.dtype)}"
+    if prepared.kv_dtype == torch.int8:
+        name += "_kv-int8"
     return name if prepared.batch_invariant else f"{name}-approx"

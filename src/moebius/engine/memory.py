@@ -130,6 +130,7 @@ class MemoryPlan:
     max_num_seqs: int
     dtype: str
     device: str
+    kv_dtype: str
     available_of: str = ""
     lowered_from: int | None = None
 
@@ -191,6 +192,8 @@ class MemoryPlan:
         if self.lowered_from:
             context = f"lowered from {self.lowered_from:,}: one sequence must fit"
         blocks = f"{self.num_blocks:,} blocks of {self.block_size} tokens"
+        if self.kv_dtype != self.dtype:
+            blocks += f" in {self.kv_dtype}"
         workspace = human_bytes(self.workspace)
         return [
             ("weights", human_bytes(weights.total), held),
@@ -344,6 +347,7 @@ def plan_memory(
     dtype: str,
     device: str,
     cache: CacheSizes,
+    kv_dtype: str = "",
     available: int,
     available_of: str = "",
     recorded: int | None = None,
@@ -359,6 +363,7 @@ def plan_memory(
 
     recorded: what the programs of a step take, where they are recorded; else it is estimated.
     ranks: how many share the experts; weights and all else are those of one of them.
+    kv_dtype: what keys and values are held in; empty: dtype.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
     half of what is left after weights and workspace.
@@ -388,6 +393,7 @@ def plan_memory(
         max_num_seqs=engine.max_num_seqs,
         dtype=dtype,
         device=device,
+        kv_dtype=kv_dtype or dtype,
     )
     budget = _cache_budget(plan, engine.kv_cache_memory_bytes)
     blocks = max(budget - plan.states, 0) // cache.block if cache.block else 0

@@ -80,10 +80,17 @@ def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
     return model.logits(model.ops.embed(rows_L, hidden_TD))
 
 
-def plan_workspace(model: Decoder, block_size: int, rows: StepRows, context: int) -> Workspace:
+def plan_workspace(
+    model: Decoder,
+    block_size: int,
+    rows: StepRows,
+    context: int,
+    kv_dtype: torch.dtype | None = None,
+) -> Workspace:
     """Follow a step of a decoder that has shapes and no memory, on the device "meta".
 
-    context: the most tokens of a sequence.
+    context: the most tokens of a sequence. kv_dtype: what keys and values are held in; None: as
+    they are computed.
 
     Raises ConfigError where the backend does not compute in `dtype`.
     """
@@ -94,7 +101,7 @@ def plan_workspace(model: Decoder, block_size: int, rows: StepRows, context: int
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(f"the {ops.name} kernels do not compute in {name}; use another --dtype")
     meta = torch.device("meta")
-    specs = config.caches(dtype)
+    specs = config.caches(dtype, kv_dtype)
     cache = KVCache(specs, ops, num_blocks=1, block_size=block_size, device=meta)
     hidden_TD = torch.empty(rows.tokens, config.hidden_size, dtype=dtype, device=meta)
     step = ops.trace(

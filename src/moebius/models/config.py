@@ -131,10 +131,17 @@ class ModelConfig:
             if part is not None and part.router is not None
         }
 
-    def caches(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
-        """What each layer keeps of the past, in a model of `dtype`; an empty one keeps nothing."""
+    def caches(
+        self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+    ) -> tuple[CacheSpec, ...]:
+        """What each layer keeps of the past, in a model of `dtype`; an empty one keeps nothing.
+
+        kv_dtype: what keys and values are held in; None: as they are computed.
+        """
         mixers = (layer.mixer for layer in self.layers)
-        return tuple(CacheSpec() if mixer is None else mixer.cache(dtype) for mixer in mixers)
+        return tuple(
+            CacheSpec() if mixer is None else mixer.cache(dtype, kv_dtype) for mixer in mixers
+        )
 
     @property
     def attention(self) -> GQA:

@@ -15,11 +15,16 @@ _ALWAYS = (
 )
 
 
-def uses(config: ModelConfig, dtype: torch.dtype) -> frozenset[Use]:
-    """What serving a model of this configuration computes, in `dtype`."""
+def uses(
+    config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> frozenset[Use]:
+    """What serving a model of this configuration computes, in `dtype`.
+
+    kv_dtype: what keys and values are held in; None: as they are computed.
+    """
     found = {Use(operation, dtype) for operation in _ALWAYS}
     for mixer in config.mixers:
-        found.update(mixer.uses(dtype))
+        found.update(mixer.uses(dtype, kv_dtype))
     for part in config.feed_forward:
         found.update(part.uses(dtype))
     if config.logits_divisor != 1.0:
@@ -29,9 +34,11 @@ def uses(config: ModelConfig, dtype: torch.dtype) -> frozenset[Use]:
     return frozenset(found)
 
 
-def check_served(config: ModelConfig, dtype: torch.dtype, ops: Ops) -> None:
+def check_served(
+    config: ModelConfig, dtype: torch.dtype, ops: Ops, kv_dtype: torch.dtype | None = None
+) -> None:
     """ConfigError for a model that asks for what this backend does not compute."""
-    lacking = [use for use in uses(config, dtype) if ops.capability(use) is None]
+    lacking = [use for use in uses(config, dtype, kv_dtype) if ops.capability(use) is None]
     if lacking:
         raise ConfigError(
             f"the {ops.name} operations lack what this {config.model_type} model asks for: "

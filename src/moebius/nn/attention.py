@@ -17,7 +17,7 @@ from moebius.nn.linear import Linear, ParameterModule, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
-from moebius.ops.cache_spec import CacheSpec, Plane
+from moebius.ops.cache_spec import CacheSpec, key_value_spec
 
 QKNorm = Literal["none", "head", "full"]
 
@@ -115,13 +115,13 @@ class GQA:
         if self.sinks:
             yield Parameter("sinks", (self.num_heads,), float32=True)
 
-    def cache(self, dtype: torch.dtype) -> CacheSpec:
+    def cache(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> CacheSpec:
         """Keys and values of the window's tokens."""
-        key = Plane("k", (self.num_kv_heads, self.head_dim), dtype)
-        value = Plane("v", (self.num_kv_heads, self.value_dim or self.head_dim), dtype)
-        return CacheSpec(token=(key, value), window=self.window)
+        return key_value_spec(
+            self.num_kv_heads, self.head_dim, kv_dtype or dtype, self.value_dim, self.window
+        )
 
-    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+    def uses(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Iterator[Use]:
         """What serving it asks of a backend."""
         wishes = {
             Feature.WINDOW: self.window is not None,
@@ -130,9 +130,11 @@ class GQA:
             Feature.VALUE_SIZE: self.value_dim not in (None, self.head_dim),
         }
         features = frozenset(feature for feature, wanted in wishes.items() if wanted)
-        for operation in (Operation.LINEAR, Operation.ROTATION, Operation.ROTATE_AND_STORE):
+        cached = frozenset({Feature.INT8_CACHE} if kv_dtype == torch.int8 else ())
+        for operation in (Operation.LINEAR, Operation.ROTATION):
             yield Use(operation, dtype)
-        yield Use(Operation.PAGED_ATTENTION, dtype, features)
+        yield Use(Operation.ROTATE_AND_STORE, dtype, cached)
+        yield Use(Operation.PAGED_ATTENTION, dtype, features | cached)
         if self.qk_norm == "full":
             yield Use(Operation.RMS_NORM_PART, dtype)
         if self.clip_qkv is not None:
@@ -199,6 +201,22 @@ class Attention(ParameterModule):
         if spec.clip_qkv is not None:
             qkv_TI = self.ops.clip(qkv_TI, spec.clip_qkv)
         return qkv_TI
+
+    def key_offset(self, context: int) -> Tensor | None:
+        """What codes of keys may be made less, (G, N) in float32: a part that all keys have.
+
+        Keys with large biases (Qwen2) would waste most of their codes on it. A bias turns with the
+        position; its slow pairs hardly do, in which large ones lie, as models use them for what
+        matters at any distance. Fast ones average to nothing. None where keys have no bias, or are
+        normed behind it, which bounds them.
+        """
+        bias = self.k_proj.bias
+        if bias is None or self.k_norm is not None:
+            return None
+        bias_1GN = bias.detach().float().view(1, self.spec.num_kv_heads, self.spec.head_dim)
+        cos_1R, sin_1R = (x.to(bias.device) for x in self.rotary.lasting(context))
+        turned = self.ops.rotary(bias_1GN, cos_1R, sin_1R, interleaved=self.rotary.interleaved)
+        return turned[0].contiguous()
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:
         """What attention adds to the residual stream (T, D)."""

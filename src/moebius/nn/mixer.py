@@ -46,10 +46,13 @@ class Mixer(Protocol):
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of the module, in a model of this width."""
 
-    def cache(self, dtype: torch.dtype) -> CacheSpec:
-        """What a layer keeps of the past, in a model of this dtype."""
+    def cache(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> CacheSpec:
+        """What a layer keeps of the past, in a model of this dtype.
 
-    def uses(self, dtype: torch.dtype) -> Iterator[Use]:
+        kv_dtype: what keys and values are held in; None: as they are computed.
+        """
+
+    def uses(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Iterator[Use]:
         """What serving it in this dtype asks of a backend."""
 
     def build(self, place: Place) -> MixerModule:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moebius.errors import ConfigError, require
 
@@ -68,13 +69,17 @@ class CacheSpec:
 
 
 def key_value_planes(spec: CacheSpec) -> tuple[Plane, Plane]:
-    """The planes of attention's keys (G, N) and values (G, Nv). Raises ConfigError for others."""
+    """The planes of attention's keys (G, N) and values (G, Nv); int8 ones have their scales (G,)
+    in float16 behind them. Raises ConfigError for others."""
     names = [plane.name for plane in spec.token]
-    if names != ["k", "v"]:
+    if names not in (["k", "v"], ["k", "v", "k_scale", "v_scale"]):
         raise ConfigError(f"attention keeps planes k and v of each token, not {names}")
-    keys, values = spec.token
+    keys, values, *scales = spec.token
     if keys.dtype != values.dtype or keys.shape[:1] != values.shape[:1] or len(keys.shape) != 2:
         raise ConfigError(f"attention's keys and values do not go together: {keys}, {values}")
+    wanted = [(keys.shape[:1], torch.float16)] * 2 if keys.dtype == torch.int8 else []
+    if [(scale.shape, scale.dtype) for scale in scales] != wanted:
+        raise ConfigError(f"attention's keys in {keys.dtype} do not go with the scales {scales}")
     return keys, values
 
 
@@ -85,7 +90,26 @@ def key_value_spec(
     value_size: int | None = None,
     window: int | None = None,
 ) -> CacheSpec:
-    """What grouped-query attention keeps: keys (G, N) and values (G, Nv) of each token."""
+    """What grouped-query attention keeps: keys (G, N) and values (G, Nv) of each token, and where
+    they are int8 a scale of each head's."""
     keys = Plane("k", (num_kv_heads, key_size), dtype)
     values = Plane("v", (num_kv_heads, key_size if value_size is None else value_size), dtype)
-    return CacheSpec(token=(keys, values), window=window)
+    scales: tuple[Plane, ...] = ()
+    if dtype == torch.int8:
+        names = ("k_scale", "v_scale")
+        scales = tuple(Plane(name, (num_kv_heads,), torch.float16) for name in names)
+    return CacheSpec(token=(keys, values, *scales), window=window)
+
+
+def check_key_offset(spec: CacheSpec, key_offset_GN: Tensor | None) -> None:
+    """ValueError for an offset of keys that are not codes, or one of another shape or dtype."""
+    keys, _ = key_value_planes(spec)
+    if key_offset_GN is None:
+        return
+    if keys.dtype != torch.int8:
+        raise ValueError(f"keys in {keys.dtype} are held as they are, less no offset")
+    if key_offset_GN.shape != keys.shape or key_offset_GN.dtype != torch.float32:
+        raise ValueError(
+            f"keys' offset is {tuple(key_offset_GN.shape)} in {key_offset_GN.dtype}; it must be "
+            f"{keys.shape} in torch.float32"
+        )

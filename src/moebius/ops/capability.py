@@ -38,6 +38,7 @@ class Feature(StrEnum):
     SOFTCAP = "capped attention scores"
     SINKS = "attention sinks"
     VALUE_SIZE = "values of another size than keys"
+    INT8_CACHE = "keys and values in 8 bits"
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,11 +195,19 @@ class Ops(SamplerOps):
         """
 
     @abstractmethod
-    def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> LayerCache:
+    def make_cache(
+        self,
+        buffer: Tensor,
+        spec: CacheSpec,
+        block_size: int,
+        key_offset_GN: Tensor | None = None,
+    ) -> LayerCache:
         """One layer's cache over `buffer`, whose layout is the backend's own.
 
         buffer: uint8, a multiple of cache_bytes_per_block bytes. spec: planes k (G, N) and v
-        (G, Nv), whose sizes may differ.
+        (G, Nv), whose sizes may differ. Of int8 the cache holds codes and scales, as
+        ops/reference/codes.py makes them, of the rotated keys less key_offset_GN (float32), and of
+        the values. Raises ValueError for an offset with keys that are not int8.
         """
 
     @property
@@ -229,7 +237,8 @@ class Ops(SamplerOps):
 
         qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
         Queries and keys are normed per head where a weight is given, then rotated as by `rotary`.
-        slot_mapping_T: int64, block id * block_size + offset.
+        slot_mapping_T: int64, block id * block_size + offset. Keys for an int8 cache are not rounded
+        in between.
         """
 
     @abstractmethod
@@ -254,6 +263,9 @@ class Ops(SamplerOps):
         row at position p sees positions max(0, p - window + 1) to p. softcap: scores become c *
         tanh(scores / c) (Gemma 2, arXiv 2408.00118). sinks_H: float32 scores of one more key a
         head, without a value (gpt-oss, arXiv 2508.10925).
+
+        An offset that keys are held less is the same in all of a query's scores, which softmax does
+        not see; where scores are capped, or there are sinks, it is added back.
         """
 
     # Experts

@@ -205,7 +205,12 @@ class ServerMetrics:
                 yield family
         yield self._waiting_by_reason(stats)
         yield self._step_tokens(stats)
-        facts = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks)}
+        facts = {
+            "block_size": str(info.block_size),
+            "num_gpu_blocks": str(info.num_blocks),
+            "cache_dtype": info.kv_dtype,
+            "kv_cache_memory_bytes": str(info.kv_bytes),
+        }
         config = GaugeMetricFamily(
             _OWN + "cache_config_info", "Facts of the KV cache", labels=(*_LABELS, *facts)
         )

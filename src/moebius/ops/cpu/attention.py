@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.ops.cache_spec import CacheSpec, Plane, key_value_planes
+from moebius.ops.cache_spec import CacheSpec, Plane, check_key_offset, key_value_planes
 from moebius.ops.capability import Feature, Operation
-from moebius.ops.cpu.base import CpuBase, check_shape, require_dtype
+from moebius.ops.cpu.base import CACHES, CpuBase, check_shape, require_dtype
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.steps import Step, StepInputs
 
@@ -22,10 +22,16 @@ class CpuCache(LayerCache):
     shape: _cpu.CacheShape
     keys: Plane
     values: Plane
+    key_offset: Tensor | None
 
     @property
     def num_blocks(self) -> int:
         return len(self.buffer) // self.shape.block_bytes
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What it asks of the operations on it."""
+        return frozenset({Feature.INT8_CACHE} if self.keys.dtype == torch.int8 else ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,12 +56,14 @@ class CpuPlan(AttentionPlan):
 
 def _shape(spec: CacheSpec, block_size: int) -> _cpu.CacheShape:
     keys, values = key_value_planes(spec)
+    if keys.dtype not in CACHES:
+        raise ValueError(f"the CPU kernels keep no keys and values in {keys.dtype}")
     return _cpu.CacheShape(
         block_size=block_size,
         kv_heads=keys.shape[0],
         key_dim=keys.shape[1],
         value_dim=values.shape[1],
-        dtype=require_dtype(keys.dtype),
+        type=CACHES[keys.dtype],
     )
 
 
@@ -65,9 +73,10 @@ def _check_heads(num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads")
 
 
-def _dtype_of(cache: CpuCache, *tensors: Tensor | None) -> int:
-    """The dtype of a cache and of all that goes in or comes out of it."""
-    return require_dtype(cache.keys.dtype, *tensors)
+def _dtype_of(cache: CpuCache, x: Tensor, *tensors: Tensor | None) -> int:
+    """The dtype of all that goes in or comes out of a cache, and of one that holds no codes."""
+    held = cache.keys.dtype
+    return require_dtype(x.dtype if held == torch.int8 else held, x, *tensors)
 
 
 class AttentionOps(CpuBase):
@@ -119,9 +128,11 @@ class AttentionOps(CpuBase):
             eps=eps,
             slots=self._at(slot_mapping_T, torch.int64),
             cache=self._at(held.buffer),
+            key_offset=self._at(held.key_offset),
             q_out=self._at(out),
         )
-        self._run(Operation.ROTATE_AND_STORE, call, qkv_TI, rows, held)
+        use = Operation.ROTATE_AND_STORE
+        self._run(use, call, qkv_TI, rows, held, features=held.features)
         return out
 
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
@@ -131,12 +142,20 @@ class AttentionOps(CpuBase):
         shape = _shape(spec, block_size)
         return self._native.most_scratch_bytes(widest=widest, shape=shape, context=context)
 
-    def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> CpuCache:
-        return CpuCache(buffer, _shape(spec, block_size), *key_value_planes(spec))
+    def make_cache(
+        self,
+        buffer: Tensor,
+        spec: CacheSpec,
+        block_size: int,
+        key_offset_GN: Tensor | None = None,
+    ) -> CpuCache:
+        keys, values = key_value_planes(spec)
+        check_key_offset(spec, key_offset_GN)
+        return CpuCache(buffer, _shape(spec, block_size), keys, values, key_offset_GN)
 
     @property
     def cache_layout(self) -> str:
-        return "lanes of 16 keys, pairs of values"
+        return "lanes of 16 keys, pairs of values, scales behind codes"
 
     def block_memory(self, cache: LayerCache, block: int) -> Sequence[Tensor]:
         held = own(cache, CpuCache)
@@ -175,6 +194,7 @@ class AttentionOps(CpuBase):
             blocks=held.num_blocks,
             step=planned.step,
             cache=self._at(held.buffer),
+            key_offset=self._at(held.key_offset),
             q=self._at(q_THN),
             q_heads=num_heads,
             scale=scale,
@@ -188,7 +208,7 @@ class AttentionOps(CpuBase):
             Feature.SINKS: sinks_H is not None,
             Feature.VALUE_SIZE: value_size != key_size,
         }
-        features = frozenset(feature for feature, is_asked in asked.items() if is_asked)
+        features = held.features | {feature for feature, is_asked in asked.items() if is_asked}
         use = Operation.PAGED_ATTENTION
         self._run(use, call, q_THN, rows, held, planned, features=features)
         return out

@@ -18,8 +18,10 @@ from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.weights import Matrix, Weight, planes_of
 
-# As csrc/formats.h numbers them: what is computed in, and what matrices are stored in.
+# As csrc/kernels.h and formats.h number them: what is computed in, held in caches, and matrices are
+# stored in.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+CACHES = {**DTYPES, torch.int8: 2}
 FORMATS = {name: number for number, name in enumerate(_cpu.formats())}
 
 

@@ -8,26 +8,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.ops.cache_spec import CacheSpec, key_value_planes
+from moebius.ops.cache_spec import CacheSpec, check_key_offset, key_value_planes
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
+from moebius.ops.reference.codes import quantised, widened
 from moebius.ops.steps import Step, StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles
 # of this size.
 TILE = 64
+# Layers' caches lie behind one another, and begin where any dtype may.
+_ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCache(LayerCache):
-    """One layer's keys and values: (blocks, block_size, G, N) and (..., Nv)."""
+    """One layer's keys and values: (blocks, block_size, G, N) and (..., Nv).
+
+    scales       of keys and of values, (blocks, block_size, G), where these are codes
+    key_offset   what keys are held less, (G, N)
+    """
 
     k: Tensor
     v: Tensor
+    scales: tuple[Tensor, Tensor] | None = None
+    key_offset: Tensor | None = None
 
     @property
     def block_size(self) -> int:
         return self.k.shape[1]
+
+    def write(self, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -> None:
+        """Rotated keys and values, codes of them where that is what there is."""
+        if self.scales is None:
+            for plane, new in ((self.k, k_TGN), (self.v, v_TGN)):
+                plane.flatten(0, 1).index_copy_(0, slots_T, new.to(plane.dtype))
+            return
+        held_TGN = k_TGN if self.key_offset is None else k_TGN - self.key_offset
+        planes = zip((self.k, self.v), self.scales, (held_TGN, v_TGN), strict=True)
+        for plane, scale, new in planes:
+            codes, scales = quantised(new)
+            plane.flatten(0, 1).index_copy_(0, slots_T, codes)
+            scale.flatten(0, 1).index_copy_(0, slots_T, scales)
+
+    def read(self, slots: Tensor, *, as_written: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., G, N) in slots (...), codes widened to float32. as_written: what
+        keys are held less is added back."""
+        k = self.k.flatten(0, 1)[slots]
+        v = self.v.flatten(0, 1)[slots]
+        if self.scales is None:
+            return k, v
+        k_scale, v_scale = (scale.flatten(0, 1)[slots] for scale in self.scales)
+        k = widened(k, k_scale)
+        if as_written and self.key_offset is not None:
+            k = k + self.key_offset
+        return k, widened(v, v_scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,41 +102,54 @@ class AttentionOps(Ops):
         *,
         interleaved: bool = False,
     ) -> Tensor:
-        k_cache = own(cache, ReferenceCache).k
-        v_cache = own(cache, ReferenceCache).v
+        held = own(cache, ReferenceCache)
         rows = len(qkv_TI)
-        kv_heads, size = k_cache.shape[2:]
+        kv_heads, size = held.k.shape[2:]
         k_width = kv_heads * size
-        v_width = kv_heads * v_cache.shape[3]
+        v_width = kv_heads * held.v.shape[3]
         q_width = qkv_TI.shape[1] - k_width - v_width
         q_TI, k_TI, v_TI = torch.split(qkv_TI, [q_width, k_width, v_width], dim=1)
         q_THN = q_TI.view(rows, q_width // size, size)
         k_TGN = k_TI.view(rows, kv_heads, size)
-        v_TGN = v_TI.view(rows, kv_heads, v_cache.shape[3])
+        v_TGN = v_TI.view(rows, kv_heads, held.v.shape[3])
         if q_norm_N is not None:
             q_THN = self.rms_norm(q_THN, q_norm_N, eps)
         if k_norm_N is not None:
             k_TGN = self.rms_norm(k_TGN, k_norm_N, eps)
+        if held.scales is not None:
+            k_TGN = k_TGN.float()
         k_TGN = self.rotary(k_TGN, cos_TR, sin_TR, interleaved=interleaved)
-        for store, new in ((k_cache, k_TGN), (v_cache, v_TGN)):
-            store.flatten(0, 1).index_copy_(0, slot_mapping_T, new.to(store.dtype))
+        held.write(k_TGN, v_TGN, slot_mapping_T)
         return self.rotary(q_THN, cos_TR, sin_TR, interleaved=interleaved)
 
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
-        keys, values = key_value_planes(spec)
-        return block_size * (keys.nbytes + values.nbytes)
+        key_value_planes(spec)
+        return -(-block_size * spec.bytes_per_token // _ALIGNMENT) * _ALIGNMENT
 
     def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
         return 0
 
-    def make_cache(self, buffer: Tensor, spec: CacheSpec, block_size: int) -> LayerCache:
-        keys, values = key_value_planes(spec)
+    def make_cache(
+        self,
+        buffer: Tensor,
+        spec: CacheSpec,
+        block_size: int,
+        key_offset_GN: Tensor | None = None,
+    ) -> LayerCache:
+        key_value_planes(spec)
         blocks = len(buffer) // self.cache_bytes_per_block(spec, block_size)
-        stop = blocks * block_size * keys.nbytes
-        shape = (blocks, block_size)
-        k = buffer[:stop].view(keys.dtype).view(*shape, *keys.shape)
-        v = buffer[stop:].view(values.dtype).view(*shape, *values.shape)
-        return ReferenceCache(k, v)
+        planes: dict[str, Tensor] = {}
+        start = 0
+        # Codes, of single bytes, behind what has to begin at even ones.
+        for plane in sorted(spec.token, key=lambda plane: -plane.dtype.itemsize):
+            stop = start + blocks * block_size * plane.nbytes
+            shape = (blocks, block_size, *plane.shape)
+            planes[plane.name] = buffer[start:stop].view(plane.dtype).view(shape)
+            start = stop
+        check_key_offset(spec, key_offset_GN)
+        coded = "k_scale" in planes
+        scales = (planes["k_scale"], planes["v_scale"]) if coded else None
+        return ReferenceCache(planes["k"], planes["v"], scales, key_offset_GN)
 
     @property
     def cache_layout(self) -> str:
@@ -109,7 +157,7 @@ class AttentionOps(Ops):
 
     def block_memory(self, cache: LayerCache, block: int) -> Sequence[Tensor]:
         held = own(cache, ReferenceCache)
-        return held.k[block], held.v[block]
+        return tuple(plane[block] for plane in (held.k, held.v, *(held.scales or ())))
 
     def plan_attention(
         self, step: Step, block_size: int, window: int | None = None
@@ -192,12 +240,13 @@ def _slots(block_table: Tensor, at: Tensor, block_size: int) -> Tensor:
 
 
 def _gather(
-    q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup
+    q_QHN: Tensor, cache: ReferenceCache, group: AttentionGroup, *, shifts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A group's queries, keys and values, heads before tokens.
+    """A group's queries, keys and values, heads before tokens; in float32 where the cache has
+    codes.
 
     Where each sequence brings one row, the query heads that share a key head become the rows of one
-    product.
+    product. shifts: all scores of a query may be more or less by the same.
     """
     count, heads, head_dim = q_QHN.shape
     kv_heads = cache.k.shape[2]
@@ -205,9 +254,10 @@ def _gather(
         q = q_QHN.view(count, kv_heads, heads // kv_heads, head_dim)
     else:
         q = q_QHN.transpose(0, 1).unsqueeze(0)
-    k = cache.k.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype)
-    v = cache.v.flatten(0, 1)[group.slots].transpose(1, 2).to(q.dtype)
-    return q, k, v
+    k, v = cache.read(group.slots, as_written=not shifts)
+    if cache.scales is not None:
+        q = q.float()
+    return q, k.transpose(1, 2).to(q.dtype), v.transpose(1, 2).to(q.dtype)
 
 
 def _attend(
@@ -220,9 +270,10 @@ def _attend(
 ) -> Tensor:
     """Attention of a group's rows over the keys and values in its slots; by hand with capped scores
     or sinks, which torch's fused attention has not."""
-    q, k, v = _gather(q_QHN, cache, group)
+    plain = softcap is None and sinks_H is None
+    q, k, v = _gather(q_QHN, cache, group, shifts=plain)
     share = q.shape[1] // k.shape[1]
-    if softcap is None and sinks_H is None:
+    if plain:
         mask = group.mask
         whole = mask is None
         out = F.scaled_dot_product_attention(
@@ -243,4 +294,5 @@ def _attend(
             )
         weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
         out = weights @ v.repeat_interleave(share, 1)
+    out = out.to(q_QHN.dtype)
     return out.reshape(*q_QHN.shape[:2], -1) if group.one_row else out.squeeze(0).transpose(0, 1)
