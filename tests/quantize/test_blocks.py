@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-import gguf
 from moebius.errors import WeightsError
 from moebius.ops.formats import FORMATS
 from moebius.quantize.encode import ENCODERS, encoded

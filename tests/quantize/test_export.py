@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import gguf
 from moebius.cli.commands import app
 from moebius.errors import ConfigError, TokenizerError
 from moebius.models.store import open_checkpoint

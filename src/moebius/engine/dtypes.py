@@ -3,7 +3,7 @@
 import torch
 
 from moebius.errors import ConfigError
-from moebius.ops.weights import dtype_name
+from moebius.ops.formats import dtype_name
 
 
 def choose_dtype(wish: str, stored: str, device: str) -> torch.dtype:
