@@ -18,7 +18,7 @@ from ablation.measure import ablate
 from ablation.report import HEAD, LEGEND, panels, plot, rows, table
 from moebius.bench.report import check_outputs, save_json
 from moebius.engine.config import EngineConfig
-from moebius.engine.memory import human_bytes
+from moebius.engine.plan_words import human_bytes
 from moebius.errors import MoebiusError
 from moebius.models.hub import resolve_model
 

@@ -21,7 +21,7 @@ from moebius.cli.commands import app
 from moebius.engine.client import ExpertLoads, ExpertSpread, LayerLoad, LayerSpread, RankSpread
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
-from moebius.engine.memory import human_bytes
+from moebius.engine.plan_words import human_bytes
 from moebius.models.hub import BUNDLED, resolve_model
 from moebius.parallel.traffic import Traffic
 from moebius.request.params import LIMITS, SamplingParams

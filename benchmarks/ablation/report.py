@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ablation.measure import Outcome
 from moebius.bench.report import chart, log_scale
-from moebius.engine.memory import human_bytes
+from moebius.engine.plan_words import human_bytes
 
 HEAD = (
     "engine",

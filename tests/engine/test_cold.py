@@ -11,7 +11,7 @@ from engine.test_engine import make, prompts, run, tokens
 from moebius import machine
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
-from moebius.engine.memory import WeightBytes
+from moebius.engine.weight_bytes import WeightBytes
 from moebius.errors import ConfigError, MemoryPlanError
 from tiny import write_model
 

@@ -19,13 +19,13 @@ from moebius.engine.load import load_engine, prepare
 from moebius.engine.memory import (
     CacheSizes,
     MemoryPlan,
-    WeightBytes,
     exchange_bytes,
-    human_bytes,
     plan_memory,
     sampling_bytes,
     workspace_bytes,
 )
+from moebius.engine.plan_words import human_bytes
+from moebius.engine.weight_bytes import WeightBytes
 from moebius.errors import ConfigError, MemoryPlanError
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.moe.config import FeedForwardConfig

@@ -116,7 +116,7 @@ def _options(asked: str) -> Mapping[str, Any]:
 
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
     """A line each; what is beside the first is beside it in percent."""
-    from moebius.engine.memory import human_bytes
+    from moebius.engine.plan_words import human_bytes
 
     first = records[0]["bits_per_byte"]
     head = ("", "weights", "bits per byte", "change", "divergence", "same choice")

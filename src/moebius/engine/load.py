@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,24 +24,22 @@ from moebius.engine.kv_cache import (
 from moebius.engine.memory import (
     CacheSizes,
     MemoryPlan,
-    WeightBytes,
     exchange_bytes,
-    human_bytes,
     logit_rows,
-    node_names,
     plan_memory,
 )
 from moebius.engine.moves import ExpertMoves
 from moebius.engine.place import NodeMemory, places
 from moebius.engine.placing import start_placement
+from moebius.engine.plan_words import human_bytes, node_names
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
+from moebius.engine.weight_bytes import as_cold, common_bytes, count_weights, moving_bytes
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
-from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
 from moebius.models.store.tensors import NUMBER_BYTES
@@ -198,15 +195,15 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     )
     available, available_of = _available(device)
     if share is not None:
-        common = _common_bytes(sources, weights)
+        common = common_bytes(sources, weights)
         available, available_of = _share_of(available, available_of, share, common)
-    weight_bytes = _weight_bytes(sources, weights, checkpoint.dtype)
+    weight_bytes = count_weights(sources, weights, checkpoint.dtype)
     if near and memory is not None:
         weight_bytes = replace(weight_bytes, nodes=memory.nodes)
     if config.mmap_cold:
-        weight_bytes = _cold(weight_bytes)
+        weight_bytes = as_cold(weight_bytes)
     if ranks is not None:
-        moving = _moving_bytes(sources, weights, ranks, config)
+        moving = moving_bytes(sources, weights, ranks, config)
         weight_bytes = replace(weight_bytes, moving=moving)
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
@@ -280,15 +277,6 @@ def _share_of(host: int, owner: str, share: ExpertShare, common: int) -> tuple[i
     return own, f"{of_node}, which {memory.ranks} ranks share" if memory.ranks > 1 else of_node
 
 
-def _common_bytes(sources: Sequence[Source], weights: Sequence[PlannedWeight]) -> int:
-    """What all of a host's ranks map, and is there once."""
-    return sum(
-        weight.nbytes
-        for source, weight in zip(sources, weights, strict=True)
-        if weight.mapped and source.expert is None
-    )
-
-
 def check_ranks(directory: Path, config: EngineConfig) -> None:
     """Raises ConfigError where this model has not the experts that config.ranks are to share."""
     if config.ranks > 1:
@@ -311,66 +299,6 @@ def _range(numbers: set[int]) -> str:
     low = min(numbers)
     high = max(numbers)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _weight_bytes(
-    sources: Sequence[Source], weights: Sequence[PlannedWeight], stored: str
-) -> WeightBytes:
-    near = [
-        (weight.nbytes, source.expert is None)
-        for source, weight in zip(sources, weights, strict=True)
-        if weight.near
-    ]
-    layers = Counter[int]()
-    for source, weight in zip(sources, weights, strict=True):
-        if weight.mapped and source.expert is not None:
-            layers[source.expert[0]] += weight.nbytes
-    return WeightBytes(
-        mapped=sum(weight.nbytes for weight in weights if weight.mapped),
-        copied=sum(weight.nbytes for weight in weights if not (weight.mapped or weight.near)),
-        parameters=sum(weight.count for weight in weights),
-        stored=stored,
-        near=sum(nbytes for nbytes, _ in near),
-        common=sum(nbytes for nbytes, common in near if common),
-        experts=layers.total(),
-        layer=max(layers.values(), default=0),
-        repacked=sum(weight.nbytes for weight in weights if weight.repacked),
-    )
-
-
-def _cold(weights: WeightBytes) -> WeightBytes:
-    """With experts that may stay on disk. Raises ConfigError where none are read in place."""
-    if not weights.experts:
-        raise ConfigError(
-            "--mmap-cold lets experts stay on disk, but this model has none that are read where "
-            "they lie in its files; leave it out"
-        )
-    return replace(weights, cold=True)
-
-
-def _moving_bytes(
-    sources: Sequence[Source],
-    weights: Sequence[PlannedWeight],
-    ranks: ExpertRank,
-    config: EngineConfig,
-) -> int:
-    """Room for a rank's experts to become others, where they are to: a layer at a time, and one
-    more of a layer where they don't divide evenly."""
-    if config.expert_placement != "balanced":
-        return 0
-    sizes: Counter[int] = Counter()
-    for source, weight in zip(sources, weights, strict=True):
-        if source.expert is not None:
-            sizes[source.expert[0]] += weight.nbytes
-    more = 0
-    largest = 0
-    for layer, count in ranks.placement.experts.items():
-        held = len(ranks.held(layer) or ())
-        most = min(count, -(-count // ranks.placement.ranks) + config.spare_experts)
-        one = sizes[layer] // max(held, 1)
-        more += one * max(most - held, 0)
-        largest = max(largest, one * most)
-    return more + largest
 
 
 def load_engine(

@@ -4,10 +4,11 @@ It is made from the configuration and the safetensors headers alone (`moebius pl
 without loading the model); the engine reserves what it says at start and nothing that grows later.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moebius.engine.config import EngineConfig
+from moebius.engine.plan_words import human_bytes
+from moebius.engine.weight_bytes import WeightBytes
 from moebius.errors import ConfigError, MemoryPlanError
 from moebius.models.config import ModelConfig
 from moebius.ops.sampling import ROWS_AT_ONCE
@@ -25,54 +26,6 @@ SNAPSHOTS_A_SEQUENCE = 2
 SNAPSHOT_INTERVAL = 64
 _FLOAT32 = 4
 _INT64 = 8
-
-
-@dataclass(frozen=True, slots=True)
-class WeightBytes:
-    """Bytes of weights that are read in place from the files (`mapped`), or converted (`copied`).
-
-    `repacked` of those copied are codes and scales in another order than the files'. stored is the
-    dtype that most of them have in the files. moving is room for experts that come before others
-    go, and for as many as a rank may come to hold. near are copied as they are, to the `nodes` of
-    memory that a rank is bound to; `common` of these are of weights that every rank has. experts
-    are the mapped ones that routers choose from, and `layer` those of the layer with most: where
-    they are `cold`, no more than these count, and the others may stay on disk.
-    """
-
-    mapped: int
-    copied: int
-    parameters: int
-    stored: str = ""
-    moving: int = 0
-    near: int = 0
-    common: int = 0
-    nodes: tuple[int, ...] = ()
-    experts: int = 0
-    layer: int = 0
-    cold: bool = False
-    repacked: int = 0
-
-    @property
-    def total(self) -> int:
-        """What there has to be memory for."""
-        return self.mapped + self.copied + self.moving + self.near - self.on_disk
-
-    @property
-    def on_disk(self) -> int:
-        """What need not be in memory all at once."""
-        return self.experts - self.layer if self.cold else 0
-
-    @property
-    def parts(self) -> str:
-        """How they are held, for a person."""
-        kept = self.mapped - self.on_disk
-        plain = self.copied - self.repacked
-        said = f"{human_bytes(kept)} mapped, {human_bytes(plain)} copied"
-        if self.repacked:
-            said += f", {human_bytes(self.repacked)} repacked"
-        if self.near:
-            said += f", {human_bytes(self.near)} copied to {node_names(self.nodes)}"
-        return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,22 +212,6 @@ class MemoryPlan:
             )
             for n in sorted({min(n, most) for n in (256, 1024, 4096, most)})
         ]
-
-
-def human_bytes(count: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def node_names(nodes: Sequence[int]) -> str:
-    """(1,) -> 'memory node 1'."""
-    numbers = ", ".join(map(str, nodes))
-    return f"memory node{'s' * (len(nodes) > 1)} {numbers}"
 
 
 def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int, ranks: int = 1) -> int:

@@ -237,8 +237,8 @@ class Ops(SamplerOps):
 
         qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
         Queries and keys are normed per head where a weight is given, then rotated as by `rotary`.
-        slot_mapping_T: int64, block id * block_size + offset. Keys for an int8 cache are not rounded
-        in between.
+        slot_mapping_T: int64, block id * block_size + offset. Keys for an int8 cache are not
+        rounded in between.
         """
 
     @abstractmethod
