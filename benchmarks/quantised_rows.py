@@ -65,7 +65,7 @@ def peak(threads: int, level: str) -> Iterator[ceilings.Asked]:
         source = Path(__file__).with_name("int8_peak.cpp")
         options = ["-std=c++17", "-O3", "-pthread"]
         subprocess.run(["g++", *options, source, "-o", program], check=True)
-        asked = ceilings.Asked(program, threads, PEAKS[level])
+        asked = ceilings.Asked(program, threads, PEAKS[level.removeprefix("cpu-")])
         try:
             yield asked
         finally:
