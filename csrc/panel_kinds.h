@@ -72,7 +72,8 @@ struct Kind {
     static constexpr bool LIFTED = SCHEME == PAIRS && CHAIN == 0;
 
     // A block of a panel, in vectors.
-    static constexpr int LIFT_AT = PLANES * QUADS_OF_BLOCK, SCALES_AT = LIFT_AT + LIFTED, MINIMA_AT = SCALES_AT + SCALE_VECTORS, D_AT = MINIMA_AT + MINIMUM_PAIRS;
+    static constexpr int LIFT_AT = PLANES * QUADS_OF_BLOCK, SCALES_AT = LIFT_AT + LIFTED;
+    static constexpr int MINIMA_AT = SCALES_AT + SCALE_VECTORS, D_AT = MINIMA_AT + MINIMUM_PAIRS;
     static constexpr int PANEL_VECTORS = D_AT + (MINIMA == NO_MINIMA ? 1 : 2);
 
     // A block of a tile, in words of each row: quads, the sums' starts, then either sums of x's sub-blocks, in pairs of 16 bits,

@@ -16,7 +16,7 @@ namespace {
 constexpr int MANY_ROWS = 8;
 constexpr size_t CHUNK = 192 << 10;  // bytes of unpacked panels, which stay in the second cache
 constexpr int LEAST_BATCH = 512;     // rows for which unpacking a panel costs a hundredth of its products
-constexpr int STRETCH = 16;          // rows, the largest tile of any instruction set: what batches are cut into
+constexpr int STRETCH = 16;          // rows, the largest tile of any instruction set: where batches are cut
 
 void add_format(Format format, std::vector<Format>& formats) {
     if (std::find(formats.begin(), formats.end(), format) == formats.end()) formats.push_back(format);
@@ -91,7 +91,7 @@ void Ops::lay_tile(Dtype dtype, BlockSize size, const void* const* x, const Pane
 
 char* Ops::tiles_of(const Tiled& tiled, int row) { return Scratch::aligned(tiles_.data()) + tiled.at + row * tiled.row_bytes; }
 
-// Items for so many columns, whose panels of LANES columns take so many bytes.
+// Items for so many columns, a panel of which takes so many bytes.
 void Ops::plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes) {
     const int panel = panels().panel, most = int(std::clamp<size_t>(CHUNK / panel_bytes, 1, MOST_COLUMNS / panel)) * panel;
     for (int column = 0; column < columns_in_all; column += most)
@@ -126,7 +126,8 @@ char* Ops::unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const
 }
 
 // c[i][j] of m rows from `row` on in tiles, and unpacked columns of w.
-void Ops::panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next, float* c) {
+void Ops::panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
+                        float* c) {
     const Tiled& tiled = *std::find_if(tiled_.begin(), tiled_.end(), [&](const Tiled& t) { return t.format == w.format; });
     panels().of(w.format).product(tiles_of(tiled, row), m, unpacked, p.columns, w.blocks(), next, c, p.columns);
 }
@@ -217,7 +218,8 @@ void Ops::gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void
     each_panel_batch(formats.size(), [&](int i) { return gate_by_panels(e, i); }, [&] {
         lay_in_tiles(e.dtype, formats, e.hidden, [&](int i) { return at(x, pairs_[i] / top_k * row_bytes); });
         panel_products_.clear();
-        for (const PanelRows& r : panel_rows_) plan_panels(r, e.width, panel_bytes(e.gate[r.weights]) + panel_bytes(e.up[r.weights]));
+        for (const PanelRows& r : panel_rows_)
+            plan_panels(r, e.width, panel_bytes(e.gate[r.weights]) + panel_bytes(e.up[r.weights]));
         cut_panel_products();
         pool_.run(int(panel_products_.size()), [&](int item, int thread) {
             const PanelProduct& p = panel_products_[item];
