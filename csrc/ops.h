@@ -269,7 +269,8 @@ private:
     static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
     int few_items() const { return 2 * pool_.threads(); }
     AttentionBlock attention_block(const Attention& a, const Attend& item) const;
-    // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
+    // Calls the kernel with these rows of x, packed where it wants them so: once for a thread's items. `first` tells them from
+    // all others of this call.
     // Of w it takes the rows from `column` on, as many as c has columns.
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
