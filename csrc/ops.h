@@ -296,7 +296,9 @@ private:
     void plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes);
     void cut_panel_products();
     char* unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const;
-    void panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, float* c);
+    void panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
+                       float* c);
+    template <class MatrixOf> Stretch next_panels(int item, const MatrixOf& matrix_of) const;
     template <class Takes, class Run> void each_panel_batch(size_t formats, const Takes& takes, const Run& run);
     bool by_panels(int rows, std::initializer_list<Format> formats) const;
     bool gate_by_panels(const Experts& e, int expert) const;
