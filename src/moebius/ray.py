@@ -41,7 +41,8 @@ class ReplicaOptions:
     ] = None
     isa: Annotated[
         str,
-        "Kernels of all replicas, where nodes differ: portable, avx2, avx512, avx512vnni, avx512bf16 or amx.",
+        "Kernels of all replicas, where nodes differ: portable, avx2, avx512, avx512vnni, "
+        "avx512bf16 or amx.",
     ] = ""
     ray_allow_unauthenticated: Annotated[
         bool, "Take a Ray cluster that lets in anybody who reaches it."
