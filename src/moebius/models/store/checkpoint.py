@@ -177,9 +177,7 @@ def _match(
     head = layouts[0].head
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
-    candidates = [tuple(sources(config, layout)) for layout in layouts]
-    wanted = max(candidates, key=lambda option: sum(source.name in tensors for source in option))
-    missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
+    wanted, missing = _closest(config, tensors, layouts)
     if missing:
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
@@ -194,6 +192,21 @@ def _match(
                 "no such tensor"
             )
     return wanted
+
+
+def _closest(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], layouts: tuple[Layout, ...]
+) -> tuple[tuple[Source, ...], list[str]]:
+    """The sources in the layout that lacks fewest of them, and the names of those that it lacks."""
+    options = []
+    for layout in layouts:
+        wanted = tuple(sources(config, layout))
+        lacking = [source.name for source in wanted if source.name not in tensors]
+        options.append((wanted, lacking))
+        if not lacking:
+            break
+    wanted, lacking = min(options, key=lambda option: len(option[1]))
+    return wanted, list(dict.fromkeys(lacking))
 
 
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
