@@ -83,7 +83,7 @@ template <class K, int M> struct TileProduct {
                 const Floats d = product.template weights<Floats>(K::D_AT);
 #pragma GCC unroll 16
                 for (int r = 0; r < M; r++)
-                    sums[r] = fma(to_floats(integers(block % AT_ONCE, r)), d * product.scale(r), sums[r]);
+                    sums[r] = fused(to_floats(integers(block % AT_ONCE, r)), d * product.scale(r), sums[r]);
                 if constexpr (K::MINIMA != NO_MINIMA) product.add_minima(sums);
                 fetch.step();
                 panel += PANEL_BYTES, tile += TILE_BYTES_OF_BLOCK;

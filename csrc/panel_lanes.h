@@ -98,7 +98,7 @@ INLINE Words spread_bits(Words bits) {
     return (Words)_mm512_permutexvar_epi32((__m512i)bits, table);
 }
 INLINE Floats widened_halves(Words halves) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)halves)); }
-INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE Floats to_floats(Ints a) { return (Floats)_mm512_cvtepi32_ps((__m512i)a); }
 INLINE void put_some(float* p, Floats a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)a); }
@@ -123,7 +123,7 @@ INLINE Floats widened_halves(Words halves) {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)halves, (__m256i)halves), 0x08);
     return (Floats)_mm256_cvtph_ps(_mm256_castsi256_si128(packed));
 }
-INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE Floats to_floats(Ints a) { return (Floats)_mm256_cvtepi32_ps((__m256i)a); }
 INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float)); }
@@ -143,14 +143,14 @@ INLINE Floats widened_halves(Words halves) {
     return wide;
 }
 #if defined(MOEBIUS_NEON)
-INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((F4)c, (F4)a, (F4)b); }
+INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((F4)c, (F4)a, (F4)b); }
 INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)vfmsq_f32((F4)c, (F4)a, (F4)b); }
 #else
-INLINE Floats fma(Floats a, Floats b, Floats c) {
+INLINE Floats fused(Floats a, Floats b, Floats c) {
     for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 }
-INLINE Floats fused_less(Floats a, Floats b, Floats c) { return fma(-a, b, c); }
+INLINE Floats fused_less(Floats a, Floats b, Floats c) { return fused(-a, b, c); }
 #endif
 INLINE Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
 INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float)); }

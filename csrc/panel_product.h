@@ -107,7 +107,7 @@ template <class K, int M> struct BlockProduct {
         integers(totals);
         const Floats d = weights<Floats>(K::D_AT);
 #pragma GCC unroll 16
-        for (int i = 0; i < M; i++) sums[i] = fma(to_floats(totals[i]), d * scale(i), sums[i]);
+        for (int i = 0; i < M; i++) sums[i] = fused(to_floats(totals[i]), d * scale(i), sums[i]);
         if constexpr (K::MINIMA != NO_MINIMA) add_minima(sums);
     }
     INLINE_MEMBER Floats scale(int row) const { return all_floats(number_at(word(K::DX_AT, row))); }
@@ -115,7 +115,7 @@ template <class K, int M> struct BlockProduct {
         const Floats minimum = weights<Floats>(K::D_AT + 1);
         if constexpr (K::MINIMA == ONE_MINIMUM) {
 #pragma GCC unroll 16
-            for (int i = 0; i < M; i++) sums[i] = fma(all_floats(number_at(word(K::SUMS_AT, i))), minimum * scale(i), sums[i]);
+            for (int i = 0; i < M; i++) sums[i] = fused(all_floats(number_at(word(K::SUMS_AT, i))), minimum * scale(i), sums[i]);
         } else {
             Ints totals[M];
 #pragma GCC unroll 16

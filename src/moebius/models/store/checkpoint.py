@@ -19,6 +19,7 @@ from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.description import Description
 from moebius.models.layout import Layout, Source, sources
+from moebius.models.quantization import Scheme
 from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
@@ -183,11 +184,7 @@ def _match(
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
     schemes = () if quantization is None else quantization.schemes
-    candidates = [tuple(sources(config, layout)) for layout in layouts]
-    wanted = max(
-        candidates,
-        key=lambda option: sum(is_stored(each.name, tensors, schemes) for each in option),
-    )
+    wanted = _closest(config, tensors, layouts, schemes)
     if quantization is not None:
         tensors = composed(wanted, tensors, quantization)
     missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
@@ -205,6 +202,23 @@ def _match(
                 "no such tensor"
             )
     return wanted, tensors
+
+
+def _closest(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    layouts: tuple[Layout, ...],
+    schemes: Sequence[Scheme],
+) -> tuple[Source, ...]:
+    """The sources in the layout that lacks fewest of them."""
+    options = []
+    for layout in layouts:
+        wanted = tuple(sources(config, layout))
+        lacking = sum(not is_stored(source.name, tensors, schemes) for source in wanted)
+        options.append((wanted, lacking))
+        if not lacking:
+            break
+    return min(options, key=lambda option: option[1])[0]
 
 
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
