@@ -192,6 +192,28 @@ def test_two_at_once(model: Path) -> None:
     assert gguf.GGUFReader(made.file).tensors
 
 
+def test_a_process_that_was_killed_leaves_nothing_for_long(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot take back what it has begun; the next one does, and leaves other files alone."""
+    made = quantized(model)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            made.make()
+    [left] = [file for file in made.file.parent.iterdir() if file.name.startswith(".")]
+    other = left.with_name(".other.tmp.gguf")
+    other.touch()
+    made.make()
+    assert not left.exists() and other.exists()
+    assert gguf.GGUFReader(made.file).tensors
+
+
 def test_numbers_that_no_format_holds_are_named(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -105,7 +105,13 @@ class Quantized:
         make_directory(self.file.parent)
         with _locked(self.file.with_suffix(".lock")):
             if not self._is_there():
+                self._clear()
                 self._write(progress)
+
+    def _clear(self) -> None:
+        """Remove what was begun of this very file by processes that ended in the middle of it."""
+        for unfinished in self.file.parent.glob(f".{self.file.stem}.*"):
+            unfinished.unlink(missing_ok=True)
 
     def _write(self, progress: Progress) -> None:
         formats = _formats(self.original, self.recipe)
