@@ -228,6 +228,22 @@ def test_numbers_that_no_format_holds_are_named(model: Path, tmp_path: Path) -> 
     assert not made.file.exists()
 
 
+def test_a_gguf_file_can_be_quantised_too(model: Path, tmp_path: Path) -> None:
+    """To what the directory that it was made of gives."""
+    from moebius.ops.reference import ReferenceOps
+    from moebius.quantize.export import write_model
+
+    file = tmp_path / "model.gguf"
+    write_model(model, file, "f32")
+    found = []
+    for at in (model, file):
+        made = quantized(at, "q8_0")
+        made.make()
+        with torch.inference_mode():
+            found.append(logits(load_decoder(made.checkpoint, torch.float32, ops=ReferenceOps())))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_formats_are_those_of_the_recipe(model: Path) -> None:
     found = quantized(model).checkpoint.tensors
     assert found["model.layers.0.self_attn.q_proj.weight"].format == "q4_k"
