@@ -27,6 +27,7 @@ from records import processor, save
 
 ROW = 512
 KINDS = ("library", "docs")
+_ATTEMPTS = 6
 
 
 def held_out() -> list[Document]:
@@ -66,17 +67,23 @@ def theirs(tool: Path, documents: list[Document], max_tokens: int) -> Iterator[d
             command = [str(tool), "-m", str(file), *common]
             if name != "f32":
                 command.append("--kl-divergence")
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            said = done.stdout + done.stderr
+            divergence, same = _figures(command, wanted=name != "f32")
             if name != "f32":
-                yield {"label": name, "mean_divergence": _figure(said, r"Mean\s+KLD:\s+(\S+)"),
-                       "same_choice": _figure(said, r"Same top p:\s+(\S+)") / 100}  # fmt: skip
+                yield {"label": name, "mean_divergence": divergence, "same_choice": same / 100}
 
 
-def _figure(said: str, pattern: str) -> float:
-    found = re.search(pattern, said)
-    assert found is not None, f"no {pattern} in: {said[-500:]}"
-    return float(found[1])
+def _figures(command: list[str], *, wanted: bool) -> tuple[float, float]:
+    """Mean divergence and percent of same choices; the tool may end before it has said them."""
+    for _ in range(_ATTEMPTS):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said = done.stdout + done.stderr
+        divergence = re.search(r"Mean\s+KLD:\s+(\S+)", said)
+        same = re.search(r"Same top p:\s+(\S+)", said)
+        if not wanted:
+            return 0.0, 100.0
+        if divergence and same:
+            return float(divergence[1]), float(same[1])
+    raise SystemExit(f"{command[0]} says nothing: {said[-500:]}")
 
 
 def main() -> None:
