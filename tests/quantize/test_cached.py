@@ -192,6 +192,28 @@ def test_two_at_once(model: Path) -> None:
     assert gguf.GGUFReader(made.file).tensors
 
 
+def test_a_process_that_was_killed_leaves_nothing_for_long(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot take back what it has begun; the next one does, and leaves other files alone."""
+    made = quantized(model)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            made.make()
+    [left] = [file for file in made.file.parent.iterdir() if file.name.startswith(".")]
+    other = left.with_name(".other.tmp.gguf")
+    other.touch()
+    made.make()
+    assert not left.exists() and other.exists()
+    assert gguf.GGUFReader(made.file).tensors
+
+
 def test_numbers_that_no_format_holds_are_named(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -204,6 +226,22 @@ def test_numbers_that_no_format_holds_are_named(model: Path, tmp_path: Path) -> 
     with pytest.raises(WeightsError, match=r"layers.1.self_attn.o_proj.weight.* cannot be quantis"):
         made.make()
     assert not made.file.exists()
+
+
+def test_a_gguf_file_can_be_quantised_too(model: Path, tmp_path: Path) -> None:
+    """To what the directory that it was made of gives."""
+    from moebius.ops.reference import ReferenceOps
+    from moebius.quantize.export import write_model
+
+    file = tmp_path / "model.gguf"
+    write_model(model, file, "f32")
+    found = []
+    for at in (model, file):
+        made = quantized(at, "q8_0")
+        made.make()
+        with torch.inference_mode():
+            found.append(logits(load_decoder(made.checkpoint, torch.float32, ops=ReferenceOps())))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_formats_are_those_of_the_recipe(model: Path) -> None:

@@ -105,17 +105,25 @@ class Quantized:
         make_directory(self.file.parent)
         with _locked(self.file.with_suffix(".lock")):
             if not self._is_there():
+                self._clear()
                 self._write(progress)
+
+    def _clear(self) -> None:
+        """Remove what was begun of this very file by processes that ended in the middle of it."""
+        for unfinished in self.file.parent.glob(f".{self.file.stem}.*"):
+            unfinished.unlink(missing_ok=True)
 
     def _write(self, progress: Progress) -> None:
         formats = _formats(self.original, self.recipe)
+        # A warning, because whoever waits for a minute wants to know what for.
+        text = "%s is quantized to %s, this once; it is kept as %s"
+        log.warning(text, self.original.path.name, self.recipe.name, self.file)
         with Rows() as rows:
             tensors = _to_write(self.original, formats, rows)
             total = sum(tensor.nbytes for tensor in tensors)
             with progress(f"quantizing to {self.recipe.name}", total) as written:
                 metadata = _metadata(self.recipe)
                 write_gguf(self.file, metadata, tensors, ours=anyone, written=written)
-        log.info("%s is in %s from now on", self.original.path.name, self.file)
         stamp = _stamp(self.file)
         os.utime(self.file, ns=(stamp, stamp))
 

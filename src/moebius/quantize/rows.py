@@ -20,8 +20,8 @@ from moebius.ops.formats import BlockFormat, Dense, format_named
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.quantize.encode import encoded
 
-# Numbers that a thread turns into bytes at a time, and that wait to be written for each thread.
-_PIECE = 2**20
+# Numbers that a thread turns into bytes at a time: an expert's matrix is work for several threads.
+_PIECE = 2**17
 
 _TYPES = {each.name.lower(): each for each in TENSOR_TYPES.values()}
 _DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
