@@ -121,7 +121,7 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
         product(l.dtype, x_rows, first, m, w, column, next, c, n, scratch_[thread]);
         store_columns(l, *layer, {0, first, m, column, n}, c, out, wide);
     });
-    if (rows >= MANY_ROWS && !float_activations_) linear_by_panels(l, x, rows, out, wide);
+    linear_by_panels(l, x, rows, out, wide);
 }
 
 void Ops::store_columns(const Linear& l, const Linear::Layer& layer, const Product& p, const float* c, void* out, bool wide) {

@@ -144,8 +144,6 @@ constexpr int ROW_BLOCK = 64;  // rows of x that pass while a chunk of weights i
 constexpr int MOST_COLUMNS = 256;  // of a product that one item computes
 // Rows of weights in blocks that are widened at a time, where activations are not quantised.
 constexpr int WIDENED_ROWS = 16;
-// Rows from which on weights in blocks are unpacked first (panels.h): measured.
-constexpr int MANY_ROWS = 8;
 
 class Ops {
 public:

@@ -33,7 +33,12 @@ constexpr Scheme SCHEME = PAIRS;
 constexpr int LANES = 8, TILE = 4;
 constexpr Scheme SCHEME = PAIRS;
 #else
-constexpr int LANES = 4, TILE = 8;
+#if defined(MOEBIUS_NEON)
+constexpr int TILE = 8;
+#else
+constexpr int TILE = 4;
+#endif
+constexpr int LANES = 4;
 constexpr Scheme SCHEME = PLAIN;
 #endif
 
@@ -226,6 +231,12 @@ INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
     for (int i = 0; i < 4; i++) sum += ((codes << (24 - 8 * i)) >> 24) * int32_t(int8_t(turned >> (8 * i)));
     return sum;
 }
+#endif
+
+#if !defined(__AVX2__)
+typedef int8_t SignedBytes __attribute__((vector_size(4 * LANES)));
+INLINE Words negative_bytes(Words a) { return (Words)((SignedBytes)a < 0); }
+INLINE Words byte_sizes(Words a) { return (Words)(((Bytes)a ^ (Bytes)negative_bytes(a)) - (Bytes)negative_bytes(a)); }
 #endif
 
 INLINE Ints all_ints(int32_t x) { return Ints{} + x; }

@@ -12,6 +12,8 @@
 namespace moebius {
 namespace {
 
+// Rows from which on panels are worth their unpacking: measured.
+constexpr int MANY_ROWS = 8;
 constexpr size_t CHUNK = 192 << 10;  // bytes of unpacked panels, which stay in the second cache
 constexpr int LEAST_BATCH = 512;     // rows for which unpacking a panel costs a hundredth of its products
 constexpr int STRETCH = 16;          // rows, the largest tile of any instruction set: what batches are cut into
@@ -30,16 +32,16 @@ int Ops::batch_rows(size_t formats) const {
 size_t Ops::most_tile_bytes(int widest) const {
     size_t most = 0;
     for (int f = DENSE_FORMATS; f < FORMATS; f++)
-        most = std::max(most, (widest / FORMAT_SIZES[f].elements + 1) * panels().of(Format(f)).row_bytes);
+        most = std::max(most, widest / FORMAT_SIZES[f].elements * panels().of(Format(f)).row_bytes);
     // Of more formats at once there are fewer rows, but never fewer than a stretch.
     return most * std::max(batch_rows(1), BLOCK_FORMATS * STRETCH) + 64;
 }
 
 size_t Ops::most_panel_bytes(int widest) const {
-    size_t most = CHUNK / 2;
+    size_t one = 0;
     for (int f = DENSE_FORMATS; f < FORMATS; f++)
-        most = std::max(most, (widest / FORMAT_SIZES[f].elements + 1) * panels().of(Format(f)).panel_bytes);
-    return 2 * most + 64;
+        one = std::max(one, widest / FORMAT_SIZES[f].elements * panels().of(Format(f)).panel_bytes);
+    return 2 * std::max(one, std::min(CHUNK / 2, one * (MOST_COLUMNS / panels().panel))) + 64;
 }
 
 template <class RowAt> void Ops::lay_in_tiles(Dtype dtype, const std::vector<Format>& formats, int k, const RowAt& row_at) {
@@ -140,7 +142,7 @@ void Ops::linear_by_panels(const Linear& l, const void* x, int rows, void* out, 
     const size_t row_bytes = l.in * size_of(l.dtype);
     std::vector<Format> formats;
     for (const Linear::Layer& layer : l.layers)
-        if (is_blocks(layer.weight.format)) add_format(layer.weight.format, formats);
+        if (by_panels(rows, {layer.weight.format})) add_format(layer.weight.format, formats);
     if (formats.empty()) return;
     const int most = batch_rows(formats.size());
     for (int first = 0; first < rows; first += most) {

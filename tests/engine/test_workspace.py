@@ -227,8 +227,8 @@ def test_the_kernels_keep_no_more_than_they_said(
         q = torch.randn(new, 4, 64).bfloat16()
         ops.paged_attention(q, cache, ops.plan_attention(step, block_size), 1.0)
     plain = torch.randn(300, size).bfloat16()
-    blocks_of = [random_matrix(name, 300, size) for name in ("q8_0", "q4_k", "q6_k")]
-    for rows in (1, 4, 200):
+    blocks_of = [random_matrix(name, 300, size) for name in ("q5_1", "q8_0", "q4_k", "q6_k")]
+    for rows in (1, 5, 800):
         x = torch.randn(rows, size).bfloat16()
         for weight in (plain, *blocks_of):
             ops.linear(x, ops.prepare_linear((weight, None), dtype=torch.bfloat16))
