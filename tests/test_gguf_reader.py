@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,32 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     renamed = files[0].rename(tmp_path / "other.gguf")
     with pytest.raises(WeightsError, match="one of 3 files; they must keep their names"):
         open_gguf(renamed)
+
+
+def test_a_vocabulary_of_150_000_is_no_wait(tmp_path: Path) -> None:
+    """0.3 s of processor time for all that a tokenizer is made of; an engine asks for none of it."""
+    path = tmp_path / "a.gguf"
+    words = [f"Ġtoken{i}".encode() for i in range(150_000)]
+    strings = b"".join(len(word).to_bytes(8, "little") + word for word in words)
+    listed = struct.pack("<IIQ", 9, 8, len(words)) + strings
+    keys = [b"tokenizer.ggml.tokens", b"tokenizer.ggml.merges"]
+    named = b"".join(len(key).to_bytes(8, "little") + key + listed for key in keys)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(keys)) + named)
+    start = time.process_time()
+    values = dict(open_gguf(path).metadata)
+    assert time.process_time() - start < 0.3
+    assert [len(value) for value in values.values()] == [150_000] * 2
+    assert values["tokenizer.ggml.merges"][149_999] == "Ġtoken149999"
+
+
+def test_version_2_is_read_alike(tmp_path: Path) -> None:
+    to = writer(tmp_path / "a.gguf")
+    to.add_uint32("llama.block_count", 7)
+    to.add_tensor("t", np.ones((2, 3), dtype=np.float32))
+    written(to)
+    content = bytearray((tmp_path / "a.gguf").read_bytes())
+    content[4] = 2
+    (tmp_path / "a.gguf").write_bytes(content)
+    found = read_gguf(tmp_path / "a.gguf")
+    assert (found.version, found.metadata["llama.block_count"]) == (2, 7)
+    assert found.tensors["t"].shape == (2, 3)

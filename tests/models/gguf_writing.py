@@ -204,6 +204,8 @@ class Converter:
         kind = place.split(".")[2] if place.startswith("blk.") else ""
         count = self.config[heads[kind]] if self.model_type in PERMUTED and kind in heads else None
         written = tensor if count is None else permuted(tensor, count)
+        if "gate_inp_shexp" in place:
+            written = written.squeeze(0)
         always = tensor.ndim == 1 or "_norm" in place or "ffn_gate_inp" in place
         type_ = Type.F32 if always else self.type_of(place)
         self.seed += 1
@@ -231,3 +233,28 @@ class Converter:
             slow = rope["factor"] if length > context / low else blend
             divisors.append(1.0 if length < context / high else slow)
         writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))
+
+
+def tokenizer_keys(directory: Path) -> Callable[[gguf.GGUFWriter], None]:
+    """The keys of a directory's byte-level tokenizer, whose words are cut as GPT-2's."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    tokens = {**{i: token for token, i in tokenizer["model"]["vocab"].items()}, **special}
+    merges = [
+        each if isinstance(each, str) else " ".join(each) for each in tokenizer["model"]["merges"]
+    ]
+    ids = {token: i for i, token in special.items()}
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list([tokens[i] for i in range(len(tokens))])
+        kinds = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in tokens]
+        writer.add_token_types(kinds)
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(ids[config["eos_token"]])
+        writer.add_eot_token_id(ids["<|im_end|>"])
+        writer.add_chat_template(config["chat_template"])
+
+    return add

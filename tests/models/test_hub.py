@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
+from huggingface_hub import ModelInfo, constants, errors
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from moebius.cli.main import main
@@ -216,13 +216,111 @@ def test_whatever_the_hub_says_is_one_line(
 
 
 @pytest.mark.case("C16")
+class FakeHub:
+    """A repository of these files, a byte or more each, which are there once they are fetched."""
+
+    def __init__(self, root: Path, files: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.files, self.fetched = root, files, set[str]()
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.info)
+
+    def download(self, repo_id: str, **patterns: Any) -> str:
+        snapshot = self.root / "cache" / repo_id
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for name in filter_repo_objects(self.files, **patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).write_bytes(b"{}")
+            self.fetched.add(name)
+        return str(snapshot)
+
+    def info(self, repo_id: str, *, files_metadata: bool) -> ModelInfo:
+        siblings = [{"rfilename": name, "size": size} for name, size in self.files.items()]
+        return ModelInfo(id=repo_id, siblings=siblings)
+
+
+GGUF_FILES = {
+    "README.md": 10,
+    "config.json": 10,
+    "tokenizer.json": 10,
+    "mmproj-model-f16.gguf": 900_000_000,
+    "m-Q4_K_M.gguf": 18_600_000_000,
+    "m-Q8_0.gguf": 32_500_000_000,
+    "BF16/m-BF16-00001-of-00002.gguf": 40_000_000_000,
+    "BF16/m-BF16-00002-of-00002.gguf": 21_000_000_000,
+}
+SMALL = {"README.md", "config.json", "tokenizer.json"}
+
+
 def test_a_repository_without_a_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one that holds GGUF files alone, nothing is downloaded, and no directory made."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo_id, **_: str(tmp_path / "nothing")
+    FakeHub(tmp_path, {"README.md": 10}, monkeypatch)
+    said = refused("org/name")
+    assert "org/name" in said and "config.json" in said
+
+
+def test_of_a_repository_of_gguf_files_just_the_one_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(tmp_path, GGUF_FILES, monkeypatch)
+    assert refused("org/m-GGUF") == (
+        "org/m-GGUF holds several models; choose one by --file: BF16/m-BF16-00001-of-00002.gguf "
+        "(61 GB in 2 files), m-Q4_K_M.gguf (18.6 GB), m-Q8_0.gguf (32.5 GB)"
     )
-    said = refused("org/name-GGUF")
-    assert "org/name-GGUF" in said and "config.json" in said
+    assert hub.fetched == SMALL
+    here = tmp_path / "cache" / "org" / "m-GGUF"
+    assert resolve_model("org/m-GGUF", "q4_k_m") == here / "m-Q4_K_M.gguf"
+    assert hub.fetched == {*SMALL, "m-Q4_K_M.gguf"}
+    parts = [name for name in GGUF_FILES if name.startswith("BF16/")]
+    assert resolve_model("org/m-GGUF", parts[1]) == here / parts[0]
+    assert hub.fetched == {*SMALL, "m-Q4_K_M.gguf", *parts}
+    with pytest.raises(ConfigError, match="no model of --file Q2_K; it holds BF16/"):
+        resolve_model("org/m-GGUF", "Q2_K")
+    with pytest.raises(ConfigError, match=r"several models of --file Q: m-Q4_K_M\.gguf \(18"):
+        resolve_model("org/m-GGUF", "Q")
+
+
+def test_a_repository_of_one_gguf_file_needs_no_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: 5_000 for name in ("README.md", "one.gguf")}
+    FakeHub(tmp_path, files, monkeypatch)
+    assert resolve_model("org/one").name == "one.gguf"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: pytest.fail("asked"))
+    assert resolve_model("org/one").name == "one.gguf", "what the cache has, it has"
+
+
+def test_safetensors_are_preferred_where_no_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(tmp_path, {**GGUF_FILES, "model.safetensors": 9}, monkeypatch)
+    assert resolve_model("org/both") == tmp_path / "cache" / "org" / "both"
+    assert hub.fetched == {*SMALL, "model.safetensors"}
+    assert resolve_model("org/both", "m-Q8_0.gguf").name == "m-Q8_0.gguf"
+
+
+def test_gguf_files_of_a_directory(tmp_path: Path) -> None:
+    for name in ("a-Q8_0.gguf", "mmproj-a.gguf"):
+        (tmp_path / name).write_bytes(bytes(2_000_000))
+    assert resolve_model(str(tmp_path)) == tmp_path / "a-Q8_0.gguf"
+    assert resolve_model(str(tmp_path / "a-Q8_0.gguf")) == tmp_path / "a-Q8_0.gguf"
+    for part in (1, 2, 3):
+        (tmp_path / f"b-0000{part}-of-00003.gguf").write_bytes(bytes(1_500))
+    assert refused(str(tmp_path)) == (
+        f"{tmp_path} holds several models; choose one by --file: a-Q8_0.gguf (2 MB), "
+        "b-00001-of-00003.gguf (4.5 kB in 3 files)"
+    )
+    first = tmp_path / "b-00001-of-00003.gguf"
+    assert resolve_model(str(tmp_path), "b-") == first
+    assert resolve_model(str(tmp_path / "b-00002-of-00003.gguf")) == first
+    assert "there is no file" in refused(str(tmp_path / "c.gguf"))
+    with pytest.raises(ConfigError, match="chooses among a directory's files"):
+        resolve_model(str(first), "a")
+    model_at(tmp_path)
+    assert resolve_model(str(tmp_path)) == tmp_path, "what has been a model stays one"
+    assert resolve_model(str(tmp_path), "Q8").name == "a-Q8_0.gguf"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no GGUF file"):
+        resolve_model(str(tmp_path / "empty"), "Q8")

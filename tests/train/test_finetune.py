@@ -122,6 +122,13 @@ def test_its_own_tokenizer_is_used(recipe: Recipe, data: PreparedData, tmp_path:
         prepare(dataclasses.replace(tuned, tokenizer=tokenizer), tmp_path / "data")
 
 
+def test_a_gguf_file_is_nothing_to_continue(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    tuned = FinetuneRecipe(checkpoint=str(tmp_path / "m.gguf"))
+    with pytest.raises(ConfigError, match=r"is the GGUF file .*m\.gguf; fine-tuning starts from a"):
+        dataclasses.replace(recipe, model=None, finetune=tuned).base()
+
+
 def test_what_does_not_fit_is_refused(recipe: Recipe, data: PreparedData, tmp_path: Path) -> None:
     tuned, folder = start(recipe, data, tmp_path, "mixtral")
     path = folder / "config.json"

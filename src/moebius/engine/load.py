@@ -44,6 +44,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
+from moebius.models.store.tensors import NUMBER_BYTES
 from moebius.models.uses import check_served
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
@@ -124,11 +125,21 @@ class Prepared:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
+        weights, *rest = self.plan.rows()
         return [
-            *self.plan.rows(),
+            weights,
+            *self._format_rows(),
+            *rest,
             *self._rank_rows(),
             ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
         ]
+
+    def _format_rows(self) -> list[tuple[str, str, str]]:
+        formats = self.checkpoint.formats
+        if set(formats) <= NUMBER_BYTES.keys():
+            return []
+        parts = (f"{human_bytes(nbytes)} {name}" for name, nbytes in formats.items())
+        return [("formats", "", ", ".join(parts))]
 
     def _rank_rows(self) -> list[tuple[str, str, str]]:
         ranks = self.decoder.ranks

@@ -38,7 +38,7 @@ Value = Scalar | list[str] | list[int] | list[float] | list[bool]
 _MOST_HEAD = 64 * 2**20
 _MOST_KEYS = 2**16
 _MOST_TENSORS = 2**16
-_MOST_ELEMENTS = 2**21
+_MOST_ELEMENTS = 2**22
 _LONGEST_NAME = 2**10
 _MOST_DIMENSIONS = 4
 _FIRST_READ = 2**20
@@ -120,6 +120,7 @@ class _Bytes:
         self.name = name
         self.size = os.fstat(file.fileno()).st_size
         self.data = bytearray()
+        self.elements = 0  # of all values so far
         self._file: BinaryIO | None = file
 
     def refuse(self, what: str) -> NoReturn:
@@ -277,8 +278,11 @@ def _after(head: _Bytes, at: int, kind: int, count: int, key: str) -> int:
     if kind != STRING and kind not in NUMBERS:
         head.refuse(f"{key} has a value of type {kind}, which GGUF does not have there")
     least = 8 if kind == STRING else NUMBERS[kind].size
-    if count > min(_MOST_ELEMENTS, (head.size - at) // least):
-        head.refuse(f"{key} has {count} values in a file of {head.size} bytes")
+    head.elements += count
+    if count > (head.size - at) // least or head.elements > _MOST_ELEMENTS:
+        head.refuse(
+            f"{key} has {count} values, in a file of {head.size} bytes; it is truncated or damaged"
+        )
     if kind == STRING:
         return head.after_strings(at, count, key)
     stop = at + count * least
@@ -345,4 +349,7 @@ def _placed(
         tensors[name] = GgufTensor(path, name, row.type, row.shape, start + row.offset, stop)
         wanted = -(-(row.offset + row.nbytes) // alignment) * alignment
         last = this
+    left = head.size - (start + wanted)
+    if left >= alignment:
+        head.refuse(f"{left} bytes follow {last}; the file does not match its table of tensors")
     return {name: tensors[name] for name in rows}

@@ -7,6 +7,7 @@ stands under the architecture's name, unless it says that something is off.
 import math
 import struct
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError, WeightsError
@@ -17,22 +18,31 @@ from moebius.models.gguf_architecture import GgufArchitecture, Key
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
+_ROUTERS = "blk.*.ffn_gate_inp.weight"
 
 # Keys that change no logits here: what they say is told by others, or concerns other programs.
 _TOLD_ELSEWHERE = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
 # Keys without which an answer is the same as with these values.
-_NEUTRAL = {
-    "attention.causal": True,
-    "expert_weights_scale": 1.0,
-    "expert_group_count": 1,
-    "expert_group_used_count": 1,
-    "interleave_moe_layer_step": 1,
+_NEUTRAL: Mapping[str, tuple[Value, ...]] = {
+    "attention.causal": (True,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "interleave_moe_layer_step": (0, 1),
 }
+_OFF: tuple[Value, ...] = (0, "", [])
 # Where keys have nothing to do with what the model computes.
 _ELSEWHERE = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.")
 _QUANTIZATION_VERSION = 2
 # Of a head.
 _MOST_PAIRS = 2**12
+
+
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "integer": ((int,), "an integer"),
+    "number": ((int, float), "a number"),
+    "flag": ((bool,), "true or false"),
+}
 
 
 class GgufConfig(NamedTuple):
@@ -63,6 +73,10 @@ class _Keys:
     def error(self, message: str) -> ConfigError:
         return ConfigError(f"{self._where}: {message}")
 
+    def wrong(self, key: str, message: str) -> ConfigError:
+        """What is wrong with a key."""
+        return self.error(f"{self._before}{key} {message}")
+
     def __contains__(self, key: str) -> bool:
         return self._before + key in self._metadata
 
@@ -73,33 +87,29 @@ class _Keys:
         if not isinstance(value, list):
             return value
         if not value or any(each != value[0] for each in value):
-            raise self.error(
-                f"{self._before}{key} differs from layer to layer, which is not supported"
-            )
+            raise self.wrong(key, "differs from layer to layer, which is not supported")
         return value[0]
 
     def typed(self, key: Key) -> Any:
         """A key's value as config.json would have it. Raises ConfigError for another type."""
         value = self.get(key.gguf, 0)
-        kinds = {"integer": (int,), "number": (int, float), "flag": (bool,)}[key.kind]
+        kinds, words = _KINDS[key.kind]
         good = isinstance(value, kinds) and isinstance(value, bool) == (key.kind == "flag")
         if not good:
-            raise self.error(f"{self._before}{key.gguf} is {value!r}; it must be a {key.kind}")
+            raise self.wrong(key.gguf, f"is {value!r}; it must be {words}")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.get(key, default)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.error(f"{self._before}{key} is {value!r}; it must be a finite number")
+            raise self.wrong(key, f"is {value!r}; it must be a finite number")
         return float(value)
 
     def check(self, key: str, wanted: Value) -> None:
         """Raises ConfigError where a key is there and has another value."""
         value = self.get(key, wanted)
         if value not in (wanted, 0):
-            raise self.error(
-                f"{self._before}{key} is {value!r}; {wanted!r} is supported for this architecture"
-            )
+            raise self.wrong(key, f"is {value!r}; {wanted!r} is what is supported here")
 
     def finish(self) -> list[str]:
         """The keys that were not read and change nothing.
@@ -114,7 +124,7 @@ class _Keys:
                     ignored.append(key)
             elif own not in self._read and own not in _TOLD_ELSEWHERE:
                 value = self._metadata[key]
-                if value and value != _NEUTRAL.get(own):
+                if value not in _NEUTRAL.get(own, _OFF):
                     raise self.error(
                         f"{key} = {value!r} is not supported; the model would not compute what it "
                         "was trained for"
@@ -134,7 +144,8 @@ def gguf_config(model: GgufModel) -> GgufConfig:
         try:
             config[key.config] = keys.typed(key) if key.gguf in keys else key.absent(config)
         except KeyError:
-            raise keys.error(f"the key {architecture.name}.{key.gguf} is missing") from None
+            raise keys.wrong(key.gguf, "is missing") from None
+    _check_counts(keys, model)
     for flag, tensor in architecture.present.items():
         config[flag] = tensor in model.tensors
     for name, wanted in architecture.values.items():
@@ -145,6 +156,24 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     config["vocab_size"] = _embedding(model, where).shape[0]
     config["tie_word_embeddings"] = HEAD not in model.tensors
     return GgufConfig(config, architecture, _rope_divisors(model, where), keys.finish())
+
+
+def _check_counts(keys: _Keys, model: GgufModel) -> None:
+    """Raises ConfigError for more layers or experts than there can be tensors of: what follows
+    takes time by their number."""
+    layers = keys.get("block_count", 0)
+    if isinstance(layers, int) and layers > len(model.tensors):
+        raise keys.wrong("block_count", f"is {layers}, in a file of {len(model.tensors)} tensors")
+    experts = keys.get("expert_count", 0)
+    routers = {
+        tensor.shape[0]
+        for name, tensor in model.tensors.items()
+        if fnmatchcase(name, _ROUTERS) and len(tensor.shape) == 2
+    }
+    if routers and routers != {experts}:
+        raise keys.wrong("expert_count", f"is {experts}, but routers are of {sorted(routers)}")
+    if experts and not routers:
+        raise keys.wrong("expert_count", f"is {experts}, but there is no router ({_ROUTERS})")
 
 
 def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchitecture]:
@@ -181,7 +210,8 @@ def _rope_scaling(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | No
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
-        raise keys.error(f"rope.scaling.type is {kind!r}; none, linear and yarn are supported")
+        words = f"is {kind!r}; none, linear and yarn are supported"
+        raise keys.wrong("rope.scaling.type", words)
     keys.check("rope.scaling.yarn_ext_factor", 1.0)
     context = config["max_position_embeddings"]
     original = keys.get("rope.scaling.original_context_length", context)

@@ -65,6 +65,15 @@ class Checkpoint:
                 sizes[name] += math.prod(source.shape) * NUMBER_BYTES[name]
         return max(sizes, key=lambda name: sizes[name], default="float32")
 
+    @property
+    def formats(self) -> dict[str, int]:
+        """Bytes of the model's tensors by what they are stored as, most first."""
+        found: Counter[str] = Counter()
+        for name in {source.name for source in self.sources}:
+            tensor = self.tensors[name]
+            found[str(tensor.format)] += tensor.stop - tensor.start
+        return dict(found.most_common())
+
     def sources_at(self, ranks: ExpertRank | None) -> Sequence[Source]:
         """Those of what a rank holds; all of them without ranks."""
         if ranks is None:
@@ -258,7 +267,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
-    stored = [plane for tensor in checkpoint.tensors.values() for plane in tensor.planes]
+    every = checkpoint.store.tensors.values()
+    stored = [plane for tensor in every for plane in tensor.planes]
     for tensor in sorted(stored, key=lambda t: t.start):
         files.setdefault(tensor.file, []).append(tensor)
     for path, tensors in sorted(files.items()):

@@ -32,7 +32,7 @@ class GgufStore(Store):
     """The tensors of a GGUF model."""
 
     dtypes = tuple(_FORMATS)
-    config = "the file's keys"
+    config = "the file's head"
 
     def __init__(self, model: GgufModel) -> None:
         self.tensors = {

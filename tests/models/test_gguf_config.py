@@ -1,0 +1,205 @@
+"""A GGUF file's keys: what they become, and what is refused because it would change the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from models.gguf_writing import Converter
+from models.test_gguf import CASES
+from moebius.errors import ConfigError
+from moebius.files import read_json
+from moebius.gguf import open_gguf
+from moebius.models.config import ModelConfig
+from moebius.models.description import describe
+from moebius.models.family import family, model_config, model_types
+from moebius.models.gguf_architecture import pair_rows
+from moebius.models.gguf_config import gguf_config
+from moebius.models.gguf_keys import gguf_keys
+from moebius.nn.attention import GQA
+from moebius.nn.rope import RopeConfig, frequencies
+from oracle import save_tiny
+
+Change = Callable[[gguf.GGUFWriter], None]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    save_tiny(directory, "llama")
+    return directory
+
+
+def changed(directory: Path, to: Path, change: Change) -> Path:
+    path = to / "changed.gguf"
+    Converter(directory).save(path, change)
+    return path
+
+
+def setting(key: str, value: Any, kind: gguf.GGUFValueType | None = None) -> Change:
+    """Gives a key this value; None takes it away."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for keys in writer.kv_data:
+            keys.pop(key, None)
+        if value is not None:
+            given = kind or gguf.GGUFValueType.get_type(value)
+            sub = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+            writer.add_key_value(key, value, given, sub_type=sub)
+
+    return change
+
+
+T = gguf.GGUFValueType
+REFUSED: list[tuple[str, Any, T | None, str]] = [
+    ("general.architecture", "gemma9", None, "general.architecture 'gemma9' is not supported; supported are dots1,"),
+    ("general.quantization_version", 1, T.UINT32, "general.quantization_version is 1"),
+    ("llama.embedding_length", None, None, "llama.embedding_length is missing"),
+    ("llama.block_count", "two", None, "llama.block_count is 'two'; it must be an integer"),
+    ("llama.attention.head_count", 0, T.UINT32, "num_attention_heads is 0"),
+    ("llama.attention.head_count_kv", [2, 1], None, "llama.attention.head_count_kv differs from layer to layer"),
+    ("llama.attention.sliding_window", 4096, T.UINT32, "llama.attention.sliding_window = 4096 is not supported"),
+    ("llama.attention.causal", False, None, "llama.attention.causal = False is not supported"),
+    ("llama.attention.value_length", 12, T.UINT32, "llama.attention.value_length is 12"),
+    ("llama.rope.dimension_count", 4, T.UINT32, "llama.rope.dimension_count is 4"),
+    ("llama.rope.scaling.type", "longrope", None, "llama.rope.scaling.type"),
+    ("llama.rope.freq_base", float("nan"), T.FLOAT32, "rope_theta is nan"),
+    ("llama.expert_count", 4, T.UINT32, "llama.expert_used_count is missing"),
+    ("llama.block_count", 2**31, T.UINT32, "block_count is 2147483648, in a file of"),
+    ("llama.logit_scale", 0.5, T.FLOAT32, "llama.logit_scale = 0.5 is not supported"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "words"), REFUSED, ids=[f"{key}={value}" for key, value, *_ in REFUSED]
+)
+def test_what_would_change_the_answer_is_refused(
+    tiny: Path, tmp_path: Path, key: str, value: Any, kind: T | None, words: str
+) -> None:
+    path = changed(tiny, tmp_path, setting(key, value, kind))
+    with pytest.raises(ConfigError) as caught:
+        describe(path)
+    assert "changed.gguf: " in str(caught.value) and words in str(caught.value)
+
+
+FINE: list[tuple[str, Any, T | None]] = [
+    ("llama.expert_count", 0, T.UINT32),
+    ("llama.attention.head_count_kv", [2, 2], None),
+    ("llama.attention.sliding_window", 0, T.UINT32),
+    ("llama.attention.causal", True, None),
+    ("llama.rope.scaling.type", "none", None),
+    ("llama.rope.scaling.finetuned", True, None),
+    ("llama.tensor_data_layout", "Meta AI original pth", None),
+    ("llama.feed_forward_length", [20, 20], None),
+    ("general.file_type", 7, T.UINT32),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"), FINE, ids=[f"{key}={value}" for key, value, _ in FINE]
+)
+def test_what_changes_nothing_is_read(
+    tiny: Path, tmp_path: Path, key: str, value: Any, kind: T | None
+) -> None:
+    plain = describe(changed(tiny, tmp_path, lambda writer: None))
+    found = describe(changed(tiny, tmp_path, setting(key, value, kind)))
+    assert found == plain
+
+
+def test_strangers_are_named(tiny: Path, tmp_path: Path) -> None:
+    found = describe(changed(tiny, tmp_path, setting("vendor.note", "hello", None)))
+    assert found.ignored == ["vendor.note"]
+
+
+def test_an_older_name_of_linear_scaling(tiny: Path, tmp_path: Path) -> None:
+    path = changed(tiny, tmp_path, setting("llama.rope.scale_linear", 4.0, T.FLOAT32))
+    mixer = describe(path).config.mixers[0]
+    assert isinstance(mixer, GQA) and mixer.rope is not None
+    assert (mixer.rope.scaling, mixer.rope.factor) == ("linear", 4.0)
+
+
+def without_rope(config: ModelConfig) -> ModelConfig:
+    layers = tuple(
+        replace(layer, mixer=replace(layer.mixer, rope=None))
+        if isinstance(layer.mixer, GQA)
+        else layer
+        for layer in config.layers
+    )
+    return replace(config, layers=layers)
+
+
+def rope_of(config: ModelConfig) -> RopeConfig:
+    rope = config.attention.rope
+    assert rope is not None
+    return rope
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES]
+)
+def test_keys_and_configuration_say_the_same(
+    tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any]
+) -> None:
+    """Both ways: what the converter writes becomes the configuration, which becomes those keys."""
+    save_tiny(tmp_path, model_type, **overrides)
+    Converter(tmp_path).save(tmp_path / "tiny.gguf")
+    config_json = read_json(tmp_path / "config.json")
+    theirs = model_config(config_json)
+    ours = describe(tmp_path / "tiny.gguf").config
+    names = {"mistral": "llama"}
+    assert ours.model_type == names.get(model_type, model_type)
+    same = without_rope(replace(ours, model_type=model_type, norm_eps=theirs.norm_eps))
+    multipliers = ("embedding_multiplier", "logits_divisor")
+    for field in multipliers:
+        assert getattr(ours, field) == pytest.approx(getattr(theirs, field))
+    if model_type not in ("granitemoe", "dots1"):  # whose numbers are float32 in the file
+        assert same == without_rope(theirs)
+    assert ours.norm_eps == pytest.approx(theirs.norm_eps)
+    size = ours.attention.head_dim
+    for mine, published in zip(
+        frequencies(rope_of(ours), size), frequencies(rope_of(theirs), size), strict=True
+    ):
+        assert mine == pytest.approx(published, rel=1e-6)
+
+    found = gguf_keys(config_json)
+    written = open_gguf(tmp_path / "tiny.gguf").metadata
+    differing = {
+        key: (value, found.keys.get(key))
+        for key, value in written.items()
+        if key.startswith(f"{found.architecture.name}.")
+        and not key.endswith("yarn_attn_factor")  # written under the name that llama.cpp reads
+        and found.keys.get(key) != pytest.approx(value)
+    }
+    assert differing == {}
+    divisors = gguf_config(open_gguf(tmp_path / "tiny.gguf")).rope_divisors
+    assert found.rope_divisors == (divisors and pytest.approx(divisors, rel=1e-6))
+
+
+UNWRITABLE: list[tuple[str, dict[str, Any], str]] = [
+    ("mistral", {"sliding_window": 4}, "llama.cpp has no sliding window for llama"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', but llama.cpp takes 'silu' for granted of llama"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is"),
+    ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "overrides", "words"), UNWRITABLE)
+def test_what_llama_cpp_does_not_have_is_not_written(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], words: str
+) -> None:
+    save_tiny(tmp_path, model_type, **overrides)
+    with pytest.raises(ConfigError, match=words):
+        gguf_keys(read_json(tmp_path / "config.json"))
+
+
+def test_pairs_of_rows() -> None:
+    assert pair_rows(2, 6) == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_every_published_family_has_a_file() -> None:
+    assert [name for name in model_types() if family(name).gguf is None] == ["moebius"]
