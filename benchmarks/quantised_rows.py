@@ -1,7 +1,7 @@
 """Products of many rows with weights in blocks of GGUF's types: multiplications a second, and the
 share of what the processor's instructions for bytes give.
 
-    python benchmarks/quantised_rows.py --json benchmarks/quantised_rows.json --isa all
+    python benchmarks/quantised_rows.py --json benchmarks/quantised_rows.json
 
 The floor is the time in which a loop of the same instructions on registers (int8_peak.cpp, as many
 threads) does as many multiplications. A pass of it comes before each pass of a product, and the
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 
-from moebius import _cpu
 from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.cpu import CpuOps
@@ -65,7 +64,7 @@ def peak(threads: int, level: str) -> Iterator[ceilings.Asked]:
         source = Path(__file__).with_name("int8_peak.cpp")
         options = ["-std=c++17", "-O3", "-pthread"]
         subprocess.run(["g++", *options, source, "-o", program], check=True)
-        asked = ceilings.Asked(program, threads, PEAKS[level])
+        asked = ceilings.Asked(program, threads, PEAKS[level.removeprefix("cpu-")])
         try:
             yield asked
         finally:
@@ -127,7 +126,9 @@ def weights_of(names: Sequence[str]) -> Iterator[tuple[str, Weights]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", default="", help="an instruction set, or all; default: the best")
+    parser.add_argument(
+        "--isa", nargs="*", default=[""], help="instruction sets; default: the best"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
@@ -137,9 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     found: list[dict[str, object]] = []
-    for isa in (
-        [level for level in _cpu.available() if level in PEAKS] if args.isa == "all" else [args.isa]
-    ):
+    for isa in args.isa:
         ops = CpuOps(args.threads, isa)
         with peak(args.threads, ops.name) as loop:
             for name, weights in weights_of(args.formats):

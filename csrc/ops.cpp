@@ -203,8 +203,10 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
         const Matrix &gate_w = e.gate[p.expert], &up_w = e.up[p.expert];
         const void* next = then ? e.gate[then->expert].row(then->column) : e.down[p.expert].data;
-        product(e.dtype, x_rows, p.first, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
-        product(e.dtype, x_rows, p.first, p.count, up_w, p.column, next, up, p.columns, scratch_[thread]);
+        // A row alone is the same one for all experts that it chose: packed once.
+        const int rows = p.count == 1 ? -1 - pairs_[p.first] / top_k : p.first;
+        product(e.dtype, x_rows, rows, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
+        product(e.dtype, x_rows, rows, p.count, up_w, p.column, next, up, p.columns, scratch_[thread]);
         store_gated(e, p, gate, up, inner);
     });
     gate_and_up_by_panels(e, x, top_k, inner);

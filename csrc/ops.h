@@ -277,7 +277,8 @@ private:
     static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
     int few_items() const { return 2 * pool_.threads(); }
     AttentionBlock attention_block(const Attention& a, const Attend& item) const;
-    // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
+    // Calls the kernel with these rows of x, packed where it wants them so: once for a thread's items. `first` tells them from
+    // all others of this call.
     // Of w it takes the rows from `column` on, as many as c has columns.
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
@@ -303,7 +304,9 @@ private:
     void plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes);
     void cut_panel_products();
     char* unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const;
-    void panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, float* c);
+    void panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
+                       float* c);
+    template <class MatrixOf> Stretch next_panels(int item, const MatrixOf& matrix_of) const;
     template <class Takes, class Run> void each_panel_batch(size_t formats, const Takes& takes, const Run& run);
     bool by_panels(int rows, std::initializer_list<Format> formats) const;
     bool gate_by_panels(const Experts& e, int expert) const;

@@ -72,7 +72,7 @@ template <class K, int M> struct TileProduct {
         else return low + vector_at<Ints>(found[at + 1][row]) * (1 << PLANE_BITS);
     }
 
-    void run(const char* panel, const char* tile, int blocks, float* c, int ldc, int rows, int width) {
+    void run(const char* panel, const char* tile, int blocks, Fetch& fetch, float* c, int ldc, int rows, int width) {
         LaneTree<M> tree;
         const int lanes = lanes_of(blocks);
         for (int i = 0, block = 0; i < lanes; i++) {
@@ -85,6 +85,7 @@ template <class K, int M> struct TileProduct {
                 for (int r = 0; r < M; r++)
                     sums[r] = fused(to_floats(integers(block % AT_ONCE, r)), d * product.scale(r), sums[r]);
                 if constexpr (K::MINIMA != NO_MINIMA) product.add_minima(sums);
+                fetch.step();
                 panel += PANEL_BYTES, tile += TILE_BYTES_OF_BLOCK;
             }
             tree.add(i, sums);
@@ -94,29 +95,31 @@ template <class K, int M> struct TileProduct {
 };
 
 template <class K, int M>
-void tiles_by_panels(const char* tiles, int m, const char* panels, int n, int blocks, float* c, int ldc) {
+void tiles_by_panels(const char* tiles, int m, const char* panels, int n, int blocks, Fetch& fetch, float* c, int ldc) {
     using Product = TileProduct<K, M>;
     Product product;
     Product::configure();
     for (int i = 0; i < m; i += M, tiles += blocks * Product::TILE_BYTES_OF_BLOCK)
         for (int j = 0; j < n; j += LANES)
-            product.run(panels + j / LANES * blocks * Product::PANEL_BYTES, tiles, blocks, c + size_t(i) * ldc + j, ldc,
+            product.run(panels + j / LANES * blocks * Product::PANEL_BYTES, tiles, blocks, fetch, c + size_t(i) * ldc + j, ldc,
                         min_of(M, m - i), min_of(LANES, n - j));
     release_tiles();
 }
 
-template <Format TYPE> void amx_panels_product(const void* tiles, int m, const void* panels, int n, int blocks, float* c, int ldc) {
+template <Format TYPE>
+void amx_panels_product(const void* tiles, int m, const void* panels, int n, int blocks, const Stretch& next, float* c, int ldc) {
     using K = typename KindOf<TYPE>::type;
     const char *x = static_cast<const char*>(tiles), *w = static_cast<const char*>(panels);
     const int whole = m / TILE * TILE, left = m - whole;
-    if (whole) tiles_by_panels<K, TILE>(x, whole, w, n, blocks, c, ldc);
+    Fetch fetch(next, ((m - 1) / TILE + 1) * ((n - 1) / LANES + 1) * blocks);
+    if (whole) tiles_by_panels<K, TILE>(x, whole, w, n, blocks, fetch, c, ldc);
     if (left == 0) return;
     x += size_t(whole) * blocks * tile_block_bytes<TYPE>(), c += size_t(whole) * ldc;
     switch (rows_of_tile(left, TILE)) {
-        case 2: return tiles_by_panels<K, 2>(x, left, w, n, blocks, c, ldc);
-        case 4: return tiles_by_panels<K, 4>(x, left, w, n, blocks, c, ldc);
-        case 8: return tiles_by_panels<K, 8>(x, left, w, n, blocks, c, ldc);
-        default: return tiles_by_panels<K, TILE>(x, left, w, n, blocks, c, ldc);
+        case 2: return tiles_by_panels<K, 2>(x, left, w, n, blocks, fetch, c, ldc);
+        case 4: return tiles_by_panels<K, 4>(x, left, w, n, blocks, fetch, c, ldc);
+        case 8: return tiles_by_panels<K, 8>(x, left, w, n, blocks, fetch, c, ldc);
+        default: return tiles_by_panels<K, TILE>(x, left, w, n, blocks, fetch, c, ldc);
     }
 }
 

@@ -3,7 +3,7 @@
 // A panel is LANES weight rows, unpacked: block after block, in the order in which they are summed. A tile is some rows of x
 // beside each other in the same order. Both in quads, so that a product walks through two streams.
 #pragma once
-#include "block_kernels.h"
+#include "panels.h"
 #include "panel_lanes.h"
 
 namespace moebius {
@@ -56,7 +56,8 @@ constexpr int unsigned_offset(Format type) { return folds(type) && type == Q3_K 
 //   STARTS: sums start elsewhere than at 0, as codes are unsigned where they stand for signed ones
 //   CHAIN: quads that PAIRS may add up in 16 bits. 0: codes are signed, and no two products fit (LIFTED, below).
 //   PLANES of codes, for TILES
-template <int ELEMENTS_, int SUB_, bool SCALED_, Minima MINIMA_, int MINIMUM_SUB_, bool STARTS_, int CHAIN_, int PLANES_> struct Kind {
+template <int ELEMENTS_, int SUB_, bool SCALED_, Minima MINIMA_, int MINIMUM_SUB_, bool STARTS_, int CHAIN_, int PLANES_>
+struct Kind {
     static constexpr int ELEMENTS = ELEMENTS_, SUB = SUB_, CHAIN = CHAIN_, MINIMUM_SUB = MINIMUM_SUB_, PLANES = PLANES_;
     static constexpr bool SCALED = SCALED_, STARTS = STARTS_;
     static constexpr Minima MINIMA = MINIMA_;
@@ -71,7 +72,8 @@ template <int ELEMENTS_, int SUB_, bool SCALED_, Minima MINIMA_, int MINIMUM_SUB
     static constexpr bool LIFTED = SCHEME == PAIRS && CHAIN == 0;
 
     // A block of a panel, in vectors.
-    static constexpr int LIFT_AT = PLANES * QUADS_OF_BLOCK, SCALES_AT = LIFT_AT + LIFTED, MINIMA_AT = SCALES_AT + SCALE_VECTORS, D_AT = MINIMA_AT + MINIMUM_PAIRS;
+    static constexpr int LIFT_AT = PLANES * QUADS_OF_BLOCK, SCALES_AT = LIFT_AT + LIFTED;
+    static constexpr int MINIMA_AT = SCALES_AT + SCALE_VECTORS, D_AT = MINIMA_AT + MINIMUM_PAIRS;
     static constexpr int PANEL_VECTORS = D_AT + (MINIMA == NO_MINIMA ? 1 : 2);
 
     // A block of a tile, in words of each row: quads, the sums' starts, then either sums of x's sub-blocks, in pairs of 16 bits,
@@ -92,9 +94,25 @@ template <Format TYPE> struct KindOf {
     static constexpr bool FOLDS = folds(TYPE);
     static constexpr int CHAIN = SCHEME == PAIRS ? chain_of(FACTS) : FACTS.sub / 4;
     static constexpr int ELEMENTS = FORMAT_SIZES[TYPE].elements;
+    static constexpr bool STARTS = (SCHEME == QUADS || SCHEME == PAIRS) && CHAIN && unsigned_offset(TYPE);
     using type = Kind<ELEMENTS, FOLDS ? ELEMENTS : FACTS.sub, FACTS.scaled && !FOLDS, FACTS.minima,
                       FACTS.minima == SUB_MINIMA ? FACTS.sub : 0,
-                      (SCHEME == QUADS || SCHEME == PAIRS) && CHAIN && unsigned_offset(TYPE), SCHEME == PAIRS ? CHAIN : 1, planes_of(TYPE)>;
+                      STARTS, SCHEME == PAIRS ? CHAIN : 1, planes_of(TYPE)>;
+};
+
+// Fetches a stretch of memory into the second cache, some of it at each of so many steps: unpacking would wait for it else, with
+// more streams than a processor follows by itself.
+class Fetch {
+public:
+    Fetch(const Stretch& next, int steps)
+        : at_(static_cast<const char*>(next.from)), end_(at_ + next.bytes), lines_(int((next.bytes / 64 + steps) / steps)) {}
+    INLINE_MEMBER void step() {
+        for (int i = 0; i < lines_ && at_ < end_; i++, at_ += 64) __builtin_prefetch(at_, 0, 2);
+    }
+
+private:
+    const char *at_, *end_;
+    int lines_;
 };
 
 // --- the order of blocks ---

@@ -90,9 +90,11 @@ INLINE Words looked_up(Words codes, const uint8_t* table) {
     const __m512i tables = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return (Words)_mm512_shuffle_epi8(tables, (__m512i)codes);
 }
+// The lowest four bits of each lane to the lowest bits of its four bytes.
 INLINE Words spread_bits(Words bits) {
-    const __m512i table = _mm512_set_epi32(0x01010101, 0x01010100, 0x01010001, 0x01010000, 0x01000101, 0x01000100, 0x01000001, 0x01000000,
-                                           0x00010101, 0x00010100, 0x00010001, 0x00010000, 0x00000101, 0x00000100, 0x00000001, 0);
+    const __m512i table = _mm512_set_epi32(0x01010101, 0x01010100, 0x01010001, 0x01010000, 0x01000101, 0x01000100,
+                                           0x01000001, 0x01000000, 0x00010101, 0x00010100, 0x00010001, 0x00010000,
+                                           0x00000101, 0x00000100, 0x00000001, 0x00000000);
     return (Words)_mm512_permutexvar_epi32((__m512i)bits, table);
 }
 INLINE Floats widened_halves(Words halves) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)halves)); }
@@ -155,7 +157,7 @@ INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float
 #endif
 
 #if !defined(__AVX512F__)
-// The lowest four bits to the lowest bits of four bytes: of four copies, 7 bits apart, each byte keeps one.
+// The same: of four copies, 7 bits apart, each byte keeps one.
 INLINE Words spread_bits(Words bits) { return ((bits & 15) * 0x00204081u) & 0x01010101u; }
 #endif
 
@@ -219,7 +221,8 @@ INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {
 }
 INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
     const int8x16_t codes = (int8x16_t)w, turned = vreinterpretq_s8_s32(vdupq_n_s32(word_at(x)));
-    const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(turned)), high = vmull_s8(vget_high_s8(codes), vget_high_s8(turned));
+    const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(turned));
+    const int16x8_t high = vmull_s8(vget_high_s8(codes), vget_high_s8(turned));
     return (Ints)vaddq_s32((int32x4_t)sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
 #else

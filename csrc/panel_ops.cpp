@@ -12,11 +12,11 @@
 namespace moebius {
 namespace {
 
-// Rows from which on panels are worth their unpacking: measured.
+// Rows from which on panels are worth their unpacking: measured. From 6 to 8, by format and instruction set.
 constexpr int MANY_ROWS = 8;
 constexpr size_t CHUNK = 192 << 10;  // bytes of unpacked panels, which stay in the second cache
 constexpr int LEAST_BATCH = 512;     // rows for which unpacking a panel costs a hundredth of its products
-constexpr int STRETCH = 16;          // rows, the largest tile of any instruction set: what batches are cut into
+constexpr int STRETCH = 16;          // rows, the largest tile of any instruction set: where batches are cut
 
 void add_format(Format format, std::vector<Format>& formats) {
     if (std::find(formats.begin(), formats.end(), format) == formats.end()) formats.push_back(format);
@@ -91,7 +91,7 @@ void Ops::lay_tile(Dtype dtype, BlockSize size, const void* const* x, const Pane
 
 char* Ops::tiles_of(const Tiled& tiled, int row) { return Scratch::aligned(tiles_.data()) + tiled.at + row * tiled.row_bytes; }
 
-// Items for so many columns, whose panels of LANES columns take so many bytes.
+// Items for so many columns, a panel of which takes so many bytes.
 void Ops::plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes) {
     const int panel = panels().panel, most = int(std::clamp<size_t>(CHUNK / panel_bytes, 1, MOST_COLUMNS / panel)) * panel;
     for (int column = 0; column < columns_in_all; column += most)
@@ -126,9 +126,18 @@ char* Ops::unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const
 }
 
 // c[i][j] of m rows from `row` on in tiles, and unpacked columns of w.
-void Ops::panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, float* c) {
+void Ops::panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
+                        float* c) {
     const Tiled& tiled = *std::find_if(tiled_.begin(), tiled_.end(), [&](const Tiled& t) { return t.format == w.format; });
-    panels().of(w.format).product(tiles_of(tiled, row), m, unpacked, p.columns, w.blocks(), c, p.columns);
+    panels().of(w.format).product(tiles_of(tiled, row), m, unpacked, p.columns, w.blocks(), next, c, p.columns);
+}
+
+// What the item after this one will unpack of its matrix, which matrix_of(weights) says.
+template <class MatrixOf> Stretch Ops::next_panels(int item, const MatrixOf& matrix_of) const {
+    if (item + 1 >= int(panel_products_.size())) return {};
+    const PanelProduct& next = panel_products_[item + 1];
+    const Matrix& w = matrix_of(next.rows.weights);
+    return {w.row(next.column), next.columns * w.row_bytes()};
 }
 
 // Room for the panels of an item, of two matrices at most.
@@ -161,9 +170,10 @@ void Ops::linear_by_panels(const Linear& l, const void* x, int rows, void* out, 
             char* unpacked = panel_room(panel_bytes(layer.weight) * ((p.columns - 1) / panels().panel + 1), thread);
             unpack_panels(p, layer.weight, unpacked);
             float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
-            for (int i = 0; i < p.rows.count; i += ROW_BLOCK) {
+            Stretch next = next_panels(item, [&](int i) -> const Matrix& { return l.layers[i].weight; });
+            for (int i = 0; i < p.rows.count; i += ROW_BLOCK, next = {}) {
                 const int m = std::min(ROW_BLOCK, p.rows.count - i);
-                panel_product(p, layer.weight, unpacked, p.rows.tiled + i, m, c);
+                panel_product(p, layer.weight, unpacked, p.rows.tiled + i, m, next, c);
                 store_columns(l, layer, {0, p.rows.first + i, m, p.column, p.columns}, c, out, wide);
             }
         });
@@ -208,7 +218,8 @@ void Ops::gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void
     each_panel_batch(formats.size(), [&](int i) { return gate_by_panels(e, i); }, [&] {
         lay_in_tiles(e.dtype, formats, e.hidden, [&](int i) { return at(x, pairs_[i] / top_k * row_bytes); });
         panel_products_.clear();
-        for (const PanelRows& r : panel_rows_) plan_panels(r, e.width, panel_bytes(e.gate[r.weights]) + panel_bytes(e.up[r.weights]));
+        for (const PanelRows& r : panel_rows_)
+            plan_panels(r, e.width, panel_bytes(e.gate[r.weights]) + panel_bytes(e.up[r.weights]));
         cut_panel_products();
         pool_.run(int(panel_products_.size()), [&](int item, int thread) {
             const PanelProduct& p = panel_products_[item];
@@ -218,10 +229,12 @@ void Ops::gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void
             unpack_panels(p, up_w, up_panels);
             float* gate = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
             float* up = gate + size_t(ROW_BLOCK) * MOST_COLUMNS;
-            for (int i = 0; i < p.rows.count; i += ROW_BLOCK) {
+            Stretch next_gate = next_panels(item, [&](int i) -> const Matrix& { return e.gate[i]; });
+            Stretch next_up = next_panels(item, [&](int i) -> const Matrix& { return e.up[i]; });
+            for (int i = 0; i < p.rows.count; i += ROW_BLOCK, next_gate = next_up = {}) {
                 const int m = std::min(ROW_BLOCK, p.rows.count - i);
-                panel_product(p, gate_w, gate_panels, p.rows.tiled + i, m, gate);
-                panel_product(p, up_w, up_panels, p.rows.tiled + i, m, up);
+                panel_product(p, gate_w, gate_panels, p.rows.tiled + i, m, next_gate, gate);
+                panel_product(p, up_w, up_panels, p.rows.tiled + i, m, next_up, up);
                 store_gated(e, {p.rows.weights, p.rows.first + i, m, p.column, p.columns}, gate, up, inner);
             }
         });
@@ -245,9 +258,10 @@ void Ops::down_by_panels(const Experts& e, const void* inner, void* out) {
             char* unpacked = panel_room(panel_bytes(w) * ((p.columns - 1) / panels().panel + 1), thread);
             unpack_panels(p, w, unpacked);
             float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
-            for (int i = 0; i < p.rows.count; i += ROW_BLOCK) {
+            Stretch next = next_panels(item, [&](int i) -> const Matrix& { return e.down[i]; });
+            for (int i = 0; i < p.rows.count; i += ROW_BLOCK, next = {}) {
                 const int m = std::min(ROW_BLOCK, p.rows.count - i);
-                panel_product(p, w, unpacked, p.rows.tiled + i, m, c);
+                panel_product(p, w, unpacked, p.rows.tiled + i, m, next, c);
                 store_down(e, {p.rows.weights, p.rows.first + i, m, p.column, p.columns}, c, out);
             }
         });

@@ -158,13 +158,15 @@ INLINE void write_tile(const Floats* sums, float* c, int ldc, int rows, int widt
 }
 
 // c[row][0 .. width) of one tile and one panel
-template <class K, int M> void tile_product(const char* panel, const char* tile, int blocks, float* c, int ldc, int rows, int width) {
+template <class K, int M>
+void tile_product(const char* panel, const char* tile, int blocks, Fetch& fetch, float* c, int ldc, int rows, int width) {
     LaneTree<M> tree;
     const int lanes = lanes_of(blocks);
     for (int i = 0; i < lanes; i++) {
         Floats sums[M] = {};
         for (int b = blocks_of_lane(visited(i, lanes), blocks); b > 0; b--) {
             BlockProduct<K, M>{panel, tile}.add(sums);
+            fetch.step();
             panel += K::PANEL_VECTORS * VECTOR, tile += K::TILE_WORDS * 4 * M;
         }
         tree.add(i, sums);
@@ -172,19 +174,21 @@ template <class K, int M> void tile_product(const char* panel, const char* tile,
     write_tile(tree.whole(lanes), c, ldc, rows, width);
 }
 
-template <Format TYPE> void panels_product(const void* tiles, int m, const void* panels, int n, int blocks, float* c, int ldc) {
+template <Format TYPE>
+void panels_product(const void* tiles, int m, const void* panels, int n, int blocks, const Stretch& next, float* c, int ldc) {
     using K = typename KindOf<TYPE>::type;
     const size_t panel_bytes = blocks * panel_block_bytes<TYPE>();
     const char* tile = static_cast<const char*>(tiles);
+    Fetch fetch(next, ((m - 1) / TILE + 1) * ((n - 1) / LANES + 1) * blocks);
     for (int i = 0; i < m;) {
         const int rows = rows_of_tile(m - i, TILE), here = min_of(rows, m - i);
         for (int j = 0; j < n; j += LANES) {
             const char* panel = static_cast<const char*>(panels) + j / LANES * panel_bytes;
             float* to = c + size_t(i) * ldc + j;
             const int width = min_of(LANES, n - j);
-            if (rows == 2) tile_product<K, 2>(panel, tile, blocks, to, ldc, here, width);
-            else if (rows == 4) tile_product<K, 4>(panel, tile, blocks, to, ldc, here, width);
-            else tile_product<K, TILE>(panel, tile, blocks, to, ldc, here, width);
+            if (rows == 2) tile_product<K, 2>(panel, tile, blocks, fetch, to, ldc, here, width);
+            else if (rows == 4) tile_product<K, 4>(panel, tile, blocks, fetch, to, ldc, here, width);
+            else tile_product<K, TILE>(panel, tile, blocks, fetch, to, ldc, here, width);
         }
         i += rows, tile += rows * blocks * tile_block_bytes<TYPE>();
     }

@@ -1,7 +1,6 @@
 // Quantised rows of x as tiles: TILE rows, or the next power of two for what is left, beside each other quad by quad.
 #pragma once
 #include "panel_kinds.h"
-#include "panels.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {

@@ -71,7 +71,9 @@ template <Format TYPE> struct PanelBlock {
         if constexpr (K::LIFTED) vector(K::LIFT_AT, (Words)lift);
     }
     // Of two neighbouring sub-blocks.
-    INLINE_MEMBER void set_minima(int pair, Ints first, Ints second) const { vector(K::MINIMA_AT + pair, (Words)(first | (second << 16))); }
+    INLINE_MEMBER void set_minima(int pair, Ints first, Ints second) const {
+        vector(K::MINIMA_AT + pair, (Words)(first | (second << 16)));
+    }
     INLINE_MEMBER void set_d(Floats d) const { vector(K::D_AT, (Words)(SCHEME == TILES && TYPE == Q3_K ? -d : d)); }
     INLINE_MEMBER void set_minimum(Floats m) const { vector(K::D_AT + 1, (Words)m); }
     // float16 d and minimum, the low and the high halves

@@ -19,14 +19,20 @@ inline int rows_of_tiles(int rows, int most) {
     return whole + (rows > whole ? rows_of_tile(rows - whole, most) : 0);
 }
 
+// Bytes that will be read soon, if any.
+struct Stretch {
+    const void* from = nullptr;
+    size_t bytes = 0;
+};
+
 struct PanelFormat {
     size_t panel_bytes, row_bytes;  // of a panel, and of a row of x in a tile, for each block
     // The n rows of weights from w on, at most a panel's, of so many blocks each.
     void (*unpack)(const void* w, int n, int blocks, void* to);
     // m rows of x as tiles.
     void (*pack)(const QuantisedRow* x, int m, int blocks, void* to);
-    // c[i][j] = the product of row i of m in tiles with row j of n in panels.
-    void (*product)(const void* tiles, int m, const void* panels, int n, int blocks, float* c, int ldc);
+    // c[i][j] = the product of row i of m in tiles with row j of n in panels. Meanwhile fetches what will be unpacked next.
+    void (*product)(const void* tiles, int m, const void* panels, int n, int blocks, const Stretch& next, float* c, int ldc);
 };
 
 struct PanelKernels {

@@ -15,7 +15,8 @@ namespace moebius {
 namespace MOEBIUS_ISA {
 
 template <Format f> constexpr PanelFormat panel_format() {
-    return {panel_block_bytes<f>(), tile_block_bytes<f>(), unpack_panel<f>, MOEBIUS_PANELS(pack_tiles)<f>, MOEBIUS_PANELS(panels_product)<f>};
+    return {panel_block_bytes<f>(), tile_block_bytes<f>(), unpack_panel<f>, MOEBIUS_PANELS(pack_tiles)<f>,
+            MOEBIUS_PANELS(panels_product)<f>};
 }
 
 }  // namespace MOEBIUS_ISA
