@@ -20,7 +20,7 @@ const BlockKernels* MOEBIUS_JOIN(block_kernels_, MOEBIUS_ISA)() {
         {{quantise_by_32<bf16>, quantise_by_256<bf16>}, {quantise_by_32<float>, quantise_by_256<float>}},
         MOEBIUS_EACH(block_product),
         MOEBIUS_EACH(widen_row),
-        widen_fp8,
+        halve_fp8,
         MOEBIUS_JOIN(panel_kernels_, MOEBIUS_ISA)(),
     };
     return &kernels;
