@@ -1,7 +1,8 @@
 // The eight tile registers of AMX: up to 16 rows of 64 bytes each. Everything that the kernels do with them goes through
 // these few functions, of which there are two versions: the instructions, and, with MOEBIUS_AMX_EMULATED, plain C++ after
-// the pseudocode in Intel's Software Developer's Manual (volume 2, "TDPBF16PS"), so that the kernels can be tested, under
-// sanitizers too, on a processor without AMX. The emulation aborts where the instruction would fault.
+// the pseudocode in Intel's Software Developer's Manual (volume 2, "TDPBF16PS" and "TDPBSSD"), so that
+// the kernels can be tested, under sanitizers too, on a processor without AMX. The emulation aborts where the instruction would
+// fault.
 //
 // The instructions are written as assembly: GCC 12's intrinsics do not tell the compiler that they read memory.
 #pragma once
@@ -41,6 +42,10 @@ template <int t> INLINE void tile_store(void* to, size_t stride) {
 // c += a b, where a's and b's elements are pairs of bfloat16 and c's are float32
 template <int c, int a, int b> INLINE void tile_dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+// c += a b, where a's and b's elements are four signed bytes and c's are int32
+template <int c, int a, int b> INLINE void tile_dot_of_bytes() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 
 #else
@@ -86,12 +91,31 @@ INLINE float element(const uint8_t* line, int i) {
     return flushed(to_float(bits));
 }
 
+INLINE void require_factors(const TileShapes& s, int c, int a, int b) {
+    require(tiles.configured && s.rows[c] == s.rows[a] && s.row_bytes[c] == s.row_bytes[b] && s.row_bytes[a] == 4 * s.rows[b]);
+    require(s.row_bytes[c] % 4 == 0 && c != a && c != b && a != b);
+}
+
+template <int c, int a, int b> INLINE void tile_dot_of_bytes() {
+    const TileShapes& s = tiles.shapes;
+    require_factors(s, c, a, b);
+    for (int m = 0; m < s.rows[c]; m++) {
+        int32_t sums[16];
+        memcpy(sums, tiles.lines[c][m], sizeof sums);
+        for (int k = 0; k < s.row_bytes[a]; k++)
+            for (int n = 0; n < s.row_bytes[c] / 4; n++) {
+                const int32_t product = int8_t(tiles.lines[a][m][k]) * int8_t(tiles.lines[b][k / 4][4 * n + k % 4]);
+                sums[n] = int32_t(uint32_t(sums[n]) + uint32_t(product));
+            }
+        memcpy(tiles.lines[c][m], sums, sizeof sums);
+    }
+}
+
 // Even and odd products are summed apart, from zero and in order; then their sum is added to c. Every operation rounds to
 // the nearest even and flushes subnormal inputs and results.
 template <int c, int a, int b> INLINE void tile_dot() {
     const TileShapes& s = tiles.shapes;
-    require(tiles.configured && s.rows[c] == s.rows[a] && s.row_bytes[c] == s.row_bytes[b] && s.row_bytes[a] == 4 * s.rows[b]);
-    require(s.row_bytes[c] % 4 == 0 && c != a && c != b && a != b);
+    require_factors(s, c, a, b);
     for (int m = 0; m < s.rows[c]; m++) {
         float even[16] = {}, odd[16] = {}, sums[16];
         for (int k = 0; k < s.row_bytes[a] / 4; k++)

@@ -28,10 +28,22 @@ std::vector<const void*> pointers(const Addresses& addresses) {
 
 using Matrices = std::vector<Matrix>;
 
+// scales: float32, of which a copy is kept.
+Matrix make_matrix(int format, int rows, int columns, Address data, Address scales, int block_rows, int block_columns) {
+    Matrix w{Format(format), rows, columns, array<const void>(data)};
+    if (w.format != FP8) return w;
+    if (!scales || block_rows < 1 || block_columns < 1) throw std::invalid_argument("codes of FP8 need scales, and the sizes of their blocks");
+    w.block_rows = block_rows, w.block_columns = block_columns;
+    const float* from = array<const float>(scales);
+    const int64_t count = (int64_t(rows) + block_rows - 1) / block_rows * w.scales_of_a_row();
+    w.scales = std::make_shared<const std::vector<float>>(from, from + count);
+    return w;
+}
+
 // Throws std::invalid_argument for a matrix of other columns, or in a format that has no kernels.
 void require_product(Dtype dtype, const Matrix& w, int columns) {
     if (w.columns != columns) throw std::invalid_argument("a matrix of " + std::to_string(w.columns) + " columns where the input has " + std::to_string(columns));
-    if (w.format < 0 || w.format >= FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
+    if (w.format < 0 || w.format >= ALL_FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
     if (w.columns % FORMAT_SIZES[w.format].elements) throw std::invalid_argument("rows of " + std::to_string(w.columns) + " elements are no whole blocks");
 }
 
@@ -290,9 +302,10 @@ NB_MODULE(_cpu, m) {
     }, "Formats of matrices, in the order of their numbers.");
     m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
           "Whether products of a dtype read matrices of a format where they lie.", "dtype"_a, "format"_a);
-    nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data) {
-        new (self) Matrix{Format(format), rows, columns, array<const void>(data)};
-    }, nb::kw_only(), "format"_a, "rows"_a, "columns"_a, "data"_a);
+    nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data, Address scales,
+                                                      int block_rows, int block_columns) {
+        new (self) Matrix(make_matrix(format, rows, columns, data, scales, block_rows, block_columns));
+    }, nb::kw_only(), "format"_a, "rows"_a, "columns"_a, "data"_a, "scales"_a = 0, "block_rows"_a = 1, "block_columns"_a = 1);
     nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, const Matrices& weights, const Addresses& biases) {
         new (self) Linear(make_linear(dtype, weights, biases));
     }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);
@@ -341,7 +354,7 @@ NB_MODULE(_cpu, m) {
     nb::class_<Shaped>(m, "Shaped").def("restore", &Shaped::restore, release());
 
     nb::class_<Ops>(m, "Ops")
-        .def(nb::init<const std::string&, int>())
+        .def(nb::init<const std::string&, int, bool>(), "isa"_a, "threads"_a, "float_activations"_a = false)
         .def_prop_ro("name", &Ops::name)
         .def_prop_ro("threads", &Ops::threads)
         .def_prop_ro("scratch_bytes", &Ops::scratch_bytes)

@@ -122,37 +122,47 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
     }
 }
 
+// Sixteen blocks of Q8_0, two in a vector.
 template <Format f, int M, int STRIDE>
-INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
-    using B = Block<f>;
-    if constexpr (B::ELEMENTS == 32 && f != Q8_0) return dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
-    else {
-        __m512i parts[M][8], least[M][8];  // two blocks each
+INLINE void dots_of_bytes(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots) {
+    __m512i parts[M][8];
 #pragma GCC unroll 8
-        for (int t = 0; t < 8; t++, w += 2 * B::BYTES) {
-            if constexpr (f == Q8_0) {
-                const __m512i codes = codes_of_two<is_signed<f>()>(w, w + B::BYTES);
-                for (int i = 0; i < M; i++) parts[i][t] = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes, x[i].codes + at * 32);
-                for (at += 2; at >= blocks; at -= blocks) {}
-            } else {
-                __m512i of_block[2][M];
-                __m256i of_minima[2][M];
-                for (int j = 0; j < 2; j++) {
-                    parts_of_256<f, M>(w + j * B::BYTES, x, at, of_block[j], of_minima[j]);
-                    at = at + 1 < blocks ? at + 1 : 0;
-                }
-                for (int i = 0; i < M; i++) {
-                    parts[i][t] = both_in_one(of_block[0][i], of_block[1][i]);
-                    if constexpr (B::MINIMUM_AT >= 0)
-                        least[i][t] = _mm512_inserti64x4(_mm512_castsi256_si512(of_minima[0][i]), of_minima[1][i], 1);
-                }
-            }
+    for (int t = 0; t < 8; t++, w += 2 * Block<f>::BYTES) {
+        const __m512i codes = codes_of_two<is_signed<f>()>(w, w + Block<f>::BYTES);
+        for (int i = 0; i < M; i++) parts[i][t] = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes, x[i].codes + at * 32);
+        for (at += 2; at >= blocks; at -= blocks) {}
+    }
+    for (int i = 0; i < M; i++) _mm512_storeu_si512(dots + i * STRIDE, reduce_pairs(parts[i]));
+}
+
+// Sixteen blocks of 256.
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_256(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
+    __m512i parts[M][8], least[M][8];  // two blocks each
+    for (int t = 0; t < 8; t++, w += 2 * Block<f>::BYTES) {
+        __m512i of_block[2][M];
+        __m256i of_minima[2][M];
+        for (int j = 0; j < 2; j++) {
+            parts_of_256<f, M>(w + j * Block<f>::BYTES, x, at, of_block[j], of_minima[j]);
+            at = at + 1 < blocks ? at + 1 : 0;
         }
         for (int i = 0; i < M; i++) {
-            _mm512_storeu_si512(dots + i * STRIDE, reduce_pairs(parts[i]));
-            if constexpr (B::MINIMUM_AT >= 0) _mm512_storeu_si512(minima + i * STRIDE, reduce_pairs(least[i]));
+            parts[i][t] = both_in_one(of_block[0][i], of_block[1][i]);
+            if constexpr (Block<f>::MINIMUM_AT >= 0)
+                least[i][t] = _mm512_inserti64x4(_mm512_castsi256_si512(of_minima[0][i]), of_minima[1][i], 1);
         }
     }
+    for (int i = 0; i < M; i++) {
+        _mm512_storeu_si512(dots + i * STRIDE, reduce_pairs(parts[i]));
+        if constexpr (Block<f>::MINIMUM_AT >= 0) _mm512_storeu_si512(minima + i * STRIDE, reduce_pairs(least[i]));
+    }
+}
+
+template <Format f, int M, int STRIDE>
+INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
+    if constexpr (Block<f>::ELEMENTS == 256) dots_of_256<f, M, STRIDE>(w, x, at, blocks, dots, minima);
+    else if constexpr (f == Q8_0) dots_of_bytes<f, M, STRIDE>(w, x, at, blocks, dots);
+    else dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
 }
 
 }  // namespace MOEBIUS_ISA

@@ -69,6 +69,7 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
     const __m256i ones = _mm256_set1_epi16(1);
     for (int first = 0; first < 16; first += 8) {
         __m256i parts[M][4];
+#pragma GCC unroll 4
         for (int t = 0; t < 4; t++, w += 2 * BYTES) {
             const Halves codes = halves_of_two<f, SIGNED>(w, w + BYTES);
             for (int i = 0; i < M; i++) {

@@ -66,6 +66,8 @@ struct QuantisedRow {
     }
 };
 
+struct PanelKernels;  // panels.h
+
 struct BlockKernels {
     // Quantises m rows of k elements; `to` is aligned to a cache line and takes m * row_bytes() bytes.
     void (*quantise[2][BLOCK_SIZES])(const void* const* x, int m, int k, void* to);
@@ -74,6 +76,10 @@ struct BlockKernels {
     void (*product[BLOCK_FORMATS])(const void* quantised, int m, const void* w, int n, int blocks, const void* next, float* c, int ldc);
     // One row of so many blocks as float32 numbers.
     void (*widened[BLOCK_FORMATS])(const void* row, int blocks, float* to);
+    // n FP8 codes as float16 numbers, each a 256th of the code's.
+    void (*halved_fp8)(const uint8_t* codes, int n, uint16_t* to);
+    // Products of many rows.
+    const PanelKernels* panels;
 };
 
 const BlockKernels* block_kernels_portable();

@@ -1,5 +1,8 @@
 // Products with weights in blocks, compiled once for each instruction set like isa.cpp.
 #include "block_product.h"
+#include "block_widened.h"
+#include "fp8.h"
+#include "panels.h"
 #include "quantise.h"
 
 #define MOEBIUS_JOIN2(a, b) a##b
@@ -17,6 +20,8 @@ const BlockKernels* MOEBIUS_JOIN(block_kernels_, MOEBIUS_ISA)() {
         {{quantise_by_32<bf16>, quantise_by_256<bf16>}, {quantise_by_32<float>, quantise_by_256<float>}},
         MOEBIUS_EACH(block_product),
         MOEBIUS_EACH(widen_row),
+        halve_fp8,
+        MOEBIUS_JOIN(panel_kernels_, MOEBIUS_ISA)(),
     };
     return &kernels;
 }

@@ -8,10 +8,11 @@ namespace moebius {
 enum Dtype { BF16 = 0, F32 = 1 };
 
 // How a row of a matrix lies in its file: plain numbers, or blocks of bytes that hold codes and their scales (GGUF's types,
-// laid out as block_formats.h says).
+// laid out as block_formats.h says). Of FP8 the rows are codes alone, and their scales lie elsewhere (Matrix::scales).
 enum Format {
     BF16_MATRIX = 0, F32_MATRIX, F16_MATRIX, DENSE_FORMATS,
-    Q4_0 = DENSE_FORMATS, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, FORMATS
+    Q4_0 = DENSE_FORMATS, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, FORMATS,
+    FP8 = FORMATS, ALL_FORMATS
 };
 
 // A block of so many elements takes so many bytes, and is aligned to nothing; a plain number is a block of one.
@@ -19,14 +20,16 @@ struct FormatSize {
     const char* name;
     int elements, bytes;
 };
-constexpr FormatSize FORMAT_SIZES[FORMATS] = {
+constexpr FormatSize FORMAT_SIZES[ALL_FORMATS] = {
     {"bfloat16", 1, 2}, {"float32", 1, 4},  {"float16", 1, 2},  {"q4_0", 32, 18},   {"q4_1", 32, 20},   {"q5_0", 32, 22},
     {"q5_1", 32, 24},   {"q8_0", 32, 34},   {"iq4_nl", 32, 18}, {"mxfp4", 32, 17},  {"q2_k", 256, 84},  {"q3_k", 256, 110},
     {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210}, {"iq4_xs", 256, 136},
+    {"fp8", 1, 1},
 };
 
-constexpr bool is_blocks(Format format) { return format >= DENSE_FORMATS; }
-// Plain numbers are read in place where each has its exact value in the dtype; blocks meet quantised activations in any.
-constexpr bool reads(Dtype dtype, Format format) { return is_blocks(format) || dtype == F32 || format == BF16_MATRIX; }
+constexpr bool is_blocks(Format format) { return format >= DENSE_FORMATS && format < FORMATS; }
+// Plain numbers are read in place where each has its exact value in the dtype; blocks meet quantised activations in any, and
+// FP8 is widened to float32.
+constexpr bool reads(Dtype dtype, Format format) { return is_blocks(format) || format == FP8 || dtype == F32 || format == BF16_MATRIX; }
 
 }  // namespace moebius

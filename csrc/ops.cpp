@@ -14,7 +14,6 @@ namespace moebius {
 namespace {
 
 constexpr size_t CHUNK = 128 << 10;  // bytes of weights that one item reads
-constexpr int MOST_COLUMNS = 256;
 
 int columns_of(size_t row_bytes) { return int(std::clamp<size_t>(CHUNK / row_bytes / 16 * 16, 16, MOST_COLUMNS)); }
 
@@ -80,7 +79,7 @@ const Kernels* select_kernels(const std::string& limit) {
 }
 
 size_t Ops::scratch_bytes() const {
-    size_t sum = shared_.bytes();
+    size_t sum = shared_.bytes() + tiles_.capacity();
     for (const Scratch& s : scratch_) sum += s.bytes();
     return sum;
 }
@@ -88,16 +87,21 @@ size_t Ops::scratch_bytes() const {
 size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
     const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
     size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
-    for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
+    if (float_activations_) of_a_thread += size_t(ROW_BLOCK) * widest * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + widened_bytes(widest) + 3 * 64;
+    else for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
-    return threads() * of_a_thread + (splits * attention + Scratch::SPARE) * sizeof(float);
+    of_a_thread += most_panel_bytes(widest);
+    return threads() * of_a_thread + most_tile_bytes(widest) + (splits * attention + Scratch::SPARE) * sizeof(float);
 }
 
 void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide) {
     std::lock_guard<std::mutex> only(one_caller_);
     const size_t size = size_of(l.dtype);
     const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    auto chunks_of = [](const Matrix& w) { return (w.rows + columns_of(w.row_bytes()) - 1) / columns_of(w.row_bytes()); };
+    auto chunks_of = [&](const Matrix& w) {
+        if (by_panels(rows, {w.format})) return 0;
+        return (w.rows + columns_of(w.row_bytes()) - 1) / columns_of(w.row_bytes());
+    };
     int chunks = 0;
     for (const Linear::Layer& layer : l.layers) chunks += chunks_of(layer.weight);
     calls_++;
@@ -115,23 +119,30 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
         const void* next = ahead < w.rows ? w.row(ahead)
                            : layer + 1 < l.layers.data() + l.layers.size() ? layer[1].weight.data : nullptr;
         product(l.dtype, x_rows, first, m, w, column, next, c, n, scratch_[thread]);
-        const void* bias = layer->bias ? at(layer->bias, column * size) : nullptr;
-        for (int i = 0; i < m; i++) {
-            const size_t to = size_t(first + i) * l.out + layer->offset + column;
-            if (wide) {
-                float* row = static_cast<float*>(out) + to;
-                std::copy_n(c + size_t(i) * n, n, row);
-                if (bias) kernels_->add_bias[l.dtype](row, n, bias);
-            } else {
-                kernels_->store[l.dtype](c + size_t(i) * n, n, bias, at(out, to * size));
-            }
-        }
+        store_columns(l, *layer, {0, first, m, column, n}, c, out, wide);
     });
+    linear_by_panels(l, x, rows, out, wide);
+}
+
+void Ops::store_columns(const Linear& l, const Linear::Layer& layer, const Product& p, const float* c, void* out, bool wide) {
+    const size_t size = size_of(l.dtype);
+    const void* bias = layer.bias ? at(layer.bias, p.column * size) : nullptr;
+    for (int i = 0; i < p.count; i++) {
+        const size_t to = size_t(p.first + i) * l.out + layer.offset + p.column;
+        if (wide) {
+            float* row = static_cast<float*>(out) + to;
+            std::copy_n(c + size_t(i) * p.columns, p.columns, row);
+            if (bias) kernels_->add_bias[l.dtype](row, p.columns, bias);
+        } else {
+            kernels_->store[l.dtype](c + size_t(i) * p.columns, p.columns, bias, at(out, to * size));
+        }
+    }
 }
 
 void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                   int columns, Scratch& s) {
     const int k = w.columns;
+    if (w.format == FP8 || (is_blocks(w.format) && float_activations_)) return widened_product(dtype, x, first, m, w, column, c, columns, s);
     if (is_blocks(w.format)) {
         const BlockSize size = block_size(w.format);
         const BlockKernels& kernels = *kernels_->blocks;
@@ -145,20 +156,13 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
     kernel(rows, m, w.row(column), k, columns, k, next, c, columns);
 }
 
-template <class Pack> const void* Ops::packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack) {
-    if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
-    void* to = Scratch::aligned(packed.bytes.data());
-    if (packed.call != calls_ || packed.first != first) pack(to);
-    packed.call = calls_, packed.first = first;
-    return to;
-}
-
 // One item for each expert, block of its rows and chunk of columns; experts without rows cost nothing.
-template <class RowBytes> void Ops::plan_products(int columns_in_all, const RowBytes& row_bytes) {
+template <class Takes, class RowBytes>
+void Ops::plan_products(int columns_in_all, const Takes& takes, const RowBytes& row_bytes) {
     const int experts = int(starts_.size()) - 1;
     products_.clear();
     for (int e = 0; e < experts; e++) {
-        if (starts_[e] == starts_[e + 1]) continue;
+        if (starts_[e] == starts_[e + 1] || !takes(e)) continue;
         const int columns = columns_of(row_bytes(e));
         for (int first = starts_[e]; first < starts_[e + 1]; first += ROW_BLOCK)
             for (int column = 0; column < columns_in_all; column += columns)
@@ -188,7 +192,7 @@ void Ops::sort_pairs(const Experts& e, const int64_t* ids, int pairs, bool skip)
 
 void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out) {
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
-    plan_products(e.width, [&](int expert) { return e.gate[expert].row_bytes() + e.up[expert].row_bytes(); });
+    plan_products(e.width, [&](int expert) { return !gate_by_panels(e, expert); }, [&](int expert) { return e.gate[expert].row_bytes() + e.up[expert].row_bytes(); });
     calls_++;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
@@ -199,17 +203,15 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
         const Matrix &gate_w = e.gate[p.expert], &up_w = e.up[p.expert];
         const void* next = then ? e.gate[then->expert].row(then->column) : e.down[p.expert].data;
-        product(e.dtype, x_rows, p.first, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
-        product(e.dtype, x_rows, p.first, p.count, up_w, p.column, next, up, p.columns, scratch_[thread]);
-        for (int i = 0; i < p.count; i++) {
-            float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
-            if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
-            if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.expert], p.column * size));
-            kernels_->gated[e.dtype](g, u, p.columns, e.activation, at(inner, (p.first + i) * width_bytes + p.column * size));
-        }
+        // A row alone is the same one for all experts that it chose: packed once.
+        const int rows = p.count == 1 ? -1 - pairs_[p.first] / top_k : p.first;
+        product(e.dtype, x_rows, rows, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
+        product(e.dtype, x_rows, rows, p.count, up_w, p.column, next, up, p.columns, scratch_[thread]);
+        store_gated(e, p, gate, up, inner);
     });
+    gate_and_up_by_panels(e, x, top_k, inner);
 
-    plan_products(e.hidden, [&](int expert) { return e.down[expert].row_bytes(); });
+    plan_products(e.hidden, [&](int expert) { return !down_by_panels(e, expert); }, [&](int expert) { return e.down[expert].row_bytes(); });
     calls_++;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
@@ -219,11 +221,27 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
         const void* next = then ? e.down[then->expert].row(then->column) : nullptr;
         product(e.dtype, h_rows, p.first, p.count, e.down[p.expert], p.column, next, c, p.columns, scratch_[thread]);
-        const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
-        for (int i = 0; i < p.count; i++)
-            kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,
-                                     at(out, pairs_[p.first + i] * hidden_bytes + p.column * size));
+        store_down(e, p, c, out);
     });
+    down_by_panels(e, inner, out);
+}
+
+void Ops::store_gated(const Experts& e, const Product& p, float* gate, float* up, void* inner) {
+    const size_t size = size_of(e.dtype), width_bytes = e.width * size;
+    for (int i = 0; i < p.count; i++) {
+        float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
+        if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
+        if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.expert], p.column * size));
+        kernels_->gated[e.dtype](g, u, p.columns, e.activation, at(inner, (p.first + i) * width_bytes + p.column * size));
+    }
+}
+
+void Ops::store_down(const Experts& e, const Product& p, const float* c, void* out) {
+    const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size;
+    const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
+    for (int i = 0; i < p.count; i++)
+        kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,
+                                 at(out, pairs_[p.first + i] * hidden_bytes + p.column * size));
 }
 
 void Ops::experts(const Experts& e, const void* x, int rows, const float* weights, const int64_t* ids, int top_k, void* inner,
@@ -270,14 +288,14 @@ void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, 
     // One item, which the pool computes as all others: with subnormal numbers flushed, whoever calls.
     pool_.run(rows > 0 ? 1 : 0, [&](int, int thread) {
         const auto scaled = kernels_->scaled_row[dtype];
-        float* wide = is_blocks(table.format) ? scratch_[thread].need(table.columns) : nullptr;
+        float* wide = table.format >= DENSE_FORMATS ? scratch_[thread].need(table.columns) : nullptr;
         for (int t = 0; t < rows; t++) {
             if (ids[t] < 0 || ids[t] >= table.rows) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(table.rows));
             const void* row = table.row(ids[t]);
             if (as_it_lies) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
             else if (!wide) scaled[table.format](row, multiplier, table.columns, at(out, t * row_bytes));
             else {
-                kernels_->blocks->widened[table.format - DENSE_FORMATS](row, table.blocks(), wide);
+                widen_row(table, ids[t], wide);
                 scaled[F32_MATRIX](wide, multiplier, table.columns, at(out, t * row_bytes));
             }
         }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "panels.h"
 #include "pool.h"
 #include "sampling.h"
 
@@ -23,10 +24,16 @@ struct Matrix {
     Format format;
     int rows, columns;
     const void* data;
+    // Of FP8: block after block, and how many rows and columns share one.
+    std::shared_ptr<const std::vector<float>> scales = nullptr;
+    int block_rows = 1, block_columns = 1;
 
     size_t row_bytes() const { return size_t(blocks()) * FORMAT_SIZES[format].bytes; }
     int blocks() const { return columns / FORMAT_SIZES[format].elements; }  // of a row
     const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
+    // Of the blocks that row i is in.
+    const float* row_scales(int64_t i) const { return scales->data() + i / block_rows * scales_of_a_row(); }
+    int64_t scales_of_a_row() const { return (columns + block_columns - 1) / block_columns; }
 };
 
 // Linear layers of one input; their outputs lie side by side in a row.
@@ -134,10 +141,15 @@ struct Clip {
 };
 
 constexpr int ROW_BLOCK = 64;  // rows of x that pass while a chunk of weights is in the second cache
+constexpr int MOST_COLUMNS = 256;  // of a product that one item computes
+// Rows of weights in blocks that are widened at a time, where activations are not quantised.
+constexpr int WIDENED_ROWS = 16;
 
 class Ops {
 public:
-    Ops(const std::string& limit, int threads) : kernels_(select_kernels(limit)), pool_(threads), scratch_(threads) {}
+    // float_activations: what meets weights in blocks is not quantised.
+    Ops(const std::string& limit, int threads, bool float_activations = false)
+        : kernels_(select_kernels(limit)), float_activations_(float_activations), pool_(threads), scratch_(threads) {}
 
     const char* name() const { return kernels_->name; }
     int threads() const { return pool_.threads(); }
@@ -197,13 +209,15 @@ private:
         std::vector<float> floats;
         std::vector<const void*> rows;
         // Rows of x as products want them, each kind once for a thread's items: packed for plain numbers, quantised for blocks
-        // of either size.
+        // of either size; and, where they are not quantised, widened, and packed as float32.
         struct Packed {
             std::vector<char> bytes;
             uint64_t call = 0;
             int first = 0;
         };
-        Packed packed[1 + BLOCK_SIZES];
+        Packed packed[1 + BLOCK_SIZES], unquantised[2];
+        std::vector<char> panels;  // of one item
+        std::vector<char> widened;  // rows of weights
 
         static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
@@ -218,12 +232,24 @@ private:
         size_t bytes() const {
             size_t sum = floats.capacity() * sizeof(float);
             for (const Packed& each : packed) sum += each.bytes.capacity();
-            return sum;
+            for (const Packed& each : unquantised) sum += each.bytes.capacity();
+            return sum + panels.capacity() + widened.capacity();
         }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
     struct Product {  // rows of x times some columns of one expert
         int expert, first, count, column, columns;
+    };
+    struct PanelRows {  // of an expert, or of all layers; in tiles they begin at row `tiled`
+        int weights, first, count, tiled;
+    };
+    struct PanelProduct {
+        PanelRows rows;
+        int column, columns;
+    };
+    struct Tiled {  // where rows lie in tiles for one format
+        Format format;
+        size_t at, row_bytes;
     };
     struct Attend {  // some queries of one sequence, with some query heads of one kv head
         int sequence, first, queries;
@@ -239,27 +265,74 @@ private:
     void sort_pairs(const Experts& e, const int64_t* ids, int pairs, bool skip);
     // Each sorted pair's row of its expert, to the pair's place in out.
     void pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out);
-    // row_bytes(e) is what one column of expert e's products reads.
-    template <class RowBytes> void plan_products(int columns_in_all, const RowBytes& row_bytes);
+    // Of experts that `takes`. row_bytes(e) is what one column of expert e's products reads.
+    template <class Takes, class RowBytes> void plan_products(int columns_in_all, const Takes& takes, const RowBytes& row_bytes);
+    // What a product found, with its bias, to its place in out; of experts, gated, to the sorted pairs' rows of inner, or from
+    // there to the pairs' places.
+    void store_columns(const Linear& l, const Linear::Layer& layer, const Product& p, const float* c, void* out, bool wide);
+    void store_gated(const Experts& e, const Product& p, float* gate, float* up, void* inner);
+    void store_down(const Experts& e, const Product& p, const float* c, void* out);
     void plan_attention(const Attention& a);
     // Floats of one item of attention, and whether so many items are few: then each split of their keys is one.
     static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
     int few_items() const { return 2 * pool_.threads(); }
     AttentionBlock attention_block(const Attention& a, const Attend& item) const;
-    // Calls the kernel with the rows from `first` of this call's, packed where it wants them so: once for a thread's items.
+    // Calls the kernel with these rows of x, packed where it wants them so: once for a thread's items. `first` tells them from
+    // all others of this call.
     // Of w it takes the rows from `column` on, as many as c has columns.
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
     // What `pack` makes of the rows from `first` of this call's, in so many bytes; made anew where `packed` has others.
-    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack);
+    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack) {
+        if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
+        void* to = Scratch::aligned(packed.bytes.data());
+        if (packed.call != calls_ || packed.first != first) pack(to);
+        packed.call = calls_, packed.first = first;
+        return to;
+    }
+
+    // Many rows and weights in blocks (panel_ops.cpp).
+    const PanelKernels& panels() const { return *kernels_->blocks->panels; }
+    int batch_rows(size_t formats) const;
+    size_t most_tile_bytes(int widest) const;
+    size_t most_panel_bytes(int widest) const;
+    size_t panel_bytes(const Matrix& w) const;
+    char* panel_room(size_t bytes, int thread);
+    char* tiles_of(const Tiled& tiled, int row);
+    template <class RowAt> void lay_in_tiles(Dtype dtype, const std::vector<Format>& formats, int k, const RowAt& row_at);
+    void lay_tile(Dtype dtype, BlockSize size, const void* const* x, const PanelRows& tile, int k, Scratch::Packed& room);
+    void plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes);
+    void cut_panel_products();
+    char* unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const;
+    void panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
+                       float* c);
+    template <class MatrixOf> Stretch next_panels(int item, const MatrixOf& matrix_of) const;
+    template <class Takes, class Run> void each_panel_batch(size_t formats, const Takes& takes, const Run& run);
+    bool by_panels(int rows, std::initializer_list<Format> formats) const;
+    bool gate_by_panels(const Experts& e, int expert) const;
+    bool down_by_panels(const Experts& e, int expert) const;
+    void linear_by_panels(const Linear& l, const void* x, int rows, void* out, bool wide);
+    void gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner);
+    void down_by_panels(const Experts& e, const void* inner, void* out);
+
+    // The same where activations are not quantised, or weights have no whole numbers (widened_ops.cpp).
+    void widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
+                         Scratch& scratch);
+    void widen_row(const Matrix& w, int64_t row, float* to) const;
+    static size_t widened_bytes(int k);
 
     const Kernels* kernels_;
+    const bool float_activations_;
     std::mutex one_caller_;  // of what uses the members below
     Pool pool_;
     std::vector<Scratch> scratch_;
     // Kept between calls, so that a step allocates nothing once its size has been seen.
     std::vector<int> starts_, pairs_;
     std::vector<Product> products_;
+    std::vector<PanelRows> panel_rows_, panel_tiles_;
+    std::vector<PanelProduct> panel_products_;
+    std::vector<Tiled> tiled_;
+    std::vector<char> tiles_;
     std::vector<Attend> attends_;
     std::vector<Split> splits_;
     Scratch shared_;

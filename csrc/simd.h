@@ -270,6 +270,7 @@ INLINE void store(bf16* p, V a) {
         p[i] = bf16((a.v[i] != a.v[i] ? bits | 0x400000 : up) >> 16);
     }
 }
+#undef LANES
 #endif
 
 template <class T> INLINE V load_some(const T* p, int n) {

@@ -18,8 +18,9 @@ from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
+from moebius.nn.linear import Weighted, WeightList
 from moebius.nn.rope import RopeConfig
-from moebius.ops import LayerCache, Ops
+from moebius.ops import LayerCache, Matrix, Ops
 from moebius.ops.config import RouterConfig
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
@@ -27,6 +28,7 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import CacheGroups, GroupSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
+from ops.formats.blocks import random_matrix
 
 MAX_MODEL_LEN = 256
 # Models with windows: model type and what differs from its plainest configuration. In the last two
@@ -72,6 +74,42 @@ def mixed(ops: Ops, dtype: torch.dtype) -> Decoder:
         drawn = torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(0.3 * drawn + float(parameter.ndim == 1))
     return decoder.requires_grad_(False)
+
+
+def in_blocks(name: str, ops: Ops, dtype: torch.dtype) -> Decoder:
+    """A layer of experts whose matrices, and the vocabulary's, are random blocks of one of GGUF's
+    types: the same ones for all `ops`."""
+    config = ModelConfig(
+        model_type="in-blocks",
+        hidden_size=256,
+        vocab_size=300,
+        context=MAX_MODEL_LEN,
+        layers=(
+            LayerSpec(GQA(4, 2, 64, rope=RopeConfig()), FeedForwardConfig(256, _ROUTED.router)),
+        ),
+    )
+    decoder = Decoder(config, ops, dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in decoder.modules():
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                parameter.data.copy_(
+                    torch.randn(parameter.shape) * 0.3 + float(parameter.ndim == 1)
+                )
+                if isinstance(module, Weighted):
+                    module.hold(_drawn(name, *parameter.shape))
+                elif isinstance(module, WeightList):
+                    module.hold(int(leaf), _drawn(name, *parameter.shape))
+    return decoder.requires_grad_(False)
+
+
+def _drawn(name: str, rows: int, columns: int) -> Matrix:
+    """Blocks whose numbers are about as large as a trained model's."""
+    spread = 0.01
+    size = float(random_matrix(name, 8, columns, spread).widened(torch.float32).std())
+    return random_matrix(name, rows, columns, spread * 0.1 / size)
 
 
 @dataclass(frozen=True)

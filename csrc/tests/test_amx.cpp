@@ -79,6 +79,24 @@ void test_tiles() {
     CHECK(std::isnan(dot_of({0, 0}, {std::numeric_limits<float>::infinity(), 0}, 0)), "zero times infinity");
 }
 
+// Four neighbours at once of a row of bytes and a column of them, with signs, added to what was there.
+void test_tiles_of_bytes() {
+    using namespace tile_test;
+    const int8_t left[8] = {-128, 127, 1, 2, 3, 4, 5, 6}, right[8] = {-128, -128, 1, -1, 10, 100, 0, 127};
+    int32_t sum = 1000;
+    TileShapes shapes;
+    shapes.set(0, 8, 1, 4);
+    shapes.set(1, 1, 1, 8);
+    shapes.set(2, 1, 2, 4);
+    configure_tiles(shapes);
+    tile_load<0>(&sum, 4), tile_load<1>(left, 8), tile_load<2>(right, 4);
+    tile_dot_of_bytes<0, 1, 2>();
+    tile_store<0>(&sum, 4);
+    release_tiles();
+    // 16384 - 16256 + 1 - 2, and 30 + 400 + 0 + 762
+    CHECK(sum == 1000 + 127 + 1192, "%d", sum);
+}
+
 // --- products ---
 
 // Rows lie apart, each just as long as it has to be, so that reading over an end is found.
@@ -305,7 +323,7 @@ void test_operations() {
 }  // namespace
 
 int main() {
-    test_tiles();
+    test_tiles(), test_tiles_of_bytes();
     if (!__builtin_cpu_supports("avx512bf16")) return printf("no AVX-512 BF16 here: the kernels around the tiles cannot run\n"), failures != 0;
     const Kernels& kernels = *kernels_amx_emulated();
     test_products(kernels);

@@ -8,7 +8,17 @@ def formats() -> list[str]: ...
 def reads(dtype: int, format: int) -> bool: ...
 
 class Matrix:
-    def __init__(self, *, format: int, rows: int, columns: int, data: int) -> None: ...
+    def __init__(
+        self,
+        *,
+        format: int,
+        rows: int,
+        columns: int,
+        data: int,
+        scales: int = 0,
+        block_rows: int = 1,
+        block_columns: int = 1,
+    ) -> None: ...
 
 class _Call:
     """An operation's arguments by name, whose fields csrc/ops.h describes."""
@@ -212,7 +222,7 @@ class Shaped:
     def restore(self) -> None: ...
 
 class Ops:
-    def __init__(self, limit: str, threads: int) -> None: ...
+    def __init__(self, isa: str, threads: int, float_activations: bool = False) -> None: ...
     @property
     def name(self) -> str: ...
     @property

@@ -14,7 +14,13 @@ from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import load_engine
-from moebius.errors import ContextLengthError, DeadlineError, EngineError, NumericalError
+from moebius.errors import (
+    ConfigError,
+    ContextLengthError,
+    DeadlineError,
+    EngineError,
+    NumericalError,
+)
 from moebius.ops import select_ops
 from moebius.ops.cache_spec import key_value_spec
 from moebius.request.engine_request import EngineRequest
@@ -288,6 +294,18 @@ def test_bfloat16_runs_and_the_fingerprint_names_the_kernels(
     assert one.info.fingerprint.endswith(
         f"_{ops.name}_bfloat16" if isa != "reference" else "_reference_bfloat16-approx"
     )
+
+
+def test_float_activations_are_chosen_and_named_by_the_fingerprint(tiny_model: Path) -> None:
+    """Answers in blocks of weights differ between the two, and so do what prefixes are kept by."""
+    names = [
+        engine(tiny_model, activations=activations).info.fingerprint
+        for activations in ("int8", "float")
+    ]
+    ops = select_ops("cpu", torch.float32)
+    assert names[1] == names[0].replace(f"_{ops.name}_", f"_{ops.name}-float_") != names[0]
+    with pytest.raises(ConfigError, match="activations"):
+        EngineConfig(activations="bfloat16")  # type: ignore[arg-type]
 
 
 @pytest.mark.case("B3")

@@ -25,6 +25,7 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.schedule.groups import CacheGroups
 from moebius.schedule.request import SamplingParams
+from ops.formats.blocks import BLOCKS
 from oracle import FAMILY, load_theirs, save_tiny
 from random_schedules import (
     MAX_MODEL_LEN,
@@ -35,6 +36,7 @@ from random_schedules import (
     alone,
     answers,
     groups_of,
+    in_blocks,
     mixed,
     random_schedule,
     wishes,
@@ -204,6 +206,25 @@ def greedy(rng: random.Random) -> Wish:
     """30 tokens behind a prompt of 120."""
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     return Wish("greedy", tuple(rng.randrange(300) for _ in range(120)), params, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in BLOCKS),
+        ("q8_0", torch.float32),
+        ("q4_k", torch.float32),
+    ],
+)
+def test_weights_in_blocks_give_one_answer(name: str, dtype: torch.dtype) -> None:
+    """Every type of GGUF's, in linear layers, experts, embeddings and the head."""
+    decoders = [in_blocks(name, ops, dtype) for ops in KERNELS.values()]
+    rng = random.Random(name)
+    asked = wishes(12, 300, rng)
+    expected = {wish.id: alone(decoders[0], wish) for wish in asked}
+    schedule = random_schedule(len(asked), rng)
+    for found in answers(decoders[1], asked, schedule).rounds:
+        assert found == expected, schedule
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILY))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from moebius.ops.cpu.program import RecordedProgram
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.parallel.exchange import ExchangeSpec
+from ops.formats.blocks import random_matrix
 from oracle import FAMILY, save_tiny
 from random_schedules import WINDOWED
 from rank_threads import group, together
@@ -205,11 +207,15 @@ def test_the_kernels_keep_no_more_while_a_context_grows() -> None:
     assert ops._native.scratch_bytes <= ops.scratch_bytes(64, spec, block_size, most)
 
 
+@pytest.mark.parametrize("activations", ["int8", "float"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_kernels_keep_no_more_than_they_said(threads: int) -> None:
-    """One long sequence, whose keys are split as often as can be; then long rows of products."""
-    context, size, block_size = 5000, 128, 16
-    ops = CpuOps(threads)
+def test_the_kernels_keep_no_more_than_they_said(
+    threads: int, activations: Literal["int8", "float"]
+) -> None:
+    """One long sequence, whose keys are split as often as can be; then long rows of products, with
+    plain numbers and with blocks of both sizes."""
+    context, size, block_size = 5000, 256, 16
+    ops = CpuOps(threads, activations=activations)
     spec = key_value_spec(1, 64, torch.bfloat16)
     blocks = -(-context // block_size)
     buffer = torch.zeros(ops.cache_bytes_per_block(spec, block_size) * blocks, dtype=torch.uint8)
@@ -220,6 +226,10 @@ def test_the_kernels_keep_no_more_than_they_said(threads: int) -> None:
         step = StepInputs.build([[0] * new], [context - new], tables, block_size)
         q = torch.randn(new, 4, 64).bfloat16()
         ops.paged_attention(q, cache, ops.plan_attention(step, block_size), 1.0)
-    layer = ops.prepare_linear((torch.randn(300, size).bfloat16(), None))
-    ops.linear(torch.randn(200, size).bfloat16(), layer)
+    plain = torch.randn(300, size).bfloat16()
+    blocks_of = [random_matrix(name, 300, size) for name in ("q5_1", "q8_0", "q4_k", "q6_k")]
+    for rows in (1, 5, 800):
+        x = torch.randn(rows, size).bfloat16()
+        for weight in (plain, *blocks_of):
+            ops.linear(x, ops.prepare_linear((weight, None), dtype=torch.bfloat16))
     assert said / 3 < ops._native.scratch_bytes <= said

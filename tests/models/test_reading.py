@@ -263,7 +263,7 @@ def test_other_names_of_the_number_of_experts(model_type: str, name: str, other:
 
 def test_a_name_that_the_class_does_not_know_is_none() -> None:
     """qwen2_moe has no other name for num_experts; transformers leaves such a key alone."""
-    config, ignored, _ = read_config(tiny("qwen2_moe", num_local_experts=3))
+    config, ignored, _, _ = read_config(tiny("qwen2_moe", num_local_experts=3))
     router = config.feed_forward[0].router
     assert ignored == ["num_local_experts"] and router is not None and router.num_experts == 5
 
@@ -290,7 +290,7 @@ def test_a_name_that_the_class_does_not_know_is_none() -> None:
         ("mistral", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, ["layer_types[1]"]),
         ("dots1", {"n_group": None}, ["n_group", "null"]),
         ("dots1", {"n_shared_experts": None}, ["n_shared_experts", "null"]),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, ["gptq", "bfloat16"]),
+        ("llama", {"quantization_config": {"quant_method": "torchao"}}, ["torchao", "bfloat16"]),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "neighbours"]),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["longrope", "neighbours"]),
         ("llama", {"quantization_config": "fp8"}, ["fp8", "bfloat16"]),

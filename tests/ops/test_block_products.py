@@ -197,6 +197,31 @@ def test_blocks_are_read_in_place(isa: str) -> None:
         assert_bits(logits(ops, x, moved), wanted)
 
 
+@pytest.mark.parametrize("isa", LEVELS)
+def test_activations_that_stay_as_they_are_meet_widened_weights(isa: str) -> None:
+    """The bits of float32 products with the weights' float32 numbers, one row and many; experts
+    too, which round between their layers as always."""
+    exact, plain = CpuOps(2, isa, "float"), level(isa, 2)
+    assert exact.name == f"{plain.name}-float"
+    for name in BLOCKS:
+        matrix = random_matrix(name, 35, 512)
+        wide = matrix.widened(torch.float32)
+        for dtype, rows in ((torch.float32, 1), (torch.bfloat16, 3), (torch.bfloat16, 70)):
+            x = activations(rows, 512, dtype)
+            layers = plain.prepare_linear((wide, None))
+            wanted = plain.logits(x.float(), layers)
+            assert_bits(logits(exact, x, matrix), wanted, name)
+            here = exact.prepare_linear((matrix, None), dtype=dtype)
+            assert_bits(exact.linear(x, here), wanted.to(dtype), name)
+    kinds = [[random_matrix(name, 256, 256, 0.01) for _ in range(3)] for name in ("q4_k", "q8_0")]
+    experts = ExpertWeights(kinds[0], kinds[1], kinds[0])
+    copied = ExpertWeights(*([w.widened(torch.float32) for w in kind] for kind in experts[:3]))
+    x, share = torch.randn(20, 256), torch.rand(20, 2)
+    ids = torch.stack([torch.randperm(3)[:2] for _ in range(20)])
+    found = exact.experts(x, share, ids, exact.prepare_experts(experts, "silu", torch.float32))
+    assert_bits(found, plain.experts(x, share, ids, plain.prepare_experts(copied, "silu")))
+
+
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     ops = level(LEVELS[-1], 1)
     with pytest.raises(ValueError, match="512 columns where the input has 256"):

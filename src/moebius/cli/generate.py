@@ -131,7 +131,9 @@ async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], 
             return await run_batch(app, calls, out, concurrency=concurrency, on_result=advance)
 
 
-@o.options_of("config", EngineConfig, "dtype", "max_model_len", "threads", max_num_seqs=1)
+@o.options_of(
+    "config", EngineConfig, "dtype", "activations", "max_model_len", "threads", max_num_seqs=1
+)
 @o.options_of("which", o.ModelOptions)
 def chat(
     config: EngineConfig,

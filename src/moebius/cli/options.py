@@ -41,6 +41,7 @@ class ModelOptions:
 
 SIZES = (
     "dtype",
+    "activations",
     "device",
     "max_model_len",
     "max_num_seqs",

@@ -295,7 +295,7 @@ def _print_tensors(prepared: "Prepared") -> None:
 
     table = Table("tensor", "bytes", "", "", box=None, pad_edge=False)
     for row in prepared.weights:
-        held = "mapped" if row.mapped else "copied"
+        held = "mapped" if row.mapped else "repacked" if row.repacked else "copied"
         table.add_row(row.name, f"{row.nbytes:,}", held, row.format)
     Console().print(table)
 

@@ -8,6 +8,7 @@ from moebius.schedule.config import SchedulerConfig
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+Activations = Literal["int8", "float"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,11 @@ class EngineConfig(SchedulerConfig):
         "What is computed in and the KV cache held in: auto (the checkpoint's; float32 for float16 "
         "on a CPU), bfloat16 or float32. Weights stay as stored where it holds them exactly.",
     ] = "auto"
+    activations: Annotated[
+        Activations,
+        "What activations become where they meet quantised weights: int8 (fast, and the same bits "
+        "on every CPU) or float (they stay as they are; slower).",
+    ] = "int8"
     device: Annotated[Device, "auto (cuda when torch has it), cpu or cuda."] = "auto"
     kv_cache_memory_bytes: Annotated[
         int | None, "What the KV cache reserves; default: see `moebius plan`."
@@ -51,6 +57,7 @@ class EngineConfig(SchedulerConfig):
     def __post_init__(self) -> None:
         SchedulerConfig.__post_init__(self)  # slots and super() do not go together in a dataclass
         require_word("dtype", self.dtype, Dtype)
+        require_word("activations", self.activations, Activations)
         require_word("device", self.device, Device)
         require_seconds("step_deadline", self.step_deadline)
         if not isinstance(self.ranks, int) or self.ranks < 1:

@@ -169,7 +169,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
     threads = _threads(config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
-    ops = select_ops(device, dtype, config.threads)
+    ops = select_ops(device, dtype, config.threads, config.activations)
     check_served(checkpoint.config, dtype, ops)
     ranks = None if share is None else share.of(checkpoint.config, config)
     sources = checkpoint.sources_at(ranks)
@@ -288,6 +288,7 @@ def _weight_bytes(
         stored=stored,
         near=sum(nbytes for nbytes, _ in near),
         common=sum(nbytes for nbytes, common in near if common),
+        repacked=sum(weight.nbytes for weight in weights if weight.repacked),
     )
 
 

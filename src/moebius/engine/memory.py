@@ -31,10 +31,10 @@ _INT64 = 8
 class WeightBytes:
     """Bytes of weights that are read in place from the files (`mapped`), or converted (`copied`).
 
-    stored is the dtype that most of them have in the files. moving is room for experts that come
-    before others go, and for as many as a rank may come to hold. near are copied as they are, to
-    the `nodes` of memory that a rank is bound to; `common` of these are of weights that every rank
-    has.
+    `repacked` of those copied are codes and scales in another order than the files'. stored is the
+    dtype that most of them have in the files. moving is room for experts that come before others
+    go, and for as many as a rank may come to hold. near are copied as they are, to the `nodes` of
+    memory that a rank is bound to; `common` of these are of weights that every rank has.
     """
 
     mapped: int
@@ -45,6 +45,7 @@ class WeightBytes:
     near: int = 0
     common: int = 0
     nodes: tuple[int, ...] = ()
+    repacked: int = 0
 
     @property
     def total(self) -> int:
@@ -53,7 +54,10 @@ class WeightBytes:
     @property
     def parts(self) -> str:
         """How they are held, for a person."""
-        said = f"{human_bytes(self.mapped)} mapped, {human_bytes(self.copied)} copied"
+        plain = self.copied - self.repacked
+        said = f"{human_bytes(self.mapped)} mapped, {human_bytes(plain)} copied"
+        if self.repacked:
+            said += f", {human_bytes(self.repacked)} repacked"
         if self.near:
             said += f", {human_bytes(self.near)} copied to {node_names(self.nodes)}"
         return said

@@ -15,7 +15,8 @@ from moebius.gguf import GgufModel, is_gguf, open_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.family import family, read_config
 from moebius.models.gguf_config import ROPE_DIVISORS, gguf_config
-from moebius.models.layout import Layout
+from moebius.models.layout import Layout, switched
+from moebius.models.quantization import Quantization, quantization_beside
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 
@@ -30,6 +31,8 @@ class Description(NamedTuple):
     layouts       what its tensors may be called
     unused        patterns of tensors that are none of the model's
     ignored       keys that change nothing, and that no model of this type reads
+    quantization  how a directory's matrices are stored; None for plain numbers, and in a GGUF file,
+                  which says it of each tensor
     """
 
     config_json: Mapping[str, Any]
@@ -37,6 +40,7 @@ class Description(NamedTuple):
     layouts: tuple[Layout, ...]
     unused: tuple[str, ...]
     ignored: Sequence[str]
+    quantization: Quantization | None = None
 
     def leaves_out(self, tensor: str) -> bool:
         """Whether a tensor of the files is none of the model's."""
@@ -52,16 +56,20 @@ def describe(path: Path) -> Description:
 def describe_directory(directory: Path) -> Description:
     """By its config.json."""
     config_json = read_json(directory / "config.json")
-    config, ignored, _ = read_config(config_json)
+    config, ignored, _, quantization = read_config(config_json)
+    quantization = quantization or quantization_beside(directory)
     found = family(config.model_type)
-    return Description(config_json, config, found.layouts, found.unused, ignored)
+    layouts = found.layouts
+    if quantization is not None and quantization.method == "mlx":
+        layouts += tuple(filter(None, map(switched, layouts)))
+    return Description(config_json, config, layouts, found.unused, ignored, quantization)
 
 
 def describe_gguf(model: GgufModel) -> Description:
     """By its keys."""
     name = model.files[0].path.name
     found = gguf_config(model)
-    config, _, _ = read_config(found.config_json, name)
+    config = read_config(found.config_json, name).config
     layers = []
     for layer in config.layers:
         mixer = layer.mixer

@@ -17,6 +17,8 @@ from moebius.models import families
 from moebius.models.config import ModelConfig
 from moebius.models.gguf_architecture import GgufArchitecture
 from moebius.models.layout import Layout
+from moebius.models.quantization import Quantization, read_quantization
+from moebius.models.quantization.read import KEYS as QUANTIZATION_KEYS
 from moebius.models.reading import ConfigReader, Keys
 
 
@@ -44,11 +46,13 @@ class ConfigReading(NamedTuple):
 
     ignored   keys that no model of this type reads, so that they change nothing
     assumed   keys that count and are absent, so that they have the default of transformers' class
+    quantization   how the checkpoint's matrices are stored; None for plain numbers
     """
 
     config: ModelConfig
     ignored: Sequence[str]
     assumed: Sequence[str]
+    quantization: Quantization | None
 
 
 def model_types() -> tuple[str, ...]:
@@ -101,9 +105,12 @@ def read_config(config_json: Mapping[str, Any], where: str = "config.json") -> C
     """Raises ConfigError naming the key that is wrong, or that counts and has a value which is not
     supported, and the file, which is called `where`."""
     reader = config_reader(config_json, where)
+    quantization = read_quantization(config_json)
     config = family(config_json.get("model_type")).read(reader)
+    assumed = sorted(reader.computed - reader.raw.keys())
+    reader.computed |= QUANTIZATION_KEYS
     reader.finish()
-    return ConfigReading(config, reader.ignored, sorted(reader.computed - reader.raw.keys()))
+    return ConfigReading(config, reader.ignored, assumed, quantization)
 
 
 def model_config(config_json: Mapping[str, Any]) -> ModelConfig:

@@ -6,7 +6,7 @@ calls them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from moebius.models.config import LayerSpec, ModelConfig
@@ -111,6 +111,20 @@ class Layout:
         whole = (experts, stored.parts * rows, *shape[1:])
         first = stored.part * rows
         return Source(ours, shape, before + stored.name, whole, expert, first, float32, whose)
+
+
+def switched(layout: Layout) -> Layout | None:
+    """The same with all experts' matrices of one kind in one tensor, as mlx-lm has them; None where
+    they are not one by one in `layout`."""
+    names: dict[str, str | Stacked] = dict(layout.names)
+    for ours in GATE_UP_DOWN:
+        role = f"mlp.experts.{ours}"
+        stored = layout.names.get(role, USUAL[role])
+        before, numbered, _ = str(stored).partition("experts.{e}.")
+        if not numbered:
+            return None
+        names[role] = Stacked(f"{before}switch_mlp.{ours}.weight")
+    return replace(layout, names=names)
 
 
 class Source(NamedTuple):

@@ -229,13 +229,6 @@ def _windowed(
 def decoder(reader: ConfigReader, specs: Sequence[LayerSpec], **different: Any) -> ModelConfig:
     """What every supported architecture spells alike, and what is `different` about this one:
     fields of ModelConfig."""
-    quantized = reader.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise reader.error(
-            f"quantization_config of method {method!r} is not supported; use the checkpoint in "
-            "bfloat16, float16 or float32"
-        )
     usual = {
         "model_type": reader.get("model_type"),
         "hidden_size": reader.integer("hidden_size"),

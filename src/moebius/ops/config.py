@@ -11,6 +11,8 @@ Weight = Literal["raw", "renorm", "softmax", "sigmoid"]
 GroupScore = Literal["max", "top2"]
 GroupFill = Literal["zero", "never"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+# What activations become where they meet quantised weights.
+Activations = Literal["int8", "float"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,24 @@ import os
 
 import torch
 
+from moebius.ops.config import Activations
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 
 log = logging.getLogger(__name__)
 
 
-def select_ops(device: torch.device | str, dtype: torch.dtype, threads: int | None = None) -> Ops:
+def select_ops(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    threads: int | None = None,
+    activations: Activations = "int8",
+) -> Ops:
     """The fastest backend for weights of `dtype` on `device`.
 
-    threads: of a CPU's; None for all that we may use. MOEBIUS_CPU_ISA=reference asks for plain
-    PyTorch. Raises ConfigError for an instruction set that is not there.
+    threads: of a CPU's; None for all that we may use. activations: what they become where they meet
+    quantised weights, if the backend quantises any: plain PyTorch does not. MOEBIUS_CPU_ISA=
+    reference asks for it. Raises ConfigError for an instruction set that is not there.
     """
     if torch.device(device).type != "cpu" or os.environ.get("MOEBIUS_CPU_ISA") == "reference":
         return ReferenceOps()
@@ -28,7 +35,7 @@ def select_ops(device: torch.device | str, dtype: torch.dtype, threads: int | No
             "moebius again"
         )
         return ReferenceOps()
-    return CpuOps(threads)
+    return CpuOps(threads, activations=activations)
 
 
 def kernel_levels() -> tuple[str, ...]:

@@ -39,12 +39,13 @@ class Matrix:
 
     def rows(self, start: int, stop: int) -> "Matrix":
         """Rows `start` to `stop`, a view."""
-        planes = self.format.select(self.planes, slice(start, stop))
-        return Matrix(self.format, (len(range(self.shape[0])[start:stop]), self.shape[1]), planes)
+        format, planes = self.format.select(self.planes, slice(start, stop))
+        return Matrix(format, (len(range(self.shape[0])[start:stop]), self.shape[1]), planes)
 
     def take(self, rows_T: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows by their ids (int64), widened: (T, columns)."""
-        return self.format.widened(self.format.select(self.planes, rows_T), dtype)
+        format, planes = self.format.select(self.planes, rows_T)
+        return format.widened(planes, dtype)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The numbers (rows, columns), each rounded once to `dtype`."""

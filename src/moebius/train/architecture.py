@@ -78,7 +78,9 @@ def check_written(whole: dict[str, Any]) -> None:
     Somebody wrote the recipe for this model: they did not mean to leave a size to the class's
     default, nor to write a key that changes nothing.
     """
-    config, ignored, assumed = read_config(whole)
+    config, ignored, assumed, quantization = read_config(whole)
+    if quantization is not None:
+        raise ConfigError("model: what is trained is not quantised; leave quantization_config out")
     dense = any(part.router is None for part in config.feed_forward)
     one_width = "moe_intermediate_size" not in {*whole, *assumed}
     sizes = [*_SIZES, *_WIDTHS]

@@ -7,9 +7,9 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from moebius.errors import ConfigError, WeightsError
 from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
+from moebius.models.description import Description
 from moebius.models.layout import Layout, Source, sources
+from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
 from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor, short_name
@@ -36,7 +38,8 @@ class Checkpoint:
 
     path is a directory, or a GGUF file. config.tie_word_embeddings says what the tensors do, which
     is not always what config_json says.
-    tensors are the store's, under their names in a model with a head.
+    tensors are the store's, under their names in a model with a head; a matrix that is quantised in
+    several tensors is one, under its weight's name.
     """
 
     path: Path
@@ -171,13 +174,22 @@ def _match(
     config: ModelConfig,
     store: Store,
     tensors: Mapping[str, StoredTensor],
-    layouts: tuple[Layout, ...],
-) -> tuple[Source, ...]:
-    """The sources of all parameters, in the layout that the checkpoint has."""
+    described: Description,
+) -> tuple[tuple[Source, ...], Mapping[str, StoredTensor]]:
+    """The sources of all parameters, in the layout that the checkpoint has; and what they read."""
+    layouts = described.layouts
+    quantization = described.quantization
     head = layouts[0].head
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
-    wanted, missing = _closest(config, tensors, layouts)
+    schemes = () if quantization is None else quantization.schemes
+    wanted = _closest(
+        [partial(sources, config, layout) for layout in layouts],
+        lambda name: is_stored(name, tensors, schemes),
+    )
+    if quantization is not None:
+        tensors = composed(wanted, tensors, quantization)
+    missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
@@ -191,22 +203,22 @@ def _match(
                 f"{short_name(stored.file)}: tensor {name!r} is left over; {config.model_type} has "
                 "no such tensor"
             )
-    return wanted
+    return wanted, tensors
 
 
 def _closest(
-    config: ModelConfig, tensors: Mapping[str, StoredTensor], layouts: tuple[Layout, ...]
-) -> tuple[tuple[Source, ...], list[str]]:
-    """The sources in the layout that lacks fewest of them, and the names of those that it lacks."""
-    options = []
-    for layout in layouts:
-        wanted = tuple(sources(config, layout))
-        lacking = [source.name for source in wanted if source.name not in tensors]
-        options.append((wanted, lacking))
+    options: Sequence[Callable[[], Iterator[Source]]], stored: Callable[[str], bool]
+) -> tuple[Source, ...]:
+    """Of several ways to store a model the one that lacks least; others than a whole one are not
+    worked out."""
+    found: list[tuple[int, tuple[Source, ...]]] = []
+    for option in options:
+        wanted = tuple(option())
+        lacking = sum(not stored(source.name) for source in wanted)
+        found.append((lacking, wanted))
         if not lacking:
             break
-    wanted, lacking = min(options, key=lambda option: len(option[1]))
-    return wanted, list(dict.fromkeys(lacking))
+    return min(found, key=lambda each: each[0])[1]
 
 
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
@@ -258,7 +270,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     config = described.config
     tied = _tied(path, config, layout, tensors)
     config = replace(config, tie_word_embeddings=tied)
-    matched = _match(path, config, store, tensors, described.layouts)
+    matched, tensors = _match(path, config, store, tensors, described)
     return Checkpoint(path, described.config_json, config, store, tensors, matched)
 
 
@@ -269,7 +281,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
-    for tensor in sorted(checkpoint.store.tensors.values(), key=lambda t: t.start):
+    every = checkpoint.store.tensors.values()
+    stored = [plane for tensor in every for plane in tensor.planes]
+    for tensor in sorted(stored, key=lambda t: t.start):
         files.setdefault(tensor.file, []).append(tensor)
     for path, tensors in sorted(files.items()):
         with path.open("rb") as file:

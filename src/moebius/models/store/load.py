@@ -1,7 +1,9 @@
 """A checkpoint's tensors into a Decoder, where they lie in their files wherever that can be."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,14 +18,16 @@ from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.near import NearFiles
 from moebius.models.store.plan import PlannedWeight
-from moebius.models.store.tensors import StoredTensor
+from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor, without_parameters
 from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
-from moebius.ops import FORMATS, Matrix, Ops, PreparedExperts, Weight, select_ops
-from moebius.ops.formats import Dense, dtype_name
+from moebius.ops import Format, Matrix, Ops, PreparedExperts, Weight, select_ops
+from moebius.ops.formats import Dense, Inexact, dtype_name, format_named, repacked
 from moebius.pages import Span, give_back
+
+log = logging.getLogger(__name__)
 
 # Threads that copy a model while it is loaded, and nothing is computed yet.
 _COPYING = 4
@@ -179,8 +183,8 @@ class Loader:
         """Where sources lie in their files."""
         found: dict[Path, list[Span]] = {}
         for source in sources:
-            stored = self.checkpoint.tensors[source.name]
-            found.setdefault(stored.file, []).append(_span(source, stored))
+            for plane, span in _spans_of(source, self.checkpoint.tensors[source.name]):
+                found.setdefault(plane.file, []).append(span)
         return found
 
     def _planned(self, decoder: Decoder, sources: Sequence[Source]) -> list[PlannedWeight]:
@@ -206,15 +210,25 @@ class Loader:
             far = self._spans(source for source, plan in planned if not plan.near)
             for file, spans in far.items():
                 files.fetch(file, spans)
-        values = []
+        values: list[tuple[Source, Weight]] = []
+        others = []
         for source, plan in planned:
             held: _Files = near if near is not None and plan.near else files
             weight = _view(held, source, self.checkpoint.tensors[source.name])
             if not (plan.mapped or plan.near):
-                weight = _copied(weight, plan.format, self.device)
+                others.append(len(values))
             elif not self._mapped and isinstance(weight, Tensor):
                 weight = weight.clone()
             values.append((source, weight))
+
+        def convert(index: int) -> Weight:
+            source, weight = values[index]
+            wanted = planned[index][1].format
+            return _converted(weight, source, wanted, decoder.dtype, self.device)
+
+        with ThreadPoolExecutor(threads) as pool:
+            for index, weight in zip(others, pool.map(convert, others), strict=True):
+                values[index] = (values[index][0], weight)
         return values
 
     def _put(self, decoder: Decoder, values: Iterable[tuple[Source, Weight]]) -> None:
@@ -229,13 +243,20 @@ def _prepared(experts: nn.Module, decoder: Decoder) -> PreparedExperts:
     return experts.prepared(decoder.dtype)
 
 
-def _span(source: Source, stored: StoredTensor) -> Span:
-    """The bytes of a source in its file."""
+def _spans_of(source: Source, stored: StoredTensor) -> list[tuple[StoredTensor, Span]]:
+    """The bytes of a source in its files: of an entry of several planes, all of it."""
     if source.entry is None:
-        return stored.start, stored.stop
-    row_bytes = (stored.stop - stored.start) // math.prod(stored.shape[:2])
-    first = stored.start + row_bytes * _first_row(source)
-    return first, first + row_bytes * source.shape[0]
+        return [(plane, (plane.start, plane.stop)) for plane in stored.planes]
+    if not stored.parts:
+        row_bytes = (stored.stop - stored.start) // math.prod(stored.shape[:2])
+        first = stored.start + row_bytes * _first_row(source)
+        return [(stored, (first, first + row_bytes * source.shape[0]))]
+    found = []
+    for plane in stored.parts:
+        nbytes = (plane.stop - plane.start) // stored.shape[0]
+        first = plane.start + source.entry * nbytes
+        found.append((plane, (first, first + nbytes)))
+    return found
 
 
 def _first_row(source: Source) -> int:
@@ -245,7 +266,9 @@ def _first_row(source: Source) -> int:
 
 def _view(files: _Files, source: Source, stored: StoredTensor) -> Weight:
     """The source's values where they lie, as they are stored."""
-    format = FORMATS[str(stored.format)]
+    format = format_named(str(stored.format))
+    if stored.parts:
+        return _of_planes(files, source, stored, format)
     first_row = _first_row(source)
     if isinstance(format, Dense):
         skipped = first_row * math.prod(source.stored_shape[2:])
@@ -254,6 +277,44 @@ def _view(files: _Files, source: Source, stored: StoredTensor) -> Weight:
     ((dtype, shape),) = format.planes(rows, columns)
     plane = files.view(stored, dtype, first_row * math.prod(shape[1:]), shape)
     return Matrix(format, (rows, columns), (plane,))
+
+
+def _of_planes(files: _Files, source: Source, stored: StoredTensor, format: Format) -> Matrix:
+    """A matrix of several planes, or some rows of one, where they lie."""
+    rows, columns = stored.shape[-2:]
+    shapes = format.planes(rows, columns)
+    planes = [
+        files.view(plane, dtype, (source.entry or 0) * math.prod(shape), shape)
+        for plane, (dtype, shape) in zip(stored.parts, shapes, strict=True)
+    ]
+    whole = Matrix(format, (rows, columns), tuple(planes))
+    if source.shape[0] == rows:
+        return whole
+    return whole.rows(source.start, source.start + source.shape[0])
+
+
+def _converted(
+    weight: Weight, source: Source, wanted: str, dtype: torch.dtype, device: torch.device
+) -> Weight:
+    """A copy in the format `wanted`; in `dtype` where that has not the same numbers.
+
+    Raises WeightsError for planes that contradict each other.
+    """
+    try:
+        if wanted in NUMBER_BYTES:
+            return _copied(weight, wanted, device)
+        assert isinstance(weight, Matrix)
+        format = weight.format
+        planes = weight.planes
+        if without_parameters(format.name) != without_parameters(wanted):
+            planes = repacked(format, planes, wanted)
+            format = format_named(wanted)
+    except Inexact as cause:
+        log.info("%s is widened, and not repacked to %s: %s", source.name, wanted, cause)
+        return _copied(weight, dtype_name(dtype), device)
+    except ValueError as cause:
+        raise WeightsError(f"tensor {source.name!r} cannot be repacked: {cause}") from None
+    return Matrix(format, weight.shape, tuple(plane.to(device) for plane in planes))
 
 
 def _taken(decoder: Decoder, source: Source) -> Weight:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moebius.models.layout import Source
-from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
+from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor, without_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class PlannedWeight:
     mapped   read from the file as it lies there
     near     copied as it lies there, into this process's own memory; copied and converted where it
              is neither
-    format   of what is held: the file's of what is mapped or near, else what the model computes in
+    format   of what is held: the file's of what is mapped or near; else what the model computes in,
+             or what a matrix is repacked to that nothing reads as it is stored
     count    numbers, however many bytes they take
     """
 
@@ -28,6 +29,11 @@ class PlannedWeight:
     count: int
     nbytes: int
     near: bool = False
+
+    @property
+    def repacked(self) -> bool:
+        """Copied into another format of codes and scales, which stands for the same numbers."""
+        return not (self.mapped or self.near or self.format in NUMBER_BYTES)
 
 
 def planned_weight(
@@ -44,15 +50,24 @@ def planned_weight(
     near: what could be mapped is copied instead.
 
     Numbers of that very dtype are mapped, and matrices in one of `formats`, which widen to it
-    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype.
+    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype. On other
+    devices than the CPU are copies: quantised matrices stay what they are there too.
     """
     wanted = "float32" if source.float32 else dtype
     count = math.prod(source.shape)
-    as_stored = stored.format == wanted or (len(source.shape) == 2 and stored.format in formats)
-    aligned = stored.start % NUMBER_BYTES.get(str(stored.format), 1) == 0
-    if device == "cpu" and as_stored and aligned:
-        nbytes = (stored.stop - stored.start) * count // math.prod(stored.shape)
-        name = source.parameter
-        return PlannedWeight(name, not near, str(stored.format), count, nbytes, near)
-    nbytes = count * NUMBER_BYTES[wanted]
-    return PlannedWeight(source.parameter, False, wanted, count, nbytes)
+    name = source.parameter
+
+    def read(format: str) -> bool:
+        return len(source.shape) == 2 and without_parameters(format) in formats
+
+    format = str(stored.format)
+    here = device == "cpu"
+    if (format == wanted or read(format)) and (here or format not in NUMBER_BYTES):
+        nbytes = stored.nbytes * count // math.prod(stored.shape)
+        if stored.start % NUMBER_BYTES.get(format, 1) == 0:
+            return PlannedWeight(name, here and not near, format, count, nbytes, here and near)
+    for format, nbytes in stored.repackings:
+        if read(format):
+            nbytes = nbytes * source.shape[0] // stored.shape[-2]
+            return PlannedWeight(name, False, format, count, nbytes)
+    return PlannedWeight(name, False, wanted, count, count * NUMBER_BYTES[wanted])

@@ -13,6 +13,7 @@ from moebius.files import anyone, json_text, make_directory, write_file
 from moebius.models.decoder import Decoder
 from moebius.models.family import family, model_config
 from moebius.models.layout import Source, sources
+from moebius.models.quantization.read import KEYS as QUANTIZATION_KEYS
 
 
 def _stored_tensors(
@@ -58,7 +59,8 @@ def save_checkpoint(
     write_file(weights, lambda to: save_file(tensors, to, metadata={"format": "pt"}), ours=anyone)
     # transformers 5 calls it dtype, and reads the name of old too, which is the only one that
     # version 4 reads.
-    described = {key: value for key, value in config_json.items() if key != "dtype"}
+    gone = {"dtype", *QUANTIZATION_KEYS}  # what is written is plain numbers
+    described = {key: value for key, value in config_json.items() if key not in gone}
     described["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_file(
         directory / "config.json",

@@ -11,16 +11,27 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
+from moebius.models.quantization.record import Repacking
+
 # Bytes a number, of the formats (moebius.ops.FORMATS) whose matrices are plain numbers.
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def without_parameters(format: str) -> str:
+    """The name that stands before a format's parameters, by which backends list what they read."""
+    return format.partition("[")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor of a file; start and stop are byte offsets from the file's beginning.
 
-    dtype is what the file calls it. format is the name that it has here (moebius.ops.FORMATS), or
+    dtype is what the file calls it. format is the name that it has here (moebius.ops.formats), or
     None where Moebius reads none such.
+
+    A matrix whose format has several planes, each a tensor of its own, is one too: these are its
+    `parts`, and file, start and stop those of its codes. `repackings` are what may be made of one
+    matrix, the best first, where a backend does not read it as it is stored.
     """
 
     file: Path
@@ -30,6 +41,17 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    parts: "tuple[StoredTensor, ...]" = ()
+    repackings: tuple[Repacking, ...] = ()
+
+    @property
+    def planes(self) -> "tuple[StoredTensor, ...]":
+        """The tensors of files that it lies in, in the order of its format's planes."""
+        return self.parts or (self,)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plane.stop - plane.start for plane in self.planes)
 
 
 class Store(ABC):

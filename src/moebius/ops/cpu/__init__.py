@@ -1,10 +1,10 @@
 """The operations on a CPU: csrc's kernels. Weights are read where they lie, never packed or copied.
 
 The instruction set is the best that the processor has; the environment variable MOEBIUS_CPU_ISA
-limits it (portable, avx2, avx512, avx512vnni, avx512bf16, amx, or
-reference for plain PyTorch). Every kernel
-computes a row in the same way whatever rows surround it, however many threads there are and
-wherever the KV cache holds its tokens: they are batch invariant (promise P1).
+limits it (portable, avx2, avx512, avx512vnni, avx512bf16, amx, or reference for plain PyTorch).
+Every kernel computes a row in the same way whatever rows surround it, however many threads there
+are and wherever the KV cache holds its tokens: they are batch invariant (promise P1). Products with
+weights in blocks have the same bits on every instruction set (csrc/block_kernels.h).
 """
 
 from collections.abc import Callable, Sequence

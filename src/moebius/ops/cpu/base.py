@@ -11,11 +11,12 @@ from torch import Tensor
 from moebius import _cpu, machine
 from moebius.errors import ConfigError
 from moebius.ops.capability import Feature, Operation, Use
+from moebius.ops.config import Activations
 from moebius.ops.cpu.recorder import Call, Recorder
-from moebius.ops.formats import dense
+from moebius.ops.formats import Fp8, dense
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.weights import Weight, planes_of
+from moebius.ops.weights import Matrix, Weight, planes_of
 
 # As csrc/formats.h numbers them: what is computed in, and what matrices are stored in.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
@@ -75,10 +76,23 @@ def formats(dtype: torch.dtype) -> frozenset[str]:
 def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
     """A weight for products of `dtype`, where it lies."""
     name = dense(weight.dtype).name if isinstance(weight, Tensor) else weight.format.name
+    name = name.partition("[")[0]
     if name not in formats(dtype):
         raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
-    (plane,) = planes_of([weight])
     rows, columns = weight.shape
+    if isinstance(weight, Matrix) and isinstance(weight.format, Fp8):
+        codes, scales = weight.planes
+        wide = scales.float().contiguous()
+        return _cpu.Matrix(
+            format=FORMATS[name],
+            rows=rows,
+            columns=columns,
+            data=address(codes),
+            scales=address(wide),
+            block_rows=weight.format.block_rows or rows,
+            block_columns=weight.format.block_columns or columns,
+        )
+    (plane,) = planes_of([weight])
     return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
 
 
@@ -114,21 +128,31 @@ def _places(tensors: Iterable[Tensor | None]) -> list[int]:
 class CpuBase(Ops):
     """The compiled kernels, and where their results go.
 
+    activations: int8 for what meets weights in blocks to be quantised, which is fast and has the
+    same bits on every instruction set; float for it to stay as it is.
+
     Raises ConfigError for an instruction set that does not exist or that the processor lacks.
     """
 
     own_threads = True
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        isa: str | None = None,
+        activations: Activations = "int8",
+    ) -> None:
         isa = os.environ.get("MOEBIUS_CPU_ISA", "") if isa is None else isa
         try:
-            self._native = _cpu.Ops(isa, threads or machine.threads())
+            self._native = _cpu.Ops(isa, threads or machine.threads(), activations == "float")
         except ValueError as error:
             has = ", ".join(_cpu.available())
             raise ConfigError(
                 f"MOEBIUS_CPU_ISA={isa}: {error}; here there are: {has}, reference"
             ) from None
         self.name = f"cpu-{self._native.name}"
+        if activations == "float":
+            self.name += "-float"
         self._recorder: Recorder | None = None
         # What the kernels lack, plain PyTorch computes: `capability` says where.
         self._fallback = ReferenceOps()

@@ -23,9 +23,12 @@ class Format(ABC):
     def planes(self, rows: int, columns: int) -> tuple[PlaneShape, ...]:
         """Dtype and shape of each plane of such a matrix. Raises ValueError for impossible ones."""
 
-    def select(self, planes: Planes, rows: slice | Tensor) -> Planes:
-        """The planes of some rows: views for a slice, copies for ids (int64)."""
-        return tuple(plane[rows] for plane in planes)
+    def select(self, planes: Planes, rows: slice | Tensor) -> "tuple[Format, Planes]":
+        """The planes of some rows, and their format: views for a slice, copies for ids (int64).
+
+        It is this format, but where rows that share something are parted.
+        """
+        return self, tuple(plane[rows] for plane in planes)
 
     @abstractmethod
     def widened(self, planes: Planes, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.ops.formats import BLOCK_FORMATS, Dense, dtype_name
+from moebius.ops.formats import BLOCK_FORMATS, PLANE_FORMATS, Dense, dtype_name
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedLinear, own, same
 from moebius.ops.weights import Matrix, Weight
@@ -31,7 +31,8 @@ class LinearOps(Ops):
     def formats(self, dtype: torch.dtype) -> frozenset[str]:
         # Plain numbers are widened once, by the loader: that costs twice the memory at most, and
         # widening them for each product far more time. Blocks would take four times theirs.
-        return frozenset({dtype_name(dtype), *(each.name for each in BLOCK_FORMATS)})
+        blocks = {each.name for each in BLOCK_FORMATS}
+        return frozenset({dtype_name(dtype)} | blocks | PLANE_FORMATS)
 
     def embed(
         self,

@@ -1,0 +1,345 @@
+"""Quantised checkpoints are held as they are stored, and mean what their tools say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moebius.models.decoder import Decoder
+from moebius.models.store import open_checkpoint
+from moebius.models.store.load import Loader, load_decoder
+from moebius.moe.placement import LayerPlacement, Placement
+from moebius.moe.ranks import ExpertRank
+from moebius.ops import Matrix
+from moebius.ops.cpu import CpuOps
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.weights import planes_of
+from oracle import Server, assert_close, load_theirs, save_tiny
+from packing import awq, fp8, gptq, packed_integers
+from quantised import (
+    BF16,
+    F32,
+    KINDS,
+    SIZES,
+    Kind,
+    args,
+    change_config,
+    compressed,
+    gptq_config,
+    held,
+    made,
+    tampered,
+)
+
+UP = "model.layers.1.mlp.up_proj"
+PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def plain_copy(directory: Path, meant: dict[str, Tensor]) -> Path:
+    """The same checkpoint in plain numbers."""
+    copy = directory / "plain"
+    copy.mkdir()
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("quantization_config", "quantization"):
+        config.pop(key, None)
+    (copy / "config.json").write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in meant.items()}, copy / "model.safetensors")
+    return copy
+
+
+@torch.no_grad()
+def logits(decoder: Decoder) -> Tensor:
+    server = Server(decoder, block_size=4, num_blocks=8)
+    for chunk in (PROMPT[:5], PROMPT[5:], [7]):
+        server.step([(0, chunk)])
+    return server.all_logits(0)
+
+
+@each_kind
+def test_every_kind_is_held_as_it_is_stored(tmp_path: Path, kind: Kind) -> None:
+    """Numbers bit for bit; logits as transformers has them of these numbers; memory as planned."""
+    meant = made(tmp_path, kind)
+    checkpoint = open_checkpoint(tmp_path)
+    decoder = load_decoder(checkpoint, F32, ops=ReferenceOps())
+    weights = held(decoder)
+    formats = ReferenceOps().formats(F32)
+    plan = {row.name: row for row in checkpoint.plan_weights("float32", formats=formats)}
+    assert plan.keys() == weights.keys()
+    found = set()
+    for source in checkpoint.sources:
+        weight = Matrix.of(weights[source.parameter]) if len(source.shape) == 2 else None
+        row = plan[source.parameter]
+        if weight is None:
+            continue
+        assert torch.equal(weight.widened(F32), meant[source.name]), source.parameter
+        assert (row.format, row.nbytes) == (weight.format.name, weight.nbytes)
+        plain = row.format == "float32"
+        assert row.mapped == (plain or not kind.repacked)
+        assert row.repacked == (not row.mapped)
+        found |= set() if plain else {row.format}
+    assert found == kind.formats
+    with torch.inference_mode():
+        theirs = load_theirs(plain_copy(tmp_path, meant))(torch.tensor([[*PROMPT, 7]])).logits[0]
+    assert_close(logits(decoder), theirs)
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros", "gptq-ordered", "mlx-4"])
+def test_kernels_compute_with_the_same_numbers(tmp_path: Path, kind: str) -> None:
+    """What they do not read in place is widened when it is loaded."""
+    meant = made(tmp_path, KINDS[kind], "llama")
+    decoder = load_decoder(tmp_path, F32, ops=CpuOps(1))
+    reference = logits(load_decoder(plain_copy(tmp_path, meant), F32, ops=ReferenceOps()))
+    assert_close(logits(decoder), reference)
+
+
+def test_half_precision_rounds_once(tmp_path: Path) -> None:
+    meant = made(tmp_path, KINDS["pack-4-zeros"], "llama")
+    decoder = load_decoder(tmp_path, BF16, ops=ReferenceOps(), mapped=False)
+    parameters = dict(decoder.named_parameters())
+    for source in open_checkpoint(tmp_path).sources:
+        assert torch.equal(parameters[source.parameter], meant[source.name].to(BF16))
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])
+def test_other_devices_hold_codes_too(tmp_path: Path, kind: str) -> None:
+    """On meta, for want of another: planes, and not their numbers."""
+    made(tmp_path, KINDS[kind], "llama")
+    checkpoint = open_checkpoint(tmp_path)
+    decoder = Decoder(checkpoint.config, ReferenceOps(), F32, "meta")
+    Loader(checkpoint, torch.device("meta")).fill(decoder)
+    plan = checkpoint.plan_weights("float32", "meta", ReferenceOps().formats(F32))
+    assert not any(row.mapped or row.near for row in plan)
+    weights = held(decoder)
+    for row in plan:
+        weight = weights[row.name]
+        assert weight.nbytes == row.nbytes
+        name = weight.format.name if isinstance(weight, Matrix) else "float32"
+        assert row.format == name
+        assert {plane.device.type for plane in planes_of([weight])} == {"meta"}
+    assert {row.format for row in plan} - {"float32"} == KINDS[kind].formats
+
+
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros", "gptq-ordered"])
+def test_ranks_hold_their_own_experts(tmp_path: Path, kind: str, near: bool) -> None:
+    """And get those that come to them."""
+    meant = made(tmp_path, KINDS[kind])
+    checkpoint = open_checkpoint(tmp_path)
+    names = {source.parameter: source.name for source in checkpoint.sources}
+    ranks = ExpertRank(Placement.linear(checkpoint.config.experts, 2), 0, 8)
+    decoder = Decoder(checkpoint.config, ReferenceOps(), F32, "meta", ranks=ranks)
+    loader = Loader(checkpoint, torch.device("cpu"), near=near)
+    loader.fill(decoder)
+
+    def experts() -> set[str]:
+        weights = held(decoder)
+        for name, weight in weights.items():
+            wide = weight.widened(F32) if isinstance(weight, Matrix) else weight
+            assert torch.equal(wide, meant[names[name]]), name
+        return {name for name in weights if ".experts." in name}
+
+    before = experts()
+    layers = {layer: LayerPlacement(5, ((0, 3), (1, 2, 4))) for layer in range(2)}
+    loader.move_experts(decoder, loader.bring_experts(decoder, Placement(layers)))
+    after = experts()
+    assert {name.rsplit(".", 1)[1] for name in after - before} == {"3"}
+    assert {name.rsplit(".", 1)[1] for name in before - after} == {"1", "2"}
+
+
+def write_stacked(directory: Path, kind: Kind) -> dict[str, Tensor]:
+    """A checkpoint whose experts are two tensors of codes, gate and up in one; returns what each
+    expert's parameters mean."""
+    save_tiny(directory, "qwen3_moe", **SIZES["qwen3_moe"])
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    meant = {}
+    for layer in range(2):
+        before = f"model.layers.{layer}.mlp.experts."
+        planes: dict[str, list[Tensor]] = {}
+        for expert in range(5):
+            gate, up, down = (
+                tensors.pop(f"{before}{expert}.{which}_proj.weight")
+                for which in ("gate", "up", "down")
+            )
+            both, wide = kind.pack(f"{before}gate_up_proj", torch.cat([gate, up]))
+            parts, wide_down = kind.pack(f"{before}down_proj", down)
+            for name, plane in (both | parts).items():
+                planes.setdefault(name, []).append(plane)
+            ours = f"layers.{layer}.mlp.experts."
+            meant[f"{ours}gate_proj.{expert}"], meant[f"{ours}up_proj.{expert}"] = wide.chunk(2)
+            meant[f"{ours}down_proj.{expert}"] = wide_down
+        tensors |= {name: torch.stack(each) for name, each in planes.items()}
+    save_file(tensors, file)
+    change_config(directory, quantization_config=kind.config)
+    return meant
+
+
+def test_experts_as_mlx_stacks_them(tmp_path: Path) -> None:
+    """A tensor for each kind of matrix; its router is quantised as well."""
+    save_tiny(tmp_path, "qwen3_moe", **SIZES["qwen3_moe"])
+    file = tmp_path / "model.safetensors"
+    kind = KINDS["mlx-4"]
+    meant, planes = {}, dict[str, list[Tensor]]()
+    for name, tensor in load_file(file).items():
+        if tensor.ndim != 2:
+            planes[name] = [tensor]
+            continue
+        before, numbered, after = name.partition("experts.")
+        stacked = f"{before}switch_mlp.{after.partition('.')[2]}" if numbered else name
+        parts, meant[name] = kind.pack(stacked, tensor)
+        for part, plane in parts.items():
+            planes.setdefault(part, []).append(plane)
+    tensors = {n: torch.stack(p) if "switch_mlp" in n else p[0] for n, p in planes.items()}
+    save_file(tensors, file)
+    change_config(tmp_path, quantization=kind.config, quantization_config=kind.config)
+    checkpoint = open_checkpoint(tmp_path)
+    weights = held(load_decoder(checkpoint, F32, ops=ReferenceOps()))
+    checked = 0
+    for source in checkpoint.sources:
+        weight = weights[source.parameter]
+        if isinstance(weight, Matrix):
+            name = source.name.replace("switch_mlp", f"experts.{source.entry}")
+            assert torch.equal(weight.widened(F32), meant[name]), name
+            checked += 1
+    assert checked == len(meant) == 2 + 2 * (4 + 1 + 15)
+
+
+_BLOCKS = {"quant_method": "fp8", "weight_block_size": [48, 16]}
+STACKED = {
+    "mxfp4": KINDS["mxfp4"],
+    "fp8-ue8m0": KINDS["fp8-ue8m0"],
+    # 32 rows are gate's and 32 up's: up begins within a block.
+    "fp8-parted": Kind(_BLOCKS, fp8((48, 16), "_scale_inv", F32)),
+}
+
+
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("kind", STACKED.values(), ids=STACKED)
+def test_stacked_experts_are_parts_of_planes(tmp_path: Path, kind: Kind, near: bool) -> None:
+    """As gpt-oss has MXFP4, and transformers 5 FP8; of all, and of a rank's own."""
+    meant = write_stacked(tmp_path, kind)
+    checkpoint = open_checkpoint(tmp_path)
+    plan = checkpoint.plan_weights("float32", formats=ReferenceOps().formats(F32))
+    experts = [row for row in plan if row.name in meant]
+    assert len(experts) == len(meant) and all(row.mapped for row in experts)
+    stored = {
+        checkpoint.tensors[source.name].name: checkpoint.tensors[source.name]
+        for source in checkpoint.sources
+        if source.expert
+    }
+    assert sum(row.nbytes for row in experts) == sum(each.nbytes for each in stored.values())
+    ranks = ExpertRank(Placement.linear(checkpoint.config.experts, 2), 1, 8) if near else None
+    decoder = Decoder(checkpoint.config, ReferenceOps(), F32, "meta", ranks=ranks)
+    Loader(checkpoint, torch.device("cpu"), near=near).fill(decoder)
+    weights = {name: weight for name, weight in held(decoder).items() if name in meant}
+    assert len(weights) == (12 if near else 30)
+    for name, weight in weights.items():
+        assert isinstance(weight, Matrix)
+        assert torch.equal(weight.widened(F32), meant[name]), name
+
+
+# --- as blocks, for kernels that read these ---
+
+BLOCKS = {
+    "mxfp4": (KINDS["mxfp4"], "mxfp4"),
+    "pack-4": (KINDS["pack-4"], "q4_0"),
+    "pack-4-zeros": (
+        Kind(
+            compressed("pack-quantized", args(4, 32, symmetric=False)),
+            packed_integers(4, 32, BF16, zeros=True),
+        ),
+        "q5_0",
+    ),
+    "pack-8-channel": (KINDS["pack-8-channel"], "q8_0"),
+    "int-quantized": (KINDS["int-quantized"], "q8_0"),
+    "gptq": (Kind(gptq_config(4, 32), gptq(4, 32, stored_zero=7)), "q4_0"),
+    "gptq-8": (KINDS["gptq-8"], "q8_0"),
+    "gptq-zeros": (KINDS["gptq-zeros"], "q5_0"),
+    "awq": (Kind({**KINDS["awq"].config, "group_size": 32}, awq(32)), "q5_0"),
+}
+
+
+@pytest.mark.parametrize(("kind", "format"), BLOCKS.values(), ids=BLOCKS)
+def test_kernels_get_blocks_with_the_same_numbers(tmp_path: Path, kind: Kind, format: str) -> None:
+    meant = made(tmp_path, kind)
+    checkpoint = open_checkpoint(tmp_path)
+    kernels = CpuOps(1)
+    decoder = load_decoder(checkpoint, F32, ops=kernels)
+    formats = kernels.formats(F32)
+    plan = {row.name: row for row in checkpoint.plan_weights("float32", formats=formats)}
+    weights = held(decoder)
+    blocks = 0
+    for source in checkpoint.sources:
+        if len(source.shape) != 2:
+            continue
+        weight, row = Matrix.of(weights[source.parameter]), plan[source.parameter]
+        assert torch.equal(weight.widened(F32), meant[source.name]), source.parameter
+        assert (row.format, row.nbytes) == (weight.format.name, weight.nbytes)
+        if row.format != "float32":
+            assert row.format == format and not row.mapped
+            blocks += 1
+    assert blocks == 2 * (4 + 5 * 3)
+    plain = logits(load_decoder(plain_copy(tmp_path, meant), F32, ops=ReferenceOps()))
+    # Kernels quantise activations too.
+    assert_close(logits(decoder), plain, tolerance=0.15)
+
+
+def test_stacked_experts_become_blocks(tmp_path: Path) -> None:
+    meant = write_stacked(tmp_path, KINDS["mxfp4"])
+    checkpoint = open_checkpoint(tmp_path)
+    decoder = load_decoder(checkpoint, F32, ops=CpuOps(1))
+    plan = checkpoint.plan_weights("float32", formats=decoder.ops.formats(F32))
+    planned = {row.name: row.nbytes for row in plan}
+    weights = held(decoder)
+    for name, numbers in meant.items():
+        weight = weights[name]
+        assert isinstance(weight, Matrix) and weight.format.name == "mxfp4"
+        assert torch.equal(weight.widened(F32), numbers), name
+        assert weight.nbytes == planned[name]
+
+
+def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
+    """A matrix with such a scale is widened; where its codes are all 0 there is nothing to hold."""
+    kind = KINDS["pack-4"]
+    meant = made(tmp_path, kind, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    down, up = "model.layers.0.mlp.down_proj.weight", f"{UP}.weight"
+    scales, others = tensors[f"{down}_scale"].clone(), tensors[f"{up}_scale"].clone()
+    scales[3, 1] = 1.0078125e-9
+    meant[down][3, 32:64] *= scales[3, 1].float() / tensors[f"{down}_scale"][3, 1].float()
+    others[5, 0] = 1.0078125e-9
+    words = tensors[f"{up}_packed"].clone()
+    words[5, :4] = -0x77777778
+    meant[up][5, :32] = 0.0
+    tampered(tmp_path, {f"{down}_scale": scales, f"{up}_scale": others, f"{up}_packed": words})
+    weights = held(load_decoder(tmp_path, F32, ops=CpuOps(1)))
+    widened = weights["layers.0.mlp.experts.down_proj.0"]
+    assert isinstance(widened, Tensor)
+    torch.testing.assert_close(widened, meant[down], rtol=1e-6, atol=0)
+    blocks = weights["layers.1.mlp.experts.up_proj.0"]
+    assert isinstance(blocks, Matrix) and blocks.format.name == "q4_0"
+    assert torch.equal(blocks.widened(F32), meant[up])
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_an_answer_depends_on_no_neighbour(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """Promise P1: the same bits alone and among others, in whatever chunks."""
+    made(tmp_path, KINDS[kind])
+    decoder = load_decoder(tmp_path, dtype, ops=CpuOps(2))
+    alone = Server(decoder, block_size=4, num_blocks=8)
+    for chunk in (PROMPT, [7], [9]):
+        alone.step([(0, chunk)])
+    among = Server(decoder, block_size=4, num_blocks=32, seed=1)
+    others = [[1, 2, 3], [60, 61], list(range(30))]
+    among.step([(1, others[0]), (0, PROMPT[:3]), (2, others[1])])
+    among.step([(0, PROMPT[3:]), (3, others[2]), (1, [4])])
+    among.step([(2, [5]), (0, [7])])
+    among.step([(0, [9]), (1, [6]), (2, [8]), (3, [2])])
+    assert torch.equal(alone.all_logits(0), among.all_logits(0))
