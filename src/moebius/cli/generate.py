@@ -127,7 +127,9 @@ async def _answer(model: str, config: EngineConfig, calls: list[Any], out: Any) 
             return await run_batch(app, calls, out, concurrency=concurrency, on_result=advance)
 
 
-@o.options_of("config", EngineConfig, "dtype", "max_model_len", "threads", max_num_seqs=1)
+@o.options_of(
+    "config", EngineConfig, "dtype", "max_model_len", "kv_cache_dtype", "threads", max_num_seqs=1
+)
 def chat(
     config: EngineConfig,
     model: o.Model = "bundled",
