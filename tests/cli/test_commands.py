@@ -432,3 +432,13 @@ def test_what_an_operator_chooses_reaches_the_server(
     # Whoever may read the metrics is not whoever may generate.
     monkeypatch.delenv("MOEBIUS_API_KEY")
     assert "give an --api-key" in refused(monkeypatch, capsys, *serve, "--host", "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "plan", "generate", "chat", "bench latency", "bench throughput"]
+)
+def test_who_reserves_a_cache_may_say_what_it_holds(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moebius(monkeypatch, *command.split(), "--help") == 0
+    assert "--kv-cache-dtype" in capsys.readouterr().out

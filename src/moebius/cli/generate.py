@@ -138,6 +138,7 @@ async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], 
     "quantization",
     "activations",
     "max_model_len",
+    "kv_cache_dtype",
     "threads",
     max_num_seqs=1,
 )

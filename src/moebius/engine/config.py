@@ -18,8 +18,8 @@ class EngineConfig(SchedulerConfig):
 
     dtype: Annotated[
         Dtype,
-        "What is computed in and the KV cache held in: auto (the checkpoint's; float32 for float16 "
-        "on a CPU), bfloat16 or float32. Weights stay as stored where it holds them exactly.",
+        "What is computed in: auto (the checkpoint's; float32 for float16 on a CPU), bfloat16 or "
+        "float32. Weights stay as stored where it holds them exactly.",
     ] = "auto"
     quantization: Annotated[
         str | None,
