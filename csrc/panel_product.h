@@ -27,7 +27,7 @@ template <class K, int M> struct BlockProduct {
         else pairs(totals);
     }
 
-    INLINE_MEMBER void quads(Ints* totals) const {
+    INLINE_MEMBER void quads([[maybe_unused]] Ints* totals) const {
 #if !defined(__AVX2__) || defined(__AVX512VNNI__)
         Ints sums[M];
 #pragma GCC unroll 16
@@ -56,7 +56,7 @@ template <class K, int M> struct BlockProduct {
         if constexpr (K::SCALED) return weights<Ints>(K::SCALES_AT + s);
         else return all_ints(0x00010001);
     }
-    INLINE_MEMBER void pairs(Ints* totals) const {
+    INLINE_MEMBER void pairs([[maybe_unused]] Ints* totals) const {
 #if defined(__AVX2__)
         constexpr int CHAINS = K::SUB / 4 / K::CHAIN;  // of a sub-block
         Ints sums[M];
@@ -81,7 +81,7 @@ template <class K, int M> struct BlockProduct {
         }
 #endif
     }
-    INLINE_MEMBER void signed_pairs(Ints* totals) const {
+    INLINE_MEMBER void signed_pairs([[maybe_unused]] Ints* totals) const {
 #if defined(__AVX2__)
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) totals[i] = weights<Ints>(K::LIFT_AT);
