@@ -36,7 +36,10 @@ import ceilings
 
 ROWS = (16, 32, 64, 2048)
 LAYER = (2048, 2048)
-EXPERTS, TOP_K, HIDDEN, WIDTH = 32, 4, 2048, 768
+EXPERTS = 32
+TOP_K = 4
+HIDDEN = 2048
+WIDTH = 768
 # The loop whose instructions a level's kernels use; emulated tiles and plain loops have none.
 PEAKS = {
     "avx2": "avx2",

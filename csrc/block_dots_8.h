@@ -73,7 +73,8 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
         for (int t = 0; t < 4; t++, w += 2 * BYTES) {
             const Halves codes = halves_of_two<f, SIGNED>(w, w + BYTES);
             for (int i = 0; i < M; i++) {
-                const __m256i a = pairs_of<SIGNED>(codes.first, x[i].halves[0] + at * 16), b = pairs_of<SIGNED>(codes.second, x[i].halves[1] + at * 16);
+                const __m256i a = pairs_of<SIGNED>(codes.first, x[i].halves[0] + at * 16);
+                const __m256i b = pairs_of<SIGNED>(codes.second, x[i].halves[1] + at * 16);
                 // Four products of codes below 32 still fit sixteen bits.
                 if (SIGNED) parts[i][t] = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));
                 else parts[i][t] = _mm256_madd_epi16(_mm256_add_epi16(a, b), ones);

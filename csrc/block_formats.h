@@ -33,7 +33,17 @@ INLINE void add_fifth_bits(uint32_t bits, uint8_t* to) {
     for (int i = 0; i < 32; i++) to[i] |= (bits >> i & 1) << 4;
 }
 INLINE void look_up(const uint8_t* table, uint8_t* codes) {
+#if defined(__AVX2__)
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    for (int i = 0; i < 32; i += 16) {
+        __m128i* at = reinterpret_cast<__m128i*>(codes + i);
+        _mm_storeu_si128(at, _mm_shuffle_epi8(values, _mm_loadu_si128(at)));
+    }
+#elif defined(MOEBIUS_NEON)
+    for (int i = 0; i < 32; i += 16) vst1q_u8(codes + i, vqtbl1q_u8(vld1q_u8(table), vld1q_u8(codes + i)));
+#else
     for (int i = 0; i < 32; i++) codes[i] = table[codes[i]];
+#endif
 }
 
 // What four bits stand for, plus the offset. IQ4_NL, IQ4_XS: -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113.
@@ -199,32 +209,6 @@ template <Format f> INLINE float scale_of(const uint8_t* b) {
 template <Format f> INLINE float minimum_of(const uint8_t* b) {
     if constexpr (Block<f>::MINIMUM_AT < 0) return 0.0f;
     else return to_float(f16{read<uint16_t>(b + Block<f>::MINIMUM_AT)});
-}
-
-// The numbers of one block, each operation rounded as gguf-py rounds it.
-template <Format f> INLINE void widen_block(const uint8_t* b, float* to) {
-    using B = Block<f>;
-    const float d = scale_of<f>(b), least = minimum_of<f>(b);
-    uint8_t codes[32];
-    int16_t scales[16] = {}, minima[16] = {};
-    if constexpr (B::ELEMENTS == 256) B::scales(b, scales);
-    if constexpr (B::ELEMENTS == 256 && B::MINIMUM_AT >= 0) B::minima(b, minima);
-    for (int s = 0; s < B::ELEMENTS / 32; s++) {
-        B::codes(b, s, codes);
-        for (int i = 0; i < 32; i++) {
-            const int sixteen = s * 2 + i / 16;
-            const float scale = B::ELEMENTS == 256 ? d * float(scales[sixteen]) : d;
-            const float number = scale * float(codes[i] - B::OFFSET);
-            if constexpr (B::MINIMUM_AT < 0) to[s * 32 + i] = number;
-            else if constexpr (B::ELEMENTS == 32) to[s * 32 + i] = number + least;
-            else to[s * 32 + i] = number - least * float(minima[sixteen]);
-        }
-    }
-}
-
-template <Format f> void widen_row(const void* row, int blocks, float* to) {
-    const uint8_t* b = static_cast<const uint8_t*>(row);
-    for (int i = 0; i < blocks; i++) widen_block<f>(b + size_t(i) * Block<f>::BYTES, to + size_t(i) * Block<f>::ELEMENTS);
 }
 
 }  // namespace MOEBIUS_ISA

@@ -8,12 +8,15 @@ namespace MOEBIUS_ISA {
 
 extern "C" float fmaf(float, float, float);
 
-// a * b + c, rounded once on every instruction set; whole numbers as float32; a - factor * b of whole numbers; a's first n
-// lanes, zeros behind them; and 2^(e - 128) of bytes e that lie as sixteen bits (block_formats.h).
+// a * b + c, rounded once on every instruction set; whole numbers and bytes as float32; a - factor * b of whole numbers; a's
+// first n lanes, zeros behind them; and 2^(e - 128) of bytes e that lie as sixteen bits (block_formats.h).
 #if defined(__AVX512F__)
 INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
 INLINE __m512i ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 INLINE V floats(const int32_t* p) { return {_mm512_cvtepi32_ps(ints(p))}; }
+INLINE V bytes_as_floats(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 INLINE V floats_less(const int32_t* a, const int32_t* b, int factor) {
     if (factor == 0) return floats(a);
     return {_mm512_cvtepi32_ps(_mm512_sub_epi32(ints(a), _mm512_mullo_epi32(ints(b), _mm512_set1_epi32(factor))))};
@@ -29,6 +32,10 @@ INLINE V half_powers(const uint16_t* p) {
 INLINE V fused(V a, V b, V c) { return fma(a, b, c); }
 INLINE __m256i ints_8(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 INLINE V floats(const int32_t* p) { return {_mm256_cvtepi32_ps(ints_8(p)), _mm256_cvtepi32_ps(ints_8(p + 8))}; }
+INLINE __m256 bytes_as_floats_8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+INLINE V bytes_as_floats(const uint8_t* p) { return {bytes_as_floats_8(p), bytes_as_floats_8(p + 8)}; }
 INLINE __m256 floats_less_8(const int32_t* a, const int32_t* b, int factor) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(ints_8(a), _mm256_mullo_epi32(ints_8(b), _mm256_set1_epi32(factor))));
 }
@@ -63,6 +70,11 @@ INLINE V floats_less(const int32_t* a, const int32_t* b, int factor) {
     return load(lanes);
 }
 INLINE V floats(const int32_t* p) {
+    float lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = float(p[i]);
+    return load(lanes);
+}
+INLINE V bytes_as_floats(const uint8_t* p) {
     float lanes[16];
     for (int i = 0; i < 16; i++) lanes[i] = float(p[i]);
     return load(lanes);

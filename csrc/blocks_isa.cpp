@@ -1,5 +1,6 @@
 // Products with weights in blocks, compiled once for each instruction set like isa.cpp.
 #include "block_product.h"
+#include "block_widened.h"
 #include "panels.h"
 #include "quantise.h"
 

@@ -67,7 +67,10 @@ template <class T> void quantise_by_32(const void* const* rows, int m, int k, vo
         memcpy(codes + size_t(shape.blocks) * 32, codes, 32);
         for (int half = 0; half < 2; half++) {
             int8_t* to_half = codes + shape.halves_at() + half * shape.half_bytes();
-            for (int b = 0; b < shape.blocks + 3; b++) memcpy(to_half + b * 16, codes + size_t(b < shape.blocks ? b : b % shape.blocks) * 32 + half * 16, 16);
+            for (int b = 0; b < shape.blocks + 3; b++) {
+                const int from = b < shape.blocks ? b : b % shape.blocks;
+                memcpy(to_half + b * 16, codes + size_t(from) * 32 + half * 16, 16);
+            }
         }
     }
 }

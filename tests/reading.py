@@ -35,6 +35,8 @@ CORE = (
     "moe/*.py",
     "ops/interface.py",
     "ops/steps.py",
+    "ops/formats/dense.py",
+    "ops/formats/format.py",
     "ops/weights.py",
     "ops/program.py",
 )

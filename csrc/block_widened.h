@@ -1,0 +1,38 @@
+// Rows of weights in blocks as float32 numbers: for embeddings, and where activations are not quantised.
+#pragma once
+#include "block_lanes.h"
+
+namespace moebius {
+namespace MOEBIUS_ISA {
+
+// Each operation rounded as gguf-py rounds it.
+template <Format f> INLINE void widen_block(const uint8_t* b, float* to) {
+    using B = Block<f>;
+    const float d = scale_of<f>(b), least = minimum_of<f>(b);
+    uint8_t codes[32];
+    int16_t scales[16], minima[16];
+    if constexpr (B::ELEMENTS == 256) B::scales(b, scales);
+    if constexpr (B::ELEMENTS == 256 && B::MINIMUM_AT >= 0) B::minima(b, minima);
+    for (int s = 0; s < B::ELEMENTS / 32; s++) {
+        B::codes(b, s, codes);
+        for (int half = 0; half < 2; half++, to += 16) {
+            const V code = sub(bytes_as_floats(codes + half * 16), all(float(B::OFFSET)));
+            if constexpr (B::ELEMENTS == 32) {
+                const V number = mul(code, all(d));
+                store(to, B::MINIMUM_AT < 0 ? number : add(number, all(least)));
+            } else {
+                const V number = mul(code, all(d * float(scales[2 * s + half])));
+                if constexpr (B::MINIMUM_AT < 0) store(to, number);
+                else store(to, sub(number, all(least * float(minima[2 * s + half]))));
+            }
+        }
+    }
+}
+
+template <Format f> void widen_row(const void* row, int blocks, float* to) {
+    const uint8_t* b = static_cast<const uint8_t*>(row);
+    for (int i = 0; i < blocks; i++) widen_block<f>(b + size_t(i) * Block<f>::BYTES, to + size_t(i) * Block<f>::ELEMENTS);
+}
+
+}  // namespace MOEBIUS_ISA
+}  // namespace moebius
