@@ -198,3 +198,34 @@ def test_a_tokenizer_beside_a_file_is_its_own_or_none(
     again = load_text(path).tokenizer
     assert again.encode(PROMPT) == own.tokenizer.encode(PROMPT)
     assert "the tokenizer.json beside it is another model's" in caplog.text
+
+
+def test_a_file_without_a_tokenizer_is_given_one(
+    both: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory, file = both
+    shutil.copytree(directory, tmp_path / "source")
+    (tmp_path / "bare").mkdir()
+    bare = tmp_path / "bare" / "tiny.gguf"
+    Converter(tmp_path / "source").save(bare)
+    arguments = ["generate", PROMPT, *FLAGS, *SMALL, "--model"]
+    words = refused(monkeypatch, capsys, *arguments, str(bare))
+    assert "--tokenizer" in words and "tokenizer.json" in words
+    wanted = said(monkeypatch, capsys, *arguments, str(file))
+    for tokenizer in both:
+        given = ["--tokenizer", str(tokenizer)]
+        assert said(monkeypatch, capsys, *arguments, str(bare), *given) == wanted
+
+
+def test_benchmarks_take_a_file(
+    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--input-len", "4", "--output-len", "2", *SMALL]
+    run = ["bench", "throughput", "--model", str(both[1]), "--num-prompts", "2", *sizes]
+    assert "Total num output tokens:  4" in said(monkeypatch, capsys, *run)
+    run = ["bench", "latency", "--model", str(both[1].parent), "--file", "F32", "--num-iters", "1"]
+    found = said(monkeypatch, capsys, *run, "--num-iters-warmup", "0", *sizes)
+    assert "Avg latency" in found

@@ -158,3 +158,31 @@ def test_types_may_differ_from_tensor_to_tensor(
     stored = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()}
     assert len(stored) >= 8
     assert_same_answers(tmp_path, path, ReferenceOps())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("qwen3_moe", {"moe_intermediate_size": 256, "head_dim": 64}), ("granitemoe", {})],
+)
+def test_quantised_answers_have_the_same_bits_in_any_batch(
+    tmp_path: Path, model_type: str, sizes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Promise P1, with every kind of product that a mixed file asks for, and rows in pairs."""
+    path = saved(tmp_path, model_type, {**WIDE, **sizes}, mixed)
+    ops = select_ops("cpu", dtype)
+    decoder = load_decoder(path, dtype, ops=ops)
+    formats = {
+        weight.format
+        for weight in open_checkpoint(path).plan_weights(
+            str(dtype).removeprefix("torch."), formats=ops.formats(dtype)
+        )
+        if weight.mapped
+    }
+    assert len(formats) >= 7, "blocks are read where they lie"
+    alone, beside = (Server(decoder, block_size=5, num_blocks=12) for _ in range(2))
+    for token in PROMPT:
+        alone.step([(0, [token])])
+    beside.step([(1, PROMPT[:7]), (0, PROMPT[:5])])
+    beside.step([(0, PROMPT[5:]), (1, PROMPT[3:9])])
+    assert torch.equal(alone.all_logits(0), beside.all_logits(0))

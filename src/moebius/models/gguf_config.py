@@ -37,7 +37,6 @@ _QUANTIZATION_VERSION = 2
 # Of a head.
 _MOST_PAIRS = 2**12
 
-
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "integer": ((int,), "an integer"),
     "number": ((int, float), "a number"),
@@ -108,7 +107,8 @@ class _Keys:
     def check(self, key: str, wanted: Value) -> None:
         """Raises ConfigError where a key is there and has another value."""
         value = self.get(key, wanted)
-        if value not in (wanted, 0):
+        unsaid = value == 0 and not isinstance(value, bool)
+        if value != wanted and not unsaid:
             raise self.wrong(key, f"is {value!r}; {wanted!r} is what is supported here")
 
     def finish(self) -> list[str]:

@@ -19,6 +19,7 @@ from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.description import Description
 from moebius.models.layout import Layout, Source, sources
+from moebius.models.quantization import Scheme
 from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
@@ -183,14 +184,9 @@ def _match(
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
     schemes = () if quantization is None else quantization.schemes
-    candidates = [tuple(sources(config, layout)) for layout in layouts]
-    wanted = max(
-        candidates,
-        key=lambda option: sum(is_stored(each.name, tensors, schemes) for each in option),
-    )
+    wanted, missing = _closest(config, tensors, layouts, schemes)
     if quantization is not None:
         tensors = composed(wanted, tensors, quantization)
-    missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
@@ -205,6 +201,24 @@ def _match(
                 "no such tensor"
             )
     return wanted, tensors
+
+
+def _closest(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    layouts: tuple[Layout, ...],
+    schemes: tuple[Scheme, ...],
+) -> tuple[tuple[Source, ...], list[str]]:
+    """The sources in the layout that lacks fewest of them, and the names of those that it lacks."""
+    options = []
+    for layout in layouts:
+        wanted = tuple(sources(config, layout))
+        lacking = [each.name for each in wanted if not is_stored(each.name, tensors, schemes)]
+        options.append((wanted, lacking))
+        if not lacking:
+            break
+    wanted, lacking = min(options, key=lambda option: len(option[1]))
+    return wanted, list(dict.fromkeys(lacking))
 
 
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
