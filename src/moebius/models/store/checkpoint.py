@@ -184,10 +184,9 @@ def _match(
     if config.tie_word_embeddings and layouts[0].embedding not in tensors:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
     schemes = () if quantization is None else quantization.schemes
-    wanted = _closest(config, tensors, layouts, schemes)
+    wanted, missing = _closest(config, tensors, layouts, schemes)
     if quantization is not None:
         tensors = composed(wanted, tensors, quantization)
-    missing = list(dict.fromkeys(source.name for source in wanted if source.name not in tensors))
     if missing:
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
@@ -208,17 +207,18 @@ def _closest(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     layouts: tuple[Layout, ...],
-    schemes: Sequence[Scheme],
-) -> tuple[Source, ...]:
-    """The sources in the layout that lacks fewest of them."""
+    schemes: tuple[Scheme, ...],
+) -> tuple[tuple[Source, ...], list[str]]:
+    """The sources in the layout that lacks fewest of them, and the names of those that it lacks."""
     options = []
     for layout in layouts:
         wanted = tuple(sources(config, layout))
-        lacking = sum(not is_stored(source.name, tensors, schemes) for source in wanted)
+        lacking = [each.name for each in wanted if not is_stored(each.name, tensors, schemes)]
         options.append((wanted, lacking))
         if not lacking:
             break
-    return min(options, key=lambda option: option[1])[0]
+    wanted, lacking = min(options, key=lambda option: len(option[1]))
+    return wanted, list(dict.fromkeys(lacking))
 
 
 def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
