@@ -70,7 +70,8 @@ def compare(
             start = time.thread_time()
             attend()
             seconds[kind].append((time.thread_time() - start) / layers)
-    plain, coded = (statistics.median(each) for each in seconds)
+    plain = statistics.median(seconds[0])
+    coded = statistics.median(seconds[1])
     ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
     return {
         "kernels": ops.name,

@@ -35,7 +35,7 @@ from moebius.engine.plan_words import human_bytes, node_names
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
-from moebius.engine.weight_bytes import as_cold, common_bytes, count_weights, moving_bytes
+from moebius.engine.weight_bytes import common_bytes, count_weights
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
@@ -74,6 +74,11 @@ class ExpertShare:
     placement: Placement | None = None
     neighbours: int = 1
     memory: NodeMemory | None = None
+
+    @property
+    def memory_apart(self) -> bool:
+        """Whether its weights are copied to the nodes that it is bound to."""
+        return self.memory is not None and self.memory.apart
 
     @classmethod
     def on_this_host(
@@ -177,9 +182,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     checkpoint = _published(directory)
     quantized = Quantized.by_name(checkpoint, config.quantization)
     checkpoint = checkpoint if quantized is None else quantized.checkpoint
-    device = _device(config.device)
-    if share is not None and device.type != "cpu":
-        raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
+    device = _device(config.device, share)
     threads = _threads(config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
@@ -187,24 +190,18 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     ops = select_ops(device, dtype, config.threads, config.activations, ordered=ordered)
     check_served(checkpoint.config, dtype, ops, kv_dtype)
     ranks = None if share is None else share.of(checkpoint.config, config)
+    memory = None if share is None or not share.memory_apart else share.memory
     sources = checkpoint.sources_at(ranks)
-    memory = None if share is None else share.memory
-    near = memory is not None and memory.apart
     weights = checkpoint.plan_weights(
-        dtype_name(dtype), device.type, ops.formats(dtype), sources, near=near
+        dtype_name(dtype), device.type, ops.formats(dtype), sources, near=memory is not None
     )
+    weight_bytes = count_weights(sources, weights, checkpoint.dtype, config, ranks)
+    if memory is not None:
+        weight_bytes = replace(weight_bytes, nodes=memory.nodes)
     available, available_of = _available(device)
     if share is not None:
         common = common_bytes(sources, weights)
         available, available_of = _share_of(available, available_of, share, common)
-    weight_bytes = count_weights(sources, weights, checkpoint.dtype)
-    if near and memory is not None:
-        weight_bytes = replace(weight_bytes, nodes=memory.nodes)
-    if config.mmap_cold:
-        weight_bytes = as_cold(weight_bytes)
-    if ranks is not None:
-        moving = moving_bytes(sources, weights, ranks, config)
-        weight_bytes = replace(weight_bytes, moving=moving)
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
         decoder,
@@ -226,7 +223,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         recorded=workspace.nbytes if workspace.recorded else None,
         ranks=1 if share is None else share.ranks,
     )
-    loader = Loader(checkpoint, device, near=near, cold=config.mmap_cold)
+    loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
     return Prepared(
         checkpoint,
         ops,
@@ -338,20 +335,7 @@ def load_engine(
         if trace:
             trace.abandon()
         raise
-    info = EngineInfo(
-        limits=ServingLimits(
-            prepared.checkpoint.config.vocab_size,
-            plan.max_model_len,
-            priorities=config.scheduling_policy == "priority",
-        ),
-        eos_ids=eos_ids,
-        block_size=plan.block_size,
-        num_blocks=plan.num_blocks,
-        fingerprint=name,
-        prefix_caching=config.enable_prefix_caching,
-        kv_dtype=plan.kv_dtype,
-        kv_bytes=plan.kv_cache,
-    )
+    info = _info(prepared, config, eos_ids, name)
     ranks = runner.model.ranks
     if ranks is None:
         return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
@@ -363,6 +347,27 @@ def load_engine(
         moves=ExpertMoves(prepared.loader, runner.model),
         trace=trace,
         torch_threads=threads,
+    )
+
+
+def _info(
+    prepared: Prepared, config: EngineConfig, eos_ids: frozenset[int], fingerprint: str
+) -> EngineInfo:
+    """What a front has to know of the engine."""
+    plan = prepared.plan
+    return EngineInfo(
+        limits=ServingLimits(
+            prepared.checkpoint.config.vocab_size,
+            plan.max_model_len,
+            priorities=config.scheduling_policy == "priority",
+        ),
+        eos_ids=eos_ids,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        fingerprint=fingerprint,
+        prefix_caching=config.enable_prefix_caching,
+        kv_dtype=plan.kv_dtype,
+        kv_bytes=plan.kv_cache,
     )
 
 
@@ -434,14 +439,17 @@ def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:
     return config.threads or default_threads()
 
 
-def _device(wish: str) -> torch.device:
+def _device(wish: str, share: ExpertShare | None) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if wish == "cuda" and not has_cuda:
         raise ConfigError(
             "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
             "of torch"
         )
-    return torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
+    device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
+    if share is not None and device.type != "cpu":
+        raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
+    return device
 
 
 def _available(device: torch.device) -> tuple[int, str]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moebius.engine.config import EngineConfig
 from moebius.engine.plan_words import human_bytes, node_names
@@ -70,8 +70,14 @@ def common_bytes(sources: Sequence[Source], weights: Sequence[PlannedWeight]) ->
 
 
 def count_weights(
-    sources: Sequence[Source], weights: Sequence[PlannedWeight], stored: str
+    sources: Sequence[Source],
+    weights: Sequence[PlannedWeight],
+    stored: str,
+    config: EngineConfig,
+    ranks: ExpertRank | None,
 ) -> WeightBytes:
+    """What these weights take, as an engine with this configuration holds them. Raises ConfigError
+    where experts may stay on disk, and none are read in place."""
     near = [
         (weight.nbytes, source.expert is None)
         for source, weight in zip(sources, weights, strict=True)
@@ -81,7 +87,7 @@ def count_weights(
     for source, weight in zip(sources, weights, strict=True):
         if weight.mapped and source.expert is not None:
             layers[source.expert[0]] += weight.nbytes
-    return WeightBytes(
+    found = WeightBytes(
         mapped=sum(weight.nbytes for weight in weights if weight.mapped),
         copied=sum(weight.nbytes for weight in weights if not (weight.mapped or weight.near)),
         parameters=sum(weight.count for weight in weights),
@@ -91,20 +97,18 @@ def count_weights(
         experts=layers.total(),
         layer=max(layers.values(), default=0),
         repacked=sum(weight.nbytes for weight in weights if weight.repacked),
+        moving=0 if ranks is None else _moving_bytes(sources, weights, ranks, config),
+        cold=config.mmap_cold,
     )
-
-
-def as_cold(weights: WeightBytes) -> WeightBytes:
-    """With experts that may stay on disk. Raises ConfigError where none are read in place."""
-    if not weights.experts:
+    if found.cold and not found.experts:
         raise ConfigError(
             "--mmap-cold lets experts stay on disk, but this model has none that are read where "
             "they lie in its files; leave it out"
         )
-    return replace(weights, cold=True)
+    return found
 
 
-def moving_bytes(
+def _moving_bytes(
     sources: Sequence[Source],
     weights: Sequence[PlannedWeight],
     ranks: ExpertRank,

@@ -214,8 +214,13 @@ class Attention(ParameterModule):
         if bias is None or self.k_norm is not None:
             return None
         bias_1GN = bias.detach().float().view(1, self.spec.num_kv_heads, self.spec.head_dim)
-        cos_1R, sin_1R = (x.to(bias.device) for x in self.rotary.lasting(context))
-        turned = self.ops.rotary(bias_1GN, cos_1R, sin_1R, interleaved=self.interleaved)
+        cos_1R, sin_1R = self.rotary.lasting(context)
+        turned = self.ops.rotary(
+            bias_1GN,
+            cos_1R.to(bias.device),
+            sin_1R.to(bias.device),
+            interleaved=self.interleaved,
+        )
         return turned[0].contiguous()
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:

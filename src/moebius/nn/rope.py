@@ -162,12 +162,13 @@ class Rotary:
         """
         positions_P = torch.linspace(0, math.log(context), 1024, dtype=torch.float64).exp() - 1
         angles_PR = positions_P.unsqueeze(1) * self._inverse_R.double().cpu()
-        # Coarse enough for no other library's last bits to matter.
-        cos_1R, sin_1R = (
-            (x.mean(0, keepdim=True) * 4096).round() / 4096
-            for x in (angles_PR.cos(), angles_PR.sin())
-        )
-        return (cos_1R * self._factor).float(), (sin_1R * self._factor).float()
+
+        def mean(x_PR: Tensor) -> Tensor:
+            # Coarse enough for no other library's last bits to matter.
+            coarse_1R = (x_PR.mean(0, keepdim=True) * 4096).round() / 4096
+            return (coarse_1R * self._factor).float()
+
+        return mean(angles_PR.cos()), mean(angles_PR.sin())
 
 
 class Positions:

@@ -138,7 +138,8 @@ class NvFp4Scheme(Scheme):
     def parts(self, name: str, shape: tuple[int, ...], found: Tensors) -> Parts:
         rows, columns = shape[-2:]
         groups = _groups(columns, 16)
-        _, scale, whole = (name + suffix for suffix in self.suffixes)
+        scale = name + self.suffixes[1]
+        whole = name + self.suffixes[2]
         planes = (
             Plane(self.codes(name), self.codes_dtypes, lead(shape, (rows, columns // 2))),
             Plane(scale, ("F8_E4M3",), lead(shape, (rows, groups))),
@@ -242,7 +243,8 @@ class AffineScheme(Scheme):
         rows, columns = shape[-2:]
         of_groups = lead(shape, (rows, _groups(columns, self.group)))
         words = lead(shape, (rows, columns * self.bits // 32))
-        scales, biases = (beside(name, each) for each in ("scales", "biases"))
+        scales = beside(name, "scales")
+        biases = beside(name, "biases")
         dtype = _named(scales, found, PLAIN_SCALES)
         stored = next(each for each, named in PLAIN_SCALES.items() if named == dtype)
         planes = (
@@ -284,7 +286,9 @@ class GptqScheme(Scheme):
         _require_words(shape, per_word, per_word)
         rows, columns = shape
         groups = _groups(columns, self.group)
-        zeros, scales, order = (beside(name, each) for each in ("qzeros", "scales", "g_idx"))
+        zeros = beside(name, "qzeros")
+        scales = beside(name, "scales")
+        order = beside(name, "g_idx")
         planes = [
             Plane(self.codes(name), ("I32",), ((columns // per_word, rows),)),
             Plane(zeros, ("I32",), ((groups, rows // per_word),)),

@@ -58,11 +58,11 @@ class ReferenceCache(LayerCache):
         v = self.v.flatten(0, 1)[slots]
         if self.scales is None:
             return k, v
-        k_scale, v_scale = (scale.flatten(0, 1)[slots] for scale in self.scales)
-        k = widened(k, k_scale)
+        k_scale, v_scale = self.scales
+        k = widened(k, k_scale.flatten(0, 1)[slots])
         if as_written and self.key_offset is not None:
             k = k + self.key_offset
-        return k, widened(v, v_scale)
+        return k, widened(v, v_scale.flatten(0, 1)[slots])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
