@@ -40,6 +40,7 @@ from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
 from moebius.models.store.tensors import NUMBER_BYTES
@@ -171,8 +172,7 @@ class Prepared:
 
 
 def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = None) -> Prepared:
-    """Read configuration and safetensors headers, check them, and plan the memory. Raises
-    UsageError.
+    """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
     share: the rank to plan for, where several share the experts; None: of config.ranks the one that
     has least memory, as if all were on this host.
@@ -183,11 +183,9 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     quantized = Quantized.by_name(checkpoint, config.quantization)
     checkpoint = checkpoint if quantized is None else quantized.checkpoint
     device = _device(config.device, share)
-    threads = _threads(config)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
-    ordered = config.activations == "int8" and _in_blocks(checkpoint)
-    ops = select_ops(device, dtype, config.threads, config.activations, ordered=ordered)
+    ops = _ops(checkpoint, config, device, dtype)
     check_served(checkpoint.config, dtype, ops, kv_dtype)
     ranks = None if share is None else share.of(checkpoint.config, config)
     memory = None if share is None or not share.memory_apart else share.memory
@@ -196,12 +194,8 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         dtype_name(dtype), device.type, ops.formats(dtype), sources, near=memory is not None
     )
     weight_bytes = count_weights(sources, weights, checkpoint.dtype, config, ranks)
-    if memory is not None:
-        weight_bytes = replace(weight_bytes, nodes=memory.nodes)
-    available, available_of = _available(device)
-    if share is not None:
-        common = common_bytes(sources, weights)
-        available, available_of = _share_of(available, available_of, share, common)
+    weight_bytes = replace(weight_bytes, nodes=() if memory is None else memory.nodes)
+    available, available_of = _room(device, share, sources, weights)
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
         decoder,
@@ -223,7 +217,6 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         recorded=workspace.nbytes if workspace.recorded else None,
         ranks=1 if share is None else share.ranks,
     )
-    loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
     return Prepared(
         checkpoint,
         ops,
@@ -232,19 +225,23 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         kv_dtype,
         weights,
         plan,
-        threads,
+        _threads(config),
         workspace,
         decoder,
-        loader,
+        Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold),
         quantized,
     )
 
 
-def _in_blocks(checkpoint: Checkpoint) -> bool:
-    """Whether there are matrices whose products have the same bits on every processor: then all
-    others are to have them too."""
+def _ops(
+    checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> Ops:
+    """Where there are matrices whose products have the same bits on every processor, all others'
+    are to have them too."""
     blocks = {each.name for each in BLOCK_FORMATS}
-    return any(tensor.format in blocks for tensor in checkpoint.tensors.values())
+    some = any(tensor.format in blocks for tensor in checkpoint.tensors.values())
+    ordered = config.activations == "int8" and some
+    return select_ops(device, dtype, config.threads, config.activations, ordered=ordered)
 
 
 def _threads(config: EngineConfig) -> int:
@@ -254,6 +251,19 @@ def _threads(config: EngineConfig) -> int:
             "--threads %d is more than the %d cores that may be used", config.threads, cores
         )
     return config.threads or cores
+
+
+def _room(
+    device: torch.device,
+    share: ExpertShare | None,
+    sources: Sequence[Source],
+    weights: Sequence[PlannedWeight],
+) -> tuple[int, str]:
+    """Bytes that an engine with these weights may take, and of what."""
+    available, of = _available(device)
+    if share is None:
+        return available, of
+    return _share_of(available, of, share, common_bytes(sources, weights))
 
 
 def _share_of(host: int, owner: str, share: ExpertShare, common: int) -> tuple[int, str]:
