@@ -274,9 +274,9 @@ def environment_variables() -> set[str]:
 
 
 READS = ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop")
-# torchrun's own, by which processes find each other; nobody sets them by hand.
 # Says where all programs keep caches.
 EVERYBODYS = {"XDG_CACHE_HOME"}
+# torchrun's own, by which processes find each other; nobody sets them by hand.
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
