@@ -176,6 +176,29 @@ def beside_others(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def quantised() -> str:
+    """GGUF files beside llama.cpp: its server, asked as ours is, and its bare loop."""
+    bare = json.loads((HERE / "peers" / "quantised" / "llama_bench.json").read_text())
+    speeds = bare["tokens_per_second"]
+    loops = {("w1", "decode_tps"): "tg128", ("w4", "prefill_tps"): "pp2048"}
+    rows = []
+    for source, record in beside.records("quantised").items():
+        weights = record["settings"]["weights"]
+        for one in beside.comparisons(source, record):
+            loop = loops.get((one.workload, one.measure))
+            other = speeds[f"{one.model}-{weights}"][loop] if loop else None
+            ours = one.values["moebius"]
+            row = [f"{weights.upper()}: {one.label}", number(ours), number(one.values[one.best])]
+            row += [one.spread, "" if other is None else number(other)]
+            rows.append([*row, "" if other is None else f"{ours / other:.2f} ×"])
+    commands = [
+        f"`{beside.command(record['settings'])}`" for record in beside.records("quantised").values()
+    ]
+    head = ["", "Moebius", "llama-server", "to it", "llama-bench", "to it"]
+    said = f"{ZEN4}, {bare['started']}. Commands: {'; '.join(commands)}; `{bare['command']}`."
+    return f"{table(head, rows)}\n\n{said}"
+
+
 def _speeds(found: Sequence[Comparison]) -> str:
     return _with_words_around(*beside.speed_rows(found))
 
@@ -545,6 +568,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "schedules": schedules,
     "worst-bodies": bodies,
     "ablation": ablation,
+    "quantised": quantised,
     "expert-parallel": expert_parallel,
     "exchanges": exchanges,
     "recoveries": recoveries,

@@ -263,6 +263,8 @@ def command(settings: dict[str, Any]) -> str:
     """The line that repeats a run; where its figures go is left to whoever runs it."""
     words = [".venv/bin/python benchmarks/peers/run.py"]
     words += [f"--{key} {','.join(settings[key])}" for key in ("peers", "models", "workloads")]
+    if settings.get("weights", "bf16") != "bf16":
+        words.append(f"--weights {settings['weights']}")
     words.append(f"--reps {settings['reps']}")
     if settings["together"] != "auto":
         words.append(f"--together {settings['together']}")
