@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import moebius
-from moebius.engine import load
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import ExpertShare, load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
@@ -112,7 +111,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
 def test_ranks_on_a_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they share is memory of the host: a GPU's address means nothing there."""
     save_tiny(tmp_path, "mixtral")
-    monkeypatch.setattr(load, "_device", lambda wish: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="ranks share experts on CPUs only; use --device cpu"):
         prepare(tmp_path, replace(SMALL, ranks=2), ExpertShare(0, 2))
 
