@@ -40,11 +40,13 @@ def test_the_official_clients_programs_run() -> None:
         assert line in done.stdout and line in section, done.stdout
 
 
-def test_the_program_of_the_readme_runs() -> None:
-    """What it prints depends on the kernels."""
-    (program,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_the_programs_of_the_readme_run() -> None:
+    """One over HTTP, one with an LLM; what they print depends on the kernels."""
+    programs = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(programs) == 2 and ADDRESS in programs[0]
+    with serving(resolve_model("bundled"), "bundled") as address:
+        command = [sys.executable, "-c", "\n".join(programs).replace(ADDRESS, address)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for line in ("def fibonacci(n): ", "class Stack: "):
         assert line in done.stdout

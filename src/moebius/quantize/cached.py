@@ -32,9 +32,8 @@ _STAMPS = 2**29
 
 
 def cache_directory() -> Path:
-    """Where such files are kept: where XDG says that caches are."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moebius" / "quantized"
+    """Where such files are kept."""
+    return Path.home() / ".cache" / "moebius" / "quantized"
 
 
 class QuantizedStore(Store):
