@@ -28,7 +28,7 @@ from tiny import write_model
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "moebius" / "quantized"
+    return tmp_path / "cache" / ".cache" / "moebius" / "quantized"
 
 
 @pytest.fixture(scope="session")
