@@ -12,6 +12,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@cache
+def short_name(path: Path) -> str:
+    """`directory/file`, for messages."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def package_table(name: str) -> dict[str, Any]:

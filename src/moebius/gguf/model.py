@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moebius.errors import WeightsError
+from moebius.files import short_name
 from moebius.gguf.reader import GgufFile, GgufTensor, Metadata, read_gguf
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -58,7 +59,7 @@ def open_gguf(path: Path) -> GgufModel:
     count = first.metadata.get("split.count", 1)
     if count == 1:
         return GgufModel((first,), first.metadata, first.tensors)
-    name = f"{first.path.parent.name}/{first.path.name}"
+    name = short_name(first.path)
     if type(count) is not int or not 1 <= count <= _MOST_PARTS:
         raise WeightsError(f"{name}: split.count is {count!r}; it must be 1 to {_MOST_PARTS}")
     if part is None or part.count != count:
@@ -74,7 +75,7 @@ def _joined(files: list[GgufFile], count: int) -> dict[str, GgufTensor]:
     """The tensors of all parts. Raises WeightsError where they are not parts of one model."""
     tensors: dict[str, GgufTensor] = {}
     for number, file in enumerate(files):
-        name = f"{file.path.parent.name}/{file.path.name}"
+        name = short_name(file.path)
         for key, wanted in (("split.count", count), ("split.no", number)):
             found = file.metadata.get(key)
             if found != wanted:
@@ -86,8 +87,8 @@ def _joined(files: list[GgufFile], count: int) -> dict[str, GgufTensor]:
         tensors.update(file.tensors)
     total = files[0].metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        name = f"{files[0].path.parent.name}/{files[0].path.name}"
         raise WeightsError(
-            f"{name}: split.tensors.count is {total}, but the files hold {len(tensors)}"
+            f"{short_name(files[0].path)}: split.tensors.count is {total}, but the files hold "
+            f"{len(tensors)}"
         )
     return tensors

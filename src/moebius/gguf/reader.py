@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from moebius.errors import WeightsError
+from moebius.files import short_name
 from moebius.gguf.types import (
     ALIGNMENT,
     ARRAY,
@@ -210,7 +211,7 @@ class _Bytes:
 
 def read_gguf(path: Path) -> GgufFile:
     """One file's head. Raises WeightsError naming the file and what is wrong in it."""
-    name = f"{path.parent.name}/{path.name}"
+    name = short_name(path)
     try:
         with path.open("rb") as file:
             head = _Bytes(file, name)

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError, WeightsError
+from moebius.files import short_name
 from moebius.gguf import GgufModel, GgufTensor, Value
 from moebius.models.family import gguf_architectures, gguf_families
 from moebius.models.gguf_architecture import GgufArchitecture, Key
@@ -135,8 +136,7 @@ class _Keys:
 def gguf_config(model: GgufModel) -> GgufConfig:
     """Raises ConfigError naming the file and the key that is wrong, or is not supported, and
     WeightsError for a file without an embedding."""
-    first = model.files[0].path
-    where = f"{first.parent.name}/{first.name}"
+    where = short_name(model.files[0].path)
     model_type, architecture = _family(model.metadata, where)
     keys = _Keys(model.metadata, architecture.name, where)
     config = {"model_type": model_type, **architecture.fixed}

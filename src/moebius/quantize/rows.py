@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moebius.errors import WeightsError
+from moebius.files import short_name
 from moebius.gguf.types import TENSOR_TYPES, BlockType
 from moebius.models.store.mapped import MappedFiles
-from moebius.models.store.tensors import StoredTensor, short_name
+from moebius.models.store.tensors import StoredTensor
 from moebius.ops import FORMATS, Matrix
 from moebius.ops.formats import BlockFormat, Dense, format_named
 from moebius.ops.threads import TorchThreads, default_threads
