@@ -26,7 +26,7 @@ class GgufModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SplitName:
     """What the name of a split file says: part `number` of `count`, from 1."""
 
     stem: str
@@ -34,7 +34,7 @@ class Part:
     count: int
 
     @classmethod
-    def of(cls, name: str) -> "Part | None":
+    def of(cls, name: str) -> "SplitName | None":
         """None for the name of a file that is whole."""
         found = _PART.fullmatch(name)
         return found and cls(found["stem"], int(found["number"]), int(found["count"]))
@@ -42,6 +42,12 @@ class Part:
     def name(self, number: int) -> str:
         """What part `number` of the same model is called."""
         return f"{self.stem}-{number:05}-of-{self.count:05}.gguf"
+
+
+def first_file(name: str) -> str:
+    """The name of a model's first file, by that of any."""
+    part = SplitName.of(name)
+    return name if part is None else part.name(1)
 
 
 def is_gguf(path: Path) -> bool:
@@ -54,12 +60,12 @@ def open_gguf(path: Path) -> GgufModel:
 
     Raises WeightsError naming the file and what is wrong in it, or the part that is missing.
     """
-    part = Part.of(path.name)
-    first = read_gguf(path if part is None else path.with_name(part.name(1)))
+    first = read_gguf(path.with_name(first_file(path.name)))
     count = first.metadata.get("split.count", 1)
     if count == 1:
         return GgufModel((first,), first.metadata, first.tensors)
     name = short_name(first.path)
+    part = SplitName.of(path.name)
     if type(count) is not int or not 1 <= count <= _MOST_PARTS:
         raise WeightsError(f"{name}: split.count is {count!r}; it must be 1 to {_MOST_PARTS}")
     if part is None or part.count != count:

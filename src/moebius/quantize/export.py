@@ -29,7 +29,7 @@ _KEPT = "float32"
 _QUANTIZATION_VERSION = 2
 
 
-class Part(NamedTuple):
+class RowRange(NamedTuple):
     """Rows of a tensor to be: where they come from, from which row on, and in which order."""
 
     stored: StoredTensor
@@ -45,7 +45,7 @@ class Target:
     name: str
     shape: tuple[int, ...]
     format: str
-    parts: tuple[Part, ...]
+    parts: tuple[RowRange, ...]
 
     def to_write(self, rows: Rows) -> TensorToWrite:
         return TensorToWrite(
@@ -124,7 +124,7 @@ def _described(
         targets = _targets(checkpoint, recipe, names, permute=False)
         stored = checkpoint.store.tensors.get(ROPE_DIVISORS)
         if stored is not None:
-            whole = Part(stored, 0, stored.shape[0], None)
+            whole = RowRange(stored, 0, stored.shape[0], None)
             targets.append(Target(ROPE_DIVISORS, stored.shape, _KEPT, (whole,)))
         more = []
     else:
@@ -174,14 +174,14 @@ def _format(recipe: Recipe, source: Source, checkpoint: Checkpoint) -> str:
     return stored if rows_do_not_fit and isinstance(format_named(stored), Dense) else _KEPT
 
 
-def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> Part:
+def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> RowRange:
     """Where a parameter's rows lie; of a vector each number is a row."""
     vector = len(stored.shape) == 1
     rows = stored.shape[0] if vector else source.shape[0]
     first = source.start
     if source.entry is not None:
         first += source.entry * source.stored_shape[1]
-    return Part(stored, first, rows, order)
+    return RowRange(stored, first, rows, order)
 
 
 def _order(source: Source, config: ModelConfig) -> Sequence[int] | None:
