@@ -19,11 +19,13 @@ from typing import Self
 
 from moebius.files import anyone, make_directory
 from moebius.gguf.reader import Value
+from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, lay_out, write_gguf
 from moebius.models.store import Checkpoint, Store, StoredTensor, fingerprint
+from moebius.models.store.gguf import block_type
 from moebius.quantize.encode import VERSION
 from moebius.quantize.recipe import Recipe, format_of, recipe
-from moebius.quantize.rows import Progress, Rows, block_type, silent
+from moebius.quantize.rows import Progress, Rows, silent
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +157,7 @@ def _metadata(recipe: Recipe) -> dict[str, Value]:
         "general.architecture": "moebius",
         "general.description": f"a checkpoint's own tensors as {recipe.name}, kept by Moebius",
         "general.file_type": recipe.file_type,
-        "general.quantization_version": 2,
+        "general.quantization_version": QUANTIZATION_VERSION,
         "moebius.quantizer": VERSION,
     }
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from moebius.errors import ConfigError
 from moebius.files import Ours, check_target
 from moebius.gguf.reader import Value
+from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, gguf_file, write_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.gguf_architecture import pair_rows
@@ -18,15 +19,14 @@ from moebius.models.gguf_config import ROPE_DIVISORS
 from moebius.models.gguf_keys import gguf_keys
 from moebius.models.layout import Source, sources
 from moebius.models.store import Checkpoint, StoredTensor, open_checkpoint
-from moebius.models.store.gguf import GgufStore
+from moebius.models.store.gguf import GgufStore, block_type
 from moebius.ops.formats import Dense, format_named
 from moebius.quantize.recipe import PLAIN, RECIPES, Recipe, format_of, recipe
-from moebius.quantize.rows import Progress, Rows, block_type, silent
+from moebius.quantize.rows import Progress, Rows, silent
 from moebius.quantize.vocabulary import vocabulary_metadata
 
 # Of what is no matrix, and of what chooses experts.
 _KEPT = "float32"
-_QUANTIZATION_VERSION = 2
 
 
 class RowRange(NamedTuple):
@@ -137,7 +137,7 @@ def _described(
         divisors = found.rope_divisors
         more = [] if divisors is None else [_vector(ROPE_DIVISORS, divisors)]
     metadata["general.file_type"] = recipe.file_type
-    metadata["general.quantization_version"] = _QUANTIZATION_VERSION
+    metadata["general.quantization_version"] = QUANTIZATION_VERSION
     return metadata, targets, more
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moebius.errors import WeightsError
 from moebius.files import short_name
-from moebius.gguf.types import TENSOR_TYPES, BlockType
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
 from moebius.ops import FORMATS, Matrix
@@ -23,9 +22,6 @@ from moebius.quantize.encode import encoded
 
 # Numbers that a thread turns into bytes at a time: an expert's matrix is work for several threads.
 _PIECE = 2**17
-
-_TYPES = {each.name.lower(): each for each in TENSOR_TYPES.values()}
-_DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Gets what is done and how many bytes it is; gives what hears of bytes that are done."""
@@ -169,8 +165,3 @@ def _as_they_are(matrix: Matrix) -> Iterator[memoryview]:
 def _bytes(plane: Tensor) -> memoryview:
     found: memoryview = plane.contiguous().view(torch.uint8).numpy().data
     return found.cast("B")
-
-
-def block_type(format: str) -> BlockType:
-    """What GGUF files call a format."""
-    return _TYPES[_DENSE.get(format, format)]
