@@ -43,13 +43,13 @@ def quantize(
 def _summary(out: Path, found: "Written") -> str:
     """The whole, then a line a type of tensor."""
     lines = [
-        f"{out}: {found.nbytes:,} bytes, {found.parameters:,} parameters, "
+        f"{out}: {found.nbytes:,} bytes, {found.total.parameters:,} parameters, "
         f"{found.bits:.2f} bits each"
     ]
-    by_size = sorted(found.by_type.items(), key=lambda entry: -entry[1][2])
-    for kind, (tensors, numbers, nbytes) in by_size:
-        share = f"{100 * numbers / found.parameters:.1f} % of parameters"
-        lines.append(f"  {kind:<5} {nbytes:>15,} bytes in {tensors} tensors, {share}")
+    by_size = sorted(found.by_type.items(), key=lambda entry: -entry[1].nbytes)
+    for kind, each in by_size:
+        share = f"{100 * each.parameters / found.total.parameters:.1f} % of parameters"
+        lines.append(f"  {kind:<5} {each.nbytes:>15,} bytes in {each.tensors} tensors, {share}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """A model as a GGUF file that llama.cpp loads: its names, its keys, its order of rows."""
 
 import struct
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,19 +57,37 @@ class Target:
             yield from rows.pieces(stored, self.format, first=first, rows=count, order=order)
 
 
+@dataclass(slots=True)
+class Total:
+    """Of some tensors: how many they are, their numbers, and their bytes."""
+
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+
+    def add(self, tensor: TensorToWrite) -> None:
+        self.tensors += 1
+        self.parameters += tensor.numbers
+        self.nbytes += tensor.nbytes
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a file holds: bytes in all, numbers, and of both those of each type of tensor."""
+    """What a file holds.
+
+    nbytes    of the whole file, metadata included
+    total     of all tensors
+    by_type   of those of each type
+    """
 
     nbytes: int
-    parameters: int
-    by_type: Mapping[str, tuple[int, int, int]]
-    """Tensors, numbers and bytes."""
+    total: Total
+    by_type: Mapping[str, Total]
 
     @property
     def bits(self) -> float:
-        """A parameter's, metadata left out."""
-        return 8 * sum(nbytes for _, _, nbytes in self.by_type.values()) / self.parameters
+        """Of a parameter, metadata left out."""
+        return 8 * self.total.nbytes / self.total.parameters
 
 
 def write_model(
@@ -199,13 +217,9 @@ def _vector(name: str, numbers: Sequence[float]) -> TensorToWrite:
 
 
 def _summary(nbytes: int, tensors: Iterable[TensorToWrite]) -> Written:
-    count: Counter[str] = Counter()
-    numbers: Counter[str] = Counter()
-    stored: Counter[str] = Counter()
+    total = Total()
+    by_type: defaultdict[str, Total] = defaultdict(Total)
     for tensor in tensors:
-        kind = tensor.type.name
-        count[kind] += 1
-        numbers[kind] += tensor.numbers
-        stored[kind] += tensor.nbytes
-    by_type = {kind: (count[kind], numbers[kind], stored[kind]) for kind in count}
-    return Written(nbytes, sum(numbers.values()), by_type)
+        total.add(tensor)
+        by_type[tensor.type.name].add(tensor)
+    return Written(nbytes, total, by_type)
