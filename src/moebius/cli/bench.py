@@ -307,7 +307,7 @@ def _send(
             samples,
             due[: len(samples)],
             max_concurrency=options.max_concurrency,
-            on_done=advance,
+            on_done=lambda _: advance(),
         )
         return asyncio.run(load)
 

@@ -23,9 +23,10 @@ from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, lay_out, write_gguf
 from moebius.models.store import Checkpoint, Store, StoredTensor, fingerprint
 from moebius.models.store.gguf import block_type
+from moebius.progress import Progress, silent
 from moebius.quantize.encode import VERSION
 from moebius.quantize.recipe import Recipe, format_of, recipe
-from moebius.quantize.rows import Progress, Rows, silent
+from moebius.quantize.rows import Rows
 
 log = logging.getLogger(__name__)
 

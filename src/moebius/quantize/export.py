@@ -21,8 +21,9 @@ from moebius.models.layout import Source, sources
 from moebius.models.store import Checkpoint, StoredTensor, open_checkpoint
 from moebius.models.store.gguf import GgufStore, block_type
 from moebius.ops.formats import Dense, format_named
+from moebius.progress import Progress, silent
 from moebius.quantize.recipe import PLAIN, RECIPES, Recipe, format_of, recipe
-from moebius.quantize.rows import Progress, Rows, silent
+from moebius.quantize.rows import Rows
 from moebius.quantize.vocabulary import vocabulary_metadata
 
 # Of what is no matrix, and of what chooses experts.

@@ -2,9 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -22,14 +21,6 @@ from moebius.quantize.encode import encoded
 
 # Numbers that a thread turns into bytes at a time: an expert's matrix is work for several threads.
 _PIECE = 2**17
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Gets what is done and how many bytes it is; gives what hears of bytes that are done."""
-
-
-def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
-    """No progress shown."""
-    return nullcontext(lambda nbytes: None)
 
 
 class Rows:
