@@ -105,12 +105,13 @@ def _options(asked: str) -> Mapping[str, Any]:
     for part in asked.split(","):
         name, equals, value = part.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
+        value = value.strip()
         if not equals or name not in words:
             raise ConfigError(
                 f"--variant {asked}: {part!r} is not OPTION=VALUE with one of "
                 f"{', '.join(sorted(words))}"
             )
-        given[name] = None if value == _NONE else value.strip()
+        given[name] = None if value == _NONE else value
     return given
 
 

@@ -210,7 +210,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         weight_bytes,
         dtype=dtype_name(dtype),
         device=device.type,
-        kv_dtype=str(kv_dtype).removeprefix("torch."),
+        kv_dtype=dtype_name(kv_dtype),
         cache=_cache_sizes(checkpoint.config.caches(dtype, kv_dtype), ops, config.block_size),
         available=available,
         available_of=available_of,
