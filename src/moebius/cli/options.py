@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moebius.progress import Advance
 
 _MODEL_HELP = "A directory in the Hugging Face layout, a GGUF file, a hub id, or 'bundled'."
-Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=_MODEL_HELP)]
 
 

@@ -21,7 +21,11 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     type_: Annotated[
         str,
-        typer.Option("--type", help="q8_0, q6_k, q5_k_m, q4_k_m, mxfp4, or bf16, f16, f32."),
+        typer.Option(
+            "--type",
+            help="What weights become: q8_0, q6_k, q5_k_m, q4_k_m or mxfp4; plain numbers: bf16, "
+            "f16 or f32.",
+        ),
     ] = "q4_k_m",
     force: Annotated[
         bool, typer.Option("--force", help="Replace a GGUF file that is there.")

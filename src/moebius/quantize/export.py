@@ -26,12 +26,13 @@ from moebius.quantize.recipe import PLAIN, RECIPES, Recipe, format_of, recipe
 from moebius.quantize.rows import Rows
 from moebius.quantize.vocabulary import vocabulary_metadata
 
-# Of what is no matrix, and of what chooses experts.
+# The format of what is no matrix, and of routers.
 _KEPT = "float32"
 
 
 class RowRange(NamedTuple):
-    """Rows of a tensor to be: where they come from, from which row on, and in which order."""
+    """Rows of a stored tensor, from `first` on; order: which of them stands where, None for all
+    where they are."""
 
     stored: StoredTensor
     first: int
@@ -41,7 +42,7 @@ class RowRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor to be."""
+    """A tensor of the file, and the rows that it is made of."""
 
     name: str
     shape: tuple[int, ...]
@@ -103,8 +104,9 @@ def write_model(
     """Write a model, a directory or a GGUF file, as a GGUF file of the named type.
 
     name: what the file calls the model. force: a GGUF file that is there may be replaced. Raises
-    ConfigError for what is no type, for a model that llama.cpp has not, and where there is a file;
-    TokenizerError for a tokenizer that such files cannot describe; WeightsError; StorageError.
+    ConfigError for an unknown type, for a model that llama.cpp does not have, and where `out` is
+    there; TokenizerError for a tokenizer that GGUF files cannot describe; WeightsError;
+    StorageError.
     """
     chosen = recipe(type_name, {**RECIPES, **PLAIN})
     _check_out(out, force=force)
@@ -134,7 +136,7 @@ def _check_out(out: Path, *, force: bool) -> None:
 def _described(
     checkpoint: Checkpoint, recipe: Recipe
 ) -> tuple[dict[str, Value], list[Target], list[TensorToWrite]]:
-    """The file's keys, the model's tensors, and those that belong to keys."""
+    """The file's keys, the model's tensors, and those that say what keys cannot."""
     if isinstance(checkpoint.store, GgufStore):
         metadata = dict(checkpoint.store.metadata)
         for key in [key for key in metadata if key.startswith(("split.", "general.alignment"))]:
