@@ -319,7 +319,7 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> 
         LLM("bundled", max_num_seq=1)
     with pytest.raises(TypeError, match="names its file and tokenizer itself"):
         LLM(find_model("bundled"), file="model.gguf")
-    with pytest.raises(ConfigError, match="there is no directory .*/missing"):
+    with pytest.raises(ConfigError, match=r"there is no directory .*/missing"):
         LLM(tmp_path / "missing")
 
 
