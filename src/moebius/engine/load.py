@@ -40,6 +40,7 @@ from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.key_offsets import key_offsets
 from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
@@ -397,7 +398,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
         block_size=plan.block_size,
         device=prepared.device,
         num_states=0 if states is None else states.num_slots,
-        key_offsets=model.key_offsets() if prepared.kv_dtype == torch.int8 else (),
+        key_offsets=key_offsets(model) if prepared.kv_dtype == torch.int8 else (),
     )
     if model.ranks is not None:
         model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))

@@ -202,27 +202,6 @@ class Attention(ParameterModule):
             qkv_TI = self.ops.clip(qkv_TI, spec.clip_qkv)
         return qkv_TI
 
-    def key_offset(self, context: int) -> Tensor | None:
-        """What codes of keys may be made less, (G, N) in float32: a part that all keys have.
-
-        Keys with large biases (Qwen2) would waste most of their codes on it. A bias turns with the
-        position; its slow pairs hardly do, in which large ones lie, as models use them for what
-        matters at any distance. Fast ones average to nothing. None where keys have no bias, or are
-        normed behind it, which bounds them.
-        """
-        bias = self.k_proj.bias
-        if bias is None or self.k_norm is not None:
-            return None
-        bias_1GN = bias.detach().float().view(1, self.spec.num_kv_heads, self.spec.head_dim)
-        cos_1R, sin_1R = self.rotary.lasting(context)
-        turned = self.ops.rotary(
-            bias_1GN,
-            cos_1R.to(bias.device),
-            sin_1R.to(bias.device),
-            interleaved=self.interleaved,
-        )
-        return turned[0].contiguous()
-
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:
         """What attention adds to the residual stream (T, D)."""
         out_THN = past.attend(self, self._projected(x_TD), positions.rotation(self.rotary))

@@ -153,23 +153,6 @@ class Rotary:
             self._inverse_R = self._inverse_R.to(positions_T.device)
         return self._ops.rotation(positions_T, self._inverse_R, self._factor)
 
-    def lasting(self, context: int) -> Pair:
-        """cos and sin (1, R), averaged over positions up to `context`: what of a turned vector
-        stays where it is.
-
-        Each order of magnitude counts alike, as do sequences of 100 tokens and of 10,000: for pairs
-        that turn by less than a radian in most sequences it is 1 and 0 or close, for fast ones 0.
-        """
-        positions_P = torch.linspace(0, math.log(context), 1024, dtype=torch.float64).exp() - 1
-        angles_PR = positions_P.unsqueeze(1) * self._inverse_R.double().cpu()
-
-        def mean(x_PR: Tensor) -> Tensor:
-            # Coarse enough for no other library's last bits to matter.
-            coarse_1R = (x_PR.mean(0, keepdim=True) * 4096).round() / 4096
-            return (coarse_1R * self._factor).float()
-
-        return mean(angles_PR.cos()), mean(angles_PR.sin())
-
 
 class Positions:
     """The positions of a step's rows; a rotation is worked out when a layer first asks for it."""
