@@ -219,18 +219,18 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         ranks=1 if share is None else share.ranks,
     )
     return Prepared(
-        checkpoint,
-        ops,
-        device,
-        dtype,
-        kv_dtype,
-        weights,
-        plan,
-        _threads(config),
-        workspace,
-        decoder,
-        Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold),
-        quantized,
+        checkpoint=checkpoint,
+        ops=ops,
+        device=device,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        weights=weights,
+        plan=plan,
+        threads=_threads(config),
+        workspace=workspace,
+        decoder=decoder,
+        loader=Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold),
+        quantized=quantized,
     )
 
 
