@@ -130,12 +130,12 @@ class Quantized:
     def _write(self, progress: Progress) -> None:
         formats = _formats(self.original, self.recipe)
         # A warning, because whoever waits for a minute wants to know what for.
-        text = "%s is quantized to %s, this once; it is kept as %s"
+        text = "%s is quantised to %s, this once; it is kept as %s"
         log.warning(text, self.original.path.name, self.recipe.name, self.file)
         with Rows() as rows:
             tensors = _to_write(self.original, formats, rows)
             total = sum(tensor.nbytes for tensor in tensors)
-            with progress(f"quantizing to {self.recipe.name}", total) as written:
+            with progress(f"quantising to {self.recipe.name}", total) as written:
                 metadata = _metadata(self.recipe)
                 write_gguf(self.file, metadata, tensors, ours=anyone, written=written)
         stamp = _stamp(self.file)
