@@ -8,11 +8,11 @@ from typing import NamedTuple
 from moebius.gguf import is_gguf, open_gguf
 from moebius.text.defaults import GenerationDefaults
 from moebius.text.gguf_tokenizer import gguf_templates, tokenizer_from_gguf
+from moebius.text.gguf_values import PREFIX
 from moebius.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_TOKENS = "tokenizer.ggml.tokens"
 # Of so many tokens, spread over a vocabulary, as many have to be the same: a file may spell those
 # that were added otherwise.
 _SAMPLE = 500
@@ -61,7 +61,7 @@ def _beside(path: Path, metadata: Mapping[str, object]) -> Tokenizer | None:
     if not (path.parent / "tokenizer.json").is_file():
         return None
     found = load_tokenizer(path.parent, metadata)
-    tokens = metadata.get(_TOKENS)
+    tokens = metadata.get(f"{PREFIX}tokens")
     if isinstance(tokens, list) and not _same_vocabulary(found, tokens):
         log.warning(
             "%s: the tokenizer.json beside it is another model's; the file's own tokenizer is used",
