@@ -35,12 +35,13 @@ def quantize(
 
     llama.cpp and what builds on it load the file; `moebius serve OUT.gguf` does too.
     """
+    from moebius.cli.border import taking_back
     from moebius.quantize.export import write_model
 
     name = model.rstrip("/").rpartition("/")[2]
-    found = write_model(
-        which.find(model).path, out, type_.lower(), name=name, force=force, progress=_bytes_bar
-    )
+    source = which.find(model).path
+    with taking_back():
+        found = write_model(source, out, type_.lower(), name=name, force=force, progress=_bytes_bar)
     typer.echo(_summary(out, found))
 
 
