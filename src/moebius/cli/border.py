@@ -43,7 +43,7 @@ def open_streams() -> None:
 
 
 @contextmanager
-def taking_back() -> Iterator[None]:
+def ended_in_order() -> Iterator[None]:
     """Let SIGTERM end what is in the block as Ctrl-C does: what was begun is taken back."""
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -35,12 +35,12 @@ def quantize(
 
     llama.cpp and what builds on it load the file; `moebius serve OUT.gguf` does too.
     """
-    from moebius.cli.border import taking_back
+    from moebius.cli.border import ended_in_order
     from moebius.quantize.export import write_model
 
     name = model.rstrip("/").rpartition("/")[2]
     source = which.find(model).path
-    with taking_back():
+    with ended_in_order():
         found = write_model(source, out, type_.lower(), name=name, force=force, progress=_bytes_bar)
     typer.echo(_summary(out, found))
 
