@@ -21,6 +21,7 @@ from models.gguf_writing import Converter, tokenizer_keys
 from moebius import LLM, SamplingParams
 from moebius.cli.serve import ServeOptions
 from moebius.text import load_text
+from tiny import write_tokenizer
 
 PROMPT = "def fibonacci(n):"
 FLAGS = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12"]
@@ -200,6 +201,20 @@ def test_a_tokenizer_beside_a_file_is_its_own_or_none(
     again = load_text(path).tokenizer
     assert again.encode(PROMPT) == own.tokenizer.encode(PROMPT)
     assert "the tokenizer.json beside it is another model's" in caplog.text
+    given = load_text(path, tmp_path).tokenizer
+    assert given.encode(PROMPT) != own.tokenizer.encode(PROMPT), "what is asked for is used"
+    assert "has other tokens than tiny.gguf was trained with" in caplog.text
+
+
+def test_a_tokenizer_with_more_tokens_than_a_directorys_model_is_told_of(
+    both: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, _ = both
+    load_text(directory, directory)
+    assert caplog.text == ""
+    write_tokenizer(tmp_path, vocab_size=400)
+    assert load_text(directory, tmp_path).tokenizer.vocab_size == 400
+    assert "has other tokens than tiny was trained with" in caplog.text
 
 
 def test_a_file_without_a_tokenizer_is_given_one(
