@@ -17,7 +17,7 @@ from torch import Tensor
 from moebius.models.decoder import Decoder, Layer
 from moebius.nn.attention import Attention
 from moebius.nn.rope import RopeConfig, frequencies
-from moebius.ops import Pair
+from moebius.ops import Pair, Rotation
 
 _POSITIONS = 1024
 
@@ -41,13 +41,8 @@ def _offset(attention: Attention, context: int) -> Tensor | None:
     if spec.rope is None:
         return bias_GN.clone()
     cos_1R, sin_1R = _lasting(spec.rope, spec.head_dim, context)
-    turned = attention.ops.rotary(
-        bias_GN.unsqueeze(0),
-        cos_1R.to(bias.device),
-        sin_1R.to(bias.device),
-        interleaved=attention.interleaved,
-    )
-    return turned[0].contiguous()
+    rotation = Rotation(cos_1R.to(bias.device), sin_1R.to(bias.device), spec.rope.interleaved)
+    return attention.ops.rotary(bias_GN.unsqueeze(0), rotation)[0].contiguous()
 
 
 def _lasting(rope: RopeConfig, head_dim: int, context: int) -> Pair:

@@ -16,7 +16,7 @@ from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, ParameterModule, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
+from moebius.ops import Feature, Operation, PreparedLinear, Rotation, Use
 from moebius.ops.cache_spec import CacheSpec, key_value_spec
 
 QKNorm = Literal["none", "head", "full"]
@@ -147,7 +147,7 @@ class GQA:
 class Attends(Protocol):
     """A past of keys and values: what `Attention` asks of whoever runs a step."""
 
-    def attend(self, attention: "Attention", qkv_TI: Tensor, rotation: Pair) -> Tensor:
+    def attend(self, attention: "Attention", qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, value size): each row's heads, as they were projected, over the keys and values
         that it may see, its own among them. `rotation` is cos and sin (T, R) of the rows."""
 
@@ -161,7 +161,6 @@ class Attention(ParameterModule):
         self.layer = place.layer
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
-        self.interleaved = spec.rope is not None and spec.rope.interleaved
         self.scale = spec.score_scale
         self._projections: PreparedLinear | None = None
 

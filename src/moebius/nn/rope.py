@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import ConfigError
-from moebius.ops import Ops, Pair
+from moebius.ops import Ops, Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,20 +138,22 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 class Rotary:
-    """cos and sin of a step's positions for all layers with this rope; None turns nothing."""
+    """The rotation of a step's positions for all layers with this rope; None turns nothing."""
 
     def __init__(self, rope: RopeConfig | None, head_dim: int, ops: Ops) -> None:
         self._ops = ops
         self._inverse_R = torch.empty(0, dtype=torch.float32, device="cpu")
         self._factor = 1.0
+        self._interleaved = rope is not None and rope.interleaved
         if rope is not None:
             self._inverse_R, self._factor = frequencies(rope, head_dim)
 
-    def __call__(self, positions_T: Tensor) -> Pair:
-        """cos and sin (T, R)."""
+    def __call__(self, positions_T: Tensor) -> Rotation:
+        """How rows at these positions turn."""
         if self._inverse_R.device != positions_T.device and not positions_T.is_meta:
             self._inverse_R = self._inverse_R.to(positions_T.device)
-        return self._ops.rotation(positions_T, self._inverse_R, self._factor)
+        cos_TR, sin_TR = self._ops.rotation(positions_T, self._inverse_R, self._factor)
+        return Rotation(cos_TR, sin_TR, self._interleaved)
 
 
 class Positions:
@@ -159,10 +161,10 @@ class Positions:
 
     def __init__(self, positions_T: Tensor) -> None:
         self.positions_T = positions_T
-        self._rotations: dict[Rotary, Pair] = {}
+        self._rotations: dict[Rotary, Rotation] = {}
 
-    def rotation(self, rotary: Rotary) -> Pair:
-        """cos and sin (T, R)."""
+    def rotation(self, rotary: Rotary) -> Rotation:
+        """How the step's rows turn."""
         if rotary not in self._rotations:
             self._rotations[rotary] = rotary(self.positions_T)
         return self._rotations[rotary]
