@@ -150,7 +150,9 @@ def write_file(path: Path | str, content: Content, *, ours: Ours) -> None:
 def _target(path: Path) -> Path:
     """Where a file of this name really lies, or would."""
     try:
-        return path.resolve()
+        final = path.resolve()
+        final.exists()  # which a name that is too long cannot be asked
+        return final
     except (OSError, RuntimeError) as error:
         raise StorageError(f"{path} cannot be written: {error}") from error
 

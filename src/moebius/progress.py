@@ -2,14 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
-
-class Advance(Protocol):
-    """Hears of each part that is done."""
-
-    def __call__(self, amount: int = 1, /) -> object: ...
-
+Advance = Callable[[int], object]
+"""Hears how much more is done."""
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 """Gets what is done and how much of it there is: steps, rows or bytes."""
@@ -17,8 +12,4 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 def silent(what: str, total: int) -> AbstractContextManager[Advance]:
     """No progress shown."""
-
-    def nothing(amount: int = 1, /) -> None:
-        pass
-
-    return nullcontext(nothing)
+    return nullcontext(lambda amount=1: None)

@@ -122,7 +122,7 @@ def measure(
     with TorchThreads(default_threads()), progress("measuring", len(rows)) as advance:
         for row in rows:
             _measure_row(models, row, sizes)
-            advance()
+            advance(1)
     return [model.figures for model in models]
 
 

@@ -187,7 +187,7 @@ def collect(
         # A hook sees a router's input while it is there; those of all layers together are large.
         for m, router in enumerate(found.values()):
             stack.callback(router.register_forward_hook(partial(tally.see, m)).remove)
-        on_step = stack.enter_context(progress("inspecting", len(starts)))
+        advance = stack.enter_context(progress("inspecting", len(starts)))
         for start in starts:
             tokens_T = rows.tokens_N[start : start + step].to(device)
             document_T = rows.document_N[start : start + step].to(device)
@@ -195,5 +195,5 @@ def collect(
             routings = forward(decoder, tokens_T, document_T)
             if against is not None:
                 tally.compare(routings, forward(against, tokens_T, document_T))
-            on_step()
+            advance(1)
     return tally

@@ -73,9 +73,8 @@ def resolve_model(name: str, file: str | None = None) -> Path:
         return path.with_name(first_file(path.name))
     if path is not None:
         return _of_directory(path, name, file)
-    path = _bundled() if name == BUNDLED and file is None else None
-    if path is not None:
-        return path
+    if name == BUNDLED:
+        return _of_directory(_bundled(), name, file)
     _check_hub_id(name)
     return _of_repository(name, file)
 

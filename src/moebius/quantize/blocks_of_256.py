@@ -93,9 +93,11 @@ def _better(one: _Fit, other: _Fit) -> _Fit:
     """Of each block the fit with the smaller error."""
     better_N = other.error_N < one.error_N
     better_N1 = better_N.unsqueeze(1)
-    return one._make(
-        torch.where(better_N if mine.ndim == 1 else better_N1, theirs, mine)
-        for mine, theirs in zip(one, other, strict=True)
+    return type(one)(
+        *(
+            torch.where(better_N if mine.ndim == 1 else better_N1, theirs, mine)
+            for mine, theirs in zip(one, other, strict=True)
+        )
     )
 
 

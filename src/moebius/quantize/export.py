@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moebius.errors import ConfigError
-from moebius.files import Ours, check_target
+from moebius.files import Ours, anyone, check_target
 from moebius.gguf.reader import Value
 from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, gguf_file, write_gguf
@@ -128,9 +128,9 @@ def _ours(*, force: bool) -> Ours:
 def _check_out(out: Path, *, force: bool) -> None:
     if out.suffix != ".gguf":
         raise ConfigError(f"{out}: name a file that ends in .gguf")
+    check_target(out, gguf_file if force else anyone)
     if out.is_file() and not force:
         raise ConfigError(f"{out} is there already; choose another name, or add --force")
-    check_target(out, _ours(force=force))
 
 
 def _described(

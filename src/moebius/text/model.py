@@ -42,7 +42,7 @@ def load_text(path: Path, tokenizer: Path | None = None) -> ModelText:
             if isinstance(width, int) and found.vocab_size > width:
                 _warn_of_another(tokenizer, path)
         return ModelText(found, GenerationDefaults.load(path, found))
-    metadata = open_gguf(path).metadata
+    metadata: Mapping[str, object] = open_gguf(path).metadata
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, metadata)
         tokens = metadata.get(f"{PREFIX}tokens")
