@@ -159,4 +159,4 @@ def progress_bar(what: str, total: int) -> Iterator["Advance"]:
         console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
     ) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda amount=1: progress.advance(task, amount)
+        yield lambda amount: progress.advance(task, amount)
