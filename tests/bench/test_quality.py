@@ -106,7 +106,7 @@ def test_the_command(models: list[Path], tmp_path: Path) -> None:
     assert "q8_0" in told.output and "bits per byte" in told.output
 
 
-@pytest.mark.parametrize("variant", ["fast=yes", "dtype", "threads=2"])
+@pytest.mark.parametrize("variant", ["fast=yes", "dtype", "threads=2", "dtype=auto,dtype=float32"])
 def test_variants_that_are_none(models: list[Path], tmp_path: Path, variant: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT[0])

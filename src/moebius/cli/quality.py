@@ -111,6 +111,8 @@ def _options(asked: str) -> Mapping[str, Any]:
                 f"--variant {asked}: {part!r} is not OPTION=VALUE with one of "
                 f"{', '.join(sorted(words))}"
             )
+        if name in given:
+            raise ConfigError(f"--variant {asked}: {name} is there twice; give it one value")
         given[name] = None if value == _NONE else value
     return given
 
