@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from cli.test_commands import moebius
 from cli.test_commands import refused as refusal
@@ -21,6 +22,7 @@ from models.gguf_writing import Converter, tokenizer_keys
 from moebius import LLM, SamplingParams
 from moebius.cli.serve import ServeOptions
 from moebius.text import load_text
+from tiny import write_model
 
 PROMPT = "def fibonacci(n):"
 FLAGS = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12"]
@@ -92,8 +94,6 @@ def test_plan_says_what_the_file_holds(both: tuple[Path, Path], said: Command) -
     assert "0 B copied" in weights
     quantised = both[1].with_name("q") / "tiny-Q8_0.gguf"
     quantised.parent.mkdir()
-    from gguf import GGMLQuantizationType as Type
-
     shutil.copytree(both[0], quantised.parent / "source")
     Converter(
         quantised.parent / "source", lambda place: Type.F16 if "down" in place else Type.Q8_0
@@ -103,22 +103,28 @@ def test_plan_says_what_the_file_holds(both: tuple[Path, Path], said: Command) -
     assert re.search(r"KiB q8_0, .* KiB float16, .* KiB float32", formats)
 
 
-def test_inspect_takes_a_file(both: tuple[Path, Path], tmp_path: Path, said: Command) -> None:
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0], ids=lambda kind: kind.name)
+def test_inspect_takes_a_file(
+    tmp_path: Path, said: Command, kind: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What routers do by it is what they do by the same numbers, an embedding in blocks or not.
+
+    Plain PyTorch quantises no activations, and computes in float32, as most numbers are.
+    """
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", "reference")
+    directory = tmp_path / "source"
+    write_model(directory, hidden_size=32, moe_intermediate_size=32)
+    file = tmp_path / "tiny.gguf"
+    Converter(directory, lambda place: kind if "token_embd" in place else Type.F32).save(
+        file, tokenizer_keys(directory)
+    )
     (tmp_path / "text.txt").write_text("def fibonacci(n):\n    return n\n" * 20)
     reports = []
-    for path in both:
-        out = tmp_path / path.name
-        arguments = [
-            str(path),
-            str(tmp_path / "text.txt"),
-            "--out",
-            str(out),
-            "--max-tokens",
-            "200",
-        ]
-        said("inspect", *arguments)
-        report = json.loads((out / "report.json").read_text())
-        reports.append(report["layers"])
+    for path in (directory, file):
+        out = tmp_path / f"{path.name}-report"
+        arguments = [str(path), str(tmp_path / "text.txt"), "--out", str(out)]
+        said("inspect", *arguments, "--max-tokens", "200")
+        reports.append(json.loads((out / "report.json").read_text())["layers"])
     assert reports[0] == reports[1]
 
 

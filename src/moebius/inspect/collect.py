@@ -173,7 +173,7 @@ def collect(
     `against`, another checkpoint of its shape, sees the same tokens.
     """
     found = routers(decoder)
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     tally = Tally(rows, len(found), next(iter(found.values())).config, device)
     step = max(1, step_tokens // rows.length) * rows.length
     starts = range(0, len(rows.tokens_N), step)

@@ -127,6 +127,10 @@ class Decoder(nn.Module):
         """What is computed in: norms and biases have it, matrices may be stored in another."""
         return self.norm.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, past: Past
     ) -> tuple[Tensor, list[Routing | None]]:

@@ -103,7 +103,7 @@ def score(
     With `max_rows`, only that many rows are scored, spread evenly over the stream. With `sharing`,
     what this rank has of them.
     """
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     full = (len(stream) - 1) // length
     if max_rows is not None and full > max_rows:
         starts = np.linspace(0, full - 1, max_rows).astype(int) * length
