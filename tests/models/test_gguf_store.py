@@ -206,6 +206,19 @@ def test_tensors_that_do_not_belong_are_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "small.gguf")
 
 
+def test_biases_on_some_of_attentions_projections_are_refused(tmp_path: Path) -> None:
+    """llama.cpp computes with any of them; a llama of transformers has all four, or none."""
+    save_tiny(tmp_path, "llama", attention_bias=True)
+    converter = Converter(tmp_path)
+    for layer in range(2):
+        del converter.tensors[f"model.layers.{layer}.self_attn.o_proj.bias"]
+    converter.save(tmp_path / "some.gguf")
+    with pytest.raises(
+        WeightsError, match=r"'blk\.0\.attn_output\.bias' is missing \(and 1 more\); .* or on none"
+    ):
+        open_checkpoint(tmp_path / "some.gguf")
+
+
 def test_ranks_hold_parts_of_stacked_experts(tmp_path: Path) -> None:
     path = saved(tmp_path)
     config = EngineConfig(ranks=2, max_num_seqs=2, kv_cache_memory_bytes=2**20)

@@ -242,7 +242,10 @@ def _remark(missing: Sequence[str], head: str) -> str:
             "; if the embedding is meant to serve as head, config.json must say "
             "tie_word_embeddings = true"
         )
-    return f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    remark = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    if all(name.endswith(".bias") for name in missing):
+        remark += "; models of this type have biases on all of these projections, or on none"
+    return remark
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
