@@ -52,8 +52,8 @@ def test_the_file_is_that_of_the_numbers(kind: str, model_type: str, tmp_path: P
     one, other = found
     assert set(one) == set(other)
     for name, tensor in other.items():
-        if one[name].tensor_type == tensor.tensor_type:
-            assert np.array_equal(one[name].data, tensor.data), name
+        assert one[name].tensor_type == tensor.tensor_type, name
+        assert np.array_equal(one[name].data, tensor.data), name
 
 
 def test_a_cache_is_made_of_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
