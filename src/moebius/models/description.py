@@ -1,5 +1,4 @@
-"""What a model's files say of it, before its tensors: a directory's config.json, or a GGUF file's
-keys.
+"""What a model's files say of it beside its tensors: a directory's config.json, a GGUF file's keys.
 
 Wherever a model is named by a path, it is one of the two: see `is_gguf`.
 """
@@ -20,7 +19,7 @@ from moebius.models.quantization import Quantization, quantization_beside
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 
-# What files of 2023 hold, and llama.cpp reads no more.
+# What files of 2023 hold, and llama.cpp no longer reads.
 _GGUF_UNUSED = (ROPE_DIVISORS, "blk.*.attn_rot_embd.weight")
 
 
@@ -29,7 +28,7 @@ class Description(NamedTuple):
 
     config_json   as transformers would have it
     layouts       what its tensors may be called
-    unused        patterns of tensors that are none of the model's
+    unused        patterns of tensors that do not belong to the model
     ignored       keys that change nothing, and that no model of this type reads
     quantization  how a directory's matrices are stored; None for plain numbers, and in a GGUF file,
                   which says it of each tensor
@@ -43,7 +42,7 @@ class Description(NamedTuple):
     quantization: Quantization | None = None
 
     def leaves_out(self, tensor: str) -> bool:
-        """Whether a tensor of the files is none of the model's."""
+        """Whether a tensor of the files does not belong to the model."""
         return any(fnmatchcase(tensor, pattern) for pattern in self.unused)
 
 

@@ -126,7 +126,7 @@ class GgufArchitecture:
     sparse    its files have experts: tells families apart that share a name
     fixed     what llama.cpp's code takes for granted, as config.json says it: files do not tell it,
               and a model for which it is not so cannot be written
-    values    keys of the file that have to have this value where they are there, and are written
+    values    keys of the file that must have this value where they are present, and are written
     present   flags of config.json that are on where the file has a tensor of that name
     layouts   what tensors are called, the way that is written first
     permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand

@@ -110,7 +110,7 @@ class Quantized:
         return cls(file, checkpoint, original, chosen)
 
     def make(self, progress: Progress = silent) -> None:
-        """Have the file be there, and whole.
+        """Make the file, unless it is there and whole.
 
         While another process makes it, this one waits. Raises StorageError where it cannot be
         written, WeightsError for numbers that no format holds.
@@ -129,7 +129,7 @@ class Quantized:
 
     def _write(self, progress: Progress) -> None:
         formats = _formats(self.original, self.recipe)
-        # A warning, because whoever waits for a minute wants to know what for.
+        # A warning, because a person who waits for a minute wants to know what for.
         text = "%s is quantised to %s, this once; it is kept as %s"
         log.warning(text, self.original.path.name, self.recipe.name, self.file)
         with Rows() as rows:

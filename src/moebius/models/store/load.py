@@ -307,7 +307,7 @@ def _of_planes(files: _Files, source: Source, stored: StoredTensor, format: Form
 def _converted(
     weight: Weight, source: Source, wanted: str, dtype: torch.dtype, device: torch.device
 ) -> Weight:
-    """A copy in the format `wanted`; in `dtype` where that has not the same numbers.
+    """A copy in the format `wanted`; in `dtype` where that does not hold the same numbers.
 
     Raises WeightsError for planes that contradict each other.
     """

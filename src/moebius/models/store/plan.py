@@ -50,8 +50,8 @@ def planned_weight(
     near: what could be mapped is copied instead.
 
     Numbers of that very dtype are mapped, and matrices in one of `formats`, which widen to it
-    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype. On other
-    devices than the CPU are copies: quantised matrices stay what they are there too.
+    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype. Devices
+    other than the CPU hold copies, in which quantised matrices stay what they are too.
     """
     wanted = "float32" if source.float32 else dtype
     count = math.prod(source.shape)

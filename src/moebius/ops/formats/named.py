@@ -72,6 +72,6 @@ PARAMETRIC = frozenset(_MADE) - {"gptq4", "gptq8", "awq"}
 
 @cache
 def made(name: str) -> Format:
-    """A format with parameters. Raises KeyError for a name that is none's."""
+    """A format with parameters. Raises KeyError for an unknown name."""
     base, _, arguments = name.removesuffix("]").partition("[")
     return _MADE[base](*arguments.split(","))

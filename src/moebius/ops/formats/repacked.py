@@ -105,7 +105,7 @@ class Gptq(Repacked):
     def _order(self, index_C: Tensor, groups: int) -> list[Tensor]:
         """The target's plane of groups, where it has one."""
         if len(index_C) and not 0 <= int(index_C.min()) <= int(index_C.max()) < groups:
-            raise ValueError(f"its g_idx names groups that are none of the {groups} that there are")
+            raise ValueError(f"its g_idx names groups beyond the {groups} that there are")
         if self.index == "ordered":
             return [index_C.clone()]
         following = torch.arange(len(index_C), device=index_C.device) // (
