@@ -39,7 +39,8 @@ def quality(
         list[str] | None,
         typer.Option(
             metavar="OPTION=VALUE",
-            help="MODEL with other options of `serve`, several with commas; may be repeated.",
+            help="MODEL with other options of `serve`, such as kv_cache_dtype=int8, several with "
+            "commas; may be repeated.",
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of text, chosen evenly.")] = 20_000,
@@ -108,7 +109,7 @@ def _options(asked: str) -> Mapping[str, Any]:
         value = value.strip()
         if not equals or name not in words:
             raise ConfigError(
-                f"--variant {asked}: {part!r} is not OPTION=VALUE with one of "
+                f"--variant {asked}: {part!r} is no OPTION=VALUE with an option of "
                 f"{', '.join(sorted(words))}"
             )
         if name in given:
