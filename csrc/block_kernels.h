@@ -82,13 +82,4 @@ struct BlockKernels {
     const PanelKernels* panels;
 };
 
-const BlockKernels* block_kernels_portable();
-const BlockKernels* block_kernels_avx2();
-const BlockKernels* block_kernels_avx512();
-const BlockKernels* block_kernels_avx512vnni();
-const BlockKernels* block_kernels_avx512bf16();
-const BlockKernels* block_kernels_amx();
-const BlockKernels* block_kernels_amx_emulated();
-const BlockKernels* block_kernels_neon();
-
 }  // namespace moebius

@@ -22,23 +22,23 @@
 #define MOEBIUS_BF16(plain, amx) plain
 #endif
 
-#define MOEBIUS_JOIN2(a, b) a##b
-#define MOEBIUS_JOIN(a, b) MOEBIUS_JOIN2(a, b)
 #define MOEBIUS_TEXT2(a) #a
 #define MOEBIUS_TEXT(a) MOEBIUS_TEXT2(a)
 
 namespace moebius {
+namespace MOEBIUS_ISA {
 
-const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
-    using namespace MOEBIUS_ISA;
-    static const Kernels kernels = {
+const BlockKernels* block_kernels();  // blocks_isa.cpp
+
+const Kernels* kernels() {
+    static const Kernels table = {
         MOEBIUS_TEXT(MOEBIUS_ISA),
         {MOEBIUS_BF16(MOEBIUS_PACK(bf16), amx_pack), MOEBIUS_PACK(float)},
         {{MOEBIUS_BF16((MOEBIUS_16_OR_8(product, bf16, bf16)), amx_product), nullptr, nullptr},
          {MOEBIUS_16_OR_8(product, float, bf16), MOEBIUS_16_OR_8(product, float, float), MOEBIUS_16_OR_8(product, float, f16)}},
         {{ordered_product<bf16, bf16>, nullptr, nullptr},
          {ordered_product<float, bf16>, ordered_product<float, float>, ordered_product<float, f16>}},
-        MOEBIUS_JOIN(block_kernels_, MOEBIUS_ISA)(),
+        block_kernels(),
         {{scaled_row<bf16, bf16>, scaled_row<bf16, float>, nullptr}, {scaled_row<float, bf16>, scaled_row<float, float>, scaled_row<float, f16>}},
         {store_row<bf16>, store_row<float>},
         {add_bias<bf16>, add_bias<float>},
@@ -54,7 +54,8 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
         softmax_stats,
         exp_row,
     };
-    return &kernels;
+    return &table;
 }
 
+}  // namespace MOEBIUS_ISA
 }  // namespace moebius

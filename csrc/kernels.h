@@ -138,13 +138,14 @@ struct Codes {
 };
 void write_codes(const CacheShape& shape, void* cache, const Codes& k, const Codes& v, int64_t slot, int head);
 
-const Kernels* kernels_portable();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-const Kernels* kernels_avx512vnni();
-const Kernels* kernels_avx512bf16();
-const Kernels* kernels_amx();
-const Kernels* kernels_amx_emulated();  // for tests
-const Kernels* kernels_neon();
+// Each instruction set's, in its namespace, as all that is compiled for it. Not every build has all (CMakeLists.txt).
+namespace portable { const Kernels* kernels(); }
+namespace avx2 { const Kernels* kernels(); }
+namespace avx512 { const Kernels* kernels(); }
+namespace avx512vnni { const Kernels* kernels(); }
+namespace avx512bf16 { const Kernels* kernels(); }
+namespace amx { const Kernels* kernels(); }
+namespace amx_emulated { const Kernels* kernels(); }  // for tests
+namespace neon { const Kernels* kernels(); }
 
 }  // namespace moebius

@@ -39,21 +39,21 @@ bool has_amx() { return has_avx512bf16() && amx_present(); }
 bool always() { return true; }
 
 const Level LEVELS[] = {  // worst first
-    {"portable", kernels_portable, always},
+    {"portable", portable::kernels, always},
 #if defined(MOEBIUS_HAS_AMX_EMULATED)
-    {"amx_emulated", kernels_amx_emulated, has_avx512bf16},
+    {"amx_emulated", amx_emulated::kernels, has_avx512bf16},
 #endif
 #if defined(__x86_64__)
-    {"avx2", kernels_avx2, has_avx2},
-    {"avx512", kernels_avx512, has_avx512},
-    {"avx512vnni", kernels_avx512vnni, has_avx512vnni},
-    {"avx512bf16", kernels_avx512bf16, has_avx512bf16},
+    {"avx2", avx2::kernels, has_avx2},
+    {"avx512", avx512::kernels, has_avx512},
+    {"avx512vnni", avx512vnni::kernels, has_avx512vnni},
+    {"avx512bf16", avx512bf16::kernels, has_avx512bf16},
 #endif
 #if defined(MOEBIUS_HAS_AMX)
-    {"amx", kernels_amx, has_amx},
+    {"amx", amx::kernels, has_amx},
 #endif
 #if defined(__aarch64__)
-    {"neon", kernels_neon, always},
+    {"neon", neon::kernels, always},
 #endif
 };
 

@@ -42,13 +42,4 @@ struct PanelKernels {
     const PanelFormat& of(Format format) const { return formats[format - DENSE_FORMATS]; }
 };
 
-const PanelKernels* panel_kernels_portable();
-const PanelKernels* panel_kernels_avx2();
-const PanelKernels* panel_kernels_avx512();
-const PanelKernels* panel_kernels_avx512vnni();
-const PanelKernels* panel_kernels_avx512bf16();
-const PanelKernels* panel_kernels_amx();
-const PanelKernels* panel_kernels_amx_emulated();
-const PanelKernels* panel_kernels_neon();
-
 }  // namespace moebius

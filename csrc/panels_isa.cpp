@@ -8,9 +8,6 @@
 #define MOEBIUS_PANELS(kernel) kernel
 #endif
 
-#define MOEBIUS_JOIN2(a, b) a##b
-#define MOEBIUS_JOIN(a, b) MOEBIUS_JOIN2(a, b)
-
 namespace moebius {
 namespace MOEBIUS_ISA {
 
@@ -19,11 +16,8 @@ template <Format f> constexpr PanelFormat panel_format() {
             MOEBIUS_PANELS(panels_product)<f>};
 }
 
-}  // namespace MOEBIUS_ISA
-
-const PanelKernels* MOEBIUS_JOIN(panel_kernels_, MOEBIUS_ISA)() {
-    using namespace MOEBIUS_ISA;
-    static const PanelKernels kernels = {
+const PanelKernels* panel_kernels() {
+    static const PanelKernels table = {
         LANES,
         TILE,
         // In the order of the formats.
@@ -31,7 +25,8 @@ const PanelKernels* MOEBIUS_JOIN(panel_kernels_, MOEBIUS_ISA)() {
          panel_format<IQ4_NL>(), panel_format<MXFP4>(), panel_format<Q2_K>(), panel_format<Q3_K>(), panel_format<Q4_K>(),
          panel_format<Q5_K>(), panel_format<Q6_K>(), panel_format<IQ4_XS>()},
     };
-    return &kernels;
+    return &table;
 }
 
+}  // namespace MOEBIUS_ISA
 }  // namespace moebius
