@@ -14,6 +14,10 @@ enum Format {
     Q4_0 = DENSE_FORMATS, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, FORMATS,
     FP8 = FORMATS, ALL_FORMATS
 };
+// What a template has for each format of blocks, in their order.
+#define MOEBIUS_EACH_BLOCK_FORMAT(of)                                                                                     \
+    {of<Q4_0>, of<Q4_1>, of<Q5_0>, of<Q5_1>, of<Q8_0>, of<IQ4_NL>, of<MXFP4>,                                             \
+     of<Q2_K>, of<Q3_K>, of<Q4_K>, of<Q5_K>, of<Q6_K>, of<IQ4_XS>}
 
 // A block of so many elements takes so many bytes, and is aligned to nothing; a plain number is a block of one.
 struct FormatSize {
