@@ -9,7 +9,7 @@
 //   PLAIN   multiplication of signed codes (NEON, portable)
 // Where codes are unsigned, they are `offset` larger than what they stand for, and sums start at -offset times the sum of x's.
 #pragma once
-#include "simd.h"
+#include "words.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {
@@ -72,19 +72,11 @@ INLINE Ints doubled(Ints a) { return (a & 0xffff) | (a << 16); }
 // --- fetching: lanes are rows of bytes ---
 
 #if defined(__AVX512F__)
-// out[j] = the j-th of four words, from byte `at` on, of sixteen rows
-INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
-    __m512i v[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        auto four = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
-        v[r] = _mm512_inserti32x4(_mm512_castsi128_si512(four(r)), four(r + 4), 1);
-        v[r] = _mm512_inserti32x4(_mm512_inserti32x4(v[r], four(r + 8), 2), four(r + 12), 3);
-    }
-    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-    out[0] = (Words)_mm512_unpacklo_epi64(a, c), out[1] = (Words)_mm512_unpackhi_epi64(a, c);
-    out[2] = (Words)_mm512_unpacklo_epi64(b, d), out[3] = (Words)_mm512_unpackhi_epi64(b, d);
+// Sixteen bytes of every fourth row.
+INLINE __m512i every_fourth(const uint8_t* const* rows, size_t at) {
+    auto sixteen = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    const __m512i two = _mm512_inserti32x4(_mm512_castsi128_si512(sixteen(0)), sixteen(4), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(two, sixteen(8), 2), sixteen(12), 3);
 }
 INLINE Words looked_up(Words codes, const uint8_t* table) {
     const __m512i tables = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
@@ -103,17 +95,9 @@ INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)_mm512_f
 INLINE Floats to_floats(Ints a) { return (Floats)_mm512_cvtepi32_ps((__m512i)a); }
 INLINE void put_some(float* p, Floats a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)a); }
 #elif defined(__AVX2__)
-INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
-    __m256i v[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        auto four = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
-        v[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(four(r)), four(r + 4), 1);
-    }
-    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
-    const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-    out[0] = (Words)_mm256_unpacklo_epi64(a, c), out[1] = (Words)_mm256_unpackhi_epi64(a, c);
-    out[2] = (Words)_mm256_unpacklo_epi64(b, d), out[3] = (Words)_mm256_unpackhi_epi64(b, d);
+INLINE __m256i every_fourth(const uint8_t* const* rows, size_t at) {
+    auto sixteen = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(0)), sixteen(4), 1);
 }
 INLINE Words looked_up(Words codes, const uint8_t* table) {
     const __m256i tables = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
@@ -128,10 +112,6 @@ INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)_mm256_f
 INLINE Floats to_floats(Ints a) { return (Floats)_mm256_cvtepi32_ps((__m256i)a); }
 INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float)); }
 #else
-INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
-    for (int j = 0; j < 4; j++)
-        for (int r = 0; r < LANES; r++) out[j][r] = uint32_t(word_at(rows[r] + at + 4 * j));
-}
 INLINE Words looked_up(Words codes, const uint8_t* table) {
     Bytes bytes = (Bytes)codes;
     for (int i = 0; i < VECTOR; i++) bytes[i] = table[bytes[i]];
@@ -154,6 +134,20 @@ INLINE Floats fused_less(Floats a, Floats b, Floats c) { return fused(-a, b, c);
 #endif
 INLINE Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
 INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float)); }
+#endif
+
+// out[j] = the j-th of four words, from byte `at` on, of all rows
+#if defined(__AVX2__)
+INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
+    const decltype(every_fourth(rows, at)) v[4] = {every_fourth(rows, at), every_fourth(rows + 1, at), every_fourth(rows + 2, at),
+                                                   every_fourth(rows + 3, at)};
+    transpose_words(v, out);
+}
+#else
+INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
+    for (int j = 0; j < 4; j++)
+        for (int r = 0; r < LANES; r++) out[j][r] = uint32_t(word_at(rows[r] + at + 4 * j));
+}
 #endif
 
 #if !defined(__AVX512F__)
