@@ -5,6 +5,8 @@
 //   ELEMENTS, BYTES       of a block
 //   OFFSET                what is to be taken off a code as `codes` gives it, so that codes have no sign (dot products of
 //                         bytes want one of both factors unsigned); those of 128 are signed bytes with their top bit turned
+//   MOST                  the largest code
+//   SUB                   elements that share an integer scale; in blocks of 32, which have none, all
 //   SCALE_AT              where its float16 scale d lies (MXFP4: its exponent)
 //   MINIMUM_AT            where that of its minima lies, -1 for none
 //   codes(b, s, to)       codes 32 s to 32 s + 31, in order
@@ -53,47 +55,47 @@ alignas(16) constexpr uint8_t E2M1_CODES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 
 
 template <Format f> struct BlockSizes {
     static constexpr int ELEMENTS = FORMAT_SIZES[f].elements, BYTES = FORMAT_SIZES[f].bytes;
-    static constexpr int OFFSET = 0, SCALE_AT = 0, MINIMUM_AT = -1;
+    static constexpr int OFFSET = 0, SUB = 32, SCALE_AT = 0, MINIMUM_AT = -1;
 };
 template <Format f> struct Block;
 
 template <> struct Block<Q4_0> : BlockSizes<Q4_0> {
-    static constexpr int OFFSET = 8;
+    static constexpr int OFFSET = 8, MOST = 15;
     static void codes(const uint8_t* b, int, uint8_t* to) { split_nibbles(b + 2, to); }
 };
 template <> struct Block<Q4_1> : BlockSizes<Q4_1> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 15, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int, uint8_t* to) { split_nibbles(b + 4, to); }
 };
 template <> struct Block<Q5_0> : BlockSizes<Q5_0> {
-    static constexpr int OFFSET = 16;
+    static constexpr int OFFSET = 16, MOST = 31;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 6, to);
         add_fifth_bits(read<uint32_t>(b + 2), to);
     }
 };
 template <> struct Block<Q5_1> : BlockSizes<Q5_1> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 31, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 8, to);
         add_fifth_bits(read<uint32_t>(b + 4), to);
     }
 };
 template <> struct Block<Q8_0> : BlockSizes<Q8_0> {
-    static constexpr int OFFSET = 128;
+    static constexpr int OFFSET = 128, MOST = 255;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         for (int i = 0; i < 32; i++) to[i] = b[2 + i] ^ 0x80;
     }
 };
 template <> struct Block<IQ4_NL> : BlockSizes<IQ4_NL> {
-    static constexpr int OFFSET = 128;
+    static constexpr int OFFSET = 128, MOST = 241;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 2, to);
         look_up(IQ4_CODES, to);
     }
 };
 template <> struct Block<MXFP4> : BlockSizes<MXFP4> {
-    static constexpr int OFFSET = 12;
+    static constexpr int OFFSET = 12, MOST = 24;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 1, to);
         look_up(E2M1_CODES, to);
@@ -106,7 +108,7 @@ INLINE void two_bits(const uint8_t* from, int s, uint8_t* to) {
 }
 
 template <> struct Block<Q2_K> : BlockSizes<Q2_K> {
-    static constexpr int SCALE_AT = 80, MINIMUM_AT = 82;
+    static constexpr int MOST = 3, SUB = 16, SCALE_AT = 80, MINIMUM_AT = 82;
     static void codes(const uint8_t* b, int s, uint8_t* to) { two_bits(b + 16, s, to); }
     static void scales(const uint8_t* b, int16_t* to) {
         for (int i = 0; i < 16; i++) to[i] = b[i] & 15;
@@ -130,7 +132,7 @@ struct SixBits {
 };
 
 template <> struct Block<Q3_K> : BlockSizes<Q3_K> {
-    static constexpr int OFFSET = 4, SCALE_AT = 108;
+    static constexpr int OFFSET = 4, MOST = 7, SUB = 16, SCALE_AT = 108;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         two_bits(b + 32, s, to);
         for (int i = 0; i < 32; i++) to[i] |= (b[i] >> s & 1) << 2;
@@ -156,7 +158,7 @@ struct ScalesAndMinima {
 };
 
 template <> struct Block<Q4_K> : BlockSizes<Q4_K> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 15, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         for (int i = 0; i < 32; i++) to[i] = b[16 + s / 2 * 32 + i] >> s % 2 * 4 & 15;
     }
@@ -164,7 +166,7 @@ template <> struct Block<Q4_K> : BlockSizes<Q4_K> {
     static void minima(const uint8_t* b, int16_t* to) { ScalesAndMinima::each_twice(ScalesAndMinima(b + 4).minima, to); }
 };
 template <> struct Block<Q5_K> : BlockSizes<Q5_K> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 31, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         for (int i = 0; i < 32; i++) to[i] = (b[48 + s / 2 * 32 + i] >> s % 2 * 4 & 15) | (b[16 + i] >> s & 1) << 4;
     }
@@ -172,7 +174,7 @@ template <> struct Block<Q5_K> : BlockSizes<Q5_K> {
     static void minima(const uint8_t* b, int16_t* to) { Block<Q4_K>::minima(b, to); }
 };
 template <> struct Block<Q6_K> : BlockSizes<Q6_K> {
-    static constexpr int OFFSET = 32, SCALE_AT = 208;
+    static constexpr int OFFSET = 32, MOST = 63, SUB = 16, SCALE_AT = 208;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         const int half = s / 4, g = s % 4;
         const uint8_t *low = b + half * 64 + g % 2 * 32, *high = b + 128 + half * 32;
@@ -183,7 +185,7 @@ template <> struct Block<Q6_K> : BlockSizes<Q6_K> {
     }
 };
 template <> struct Block<IQ4_XS> : BlockSizes<IQ4_XS> {
-    static constexpr int OFFSET = 128;
+    static constexpr int OFFSET = 128, MOST = 241;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         split_nibbles(b + 8 + s * 16, to);
         look_up(IQ4_CODES, to);

@@ -107,7 +107,7 @@ template <Format TYPE> constexpr size_t tile_block_bytes() { return KindOf<TYPE>
 
 template <Format TYPE> void pack_tiles(const QuantisedRow* x, int m, int blocks, void* to) {
     using K = typename KindOf<TYPE>::type;
-    constexpr int offset = unsigned_offset(TYPE);
+    constexpr int offset = unsigned_offset<TYPE>();
     char* at = static_cast<char*>(to);
     for (int i = 0; i < m;) {
         const int rows = rows_of_tile(m - i, TILE), here = min_of(rows, m - i);

@@ -26,7 +26,7 @@ template <Format TYPE> struct PanelBlock {
     const uint8_t* const* rows;
     size_t from;
     char* to;
-    Ints scales[FORMAT_SIZES[TYPE].elements / facts(TYPE).sub];
+    Ints scales[Block<TYPE>::ELEMENTS / Block<TYPE>::SUB];
     Ints lift = {};
 
     INLINE_MEMBER void fetch(size_t at, Words* four) const { turn(rows, from + at, four); }
@@ -38,10 +38,10 @@ template <Format TYPE> struct PanelBlock {
         scales[sub] = scale;
         if constexpr (K::SCALED) vector(K::SCALES_AT + sub, (Words)(SCHEME == PAIRS ? doubled(scale) : scale));
     }
-    INLINE_MEMBER Ints scale_of(int quad) const { return scales[quad * 4 / facts(TYPE).sub]; }
+    INLINE_MEMBER Ints scale_of(int quad) const { return scales[quad * 4 / Block<TYPE>::SUB]; }
     // Four unsigned codes of each row.
     INLINE_MEMBER void set_quad(int quad, Words codes) {
-        if constexpr (SIGNED) codes = bytes_less(codes, facts(TYPE).offset);
+        if constexpr (SIGNED) codes = bytes_less(codes, Block<TYPE>::OFFSET);
         if constexpr (K::LIFTED) {
             const Ints sizes = byte_sums(byte_sizes(codes) & negative_bytes(codes));
             lift += K::SCALED ? sizes * scale_of(quad) : sizes;
@@ -88,7 +88,7 @@ INLINE Ints byte_of(Words words, int i) { return (Ints)((words >> (8 * i)) & 0xf
 INLINE Ints signed_byte_of(Words words, int i) { return (Ints)(words << (24 - 8 * i)) >> 24; }
 
 // Four bits of each of sixteen bytes from `at` on are quads `low` to low + 3, the others `high` to high + 3.
-template <class Block, class Finish> INLINE void nibble_quads(Block& block, size_t at, int low, int high, const Finish& finish) {
+template <Format TYPE, class Finish> INLINE void nibble_quads(PanelBlock<TYPE>& block, size_t at, int low, int high, const Finish& finish) {
     Words four[4];
     block.fetch(at, four);
 #pragma GCC unroll 4
@@ -98,11 +98,6 @@ template <class Block, class Finish> INLINE void nibble_quads(Block& block, size
     }
 }
 INLINE Words as_they_are(Words codes, int) { return codes; }
-
-// -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113, and 128 more
-alignas(16) constexpr uint8_t IQ4_TABLE[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
-// 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, and 12 more
-alignas(16) constexpr uint8_t E2M1_TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // --- blocks of 32 ---
 
@@ -148,12 +143,12 @@ INLINE void unpack(PanelBlock<Q8_0>& block) {
 }
 
 INLINE void unpack(PanelBlock<IQ4_NL>& block) {
-    nibble_quads(block, 2, 0, 4, [](Words codes, int) { return looked_up(codes, IQ4_TABLE); });
+    nibble_quads(block, 2, 0, 4, [](Words codes, int) { return looked_up(codes, IQ4_CODES); });
     block.set_d(widened_halves(block.halves(0)));
 }
 
 INLINE void unpack(PanelBlock<MXFP4>& block) {
-    nibble_quads(block, 1, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_TABLE); });
+    nibble_quads(block, 1, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_CODES); });
     // 2^(e - 128), of which the first two are subnormal
     const Words e = block.halves(0) & 0xff, small = (Words)(e < 2);
     block.set_d((Floats)((small & (0x00200000u << (e & 1))) | (~small & ((e - 1) << 23))));
@@ -289,7 +284,7 @@ INLINE void unpack(PanelBlock<IQ4_XS>& block) {
     for (int s = 0; s < 8; s++)
         block.set_scale(s, (Ints)(((head[1] >> (4 * s)) & 15) | (((head[0] >> (16 + 2 * s)) & 3) << 4)) - 32);
     for (int s = 0; s < 8; s++)
-        nibble_quads(block, 8 + 16 * s, 8 * s, 8 * s + 4, [](Words codes, int) { return looked_up(codes, IQ4_TABLE); });
+        nibble_quads(block, 8 + 16 * s, 8 * s, 8 * s + 4, [](Words codes, int) { return looked_up(codes, IQ4_CODES); });
 }
 
 // --- whole panels ---
@@ -298,13 +293,13 @@ template <Format TYPE> constexpr size_t panel_block_bytes() { return size_t(Kind
 
 // Lanes beyond the n rows repeat the last one.
 template <Format TYPE> void unpack_panel(const void* w, int n, int blocks, void* to) {
-    const size_t row_bytes = size_t(blocks) * FORMAT_SIZES[TYPE].bytes;
+    const size_t row_bytes = size_t(blocks) * Block<TYPE>::BYTES;
     const uint8_t* rows[LANES];
     for (int r = 0; r < LANES; r++) rows[r] = static_cast<const uint8_t*>(w) + min_of(r, n - 1) * row_bytes;
     char* at = static_cast<char*>(to);
     each_block(blocks, [&](int b) {
         PanelBlock<TYPE> block;
-        block.rows = rows, block.from = size_t(b) * FORMAT_SIZES[TYPE].bytes, block.to = at;
+        block.rows = rows, block.from = size_t(b) * Block<TYPE>::BYTES, block.to = at;
         unpack(block);
         block.finish();
         at += panel_block_bytes<TYPE>();
