@@ -210,8 +210,8 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) x_rows[i] = at(x, pairs_[p.first + i] / top_k * hidden_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const Matrix &gate_w = e.gate[p.expert], &up_w = e.up[p.expert];
-        const void* next = then ? e.gate[then->expert].row(then->column) : e.down[p.expert].data;
+        const Matrix &gate_w = e.gate[p.weights], &up_w = e.up[p.weights];
+        const void* next = then ? e.gate[then->weights].row(then->column) : e.down[p.weights].data;
         // A row alone is the same one for all experts that it chose: packed once.
         const int rows = p.count == 1 ? -1 - pairs_[p.first] / top_k : p.first;
         product(e.dtype, x_rows, rows, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
@@ -228,8 +228,8 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const void* h_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) h_rows[i] = at(inner, (p.first + i) * width_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const void* next = then ? e.down[then->expert].row(then->column) : nullptr;
-        product(e.dtype, h_rows, p.first, p.count, e.down[p.expert], p.column, next, c, p.columns, scratch_[thread]);
+        const void* next = then ? e.down[then->weights].row(then->column) : nullptr;
+        product(e.dtype, h_rows, p.first, p.count, e.down[p.weights], p.column, next, c, p.columns, scratch_[thread]);
         store_down(e, p, c, out);
     });
     down_by_panels(e, inner, out);
@@ -239,15 +239,15 @@ void Ops::store_gated(const Experts& e, const Product& p, float* gate, float* up
     const size_t size = size_of(e.dtype), width_bytes = e.width * size;
     for (int i = 0; i < p.count; i++) {
         float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
-        if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
-        if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.expert], p.column * size));
+        if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.weights], p.column * size));
+        if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.weights], p.column * size));
         kernels_->gated[e.dtype](g, u, p.columns, e.activation, at(inner, (p.first + i) * width_bytes + p.column * size));
     }
 }
 
 void Ops::store_down(const Experts& e, const Product& p, const float* c, void* out) {
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size;
-    const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
+    const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.weights], p.column * size);
     for (int i = 0; i < p.count; i++)
         kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,
                                  at(out, pairs_[p.first + i] * hidden_bytes + p.column * size));

@@ -242,8 +242,8 @@ private:
         }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
-    struct Product {  // rows of x times some columns of one expert
-        int expert, first, count, column, columns;
+    struct Product {  // rows of x times some columns of an expert, or of a layer
+        int weights, first, count, column, columns;
     };
     struct PanelRows {  // of an expert, or of all layers; in tiles they begin at row `tiled`
         int weights, first, count, tiled;
@@ -308,17 +308,20 @@ private:
     char* tiles_of(const Tiled& tiled, int row);
     template <class RowAt> void lay_in_tiles(Dtype dtype, const std::vector<Format>& formats, int k, const RowAt& row_at);
     void lay_tile(Dtype dtype, BlockSize size, const void* const* x, const PanelRows& tile, int k, Scratch::Packed& room);
-    void plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes);
+    template <class Matrices> void plan_panels(const PanelRows& rows, const Matrices& matrices);
     void cut_panel_products();
     char* unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const;
     void panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
                        float* c);
-    template <class MatrixOf> Stretch next_panels(int item, const MatrixOf& matrix_of) const;
+    template <class MatricesOf> Stretch next_panels(int item, int n, const MatricesOf& matrices_of) const;
+    template <class MatricesOf, class Store> void run_panel_products(const MatricesOf& matrices_of, const Store& store);
     template <class Takes, class Run> void each_panel_batch(size_t formats, const Takes& takes, const Run& run);
     bool by_panels(int rows, std::initializer_list<Format> formats) const;
     bool gate_by_panels(const Experts& e, int expert) const;
     bool down_by_panels(const Experts& e, int expert) const;
     void linear_by_panels(const Linear& l, const void* x, int rows, void* out, bool wide);
+    template <class Takes, class MatricesOf, class RowAt, class Store>
+    void experts_by_panels(Dtype dtype, const Takes& takes, const MatricesOf& matrices_of, const RowAt& row_at, const Store& store);
     void gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner);
     void down_by_panels(const Experts& e, const void* inner, void* out);
 
