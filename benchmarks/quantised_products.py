@@ -13,22 +13,20 @@ turn comes again. They are random: whatever numbers they stand for, the work is 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.cpu import CpuOps
 from moebius.ops.formats import BLOCK_FORMATS, BlockFormat
+from records import save
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
@@ -137,15 +135,26 @@ def expert_cases(ops: CpuOps, format: BlockFormat, memory: Memory) -> Iterator[C
         yield Case(name, call, each * e.count * rounds)
 
 
-def measured(case: Case, read: Callable[[], dict[str, float]], passes: int) -> dict[str, object]:
-    ceiling = 0.0
-    best = float("inf")
-    case.call()
+def in_turn(
+    call: Callable[[], object],
+    ceiling: Callable[[], float],
+    passes: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Passes of a ceiling and of a call, in turn: the shortest call's seconds, the best ceiling."""
+    highest = 0.0
+    shortest = float("inf")
+    call()
     for _ in range(passes):
-        ceiling = max(ceiling, read()["anonymous_gbs"])
-        start = time.perf_counter()
-        case.call()
-        best = min(best, time.perf_counter() - start)
+        highest = max(highest, ceiling())
+        start = clock()
+        call()
+        shortest = min(shortest, clock() - start)
+    return shortest, highest
+
+
+def measured(case: Case, read: Callable[[], dict[str, float]], passes: int) -> dict[str, object]:
+    best, ceiling = in_turn(case.call, lambda: read()["anonymous_gbs"], passes)
     gbs = case.nbytes / best / 1e9
     return {
         "operation": case.name,
@@ -163,7 +172,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=9)
     parser.add_argument("--formats", nargs="*", default=[each.name for each in BLOCK_FORMATS])
-    parser.add_argument("--cases", type=int, help="so many first ones of each format; default: all")
+    parser.add_argument("--only", default="", help="operations whose names hold this; default: all")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -176,7 +185,9 @@ def main() -> None:
                 if format.name not in args.formats:
                     continue
                 cases = (*layer_cases(ops, format, memory), *expert_cases(ops, format, memory))
-                for case in islice(cases, args.cases):
+                for case in cases:
+                    if args.only not in case.name:
+                        continue
                     row = {"kernels": ops.name, "format": format.name}
                     row |= measured(case, read, args.passes)
                     rows.append(row)
@@ -185,9 +196,7 @@ def main() -> None:
                         f"{row['gbs']:>7} GB/s {row['of_floor']:>6.0%} of {row['read_gbs']}",
                         flush=True,
                     )
-    if args.json:
-        found = {"threads": args.threads, "rows": rows}
-        write_file(args.json, json.dumps(found, indent=1) + "\n", ours=json_record)
+    save(args.json, {"threads": args.threads, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ does not. The same products with bfloat16 weights stand beside them.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.cpu import CpuOps
 from moebius.ops.formats import BLOCK_FORMATS
-from quantised_products import COLD_BYTES, DTYPE, Memory
+from quantised_products import COLD_BYTES, DTYPE, Memory, in_turn
+from records import save
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
@@ -100,14 +99,7 @@ def expert_case(ops: CpuOps, weights: Weights, rows: int) -> Case:
 
 def measured(case: Case, peak: ceilings.Asked, passes: int, threads: int) -> dict[str, object]:
     clock = time.thread_time if threads == 1 else time.perf_counter
-    ceiling = 0.0
-    best = float("inf")
-    case.call()
-    for _ in range(passes):
-        ceiling = max(ceiling, peak()["gmacs"])
-        start = clock()
-        case.call()
-        best = min(best, clock() - start)
+    best, ceiling = in_turn(case.call, lambda: peak()["gmacs"], passes, clock)
     gmacs = case.products / best / 1e9
     return {
         "operation": case.name,
@@ -155,9 +147,7 @@ def main() -> None:
                             f"{row['gmacs']:>7} GMAC/s {row['of_floor']:>6.0%}",
                             flush=True,
                         )
-    if args.json:
-        record = {"threads": args.threads, "rows": found}
-        write_file(args.json, json.dumps(record, indent=1) + "\n", ours=json_record)
+    save(args.json, {"threads": args.threads, "rows": found})
 
 
 if __name__ == "__main__":
