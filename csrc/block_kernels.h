@@ -76,8 +76,6 @@ struct BlockKernels {
     void (*product[BLOCK_FORMATS])(const void* quantised, int m, const void* w, int n, int blocks, const void* next, float* c, int ldc);
     // One row of so many blocks as float32 numbers.
     void (*widened[BLOCK_FORMATS])(const void* row, int blocks, float* to);
-    // n FP8 codes as float16 numbers, each a 256th of the code's.
-    void (*halved_fp8)(const uint8_t* codes, int n, uint16_t* to);
     // Products of many rows.
     const PanelKernels* panels;
 };

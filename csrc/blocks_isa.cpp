@@ -1,7 +1,6 @@
 // Products with weights in blocks, compiled once for each instruction set like isa.cpp.
 #include "block_product.h"
 #include "block_widened.h"
-#include "fp8.h"
 #include "panels.h"
 #include "quantise.h"
 
@@ -15,7 +14,6 @@ const BlockKernels* block_kernels() {
         {{quantise_rows<bf16, BY_32>, quantise_rows<bf16, BY_256>}, {quantise_rows<float, BY_32>, quantise_rows<float, BY_256>}},
         MOEBIUS_EACH_BLOCK_FORMAT(block_product),
         MOEBIUS_EACH_BLOCK_FORMAT(widen_row),
-        halve_fp8,
         panel_kernels(),
     };
     return &table;

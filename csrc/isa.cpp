@@ -30,6 +30,8 @@ namespace MOEBIUS_ISA {
 
 const BlockKernels* block_kernels();  // blocks_isa.cpp
 
+const Fp8Kernels FP8_BESIDE_FLOATS = {F32, F16_MATRIX, 256.0f, halve_fp8, MOEBIUS_16_OR_8(product, float, e4m3)};
+
 const Kernels* kernels() {
     static const Kernels table = {
         MOEBIUS_TEXT(MOEBIUS_ISA),
@@ -38,6 +40,14 @@ const Kernels* kernels() {
          {MOEBIUS_16_OR_8(product, float, bf16), MOEBIUS_16_OR_8(product, float, float), MOEBIUS_16_OR_8(product, float, f16)}},
         {{ordered_product<bf16, bf16>, nullptr, nullptr},
          {ordered_product<float, bf16>, ordered_product<float, float>, ordered_product<float, f16>}},
+        {
+#if defined(__AVX512BF16__)
+            {BF16, BF16_MATRIX, 1.0f, widen_fp8, MOEBIUS_BF16((product_16<bf16, e4m3>), nullptr)},
+#else
+            FP8_BESIDE_FLOATS,
+#endif
+            FP8_BESIDE_FLOATS,
+        },
         block_kernels(),
         {{scaled_row<bf16, bf16>, scaled_row<bf16, float>, nullptr}, {scaled_row<float, bf16>, scaled_row<float, float>, scaled_row<float, f16>}},
         {store_row<bf16>, store_row<float>},

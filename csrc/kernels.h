@@ -68,6 +68,17 @@ struct AttentionBlock {
     const float* key_offset = nullptr;  // (key_dim,): what codes of keys were made less, where it is to be added back
 };
 
+// How layers of a dtype meet codes of FP8 (fp8.h): as rows of x of `x`, and codes widened to `widened`, each so many times
+// smaller.
+struct Fp8Kernels {
+    Dtype x;
+    Format widened;
+    float smaller;
+    void (*widen)(const uint8_t* codes, int n, uint16_t* to);
+    // The product of Kernels with codes where they lie, which it widens in registers; the same bits. Null where there is none.
+    void (*product)(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
+};
+
 struct Kernels {
     const char* name;
 
@@ -78,6 +89,7 @@ struct Kernels {
     void (*product[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
     // The same, from rows of x as they lie, summed in the order of every instruction set (ordered_product.h).
     void (*ordered[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, int n, int k, float* c, int ldc);
+    Fp8Kernels fp8[2];  // for layers of each dtype
     // Products with weights in blocks.
     const BlockKernels* blocks;
     // out = round(multiplier * row) of n values of a matrix of plain numbers, or of a row of blocks that was widened to float32

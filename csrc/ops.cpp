@@ -88,8 +88,8 @@ size_t Ops::scratch_bytes() const {
 size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
     const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
     size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
-    if (float_activations_) of_a_thread += size_t(ROW_BLOCK) * widest * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + widened_bytes(widest) + 3 * 64;
-    else for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
+    of_a_thread += most_widened_bytes(widest);
+    if (!float_activations_) for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
     of_a_thread += most_panel_bytes(widest);
     return threads() * of_a_thread + most_tile_bytes(widest) + (splits * attention + Scratch::SPARE) * sizeof(float);
@@ -143,6 +143,7 @@ void Ops::store_columns(const Linear& l, const Linear::Layer& layer, const Produ
 void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                   int columns, Scratch& s) {
     const int k = w.columns;
+    if (by_codes(w)) return fp8_product(dtype, x, first, m, w, column, next, c, columns, s);
     if (w.format == FP8 || (is_blocks(w.format) && float_activations_)) return widened_product(dtype, x, first, m, w, column, c, columns, s);
     if (is_blocks(w.format)) {
         const BlockSize size = block_size(w.format);

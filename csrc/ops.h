@@ -218,9 +218,10 @@ private:
         struct Packed {
             std::vector<char> bytes;
             uint64_t call = 0;
-            int first = 0;
+            int first = 0, columns = 0;
         };
-        Packed packed[1 + BLOCK_SIZES], unquantised[2];
+        // And beside FP8, packed block by block.
+        Packed packed[1 + BLOCK_SIZES], unquantised[2], in_blocks;
         std::vector<char> panels;  // of one item
         std::vector<char> widened;  // rows of weights
 
@@ -238,7 +239,7 @@ private:
             size_t sum = floats.capacity() * sizeof(float);
             for (const Packed& each : packed) sum += each.bytes.capacity();
             for (const Packed& each : unquantised) sum += each.bytes.capacity();
-            return sum + panels.capacity() + widened.capacity();
+            return sum + in_blocks.bytes.capacity() + panels.capacity() + widened.capacity();
         }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
@@ -290,11 +291,12 @@ private:
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
     // What `pack` makes of the rows from `first` of this call's, in so many bytes; made anew where `packed` has others.
-    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack) {
+    // columns: of a block, of what is packed block by block.
+    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack, int columns = 0) {
         if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
         void* to = Scratch::aligned(packed.bytes.data());
-        if (packed.call != calls_ || packed.first != first) pack(to);
-        packed.call = calls_, packed.first = first;
+        if (packed.call != calls_ || packed.first != first || packed.columns != columns) pack(to);
+        packed.call = calls_, packed.first = first, packed.columns = columns;
         return to;
     }
 
@@ -325,11 +327,23 @@ private:
     void gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner);
     void down_by_panels(const Experts& e, const void* inner, void* out);
 
-    // The same where activations are not quantised, or weights have no whole numbers (widened_ops.cpp).
+    // FP8 (fp8_ops.cpp).
+    static bool by_codes(const Matrix& w);
+    void fp8_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
+                     int columns, Scratch& scratch);
+
+    // Blocks where activations are not quantised, and what has no other kernels (widened_ops.cpp).
     void widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
                          Scratch& scratch);
     void widen_row(const Matrix& w, int64_t row, float* to) const;
-    static size_t widened_bytes(int k);
+    // m rows of x as float32: rows of k, one behind the other, and where each lies.
+    void as_floats(Dtype dtype, const void* const* x, int first, int m, int k, Scratch& scratch, const void** rows);
+    // For WIDENED_ROWS of k float32 numbers.
+    static void* widened_room(int k, Scratch& scratch);
+    static size_t widened_bytes(int k) { return size_t(WIDENED_ROWS) * k * sizeof(float); }
+    static size_t most_widened_bytes(int widest) {
+        return size_t(ROW_BLOCK) * widest * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + widened_bytes(widest) + 3 * 64;
+    }
 
     const Kernels* kernels_;
     const bool float_activations_, ordered_;

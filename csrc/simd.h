@@ -111,13 +111,15 @@ INLINE __m256i narrowed(V a) {
 INLINE void store(bf16* p, V a) { _mm256_storeu_si256((__m256i*)p, narrowed(a)); }
 INLINE void store_some(bf16* p, V a, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), narrowed(a)); }
 
-// Weights W as the groups of an x of type T: as they lie, or sixteen of them widened to float32.
+// Weights W as the groups of an x of type T: as they lie, or widened to that, sixteen float32 or thirty-two bfloat16.
 template <class T, class W> INLINE G groups_as(const W* p) {
     if constexpr (sizeof(T) == sizeof(W)) return groups(p);
+    else if constexpr (sizeof(T) == 2) return bfloat16_groups(p);
     else return {_mm512_castps_si512(load(p).v)};
 }
 template <class T, class W> INLINE G groups_some_as(const W* p, int n) {
     if constexpr (sizeof(T) == sizeof(W)) return groups_some(p, n);
+    else if constexpr (sizeof(T) == 2) return bfloat16_groups_some(p, n);
     else return {_mm512_castps_si512(load_some(p, n).v)};
 }
 
