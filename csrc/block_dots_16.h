@@ -15,7 +15,7 @@ constexpr bool FOURS = true;
 constexpr bool FOURS = false;
 #endif
 template <Format f> constexpr bool is_signed() { return Block<f>::OFFSET == 128 && !FOURS; }
-template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : Block<f>::OFFSET; }
+template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : f == INT4 ? 8 : Block<f>::OFFSET; }
 
 // Sums of two products each, sixteen bits.
 template <bool SIGNED> INLINE __m512i pairs_of(__m512i codes, const int8_t* x) {
@@ -114,13 +114,13 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
     }
 }
 
-// Sixteen blocks of Q8_0, two in a vector.
+// Sixteen blocks of codes of eight bits, two in a vector.
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_bytes(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots) {
     __m512i parts[M][8];
 #pragma GCC unroll 8
     for (int t = 0; t < 8; t++, w += 2 * Block<f>::BYTES) {
-        const __m512i codes = codes_of_two<is_signed<f>()>(w, w + Block<f>::BYTES);
+        const __m512i codes = codes_of_two<f, is_signed<f>()>(w);
         for (int i = 0; i < M; i++) parts[i][t] = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes, x[i].codes + at * 32);
         for (at += 2; at >= blocks; at -= blocks) {}
     }
@@ -153,7 +153,7 @@ INLINE void dots_of_256(const uint8_t* w, const QuantisedRow* x, int& at, int bl
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     if constexpr (Block<f>::ELEMENTS == 256) dots_of_256<f, M, STRIDE>(w, x, at, blocks, dots, minima);
-    else if constexpr (f == Q8_0) dots_of_bytes<f, M, STRIDE>(w, x, at, blocks, dots);
+    else if constexpr (are_bytes(f)) dots_of_bytes<f, M, STRIDE>(w, x, at, blocks, dots);
     else dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
 }
 

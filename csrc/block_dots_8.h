@@ -11,7 +11,7 @@ namespace MOEBIUS_ISA {
 // of eight bits are read as signed ones, whose sizes (up to 128) take the place of codes without a sign, and the other
 // factors, which never are -128, their signs.
 template <Format f> constexpr bool is_signed() { return Block<f>::OFFSET == 128; }
-template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : Block<f>::OFFSET; }
+template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : f == INT4 ? 8 : Block<f>::OFFSET; }
 
 // Sums of two products each, sixteen bits.
 template <bool SIGNED> INLINE __m256i pairs_of(__m256i codes, const int8_t* x) {
@@ -86,7 +86,7 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     using B = Block<f>;
-    if constexpr (B::ELEMENTS == 32 && f != Q8_0) return dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
+    if constexpr (B::ELEMENTS == 32 && !are_bytes(f)) return dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
     else for (int half = 0; half < 16; half += 8) {
         __m256i parts[M][8], least[M][8];
         for (int t = 0; t < 8; t++, w += B::BYTES) {

@@ -1,4 +1,5 @@
-// The blocks of GGUF's types, as ggml lays them out, read one number at a time. Included once by each instruction set, inside
+// The blocks of GGUF's types, as ggml lays them out, and of codes that have their scales elsewhere, read one number at a time.
+// Included once by each instruction set, inside
 // its own namespace, like simd.h.
 //
 // Block<f> says of a format
@@ -9,7 +10,7 @@
 //   SUB                   elements that share an integer scale; in blocks of 32, which have none, all
 //   SCALE_AT              where its float16 scale d lies (MXFP4: its exponent)
 //   MINIMUM_AT            where that of its minima lies, -1 for none
-//   codes(b, s, to)       codes 32 s to 32 s + 31, in order
+//   codes(b, s, to)       codes 32 s to 32 s + 31, in order; where they lie in pairs, those of even columns before the others
 // and of those of 256 elements
 //   scales(b, to), minima(b, to)   an integer each sixteen codes, in order
 // An element is d * scale * (code - OFFSET), less dmin * minimum; in blocks of 32, d * (code - OFFSET), plus the minimum.
@@ -101,6 +102,36 @@ template <> struct Block<MXFP4> : BlockSizes<MXFP4> {
         look_up(E2M1_CODES, to);
     }
 };
+
+// Codes with their scales elsewhere.
+template <> struct Block<MXFP4_PLANES> : BlockSizes<MXFP4_PLANES> {
+    static constexpr int OFFSET = 12, MOST = 24;
+    static void codes(const uint8_t* b, int, uint8_t* to) {
+        split_nibbles(b, to);
+        look_up(E2M1_CODES, to);
+    }
+};
+// Four bits, and five where a zero point has been taken off.
+template <> struct Block<INT4> : BlockSizes<INT4> {
+    static constexpr int OFFSET = 16, MOST = 31;
+    static void codes(const uint8_t* b, int, uint8_t* to) {
+        split_nibbles(b, to);
+        for (int i = 0; i < 32; i++) to[i] += 8;
+    }
+};
+template <> struct Block<INT8> : BlockSizes<INT8> {
+    static constexpr int OFFSET = 128, MOST = 255;
+    static void codes(const uint8_t* b, int, uint8_t* to) {
+        for (int i = 0; i < 32; i++) to[i] = b[i] ^ 0x80;
+    }
+};
+// The same, stored 128 larger.
+template <> struct Block<INT8_WORDS> : BlockSizes<INT8_WORDS> {
+    static constexpr int OFFSET = 128, MOST = 255;
+    static void codes(const uint8_t* b, int, uint8_t* to) { memcpy(to, b, 32); }
+};
+constexpr bool are_bytes(Format f) { return f == Q8_0 || f == INT8 || f == INT8_WORDS; }
+constexpr bool are_e2m1(Format f) { return f == MXFP4 || f == MXFP4_PLANES; }
 
 // Two bits of each code, of 32 bytes for each half of the block, lowest first.
 INLINE void two_bits(const uint8_t* from, int s, uint8_t* to) {

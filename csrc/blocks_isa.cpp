@@ -11,7 +11,8 @@ const PanelKernels* panel_kernels();  // panels_isa.cpp
 
 const BlockKernels* block_kernels() {
     static const BlockKernels table = {
-        {{quantise_rows<bf16, BY_32>, quantise_rows<bf16, BY_256>}, {quantise_rows<float, BY_32>, quantise_rows<float, BY_256>}},
+        {{quantise_rows<bf16, BY_32>, quantise_rows<bf16, BY_256>, quantise_rows<bf16, PAIRS_BY_32>},
+         {quantise_rows<float, BY_32>, quantise_rows<float, BY_256>, quantise_rows<float, PAIRS_BY_32>}},
         MOEBIUS_EACH_BLOCK_FORMAT(block_product),
         MOEBIUS_EACH_BLOCK_FORMAT(widen_row),
         panel_kernels(),

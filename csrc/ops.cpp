@@ -89,7 +89,7 @@ size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context)
     const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
     size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
     of_a_thread += most_widened_bytes(widest);
-    if (!float_activations_) for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
+    if (!float_activations_) for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
     of_a_thread += most_panel_bytes(widest);
     return threads() * of_a_thread + most_tile_bytes(widest) + (splits * attention + Scratch::SPARE) * sizeof(float);
@@ -150,7 +150,7 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
         const BlockKernels& kernels = *kernels_->blocks;
         const void* rows = packed(s.packed[1 + size], first, m * QuantisedShape(size, k).row_bytes(),
                                   [&](void* to) { kernels.quantise[dtype][size](x, m, k, to); });
-        return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), next, c, columns);
+        return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), w.groups_from(column), next, c, columns);
     }
     if (ordered_) return kernels_->ordered[dtype][w.format](x, m, w.row(column), columns, k, c, columns);
     const auto kernel = kernels_->product[dtype][w.format];

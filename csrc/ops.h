@@ -27,11 +27,21 @@ struct Matrix {
     // Of FP8: block after block, and how many rows and columns share one.
     std::shared_ptr<const std::vector<float>> scales = nullptr;
     int block_rows = 1, block_columns = 1;
+    // Of blocks of codes alone. Zero points that had to be unpacked are held here.
+    GroupScales groups = {};
+    std::shared_ptr<const std::vector<int8_t>> zeros = nullptr;
 
     size_t row_bytes() const { return size_t(blocks()) * FORMAT_SIZES[format].bytes; }
     size_t bytes() const { return rows * row_bytes(); }
     int blocks() const { return columns / FORMAT_SIZES[format].elements; }  // of a row
     const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
+    GroupScales groups_from(int64_t row) const {
+        GroupScales from = groups;
+        const int64_t skipped = row * (blocks() / groups.blocks);
+        if (from.data) from.data = static_cast<const char*>(from.data) + skipped * SCALE_BYTES[from.type];
+        if (from.zeros) from.zeros += skipped;
+        return from;
+    }
     // Of the blocks that row i is in.
     const float* row_scales(int64_t i) const { return scales->data() + i / block_rows * scales_of_a_row(); }
     int64_t scales_of_a_row() const { return (columns + block_columns - 1) / block_columns; }
@@ -214,7 +224,7 @@ private:
         std::vector<float> floats;
         std::vector<const void*> rows;
         // Rows of x as products want them, each kind once for a thread's items: packed for plain numbers, quantised for blocks
-        // of either size; and, where they are not quantised, widened, and packed as float32.
+        // of each kind; and, where they are not quantised, widened, and packed as float32.
         struct Packed {
             std::vector<char> bytes;
             uint64_t call = 0;

@@ -65,7 +65,7 @@ template <class RowAt> void Ops::lay_in_tiles(Dtype dtype, const std::vector<For
         const PanelRows& tile = panel_tiles_[item];
         const void* x[STRETCH];
         for (int i = 0; i < tile.count; i++) x[i] = row_at(tile.first + i);
-        for (BlockSize size : {BY_32, BY_256}) lay_tile(dtype, size, x, tile, k, scratch_[thread].packed[1 + size]);
+        for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) lay_tile(dtype, size, x, tile, k, scratch_[thread].packed[1 + size]);
     });
 }
 
@@ -125,7 +125,7 @@ void Ops::cut_panel_products() {
 char* Ops::unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const {
     const int panel = panels().panel;
     for (int i = 0; i < p.columns; i += panel, to += panel_bytes(w))
-        panels().of(w.format).unpack(w.row(p.column + i), std::min(panel, p.columns - i), w.blocks(), to);
+        panels().of(w.format).unpack(w.row(p.column + i), std::min(panel, p.columns - i), w.blocks(), w.groups_from(p.column + i), to);
     return to;
 }
 

@@ -7,6 +7,12 @@ namespace MOEBIUS_ISA {
 
 constexpr uint32_t NIBBLES = 0x0f0f0f0f, TWO_BITS = 0x03030303, LOW_BITS = 0x01010101;
 
+// 2^(e - 128), of which the first two are subnormal
+INLINE Words half_power_bits(Words e) {
+    const Words small = (Words)(e < 2);
+    return (small & (0x00200000u << (e & 1))) | (~small & ((e - 1) << 23));
+}
+
 template <int N> struct HalfWords {
     typedef int16_t type __attribute__((vector_size(4 * N)));
 };
@@ -18,6 +24,39 @@ INLINE Ints byte_sums(Words bytes) {
     return (Ints)((halves & 0xffff) + (halves >> 16));
 }
 
+// The scales and zero points of LANES rows that have them in a plane of their own.
+struct PanelGroups {
+    const GroupScales& all;
+    size_t first[LANES];  // of each row
+
+    PanelGroups(const GroupScales& all, int n, int blocks) : all(all) {
+        for (int r = 0; r < LANES; r++) first[r] = size_t(min_of(r, n - 1)) * (blocks / all.blocks);
+    }
+    template <class T> INLINE_MEMBER Words words(int block) const {
+        alignas(VECTOR) uint32_t found[LANES];
+        const T* from = static_cast<const T*>(all.data) + block / all.blocks;
+        for (int r = 0; r < LANES; r++) found[r] = from[first[r]];
+        return vector_at<Words>(found);
+    }
+    INLINE_MEMBER Floats scales(int block) const {
+        switch (all.type) {
+            case BF16_SCALES: return (Floats)(words<uint16_t>(block) << 16);
+            case F16_SCALES: return widened_halves(words<uint16_t>(block));
+            case F32_SCALES: return (Floats)words<uint32_t>(block);
+            default: {
+                const Words e = words<uint8_t>(block), nan = (Words)(e == 255);
+                return (Floats)((nan & 0x7fc00000) | (~nan & half_power_bits(e)));
+            }
+        }
+    }
+    INLINE_MEMBER Words zeros(int block) const {
+        alignas(VECTOR) uint32_t found[LANES] = {};
+        if (all.zeros)
+            for (int r = 0; r < LANES; r++) found[r] = uint32_t(int32_t(all.zeros[block / all.blocks + first[r]]));
+        return vector_at<Words>(found);
+    }
+};
+
 // A block of LANES rows, from byte `from` of each on, and where it goes.
 template <Format TYPE> struct PanelBlock {
     using K = typename KindOf<TYPE>::type;
@@ -26,6 +65,8 @@ template <Format TYPE> struct PanelBlock {
     const uint8_t* const* rows;
     size_t from;
     char* to;
+    const PanelGroups* groups;
+    int number;  // of the block in its row
     Ints scales[Block<TYPE>::ELEMENTS / Block<TYPE>::SUB];
     Ints lift = {};
 
@@ -149,10 +190,34 @@ INLINE void unpack(PanelBlock<IQ4_NL>& block) {
 
 INLINE void unpack(PanelBlock<MXFP4>& block) {
     nibble_quads(block, 1, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_CODES); });
-    // 2^(e - 128), of which the first two are subnormal
-    const Words e = block.halves(0) & 0xff, small = (Words)(e < 2);
-    block.set_d((Floats)((small & (0x00200000u << (e & 1))) | (~small & ((e - 1) << 23))));
+    block.set_d((Floats)half_power_bits(block.halves(0) & 0xff));
 }
+
+// --- codes with their scales elsewhere ---
+
+INLINE void unpack(PanelBlock<MXFP4_PLANES>& block) {
+    nibble_quads(block, 0, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_CODES); });
+    block.set_d(block.groups->scales(block.number));
+}
+
+INLINE void unpack(PanelBlock<INT4>& block) {
+    const Words added = (8 - block.groups->zeros(block.number)) * LOW_BITS;  // from 0 to 16: nothing is carried
+    nibble_quads(block, 0, 0, 4, [&](Words codes, int) { return codes + added; });
+    block.set_d(block.groups->scales(block.number));
+}
+
+template <Format TYPE> INLINE void unpack_bytes(PanelBlock<TYPE>& block, Words turned) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        Words four[4];
+        block.fetch(16 * half, four);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) block.set_quad(4 * half + j, four[j] ^ turned);
+    }
+    block.set_d(block.groups->scales(block.number));
+}
+INLINE void unpack(PanelBlock<INT8>& block) { unpack_bytes(block, Words{} + 128 * LOW_BITS); }
+INLINE void unpack(PanelBlock<INT8_WORDS>& block) { unpack_bytes(block, Words{}); }
 
 // --- blocks of 256 ---
 
@@ -292,14 +357,15 @@ INLINE void unpack(PanelBlock<IQ4_XS>& block) {
 template <Format TYPE> constexpr size_t panel_block_bytes() { return size_t(KindOf<TYPE>::type::PANEL_VECTORS) * VECTOR; }
 
 // Lanes beyond the n rows repeat the last one.
-template <Format TYPE> void unpack_panel(const void* w, int n, int blocks, void* to) {
+template <Format TYPE> void unpack_panel(const void* w, int n, int blocks, const GroupScales& scales, void* to) {
     const size_t row_bytes = size_t(blocks) * Block<TYPE>::BYTES;
     const uint8_t* rows[LANES];
     for (int r = 0; r < LANES; r++) rows[r] = static_cast<const uint8_t*>(w) + min_of(r, n - 1) * row_bytes;
+    const PanelGroups groups(scales, n, blocks);
     char* at = static_cast<char*>(to);
     each_block(blocks, [&](int b) {
         PanelBlock<TYPE> block;
-        block.rows = rows, block.from = size_t(b) * Block<TYPE>::BYTES, block.to = at;
+        block.rows = rows, block.from = size_t(b) * Block<TYPE>::BYTES, block.to = at, block.groups = &groups, block.number = b;
         unpack(block);
         block.finish();
         at += panel_block_bytes<TYPE>();

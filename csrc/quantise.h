@@ -62,8 +62,14 @@ INLINE void repeat_codes(int8_t* codes, const QuantisedShape& shape) {
     }
 }
 
+INLINE void evens_before_odds(int8_t* codes) {
+    int8_t in_order[32];
+    memcpy(in_order, codes, 32);
+    for (int i = 0; i < 16; i++) codes[i] = in_order[2 * i], codes[16 + i] = in_order[2 * i + 1];
+}
+
 template <class T, BlockSize SIZE> void quantise_rows(const void* const* rows, int m, int k, void* to) {
-    constexpr int B = QuantisedShape::elements_of(SIZE), SUMMED = SIZE == BY_32 ? 32 : 16;
+    constexpr int B = QuantisedShape::elements_of(SIZE), SUMMED = SIZE == BY_256 ? 16 : 32;
     const QuantisedShape shape(SIZE, k);
     float room[B];
     for (int r = 0; r < m; r++) {
@@ -75,14 +81,15 @@ template <class T, BlockSize SIZE> void quantise_rows(const void* const* rows, i
         for (int b = 0; b < shape.blocks; b++) {
             int32_t sums[B / SUMMED];
             scales[b] = quantise_block<B, SUMMED>(as_floats<T, B>(x + size_t(b) * B, room), codes + size_t(b) * B, sums);
-            if constexpr (SIZE == BY_32) static_cast<int32_t*>(row_sums)[b] = sums[0];
+            if constexpr (SIZE == PAIRS_BY_32) evens_before_odds(codes + size_t(b) * B);
+            if constexpr (SIZE != BY_256) static_cast<int32_t*>(row_sums)[b] = sums[0];
             else for (int i = 0; i < 16; i++) static_cast<int16_t*>(row_sums)[b * 16 + i % 2 * 8 + i / 2] = int16_t(sums[i]);
         }
         for (int b = shape.blocks; b < shape.padded(); b++) {
             scales[b] = 0.0f;
-            if constexpr (SIZE == BY_32) static_cast<int32_t*>(row_sums)[b] = 0;
+            if constexpr (SIZE != BY_256) static_cast<int32_t*>(row_sums)[b] = 0;
         }
-        if constexpr (SIZE == BY_32) repeat_codes(codes, shape);
+        if constexpr (SIZE != BY_256) repeat_codes(codes, shape);
     }
 }
 

@@ -9,7 +9,7 @@
 namespace moebius {
 
 void Ops::widen_row(const Matrix& w, int64_t row, float* to) const {
-    if (w.format != FP8) return kernels_->blocks->widened[w.format - DENSE_FORMATS](w.row(row), w.blocks(), to);
+    if (w.format != FP8) return kernels_->blocks->widened[w.format - DENSE_FORMATS](w.row(row), w.blocks(), w.groups_from(row), to);
     constexpr int PIECE = 512;
     const Fp8Kernels& fp8 = kernels_->fp8[F32];
     uint16_t halves[PIECE];

@@ -18,6 +18,9 @@ class Matrix:
         scales: int = 0,
         block_rows: int = 1,
         block_columns: int = 1,
+        scale_type: int = 0,
+        zeros: int = 0,
+        copy_zeros: bool = False,
     ) -> None: ...
 
 class _Call:

@@ -77,9 +77,41 @@ def quantised(x_TI: Tensor, elements: int) -> Quantised:
     return Quantised(codes, np.where(finite, scales, np.float32(np.nan)))
 
 
+def elements_of(matrix: Matrix) -> int:
+    """Of a block."""
+    return BLOCKS[matrix.format.name].elements if matrix.format.name in BLOCKS else 32
+
+
+def of_groups(matrix: Matrix) -> Weights:
+    """Codes whose scales lie in a plane of their own: whole numbers are those with scales of one,
+    E2M1's with two; each block of 32 has its group's scale, MXFP4's half of it."""
+    codes, scales, *rest = matrix.planes
+    rows, columns = matrix.shape
+    powers = matrix.format.name == "mxfp4_planes"
+    ones = torch.full_like(scales, 128 if powers else 1)
+    whole = Matrix(matrix.format, matrix.shape, (codes, ones, *rest)).widened(torch.float64)
+    if powers:
+        e = scales.numpy().astype(np.int64)
+        wide = np.where(e == 255, np.float32(np.nan), np.ldexp(np.float32(1), e - 128))
+    else:
+        wide = scales.float().numpy()
+    count = columns // 32
+    wide = np.repeat(wide, count // wide.shape[1], axis=1).astype(np.float32)
+    shape = (rows, count, 1)
+    return Weights(
+        whole.numpy().astype(np.int64).reshape(*shape, 32),
+        np.ones(shape, dtype=np.int64),
+        None,
+        wide,
+        np.zeros((rows, count), dtype=np.float32),
+    )
+
+
 def unpacked(matrix: Matrix) -> Weights:
     """Whole numbers and scales of each block, from the numbers of blocks whose scales are one."""
     name = matrix.format.name
+    if name not in BLOCKS:
+        return of_groups(matrix)
     format = BLOCKS[name]
     (bytes_RY,) = matrix.planes
     rows = len(bytes_RY)
@@ -114,8 +146,7 @@ def _half(blocks: Tensor, at: int) -> Floats:
 
 def product(x_TI: Tensor, matrix: Matrix) -> Product:
     """x w^T as the kernels compute it, in float32."""
-    elements = BLOCKS[matrix.format.name].elements
-    x, w = quantised(x_TI, elements), unpacked(matrix)
+    x, w = quantised(x_TI, elements_of(matrix)), unpacked(matrix)
     rows, count = x.scales.shape
     codes = x.codes.reshape(rows, count, *w.codes.shape[2:])
     dots = whole_sums(codes, w.codes * w.factors[..., None])
