@@ -21,12 +21,6 @@
 namespace moebius {
 namespace MOEBIUS_ISA {
 
-template <class T> INLINE T read(const uint8_t* p) {
-    T value;
-    memcpy(&value, p, sizeof value);
-    return value;
-}
-
 // Sixteen bytes of four-bit codes: the low ones, then the high ones.
 INLINE void split_nibbles(const uint8_t* from, uint8_t* to) {
     for (int i = 0; i < 16; i++) to[i] = from[i] & 15;
@@ -230,9 +224,7 @@ template <> struct Block<IQ4_XS> : BlockSizes<IQ4_XS> {
 // 2^(e - 128): half of what an E8M0 scale stands for, as MXFP4's codes are twice theirs.
 INLINE float half_power(uint8_t e) {
     const uint32_t bits = e < 2 ? 0x00200000u << e : uint32_t(e - 1) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return power;
+    return read<float>(&bits);
 }
 
 template <Format f> INLINE float scale_of(const uint8_t* b) {

@@ -48,21 +48,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
 constexpr int VECTOR = 4 * LANES;  // bytes
 
-INLINE int32_t word_at(const void* p) {
-    int32_t word;
-    memcpy(&word, p, 4);
-    return word;
-}
-INLINE float number_at(const void* p) {
-    float number;
-    memcpy(&number, p, 4);
-    return number;
-}
-template <class Vector> INLINE Vector vector_at(const void* p) {
-    Vector v;
-    memcpy(&v, p, VECTOR);
-    return v;
-}
 template <class Vector> INLINE void put(void* p, Vector v) { memcpy(p, &v, VECTOR); }
 
 INLINE Words bytes_less(Words a, int less) { return (Words)((Bytes)a - uint8_t(less)); }
@@ -146,7 +131,7 @@ INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
 #else
 INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
     for (int j = 0; j < 4; j++)
-        for (int r = 0; r < LANES; r++) out[j][r] = uint32_t(word_at(rows[r] + at + 4 * j));
+        for (int r = 0; r < LANES; r++) out[j][r] = read<uint32_t>(rows[r] + at + 4 * j);
 }
 #endif
 
@@ -160,12 +145,8 @@ INLINE Words spread_bits(Words bits) { return ((bits & 15) * 0x00204081u) & 0x01
 INLINE Words halves_of(const uint8_t* const* rows, size_t at) {
     alignas(VECTOR) uint32_t halves[LANES];
 #pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) {
-        uint16_t half;
-        memcpy(&half, rows[r] + at, 2);
-        halves[r] = half;
-    }
-    return vector_at<Words>(halves);
+    for (int r = 0; r < LANES; r++) halves[r] = read<uint16_t>(rows[r] + at);
+    return read<Words>(halves);
 }
 
 // --- sums of products ---
@@ -188,7 +169,7 @@ INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {  // of signed halves
 }
 #if defined(__AVX512VNNI__)
 INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(word_at(x)));
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(read<int32_t>(x)));
 }
 #endif
 INLINE Ints plus_halves(Ints sum, Words w, int32_t x) {
@@ -214,7 +195,7 @@ INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {
     return (Ints)vaddq_s32((int32x4_t)sum, vpaddq_s32(low, high));
 }
 INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
-    const int8x16_t codes = (int8x16_t)w, turned = vreinterpretq_s8_s32(vdupq_n_s32(word_at(x)));
+    const int8x16_t codes = (int8x16_t)w, turned = vreinterpretq_s8_s32(vdupq_n_s32(read<int32_t>(x)));
     const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(turned));
     const int16x8_t high = vmull_s8(vget_high_s8(codes), vget_high_s8(turned));
     return (Ints)vaddq_s32((int32x4_t)sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
@@ -223,7 +204,7 @@ INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
 INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) { return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
 INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
     const Ints codes = (Ints)w;
-    const uint32_t turned = uint32_t(word_at(x));
+    const uint32_t turned = read<uint32_t>(x);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) sum += ((codes << (24 - 8 * i)) >> 24) * int32_t(int8_t(turned >> (8 * i)));
     return sum;

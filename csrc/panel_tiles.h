@@ -14,12 +14,6 @@ template <int M> struct RowWords {
 template <int M> using Row = typename RowWords<M>::type;
 template <int M> using RowHalves = typename RowWords<M>::halves;
 
-template <int M> INLINE Row<M> row_words(const void* p) {
-    Row<M> v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
 // out[quad][row] = the quads of M rows, sixteen bytes of each at once
 template <int M> INLINE void side_by_side(const int8_t* const* rows, size_t at, char* out) {
 #if defined(__AVX2__)
@@ -63,9 +57,9 @@ template <class K, int M> INLINE void pack_sums(int offset, char* to) {
     RowHalves<M> pairs[PARTS];
 #pragma GCC unroll 16
     for (int p = 0; p < PARTS; p++) {
-        pairs[p] = pair_sums<M>(row_words<M>(word(p * PART / 4)));
+        pairs[p] = pair_sums<M>(read<Row<M>>(word(p * PART / 4)));
 #pragma GCC unroll 8
-        for (int quad = 1; quad < PART / 4; quad++) pairs[p] += pair_sums<M>(row_words<M>(word(p * PART / 4 + quad)));
+        for (int quad = 1; quad < PART / 4; quad++) pairs[p] += pair_sums<M>(read<Row<M>>(word(p * PART / 4 + quad)));
     }
     if constexpr (K::STARTS && SCHEME == PAIRS)
         for (int p = 0; p < PARTS; p++) set(K::STARTS_AT + p, pairs[p] * uint16_t(-offset));

@@ -11,11 +11,7 @@
 namespace moebius {
 namespace MOEBIUS_ISA {
 
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
+INLINE uint32_t bits_of(float x) { return read<uint32_t>(&x); }
 
 // Writes the codes of B values, and the sums of each SUMMED of them; returns their scale.
 template <int B, int SUMMED> INLINE float quantise_block(const float* x, int8_t* codes, int32_t* sums) {
@@ -24,8 +20,7 @@ template <int B, int SUMMED> INLINE float quantise_block(const float* x, int8_t*
         const int32_t size = int32_t(bits_of(x[i]) & 0x7fffffffu);
         largest = largest > size ? largest : size;
     }
-    float a;
-    memcpy(&a, &largest, 4);
+    const float a = read<float>(&largest);
     const bool finite = largest < 0x7f800000, none = largest < int32_t(27u << 23);  // 2^-100
     if (!finite || none) {
         memset(codes, 0, B);
