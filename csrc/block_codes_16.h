@@ -61,7 +61,7 @@ template <Format f, bool SIGNED> INLINE HalvesOfFour halves_of_four(const uint8_
 
 // Two blocks of codes of eight bits.
 template <Format f, bool SIGNED> INLINE __m512i codes_of_two(const uint8_t* p) {
-    if constexpr (has_planes(f)) return turned<(f == INT8) != SIGNED>(load_64_bytes(p));
+    if constexpr (has_planes(f)) return turned<are_signed_bytes(f) != SIGNED>(load_64_bytes(p));
     return turned<!SIGNED>(_mm512_inserti64x4(_mm512_castsi256_si512(load_32_bytes(p + 2)), load_32_bytes(p + Block<f>::BYTES + 2), 1));
 }
 

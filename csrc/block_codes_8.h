@@ -55,7 +55,7 @@ template <Format f, int s, bool SIGNED> INLINE __m256i codes_of_32(const uint8_t
     constexpr int half = s / 4, g = s % 4;
     if constexpr (are_bytes(f)) {
         const __m256i codes = load_32_bytes(f == Q8_0 ? b + 2 : b);
-        return SIGNED == (f != INT8_WORDS) ? codes : _mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80)));
+        return SIGNED == are_signed_bytes(f) ? codes : _mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80)));
     }
     if constexpr (f == IQ4_XS) return iq4<SIGNED>(nibbles_of(b + 8 + s * 16));
     if constexpr (f == Q2_K) return bits_and(moved<-2 * g>(load_32_bytes(b + 16 + half * 32)), 3);

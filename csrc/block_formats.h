@@ -124,7 +124,17 @@ template <> struct Block<INT8_WORDS> : BlockSizes<INT8_WORDS> {
     static constexpr int OFFSET = 128, MOST = 255;
     static void codes(const uint8_t* b, int, uint8_t* to) { memcpy(to, b, 32); }
 };
-constexpr bool are_bytes(Format f) { return f == Q8_0 || f == INT8 || f == INT8_WORDS; }
+// The minimum lies elsewhere too. Codes of eight bits are read as signed ones, and their minimum is 128 scales larger.
+template <> struct Block<AFFINE4> : BlockSizes<AFFINE4> {
+    static constexpr int MOST = 15, MINIMUM_AT = 0;
+    static void codes(const uint8_t* b, int, uint8_t* to) { split_nibbles(b, to); }
+};
+template <> struct Block<AFFINE8> : BlockSizes<AFFINE8> {
+    static constexpr int OFFSET = 128, MOST = 255, MINIMUM_AT = 0;
+    static void codes(const uint8_t* b, int, uint8_t* to) { memcpy(to, b, 32); }
+};
+constexpr bool are_signed_bytes(Format f) { return f == Q8_0 || f == INT8; }
+constexpr bool are_bytes(Format f) { return are_signed_bytes(f) || f == INT8_WORDS || f == AFFINE8; }
 constexpr bool are_e2m1(Format f) { return f == MXFP4 || f == MXFP4_PLANES; }
 
 // Two bits of each code, of 32 bytes for each half of the block, lowest first.

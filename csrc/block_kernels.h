@@ -79,6 +79,7 @@ struct GroupScales {
     int blocks = 1;                 // that share one
     const void* data = nullptr;
     const int8_t* zeros = nullptr;  // what signed codes are to be made less, likewise, or null
+    const void* biases = nullptr;   // of affine formats, as scales
 };
 
 struct PanelKernels;  // panels.h

@@ -53,17 +53,23 @@ template <Format f> INLINE V scales_from(const uint16_t* stored) {
     else return load(reinterpret_cast<const f16*>(stored));
 }
 
-// The same with the scales, or zero points, of groups; those from block `block` on are the first here.
+// The same with the scales, zero points or biases of groups; those from block `block` on are the first here.
 template <Format f, int M>
 INLINE V add_blocks_of_groups(const Piece<M>& piece, int i, int at, const QuantisedRow& x, int first, int count, const GroupScales& groups,
                               int block, V lanes) {
     for (int b = 0; b < count; b += BLOCK_LANES, at += BLOCK_LANES) {
         const int some = min_of(BLOCK_LANES, count - b);
-        const V scales = first_lanes(mul(scales_of_groups(groups, block + b, some), load(x.scales + first + b)), some);
+        const V d_x = load(x.scales + first + b), d_w = of_groups(groups, groups.data, block + b, some);
+        const V scales = first_lanes(mul(d_w, d_x), some);
         const int32_t *sums = static_cast<const int32_t*>(x.sums) + first + b, *dots = piece.dots[i] + at;
         const V whole = groups.zeros ? floats_less_zeros(dots, sums, offset_of<f>(), groups, block + b, some)
                                      : floats_less(dots, sums, offset_of<f>());
         lanes = fma(whole, scales, lanes);
+        if constexpr (is_affine(f)) {
+            V least = of_groups(groups, groups.biases, block + b, some);
+            if (Block<f>::OFFSET) least = add(least, mul(d_w, all(float(Block<f>::OFFSET))));
+            lanes = fma(floats(sums), first_lanes(mul(least, d_x), some), lanes);
+        }
     }
     return lanes;
 }

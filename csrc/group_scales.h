@@ -24,13 +24,14 @@ INLINE V half_scales(const uint8_t* p, int n) {
     return v;
 }
 
-// n scales from the i-th on, at most sixteen.
-INLINE V some_scales(const GroupScales& g, size_t i, int n) {
-    switch (g.type) {
-        case BF16_SCALES: return n == 16 ? load(static_cast<const bf16*>(g.data) + i) : load_some(static_cast<const bf16*>(g.data) + i, n);
-        case F16_SCALES: return n == 16 ? load(static_cast<const f16*>(g.data) + i) : load_some(static_cast<const f16*>(g.data) + i, n);
-        case F32_SCALES: return n == 16 ? load(static_cast<const float*>(g.data) + i) : load_some(static_cast<const float*>(g.data) + i, n);
-        default: return half_scales(static_cast<const uint8_t*>(g.data) + i, n);
+template <class T> INLINE V first_of(const T* p, int n) { return n == 16 ? load(p) : load_some(p, n); }
+// n scales, or biases, of a plane from the i-th on, at most sixteen.
+INLINE V some_of(const void* plane, ScaleType type, size_t i, int n) {
+    switch (type) {
+        case BF16_SCALES: return first_of(static_cast<const bf16*>(plane) + i, n);
+        case F16_SCALES: return first_of(static_cast<const f16*>(plane) + i, n);
+        case F32_SCALES: return first_of(static_cast<const float*>(plane) + i, n);
+        default: return half_scales(static_cast<const uint8_t*>(plane) + i, n);
     }
 }
 
@@ -51,15 +52,16 @@ INLINE V each_for(V v, int skipped, int blocks) {
     return load(to);
 }
 
-// Of `count` blocks from `first` on, counted from the first of all rows; what stands in lanes behind them is any number.
-INLINE V scales_of_groups(const GroupScales& g, int first, int count) {
-    if (g.blocks == 1) return some_scales(g, first, count);
+// Scales, or biases, of `count` blocks from `first` on, counted from the first of all rows; what stands in lanes behind them is
+// any number.
+INLINE V of_groups(const GroupScales& g, const void* plane, int first, int count) {
+    if (g.blocks == 1) return some_of(plane, g.type, first, count);
     const int group = first / g.blocks, skipped = first - group * g.blocks;
-    return each_for(some_scales(g, group, (skipped + count - 1) / g.blocks + 1), skipped, g.blocks);
+    return each_for(some_of(plane, g.type, group, (skipped + count - 1) / g.blocks + 1), skipped, g.blocks);
 }
-INLINE float scale_of_group(const GroupScales& g, int block) {
+INLINE float of_group(const GroupScales& g, const void* plane, int block) {
     float lanes[16];
-    store(lanes, some_scales(g, block / g.blocks, 1));
+    store(lanes, some_of(plane, g.type, block / g.blocks, 1));
     return lanes[0];
 }
 INLINE int zero_of_group(const GroupScales& g, int block) { return g.zeros ? g.zeros[block / g.blocks] : 0; }

@@ -197,7 +197,10 @@ void Ops::fetch(const Experts& e) const {
     if (!e.on_disk) return;
     for (size_t i = 0; i < e.gate.size(); i++)
         if (starts_[i + 1] > starts_[i])
-            for (const Matrix& w : {e.gate[i], e.up[i], e.down[i]}) will_need(w.data, w.bytes());
+            for (const Matrix& w : {e.gate[i], e.up[i], e.down[i]}) {
+                will_need(w.data, w.bytes());
+                if (w.groups.data) will_need(w.groups.data, w.rows * w.groups_of_a_row() * SCALE_BYTES[w.groups.type]);
+            }
 }
 
 void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out) {

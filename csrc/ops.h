@@ -35,11 +35,13 @@ struct Matrix {
     size_t bytes() const { return rows * row_bytes(); }
     int blocks() const { return columns / FORMAT_SIZES[format].elements; }  // of a row
     const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
+    int64_t groups_of_a_row() const { return blocks() / groups.blocks; }
     GroupScales groups_from(int64_t row) const {
         GroupScales from = groups;
-        const int64_t skipped = row * (blocks() / groups.blocks);
+        const int64_t skipped = row * groups_of_a_row();
         if (from.data) from.data = static_cast<const char*>(from.data) + skipped * SCALE_BYTES[from.type];
         if (from.zeros) from.zeros += skipped;
+        if (from.biases) from.biases = static_cast<const char*>(from.biases) + skipped * SCALE_BYTES[from.type];
         return from;
     }
     // Of the blocks that row i is in.

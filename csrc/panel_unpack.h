@@ -32,19 +32,21 @@ struct PanelGroups {
     PanelGroups(const GroupScales& all, int n, int blocks) : all(all) {
         for (int r = 0; r < LANES; r++) first[r] = size_t(min_of(r, n - 1)) * (blocks / all.blocks);
     }
-    template <class T> INLINE_MEMBER Words words(int block) const {
+    template <class T> INLINE_MEMBER Words words(const void* plane, int block) const {
         alignas(VECTOR) uint32_t found[LANES];
-        const T* from = static_cast<const T*>(all.data) + block / all.blocks;
+        const T* from = static_cast<const T*>(plane) + block / all.blocks;
         for (int r = 0; r < LANES; r++) found[r] = from[first[r]];
-        return vector_at<Words>(found);
+        return read<Words>(found);
     }
-    INLINE_MEMBER Floats scales(int block) const {
+    INLINE_MEMBER Floats scales(int block) const { return numbers(all.data, block); }
+    INLINE_MEMBER Floats biases(int block) const { return numbers(all.biases, block); }
+    INLINE_MEMBER Floats numbers(const void* plane, int block) const {
         switch (all.type) {
-            case BF16_SCALES: return (Floats)(words<uint16_t>(block) << 16);
-            case F16_SCALES: return widened_halves(words<uint16_t>(block));
-            case F32_SCALES: return (Floats)words<uint32_t>(block);
+            case BF16_SCALES: return (Floats)(words<uint16_t>(plane, block) << 16);
+            case F16_SCALES: return widened_halves(words<uint16_t>(plane, block));
+            case F32_SCALES: return (Floats)words<uint32_t>(plane, block);
             default: {
-                const Words e = words<uint8_t>(block), nan = (Words)(e == 255);
+                const Words e = words<uint8_t>(plane, block), nan = (Words)(e == 255);
                 return (Floats)((nan & 0x7fc00000) | (~nan & half_power_bits(e)));
             }
         }
@@ -53,7 +55,7 @@ struct PanelGroups {
         alignas(VECTOR) uint32_t found[LANES] = {};
         if (all.zeros)
             for (int r = 0; r < LANES; r++) found[r] = uint32_t(int32_t(all.zeros[block / all.blocks + first[r]]));
-        return vector_at<Words>(found);
+        return read<Words>(found);
     }
 };
 
@@ -218,6 +220,16 @@ template <Format TYPE> INLINE void unpack_bytes(PanelBlock<TYPE>& block, Words t
 }
 INLINE void unpack(PanelBlock<INT8>& block) { unpack_bytes(block, Words{} + 128 * LOW_BITS); }
 INLINE void unpack(PanelBlock<INT8_WORDS>& block) { unpack_bytes(block, Words{}); }
+
+INLINE void unpack(PanelBlock<AFFINE4>& block) {
+    nibble_quads(block, 0, 0, 4, as_they_are);
+    block.set_d(block.groups->scales(block.number));
+    block.set_minimum(block.groups->biases(block.number));
+}
+INLINE void unpack(PanelBlock<AFFINE8>& block) {
+    unpack_bytes(block, Words{});
+    block.set_minimum(block.groups->biases(block.number) + block.groups->scales(block.number) * all_floats(128));
+}
 
 // --- blocks of 256 ---
 

@@ -174,17 +174,18 @@ INLINE void tile_8(const float* x, size_t ldx, const W* const* w, int steps, con
 #pragma GCC unroll 4
                     for (int i = 0; i < M; i++) s[i * N + j] = fma_8(load_8(from[i] + part * 8), b[part], s[i * N + j]);
             }
-        } else
+        } else {
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) {
-            F8 b[N];
+            for (int part = 0; part < 4; part++) {
+                F8 b[N];
 #pragma GCC unroll 12
-            for (int j = 0; j < N; j++) b[j] = part_8<T>(at[j], part);
+                for (int j = 0; j < N; j++) b[j] = part_8<T>(at[j], part);
 #pragma GCC unroll 4
-            for (int i = 0; i < M; i++) {
-                const F8 a = load_8(from[i] + part * 8);
+                for (int i = 0; i < M; i++) {
+                    const F8 a = load_8(from[i] + part * 8);
 #pragma GCC unroll 12
-                for (int j = 0; j < N; j++) s[i * N + j] = fma_8(a, b[j], s[i * N + j]);
+                    for (int j = 0; j < N; j++) s[i * N + j] = fma_8(a, b[j], s[i * N + j]);
+                }
             }
         }
 #pragma GCC unroll 12

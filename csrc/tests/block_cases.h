@@ -52,7 +52,8 @@ struct Blocks {
             zeros.push_back(int8_t(uniform(-8, 8)));
         }
         zeros.shrink_to_fit(), scales.shrink_to_fit();
-        matrix.groups = {type, each, scales.data(), format == INT4 && one_of({0, 1}) ? zeros.data() : nullptr};
+        matrix.groups = {type, each, scales.data(), format == INT4 && one_of({0, 1}) ? zeros.data() : nullptr,
+                         is_affine(format) ? scales.data() : nullptr};
     }
     template <class Scale> void append(Scale scale) {
         const uint8_t* from = reinterpret_cast<const uint8_t*>(&scale);

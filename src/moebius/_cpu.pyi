@@ -21,6 +21,7 @@ class Matrix:
         scale_type: int = 0,
         zeros: int = 0,
         copy_zeros: bool = False,
+        biases: int = 0,
     ) -> None: ...
 
 class _Call:

@@ -88,22 +88,31 @@ def of_groups(matrix: Matrix) -> Weights:
     codes, scales, *rest = matrix.planes
     rows, columns = matrix.shape
     powers = matrix.format.name == "mxfp4_planes"
+    affine = matrix.format.name.startswith("affine")
     ones = torch.full_like(scales, 128 if powers else 1)
-    whole = Matrix(matrix.format, matrix.shape, (codes, ones, *rest)).widened(torch.float64)
+    # Codes of eight bits are signed in products: 128 less, with as many scales more in the bias.
+    shift = 128 if matrix.format.name.startswith("affine8") else 0
+    others = [torch.full_like(scales, -shift)] if affine else rest
+    whole = Matrix(matrix.format, matrix.shape, (codes, ones, *others)).widened(torch.float64)
     if powers:
         e = scales.numpy().astype(np.int64)
         wide = np.where(e == 255, np.float32(np.nan), np.ldexp(np.float32(1), e - 128))
     else:
         wide = scales.float().numpy()
     count = columns // 32
-    wide = np.repeat(wide, count // wide.shape[1], axis=1).astype(np.float32)
     shape = (rows, count, 1)
+    ones_NS = np.ones(shape, dtype=np.int64)
+    least = rest[0].float().numpy() + wide * np.float32(shift) if affine else np.zeros_like(wide)
+
+    def of_blocks(of_groups: Floats) -> Floats:
+        return np.repeat(of_groups, count // of_groups.shape[1], axis=1).astype(np.float32)
+
     return Weights(
         whole.numpy().astype(np.int64).reshape(*shape, 32),
-        np.ones(shape, dtype=np.int64),
-        None,
-        wide,
-        np.zeros((rows, count), dtype=np.float32),
+        ones_NS,
+        ones_NS if affine else None,
+        of_blocks(wide),
+        of_blocks(least),
     )
 
 

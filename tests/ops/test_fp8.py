@@ -58,7 +58,11 @@ def of_blocks(ops: CpuOps, x_TI: Tensor, matrix: Matrix) -> Tensor:
     if width % 32 and width < size:  # no whole steps of the kernels: weights are scaled before
         return ops.logits(x_TI.float(), ops.prepare_linear((matrix.widened(F32), None)))
     # Processors that multiply bfloat16 by itself do so; else both are widened.
-    narrow = x_TI.dtype == BF16 and ops.name.partition("-")[2] in ("avx512bf16", "amx_emulated", "amx")
+    narrow = x_TI.dtype == BF16 and ops.name.partition("-")[2] in (
+        "avx512bf16",
+        "amx_emulated",
+        "amx",
+    )
     dtype = BF16 if narrow else F32
     of_rows = torch.arange(outputs) // (matrix.format.block_rows or outputs)
     total = torch.zeros(len(x_TI), outputs)
@@ -101,7 +105,11 @@ def test_products_with_ones_are_the_codes(isa: str, rows: int) -> None:
         codes[row] = codes[row].roll(row)
     # A row of weights with a NaN gives nothing else.
     codes[16:][(codes[16:] & 127) == 127] = 0
-    matrix = Matrix(format_named("fp8[0x0,float32]"), (256, 256), (codes.view(torch.float8_e4m3fn), torch.full((1, 1), 0.75)))
+    matrix = Matrix(
+        format_named("fp8[0x0,float32]"),
+        (256, 256),
+        (codes.view(torch.float8_e4m3fn), torch.full((1, 1), 0.75)),
+    )
     wanted = matrix.widened(F32).T.contiguous()
     wanted[:, :16] = torch.nan
     for dtype in (F32, BF16):

@@ -24,6 +24,9 @@ NAMES = [
     "int8[0,bfloat16]",
     "int8[192,float16]",
     "int8_words[32,float32]",
+    "affine4[32,bfloat16]",
+    "affine4[64,float32]",
+    "affine8[96,float16]",
 ]
 # (rows, outputs, columns): all groups above divide them; one has more blocks than are found at once.
 SHAPES = [(1, 35, 192), (2, 7, 576), (14, 16, 192), (5, 17, 1152), (1, 3, 192 * 45)]
@@ -171,7 +174,7 @@ def test_activations_that_stay_as_they_are(name: str) -> None:
 def test_what_kernels_do_not_read_is_refused(name: str) -> None:
     matrix = random_matrix(name, 8, 64)
     assert isinstance(matrix.format, Integers)
-    with pytest.raises(ValueError, match="groups|four bits"):
+    with pytest.raises(ValueError, match=r"groups|four bits"):
         logits(level(LEVELS[0], 1), torch.randn(1, 64), matrix)
 
 

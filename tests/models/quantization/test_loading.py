@@ -33,7 +33,6 @@ from quantised import (
     gptq_config,
     held,
     made,
-    tampered,
 )
 
 UP = "model.layers.1.mlp.up_proj"
@@ -320,7 +319,9 @@ def test_groups_that_are_no_whole_blocks_are_widened(tmp_path: Path) -> None:
         plan = checkpoint.plan_weights("float32", formats=CpuOps(1).formats(F32))
         assert {row.format for row in plan} == {"float32"}
         for source in checkpoint.sources:
-            assert torch.equal(Matrix.of(weights[source.parameter]).widened(F32), meant[source.name])
+            assert torch.equal(
+                Matrix.of(weights[source.parameter]).widened(F32), meant[source.name]
+            )
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])

@@ -20,7 +20,7 @@ NAME = "model.layers.17.mlp.experts.5.gate_proj"
         (r"model\.layers\.(0|1|2|17)\..*", True),
         (r"^(?!.*experts).*proj", False),
         (r"model.layers.[0-9]{1,2}.mlp.*", True),
-        (r"(?:model\.)?layers.*", False),
+        (r"(?:model\.)?layers.*", True),
         (r"(?P<all>.*)\.(?:gate|up)_proj", True),
         (r"(model\.)*layers", True),
         (r".*?\.mlp\..+_proj", True),

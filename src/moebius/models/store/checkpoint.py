@@ -275,8 +275,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits naming a checkpoint: its configuration, what a file beside that says of how it is
-    quantised, headers, file sizes and 4 KiB of each tensor."""
+    """16 hex digits naming a checkpoint: its configuration, with what a file beside it says of how
+    it is quantised, headers, file sizes and 4 KiB of each tensor."""
     digest = blake2b(digest_size=8, person=b"moebius-weights")
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
     beside = checkpoint.path / BESIDE

@@ -301,9 +301,7 @@ def _of_planes(files: _Files, source: Source, stored: StoredTensor, format: Form
     return whole.rows(source.start, source.start + source.shape[0])
 
 
-def _converted(
-    weight: Weight, source: Source, wanted: str, device: torch.device
-) -> Weight:
+def _converted(weight: Weight, source: Source, wanted: str, device: torch.device) -> Weight:
     """A copy in the format `wanted`. Raises WeightsError for planes that contradict each other."""
     try:
         if wanted in NUMBER_BYTES:

@@ -30,7 +30,7 @@ def readings(format: str, columns: int) -> tuple[str, ...]:
     """
     base, _, parameters = format.removesuffix("]").partition("[")
     group, *others = parameters.split(",")
-    if not base.startswith("int") or columns % 32 or int(group) % 32:
+    if not base.startswith(("affine", "int")) or columns % 32 or int(group) % 32:
         return (base,)
     zeros = any(each.endswith(" zeros") for each in others)
     return base, f"{base} of 32{' with zeros' if zeros else ''}"
@@ -44,8 +44,8 @@ class StoredTensor:
     None where Moebius reads none such.
 
     A matrix whose format has several planes, each a tensor of its own, is one too: these are its
-    `parts`, and file, start and stop those of its codes. `repacking` is what is made of a matrix that
-    nothing reads as it is stored.
+    `parts`, and file, start and stop those of its codes. `repacking` is what is made of a matrix
+    that nothing reads as it is stored.
     """
 
     file: Path

@@ -13,7 +13,7 @@ from moebius.errors import ConfigError
 from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.config import Activations
 from moebius.ops.cpu.recorder import Call, Recorder
-from moebius.ops.formats import MX_GROUP, Fp8, Integers, Mxfp4Planes, dense
+from moebius.ops.formats import MX_GROUP, Affine, Fp8, Integers, Mxfp4Planes, dense
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.weights import Matrix, Weight, planes_of
@@ -71,7 +71,10 @@ _GROUPED = {
     "int4": ("int4 of 32", "int4 of 32 with zeros"),
     "int8": ("int8 of 32",),
     "int8_words": ("int8_words of 32",),
+    "affine4": ("affine4 of 32",),
+    "affine8": ("affine8 of 32",),
 }
+_OF_GROUPS = (Affine, Integers, Mxfp4Planes)
 # As csrc/block_kernels.h numbers them; bytes are powers of two.
 _SCALES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
 
@@ -106,7 +109,7 @@ def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
             block_rows=weight.format.block_rows or rows,
             block_columns=weight.format.block_columns or columns,
         )
-    if isinstance(weight, Matrix) and isinstance(weight.format, Integers | Mxfp4Planes):
+    if isinstance(weight, Matrix) and isinstance(weight.format, _OF_GROUPS):
         return _of_groups(weight, FORMATS[name])
     (plane,) = planes_of([weight])
     return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
@@ -118,10 +121,12 @@ def _of_groups(weight: Matrix, number: int) -> _cpu.Matrix:
     rows, columns = weight.shape
     zeros = None
     group = MX_GROUP
+    if isinstance(format, Affine | Integers):
+        group = format.group or columns
     if isinstance(format, Integers):
         zeros = format.zero_points(weight.planes)
-        group = format.group or columns
     codes, scales = weight.planes[:2]
+    biases = weight.planes[2] if isinstance(format, Affine) else None
     return _cpu.Matrix(
         format=number,
         rows=rows,
@@ -132,6 +137,7 @@ def _of_groups(weight: Matrix, number: int) -> _cpu.Matrix:
         scale_type=_SCALES[scales.dtype],
         zeros=address(zeros),
         copy_zeros=not any(zeros is plane for plane in weight.planes),
+        biases=address(biases),
     )
 
 

@@ -13,7 +13,7 @@ from moebius.ops.formats.dense import Dense, dense, dtype_name
 from moebius.ops.formats.format import Format, Planes, PlaneShape
 from moebius.ops.formats.fp4 import FP4, MX_GROUP, Mxfp4Planes
 from moebius.ops.formats.fp8 import Fp8
-from moebius.ops.formats.integers import Integers
+from moebius.ops.formats.integers import Affine, Integers
 from moebius.ops.formats.named import PARAMETRIC, made
 from moebius.ops.formats.repacked import Repacked
 
@@ -22,6 +22,7 @@ __all__ = [
     "FORMATS",
     "MX_GROUP",
     "PLANE_FORMATS",
+    "Affine",
     "BlockFormat",
     "Dense",
     "Format",
